@@ -1,0 +1,43 @@
+# Every target prepares what it needs: an environment of its own in .venv, rebuilt only when its recipe changes.
+# `make PYTHON=/path/to/python3.11` picks the interpreter that makes it.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help check format test test-all demo table pico
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+check: $(READY) ## formatting and lint
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+format: $(READY) ## reformat, and repair what lint can repair
+	$(RUN) -m ruff check --fix --exit-zero --quiet .
+	$(RUN) -m ruff format .
+
+test: $(READY) ## the tests, without the slow ones
+	$(RUN) -m pytest
+
+test-all: $(READY) ## all tests
+	$(RUN) -m pytest -m ""
+
+demo: $(READY) ## a prompt becomes a picture with the embedded models: out/demo.png
+	$(RUN) -m dcdd_core.cli demo --out out/demo.png
+
+table: $(READY) ## measure the embedded models: the table of the README
+	$(RUN) -m dcdd_core.evaluation.pico_table
+
+pico: $(READY) ## train the embedded models again, from nothing
+	$(RUN) -m dcdd_core.pico.build
+
+# torch comes first and alone, so that nothing that depends on it can choose another build of it.
+$(READY): pyproject.toml constraints.txt
+	@test -x $(RUN) || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("constraints.txt needs Python >= 3.11, this is %s: make PYTHON=..." % sys.version.split()[0])'
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt $$(grep -E '^(setuptools|torch)==' constraints.txt)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,train,eval]'
+	@touch $@

@@ -1,0 +1,379 @@
+"""`dcdd`: text to image, reconstruction, calibration and a look inside, on the embedded models or on real folders."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from .evaluation.figures import beside, heat_map, labelled_grid, save_image, to_image, top_curve
+from .evaluation.text import statistics_table
+from .method.calibration import anchor_statistics, fit, fit_anchor, target_statistics
+from .method.statistics import describe_logits
+from .models.vq import VQTokenizer
+from .pico.data import to_pixels
+from .pico.scenes import render_scene, scene_facts
+from .pipelines.condition import condition_for
+from .pipelines.decode import decode
+from .pipelines.models import Models, load_models, load_pico
+from .types import Calibration, Condition, TokenLogits
+
+DEMO_PROMPTS = (
+    "a large striped red heart in the centre on a wavy sky ground",
+    "a large dotted yellow circle at the top left on a plain navy ground with a small white star at the bottom right",
+    "a large checked green square on the right on a woven cream ground",
+    "a small plain purple star at the top on a dotted mint ground with writing at the bottom",
+)
+DEMO_SCENES = (4, 12, 25, 44)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for a failure that is explained, 130 when interrupted."""
+    chosen = _parser().parse_args(arguments)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"dcdd: {message}", file=sys.stderr)
+            chosen.run(chosen)
+    except (ValueError, OSError) as error:
+        print(f"dcdd: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dcdd: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def generate(chosen: argparse.Namespace) -> None:
+    """Prompts to pictures."""
+    models = _load(chosen)
+    _warn_of_unknown_words(models, chosen.prompt)
+    seeds = _seeds(chosen, len(chosen.prompt))
+    grid = _sample(models, chosen.prompt, seeds, chosen)
+    if chosen.logits is not None:
+        grid.save(chosen.logits)
+        print(f"wrote {chosen.logits}")
+    by_vq = models.vq.decode_tokens(grid.tokens, grid.grid)
+    if models.decoder is None:
+        _write(by_vq, chosen.out, "")
+        return
+    condition = _condition(models, grid, chosen)
+    painted = _paint(models, condition, seeds, chosen.steps)
+    _write(painted, chosen.out, "")
+    if chosen.compare:
+        _write(by_vq, chosen.out, "-vq")
+
+
+def reconstruct(chosen: argparse.Namespace) -> None:
+    """Pictures through the tokenizer and back, by both decoders."""
+    models = _load(chosen)
+    for path in chosen.image:
+        pixels = _read_image(path, models.vq)
+        proxies = models.vq.encode(pixels)
+        target = chosen.out / f"{path.stem}-vq.png"
+        save_image(to_image(models.vq.decode_tokens(proxies.tokens, proxies.grid)[0]), target)
+        print(f"wrote {target}")
+        if models.decoder is not None:
+            painted = _paint(models, _condition(models, proxies, chosen), _seeds(chosen, 1), chosen.steps)
+            target = chosen.out / f"{path.stem}-dcdd.png"
+            print(f"wrote {save_image(to_image(painted[0]), target)}")
+
+
+def calibrate(chosen: argparse.Namespace) -> None:
+    """Fits a calibration: what the VLM samples for prompts, against the tokenizer's features of pictures."""
+    models = _load(chosen)
+    prompts, pictures = _calibration_material(models, chosen)
+    seeds = _seeds(chosen, len(prompts))
+    grids = [
+        _sample(models, prompts[k : k + chosen.batch], seeds[k : k + chosen.batch], chosen)
+        for k in range(0, len(prompts), chosen.batch)
+    ]
+    features = [models.vq.features(pixels) for pixels in tqdm(pictures, desc="features", unit="picture", disable=None)]
+    calibration = fit(
+        features,
+        models.vq.codebook,
+        target_statistics(grids),
+        vlm=models.sampler.name,
+        guidance=_guidance(models, chosen),
+        temperature=chosen.temperature,
+    )
+    if chosen.anchor:
+        proxies = [models.vq.encode(pixels) for pixels in pictures]
+        wanted = anchor_statistics(proxies, models.vq.codebook, calibration)
+        calibration = fit_anchor(grids, models.vq.codebook, wanted, calibration)
+    calibration.save(chosen.out)
+    found, target = calibration.achieved, calibration.target
+    print(
+        f"scale {calibration.scale:.3f} x {calibration.affine_scale:.3f}, smoothing {calibration.smoothing:.4f}, "
+        f"anchor {calibration.anchor:.3f}\n"
+        f"mean entropy {found.mean_entropy:.4f} (VLM {target.mean_entropy:.4f}), "
+        f"mean confidence {found.mean_confidence:.4f} (VLM {target.mean_confidence:.4f}), "
+        f"{'converged' if calibration.converged else 'NOT converged'}\nwrote {chosen.out}"
+    )
+
+
+def inspect(chosen: argparse.Namespace) -> None:
+    """The paper's Table 1 as text and its Figure 6 as a picture."""
+    models = _load(chosen)
+    codebook = models.vq.codebook
+    if chosen.logits:
+        columns = {path.stem: describe_logits(TokenLogits.load(path), codebook) for path in chosen.logits}
+    else:
+        prompts, pictures = _calibration_material(models, chosen)
+        grid = _sample(models, prompts, _seeds(chosen, len(prompts)), chosen)
+        proxies = [models.vq.encode(pixels) for pixels in pictures]
+        columns = {
+            models.sampler.name: describe_logits(grid, codebook),
+            "raw proxies": describe_logits(proxies, codebook),
+        }
+        calibration = _calibration(models, chosen)
+        if calibration is not None:
+            columns["calibrated proxies"] = describe_logits(proxies, codebook, calibration)
+    print(statistics_table(columns))
+    print(f"wrote {save_image(top_curve(columns), chosen.out)}")
+
+
+def demo(chosen: argparse.Namespace) -> None:
+    """Four sentences and four scenes, by both decoders, on one sheet."""
+    clock = _Clock()
+    models = _load(chosen)
+    clock.lap("load the embedded models")
+    prompts = list(chosen.prompt or DEMO_PROMPTS)
+    _warn_of_unknown_words(models, prompts)
+    seeds = _seeds(chosen, len(prompts))
+    grid = _sample(models, prompts, seeds, chosen)
+    clock.lap(f"Janus samples {len(prompts)} x {grid.tokens.shape[1]} tokens")
+    by_vq = models.vq.decode_tokens(grid.tokens, grid.grid)
+    clock.lap("VQ-VAE decode")
+    condition = _condition(models, grid, chosen)
+    painted = _paint(models, condition, seeds, chosen.steps)
+    clock.lap(f"LCDM + DCDD, {chosen.steps or models.decoder.card.steps} steps")
+    doubt = rearrange(1 - condition.uncertainty[..., 0], "b (h w) -> b h w", h=grid.grid[0])
+    rows = [[vq, ours, heat_map(map_, (vq.shape[1], vq.shape[2]))] for vq, ours, map_ in zip(by_vq, painted, doubt)]
+    text_sheet = labelled_grid(
+        rows, columns=("VQ-VAE decode", "DCDD decode", "uncertainty, 1 - p(1)"), captions=prompts, title="Text to image"
+    )
+
+    scenes = [render_scene("test", index) for index in DEMO_SCENES]
+    pixels = torch.cat([to_pixels(scene.image[None], models.vq.device) for scene in scenes])
+    proxies = models.vq.encode(pixels)
+    by_vq = models.vq.decode_tokens(proxies.tokens, proxies.grid)
+    painted = _paint(models, _condition(models, proxies, chosen), _seeds(chosen, len(scenes)), chosen.steps)
+    clock.lap(f"reconstruct {len(scenes)} held-out scenes by both decoders")
+    scene_sheet = labelled_grid(
+        list(zip(pixels, by_vq, painted)),
+        columns=("ground truth", "VQ-VAE decode", "DCDD decode"),
+        captions=[scene.caption for scene in scenes],
+        title="Reconstruction of held-out scenes",
+    )
+    save_image(beside(text_sheet, scene_sheet), chosen.out)
+    clock.lap(f"write {chosen.out}")
+
+
+class _Clock:
+    """Prints how long each stage took."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        print(f"{now - self.last:7.2f} s  {stage}")
+        self.last = now
+
+
+def _load(chosen: argparse.Namespace) -> Models:
+    if chosen.janus is None:
+        if chosen.decoder is not None or chosen.vae is not None or chosen.base is not None:
+            raise ValueError("--decoder, --vae and --base go with --janus; without it the embedded models are used")
+        return load_pico(device=chosen.device)
+    return load_models(
+        janus=chosen.janus,
+        decoder=chosen.decoder,
+        vae=chosen.vae,
+        base=chosen.base,
+        device=chosen.device,
+        dtype=getattr(torch, chosen.dtype),
+    )
+
+
+def _seeds(chosen: argparse.Namespace, count: int) -> list[int]:
+    return [chosen.seed + i for i in range(count)]
+
+
+def _warn_of_unknown_words(models: Models, prompts: Sequence[str]) -> None:
+    for prompt in prompts:
+        unknown = models.sampler.unknown_words(prompt)
+        if unknown:
+            print(f"dcdd: {models.sampler.name} does not know {', '.join(unknown)} (in: {prompt})", file=sys.stderr)
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[..., None]]:
+    """A progress bar as an `on_step`."""
+    with tqdm(desc=label, unit="step", leave=False, disable=None) as bar:
+
+        def on_step(step: int, total: int, _: torch.Tensor) -> None:
+            bar.total = total
+            bar.update(step - bar.n)
+
+        yield on_step
+
+
+def _sample(models: Models, prompts: Sequence[str], seeds: Sequence[int], chosen: argparse.Namespace) -> TokenLogits:
+    with _bar("tokens") as on_step:
+        return models.sampler.sample(
+            prompts,
+            seeds=seeds,
+            guidance=_guidance(models, chosen),
+            temperature=chosen.temperature,
+            top_k=chosen.top_k,
+            top_p=chosen.top_p,
+            on_step=on_step,
+        )
+
+
+def _guidance(models: Models, chosen: argparse.Namespace) -> float:
+    """The one that was asked for, that of the decoder's calibration, or DeepSeek's 5."""
+    if chosen.guidance is not None:
+        return chosen.guidance
+    calibration = models.decoder.card.calibration if models.decoder is not None else None
+    return calibration.guidance if calibration is not None and calibration.guidance is not None else 5.0
+
+
+def _paint(models: Models, condition: Condition, seeds: Sequence[int], steps: int | None) -> torch.Tensor:
+    with _bar("decoder") as on_step:
+        return decode(models.decoder, models.vae, condition, seeds=seeds, steps=steps, on_step=on_step).pixels
+
+
+def _calibration(models: Models, chosen: argparse.Namespace) -> Calibration | None:
+    """The calibration file that was named, or the decoder bundle's own."""
+    if getattr(chosen, "calibration", None) is not None:
+        return Calibration.load(chosen.calibration)
+    return models.decoder.card.calibration if models.decoder is not None else None
+
+
+def _condition(models: Models, grid: TokenLogits, chosen: argparse.Namespace) -> Condition:
+    return condition_for(models.decoder.card, grid, models.vq.codebook, calibration=_calibration(models, chosen))
+
+
+def _calibration_material(models: Models, chosen: argparse.Namespace) -> tuple[list[str], list[torch.Tensor]]:
+    """Prompts and pictures: given by file and folder, or scenes of the embedded world."""
+    count = chosen.count
+    if chosen.prompts is not None:
+        prompts = [line.strip() for line in chosen.prompts.read_text("utf-8").splitlines() if line.strip()][:count]
+    elif chosen.janus is None:
+        prompts = [facts.caption() for facts in scene_facts("calibration", count)]
+    else:
+        raise ValueError("a VLM of your own needs prompts: give --prompts FILE, one a line")
+    if chosen.images is not None:
+        files = sorted(p for p in chosen.images.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        pictures = [_read_image(path, models.vq) for path in files[:count]]
+    elif chosen.janus is None:
+        pictures = [to_pixels(render_scene("calibration", i).image[None], models.vq.device) for i in range(count)]
+    else:
+        raise ValueError("a VLM of your own needs pictures for its proxies: give --images FOLDER")
+    if not prompts or not pictures:
+        raise ValueError(f"got {len(prompts)} prompts and {len(pictures)} pictures; some of each are needed, best 100")
+    return prompts, pictures
+
+
+def _read_image(path: Path, vq: VQTokenizer) -> torch.Tensor:
+    """A picture file as pixels [1, 3, H, W], centre-cropped to a multiple of the tokenizer's factor."""
+    try:
+        image = Image.open(path).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error})") from error
+    f = vq.factor
+    width, height = image.width // f * f, image.height // f * f
+    if width == 0 or height == 0:
+        raise ValueError(f"{path} is {image.width} x {image.height}, smaller than one {f}-pixel token")
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    array = torch.frombuffer(
+        bytearray(image.crop((left, top, left + width, top + height)).tobytes()), dtype=torch.uint8
+    )
+    pixels = rearrange(array, "(h w c) -> 1 h w c", h=height, w=width)
+    return to_pixels(pixels.numpy(), vq.device)
+
+
+def _write(pictures: torch.Tensor, out: Path, suffix: str) -> None:
+    """One picture under the given name, several numbered."""
+    for i, pixels in enumerate(pictures):
+        number = f"-{i + 1}" if len(pictures) > 1 else ""
+        print(f"wrote {save_image(to_image(pixels), out.with_name(f'{out.stem}{number}{suffix}.png'))}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dcdd", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    models = argparse.ArgumentParser(add_help=False)
+    group = models.add_argument_group("models (the embedded ones without --janus)")
+    group.add_argument("--janus", type=Path, metavar="FOLDER", help="Janus or Janus-Pro in the transformers layout")
+    group.add_argument("--decoder", type=Path, metavar="BUNDLE", help="decoder bundle; without it, only the VQ path")
+    group.add_argument("--vae", type=Path, metavar="FOLDER", help="the decoder's autoencoder (diffusers layout)")
+    group.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill transformer, where the bundle needs it")
+    group.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
+    group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    models.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count on")
+
+    sampling = argparse.ArgumentParser(add_help=False)
+    group = sampling.add_argument_group("sampling")
+    group.add_argument("--guidance", type=float, help="classifier-free guidance (default: the decoder's, or 5)")
+    group.add_argument("--temperature", type=float, default=1.0)
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--top-p", type=float)
+
+    decoding = argparse.ArgumentParser(add_help=False)
+    decoding.add_argument("--steps", type=int, help="Euler steps of the decoder (default: the bundle's)")
+    decoding.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
+
+    material = argparse.ArgumentParser(add_help=False)
+    material.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
+    material.add_argument("--images", type=Path, metavar="FOLDER", help="pictures for the proxies")
+    material.add_argument("--count", type=int, default=100, help="how many of each at most (default: 100)")
+
+    def add(run, *parents, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(run.__name__, parents=[models, *parents], help=help, description=run.__doc__)
+        command.set_defaults(run=run)
+        return command
+
+    command = add(generate, sampling, decoding, help="prompts to pictures")
+    command.add_argument("prompt", nargs="+")
+    command.add_argument("--out", type=Path, default=Path("out/generated.png"))
+    command.add_argument("--compare", action="store_true", help="write the VQ-VAE's picture as well")
+    command.add_argument("--logits", type=Path, metavar="FILE", help="keep the token logits")
+
+    command = add(reconstruct, decoding, help="pictures through the tokenizer and back")
+    command.add_argument("image", nargs="+", type=Path)
+    command.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER")
+
+    command = add(calibrate, sampling, material, help="fit a calibration to a VLM")
+    command.add_argument("--out", type=Path, default=Path("out/calibration.safetensors"))
+    command.add_argument("--batch", type=int, default=20, help="prompts sampled at once (default: 20)")
+    command.add_argument("--anchor", action="store_true", help="fit the anchor too (beyond the paper)")
+
+    command = add(inspect, sampling, material, help="Table 1 and Figure 6 for a VLM")
+    command.add_argument("--logits", nargs="+", type=Path, metavar="FILE", help="saved token logits to look at instead")
+    command.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
+    command.add_argument("--out", type=Path, default=Path("out/top-30.png"))
+    command.set_defaults(count=25)
+
+    command = add(demo, sampling, decoding, help="both decoders side by side on one sheet")
+    command.add_argument("prompt", nargs="*", help="in place of the four built-in sentences")
+    command.add_argument("--out", type=Path, default=Path("out/demo.png"))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Pictures of pictures: labelled grids, uncertainty maps, the paper's Figure 6.
+
+Shapes: H W pixels, h w token grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from ..method.statistics import TokenStatistics
+
+_INK, _PAPER = (24, 24, 28), (250, 249, 246)
+
+
+def to_image(pixels: torch.Tensor, side: int | None = None) -> Image.Image:
+    """Pixels [3, H, W] in -1..1 as a PIL picture, enlarged without blur so that its height is `side`."""
+    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    image = Image.fromarray(rearrange(array, "c h w -> h w c").numpy())
+    if side is None or side == image.height:
+        return image
+    return image.resize((round(image.width * side / image.height), side), Image.Resampling.NEAREST)
+
+
+def heat_map(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Values [h, w] in 0..1 as colours, dark for 0: pixels [3, H, W] in -1..1, each value a block."""
+    colours = matplotlib.colormaps["inferno"](values.clamp(0, 1).cpu().numpy())[..., :3]
+    pixels = torch.from_numpy(rearrange(colours, "h w c -> 1 c h w")).float() * 2 - 1
+    return torch.nn.functional.interpolate(pixels, size=size, mode="nearest")[0]
+
+
+def labelled_grid(
+    rows: Sequence[Sequence[torch.Tensor]],
+    *,
+    columns: Sequence[str],
+    captions: Sequence[str],
+    title: str = "",
+    side: int = 240,
+) -> Image.Image:
+    """A grid of pictures with a title, a name over every column and a caption under every row.
+
+    Args:
+        rows: pixels [3, H, W] in -1..1, as many in each row as there are columns.
+        side: height of each picture on the sheet.
+
+    Raises:
+        ValueError: for rows of another length, or other than one caption a row.
+    """
+    if any(len(row) != len(columns) for row in rows) or len(captions) != len(rows):
+        raise ValueError(
+            f"{len(columns)} columns and {len(captions)} captions do not fit rows of {[len(row) for row in rows]}"
+        )
+    font, bold = ImageFont.load_default(size=15), ImageFont.load_default(size=20)
+    gap, head, line = 12, 66 if title else 34, 26
+    width = gap + len(columns) * (side + gap)
+    sheet = Image.new("RGB", (width, head + len(rows) * (side + line + gap)), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((gap, 8), title, fill=_INK, font=bold)
+    for c, name in enumerate(columns):
+        pen.text((gap + c * (side + gap), head - 24), name, fill=_INK, font=font)
+    for r, (row, caption) in enumerate(zip(rows, captions)):
+        top = head + r * (side + line + gap)
+        for c, pixels in enumerate(row):
+            sheet.paste(to_image(pixels, side), (gap + c * (side + gap), top))
+        pen.text((gap, top + side + 4), _fitting(caption, font, width - 2 * gap), fill=(96, 96, 104), font=font)
+    return sheet
+
+
+def beside(*sheets: Image.Image) -> Image.Image:
+    """Sheets side by side, tops aligned."""
+    joined = Image.new("RGB", (sum(s.width for s in sheets), max(s.height for s in sheets)), _PAPER)
+    left = 0
+    for sheet in sheets:
+        joined.paste(sheet, (left, 0))
+        left += sheet.width
+    return joined
+
+
+def top_curve(columns: Mapping[str, TokenStatistics]) -> Image.Image:
+    """The paper's Figure 6: the mean of the thirty largest probabilities, one curve for each kind of logits."""
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for (name, found), marker in zip(columns.items(), "osv^D"):
+        axes.plot(np.arange(1, len(found.curve) + 1), found.curve, marker=marker, markersize=3.5, label=name)
+    axes.set(xlabel="rank of the code", ylabel="mean probability", title="Mean of the largest token probabilities")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def save_image(image: Image.Image, path: str | Path) -> Path:
+    """Writes a PNG by way of a temporary file; makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    image.save(temporary, format="PNG")
+    temporary.replace(path)
+    return path
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    while text and font.getlength(text) > width:
+        text = text[:-2].rstrip(" …") + "…"
+    return text

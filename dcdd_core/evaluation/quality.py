@@ -1,0 +1,23 @@
+"""Fidelity of pictures against pictures, one number each.
+
+Shapes: B batch, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from skimage.metrics import structural_similarity
+
+
+def psnr(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of pixels [B, 3, H, W] in -1..1 -> [B]; infinite for equal pictures."""
+    return 10 * torch.log10(4.0 / (first.double() - second.double()).square().mean(dim=(1, 2, 3)))
+
+
+def ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Structural similarity (Wang et al. 2004; scikit-image, 7-pixel window, mean over channels) -> [B], at most 1."""
+    a, b = (rearrange(x, "b c h w -> b h w c").float().cpu().numpy() for x in (first, second))
+    return torch.tensor(
+        [structural_similarity(p, q, channel_axis=2, data_range=2.0) for p, q in zip(a, b, strict=True)]
+    )

@@ -1,0 +1,332 @@
+"""Logit calibration: proxy logits made to look like a VLM's (Eqs. 10-16), and the anchor.
+
+Logits are read chunk by chunk (`chunks.CHUNK_BYTES`), so a hundred images of 576 x 16384 never sit in memory.
+Everything is float32 and without gradient.
+
+Shapes: B batch, N tokens, n tokens of one chunk, M tokens of all images, K codes, D code dimension.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..types import Calibration, CalibrationStatistics, Codebook, Source
+from .chunks import Grids, chunk_rows, float32_maths, logit_chunks
+
+TOLERANCE = 0.02
+"""On the mean entropy (paper, 5.2); decides `converged`."""
+FINE_TOLERANCE = 0.001
+"""Where the bisection stops: our choice, a few passes more."""
+SCALES = (10.0, 60.0)
+"""Range of the cosine scale s (paper, 5.2)."""
+WIDENINGS, BISECTIONS = 8, 20
+"""Halvings or doublings of an end of that range, and halvings within it, at most."""
+SMOOTHINGS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+"""Values of eps that are tried ("a small grid around zero", paper, 5.2)."""
+AFFINE_STEPS = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)
+"""Factors on the affine scale a that are tried ("a narrow neighbourhood of 1", paper, 5.2)."""
+WEIGHTS = {"mean_entropy": 1.0, "entropy_95": 0.25, "mean_confidence": 0.5, "confidence_95": 0.5}
+"""Of Eq. 16. The paper's numbers are not known: our choice, mean entropy heaviest as it says."""
+ANCHORS = (0.0, *np.geomspace(0.25, 64, 25).tolist())
+"""Values of beta at which the anchor is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorStatistics:
+    """How close the expected code is to the token t that was picked: mean |c| and mean cos(c, e_t)."""
+
+    length: float
+    alignment: float
+
+
+@float32_maths
+def proxy_logits(features: torch.Tensor, codebook: Codebook) -> torch.Tensor:
+    """Cosines of VQ-encoder features with all code vectors (Eqs. 10, 13).
+
+    Args:
+        features: [..., D], any length (a zero vector has cosine 0 with everything).
+
+    Returns:
+        [..., K] float32 in -1..1.
+
+    Raises:
+        ValueError: if D is not the codebook's, or for numbers that are not finite.
+    """
+    _check_features(features, codebook)
+    return F.normalize(features.float(), dim=-1) @ codebook.vectors.to(features.device).T
+
+
+@float32_maths
+def apply(
+    logits: torch.Tensor,
+    calibration: Calibration | None,
+    *,
+    source: Source,
+    codebook: Codebook | None = None,
+    tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits -> probabilities, p = (1 - eps) q + eps / K (Eq. 15).
+
+    For proxy logits q = softmax(s (a cos + b)) (Eq. 14); b cancels and is not added. A VLM's logits the cosine scale
+    would wreck, so for them q = softmax(l + beta cos(e_k, e_t)), t the sampled token, beta the anchor; 0 leaves the
+    plain softmax. Both are our choice. Without a calibration p = softmax(l) for either source (Eq. 5).
+
+    Args:
+        logits: [..., K], floating point; -inf bars a code (until eps gives it its share).
+        codebook, tokens [...]: needed where a VLM's logits are anchored (beta > 0).
+
+    Returns:
+        [..., K] float32, rows that sum to 1.
+
+    Raises:
+        ValueError: for an unknown source, or an anchor without codebook and tokens.
+    """
+    logits = logits.float()
+    if calibration is None:
+        return logits.softmax(-1)
+    if source == "proxy":
+        q = (logits * (calibration.scale * calibration.affine_scale)).softmax(-1)
+    elif source != "vlm":
+        raise ValueError(f"source must be 'vlm' or 'proxy', got {source!r}")
+    elif calibration.anchor == 0:
+        q = logits.softmax(-1)
+    elif codebook is None or tokens is None:
+        raise ValueError(
+            f"an anchor of {calibration.anchor} pulls towards the sampled tokens: give the codebook and the tokens, "
+            "or a calibration with anchor=0"
+        )
+    else:
+        vectors = codebook.vectors.to(logits.device)
+        q = logits.add(vectors[tokens.to(logits.device)] @ vectors.T, alpha=calibration.anchor).softmax(-1)
+    return q.mul_(1 - calibration.smoothing).add_(calibration.smoothing / q.shape[-1])
+
+
+def probability_chunks(
+    token_logits: Grids, codebook: Codebook | None = None, calibration: Calibration | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Probabilities [n, K] (see `apply`) and tokens [n] of one grid or many, chunk by chunk in row-major order.
+
+    Raises:
+        ValueError: if logits, codebook and calibration are not of one codebook, or there is no grid at all.
+
+    Warns if a VLM's logits were not sampled the way the calibration was measured.
+    """
+    for grid, part, tokens in logit_chunks(token_logits, codebook, calibration):
+        yield apply(part, calibration, source=grid.source, codebook=codebook, tokens=tokens), tokens
+
+
+def target_statistics(token_logits: Grids) -> CalibrationStatistics:
+    """What calibration aims at: entropy and confidence of a VLM's tokens (Eqs. 11-12).
+
+    H = -sum p ln p / ln K and max p per token; their means and 95th percentiles over all tokens of all grids (the paper
+    takes 100 images). An iterable is read once, and only two numbers per token are kept.
+
+    Raises:
+        ValueError: for proxy logits, no logits, or grids over codebooks of different sizes.
+    """
+    return _summarise(apply(part, None, source="vlm") for _, part, _ in logit_chunks(token_logits, needs="vlm"))
+
+
+def fit(
+    features: torch.Tensor | Iterable[torch.Tensor],
+    codebook: Codebook,
+    target: CalibrationStatistics,
+    *,
+    vlm: str = "",
+    guidance: float | None = None,
+    temperature: float | None = None,
+) -> Calibration:
+    """Finds s, eps and a that bring the proxies' statistics to the target (Eqs. 13-16), in the paper's order.
+
+    1. Bisection on s in 10..60 with a = 1, eps = 0 for the mean entropy, which falls with s. Where the target lies
+       outside, the range is widened, and a warning says so.
+    2. A sweep over eps. Since eps raises the entropy, each value is judged after a was re-tuned: our choice.
+    3. A sweep over a around that, among the values that keep the mean entropy within 0.02.
+    The best of a sweep minimises Eq. 16. b cancels in the softmax and stays 0; s and a act as one number.
+
+    Args:
+        features: VQ-encoder features before quantisation, [..., D], or an iterable of such.
+        target: from `target_statistics`.
+        vlm, guidance, temperature: what the target was measured on; kept in the result.
+
+    Returns:
+        Calibration with `achieved` and `converged`; where the target is out of reach, the nearest s with
+        converged=False, and a warning.
+
+    Raises:
+        ValueError: for features that are empty, not finite or of another dimension than the codebook.
+    """
+    tensors = [features] if isinstance(features, torch.Tensor) else list(features)
+    for tensor in tensors:
+        _check_features(tensor, codebook)
+    if sum(tensor.numel() for tensor in tensors) == 0:
+        raise ValueError("got no features; expected those of about 100 images, [..., D]")
+    points = torch.cat([tensor.reshape(-1, codebook.dim) for tensor in tensors])
+
+    @cache
+    def statistics(sharpness: float, smoothing: float) -> CalibrationStatistics:
+        trial = Calibration(scale=sharpness, smoothing=smoothing)
+        parts = (proxy_logits(part, codebook) for part in points.split(chunk_rows(codebook.size)))
+        return _summarise(apply(part, trial, source="proxy") for part in parts)
+
+    def mismatch(sharpness: float, smoothing: float) -> float:
+        return abs(statistics(sharpness, smoothing).mean_entropy - target.mean_entropy)
+
+    def objective(sharpness: float, smoothing: float) -> float:
+        found, wanted = asdict(statistics(sharpness, smoothing)), asdict(target)
+        return sum(weight * abs(found[name] - wanted[name]) for name, weight in WEIGHTS.items())
+
+    def tuned(low: float, high: float, smoothing: float) -> float:
+        return _bisect(lambda x: statistics(x, smoothing).mean_entropy, target.mean_entropy, low, high)
+
+    scale = tuned(*_widened(lambda x: statistics(x, 0.0).mean_entropy, target.mean_entropy), 0.0)
+    sharpness, smoothing = scale, 0.0
+    converged = mismatch(scale, 0.0) <= TOLERANCE
+    if converged:
+        tries = [(scale, 0.0)]
+        for eps in SMOOTHINGS[1:]:
+            tries.append((tuned(tries[-1][0], 1.25 * tries[-1][0], eps), eps))
+        _, smoothing = best = min((t for t in tries if mismatch(*t) <= TOLERANCE), key=lambda t: objective(*t))
+        steps = [(best[0] * step, smoothing) for step in AFFINE_STEPS]
+        sharpness, _ = min((t for t in steps if mismatch(*t) <= TOLERANCE), key=lambda t: objective(*t))
+    else:
+        warnings.warn(
+            f"calibration did not converge: the nearest to a mean entropy of {target.mean_entropy:.3f} is "
+            f"{statistics(scale, 0.0).mean_entropy:.3f}, at scale {scale:.3g}; check that features and codebook belong "
+            "together",
+            stacklevel=2,
+        )
+    return Calibration(
+        scale=scale,
+        affine_scale=sharpness / scale,
+        smoothing=smoothing,
+        target=target,
+        achieved=statistics(sharpness, smoothing),
+        converged=converged,
+        vlm=vlm,
+        guidance=guidance,
+        temperature=temperature,
+        codebook=codebook.fingerprint,
+    )
+
+
+def anchor_statistics(
+    token_logits: Grids, codebook: Codebook, calibration: Calibration | None = None
+) -> AnchorStatistics:
+    """Mean |c| and mean cos(c, e_t) over all tokens, t the token that was picked; of VLM or (calibrated) proxy logits.
+
+    Raises:
+        ValueError: as `probability_chunks`.
+    """
+    parts = [_anchor_sums(p, t, codebook) for p, t in probability_chunks(token_logits, codebook, calibration)]
+    count, length, alignment = np.sum(parts, axis=0).tolist()
+    return AnchorStatistics(length=length / count, alignment=alignment / count)
+
+
+def fit_anchor(
+    token_logits: Grids, codebook: Codebook, target: AnchorStatistics, calibration: Calibration
+) -> Calibration:
+    """Finds the anchor beta >= 0 whose mean |c| and cos(c, e_t) come closest to the proxies': our choice, see `apply`.
+
+    Both are measured at `ANCHORS` in one pass over the logits and interpolated between them; the sum of the two squared
+    differences is minimised. beta = 0, the paper, is the answer where anchoring only leads away.
+
+    Args:
+        token_logits: the VLM's, one grid or an iterable, read once.
+        target: `anchor_statistics` of proxy logits under `calibration`.
+
+    Returns:
+        The calibration with this anchor. A target beyond the largest beta gives that one, and a warning.
+
+    Raises:
+        ValueError: for proxy logits, and as `probability_chunks`.
+    """
+    trials = [replace(calibration, anchor=beta) for beta in ANCHORS]
+    sums = np.zeros((len(trials), 3))
+    for _, part, tokens in logit_chunks(token_logits, codebook, calibration, needs="vlm"):
+        for total, trial in zip(sums, trials):
+            total += _anchor_sums(apply(part, trial, source="vlm", codebook=codebook, tokens=tokens), tokens, codebook)
+    betas = np.interp(np.arange(0, len(ANCHORS) - 1 + 1e-9, 1 / 64), np.arange(len(ANCHORS)), ANCHORS)
+    length, alignment = (np.interp(betas, ANCHORS, sums[:, i] / sums[:, 0]) for i in (1, 2))
+    beta = float(betas[np.argmin((length - target.length) ** 2 + (alignment - target.alignment) ** 2)])
+    if beta == ANCHORS[-1]:
+        warnings.warn(f"the proxies' code vectors are out of reach; the anchor stays at {beta:g}", stacklevel=2)
+    return replace(calibration, anchor=beta)
+
+
+def _check_features(features: torch.Tensor, codebook: Codebook) -> None:
+    if features.ndim < 1 or features.shape[-1] != codebook.dim:
+        raise ValueError(
+            f"features {list(features.shape)} do not fit a codebook of dimension {codebook.dim}: expected "
+            f"[..., {codebook.dim}], channels last, as they leave the encoder's quant_conv"
+        )
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError("features hold NaN or infinity: run the VQ encoder in float32")
+
+
+@float32_maths
+def _entropy_and_confidence(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    entropy = torch.special.entr(probabilities).sum(-1) / math.log(probabilities.shape[-1])
+    return entropy, probabilities.amax(-1)
+
+
+def _summarise(parts: Iterable[torch.Tensor]) -> CalibrationStatistics:
+    sizes, pairs = set(), []
+    for part in parts:
+        sizes.add(part.shape[-1])
+        pairs.append([values.cpu().double().numpy() for values in _entropy_and_confidence(part)])
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the grids have codebooks of different sizes, {sorted(sizes)}: calibrate one tokenizer at a time"
+        )
+    entropy, confidence = (np.concatenate(values).clip(0, 1) for values in zip(*pairs))
+    return CalibrationStatistics(
+        mean_entropy=float(entropy.mean()),
+        entropy_95=float(np.percentile(entropy, 95)),
+        mean_confidence=float(confidence.mean()),
+        confidence_95=float(np.percentile(confidence, 95)),
+    )
+
+
+@float32_maths
+def _anchor_sums(probabilities: torch.Tensor, tokens: torch.Tensor, codebook: Codebook) -> list[float]:
+    vectors = codebook.vectors.to(probabilities.device)
+    c = probabilities @ vectors
+    cosine = F.cosine_similarity(c, vectors[tokens.to(c.device)], dim=-1)
+    return [len(c), float(c.norm(dim=-1).double().sum()), float(cosine.double().sum())]
+
+
+def _widened(entropy: Callable[[float], float], target: float) -> tuple[float, float]:
+    low, high = SCALES
+    for _ in range(WIDENINGS):
+        if entropy(low) < target - FINE_TOLERANCE:
+            low, high = low / 2, low
+        elif entropy(high) > target + FINE_TOLERANCE:
+            low, high = high, high * 2
+        else:
+            break
+    if (low, high) != SCALES:
+        warnings.warn(
+            f"a mean entropy of {target:.3f} is not reached with a scale in {SCALES[0]:g}..{SCALES[1]:g}: "
+            f"searching {low:g}..{high:g}",
+            stacklevel=3,
+        )
+    return low, high
+
+
+def _bisect(entropy: Callable[[float], float], target: float, low: float, high: float) -> float:
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        found = entropy(middle)
+        if abs(found - target) <= FINE_TOLERANCE:
+            break
+        low, high = (middle, high) if found > target else (low, middle)
+    return middle

@@ -1,0 +1,110 @@
+"""Working through [..., K] tensors and grids of token logits a bounded piece at a time, in float32.
+
+Shapes: n tokens of one chunk, K codes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+
+import numpy as np
+import torch
+
+from ..types import Calibration, Codebook, Source, TokenLogits, same_codebook
+
+CHUNK_BYTES = 32 * 2**20
+"""Size of one float32 work array [n, K]; the functions that use chunks hold at most four of them at once."""
+
+Grids = TokenLogits | Iterable[TokenLogits]
+
+
+def chunk_rows(codes: int) -> int:
+    """How many tokens make a chunk: n K 4 <= CHUNK_BYTES, but at least one."""
+    return max(1, CHUNK_BYTES // (4 * codes))
+
+
+def chunks(values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views [n, K] of `values` [..., K] in row-major order, n <= chunk_rows(K); nothing is copied."""
+    if values.ndim == 1:
+        values = values[None]
+    # Flattening would copy a tensor that is not contiguous, so that one is walked along its leading dimensions.
+    blocks = (
+        [values.flatten(0, -2)] if values.is_contiguous() else map(values.__getitem__, np.ndindex(values.shape[:-2]))
+    )
+    for block in blocks:
+        yield from block.split(chunk_rows(values.shape[-1]))
+
+
+def float32_maths(function: Callable) -> Callable:
+    """Runs a function of a tensor without gradients and without autocast, whatever loop it is called from."""
+
+    @wraps(function)
+    def exact(tensor: torch.Tensor, *args, **kwargs):
+        with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *args, **kwargs)
+
+    return exact
+
+
+def logit_chunks(
+    token_logits: Grids,
+    codebook: Codebook | None = None,
+    calibration: Calibration | None = None,
+    needs: Source | None = None,
+) -> Iterator[tuple[TokenLogits, torch.Tensor, torch.Tensor]]:
+    """Grid, logits [n, K] and tokens [n] of one grid or many, chunk by chunk in row-major order.
+
+    Raises:
+        ValueError: if logits, codebook and calibration are not of one codebook, a grid is not from the source that is
+            needed, or there is no grid at all.
+
+    Warns, once for each difference, if a VLM's logits were not sampled the way the calibration was measured.
+    """
+    warned, grid = set(), None
+    for grid in [token_logits] if isinstance(token_logits, TokenLogits) else token_logits:
+        if needs not in (None, grid.source):
+            raise ValueError(f"this is measured on {needs} logits, got {grid.source} logits: give what the VLM sampled")
+        _check_codebooks(grid, codebook, calibration)
+        doubt = _sampling_mismatch(grid, calibration)
+        if doubt and doubt not in warned:
+            warned.add(doubt)
+            warnings.warn(doubt, stacklevel=3)
+        parts = list(chunks(grid.logits))
+        yield from zip([grid] * len(parts), parts, grid.tokens.reshape(-1).split([len(part) for part in parts]))
+    if grid is None:
+        raise ValueError("got no token logits at all; expected one TokenLogits or an iterable of some")
+
+
+def _check_codebooks(grid: TokenLogits, codebook: Codebook | None, calibration: Calibration | None) -> None:
+    if codebook is not None and grid.logits.shape[-1] != codebook.size:
+        raise ValueError(
+            f"logits over {grid.logits.shape[-1]} codes do not fit a codebook of {codebook.size}: "
+            "load the codebook of the tokenizer that the logits belong to"
+        )
+    owners = {"logits": grid.codebook, "codebook": codebook and codebook.fingerprint}
+    owners["calibration"] = calibration and calibration.codebook
+    (first, mark), *others = [(name, mark) for name, mark in owners.items() if mark] or [("", None)]
+    for name, other in others:
+        if not same_codebook(mark, other):
+            raise ValueError(
+                f"{first} and {name} do not belong together: the one is of codebook {mark}, the other of {other}; "
+                "take logits, codebook and calibration of one tokenizer"
+            )
+
+
+def _sampling_mismatch(grid: TokenLogits, calibration: Calibration | None) -> str | None:
+    if calibration is None or grid.source != "vlm":
+        return None
+    pairs = {
+        "VLM": (grid.model or None, calibration.vlm or None),
+        "guidance": (grid.guidance, calibration.guidance),
+        "temperature": (grid.temperature, calibration.temperature),
+    }
+    differ = [
+        f"{name} {came!r} (calibrated for {own!r})"
+        for name, (came, own) in pairs.items()
+        if came is not None and own is not None and came != own
+    ]
+    return f"the logits were sampled with {', '.join(differ)}: calibrate again for these" if differ else None

@@ -1,0 +1,126 @@
+"""The decoder's diffusion on FLUX's rectified-flow path (Eqs. 18, 25-26).
+
+The path is our choice: the paper writes v-prediction and means a fine-tuned FLUX.1-Fill, which predicts n - z0.
+Time t runs from 0, the clean latent z0, to 1, noise n. Arithmetic is float32, results have the latents' dtype.
+
+Shapes: B batch; latents [B, ...], packed or not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+DENSITIES = ("logit_normal", "mode", "uniform")
+WEIGHTINGS = ("uniform", "sigma_sqrt", "cosmap")
+
+Time = torch.Tensor | float
+
+
+def interpolate(clean: torch.Tensor, noise: torch.Tensor, time: Time) -> torch.Tensor:
+    """z_t = (1 - t) z0 + t n (Eq. 18); t is one number or [B]."""
+    t = _over(time, clean)
+    return ((1 - t) * clean + t * noise).to(clean.dtype)
+
+
+def velocity(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The target n - z0 (Eq. 26), dz_t / dt."""
+    return noise - clean
+
+
+def recover_clean(noised: torch.Tensor, velocity: torch.Tensor, time: Time) -> torch.Tensor:
+    """z0 = z_t - t v; t is one number or [B]."""
+    return (noised - _over(time, noised) * velocity).to(noised.dtype)
+
+
+def euler_step(noised: torch.Tensor, velocity: torch.Tensor, time: Time, next_time: Time) -> torch.Tensor:
+    """z_t' = z_t + (t' - t) v, from t to t' < t; each one number or [B]."""
+    return (noised + (_over(next_time, noised) - _over(time, noised)) * velocity).to(noised.dtype)
+
+
+def resolution_shift(image_tokens: int) -> float:
+    """FLUX's mu for a packed latent of that many tokens: linear, 256 -> 0.5, 4096 -> 1.15.
+
+    Raises:
+        ValueError: for fewer than one token.
+    """
+    if image_tokens < 1:
+        raise ValueError(f"image_tokens must be at least 1, got {image_tokens!r}")
+    return 0.5 + (1.15 - 0.5) * (image_tokens - 256) / (4096 - 256)
+
+
+def shift_time(time: torch.Tensor, shift: float) -> torch.Tensor:
+    """t' = e^mu / (e^mu + 1/t - 1), mu = `shift`: more of the time near the noise; 0 and 1 stay."""
+    return math.exp(shift) * time / (math.exp(shift) * time + 1 - time)
+
+
+def timesteps(steps: int, *, image_tokens: int | None = None, shift: float | None = None) -> torch.Tensor:
+    """The sampler's times, [steps + 1] float32 from 1 down to 0.
+
+    Args:
+        steps: Euler steps, at least 1.
+        image_tokens: packed latent tokens; gives mu by `resolution_shift`.
+        shift: mu itself, instead; 0 is a uniform schedule.
+
+    Raises:
+        ValueError: for steps < 1, or unless exactly one of image_tokens and shift is given.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps!r}")
+    if (image_tokens is None) == (shift is None):
+        raise ValueError(f"give one of image_tokens (got {image_tokens!r}) and shift (got {shift!r})")
+    mu = resolution_shift(image_tokens) if shift is None else shift
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), mu).float()
+
+
+def sample_times(
+    count: int,
+    *,
+    generator: torch.Generator,
+    density: str = "logit_normal",
+    mean: float = 0.0,
+    std: float = 1.0,
+    mode_scale: float = 1.29,
+    shift: float = 0.0,
+) -> torch.Tensor:
+    """Times to train at, [count] float32 in 0..1: one of diffusers' densities, then shifted by mu = `shift`.
+
+    Drawn from, and on the device of, `generator`.
+
+    Raises:
+        ValueError: for an unknown density.
+    """
+    if density not in DENSITIES:
+        raise ValueError(f"density must be one of {', '.join(DENSITIES)}, got {density!r}")
+    # Imported here: it loads most of diffusers, which the sampler's side of this file does not need.
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    time = compute_density_for_timestep_sampling(
+        density, count, mean, std, mode_scale, device=generator.device, generator=generator
+    )
+    return shift_time(time, shift)
+
+
+def loss_weight(time: torch.Tensor, weighting: str = "uniform") -> torch.Tensor:
+    """w(t) of Eq. 26, [B] float32: 1, t^-2 ("sigma_sqrt", infinite at t = 0) or SD3's "cosmap", as diffusers has them.
+
+    Raises:
+        ValueError: for an unknown weighting.
+    """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    return compute_loss_weighting_for_sd3(weighting, time.float())
+
+
+def _over(time: Time, latents: torch.Tensor) -> torch.Tensor:
+    """t, float32, shaped to multiply [B, ...]."""
+    t = torch.as_tensor(time, device=latents.device).float()
+    if t.ndim == 0:
+        # A tensor without dimensions would not lift half precision to float32.
+        t = t[None]
+    if t.ndim != 1 or len(t) not in (1, len(latents)):
+        raise ValueError(f"time must be one number or one a sample, [{len(latents)}], got {list(t.shape)}")
+    return t.reshape(-1, *[1] * (latents.ndim - 1))

@@ -1,0 +1,121 @@
+"""Logit-to-Code Distributional Mapping: image-token distributions -> condition (Eqs. 4-8).
+
+No gradient flows through the mapping: what it maps is data. Beside input and result it holds at most four float32
+arrays of `chunks.CHUNK_BYTES` (128 MiB together), however large the input, which may be of half precision and in any
+memory layout.
+
+Shapes: B batch, N tokens, n tokens of one chunk, K codes, D code dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..types import Calibration, Codebook, Condition, TokenLogits
+from .calibration import probability_chunks
+from .chunks import chunks, float32_maths
+
+HEAD_BOUNDS = (8, 64)
+"""Bounds of the entropy-adaptive k (paper, B.1)."""
+
+
+def map_probabilities(probabilities: torch.Tensor, codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distribution-weighted code vectors c = p E (Eqs. 6-7) and uncertainty features u (Eq. 8).
+
+    Args:
+        probabilities: [..., K], rows that sum to 1 (within 0.01, so that half precision passes).
+        codebook: E [K, D].
+
+    Returns:
+        c [..., D], length 0..1, and u [..., 4] in 0..1 (see `uncertainty_features`), both float32.
+
+    Raises:
+        ValueError: if K is not the codebook's, or a row is no distribution (NaN, negative, wrong sum).
+    """
+    if probabilities.ndim < 1 or probabilities.shape[-1] != codebook.size:
+        raise ValueError(
+            f"probabilities {list(probabilities.shape)} do not fit a codebook of {codebook.size} codes: "
+            f"expected [..., {codebook.size}]; load the codebook of the tokenizer that they belong to"
+        )
+    vectors = codebook.vectors.to(probabilities.device)
+    mapped = [_map(check_probabilities(part), vectors) for part in chunks(probabilities)]
+    code_vectors, uncertainty = (torch.cat(parts) for parts in zip(*mapped))
+    lead = probabilities.shape[:-1]
+    return code_vectors.reshape(*lead, codebook.dim), uncertainty.reshape(*lead, 4)
+
+
+def map_logits(token_logits: TokenLogits, codebook: Codebook, calibration: Calibration | None = None) -> Condition:
+    """The condition of a grid of image-token logits (Eqs. 4-8); p as `calibration.apply` makes it.
+
+    Args:
+        token_logits: logits [B, N, K] of either source.
+        codebook: E [K, D].
+        calibration: None takes the plain softmax (Eq. 5).
+
+    Returns:
+        Condition with c [B, N, D] and u [B, N, 4], float32, on the logits' device.
+
+    Raises:
+        ValueError: if logits, codebook and calibration are not of one codebook.
+
+    Warns if a VLM's logits were not sampled the way the calibration was measured.
+    """
+    vectors = codebook.vectors.to(token_logits.logits.device)
+    mapped = [_map(p, vectors) for p, _ in probability_chunks(token_logits, codebook, calibration)]
+    code_vectors, uncertainty = (torch.cat(parts) for parts in zip(*mapped))
+    lead = token_logits.tokens.shape
+    return Condition(
+        code_vectors.reshape(*lead, codebook.dim),
+        uncertainty.reshape(*lead, 4),
+        token_logits.grid,
+        codebook=codebook.fingerprint,
+    )
+
+
+@float32_maths
+def uncertainty_features(probabilities: torch.Tensor) -> torch.Tensor:
+    """u = [p(1), p(1) - p(2), sum_{j <= k} p(j), H_tail] (Eq. 8), p(j) sorted descending.
+
+    k = clip(round(exp(H(p))), 8, min(64, K - 1)), the perplexity within the paper's bounds: that it is the perplexity
+    is our choice. H_tail is the entropy of p outside its top k, renormalised, over ln(K - k); 0 where that tail has no
+    mass or a single code.
+
+    Args:
+        probabilities: [..., K] float32, K >= 2, one chunk: about two more arrays of this size are made.
+
+    Returns:
+        [..., 4] in 0..1.
+    """
+    codes = probabilities.shape[-1]
+    most = min(HEAD_BOUNDS[1], codes - 1)
+    perplexity = torch.special.entr(probabilities).sum(-1, keepdim=True).exp()
+    # Where K - 1 < 8 the bounds cross, and clamp lets the upper one win.
+    k = perplexity.round().clamp(HEAD_BOUNDS[0], most).long()
+    top, index = probabilities.topk(max(2, most))
+    mass = top.cumsum(-1).gather(-1, k - 1).clamp(max=1)
+
+    # The tail is what is left after the head is struck out: a sum of its own, so a tiny tail suffers no cancellation.
+    beyond = torch.arange(top.shape[-1], device=top.device) >= k
+    tail = probabilities.scatter(-1, index, top * beyond)
+    tail_mass = tail.sum(-1, keepdim=True)
+    tail = tail.div_(torch.where(tail_mass > 0, tail_mass, 1))
+    bound = (codes - k).float().log()
+    tail_entropy = torch.special.entr(tail).sum(-1, keepdim=True) / torch.where(bound > 0, bound, torch.inf)
+    return torch.cat([top[..., :1], top[..., :1] - top[..., 1:2], mass, tail_entropy.clamp(0, 1)], dim=-1)
+
+
+def check_probabilities(part: torch.Tensor) -> torch.Tensor:
+    """One chunk [n, K] in float32, or a ValueError if a row of it is no distribution."""
+    part = part.detach().float()
+    sums = part.sum(-1)
+    if not bool(((part.amin(-1) >= 0) & ((sums - 1).abs() <= 0.01)).all()):
+        raise ValueError(
+            f"probabilities must be finite, >= 0 and sum to 1, got rows from {float(part.min()):g} with sums "
+            f"{float(sums.min()):g}..{float(sums.max()):g}: give softmax(logits), or use map_logits for logits"
+        )
+    return part
+
+
+@float32_maths
+def _map(probabilities: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return probabilities @ vectors, uncertainty_features(probabilities)

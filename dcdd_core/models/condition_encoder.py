@@ -1,0 +1,50 @@
+"""The adapter: a condition on the token grid -> one vector for every packed latent token (Eqs. 19-22).
+
+Shapes: B batch, h w token grid, h' w' latent grid, D code dimension, C adapter width, M inner width of the transformer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from ..types import Condition
+
+
+class ConditionEncoder(nn.Module):
+    """C_map = concat(SiLU(GroupNorm(Conv(W c))), upsample(u)), then a linear map of its 2 x 2 patches.
+
+    The last map starts at zero, so an untrained adapter leaves the base model exactly as it was.
+
+    Args:
+        code_dim: D.
+        width: C, a multiple of 8.
+        inner: M, the width of the transformer's tokens.
+    """
+
+    def __init__(self, code_dim: int, width: int, inner: int):
+        super().__init__()
+        self.project = nn.Linear(code_dim, width)
+        self.refine = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.GroupNorm(8, width)
+        self.fuse = nn.Linear(4 * (width + 4), inner)
+        nn.init.zeros_(self.fuse.weight)
+        nn.init.zeros_(self.fuse.bias)
+
+    def forward(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
+        """Condition on an (h, w) grid, latent size (h', w'), both even -> [B, h' w' / 4, M].
+
+        Code vectors are repeated up to the latent grid (nearest: the convolution after it does the smoothing),
+        uncertainty features are interpolated bilinearly.
+        """
+        h, _ = condition.grid
+        dtype = self.project.weight.dtype
+        codes = rearrange(self.project(condition.code_vectors.to(dtype)), "b (h w) c -> b c h w", h=h)
+        codes = F.interpolate(codes, size=latent_size, mode="nearest")
+        codes = F.silu(self.norm(self.refine(codes)))
+        uncertainty = rearrange(condition.uncertainty.to(dtype), "b (h w) u -> b u h w", h=h)
+        uncertainty = F.interpolate(uncertainty, size=latent_size, mode="bilinear", align_corners=False)
+        condition_map = torch.cat([codes, uncertainty], dim=1)
+        return self.fuse(rearrange(condition_map, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2))

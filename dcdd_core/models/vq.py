@@ -1,0 +1,132 @@
+"""The VQ-VAE tokenizer: pixels -> features -> tokens, and tokens or continuous code vectors -> pixels.
+
+Shapes: B batch, N tokens (row-major h x w grid), K codes, D code dimension, H x W pixels, f down-sampling factor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from transformers import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from ..method.calibration import proxy_logits
+from ..types import Codebook, TokenLogits
+from .checkpoints import load_strictly, read_config, read_tensors
+
+
+class VQTokenizer:
+    """A frozen `JanusVQVAE` (also LlamaGen's VQ-16) with its normalised codebook.
+
+    transformers' own `quantize.forward` normalises neither features nor codebook; the released models do both, and so
+    does this class.
+
+    Attributes:
+        model: the network.
+        codebook: [K, D], unit rows, on the model's device.
+        factor: pixels per token side, f.
+        name: for messages and records.
+    """
+
+    def __init__(self, model: JanusVQVAE, *, name: str = ""):
+        self.model = model.eval().requires_grad_(False)
+        self.codebook = Codebook(model.quantize.embedding.weight)
+        self.factor = 2 ** (len(model.config.channel_multiplier) - 1)
+        self.name = name
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> VQTokenizer:
+        """Loads the VQ part of a Janus folder, or a folder that holds only a `JanusVQVAE`.
+
+        Only the VQ tensors are read, so a decoder of 7B weights costs 0.3 GB, not 14.
+
+        Raises:
+            ValueError: for a folder of another kind, naming what is missing.
+        """
+        config = read_config(folder)
+        kind = config.get("model_type")
+        if kind == "janus":
+            values, prefix = config["vq_config"], "model.vqmodel."
+        elif kind == "janus_vqgan":
+            values, prefix = config, ""
+        else:
+            raise ValueError(f"{folder} holds a {kind!r} model; expected 'janus' or 'janus_vqgan'")
+        with torch.device("meta"):
+            model = JanusVQVAE(JanusVQVAEConfig(**values))
+        load_strictly(model, read_tensors(folder, prefix=prefix, dtype=dtype, device=device), f"{folder} ({prefix}*)")
+        return cls(model, name=Path(folder).name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codebook.vectors.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.post_quant_conv.weight.dtype
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """The token grid (h, w) of a picture.
+
+        Raises:
+            ValueError: if a side is no multiple of the factor.
+        """
+        f = self.factor
+        if height < f or width < f or height % f or width % f:
+            fits = f"{max(f, round(height / f) * f)} x {max(f, round(width / f) * f)}"
+            raise ValueError(
+                f"a picture of {height} x {width} pixels has no whole grid of {f}-pixel tokens: use {fits}"
+            )
+        return height // f, width // f
+
+    @torch.no_grad()
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Image-token features, before quantisation (Eq. 9): pixels [B, 3, H, W] in -1..1 -> [B, N, D] float32."""
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"pixels must be [B, 3, H, W] in -1..1, got {list(pixels.shape)}")
+        self.grid_of(*pixels.shape[2:])
+        hidden = self.model.quant_conv(self.model.encoder(pixels.to(self.device, self.dtype)))
+        return rearrange(hidden.float(), "b d h w -> b (h w) d")
+
+    def tokens(self, features: torch.Tensor) -> torch.Tensor:
+        """Nearest codes by cosine: features [B, N, D] -> [B, N] int64."""
+        return (F.normalize(features.float(), dim=-1) @ self.codebook.vectors.T).argmax(dim=-1)
+
+    def encode(self, pixels: torch.Tensor) -> TokenLogits:
+        """Proxy logits (Eqs. 9-10) and tokens of pictures [B, 3, H, W] in -1..1, any multiple of the factor in size."""
+        features = self.features(pixels)
+        logits = proxy_logits(features, self.codebook)
+        return TokenLogits(
+            logits,
+            logits.argmax(dim=-1),
+            self.grid_of(*pixels.shape[2:]),
+            source="proxy",
+            model=self.name,
+            codebook=self.codebook.fingerprint,
+        )
+
+    @torch.no_grad()
+    def decode_vectors(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Code vectors [B, N, D], codes or any mixture of them, on an (h, w) grid -> pixels [B, 3, H, W] in -1..1."""
+        h, w = grid
+        if vectors.ndim != 3 or vectors.shape[1] != h * w or vectors.shape[2] != self.codebook.dim:
+            raise ValueError(
+                f"code vectors must be [B, {h * w}, {self.codebook.dim}] for a {h} x {w} grid of this tokenizer, "
+                f"got {list(vectors.shape)}"
+            )
+        code_map = rearrange(vectors.to(self.device, self.dtype), "b (h w) d -> b d h w", h=h)
+        return self.model.decoder(self.model.post_quant_conv(code_map)).float().clamp(-1, 1)
+
+    def decode_tokens(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Tokens [B, N] -> pixels [B, 3, H, W] in -1..1: the VQ path of the VLM itself.
+
+        Raises:
+            ValueError: for tokens outside of the codebook or off the grid.
+        """
+        if tokens.numel() == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self.codebook.size:
+            raise ValueError(f"tokens must lie in 0..{self.codebook.size - 1}: these belong to another tokenizer")
+        return self.decode_vectors(self.codebook.vectors[tokens.to(self.device)], grid)

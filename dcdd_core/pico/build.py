@@ -1,0 +1,91 @@
+"""Builds the embedded world from nothing: `python -m dcdd_core.pico.build`.
+
+Every stage goes on from its own checkpoint, logs to its own folder, and is deterministic by seed; a finished stage
+costs nothing the second time. The shipped weights are written at the end, by `export`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..models.flux import save_bundle
+from ..models.vq import VQTokenizer
+from ..pipelines.models import PICO_WEIGHTS
+from .encodings import encode_scenes
+from .export import export
+from .train_autoencoder import train_autoencoder
+from .train_calibration import calibrate
+from .train_decoder import train_pico_decoder
+from .train_janus import save_janus, train_janus
+from .train_reader import train_reader
+from .train_tokenizer import train_tokenizer, train_vq_decoder
+from .workshop import Recipe, Workshop
+
+STAGES = ("readers", "tokenizer", "autoencoder", "janus", "calibration", "decoder", "vq-decoder", "discrete", "export")
+
+
+def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS) -> None:
+    """Runs the stages up to and including `until`.
+
+    Raises:
+        ValueError: for an unknown stage.
+    """
+    if until not in STAGES:
+        raise ValueError(f"unknown stage {until!r}: expected one of {', '.join(STAGES)}")
+    last = STAGES.index(until)
+
+    def reached(stage: str) -> bool:
+        return last >= STAGES.index(stage)
+
+    reader = train_reader(shop, "reader", shop.recipe.seed + 101)
+    loss_reader = train_reader(shop, "loss-reader", shop.recipe.seed + 102)
+    if not reached("tokenizer"):
+        return
+    network = train_tokenizer(shop, loss_reader)
+    vq = VQTokenizer(network, name="pico")
+    if not reached("autoencoder"):
+        return
+    vae = train_autoencoder(shop, loss_reader)
+    encodings = encode_scenes(shop, "train", shop.train_images, vq, vae)
+    held_out = encode_scenes(shop, "held-out", shop.held_out_images, vq, vae)
+    if not reached("janus"):
+        return
+    janus, words = train_janus(shop, network, encodings.tokens(vq), held_out.tokens(vq))
+    sampler = save_janus(shop.folder / "model" / "janus", janus, words, device=shop.device)
+    if not reached("calibration"):
+        return
+    calibration = calibrate(shop, sampler, vq, encodings)
+    if not reached("decoder"):
+        return
+    decoder = train_pico_decoder(shop, "decoder", "lcdm+lc", encodings, vq, vae, calibration, loss_reader)
+    if not reached("vq-decoder"):
+        return
+    train_vq_decoder(shop, network, loss_reader)
+    if not reached("discrete"):
+        return
+    discrete = train_pico_decoder(shop, "discrete", "discrete", encodings, vq, vae, None, loss_reader)
+    save_bundle(shop.folder / "discrete.safetensors", discrete, dtype=torch.float16)  # Measured, not shipped.
+    if reached("export"):
+        models = {"janus": janus, "words": words, "vq": network, "vae": vae, "decoder": decoder}
+        export(weights, **models, reader=reader)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "dcdd" / "pico", help="work folder")
+    parser.add_argument("--weights", type=Path, default=PICO_WEIGHTS, help="where the shipped weights are written")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--until", default=STAGES[-1], choices=STAGES, help="stop after this stage")
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    chosen = parser.parse_args()
+    recipe = replace(Recipe(), seed=chosen.seed)
+    shop = Workshop(folder=chosen.folder, device=torch.device(chosen.device), recipe=recipe)
+    build(shop, until=chosen.until, weights=chosen.weights)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Features and latents of many scenes, computed once: what Janus and the decoder are trained on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from ..method.latents import scale_latents
+from ..models.vq import VQTokenizer
+from .data import to_pixels
+from .workshop import Workshop
+
+_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encodings:
+    """Of M scenes: VQ features [M, N, D] and scaled VAE latents [M, 16, h, w], both float16 memory maps."""
+
+    features: np.ndarray
+    latents: np.ndarray
+
+    def tokens(self, vq: VQTokenizer) -> torch.Tensor:
+        """Nearest codes, [M, N] int64."""
+        parts = torch.from_numpy(np.array(self.features)).split(4096)
+        return torch.cat([vq.tokens(part.to(vq.device)).cpu() for part in parts])
+
+
+def encode_scenes(shop: Workshop, name: str, images: np.ndarray, vq: VQTokenizer, vae: AutoencoderKL) -> Encodings:
+    """Encodes images [M, H, W, 3] uint8 into the folder the first time, and maps the result."""
+    paths = {part: shop.folder / f"{name}-{part}.npy" for part in ("features", "latents")}
+    if not all(path.exists() for path in paths.values()):
+        _write(paths, images, vq, vae, shop)
+    return Encodings(**{part: np.load(path, mmap_mode="r") for part, path in paths.items()})
+
+
+@torch.no_grad()
+def _write(paths: dict[str, Path], images: np.ndarray, vq: VQTokenizer, vae: AutoencoderKL, shop: Workshop) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    temporary = {part: path.with_suffix(".tmp") for part, path in paths.items()}
+    for start in range(0, len(images), _BATCH):
+        pixels = to_pixels(images[start : start + _BATCH], shop.device)
+        with shop.autocast():
+            features = vq.features(pixels)
+            latents = vae.encode(pixels).latent_dist.mean.float()
+        latents = scale_latents(latents, vae.config.shift_factor, vae.config.scaling_factor)
+        for part, values in (("features", features), ("latents", latents)):
+            if part not in arrays:
+                shape = (len(images), *values.shape[1:])
+                arrays[part] = np.lib.format.open_memmap(temporary[part], mode="w+", dtype=np.float16, shape=shape)
+            arrays[part][start : start + len(values)] = values.half().cpu().numpy()
+    for part, path in paths.items():
+        arrays[part].flush()
+        os.replace(temporary[part], path)

@@ -1,0 +1,46 @@
+"""Writes the shipped weights: half precision, the layouts of the real models."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import nn
+from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from ..models.flux import DistributionConditionedDecoder, save_bundle
+from .train_janus import save_janus
+
+#: Git keeps every copy for ever.
+MOST_BYTES = 48 * 10**6
+
+
+def export(
+    weights: Path,
+    *,
+    janus: JanusForConditionalGeneration,
+    words: PreTrainedTokenizerFast,
+    vq: JanusVQVAE,
+    vae: AutoencoderKL,
+    decoder: DistributionConditionedDecoder,
+    reader: nn.Module,
+) -> None:
+    """Writes everything that `load_pico` and the table read.
+
+    Raises:
+        ValueError: if that is more than 48 MB.
+    """
+    weights.mkdir(parents=True, exist_ok=True)
+    janus.model.vqmodel.load_state_dict(vq.state_dict())
+    save_janus(weights / "janus", janus, words)
+    copy.deepcopy(vae).half().save_pretrained(weights / "vae")
+    save_bundle(weights / "decoder.safetensors", decoder, dtype=torch.float16)
+    tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in reader.state_dict().items()}
+    save_file(tensors, weights / "reader.safetensors")
+    size = sum(path.stat().st_size for path in weights.rglob("*") if path.is_file())
+    if size > MOST_BYTES:
+        raise ValueError(f"the weights take {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f}: shrink a model")

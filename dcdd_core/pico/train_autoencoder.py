@@ -1,0 +1,94 @@
+"""Trains the KL autoencoder whose latents the diffusion decoder paints (FLUX's VAE in small: 16 channels)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from ..training.loop import generator, set_learning_rate, train, warmup_cosine
+from .data import to_pixels
+from .fidelity import fidelity, reconstruction_loss
+from .reader import SceneReader
+from .workshop import Workshop
+
+_STAGE = 2
+
+
+def autoencoder_config() -> dict:
+    """f = 4, 16 latent channels: two packed latents a side of every 8-pixel token."""
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [32, 32, 64],
+        "layers_per_block": 1,
+        "latent_channels": 16,
+        "norm_num_groups": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "shift_factor": 0.0,
+        "scaling_factor": 1.0,
+    }
+
+
+def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL:
+    """Trains (or restores) the autoencoder; returns it in evaluation mode, its shift and scale set so that latents have
+    mean 0 and standard deviation 1 over training scenes."""
+    recipe, device = shop.recipe, shop.device
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed + _STAGE)
+        vae = AutoencoderKL(**autoencoder_config()).train().to(device)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4)
+    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+
+    def step(i: int) -> dict[str, torch.Tensor]:
+        draw = generator(recipe.seed, _STAGE, i)
+        set_learning_rate(optimizer, warmup_cosine(i, recipe.autoencoder_steps, peak=1e-3, warmup=200))
+        pixels = to_pixels(shop.train_images[shop.batch(_STAGE, i, recipe.autoencoder_batch)], device)
+        with shop.autocast():
+            posterior = vae.encode(pixels).latent_dist
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float().clamp(-20, 10)
+        noise = torch.randn(mean.shape, generator=draw).to(device)
+        with shop.autocast():
+            decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss, parts = reconstruction_loss(pixels, decoded, loss_reader, shop.autocast)
+        loss = loss + 2e-3 * divergence
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(vae)
+        return parts | {"divergence": divergence.detach()}
+
+    @torch.no_grad()
+    def evaluate(_: int) -> dict[str, float]:
+        pixels = to_pixels(shop.held_out_images, device)
+        decoded = []
+        for part in pixels.split(32):
+            with shop.autocast():
+                mean = average.module.encode(part).latent_dist.mean
+                decoded.append(average.module.decode(mean).sample.float().clamp(-1, 1))
+        return fidelity(pixels, torch.cat(decoded), loss_reader)
+
+    train(
+        shop.folder / "autoencoder",
+        steps=recipe.autoencoder_steps,
+        step=step,
+        state={"model": vae, "average": average, "optimizer": optimizer},
+        evaluate=evaluate,
+        evaluate_every=500,
+        save_every=500,
+    )
+    vae = average.module.eval().requires_grad_(False)
+    with torch.no_grad():
+        latents = torch.cat(
+            [
+                vae.encode(to_pixels(shop.train_images[i : i + 32], device)).latent_dist.mean
+                for i in range(0, min(512, recipe.train_scenes), 32)
+            ]
+        )
+    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+    return vae

@@ -1,0 +1,83 @@
+"""The models of one generation, from folders or embedded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from ..models.flux import DistributionConditionedDecoder, load_decoder
+from ..models.janus import ImageTokenSampler, JanusSampler
+from ..models.vae import load_vae
+from ..models.vq import VQTokenizer
+from ..types import same_codebook
+
+#: Folder of the embedded models.
+PICO_WEIGHTS = Path(__file__).parent.parent / "pico" / "weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """From a prompt to a picture. `decoder` and `vae` are None where only the VQ path was asked for.
+
+    Raises:
+        ValueError: if the decoder was trained for another tokenizer.
+    """
+
+    sampler: ImageTokenSampler
+    vq: VQTokenizer
+    vae: AutoencoderKL | None = None
+    decoder: DistributionConditionedDecoder | None = None
+
+    def __post_init__(self):
+        card = self.decoder.card if self.decoder is not None else None
+        if card is not None and not same_codebook(card.codebook, self.vq.codebook.fingerprint):
+            raise ValueError(
+                f"the decoder was trained for the codebook of {card.tokenizer}, but {self.vq.name} has another: "
+                "take the decoder bundle made for this VLM"
+            )
+
+
+def load_pico(*, device: torch.device | str = "cpu", weights: Path = PICO_WEIGHTS) -> Models:
+    """The embedded models, in float32.
+
+    Raises:
+        ValueError: if the weights are not where they were shipped.
+    """
+    return load_models(
+        janus=weights / "janus", decoder=weights / "decoder.safetensors", vae=weights / "vae", device=device
+    )
+
+
+def load_models(
+    *,
+    janus: str | Path,
+    decoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    base: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Models:
+    """Loads real model folders.
+
+    Args:
+        janus: transformers-layout folder; its VQ part is the tokenizer.
+        decoder, vae: a decoder bundle and the autoencoder's folder, both or neither.
+        base: the FLUX.1-Fill transformer, where the bundle does not hold every weight.
+        dtype: of the language model and the transformer; the VQ-VAE and the autoencoder stay in float32.
+
+    Raises:
+        ValueError: for one of decoder and vae without the other, and as the loaders.
+    """
+    if (decoder is None) != (vae is None):
+        raise ValueError(
+            "a decoder bundle paints latents and needs its autoencoder (and the other way round): give both"
+        )
+    return Models(
+        sampler=JanusSampler.load(janus, device=device, dtype=dtype),
+        vq=VQTokenizer.load(janus, device=device, dtype=torch.float32),
+        vae=load_vae(vae, device=device, dtype=torch.float32) if vae is not None else None,
+        decoder=load_decoder(decoder, base, device=device, dtype=dtype) if decoder is not None else None,
+    )

@@ -1,0 +1,144 @@
+"""The training loop of the house: steps by number, JSON-lines log, atomic checkpoints, exact resume.
+
+A step is a function of its number alone: it draws its batch and its noise from generators seeded by that number, so a
+run that was killed and resumed sees just what an uninterrupted run would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps: modules, optimisers, averages."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
+
+
+def train(
+    folder: Path,
+    *,
+    steps: int,
+    step: Callable[[int], Mapping[str, torch.Tensor | float]],
+    state: Mapping[str, Stateful],
+    evaluate: Callable[[int], Mapping[str, float]] | None = None,
+    evaluate_every: int = 500,
+    log_every: int = 50,
+    save_every: int = 500,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Runs `step(0) .. step(steps - 1)`, going on from the folder's checkpoint if there is one.
+
+    Args:
+        folder: receives `log.jsonl` (one object a line: step, seconds, means since the last line; evaluations carry
+            the prefix `eval/`) and `checkpoint.pt` (read back with `weights_only=True`).
+        step: does one whole update and returns the numbers to log. It must depend on its number and `state` only.
+        state: everything that an update changes.
+        evaluate: called after every `evaluate_every` steps and at the end.
+
+    Raises:
+        ValueError: if the checkpoint holds other parts than `state`.
+        FloatingPointError: if a logged number stops being finite; the last checkpoint is left as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
+    done, spent = _resume(checkpoint, log, state)
+    if done >= steps:
+        return
+    if done:
+        report(f"{folder.name}: going on from step {done} of {steps}")
+    started, sums, count = time.monotonic() - spent, {}, 0
+    while done < steps:
+        for name, value in step(done).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        done, count = done + 1, count + 1
+        line: dict[str, float] = {}
+        if done % log_every == 0 or done == steps:
+            line = {name: total / count for name, total in sums.items()}
+            bad = [name for name, value in line.items() if not math.isfinite(value)]
+            if bad:
+                raise FloatingPointError(
+                    f"{folder.name}: {', '.join(bad)} stopped being finite before step {done}. The last checkpoint is "
+                    f"untouched ({checkpoint}); start again from it with a lower learning rate."
+                )
+            sums, count = {}, 0
+        if evaluate is not None and (done % evaluate_every == 0 or done == steps):
+            line |= {f"eval/{name}": float(value) for name, value in evaluate(done).items()}
+        if line:
+            line = {"step": done, "seconds": round(time.monotonic() - started, 1)} | line
+            with log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            report(f"{folder.name} " + " ".join(f"{k}={v:.4g}" for k, v in line.items()))
+        if done % save_every == 0 or done == steps:
+            _save(checkpoint, done, time.monotonic() - started, state)
+
+
+def finished(folder: Path, steps: int) -> bool:
+    """Whether the folder's checkpoint has reached `steps`."""
+    log = folder / "log.jsonl"
+    if not log.exists() or not (folder / "checkpoint.pt").exists():
+        return False
+    lines = log.read_text().splitlines()
+    return bool(lines) and json.loads(lines[-1])["step"] >= steps
+
+
+def load_state(folder: Path, state: Mapping[str, Stateful]) -> int:
+    """Restores `state` from a folder's checkpoint without training; returns its step, 0 without a checkpoint."""
+    return _resume(folder / "checkpoint.pt", None, state)[0]
+
+
+def warmup_cosine(step: int, steps: int, *, peak: float, warmup: int, floor: float = 0.02) -> float:
+    """Learning rate: linear over `warmup` steps up to `peak`, then a half cosine down to `floor * peak`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator for a key of whole numbers, such as (run seed, step)."""
+    seed = 0
+    for part in key:
+        seed = (seed * 1_000_003 + part + 0x9E3779B9) % (2**63 - 1)
+    return torch.Generator().manual_seed(seed)
+
+
+def _save(path: Path, step: int, seconds: float, state: Mapping[str, Stateful]) -> None:
+    parts = {name: part.state_dict() for name, part in state.items()}
+    temporary = path.with_suffix(".tmp")
+    torch.save({"step": step, "seconds": seconds, "parts": parts}, temporary)
+    os.replace(temporary, path)
+
+
+def _resume(checkpoint: Path, log: Path | None, state: Mapping[str, Stateful]) -> tuple[int, float]:
+    if not checkpoint.exists():
+        if log is not None and log.exists():
+            log.unlink()
+        return 0, 0.0
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if set(saved["parts"]) != set(state):
+        raise ValueError(
+            f"{checkpoint} holds {sorted(saved['parts'])}, but this run needs {sorted(state)}: it was written by "
+            f"another recipe. Move {checkpoint.parent} away to start afresh."
+        )
+    for name, part in state.items():
+        part.load_state_dict(saved["parts"][name])
+    if log is not None and log.exists():
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= saved["step"]]
+        log.write_text("".join(line + "\n" for line in kept))
+    return saved["step"], saved["seconds"]

@@ -1,0 +1,331 @@
+"""What flows between the stages: Codebook, TokenLogits, Calibration, Condition.
+
+All four are frozen, validate themselves, and save to one safetensors file each, with everything that is not a tensor as
+JSON in its header. Nothing here writes into the tensors it was given.
+
+Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dimension.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import KW_ONLY, asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+Source = Literal["vlm", "proxy"]
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """The tokenizer's codebook E, rows of unit length.
+
+    Attributes:
+        vectors: [K, D] float32; any scale and dtype comes in, unit rows are kept. K >= 2.
+
+    Raises:
+        ValueError: for a wrong shape, numbers that are not finite, or a row of zeros.
+    """
+
+    vectors: torch.Tensor
+
+    def __post_init__(self):
+        v = self.vectors
+        if not isinstance(v, torch.Tensor) or v.ndim != 2 or v.shape[0] < 2 or v.shape[1] < 1:
+            raise ValueError(f"a codebook is a tensor [K >= 2, D >= 1], got {_describe(v)}")
+        v = v.detach().float()
+        if not bool(torch.isfinite(v).all()):
+            raise ValueError("the codebook holds NaN or infinity: its file is damaged or was cast to too small a dtype")
+        # The largest number first: squares of very small or large ones leave float32's range.
+        largest = v.abs().amax(dim=1, keepdim=True)
+        if bool((largest == 0).any()):
+            raise ValueError(f"{int((largest == 0).sum())} rows of the codebook are zero and cannot be normalised")
+        # Rows that already have unit length pass unchanged, so that saving and loading is exact.
+        unit = bool((v.norm(dim=1) - 1).abs().max() < 1e-6)
+        object.__setattr__(self, "vectors", v if unit else F.normalize(v / largest, dim=1))
+
+    @property
+    def size(self) -> int:
+        """K."""
+        return self.vectors.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.vectors.shape[1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Size and eight projections, such as "16384x8:+0.021,...": survives a cast to bfloat16, not a permutation."""
+        k = torch.arange(self.size, dtype=torch.float64)[:, None]
+        d = torch.arange(self.dim, dtype=torch.float64)[None, :]
+        v = self.vectors.cpu().double()
+        scale = math.sqrt(2 / v.numel())
+        sums = [float((v * torch.cos((j + 1.0) * k + 0.7 * j * d + j)).sum()) * scale for j in range(8)]
+        return f"{self.size}x{self.dim}:" + ",".join(f"{s:+.3f}" for s in sums)
+
+    def to(self, device: torch.device | str) -> Codebook:
+        return Codebook(self.vectors.to(device))
+
+    def save(self, path: str | Path) -> None:
+        _save(path, "codebook", {"vectors": self.vectors}, {})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Codebook:
+        tensors, _ = _load(path, "codebook", ("vectors",))
+        return cls(tensors["vectors"])
+
+
+def same_codebook(first: str | None, second: str | None) -> bool:
+    """Whether two fingerprints can be of one codebook; an unknown one (None) fits any."""
+    if first is None or second is None:
+        return True
+    (size_a, sums_a), (size_b, sums_b) = first.split(":"), second.split(":")
+    pairs = zip(map(float, sums_a.split(",")), map(float, sums_b.split(",")))
+    return size_a == size_b and all(abs(a - b) < 0.015 for a, b in pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLogits:
+    """A grid of image-token distributions with the tokens that were picked from them.
+
+    Attributes:
+        logits: [B, N, K] floating point, unnormalised; -inf bars a code, NaN and +inf are refused.
+        tokens: [B, N] int64 in 0..K-1.
+        grid: (h, w), h * w = N.
+        source: "vlm" for a language model's logits (after guidance and temperature, before any filter), "proxy" for
+            cosine similarities of a VQ encoder's features (Eqs. 10, 13).
+        guidance, temperature: how they were sampled; None for proxy logits.
+        model: name of the model that made them.
+        codebook: fingerprint of the codebook that the K columns mean; None if unknown.
+
+    Raises:
+        ValueError: if any of this does not hold.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    grid: tuple[int, int]
+    _: KW_ONLY
+    source: Source = "vlm"
+    guidance: float | None = None
+    temperature: float | None = None
+    model: str = ""
+    codebook: str | None = None
+
+    def __post_init__(self):
+        logits, tokens = self.logits, self.tokens
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or not logits.is_floating_point():
+            raise ValueError(f"logits must be a floating-point tensor [B, N, K], got {_describe(logits)}")
+        object.__setattr__(self, "grid", _check_grid(self.grid, logits.shape[1]))
+        if logits.shape[0] < 1 or logits.shape[2] < 2:
+            raise ValueError(f"logits need a batch of at least 1 and 2 codes, got {_describe(logits)}")
+        if not isinstance(tokens, torch.Tensor) or tokens.shape != logits.shape[:2] or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens must be int64 {list(logits.shape[:2])} like the logits, got {_describe(tokens)}")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= logits.shape[2]:
+            raise ValueError(
+                f"tokens must lie in 0..{logits.shape[2] - 1}, got {int(tokens.min())}..{int(tokens.max())}"
+            )
+        top = logits.detach().amax(dim=2)
+        if not bool(torch.isfinite(top).all()):
+            raise ValueError(
+                "logits hold NaN, +inf, or a position where every code is barred (-inf): "
+                "sample again, with float32 logits if they came from half precision"
+            )
+        if self.source not in ("vlm", "proxy"):
+            raise ValueError(f"source must be 'vlm' or 'proxy', got {self.source!r}")
+
+    def save(self, path: str | Path) -> None:
+        fields = ("grid", "source", "guidance", "temperature", "model", "codebook")
+        meta = {name: getattr(self, name) for name in fields}
+        _save(path, "token logits", {"logits": self.logits, "tokens": self.tokens}, meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TokenLogits:
+        tensors, meta = _load(path, "token logits", ("logits", "tokens"))
+        return cls(**tensors, **{**meta, "grid": tuple(meta["grid"])})
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What the decoder is conditioned on (Eqs. 6-8).
+
+    Attributes:
+        code_vectors: [B, N, D], distribution-weighted code vectors, length 0..1.
+        uncertainty: [B, N, 4] in 0..1: confidence p(1), margin p(1) - p(2), top-k mass, tail entropy.
+        grid: (h, w), h * w = N.
+        codebook: fingerprint of the codebook; None if unknown.
+
+    Raises:
+        ValueError: if any of this does not hold.
+    """
+
+    code_vectors: torch.Tensor
+    uncertainty: torch.Tensor
+    grid: tuple[int, int]
+    _: KW_ONLY
+    codebook: str | None = None
+
+    def __post_init__(self):
+        c, u = self.code_vectors, self.uncertainty
+        if not isinstance(c, torch.Tensor) or c.ndim != 3 or not c.is_floating_point():
+            raise ValueError(f"code vectors must be a floating-point tensor [B, N, D], got {_describe(c)}")
+        if not isinstance(u, torch.Tensor) or u.shape != (*c.shape[:2], 4) or not u.is_floating_point():
+            raise ValueError(f"uncertainty must be floating point {[*c.shape[:2], 4]}, got {_describe(u)}")
+        object.__setattr__(self, "grid", _check_grid(self.grid, c.shape[1]))
+        if c.shape[0] < 1:
+            raise ValueError(f"a condition needs a batch of at least 1, got {_describe(c)}")
+        if not bool(torch.isfinite(c).all()) or not bool(torch.isfinite(u).all()):
+            raise ValueError("the condition holds NaN or infinity: map its logits again")
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
+        c, u = self.code_vectors.to(device, dtype), self.uncertainty.to(device, dtype)
+        return Condition(c, u, self.grid, codebook=self.codebook)
+
+    def save(self, path: str | Path) -> None:
+        tensors = {"code_vectors": self.code_vectors, "uncertainty": self.uncertainty}
+        _save(path, "condition", tensors, {"grid": self.grid, "codebook": self.codebook})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Condition:
+        tensors, meta = _load(path, "condition", ("code_vectors", "uncertainty"))
+        return cls(**tensors, **{**meta, "grid": tuple(meta["grid"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationStatistics:
+    """The four numbers that calibration matches (Eq. 12), over all tokens; each in 0..1."""
+
+    mean_entropy: float
+    entropy_95: float
+    mean_confidence: float
+    confidence_95: float
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if not (isinstance(value, (int, float)) and -1e-6 <= value <= 1 + 1e-6):
+                raise ValueError(f"{name} must lie in 0..1, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How proxy logits are made to look like one VLM's (Eqs. 14-15), and how the VLM's own are softened.
+
+    q = softmax(s (a cos + b)), p = (1 - eps) q + eps / K. The bias b cancels in the softmax and s, a act as one number:
+    the four names are kept for the paper's sake, the freedom is (s a, eps). For a VLM's logits only eps and the anchor
+    act (`method.calibration.apply`).
+
+    Attributes:
+        scale, affine_scale, affine_bias, smoothing: s > 0, a > 0, b, and eps in 0..1 (excluding 1).
+        anchor: beta >= 0, the pull of VLM distributions towards the sampled token; 0 is the paper.
+        target, achieved: the VLM's statistics and the calibrated proxy's.
+        converged: whether |mean entropy - target| <= 0.02.
+        vlm, guidance, temperature, codebook: what it belongs to.
+
+    Raises:
+        ValueError: for parameters out of range.
+    """
+
+    scale: float
+    affine_scale: float = 1.0
+    affine_bias: float = 0.0
+    smoothing: float = 0.0
+    anchor: float = 0.0
+    target: CalibrationStatistics | None = None
+    achieved: CalibrationStatistics | None = None
+    converged: bool = False
+    vlm: str = ""
+    guidance: float | None = None
+    temperature: float | None = None
+    codebook: str | None = None
+
+    def __post_init__(self):
+        checks = {
+            "scale": (self.scale, 0 < self.scale < math.inf, "a positive number"),
+            "affine_scale": (self.affine_scale, 0 < self.affine_scale < math.inf, "a positive number"),
+            "affine_bias": (self.affine_bias, math.isfinite(self.affine_bias), "a finite number"),
+            "smoothing": (self.smoothing, 0 <= self.smoothing < 1, "in [0, 1)"),
+            "anchor": (self.anchor, 0 <= self.anchor < math.inf, "a number >= 0"),
+        }
+        for name, (value, fits, expected) in checks.items():
+            if not fits:
+                raise ValueError(f"calibration {name} must be {expected}, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` takes them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Calibration:
+        """Raises ValueError for unknown or missing names."""
+        values = dict(values)
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown or "scale" not in values:
+            raise ValueError(
+                f"not a calibration: unknown {sorted(unknown) or 'none'}, "
+                f"{'missing scale, ' if 'scale' not in values else ''}expected {sorted(cls.__dataclass_fields__)}"
+            )
+        for name in ("target", "achieved"):
+            if values.get(name) is not None:
+                expected = set(CalibrationStatistics.__dataclass_fields__)
+                if set(values[name]) != expected:
+                    raise ValueError(f"calibration {name} must hold {sorted(expected)}, got {sorted(values[name])}")
+                values[name] = CalibrationStatistics(**values[name])
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        _save(path, "calibration", {}, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        return cls.from_dict(_load(path, "calibration", ())[1])
+
+
+def _check_grid(grid: Any, tokens: int) -> tuple[int, int]:
+    try:
+        h, w = (int(side) for side in grid)
+    except (TypeError, ValueError):
+        raise ValueError(f"grid must be two whole numbers (h, w), got {grid!r}") from None
+    if h < 1 or w < 1 or h * w != tokens:
+        raise ValueError(f"a grid of {h} x {w} does not hold {tokens} tokens: give the (h, w) they were sampled on")
+    return h, w
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
+
+
+def _save(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    header = {"format": "dcdd", "kind": kind, "dcdd": json.dumps(meta)}
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
+    os.replace(temporary, path)
+
+
+def _load(path: str | Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a file with a {kind}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); expected a {kind}") from error
+    if header.get("format") != "dcdd" or header.get("kind") != kind or set(tensors) != set(names):
+        raise ValueError(
+            f"{path} holds {header.get('kind', 'no known kind of thing')} with tensors {sorted(tensors)}; "
+            f"expected a {kind} with {sorted(names)}"
+        )
+    return tensors, json.loads(header["dcdd"])

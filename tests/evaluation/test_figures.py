@@ -1,0 +1,50 @@
+"""Sheets and plots: right size, right pixels, nothing lost."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcdd_core.evaluation.figures import beside, heat_map, labelled_grid, save_image, to_image, top_curve
+from dcdd_core.evaluation.text import statistics_table
+from dcdd_core.method.statistics import describe
+
+
+def test_pixels_become_their_bytes():
+    pixels = torch.tensor([-1.0, 0.0, 1.0])[:, None, None].expand(3, 2, 2)
+    assert to_image(pixels).getpixel((0, 0)) == (0, 128, 255)
+    assert to_image(pixels, 8).size == (8, 8)
+
+
+def test_a_heat_map_brightens_with_its_values():
+    found = heat_map(torch.tensor([[0.0, 1.0]]), (4, 8))
+    assert found.shape == (3, 4, 8)
+    assert found[:, :, :4].mean() < found[:, :, 4:].mean()
+    assert torch.equal(found[:, 0, 0], found[:, 3, 3])
+
+
+def test_a_sheet_holds_every_picture():
+    row = [torch.full((3, 4, 4), value) for value in (-0.5, 0.5)]
+    sheet = np.asarray(labelled_grid([row, row[::-1]], columns=("a", "b"), captions=("x" * 500, "y"), side=40))
+    dark, light = ((sheet == value).all(-1).sum() for value in (64, 191))
+    assert dark == light == 2 * 40 * 40
+    with pytest.raises(ValueError, match="columns"):
+        labelled_grid([row], columns=("a",), captions=("x",))
+
+
+def test_sheets_stand_side_by_side():
+    assert beside(Image.new("RGB", (3, 5)), Image.new("RGB", (4, 2))).size == (7, 5)
+
+
+def test_table_1_and_figure_6():
+    columns = {"flat": describe(torch.full((2, 40), 1 / 40)), "sharp": describe(torch.eye(40)[:2])}
+    table = statistics_table(columns)
+    assert "flat" in table.splitlines()[0] and "1.000000" in table and "0.025000" in table
+    assert len({len(line) for line in table.splitlines()}) == 1
+    plot = np.asarray(top_curve(columns))
+    assert plot.shape[2] == 3 and (plot != 255).any()
+
+
+def test_saving_makes_the_folder_and_leaves_no_rest(tmp_path):
+    path = save_image(Image.new("RGB", (2, 2)), tmp_path / "new" / "a.png")
+    assert Image.open(path).size == (2, 2) and [p.name for p in path.parent.iterdir()] == ["a.png"]

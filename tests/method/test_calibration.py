@@ -1,0 +1,265 @@
+"""Calibration finds what made its target, and says so when it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dcdd_core.method import calibration as method
+from dcdd_core.method import chunks
+from dcdd_core.method.calibration import (
+    AnchorStatistics,
+    anchor_statistics,
+    apply,
+    fit,
+    fit_anchor,
+    proxy_logits,
+    target_statistics,
+)
+from dcdd_core.method.lcdm import map_logits
+from dcdd_core.types import Calibration, CalibrationStatistics, Codebook, TokenLogits
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def grid(logits: torch.Tensor, tokens: torch.Tensor | None = None, **fields) -> TokenLogits:
+    return TokenLogits(logits, logits.argmax(-1) if tokens is None else tokens, (1, logits.shape[1]), **fields)
+
+
+CODEBOOK = Codebook(rand(128, 6))
+FEATURES = rand(3, 40, 6, seed=1)
+
+
+def statistics_of(p: torch.Tensor) -> CalibrationStatistics:
+    """Eqs. 11-12 in float64."""
+    p = p.double().reshape(-1, p.shape[-1]).numpy()
+    entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1) / math.log(p.shape[-1])
+    return CalibrationStatistics(
+        mean_entropy=float(entropy.mean()),
+        entropy_95=float(np.percentile(entropy, 95)),
+        mean_confidence=float(p.max(-1).mean()),
+        confidence_95=float(np.percentile(p.max(-1), 95)),
+    )
+
+
+def calibrated(sharpness: float, smoothing: float, features: torch.Tensor = FEATURES) -> torch.Tensor:
+    """Eqs. 13-15 in float64."""
+    cosines = F.normalize(features.double(), dim=-1) @ CODEBOOK.vectors.double().T
+    return (1 - smoothing) * (sharpness * cosines).softmax(-1) + smoothing / CODEBOOK.size
+
+
+def assert_near(found: CalibrationStatistics, expected: CalibrationStatistics, tolerance: float):
+    for name, value in dataclasses.asdict(expected).items():
+        assert getattr(found, name) == pytest.approx(value, abs=tolerance), name
+
+
+def test_proxy_logits_are_cosines():
+    found = proxy_logits(64 * FEATURES.half(), CODEBOOK)
+    expected = F.cosine_similarity(FEATURES.half().float()[..., None, :], CODEBOOK.vectors, dim=-1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert found.dtype == torch.float32
+    assert torch.equal(proxy_logits(torch.zeros(2, 6), CODEBOOK), torch.zeros(2, 128))
+
+
+@pytest.mark.parametrize(
+    ("features", "says"), [(torch.ones(4, 5), "dimension 6"), (torch.full((4, 6), torch.nan), "NaN")]
+)
+def test_features_that_do_not_fit(features, says):
+    with pytest.raises(ValueError, match=says):
+        proxy_logits(features, CODEBOOK)
+    with pytest.raises(ValueError, match=says):
+        fit([FEATURES, features], CODEBOOK, statistics_of(calibrated(20, 0)))
+
+
+def test_apply_to_proxies_is_equations_14_and_15():
+    calibration = Calibration(scale=20, affine_scale=1.1, affine_bias=3.0, smoothing=0.03, anchor=2.0)
+    found = apply(proxy_logits(FEATURES, CODEBOOK), calibration, source="proxy")
+    torch.testing.assert_close(found.double(), calibrated(22, 0.03), atol=1e-6, rtol=1e-4)
+
+
+def test_apply_to_a_vlm_only_smooths():
+    logits = 3 * rand(2, 5, 128)
+    found = apply(logits, Calibration(scale=20, affine_scale=1.1, smoothing=0.03), source="vlm")
+    torch.testing.assert_close(found, 0.97 * logits.softmax(-1) + 0.03 / 128)
+
+
+@pytest.mark.parametrize("source", ["vlm", "proxy"])
+def test_without_a_calibration_it_is_the_softmax(source):
+    logits = 3 * rand(2, 5, 128)
+    torch.testing.assert_close(apply(logits, None, source=source), logits.softmax(-1))
+
+
+def test_anchor_weighs_with_the_sampled_token_before_the_smoothing():
+    logits, tokens = 3 * rand(2, 5, 128), torch.randint(128, (2, 5), generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(scale=20, smoothing=0.03, anchor=4.0)
+    found = apply(logits, calibration, source="vlm", codebook=CODEBOOK, tokens=tokens)
+    vectors = CODEBOOK.vectors.double()
+    weighed = logits.double().softmax(-1) * (4 * vectors[tokens] @ vectors.T).exp()
+    expected = 0.97 * weighed / weighed.sum(-1, keepdim=True) + 0.03 / 128
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match="give the codebook and the tokens"):
+        apply(logits, calibration, source="vlm")
+    with pytest.raises(ValueError, match="'vlm' or 'proxy'"):
+        apply(logits, calibration, source="encoder")
+
+
+def test_smoothing_gives_barred_codes_their_share():
+    logits = torch.tensor([[0.0, -torch.inf]])
+    found = apply(logits, Calibration(scale=20, smoothing=0.1), source="vlm")
+    torch.testing.assert_close(found, torch.tensor([[0.95, 0.05]]))
+
+
+def test_target_statistics(monkeypatch):
+    logits = 2 * rand(4, 25, 128)
+    expected = statistics_of(logits.softmax(-1))
+    assert_near(target_statistics(grid(logits)), expected, 1e-6)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 128 * 4 * 7)
+    assert_near(target_statistics(grid(part) for part in logits.half().split(1)), expected, 1e-3)
+
+
+@pytest.mark.parametrize("codes", [100, 1000, 3000, 16384])
+def test_rounding_leaves_the_range_alone(codes):
+    assert target_statistics(grid(torch.zeros(1, 2, codes))).entropy_95 <= 1
+
+
+def test_target_statistics_refuse():
+    with pytest.raises(ValueError, match="vlm logits, got proxy logits"):
+        target_statistics(grid(rand(1, 4, 9), source="proxy"))
+    with pytest.raises(ValueError, match="no token logits"):
+        target_statistics([])
+    with pytest.raises(ValueError, match=r"different sizes, \[8, 9\]"):
+        target_statistics([grid(rand(1, 4, 9)), grid(rand(1, 4, 8))])
+
+
+@pytest.mark.parametrize(("sharpness", "smoothing"), [(17.0, 0.0), (25.0, 0.005), (33.0, 0.05)])
+def test_fit_finds_what_made_the_target(sharpness, smoothing):
+    target = statistics_of(calibrated(sharpness, smoothing))
+    found = fit(FEATURES, CODEBOOK, target, vlm="janus", guidance=5.0, temperature=1.0)
+    assert found.converged and found.affine_bias == 0 and 10 < found.scale < 60
+    assert found.scale * found.affine_scale == pytest.approx(sharpness, rel=0.05)
+    assert found.smoothing == pytest.approx(smoothing, abs=0.01)
+    assert_near(found.achieved, target, 0.01)
+    assert_near(found.achieved, statistics_of(calibrated(found.scale * found.affine_scale, found.smoothing)), 1e-5)
+    assert (found.vlm, found.guidance, found.temperature) == ("janus", 5.0, 1.0)
+    assert found.codebook == CODEBOOK.fingerprint and found.target == target
+
+
+def test_smoothing_is_found_where_the_others_cannot_stand_in():
+    found = fit(FEATURES, CODEBOOK, statistics_of(calibrated(40, 0.05)))
+    assert found.smoothing == pytest.approx(0.05)
+
+
+def test_mean_entropy_stays_within_the_tolerance_whatever_the_rest_asks(monkeypatch):
+    monkeypatch.setitem(method.WEIGHTS, "mean_entropy", 0.0)
+    monkeypatch.setattr(method, "AFFINE_STEPS", (1.0, 1.03, 1.5))
+    target = dataclasses.replace(
+        statistics_of(calibrated(20, 0)), mean_confidence=1.0, confidence_95=1.0, entropy_95=0.0
+    )
+    found = fit(FEATURES, CODEBOOK, target)
+    assert found.converged and abs(found.achieved.mean_entropy - target.mean_entropy) <= 0.02
+    # The sweep over a does use that freedom to follow the rest.
+    assert target.mean_entropy - found.achieved.mean_entropy > 0.005
+
+
+def test_fit_reads_any_features_alike(monkeypatch):
+    target = statistics_of(calibrated(20, 0.01))
+    whole = fit(FEATURES, CODEBOOK, target)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 128 * 4 * 7)
+    for other in (FEATURES.reshape(-1, 6), (part for part in FEATURES), FEATURES.clone().requires_grad_()):
+        found = fit(other, CODEBOOK, target)
+        assert found.scale == pytest.approx(whole.scale, rel=1e-3) and found.smoothing == whole.smoothing
+
+
+@pytest.mark.parametrize(("sharpness", "side"), [(3.0, "low"), (150.0, "high")])
+def test_range_widens_and_says_so(sharpness, side):
+    target = statistics_of(calibrated(sharpness, 0))
+    with pytest.warns(UserWarning, match=r"not reached with a scale in 10\.\.60"):
+        found = fit(FEATURES, CODEBOOK, target)
+    assert found.converged and (found.scale < 10) == (side == "low")
+    assert found.scale * found.affine_scale == pytest.approx(sharpness, rel=0.1)
+
+
+def test_target_out_of_reach_ends_and_says_so(monkeypatch):
+    # Pairs of equal codes: no scale brings the entropy below ln 2 / ln 128.
+    twins, passes = Codebook(rand(64, 6).repeat(2, 1)), []
+    monkeypatch.setattr(method, "_summarise", lambda parts, own=method._summarise: passes.append(1) or own(parts))
+    target = CalibrationStatistics(mean_entropy=0.0, entropy_95=0.0, mean_confidence=1.0, confidence_95=1.0)
+    with pytest.warns(UserWarning, match="did not converge.*together"), pytest.warns(UserWarning, match="not reached"):
+        found = fit(FEATURES, twins, target)
+    assert not found.converged and found.smoothing == 0 and found.affine_scale == 1
+    assert found.achieved.mean_entropy == pytest.approx(math.log(2) / math.log(128), abs=0.01)
+    assert len(passes) < 50
+
+
+def test_fit_without_features():
+    for nothing in ([], torch.empty(0, 6), [torch.empty(0, 6)]):
+        with pytest.raises(ValueError, match="no features"):
+            fit(nothing, CODEBOOK, statistics_of(calibrated(20, 0)))
+
+
+def test_other_sampling_warns_once_and_only_for_a_vlm():
+    calibration = Calibration(scale=20, vlm="janus", guidance=5.0, temperature=1.0)
+    other = {"model": "llamagen", "guidance": 7.5, "temperature": 1.0}
+    logits = rand(1, 4, 128)
+    with pytest.warns(UserWarning, match="VLM 'llamagen' .*'janus'.*, guidance 7.5 .*5.0") as caught:
+        anchor_statistics([grid(logits, **other)] * 3, CODEBOOK, calibration)
+    assert len(caught) == 1 and "temperature" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        map_logits(grid(logits, source="proxy", **other), CODEBOOK, calibration)
+        map_logits(grid(logits, model="janus", guidance=5.0, temperature=1.0), CODEBOOK, calibration)
+        map_logits(grid(logits), CODEBOOK, calibration)
+
+
+def vlm_logits(beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of which an anchor of beta makes the proxies of FEATURES at s = 20."""
+    cosines = proxy_logits(FEATURES, CODEBOOK)
+    tokens = cosines.argmax(-1)
+    return 20 * cosines - beta * CODEBOOK.vectors[tokens] @ CODEBOOK.vectors.T, tokens
+
+
+def test_anchor_statistics():
+    logits, tokens = vlm_logits(3.0)
+    p = logits.double().softmax(-1)
+    c = p @ CODEBOOK.vectors.double()
+    found = anchor_statistics(iter([grid(logits[:1], tokens[:1]), grid(logits[1:], tokens[1:])]), CODEBOOK)
+    assert found.length == pytest.approx(c.norm(dim=-1).mean().item(), abs=1e-5)
+    cosine = F.cosine_similarity(c, CODEBOOK.vectors.double()[tokens], dim=-1)
+    assert found.alignment == pytest.approx(cosine.mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.3, 9.0])
+def test_fit_anchor_finds_what_was_taken_away(beta):
+    calibration = Calibration(scale=20, smoothing=0.01, vlm="janus")
+    proxies = grid(proxy_logits(FEATURES, CODEBOOK), source="proxy")
+    target = anchor_statistics(proxies, CODEBOOK, calibration)
+    logits, tokens = vlm_logits(beta)
+    found = fit_anchor((grid(x[None], t[None]) for x, t in zip(logits, tokens)), CODEBOOK, target, calibration)
+    assert found == dataclasses.replace(calibration, anchor=found.anchor)
+    assert found.anchor == pytest.approx(beta, abs=0.05 * beta)
+    after = anchor_statistics(grid(logits, tokens), CODEBOOK, found)
+    assert after.length == pytest.approx(target.length, abs=3e-3)
+    assert after.alignment == pytest.approx(target.alignment, abs=3e-3)
+
+
+def test_fit_anchor_at_its_ends():
+    calibration = Calibration(scale=20)
+    logits, tokens = vlm_logits(0.0)
+    nearer = AnchorStatistics(length=0.2, alignment=0.2)
+    assert fit_anchor(grid(logits, tokens), CODEBOOK, nearer, calibration).anchor == 0
+    far = grid(logits - 80 * CODEBOOK.vectors[tokens] @ CODEBOOK.vectors.T, tokens)
+    with pytest.warns(UserWarning, match="out of reach"):
+        found = fit_anchor(far, CODEBOOK, AnchorStatistics(length=1.0, alignment=1.0), calibration)
+    assert found.anchor == 64
+    with pytest.raises(ValueError, match="vlm logits, got proxy logits"):
+        fit_anchor(grid(logits, source="proxy"), CODEBOOK, nearer, calibration)
+    with pytest.raises(ValueError, match="no token logits"):
+        fit_anchor([], CODEBOOK, nearer, calibration)

@@ -1,0 +1,227 @@
+"""LCDM against its identities, a plain NumPy version in float64, and hostile input."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dcdd_core.method import chunks
+from dcdd_core.method.calibration import apply
+from dcdd_core.method.lcdm import map_logits, map_probabilities
+from dcdd_core.types import Calibration, Codebook, TokenLogits
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def grid(logits: torch.Tensor, **fields) -> TokenLogits:
+    return TokenLogits(logits, logits.argmax(-1), (1, logits.shape[1]), **fields)
+
+
+def plain(p: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eqs. 6-8 for one distribution, as written."""
+    codes = len(p)
+    ordered = np.sort(p)[::-1]
+    entropy = -sum(x * math.log(x) for x in ordered if x > 0)
+    k = int(min(max(round(math.exp(entropy)), 8), min(64, codes - 1)))
+    tail = ordered[k:]
+    if codes - k > 1 and tail.sum() > 0:
+        tail = tail / tail.sum()
+        tail_entropy = -sum(x * math.log(x) for x in tail if x > 0) / math.log(codes - k)
+    else:
+        tail_entropy = 0.0
+    return p @ vectors, np.array([ordered[0], ordered[0] - ordered[1], ordered[:k].sum(), tail_entropy])
+
+
+@pytest.mark.parametrize("codes", [2, 3, 8, 9, 40, 64, 65, 300])
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 4.0, 30.0])
+def test_agrees_with_numpy(codes, sharpness):
+    codebook = Codebook(rand(codes, 5))
+    p = (sharpness * rand(12, codes, seed=1)).double().softmax(-1)
+    c, u = map_probabilities(p, codebook)
+    for row, *found in zip(p.numpy(), c.numpy(), u.numpy()):
+        for value, expected in zip(found, plain(row, codebook.vectors.double().numpy())):
+            np.testing.assert_allclose(value, expected, atol=2e-5)
+
+
+def test_one_hot_gives_the_code():
+    codebook = Codebook(rand(100, 5))
+    logits = torch.where(torch.eye(100, dtype=torch.bool), 0.0, -torch.inf)[None]
+    condition = map_logits(grid(logits), codebook)
+    assert torch.equal(condition.code_vectors[0], codebook.vectors)
+    assert torch.equal(condition.uncertainty[0], torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(100, 4))
+
+
+def test_uniform_gives_the_mean():
+    codebook = Codebook(rand(100, 5))
+    condition = map_logits(grid(torch.zeros(1, 1, 100)), codebook)
+    torch.testing.assert_close(condition.code_vectors[0, 0], codebook.vectors.mean(0))
+    torch.testing.assert_close(condition.uncertainty[0, 0], torch.tensor([0.01, 0.0, 0.64, 1.0]))
+
+
+def test_constants_and_the_order_of_codes_do_not_matter():
+    codebook, logits = Codebook(rand(200, 5)), 3 * rand(2, 6, 200, seed=1)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(2))
+    base = map_logits(grid(logits), codebook)
+    for same in (
+        map_logits(grid(logits + 7), codebook),
+        map_logits(grid(logits[..., order]), Codebook(codebook.vectors[order])),
+    ):
+        torch.testing.assert_close(same.code_vectors, base.code_vectors)
+        torch.testing.assert_close(same.uncertainty, base.uncertainty)
+    assert base.codebook == codebook.fingerprint
+
+
+@pytest.mark.parametrize("mass", [1e-3, 1e-7, 1e-12, 1e-30, 1e-37])
+def test_entropy_of_a_tiny_tail(mass):
+    # 8 head codes; a tail of 92 codes, half of them 3 times as likely as the others.
+    tail = torch.tensor([1.0, 3.0]).repeat(46).double()
+    tail /= tail.sum()
+    p = torch.cat([torch.full((8,), 1 / 8, dtype=torch.float64) * (1 - mass), tail * mass])
+    _, u = map_probabilities(p, Codebook(rand(100, 3)))
+    assert u[3].item() == pytest.approx(-(tail * tail.log()).sum().item() / math.log(92), abs=1e-5)
+
+
+def test_features_stay_in_range():
+    uniform = torch.full((1, 16384), 1 / 16384)
+    # Eight codes whose half-precision values sum to a little more than 1.
+    rounded = torch.cat([torch.full((1, 8), 0.1256), torch.zeros(1, 92)], dim=1)
+    for p in (uniform, rounded, torch.full((1, 2), 0.5)):
+        _, u = map_probabilities(p, Codebook(rand(p.shape[1], 2)))
+        assert u.min() >= 0 and u.max() <= 1
+
+
+@pytest.mark.parametrize("calibration", [None, Calibration(scale=20, smoothing=0.01, anchor=2.0)])
+@pytest.mark.parametrize("source", ["vlm", "proxy"])
+def test_chunked_is_unchunked(monkeypatch, calibration, source):
+    codebook, logits = Codebook(rand(50, 5)), rand(3, 7, 50, seed=1)
+    tokens = torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(2))
+    item = TokenLogits(logits, tokens, (1, 7), source=source)
+    whole = map_logits(item, codebook, calibration)
+    p = apply(logits, calibration, source=source, codebook=codebook, tokens=tokens)
+    sizes = []
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * 50 * 4)
+    split = chunks.chunks
+    monkeypatch.setattr(chunks, "chunks", lambda x: (sizes.append(len(part)) or part for part in split(x)))
+    parts = map_logits(item, codebook, calibration)
+    assert sum(sizes) == 21 and max(sizes) == 4
+    for other in (parts.code_vectors, map_probabilities(p, codebook)[0]):
+        torch.testing.assert_close(other, whole.code_vectors)
+    for other in (parts.uncertainty, map_probabilities(p, codebook)[1]):
+        torch.testing.assert_close(other, whole.uncertainty)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.half(),
+        lambda x: x.bfloat16(),
+        lambda x: x.double(),
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.repeat_interleave(2, 1)[:, ::2],
+        lambda x: x.clone().requires_grad_(),
+    ],
+    ids=["half", "bfloat16", "double", "batch inside", "codes outside", "strided", "requires grad"],
+)
+def test_layout_and_type_do_not_matter(change):
+    codebook, logits = Codebook(rand(80, 5)), rand(3, 6, 80, seed=1)
+    changed = change(logits)
+    before, version = changed.detach().clone(), changed._version
+    found = map_logits(grid(changed), codebook, Calibration(scale=9, smoothing=0.02, anchor=1.0))
+    expected = map_logits(grid(before.float()), codebook, Calibration(scale=9, smoothing=0.02, anchor=1.0))
+    torch.testing.assert_close(found.code_vectors, expected.code_vectors)
+    torch.testing.assert_close(found.uncertainty, expected.uncertainty)
+    assert torch.equal(changed, before) and changed._version == version
+    assert not found.code_vectors.requires_grad and found.code_vectors.dtype == torch.float32
+    c, _ = map_probabilities(change(logits.softmax(-1)), codebook)
+    torch.testing.assert_close(c, logits.softmax(-1) @ codebook.vectors, atol=3e-3, rtol=0)
+
+
+def test_autocast_around_it_does_not_matter():
+    codebook, item = Codebook(rand(80, 5)), grid(rand(3, 6, 80, seed=1))
+    calibration = Calibration(scale=9, anchor=1.0)
+    expected = map_logits(item, codebook, calibration)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = map_logits(item, codebook, calibration)
+    assert torch.equal(found.code_vectors, expected.code_vectors)
+    assert torch.equal(found.uncertainty, expected.uncertainty)
+
+
+def test_shapes_follow():
+    codebook = Codebook(rand(9, 5))
+    for lead in [(), (4,), (2, 3), (2, 3, 4), (0,), (2, 0)]:
+        c, u = map_probabilities(torch.full((*lead, 9), 1 / 9), codebook)
+        assert c.shape == (*lead, 5) and u.shape == (*lead, 4)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ([0.5, torch.nan, 0.5], "finite"),
+        ([torch.inf, 0, 0], "finite"),
+        ([1.5, -0.5, 0], ">= 0"),
+        ([0.5, 0.1, 0.1], "sum to 1"),
+        ([0.5, 0.5], "expected .* 3"),
+    ],
+)
+def test_what_is_no_distribution_is_refused(row, says):
+    with pytest.raises(ValueError, match=says):
+        map_probabilities(torch.tensor([[0.2, 0.3, 0.5][: len(row)], row]), Codebook(rand(3, 2)))
+
+
+def test_mismatched_codebooks_are_refused():
+    own, other = Codebook(rand(9, 5)), Codebook(rand(9, 5, seed=1))
+    logits = rand(1, 4, 9)
+    with pytest.raises(ValueError, match="9 codes do not fit a codebook of 8"):
+        map_logits(grid(logits), Codebook(rand(8, 5)))
+    with pytest.raises(ValueError, match="logits and codebook do not belong together"):
+        map_logits(grid(logits, codebook=other.fingerprint), own)
+    with pytest.raises(ValueError, match="calibration do not belong together"):
+        map_logits(grid(logits), own, Calibration(scale=20, codebook=other.fingerprint))
+    fitting = Calibration(scale=20, codebook=own.fingerprint)
+    assert map_logits(grid(logits, codebook=own.fingerprint), own, fitting).codebook == own.fingerprint
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in known:
+                storage = x.untyped_storage()
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "codes outside"])
+@pytest.mark.parametrize("anchor", [0.0, 2.0])
+def test_memory_is_bounded(monkeypatch, layout, anchor):
+    limit = 2**16
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", limit)
+    codebook, logits = Codebook(rand(1024, 4)), rand(2, 144, 1024, seed=1).half()
+    if layout == "codes outside":
+        logits = logits.transpose(1, 2).contiguous().transpose(1, 2)
+    item = grid(logits)
+    _ = codebook.fingerprint
+    with Peak() as peak:
+        condition = map_logits(item, codebook, Calibration(scale=20, smoothing=0.01, anchor=anchor))
+    results = condition.code_vectors.nbytes + condition.uncertainty.nbytes
+    # Beside the four arrays: the results, twice while they are joined, and what is of the size of a chunk's top 64.
+    allowed = 4 * limit + 3 * results + limit // 2
+    assert limit < peak.peak < allowed < logits.nbytes, (peak.peak / limit, allowed / limit)

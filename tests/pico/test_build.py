@@ -1,0 +1,50 @@
+"""The build, shrunk to minutes: every stage runs, resumes, and ends in weights that load and paint."""
+
+import pytest
+import torch
+
+from dcdd_core.pico.build import build
+from dcdd_core.pico.weights import load_reader
+from dcdd_core.pico.workshop import Recipe, Workshop
+from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.pipelines.decode import decode
+from dcdd_core.pipelines.models import load_pico
+
+SMALL = Recipe(
+    train_scenes=64,
+    held_out_scenes=16,
+    reader_steps=2,
+    tokenizer_steps=6,
+    tokenizer_batch=8,
+    vq_decoder_steps=2,
+    autoencoder_steps=2,
+    autoencoder_batch=2,
+    calibration_images=2,
+    janus_steps=2,
+    janus_batch=2,
+    decoder_steps=2,
+    decoder_batch=3,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*")
+def test_the_whole_build_in_small(tmp_path):
+    shop = Workshop(folder=tmp_path / "work", device=torch.device("cpu"), recipe=SMALL)
+    build(shop, until="autoencoder", weights=tmp_path / "weights")
+    assert not (tmp_path / "weights").exists() and not (tmp_path / "work" / "janus").exists()
+    tokenizer = (tmp_path / "work" / "tokenizer" / "checkpoint.pt").stat().st_mtime_ns
+    build(shop, weights=tmp_path / "weights")
+    assert (tmp_path / "work" / "tokenizer" / "checkpoint.pt").stat().st_mtime_ns == tokenizer
+    models = load_pico(weights=tmp_path / "weights")
+    load_reader(weights=tmp_path / "weights")
+    grid = models.sampler.sample(["a red circle"], seeds=[0], guidance=models.decoder.card.calibration.guidance)
+    condition = condition_for(models.decoder.card, grid, models.vq.codebook)
+    painted = decode(models.decoder, models.vae, condition, seeds=[0], steps=2).pixels
+    assert painted.shape == (1, 3, 96, 96) and torch.isfinite(painted).all()
+
+
+def test_an_unknown_stage_is_refused(tmp_path):
+    shop = Workshop(folder=tmp_path, device=torch.device("cpu"), recipe=SMALL)
+    with pytest.raises(ValueError, match="unknown stage"):
+        build(shop, until="tea")

@@ -1,0 +1,114 @@
+"""Condition -> image: seeds, localised decoding, stopping, and refusals."""
+
+import pytest
+import torch
+
+from dcdd_core.method.latents import pack, pack_mask, scale_latents
+from dcdd_core.pipelines.decode import decode, latents_to_pixels
+from dcdd_core.types import Condition
+from tests.tiny import tiny_condition, tiny_decoder, tiny_vae
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny_decoder(), tiny_vae()
+
+
+def one(condition, k):
+    return Condition(
+        condition.code_vectors[k : k + 1], condition.uncertainty[k : k + 1], condition.grid, codebook=condition.codebook
+    )
+
+
+def test_a_batch_is_its_singles(models):
+    condition = tiny_condition(3)
+    batch = decode(*models, condition, seeds=[5, 6, 5]).pixels
+    assert batch.shape == (3, 3, 16, 16) and batch.abs().max() <= 1
+    for k, seed in enumerate([5, 6, 5]):
+        torch.testing.assert_close(batch[k : k + 1], decode(*models, one(condition, k), seeds=[seed]).pixels)
+    assert (batch[0] - decode(*models, one(condition, 0), seeds=[9]).pixels[0]).abs().max() > 0.01
+
+
+def test_the_global_generator_is_left_alone(models):
+    condition, state = tiny_condition(1), torch.random.get_rng_state()
+    decode(*models, condition, seeds=[1])
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_steps_come_from_the_card_and_are_reported(models):
+    seen = []
+    decode(*models, tiny_condition(1), seeds=[0], on_step=lambda i, n, z: seen.append((i, n, tuple(z.shape))))
+    assert seen == [(i, 3, (1, 16, 8, 8)) for i in (1, 2, 3)]
+
+
+def test_the_last_estimate_is_the_result(models):
+    seen = []
+    result = decode(*models, tiny_condition(1), seeds=[0], steps=4, on_step=lambda i, n, z: seen.append(z))
+    torch.testing.assert_close(seen[-1], result.latents)
+    torch.testing.assert_close(latents_to_pixels(models[1], result.latents), result.pixels)
+
+
+def test_a_callback_stops_it_and_the_next_run_works(models):
+    class Stop(Exception):
+        pass
+
+    def on_step(i, n, z):
+        if i == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        decode(*models, tiny_condition(1), seeds=[0], on_step=on_step)
+    assert decode(*models, tiny_condition(1), seeds=[0]).pixels.shape == (1, 3, 16, 16)
+
+
+def test_localised_decoding_keeps_the_rest_to_the_last_bit(models):
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 4:12, 4:12] = 1
+    mask[..., 4, 4] = 0.5
+    result = decode(*models, tiny_condition(2), seeds=[0, 1], image=image, mask=mask).pixels
+    outside = (mask == 0).expand_as(result)
+    assert torch.equal(result[outside], image.expand_as(result)[outside])
+    assert (result - image)[..., 5:11, 5:11].abs().mean() > 0.01
+
+
+def test_the_masked_picture_reaches_the_model_blank_where_it_is_painted(models, monkeypatch):
+    decoder, vae = models
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8, :] = 1
+    seen = []
+    forward = type(decoder).forward
+
+    def watch(packed, *rest):
+        seen.append(packed)
+        return forward(decoder, packed, *rest)
+
+    monkeypatch.setattr(decoder, "forward", watch)
+    decode(decoder, vae, tiny_condition(1), seeds=[0], steps=1, image=image, mask=mask)
+    decode(decoder, vae, tiny_condition(1), seeds=[0], steps=1)
+    for packed, area, canvas in zip(seen, (mask, torch.ones_like(mask)), (image * (1 - mask), torch.zeros_like(image))):
+        given = pack(scale_latents(vae.encode(canvas).latent_dist.mode(), 0.1, 0.5))
+        torch.testing.assert_close(packed[..., 64:128], given)
+        torch.testing.assert_close(packed[..., 128:], pack_mask(area, 2))
+
+
+def test_what_does_not_fit_is_refused(models):
+    condition = tiny_condition(2)
+    image, mask = torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
+    for arguments, words in (
+        ({"seeds": [1]}, "1 seeds for 2 pictures"),
+        ({"seeds": [1, 2], "image": image}, "both, or neither"),
+        ({"seeds": [1, 2], "image": image, "mask": mask[..., :8]}, r"expected \[2 or 1, 1, 16, 16\]"),
+        ({"seeds": [1, 2], "steps": 0}, "steps must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            decode(*models, condition, **arguments)
+    foreign = Condition(
+        condition.code_vectors, condition.uncertainty, condition.grid, codebook="64x8:" + "+9.000," * 7 + "+9.000"
+    )
+    with pytest.raises(ValueError, match="use the tokenizer and VLM"):
+        decode(*models, foreign, seeds=[1, 2])
+    narrow = Condition(condition.code_vectors[..., :4], condition.uncertainty, condition.grid)
+    with pytest.raises(ValueError, match="4-dimensional"):
+        decode(*models, narrow, seeds=[1, 2])

@@ -1,0 +1,229 @@
+"""What flows between the stages: it validates itself, round-trips through a file, and is never changed by us."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dcdd_core.types import (
+    Calibration,
+    CalibrationStatistics,
+    Codebook,
+    Condition,
+    TokenLogits,
+    same_codebook,
+)
+
+STATISTICS = CalibrationStatistics(mean_entropy=0.4, entropy_95=0.7, mean_confidence=0.2, confidence_95=0.6)
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(**changes) -> TokenLogits:
+    fields = {"logits": rand(2, 6, 5), "tokens": torch.arange(12).reshape(2, 6) % 5, "grid": (2, 3), **changes}
+    return TokenLogits(**fields)
+
+
+def condition(**changes) -> Condition:
+    return Condition(**{"code_vectors": rand(2, 6, 3), "uncertainty": rand(2, 6, 4), "grid": (2, 3), **changes})
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_codebook_rows_become_unit_vectors_of_the_same_direction(scale, dtype):
+    raw = (rand(7, 4) * scale).to(dtype)
+    kept = raw.clone()
+    vectors = Codebook(raw).vectors
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(7))
+    expected = kept.double() / kept.double().norm(dim=1, keepdim=True)
+    torch.testing.assert_close(vectors, expected.float())
+    assert torch.equal(raw, kept)
+
+
+def test_codebook_of_unit_rows_is_taken_as_it_is():
+    first = Codebook(rand(9, 8))
+    assert torch.equal(Codebook(first.vectors).vectors, first.vectors)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "says"),
+    [
+        (torch.ones(1, 4), "K >= 2"),
+        (torch.ones(4), "K >= 2"),
+        ([[1.0]], "list"),
+        (torch.tensor([[1.0, 0], [0, 0]]), "zero"),
+        (torch.tensor([[1.0, 0], [torch.nan, 0]]), "NaN"),
+        (torch.tensor([[1.0, 0], [torch.inf, 0]]), "NaN or inf"),
+    ],
+)
+def test_codebook_refuses(vectors, says):
+    with pytest.raises(ValueError, match=says):
+        Codebook(vectors)
+
+
+def test_fingerprint_survives_half_precision_but_no_other_codebook():
+    vectors = rand(512, 8)
+    own = Codebook(vectors).fingerprint
+    assert same_codebook(own, Codebook(vectors.bfloat16()).fingerprint)
+    assert not same_codebook(own, Codebook(vectors[torch.arange(511, -1, -1)]).fingerprint)
+    assert not same_codebook(own, Codebook(rand(512, 8, seed=1)).fingerprint)
+    assert not same_codebook(own, Codebook(vectors[:511]).fingerprint)
+    assert not same_codebook("5x3:+0.1,+0.2", "6x3:+0.1,+0.2")
+    assert same_codebook(own, None) and same_codebook(None, own)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"logits": rand(6, 5)}, r"\[B, N, K\]"),
+        ({"logits": torch.ones(2, 6, 5, dtype=torch.int64)}, "floating-point"),
+        ({"logits": torch.full((2, 6, 5), torch.nan)}, "NaN"),
+        ({"logits": torch.full((2, 6, 5), torch.inf)}, r"\+inf"),
+        ({"logits": torch.full((2, 6, 5), -torch.inf)}, "barred"),
+        ({"logits": rand(2, 6, 1), "tokens": torch.zeros(2, 6, dtype=torch.int64)}, "2 codes"),
+        ({"tokens": torch.zeros(2, 6, dtype=torch.int32)}, "int64"),
+        ({"tokens": torch.zeros(2, 5, dtype=torch.int64)}, "like the logits"),
+        ({"tokens": torch.full((2, 6), 5)}, "0..4"),
+        ({"tokens": torch.full((2, 6), -1)}, "0..4"),
+        ({"grid": (3, 3)}, "does not hold 6"),
+        ({"grid": (-2, -3)}, "does not hold 6"),
+        ({"grid": 6}, "two whole numbers"),
+        ({"source": "encoder"}, "'vlm' or 'proxy'"),
+        ({"logits": rand(2, 0, 5), "tokens": torch.zeros(2, 0, dtype=torch.int64), "grid": (0, 0)}, "0 tokens"),
+    ],
+)
+def test_token_logits_refuse(changes, says):
+    with pytest.raises(ValueError, match=says):
+        logits(**changes)
+
+
+def test_token_logits_allow_barred_codes():
+    values = rand(2, 6, 5)
+    values[..., 3] = -torch.inf
+    assert logits(logits=values).grid == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"code_vectors": rand(6, 3)}, r"\[B, N, D\]"),
+        ({"uncertainty": rand(2, 6, 3)}, r"\[2, 6, 4\]"),
+        ({"uncertainty": torch.full((2, 6, 4), torch.nan)}, "NaN"),
+        ({"code_vectors": torch.full((2, 6, 3), -torch.inf)}, "infinity"),
+        ({"grid": (2, 2)}, "does not hold 6"),
+    ],
+)
+def test_condition_refuses(changes, says):
+    with pytest.raises(ValueError, match=says):
+        condition(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"scale": 0.0}, "scale"),
+        ({"scale": float("nan")}, "scale"),
+        ({"scale": float("inf")}, "scale"),
+        ({"affine_scale": -1.0}, "affine_scale"),
+        ({"affine_bias": float("nan")}, "affine_bias"),
+        ({"smoothing": 1.0}, "smoothing"),
+        ({"smoothing": -0.1}, "smoothing"),
+        ({"anchor": -1.0}, "anchor"),
+    ],
+)
+def test_calibration_refuses(changes, says):
+    with pytest.raises(ValueError, match=says):
+        Calibration(**{"scale": 25.0, **changes})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.5"])
+def test_statistics_lie_between_0_and_1(value):
+    with pytest.raises(ValueError, match="entropy_95"):
+        dataclasses.replace(STATISTICS, entropy_95=value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"scale": 1.0, "bias": 0.0},
+        {"scale": 1.0, "target": {"mean_entropy": 0.5}},
+        {"scale": 1.0, "target": {"x": 1}},
+    ],
+)
+def test_calibration_from_a_dict_of_other_names(values):
+    with pytest.raises(ValueError, match="expected|must hold"):
+        Calibration.from_dict(values)
+
+
+CALIBRATION = Calibration(
+    scale=23.5,
+    affine_scale=1.02,
+    smoothing=0.01,
+    anchor=1.5,
+    target=STATISTICS,
+    achieved=dataclasses.replace(STATISTICS, entropy_95=0.69),
+    converged=True,
+    vlm="janus",
+    guidance=5.0,
+    temperature=1.0,
+    codebook=Codebook(rand(9, 8)).fingerprint,
+)
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        Codebook(rand(9, 8)),
+        logits(source="vlm", guidance=5.0, temperature=0.9, model="janus", codebook="5x3:+0.1"),
+        logits(logits=rand(2, 6, 5).half(), source="proxy"),
+        condition(codebook="5x3:+0.1"),
+        condition(code_vectors=rand(6, 2, 3).transpose(0, 1)),
+        # Both parts of one token lie next to each other in one storage.
+        condition(code_vectors=rand(1, 1, 7)[..., :3], uncertainty=rand(1, 1, 7)[..., 3:], grid=(1, 1)),
+        CALIBRATION,
+        Calibration(scale=1.0),
+    ],
+    ids=lambda thing: type(thing).__name__,
+)
+def test_saved_is_loaded(thing, tmp_path):
+    thing.save(tmp_path / "it.safetensors")
+    back = type(thing).load(tmp_path / "it.safetensors")
+    for field in dataclasses.fields(thing):
+        before, after = getattr(thing, field.name), getattr(back, field.name)
+        assert before.dtype == after.dtype if isinstance(before, torch.Tensor) else before == after
+        assert not isinstance(before, torch.Tensor) or torch.equal(before, after)
+    assert [path.name for path in tmp_path.iterdir()] == ["it.safetensors"]
+
+
+def test_one_token_condition_cut_from_one_tensor_is_saved(tmp_path):
+    whole = rand(1, 1, 7)
+    condition(code_vectors=whole[..., :3], uncertainty=whole[..., 3:], grid=(1, 1)).save(tmp_path / "c.safetensors")
+    assert torch.equal(Condition.load(tmp_path / "c.safetensors").uncertainty, whole[..., 3:])
+
+
+def test_loading_says_what_it_found(tmp_path):
+    path = tmp_path / "it.safetensors"
+    with pytest.raises(ValueError, match="does not exist"):
+        Codebook.load(path)
+    path.write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        Codebook.load(path)
+    save_file({"vectors": rand(3, 2)}, path)
+    with pytest.raises(ValueError, match="no known kind.*expected a codebook"):
+        Codebook.load(path)
+    CALIBRATION.save(path)
+    with pytest.raises(ValueError, match="holds calibration.*expected a codebook"):
+        Codebook.load(path)
+
+
+def test_a_condition_moves_as_a_whole():
+    moved = condition(codebook="5x3:+0.1").to("cpu", torch.float16)
+    assert moved.code_vectors.dtype == moved.uncertainty.dtype == torch.float16
+    assert moved.grid == (2, 3) and moved.codebook == "5x3:+0.1"

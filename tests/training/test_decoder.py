@@ -1,0 +1,78 @@
+"""The decoder's loss and its training."""
+
+import contextlib
+
+import pytest
+import torch
+
+from dcdd_core.method.flow import interpolate, velocity
+from dcdd_core.method.latents import pack
+from dcdd_core.training.decoder import DecoderTraining, Example, decoder_loss, train_decoder
+from dcdd_core.training.loop import generator
+from tests.tiny import tiny_condition, tiny_decoder
+
+
+def example(batch=2):
+    draw = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch, 16, 8, 8, generator=draw)
+    return Example(
+        latents=latents,
+        condition=tiny_condition(batch),
+        masked_latents=torch.zeros(1, 16, 8, 8),
+        mask=torch.ones(1, 1, 16, 16),
+    )
+
+
+def test_the_loss_is_zero_for_the_true_velocity_and_its_square_for_none(monkeypatch):
+    decoder, data, recipe = tiny_decoder(), example(), DecoderTraining(steps=1)
+    seen = {}
+
+    def truth(packed, condition, t, size):
+        # z_t and z0 give the noise: n = (z_t - (1 - t) z0) / t
+        z0, z_t, t = pack(data.latents), packed[..., :64], t[:, None, None]
+        noise = (z_t - (1 - t) * z0) / t
+        seen["target"] = noise - z0
+        return seen["target"]
+
+    monkeypatch.setattr(decoder, "forward", truth)
+    assert float(decoder_loss(decoder, data, generator(1), recipe)) < 1e-8
+    monkeypatch.setattr(decoder, "forward", lambda packed, *rest: torch.zeros_like(packed[..., :64]))
+    zero = float(decoder_loss(decoder, data, generator(1), recipe))
+    assert zero == pytest.approx(float(seen["target"].square().mean()), rel=1e-5)
+
+
+def test_path_and_target_agree():
+    z0, n = torch.randn(2, 4), torch.randn(2, 4)
+    step = interpolate(z0, n, 0.75) - interpolate(z0, n, 0.25)
+    torch.testing.assert_close(step / 0.5, velocity(z0, n))
+
+
+def test_training_lowers_the_loss_on_one_batch(tmp_path):
+    decoder, data = tiny_decoder(), example()
+    recipe = DecoderTraining(steps=60, learning_rate=3e-3, warmup=5, average_decay=0.5)
+    fixed = DecoderTraining(steps=1)
+
+    def loss(model):
+        with torch.no_grad():
+            return float(torch.stack([decoder_loss(model, data, generator(k), fixed) for k in range(8)]).mean())
+
+    before = loss(decoder)
+    trained = train_decoder(tmp_path, decoder, lambda i, draw: data, recipe, autocast=contextlib.nullcontext)
+    assert loss(trained) < 0.7 * before
+    assert not any(p.requires_grad for p in trained.parameters())
+
+
+def test_frozen_weights_stay(tmp_path):
+    decoder = tiny_decoder()
+    decoder.requires_grad_(False)
+    decoder.adapter.requires_grad_(True)
+    before = {k: v.clone() for k, v in decoder.state_dict().items()}
+    trained = train_decoder(
+        tmp_path,
+        decoder,
+        lambda i, draw: example(),
+        DecoderTraining(steps=2, warmup=1),
+        autocast=contextlib.nullcontext,
+    )
+    moved = {k for k, v in trained.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and all(name.startswith("adapter.") for name in moved)

@@ -1,0 +1,83 @@
+"""The loop: exact resume, an honest log, and a stop at the first number that is not one."""
+
+import json
+
+import pytest
+import torch
+
+from dcdd_core.training.loop import finished, generator, train, warmup_cosine
+
+
+def run(folder, steps, stop_at=None, seen=None):
+    """Trains a line by noisy gradients that depend on the step alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+
+    def step(i):
+        if i == stop_at:
+            raise KeyboardInterrupt
+        if seen is not None:
+            seen.append(i)
+        x = torch.randn(8, 3, generator=generator(7, i))
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.detach()}
+
+    state = {"model": model, "optimizer": optimizer}
+    train(folder, steps=steps, step=step, state=state, log_every=1, save_every=5, report=lambda _: None)
+    return model
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    whole = run(tmp_path / "whole", 20)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", 20, stop_at=13)
+    assert not finished(tmp_path / "cut", 20)
+    seen = []
+    resumed = run(tmp_path / "cut", 20, seen=seen)
+    assert seen == list(range(10, 20))  # from the checkpoint, not from the stop
+    assert torch.equal(whole.weight, resumed.weight)
+    assert [line["loss"] for line in log(tmp_path / "whole")] == [line["loss"] for line in log(tmp_path / "cut")]
+    assert finished(tmp_path / "cut", 20)
+
+
+def test_a_finished_run_does_nothing(tmp_path):
+    first, seen = run(tmp_path, 10), []
+    assert torch.equal(first.weight, run(tmp_path, 10, seen=seen).weight) and not seen
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
+    run(tmp_path, 5)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    model = torch.nn.Linear(3, 1)
+    state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    with pytest.raises(FloatingPointError, match="loss stopped being finite before step 6"):
+        train(tmp_path, steps=9, step=lambda i: {"loss": torch.nan}, state=state, log_every=1, report=lambda _: None)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    run(tmp_path, 5)
+    with pytest.raises(ValueError, match="another recipe"):
+        train(tmp_path, steps=9, step=lambda i: {}, state={"model": torch.nn.Linear(3, 1)}, report=lambda _: None)
+
+
+def test_the_schedule_rises_and_falls():
+    rates = [warmup_cosine(i, 100, peak=1.0, warmup=10) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0)
+    assert rates[-1] < 0.03 and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_generators_of_different_keys_differ():
+    draws = {
+        torch.randint(1 << 60, (1,), generator=generator(*key)).item() for key in ((0, 1), (1, 0), (0,), (0, 1, 0))
+    }
+    assert len(draws) == 4
