@@ -86,8 +86,10 @@ class Codebook:
 
 def same_codebook(first: str | None, second: str | None) -> bool:
     """Whether two fingerprints can be of one codebook; an unknown one (None) fits any."""
-    if first is None or second is None:
+    if first is None or second is None or first == second:
         return True
+    if ":" not in first or ":" not in second:  # not made by Codebook.fingerprint
+        return False
     (size_a, sums_a), (size_b, sums_b) = first.split(":"), second.split(":")
     pairs = zip(map(float, sums_a.split(",")), map(float, sums_b.split(",")))
     return size_a == size_b and all(abs(a - b) < 0.015 for a, b in pairs)

@@ -76,6 +76,7 @@ def test_fingerprint_survives_half_precision_but_no_other_codebook():
     assert not same_codebook(own, Codebook(vectors[:511]).fingerprint)
     assert not same_codebook("5x3:+0.1,+0.2", "6x3:+0.1,+0.2")
     assert same_codebook(own, None) and same_codebook(None, own)
+    assert same_codebook("another name", "another name") and not same_codebook("another name", own)
 
 
 @pytest.mark.parametrize(

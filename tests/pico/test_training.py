@@ -1,0 +1,94 @@
+"""The pieces of the build that have an answer of their own."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+
+from dcdd_core.models.flux import DistributionConditionedDecoder
+from dcdd_core.models.janus import JanusSampler, prompt_ids, unconditional_ids
+from dcdd_core.pico.fidelity import reconstruction_loss
+from dcdd_core.pico.reader import SceneReader
+from dcdd_core.pico.scenes import scene_facts
+from dcdd_core.pico.train_decoder import _boxes, _start_as_identity, proxy_condition
+from dcdd_core.pico.train_janus import next_token_loss, pico_tokenizer
+from dcdd_core.pico.train_tokenizer import CodeUse
+from dcdd_core.types import Calibration, Codebook
+from tests.tiny import tiny_card, tiny_condition, tiny_flux_config, tiny_janus
+
+
+@pytest.mark.parametrize("guidance", [1.0, 0.0])
+@torch.no_grad()
+def test_the_loss_reads_the_very_logits_that_sampling_draws_from(guidance):
+    """Guidance 1 is the prompt alone, guidance 0 the unconditional row that captions are dropped to."""
+    janus, tokenizer = tiny_janus()
+    prompts = ["a red circle on the left", "a blue square"]
+    rows = [prompt_ids(tokenizer, p) for p in prompts]
+    if guidance == 0:
+        rows = [unconditional_ids(ids, tokenizer) for ids in rows]
+    grid = JanusSampler(janus, tokenizer).sample(prompts, seeds=[0, 1], guidance=guidance)
+    expected = F.cross_entropy(grid.logits.transpose(1, 2), grid.tokens, reduction="none")
+    torch.testing.assert_close(next_token_loss(janus, rows, grid.tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tokenizer_knows_every_caption():
+    tokenizer = pico_tokenizer()
+    for facts in scene_facts("train", 200):
+        ids = prompt_ids(tokenizer, facts.caption())
+        assert tokenizer.unk_token_id not in ids
+    assert tokenizer.unk_token_id in prompt_ids(tokenizer, "a red unicorn")
+
+
+def test_codes_move_to_their_features_and_unused_ones_to_where_they_are_needed():
+    draw = torch.Generator().manual_seed(0)
+    features = F.normalize(torch.randn(256, 3, generator=draw) * 0.05 + torch.tensor([1.0, 0.0, 0.0]), dim=1)
+    vectors = F.normalize(torch.tensor([[0.9, 0.3, 0.0], [0.0, 0.0, 1.0]]), dim=1)
+    use = CodeUse(2, 3)
+    use.restart(vectors)
+    for _ in range(300):
+        vectors = use.update(features, (features @ vectors.T).argmax(1), draw)
+    assert (features @ vectors.T).amax(1).mean() > 0.995
+    assert (vectors @ torch.tensor([1.0, 0.0, 0.0]) > 0.98).all()  # the far one was brought over
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
+
+
+@torch.no_grad()
+def test_a_fresh_decoder_answers_zero():
+    transformer = FluxTransformer2DModel(**tiny_flux_config())
+    _start_as_identity(transformer)
+    decoder = DistributionConditionedDecoder(transformer, tiny_card())
+    x = torch.randn(1, 16, transformer.config.in_channels)
+    condition = decoder.condition_tokens(tiny_condition(1), (8, 8))
+    assert not decoder(x, condition, torch.tensor([0.5]), (8, 8)).any()
+    block = transformer.transformer_blocks[0]
+    assert not block.norm1.linear.weight.any() and not transformer.single_transformer_blocks[0].norm.linear.weight.any()
+
+
+def test_boxes_are_boxes():
+    masks = _boxes(50, 96, torch.Generator().manual_seed(0))
+    assert masks.shape == (50, 1, 96, 96) and set(masks.unique().tolist()) == {0.0, 1.0}
+    for mask in masks[:, 0]:
+        rows, columns = mask.any(1).sum(), mask.any(0).sum()
+        assert mask.sum() == rows * columns and 24 <= rows <= 72 and 24 <= columns <= 72
+
+
+def test_the_variants_of_table_4():
+    codebook = Codebook(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
+    features = codebook.vectors[:16].reshape(1, 16, 8) * 3
+    calibration = Calibration(scale=25.0)
+    found = {v: proxy_condition(features, codebook, (4, 4), v, calibration) for v in ("discrete", "lcdm", "lcdm+lc")}
+    assert torch.equal(found["discrete"].code_vectors[0], codebook.vectors[:16])
+    confidence = {v: float(c.uncertainty[..., 0].mean()) for v, c in found.items()}
+    assert confidence["discrete"] == 1 > confidence["lcdm+lc"] > 0.5 > 0.1 > confidence["lcdm"]
+
+
+def test_the_reconstruction_loss_is_zero_for_itself_and_sees_colour_and_edges():
+
+    reader = SceneReader().eval().requires_grad_(False)
+    a = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    zero, _ = reconstruction_loss(a, a, reader, contextlib.nullcontext)
+    assert float(zero) == pytest.approx(0, abs=1e-6)
+    _, tinted = reconstruction_loss(a, a + 0.1, reader, contextlib.nullcontext)
+    assert float(tinted["tones"]) == pytest.approx(0.1, rel=1e-3) and float(tinted["edges"]) < 1e-5
