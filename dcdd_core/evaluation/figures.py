@@ -94,9 +94,25 @@ def top_curve(columns: Mapping[str, TokenStatistics]) -> Image.Image:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    return _drawn(figure)
+
+
+def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], quantities: Mapping[str, str]) -> Image.Image:
+    """Held-out curves, a panel for each training.
+
+    Args:
+        logs: name -> lines of its log, each with a step.
+        quantities: name -> the key to draw.
+    """
+    figure = Figure(figsize=(3.6 * len(logs), 3.0), dpi=110, layout="constrained")
+    for axes, (name, lines) in zip(np.ravel(figure.subplots(1, len(logs))), logs.items()):
+        key = quantities[name]
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        axes.plot(*zip(*points), marker="o", markersize=3)
+        axes.set(title=name, xlabel="step", ylabel=f"held-out {key.removeprefix('eval/')}")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _drawn(figure)
 
 
 def save_image(image: Image.Image, path: str | Path) -> Path:
@@ -107,6 +123,12 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
     image.save(temporary, format="PNG")
     temporary.replace(path)
     return path
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:

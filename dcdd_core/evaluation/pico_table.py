@@ -136,8 +136,7 @@ def measure_text(bench: Bench) -> dict[str, dict[str, float]]:
     captions = [facts.caption() for facts in scene_facts("test", len(bench.images))]
     for part, _ in bench.scenes("text to image"):
         seeds = range(part.start, part.stop)
-        with bench.autocast():
-            grid = pico.sampler.sample(captions[part], seeds=seeds, guidance=bench.guidance)
+        grid = pico.sampler.sample(captions[part], seeds=seeds, guidance=bench.guidance)
         card, codebook = pico.decoder.card, pico.vq.codebook
         pictures = {"VQ-VAE decode": pico.vq.decode_tokens(grid.tokens, grid.grid)}
         plain = replace(card.calibration, anchor=0.0)

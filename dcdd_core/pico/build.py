@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from ..evaluation.figures import save_image, training_curves
 from ..models.flux import save_bundle
 from ..models.vq import VQTokenizer
 from ..pipelines.models import PICO_WEIGHTS
+from ..training.loop import read_log
 from .encodings import encode_scenes
 from .export import export
 from .train_autoencoder import train_autoencoder
@@ -25,7 +27,15 @@ from .train_reader import train_reader
 from .train_tokenizer import train_tokenizer, train_vq_decoder
 from .workshop import Recipe, Workshop
 
-STAGES = ("readers", "tokenizer", "autoencoder", "janus", "calibration", "decoder", "vq-decoder", "discrete", "export")
+#: The trainings whose held-out curves are drawn, and the quantity.
+HELD_OUT = {
+    "tokenizer": "eval/ssim",
+    "vq-decoder": "eval/perceptual",
+    "autoencoder": "eval/psnr",
+    "janus": "eval/loss",
+    "decoder": "eval/ssim",
+}
+STAGES = ("readers", "tokenizer", "autoencoder", "janus", "calibration", "vq-decoder", "decoder", "discrete", "export")
 
 
 def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS) -> None:
@@ -59,17 +69,19 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS
     if not reached("calibration"):
         return
     calibration = calibrate(shop, sampler, vq, encodings)
-    if not reached("decoder"):
-        return
-    decoder = train_pico_decoder(shop, "decoder", "lcdm+lc", encodings, vq, vae, calibration, loss_reader)
     if not reached("vq-decoder"):
         return
     train_vq_decoder(shop, network, loss_reader)
+    if not reached("decoder"):
+        return
+    decoder = train_pico_decoder(shop, "decoder", "lcdm+lc", encodings, vq, vae, calibration, loss_reader)
     if not reached("discrete"):
         return
     discrete = train_pico_decoder(shop, "discrete", "discrete", encodings, vq, vae, None, loss_reader)
     save_bundle(shop.folder / "discrete.safetensors", discrete, dtype=torch.float16)  # Measured, not shipped.
     if reached("export"):
+        logs = {stage: read_log(shop.folder / stage) for stage in HELD_OUT}
+        save_image(training_curves(logs, HELD_OUT), shop.folder / "curves.png")
         models = {"janus": janus, "words": words, "vq": network, "vae": vae, "decoder": decoder}
         export(weights, **models, reader=reader)
 

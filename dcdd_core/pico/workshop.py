@@ -22,14 +22,14 @@ class Recipe:
     train_scenes: int = 40_000
     held_out_scenes: int = 256
     reader_steps: int = 700
-    tokenizer_steps: int = 3_000
+    tokenizer_steps: int = 4_000
     tokenizer_batch: int = 8
     vq_decoder_steps: int = 2_500
-    autoencoder_steps: int = 3_000
+    autoencoder_steps: int = 1_800
     autoencoder_batch: int = 12
     guidance: float = 3.0
     calibration_images: int = 100
-    janus_steps: int = 2_400
+    janus_steps: int = 2_000
     janus_batch: int = 16
     decoder_steps: int = 6_000
     decoder_batch: int = 16

@@ -83,18 +83,9 @@ def train(
             _save(checkpoint, done, time.monotonic() - started, state)
 
 
-def finished(folder: Path, steps: int) -> bool:
-    """Whether the folder's checkpoint has reached `steps`."""
-    log = folder / "log.jsonl"
-    if not log.exists() or not (folder / "checkpoint.pt").exists():
-        return False
-    lines = log.read_text().splitlines()
-    return bool(lines) and json.loads(lines[-1])["step"] >= steps
-
-
-def load_state(folder: Path, state: Mapping[str, Stateful]) -> int:
-    """Restores `state` from a folder's checkpoint without training; returns its step, 0 without a checkpoint."""
-    return _resume(folder / "checkpoint.pt", None, state)[0]
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The lines of a training's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def warmup_cosine(step: int, steps: int, *, peak: float, warmup: int, floor: float = 0.02) -> float:
@@ -125,10 +116,9 @@ def _save(path: Path, step: int, seconds: float, state: Mapping[str, Stateful]) 
     os.replace(temporary, path)
 
 
-def _resume(checkpoint: Path, log: Path | None, state: Mapping[str, Stateful]) -> tuple[int, float]:
+def _resume(checkpoint: Path, log: Path, state: Mapping[str, Stateful]) -> tuple[int, float]:
     if not checkpoint.exists():
-        if log is not None and log.exists():
-            log.unlink()
+        log.unlink(missing_ok=True)
         return 0, 0.0
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if set(saved["parts"]) != set(state):
@@ -138,7 +128,7 @@ def _resume(checkpoint: Path, log: Path | None, state: Mapping[str, Stateful]) -
         )
     for name, part in state.items():
         part.load_state_dict(saved["parts"][name])
-    if log is not None and log.exists():
+    if log.exists():
         kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= saved["step"]]
         log.write_text("".join(line + "\n" for line in kept))
     return saved["step"], saved["seconds"]

@@ -5,7 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dcdd_core.evaluation.figures import beside, heat_map, labelled_grid, save_image, to_image, top_curve
+from dcdd_core.evaluation.figures import (
+    beside,
+    heat_map,
+    labelled_grid,
+    save_image,
+    to_image,
+    top_curve,
+    training_curves,
+)
 from dcdd_core.evaluation.text import statistics_table
 from dcdd_core.method.statistics import describe
 
@@ -43,6 +51,16 @@ def test_table_1_and_figure_6():
     assert len({len(line) for line in table.splitlines()}) == 1
     plot = np.asarray(top_curve(columns))
     assert plot.shape[2] == 3 and (plot != 255).any()
+
+
+def test_curves_have_a_panel_each():
+    logs = {
+        "one": [{"step": 1, "loss": 2.0, "eval/a": 3.0}, {"step": 2, "loss": 1.0}],
+        "two": [{"step": 5, "eval/b": 1.0}],
+    }
+    wide = training_curves(logs, {"one": "eval/a", "two": "eval/b"})
+    assert wide.width > 1.8 * training_curves({"one": logs["one"]}, {"one": "eval/a"}).width
+    assert (np.asarray(wide) != 255).any()
 
 
 def test_saving_makes_the_folder_and_leaves_no_rest(tmp_path):
