@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -20,10 +21,11 @@ from .evaluation.figures import beside, heat_map, labelled_grid, save_image, to_
 from .evaluation.text import statistics_table
 from .method.calibration import anchor_statistics, fit, fit_anchor, target_statistics
 from .method.statistics import describe_logits
+from .models.flux import DecoderCard
 from .models.vq import VQTokenizer
 from .pico.data import to_pixels
 from .pico.scenes import render_scene, scene_facts
-from .pipelines.condition import condition_for
+from .pipelines.condition import condition_for, serving
 from .pipelines.decode import decode
 from .pipelines.models import Models, load_models, load_pico
 from .types import Calibration, Condition, TokenLogits
@@ -35,6 +37,7 @@ DEMO_PROMPTS = (
     "a small plain purple star at the top on a dotted mint ground with writing at the bottom",
 )
 DEMO_SCENES = (4, 12, 25, 44)
+_MOST_TOKENS = 64 * 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"dcdd: {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError:
+        print("dcdd: out of memory: take fewer prompts at once, a smaller picture or --dtype bfloat16", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("dcdd: stopped", file=sys.stderr)
         return 130
@@ -56,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def generate(chosen: argparse.Namespace) -> None:
     """Prompts to pictures."""
+    _check_png(chosen.out)
     models = _load(chosen)
+    _refuse_without_decoder(models, chosen, "steps", "calibration", "anchor", "reads", "compare")
     _warn_of_unknown_words(models, chosen.prompt)
     seeds = _seeds(chosen, len(chosen.prompt))
     grid = _sample(models, chosen.prompt, seeds, chosen)
@@ -67,50 +75,48 @@ def generate(chosen: argparse.Namespace) -> None:
     if models.decoder is None:
         _write(by_vq, chosen.out, "")
         return
-    condition = _condition(models, grid, chosen)
-    painted = _paint(models, condition, seeds, chosen.steps)
-    _write(painted, chosen.out, "")
+    _write(_paint(models, _condition(models, grid, chosen), seeds, chosen.steps), chosen.out, "")
     if chosen.compare:
         _write(by_vq, chosen.out, "-vq")
 
 
 def reconstruct(chosen: argparse.Namespace) -> None:
     """Pictures through the tokenizer and back, by both decoders."""
-    models = _load(chosen)
+    names = [path.stem for path in chosen.image]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "two of the pictures have one name: their results would overwrite each other; take them in turn"
+        )
+    models = _load(chosen, with_sampler=False)
+    _refuse_without_decoder(models, chosen, "steps", "calibration", "anchor", "reads")
     for path in chosen.image:
-        pixels = _read_image(path, models.vq)
-        proxies = models.vq.encode(pixels)
-        target = chosen.out / f"{path.stem}-vq.png"
-        save_image(to_image(models.vq.decode_tokens(proxies.tokens, proxies.grid)[0]), target)
-        print(f"wrote {target}")
+        proxies = models.vq.encode(_read_image(path, models.vq, chosen.side))
+        results = {"vq": models.vq.decode_tokens(proxies.tokens, proxies.grid)}
         if models.decoder is not None:
-            painted = _paint(models, _condition(models, proxies, chosen), _seeds(chosen, 1), chosen.steps)
-            target = chosen.out / f"{path.stem}-dcdd.png"
-            print(f"wrote {save_image(to_image(painted[0]), target)}")
+            condition = _condition(models, proxies, chosen)
+            results["dcdd"] = _paint(models, condition, _seeds(chosen, 1), chosen.steps)
+        for suffix, pixels in results.items():
+            print(f"wrote {save_image(to_image(pixels[0]), chosen.out / f'{path.stem}-{suffix}.png')}")
 
 
 def calibrate(chosen: argparse.Namespace) -> None:
     """Fits a calibration: what the VLM samples for prompts, against the tokenizer's features of pictures."""
     models = _load(chosen)
+    codebook = models.vq.codebook
     prompts, pictures = _calibration_material(models, chosen)
-    seeds = _seeds(chosen, len(prompts))
-    grids = [
-        _sample(models, prompts[k : k + chosen.batch], seeds[k : k + chosen.batch], chosen)
-        for k in range(0, len(prompts), chosen.batch)
-    ]
     features = [models.vq.features(pixels) for pixels in tqdm(pictures, desc="features", unit="picture", disable=None)]
     calibration = fit(
         features,
-        models.vq.codebook,
-        target_statistics(grids),
+        codebook,
+        target_statistics(_grids(models, prompts, chosen)),
         vlm=models.sampler.name,
         guidance=_guidance(models, chosen),
         temperature=chosen.temperature,
     )
-    if chosen.anchor:
-        proxies = [models.vq.encode(pixels) for pixels in pictures]
-        wanted = anchor_statistics(proxies, models.vq.codebook, calibration)
-        calibration = fit_anchor(grids, models.vq.codebook, wanted, calibration)
+    if chosen.fit_anchor:
+        wanted = anchor_statistics((models.vq.encode(pixels) for pixels in pictures), codebook, calibration)
+        # Sampled a second time: a hundred grids of Janus-Pro's logits are 4 GB.
+        calibration = fit_anchor(_grids(models, prompts, chosen), codebook, wanted, calibration)
     calibration.save(chosen.out)
     found, target = calibration.achieved, calibration.target
     print(
@@ -124,29 +130,32 @@ def calibrate(chosen: argparse.Namespace) -> None:
 
 def inspect(chosen: argparse.Namespace) -> None:
     """The paper's Table 1 as text and its Figure 6 as a picture."""
-    models = _load(chosen)
+    _check_png(chosen.out)
+    models = _load(chosen, with_sampler=not chosen.logits)
     codebook = models.vq.codebook
     if chosen.logits:
-        columns = {path.stem: describe_logits(TokenLogits.load(path), codebook) for path in chosen.logits}
+        columns = {str(path): describe_logits(TokenLogits.load(path), codebook) for path in chosen.logits}
     else:
         prompts, pictures = _calibration_material(models, chosen)
-        grid = _sample(models, prompts, _seeds(chosen, len(prompts)), chosen)
-        proxies = [models.vq.encode(pixels) for pixels in pictures]
         columns = {
-            models.sampler.name: describe_logits(grid, codebook),
-            "raw proxies": describe_logits(proxies, codebook),
+            models.sampler.name: describe_logits(_grids(models, prompts, chosen), codebook),
+            "raw proxies": describe_logits((models.vq.encode(pixels) for pixels in pictures), codebook),
         }
-        calibration = _calibration(models, chosen)
+        calibration = models.decoder.card.calibration if models.decoder is not None else None
+        if chosen.calibration is not None:
+            calibration = Calibration.load(chosen.calibration)
         if calibration is not None:
+            proxies = (models.vq.encode(pixels) for pixels in pictures)
             columns["calibrated proxies"] = describe_logits(proxies, codebook, calibration)
     print(statistics_table(columns))
     print(f"wrote {save_image(top_curve(columns), chosen.out)}")
 
 
 def demo(chosen: argparse.Namespace) -> None:
-    """Four sentences and four scenes, by both decoders, on one sheet."""
+    """Four sentences and four scenes, by both decoders, on one sheet, with the embedded models."""
+    _check_png(chosen.out)
     clock = _Clock()
-    models = _load(chosen)
+    models = load_pico(device=_device(chosen))
     clock.lap("load the embedded models")
     prompts = list(chosen.prompt or DEMO_PROMPTS)
     _warn_of_unknown_words(models, prompts)
@@ -192,19 +201,36 @@ class _Clock:
         self.last = now
 
 
-def _load(chosen: argparse.Namespace) -> Models:
+def _device(chosen: argparse.Namespace) -> torch.device:
+    try:
+        return torch.zeros(1, device=chosen.device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {chosen.device} cannot be used here ({reason}); try --device cpu") from error
+
+
+def _load(chosen: argparse.Namespace, *, with_sampler: bool = True) -> Models:
+    device = _device(chosen)
     if chosen.janus is None:
-        if chosen.decoder is not None or chosen.vae is not None or chosen.base is not None:
-            raise ValueError("--decoder, --vae and --base go with --janus; without it the embedded models are used")
-        return load_pico(device=chosen.device)
+        own = {"--decoder": chosen.decoder, "--vae": chosen.vae, "--base": chosen.base, "--dtype": chosen.dtype}
+        if any(value is not None for value in own.values()):
+            raise ValueError(f"{', '.join(own)} go with --janus; without it the embedded models are used")
+        return load_pico(device=device, with_sampler=with_sampler)
     return load_models(
         janus=chosen.janus,
         decoder=chosen.decoder,
         vae=chosen.vae,
         base=chosen.base,
-        device=chosen.device,
-        dtype=getattr(torch, chosen.dtype),
+        device=device,
+        dtype=getattr(torch, chosen.dtype or "float32"),
+        with_sampler=with_sampler,
     )
+
+
+def _refuse_without_decoder(models: Models, chosen: argparse.Namespace, *options: str) -> None:
+    given = [f"--{name}" for name in options if getattr(chosen, name) not in (None, False)]
+    if models.decoder is None and given:
+        raise ValueError(f"{', '.join(given)} would do nothing without a decoder: give --decoder and --vae as well")
 
 
 def _seeds(chosen: argparse.Namespace, count: int) -> list[int]:
@@ -243,6 +269,13 @@ def _sample(models: Models, prompts: Sequence[str], seeds: Sequence[int], chosen
         )
 
 
+def _grids(models: Models, prompts: Sequence[str], chosen: argparse.Namespace) -> Iterator[TokenLogits]:
+    """Token logits of many prompts, a batch at a time."""
+    seeds = _seeds(chosen, len(prompts))
+    for k in range(0, len(prompts), chosen.batch):
+        yield _sample(models, prompts[k : k + chosen.batch], seeds[k : k + chosen.batch], chosen)
+
+
 def _guidance(models: Models, chosen: argparse.Namespace) -> float:
     """The one that was asked for, that of the decoder's calibration, or DeepSeek's 5."""
     if chosen.guidance is not None:
@@ -256,15 +289,14 @@ def _paint(models: Models, condition: Condition, seeds: Sequence[int], steps: in
         return decode(models.decoder, models.vae, condition, seeds=seeds, steps=steps, on_step=on_step).pixels
 
 
-def _calibration(models: Models, chosen: argparse.Namespace) -> Calibration | None:
-    """The calibration file that was named, or the decoder bundle's own."""
-    if getattr(chosen, "calibration", None) is not None:
-        return Calibration.load(chosen.calibration)
-    return models.decoder.card.calibration if models.decoder is not None else None
+def _card(models: Models, chosen: argparse.Namespace) -> DecoderCard:
+    """The decoder's card, with what was asked for in place of its own."""
+    calibration = Calibration.load(chosen.calibration) if chosen.calibration is not None else None
+    return serving(models.decoder.card, calibration=calibration, anchor=chosen.anchor, reads=chosen.reads)
 
 
 def _condition(models: Models, grid: TokenLogits, chosen: argparse.Namespace) -> Condition:
-    return condition_for(models.decoder.card, grid, models.vq.codebook, calibration=_calibration(models, chosen))
+    return condition_for(_card(models, chosen), grid, models.vq.codebook)
 
 
 def _calibration_material(models: Models, chosen: argparse.Namespace) -> tuple[list[str], list[torch.Tensor]]:
@@ -288,22 +320,32 @@ def _calibration_material(models: Models, chosen: argparse.Namespace) -> tuple[l
     return prompts, pictures
 
 
-def _read_image(path: Path, vq: VQTokenizer) -> torch.Tensor:
-    """A picture file as pixels [1, 3, H, W], centre-cropped to a multiple of the tokenizer's factor."""
+def _read_image(path: Path, vq: VQTokenizer, side: int | None = None) -> torch.Tensor:
+    """A picture file as pixels [1, 3, H, W], centre-cropped to a multiple of the tokenizer's factor.
+
+    Args:
+        side: larger pictures are shrunk until their longer side has this many pixels.
+    """
     try:
-        image = Image.open(path).convert("RGB")
-    except OSError as error:
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture ({error})") from error
+    if side is not None:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
     f = vq.factor
-    width, height = image.width // f * f, image.height // f * f
-    if width == 0 or height == 0:
+    h, w = image.height // f, image.width // f
+    if h == 0 or w == 0:
         raise ValueError(f"{path} is {image.width} x {image.height}, smaller than one {f}-pixel token")
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    array = torch.frombuffer(
-        bytearray(image.crop((left, top, left + width, top + height)).tobytes()), dtype=torch.uint8
-    )
-    pixels = rearrange(array, "(h w c) -> 1 h w c", h=height, w=width)
-    return to_pixels(pixels.numpy(), vq.device)
+    if h * w > _MOST_TOKENS:
+        raise ValueError(f"{path} would be {h} x {w} tokens, more than {_MOST_TOKENS}: shrink it with --side PIXELS")
+    left, top = (image.width - w * f) // 2, (image.height - h * f) // 2
+    array = np.asarray(image.crop((left, top, left + w * f, top + h * f)))
+    return to_pixels(array[None], vq.device)
+
+
+def _check_png(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out {path}: pictures are written as PNG, give a name that ends in .png")
 
 
 def _write(pictures: torch.Tensor, out: Path, suffix: str) -> None:
@@ -323,9 +365,11 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--decoder", type=Path, metavar="BUNDLE", help="decoder bundle; without it, only the VQ path")
     group.add_argument("--vae", type=Path, metavar="FOLDER", help="the decoder's autoencoder (diffusers layout)")
     group.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill transformer, where the bundle needs it")
-    group.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
-    group.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    models.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count on")
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
+
+    running = argparse.ArgumentParser(add_help=False)
+    running.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
+    running.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count on")
 
     sampling = argparse.ArgumentParser(add_help=False)
     group = sampling.add_argument_group("sampling")
@@ -337,33 +381,38 @@ def _parser() -> argparse.ArgumentParser:
     decoding = argparse.ArgumentParser(add_help=False)
     decoding.add_argument("--steps", type=int, help="Euler steps of the decoder (default: the bundle's)")
     decoding.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
+    decoding.add_argument("--anchor", type=float, metavar="BETA", help="read logits anchored by this much")
+    decoding.add_argument("--reads", choices=("logits", "anchored", "tokens"), help="what of the VLM to serve")
 
     material = argparse.ArgumentParser(add_help=False)
     material.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
     material.add_argument("--images", type=Path, metavar="FOLDER", help="pictures for the proxies")
     material.add_argument("--count", type=int, default=100, help="how many of each at most (default: 100)")
+    material.add_argument("--batch", type=int, default=20, help="prompts sampled at once (default: 20)")
 
     def add(run, *parents, help: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(run.__name__, parents=[models, *parents], help=help, description=run.__doc__)
+        command = commands.add_parser(run.__name__, parents=[running, *parents], help=help, description=run.__doc__)
         command.set_defaults(run=run)
         return command
 
-    command = add(generate, sampling, decoding, help="prompts to pictures")
+    command = add(generate, models, sampling, decoding, help="prompts to pictures")
     command.add_argument("prompt", nargs="+")
     command.add_argument("--out", type=Path, default=Path("out/generated.png"))
     command.add_argument("--compare", action="store_true", help="write the VQ-VAE's picture as well")
     command.add_argument("--logits", type=Path, metavar="FILE", help="keep the token logits")
 
-    command = add(reconstruct, decoding, help="pictures through the tokenizer and back")
+    command = add(reconstruct, models, decoding, help="pictures through the tokenizer and back")
     command.add_argument("image", nargs="+", type=Path)
+    command.add_argument(
+        "--side", type=int, metavar="PIXELS", help="shrink pictures whose longer side is more than this"
+    )
     command.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER")
 
-    command = add(calibrate, sampling, material, help="fit a calibration to a VLM")
+    command = add(calibrate, models, sampling, material, help="fit a calibration to a VLM")
     command.add_argument("--out", type=Path, default=Path("out/calibration.safetensors"))
-    command.add_argument("--batch", type=int, default=20, help="prompts sampled at once (default: 20)")
-    command.add_argument("--anchor", action="store_true", help="fit the anchor too (beyond the paper)")
+    command.add_argument("--fit-anchor", action="store_true", help="fit the anchor too (beyond the paper)")
 
-    command = add(inspect, sampling, material, help="Table 1 and Figure 6 for a VLM")
+    command = add(inspect, models, sampling, material, help="Table 1 and Figure 6 for a VLM")
     command.add_argument("--logits", nargs="+", type=Path, metavar="FILE", help="saved token logits to look at instead")
     command.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
     command.add_argument("--out", type=Path, default=Path("out/top-30.png"))

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 Source = Literal["vlm", "proxy"]
+_GRID_FIELDS = ("grid", "source", "guidance", "temperature", "model", "codebook")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +49,9 @@ class Codebook:
         largest = v.abs().amax(dim=1, keepdim=True)
         if bool((largest == 0).any()):
             raise ValueError(f"{int((largest == 0).sum())} rows of the codebook are zero and cannot be normalised")
-        # Rows that already have unit length pass unchanged, so that saving and loading is exact.
+        # Rows that already have unit length keep their bits, so that saving and loading is exact.
         unit = bool((v.norm(dim=1) - 1).abs().max() < 1e-6)
-        object.__setattr__(self, "vectors", v if unit else F.normalize(v / largest, dim=1))
+        object.__setattr__(self, "vectors", v.clone() if unit else F.normalize(v / largest, dim=1))
 
     @property
     def size(self) -> int:
@@ -80,7 +81,7 @@ class Codebook:
 
     @classmethod
     def load(cls, path: str | Path) -> Codebook:
-        tensors, _ = _load(path, "codebook", ("vectors",))
+        tensors, _ = _load(path, "codebook", ("vectors",), ())
         return cls(tensors["vectors"])
 
 
@@ -90,8 +91,11 @@ def same_codebook(first: str | None, second: str | None) -> bool:
         return True
     if ":" not in first or ":" not in second:  # not made by Codebook.fingerprint
         return False
-    (size_a, sums_a), (size_b, sums_b) = first.split(":"), second.split(":")
-    pairs = zip(map(float, sums_a.split(",")), map(float, sums_b.split(",")))
+    (size_a, sums_a), (size_b, sums_b) = first.split(":", 1), second.split(":", 1)
+    try:
+        pairs = [(float(a), float(b)) for a, b in zip(sums_a.split(","), sums_b.split(","))]
+    except ValueError:
+        return False
     return size_a == size_b and all(abs(a - b) < 0.015 for a, b in pairs)
 
 
@@ -146,13 +150,12 @@ class TokenLogits:
             raise ValueError(f"source must be 'vlm' or 'proxy', got {self.source!r}")
 
     def save(self, path: str | Path) -> None:
-        fields = ("grid", "source", "guidance", "temperature", "model", "codebook")
-        meta = {name: getattr(self, name) for name in fields}
+        meta = {name: getattr(self, name) for name in _GRID_FIELDS}
         _save(path, "token logits", {"logits": self.logits, "tokens": self.tokens}, meta)
 
     @classmethod
     def load(cls, path: str | Path) -> TokenLogits:
-        tensors, meta = _load(path, "token logits", ("logits", "tokens"))
+        tensors, meta = _load(path, "token logits", ("logits", "tokens"), _GRID_FIELDS)
         return cls(**tensors, **{**meta, "grid": tuple(meta["grid"])})
 
 
@@ -161,8 +164,8 @@ class Condition:
     """What the decoder is conditioned on (Eqs. 6-8).
 
     Attributes:
-        code_vectors: [B, N, D], distribution-weighted code vectors, length 0..1.
-        uncertainty: [B, N, 4] in 0..1: confidence p(1), margin p(1) - p(2), top-k mass, tail entropy.
+        code_vectors: [B, N, D], distribution-weighted code vectors; their lengths are 0..1 (not checked).
+        uncertainty: [B, N, 4], each 0..1 (not checked): confidence p(1), margin p(1) - p(2), top-k mass, tail entropy.
         grid: (h, w), h * w = N.
         codebook: fingerprint of the codebook; None if unknown.
 
@@ -198,7 +201,7 @@ class Condition:
 
     @classmethod
     def load(cls, path: str | Path) -> Condition:
-        tensors, meta = _load(path, "condition", ("code_vectors", "uncertainty"))
+        tensors, meta = _load(path, "condition", ("code_vectors", "uncertainty"), ("grid", "codebook"))
         return cls(**tensors, **{**meta, "grid": tuple(meta["grid"])})
 
 
@@ -250,6 +253,9 @@ class Calibration:
     codebook: str | None = None
 
     def __post_init__(self):
+        for name in ("scale", "affine_scale", "affine_bias", "smoothing", "anchor"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"calibration {name} must be a number, got {getattr(self, name)!r}")
         checks = {
             "scale": (self.scale, 0 < self.scale < math.inf, "a positive number"),
             "affine_scale": (self.affine_scale, 0 < self.affine_scale < math.inf, "a positive number"),
@@ -288,7 +294,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        return cls.from_dict(_load(path, "calibration", ())[1])
+        return cls.from_dict(_load(path, "calibration", (), tuple(cls.__dataclass_fields__))[1])
 
 
 def _check_grid(grid: Any, tokens: int) -> tuple[int, int]:
@@ -309,13 +315,16 @@ def _describe(value: Any) -> str:
 
 def _save(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     header = {"format": "dcdd", "kind": kind, "dcdd": json.dumps(meta)}
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
     os.replace(temporary, path)
 
 
-def _load(path: str | Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _load(
+    path: str | Path, kind: str, names: tuple[str, ...], fields: tuple[str, ...]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected a file with a {kind}")
@@ -330,4 +339,10 @@ def _load(path: str | Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str
             f"{path} holds {header.get('kind', 'no known kind of thing')} with tensors {sorted(tensors)}; "
             f"expected a {kind} with {sorted(names)}"
         )
-    return tensors, json.loads(header["dcdd"])
+    meta = json.loads(header.get("dcdd", "{}"))
+    if set(meta) != set(fields):
+        raise ValueError(
+            f"{path} describes its {kind} by {sorted(meta)}, expected {sorted(fields)}: it was written by another "
+            "version; make it again"
+        )
+    return tensors, meta

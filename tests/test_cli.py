@@ -80,6 +80,11 @@ def test_demo_makes_one_sheet(tmp_path, capsys):
         (["generate", PROMPT, "--temperature", "-1"], "temperature"),
         (["generate", PROMPT, "--steps", "0"], "steps"),
         (["generate", PROMPT, "--decoder", "x"], "--janus"),
+        (["generate", PROMPT, "--out", "a.jpg"], ".png"),
+        (["generate", PROMPT, "--anchor", "1", "--reads", "tokens"], "exclude"),
+        (["generate", PROMPT, "--device", "cuda:99"], "--device cuda:99"),
+        (["demo", "--device", "abacus"], "--device abacus"),
+        (["reconstruct", "a/x.png", "b/x.png"], "one name"),
         (["generate", PROMPT, "--calibration", "/nowhere"], "/nowhere"),
         (["reconstruct", "/nowhere.png"], "nowhere.png"),
         (["calibrate", "--prompts", "/nowhere.txt"], "nowhere.txt"),
@@ -90,6 +95,23 @@ def test_errors_are_one_line_and_exit_1(arguments, words, tmp_path, capsys, monk
     assert main(arguments) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dcdd: ") and words in error
+
+
+def test_a_picture_of_too_many_tokens_is_refused_and_shrunk_on_demand(tmp_path, capsys):
+    Image.new("RGB", (1200, 1000)).save(tmp_path / "a.png")
+    arguments = ["reconstruct", str(tmp_path / "a.png"), "--steps", "1", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 1 and "--side" in capsys.readouterr().err
+    assert main([*arguments, "--side", "100"]) == 0
+    assert size(tmp_path / "out" / "a-dcdd.png") == (96, 80)
+
+
+def test_running_out_of_memory_is_explained(monkeypatch, tmp_path, capsys):
+    def too_much(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("dcdd_core.cli.decode", too_much)
+    assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 1
+    assert "out of memory" in capsys.readouterr().err
 
 
 def test_a_wrong_option_exits_2():
@@ -111,7 +133,7 @@ def test_a_folder_of_one_s_own_works_without_a_decoder(tmp_path):
     assert main(["generate", "a red circle", "--janus", str(folder), "--out", str(tmp_path / "a.png")]) == 0
     assert size(tmp_path / "a.png") == (16, 16)
     assert main(["calibrate", "--janus", str(folder), "--out", str(tmp_path / "c")]) == 1
-    torch.manual_seed(0)
+    assert main(["generate", "a red circle", "--janus", str(folder), "--steps", "3"]) == 1
     (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
     (tmp_path / "images").mkdir()
     Image.fromarray(render_scene("test", 0, size=16).image).save(tmp_path / "images" / "a.png")

@@ -153,6 +153,7 @@ def tiny_card(**changes) -> DecoderCard:
         "code_dim": 8,
         "width": 16,
         "calibration": Calibration(scale=25.0, smoothing=0.01),
+        "resolution": 16,
         "pixels_per_token": 4,
         "vae_factor": 2,
         "vae_shift": 0.1,

@@ -6,6 +6,7 @@ Shapes: H W pixels, h w token grid.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -88,7 +89,7 @@ def top_curve(columns: Mapping[str, TokenStatistics]) -> Image.Image:
     """The paper's Figure 6: the mean of the thirty largest probabilities, one curve for each kind of logits."""
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for (name, found), marker in zip(columns.items(), "osv^D"):
+    for (name, found), marker in zip(columns.items(), cycle("osv^D")):
         axes.plot(np.arange(1, len(found.curve) + 1), found.curve, marker=marker, markersize=3.5, label=name)
     axes.set(xlabel="rank of the code", ylabel="mean probability", title="Mean of the largest token probabilities")
     axes.grid(alpha=0.3)

@@ -35,7 +35,7 @@ def frechet_distance(real: Iterable[torch.Tensor], made: Iterable[torch.Tensor])
             metric = FrechetInceptionDistance(feature=_AsGiven(features.shape[1]), normalize=True).set_dtype(
                 torch.float64
             )
-        metric.update(features.double(), real=is_real)
+        metric.update(features.cpu().double(), real=is_real)
     if metric is None or metric.real_features_num_samples < 2 or metric.fake_features_num_samples < 2:
         raise ValueError("a Frechet distance needs at least two pictures on either side")
     return float(metric.compute())

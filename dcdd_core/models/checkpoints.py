@@ -26,9 +26,12 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder} has no {name} (it holds {found}); give the folder that the model was saved into")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, expected an object; download it again")
+    return config
 
 
 def read_tensors(

@@ -38,6 +38,9 @@ class DecoderCard:
         code_dim, width: of the adapter.
         variant: what it was trained on: "discrete", "lcdm" or "lcdm+lc" (the paper's Table 4).
         calibration: applied to logits before mapping; None for none.
+        reads: what of a VLM's output the decoder is served by default: its "logits" (the paper), these "anchored"
+            to the sampled tokens, or the sampled "tokens" alone.
+        resolution: side in pixels of the pictures it was trained on.
         pixels_per_token: side of the square of pixels that one token is painted as.
         vae_factor, vae_shift, vae_scale: of the autoencoder whose latents it paints.
         steps: default number of Euler steps.
@@ -53,6 +56,8 @@ class DecoderCard:
     width: int
     variant: str = "lcdm+lc"
     calibration: Calibration | None = None
+    reads: str = "logits"
+    resolution: int = 384
     pixels_per_token: int = 16
     vae_factor: int = 8
     vae_shift: float = 0.1159
@@ -64,6 +69,8 @@ class DecoderCard:
     def __post_init__(self):
         if self.variant not in ("discrete", "lcdm", "lcdm+lc"):
             raise ValueError(f"variant must be 'discrete', 'lcdm' or 'lcdm+lc', got {self.variant!r}")
+        if self.reads not in ("logits", "anchored", "tokens"):
+            raise ValueError(f"reads must be 'logits', 'anchored' or 'tokens', got {self.reads!r}")
         if self.steps < 1 or self.pixels_per_token % self.vae_factor or self.pixels_per_token < self.vae_factor:
             raise ValueError(
                 f"a decoder needs at least 1 step and whole latents a token, got steps={self.steps}, "
@@ -105,7 +112,8 @@ class DistributionConditionedDecoder(nn.Module):
         model = self.transformer
         hidden = model.x_embedder(packed) + condition  # Eq. 23
         pooled = hidden.new_zeros(len(hidden), model.config.pooled_projection_dim)
-        times = (t.to(hidden.dtype) * 1000,)
+        # In float32 whatever the model's type: bfloat16 would round 1000 t to multiples of 4.
+        times = (t.float() * 1000,)
         if model.config.guidance_embeds:
             times += (torch.full_like(times[0], self.card.guidance * 1000),)
         temb = model.time_text_embed(*times, pooled)
@@ -133,6 +141,7 @@ def save_bundle(
     tensors |= {f"transformer.{k}": v for k, v in decoder.transformer.state_dict().items() if trained(k)}
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata={"format": _FORMAT, "card": json.dumps(asdict(decoder.card))})
     os.replace(temporary, path)
@@ -158,8 +167,11 @@ def read_card(path: str | Path) -> DecoderCard:
         )
     values = json.loads(header["card"])
     known = {field.name for field in fields(DecoderCard)}
-    if set(values) - known:
-        raise ValueError(f"{path}: its card says {sorted(set(values) - known)}, unknown here; update ComfyUI-DCDD")
+    if set(values) != known:
+        raise ValueError(
+            f"{path} was written by another version: its card has {sorted(set(values) - known)} more and "
+            f"{sorted(known - set(values))} less than this one reads; update ComfyUI-DCDD, or train it again"
+        )
     if values["calibration"] is not None:
         values["calibration"] = Calibration.from_dict(values["calibration"])
     return DecoderCard(**values)

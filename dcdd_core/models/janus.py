@@ -45,15 +45,18 @@ class ImageTokenSampler(Protocol):
     def codebook(self) -> Codebook:
         """What the K columns of its logits mean."""
 
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that mean nothing to it."""
+
     def sample(
         self,
         prompts: Sequence[str],
         *,
         seeds: Sequence[int],
-        guidance: float,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
+        guidance: float = 5.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         previous: TokenLogits | None = None,
         resample: torch.Tensor | None = None,
         on_step: OnStep | None = None,

@@ -51,11 +51,13 @@ class VQTokenizer:
         config = read_config(folder)
         kind = config.get("model_type")
         if kind == "janus":
-            values, prefix = config["vq_config"], "model.vqmodel."
+            values, prefix = config.get("vq_config"), "model.vqmodel."
         elif kind == "janus_vqgan":
             values, prefix = config, ""
         else:
             raise ValueError(f"{folder} holds a {kind!r} model; expected 'janus' or 'janus_vqgan'")
+        if not isinstance(values, dict):
+            raise ValueError(f"{folder}'s config.json has no vq_config: download it again")
         with torch.device("meta"):
             model = JanusVQVAE(JanusVQVAEConfig(**values))
         load_strictly(model, read_tensors(folder, prefix=prefix, dtype=dtype, device=device), f"{folder} ({prefix}*)")

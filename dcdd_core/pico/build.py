@@ -17,6 +17,7 @@ from ..models.flux import save_bundle
 from ..models.vq import VQTokenizer
 from ..pipelines.models import PICO_WEIGHTS
 from ..training.loop import read_log
+from .choose import choose_reading
 from .encodings import encode_scenes
 from .export import export
 from .train_autoencoder import train_autoencoder
@@ -82,6 +83,7 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS
     if reached("export"):
         logs = {stage: read_log(shop.folder / stage) for stage in HELD_OUT}
         save_image(training_curves(logs, HELD_OUT), shop.folder / "curves.png")
+        decoder.card = choose_reading(shop, sampler, vq, vae, decoder, loss_reader)
         models = {"janus": janus, "words": words, "vq": network, "vae": vae, "decoder": decoder}
         export(weights, **models, reader=reader)
 

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL
 from ..method.latents import scale_latents
 from ..models.vq import VQTokenizer
 from .data import to_pixels
-from .workshop import Workshop
+from .train_tokenizer import tokens_digest
+from .workshop import Workshop, digest
 
 _BATCH = 64
 
@@ -32,8 +33,14 @@ class Encodings:
 
 
 def encode_scenes(shop: Workshop, name: str, images: np.ndarray, vq: VQTokenizer, vae: AutoencoderKL) -> Encodings:
-    """Encodes images [M, H, W, 3] uint8 into the folder the first time, and maps the result."""
-    paths = {part: shop.folder / f"{name}-{part}.npy" for part in ("features", "latents")}
+    """Encodes images [M, H, W, 3] uint8 into the folder the first time, and maps the result.
+
+    The files are named by the weights that made them: other weights make other files.
+    """
+    paths = {
+        "features": shop.folder / f"{name}-{len(images)}-features-{tokens_digest(vq.model)}.npy",
+        "latents": shop.folder / f"{name}-{len(images)}-latents-{digest(vae)}.npy",
+    }
     if not all(path.exists() for path in paths.values()):
         _write(paths, images, vq, vae, shop)
     return Encodings(**{part: np.load(path, mmap_mode="r") for part, path in paths.items()})

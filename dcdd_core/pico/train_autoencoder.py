@@ -10,7 +10,7 @@ from ..training.loop import generator, set_learning_rate, train, warmup_cosine
 from .data import to_pixels
 from .fidelity import fidelity, reconstruction_loss
 from .reader import SceneReader
-from .workshop import Workshop
+from .workshop import Workshop, digest
 
 _STAGE = 2
 
@@ -22,10 +22,10 @@ def autoencoder_config() -> dict:
         "out_channels": 3,
         "down_block_types": ["DownEncoderBlock2D"] * 3,
         "up_block_types": ["UpDecoderBlock2D"] * 3,
-        "block_out_channels": [32, 32, 64],
+        "block_out_channels": [16, 32, 64],
         "layers_per_block": 1,
         "latent_channels": 16,
-        "norm_num_groups": 16,
+        "norm_num_groups": 4,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
         "shift_factor": 0.0,
@@ -75,6 +75,7 @@ def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL
 
     train(
         shop.folder / "autoencoder",
+        settings=shop.settings("autoencoder_batch", architecture=autoencoder_config(), loss_reader=digest(loss_reader)),
         steps=recipe.autoencoder_steps,
         step=step,
         state={"model": vae, "average": average, "optimizer": optimizer},

@@ -12,7 +12,7 @@ from ..models.vq import VQTokenizer
 from ..types import Calibration, TokenLogits
 from .encodings import Encodings
 from .scenes import scene_facts
-from .workshop import Workshop
+from .workshop import Workshop, digest
 
 _BATCH = 25
 
@@ -20,12 +20,13 @@ _BATCH = 25
 def calibrate(shop: Workshop, sampler: JanusSampler, vq: VQTokenizer, encodings: Encodings) -> Calibration:
     """Calibration for the recipe's guidance, from pictures of calibration captions and features of training scenes.
 
-    `encodings` are of the training scenes. The result is kept in the folder and restored from it.
+    `encodings` are of the training scenes. The result is kept in the folder, under a name of what it belongs to, and
+    restored from it.
     """
-    path = shop.folder / "calibration.safetensors"
+    count, guidance = shop.recipe.calibration_images, shop.recipe.guidance
+    path = shop.folder / f"calibration-{digest(sampler.model)}-{guidance:g}-{count}.safetensors"
     if path.exists():
         return Calibration.load(path)
-    count = shop.recipe.calibration_images
     features = torch.from_numpy(encodings.features[:count].copy()).float()
     grids = sample_captions(sampler, shop, count)
     calibration = fit(
@@ -33,7 +34,7 @@ def calibrate(shop: Workshop, sampler: JanusSampler, vq: VQTokenizer, encodings:
         vq.codebook,
         target_statistics(grids),
         vlm=sampler.name,
-        guidance=shop.recipe.guidance,
+        guidance=guidance,
         temperature=1.0,
     )
     logits = proxy_logits(features, vq.codebook)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from ..evaluation.quality import psnr, ssim
-from ..method.calibration import apply, proxy_logits
+from ..method.calibration import proxy_logits
 from ..method.latents import scale_latents
-from ..method.lcdm import map_probabilities
 from ..models.flux import DecoderCard, DistributionConditionedDecoder
 from ..models.vq import VQTokenizer
+from ..pipelines.condition import condition_for
 from ..pipelines.decode import decode
 from ..training.decoder import DecoderTraining, Example, train_decoder
-from ..types import Calibration, Codebook, Condition
+from ..types import Calibration, Codebook, Condition, TokenLogits
 from .data import to_pixels
 from .encodings import Encodings
 from .reader import SceneReader
-from .workshop import Workshop
+from .train_tokenizer import tokens_digest
+from .workshop import Workshop, digest
 
 _STAGE = 4
 _LOCALISED = 0.2
@@ -34,27 +34,20 @@ def transformer_config(vae_factor: int) -> dict:
         "out_channels": 64,
         "num_layers": 2,
         "num_single_layers": 6,
-        "attention_head_dim": 32,
-        "num_attention_heads": 8,
+        "attention_head_dim": 64,
+        "num_attention_heads": 4,
         "joint_attention_dim": 32,
         "pooled_projection_dim": 32,
         "guidance_embeds": True,
-        "axes_dims_rope": [4, 14, 14],
+        "axes_dims_rope": [8, 28, 28],
     }
 
 
-def proxy_condition(
-    features: torch.Tensor, codebook: Codebook, grid: tuple[int, int], variant: str, calibration: Calibration | None
-) -> Condition:
-    """The training condition of features [B, N, D] (Eqs. 9-15), in one of the variants of the paper's Table 4."""
-    cosines = proxy_logits(features, codebook)
-    if variant == "discrete":
-        probabilities = F.one_hot(cosines.argmax(-1), codebook.size).float()
-    else:
-        used = calibration if variant == "lcdm+lc" else None
-        probabilities = apply(cosines, used, source="proxy")
-    c, u = map_probabilities(probabilities, codebook)
-    return Condition(c, u, grid, codebook=codebook.fingerprint)
+def proxy_condition(features: torch.Tensor, card: DecoderCard, codebook: Codebook, grid: tuple[int, int]) -> Condition:
+    """The training condition of features [B, N, D] (Eqs. 9-15): what serving makes of the same proxies."""
+    logits = proxy_logits(features, codebook)
+    proxies = TokenLogits(logits, logits.argmax(-1), grid, source="proxy", codebook=card.codebook)
+    return condition_for(card, proxies, codebook)
 
 
 def train_pico_decoder(
@@ -82,6 +75,7 @@ def train_pico_decoder(
         width=64,
         variant=variant,
         calibration=calibration if variant == "lcdm+lc" else None,
+        resolution=recipe.size,
         pixels_per_token=vq.factor,
         vae_factor=factor,
         vae_shift=vae.config.shift_factor,
@@ -107,7 +101,7 @@ def train_pico_decoder(
         features, latents = (
             torch.from_numpy(np.array(a[index])).float().to(device) for a in (encodings.features, encodings.latents)
         )
-        condition = proxy_condition(features, vq.codebook, grid, variant, calibration)
+        condition = proxy_condition(features, card, vq.codebook, grid)
         masked, mask = blank.expand_as(latents).clone(), everything.expand(len(index), -1, -1, -1).clone()
         local = (torch.rand(len(index), generator=draw) < _LOCALISED).nonzero().squeeze(1)
         if len(local):
@@ -120,7 +114,7 @@ def train_pico_decoder(
         return Example(latents=latents, condition=condition, masked_latents=masked, mask=mask)
 
     held_out = to_pixels(shop.held_out_images[:_EVALUATED], device)
-    held_out_condition = proxy_condition(vq.features(held_out), vq.codebook, grid, variant, calibration)
+    held_out_condition = proxy_condition(vq.features(held_out), card, vq.codebook, grid)
 
     def evaluate(current: DistributionConditionedDecoder) -> dict[str, float]:
         with shop.autocast():
@@ -136,6 +130,7 @@ def train_pico_decoder(
         decoder,
         examples,
         DecoderTraining(steps=recipe.decoder_steps, seed=recipe.seed),
+        settings=shop.settings("decoder_batch", tokenizer=tokens_digest(vq.model), autoencoder=digest(vae)),
         autocast=shop.autocast,
         evaluate=evaluate,
         evaluate_every=1000,

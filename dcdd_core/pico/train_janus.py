@@ -23,6 +23,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from ..models.janus import JanusSampler, prompt_ids, unconditional_ids
 from ..training.loop import generator, set_learning_rate, train, warmup_cosine
 from .scenes import SceneFacts, vocabulary
+from .train_tokenizer import tokens_digest
 from .workshop import Workshop
 
 _STAGE = 3
@@ -97,7 +98,7 @@ def train_janus(
     janus.model.vqmodel.eval().requires_grad_(False)
     janus.model.vision_model.requires_grad_(False)
     trained = [p for p in janus.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     prompts = _all_prompts(shop.train_facts, tokenizer)
     held_out_prompts = _all_prompts(shop.held_out_facts, tokenizer)
     average = torch.optim.swa_utils.AveragedModel(janus, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
@@ -134,6 +135,9 @@ def train_janus(
 
     train(
         shop.folder / "janus",
+        settings=shop.settings(
+            "janus_batch", tokenizer=tokens_digest(vq), layers=janus.config.text_config.num_hidden_layers
+        ),
         steps=recipe.janus_steps,
         step=step,
         state={"model": janus, "average": average, "optimizer": optimizer},

@@ -51,6 +51,7 @@ def train_reader(shop: Workshop, name: str, seed: int) -> SceneReader:
 
     train(
         shop.folder / name,
+        settings=shop.settings(seed=seed, batch=_BATCH),
         steps=shop.recipe.reader_steps,
         step=step,
         state={"model": reader, "optimizer": optimizer},

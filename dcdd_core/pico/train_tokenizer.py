@@ -22,7 +22,7 @@ from ..training.loop import generator, set_learning_rate, train, warmup_cosine
 from .data import to_pixels
 from .fidelity import fidelity, reconstruction_loss
 from .reader import SceneReader
-from .workshop import Workshop
+from .workshop import Workshop, digest
 
 _STAGE, _DECODER_STAGE = 1, 6
 _DECAY = 0.98
@@ -143,6 +143,12 @@ def train_tokenizer(shop: Workshop, loss_reader: SceneReader) -> JanusVQVAE:
 
     train(
         shop.folder / "tokenizer",
+        settings=shop.settings(
+            "tokenizer_batch",
+            architecture=_architecture(vq),
+            loss_reader=digest(loss_reader),
+            quantise_from=quantise_from,
+        ),
         steps=steps,
         step=step,
         state={"model": vq, "use": use, "average": average, "optimizer": optimizer},
@@ -157,6 +163,7 @@ def train_vq_decoder(shop: Workshop, vq: JanusVQVAE, loss_reader: SceneReader) -
     """Trains the decoder on, encoder and codebook frozen, with an adversarial loss; returns the tokenizer."""
     recipe, device = shop.recipe, shop.device
     steps, batch = recipe.vq_decoder_steps, recipe.tokenizer_batch
+    settings = shop.settings("tokenizer_batch", tokenizer=digest(vq), loss_reader=digest(loss_reader))
     ramp = max(1, int(0.05 * steps))
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + _DECODER_STAGE)
@@ -195,6 +202,7 @@ def train_vq_decoder(shop: Workshop, vq: JanusVQVAE, loss_reader: SceneReader) -
 
     train(
         shop.folder / "vq-decoder",
+        settings=settings,
         steps=steps,
         step=step,
         state={
@@ -209,6 +217,16 @@ def train_vq_decoder(shop: Workshop, vq: JanusVQVAE, loss_reader: SceneReader) -
         save_every=250,
     )
     return _settle(vq, average.module)
+
+
+def tokens_digest(vq: JanusVQVAE) -> str:
+    """Names the language that a tokenizer speaks: encoder and codebook, without the decoder."""
+    return digest(nn.ModuleList([vq.encoder, vq.quant_conv, vq.quantize]))
+
+
+def _architecture(vq: JanusVQVAE) -> list:
+    config = vq.config
+    return [config.num_embeddings, config.base_channels, *config.channel_multiplier, config.num_res_blocks]
 
 
 def _average(decoding: nn.ModuleList) -> torch.optim.swa_utils.AveragedModel:

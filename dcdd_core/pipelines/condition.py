@@ -2,34 +2,72 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from dataclasses import replace
 
-from ..method.lcdm import map_logits, map_probabilities
+from ..method.calibration import proxy_logits
+from ..method.lcdm import map_logits
 from ..models.flux import DecoderCard
 from ..types import Calibration, Codebook, Condition, TokenLogits
 
 
-def condition_for(
-    card: DecoderCard, token_logits: TokenLogits, codebook: Codebook, *, calibration: Calibration | None = None
-) -> Condition:
-    """The condition that the decoder of this card wants: LCDM with a calibration, or discrete code vectors.
+def condition_for(card: DecoderCard, token_logits: TokenLogits, codebook: Codebook) -> Condition:
+    """The condition that the decoder of this card wants: LCDM with its calibration, or discrete code vectors.
 
-    Args:
-        calibration: in place of the card's own.
+    Of what a VLM gives, the card's `reads` takes the logits (the paper), the logits pulled towards the sampled token by
+    the calibration's anchor, or the sampled tokens alone.
 
     Raises:
-        ValueError: if logits, codebook and calibration are not of one tokenizer, or a calibration is given to a decoder
-            that was trained without one.
+        ValueError: if logits, codebook and calibration are not of one tokenizer.
+    """
+    if card.variant == "discrete":
+        return discrete_condition(token_logits, codebook)
+    calibration = card.calibration
+    if token_logits.source == "vlm" and card.reads == "tokens":
+        token_logits = proxies_of_tokens(token_logits, codebook)
+    elif calibration is not None and card.reads == "logits":
+        calibration = replace(calibration, anchor=0.0)
+    return map_logits(token_logits, codebook, calibration)
+
+
+def serving(
+    card: DecoderCard,
+    *,
+    calibration: Calibration | None = None,
+    anchor: float | None = None,
+    reads: str | None = None,
+) -> DecoderCard:
+    """The card with what was asked for in place of its own: a calibration, a way of reading, or an anchor to read with.
+
+    Raises:
+        ValueError: if that does not fit the decoder.
     """
     if calibration is not None and card.variant != "lcdm+lc":
         raise ValueError(f"this decoder was trained on {card.variant!r} conditions: it takes no calibration")
-    if card.variant == "discrete":
-        return discrete_condition(token_logits, codebook)
-    return map_logits(token_logits, codebook, calibration or card.calibration)
+    used = calibration or card.calibration
+    if anchor is not None:
+        if used is None:
+            raise ValueError("the anchor belongs to a calibration, and this decoder has none")
+        if reads not in (None, "anchored"):
+            raise ValueError(f"an anchor and reading the {reads} alone exclude each other: give one of them")
+        used, reads = replace(used, anchor=anchor), "anchored"
+    return replace(card, calibration=used, reads=reads or card.reads)
 
 
 def discrete_condition(token_logits: TokenLogits, codebook: Codebook) -> Condition:
     """The tokens alone, as distributions without doubt: the baseline of the paper's Table 4."""
-    certain = F.one_hot(token_logits.tokens, codebook.size).float()
-    c, u = map_probabilities(certain, codebook)
+    c = codebook.vectors[token_logits.tokens.to(codebook.vectors.device)]
+    u = c.new_tensor([1.0, 1.0, 1.0, 0.0]).expand(*c.shape[:2], 4)
     return Condition(c, u, token_logits.grid, codebook=codebook.fingerprint)
+
+
+def proxies_of_tokens(token_logits: TokenLogits, codebook: Codebook) -> TokenLogits:
+    """Tokens as if the encoder had seen exactly their code vectors: the proxy logits of e_t (our choice)."""
+    vectors = codebook.vectors[token_logits.tokens.to(codebook.vectors.device)]
+    return TokenLogits(
+        proxy_logits(vectors, codebook),
+        token_logits.tokens,
+        token_logits.grid,
+        source="proxy",
+        model=token_logits.model,
+        codebook=token_logits.codebook,
+    )

@@ -71,11 +71,13 @@ def decode(
     steps = card.steps if steps is None else steps
 
     if image is None:
-        canvas, area = torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width)
+        canvas = torch.zeros(1, 3, height, width, device=vae.device)
+        area = torch.ones(1, 1, height, width, device=vae.device)
     else:
-        canvas, area = image.float(), (mask > 0).float()
-    given = vae.encode((canvas * (1 - area)).to(vae.device, vae.dtype)).latent_dist.mode()
-    given = pack(scale_latents(given.to(device, dtype), card.vae_shift, card.vae_scale))
+        canvas, mask = image.to(vae.device).float(), mask.to(vae.device).float()
+        area = (mask > 0).float()
+    given = vae.encode((canvas * (1 - area)).to(vae.device, vae.dtype)).latent_dist.mode().float()
+    given = pack(scale_latents(given, card.vae_shift, card.vae_scale)).to(device, dtype)
     area_tokens = pack_mask(area.to(device, dtype), card.vae_factor)
 
     channels = decoder.transformer.out_channels // 4
@@ -84,7 +86,7 @@ def decode(
     fused = decoder.condition_tokens(condition.to(device, dtype), size)
     times = timesteps(steps, **({"image_tokens": x.shape[1]} if shift is None else {"shift": shift})).tolist()
     for i, (now, after) in enumerate(pairwise(times)):
-        t = torch.full((batch,), now, device=device, dtype=dtype)
+        t = torch.full((batch,), now, device=device)
         v = decoder(fill_input(x.to(dtype), given, area_tokens), fused, t, size).float()
         if on_step is not None:
             estimate = unpack(recover_clean(x, v, now), *size)
@@ -93,7 +95,6 @@ def decode(
     latents = unscale_latents(unpack(x, *size), card.vae_shift, card.vae_scale)
     pixels = latents_to_pixels(vae, latents)
     if image is not None:
-        canvas, mask = canvas.to(pixels.device), mask.to(pixels)
         pixels = torch.where(mask == 0, canvas, mask * pixels + (1 - mask) * canvas)
     return Decoded(pixels=pixels, latents=latents)
 

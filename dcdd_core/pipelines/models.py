@@ -20,14 +20,14 @@ PICO_WEIGHTS = Path(__file__).parent.parent / "pico" / "weights"
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """From a prompt to a picture. `decoder` and `vae` are None where only the VQ path was asked for.
+    """From a prompt to a picture. What was not asked for is None: the sampler, or `decoder` and `vae` on the VQ path.
 
     Raises:
         ValueError: if the decoder was trained for another tokenizer.
     """
 
-    sampler: ImageTokenSampler
     vq: VQTokenizer
+    sampler: ImageTokenSampler | None = None
     vae: AutoencoderKL | None = None
     decoder: DistributionConditionedDecoder | None = None
 
@@ -40,14 +40,18 @@ class Models:
             )
 
 
-def load_pico(*, device: torch.device | str = "cpu", weights: Path = PICO_WEIGHTS) -> Models:
+def load_pico(*, device: torch.device | str = "cpu", weights: Path = PICO_WEIGHTS, with_sampler: bool = True) -> Models:
     """The embedded models, in float32.
 
     Raises:
         ValueError: if the weights are not where they were shipped.
     """
     return load_models(
-        janus=weights / "janus", decoder=weights / "decoder.safetensors", vae=weights / "vae", device=device
+        janus=weights / "janus",
+        decoder=weights / "decoder.safetensors",
+        vae=weights / "vae",
+        device=device,
+        with_sampler=with_sampler,
     )
 
 
@@ -59,6 +63,7 @@ def load_models(
     base: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    with_sampler: bool = True,
 ) -> Models:
     """Loads real model folders.
 
@@ -66,6 +71,7 @@ def load_models(
         janus: transformers-layout folder; its VQ part is the tokenizer.
         decoder, vae: a decoder bundle and the autoencoder's folder, both or neither.
         base: the FLUX.1-Fill transformer, where the bundle does not hold every weight.
+        with_sampler: False leaves the language model on the disk: pictures need only its VQ part.
         dtype: of the language model and the transformer; the VQ-VAE and the autoencoder stay in float32.
 
     Raises:
@@ -76,8 +82,8 @@ def load_models(
             "a decoder bundle paints latents and needs its autoencoder (and the other way round): give both"
         )
     return Models(
-        sampler=JanusSampler.load(janus, device=device, dtype=dtype),
         vq=VQTokenizer.load(janus, device=device, dtype=torch.float32),
+        sampler=JanusSampler.load(janus, device=device, dtype=dtype) if with_sampler else None,
         vae=load_vae(vae, device=device, dtype=torch.float32) if vae is not None else None,
         decoder=load_decoder(decoder, base, device=device, dtype=dtype) if decoder is not None else None,
     )

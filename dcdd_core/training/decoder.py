@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,6 +78,7 @@ def train_decoder(
     examples: Callable[[int, torch.Generator], Example],
     recipe: DecoderTraining,
     *,
+    settings: Mapping[str, Any],
     autocast: Callable[[], AbstractContextManager],
     evaluate: Callable[[DistributionConditionedDecoder], Mapping[str, float]] | None = None,
     evaluate_every: int = 500,
@@ -84,12 +86,13 @@ def train_decoder(
     """Trains (or restores) a decoder; returns its averaged weights in evaluation mode.
 
     Args:
+        settings: what the examples depend on, see `loop.train`; the recipe and the card are added.
         examples: the batch of a step, a function of its number and the generator it is given.
         evaluate: held-out numbers of the averaged decoder, for the log.
     """
     decoder.train()
     trained = [p for p in decoder.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
     average = torch.optim.swa_utils.AveragedModel(
         decoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average_decay)
     )
@@ -109,6 +112,7 @@ def train_decoder(
 
     train(
         folder,
+        settings={**settings, "recipe": asdict(recipe), "card": asdict(decoder.card)},
         steps=recipe.steps,
         step=step,
         state={"model": decoder, "average": average, "optimizer": optimizer},

@@ -28,6 +28,7 @@ class Stateful(Protocol):
 def train(
     folder: Path,
     *,
+    settings: Mapping[str, Any],
     steps: int,
     step: Callable[[int], Mapping[str, torch.Tensor | float]],
     state: Mapping[str, Stateful],
@@ -40,6 +41,8 @@ def train(
     """Runs `step(0) .. step(steps - 1)`, going on from the folder's checkpoint if there is one.
 
     Args:
+        settings: everything besides the step's number that a result depends on, as plain JSON values: a checkpoint made
+            under others is not gone on from.
         folder: receives `log.jsonl` (one object a line: step, seconds, means since the last line; evaluations carry
             the prefix `eval/`) and `checkpoint.pt` (read back with `weights_only=True`).
         step: does one whole update and returns the numbers to log. It must depend on its number and `state` only.
@@ -47,12 +50,13 @@ def train(
         evaluate: called after every `evaluate_every` steps and at the end.
 
     Raises:
-        ValueError: if the checkpoint holds other parts than `state`.
+        ValueError: if the checkpoint was made under other settings.
         FloatingPointError: if a logged number stops being finite; the last checkpoint is left as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
-    done, spent = _resume(checkpoint, log, state)
+    settings = {"steps": steps, **settings}
+    done, spent = _resume(checkpoint, log, state, settings)
     if done >= steps:
         return
     if done:
@@ -80,7 +84,7 @@ def train(
                 file.write(json.dumps(line) + "\n")
             report(f"{folder.name} " + " ".join(f"{k}={v:.4g}" for k, v in line.items()))
         if done % save_every == 0 or done == steps:
-            _save(checkpoint, done, time.monotonic() - started, state)
+            _save(checkpoint, done, time.monotonic() - started, state, settings)
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -109,22 +113,28 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _save(path: Path, step: int, seconds: float, state: Mapping[str, Stateful]) -> None:
+def _save(path: Path, step: int, seconds: float, state: Mapping[str, Stateful], settings: Mapping[str, Any]) -> None:
     parts = {name: part.state_dict() for name, part in state.items()}
     temporary = path.with_suffix(".tmp")
-    torch.save({"step": step, "seconds": seconds, "parts": parts}, temporary)
+    saved = {"step": step, "seconds": seconds, "settings": json.dumps(settings, sort_keys=True), "parts": parts}
+    torch.save(saved, temporary)
     os.replace(temporary, path)
 
 
-def _resume(checkpoint: Path, log: Path, state: Mapping[str, Stateful]) -> tuple[int, float]:
+def _resume(
+    checkpoint: Path, log: Path, state: Mapping[str, Stateful], settings: Mapping[str, Any]
+) -> tuple[int, float]:
     if not checkpoint.exists():
         log.unlink(missing_ok=True)
         return 0, 0.0
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if set(saved["parts"]) != set(state):
+    before, now = json.loads(saved["settings"]), json.loads(json.dumps(settings))
+    differ = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if differ or set(saved["parts"]) != set(state):
+        changes = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differ)
         raise ValueError(
-            f"{checkpoint} holds {sorted(saved['parts'])}, but this run needs {sorted(state)}: it was written by "
-            f"another recipe. Move {checkpoint.parent} away to start afresh."
+            f"{checkpoint} was made under other settings ({changes or 'another set of parts'}): "
+            f"move {checkpoint.parent} away to start afresh, or go back to those settings to go on"
         )
     for name, part in state.items():
         part.load_state_dict(saved["parts"][name])

@@ -78,7 +78,13 @@ def test_the_variants_of_table_4():
     codebook = Codebook(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
     features = codebook.vectors[:16].reshape(1, 16, 8) * 3
     calibration = Calibration(scale=25.0)
-    found = {v: proxy_condition(features, codebook, (4, 4), v, calibration) for v in ("discrete", "lcdm", "lcdm+lc")}
+    cards = {
+        variant: tiny_card(
+            variant=variant, codebook=codebook.fingerprint, calibration=calibration if variant == "lcdm+lc" else None
+        )
+        for variant in ("discrete", "lcdm", "lcdm+lc")
+    }
+    found = {variant: proxy_condition(features, card, codebook, (4, 4)) for variant, card in cards.items()}
     assert torch.equal(found["discrete"].code_vectors[0], codebook.vectors[:16])
     confidence = {v: float(c.uncertainty[..., 0].mean()) for v, c in found.items()}
     assert confidence["discrete"] == 1 > confidence["lcdm+lc"] > 0.5 > 0.1 > confidence["lcdm"]

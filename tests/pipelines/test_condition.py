@@ -1,12 +1,11 @@
 """Which condition a decoder is given."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+import torch.nn.functional as F
 
-from dcdd_core.method.lcdm import map_logits
-from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.method.lcdm import map_logits, map_probabilities
+from dcdd_core.pipelines.condition import condition_for, serving
 from dcdd_core.types import Calibration, Codebook, TokenLogits
 from tests.tiny import tiny_card, tiny_vq
 
@@ -22,21 +21,69 @@ def grid(codebook):
     return TokenLogits(logits, torch.arange(16)[None], (4, 4), source="proxy", codebook=codebook.fingerprint)
 
 
-def test_the_card_s_calibration_is_used_unless_another_is_given(codebook, grid):
+def test_the_card_s_calibration_is_used_unless_another_is_served(codebook, grid):
     card, other = tiny_card(), Calibration(scale=2.0)
-    for given, expected in ((None, card.calibration), (other, other)):
-        found = condition_for(card, grid, codebook, calibration=given)
+    for served, expected in ((card, card.calibration), (serving(card, calibration=other), other)):
+        found = condition_for(served, grid, codebook)
         assert torch.equal(found.code_vectors, map_logits(grid, codebook, expected).code_vectors)
 
 
 def test_a_discrete_decoder_sees_the_tokens_alone(codebook, grid):
     found = condition_for(tiny_card(variant="discrete"), grid, codebook)
-    assert torch.equal(found.code_vectors, codebook.vectors[grid.tokens])
-    assert torch.equal(found.uncertainty, torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(1, 16, 4))
+    certain = map_probabilities(F.one_hot(grid.tokens, 64).float(), codebook)
+    assert torch.equal(found.code_vectors, certain[0]) and torch.equal(found.uncertainty, certain[1])
 
 
 def test_a_decoder_without_calibration_takes_none(codebook, grid):
-    card = replace(tiny_card(variant="lcdm"), calibration=None)
+    card = tiny_card(variant="lcdm", calibration=None)
     assert torch.equal(condition_for(card, grid, codebook).code_vectors, map_logits(grid, codebook).code_vectors)
     with pytest.raises(ValueError, match="takes no calibration"):
-        condition_for(card, grid, codebook, calibration=Calibration(scale=2.0))
+        serving(card, calibration=Calibration(scale=2.0))
+    with pytest.raises(ValueError, match="has none"):
+        serving(card, anchor=1.0)
+
+
+def test_an_anchor_and_the_tokens_alone_exclude_each_other():
+    with pytest.raises(ValueError, match="exclude"):
+        serving(tiny_card(), anchor=1.0, reads="tokens")
+    assert serving(tiny_card(), anchor=1.0).reads == "anchored"
+
+
+def test_reading_the_logits_is_the_paper_whatever_anchor_was_fitted(codebook):
+    logits = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(1))
+    sampled = TokenLogits(logits, logits.argmax(-1), (4, 4), codebook=codebook.fingerprint)
+    plain, anchored = Calibration(scale=25.0, smoothing=0.01), Calibration(scale=25.0, smoothing=0.01, anchor=3.0)
+    found = condition_for(tiny_card(calibration=anchored), sampled, codebook)
+    assert torch.equal(found.code_vectors, map_logits(sampled, codebook, plain).code_vectors)
+    found = condition_for(tiny_card(calibration=anchored, reads="anchored"), sampled, codebook)
+    assert torch.equal(found.code_vectors, map_logits(sampled, codebook, anchored).code_vectors)
+
+
+def test_what_a_vlm_gives_is_read_as_the_card_says(codebook, grid):
+    logits = 4 * torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(1))
+    sampled = TokenLogits(logits, grid.tokens, (4, 4), codebook=codebook.fingerprint)
+    card = tiny_card()
+    as_logits = condition_for(card, sampled, codebook)
+    as_tokens = condition_for(serving(card, reads="tokens"), sampled, codebook)
+    assert torch.equal(as_logits.code_vectors, map_logits(sampled, codebook, card.calibration).code_vectors)
+    nearness = F.cosine_similarity(as_tokens.code_vectors, codebook.vectors[grid.tokens], dim=-1)
+    assert nearness.mean() > F.cosine_similarity(as_logits.code_vectors, codebook.vectors[grid.tokens], dim=-1).mean()
+    # Proxies are the training's own: the way of reading does not touch them.
+    assert torch.equal(
+        condition_for(serving(card, reads="tokens"), grid, codebook).code_vectors,
+        condition_for(card, grid, codebook).code_vectors,
+    )
+
+
+def test_the_anchor_leads_to_the_sampled_token(codebook, grid):
+    logits = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(1))
+    sampled = TokenLogits(logits, grid.tokens, (4, 4), codebook=codebook.fingerprint)
+    near = [
+        F.cosine_similarity(
+            condition_for(serving(tiny_card(), anchor=beta), sampled, codebook).code_vectors,
+            codebook.vectors[grid.tokens],
+            dim=-1,
+        ).mean()
+        for beta in (0.0, 2.0, 8.0)
+    ]
+    assert near[0] < near[1] < near[2]

@@ -57,7 +57,9 @@ def test_training_lowers_the_loss_on_one_batch(tmp_path):
             return float(torch.stack([decoder_loss(model, data, generator(k), fixed) for k in range(8)]).mean())
 
     before = loss(decoder)
-    trained = train_decoder(tmp_path, decoder, lambda i, draw: data, recipe, autocast=contextlib.nullcontext)
+    trained = train_decoder(
+        tmp_path, decoder, lambda i, draw: data, recipe, settings={}, autocast=contextlib.nullcontext
+    )
     assert loss(trained) < 0.7 * before
     assert not any(p.requires_grad for p in trained.parameters())
 
@@ -72,6 +74,7 @@ def test_frozen_weights_stay(tmp_path):
         decoder,
         lambda i, draw: example(),
         DecoderTraining(steps=2, warmup=1),
+        settings={},
         autocast=contextlib.nullcontext,
     )
     moved = {k for k, v in trained.state_dict().items() if not torch.equal(v, before[k])}

@@ -5,8 +5,10 @@ import torch
 
 from dcdd_core.training.loop import generator, read_log, train, warmup_cosine
 
+SETTINGS = {"seed": 7, "sizes": [1, 2]}
 
-def run(folder, steps, stop_at=None, seen=None):
+
+def run(folder, steps, stop_at=None, seen=None, settings=SETTINGS):
     """Trains a line by noisy gradients that depend on the step alone."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -26,7 +28,9 @@ def run(folder, steps, stop_at=None, seen=None):
         return {"loss": loss.detach()}
 
     state = {"model": model, "optimizer": optimizer}
-    train(folder, steps=steps, step=step, state=state, log_every=1, save_every=5, report=lambda _: None)
+    train(
+        folder, settings=settings, steps=steps, step=step, state=state, log_every=1, save_every=5, report=lambda _: None
+    )
     return model
 
 
@@ -49,19 +53,31 @@ def test_a_finished_run_does_nothing(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
-    run(tmp_path, 5)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 9, stop_at=6)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     model = torch.nn.Linear(3, 1)
     state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    broken = {"settings": SETTINGS, "steps": 9, "step": lambda i: {"loss": torch.nan}, "state": state}
     with pytest.raises(FloatingPointError, match="loss stopped being finite before step 6"):
-        train(tmp_path, steps=9, step=lambda i: {"loss": torch.nan}, state=state, log_every=1, report=lambda _: None)
+        train(tmp_path, **broken, log_every=1, report=lambda _: None)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
-    run(tmp_path, 5)
-    with pytest.raises(ValueError, match="another recipe"):
-        train(tmp_path, steps=9, step=lambda i: {}, state={"model": torch.nn.Linear(3, 1)}, report=lambda _: None)
+@pytest.mark.parametrize(
+    ("steps", "settings", "words"),
+    [
+        (20, SETTINGS, "steps 10 -> 20"),
+        (10, SETTINGS | {"seed": 8}, "seed 7 -> 8"),
+        (10, SETTINGS | {"new": 1}, "new None -> 1"),
+    ],
+)
+def test_a_checkpoint_made_under_other_settings_is_refused(tmp_path, steps, settings, words):
+    run(tmp_path, 10)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, steps, settings=settings)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_the_schedule_rises_and_falls():

@@ -1,0 +1,94 @@
+"""The shipped weights: what they must show on a few held-out scenes before anybody quotes the table."""
+
+import pytest
+import torch
+
+from dcdd_core.evaluation.quality import ssim
+from dcdd_core.pico.data import to_pixels
+from dcdd_core.pico.export import MOST_BYTES
+from dcdd_core.pico.reader import fact_labels
+from dcdd_core.pico.scenes import render_scene
+from dcdd_core.pico.weights import load_reader
+from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.pipelines.decode import decode
+from dcdd_core.pipelines.models import PICO_WEIGHTS, load_pico
+
+pytestmark = pytest.mark.skipif(not PICO_WEIGHTS.exists(), reason="the embedded weights are not built: make pico")
+
+SCENES = [render_scene("test", i) for i in range(48)]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return load_pico()
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return load_reader()
+
+
+def pixels(count=None):
+    return torch.cat([to_pixels(scene.image[None]) for scene in SCENES[:count]])
+
+
+def test_they_are_small_enough_for_git():
+    assert sum(p.stat().st_size for p in PICO_WEIGHTS.rglob("*") if p.is_file()) <= MOST_BYTES
+
+
+def test_the_parts_belong_together(models):
+    card = models.decoder.card
+    assert models.sampler.codebook.fingerprint == models.vq.codebook.fingerprint == card.codebook
+    assert card.calibration.converged and card.calibration.codebook == card.codebook
+    assert card.calibration.vlm == models.sampler.name
+    assert abs(card.calibration.achieved.mean_entropy - card.calibration.target.mean_entropy) <= 0.02
+
+
+@torch.no_grad()
+def test_the_measuring_network_reads_real_scenes(reader):
+    labels = fact_labels([scene.facts for scene in SCENES])
+    answers = reader(pixels())
+    for fact in ("shape", "colour", "texture", "place"):
+        assert (answers[fact].argmax(1) == labels[fact]).float().mean() > 0.9, fact
+
+
+def test_the_tokenizer_uses_its_codebook(models):
+    assert len(models.vq.encode(pixels()).tokens.unique()) > 0.6 * models.vq.codebook.size
+
+
+def test_both_decoders_reconstruct_and_the_diffusion_decoder_is_nearer(models, reader):
+    truth = pixels(12)
+    proxies = models.vq.encode(truth)
+    by_vq = models.vq.decode_tokens(proxies.tokens, proxies.grid)
+    condition = condition_for(models.decoder.card, proxies, models.vq.codebook)
+    painted = decode(models.decoder, models.vae, condition, seeds=range(12), steps=10).pixels
+    assert ssim(truth, by_vq).mean() > 0.5
+    assert ssim(truth, painted).mean() > ssim(truth, by_vq).mean()
+    assert reader.perceptual_distance(truth, painted).mean() < reader.perceptual_distance(truth, by_vq).mean()
+
+
+@torch.no_grad()
+def test_a_sentence_becomes_its_picture(models, reader):
+    facts = [scene.facts for scene in SCENES[:12]]
+    grid = models.sampler.sample(
+        [f.caption() for f in facts], seeds=range(12), guidance=models.decoder.card.calibration.guidance
+    )
+    condition = condition_for(models.decoder.card, grid, models.vq.codebook)
+    painted = decode(models.decoder, models.vae, condition, seeds=range(12), steps=10).pixels
+    labels, answers = fact_labels(facts), reader(painted)
+    for fact in ("colour", "place", "ground_colour"):
+        assert (answers[fact].argmax(1) == labels[fact]).float().mean() > 0.7, fact
+
+
+@torch.no_grad()
+def test_localised_decoding_paints_the_box_like_its_surroundings(models):
+    """The picture's own tokens, half of it given: the painted half must be nearer to the truth than its mean colour."""
+    truth = pixels(6)
+    mask = torch.zeros(1, 1, 96, 96)
+    mask[..., 24:72, 24:72] = 1
+    condition = condition_for(models.decoder.card, models.vq.encode(truth), models.vq.codebook)
+    painted = decode(models.decoder, models.vae, condition, seeds=range(6), steps=10, image=truth, mask=mask).pixels
+    box = (..., slice(24, 72), slice(24, 72))
+    flat = truth[box].mean(dim=(2, 3), keepdim=True)
+    assert (painted[box] - truth[box]).abs().mean() < 0.7 * (flat - truth[box]).abs().mean()
+    assert torch.equal(painted[..., :24, :], truth[..., :24, :])
