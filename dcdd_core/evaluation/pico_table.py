@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,7 +77,6 @@ class Bench:
     batch: int
     steps: int
     guidance: float
-    autocast: Callable[[], AbstractContextManager]
 
     def scenes(self, what: str, count: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the scenes and their pixels."""
@@ -90,10 +88,8 @@ class Bench:
     def paint(
         self, decoder: DistributionConditionedDecoder, condition: Condition, part: slice, steps: int | None = None
     ) -> torch.Tensor:
-        with self.autocast():
-            return decode(
-                decoder, self.pico.vae, condition, seeds=range(part.start, part.stop), steps=steps or self.steps
-            ).pixels
+        seeds = range(part.start, part.stop)
+        return decode(decoder, self.pico.vae, condition, seeds=seeds, steps=steps or self.steps).pixels
 
     def real_features(self) -> list[torch.Tensor]:
         return [features_of(pixels, self.reader.frechet_features) for _, pixels in self.scenes("real scenes")]
@@ -266,19 +262,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--bf16", action="store_true", help="run the networks in bfloat16 autocast")
+    parser.add_argument("--bf16", action="store_true", help="run the diffusion transformers in bfloat16")
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     chosen = parser.parse_args()
     pico = load_pico(device=chosen.device, weights=chosen.weights)
+    dtype = torch.bfloat16 if chosen.bf16 else torch.float32
+    pico.decoder.to(dtype)
     bench = Bench(
         pico=pico,
         reader=load_reader(device=chosen.device, weights=chosen.weights),
-        discrete=load_decoder(chosen.discrete, device=chosen.device, dtype=torch.float32) if chosen.discrete else None,
+        discrete=load_decoder(chosen.discrete, device=chosen.device, dtype=dtype) if chosen.discrete else None,
         images=scene_images(chosen.out, "test", chosen.scenes),
         batch=chosen.batch,
         steps=chosen.steps,
         guidance=pico.decoder.card.calibration.guidance,
-        autocast=(lambda: torch.autocast(chosen.device, dtype=torch.bfloat16)) if chosen.bf16 else nullcontext,
     )
     key = _fingerprint(chosen)
     results = {}

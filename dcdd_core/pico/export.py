@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import torch
@@ -29,18 +30,27 @@ def export(
     decoder: DistributionConditionedDecoder,
     reader: nn.Module,
 ) -> None:
-    """Writes everything that `load_pico` and the table read.
+    """Writes everything that `load_pico` and the table read, beside the folder first and then in its place.
 
     Raises:
-        ValueError: if that is more than 48 MB.
+        ValueError: if that is more than 48 MB; what was there before stays.
     """
-    weights.mkdir(parents=True, exist_ok=True)
+    fresh = weights.with_name(weights.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    janus = copy.deepcopy(janus)
     janus.model.vqmodel.load_state_dict(vq.state_dict())
-    save_janus(weights / "janus", janus, words)
-    copy.deepcopy(vae).half().save_pretrained(weights / "vae")
-    save_bundle(weights / "decoder.safetensors", decoder, dtype=torch.float16)
-    tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in reader.state_dict().items()}
-    save_file(tensors, weights / "reader.safetensors")
-    size = sum(path.stat().st_size for path in weights.rglob("*") if path.is_file())
+    save_janus(fresh / "janus", janus, words)
+    copy.deepcopy(vae).half().save_pretrained(fresh / "vae")
+    save_bundle(fresh / "decoder.safetensors", decoder, dtype=torch.float16)
+    tensors = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in reader.state_dict().items()}
+    save_file(tensors, fresh / "reader.safetensors")
+    size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
     if size > MOST_BYTES:
+        shutil.rmtree(fresh)
         raise ValueError(f"the weights take {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f}: shrink a model")
+    if weights.exists():
+        for kept in weights.glob("*.md"):
+            shutil.copy2(kept, fresh)
+        shutil.rmtree(weights)
+    fresh.rename(weights)
