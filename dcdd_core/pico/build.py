@@ -36,7 +36,7 @@ HELD_OUT = {
     "janus": "eval/loss",
     "decoder": "eval/ssim",
 }
-STAGES = ("readers", "tokenizer", "autoencoder", "janus", "calibration", "vq-decoder", "decoder", "discrete", "export")
+STAGES = ("readers", "tokenizer", "autoencoder", "janus", "calibration", "decoder", "vq-decoder", "discrete", "export")
 
 
 def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS) -> None:
@@ -70,12 +70,12 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS
     if not reached("calibration"):
         return
     calibration = calibrate(shop, sampler, vq, encodings)
-    if not reached("vq-decoder"):
-        return
-    train_vq_decoder(shop, network, loss_reader)
     if not reached("decoder"):
         return
     decoder = train_pico_decoder(shop, "decoder", "lcdm+lc", encodings, vq, vae, calibration, loss_reader)
+    if not reached("vq-decoder"):
+        return
+    train_vq_decoder(shop, network, loss_reader)
     if not reached("discrete"):
         return
     discrete = train_pico_decoder(shop, "discrete", "discrete", encodings, vq, vae, None, loss_reader)
