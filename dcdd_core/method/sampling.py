@@ -86,6 +86,15 @@ def top_p(logits: torch.Tensor, p: float | None) -> torch.Tensor:
     return logits.masked_fill(barred, -torch.inf)
 
 
+def keyed_generator(*key: int) -> torch.Generator:
+    """A CPU generator for a key of whole numbers, such as (sample seed, position)."""
+    # Torch's CPU generator keeps the low 32 bits of its seed, so all numbers have to be mixed into those.
+    state = 0
+    for part in key:
+        state = _splitmix64(state + part)
+    return torch.Generator("cpu").manual_seed(state)
+
+
 def gumbel_noise(seed: int, position: int, codes: int) -> torch.Tensor:
     """Standard Gumbel noise [K] float32 on the CPU, a function of (seed, position) only.
 
@@ -94,8 +103,7 @@ def gumbel_noise(seed: int, position: int, codes: int) -> torch.Tensor:
     """
     if position < 0 or codes < 1:
         raise ValueError(f"expected a position >= 0 and at least one code, got position {position}, {codes} codes")
-    # Torch's CPU generator keeps the low 32 bits of its seed, so both numbers have to be mixed into those.
-    generator = torch.Generator("cpu").manual_seed(_splitmix64(_splitmix64(seed) + position))
+    generator = keyed_generator(seed, position)
     # In float64: 24 bits would cut the upper tail, where among many codes the largest is found, into visible steps.
     uniform = torch.rand(codes, generator=generator, dtype=torch.float64).clamp_(min=torch.finfo(torch.float64).tiny)
     return uniform.log_().neg_().log_().neg_().float()

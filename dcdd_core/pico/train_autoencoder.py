@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from ..training.loop import generator, set_learning_rate, train, warmup_cosine
+from ..method.sampling import keyed_generator
+from ..training.loop import set_learning_rate, train, warmup_cosine
 from .data import to_pixels
 from .fidelity import fidelity, reconstruction_loss
 from .reader import SceneReader
@@ -44,7 +45,7 @@ def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL
     average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
 
     def step(i: int) -> dict[str, torch.Tensor]:
-        draw = generator(recipe.seed, _STAGE, i)
+        draw = keyed_generator(recipe.seed, _STAGE, i)
         set_learning_rate(optimizer, warmup_cosine(i, recipe.autoencoder_steps, peak=1e-3, warmup=200))
         pixels = to_pixels(shop.train_images[shop.batch(_STAGE, i, recipe.autoencoder_batch)], device)
         with shop.autocast():

@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from ..method.sampling import keyed_generator
 from ..models.janus import JanusSampler, prompt_ids, unconditional_ids
-from ..training.loop import generator, set_learning_rate, train, warmup_cosine
+from ..training.loop import set_learning_rate, train, warmup_cosine
 from .scenes import SceneFacts, vocabulary
 from .train_tokenizer import tokens_digest
 from .workshop import Workshop
@@ -106,7 +107,7 @@ def train_janus(
     def step(i: int) -> dict[str, torch.Tensor]:
         set_learning_rate(optimizer, warmup_cosine(i, recipe.janus_steps, peak=1.5e-3, warmup=150))
         index = shop.batch(_STAGE, i, recipe.janus_batch)
-        dropped = torch.rand(len(index), generator=generator(recipe.seed, _STAGE, i, 1)) < _DROPPED
+        dropped = torch.rand(len(index), generator=keyed_generator(recipe.seed, _STAGE, i, 1)) < _DROPPED
         rows = [
             unconditional_ids(prompts[k], tokenizer) if drop else prompts[k]
             for k, drop in zip(index, dropped, strict=True)

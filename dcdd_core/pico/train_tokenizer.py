@@ -18,7 +18,8 @@ from torch import nn
 from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from ..training.loop import generator, set_learning_rate, train, warmup_cosine
+from ..method.sampling import keyed_generator
+from ..training.loop import set_learning_rate, train, warmup_cosine
 from .data import to_pixels
 from .fidelity import fidelity, reconstruction_loss
 from .reader import SceneReader
@@ -111,7 +112,7 @@ def train_tokenizer(shop: Workshop, loss_reader: SceneReader) -> JanusVQVAE:
     average = _average(decoding)
 
     def step(i: int) -> dict[str, torch.Tensor]:
-        draw = generator(recipe.seed, _STAGE, i)
+        draw = keyed_generator(recipe.seed, _STAGE, i)
         set_learning_rate(optimizer, warmup_cosine(i, steps, peak=8e-4, warmup=200))
         pixels = to_pixels(shop.train_images[shop.batch(_STAGE, i, batch)], device)
         features = _encode(vq, pixels, shop)
@@ -274,7 +275,7 @@ def _kmeans(shop: Workshop, vq: JanusVQVAE, *, scenes: int = 256, rounds: int = 
     """Spherical k-means over the features of a few hundred scenes -> [K, D]."""
     pixels = to_pixels(shop.train_images[:scenes], shop.device)
     flat = rearrange(torch.cat([_encode(vq, part, shop) for part in pixels.split(32)]), "b d h w -> (b h w) d")
-    order = torch.randperm(len(flat), generator=generator(shop.recipe.seed, _STAGE, 1 << 40))
+    order = torch.randperm(len(flat), generator=keyed_generator(shop.recipe.seed, _STAGE, 1 << 40))
     vectors = flat[order[:_CODES].to(flat.device)]
     for _ in range(rounds):
         tokens = (flat @ vectors.T).argmax(1)

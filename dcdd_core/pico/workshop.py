@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..training.loop import generator
+from ..method.sampling import keyed_generator
 from .data import scene_images
 from .scenes import SceneFacts, scene_facts
 
@@ -37,7 +37,7 @@ class Recipe:
     calibration_images: int = 100
     janus_steps: int = 1_400
     janus_batch: int = 16
-    decoder_steps: int = 2_400
+    decoder_steps: int = 2_200
     decoder_batch: int = 16
     seed: int = 0
 
@@ -74,7 +74,9 @@ class Workshop:
 
     def batch(self, stage: int, step: int, size: int) -> np.ndarray:
         """Sorted indices [size] of the training scenes of one step, a function of (seed, stage, step)."""
-        drawn = torch.randint(self.recipe.train_scenes, (size,), generator=generator(self.recipe.seed, stage, step))
+        drawn = torch.randint(
+            self.recipe.train_scenes, (size,), generator=keyed_generator(self.recipe.seed, stage, step)
+        )
         return np.sort(drawn.numpy())
 
     @contextmanager

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 
 from ..method.flow import euler_step, recover_clean, timesteps
 from ..method.latents import fill_input, pack, pack_mask, scale_latents, unpack, unscale_latents
+from ..method.sampling import keyed_generator
 from ..models.flux import DistributionConditionedDecoder
 from ..types import Condition, same_codebook
 
@@ -81,7 +82,7 @@ def decode(
     area_tokens = pack_mask(area.to(device, dtype), card.vae_factor)
 
     channels = decoder.transformer.out_channels // 4
-    noise = [torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    noise = [torch.randn(1, channels, *size, generator=keyed_generator(seed)) for seed in seeds]
     x = pack(torch.cat(noise)).to(device)  # float32: Euler steps add up small differences.
     fused = decoder.condition_tokens(condition.to(device, dtype), size)
     times = timesteps(steps, **({"image_tokens": x.shape[1]} if shift is None else {"shift": shift})).tolist()

@@ -16,9 +16,10 @@ from torch import nn
 
 from ..method.flow import interpolate, loss_weight, sample_times, velocity
 from ..method.latents import fill_input, pack, pack_mask
+from ..method.sampling import keyed_generator
 from ..models.flux import DistributionConditionedDecoder
 from ..types import Condition
-from .loop import generator, set_learning_rate, train, warmup_cosine
+from .loop import set_learning_rate, train, warmup_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def train_decoder(
 
     def step(i: int) -> dict[str, torch.Tensor]:
         set_learning_rate(optimizer, warmup_cosine(i, recipe.steps, peak=recipe.learning_rate, warmup=recipe.warmup))
-        draw = generator(recipe.seed, i)
+        draw = keyed_generator(recipe.seed, i)
         example = examples(i, draw)
         with autocast():
             loss = decoder_loss(decoder, example, draw, recipe)

@@ -64,11 +64,11 @@ def train(
     started, sums, count = time.monotonic() - spent, {}, 0
     while done < steps:
         for name, value in step(done).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+            sums[name] = sums.get(name, 0.0) + value  # a tensor stays on its device until it is logged
         done, count = done + 1, count + 1
         line: dict[str, float] = {}
         if done % log_every == 0 or done == steps:
-            line = {name: total / count for name, total in sums.items()}
+            line = {name: float(total) / count for name, total in sums.items()}
             bad = [name for name, value in line.items() if not math.isfinite(value)]
             if bad:
                 raise FloatingPointError(
@@ -103,14 +103,6 @@ def warmup_cosine(step: int, steps: int, *, peak: float, warmup: int, floor: flo
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator for a key of whole numbers, such as (run seed, step)."""
-    seed = 0
-    for part in key:
-        seed = (seed * 1_000_003 + part + 0x9E3779B9) % (2**63 - 1)
-    return torch.Generator().manual_seed(seed)
 
 
 def _save(path: Path, step: int, seconds: float, state: Mapping[str, Stateful], settings: Mapping[str, Any]) -> None:

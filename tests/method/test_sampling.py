@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dcdd_core.method.sampling import draw, guide, gumbel_noise, gumbel_noise_grid, temper, top_k, top_p
+from dcdd_core.method.sampling import (
+    draw,
+    guide,
+    gumbel_noise,
+    gumbel_noise_grid,
+    keyed_generator,
+    temper,
+    top_k,
+    top_p,
+)
 
 INF = torch.inf
 LOGITS = torch.tensor([[0.1, 0.4, 0.2, 0.3], [1.0, 1.0, 2.0, 0.0]]).log()
@@ -156,3 +165,10 @@ def test_a_batch_is_its_singles_and_greedy_ignores_the_noise():
     assert tokens.tolist() == [draw(logits[i : i + 1], noise[i : i + 1]).item() for i in range(5)]
     assert tokens.dtype == torch.int64 and tokens.tolist() != logits.argmax(-1).tolist()
     assert torch.equal(draw(temper(logits, 0), noise), logits.argmax(-1))
+
+
+def test_generators_of_different_keys_differ_beyond_32_bits():
+    keys = ((0, 1), (1, 0), (0,), (0, 1, 0), (1 << 32,), (-1,))
+    draws = [torch.randint(1 << 60, (1,), generator=keyed_generator(*key)).item() for key in keys]
+    assert len(set(draws)) == len(keys)
+    assert draws[0] == torch.randint(1 << 60, (1,), generator=keyed_generator(0, 1)).item()

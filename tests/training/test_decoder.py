@@ -7,8 +7,8 @@ import torch
 
 from dcdd_core.method.flow import interpolate, velocity
 from dcdd_core.method.latents import pack
+from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.training.decoder import DecoderTraining, Example, decoder_loss, train_decoder
-from dcdd_core.training.loop import generator
 from tests.tiny import tiny_condition, tiny_decoder
 
 
@@ -35,9 +35,9 @@ def test_the_loss_is_zero_for_the_true_velocity_and_its_square_for_none(monkeypa
         return seen["target"]
 
     monkeypatch.setattr(decoder, "forward", truth)
-    assert float(decoder_loss(decoder, data, generator(1), recipe)) < 1e-8
+    assert float(decoder_loss(decoder, data, keyed_generator(1), recipe)) < 1e-8
     monkeypatch.setattr(decoder, "forward", lambda packed, *rest: torch.zeros_like(packed[..., :64]))
-    zero = float(decoder_loss(decoder, data, generator(1), recipe))
+    zero = float(decoder_loss(decoder, data, keyed_generator(1), recipe))
     assert zero == pytest.approx(float(seen["target"].square().mean()), rel=1e-5)
 
 
@@ -54,7 +54,7 @@ def test_training_lowers_the_loss_on_one_batch(tmp_path):
 
     def loss(model):
         with torch.no_grad():
-            return float(torch.stack([decoder_loss(model, data, generator(k), fixed) for k in range(8)]).mean())
+            return float(torch.stack([decoder_loss(model, data, keyed_generator(k), fixed) for k in range(8)]).mean())
 
     before = loss(decoder)
     trained = train_decoder(
