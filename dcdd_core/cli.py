@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)  # whatever filters the caller has set
             warnings.showwarning = lambda message, *_: print(f"dcdd: {message}", file=sys.stderr)
             chosen.run(chosen)
     except (ValueError, OSError) as error:

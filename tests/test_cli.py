@@ -1,4 +1,4 @@
-"""The command line on the embedded models: files, exit codes, and errors in words."""
+"""The command line on models of the embedded shapes: files, exit codes, and errors in words."""
 
 import pytest
 import torch
@@ -6,11 +6,18 @@ from PIL import Image
 
 from dcdd_core.cli import main
 from dcdd_core.pico.scenes import render_scene
-from dcdd_core.pipelines.models import PICO_WEIGHTS
+from dcdd_core.pipelines import models as pipelines_models
 from dcdd_core.types import Calibration, TokenLogits
-from tests.tiny import save_janus
+from tests.tiny import random_pico, save_janus
 
-pytestmark = pytest.mark.skipif(not PICO_WEIGHTS.exists(), reason="the embedded weights are not built: make pico")
+
+@pytest.fixture(scope="module", autouse=True)
+def random_weights(tmp_path_factory):
+    """The embedded models' files with random weights: here only what runs is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines_models, "PICO_WEIGHTS", random_pico(tmp_path_factory.mktemp("pico") / "weights"))
+        yield
+
 
 PROMPT = "a large plain red circle in the centre on a plain sky ground"
 
@@ -112,6 +119,12 @@ def test_running_out_of_memory_is_explained(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("dcdd_core.cli.decode", too_much)
     assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 1
     assert "out of memory" in capsys.readouterr().err
+
+
+def test_missing_weights_are_explained(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pipelines_models, "PICO_WEIGHTS", tmp_path / "none")
+    assert main(["demo", "--out", str(tmp_path / "a.png")]) == 1
+    assert "make pico" in capsys.readouterr().err
 
 
 def test_a_wrong_option_exits_2():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -20,6 +21,12 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core.method.lcdm import map_logits
 from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder
+from dcdd_core.pico.export import export
+from dcdd_core.pico.reader import SceneReader
+from dcdd_core.pico.train_autoencoder import autoencoder_config
+from dcdd_core.pico.train_decoder import transformer_config
+from dcdd_core.pico.train_janus import janus_config, pico_tokenizer
+from dcdd_core.pico.train_tokenizer import tokenizer_config
 from dcdd_core.types import Calibration, Codebook, Condition, TokenLogits
 
 SPECIAL = ("<|begin_of_sentence|>", "<pad>", "<unk>", "<|User|>", "<|Assistant|>", "<begin_of_image>")
@@ -167,6 +174,36 @@ def tiny_decoder(seed: int = 0, **changes) -> DistributionConditionedDecoder:
     """A decoder with random weights, its adapter's last layer included, so that the condition matters."""
     card = tiny_card(**changes)
     return fill(DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card), seed)
+
+
+def random_pico(folder: Path) -> Path:
+    """The embedded models' shapes and files with random weights: for what must run, not for what must look right."""
+    vq = fill(JanusVQVAE(tokenizer_config()), 1)
+    with torch.no_grad():
+        vq.quantize.embedding.weight.copy_(F.normalize(vq.quantize.embedding.weight, dim=1))
+    words = pico_tokenizer()
+    janus = fill(JanusForConditionalGeneration(janus_config(vq, words)), 2)
+    vae = fill(AutoencoderKL(**autoencoder_config()), 3)
+    codebook = Codebook(vq.quantize.embedding.weight)
+    card = DecoderCard(
+        base="random",
+        base_config=transformer_config(4),
+        tokenizer="random",
+        codebook=codebook.fingerprint,
+        code_dim=8,
+        width=64,
+        calibration=Calibration(scale=25.0, smoothing=0.01, anchor=2.0, guidance=3.0, codebook=codebook.fingerprint),
+        resolution=96,
+        pixels_per_token=8,
+        vae_factor=4,
+        vae_shift=0.0,
+        vae_scale=1.0,
+        steps=4,
+    )
+    decoder = fill(DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card), 4)
+    reader = fill(SceneReader(), 5)
+    export(folder, janus=janus, words=words, vq=vq, vae=vae, decoder=decoder, reader=reader)
+    return folder
 
 
 def tiny_condition(batch: int = 2, grid: tuple[int, int] = (4, 4), seed: int = 0) -> Condition:

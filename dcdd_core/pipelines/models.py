@@ -40,12 +40,18 @@ class Models:
             )
 
 
-def load_pico(*, device: torch.device | str = "cpu", weights: Path = PICO_WEIGHTS, with_sampler: bool = True) -> Models:
+def load_pico(*, device: torch.device | str = "cpu", weights: Path | None = None, with_sampler: bool = True) -> Models:
     """The embedded models, in float32.
 
+    Args:
+        weights: their folder, where it is not `PICO_WEIGHTS`.
+
     Raises:
-        ValueError: if the weights are not where they were shipped.
+        ValueError: if the weights are not there.
     """
+    weights = weights or PICO_WEIGHTS
+    if not weights.is_dir():
+        raise ValueError(f"the embedded models are not at {weights}: `make pico` trains them (hours on a CPU)")
     return load_models(
         janus=weights / "janus",
         decoder=weights / "decoder.safetensors",

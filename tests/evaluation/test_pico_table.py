@@ -12,17 +12,16 @@ from dcdd_core.evaluation.pico_table import SECTIONS, SERVED, TITLES, Tally, mar
 from dcdd_core.pico.data import to_pixels
 from dcdd_core.pico.reader import SceneReader, fact_labels
 from dcdd_core.pico.scenes import render_scene
-from dcdd_core.pipelines.models import PICO_WEIGHTS
+from tests.tiny import random_pico
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PICO_WEIGHTS.exists(), reason="the embedded weights are not built: make pico")
 @pytest.mark.parametrize("options", [[], ["--bf16"]])
 def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys, options):
+    weights = random_pico(tmp_path / "weights")
     monkeypatch.setattr(pico_table, "STEP_COUNTS", (1, 2))
-    monkeypatch.setattr(
-        sys, "argv", ["table", "--out", str(tmp_path), "--scenes", "4", "--steps", "1", "--batch", "2", *options]
-    )
+    arguments = ["--out", str(tmp_path), "--weights", str(weights), "--scenes", "4", "--steps", "1", "--batch", "2"]
+    monkeypatch.setattr(sys, "argv", ["table", *arguments, *options])
     pico_table.main()
     text = (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
