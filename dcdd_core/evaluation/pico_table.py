@@ -229,9 +229,9 @@ def verdicts(results: dict[str, dict[str, dict[str, float]]]) -> str:
         rows = results.get(section, {})
         ratio, verdict = "", "not measured"
         if row in rows and rival in rows:
-            found = rows[row][column] / rows[rival][column]
-            kept = found <= bound if relation == "at most" else found >= bound
-            ratio, verdict = f"{found:.3f}", "met" if kept else "MISSED"
+            ours, theirs = rows[row][column], rows[rival][column]
+            kept = ours <= bound * theirs if relation == "at most" else ours >= bound * theirs
+            ratio, verdict = f"{ours / theirs:.3f}" if theirs else f"{ours:.3g} to 0", "met" if kept else "MISSED"
         lines.append(f"| {row}: {column} | {rival} | {relation} {bound:g} | {ratio} | {verdict} |")
     columns = results.get("calibration", {})
     if columns:

@@ -22,7 +22,7 @@ from .scenes import SceneFacts, scene_facts
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Numbers of the build. The defaults make the shipped models; tests shrink them."""
+    """Numbers of the build. The defaults make the models to ship; tests shrink them."""
 
     size: int = 96
     train_scenes: int = 40_000
@@ -30,14 +30,14 @@ class Recipe:
     reader_steps: int = 700
     tokenizer_steps: int = 4_000
     tokenizer_batch: int = 8
-    vq_decoder_steps: int = 1_000
+    vq_decoder_steps: int = 7_500
     autoencoder_steps: int = 2_400
     autoencoder_batch: int = 12
     guidance: float = 3.0
     calibration_images: int = 100
-    janus_steps: int = 1_400
+    janus_steps: int = 6_000
     janus_batch: int = 16
-    decoder_steps: int = 2_200
+    decoder_steps: int = 10_000
     decoder_batch: int = 16
     seed: int = 0
 
