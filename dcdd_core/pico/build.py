@@ -1,7 +1,8 @@
 """Builds the embedded world from nothing: `python -m dcdd_core.pico.build`.
 
-Every stage goes on from its own checkpoint, logs to its own folder, and is deterministic by seed; a finished stage
-costs nothing the second time. The shipped weights are written at the end, by `export`.
+Every stage goes on from its own checkpoint, logs to its own folder, and draws all its randomness from the seed (on a
+GPU some sums still depend on their order); a finished stage is only restored. The weights are written at the end, by
+`export`.
 """
 
 from __future__ import annotations
