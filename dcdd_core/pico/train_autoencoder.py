@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ..method.sampling import keyed_generator
-from ..training.loop import set_learning_rate, train, warmup_cosine
+from ..training.loop import moving_average, set_learning_rate, train, warmup_cosine
 from .data import to_pixels
 from .fidelity import fidelity, reconstruction_loss
 from .reader import SceneReader
@@ -42,7 +42,7 @@ def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL
         torch.manual_seed(recipe.seed + _STAGE)
         vae = AutoencoderKL(**autoencoder_config()).train().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4)
-    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    average = moving_average(vae, 0.998)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         draw = keyed_generator(recipe.seed, _STAGE, i)

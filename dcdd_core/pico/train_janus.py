@@ -22,7 +22,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..method.sampling import keyed_generator
 from ..models.janus import JanusSampler, prompt_ids, unconditional_ids
-from ..training.loop import set_learning_rate, train, warmup_cosine
+from ..training.loop import moving_average, set_learning_rate, train, warmup_cosine
 from .scenes import SceneFacts, vocabulary
 from .train_tokenizer import tokens_digest
 from .workshop import Workshop
@@ -102,7 +102,7 @@ def train_janus(
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     prompts = _all_prompts(shop.train_facts, tokenizer)
     held_out_prompts = _all_prompts(shop.held_out_facts, tokenizer)
-    average = torch.optim.swa_utils.AveragedModel(janus, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    average = moving_average(janus, 0.998)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         set_learning_rate(optimizer, warmup_cosine(i, recipe.janus_steps, peak=1.5e-3, warmup=150))

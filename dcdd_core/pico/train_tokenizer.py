@@ -19,7 +19,7 @@ from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..method.sampling import keyed_generator
-from ..training.loop import set_learning_rate, train, warmup_cosine
+from ..training.loop import moving_average, set_learning_rate, train, warmup_cosine
 from .data import to_pixels
 from .fidelity import fidelity, reconstruction_loss
 from .reader import SceneReader
@@ -109,7 +109,7 @@ def train_tokenizer(shop: Workshop, loss_reader: SceneReader) -> JanusVQVAE:
         [p for p in vq.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4
     )
     decoding = nn.ModuleList([vq.post_quant_conv, vq.decoder])
-    average = _average(decoding)
+    average = moving_average(decoding, 0.998)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         draw = keyed_generator(recipe.seed, _STAGE, i)
@@ -172,7 +172,7 @@ def train_vq_decoder(shop: Workshop, vq: JanusVQVAE, loss_reader: SceneReader) -
     decoding = nn.ModuleList([vq.post_quant_conv, vq.decoder]).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(decoding.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4)
     adversary_optimizer = torch.optim.AdamW(adversary.parameters(), lr=3e-4, betas=(0.5, 0.9))
-    average = _average(decoding)
+    average = moving_average(decoding, 0.998)
     codebook, last = vq.quantize.embedding.weight, vq.decoder.conv_out.weight
 
     def step(i: int) -> dict[str, torch.Tensor]:
@@ -228,10 +228,6 @@ def tokens_digest(vq: JanusVQVAE) -> str:
 def _architecture(vq: JanusVQVAE) -> list:
     config = vq.config
     return [config.num_embeddings, config.base_channels, *config.channel_multiplier, config.num_res_blocks]
-
-
-def _average(decoding: nn.ModuleList) -> torch.optim.swa_utils.AveragedModel:
-    return torch.optim.swa_utils.AveragedModel(decoding, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
 
 
 def _settle(vq: JanusVQVAE, averaged: nn.ModuleList) -> JanusVQVAE:

@@ -19,7 +19,7 @@ from ..method.latents import fill_input, pack, pack_mask
 from ..method.sampling import keyed_generator
 from ..models.flux import DistributionConditionedDecoder
 from ..types import Condition
-from .loop import set_learning_rate, train, warmup_cosine
+from .loop import moving_average, set_learning_rate, train, warmup_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +94,7 @@ def train_decoder(
     decoder.train()
     trained = [p for p in decoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
-    average = torch.optim.swa_utils.AveragedModel(
-        decoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average_decay)
-    )
+    average = moving_average(decoder, recipe.average_decay)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         set_learning_rate(optimizer, warmup_cosine(i, recipe.steps, peak=recipe.learning_rate, warmup=recipe.warmup))

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 
 class Stateful(Protocol):
@@ -90,6 +92,21 @@ def train(
 def read_log(folder: Path) -> list[dict[str, float]]:
     """The lines of a training's log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of a module's weights, `.module` being the averaged copy.
+
+    The n-th update decays by min(decay, (1 + n) / (10 + n)): with the full decay from the start, a run not much longer
+    than 1 / (1 - decay) steps would keep a large share of its first, untrained weights.
+    """
+
+    @torch.no_grad()
+    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], count: torch.Tensor) -> None:
+        n = int(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(module, multi_avg_fn=update)
 
 
 def warmup_cosine(step: int, steps: int, *, peak: float, warmup: int, floor: float = 0.02) -> float:

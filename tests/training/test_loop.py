@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.training.loop import read_log, train, warmup_cosine
+from dcdd_core.training.loop import moving_average, read_log, train, warmup_cosine
 
 SETTINGS = {"seed": 7, "sizes": [1, 2]}
 
@@ -85,3 +85,18 @@ def test_the_schedule_rises_and_falls():
     rates = [warmup_cosine(i, 100, peak=1.0, warmup=10) for i in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0)
     assert rates[-1] < 0.03 and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_moving_average_forgets_its_start_and_then_keeps_its_decay():
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = moving_average(module, 0.999)
+
+    def averaged_after(weights):
+        for weight in weights:
+            torch.nn.init.constant_(module.weight, weight)
+            average.update_parameters(module)
+        return float(average.module.weight)
+
+    assert averaged_after([100.0] + [1.0] * 300) == pytest.approx(1.0, abs=0.01)  # with .999 throughout: 74
+    averaged_after([1.0] * 10_000)
+    assert averaged_after([2.0]) == pytest.approx(1.001, abs=1e-4)
