@@ -95,7 +95,7 @@ def test_the_moving_average_forgets_its_start_and_then_keeps_its_decay():
         for weight in weights:
             torch.nn.init.constant_(module.weight, weight)
             average.update_parameters(module)
-        return float(average.module.weight)
+        return float(average.module.weight.detach())
 
     assert averaged_after([100.0] + [1.0] * 300) == pytest.approx(1.0, abs=0.01)  # with .999 throughout: 74
     averaged_after([1.0] * 10_000)
