@@ -96,8 +96,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--until", default=STAGES[-1], choices=STAGES, help="stop after this stage")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--compile", action="store_true", help="train the decoder with torch.compile")
     chosen = parser.parse_args()
-    recipe = replace(Recipe(), seed=chosen.seed)
+    recipe = replace(Recipe(), seed=chosen.seed, compiled=chosen.compile)
     shop = Workshop(folder=chosen.folder, device=torch.device(chosen.device), recipe=recipe)
     build(shop, until=chosen.until, weights=chosen.weights)
 

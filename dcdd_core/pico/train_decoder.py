@@ -129,7 +129,7 @@ def train_pico_decoder(
         shop.folder / name,
         decoder,
         examples,
-        DecoderTraining(steps=recipe.decoder_steps, seed=recipe.seed),
+        DecoderTraining(steps=recipe.decoder_steps, seed=recipe.seed, compiled=recipe.compiled),
         settings=shop.settings("decoder_batch", tokenizer=tokens_digest(vq.model), autoencoder=digest(vae)),
         autocast=shop.autocast,
         evaluate=evaluate,

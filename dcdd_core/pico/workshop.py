@@ -22,7 +22,11 @@ from .scenes import SceneFacts, scene_facts
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Numbers of the build. The defaults make the models to ship; tests shrink them."""
+    """Numbers of the build. The defaults make the models to ship; tests shrink them.
+
+    Attributes:
+        compiled: see `training.decoder.DecoderTraining`.
+    """
 
     size: int = 96
     train_scenes: int = 40_000
@@ -39,6 +43,7 @@ class Recipe:
     janus_batch: int = 16
     decoder_steps: int = 10_000
     decoder_batch: int = 16
+    compiled: bool = False
     seed: int = 0
 
 

@@ -1,6 +1,7 @@
 """The decoder's loss and its training."""
 
 import contextlib
+import shutil
 
 import pytest
 import torch
@@ -79,3 +80,20 @@ def test_frozen_weights_stay(tmp_path):
     )
     moved = {k for k, v in trained.state_dict().items() if not torch.equal(v, before[k])}
     assert moved and all(name.startswith("adapter.") for name in moved)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile wants a C++ compiler on a CPU")
+def test_compiled_training_is_the_plain_one_to_rounding(tmp_path):
+    def train(compiled):
+        recipe = DecoderTraining(steps=6, learning_rate=1e-3, warmup=1, compiled=compiled)
+        folder = tmp_path / str(compiled)
+        trained = train_decoder(
+            folder, tiny_decoder(), lambda i, draw: example(), recipe, settings={}, autocast=contextlib.nullcontext
+        )
+        return trained.state_dict()
+
+    plain, compiled = train(False), train(True)
+    assert list(plain) == list(compiled)  # Names of a checkpoint do not depend on it.
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=2e-4, msg=name)
