@@ -242,7 +242,11 @@ def _warn_of_unknown_words(models: Models, prompts: Sequence[str]) -> None:
     for prompt in prompts:
         unknown = models.sampler.unknown_words(prompt)
         if unknown:
-            print(f"dcdd: {models.sampler.name} does not know {', '.join(unknown)} (in: {prompt})", file=sys.stderr)
+            print(
+                f"dcdd: {models.sampler.name} does not know {', '.join(unknown)} (in: {prompt}); it knows "
+                f"{', '.join(models.sampler.known_words())}",
+                file=sys.stderr,
+            )
 
 
 @contextmanager
@@ -362,10 +366,12 @@ def _parser() -> argparse.ArgumentParser:
 
     models = argparse.ArgumentParser(add_help=False)
     group = models.add_argument_group("models (the embedded ones without --janus)")
-    group.add_argument("--janus", type=Path, metavar="FOLDER", help="Janus or Janus-Pro in the transformers layout")
+    group.add_argument(
+        "--janus", type=Path, metavar="FOLDER", help="Janus or Janus-Pro, transformers' or DeepSeek's layout"
+    )
     group.add_argument("--decoder", type=Path, metavar="BUNDLE", help="decoder bundle; without it, only the VQ path")
-    group.add_argument("--vae", type=Path, metavar="FOLDER", help="the decoder's autoencoder (diffusers layout)")
-    group.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill transformer, where the bundle needs it")
+    group.add_argument("--vae", type=Path, metavar="PATH", help="the decoder's autoencoder, file or folder")
+    group.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it, file or folder")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
 
     running = argparse.ArgumentParser(add_help=False)

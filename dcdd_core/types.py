@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 Source = Literal["vlm", "proxy"]
-_GRID_FIELDS = ("grid", "source", "guidance", "temperature", "model", "codebook")
+_GRID_FIELDS = ("grid", "source", "guidance", "temperature", "model", "codebook", "calibrated")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +112,7 @@ class TokenLogits:
         guidance, temperature: how they were sampled; None for proxy logits.
         model: name of the model that made them.
         codebook: fingerprint of the codebook that the K columns mean; None if unknown.
+        calibrated: whether a calibration is in them already (`method.calibration.calibrate`).
 
     Raises:
         ValueError: if any of this does not hold.
@@ -126,6 +127,7 @@ class TokenLogits:
     temperature: float | None = None
     model: str = ""
     codebook: str | None = None
+    calibrated: bool = False
 
     def __post_init__(self):
         logits, tokens = self.logits, self.tokens

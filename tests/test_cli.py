@@ -60,7 +60,7 @@ def test_calibrate_writes_what_generate_reads(tmp_path, capsys):
     path = tmp_path / "c.safetensors"
     assert main(["calibrate", "--count", "3", "--guidance", "3", "--out", str(path)]) == 0
     found = Calibration.load(path)
-    assert found.guidance == 3.0 and found.vlm == "janus" and "mean entropy" in capsys.readouterr().out
+    assert found.guidance == 3.0 and found.vlm == "pico" and "mean entropy" in capsys.readouterr().out
     arguments = ["generate", PROMPT, "--steps", "1", "--calibration", str(path), "--out", str(tmp_path / "a.png")]
     assert main(arguments) == 0
 

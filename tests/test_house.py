@@ -42,7 +42,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "dcdd_core.pico": (*PICO, "dcdd_core.evaluation", "dcdd_core.training", "dcdd_core.pipelines", *MODELS),
     "dcdd_core.cli": ("dcdd_core",),  # all of it
     "dcdd_core": ("dcdd_core.types",),
-    "nodes": ("dcdd_core.evaluation", "dcdd_core.training", "dcdd_core.pipelines", *MODELS),
+    "nodes": (
+        "dcdd_core.evaluation",
+        "dcdd_core.training",
+        "dcdd_core.pipelines",
+        "dcdd_core.pico.data",
+        "dcdd_core.pico.scenes",
+        *MODELS,
+    ),
     "": ("nodes",),  # the pack's own __init__.py
 }
 

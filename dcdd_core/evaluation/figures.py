@@ -13,11 +13,13 @@ import matplotlib
 import numpy as np
 import torch
 from einops import rearrange
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from ..method.statistics import TokenStatistics
+from .text import statistics_rows
 
 _INK, _PAPER = (24, 24, 28), (250, 249, 246)
 
@@ -88,14 +90,36 @@ def beside(*sheets: Image.Image) -> Image.Image:
 def top_curve(columns: Mapping[str, TokenStatistics]) -> Image.Image:
     """The paper's Figure 6: the mean of the thirty largest probabilities, one curve for each kind of logits."""
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    _draw_curves(figure.subplots(), columns)
+    return _drawn(figure)
+
+
+def statistics_sheet(columns: Mapping[str, TokenStatistics]) -> Image.Image:
+    """The paper's Table 1 beside its Figure 6."""
+    figure = Figure(figsize=(7.5 + 1.3 * len(columns), 4.2), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.6 + 1.2 * len(columns), 5))
+    head, *rows = statistics_rows(columns)
+    left.axis("off")
+    table = left.table(cellText=rows, colLabels=head, cellLoc="right", bbox=(0, 0.08, 1, 0.84), edges="horizontal")
+    table.auto_set_font_size(False)
+    table.set_fontsize(10)
+    for (row, column), cell in table.get_celld().items():
+        cell.set_edgecolor("#cccccc")
+        if column == 0:
+            cell.set_text_props(ha="left")
+        if row == 0:
+            cell.set_text_props(weight="bold")
+    _draw_curves(right, columns)
+    return _drawn(figure)
+
+
+def _draw_curves(axes: Axes, columns: Mapping[str, TokenStatistics]) -> None:
     for (name, found), marker in zip(columns.items(), cycle("osv^D")):
         axes.plot(np.arange(1, len(found.curve) + 1), found.curve, marker=marker, markersize=3.5, label=name)
     axes.set(xlabel="rank of the code", ylabel="mean probability", title="Mean of the largest token probabilities")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return _drawn(figure)
 
 
 def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], quantities: Mapping[str, str]) -> Image.Image:

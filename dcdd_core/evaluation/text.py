@@ -17,12 +17,17 @@ _ROWS = {
 }
 
 
-def statistics_table(columns: Mapping[str, TokenStatistics]) -> str:
-    """The paper's Table 1: a row for each statistic, a column for each kind of logits."""
-    lines = [["", *columns]]
-    lines += [
+def statistics_rows(columns: Mapping[str, TokenStatistics]) -> list[list[str]]:
+    """The cells of the paper's Table 1, names and heads included: a row a statistic, a column each kind of logits."""
+    rows = [
         [row, *(form.format(getattr(found, name)) for found in columns.values())] for row, (name, form) in _ROWS.items()
     ]
+    return [["", *columns], *rows]
+
+
+def statistics_table(columns: Mapping[str, TokenStatistics]) -> str:
+    """The paper's Table 1: a row for each statistic, a column for each kind of logits."""
+    lines = statistics_rows(columns)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))

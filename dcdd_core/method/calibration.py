@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..types import Calibration, CalibrationStatistics, Codebook, Source
+from ..types import Calibration, CalibrationStatistics, Codebook, Source, TokenLogits
 from .chunks import Grids, chunk_rows, float32_maths, logit_chunks
 
 TOLERANCE = 0.02
@@ -123,6 +123,22 @@ def probability_chunks(
         yield apply(part, calibration, source=grid.source, codebook=codebook, tokens=tokens), tokens
 
 
+def calibrate(token_logits: TokenLogits, codebook: Codebook, calibration: Calibration) -> TokenLogits:
+    """The same tokens with ln p of Eq. 15 for logits, so that their plain softmax is the calibrated distribution.
+
+    Returns:
+        TokenLogits marked as calibrated, logits float32; a copy, 4 B N K bytes.
+
+    Raises:
+        ValueError: if logits, codebook and calibration are not of one codebook, or the logits are calibrated already.
+
+    Warns if a VLM's logits were not sampled the way the calibration was measured.
+    """
+    parts = [p.log_() for p, _ in probability_chunks(token_logits, codebook, calibration)]
+    logits = torch.cat(parts).reshape(token_logits.logits.shape)
+    return replace(token_logits, logits=logits, calibrated=True)
+
+
 def target_statistics(token_logits: Grids) -> CalibrationStatistics:
     """What calibration aims at: entropy and confidence of a VLM's tokens (Eqs. 11-12).
 
@@ -133,6 +149,24 @@ def target_statistics(token_logits: Grids) -> CalibrationStatistics:
         ValueError: for proxy logits, no logits, or grids over codebooks of different sizes.
     """
     return _summarise(apply(part, None, source="vlm") for _, part, _ in logit_chunks(token_logits, needs="vlm"))
+
+
+@float32_maths
+def _least_squares(logits: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    return logits.float() @ torch.linalg.pinv(vectors).T
+
+
+def proxy_features(token_logits: Grids, codebook: Codebook) -> torch.Tensor:
+    """The unit features [M, D] that proxy logits were made of: cos = E f (Eq. 10), solved for f by least squares.
+
+    Exact to rounding where the codebook spans all D dimensions.
+
+    Raises:
+        ValueError: for a VLM's logits, calibrated ones, or another codebook's.
+    """
+    vectors = codebook.vectors
+    parts = logit_chunks(token_logits, codebook, needs="proxy")
+    return torch.cat([_least_squares(part, vectors.to(part.device)) for _, part, _ in parts])
 
 
 def fit(

@@ -58,14 +58,17 @@ def logit_chunks(
 
     Raises:
         ValueError: if logits, codebook and calibration are not of one codebook, a grid is not from the source that is
-            needed, or there is no grid at all.
+            needed or would be calibrated twice, or there is no grid at all.
 
     Warns, once for each difference, if a VLM's logits were not sampled the way the calibration was measured.
     """
     warned, grid = set(), None
     for grid in [token_logits] if isinstance(token_logits, TokenLogits) else token_logits:
         if needs not in (None, grid.source):
-            raise ValueError(f"this is measured on {needs} logits, got {grid.source} logits: give what the VLM sampled")
+            remedy = "what the VLM sampled" if needs == "vlm" else "what the tokenizer encoded"
+            raise ValueError(f"this is measured on {needs} logits, got {grid.source} logits: give {remedy}")
+        if grid.calibrated and (calibration is not None or needs is not None):
+            raise ValueError("these logits are calibrated already: give them as they were sampled or encoded")
         _check_codebooks(grid, codebook, calibration)
         doubt = _sampling_mismatch(grid, calibration)
         if doubt and doubt not in warned:

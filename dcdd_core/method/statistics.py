@@ -58,7 +58,9 @@ def describe(probabilities: torch.Tensor) -> TokenStatistics:
     return _describe(check_probabilities(part) for part in chunks(probabilities))
 
 
-def describe_logits(token_logits: Grids, codebook: Codebook, calibration: Calibration | None = None) -> TokenStatistics:
+def describe_logits(
+    token_logits: Grids, codebook: Codebook | None = None, calibration: Calibration | None = None
+) -> TokenStatistics:
     """Statistics of one grid of token logits or an iterable of them, p as `calibration.apply` makes it.
 
     Raises:

@@ -1,9 +1,10 @@
-"""Reading checkpoints strictly: folders of safetensors shards, configs, and modules that get exactly their tensors."""
+"""Reading checkpoints strictly: files and folders of shards, configs, and modules that get exactly their tensors."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +38,104 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
 def read_tensors(
     source: str | Path, *, prefix: str = "", dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one safetensors file, or of all in a folder, whose names start with `prefix` (then cut off).
+    """The tensors of one file, or of all in a folder, whose names start with `prefix` (then cut off).
 
     Only these are read from disk: the VQ-VAE of a 14 GB checkpoint costs its own size.
 
     Raises:
-        ValueError: if there is no file, a file is cut short, or nothing has the prefix.
+        ValueError: as `read_wanted` does, and if nothing has the prefix.
     """
-    source = Path(source)
-    files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{source} holds no .safetensors file; give a model folder or file that does")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as opened:
-                for name in opened.keys():
-                    if name.startswith(prefix):
-                        tensor = opened.get_tensor(name)
-                        cast = dtype is not None and tensor.is_floating_point()
-                        tensors[name[len(prefix) :]] = tensor.to(dtype) if cast else tensor
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} cannot be read ({error}): it is cut short or damaged, download it again"
-            ) from error
+    tensors = read_wanted(source, lambda name: name.startswith(prefix), dtype=dtype, device=device)
     if not tensors:
         raise ValueError(f"{source} holds no tensor named {prefix}*; it is another kind of model")
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
+
+
+def read_wanted(
+    source: str | Path,
+    wanted: Callable[[str], bool],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """The tensors of one file, or of all in a folder, whose names are `wanted`, under these names.
+
+    A folder's files are its *.safetensors or, without any, its pytorch_model*.bin; they are read one after the other.
+    No code in a .bin is run.
+
+    Args:
+        dtype: of floating-point tensors; None for the file's.
+
+    Raises:
+        ValueError: if there is no file, an index names one that is absent and holds what is wanted, or a file is cut
+            short, damaged, or holds more than tensors.
+    """
+    source = Path(source)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in [source] if source.is_file() else _shards(source, wanted):
+        read = _read_bin if file.suffix == ".bin" else _read_safetensors
+        for name, tensor in read(file, wanted, device):
+            cast = dtype is not None and tensor.is_floating_point()
+            tensors[name] = tensor.to(dtype) if cast else tensor
     return tensors
+
+
+def _shards(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        for index in sorted(folder.glob(f"{pattern}.index.json")):
+            shards = read_config(folder, index.name).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ValueError(f"{index} has no weight_map, which says where the weights are: download it again")
+            needed = {str(shard) for name, shard in shards.items() if wanted(name)}
+            if absent := sorted(shard for shard in needed if not (folder / shard).is_file()):
+                raise ValueError(f"{folder} lacks {_some(absent)}, which {index.name} names: download the rest of it")
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise ValueError(f"{folder} holds no .safetensors file and no pytorch_model*.bin; give a model folder that does")
+
+
+def _read_safetensors(
+    file: Path, wanted: Callable[[str], bool], device: torch.device | str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as opened:
+            for name in opened.keys():
+                if wanted(name):
+                    yield name, opened.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read ({error}): it is cut short or damaged, download it again") from error
+
+
+def _read_bin(
+    file: Path, wanted: Callable[[str], bool], device: torch.device | str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        # Mapped, so that only what is wanted comes off the disk.
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{file} cannot be read as weights that torch.save wrote ({error}): it is cut short, damaged or older than "
+            "torch 1.6, download it again or take safetensors"
+        ) from error
+    except Exception as error:
+        # An UnpicklingError, mostly. Not chained: torch's message goes on to say how to run the code.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{file} holds {named[1] if named else 'something'} besides tensors, which could run code on loading; none "
+            "was run: fetch the file from its author again, or take safetensors"
+        ) from None
+    if not isinstance(held, dict):
+        raise ValueError(
+            f"{file} holds a {type(held).__name__}, expected tensors by name: take the model's own weights"
+        )
+    for name, tensor in held.items():
+        if wanted(name):
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(
+                    f"{file} holds a {type(tensor).__name__} as {name}, expected a tensor: take the model's own weights"
+                )
+            # Copied off the mapping: a file that is replaced later must not change the model.
+            yield name, tensor.to(device, copy=True)
 
 
 def load_strictly(
@@ -86,15 +158,16 @@ def load_strictly(
         for name, value in expected.items()
         if name in tensors and tensors[name].shape != value.shape
     ]
-    if missing or unexpected or wrong:
-        parts = [
-            f"{label}: {_some(names)}"
-            for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-            if names
-        ]
-        raise ValueError(f"{what} does not fit {type(module).__name__}; " + "; ".join(parts))
+    if misfit := misfits(missing=missing, unexpected=unexpected, wrong=wrong):
+        raise ValueError(f"{what} does not fit {type(module).__name__}; {misfit}")
     module.load_state_dict(dict(tensors), strict=not unused, assign=True)
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def misfits(*, missing: Sequence[str], unexpected: Sequence[str], wrong: Sequence[str]) -> str:
+    """The tensors that do not fit, the first few of each kind by name; empty if there are none."""
+    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+    return "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds if names)
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -23,6 +23,7 @@ from ..method.latents import position_ids
 from ..types import Calibration, Condition
 from .checkpoints import load_strictly, read_tensors
 from .condition_encoder import ConditionEncoder
+from .flux_files import read_transformer
 
 _FORMAT = "dcdd decoder 1"
 
@@ -124,6 +125,11 @@ class DistributionConditionedDecoder(nn.Module):
         return model.proj_out(model.norm_out(hidden, temb))
 
 
+def of_text_stream(name: str) -> bool:
+    """Whether a transformer parameter of this name is of the text stream: with no text, it cannot reach the output."""
+    return any(part in name for part in ("context", ".add_", "_add_", "norm_added"))
+
+
 def save_bundle(
     path: str | Path,
     decoder: DistributionConditionedDecoder,
@@ -187,7 +193,8 @@ def load_decoder(
     """Loads a bundle over its base model.
 
     Args:
-        base: a diffusers transformer folder or file of the base; None if the bundle holds every weight itself.
+        base: the base in a layout that `flux_files.read_transformer` reads: a diffusers folder, or a single file such
+            as `flux1-fill-dev.safetensors`. Of it only what the bundle lacks is read; None if that is nothing.
 
     Raises:
         ValueError: naming the base that is needed, or the tensors that are missing, unexpected or of a wrong shape.
@@ -197,17 +204,15 @@ def load_decoder(
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(**card.base_config)
         decoder = DistributionConditionedDecoder(transformer, card)
-    needed = {f"transformer.{name}" for name in transformer.state_dict()}
-    if needed - set(tensors):
+    own = {name.removeprefix("transformer.") for name in tensors if name.startswith("transformer.")}
+    absent = set(transformer.state_dict()) - own
+    if absent:
         if base is None:
             raise ValueError(
                 f"{path} holds only what training changed; it needs its base model {card.base} as well "
-                f"({len(needed - set(tensors))} tensors): give the folder or file that holds it"
+                f"({len(absent)} tensors): give the folder or file that holds it"
             )
-        of_base = read_tensors(base, dtype=dtype, device=device)
-        strange = sorted(set(of_base) - {name.removeprefix("transformer.") for name in needed})
-        if strange:
-            raise ValueError(f"{base} is no {card.base}: unexpected {', '.join(strange[:5])}")
-        tensors = {f"transformer.{name}": tensor for name, tensor in of_base.items()} | tensors
+        of_base = read_transformer(base, transformer, needs=card.base, without=own, dtype=dtype, device=device)
+        tensors |= {f"transformer.{name}": tensor for name, tensor in of_base.items()}
     load_strictly(decoder, tensors, f"{path}" + (f" over {base}" if base else ""))
     return decoder.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase,
 
 from ..method import sampling
 from ..types import Codebook, TokenLogits, same_codebook
+from . import deepseek
 
 OnStep = Callable[[int, int, torch.Tensor], None]
 
@@ -47,6 +48,9 @@ class ImageTokenSampler(Protocol):
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that mean nothing to it."""
+
+    def known_words(self) -> list[str]:
+        """Every word that it knows, where that is a list; empty for one that reads any text."""
 
     def sample(
         self,
@@ -130,42 +134,22 @@ class JanusSampler:
     def load(
         cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> JanusSampler:
-        """A folder in the transformers layout: config.json, safetensors weights, tokenizer.json; nothing is downloaded.
+        """A folder in the transformers layout (config.json, safetensors) or in DeepSeek's own (.bin or safetensors).
 
-        The weights are read whole and checked, then what sampling has no use for is dropped before anything moves to
-        the device: the vision tower with its aligner, the text head, and the VQ model's networks (not its codebook).
+        Either with its tokenizer.json; nothing is downloaded. What sampling has no use for never reaches the device:
+        the vision tower with its aligner, the text head, and the VQ model's networks (not its codebook). In the
+        transformers layout these are read and checked too, in DeepSeek's they are passed over.
 
         Raises:
             ValueError: for a folder that is missing, incomplete or of another model, with missing, unexpected or
-                misshapen weights by name.
+                misshapen weights by name, and for a .bin that holds code.
         """
         folder = Path(folder)
-        _check_folder(folder)
-        try:
-            model, report = JanusForConditionalGeneration.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                use_safetensors=True,
-                # Reported, and refused below: transformers' own refusal does not say which.
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the weights in {folder} do not load ({error}): fetch the model again") from error
-        missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-        misshapen = sorted(
-            f"{name} {list(found)} for {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
-        )
-        if missing or unexpected or misshapen:
-            raise ValueError(
-                f"the weights in {folder} do not fit its config.json: missing {_some(missing)}, "
-                f"unexpected {_some(unexpected)}, of another shape {_some(misshapen)}; fetch the model again"
-            )
-        del model.lm_head, model.model.vision_model, model.model.aligner
-        vq = model.model.vqmodel
-        del vq.encoder, vq.decoder, vq.quant_conv, vq.post_quant_conv
+        config = _read_config(folder)
+        if config["model_type"] == deepseek.MODEL_TYPE:
+            model = _load_deepseek(folder, config, device, dtype)
+        else:
+            model = _load_transformers(folder, dtype)
         # Not AutoTokenizer: in transformers 5 its Llama class overwrites the byte-level rules of DeepSeek's
         # tokenizer.json, and the spaces of a prompt are lost (huggingface/transformers#45488).
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -179,6 +163,13 @@ class JanusSampler:
         encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
         spans = zip(encoded["input_ids"], encoded["offset_mapping"])
         return list(dict.fromkeys(prompt[start:end] for word, (start, end) in spans if word == unknown))
+
+    def known_words(self) -> list[str]:
+        """The tokenizer's words in alphabetical order, without special tokens and signs; empty for byte-level ones."""
+        if self.tokenizer.unk_token_id is None:
+            return []
+        words = set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens)
+        return sorted(word for word in words if word.isalpha())
 
     @torch.no_grad()
     def sample(
@@ -211,8 +202,8 @@ class JanusSampler:
             guidance: w; 1 is the prompt alone and takes half the work, 0 no prompt at all.
             temperature: T >= 0; 0 takes the most likely code, with logits undivided.
             top_k, top_p: see `dcdd_core.method.sampling`; None for no filter.
-            previous: an earlier result whose tokens and logits stay where `resample` is False. The result's guidance
-                and temperature are this call's.
+            previous: an earlier result, or the calibrated proxies of a picture, whose tokens and logits stay where
+                `resample` is False. The result's guidance and temperature are this call's.
             resample: bool [N] or [B, N], True where to sample anew; goes with `previous`, and if nothing is True,
                 `previous` is returned. With the same prompts, seeds and settings the earlier run comes again.
             on_step: called as on_step(step, N, tokens [B, step]) after each sampled position, step - 1 being that
@@ -321,11 +312,13 @@ class JanusSampler:
                 f"{previous.model or 'an unnamed model'}) than this model's ({self.codebook.size} codes): "
                 "edit with the model that sampled them"
             )
-        if previous.source != "vlm":
+        if previous.source == "proxy" and not previous.calibrated:
             raise ValueError(
                 "the kept logits are cosine similarities, which cannot share a grid with a language model's: "
-                "give logits that were sampled, or make two conditions and join those"
+                "calibrate them first, so that they look like this model's"
             )
+        if previous.source == "vlm" and previous.calibrated:
+            raise ValueError("the kept logits are calibrated already: give them as they were sampled")
         if previous.logits.shape[0] != batch:
             raise ValueError(
                 f"{batch} prompts cannot edit {previous.logits.shape[0]} samples: give one prompt a sample"
@@ -409,26 +402,69 @@ def _check_request(prompts: Sequence[str], seeds: Sequence[int]) -> None:
         raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds: give one seed for each prompt")
 
 
-def _check_folder(folder: Path) -> None:
+def _load_transformers(folder: Path, dtype: torch.dtype) -> JanusForConditionalGeneration:
+    try:
+        model, report = JanusForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            # Reported, and refused below: transformers' own refusal does not say which.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the weights in {folder} do not load ({error}): fetch the model again") from error
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    misshapen = sorted(f"{name} {list(found)} for {list(wanted)}" for name, found, wanted in report["mismatched_keys"])
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: missing {_some(missing)}, "
+            f"unexpected {_some(unexpected)}, of another shape {_some(misshapen)}; fetch the model again"
+        )
+    _drop_unused(model)
+    return model
+
+
+def _load_deepseek(
+    folder: Path, config: dict[str, Any], device: torch.device | str, dtype: torch.dtype
+) -> JanusForConditionalGeneration:
+    with torch.device("meta"):
+        model = JanusForConditionalGeneration(deepseek.janus_config(config, str(folder)))
+    _drop_unused(model)
+    deepseek.load(model, folder, dtype=dtype, device=device)
+    # The one buffer, which no checkpoint holds.
+    language = model.model.language_model
+    language.rotary_emb = type(language.rotary_emb)(language.config)
+    return model
+
+
+def _drop_unused(model: JanusForConditionalGeneration) -> None:
+    """Takes away what sampling has no use for."""
+    del model.lm_head, model.model.vision_model, model.model.aligner
+    vq = model.model.vqmodel
+    del vq.encoder, vq.decoder, vq.quant_conv, vq.post_quant_conv
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder that holds a Janus model and its tokenizer."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist: give the folder of a Janus model in the transformers layout")
+        raise ValueError(f"{folder} does not exist: give the folder of a Janus or Janus-Pro model")
     absent = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if absent:
-        raise ValueError(
-            f"{folder} has no {' and no '.join(absent)}: fetch the whole model again, in the transformers layout"
-        )
+        raise ValueError(f"{folder} has no {' and no '.join(absent)}: fetch the whole model again")
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is not JSON ({error}): fetch it again") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "janus":
-        remedy = (
-            "convert it with transformers' convert_janus_weights_to_hf.py or take the deepseek-community one"
-            if kind == "multi_modality"
-            else "choose a folder with a Janus or Janus-Pro model"
+    if kind not in ("janus", deepseek.MODEL_TYPE):
+        raise ValueError(
+            f"{folder} holds a model of type {kind!r}, expected 'janus' or {deepseek.MODEL_TYPE!r}: choose a folder "
+            "with a Janus or Janus-Pro model"
         )
-        raise ValueError(f"{folder} holds a model of type {kind!r}, expected 'janus': {remedy}")
+    return config
 
 
 def _by(grid: tuple[int, int]) -> str:

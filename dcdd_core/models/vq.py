@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..method.calibration import proxy_logits
 from ..types import Codebook, TokenLogits
+from . import deepseek
 from .checkpoints import load_strictly, read_config, read_tensors
 
 
@@ -26,7 +26,7 @@ class VQTokenizer:
 
     Attributes:
         model: the network.
-        codebook: [K, D], unit rows, on the model's device.
+        codebook: [K, D], unit rows; it stays where it was loaded when the network is moved.
         factor: pixels per token side, f.
         name: for messages and records.
     """
@@ -41,7 +41,7 @@ class VQTokenizer:
     def load(
         cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> VQTokenizer:
-        """Loads the VQ part of a Janus folder, or a folder that holds only a `JanusVQVAE`.
+        """Loads the VQ part of a Janus folder, transformers' or DeepSeek's, or a folder that holds only a `JanusVQVAE`.
 
         Only the VQ tensors are read, so a decoder of 7B weights costs 0.3 GB, not 14.
 
@@ -52,20 +52,30 @@ class VQTokenizer:
         kind = config.get("model_type")
         if kind == "janus":
             values, prefix = config.get("vq_config"), "model.vqmodel."
+            if not isinstance(values, dict):
+                raise ValueError(f"{folder}'s config.json has no vq_config: download it again")
+            vq_config = JanusVQVAEConfig(**values)
+        elif kind == deepseek.MODEL_TYPE:
+            vq_config, prefix = deepseek.janus_config(config, str(folder)).vq_config, "model.vqmodel."
         elif kind == "janus_vqgan":
-            values, prefix = config, ""
+            vq_config, prefix = JanusVQVAEConfig(**config), ""
         else:
-            raise ValueError(f"{folder} holds a {kind!r} model; expected 'janus' or 'janus_vqgan'")
-        if not isinstance(values, dict):
-            raise ValueError(f"{folder}'s config.json has no vq_config: download it again")
+            raise ValueError(
+                f"{folder} holds a {kind!r} model; expected 'janus', 'janus_vqgan' or {deepseek.MODEL_TYPE!r}: choose "
+                "the folder of a Janus model or of its tokenizer"
+            )
         with torch.device("meta"):
-            model = JanusVQVAE(JanusVQVAEConfig(**values))
-        load_strictly(model, read_tensors(folder, prefix=prefix, dtype=dtype, device=device), f"{folder} ({prefix}*)")
+            model = JanusVQVAE(vq_config)
+        if kind == deepseek.MODEL_TYPE:
+            deepseek.load(model, folder, prefix=prefix, dtype=dtype, device=device)
+        else:
+            tensors = read_tensors(folder, prefix=prefix, dtype=dtype, device=device)
+            load_strictly(model, tensors, f"{folder} ({prefix}*)")
         return cls(model, name=Path(folder).name)
 
     @property
     def device(self) -> torch.device:
-        return self.codebook.vectors.device
+        return self.model.post_quant_conv.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +106,7 @@ class VQTokenizer:
 
     def tokens(self, features: torch.Tensor) -> torch.Tensor:
         """Nearest codes by cosine: features [B, N, D] -> [B, N] int64."""
-        return (F.normalize(features.float(), dim=-1) @ self.codebook.vectors.T).argmax(dim=-1)
+        return proxy_logits(features, self.codebook).argmax(dim=-1)
 
     def encode(self, pixels: torch.Tensor) -> TokenLogits:
         """Proxy logits (Eqs. 9-10) and tokens of pictures [B, 3, H, W] in -1..1, any multiple of the factor in size."""
@@ -131,4 +141,4 @@ class VQTokenizer:
         """
         if tokens.numel() == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self.codebook.size:
             raise ValueError(f"tokens must lie in 0..{self.codebook.size - 1}: these belong to another tokenizer")
-        return self.decode_vectors(self.codebook.vectors[tokens.to(self.device)], grid)
+        return self.decode_vectors(self.codebook.vectors[tokens.to(self.codebook.vectors.device)], grid)

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from ..evaluation.frechet import features_of, frechet_distance
 from ..models.flux import DecoderCard, DistributionConditionedDecoder
 from ..models.janus import JanusSampler
+from ..models.vae import KLAutoencoder
 from ..models.vq import VQTokenizer
 from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
@@ -45,7 +46,7 @@ def choose_reading(
         grid = sampler.sample(captions[k : k + _BATCH], seeds=seeds, guidance=shop.recipe.guidance)
         for name, way in ways.items():
             condition = condition_for(way, grid, vq.codebook)
-            painted = decode(decoder, vae, condition, seeds=seeds, steps=_STEPS).pixels
+            painted = decode(decoder, KLAutoencoder(vae), condition, seeds=seeds, steps=_STEPS).pixels
             features[name].append(features_of(painted, loss_reader.frechet_features))
     real = [features_of(to_pixels(shop.held_out_images, shop.device), loss_reader.frechet_features)]
     distances = {name: frechet_distance(real, found) for name, found in features.items()}

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from ..evaluation.quality import psnr, ssim
 from ..method.calibration import proxy_logits
 from ..method.latents import scale_latents
-from ..models.flux import DecoderCard, DistributionConditionedDecoder
+from ..models.flux import DecoderCard, DistributionConditionedDecoder, of_text_stream
+from ..models.vae import KLAutoencoder
 from ..models.vq import VQTokenizer
 from ..pipelines.condition import condition_for
 from ..pipelines.decode import decode
@@ -87,6 +88,8 @@ def train_pico_decoder(
         torch.manual_seed(recipe.seed + _STAGE)
         decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card)
     _start_as_identity(decoder.transformer)
+    for weight_name, weight in decoder.transformer.named_parameters():
+        weight.requires_grad_(not of_text_stream(weight_name))
     decoder.to(device)
     grid = vq.grid_of(recipe.size, recipe.size)
     blank = scale_latents(
@@ -118,7 +121,9 @@ def train_pico_decoder(
 
     def evaluate(current: DistributionConditionedDecoder) -> dict[str, float]:
         with shop.autocast():
-            painted = decode(current, vae, held_out_condition, seeds=range(len(held_out)), steps=10).pixels
+            painted = decode(
+                current, KLAutoencoder(vae), held_out_condition, seeds=range(len(held_out)), steps=10
+            ).pixels
         return {
             "psnr": float(psnr(held_out, painted).mean()),
             "ssim": float(ssim(held_out, painted).mean()),
@@ -129,7 +134,13 @@ def train_pico_decoder(
         shop.folder / name,
         decoder,
         examples,
-        DecoderTraining(steps=recipe.decoder_steps, seed=recipe.seed, compiled=recipe.compiled),
+        DecoderTraining(
+            steps=recipe.decoder_steps,
+            learning_rate=2e-3,
+            optimizer="muon",
+            seed=recipe.seed,
+            compiled=recipe.compiled,
+        ),
         settings=shop.settings("decoder_batch", tokenizer=tokens_digest(vq.model), autoencoder=digest(vae)),
         autocast=shop.autocast,
         evaluate=evaluate,

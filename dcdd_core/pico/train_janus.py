@@ -186,4 +186,6 @@ def save_janus(
     janus = copy.deepcopy(janus).half()
     janus.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return JanusSampler.load(folder, device=device)
+    sampler = JanusSampler.load(folder, device=device)
+    sampler.name = "pico"  # As `load_pico` calls it: a calibration belongs to it by name.
+    return sampler

@@ -34,14 +34,14 @@ class Recipe:
     reader_steps: int = 700
     tokenizer_steps: int = 4_000
     tokenizer_batch: int = 8
-    vq_decoder_steps: int = 7_500
+    vq_decoder_steps: int = 6_000
     autoencoder_steps: int = 2_400
     autoencoder_batch: int = 12
     guidance: float = 3.0
     calibration_images: int = 100
     janus_steps: int = 6_000
     janus_batch: int = 16
-    decoder_steps: int = 10_000
+    decoder_steps: int = 8_000
     decoder_batch: int = 16
     compiled: bool = False
     seed: int = 0

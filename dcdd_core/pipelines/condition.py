@@ -14,13 +14,15 @@ def condition_for(card: DecoderCard, token_logits: TokenLogits, codebook: Codebo
     """The condition that the decoder of this card wants: LCDM with its calibration, or discrete code vectors.
 
     Of what a VLM gives, the card's `reads` takes the logits (the paper), the logits pulled towards the sampled token by
-    the calibration's anchor, or the sampled tokens alone.
+    the calibration's anchor, or the sampled tokens alone. Logits that are calibrated already are mapped as they are.
 
     Raises:
         ValueError: if logits, codebook and calibration are not of one tokenizer.
     """
     if card.variant == "discrete":
         return discrete_condition(token_logits, codebook)
+    if token_logits.calibrated:
+        return map_logits(token_logits, codebook)
     calibration = card.calibration
     if token_logits.source == "vlm" and card.reads == "tokens":
         token_logits = proxies_of_tokens(token_logits, codebook)

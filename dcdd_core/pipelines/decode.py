@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from diffusers import AutoencoderKL
 
 from ..method.flow import euler_step, recover_clean, timesteps
 from ..method.latents import fill_input, pack, pack_mask, scale_latents, unpack, unscale_latents
 from ..method.sampling import keyed_generator
 from ..models.flux import DistributionConditionedDecoder
+from ..models.vae import Autoencoder
 from ..types import Condition, same_codebook
 
 #: Called after every step with (steps done, steps, the picture's current estimate as raw latents [B, C, h', w']);
@@ -39,7 +39,7 @@ class Decoded:
 @torch.no_grad()
 def decode(
     decoder: DistributionConditionedDecoder,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     condition: Condition,
     *,
     seeds: Sequence[int],
@@ -72,13 +72,12 @@ def decode(
     steps = card.steps if steps is None else steps
 
     if image is None:
-        canvas = torch.zeros(1, 3, height, width, device=vae.device)
-        area = torch.ones(1, 1, height, width, device=vae.device)
+        canvas, area = torch.zeros(1, 3, height, width, device=device), torch.ones(1, 1, height, width, device=device)
     else:
-        canvas, mask = image.to(vae.device).float(), mask.to(vae.device).float()
+        canvas, mask = image.to(device).float(), mask.to(device).float()
         area = (mask > 0).float()
-    given = vae.encode((canvas * (1 - area)).to(vae.device, vae.dtype)).latent_dist.mode().float()
-    given = pack(scale_latents(given, card.vae_shift, card.vae_scale)).to(device, dtype)
+    given = vae.encode(canvas * (1 - area)).to(device)
+    given = pack(scale_latents(given, card.vae_shift, card.vae_scale)).to(dtype)
     area_tokens = pack_mask(area.to(device, dtype), card.vae_factor)
 
     channels = decoder.transformer.out_channels // 4
@@ -94,16 +93,10 @@ def decode(
             on_step(i + 1, steps, unscale_latents(estimate, card.vae_shift, card.vae_scale))
         x = euler_step(x, v, now, after)
     latents = unscale_latents(unpack(x, *size), card.vae_shift, card.vae_scale)
-    pixels = latents_to_pixels(vae, latents)
+    pixels = vae.decode(latents).to(device)
     if image is not None:
         pixels = torch.where(mask == 0, canvas, mask * pixels + (1 - mask) * canvas)
     return Decoded(pixels=pixels, latents=latents)
-
-
-@torch.no_grad()
-def latents_to_pixels(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Raw VAE latents [B, C, h', w'] -> pixels [B, 3, H, W] float32 in -1..1."""
-    return vae.decode(latents.to(vae.device, vae.dtype)).sample.float().clamp(-1, 1)
 
 
 def _check(decoder, condition, seeds, image, mask, size) -> None:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
 from ..models.flux import DistributionConditionedDecoder, load_decoder
 from ..models.janus import ImageTokenSampler, JanusSampler
-from ..models.vae import load_vae
+from ..models.vae import KLAutoencoder, load_vae
 from ..models.vq import VQTokenizer
 from ..types import same_codebook
 
@@ -28,7 +27,7 @@ class Models:
 
     vq: VQTokenizer
     sampler: ImageTokenSampler | None = None
-    vae: AutoencoderKL | None = None
+    vae: KLAutoencoder | None = None
     decoder: DistributionConditionedDecoder | None = None
 
     def __post_init__(self):
@@ -52,13 +51,17 @@ def load_pico(*, device: torch.device | str = "cpu", weights: Path | None = None
     weights = weights or PICO_WEIGHTS
     if not weights.is_dir():
         raise ValueError(f"the embedded models are not at {weights}: `make pico` trains them (hours on a CPU)")
-    return load_models(
+    models = load_models(
         janus=weights / "janus",
         decoder=weights / "decoder.safetensors",
         vae=weights / "vae",
         device=device,
         with_sampler=with_sampler,
     )
+    models.vq.name = "pico"
+    if models.sampler is not None:
+        models.sampler.name = "pico"
+    return models
 
 
 def load_models(
@@ -71,12 +74,13 @@ def load_models(
     dtype: torch.dtype = torch.float32,
     with_sampler: bool = True,
 ) -> Models:
-    """Loads real model folders.
+    """Loads real models.
 
     Args:
         janus: transformers-layout folder; its VQ part is the tokenizer.
-        decoder, vae: a decoder bundle and the autoencoder's folder, both or neither.
-        base: the FLUX.1-Fill transformer, where the bundle does not hold every weight.
+        decoder, vae: a decoder bundle and the autoencoder, both or neither.
+        base: the FLUX.1-Fill transformer, where the bundle does not hold every weight. It and the autoencoder may be
+            diffusers folders or single files (`models.flux_files`).
         with_sampler: False leaves the language model on the disk: pictures need only its VQ part.
         dtype: of the language model and the transformer; the VQ-VAE and the autoencoder stay in float32.
 
@@ -90,6 +94,6 @@ def load_models(
     return Models(
         vq=VQTokenizer.load(janus, device=device, dtype=torch.float32),
         sampler=JanusSampler.load(janus, device=device, dtype=dtype) if with_sampler else None,
-        vae=load_vae(vae, device=device, dtype=torch.float32) if vae is not None else None,
+        vae=KLAutoencoder(load_vae(vae, device=device, dtype=torch.float32)) if vae is not None else None,
         decoder=load_decoder(decoder, base, device=device, dtype=dtype) if decoder is not None else None,
     )

@@ -45,6 +45,8 @@ class DecoderTraining:
     """Numbers of a decoder's training.
 
     Attributes:
+        optimizer: "adamw" (the paper's), or "muon": orthogonalised momentum (Jordan et al. 2024) for the matrices
+            inside the blocks, at steps of AdamW's size (Liu et al. 2025, arXiv 2502.16982), and AdamW for all else.
         compiled: each of the transformer's blocks runs compiled (torch.compile, one compilation for all of a kind): on
             a CPU, which then needs a C++ compiler, a step of the pico decoder takes about three quarters of the time.
     """
@@ -57,7 +59,12 @@ class DecoderTraining:
     density: str = "logit_normal"
     weighting: str = "uniform"
     seed: int = 0
+    optimizer: str = "adamw"
     compiled: bool = False
+
+    def __post_init__(self):
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
 
 
 def decoder_loss(
@@ -89,6 +96,7 @@ def train_decoder(
     autocast: Callable[[], AbstractContextManager],
     evaluate: Callable[[DistributionConditionedDecoder], Mapping[str, float]] | None = None,
     evaluate_every: int = 500,
+    save_every: int = 250,
 ) -> DistributionConditionedDecoder:
     """Trains (or restores) a decoder; returns its averaged weights in evaluation mode.
 
@@ -99,21 +107,23 @@ def train_decoder(
     """
     decoder.train()
     trained = [p for p in decoder.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
+    optimizers = _optimizers(decoder, recipe)
     average = moving_average(decoder, recipe.average_decay)
     if recipe.compiled:  # After the copy for the average was made: that one paints, at other sizes and batches.
         decoder.transformer.compile_repeated_blocks(fullgraph=True)
 
     def step(i: int) -> dict[str, torch.Tensor]:
-        set_learning_rate(optimizer, warmup_cosine(i, recipe.steps, peak=recipe.learning_rate, warmup=recipe.warmup))
+        rate = warmup_cosine(i, recipe.steps, peak=recipe.learning_rate, warmup=recipe.warmup)
         draw = keyed_generator(recipe.seed, i)
         example = examples(i, draw)
         with autocast():
             loss = decoder_loss(decoder, example, draw, recipe)
-        optimizer.zero_grad(set_to_none=True)
+        decoder.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            set_learning_rate(optimizer, rate)
+            optimizer.step()
         average.update_parameters(decoder)
         return {"loss": loss.detach(), "gradient_norm": norm.detach()}
 
@@ -122,9 +132,29 @@ def train_decoder(
         settings={**settings, "recipe": asdict(recipe), "card": asdict(decoder.card)},
         steps=recipe.steps,
         step=step,
-        state={"model": decoder, "average": average, "optimizer": optimizer},
+        state={"model": decoder, "average": average, **optimizers},
         evaluate=(lambda _: evaluate(average.module.eval())) if evaluate else None,
         evaluate_every=evaluate_every,
-        save_every=250,
+        save_every=save_every,
     )
     return average.module.eval().requires_grad_(False)
+
+
+def _optimizers(decoder: DistributionConditionedDecoder, recipe: DecoderTraining) -> dict[str, torch.optim.Optimizer]:
+    """By name; each trained weight is in one of them."""
+    weights = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
+    # Not the modulations: their input is the time alone, and they start at zero.
+    inner = [n for n, p in weights.items() if "_blocks." in n and p.ndim == 2 and ".norm" not in n]
+    inner = inner if recipe.optimizer == "muon" else []
+    others = [p for name, p in weights.items() if name not in inner]
+    found: dict[str, torch.optim.Optimizer] = {
+        "optimizer": torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
+    }
+    if inner:
+        found["muon"] = torch.optim.Muon(
+            [weights[name] for name in inner],
+            lr=0.0,
+            weight_decay=recipe.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+    return found

@@ -17,6 +17,7 @@ from dcdd_core.method.calibration import (
     AnchorStatistics,
     anchor_statistics,
     apply,
+    calibrate,
     fit,
     fit_anchor,
     proxy_logits,
@@ -263,3 +264,31 @@ def test_fit_anchor_at_its_ends():
         fit_anchor(grid(logits, source="proxy"), CODEBOOK, nearer, calibration)
     with pytest.raises(ValueError, match="no token logits"):
         fit_anchor([], CODEBOOK, nearer, calibration)
+
+
+@pytest.mark.parametrize("source", ["vlm", "proxy"])
+def test_calibrated_logits_hold_the_calibrated_distribution(source):
+    raw, calibration = grid(rand(2, 9, 128), source=source), Calibration(scale=12, smoothing=0.01, anchor=1.5)
+    made = calibrate(raw, CODEBOOK, calibration)
+    assert made.calibrated and made.source == source and torch.equal(made.tokens, raw.tokens)
+    p = apply(raw.logits, calibration, source=source, codebook=CODEBOOK, tokens=raw.tokens)
+    torch.testing.assert_close(made.logits.softmax(-1), p)
+    whole, mapped = map_logits(raw, CODEBOOK, calibration), map_logits(made, CODEBOOK)
+    torch.testing.assert_close(mapped.code_vectors, whole.code_vectors, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mapped.uncertainty, whole.uncertainty, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_calibrated_twice():
+    calibration = Calibration(scale=12)
+    made = calibrate(grid(rand(1, 4, 128)), CODEBOOK, calibration)
+    for again in (lambda: map_logits(made, CODEBOOK, calibration), lambda: target_statistics(made)):
+        with pytest.raises(ValueError, match="calibrated already"):
+            again()
+
+
+def test_features_are_found_again_in_their_proxies():
+    proxies = grid(proxy_logits(FEATURES, CODEBOOK), source="proxy")
+    found = method.proxy_features(proxies, CODEBOOK)
+    torch.testing.assert_close(found, F.normalize(FEATURES, dim=-1).flatten(0, 1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="proxy logits"):
+        method.proxy_features(grid(rand(1, 4, 128)), CODEBOOK)

@@ -6,7 +6,14 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from dcdd_core.method.latents import position_ids
-from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder, load_decoder, read_card, save_bundle
+from dcdd_core.models.flux import (
+    DecoderCard,
+    DistributionConditionedDecoder,
+    load_decoder,
+    of_text_stream,
+    read_card,
+    save_bundle,
+)
 from dcdd_core.types import Calibration
 from tests.tiny import fill, tiny_card, tiny_condition, tiny_decoder, tiny_flux_config
 
@@ -61,8 +68,11 @@ def test_text_weights_cannot_reach_the_output():
     condition = decoder.condition_tokens(tiny_condition(), SIZE)
     before = decoder(x, condition, t, SIZE)
     for name, parameter in decoder.transformer.named_parameters():
-        if "context" in name or ".add_" in name or "to_add_out" in name:
-            parameter.fill_(torch.nan)
+        kept = parameter.clone()
+        parameter.fill_(torch.nan)
+        reached = bool(decoder(x, condition, t, SIZE).isnan().any())
+        assert reached != of_text_stream(name), name
+        parameter.copy_(kept)
     assert torch.equal(before, decoder(x, condition, t, SIZE))
 
 
@@ -98,7 +108,7 @@ def test_a_base_of_another_kind_is_refused(tmp_path):
     decoder = tiny_decoder()
     save_bundle(tmp_path / "d.safetensors", decoder, trained=lambda name: False)
     save_file({"model.embed_tokens.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"unexpected model\.embed_tokens\.weight"):
+    with pytest.raises(ValueError, match=r"does not fit tiny; .*unexpected: model\.embed_tokens\.weight"):
         load_decoder(tmp_path / "d.safetensors", tmp_path / "other.safetensors")
 
 

@@ -48,9 +48,10 @@ def test_path_and_target_agree():
     torch.testing.assert_close(step / 0.5, velocity(z0, n))
 
 
-def test_training_lowers_the_loss_on_one_batch(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_lowers_the_loss_on_one_batch(tmp_path, optimizer):
     decoder, data = tiny_decoder(), example()
-    recipe = DecoderTraining(steps=60, learning_rate=3e-3, warmup=5, average_decay=0.5)
+    recipe = DecoderTraining(steps=60, learning_rate=3e-3, warmup=5, average_decay=0.5, optimizer=optimizer)
     fixed = DecoderTraining(steps=1)
 
     def loss(model):
@@ -63,6 +64,31 @@ def test_training_lowers_the_loss_on_one_batch(tmp_path):
     )
     assert loss(trained) < 0.7 * before
     assert not any(p.requires_grad for p in trained.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, optimizer):
+    recipe = DecoderTraining(steps=500, warmup=2, optimizer=optimizer)
+
+    def run(folder, until):
+        def examples(i, draw):
+            if i == until:
+                raise KeyboardInterrupt
+            return example(1)
+
+        with contextlib.suppress(KeyboardInterrupt):
+            train_decoder(
+                folder, tiny_decoder(), examples, recipe, settings={}, autocast=contextlib.nullcontext, save_every=4
+            )
+
+    for until in (6, 9):  # The first leaves the checkpoint of step 4.
+        run(tmp_path / "resumed", until)
+    run(tmp_path / "whole", 9)
+    saved = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("resumed", "whole")]
+    assert saved[0]["step"] == saved[1]["step"] == 8
+    for part in ("model", "average"):
+        for name, value in saved[0]["parts"][part].items():
+            assert torch.equal(value, saved[1]["parts"][part][name]), name
 
 
 def test_frozen_weights_stay(tmp_path):

@@ -1,0 +1,293 @@
+"""Downloads of models from the Hugging Face hub: only when asked for, and only the files that this library reads.
+
+The hub's own `snapshot_download` starts a file again from nothing when the program was closed or the connection was
+away for longer than a few seconds. FLUX.1-Fill has one file of 24 GB: here what has come stays beside the file as
+`NAME.HASH.part`, and the next download goes on from there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
+
+#: Called with (bytes that are there, bytes in all), at the start and whenever some have come; may raise to stop.
+OnProgress = Callable[[int, int], None]
+
+_READABLE = (".json", ".safetensors")
+_PATIENCE = 30.0  # seconds for the hub's answer to the first request
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownModel:
+    """A published model that this library works with.
+
+    Attributes:
+        repository: on the hub.
+        files: what is needed of it.
+        folder: where it belongs below ComfyUI's `models`.
+        gigabytes: about how much comes, in 10^9 bytes.
+        licence: of the weights, by name.
+        gated: whether its page asks to accept the licence first.
+    """
+
+    repository: str
+    files: tuple[str, ...]
+    folder: str
+    gigabytes: float
+    licence: str
+    gated: bool
+
+
+KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
+    {
+        "Janus-Pro-1B": KnownModel(
+            repository="deepseek-community/Janus-Pro-1B",
+            files=("*.json", "*.safetensors"),
+            folder="janus/Janus-Pro-1B",
+            gigabytes=4.2,
+            licence="MIT (code), DeepSeek Model License (weights)",
+            gated=False,
+        ),
+        "Janus-Pro-7B": KnownModel(
+            repository="deepseek-community/Janus-Pro-7B",
+            files=("*.json", "*.safetensors"),
+            folder="janus/Janus-Pro-7B",
+            gigabytes=14.8,
+            licence="MIT (code), DeepSeek Model License (weights)",
+            gated=False,
+        ),
+        "FLUX.1-Fill-dev": KnownModel(
+            repository="black-forest-labs/FLUX.1-Fill-dev",
+            files=("flux1-fill-dev.safetensors",),
+            folder="diffusion_models",
+            gigabytes=23.8,
+            licence="FLUX.1 [dev] Non-Commercial License",
+            gated=True,
+        ),
+        "FLUX.1-Fill-dev's autoencoder": KnownModel(
+            repository="black-forest-labs/FLUX.1-Fill-dev",
+            files=("ae.safetensors",),
+            folder="vae",
+            gigabytes=0.34,
+            licence="FLUX.1 [dev] Non-Commercial License",
+            gated=True,
+        ),
+    }
+)
+
+
+def download(
+    repository: str,
+    folder: str | Path,
+    *,
+    files: Sequence[str],
+    token: str | None = None,
+    endpoint: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Brings files of a hub repository into a folder, each under its own name only once it is whole.
+
+    A file that is there with the right size is left as it is. Call it again after an interruption: it goes on where the
+    last one stopped. Files that the hub has a SHA-256 of, as it has of all weights, are compared with it.
+
+    Args:
+        repository: such as "black-forest-labs/FLUX.1-Fill-dev".
+        folder: made if it is not there; the repository's own folders are kept below it.
+        files: names or patterns of names (`*.json`); of these, what is no `.safetensors` or `.json` is left out.
+        token: of the user's account; None takes HF_TOKEN or what `hf auth login` stored.
+        endpoint: the hub's address; None takes HF_ENDPOINT or huggingface.co.
+        on_progress: may raise to stop the download; its exception comes through, unless it is an OSError.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: if the repository does not exist, wants its licence accepted or another token, or has no such file;
+            if the hub cannot be reached, the connection breaks, or the disk is full. Says what to do.
+    """
+    folder = Path(folder)
+    api = HfApi(endpoint=endpoint, token=token)
+    with _explained(repository, folder, api.endpoint):
+        # One commit for all files, though the repository may change while they come.
+        info = api.model_info(repository, files_metadata=True, timeout=_PATIENCE)
+        held = {file.rfilename: file for file in info.siblings or ()}
+        chosen = [held[name] for name in _choose(repository, list(held), files)]
+        parts = [_Part(file, folder) for file in chosen]
+        total = sum(part.size for part in parts)
+        missing = total - sum(part.came for part in parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        if missing > (free := shutil.disk_usage(folder).free):
+            raise ValueError(
+                f"{repository} needs {missing / 1e9:.1f} GB more in {folder}, where {free / 1e9:.1f} GB are free: "
+                "make room, or choose a folder on another disk"
+            )
+        headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}  # or sizes and ranges mean nothing
+        for i, part in enumerate(parts):
+            others = sum(other.came for other in parts[:i] + parts[i + 1 :])
+
+            def report(came: int, others: int = others) -> None:
+                if on_progress is not None:
+                    on_progress(others + came, total)
+
+            report(part.came)
+            if not part.is_whole:
+                url = hf_hub_url(repository, part.name, revision=info.sha, endpoint=endpoint)
+                part.fetch(url, headers, report)
+    return folder
+
+
+def _choose(repository: str, held: list[str], patterns: Sequence[str]) -> list[str]:
+    """The readable names that the patterns mean."""
+    readable = [name for name in held if PurePosixPath(name).suffix in _READABLE]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in readable):
+            shown = ", ".join(sorted(held)[:8]) or "nothing"
+            raise ValueError(
+                f"{repository} has no {pattern} that can be read here ({' and '.join(_READABLE)} files can); it holds "
+                f"{shown}{', ...' if len(held) > 8 else ''}"
+            )
+    return [name for name in readable if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+class _Part:
+    """One file on its way: what is there of it, and where."""
+
+    def __init__(self, file, folder: Path):
+        """
+        Args:
+            file: huggingface_hub's RepoSibling with its size.
+        """
+        self.name, self.size = file.rfilename, file.size
+        self.sha256 = file.lfs.sha256 if file.lfs is not None else None
+        self._target = folder / self.name
+        # By the names alone: a user may have linked a model to another disk.
+        if not Path(os.path.abspath(self._target)).is_relative_to(os.path.abspath(folder)):
+            raise ValueError(f"the hub names a file outside of its repository, {self.name}: it cannot be trusted")
+        # Of another version of the file nothing is taken over.
+        self._path = self._target.with_name(f"{self._target.name}.{(self.sha256 or file.blob_id)[:12]}.part")
+        self.is_whole = self._target.is_file() and self._target.stat().st_size == self.size
+
+    @property
+    def came(self) -> int:
+        """Bytes that are there."""
+        return self.size if self.is_whole else self._path.stat().st_size if self._path.is_file() else 0
+
+    def fetch(self, url: str, headers: dict[str, str], report: Callable[[int], None]) -> None:
+        """Brings what lacks, compares it, and gives it its name."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self.came > self.size:
+            self._path.unlink()
+        try:
+            while not self._go_on(url, headers, report):
+                pass
+        except BaseException:
+            if self.came == 0:
+                self._path.unlink(missing_ok=True)
+            raise
+        if self.sha256 is not None and _sha256(self._path) != self.sha256:
+            self._path.unlink()
+            raise ValueError(f"{self.name} came damaged and was deleted: download it again")
+        os.replace(self._path, self._target)
+        self.is_whole = True
+
+    def _go_on(self, url: str, headers: dict[str, str], report: Callable[[int], None]) -> bool:
+        """Brings what lacks; False if the connection broke on the way. Not every huggingface_hub tries again itself."""
+        before = self.came
+        try:
+            with _ReportingFile(self._path, report) as file:
+                http_get(url, file, resume_size=before, headers=headers, expected_size=self.size)
+        except HfHubHTTPError:
+            raise
+        except (OSError, HTTPError) as error:
+            if getattr(error, "errno", None) is not None or self.came <= before:
+                raise
+            return False
+        return True
+
+
+class _ReportingFile(io.BufferedWriter):
+    """Writes to the end of a file and says how long it has become."""
+
+    def __init__(self, path: Path, report: Callable[[int], None]):
+        super().__init__(io.FileIO(path, "ab"))
+        self._report = report
+
+    def write(self, chunk: bytes) -> int:
+        written = super().write(chunk)
+        self._report(self.tell())
+        return written
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+@contextmanager
+def _explained(repository: str, folder: Path, endpoint: str) -> Iterator[None]:
+    """Turns what huggingface_hub and the disk raise into sentences with a remedy."""
+    tokens = f"create a token with read access at {endpoint}/settings/tokens"
+    login = "set the environment variable HF_TOKEN to it, or run `hf auth login`"
+    again = "what has come is kept, start the download again to go on"
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{endpoint} did not answer as a hub does: check HF_ENDPOINT, and whether your network asks to log in"
+        ) from error
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{repository} is given only to those who accept its licence: open {endpoint}/{repository}, log in and "
+            f"accept it; then {tokens}, {login}, and start again"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise ValueError(
+            f"{repository} cannot be downloaded while HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it and "
+            "start again, or bring the files yourself"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{endpoint} has no {repository}, or hides it: check its name, and if it is private, {tokens} and {login}"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise ValueError(
+                f"{endpoint} does not give {repository} without a valid token: check the name, {tokens} and {login}"
+            ) from error
+        if status == 403:
+            raise ValueError(
+                f"this token may not read {repository}: give it access to gated repositories at "
+                f"{endpoint}/settings/tokens, or {tokens} and {login}"
+            ) from error
+        raise ValueError(f"{endpoint} answered {status} for {repository}: try later; {again}") from error
+    except (OSError, HTTPError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(f"the disk of {folder} is full: make room; {again}") from error
+        if getattr(error, "filename", None) is not None:
+            raise ValueError(f"{folder} cannot be written to ({error}): choose another folder") from error
+        raise ValueError(f"the connection to {endpoint} broke or was not made ({error}): {again}") from error

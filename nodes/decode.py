@@ -1,0 +1,279 @@
+"""From tokens and conditions to pictures: the VQ-VAE's own decoder, and the diffusion decoder.
+
+Shapes: B batch, h w token grid, H W pixels, h' w' latent grid, C latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import comfy.latent_formats
+import comfy.sd
+import latent_preview
+import torch
+from comfy_api.latest import io
+from einops import rearrange
+
+from ..dcdd_core.method.latents import scale_latents
+from ..dcdd_core.method.lcdm import map_logits
+from ..dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder
+from ..dcdd_core.models.vae import Autoencoder, KLAutoencoder
+from ..dcdd_core.models.vq import VQTokenizer
+from ..dcdd_core.pipelines.decode import Decoded, decode
+from ..dcdd_core.types import Condition, TokenLogits
+from . import host
+from .host import Managed, Progress
+from .sockets import ConditionSocket, Decoder, DecoderSocket, TokenLogitsSocket, VQVAESocket, expect, schema
+from .tokens import CONNECT_LOGITS, CONNECT_VQ, pictures
+
+HARD, SOFT = "hard: the tokens", "soft: the expected codes"
+BY_RESOLUTION, UNIFORM = "FLUX: by resolution", "uniform"
+SHIFTS = {BY_RESOLUTION: None, UNIFORM: 0.0}
+#: Autoencoders up to this many weights draw the previews themselves; for FLUX's a linear estimate does.
+_SMALL = 5_000_000
+
+
+class VQVAEDecode(io.ComfyNode):
+    """Tokens -> picture, by the VLM's own decoder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "VQVAEDecode",
+            "VQ-VAE Decode",
+            category="decode",
+            description=(
+                "The picture as Janus itself would show it: its tokens through the VQ-VAE decoder. 'soft' decodes the "
+                "expected code of each position instead, which keeps some of what a single token loses."
+            ),
+            search_aliases=["detokenize", "tokens to image", "vqgan decode", "janus decode"],
+            inputs=[
+                TokenLogitsSocket.Input("token_logits", tooltip="From the sampler or a VQ-VAE Encode."),
+                VQVAESocket.Input("vq_vae", tooltip="The tokenizer of these tokens."),
+                io.Combo.Input(
+                    "codes",
+                    options=[HARD, SOFT],
+                    default=HARD,
+                    tooltip="For 'soft', a picture's proxy logits must be calibrated first, or all is a grey mean.",
+                ),
+            ],
+            outputs=[io.Image.Output("image", tooltip="The decoded picture.")],
+        )
+
+    @classmethod
+    def execute(cls, token_logits: TokenLogits, vq_vae: Managed[VQTokenizer], codes: str) -> io.NodeOutput:
+        expect(token_logits, TokenLogits, "token_logits", CONNECT_LOGITS)
+        expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
+        if codes not in (HARD, SOFT):
+            raise ValueError(f"codes must be {HARD!r} or {SOFT!r}, got {codes!r}")
+        progress, count = Progress(len(token_logits.tokens)), len(token_logits.tokens)
+
+        def run(first: int, last: int) -> torch.Tensor:
+            vq, part = vq_vae.ready(), pictures(token_logits, first, last)
+            # Mapped for the hard tokens too: it is where another tokenizer's logits are refused.
+            mapped = map_logits(part, vq.codebook)
+            if codes == SOFT:
+                pixels = vq.decode_vectors(mapped.code_vectors, part.grid)
+            else:
+                pixels = vq.decode_tokens(part.tokens, part.grid)
+            progress.step(last, count, pixels)
+            return host.image_of(pixels)
+
+        return io.NodeOutput(torch.cat(host.in_parts(run, count)))
+
+
+class FluxDecoder(io.ComfyNode):
+    """Condition -> picture, by the diffusion decoder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "FluxDecoder",
+            "Distribution-Conditioned FLUX Decoder",
+            category="decode",
+            description=(
+                "Paints the picture from the condition: everything Janus knew, not only the tokens it picked. With an "
+                "image and a mask only what is under the mask is painted, and the rest stays as it is to the last bit."
+            ),
+            search_aliases=["dcdd", "diffusion decoder", "flux fill", "decode", "inpaint"],
+            inputs=[
+                DecoderSocket.Input("decoder", tooltip="From Load DCDD Decoder."),
+                ConditionSocket.Input("condition", tooltip="From the LCDM Encoder."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=True,
+                    tooltip="Of the noise that the first picture starts from; the next ones of the batch count on.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=100,
+                    tooltip="Euler steps; 0 takes the number that the decoder was made for. 10 give a good picture.",
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=list(SHIFTS),
+                    default=BY_RESOLUTION,
+                    tooltip="How the steps lie between noise and picture: FLUX's own way, or evenly.",
+                ),
+                io.Image.Input(
+                    "image", optional=True, tooltip="To paint only a part: the picture to keep the rest of."
+                ),
+                io.Mask.Input("mask", optional=True, tooltip="To paint only a part: where to paint (white)."),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="A FLUX VAE from ComfyUI's own loader, in place of the decoder's."
+                ),
+            ],
+            outputs=[
+                io.Image.Output("painted", display_name="image", tooltip="The painted picture."),
+                io.Latent.Output("latent", tooltip="Its latents, for further sampling with FLUX in ComfyUI."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        decoder: Decoder,
+        condition: Condition,
+        seed: int,
+        steps: int,
+        schedule: str,
+        image: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        vae: comfy.sd.VAE | None = None,
+    ) -> io.NodeOutput:
+        expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")
+        expect(condition, Condition, "condition", "connect the condition of an LCDM Encoder")
+        if schedule not in SHIFTS:
+            raise ValueError(f"schedule must be one of {', '.join(SHIFTS)}, got {schedule!r}")
+        if (image is None) != (mask is None):
+            raise ValueError("painting a part needs an image and a mask: connect both, or neither to paint everything")
+        card, batch = decoder.decoder.idle.card, len(condition.code_vectors)
+        given = area = None
+        if image is not None:
+            given, area = host.pixels_of(image), host.mask_of(mask)
+            area = host.resized(area, *given.shape[2:]).clamp(0, 1)
+            if not bool(area.any()):
+                host.notice("the mask is empty: there is nothing to paint, the picture stays as it is")
+        autoencoder, preview = _autoencoder(decoder, vae)
+
+        def run(first: int, last: int) -> Decoded:
+            progress = Progress(steps or card.steps)
+            part = Condition(
+                condition.code_vectors[first:last],
+                condition.uncertainty[first:last],
+                condition.grid,
+                codebook=condition.codebook,
+            )
+            working = decoder.decoder.ready(_working_memory(card, last - first, condition.grid))
+            return decode(
+                working,
+                autoencoder,
+                part,
+                seeds=[seed + k for k in range(first, last)],
+                steps=steps or None,
+                shift=SHIFTS[schedule],
+                image=_some(given, first, last),
+                mask=_some(area, first, last),
+                on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
+            )
+
+        parts = host.in_parts(run, batch)
+        painted = torch.cat([host.image_of(part.pixels) for part in parts])
+        latent = {"samples": torch.cat([part.latents for part in parts]).to(painted.device)}
+        if image is not None:
+            # Again on the IMAGE itself: on its way through -1..1 it would lose its last bit.
+            keep = rearrange(area == 0, "b 1 h w -> b h w 1").to(painted.device)
+            painted = torch.where(keep, image[..., :3].to(painted), painted)
+            latent["noise_mask"] = area.to(painted.device)
+        return io.NodeOutput(painted, latent)
+
+
+NODES = [VQVAEDecode, FluxDecoder]
+
+
+def _some(values: torch.Tensor | None, first: int, last: int) -> torch.Tensor | None:
+    """The pictures first..last - 1, or the one that goes with all."""
+    return values if values is None or len(values) == 1 else values[first:last]
+
+
+def _working_memory(card: DecoderCard, batch: int, grid: tuple[int, int]) -> int:
+    """Bytes that a step takes besides weights: an estimate, 64 float32 arrays of all tokens."""
+    width = card.base_config["num_attention_heads"] * card.base_config["attention_head_dim"]
+    packed = grid[0] * grid[1] * (card.pixels_per_token // (2 * card.vae_factor)) ** 2
+    return 64 * 4 * batch * packed * width
+
+
+class _ManagedAutoencoder:
+    """The decoder's own autoencoder; after its turn the transformer is brought back, should it have had to leave."""
+
+    def __init__(self, vae: Managed[KLAutoencoder], decoder: Managed[DistributionConditionedDecoder]):
+        self._vae, self._decoder = vae, decoder
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        latents = self._vae.ready().encode(pixels)
+        self._decoder.ready()
+        return latents
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._vae.ready().decode(latents)
+
+
+class _CoreAutoencoder:
+    """ComfyUI's VAE as an `Autoencoder`: it looks after its memory, and tiles where that is short."""
+
+    def __init__(self, vae: comfy.sd.VAE, decoder: Managed[DistributionConditionedDecoder]):
+        self._vae, self._decoder = vae, decoder
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        latents = self._vae.encode(host.image_of(pixels)).float()
+        self._decoder.ready()
+        return latents
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return host.pixels_of(self._vae.decode(latents))
+
+
+def _autoencoder(
+    decoder: Decoder, vae: comfy.sd.VAE | None
+) -> tuple[Autoencoder, Callable[[torch.Tensor], host.Preview]]:
+    """The autoencoder to use, and how to draw a preview of raw latents [B, C, h', w'].
+
+    Raises:
+        ValueError: if there is none, or one of another kind.
+    """
+    card = decoder.decoder.idle.card
+    if vae is not None:
+        _check_core_vae(vae, card)
+        return _CoreAutoencoder(vae, decoder.decoder), _linear_preview(card)
+    if decoder.vae is None:
+        raise ValueError(
+            "this decoder was loaded without an autoencoder: choose one in Load DCDD Decoder, or connect a FLUX VAE "
+            "(ae.safetensors) from Load VAE"
+        )
+    small = sum(weight.numel() for weight in decoder.vae.idle.model.parameters()) <= _SMALL
+    preview = (lambda latents: decoder.vae.ready().decode(latents[:4])) if small else _linear_preview(card)
+    return _ManagedAutoencoder(decoder.vae, decoder.decoder), preview
+
+
+def _linear_preview(card: DecoderCard) -> Callable[[torch.Tensor], host.Preview]:
+    """ComfyUI's own estimate of FLUX latents' colours."""
+    flux = comfy.latent_formats.Flux()
+    previewer = latent_preview.Latent2RGBPreviewer(flux.latent_rgb_factors, flux.latent_rgb_factors_bias)
+    return lambda latents: previewer.decode_latent_to_preview(scale_latents(latents, card.vae_shift, card.vae_scale))
+
+
+def _check_core_vae(vae: comfy.sd.VAE, card: DecoderCard) -> None:
+    if not isinstance(vae, comfy.sd.VAE):
+        raise ValueError(f"vae got {type(vae).__name__}: connect a FLUX VAE from Load VAE")
+    factor, channels = vae.downscale_ratio, vae.latent_channels
+    if factor != card.vae_factor or channels != 16:
+        raise ValueError(
+            f"this VAE has {channels} channels at 1/{factor} of the size, the decoder paints 16 at "
+            f"1/{card.vae_factor}: connect the autoencoder that the decoder was trained with "
+            "(for FLUX.1-Fill, ae.safetensors), or none"
+        )

@@ -1,0 +1,384 @@
+"""ComfyUI's side: model folders, memory manager, progress with previews, notices, pictures and masks.
+
+Shapes: B batch, H W pixels, C channels. ComfyUI's IMAGE is [B, H, W, C] in 0..1, its MASK [B, H, W] in 0..1.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import folder_paths
+import torch
+from comfy_execution.utils import get_executing_context
+from einops import rearrange
+from PIL import Image
+from server import PromptServer
+from torch import nn
+
+from ..dcdd_core.types import TokenLogits
+
+T = TypeVar("T")
+
+Preview = torch.Tensor | Image.Image | None
+
+log = logging.getLogger("ComfyUI-DCDD")
+
+#: Where a model may live while it works.
+PLACEMENTS = ("auto", "low VRAM", "CPU")
+_PREVIEW_SIZE = 512
+#: From 0.16 on ComfyUI has a patcher of its own for modules that it did not build.
+_Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class _Holder(nn.Module):
+    """Around a module whose `device` cannot be written (transformers, diffusers): ComfyUI's patcher wants to."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.device = None
+
+
+class Managed(Generic[T]):
+    """A model that ComfyUI's memory manager loads, pushes out for other nodes' models, and frees.
+
+    Its linear layers become ComfyUI's own, which can stay in RAM and be streamed to the GPU one by one where it is too
+    small for all of them. Nothing but the sockets holds it: when the last graph lets go, it is gone.
+    """
+
+    def __init__(self, value: T, module: nn.Module, *, placement: str = "auto", eight_bit: tuple[str, ...] = ()):
+        """
+        Args:
+            value: what works with `module`.
+            placement: one of `PLACEMENTS`: ComfyUI decides, all layers are streamed, or everything stays on the CPU.
+            eight_bit: names of children whose linear layers are stored in 8-bit (float8_e4m3fn) and computed with in
+                the type that their input has.
+        """
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
+        _use_comfy_linears(module, comfy.ops.disable_weight_init.Linear)
+        for name in eight_bit:
+            _use_comfy_linears(module.get_submodule(name), comfy.ops.manual_cast.Linear, torch.float8_e4m3fn)
+        cpu = torch.device("cpu")
+        on = cpu if placement == "CPU" else comfy.model_management.get_torch_device()
+        off = cpu if placement == "CPU" else comfy.model_management.unet_offload_device()
+        self._value = value
+        self._stream = placement == "low VRAM" and on != cpu
+        # ComfyUI's log calls a model by its class.
+        holder = type(type(module).__name__, (_Holder,), {})(module)
+        self._patcher = _Patcher(holder, load_device=on, offload_device=off)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._patcher.load_device
+
+    @property
+    def idle(self) -> T:
+        """The model wherever it is now, to read its description from."""
+        return self._value
+
+    def ready(self, memory: int = 0) -> T:
+        """The model, brought to its device.
+
+        Args:
+            memory: bytes that working with it takes, besides its weights.
+        """
+        most = comfy.model_management.get_total_memory(self.device) if self._stream else None
+        comfy.model_management.load_models_gpu([self._patcher], memory_required=memory, minimum_memory_required=most)
+        if self._patcher.model.model_lowvram:
+            # A partial load leaves behind what cannot be streamed: norms and embeddings, which are small.
+            for part in self._patcher.model.modules():
+                if not hasattr(part, "comfy_cast_weights"):
+                    part._apply(lambda tensor: tensor.to(self.device), recurse=False)
+        return self._value
+
+
+def _use_comfy_linears(module: nn.Module, kind: type[nn.Linear], storage: torch.dtype | None = None) -> None:
+    """Puts ComfyUI's linear layers in the place of torch's, with the same weights."""
+    for part in module.modules():
+        for name, layer in part.named_children():
+            if not isinstance(layer, nn.Linear):
+                continue
+            ours = kind(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            weight = layer.weight if storage is None else layer.weight.detach().to(storage)
+            ours.weight, ours.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+            setattr(part, name, ours.train(layer.training))
+
+
+def in_parts(run: Callable[[int, int], T], count: int) -> list[T]:
+    """run(0, count), or where that runs out of memory, its halves, down to single items.
+
+    Args:
+        run: makes the items first..last - 1; samples do not depend on each other, so the parts are what the whole is.
+
+    Raises:
+        RuntimeError: if a single item does not fit.
+    """
+    parts, first, size = [], 0, count
+    while first < count:
+        last = min(first + size, count)
+        try:
+            parts.append(run(first, last))
+            first = last
+        except _OUT_OF_MEMORY as error:
+            if size == 1:
+                raise RuntimeError(
+                    "out of memory even for a single picture: close other programs that use the GPU, choose 'low VRAM' "
+                    "or 8-bit storage in the loader, or a smaller picture"
+                ) from error
+            size = (last - first + 1) // 2
+            log.warning("out of memory: going on with %d pictures at a time", size)
+        comfy.model_management.soft_empty_cache()
+    return parts
+
+
+# On machines without CUDA ComfyUI's own constant is Exception itself, which would catch an interrupt.
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+# --- progress and notices ---------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A node's progress bar with a picture; each step is also where an interrupt stops the node."""
+
+    def __init__(self, total: int):
+        self._bar = comfy.utils.ProgressBar(total)
+
+    def step(self, done: int, total: int, preview: Preview = None) -> None:
+        """
+        Args:
+            preview: a picture, or pixels [B, 3, H, W] in -1..1.
+        """
+        picture = _sheet(preview) if isinstance(preview, torch.Tensor) else preview
+        self._bar.update_absolute(done, total, None if picture is None else ("JPEG", picture, _PREVIEW_SIZE))
+
+
+def _sheet(pixels: torch.Tensor) -> Image.Image:
+    """Up to four pictures in one, two a row, so that a batch shows more than its first."""
+    shown = pixels[:4]
+    columns = 1 if len(shown) == 1 else 2
+    shown = torch.cat([shown, shown.new_full((-len(shown) % columns, *shown.shape[1:]), -1.0)])
+    sheet = rearrange(shown, "(r c) d h w -> (r h) (c w) d", c=columns)
+    return Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy())
+
+
+def notice(text: str) -> None:
+    """Tells the user something that is no failure: on the node that is running, and in the log."""
+    log.warning(text)
+    context = get_executing_context()
+    if context is not None and getattr(PromptServer, "instance", None) is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id)
+
+
+@contextmanager
+def noticed() -> Iterator[None]:
+    """Warnings that the library gives become notices."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
+        notice(text)
+
+
+# --- pictures and masks -----------------------------------------------------------------------------------------------
+
+
+def pixels_of(image: torch.Tensor) -> torch.Tensor:
+    """IMAGE -> pixels [B, 3, H, W] float32 in -1..1; an alpha channel is left out, a single one repeated.
+
+    Raises:
+        ValueError: for what is no picture, or holds NaN or infinity.
+    """
+    if not isinstance(image, torch.Tensor) or image.ndim != 4 or image.shape[3] not in (1, 3, 4) or image.numel() == 0:
+        came = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+        raise ValueError(f"expected an IMAGE [batch, height, width, 1, 3 or 4 channels], got {came}: connect a picture")
+    if not bool(torch.isfinite(image).all()):
+        raise ValueError("the picture holds NaN or infinity: an earlier node failed, look at its output")
+    colours = image[..., :3].expand(-1, -1, -1, 3)
+    return rearrange(colours.float().clamp(0, 1), "b h w c -> b c h w") * 2 - 1
+
+
+def image_of(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels [B, 3, H, W] in -1..1 -> IMAGE, on ComfyUI's intermediate device."""
+    image = rearrange((pixels.float().clamp(-1, 1) + 1) / 2, "b c h w -> b h w c")
+    return image.contiguous().to(comfy.model_management.intermediate_device())
+
+
+def moved(grid: TokenLogits, device: torch.device) -> TokenLogits:
+    """Token logits on another device."""
+    return replace(grid, logits=grid.logits.to(device), tokens=grid.tokens.to(device))
+
+
+def kept(grid: TokenLogits) -> TokenLogits:
+    """Token logits on ComfyUI's intermediate device, where results wait for other nodes."""
+    return moved(grid, comfy.model_management.intermediate_device())
+
+
+def check_finite(**values: float) -> None:
+    """Refuses numbers that ComfyUI's own limits let through.
+
+    Raises:
+        ValueError: naming the input.
+    """
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def from_pil(picture: Image.Image) -> torch.Tensor:
+    """A PIL picture -> IMAGE of one."""
+    raw = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+    return rearrange(raw.float() / 255, "(h w c) -> 1 h w c", h=picture.height, c=3)
+
+
+def mask_of(mask: torch.Tensor) -> torch.Tensor:
+    """MASK, [H, W], [B, H, W] or [B, 1, H, W] -> [B, 1, H, W] float32 in 0..1.
+
+    Raises:
+        ValueError: for what is no mask, or holds NaN or infinity.
+    """
+    if (
+        not isinstance(mask, torch.Tensor)
+        or mask.numel() == 0
+        or not (mask.ndim in (2, 3) or (mask.ndim == 4 and mask.shape[1] == 1))
+    ):
+        came = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"expected a MASK [batch, height, width], got {came}: connect a mask")
+    if not bool(torch.isfinite(mask).all()):
+        raise ValueError("the mask holds NaN or infinity: an earlier node failed, look at its output")
+    return mask.float().clamp(0, 1).reshape(-1, 1, *mask.shape[-2:])
+
+
+def resized(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[B, C, H, W] -> [B, C, height, width], cropped at the centre to its shape, as ComfyUI's own nodes do it."""
+    if pixels.shape[2:] == (height, width):
+        return pixels
+    return comfy.utils.common_upscale(pixels, width, height, "bicubic", "center")
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+BUNDLES = "dcdd"
+JANUS = "janus"
+
+
+def add_model_folders() -> None:
+    """Makes models/janus and models/dcdd known, behind what extra_model_paths.yaml names for them."""
+    for key in (JANUS, BUNDLES):
+        folder_paths.add_model_folder_path(key, os.path.join(folder_paths.models_dir, key))
+    # Only bundles are single files; a key without extensions would list everything there is.
+    folder_paths.folder_names_and_paths[BUNDLES][1].add(".safetensors")
+
+
+def model_folder(key: str) -> Path:
+    """Where new files of a kind go: the folder that is called like it, among those that are searched."""
+    paths = [Path(path) for path in folder_paths.get_folder_paths(key)]
+    return next((path for path in paths if path.name == key), paths[0])
+
+
+def files(key: str) -> list[str]:
+    """Names of the model files of a kind, as combos list them."""
+    return folder_paths.get_filename_list(key)
+
+
+def folders(key: str, *, holding: str) -> list[str]:
+    """Names of the folders of a kind that hold a file or folder of that name."""
+    found = (
+        child.name
+        for root in map(Path, folder_paths.get_folder_paths(key))
+        if root.is_dir()
+        for child in root.iterdir()
+        if (child / holding).exists()
+    )
+    return sorted(dict.fromkeys(found))
+
+
+def transformers() -> list[str]:
+    """What may hold a FLUX transformer: model files, and diffusers folders marked by a slash at their end."""
+    return [*files("diffusion_models"), *(f"{name}/" for name in folders("diffusers", holding="transformer"))]
+
+
+def autoencoders() -> list[str]:
+    """What may hold a FLUX autoencoder: VAE files, and diffusers folders marked by a slash at their end."""
+    return [*files("vae"), *(f"{name}/" for name in folders("diffusers", holding="vae"))]
+
+
+def transformer_path(name: str) -> Path:
+    """The file or folder of a name from `transformers`."""
+    return path_of("diffusers", name) / "transformer" if name.endswith("/") else path_of("diffusion_models", name)
+
+
+def autoencoder_path(name: str) -> Path:
+    """The file or folder of a name from `autoencoders`."""
+    return path_of("diffusers", name) / "vae" if name.endswith("/") else path_of("vae", name)
+
+
+def path_of(key: str, name: str) -> Path:
+    """The file or folder that a combo's name stands for.
+
+    Raises:
+        ValueError: if it is not there (any more), or points out of its folder.
+    """
+    for root in map(Path, folder_paths.get_folder_paths(key)):
+        path = root / name
+        if name and path.exists() and path.resolve() != root.resolve() and ".." not in Path(name).parts:
+            return path
+    where = " or ".join(folder_paths.get_folder_paths(key))
+    raise ValueError(f"{name!r} is not in {where}: put it there, press R to refresh the lists, and choose it again")
+
+
+CALIBRATIONS = "calibrations"
+NO_CALIBRATION = "none yet: fit one and save it"
+
+
+def bundles() -> list[str]:
+    """Decoder bundles in models/dcdd; calibrations lie in a folder of their own there."""
+    return [name for name in files(BUNDLES) if Path(name).parts[0] != CALIBRATIONS]
+
+
+def calibrations() -> list[str]:
+    """Calibration files, by name."""
+    names = (Path(name) for name in files(BUNDLES))
+    return [name.name for name in names if name.parts[0] == CALIBRATIONS]
+
+
+def calibration_path(name: str) -> Path:
+    """The file of a name from `calibrations`."""
+    return path_of(BUNDLES, f"{CALIBRATIONS}/{name}")
+
+
+def new_calibration(name: str) -> Path:
+    """A path for a calibration that does not exist yet.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    name = name.strip().removesuffix(".safetensors")
+    if not name or name.startswith(".") or any(sign in name for sign in '/\\:*?"<>|'):
+        raise ValueError(f"{name!r} is no name for a file: use letters, digits, spaces, - and _")
+    folder = model_folder(BUNDLES) / CALIBRATIONS
+    numbered = (folder / f"{name}{suffix}.safetensors" for suffix in ("", *(f"_{k}" for k in range(2, 10_000))))
+    return next(path for path in numbered if not path.exists())
+
+
+def state_of(path: Path) -> str:
+    """Changes when a model file, or a file in a model folder, does: loaders run again then, and only then."""
+    parts = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return "|".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in parts if p.is_file())

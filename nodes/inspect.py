@@ -1,0 +1,167 @@
+"""Looking: scenes to try things on, statistics of logits, and pictures side by side."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..dcdd_core.evaluation.figures import labelled_grid, statistics_sheet
+from ..dcdd_core.evaluation.text import statistics_table
+from ..dcdd_core.method.statistics import describe_logits
+from ..dcdd_core.pico.data import to_pixels
+from ..dcdd_core.pico.scenes import SPLIT_SIZE, render_scene
+from ..dcdd_core.types import TokenLogits
+from . import host
+from .host import Progress
+from .sockets import TokenLogitsSocket, expect, schema
+from .tokens import CONNECT_LOGITS
+
+_ALL = ("a", "b", "c", "d")
+
+
+class PicoScene(io.ComfyNode):
+    """A seeded scene of the embedded world."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "PicoScene",
+            "Pico Scene",
+            category="look",
+            description=(
+                "Draws a scene of the small world that the pico models know, and says what is in it: a picture to try "
+                "workflows on without a file. None of them was seen in training."
+            ),
+            search_aliases=["test image", "demo input", "sample picture", "caption"],
+            inputs=[
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=SPLIT_SIZE - 1,
+                    control_after_generate=True,
+                    tooltip="Which scene; the next ones of the batch count on.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=96,
+                    min=32,
+                    max=1024,
+                    step=8,
+                    tooltip="Side in pixels. pico was trained at 96; other multiples of 8 work too.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="How many scenes."),
+            ],
+            outputs=[
+                io.Image.Output("image", tooltip="The scene."),
+                io.String.Output("caption", tooltip="What is in it, one line a scene, as a prompt for pico."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, seed: int, size: int, batch_size: int) -> io.NodeOutput:
+        progress, scenes = Progress(batch_size), []
+        for k in range(batch_size):
+            scenes.append(render_scene("test", (seed + k) % SPLIT_SIZE, size=size))
+            progress.step(k + 1, batch_size)
+        pixels = torch.cat([to_pixels(scene.image[None], torch.device("cpu")) for scene in scenes])
+        return io.NodeOutput(host.image_of(pixels), "\n".join(scene.caption for scene in scenes))
+
+
+class LogitStatistics(io.ComfyNode):
+    """The paper's Table 1 and Figure 6 of logits at hand."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        others = [
+            TokenLogitsSocket.Input(f"token_logits_{x}", optional=True, tooltip="A further column.") for x in _ALL[1:]
+        ]
+        return schema(
+            "LogitStatistics",
+            "Logit Statistics",
+            category="look",
+            description=(
+                "How sure the model is: the paper's Table 1 beside the curve of its Figure 6. Connect Janus' logits, a "
+                "picture's proxies and the calibrated ones to see what calibration does."
+            ),
+            search_aliases=["entropy", "confidence", "table", "histogram", "inspect logits"],
+            inputs=[
+                TokenLogitsSocket.Input("token_logits", tooltip="The first column."),
+                *others,
+                io.String.Input(
+                    "names",
+                    default="Janus, proxies, calibrated",
+                    tooltip="What the columns are called, with commas between; numbered where there are too few.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("image", tooltip="Table and curve, to a Preview Image."),
+                io.String.Output("table", tooltip="The table as text."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, token_logits: TokenLogits, names: str, **others: TokenLogits | None) -> io.NodeOutput:
+        columns = [token_logits, *(others[key] for key in sorted(others) if others[key] is not None)]
+        for value in columns:
+            expect(value, TokenLogits, "token_logits", CONNECT_LOGITS)
+        given = [name.strip() for name in names.split(",") if name.strip()]
+        labels = [*given[: len(columns)], *(f"logits {k + 1}" for k in range(len(given), len(columns)))]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"two columns are called the same ({', '.join(labels)}): give each a name of its own")
+        found, progress = {}, Progress(len(columns))
+        for label, value in zip(labels, columns):
+            found[label] = describe_logits(value)
+            progress.step(len(found), len(columns))
+        return io.NodeOutput(host.from_pil(statistics_sheet(found)), statistics_table(found))
+
+
+class CompareDecoders(io.ComfyNode):
+    """Pictures side by side, labelled."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = []
+        for x, label in zip(_ALL, ("VQ-VAE decode", "DCDD decode", "", "")):
+            inputs += [
+                io.Image.Input(f"image_{x}", optional=x not in "ab", tooltip="A column; a batch gives a row each."),
+                io.String.Input(f"label_{x}", default=label, tooltip="What stands above it."),
+            ]
+        return schema(
+            "CompareDecoders",
+            "Compare Decoders",
+            category="look",
+            description="Puts up to four pictures (or batches of them) side by side on one labelled sheet.",
+            search_aliases=["side by side", "grid", "contact sheet", "concat images"],
+            inputs=[
+                *inputs,
+                io.String.Input(
+                    "captions",
+                    default="",
+                    multiline=True,
+                    tooltip="A line under each row; fewer lines leave some bare.",
+                ),
+                io.Int.Input("side", default=320, min=64, max=1024, tooltip="Height of each picture on the sheet."),
+            ],
+            outputs=[io.Image.Output("image", tooltip="The sheet.")],
+        )
+
+    @classmethod
+    def execute(cls, captions: str, side: int, **given) -> io.NodeOutput:
+        used = [x for x in _ALL if given.get(f"image_{x}") is not None]
+        columns = [host.pixels_of(given[f"image_{x}"]).cpu() for x in used]
+        rows = max(map(len, columns))
+        if any(len(column) not in (1, rows) for column in columns):
+            raise ValueError(
+                f"batches of {', '.join(str(len(column)) for column in columns)} pictures do not fit side by side: "
+                "connect batches of one size, or single pictures"
+            )
+        height, width = columns[0].shape[2:]
+        columns = [host.resized(column, height, width).expand(rows, -1, -1, -1) for column in columns]
+        lines = [*captions.splitlines()[:rows], *[""] * rows][:rows]
+        labels = [given.get(f"label_{x}") or "" for x in used]
+        sheet = labelled_grid(list(zip(*columns)), columns=labels, captions=lines, side=side)
+        return io.NodeOutput(host.from_pil(sheet))
+
+
+NODES = [PicoScene, LogitStatistics, CompareDecoders]

@@ -1,0 +1,300 @@
+"""Loaders: Janus, its tokenizer alone, and the diffusion decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from ..dcdd_core.models.download import KNOWN_MODELS, download
+from ..dcdd_core.models.flux import DistributionConditionedDecoder, load_decoder
+from ..dcdd_core.models.janus import JanusSampler
+from ..dcdd_core.models.vae import KLAutoencoder, load_vae
+from ..dcdd_core.models.vq import VQTokenizer
+from ..dcdd_core.pipelines.models import PICO_WEIGHTS
+from . import host
+from .host import Managed, Progress
+from .sockets import Decoder, DecoderSocket, JanusModel, JanusModelSocket, VQVAESocket, schema
+
+PICO = "pico (built in)"
+CONNECTED = "none: connect a VAE to the decoder"
+HELD = "none: the bundle holds every weight"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+STORAGE = ("auto", "float32", "bfloat16", "float16", "8-bit")
+
+
+class LoadJanus(io.ComfyNode):
+    """Janus or Janus-Pro, with its tokenizer."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "LoadJanus",
+            "Load Janus",
+            category="loaders",
+            description=(
+                "Loads Janus or Janus-Pro, the model that turns a prompt into image tokens, and the VQ-VAE that "
+                "belongs to it. Put a model's whole folder into models/janus (transformers' layout or DeepSeek's own). "
+                "'pico' comes with the pack: tiny, for trying every workflow without a download."
+            ),
+            search_aliases=["janus pro", "deepseek", "vlm", "autoregressive", "llm loader"],
+            inputs=[
+                _model(),
+                _dtype(),
+                _placement(),
+            ],
+            outputs=[
+                JanusModelSocket.Output("janus", display_name="janus", tooltip="Goes into the Janus Logit Sampler."),
+                VQVAESocket.Output("vq_vae", display_name="vq_vae", tooltip="Tokens to pictures and back."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_) -> str:
+        return _state(model)
+
+    @classmethod
+    def execute(cls, model: str, dtype: str, placement: str) -> io.NodeOutput:
+        folder = _folder(model)
+        sampler = JanusSampler.load(folder, dtype=_torch_dtype(dtype, model))
+        if model == PICO:
+            sampler.name = "pico"
+        vq = _vq(folder, model, placement)
+        # As a whole: the language model reads the codebook that stayed in the VQ model.
+        managed = Managed(sampler, sampler.model, placement=placement)
+        return io.NodeOutput(JanusModel(sampler=managed, vq=vq), vq)
+
+
+class LoadVQVAE(io.ComfyNode):
+    """Only the tokenizer of a Janus model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "LoadVQVAE",
+            "Load VQ-VAE",
+            category="loaders",
+            description=(
+                "Loads only the tokenizer (VQ-VAE) of a Janus folder in models/janus: all that reconstructing a "
+                "picture needs, without the language model's gigabytes."
+            ),
+            search_aliases=["tokenizer", "vqgan", "vq-16", "janus vae"],
+            inputs=[_model(), _placement()],
+            outputs=[VQVAESocket.Output("vq_vae", display_name="vq_vae", tooltip="Tokens to pictures and back.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_) -> str:
+        return _state(model)
+
+    @classmethod
+    def execute(cls, model: str, placement: str) -> io.NodeOutput:
+        return io.NodeOutput(_vq(_folder(model), model, placement))
+
+
+class LoadDecoder(io.ComfyNode):
+    """A decoder bundle over FLUX.1-Fill."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "LoadDecoder",
+            "Load DCDD Decoder",
+            category="loaders",
+            description=(
+                "Loads a Distribution-Conditioned Diffusion Decoder: a bundle from models/dcdd over the FLUX.1-Fill "
+                "transformer that it was trained on, and the FLUX autoencoder. 'pico' comes with the pack."
+            ),
+            search_aliases=["dcdd", "flux fill", "diffusion decoder", "bundle"],
+            inputs=[
+                io.Combo.Input(
+                    "bundle",
+                    options=[PICO, *host.bundles()],
+                    default=PICO,
+                    tooltip="The trained decoder, a .safetensors file in models/dcdd. It was made for one tokenizer.",
+                ),
+                io.Combo.Input(
+                    "base_model",
+                    options=[HELD, *host.transformers()],
+                    default=HELD,
+                    tooltip=(
+                        "The FLUX.1-Fill transformer, where the bundle holds only what training changed: a file in "
+                        "models/diffusion_models or models/unet, or a diffusers folder in models/diffusers."
+                    ),
+                ),
+                io.Combo.Input(
+                    "vae",
+                    options=[CONNECTED, *host.autoencoders()],
+                    default=CONNECTED,
+                    tooltip=(
+                        "The FLUX autoencoder (ae.safetensors in models/vae, or a diffusers folder). pico brings its "
+                        "own. With 'none', connect a VAE from ComfyUI's own loader to the decoder node."
+                    ),
+                ),
+                io.Combo.Input(
+                    "storage",
+                    options=list(STORAGE),
+                    default="auto",
+                    tooltip=(
+                        "How the transformer is kept in memory. '8-bit' halves what bfloat16 needs, at a small loss. "
+                        "'auto' is bfloat16 on a GPU that has it."
+                    ),
+                ),
+                _placement(),
+            ],
+            outputs=[DecoderSocket.Output("decoder", display_name="decoder", tooltip="Goes into the FLUX Decoder.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, bundle: str, base_model: str, vae: str, **_) -> str:
+        if bundle == PICO:
+            return host.state_of(PICO_WEIGHTS)
+        chosen = [host.path_of(host.BUNDLES, bundle)]
+        chosen += [] if base_model == HELD else [host.transformer_path(base_model)]
+        chosen += [] if vae == CONNECTED else [host.autoencoder_path(vae)]
+        return "|".join(map(host.state_of, chosen))
+
+    @classmethod
+    def execute(cls, bundle: str, base_model: str, vae: str, storage: str, placement: str) -> io.NodeOutput:
+        if storage not in STORAGE:
+            raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
+        if bundle == PICO:
+            path, base, autoencoder = _pico() / "decoder.safetensors", None, _pico() / "vae"
+        else:
+            path = host.path_of(host.BUNDLES, bundle)
+            base = None if base_model == HELD else host.transformer_path(base_model)
+            autoencoder = None if vae == CONNECTED else host.autoencoder_path(vae)
+        compute = _torch_dtype("auto" if storage == "8-bit" else storage, bundle)
+        decoder = load_decoder(path, base, dtype=compute)
+        blocks = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
+        managed = Managed[DistributionConditionedDecoder](
+            decoder, decoder, placement=placement, eight_bit=blocks if storage == "8-bit" else ()
+        )
+        loaded = None
+        if autoencoder is not None:
+            network = load_vae(autoencoder, dtype=torch.float32)
+            loaded = Managed(KLAutoencoder(network), network, placement=placement)
+        return io.NodeOutput(Decoder(decoder=managed, vae=loaded))
+
+
+class DownloadModel(io.ComfyNode):
+    """The one node that goes to the network, and only when it is run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "DownloadModel",
+            "Download Model",
+            category="loaders",
+            description=(
+                "Brings a published model into the right folder of ComfyUI, from the Hugging Face hub. Nothing else in "
+                "this pack goes to the network. An interrupted download goes on where it stopped. For FLUX.1-Fill, "
+                "accept the licence on its page first, and log in with `hf auth login` or HF_TOKEN."
+            ),
+            search_aliases=["hugging face", "hub", "get model", "fetch weights"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=list(_OFFERED),
+                    tooltip="What to bring. Afterwards press R, and choose it in its loader.",
+                ),
+            ],
+            outputs=[io.String.Output("path", tooltip="Where it was put.")],
+        )
+
+    @classmethod
+    def execute(cls, model: str) -> io.NodeOutput:
+        if model not in _OFFERED:
+            raise ValueError(f"model must be one of {', '.join(_OFFERED)}, got {model!r}")
+        known = _OFFERED[model]
+        key, *below = known.folder.split("/")
+        progress = Progress(1000)
+
+        def on_progress(there: int, whole: int) -> None:
+            progress.step(round(1000 * there / max(1, whole)), 1000)
+
+        folder = download(
+            known.repository,
+            host.model_folder(key).joinpath(*below),
+            files=known.files,
+            on_progress=on_progress,
+        )
+        return io.NodeOutput(str(folder), ui={"text": [f"{model} is in {folder}. Its licence: {known.licence}"]})
+
+
+NODES = [LoadJanus, LoadVQVAE, LoadDecoder, DownloadModel]
+
+_OFFERED = {f"{name} ({model.gigabytes:g} GB)": model for name, model in KNOWN_MODELS.items()}
+
+
+def _model() -> io.Combo.Input:
+    return io.Combo.Input(
+        "model",
+        options=[PICO, *host.folders(host.JANUS, holding="config.json")],
+        default=PICO,
+        tooltip="A folder in models/janus with a Janus or Janus-Pro model, or the tiny one that comes with the pack.",
+    )
+
+
+def _dtype() -> io.Combo.Input:
+    return io.Combo.Input(
+        "dtype",
+        options=list(DTYPES),
+        default="auto",
+        tooltip="Type of the weights. 'auto' is bfloat16 on a GPU that has it, float32 on a CPU and for pico.",
+    )
+
+
+def _placement() -> io.Combo.Input:
+    return io.Combo.Input(
+        "placement",
+        options=list(host.PLACEMENTS),
+        default="auto",
+        tooltip=(
+            "Where the model works. 'auto' leaves it to ComfyUI's memory manager; 'low VRAM' keeps the layers in RAM "
+            "and streams them to the GPU, slower; 'CPU' needs no GPU at all."
+        ),
+    )
+
+
+def _pico() -> Path:
+    if not PICO_WEIGHTS.is_dir():
+        raise ValueError(
+            f"the built-in pico models are not at {PICO_WEIGHTS}: install the pack again, or choose a model of your own"
+        )
+    return PICO_WEIGHTS
+
+
+def _folder(model: str) -> Path:
+    return _pico() / "janus" if model == PICO else host.path_of(host.JANUS, model)
+
+
+def _state(model: str) -> str:
+    return host.state_of(_folder(model))
+
+
+def _vq(folder: Path, model: str, placement: str) -> Managed[VQTokenizer]:
+    """In float32: its features decide which token a patch is."""
+    vq = VQTokenizer.load(folder, dtype=torch.float32)
+    if model == PICO:
+        vq.name = "pico"
+    return Managed(vq, vq.model, placement=placement)
+
+
+def _torch_dtype(name: str, model: str) -> torch.dtype:
+    """What a combo's dtype means on this machine.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    if name != "auto":
+        return getattr(torch, name)
+    device = comfy.model_management.get_torch_device()
+    if model == PICO or device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float16

@@ -1,0 +1,61 @@
+"""What flows between the nodes: the socket types, and what goes through those that carry models.
+
+TOKEN_LOGITS, DCDD_CONDITION and CALIBRATION carry dcdd_core's TokenLogits, Condition and Calibration themselves, on
+ComfyUI's intermediate device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..dcdd_core.models.flux import DistributionConditionedDecoder
+from ..dcdd_core.models.janus import JanusSampler
+from ..dcdd_core.models.vae import KLAutoencoder
+from ..dcdd_core.models.vq import VQTokenizer
+from .host import Managed
+
+CATEGORY = "DCDD"
+
+JanusModelSocket = io.Custom("JANUS_MODEL")
+VQVAESocket = io.Custom("VQ_VAE")
+DecoderSocket = io.Custom("DCDD_DECODER")
+TokenLogitsSocket = io.Custom("TOKEN_LOGITS")
+ConditionSocket = io.Custom("DCDD_CONDITION")
+CalibrationSocket = io.Custom("CALIBRATION")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JanusModel:
+    """What JANUS_MODEL carries: the sampler, and the tokenizer that its previews are drawn with."""
+
+    sampler: Managed[JanusSampler]
+    vq: Managed[VQTokenizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """What DCDD_DECODER carries: the decoder, and its autoencoder unless one is to be connected."""
+
+    decoder: Managed[DistributionConditionedDecoder]
+    vae: Managed[KLAutoencoder] | None
+
+
+def schema(name: str, display_name: str, *, category: str, search_aliases: list[str], **values: Any) -> io.Schema:
+    """A node's schema; ComfyUI versions that know no search aliases go without."""
+    known = {field.name for field in fields(io.Schema)}
+    if "search_aliases" in known:
+        values["search_aliases"] = search_aliases
+    return io.Schema(node_id=f"DCDD_{name}", display_name=display_name, category=f"{CATEGORY}/{category}", **values)
+
+
+def expect(value: Any, kind: type, socket: str, remedy: str) -> None:
+    """Refuses what is no `kind`: ComfyUI lets literals and other packs' values into custom sockets.
+
+    Raises:
+        ValueError: saying what came, and `remedy`.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{socket} got {type(value).__name__} {str(value)[:60]!r}: {remedy}")
