@@ -1,0 +1,528 @@
+"""The cache of encodings: the same as on the fly, resumed to the byte, refused where it is foreign or damaged."""
+
+import builtins
+import errno
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import tarfile
+import time
+import warnings
+from itertools import chain, islice
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.training import cache
+from dcdd_core.training.cache import (
+    CacheCard,
+    EncodingCache,
+    encode,
+    geometry_for,
+    scaled_latents,
+    write_cache,
+)
+from dcdd_core.training.data import Batches, Share, open_pictures, to_pixels
+from tests.tiny import tiny_vae, tiny_vq
+
+COUNT = 11
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {"vq": VQTokenizer(tiny_vq(), name="tiny"), "vae": tiny_vae()}
+
+
+@pytest.fixture(scope="module")
+def geometry(networks):
+    return geometry_for(**networks, resolution=32, token_resolution=16)
+
+
+def png(number, side=20):
+    draw = random.Random(number)
+    file = io.BytesIO()
+    PIL.Image.frombytes("RGB", (side, side), draw.randbytes(3 * side * side)).save(file, "PNG")
+    return file.getvalue()
+
+
+def folder_of(path, count=COUNT, bad=()):
+    path.mkdir()
+    for i in range(count):
+        (path / f"{i:03}.png").write_bytes(b"no picture" if i in bad else png(i))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, geometry):
+    return open_pictures(folder_of(tmp_path_factory.mktemp("pictures") / "folder"), geometry)
+
+
+def write(folder, source, networks, **options):
+    write_cache(folder, source, **networks, **{"shard_size": 4, "batch_size": 3, "report": lambda _: None} | options)
+    return folder
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, pictures, networks):
+    """A finished cache of 3 shards. Tests do not write to it."""
+    return write(tmp_path_factory.mktemp("whole") / "cache", pictures, networks)
+
+
+def together(source, share=None, count=1, size=COUNT):
+    return list(islice(Batches(source, size=size, share=share or Share(seed=None)), count))
+
+
+def test_cached_is_on_the_fly_rounded_to_half(whole, pictures, networks):
+    encodings = EncodingCache(whole)
+    assert len(encodings) == COUNT and encodings.keys == pictures.names
+    pixels = together(pictures)[0]
+    fresh = encode(pixels, **networks)
+    cached = encode(together(encodings)[0], **networks)
+    assert cached.features.shape == (COUNT, 16, 8) and cached.latents.shape == (COUNT, 16, 16, 16)
+    for name in ("features", "latents"):
+        of_cache, of_pixels = getattr(cached, name), getattr(fresh, name)
+        assert of_cache.dtype == of_pixels.dtype == torch.float32
+        torch.testing.assert_close(of_cache, of_pixels, rtol=2e-3, atol=2e-3)
+        assert float(of_pixels.std()) > 0.1
+    # Both come of their own size of the picture.
+    torch.testing.assert_close(fresh.features, networks["vq"].features(to_pixels(pixels.token_pixels, "cpu")))
+    raw = networks["vae"].encode(to_pixels(pixels.pixels, "cpu")).latent_dist.mean
+    torch.testing.assert_close(fresh.latents, (raw - 0.1) * 0.5)
+    torch.testing.assert_close(fresh.pixels, to_pixels(pixels.pixels, "cpu"))
+    assert cached.pixels is None
+
+
+def test_batches_of_writing_do_not_matter(tmp_path, whole, pictures, networks):
+    other = EncodingCache(write(tmp_path / "other", pictures, networks, shard_size=7, batch_size=1))
+    for name in ("features", "latents"):
+        first, second = (getattr(together(c)[0], name) for c in (EncodingCache(whole), other))
+        torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-3)
+
+
+def test_pixels_are_kept_where_localised_training_needs_them(tmp_path, pictures, networks, geometry):
+    encodings = EncodingCache(write(tmp_path / "cache", pictures, networks, keep_pixels=True))
+    batch = together(encodings)[0]
+    fresh = encode(together(pictures)[0], **networks)
+    assert torch.equal(batch.pixels, fresh.pixels)
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 8:20, 4:30] = 1
+    masked = scaled_latents(networks["vae"], batch.pixels, mask)
+    torch.testing.assert_close(masked, scaled_latents(networks["vae"], fresh.pixels * (1 - mask)))
+    assert not torch.allclose(masked, batch.latents, atol=1e-2)
+    encodings.require(CacheCard.of(**networks, geometry=geometry, pixels=True))
+    with pytest.raises(ValueError, match="holds another cache: it keeps the pixels"):
+        write(tmp_path / "cache", pictures, networks)
+
+
+def test_any_item_is_read_alone(whole):
+    every = together(EncodingCache(whole))[0]
+    for indices in ([10], [3], [4], [0], [7, 2, 2, 9]):
+        some = EncodingCache(whole).batch(indices)
+        assert torch.equal(some.features, every.features[indices]) and torch.equal(some.latents, every.latents[indices])
+    encodings = EncodingCache(whole)
+    encodings.batch([5])
+    assert list(encodings._open) == [1]  # the other shards stay closed
+    for indices in ([-1], [3, COUNT], []):
+        with pytest.raises(ValueError, match="expected indices in 0..10, at least one, got"):
+            encodings.batch(indices)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_cache_is_shuffled_shared_and_resumed_as_pictures_are(whole, pictures, world):
+    encodings = EncodingCache(whole)
+    orders = [
+        [[entry.data for entry in encodings.entries(Share(seed=4, rank=rank, world=world), epoch)] for epoch in (0, 1)]
+        for rank in range(world)
+    ]
+    for epoch in (0, 1):
+        assert sorted(chain(*(order[epoch] for order in orders))) == list(range(COUNT))
+    assert orders[0][0] != orders[0][1] and orders[0][0] != sorted(orders[0][0])
+    names = [entry.key for entry in pictures.entries(Share(seed=4, rank=0, world=world), 1)]
+    assert names == [encodings.keys[i] for i in orders[0][1]]  # training can take either
+
+    def batches(**options):
+        return Batches(EncodingCache(whole), size=3, share=Share(seed=4, rank=world - 1, world=world), **options)
+
+    running, states = batches(), []
+    expected = []
+    for batch in islice(running, 9):
+        states.append(json.loads(json.dumps(running.state_dict())))
+        expected.append(batch.features)
+    assert states[-1]["epoch"] >= 1
+    resumed = batches(workers=2)
+    resumed.load_state_dict(states[3])
+    for batch, features in zip(islice(resumed, 5), expected[4:]):
+        assert torch.equal(batch.features, features)
+
+
+def test_a_cache_may_be_moved(tmp_path, whole, pictures, networks, geometry):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name, content in files(whole).items():
+        (moved / name).parent.mkdir(exist_ok=True)
+        (moved / name).write_bytes(content)
+    assert len(EncodingCache(moved)) == COUNT
+    folder_of(tmp_path / "pictures")
+    write(moved, open_pictures(tmp_path / "pictures", geometry), networks)
+    assert {k: v for k, v in files(moved).items() if k != "manifest.json"} == {
+        k: v for k, v in files(whole).items() if k != "manifest.json"
+    }
+
+
+def test_a_finished_cache_is_left_as_it_is(tmp_path, pictures, networks, monkeypatch):
+    folder = write(tmp_path / "cache", pictures, networks)
+    before = files(folder)
+    monkeypatch.setattr(cache, "encode", None)
+    reported = []
+    write(folder, pictures, networks, report=reported.append)
+    assert files(folder) == before and reported == [f"{folder}: 3 finished shards are kept"]
+
+
+def test_workers_write_the_same(tmp_path, whole, pictures, networks):
+    assert files(write(tmp_path / "cache", pictures, networks, workers=2)) == files(whole)
+
+
+def in_a_process(work):
+    """Runs work in a process of its own (a fork: it needs no imports); returns it."""
+    process = multiprocessing.get_context("fork").Process(target=one_threaded, args=(work,))
+    process.start()
+    return process
+
+
+def one_threaded(work):
+    torch.set_num_threads(1)  # the other threads were not forked
+    warnings.simplefilter("ignore")
+    work()
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+
+
+@needs_fork
+def test_killed_at_any_write_it_is_gone_on_with_to_the_same_bytes(tmp_path, pictures, networks):
+    def run(folder, until=None):
+        calls = 0
+
+        def counted(real):
+            def call(*args, **options):
+                nonlocal calls
+                if calls == until:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                calls += 1
+                return real(*args, **options)
+
+            return call
+
+        def work():
+            os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+            write(folder, pictures, networks)
+
+        process = in_a_process(work)
+        process.join()
+        return process.exitcode
+
+    assert run(tmp_path / "expected") == 0
+    expected = files(tmp_path / "expected")
+    kills = 0
+    for until in range(100):
+        folder = tmp_path / f"killed-{until}"
+        code = run(folder, until)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+        if (folder / "manifest.json").exists():
+            manifest = json.loads((folder / "manifest.json").read_text())
+            lines = [json.loads(path.read_text()) for path in folder.glob("shards/0*.json")]
+            for shard in [*manifest["shards"], *lines]:  # what they name is there, and whole
+                assert (folder / shard["file"]).read_bytes() == expected[shard["file"]]
+            if not manifest["complete"]:
+                with pytest.raises(ValueError, match="is not finished"):
+                    EncodingCache(folder)
+        assert run(folder) == 0
+        assert files(folder) == expected, until
+    assert kills > 15
+
+
+@needs_fork
+def test_killed_at_any_time_it_is_gone_on_with_to_the_same_bytes(tmp_path, geometry, networks):
+    source = open_pictures(folder_of(tmp_path / "pictures", 24), geometry)
+
+    real = os.fsync
+
+    def work(folder):
+        def slowly():
+            os.fsync = lambda file: (time.sleep(0.02), real(file))
+            write(folder, source, networks, shard_size=2, batch_size=1)
+
+        return slowly
+
+    in_a_process(work(tmp_path / "expected")).join()
+    expected, draw, kills = files(tmp_path / "expected"), random.Random(), 0
+    assert json.loads(expected["manifest.json"])["items"] == 24
+    for shards in (1, 5, 9):
+        process = in_a_process(work(tmp_path / "killed"))
+        while process.exitcode is None and len(list(tmp_path.glob("killed/shards/*.safetensors"))) < shards:
+            time.sleep(0.001)
+        process.join(draw.uniform(0, 0.1))
+        kills += process.exitcode is None
+        process.kill()
+        process.join()
+    assert kills
+    last = in_a_process(work(tmp_path / "killed"))
+    last.join()
+    assert last.exitcode == 0
+    assert files(tmp_path / "killed") == expected
+
+
+@needs_fork
+def test_several_processes_write_one_cache(tmp_path, pictures, networks):
+    folder = tmp_path / "cache"
+    processes = [
+        in_a_process(lambda r=rank: write(folder, pictures, networks, shard_size=1, rank=r, world=3))
+        for rank in range(3)
+    ]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    alone = in_a_process(lambda: write(tmp_path / "alone", pictures, networks, shard_size=1))
+    alone.join()
+    assert files(folder) == files(tmp_path / "alone")
+    assert EncodingCache(folder).keys == pictures.names
+
+
+def test_the_number_of_processes_may_change(tmp_path, pictures, networks):
+    folder = tmp_path / "cache"
+    write(folder, pictures, networks, rank=1, world=2)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [shard["file"] for shard in manifest["shards"]] == ["shards/00001.safetensors"]
+    with pytest.raises(ValueError, match="is not finished, it has 1 shards so far"):
+        EncodingCache(folder)
+    kept = (folder / "shards/00001.safetensors").stat().st_mtime_ns
+    write(folder, pictures, networks)
+    assert (folder / "shards/00001.safetensors").stat().st_mtime_ns == kept
+    assert files(folder) == files(write(tmp_path / "alone", pictures, networks))
+
+
+def test_the_manifest_misses_no_shard_that_another_process_writes_meanwhile(tmp_path, pictures, networks, monkeypatch):
+    """While one process replaces the manifest, another finishes its shard, and is done."""
+    alone = files(write(tmp_path / "alone", pictures, networks))
+    folder, real, others = tmp_path / "cache", os.replace, []
+
+    def replace(source, target):
+        # Shards 0 and 2 are there, and the end is known: this manifest would be the last.
+        if Path(target).name == "manifest.json" and (folder / "shards/end.json").exists() and not others:
+            others.append(target)
+            write(folder, pictures, networks, rank=1, world=2)
+            assert json.loads((folder / "manifest.json").read_text())["complete"]
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write(folder, pictures, networks, rank=0, world=2)
+    assert others and files(folder) == alone
+
+
+def test_shards_stay_in_order_when_their_numbers_grow_longer(tmp_path):
+    writer = cache._Writer(tmp_path, None, None, 1, Share())
+    (tmp_path / "shards").mkdir()
+    for number in (100_000, 99_999, 3):
+        (tmp_path / f"shards/{number:05}.json").write_text("{}")
+    assert list(writer._read_lines()) == [3, 99_999, 100_000]
+
+
+def test_a_stream_is_entered_where_the_cache_ends(tmp_path, geometry, networks, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="it comes with the 'train' extra")
+    assert datasets
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for i in range(5):
+        with tarfile.open(tars / f"{i}.tar", "w") as tar:
+            for j in range(3):
+                content = png(3 * i + j)
+                info = tarfile.TarInfo(f"{i}-{j}.png")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    source = open_pictures(tars, geometry)
+    expected = files(write(tmp_path / "expected", source, networks))
+    stopped = tmp_path / "stopped"
+
+    def stop(line):
+        if "shard 2 " in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(stopped, source, networks, report=stop)
+    opened, real = [], type(source)._open
+    monkeypatch.setattr(type(source), "_open", lambda self, file: opened.append(file.name) or real(self, file))
+    write(stopped, source, networks)
+    assert files(stopped) == expected
+    assert opened == ["2.tar", "3.tar", "4.tar"]  # shard 2 began at picture 8
+    assert EncodingCache(stopped).keys[4] == "1.tar:1-1.png"
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_shard_is_found_and_made_again(tmp_path, whole, pictures, networks):
+    folder = write(tmp_path / "cache", pictures, networks)
+    damage(folder / "shards/00001.safetensors")
+    encodings = EncodingCache(folder)
+    with pytest.raises(ValueError, match="1 of 3 shards .* damaged.*: shards/00001.safetensors. Copy"):
+        encodings.verify()
+    careful = EncodingCache(folder, verify=True)
+    assert len(careful.batch([0]).features) == 1  # another shard
+    for _ in range(2):
+        with pytest.raises(ValueError, match="00001.safetensors is damaged: its SHA-256"):
+            careful.batch([4])
+    with pytest.warns(UserWarning, match="00001.safetensors is missing or damaged, and is made again"):
+        write(folder, pictures, networks)
+    assert files(folder) == files(whole)
+    EncodingCache(folder).verify()
+    for change, words in (
+        (lambda p: p.write_bytes(p.read_bytes()[:-9]), "bytes, expected"),
+        (Path.unlink, "is missing"),
+    ):
+        change(folder / "shards/00000.safetensors")
+        with pytest.raises(ValueError, match=f"00000.safetensors .*{words}"):
+            EncodingCache(folder)
+        with pytest.warns(UserWarning, match="made again"):
+            write(folder, pictures, networks)
+        assert files(folder) == files(whole)
+
+
+def test_a_foreign_cache_is_refused(whole, networks, geometry):
+    encodings = EncodingCache(whole)
+    wanted = CacheCard.of(**networks, geometry=geometry)
+    encodings.require(wanted)
+    # Weights in another type are the same weights.
+    half = {"vq": VQTokenizer(tiny_vq().bfloat16()), "vae": tiny_vae().bfloat16()}
+    encodings.require(CacheCard.of(**half, geometry=geometry))
+    # What the encodings do not depend on may differ.
+    painter = tiny_vae()
+    torch.nn.init.zeros_(painter.decoder.conv_out.weight)
+    encodings.require(CacheCard.of(vq=networks["vq"], vae=painter, geometry=geometry))
+
+    tuned = tiny_vq()
+    torch.nn.init.zeros_(tuned.quant_conv.weight)
+    scaled = tiny_vae()
+    scaled.register_to_config(scaling_factor=0.6)
+    other = geometry_for(**networks, resolution=64, token_resolution=16)
+    for card, words in (
+        (CacheCard.of(VQTokenizer(tiny_vq(1)), networks["vae"], geometry), "its tokenizer has another codebook"),
+        (CacheCard.of(VQTokenizer(tuned), networks["vae"], geometry), "its tokenizer has another encoder"),
+        (CacheCard.of(networks["vq"], tiny_vae(1), geometry), "its autoencoder is another one"),
+        (CacheCard.of(networks["vq"], scaled, geometry), r"another shift and scale \(0.1, 0.5, expected 0.1, 0.6\)"),
+        (CacheCard.of(**networks, geometry=other), "does not fit: its resolution is 32, expected 64. Give"),
+        (CacheCard.of(**networks, geometry=geometry, pixels=True), "does not keep the pictures' pixels"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            encodings.require(card)
+
+
+def test_another_cache_is_not_written_over(tmp_path, whole, pictures, networks, geometry):
+    folder = write(tmp_path / "cache", pictures, networks)
+    before = files(folder)
+    fewer = open_pictures(folder_of(tmp_path / "fewer", 3), geometry)
+    larger = open_pictures(pictures.folder, geometry_for(**networks, resolution=64, token_resolution=16))
+    for source, changed, options, words in (
+        (fewer, {}, {}, "it is of other pictures, those of .*folder at the time"),
+        (pictures, {}, {"shard_size": 5}, "its shard size is 4, expected 5"),
+        (pictures, {"vae": tiny_vae(1)}, {}, "its autoencoder is another one"),
+        (larger, {}, {}, "its resolution is 32, expected 64"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            write(folder, source, networks | changed, **options)
+    assert files(folder) == before
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="shards without their manifest"):
+        write(folder, pictures, networks)
+    with pytest.raises(ValueError, match=r"is no cache and not empty \(it holds 00\d.png\): choose a new folder"):
+        write(tmp_path / "fewer", pictures, networks)
+    with pytest.raises(ValueError, match="holds no cache of encodings"):
+        EncodingCache(tmp_path / "fewer")
+    (tmp_path / "fewer" / "manifest.json").write_text('{"format": "dcdd encodings 0"}')
+    with pytest.raises(ValueError, match="of the format 'dcdd encodings 0', expected 'dcdd encodings 1'"):
+        EncodingCache(tmp_path / "fewer")
+    (tmp_path / "fewer" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        EncodingCache(tmp_path / "fewer")
+
+
+def test_a_full_disk_loses_nothing_that_is_finished(tmp_path, whole, pictures, networks, monkeypatch):
+    folder = tmp_path / "cache"
+    real = builtins.open
+
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def open_path(self, mode="r", *args, **options):
+        if "00001.safetensors" in self.name and "w" in mode:
+            real(self, "wb").close()
+            return Full()
+        return real(self, mode, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", open_path)
+        with pytest.raises(
+            OSError, match="the disk is full: 0 MB more .*The 1 shards that are finished are kept"
+        ) as caught:
+            write(folder, pictures, networks)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(folder.rglob("*.tmp"))
+    assert (folder / "shards/00000.safetensors").read_bytes() == (whole / "shards/00000.safetensors").read_bytes()
+    kept = (folder / "shards/00000.safetensors").stat().st_mtime_ns
+    assert files(write(folder, pictures, networks)) == files(whole)
+    assert (folder / "shards/00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_unreadable_pictures_are_left_out_and_counted(tmp_path, networks, geometry):
+    source = open_pictures(folder_of(tmp_path / "some", 10, bad=(2, 4, 5, 6, 7)), geometry)
+    with pytest.warns(UserWarning, match="002.png of .*some is skipped: UnidentifiedImageError"):
+        folder = write(tmp_path / "cache", source, networks)
+    encodings = EncodingCache(folder)
+    assert encodings.keys == ["000.png", "001.png", "003.png", "008.png", "009.png"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["items"], manifest["unreadable"]) == (5, 5)
+    assert [shard["items"] for shard in manifest["shards"]] == [3, 0, 2]
+    good = open_pictures(tmp_path / "some", geometry)
+    for i in range(len(encodings)):
+        (entry,) = [e for e in good.entries(Share(seed=None), 0) if e.key == encodings.keys[i]]
+        fresh = encode(good.collate([good.load(entry)]), **networks)
+        torch.testing.assert_close(encodings.batch([i]).features, fresh.features, rtol=2e-3, atol=2e-3)
+    none = open_pictures(folder_of(tmp_path / "none", 2, bad=(0, 1)), geometry)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2 pictures of .*none could be read"):
+        write(tmp_path / "nothing", none, networks)
+
+
+def test_too_many_unreadable_pictures_stop_the_writing_also_when_it_is_resumed(tmp_path, networks, geometry):
+    source = open_pictures(folder_of(tmp_path / "many", 110, bad=(10, 20, 106)), geometry)
+    for named in (["010.png", "020.png", "106.png"], ["106.png"]):  # the others are in the shards that are kept
+        with pytest.warns(UserWarning) as warned, pytest.raises(ValueError, match=r"3 of 107 pictures .* 106.png"):
+            write(tmp_path / "cache", source, networks, shard_size=15, batch_size=15)
+        assert [str(warning.message).split(" ")[0] for warning in warned] == named
+
+
+def test_encodings_that_are_not_finite_are_not_stored(tmp_path, pictures, networks):
+    broken = tiny_vae()
+    broken.encoder.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="the latents of 000.png hold NaN"):
+        write(tmp_path / "cache", pictures, networks | {"vae": broken})
+
+
+def test_networks_that_do_not_fit_the_sizes_are_refused(networks):
+    with pytest.raises(ValueError, match="4 x 4 tokens.*use 32 or 40"):
+        geometry_for(**networks, resolution=36, token_resolution=16)

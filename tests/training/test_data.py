@@ -1,0 +1,536 @@
+"""Pictures to train on: every one once an epoch, the same order again, exact resume, all kinds of files."""
+
+import io
+import json
+import pickle
+import socket
+import tarfile
+import warnings
+from itertools import chain, islice
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from dcdd_core.training import data
+from dcdd_core.training.data import (
+    Batches,
+    Geometry,
+    ImageFolder,
+    SavedDataset,
+    ShardStream,
+    Share,
+    UnreadablePicture,
+    open_pictures,
+    read_rgb,
+    square,
+    to_pixels,
+)
+
+datasets = pytest.importorskip("datasets", reason="it comes with the 'train' extra")
+
+COUNT = 23
+SIZES = Geometry(resolution=32, token_resolution=16, token_factor=4, vae_factor=2)
+KINDS = ("folder", "saved", "parquet", "webdataset")
+
+
+def png(number, size=(20, 18)):
+    """A picture of one colour, which says its number."""
+    return encoded(PIL.Image.new("RGB", size, (number, 2 * number, 255 - number)), "PNG")
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def number_of(pixels):
+    assert bool((pixels[0] == pixels[0, 0, 0]).all())
+    return int(pixels[0, 0, 0])
+
+
+def write(kind, folder, pictures, files=3):
+    """Stores the pictures (bytes by name) and returns the path for `open_pictures`."""
+    folder.mkdir(parents=True)
+    names = sorted(pictures)
+    parts = [names[i::files] for i in range(files)]
+    if kind == "folder":
+        for i, name in enumerate(names):
+            (folder / ("a", "test", "b/c")[i % 3]).mkdir(parents=True, exist_ok=True)
+            (folder / ("a", "test", "b/c")[i % 3] / f"{name}.png").write_bytes(pictures[name])
+    elif kind == "saved":
+        rows = {"n": list(range(len(names))), "image": [{"bytes": pictures[n], "path": None} for n in names]}
+        features = datasets.Features({"n": datasets.Value("int64"), "image": datasets.Image()})
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(folder)
+    elif kind == "parquet":
+        for i, part in enumerate(parts):
+            rows = {"n": list(range(len(part))), "image": [{"bytes": pictures[n], "path": f"{n}.png"} for n in part]}
+            features = datasets.Features({"n": datasets.Value("int64"), "image": datasets.Image()})
+            datasets.Dataset.from_dict(rows, features=features).to_parquet(
+                folder / f"train-{i:05}.parquet", batch_size=3
+            )
+    else:
+        for i, part in enumerate(parts):
+            with tarfile.open(folder / f"shard-{i:03}.tar", "w") as tar:
+                for name in part:
+                    for suffix, content in (("png", pictures[name]), ("json", b'{"n": 1}')):
+                        info = tarfile.TarInfo(f"{name}.{suffix}")
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """All kinds of the same COUNT pictures; streams in 3 files."""
+    top = tmp_path_factory.mktemp("sources")
+    pictures = {f"{i:03}": png(i) for i in range(COUNT)}
+    return {kind: write(kind, top / kind, pictures) for kind in KINDS}
+
+
+def source(paths, kind):
+    return open_pictures(paths[kind], SIZES)
+
+
+def share(**options):
+    return Share(**{"window": 5} | options)
+
+
+def epoch(pictures, part, number, start=0, mark=None):
+    return [number_of(pictures.load(e).pixels) for e in pictures.entries(part, number, start, mark)]
+
+
+def take(batches, count):
+    return [[number_of(pixels) for pixels in batch.pixels] for batch in islice(batches, count)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_holds_every_picture_once_and_has_an_order_of_its_own(paths, kind):
+    pictures = source(paths, kind)
+    orders = [epoch(pictures, share(seed=seed), number) for seed in (0, 1) for number in (0, 1)]
+    assert all(sorted(order) == list(range(COUNT)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert epoch(source(paths, kind), share(seed=1), 1) == orders[3]
+    stored = epoch(pictures, share(seed=None), 0)
+    assert stored == epoch(pictures, share(seed=None), 7) and sorted(stored) == list(range(COUNT))
+    assert len({entry.key for entry in pictures.entries(share(), 0)}) == COUNT
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_an_epoch_of_a_stream_has_its_own_order_of_files(paths, kind):
+    first = [epoch(source(paths, kind), share(window=1), number)[0] % 3 for number in range(8)]
+    assert set(first) == {0, 1, 2}  # a picture's number modulo 3 is that of its file
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [2, 3])  # 3 files: by rows in turn, and by files
+@pytest.mark.parametrize("seed", [0, None])
+def test_processes_share_an_epoch_without_overlap_or_gap(paths, kind, world, seed):
+    shares = [epoch(source(paths, kind), share(seed=seed, rank=rank, world=world), 3) for rank in range(world)]
+    assert sorted(chain(*shares)) == list(range(COUNT))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2), (2, 3)])
+def test_resumed_is_uninterrupted(paths, kind, rank, world):
+    def batches():
+        return Batches(source(paths, kind), size=4, share=share(seed=5, rank=rank, world=world))
+
+    count = -(-5 * COUNT // (2 * world * 4))  # two and a half epochs
+    running = batches()
+    states, whole = [running.state_dict()], []
+    for batch in islice(running, count):
+        states.append(json.loads(json.dumps(running.state_dict())))
+        whole.append([number_of(pixels) for pixels in batch.pixels])
+    assert {state["epoch"] for state in states} == {0, 1, 2}
+    whole += take(running, 3)
+    for done, state in enumerate(states):
+        resumed = batches()
+        resumed.load_state_dict(state)
+        assert take(resumed, 3) == whole[done : done + 3]
+        # A resumed run can be resumed in its turn.
+        if done + 3 <= count:
+            assert resumed.state_dict() == states[done + 3]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2), (0, 3)])
+def test_a_stream_goes_on_the_same_with_and_without_its_mark(paths, kind, seed, rank, world):
+    pictures, part = source(paths, kind), share(seed=seed, rank=rank, world=world)
+    entries = list(pictures.entries(part, 1))
+    for start in range(len(entries)):
+        rest = [entry.key for entry in entries[start:]]
+        assert [entry.key for entry in pictures.entries(part, 1, start)] == rest
+        for mark in (entries[start].mark, entries[max(0, start - 1)].mark):
+            assert [entry.key for entry in pictures.entries(part, 1, start, mark)] == rest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_decodes_nothing_again_and_opens_no_file_again(paths, kind, monkeypatch):
+    running = Batches(source(paths, kind), size=4, share=share())
+    take(running, 5)
+    decoded, opened = [], []
+    read, open_file = data.read_rgb, ShardStream._open
+    monkeypatch.setattr(data, "read_rgb", lambda content: decoded.append(content) or read(content))
+    resumed = Batches(source(paths, kind), size=4, share=share())
+    monkeypatch.setattr(ShardStream, "_open", lambda self, file: opened.append(file.name) or open_file(self, file))
+    resumed.load_state_dict(running.state_dict())
+    expected = epoch(resumed.source, share(), 0)[20:]
+    decoded.clear(), opened.clear()
+    assert take(resumed, 1)[0][:3] == expected
+    assert len(decoded) <= 8  # a chunk
+    assert kind not in ("parquet", "webdataset") or len(opened) <= 3  # of 2 epochs, without the first file
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_workers_change_nothing(paths, kind):
+    expected, state = None, None
+    for workers in (0, 2):
+        batches = Batches(source(paths, kind), size=3, share=share(), workers=workers)
+        found = take(batches, 9)
+        pickle.loads(pickle.dumps(batches.source))  # as for workers that are not forked
+        assert expected in (None, found) and state in (None, batches.state_dict())
+        expected, state = found, batches.state_dict()
+
+
+def test_the_global_generator_is_left_alone(paths):
+    before = torch.get_rng_state()
+    take(Batches(source(paths, "folder"), size=3), 2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_position_of_other_data_is_refused(paths):
+    state = Batches(source(paths, "folder"), size=4, share=share(seed=1)).state_dict()
+    for other, words in (
+        (Batches(source(paths, "folder"), size=4, share=share(seed=2)), "seed 1 -> 2"),
+        (Batches(source(paths, "folder"), size=4, share=share(seed=1, rank=1, world=2)), "rank 0 -> 1, world 1 -> 2"),
+        (Batches(source(paths, "folder"), size=4, share=share(seed=1, window=6)), "window 5 -> 6"),
+        (Batches(source(paths, "saved"), size=4, share=share(seed=1)), "source '"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            other.load_state_dict(state)
+
+
+def test_nothing_is_asked_of_the_network(paths, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args) or [][0])
+    for kind in KINDS:
+        epoch(source(paths, kind), share(), 0)
+    assert not asked
+    with pytest.raises(ValueError, match="nothing is downloaded"):
+        open_pictures("https://example.com/shard.tar", SIZES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_writes_nothing(tmp_path, kind, monkeypatch):
+    path = write(kind, tmp_path / kind, {f"{i}": png(i) for i in range(5)})
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "unwanted")
+
+    def found():
+        return {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+
+    before = found()
+    assert len(epoch(open_pictures(path, SIZES), share(), 0)) == 5
+    assert found() == before and not (tmp_path / "unwanted").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_the_same_names_in_the_working_directory_are_not_read(paths, tmp_path, monkeypatch, kind):
+    for i in range(COUNT):
+        (tmp_path / f"{i:03}.png").write_bytes(png(200))
+    monkeypatch.chdir(tmp_path)
+    assert sorted(epoch(source(paths, kind), share(), 0)) == list(range(COUNT))
+
+
+def test_a_picture_stored_as_an_address_is_not_fetched(tmp_path):
+    rows = {"image": [{"bytes": None, "path": "https://example.com/a.png"}]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
+    pictures = open_pictures(tmp_path, SIZES)
+    with pytest.raises(UnreadablePicture, match="nothing is downloaded"):
+        pictures.load(next(pictures.entries(share(), 0)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unreadable_pictures_are_skipped_and_named(tmp_path, kind):
+    contents = {f"{i:03}": png(i) for i in range(10)} | {"004": png(4)[:60], "007": b"no picture"}
+    path = write(kind, tmp_path / kind, contents)
+
+    def batches():
+        return Batches(open_pictures(path, SIZES), size=4, share=share(window=4))
+
+    def quiet(batches, count):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return take(batches, count)
+
+    with pytest.warns(UserWarning, match=r"(007|row 7|00001.parquet:2).* is skipped: UnidentifiedImageError"):
+        whole = take(running := batches(), 4)
+    assert [len(batch) for batch in whole] == [4, 4, 4, 4]
+    assert sorted(chain(*whole[:2])) == [0, 1, 2, 3, 5, 6, 8, 9]
+    assert running.tally.unreadable in (3, 4)
+    for done in range(4):
+        resumed = batches()
+        first = batches()
+        quiet(first, done)
+        resumed.load_state_dict(first.state_dict())
+        assert quiet(resumed, 4 - done) == whole[done:]
+        assert resumed.state_dict() == running.state_dict()
+
+
+def test_too_many_unreadable_pictures_stop_the_run(tmp_path):
+    def batches(count, bad, folder):
+        contents = {f"{i:03}": b"" if i in bad else png(i % 200, (4, 4)) for i in range(count)}
+        return Batches(open_pictures(write("folder", folder, contents), SIZES), size=1, share=share(seed=None))
+
+    # Sub-folder by sub-folder, 299 is the 200th picture: 1 % exactly.
+    with pytest.warns(UserWarning):
+        assert len(take(batches(300, {3, 299}, tmp_path / "few"), 298)) == 298
+    with pytest.warns(UserWarning):
+        assert len(take(batches(99, {1, 2, 3}, tmp_path / "small"), 96)) == 96
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="3 of 270 pictures .*208.png.* more than 1%"):
+        take(batches(300, {1, 150, 208}, tmp_path / "many"), 297)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="100 of 100 pictures"):
+        take(batches(2, {0, 1}, tmp_path / "none"), 1)
+
+
+def test_there_have_to_be_pictures(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no image, but no file at all"):
+        open_pictures(tmp_path / "empty", SIZES)
+    (tmp_path / "empty" / "notes.txt").write_text("")
+    (tmp_path / "empty" / ".hidden.png").write_bytes(png(0))
+    with pytest.raises(ValueError, match=r"1 other files, such as notes.txt; give a folder with .bmp"):
+        open_pictures(tmp_path / "empty", SIZES)
+    with pytest.raises(ValueError, match="is not a folder"):
+        ImageFolder(tmp_path / "nowhere", SIZES)
+    with pytest.raises(ValueError, match="there is no file .*nowhere"):
+        open_pictures(tmp_path / "nowhere", SIZES)
+    with pytest.raises(ValueError, match=r"expected .tar shards or .parquet files, got 1 files ending in \['.txt'\]"):
+        open_pictures(tmp_path / "empty" / "notes.txt", SIZES)
+    with pytest.raises(ValueError, match="no picture for process 30 of 40"):
+        next(
+            iter(
+                Batches(
+                    ImageFolder(write("folder", tmp_path / "few", {"a": png(1)}), SIZES),
+                    size=1,
+                    share=share(rank=30, world=40),
+                )
+            )
+        )
+    (tmp_path / "halfway").mkdir()
+    (tmp_path / "halfway" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="halfway cannot be read as a saved dataset"):
+        open_pictures(tmp_path / "halfway", SIZES)
+
+
+def test_columns_are_found_or_named(tmp_path, paths):
+    rows = {"n": [1], "left": [{"bytes": png(1), "path": None}], "right": [{"bytes": png(2), "path": None}]}
+    features = datasets.Features({"n": datasets.Value("int64"), "left": datasets.Image(), "right": datasets.Image()})
+    two = datasets.Dataset.from_dict(rows, features=features)
+    two.save_to_disk(tmp_path / "saved")
+    two.to_parquet(tmp_path / "two.parquet")
+    for path in (tmp_path / "saved", tmp_path / "two.parquet"):
+        with pytest.raises(ValueError, match=r"several columns of pictures \(left, right\); name the one to use"):
+            open_pictures(path, SIZES)
+        assert epoch(open_pictures(path, SIZES, column="right"), share(), 0) == [2]
+        with pytest.raises(ValueError, match="has no column 'up'; it has n, left, right"):
+            open_pictures(path, SIZES, column="up")
+        pictures = open_pictures(path, SIZES, column="n")
+        with pytest.raises(UnreadablePicture, match="there is no picture, but int"):
+            pictures.load(next(pictures.entries(share(), 0)))
+    datasets.Dataset.from_dict({"n": [1]}).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="has no column of pictures; name the one to use, of n"):
+        open_pictures(tmp_path / "none.parquet", SIZES)
+    with pytest.raises(ValueError, match="has no column 'jpg'; it has .*png, json"):
+        open_pictures(paths["webdataset"], SIZES, column="jpg")
+    # Written without datasets: plain bytes, or bytes and path.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name, column in (("plain", [png(3)]), ("struct", [{"bytes": png(3), "path": "3.png"}])):
+        pq.write_table(pa.table({"n": [1], "picture": column}), tmp_path / f"{name}.parquet")
+        assert epoch(open_pictures(tmp_path / f"{name}.parquet", SIZES), share(), 0) == [3]
+
+
+def test_splits_are_not_mixed(tmp_path, paths):
+    parquet = write("parquet", tmp_path / "splits", {f"{i}": png(i) for i in range(6)})
+    (parquet / "train-00002.parquet").rename(parquet / "test-00000.parquet")
+    with pytest.raises(
+        ValueError, match=r"several splits \(test, train\): choose one by a pattern, such as .*train\*.parquet"
+    ):
+        open_pictures(parquet, SIZES)
+    assert sorted(epoch(open_pictures(f"{parquet}/train-*.parquet", SIZES), share(), 0)) == [0, 1, 3, 4]
+    saved = datasets.load_from_disk(paths["saved"])
+    datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(tmp_path / "dict")
+    assert len(epoch(open_pictures(tmp_path / "dict", SIZES), share(), 0)) == COUNT
+    datasets.DatasetDict({"a": saved}).save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"splits \['a'\] and no 'train'"):
+        SavedDataset(tmp_path / "other", SIZES)
+
+
+def test_patterns(tmp_path, paths):
+    tars = paths["webdataset"]
+    files = [file.name for file in open_pictures(f"{tars}/shard-{{000..002}}.tar", SIZES).files]
+    assert files == ["shard-000.tar", "shard-001.tar", "shard-002.tar"]
+    assert [file.name for file in open_pictures(f"{tars}/*1.tar", SIZES).files] == ["shard-001.tar"]
+    with pytest.raises(ValueError, match="there is no file .*shard-003.tar"):
+        open_pictures(f"{tars}/shard-{{000..003}}.tar", SIZES)
+    odd = write("webdataset", tmp_path / "set [1]*", {"a": png(9)}, files=1)
+    assert epoch(open_pictures(odd, SIZES), share(), 0) == [9]
+    (odd / "b.png").write_bytes(png(1))
+    with pytest.raises(ValueError, match=r"holds pictures and shard-000.tar: give the sub-folder"):
+        open_pictures(odd, SIZES)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    path = write("webdataset", tmp_path / "tars", {f"{i:02}": png(i, (300, 300)) for i in range(40)})
+    broken = path / "shard-001.tar"
+    whole = broken.read_bytes()
+    with tarfile.open(broken) as tar:
+        members = tar.getmembers()
+    broken.write_bytes(whole[: members[14].offset_data + 100])  # in a picture
+    with (
+        pytest.warns(UserWarning, match="shard-001.tar has no end"),
+        pytest.raises(ValueError, match=r"shard-001.tar cannot be read beyond its row 7 .*: it is damaged or"),
+    ):
+        epoch(open_pictures(path, SIZES), share(seed=None), 0)
+    broken.write_bytes(whole[: members[14].offset + 100])  # between two: tarfile takes that for the end
+    with pytest.warns(UserWarning, match="shard-001.tar has no end"):
+        assert len(epoch(open_pictures(path, SIZES), share(seed=None), 0)) == 40 - 6
+    broken.write_bytes(b"x" * 5000)
+    with pytest.raises(ValueError, match=r"shard-001.tar cannot be read as a webdataset shard"):
+        epoch(open_pictures(path, SIZES), share(seed=None), 0)
+    (path / "shard-002.tar").unlink()
+    with pytest.raises(ValueError, match="does not exist"):
+        ShardStream([path / "shard-002.tar"], SIZES)
+
+
+def test_both_sizes_show_the_same_square_of_the_picture(tmp_path):
+    values = np.zeros((60, 100, 3), np.uint8)
+    values[:, :20], values[:, 80:], values[:30, 20:50] = (255, 0, 0), (0, 0, 255), 255
+    (tmp_path / "a.png").write_bytes(encoded(PIL.Image.fromarray(values), "PNG"))
+    pictures = open_pictures(tmp_path, SIZES)
+    batch = pictures.collate([pictures.load(entry) for entry in pictures.entries(share(), 0)])
+    assert batch.keys == ("a.png",)
+    for pixels, side in ((batch.pixels, 32), (batch.token_pixels, 16)):
+        assert pixels.shape == (1, 3, side, side) and pixels.dtype == torch.uint8
+        quarter = side // 2 - 2  # away from the edges, which are blurred
+        assert bool((pixels[0, :, :quarter, 2:quarter] == 255).all()) and bool(
+            (pixels[0, :, -quarter:, 2:-2] == 0).all()
+        )
+    same = open_pictures(tmp_path, Geometry(resolution=16, token_resolution=16, token_factor=4, vae_factor=2))
+    picture = same.load(next(same.entries(share(), 0)))
+    assert torch.equal(picture.pixels, batch.token_pixels[0]) and torch.equal(picture.pixels, picture.token_pixels)
+
+
+def test_pictures_of_the_right_size_are_not_touched():
+    values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    assert np.array_equal(square(PIL.Image.fromarray(values), 16).permute(1, 2, 0).numpy(), values)
+    wide = np.concatenate([values[:, :2], values, values[:, :1]], axis=1)  # an odd margin: no half pixels
+    assert np.array_equal(square(PIL.Image.fromarray(wide), 16).permute(1, 2, 0).numpy(), wide[:, 1:17])
+    pixels = to_pixels(torch.tensor([0, 51, 255], dtype=torch.uint8), "cpu")
+    torch.testing.assert_close(pixels, torch.tensor([-1, -0.6, 1]))
+
+
+def test_shrinking_is_antialiased():
+    stripes = np.zeros((128, 128, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = square(PIL.Image.fromarray(stripes), 16)[:, :, 2:-2]
+    assert int(small.min()) >= 120 and int(small.max()) <= 135
+
+
+def grey(values, mode="I;16"):
+    return PIL.Image.frombytes(mode, values.shape[::-1], values.tobytes())
+
+
+def test_odd_formats():
+    red = PIL.Image.new("RGB", (4, 6), (200, 30, 40))
+
+    def corner(content, at=(0, 0)):
+        image = read_rgb(content)
+        assert image.mode == "RGB"
+        return image.getpixel(at)
+
+    assert corner(encoded(red.quantize(4), "PNG")) == (200, 30, 40)
+    assert corner(encoded(red.convert("L"), "PNG")) == (red.convert("L").getpixel((0, 0)),) * 3
+    assert corner(encoded(PIL.Image.new("1", (4, 4), 1), "PNG")) == (255, 255, 255)
+    assert np.allclose(corner(encoded(red.convert("CMYK"), "JPEG", quality=95)), (200, 30, 40), atol=6)
+    assert corner(encoded(red, "BMP")) == corner(encoded(red, "WEBP", lossless=True)) == (200, 30, 40)
+    assert corner(encoded(PIL.Image.new("RGB", (1, 1), (1, 2, 3)), "PNG")) == (1, 2, 3)
+    assert square(read_rgb(encoded(PIL.Image.new("RGB", (1, 1), (1, 2, 3)), "PNG")), 32)[:, 31, 0].tolist() == [1, 2, 3]
+    # 16 bits: levels are rounded, not cut off at 255.
+    levels = np.array([[0, 128, 257 * 100, 65535]], dtype="<u2")
+    deep = [corner(encoded(grey(levels), kind), (x, 0))[0] for kind in ("PNG", "TIFF") for x in range(4)]
+    assert deep == [0, 0, 100, 255] * 2
+    # Transparency becomes white.
+    half = PIL.Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    half.putpixel((1, 0), (200, 100, 0, 128))
+    content = encoded(half, "PNG")
+    assert corner(content) == (255, 255, 255)
+    assert np.allclose(corner(content, (1, 0)), (227, 177, 127), atol=1)
+    assert corner(encoded(half.convert("LA"), "PNG")) == (255, 255, 255)
+    palette = PIL.Image.new("P", (2, 1), 0)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert corner(encoded(palette, "PNG", transparency=0)) == (255, 255, 255)
+    assert corner(encoded(palette, "GIF", transparency=0), (1, 0)) == (40, 50, 60)
+
+
+def test_rotation_in_exif_is_obeyed():
+    image = PIL.Image.new("RGB", (8, 4), (255, 255, 255))
+    image.paste((0, 0, 0), (0, 0, 4, 4))  # its left half is black
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise: then the upper half is black
+    upright = read_rgb(encoded(image, "JPEG", exif=exif, quality=95))
+    assert upright.size == (4, 8) and upright.getpixel((1, 0))[0] < 20 and upright.getpixel((1, 7))[0] > 235
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "UnidentifiedImageError"),
+        (encoded(PIL.Image.new("RGB", (64, 64)), "JPEG")[:400], "[Tt]runcated"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "UnidentifiedImageError"),  # would start Ghostscript
+        (encoded(PIL.Image.new("F", (2, 2), 0.5), "TIFF"), "no known white"),
+        (encoded(PIL.Image.new("I", (2, 2), 70_000), "TIFF"), "no 16-bit grey levels"),
+    ],
+)
+def test_what_cannot_be_read_says_why(content, words):
+    with pytest.raises(UnreadablePicture, match=words):
+        read_rgb(content)
+
+
+def test_a_file_that_went_away_is_unreadable(tmp_path):
+    with pytest.raises(UnreadablePicture, match="FileNotFoundError"):
+        read_rgb(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"token_resolution": 390}, "16-pixel tokens: use 384 or 400"),
+        ({"resolution": 512}, "24 x 24 tokens.*use 384 or 576"),
+        ({"resolution": 96}, "use 192"),
+        ({"resolution": 0}, "resolution must be a whole number of pixels >= 1, got 0"),
+        ({"vae_factor": 8.0}, "vae_factor must be a whole number"),
+        ({"token_resolution": 16, "resolution": 8}, "number a side has to be even; use 16"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do(changes, words):
+    janus = {"resolution": 384, "token_resolution": 384, "token_factor": 16, "vae_factor": 8}
+    assert Geometry(**janus).grid == (24, 24) and Geometry(**janus).pixels_per_token == 16
+    assert Geometry(**janus | {"resolution": 768}).pixels_per_token == 32
+    with pytest.raises(ValueError, match=words):
+        Geometry(**janus | changes)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(1, 1), (-1, 2), (0, 0)])
+def test_a_share_is_one_of_the_world(rank, world):
+    with pytest.raises(ValueError, match="rank must lie in"):
+        Share(rank=rank, world=world)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        Share(window=0)
