@@ -1,8 +1,9 @@
-"""`dcdd`: text to image, reconstruction, calibration and a look inside, on the embedded models or on real folders."""
+"""`dcdd`: text to image, reconstruction, calibration, a look inside and evaluation, embedded models or real folders."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 import warnings
@@ -13,11 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from .evaluation.decoding import Decoders
+from .evaluation.evaluate import Run, evaluate_reconstruction, evaluate_text, generate_geneval
 from .evaluation.figures import beside, heat_map, labelled_grid, save_image, to_image, top_curve
+from .evaluation.folder import at_most, open_picture, pictures_in
+from .evaluation.networks import feature_network, fingerprint_of, perceptual_network
+from .evaluation.processes import Processes, processes
+from .evaluation.prompts import read_geneval, read_prompts
 from .evaluation.text import statistics_table
 from .method.calibration import anchor_statistics, fit, fit_anchor, target_statistics
 from .method.statistics import describe_logits
@@ -43,6 +50,7 @@ _MOST_TOKENS = 64 * 64
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for a failure that is explained, 130 when interrupted."""
     chosen = _parser().parse_args(arguments)
+    chosen.command = shlex.join(["dcdd", *(sys.argv[1:] if arguments is None else arguments)])
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -190,6 +198,70 @@ def demo(chosen: argparse.Namespace) -> None:
     clock.lap(f"write {chosen.out}")
 
 
+def reconstruction(chosen: argparse.Namespace) -> None:
+    """rFID, SSIM, PSNR and LPIPS of both decoders over a folder of pictures. A stopped run that is started again goes
+    on; `accelerate launch` or `torchrun` share it between processes."""
+    with processes(chosen.device) as crew:
+        chosen.device = crew.device
+        pictures = pictures_in(chosen.images, by_category=chosen.by_category, limit=chosen.limit)
+        models = _load(chosen, with_sampler=False)
+        embedded, device = chosen.janus is None, models.vq.device
+        report = evaluate_reconstruction(
+            _run(chosen, crew),
+            pictures,
+            _decoders(models, chosen),
+            features=feature_network(chosen.inception, embedded=embedded, device=device),
+            perceptual=perceptual_network(chosen.lpips, embedded=embedded, device=device),
+            size=chosen.size,
+            keep_pictures=chosen.keep_pictures,
+        )
+        _tell(report, chosen)
+
+
+def text(chosen: argparse.Namespace) -> None:
+    """gFID of both decoders over a file of prompts, from the same tokens and logits, and GenEval's folders for its own
+    scorer. A stopped run that is started again goes on; `accelerate launch` or `torchrun` share it between processes.
+    """
+    if chosen.prompts is None and chosen.geneval is None:
+        raise ValueError("nothing to draw: give --prompts FILE, --geneval FILE or both")
+    measured = [f"--{name}" for name in ("references", "statistics", "inception") if getattr(chosen, name) is not None]
+    if chosen.prompts is None and measured:
+        raise ValueError(f"{', '.join(measured)} would do nothing: GenEval's own scorer measures; leave it out")
+    with processes(chosen.device) as crew:
+        chosen.device = crew.device
+        kept = {"limit": chosen.limit, "by_category": chosen.by_category}
+        prompts = at_most(read_prompts(chosen.prompts), **kept) if chosen.prompts is not None else []
+        geneval = at_most(read_geneval(chosen.geneval), **kept) if chosen.geneval is not None else []
+        models = _load(chosen)
+        decoders, run = _decoders(models, chosen), _run(chosen, crew)
+        options = {"temperature": chosen.temperature, "top_k": chosen.top_k, "top_p": chosen.top_p}
+        options = {"guidance": _guidance(models, chosen), **options}
+        vlm = fingerprint_of(models.sampler.model.state_dict())
+        if crew.first:
+            _warn_of_unknown_words(models, [prompt.text for prompt in (*prompts, *geneval)])
+
+        def sample(texts: Sequence[str], seeds: Sequence[int]) -> TokenLogits:
+            return models.sampler.sample(texts, seeds=seeds, **options)
+
+        if prompts:
+            features = feature_network(chosen.inception, embedded=chosen.janus is None, device=models.vq.device)
+            report = evaluate_text(
+                run,
+                prompts,
+                decoders,
+                sample,
+                sampling={"vlm": vlm, **options},
+                features=features,
+                references=chosen.references,
+                by_category=chosen.by_category,
+            )
+            _tell(report, chosen)
+        if geneval:
+            folders = generate_geneval(run, geneval, decoders, sample, sampling={"vlm": vlm, **options})
+            if crew.first:
+                print("\n".join(f"wrote {folder}: a folder for GenEval's evaluate_images.py" for folder in folders))
+
+
 class _Clock:
     """Prints how long each stage took."""
 
@@ -232,6 +304,28 @@ def _refuse_without_decoder(models: Models, chosen: argparse.Namespace, *options
     given = [f"--{name}" for name in options if getattr(chosen, name) not in (None, False)]
     if models.decoder is None and given:
         raise ValueError(f"{', '.join(given)} would do nothing without a decoder: give --decoder and --vae as well")
+
+
+def _decoders(models: Models, chosen: argparse.Namespace) -> Decoders:
+    _refuse_without_decoder(models, chosen, "steps", "calibration", "anchor", "reads")
+    card = _card(models, chosen) if models.decoder is not None else None
+    return Decoders(models=models, card=card, steps=chosen.steps)
+
+
+def _run(chosen: argparse.Namespace, crew: Processes) -> Run:
+    return Run(
+        out=chosen.out,
+        processes=crew,
+        seed=chosen.seed,
+        batch=chosen.batch,
+        statistics=chosen.statistics,
+        command=chosen.command,
+    )
+
+
+def _tell(report: str | None, chosen: argparse.Namespace) -> None:
+    if report is not None:
+        print(f"{report}\nwrote {chosen.out / 'report.md'} and results.json")
 
 
 def _seeds(chosen: argparse.Namespace, count: int) -> list[int]:
@@ -331,10 +425,7 @@ def _read_image(path: Path, vq: VQTokenizer, side: int | None = None) -> torch.T
     Args:
         side: larger pictures are shrunk until their longer side has this many pixels.
     """
-    try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error})") from error
+    image = open_picture(path)
     if side is not None:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
     f = vq.factor
@@ -376,7 +467,7 @@ def _parser() -> argparse.ArgumentParser:
 
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
-    running.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count on")
+    running.add_argument("--seed", type=int, default=0, help="what the pictures' own seeds follow from (default: 0)")
 
     sampling = argparse.ArgumentParser(add_help=False)
     group = sampling.add_argument_group("sampling")
@@ -397,8 +488,23 @@ def _parser() -> argparse.ArgumentParser:
     material.add_argument("--count", type=int, default=100, help="how many of each at most (default: 100)")
     material.add_argument("--batch", type=int, default=20, help="prompts sampled at once (default: 20)")
 
-    def add(run, *parents, help: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(run.__name__, parents=[running, *parents], help=help, description=run.__doc__)
+    measuring = argparse.ArgumentParser(add_help=False)
+    measuring.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of results, and to go on from")
+    measuring.add_argument("--by-category", action="store_true", help="by sub-folder as well, as in MJHQ-30K")
+    measuring.add_argument("--limit", type=int, help="only the first, of each category with --by-category")
+    measuring.add_argument("--batch", type=int, default=16, help="pictures at once (default: 16)")
+    measuring.add_argument(
+        "--inception", type=Path, metavar="FILE", help="weights of the FID's network (default: pico's scene reader)"
+    )
+    measuring.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="of the real pictures: read if it exists, else written from those that were measured",
+    )
+
+    def add(run, *parents, help: str, to=commands) -> argparse.ArgumentParser:
+        command = to.add_parser(run.__name__, parents=[running, *parents], help=help, description=run.__doc__)
         command.set_defaults(run=run)
         return command
 
@@ -424,6 +530,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
     command.add_argument("--out", type=Path, default=Path("out/top-30.png"))
     command.set_defaults(count=25)
+
+    what = commands.add_parser(
+        "evaluate",
+        help="both decoders in numbers: tables, plots, GenEval's folders",
+        description="Both decoders in numbers.",
+    ).add_subparsers(required=True, metavar="what")
+    command = add(reconstruction, models, decoding, measuring, help="rFID, SSIM, PSNR and LPIPS of a folder", to=what)
+    command.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="pictures, in sub-folders or not")
+    command.add_argument("--size", type=int, metavar="PIXELS", help="of the squares (default: the VLM's own pictures')")
+    command.add_argument("--lpips", type=Path, metavar="FILE", help="weights of LPIPS' backbone")
+    command.add_argument("--keep-pictures", action="store_true", help="write the decoded pictures as well")
+    command = add(text, models, sampling, decoding, measuring, help="gFID of a file of prompts, GenEval", to=what)
+    command.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="MJHQ-30K's meta_data.json, JSON lines, or a prompt a line"
+    )
+    command.add_argument("--references", type=Path, metavar="FOLDER", help="the pictures to be like")
+    command.add_argument(
+        "--geneval", type=Path, metavar="FILE", help="evaluation_metadata.jsonl: four pictures of each of its prompts"
+    )
 
     command = add(demo, sampling, decoding, help="both decoders side by side on one sheet")
     command.add_argument("prompt", nargs="*", help="in place of the four built-in sentences")

@@ -1,5 +1,7 @@
 """The command line on models of the embedded shapes: files, exit codes, and errors in words."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -79,6 +81,56 @@ def test_demo_makes_one_sheet(tmp_path, capsys):
     assert "Janus samples 1 x 144 tokens" in capsys.readouterr().out
 
 
+@pytest.fixture
+def scenes(tmp_path):
+    """Scenes in sub-folders, as MJHQ-30K has them, and its prompt file."""
+    folder, prompts = tmp_path / "scenes", {}
+    for i in range(4):
+        scene, category = render_scene("test", i), "animals" if i < 2 else "art"
+        (folder / category).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene.image).save(folder / category / f"{i}.png")
+        prompts[f"{i}"] = {"prompt": scene.caption, "category": category}
+    (tmp_path / "meta_data.json").write_text(json.dumps(prompts))
+    return folder
+
+
+def test_evaluate_reconstruction_reports_and_goes_on(tmp_path, scenes, capsys, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ["evaluate", "reconstruction", "--images", str(scenes), "--steps", "1", "--out", str(out)]
+    assert main([*arguments, "--by-category", "--batch", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "rFrechet ↓ | SSIM ↑ | PSNR ↑ | perceptual ↓" in printed and "## SSIM ↑ by category" in printed
+    assert f"`dcdd evaluate reconstruction --images {scenes}" in printed and str(out / "report.md") in printed
+    found = json.loads((out / "results.json").read_text())
+    assert found["pictures"] == {"overall": 4, "animals": 2, "art": 2}
+    monkeypatch.setattr("dcdd_core.evaluation.decoding.decode", None)  # nothing may be decoded a second time
+    assert main(arguments) == 0
+    assert json.loads((out / "results.json").read_text())["scopes"].keys() == {"overall"}
+    capsys.readouterr()
+    assert main([*arguments, "--seed", "1"]) == 1
+    assert "seed 0 -> 1" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_evaluate_text_draws_measures_and_fills_geneval_s_folders(tmp_path, scenes, capsys):
+    (tmp_path / "g.jsonl").write_text(json.dumps({"tag": "colors", "prompt": PROMPT}) + "\n")
+    out = tmp_path / "out"
+    arguments = ["--prompts", str(tmp_path / "meta_data.json"), "--references", str(scenes), "--limit", "2"]
+    arguments += ["--geneval", str(tmp_path / "g.jsonl"), "--statistics", str(tmp_path / "s.safetensors")]
+    assert main(["evaluate", "text", *arguments, "--steps", "1", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "gFrechet ↓" in printed and "2 pictures against 4" in printed and (tmp_path / "s.safetensors").exists()
+    for path in ("vq", "dcdd"):
+        assert size(out / "pictures" / path / "animals" / "1.png") == (96, 96)
+        assert len(list((out / "geneval" / path / "00000" / "samples").iterdir())) == 4
+        assert str(out / "geneval" / path) in printed
+
+
+def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, capsys):
+    arguments = ["--images", str(scenes), "--janus", str(save_janus(tmp_path / "janus")), "--out", str(tmp_path / "o")]
+    assert main(["evaluate", "reconstruction", *arguments]) == 1
+    assert "--inception FILE is needed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -95,6 +147,11 @@ def test_demo_makes_one_sheet(tmp_path, capsys):
         (["generate", PROMPT, "--calibration", "/nowhere"], "/nowhere"),
         (["reconstruct", "/nowhere.png"], "nowhere.png"),
         (["calibrate", "--prompts", "/nowhere.txt"], "nowhere.txt"),
+        (["evaluate", "reconstruction", "--images", "/nowhere", "--out", "o"], "/nowhere is not a folder"),
+        (["evaluate", "reconstruction", "--images", ".", "--out", "o"], "holds no pictures"),
+        (["evaluate", "text", "--out", "o"], "--prompts FILE, --geneval FILE"),
+        (["evaluate", "text", "--geneval", "g", "--references", "r", "--out", "o"], "--references would do nothing"),
+        (["evaluate", "text", "--prompts", "/nowhere.txt", "--out", "o"], "nowhere.txt"),
     ],
 )
 def test_errors_are_one_line_and_exit_1(arguments, words, tmp_path, capsys, monkeypatch):

@@ -140,6 +140,37 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], quantitie
     return _drawn(figure)
 
 
+def grouped_bars(groups: Mapping[str, Mapping[str, float]], *, title: str) -> Image.Image:
+    """Bars side by side: group (along the axis) -> row (by colour) -> value."""
+    names, rows = list(groups), list(next(iter(groups.values())))
+    width = 0.8 / len(rows)
+    figure = Figure(figsize=(max(4.0, 1.6 + 0.9 * len(names)), 3.4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(rows):
+        where = np.arange(len(names)) + (i - (len(rows) - 1) / 2) * width
+        axes.bar(where, [groups[name][row] for name in names], width, label=row)
+    axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 3 else 0)
+    axes.set(title=title)
+    axes.grid(alpha=0.3, axis="y")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _drawn(figure)
+
+
+def histograms(panels: Mapping[str, Mapping[str, torch.Tensor]]) -> Image.Image:
+    """Distributions over pictures, a panel for each score: score -> row -> values [M]; infinite ones are left out."""
+    figure = Figure(figsize=(3.6 * len(panels), 3.0), dpi=110, layout="constrained")
+    for axes, (score, rows) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items()):
+        finite = {row: values[values.isfinite()].cpu().numpy() for row, values in rows.items()}
+        edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), bins=30)
+        for row, values in finite.items():
+            axes.hist(values, edges, histtype="stepfilled", alpha=0.5, label=row)
+        axes.set(title=score, ylabel="pictures")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    return _drawn(figure)
+
+
 def save_image(image: Image.Image, path: str | Path) -> Path:
     """Writes a PNG by way of a temporary file; makes the folder."""
     path = Path(path)

@@ -28,7 +28,7 @@ from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
 from ..pipelines.models import PICO_WEIGHTS, Models, load_pico
 from ..types import Condition
-from .frechet import features_of, frechet_distance
+from .frechet import FrechetStatistics, features_of, frechet_distance
 from .quality import psnr, ssim
 
 SERVED = "DCDD as served"
@@ -54,9 +54,9 @@ class Tally:
             self.scores["psnr"].append(psnr(truth, pictures).cpu())
             self.scores["perceptual"].append(reader.perceptual_distance(truth, pictures).cpu())
 
-    def row(self, real: list[torch.Tensor], labels: dict[str, torch.Tensor]) -> dict[str, float]:
+    def row(self, real: FrechetStatistics, labels: dict[str, torch.Tensor]) -> dict[str, float]:
         """Frechet distance to `real`, mean scores, and the macro F1 of the facts read off the pictures."""
-        row = {"frechet": frechet_distance(real, self.features)}
+        row = {"frechet": frechet_distance(real, FrechetStatistics.of(self.features))}
         row |= {name: float(torch.cat(parts).double().mean()) for name, parts in self.scores.items() if parts}
         for name in READ:
             read = torch.cat(self.answers[name])
@@ -91,8 +91,10 @@ class Bench:
         seeds = range(part.start, part.stop)
         return decode(decoder, self.pico.vae, condition, seeds=seeds, steps=steps or self.steps).pixels
 
-    def real_features(self) -> list[torch.Tensor]:
-        return [features_of(pixels, self.reader.frechet_features) for _, pixels in self.scenes("real scenes")]
+    def real_statistics(self) -> FrechetStatistics:
+        return FrechetStatistics.of(
+            features_of(pixels, self.reader.frechet_features) for _, pixels in self.scenes("real scenes")
+        )
 
     def labels(self, count: int | None = None) -> dict[str, torch.Tensor]:
         return fact_labels(scene_facts("test", count or len(self.images)))
@@ -103,7 +105,7 @@ def measure_reader(bench: Bench) -> dict[str, dict[str, float]]:
     tally = Tally()
     for _, pixels in bench.scenes("reader"):
         tally.add(bench.reader, pixels, None)
-    row = tally.row(tally.features, bench.labels())
+    row = tally.row(FrechetStatistics.of(tally.features), bench.labels())
     return {"real scenes": {name: value for name, value in row.items() if name != "frechet"}}
 
 
@@ -188,7 +190,7 @@ def measure_calibration(bench: Bench, count: int = 100) -> dict[str, dict[str, f
 
 
 def _rows(bench: Bench, tallies: dict[str, Tally]) -> dict[str, dict[str, float]]:
-    real, labels = bench.real_features(), bench.labels()
+    real, labels = bench.real_statistics(), bench.labels()
     return {name: tally.row(real, labels) for name, tally in tallies.items()}
 
 

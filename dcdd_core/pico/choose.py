@@ -7,7 +7,7 @@ import json
 import torch
 from diffusers import AutoencoderKL
 
-from ..evaluation.frechet import features_of, frechet_distance
+from ..evaluation.frechet import FrechetStatistics, features_of, frechet_distance
 from ..models.flux import DecoderCard, DistributionConditionedDecoder
 from ..models.janus import JanusSampler
 from ..models.vae import KLAutoencoder
@@ -48,8 +48,9 @@ def choose_reading(
             condition = condition_for(way, grid, vq.codebook)
             painted = decode(decoder, KLAutoencoder(vae), condition, seeds=seeds, steps=_STEPS).pixels
             features[name].append(features_of(painted, loss_reader.frechet_features))
-    real = [features_of(to_pixels(shop.held_out_images, shop.device), loss_reader.frechet_features)]
-    distances = {name: frechet_distance(real, found) for name, found in features.items()}
+    scenes = to_pixels(shop.held_out_images, shop.device)
+    real = FrechetStatistics.of([features_of(scenes, loss_reader.frechet_features)])
+    distances = {name: frechet_distance(real, FrechetStatistics.of(found)) for name, found in features.items()}
     best = min(distances, key=lambda name: distances[name])
     (shop.folder / "reading.json").write_text(json.dumps({"frechet": distances, "best": best}, indent=1))
     return ways[best]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dcdd_core.evaluation import pico_table
+from dcdd_core.evaluation.frechet import FrechetStatistics
 from dcdd_core.evaluation.pico_table import SECTIONS, SERVED, TITLES, Tally, markdown, verdicts
 from dcdd_core.pico.data import to_pixels
 from dcdd_core.pico.reader import SceneReader, fact_labels
@@ -44,7 +45,7 @@ def test_a_tally_is_the_numbers_of_its_pictures():
     whole.add(reader, pictures, pictures * 0.9)
     for part in (slice(0, 3), slice(3, 6)):
         halves.add(reader, pictures[part], pictures[part] * 0.9)
-    labels, real = fact_labels(facts), [reader.frechet_features(pictures)]
+    labels, real = fact_labels(facts), FrechetStatistics.of([reader.frechet_features(pictures)])
     assert whole.row(real, labels) == pytest.approx(halves.row(real, labels), rel=1e-4, abs=1e-6)
     assert abs(whole.row(real, labels)["frechet"]) < 1e-6 and whole.row(real, labels)["ssim"] < 1
 

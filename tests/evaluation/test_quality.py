@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dcdd_core.evaluation.frechet import features_of, frechet_distance
+from dcdd_core.evaluation.frechet import features_of
 from dcdd_core.evaluation.quality import psnr, ssim
 
 
@@ -27,28 +27,6 @@ def test_noise_and_blur_lower_ssim_one_picture_at_a_time():
     b[1] += 0.5 * torch.randn(3, 24, 24, generator=torch.Generator().manual_seed(1))
     found = ssim(a, b)
     assert found[0] == 1 and found[2] == 1 and found[1] < 0.9
-
-
-def gaussian(mean, std, seed):
-    return mean + std * torch.randn(4000, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def test_the_frechet_distance_of_gaussians_is_the_closed_form():
-    found = frechet_distance([gaussian(0.0, 1.0, 0)], [gaussian(0.5, 2.0, 1)])
-    assert found == pytest.approx(4 * 0.5**2 + 4 * (2 - 1) ** 2, rel=0.05)
-
-
-def test_it_does_not_depend_on_the_batches():
-    a, b = gaussian(0.0, 1.0, 0), gaussian(0.5, 2.0, 1)
-    assert frechet_distance(a.split(7), b.split(1000)) == pytest.approx(frechet_distance([a], [b]), rel=1e-9)
-    assert abs(frechet_distance([a], [a])) < 1e-9
-
-
-def test_too_few_pictures_are_refused():
-    with pytest.raises(ValueError, match="at least two"):
-        frechet_distance([gaussian(0, 1, 0)], [gaussian(0, 1, 0)[:1]])
-    with pytest.raises(ValueError, match="at least two"):
-        frechet_distance([], [])
 
 
 def test_features_come_a_batch_at_a_time():

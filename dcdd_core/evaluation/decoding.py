@@ -1,0 +1,78 @@
+"""From token logits to pictures on both paths: the VLM's own decoder, and the diffusion decoder where there is one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..models.flux import DecoderCard
+from ..pipelines.condition import condition_for
+from ..pipelines.decode import decode
+from ..pipelines.models import Models
+from ..types import TokenLogits
+from .networks import fingerprint_of
+
+#: Path, as files and JSON name it -> as tables do.
+PATHS = {"vq": "VQ-VAE decode", "dcdd": "DCDD decode"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoders:
+    """What turns tokens and logits into pictures.
+
+    Attributes:
+        models: with a tokenizer, and for the path "dcdd" a decoder and its autoencoder.
+        card: the decoder's, as served; None without a decoder.
+        steps: of the decoder; the bundle's own number by default.
+    """
+
+    models: Models
+    card: DecoderCard | None = None
+    steps: int | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Those that can be gone, in the tables' order."""
+        return tuple(PATHS) if self.card is not None else ("vq",)
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the pictures that the VLM paints through its tokenizer; measured is at this size."""
+        vq = self.models.vq
+        return vq.model.config.num_patches * vq.factor
+
+    def paint(self, token_logits: TokenLogits, seeds: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Path -> pictures [B, 3, H, W] in -1..1, all from the same tokens and logits."""
+        models = self.models
+        painted = {"vq": models.vq.decode_tokens(token_logits.tokens, token_logits.grid)}
+        if self.card is not None:
+            condition = condition_for(self.card, token_logits, models.vq.codebook)
+            painted["dcdd"] = decode(models.decoder, models.vae, condition, seeds=seeds, steps=self.steps).pixels
+        return painted
+
+    def settings(self) -> dict[str, Any]:
+        """Of all that the pictures depend on besides tokens and seeds, as plain JSON values."""
+        models, card = self.models, self.card
+        settings: dict[str, Any] = {"tokenizer": fingerprint_of(models.vq.model.state_dict())}
+        if card is not None:
+            calibration = card.calibration
+            served = ("scale", "affine_scale", "smoothing", "anchor")
+            settings |= {
+                "decoder": fingerprint_of(models.decoder.state_dict()),
+                "decoder dtype": str(next(models.decoder.parameters()).dtype).removeprefix("torch."),
+                "autoencoder": fingerprint_of(models.vae.model.state_dict()),
+                "variant": card.variant,
+                "reads": card.reads,
+                "calibration": calibration and {name: getattr(calibration, name) for name in served},
+                "steps": card.steps if self.steps is None else self.steps,
+            }
+        return settings
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of one picture, 48 bits: it depends on its name, not on which others are in the list."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6], "big")

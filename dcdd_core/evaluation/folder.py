@@ -1,0 +1,154 @@
+"""Folders of pictures: ImageNet's validation set, MJHQ-30K with a sub-folder for each category, or any other.
+
+Shapes: B batch, S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ..pico.data import to_pixels
+from .figures import to_image
+
+#: Scope of all pictures together, beside the categories.
+OVERALL = "overall"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Categorised(Protocol):
+    @property
+    def category(self) -> str: ...
+
+
+T = TypeVar("T", bound=Categorised)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture file of a set.
+
+    Attributes:
+        path: where it is.
+        name: its path inside the set, "animals/a.jpg", on every machine the same.
+        category: empty where there are none.
+        key: its name and size in bytes, by which its measurements are kept: a file that was replaced is measured anew.
+    """
+
+    path: Path
+    name: str
+    category: str
+    key: str
+
+    @classmethod
+    def at(cls, path: Path, root: Path, category: str = "") -> Picture:
+        """The file at `path` in the set at `root`."""
+        name = path.relative_to(root).as_posix()
+        return cls(path=path, name=name, category=category, key=f"{name} {path.stat().st_size}")
+
+
+def pictures_in(folder: Path, *, by_category: bool = False, limit: int | None = None) -> list[Picture]:
+    """The pictures in a folder and its sub-folders, in the order of their names.
+
+    Args:
+        by_category: take the sub-folders as categories.
+        limit: see `at_most`.
+
+    Raises:
+        ValueError: for a folder that is absent or has no pictures, and for pictures outside of any category.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; expected one with pictures ({', '.join(SUFFIXES)})")
+    found = []
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file():
+            parts = path.relative_to(folder).parts
+            if by_category and len(parts) == 1:
+                raise ValueError(
+                    f"{path} lies in no sub-folder, and with --by-category each is a category: move it into one"
+                )
+            found.append(Picture.at(path, folder, parts[0] if by_category else ""))
+    if not found:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}), in its sub-folders neither")
+    return at_most(sorted(found, key=lambda picture: picture.name), limit, by_category=by_category)
+
+
+def at_most(items: Sequence[T], limit: int | None, *, by_category: bool) -> list[T]:
+    """The first `limit` of each category, or of all; everything for None.
+
+    Raises:
+        ValueError: for a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        counted = item.category if by_category else ""
+        seen[counted] += 1
+        if limit is None or seen[counted] <= limit:
+            kept.append(item)
+    return kept
+
+
+def check_categories(categories: Sequence[str]) -> None:
+    """Before hours of work: whether a Frechet distance can be taken of every category, given that of each picture.
+
+    Raises:
+        ValueError: for a category of a single picture, and for one that is called like all of them together.
+    """
+    counts = Counter(categories)
+    alone = sorted(category for category, count in counts.items() if count < 2)
+    if alone:
+        where = f" in {', '.join(alone[:5])}" if any(alone) else ""
+        raise ValueError(
+            f"a Frechet distance needs at least two pictures, got one{where}: give more, or measure without "
+            "--by-category"
+        )
+    if OVERALL in counts:
+        raise ValueError(f"a category called {OVERALL} would be taken for all pictures together: rename it")
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture file, upright and in RGB.
+
+    Raises:
+        ValueError: for a file that is no picture, or a damaged one.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error})") from error
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """The shorter side to `size` (bicubic, without aliasing), the centre cut out: [S, S, 3] uint8.
+
+    A square of that size keeps its bytes.
+    """
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+
+
+def read_pixels(pictures: Sequence[Picture], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The pictures as squares, [B, 3, S, S] in -1..1.
+
+    Raises:
+        ValueError: naming a picture that cannot be read.
+    """
+    return to_pixels(np.stack([square(open_picture(picture.path), size) for picture in pictures]), device)
+
+
+def as_measured(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Pixels [B, 3, H, W] in -1..1 as a file would hold them, in 8 bits and as squares: [B, 3, S, S] in -1..1.
+
+    A decoder may paint larger than the tokenizer's pictures; all are measured at one size [choice].
+    """
+    return to_pixels(np.stack([square(to_image(picture), size) for picture in pixels]), pixels.device)

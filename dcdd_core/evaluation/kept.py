@@ -1,0 +1,110 @@
+"""What an evaluation keeps while it runs, so that a stopped one goes on: settings, and numbers of every picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..types import _save
+
+_KIND = "measurements"
+
+
+def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True) -> None:
+    """Writes `settings.json` into a folder that has none; one that has must say the same.
+
+    Args:
+        settings: everything besides the list of pictures that the numbers depend on, as plain JSON values.
+        write: False for all processes but the first.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
+    path = folder / "settings.json"
+    now = json.loads(json.dumps(settings))
+    if path.exists():
+        before = json.loads(path.read_text("utf-8"))
+        differ = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        if differ:
+            changes = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differ)
+            raise ValueError(
+                f"{folder} holds results made under other settings ({changes}): name another --out, or go back to "
+                "those settings to go on"
+            )
+    elif write:
+        write_text(path, json.dumps(now, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a text file whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+class Measurements:
+    """Numbers by picture, in a folder of small files that are only ever added to.
+
+    Args:
+        folder: need not exist.
+        needed: names of the tensors that a picture must have to count as measured.
+    """
+
+    def __init__(self, folder: Path, needed: Sequence[str]):
+        self.folder = folder
+        self.needed = frozenset(needed)
+
+    def add(self, keys: Sequence[str], values: Mapping[str, torch.Tensor]) -> None:
+        """Keeps tensors [B, ...] of B pictures, in one file, whole or not at all."""
+        name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24]
+        _save(self.folder / f"{name}.safetensors", _KIND, dict(values), {"keys": list(keys)})
+
+    def done(self) -> set[str]:
+        """The keys of the pictures that are measured."""
+        return {key for _, keys in self._files() for key in keys}
+
+    def gather(self, keys: Sequence[str], name: str) -> torch.Tensor:
+        """The tensor of that name, [M, ...], in the order of the keys.
+
+        Raises:
+            ValueError: if a picture is not measured.
+        """
+        row = {key: i for i, key in enumerate(keys)}
+        gathered, missing = None, set(row)
+        for path, held in self._files():
+            wanted = [i for i, key in enumerate(held) if key in row]
+            if not wanted:
+                continue
+            with safe_open(path, framework="pt") as file:
+                values = file.get_tensor(name)
+            if gathered is None:
+                gathered = values.new_empty(len(keys), *values.shape[1:])
+            gathered[[row[held[i]] for i in wanted]] = values[wanted]
+            missing -= {held[i] for i in wanted}
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(keys)} pictures have no {name} in {self.folder}, such as {min(missing)}: "
+                "start the same command again to measure the rest"
+            )
+        return gathered
+
+    def _files(self) -> list[tuple[Path, list[str]]]:
+        """The files that have everything needed, with their keys; one cut short by a crash counts as absent."""
+        found = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    if self.needed <= set(file.keys()):
+                        found.append((path, json.loads(file.metadata()["dcdd"])["keys"]))
+            except SafetensorError:
+                continue
+        return found

@@ -1,0 +1,109 @@
+"""Files of prompts: MJHQ-30K's meta_data.json, JSON lines, plain lines, and GenEval's evaluation_metadata.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt of a benchmark.
+
+    Attributes:
+        name: of its pictures' files, without suffix; each is there once.
+        text: what to draw.
+        category: the sub-folder of its pictures; empty where there are none.
+        metadata: its line as it stood in the file, for GenEval's scorer; empty elsewhere.
+
+    Raises:
+        ValueError: for a blank text, and for a name or category that is no plain file name.
+    """
+
+    name: str
+    text: str
+    category: str = ""
+    metadata: str = ""
+
+    def __post_init__(self):
+        if not self.text.strip():
+            raise ValueError(f"prompt {self.name} is blank: say what to draw")
+        for what, value in (("name", self.name), ("category", self.category or "none")):
+            if not value or value in (".", "..") or set(value) & set('/\\:*?"<>|\0\n'):
+                raise ValueError(f"{value!r} cannot be the {what} of a prompt: it becomes a file's name")
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts in the file's order.
+
+    - .json: MJHQ-30K's layout, {id: {"prompt": ..., "category": ...}};
+    - .jsonl: a JSON object a line with "prompt", and if there are any "id" and "category";
+    - else a prompt a line; blank lines do not count.
+
+    Prompts without an id are called by their number, "00000".
+
+    Raises:
+        ValueError: for a file that is missing, empty or of another layout, and for an id that comes twice.
+    """
+    if path.suffix.lower() == ".json":
+        held = _json(_read(path), f"{path}")
+        if not isinstance(held, dict):
+            raise ValueError(f"{path} holds a {type(held).__name__}, expected MJHQ-30K's {{id: {{prompt, category}}}}")
+        prompts = [_prompt(entry, f"{path}, {name}", name) for name, entry in held.items()]
+    elif path.suffix.lower() == ".jsonl":
+        lines = enumerate(_lines(path))
+        prompts = [_prompt(_json(line, f"{path}, prompt {i}"), f"{path}, prompt {i}", f"{i:05}") for i, line in lines]
+    else:
+        prompts = [Prompt(name=f"{i:05}", text=line) for i, line in enumerate(_lines(path))]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    twice = [name for name, count in Counter(prompt.name for prompt in prompts).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} has {', '.join(twice[:5])} more than once: their pictures would overwrite each other")
+    return prompts
+
+
+def read_geneval(path: Path) -> list[Prompt]:
+    """GenEval's evaluation_metadata.jsonl: a prompt a line, called by its number, of the category its tag names.
+
+    Raises:
+        ValueError: for a file that is missing or empty, and for a line without "prompt" and "tag".
+    """
+    prompts = []
+    for i, line in enumerate(_lines(path)):
+        where = f"{path}, line {i + 1}"
+        entry = _json(line, where)
+        if not isinstance(entry, dict) or not isinstance(entry.get("tag"), str):
+            raise ValueError(f"{where} has no tag; expected GenEval's evaluation_metadata.jsonl")
+        name = f"{i:05}"
+        prompts.append(replace(_prompt(entry, where, name), name=name, category=entry["tag"], metadata=line))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; expected GenEval's evaluation_metadata.jsonl")
+    return prompts
+
+
+def _prompt(entry: Any, where: str, name: str) -> Prompt:
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(f'{where}: expected an object with "prompt", got {str(entry)[:60]}')
+    return Prompt(name=str(entry.get("id", name)), text=entry["prompt"], category=str(entry.get("category", "")))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}); expected a file of prompts") from error
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in _read(path).splitlines() if line.strip()]
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error})") from error

@@ -1,0 +1,123 @@
+"""The results of an evaluation as JSON, as Markdown in the shape of the paper's tables, and as plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .figures import grouped_bars, histograms, save_image
+from .folder import OVERALL, Picture
+from .frechet import FrechetStatistics
+from .kept import write_text
+
+#: Scope ("overall" or a category) -> row (a decoder) -> column (a measure) -> value.
+Scopes = Mapping[str, Mapping[str, Mapping[str, float]]]
+_BETTER = {"frechet": "↓", "ssim": "↑", "psnr": "↑", "perceptual": "↓"}
+
+
+def results_of(
+    scopes: Scopes,
+    *,
+    pictures: Sequence[Picture],
+    real: Mapping[str, FrechetStatistics],
+    settings: Mapping[str, Any],
+    networks: Mapping[str, str],
+    size: int,
+) -> dict[str, Any]:
+    """Everything that `results.json` says: the numbers and what they depend on, neither times nor places.
+
+    Args:
+        real: category -> the statistics held against.
+        networks: column -> the network that measured it, in words.
+    """
+    held = Counter(picture.category for picture in pictures)
+    return {
+        "size": size,
+        "pictures": {OVERALL: len(pictures)} | {name: held[name] for name in scopes if name != OVERALL},
+        "references": {OVERALL: sum(part.count for part in real.values())}
+        | {name: real[name].count for name in scopes if name != OVERALL},
+        "networks": dict(networks),
+        "settings": dict(settings),
+        "scopes": {
+            scope: {row: {column: _finite(value) for column, value in values.items()} for row, values in rows.items()}
+            for scope, rows in scopes.items()
+        },
+    }
+
+
+def markdown(results: Mapping[str, Any], *, title: str, heads: Mapping[str, str], command: str) -> str:
+    """A table over all pictures, and one over the categories for each column.
+
+    Args:
+        results: see `results_of`.
+        heads: column -> how it is called, "rFID".
+        command: what made the results.
+    """
+    scopes = results["scopes"]
+    counts = f"{results['pictures'][OVERALL]} pictures against {results['references'][OVERALL]}"
+    lines = [f"# {title}", "", f"{counts}, measured at {results['size']} x {results['size']} pixels.", ""]
+    lines += [f"- {heads[column]}: {name}" for column, name in results["networks"].items()]
+    lines += ["", f"`{command}`", ""]
+    named = {column: f"{heads[column]} {_BETTER[column]}" for column in next(iter(scopes[OVERALL].values()))}
+    rows = {row: list(values.values()) for row, values in scopes[OVERALL].items()}
+    lines += _table(list(named.values()), rows)
+    if len(scopes) > 1:
+        for column, head in named.items():
+            by_row = {row: [scopes[scope][row][column] for scope in scopes] for row in rows}
+            lines += ["", f"## {head} by category", "", *_table([_capital(scope) for scope in scopes], by_row)]
+        counted = {"pictures": list(results["pictures"].values()), "references": list(results["references"].values())}
+        lines += ["", "## Counts", "", *_table([_capital(scope) for scope in scopes], counted)]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(
+    folder: Path,
+    results: Mapping[str, Any],
+    *,
+    title: str,
+    heads: Mapping[str, str],
+    command: str,
+    singles: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+) -> str:
+    """Writes results.json, report.md, frechet.png and, of scores of single pictures, scores.png; returns the Markdown.
+
+    Args:
+        singles: column -> row -> values [M].
+    """
+    write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    text = markdown(results, title=title, heads=heads, command=command)
+    frechet = {
+        _capital(scope): {row: values["frechet"] for row, values in rows.items()}
+        for scope, rows in results["scopes"].items()
+    }
+    save_image(grouped_bars(frechet, title=heads["frechet"]), folder / "frechet.png")
+    text += f"\n![{heads['frechet']}](frechet.png)\n"
+    if singles:
+        panels = {heads[column]: rows for column, rows in singles.items()}
+        save_image(histograms(panels), folder / "scores.png")
+        text += "\n![Scores of the single pictures](scores.png)\n"
+    write_text(folder / "report.md", text)
+    return text
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity, the signal-to-noise ratio of equal pictures."""
+    return value if math.isfinite(value) else None
+
+
+def _table(columns: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> list[str]:
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, values in rows.items():
+        cells = ("∞" if value is None else str(value) if isinstance(value, int) else f"{value:.5g}" for value in values)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]

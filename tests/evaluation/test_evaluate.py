@@ -1,0 +1,393 @@
+"""Both evaluations on the embedded models' shapes with random weights: numbers, categories, going on, sharing.
+
+The sampler is a stand-in, fast and exact: what is tested here is what happens to its tokens and logits.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dcdd_core.evaluation import decoding
+from dcdd_core.evaluation.decoding import Decoders, seed_of
+from dcdd_core.evaluation.evaluate import Run, evaluate_reconstruction, evaluate_text, generate_geneval
+from dcdd_core.evaluation.folder import as_measured, pictures_in, read_pixels
+from dcdd_core.evaluation.frechet import FrechetStatistics, frechet_distance
+from dcdd_core.evaluation.networks import FeatureNetwork, feature_network, perceptual_network
+from dcdd_core.evaluation.processes import Processes
+from dcdd_core.evaluation.prompts import Prompt, read_geneval
+from dcdd_core.evaluation.quality import psnr, ssim
+from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.pico.scenes import render_scene
+from dcdd_core.pipelines import models as pipelines_models
+from dcdd_core.pipelines.models import load_pico
+from dcdd_core.types import TokenLogits
+from tests.tiny import random_pico
+
+
+@pytest.fixture(scope="module", autouse=True)
+def weights(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = random_pico(tmp_path_factory.mktemp("pico") / "weights")
+        patch.setattr(pipelines_models, "PICO_WEIGHTS", folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def decoders(weights):
+    models = load_pico(with_sampler=False)
+    return Decoders(models=models, card=models.decoder.card, steps=1)
+
+
+@pytest.fixture(scope="module")
+def networks(weights):
+    return {"features": feature_network(None, embedded=True), "perceptual": perceptual_network(None, embedded=True)}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """MJHQ-30K's layout: three pictures of animals and four of plants, one of another size."""
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(7):
+        path = folder / ("animals" if i < 3 else "plants") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(render_scene("test", i).image).resize((120, 96) if i == 5 else (96, 96)).save(path)
+    return folder
+
+
+def reconstruct(out, images, decoders, networks, *, by_category=True, processes=None, limit=None, **options):
+    run = Run(out=out, processes=processes or Processes(), batch=2, statistics=options.pop("statistics", None))
+    pictures = pictures_in(images, by_category=by_category, limit=limit)
+    return evaluate_reconstruction(run, pictures, decoders, **networks, **options)
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, images, decoders, networks):
+    """A reconstruction that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    reconstruct(out, images, decoders, networks, statistics=out / "real.safetensors", keep_pictures=True)
+    return out
+
+
+def test_the_numbers_are_those_of_a_direct_computation(whole, images, decoders, networks):
+    pictures = pictures_in(images)
+    truth = read_pixels(pictures, 96)
+    painted = decoders.paint(decoders.models.vq.encode(truth), [seed_of(0, picture.name) for picture in pictures])
+    features, distance = networks["features"].features, networks["perceptual"].distance
+    found = results(whole)["scopes"]
+    for path, name in decoding.PATHS.items():
+        made = as_measured(painted[path], 96)
+        for scope, part in (("overall", slice(0, 7)), ("animals", slice(0, 3)), ("plants", slice(3, 7))):
+            real_statistics, made_statistics = (FrechetStatistics.of([features(x[part])]) for x in (truth, made))
+            expected = {
+                "frechet": frechet_distance(real_statistics, made_statistics),
+                "ssim": float(ssim(truth[part], made[part]).mean()),
+                "psnr": float(psnr(truth[part], made[part]).mean()),
+                "perceptual": float(distance(truth[part], made[part]).mean()),
+            }
+            assert found[scope][name] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_the_report_says_all_of_it(whole):
+    held, text = results(whole), (whole / "report.md").read_text()
+    assert held["pictures"] == held["references"] == {"overall": 7, "animals": 3, "plants": 4}
+    assert held["settings"]["steps"] == 1 and held["settings"]["calibration"]["scale"] == 25.0
+    assert "rFrechet ↓ | SSIM ↑ | PSNR ↑ | perceptual ↓" in text and "## SSIM ↑ by category" in text
+    assert f"{held['scopes']['plants']['DCDD decode']['ssim']:.5g}" in text
+    assert all(Image.open(whole / name).width > 200 for name in ("frechet.png", "scores.png"))
+
+
+def test_decoded_pictures_are_kept_on_demand(whole, images, decoders):
+    (picture,) = [p for p in pictures_in(images) if p.name == "plants/4.png"]
+    for path in decoders.paths:
+        assert Image.open(whole / "pictures" / path / "plants" / "4.png.png").size == (96, 96)
+    grid = decoders.models.vq.encode(read_pixels([picture], 96))
+    by_vq = as_measured(decoders.models.vq.decode_tokens(grid.tokens, grid.grid), 96)
+    kept = read_pixels(pictures_in(whole / "pictures" / "vq" / "plants", limit=2)[1:], 96)
+    assert (by_vq - kept).abs().max() <= 2 / 255 + 1e-6
+
+
+def fails_after(calls):
+    """A decoder that is interrupted at one of its calls."""
+    left = iter(range(calls))
+
+    def decode(*arguments, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return real_decode(*arguments, **options)
+
+    return decode
+
+
+real_decode = decoding.decode
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(whole, tmp_path, images, decoders, networks, monkeypatch):
+    monkeypatch.setattr(decoding, "decode", fails_after(2))
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(tmp_path, images, decoders, networks)
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.setattr(decoding, "decode", fails_after(2))  # of four batches two are left
+    reconstruct(tmp_path, images, decoders, networks)
+    assert (tmp_path / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    monkeypatch.setattr(decoding, "decode", fails_after(0))  # nothing is decoded again
+    reconstruct(tmp_path, images, decoders, networks)
+    assert (tmp_path / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def together(work, count=3):
+    """Runs `work(processes)` in threads that wait for each other; what the first returns."""
+    barrier, returned = threading.Barrier(count, timeout=120), [None] * count
+
+    def one(index):
+        returned[index] = work(Processes(index=index, count=count, wait=barrier.wait))
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert returned[1:] == [None] * (count - 1)
+    return returned[0]
+
+
+def test_three_share_the_work_and_give_the_same_numbers(whole, tmp_path, images, decoders, networks):
+    text = together(lambda crew: reconstruct(tmp_path, images, decoders, networks, processes=crew))
+    assert "VQ-VAE decode" in text
+    assert (tmp_path / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def test_more_pictures_and_other_scopes_go_on_from_what_is_there(whole, tmp_path, images, decoders, networks):
+    reconstruct(tmp_path, images, decoders, networks, limit=2)
+    assert results(tmp_path)["pictures"] == {"overall": 4, "animals": 2, "plants": 2}
+    reconstruct(tmp_path, images, decoders, networks, by_category=False)
+    found, expected = results(tmp_path)["scopes"], results(whole)["scopes"]
+    assert found.keys() == {"overall"}
+    assert found["overall"]["DCDD decode"] == pytest.approx(expected["overall"]["DCDD decode"], rel=1e-4)
+
+
+def test_other_settings_are_refused(whole, images, decoders, networks):
+    with pytest.raises(ValueError, match=r"steps 1 -> 2\).*another --out"):
+        other = Decoders(models=decoders.models, card=decoders.card, steps=2)
+        reconstruct(whole, images, other, networks)
+
+
+def test_known_statistics_take_the_place_of_the_pictures(whole, tmp_path, images, decoders, networks):
+    counted = []
+
+    def features(pixels):
+        counted.append(len(pixels))
+        return networks["features"].features(pixels)
+
+    same = FeatureNetwork(**{**vars(networks["features"]), "features": features})
+    reconstruct(tmp_path, images, decoders, networks | {"features": same}, statistics=whole / "real.safetensors")
+    assert sum(counted) == 2 * 7  # the decoded pictures of both paths alone
+    assert results(tmp_path)["scopes"] == results(whole)["scopes"]
+    flat = reconstruct(tmp_path, images, decoders, networks, by_category=False, statistics=whole / "real.safetensors")
+    assert "7 pictures against 7" in flat
+    another = FeatureNetwork(**{**vars(networks["features"]), "fingerprint": "inception-v3-0"})
+    with pytest.raises(ValueError, match=r"measured by scene-reader-.* here it is inception-v3-0"):
+        reconstruct(tmp_path, images, decoders, networks | {"features": another}, statistics=whole / "real.safetensors")
+
+
+def test_statistics_without_the_categories_are_refused(tmp_path, images, decoders, networks):
+    path = tmp_path / "flat.safetensors"
+    arguments = (images, decoders, networks)
+    reconstruct(tmp_path / "a", *arguments, by_category=False, limit=2, statistics=path)
+    with pytest.raises(ValueError, match=r"no pictures of animals, plants \(it has no categories\)"):
+        reconstruct(tmp_path / "b", *arguments, statistics=path)
+
+
+def test_a_damaged_picture_ends_it_and_loses_nothing(tmp_path, images, decoders, networks):
+    folder = tmp_path / "images"
+    for i, path in enumerate(sorted(images.rglob("*.png"))[:4]):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{i}.png").write_bytes(path.read_bytes())
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"3.png cannot be read as a picture"):
+        reconstruct(tmp_path / "out", folder, decoders, networks, by_category=False)
+    (folder / "3.png").unlink()
+    reconstruct(tmp_path / "out", folder, decoders, networks, by_category=False)
+    assert results(tmp_path / "out")["pictures"] == {"overall": 3}
+
+
+def test_one_picture_is_too_few(tmp_path, images, decoders, networks):
+    with pytest.raises(ValueError, match="at least two pictures, got one in animals, plants"):
+        reconstruct(tmp_path, images, decoders, networks, limit=1)
+
+
+def test_a_size_that_no_tokens_fill_is_refused(tmp_path, images, decoders, networks):
+    with pytest.raises(ValueError, match="8-pixel tokens"):
+        reconstruct(tmp_path, images, decoders, networks, size=90)
+
+
+def test_without_a_decoder_there_is_the_vq_path_alone(tmp_path, images, decoders, networks):
+    alone = Decoders(models=decoders.models)
+    reconstruct(tmp_path, images, alone, networks, size=64)
+    found = results(tmp_path)
+    assert found["size"] == 64 and list(found["scopes"]["overall"]) == ["VQ-VAE decode"]
+
+
+# Text to image
+
+
+def sample(texts, seeds):
+    """Token logits that follow from the seeds, as a sampler's do."""
+    logits = torch.stack([4 * torch.randn(144, 1024, generator=keyed_generator(seed)) for seed in seeds])
+    return TokenLogits(logits, logits.argmax(-1), (12, 12), source="vlm", guidance=3.0, temperature=1.0)
+
+
+PROMPTS = [Prompt(name=f"p{i}", text=f"scene {i}", category="animals" if i < 2 else "plants") for i in range(5)]
+
+
+def draw(out, images, decoders, networks, *, prompts=PROMPTS, by_category=True, processes=None, statistics=None):
+    run = Run(out=out, processes=processes or Processes(), batch=2, statistics=statistics)
+    return evaluate_text(
+        run,
+        prompts,
+        decoders,
+        sample,
+        sampling={"guidance": 3.0},
+        features=networks["features"],
+        references=images,
+        by_category=by_category,
+    )
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, images, decoders, networks):
+    out = tmp_path_factory.mktemp("drawn")
+    text = draw(out, images, decoders, networks, statistics=out / "real.safetensors")
+    assert "gFrechet" in text
+    return out
+
+
+def test_both_paths_are_drawn_from_the_same_tokens(drawn, images, decoders, networks):
+    seeds = [seed_of(0, f"{prompt.category}/{prompt.name}") for prompt in PROMPTS]
+    painted = decoders.paint(sample([], seeds), seeds)
+    features = networks["features"].features
+    real = FrechetStatistics.of([features(read_pixels(pictures_in(images), 96))])
+    for path, name in decoding.PATHS.items():
+        files = [drawn / "pictures" / path / prompt.category / f"{prompt.name}.png" for prompt in PROMPTS]
+        kept = read_pixels(pictures_in(drawn / "pictures" / path), 96)
+        assert all(file.is_file() for file in files) and len(kept) == 5
+        made = as_measured(painted[path], 96)
+        assert (kept - made).abs().max() <= 2 / 255 + 1e-6
+        found = results(drawn)["scopes"]["overall"][name]["frechet"]
+        assert found == pytest.approx(frechet_distance(real, FrechetStatistics.of([features(made)])), rel=1e-3)
+    held = results(drawn)
+    assert held["pictures"] == {"overall": 5, "animals": 2, "plants": 3}
+    assert held["references"] == {"overall": 7, "animals": 3, "plants": 4}
+
+
+def test_a_stopped_drawing_goes_on_and_three_share_it(drawn, tmp_path, images, decoders, networks, monkeypatch):
+    monkeypatch.setattr(decoding, "decode", fails_after(1))
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path, images, decoders, networks)
+    (tmp_path / "pictures" / "dcdd" / "animals" / "p1.png").unlink()  # as if killed between two files
+    monkeypatch.setattr(decoding, "decode", real_decode)
+    kept = tmp_path / "pictures" / "vq" / "animals" / "p1.png"
+    written = kept.stat().st_mtime_ns
+    together(lambda crew: draw(tmp_path, images, decoders, networks, processes=crew))
+    assert (tmp_path / "results.json").read_bytes() == (drawn / "results.json").read_bytes()
+    assert kept.stat().st_mtime_ns == written
+
+
+def test_text_statistics_serve_again(drawn, tmp_path, decoders, networks):
+    draw(tmp_path, None, decoders, networks, statistics=drawn / "real.safetensors")
+    assert results(tmp_path)["scopes"] == results(drawn)["scopes"]
+    with pytest.raises(ValueError, match=r"none.safetensors does not exist yet; give --references"):
+        draw(tmp_path, None, decoders, networks, statistics=tmp_path / "none.safetensors")
+
+
+def test_categories_must_be_on_both_sides(tmp_path, images, decoders, networks):
+    others = [Prompt(name=name, text="x", category="logo") for name in "ab"]
+    with pytest.raises(ValueError, match="no sub-folder logo"):
+        draw(tmp_path, images, decoders, networks, prompts=others)
+    with pytest.raises(ValueError, match="leave --by-category out"):
+        draw(tmp_path, images, decoders, networks, prompts=[Prompt(name="a", text="x")])
+
+
+GENEVAL = [
+    '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}',
+    '{"tag": "colors", "include": [{"class": "cow", "count": 1, "color": "red"}], "prompt": "a photo of a red cow"}',
+]
+
+
+def scored(folder):
+    """What evaluation/evaluate_images.py of GenEval finds in a folder: picture -> metadata."""
+    found = {}
+    for home in os.listdir(folder):
+        if not os.path.isdir(os.path.join(folder, home)) or not home.isdigit():
+            continue
+        with open(os.path.join(folder, home, "metadata.jsonl")) as file:
+            metadata = json.load(file)
+        for name in os.listdir(os.path.join(folder, home, "samples")):
+            path = os.path.join(folder, home, "samples", name)
+            if os.path.isfile(path) and re.match(r"\d+\.png", name):
+                found[f"{home}/{name}"] = metadata
+    return found
+
+
+def test_geneval_s_folders_are_what_its_scorer_reads(tmp_path, decoders, monkeypatch):
+    (tmp_path / "g.jsonl").write_text("\n".join(GENEVAL) + "\n")
+    prompts, out = read_geneval(tmp_path / "g.jsonl"), tmp_path / "out"
+    write = partial(generate_geneval, prompts=prompts, decoders=decoders, sample=sample, sampling={})
+    monkeypatch.setattr(decoding, "decode", fails_after(2))
+    with pytest.raises(KeyboardInterrupt):
+        write(Run(out=out, processes=Processes(), batch=3))
+    monkeypatch.setattr(decoding, "decode", fails_after(1))
+    folders = write(Run(out=out, processes=Processes(), batch=3))
+    assert [folder.name for folder in folders] == ["vq", "dcdd"]
+    expected = {f"{i:05}/{k:04}.png": json.loads(GENEVAL[i]) for i in range(2) for k in range(4)}
+    for folder in folders:
+        assert scored(folder) == expected
+        assert sorted(path.name for path in folder.iterdir()) == ["00000", "00001"]
+        assert {path.name for path in (folder / "00000").iterdir()} == {"grid.png", "metadata.jsonl", "samples"}
+        pictures = [(folder / name[:6] / "samples" / name[6:]).read_bytes() for name in expected]
+        assert len(set(pictures)) == 8  # four different pictures of each
+        assert Image.open(folder / "00001" / "grid.png").size == (192, 192)
+        corner = Image.open(folder / "00001" / "grid.png").crop((96, 96, 192, 192))
+        assert corner.tobytes() == Image.open(folder / "00001" / "samples" / "0003.png").convert("RGB").tobytes()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from dcdd_core import cli
+from dcdd_core.pipelines import models
+models.PICO_WEIGHTS = Path(sys.argv[1])
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_three_processes_through_gloo(whole, tmp_path, images, weights):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    evaluate = ["evaluate", "reconstruction", "--images", images, "--by-category", "--steps", 1, "--batch", 2]
+    found = {}
+    for count in (1, 3):
+        # accelerate's launcher of several processes on one machine; with --device cpu they meet through gloo.
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 3, "--main_process_port", 0]
+        launch = launch if count > 1 else []
+        out = tmp_path / str(count)
+        command = [sys.executable, *launch, script, weights, *evaluate, "--out", out]
+        surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=surroundings)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("# Reconstruction") == 1
+        found[count] = (out / "results.json").read_bytes()
+    assert found[1] == found[3]

@@ -1,0 +1,123 @@
+"""Folders of pictures: what counts, in which order and category, and squares of any file."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcdd_core.evaluation.folder import (
+    as_measured,
+    at_most,
+    check_categories,
+    open_picture,
+    pictures_in,
+    read_pixels,
+    square,
+)
+
+
+def draw(path, size=(8, 8), colour=(10, 20, 30), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b/2.png", "a/1.jpg", "b/1.JPEG", "a/deep/3.webp"):
+        draw(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    draw(tmp_path / "a" / "._1.png")  # macOS leaves such files, which are no pictures
+    return tmp_path
+
+
+def test_pictures_come_in_the_order_of_their_names(folder):
+    found = pictures_in(folder)
+    assert [p.name for p in found] == ["a/1.jpg", "a/deep/3.webp", "b/1.JPEG", "b/2.png"]
+    assert {p.category for p in found} == {""} and len({p.key for p in found}) == 4
+
+
+def test_sub_folders_are_categories_on_demand(folder):
+    assert [p.category for p in pictures_in(folder, by_category=True)] == ["a", "a", "b", "b"]
+    assert [p.name for p in pictures_in(folder, by_category=True, limit=1)] == ["a/1.jpg", "b/1.JPEG"]
+    assert [p.name for p in pictures_in(folder, limit=3)] == ["a/1.jpg", "a/deep/3.webp", "b/1.JPEG"]
+    draw(folder / "loose.png")
+    with pytest.raises(ValueError, match=r"loose.png lies in no sub-folder"):
+        pictures_in(folder, by_category=True)
+
+
+def test_a_replaced_picture_has_another_key(folder):
+    before = pictures_in(folder)[0].key
+    draw(folder / "a" / "1.jpg", size=(40, 40))
+    assert pictures_in(folder)[0].key != before
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: None, "is not a folder"),
+        (lambda p: p.mkdir(), "holds no pictures"),
+        (lambda p: p.write_text("a file"), "is not a folder"),
+    ],
+)
+def test_no_pictures_are_explained(tmp_path, make, words):
+    make(tmp_path / "x")
+    with pytest.raises(ValueError, match=words):
+        pictures_in(tmp_path / "x")
+
+
+def test_limits_and_categories_are_checked():
+    with pytest.raises(ValueError, match="--limit"):
+        at_most([], 0, by_category=False)
+    with pytest.raises(ValueError, match="got one in art"):
+        check_categories(["food", "food", "art"])
+    with pytest.raises(ValueError, match="overall"):
+        check_categories(["overall", "overall"])
+    check_categories(["", ""])
+
+
+@pytest.mark.parametrize("size", [(96, 96), (50, 200), (300, 100), (5, 7)])
+def test_any_picture_becomes_a_square_of_its_centre(size):
+    image = Image.new("RGB", size, (0, 0, 0))
+    w, h = size
+    side = min(size)
+    image.paste((255, 255, 255), ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2))
+    found = square(image, 32)
+    assert found.shape == (32, 32, 3) and found[4:-4, 4:-4].min() > 250
+
+
+def test_a_square_of_the_right_size_keeps_its_bytes():
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    assert np.array_equal(square(Image.fromarray(pixels), 96), pixels)
+
+
+def test_pictures_of_many_sizes_make_one_batch(tmp_path):
+    for i, size in enumerate([(10, 30), (64, 64), (200, 90)]):
+        draw(tmp_path / f"{i}.png", size, colour=(255, 0, 0))
+    pixels = read_pixels(pictures_in(tmp_path), 16)
+    assert pixels.shape == (3, 3, 16, 16)
+    assert torch.equal(pixels, torch.tensor([1.0, -1.0, -1.0])[None, :, None, None].expand_as(pixels))
+
+
+def test_pictures_stand_upright_and_in_rgb(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    assert open_picture(draw(tmp_path / "a.jpg", (20, 10), exif=exif)).size == (10, 20)
+    Image.new("L", (4, 4), 7).save(tmp_path / "grey.png")
+    assert open_picture(tmp_path / "grey.png").getpixel((0, 0)) == (7, 7, 7)
+
+
+@pytest.mark.parametrize("cut", [0, 20, 300])
+def test_a_damaged_picture_is_named(tmp_path, cut):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"a.png cannot be read as a picture"):
+        open_picture(path)
+
+
+def test_what_is_measured_is_what_a_file_holds():
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = as_measured(pixels, 16)
+    assert (found - pixels).abs().max() <= 1 / 255 + 1e-6 and torch.equal(as_measured(found, 16), found)
+    assert as_measured(pixels, 8).shape == (2, 3, 8, 8)

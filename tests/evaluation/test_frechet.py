@@ -1,0 +1,96 @@
+"""Frechet distances: the closed form, torchmetrics' number, and statistics that are added, kept and refused."""
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from dcdd_core.evaluation.frechet import FrechetStatistics, frechet_distance, load_statistics, save_statistics
+
+
+def gaussian(mean, std, seed, count=4000, features=4):
+    draw = torch.Generator().manual_seed(seed)
+    return mean + std * torch.randn(count, features, generator=draw, dtype=torch.float64)
+
+
+def distance(real, made):
+    return frechet_distance(FrechetStatistics.of(real), FrechetStatistics.of(made))
+
+
+def test_of_gaussians_it_is_the_closed_form():
+    found = distance([gaussian(0.0, 1.0, 0)], [gaussian(0.5, 2.0, 1)])
+    assert found == pytest.approx(4 * 0.5**2 + 4 * (2 - 1) ** 2, rel=0.05)
+
+
+class AsGiven(nn.Module):
+    num_features = 24
+
+    def forward(self, features):
+        return features
+
+
+@pytest.mark.parametrize("count", [12, 200])  # fewer pictures than features, and more
+def test_it_is_the_number_of_torchmetrics(count):
+    mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    a, b = gaussian(0.0, 1.0, 0, count, 24) @ mixing, gaussian(0.3, 1.5, 1, count + 5, 24)
+    metric = FrechetInceptionDistance(feature=AsGiven(), normalize=True).set_dtype(torch.float64)
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    assert distance([a], [b]) == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+def test_it_does_not_depend_on_the_batches():
+    a, b = gaussian(0.0, 1.0, 0), gaussian(0.5, 2.0, 1)
+    assert distance(a.split(7), b.split(1000)) == pytest.approx(distance([a], [b]), rel=1e-9)
+    assert abs(distance([a], [a])) < 1e-9
+
+
+def test_float32_features_far_from_zero_lose_nothing_in_the_sums():
+    a = (1000 + gaussian(0.0, 0.1, 0)).float()
+    assert distance([a], [a + 1]) == pytest.approx(float(4 * 1.0**2), rel=1e-6)
+
+
+def test_three_parts_added_are_the_whole():
+    features, made = gaussian(0.0, 1.0, 0), FrechetStatistics.of([gaussian(0.5, 2.0, 1)])
+    first, second, third = (FrechetStatistics.of([features[k::3]]) for k in range(3))
+    whole, added = FrechetStatistics.of([features]), first + second + third
+    assert added.count == whole.count == 4000
+    assert torch.allclose(added.mean, features.mean(0), rtol=1e-12, atol=1e-14)
+    assert torch.allclose(added.covariance, features.T.cov(), rtol=1e-12, atol=1e-14)
+    assert frechet_distance(added, made) == pytest.approx(frechet_distance(whole, made), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("real", "made", "words"),
+    [
+        ([gaussian(0, 1, 0)], [gaussian(0, 1, 0)[:1]], "at least two"),
+        ([], [], "at least two"),
+        ([gaussian(0, 1, 0)], [gaussian(0, 1, 0)[:, :3]], "one network"),
+        ([gaussian(0, 1, 0), gaussian(0, 1, 0)[:, :3]], [gaussian(0, 1, 0)], r"\[B, 4\]"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(real, made, words):
+    with pytest.raises(ValueError, match=words):
+        distance(real, made)
+
+
+def test_statistics_of_another_network_neither_add_nor_compare():
+    one, other = (FrechetStatistics.of([gaussian(0, 1, 0)], network=name) for name in ("a", "b"))
+    for combine in (frechet_distance, FrechetStatistics.__add__):
+        with pytest.raises(ValueError, match=r"network a .* by b"):
+            combine(one, other)
+
+
+def test_a_file_gives_back_every_bit_and_keeps_to_its_network_and_size(tmp_path):
+    sets = {name: FrechetStatistics.of([gaussian(0, 1, i)], network="a") for i, name in enumerate(("art", "food"))}
+    path = tmp_path / "new" / "s.safetensors"
+    save_statistics(path, sets, size=96)
+    found = load_statistics(path, network="a", size=96)
+    assert list(found) == ["art", "food"] and found["art"].count == 4000
+    assert all(torch.equal(found[k].products, sets[k].products) for k in sets)
+    assert frechet_distance(found["art"], found["food"]) == frechet_distance(sets["art"], sets["food"])
+    for network, size in (("b", 96), ("a", 384)):
+        with pytest.raises(ValueError, match="another --statistics"):
+            load_statistics(path, network=network, size=size)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_statistics(tmp_path / "none", network="a", size=96)

@@ -1,0 +1,71 @@
+"""Files of prompts: every layout, and what is wrong with one."""
+
+import json
+
+import pytest
+
+from dcdd_core.evaluation.prompts import Prompt, read_geneval, read_prompts
+
+
+def test_mjhq_json(tmp_path):
+    path = tmp_path / "meta_data.json"
+    entries = {"a1": {"category": "animals", "prompt": "a cat"}, "b2": {"category": "art", "prompt": "a vase"}}
+    path.write_text(json.dumps(entries))
+    assert read_prompts(path) == [
+        Prompt(name="a1", text="a cat", category="animals"),
+        Prompt(name="b2", text="a vase", category="art"),
+    ]
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a cat"}\n\n{"prompt": "a vase", "id": 7, "category": "art"}\n')
+    assert read_prompts(path) == [Prompt(name="00000", text="a cat"), Prompt(name="7", text="a vase", category="art")]
+
+
+def test_plain_lines(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a cat\n\n  ein Käse \n", "utf-8")
+    assert [(p.name, p.text) for p in read_prompts(path)] == [("00000", "a cat"), ("00001", "ein Käse")]
+
+
+def test_geneval_lines_are_kept_as_they_stand(tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    line = '{"tag": "counting", "include": [{"class": "bench", "count": 3}], "prompt": "a photo of three benches"}'
+    path.write_text(line + "\n" + line.replace("three", "four") + "\n")
+    first, second = read_geneval(path)
+    assert first == Prompt(name="00000", text="a photo of three benches", category="counting", metadata=line)
+    assert second.name == "00001" and json.loads(second.metadata)["prompt"] == "a photo of four benches"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.txt", "\n \n", "holds no prompts"),
+        ("p.json", "[1]", "holds a list"),
+        ("p.json", "{", "is not JSON"),
+        ("p.json", '{"a": "x"}', 'p.json, a: expected an object with "prompt"'),
+        ("p.json", '{"a": {"prompt": "  "}}', "blank"),
+        ("p.json", '{"../a": {"prompt": "x"}}', "cannot be the name"),
+        ("p.json", '{"a": {"prompt": "x", "category": ".."}}', "cannot be the category"),
+        ("p.jsonl", '{"prompt": "x", "id": 1}\n{"prompt": "y", "id": 1}', "more than once"),
+        ("p.jsonl", "a cat", "prompt 0 is not JSON"),
+    ],
+)
+def test_what_is_no_prompt_file_is_explained(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(("text", "words"), [("", "no prompts"), ('{"prompt": "x"}', "line 1 has no tag")])
+def test_what_is_not_geneval_s_file_is_explained(tmp_path, text, words):
+    (tmp_path / "g.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_geneval(tmp_path / "g.jsonl")
+
+
+def test_bytes_that_are_no_text_are_explained(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="UTF-8"):
+        read_prompts(tmp_path / "p.txt")

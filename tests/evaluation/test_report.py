@@ -1,0 +1,54 @@
+"""Results as JSON, Markdown and plots."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dcdd_core.evaluation.figures import grouped_bars, histograms
+from dcdd_core.evaluation.folder import Picture
+from dcdd_core.evaluation.frechet import FrechetStatistics
+from dcdd_core.evaluation.report import results_of, write_report
+
+HEADS = {"frechet": "rFID", "psnr": "PSNR"}
+
+
+def made(scopes, folder, **options):
+    names = [name for name in scopes if name != "overall"] or [""]
+    pictures = [Picture(path=folder, name=f"{i}", category=names[i % len(names)], key="") for i in range(4)]
+    real = {name: FrechetStatistics.of([torch.rand(2, 3)]) for name in names}
+    results = results_of(scopes, pictures=pictures, real=real, settings={"steps": 3}, networks={"frechet": "I"}, size=9)
+    return results, write_report(folder, results, title="T", heads=HEADS, command="dcdd x", **options)
+
+
+def test_a_report_without_categories(tmp_path):
+    scopes = {"overall": {"VQ": {"frechet": 2.8511, "psnr": float("inf")}, "DCDD": {"frechet": 0.7535, "psnr": 20.0}}}
+    results, text = made(scopes, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results["scopes"]["overall"]["VQ"] == {"frechet": 2.8511, "psnr": None}  # JSON has no infinity
+    assert "| | rFID ↓ | PSNR ↑ |\n|---|---|---|\n| VQ | 2.8511 | ∞ |\n| DCDD | 0.7535 | 20 |" in text
+    assert "- rFID: I" in text and "`dcdd x`" in text and "4 pictures against 2, measured at 9 x 9" in text
+    assert "by category" not in text and not (tmp_path / "scores.png").exists()
+
+
+def test_a_report_with_categories_and_single_scores(tmp_path):
+    values = {"VQ": {"frechet": 1.0, "psnr": 2.0}}
+    scopes = {"overall": values, "art": values, "food": {"VQ": {"frechet": 3.5, "psnr": 4.0}}}
+    results, text = made(scopes, tmp_path, singles={"psnr": {"VQ": torch.tensor([1.0, torch.inf])}})
+    assert results["pictures"] == {"overall": 4, "art": 2, "food": 2} == {**results["references"]}
+    assert "## rFID ↓ by category\n\n| | Overall | Art | Food |\n|---|---|---|---|\n| VQ | 1 | 1 | 3.5 |" in text
+    assert "| references | 4 | 2 | 2 |" in text
+    assert (tmp_path / "report.md").read_text("utf-8") == text and Image.open(tmp_path / "scores.png").width > 200
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        grouped_bars({"Overall": {"a": 1.0, "b": 2.0}, "Art": {"a": 3.0, "b": 1.0}}, title="rFID"),
+        histograms({"SSIM": {"a": torch.rand(9)}, "PSNR": {"a": torch.full((9,), torch.inf)}}),
+    ],
+)
+def test_plots_show_something(plot):
+    assert len(np.unique(np.asarray(plot).reshape(-1, 3), axis=0)) > 3
