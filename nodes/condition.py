@@ -66,7 +66,13 @@ class LCDMEncoder(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[ConditionSocket.Output("condition", tooltip="To the FLUX Decoder and the Uncertainty Mask.")],
+            outputs=[
+                ConditionSocket.Output(
+                    "condition",
+                    display_name="condition",
+                    tooltip="To a Distribution-Conditioned FLUX Decoder and the Uncertainty Mask.",
+                )
+            ],
         )
 
     @classmethod
@@ -107,8 +113,9 @@ class UncertaintyMask(io.ComfyNode):
             "Uncertainty Mask",
             category="condition",
             description=(
-                "A mask of where Janus was unsure, for inpainting nodes to repaint just that, and a heat map to look "
-                "at. 'hard' is white above the threshold; 'soft' keeps the doubt itself as grey."
+                "A mask of where Janus was unsure, as the decoder gets to read it, for inpainting nodes to repaint "
+                "just that, and a heat map to look at. 'hard' is white above the threshold; 'soft' keeps the doubt "
+                "itself as grey."
             ),
             search_aliases=["heat map", "confidence", "entropy", "auto mask", "inpaint mask"],
             inputs=[
@@ -148,8 +155,8 @@ class UncertaintyMask(io.ComfyNode):
                 io.Image.Input("image", optional=True, tooltip="The picture to mask: gives the mask its size."),
             ],
             outputs=[
-                io.Mask.Output("mask", tooltip="White where the model was unsure."),
-                io.Image.Output("heat_map", tooltip="The feature in colours, dark for sure."),
+                io.Mask.Output("mask", display_name="mask", tooltip="White where the model was unsure."),
+                io.Image.Output("heat_map", display_name="heat_map", tooltip="The feature in colours, dark for sure."),
             ],
         )
 

@@ -54,10 +54,13 @@ class VQVAEDecode(io.ComfyNode):
                     "codes",
                     options=[HARD, SOFT],
                     default=HARD,
-                    tooltip="For 'soft', a picture's proxy logits must be calibrated first, or all is a grey mean.",
+                    tooltip=(
+                        "What is decoded: 'soft' washes colours out where the model was unsure. A picture's proxy "
+                        "logits must be calibrated first for it, or all is a grey mean."
+                    ),
                 ),
             ],
-            outputs=[io.Image.Output("image", tooltip="The decoded picture.")],
+            outputs=[io.Image.Output("image", display_name="image", tooltip="The decoded picture.")],
         )
 
     @classmethod
@@ -130,7 +133,9 @@ class FluxDecoder(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output("painted", display_name="image", tooltip="The painted picture."),
-                io.Latent.Output("latent", tooltip="Its latents, for further sampling with FLUX in ComfyUI."),
+                io.Latent.Output(
+                    "latent", display_name="latent", tooltip="Its latents, for further sampling with FLUX in ComfyUI."
+                ),
             ],
         )
 

@@ -171,17 +171,20 @@ class Progress:
 
 
 def _sheet(pixels: torch.Tensor) -> Image.Image:
-    """Up to four pictures in one, two a row, so that a batch shows more than its first."""
+    """Up to four pictures in one, so that a batch shows more than its first."""
     shown = pixels[:4]
-    columns = 1 if len(shown) == 1 else 2
-    shown = torch.cat([shown, shown.new_full((-len(shown) % columns, *shown.shape[1:]), -1.0)])
-    sheet = rearrange(shown, "(r c) d h w -> (r h) (c w) d", c=columns)
+    sheet = rearrange(shown, "(r c) d h w -> (r h) (c w) d", r=2 if len(shown) == 4 else 1)
     return Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy())
 
 
 def notice(text: str) -> None:
-    """Tells the user something that is no failure: on the node that is running, and in the log."""
+    """Warns the user of something that is no failure: on the node that is running, and in the log."""
     log.warning(text)
+    tell(text)
+
+
+def tell(text: str) -> None:
+    """Shows a line on the node that is running."""
     context = get_executing_context()
     if context is not None and getattr(PromptServer, "instance", None) is not None:
         PromptServer.instance.send_progress_text(text, context.node_id)
@@ -345,6 +348,7 @@ def path_of(key: str, name: str) -> Path:
 
 
 CALIBRATIONS = "calibrations"
+#: What a combo shows where there is none.
 NO_CALIBRATION = "none yet: fit one and save it"
 
 
@@ -354,13 +358,21 @@ def bundles() -> list[str]:
 
 
 def calibrations() -> list[str]:
-    """Calibration files, by name."""
+    """Calibration files, by name below their folder."""
     names = (Path(name) for name in files(BUNDLES))
-    return [name.name for name in names if name.parts[0] == CALIBRATIONS]
+    return [name.relative_to(CALIBRATIONS).as_posix() for name in names if name.parts[0] == CALIBRATIONS]
 
 
 def calibration_path(name: str) -> Path:
-    """The file of a name from `calibrations`."""
+    """The file of a name from `calibrations`.
+
+    Raises:
+        ValueError: if it is not there, or none is.
+    """
+    if name == NO_CALIBRATION:
+        raise ValueError(
+            "no calibration was saved yet: fit one with a Logit Calibrator, save it, press R and choose it"
+        )
     return path_of(BUNDLES, f"{CALIBRATIONS}/{name}")
 
 

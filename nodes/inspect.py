@@ -53,8 +53,10 @@ class PicoScene(io.ComfyNode):
                 io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="How many scenes."),
             ],
             outputs=[
-                io.Image.Output("image", tooltip="The scene."),
-                io.String.Output("caption", tooltip="What is in it, one line a scene, as a prompt for pico."),
+                io.Image.Output("image", display_name="image", tooltip="The scene."),
+                io.String.Output(
+                    "caption", display_name="caption", tooltip="What is in it, one line a scene, as a prompt for pico."
+                ),
             ],
         )
 
@@ -91,12 +93,15 @@ class LogitStatistics(io.ComfyNode):
                 io.String.Input(
                     "names",
                     default="Janus, proxies, calibrated",
-                    tooltip="What the columns are called, with commas between; numbered where there are too few.",
+                    tooltip=(
+                        "What the columns are called, with commas between, in the order of the connected sockets; "
+                        "numbered where there are too few."
+                    ),
                 ),
             ],
             outputs=[
-                io.Image.Output("image", tooltip="Table and curve, to a Preview Image."),
-                io.String.Output("table", tooltip="The table as text."),
+                io.Image.Output("image", display_name="image", tooltip="Table and curve, to a Preview Image."),
+                io.String.Output("table", display_name="table", tooltip="The table as text."),
             ],
         )
 
@@ -143,7 +148,7 @@ class CompareDecoders(io.ComfyNode):
                 ),
                 io.Int.Input("side", default=320, min=64, max=1024, tooltip="Height of each picture on the sheet."),
             ],
-            outputs=[io.Image.Output("image", tooltip="The sheet.")],
+            outputs=[io.Image.Output("image", display_name="image", tooltip="The sheet.")],
         )
 
     @classmethod

@@ -8,7 +8,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..dcdd_core.models.download import KNOWN_MODELS, download
+from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download
 from ..dcdd_core.models.flux import DistributionConditionedDecoder, load_decoder
 from ..dcdd_core.models.janus import JanusSampler
 from ..dcdd_core.models.vae import KLAutoencoder, load_vae
@@ -19,8 +19,8 @@ from .host import Managed, Progress
 from .sockets import Decoder, DecoderSocket, JanusModel, JanusModelSocket, VQVAESocket, schema
 
 PICO = "pico (built in)"
-CONNECTED = "none: connect a VAE to the decoder"
-HELD = "none: the bundle holds every weight"
+CONNECTED = "with the bundle, or connected"
+HELD = "in the bundle"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STORAGE = ("auto", "float32", "bfloat16", "float16", "8-bit")
 
@@ -130,7 +130,7 @@ class LoadDecoder(io.ComfyNode):
                     default=CONNECTED,
                     tooltip=(
                         "The FLUX autoencoder (ae.safetensors in models/vae, or a diffusers folder). pico brings its "
-                        "own. With 'none', connect a VAE from ComfyUI's own loader to the decoder node."
+                        "own. Otherwise choose one, or connect a VAE from ComfyUI's own loader to the decoder node."
                     ),
                 ),
                 io.Combo.Input(
@@ -139,12 +139,16 @@ class LoadDecoder(io.ComfyNode):
                     default="auto",
                     tooltip=(
                         "How the transformer is kept in memory. '8-bit' halves what bfloat16 needs, at a small loss. "
-                        "'auto' is bfloat16 on a GPU that has it."
+                        "'auto' is bfloat16 on a GPU that has it, else float16, and float32 on a CPU and for pico."
                     ),
                 ),
                 _placement(),
             ],
-            outputs=[DecoderSocket.Output("decoder", display_name="decoder", tooltip="Goes into the FLUX Decoder.")],
+            outputs=[
+                DecoderSocket.Output(
+                    "decoder", display_name="decoder", tooltip="Goes into the Distribution-Conditioned FLUX Decoder."
+                )
+            ],
         )
 
     @classmethod
@@ -162,6 +166,10 @@ class LoadDecoder(io.ComfyNode):
             raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
         if bundle == PICO:
             path, base, autoencoder = _pico() / "decoder.safetensors", None, _pico() / "vae"
+            if base_model != HELD or vae != CONNECTED:
+                host.notice(
+                    "pico holds all its weights and brings its own autoencoder: base_model and vae are not used"
+                )
         else:
             path = host.path_of(host.BUNDLES, bundle)
             base = None if base_model == HELD else host.transformer_path(base_model)
@@ -202,31 +210,30 @@ class DownloadModel(io.ComfyNode):
                     tooltip="What to bring. Afterwards press R, and choose it in its loader.",
                 ),
             ],
-            outputs=[io.String.Output("path", tooltip="Where it was put.")],
+            outputs=[io.String.Output("path", display_name="path", tooltip="The file or folder that was put there.")],
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model: str) -> str:
+        target = _offer(model)[1]
+        return host.state_of(target) if target.exists() else ""
+
+    @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
-        if model not in _OFFERED:
-            raise ValueError(f"model must be one of {', '.join(_OFFERED)}, got {model!r}")
-        known = _OFFERED[model]
-        key, *below = known.folder.split("/")
+        known, target = _offer(model)
         progress = Progress(1000)
 
         def on_progress(there: int, whole: int) -> None:
             progress.step(round(1000 * there / max(1, whole)), 1000)
 
-        folder = download(
-            known.repository,
-            host.model_folder(key).joinpath(*below),
-            files=known.files,
-            on_progress=on_progress,
-        )
-        return io.NodeOutput(str(folder), ui={"text": [f"{model} is in {folder}. Its licence: {known.licence}"]})
+        download(known.repository, target, files=known.files, on_progress=on_progress)
+        host.tell(f"{model} is in {target}. Its licence: {known.licence}")
+        return io.NodeOutput(str(target))
 
 
 NODES = [LoadJanus, LoadVQVAE, LoadDecoder, DownloadModel]
 
+#: What the combo shows -> the model.
 _OFFERED = {f"{name} ({model.gigabytes:g} GB)": model for name, model in KNOWN_MODELS.items()}
 
 
@@ -244,7 +251,10 @@ def _dtype() -> io.Combo.Input:
         "dtype",
         options=list(DTYPES),
         default="auto",
-        tooltip="Type of the weights. 'auto' is bfloat16 on a GPU that has it, float32 on a CPU and for pico.",
+        tooltip=(
+            "Type of the weights. 'auto' is bfloat16 on a GPU that has it, else float16, and float32 on a CPU and for "
+            "pico."
+        ),
     )
 
 
@@ -298,3 +308,16 @@ def _torch_dtype(name: str, model: str) -> torch.dtype:
     if model == PICO or device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float16
+
+
+def _offer(model: str) -> tuple[KnownModel, Path]:
+    """The model of a combo's name, and the folder that it belongs into.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if model not in _OFFERED:
+        raise ValueError(f"model must be one of {', '.join(_OFFERED)}, got {model!r}")
+    known = _OFFERED[model]
+    key, *below = known.folder.split("/")
+    return known, host.model_folder(key).joinpath(*below)

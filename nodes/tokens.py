@@ -107,8 +107,13 @@ class JanusLogitSampler(io.ComfyNode):
                     "batch_size",
                     default=1,
                     min=1,
-                    max=64,
+                    max=256,
                     tooltip="How many pictures. When editing, the batch of the connected token_logits counts instead.",
+                ),
+                io.Boolean.Input(
+                    "one_picture_a_line",
+                    default=False,
+                    tooltip="Each line of the prompt becomes a picture of its own, and batch_size counts for each.",
                 ),
                 TokenLogitsSocket.Input(
                     "token_logits",
@@ -140,6 +145,7 @@ class JanusLogitSampler(io.ComfyNode):
         top_k: int,
         top_p: float,
         batch_size: int,
+        one_picture_a_line: bool,
         token_logits: TokenLogits | None = None,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
@@ -148,12 +154,14 @@ class JanusLogitSampler(io.ComfyNode):
         if (token_logits is None) != (mask is None):
             raise ValueError("an edit needs token_logits and a mask: connect both, or neither to paint from nothing")
         sampler = janus.sampler.idle
+        lines = [line for line in prompt.splitlines() if line.strip()] if one_picture_a_line else [prompt]
         resample = None
         if token_logits is not None:
             expect(token_logits, TokenLogits, "token_logits", CONNECT_LOGITS)
-            batch_size = len(token_logits.tokens)
+            batch_size = _each(len(token_logits.tokens), lines)
             resample = _under_mask(mask, token_logits)
-        _name_unknown_words(sampler, prompt)
+        prompts = [line for line in lines or [""] for _ in range(batch_size)]
+        _name_unknown_words(sampler, "\n".join(lines))
 
         count = sampler.grid[0] * sampler.grid[1]
 
@@ -167,7 +175,7 @@ class JanusLogitSampler(io.ComfyNode):
                 progress.step(step, total, _so_far(vq, tokens, previous, sampler.grid) if row else None)
 
             sampled = working.sample(
-                [prompt] * (last - first),
+                prompts[first:last],
                 seeds=[seed + k for k in range(first, last)],
                 guidance=guidance,
                 temperature=temperature,
@@ -180,7 +188,7 @@ class JanusLogitSampler(io.ComfyNode):
             return host.kept(sampled)
 
         with host.noticed():
-            return io.NodeOutput(_joined(host.in_parts(run, batch_size)))
+            return io.NodeOutput(_joined(host.in_parts(run, len(prompts))))
 
 
 class VQVAEEncode(io.ComfyNode):
@@ -213,7 +221,9 @@ class VQVAEEncode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                TokenLogitsSocket.Output("token_logits", tooltip="Tokens with proxy logits, uncalibrated."),
+                TokenLogitsSocket.Output(
+                    "token_logits", display_name="token_logits", tooltip="Tokens with proxy logits, uncalibrated."
+                ),
                 io.Image.Output("resized", display_name="image", tooltip="The picture as it was encoded."),
             ],
         )
@@ -260,8 +270,8 @@ class LogitCalibrator(io.ComfyNode):
                     "reference",
                     optional=True,
                     tooltip=(
-                        "Fits a calibration: token_logits of many sampled pictures (best 100), which the proxies in "
-                        "token_logits are to look like."
+                        "Fits a calibration: token_logits of many sampled pictures (the paper: 100), which the "
+                        "proxies in token_logits are to look like."
                     ),
                 ),
                 io.Boolean.Input(
@@ -330,7 +340,7 @@ class SaveCalibration(io.ComfyNode):
                 CalibrationSocket.Input("calibration", tooltip="From a Logit Calibrator."),
                 io.String.Input("name", default="calibration", tooltip="Of the file; a number is added if it exists."),
             ],
-            outputs=[io.String.Output("path", tooltip="Where it was written.")],
+            outputs=[io.String.Output("path", display_name="path", tooltip="Where it was written.")],
         )
 
     @classmethod
@@ -338,7 +348,8 @@ class SaveCalibration(io.ComfyNode):
         expect(calibration, Calibration, "calibration", "connect the calibration of a Logit Calibrator")
         path = host.new_calibration(name)
         calibration.save(path)
-        return io.NodeOutput(str(path), ui={"text": [f"saved {path.name}: {_in_words(calibration)}"]})
+        host.tell(f"saved {path.name}: {_in_words(calibration)}")
+        return io.NodeOutput(str(path))
 
 
 class LoadCalibration(io.ComfyNode):
@@ -359,7 +370,9 @@ class LoadCalibration(io.ComfyNode):
                     tooltip="A file that Save Calibration or `dcdd calibrate` wrote. Press R after adding one.",
                 )
             ],
-            outputs=[CalibrationSocket.Output("calibration", tooltip="To a Logit Calibrator.")],
+            outputs=[
+                CalibrationSocket.Output("calibration", display_name="calibration", tooltip="To a Logit Calibrator.")
+            ],
         )
 
     @classmethod
@@ -383,6 +396,20 @@ def _under_mask(mask: torch.Tensor, grid: TokenLogits) -> torch.Tensor:
     if not bool(area.any()):
         host.notice("the mask is empty: every token is kept as it is")
     return area.expand(batch, -1).cpu()
+
+
+def _each(count: int, lines: list[str]) -> int:
+    """How many of `count` pictures each line is for.
+
+    Raises:
+        ValueError: if they do not come out even.
+    """
+    if not lines or count % len(lines):
+        raise ValueError(
+            f"{len(lines)} lines of prompts do not go evenly with the {count} pictures of token_logits: write one "
+            "line, or as many as there are pictures"
+        )
+    return count // len(lines)
 
 
 def _name_unknown_words(sampler: JanusSampler, prompt: str) -> None:

@@ -1,0 +1,598 @@
+"""Draws the pictures of the help pages, web/docs/images/<NodeId>.jpg, from what the nodes really do.
+
+    COMFYUI_DIR=~/ComfyUI ~/comfy-env/bin/python tools/make_docs_pictures.py
+
+Runs on the Python that ComfyUI runs on. Starts ComfyUI on the CPU, in a temporary folder, with this pack in it; runs
+two small graphs on the built-in pico models that use every node but the download; and turns previews and results into
+one picture a node. To be run again whenever the embedded weights change.
+
+`--results DIR` keeps the raw results in DIR, and draws from there if they are there already. `--pack DIR` runs another
+copy of the pack, such as one with other weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import matplotlib
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "a large striped red heart in the centre on a wavy sky ground"
+SEED, SCENE = 8, 0
+CALIBRATION = "my calibration"
+TOKENS_A_SIDE = 12  # pico's
+#: No picture is larger: the pages load quickly, and the pack stays small.
+MOST_BYTES = 60_000
+
+# --- what is run ------------------------------------------------------------------------------------------------------
+
+Graph = dict[str, dict[str, Any]]
+
+PICO, HARD, SOFT = "pico (built in)", "hard: the tokens", "soft: the expected codes"
+FEATURES = ("doubt: 1 - confidence", "narrow choice: 1 - margin", "spread: 1 - mass of the top k", "tail entropy")
+#: What stands in the widgets, unless a graph says otherwise.
+WIDGETS: dict[str, dict[str, Any]] = {
+    "DCDD_LoadJanus": {"model": PICO, "dtype": "auto", "placement": "auto"},
+    "DCDD_LoadVQVAE": {"model": PICO, "placement": "auto"},
+    "DCDD_LoadDecoder": {
+        "bundle": PICO,
+        "base_model": "in the bundle",
+        "vae": "with the bundle, or connected",
+        "storage": "auto",
+        "placement": "auto",
+    },
+    "DCDD_JanusLogitSampler": {
+        "prompt": PROMPT,
+        "seed": SEED,
+        "guidance": 3.0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "batch_size": 1,
+        "one_picture_a_line": False,
+    },
+    "DCDD_VQVAEEncode": {"longest_side": 0},
+    "DCDD_LogitCalibrator": {"anchored": False},
+    "DCDD_LCDMEncoder": {"reads": "as measured best for the decoder"},
+    "DCDD_UncertaintyMask": {
+        "feature": FEATURES[0],
+        "edge": "hard",
+        "threshold": 0.5,
+        "grow": 0,
+        "blur": 0.0,
+        "token_size": 8,
+    },
+    "DCDD_VQVAEDecode": {"codes": HARD},
+    "DCDD_FluxDecoder": {"seed": SEED, "steps": 0, "schedule": "FLUX: by resolution"},
+    "DCDD_PicoScene": {"seed": SCENE, "size": 96, "batch_size": 1},
+    "DCDD_CompareDecoders": {"label_d": "", "side": 120},
+}
+
+
+class Building:
+    """A graph in ComfyUI's API format, built node by node; a link is "NODE" or "NODE.OUTPUT NUMBER"."""
+
+    def __init__(self) -> None:
+        self.graph: Graph = {}
+
+    def add(self, name: str, kind: str, /, *, saved: bool = False, output: int = 0, **inputs: Any) -> None:
+        """
+        Args:
+            saved: whether to keep the picture of that output, as NAME.
+        """
+        links = {key: self._link(value) for key, value in inputs.items()}
+        self.graph[name] = {"class_type": kind, "inputs": WIDGETS.get(kind, {}) | links}
+        if saved:
+            self.graph[f"{name} saved"] = {
+                "class_type": "SaveImage",
+                "inputs": {"images": [name, output], "filename_prefix": name},
+            }
+
+    def _link(self, value: Any) -> Any:
+        if not isinstance(value, str) or value.partition(".")[0] not in self.graph:
+            return value
+        name, _, number = value.partition(".")
+        return [name, int(number or 0)]
+
+
+def first_graph() -> Graph:
+    """All nodes but Load Calibration, whose file the graph writes, and the download."""
+    b = Building()
+    b.add("janus", "DCDD_LoadJanus")
+    b.add("vq", "DCDD_LoadVQVAE")
+    b.add("decoder", "DCDD_LoadDecoder")
+    # Text to picture.
+    b.add("sampled", "DCDD_JanusLogitSampler", janus="janus")
+    b.add("by_vq", "DCDD_VQVAEDecode", token_logits="sampled", vq_vae="janus.1", saved=True)
+    b.add("by_vq_soft", "DCDD_VQVAEDecode", token_logits="sampled", vq_vae="janus.1", codes=SOFT, saved=True)
+    b.add("condition", "DCDD_LCDMEncoder", token_logits="sampled", vq_vae="janus.1", decoder="decoder")
+    b.add("painted", "DCDD_FluxDecoder", decoder="decoder", condition="condition", saved=True)
+    # Without the decoder: what Janus itself was unsure of.
+    b.add("unsure", "DCDD_LCDMEncoder", token_logits="sampled", vq_vae="janus.1")
+    for k, feature in enumerate(FEATURES):
+        name = f"heat_{k}"
+        b.add(name, "DCDD_UncertaintyMask", condition="unsure", image="by_vq", feature=feature, saved=True, output=1)
+    b.add("soft", "DCDD_UncertaintyMask", condition="unsure", image="by_vq", edge="soft", grow=1, blur=0.7)
+    b.add("hard_mask", "MaskToImage", mask="heat_0", saved=True)
+    b.add("soft_mask", "MaskToImage", mask="soft", saved=True)
+    repaint = {"image": "by_vq", "mask": "heat_0"}
+    b.add("repainted", "DCDD_FluxDecoder", decoder="decoder", condition="condition", saved=True, **repaint)
+    # Picture to picture.
+    b.add("scenes", "DCDD_PicoScene", batch_size=2, saved=True)
+    b.add("captions", "PreviewAny", source="scenes.1")
+    b.add("scene", "ImageFromBatch", image="scenes", batch_index=0, length=1, saved=True)
+    b.add("encoded", "DCDD_VQVAEEncode", vq_vae="vq", image="scene")
+    b.add("again", "DCDD_VQVAEDecode", token_logits="encoded", vq_vae="vq", saved=True)
+    b.add("raw_soft", "DCDD_VQVAEDecode", token_logits="encoded", vq_vae="vq", codes=SOFT, saved=True)
+    b.add("seen", "DCDD_LCDMEncoder", token_logits="encoded", vq_vae="vq", decoder="decoder")
+    b.add("rebuilt", "DCDD_FluxDecoder", decoder="decoder", condition="seen")
+    labels = {"label_a": "the picture", "label_b": "VQ-VAE decode", "label_c": "DCDD decode"}
+    pictures = {"image_a": "scene", "image_b": "again", "image_c": "rebuilt"}
+    b.add(
+        "compared",
+        "DCDD_CompareDecoders",
+        captions="encoded, and decoded in two ways",
+        saved=True,
+        **labels,
+        **pictures,
+    )
+    # A calibration, fitted as an artist would, but to fewer pictures.
+    b.add("reference", "DCDD_JanusLogitSampler", janus="janus", seed=100, batch_size=16)
+    b.add("many", "DCDD_PicoScene", seed=1000, batch_size=16)
+    b.add("proxies", "DCDD_VQVAEEncode", vq_vae="vq", image="many")
+    b.add("fitted", "DCDD_LogitCalibrator", token_logits="proxies", vq_vae="vq", reference="reference")
+    columns = {"token_logits": "reference", "token_logits_b": "proxies", "token_logits_c": "fitted"}
+    b.add("statistics", "DCDD_LogitStatistics", names="Janus, before, after", saved=True, **columns)
+    b.add("table", "PreviewAny", source="statistics.1")
+    b.add("kept", "DCDD_SaveCalibration", calibration="fitted.1", name=CALIBRATION)
+    return b.graph
+
+
+def second_graph() -> Graph:
+    """Load Calibration, and what the calibration does to one picture."""
+    b = Building()
+    b.add("vq", "DCDD_LoadVQVAE")
+    b.add("scene", "DCDD_PicoScene")
+    b.add("encoded", "DCDD_VQVAEEncode", vq_vae="vq", image="scene")
+    b.add("loaded", "DCDD_LoadCalibration", file=f"{CALIBRATION}.safetensors")
+    b.add("calibrated", "DCDD_LogitCalibrator", token_logits="encoded", vq_vae="vq", calibration="loaded")
+    b.add("calibrated_soft", "DCDD_VQVAEDecode", token_logits="calibrated", vq_vae="vq", codes=SOFT, saved=True)
+    return b.graph
+
+
+# --- running it -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def comfyui(folder: Path, pack: Path) -> Iterator[str]:
+    """A ComfyUI server on the CPU in a temporary folder; gives its address, and ends it."""
+    with tempfile.TemporaryDirectory(prefix="dcdd_pictures_") as temporary:
+        base = Path(temporary)
+        for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
+            (base / name).mkdir()
+        (base / "custom_nodes" / "ComfyUI-DCDD").symlink_to(pack, target_is_directory=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, str(folder / "main.py"), "--cpu", "--base-directory", str(base)]
+        command += ["--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"]
+        command += ["--database-url", "sqlite:///:memory:"]  # by default it lies in ComfyUI's own folder
+        log = base / "comfyui.log"
+        with log.open("wb") as file:
+            server = subprocess.Popen(command, cwd=base, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        except BaseException:
+            print(log.read_text("utf-8", errors="replace")[-6000:], file=sys.stderr)
+            raise
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+async def collect(address: str, results: Path) -> None:
+    """Runs the graphs, and puts into `results` pictures NAME.K.png, previews NODE.preview_K.jpg, and words.json."""
+    async with aiohttp.ClientSession(address) as session:
+        await _wait_for(session)
+        words: dict[str, str] = {}
+        for graph in (first_graph(), second_graph()):
+            for name, output in (await _run(session, graph, results)).items():
+                if "text" in output:
+                    words[name] = output["text"][0]
+                for k, image in enumerate(output.get("images", [])):
+                    async with session.get("/view", params=image) as answer:
+                        (results / f"{name.removesuffix(' saved')}.{k}.png").write_bytes(await answer.read())
+        (results / "words.json").write_text(json.dumps(words, indent=1), "utf-8")
+
+
+async def _wait_for(session: aiohttp.ClientSession) -> None:
+    for _ in range(600):
+        try:
+            async with session.get("/system_stats") as answer:
+                if answer.ok:
+                    return
+        except aiohttp.ClientConnectionError:
+            pass
+        await asyncio.sleep(1)
+    raise TimeoutError("ComfyUI did not answer within ten minutes")
+
+
+async def _run(session: aiohttp.ClientSession, graph: Graph, results: Path) -> dict[str, Any]:
+    """Queues a graph, keeps its previews, and gives the outputs by node."""
+    client, counts = uuid.uuid4().hex, dict.fromkeys(graph, 0)
+    async with session.ws_connect("/ws", params={"clientId": client}, max_msg_size=0) as events:
+        # Asks for previews that say whose they are.
+        await events.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+        async with session.post("/prompt", json={"prompt": graph, "client_id": client}) as answer:
+            queued = await answer.json()
+            if "prompt_id" not in queued:
+                raise RuntimeError(f"ComfyUI refused the graph: {json.dumps(queued)}")
+        async for message in events:
+            if message.type == aiohttp.WSMsgType.BINARY:
+                kind, size = struct.unpack(">II", message.data[:8])
+                if kind == 4:  # a preview, behind a JSON that names its node
+                    name = json.loads(message.data[8 : 8 + size])["node_id"]
+                    (results / f"{name}.preview_{counts[name]:03d}.jpg").write_bytes(message.data[8 + size :])
+                    counts[name] += 1
+                continue
+            event = json.loads(message.data)
+            if event["type"] == "execution_error":
+                raise RuntimeError(f"{event['data']['node_id']}: {event['data']['exception_message']}")
+            if event["type"] == "executing" and event["data"]["node"] is None:
+                break  # Only now the history has it.
+    async with session.get(f"/history/{queued['prompt_id']}") as answer:
+        return (await answer.json())[queued["prompt_id"]]["outputs"]
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+#: The page's panel is 275 pixels wide when it is first opened: what is written here is then half as large.
+WIDTH, GAP, TEXT, SMALL = 520, 14, 21, 19
+PAPER, INK, FAINT = (250, 249, 246), (24, 24, 28), (104, 104, 112)
+NODE, NODE_TITLE, NODE_INK, LINE = (53, 53, 58), (36, 36, 40), (226, 226, 230), (190, 190, 196)
+ACCENT = (214, 92, 40)
+CURVES = ((31, 119, 180), (255, 127, 14), (44, 160, 44))  # matplotlib's first three
+
+
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def blank(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    sheet = Image.new("RGB", (WIDTH, height), PAPER)
+    return sheet, ImageDraw.Draw(sheet)
+
+
+def wrapped(text: str, size: int, width: int) -> list[str]:
+    """Lines no wider than that many pixels."""
+    lines, measure = [""], font(size)
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if measure.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def tiles(*rows: Sequence[tuple[str, Image.Image]], size: int = TEXT) -> Image.Image:
+    """Pictures in rows, all of one row equally wide, each with its label below."""
+    strips = []
+    for row in rows:
+        side, line = (WIDTH - GAP * (len(row) + 1)) // len(row), round(size * 1.25)
+        labels = [wrapped(label, size, side) if label else [] for label, _ in row]
+        strip, pen = blank(side + 6 + line * max(map(len, labels)))
+        for k, (_, picture) in enumerate(row):
+            left = GAP + k * (side + GAP)
+            strip.paste(enlarged(picture, side), (left, 0))
+            for n, text in enumerate(labels[k]):
+                pen.text((left, side + 4 + n * line), text, fill=INK, font=font(size))
+        strips.append(strip)
+    return stacked(*strips)
+
+
+def stacked(*strips: Image.Image) -> Image.Image:
+    """Pictures below each other, scaled to one width, with room between them."""
+    fitted = [s if s.width == WIDTH else s.resize((WIDTH, round(s.height * WIDTH / s.width))) for s in strips]
+    sheet, _ = blank(sum(s.height for s in fitted) + GAP * (len(fitted) + 1))
+    top = GAP
+    for strip in fitted:
+        sheet.paste(strip, (0, top))
+        top += strip.height + GAP
+    return sheet
+
+
+def enlarged(picture: Image.Image, side: int) -> Image.Image:
+    """Its pixels as blocks: what is small shall look small, not soft."""
+    whole = picture.convert("RGB")
+    times = max(1, -(-side // whole.width))
+    blocks = whole.resize((whole.width * times, whole.height * times), Image.Resampling.NEAREST)
+    return blocks.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def gridded(picture: Image.Image) -> Image.Image:
+    """The picture under its grid of tokens."""
+    large = enlarged(picture, 48 * TOKENS_A_SIDE)
+    pen = ImageDraw.Draw(large)
+    for k in range(48, large.width, 48):
+        pen.line([(k, 0), (k, large.height)], fill=PAPER, width=3)
+        pen.line([(0, k), (large.width, k)], fill=PAPER, width=3)
+    return large
+
+
+def outlined(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """The picture, darker where the mask is black, with a line along the mask's edge."""
+    large, area = enlarged(picture, 480), mask.convert("L").resize((480, 480), Image.Resampling.NEAREST)
+    area = area.point(lambda value: 255 if value > 127 else 0)
+    dimmed = Image.blend(large, Image.new("RGB", large.size, INK), 0.55)
+    edge = ImageChops.difference(area.filter(ImageFilter.MaxFilter(5)), area.filter(ImageFilter.MinFilter(5)))
+    return Image.composite(Image.new("RGB", large.size, ACCENT), Image.composite(large, dimmed, area), edge)
+
+
+def scale() -> Image.Image:
+    """The colours of the heat maps, 0 at the bottom and 1 at the top."""
+    sheet = Image.new("RGB", (256, 256), PAPER)
+    for k in range(256):
+        colour = tuple(round(255 * c) for c in matplotlib.colormaps["inferno"](k / 255)[:3])
+        sheet.paste(colour, (0, 255 - k, 64, 256 - k))
+    pen = ImageDraw.Draw(sheet)
+    for text, y, anchor in (("1  unsure", 2, "la"), ("0  sure", 254, "ld")):
+        pen.text((80, y), text, fill=INK, font=font(24), anchor=anchor)
+    return sheet
+
+
+def curve_of(sheet: Image.Image) -> Image.Image:
+    """The right part of a Logit Statistics picture, behind the widest empty column of its middle."""
+    ink = ImageOps.invert(sheet.convert("L")).point(lambda value: 255 if value > 8 else 0)
+    gaps, start = [(0, 0)], None
+    for x in range(round(0.2 * ink.width), round(0.8 * ink.width)):
+        if ink.crop((x, 0, x + 1, ink.height)).getbbox() is not None:
+            start = None
+        else:
+            start = x if start is None else start
+            gaps.append((x - start, (x + start) // 2))
+    right = sheet.crop((max(gaps)[1], 0, *sheet.size))
+    return ImageOps.expand(right.crop(ImageOps.invert(right.convert("L")).getbbox()), 16, "white")
+
+
+def legend(*names: str) -> Image.Image:
+    """The curves' names, larger than the node writes them."""
+    strip, pen = blank(28)
+    left = GAP
+    for name, colour in zip(names, CURVES):
+        pen.ellipse([left, 5, left + 18, 23], fill=colour)
+        pen.text((left + 26, 14), name, fill=INK, font=font(TEXT), anchor="lm")
+        left += round(font(TEXT).getlength(name)) + 56
+    return strip
+
+
+def table_of(text: str) -> Image.Image:
+    """A table as Logit Statistics writes it, larger."""
+    head, *rows = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
+    sheet, pen = blank(34 * (len(rows) + 1))
+    for r, cells in enumerate([["", *head], *rows]):
+        pen.line([(GAP, 34 * r + 33), (WIDTH - GAP, 34 * r + 33)], fill=LINE)
+        for c, cell in enumerate(cells):
+            x = WIDTH - GAP - 108 * (len(cells) - 1 - c) if c else GAP
+            pen.text((x, 34 * r + 17), cell, fill=INK, font=font(SMALL), anchor="rm" if c else "lm")
+    return sheet
+
+
+class Diagram:
+    """What goes where, from top to bottom: files and steps, the node, the nodes that its outputs go to."""
+
+    NODE_WIDTH = 266
+
+    def __init__(self) -> None:
+        self._strips: list[Image.Image] = []
+
+    def files(self, root: str, *entries: tuple[str, str]) -> Diagram:
+        """A folder, and what lies in it: (path, what it is)."""
+        sheet, pen = blank(42 + 60 * len(entries))
+        pen.rounded_rectangle([GAP, 4, GAP + 18, 16], 4, fill=(224, 178, 84))
+        pen.rounded_rectangle([GAP, 9, GAP + 38, 34], 5, fill=(238, 196, 104))
+        pen.text((GAP + 48, 8), root, fill=INK, font=font(TEXT))
+        for k, (path, what) in enumerate(entries):
+            top = 46 + 60 * k
+            pen.line([(GAP + 16, top - 8), (GAP + 16, top + 14), (GAP + 34, top + 14)], fill=LINE, width=3)
+            pen.text((GAP + 42, top), path, fill=INK, font=font(TEXT))
+            pen.text((GAP + 42, top + 26), what, fill=FAINT, font=font(SMALL))
+        self._strips.append(sheet)
+        return self
+
+    def steps(self, *lines: str) -> Diagram:
+        """Numbered things to do."""
+        rows = [wrapped(line, TEXT, WIDTH - 2 * GAP - 46) for line in lines]
+        sheet, pen = blank(sum(max(34, 27 * len(row)) + 12 for row in rows))
+        top = 0
+        for k, row in enumerate(rows, start=1):
+            pen.ellipse([GAP, top, GAP + 32, top + 32], fill=ACCENT)
+            pen.text((GAP + 16, top + 16), str(k), fill=PAPER, font=font(TEXT), anchor="mm")
+            for n, text in enumerate(row):
+                pen.text((GAP + 46, top + 3 + 27 * n), text, fill=INK, font=font(TEXT))
+            top += max(34, 27 * len(row)) + 12
+        self._strips.append(sheet)
+        return self
+
+    def arrow(self, label: str = "") -> Diagram:
+        sheet, pen = blank(40)
+        middle = self.NODE_WIDTH // 2
+        pen.line([(middle, 0), (middle, 26)], fill=ACCENT, width=5)
+        pen.polygon([(middle - 12, 20), (middle + 12, 20), (middle, 39)], fill=ACCENT)
+        pen.text((middle + 24, 18), label, fill=FAINT, font=font(SMALL), anchor="lm")
+        self._strips.append(sheet)
+        return self
+
+    def node(self, title: str, *rows: str, outputs: Sequence[tuple[str, tuple[str, ...]]] = ()) -> Diagram:
+        """A node with its widgets, and its outputs, each with the nodes that it goes to."""
+        lines = len(rows) + sum(max(1, len(nodes)) for _, nodes in outputs)
+        sheet, pen = blank(52 + 36 * lines)
+        right = self.NODE_WIDTH if outputs else WIDTH - GAP
+        pen.rounded_rectangle([GAP, 0, right, sheet.height - 1], 12, fill=NODE)
+        pen.rounded_rectangle([GAP, 0, right, 40], 12, fill=NODE_TITLE)
+        pen.text((GAP + 14, 20), title, fill=NODE_INK, font=font(TEXT), anchor="lm")
+        top = 62
+        for text in rows:
+            pen.text((GAP + 14, top), text, fill=NODE_INK, font=font(SMALL), anchor="lm")
+            top += 36
+        for name, nodes in outputs:
+            pen.text((right - 20, top), name, fill=NODE_INK, font=font(SMALL), anchor="rm")
+            pen.ellipse([right - 9, top - 9, right + 9, top + 9], fill=ACCENT)
+            for k, to in enumerate(nodes):
+                pen.line([(right, top), (right + 20, top + 36 * k), (right + 34, top + 36 * k)], ACCENT, 4)
+                pen.text((right + 42, top + 36 * k), to, fill=INK, font=font(TEXT), anchor="lm")
+            top += 36 * max(1, len(nodes))
+        self._strips.append(sheet)
+        return self
+
+    def drawn(self) -> Image.Image:
+        return stacked(*self._strips)
+
+
+# --- the pictures -----------------------------------------------------------------------------------------------------
+
+_JANUS_FILES = ("config.json, tokenizer.json", "what the model is, and its words")
+_MODEL = "model:  Janus-Pro-1B"
+
+
+def diagrams(saved: str) -> Iterator[tuple[str, Image.Image]]:
+    """(node id, picture) for the nodes about files; `saved` is what Save Calibration said."""
+    d = Diagram().steps(
+        "Choose a model: the list says how large it is.",
+        "FLUX.1-Fill-dev only: accept its licence on its page, and log in (hf auth login, or HF_TOKEN).",
+        "Press Run. Interrupted, it goes on where it stopped.",
+    )
+    d.node("Download Model", "Janus-Pro-1B (4.2 GB)", outputs=[("path", ("its folder",))]).arrow("then press R")
+    yield "DCDD_DownloadModel", d.node("Load Janus", _MODEL, outputs=[("janus", ()), ("vq_vae", ())]).drawn()
+
+    vq = ("vq_vae", ("LCDM Encoder", "VQ-VAE Decode", "VQ-VAE Encode"))
+    d = Diagram().files("models/janus/Janus-Pro-1B", _JANUS_FILES, ("the weights", "language model and VQ-VAE"))
+    d.arrow().node("Load Janus", _MODEL, outputs=[("janus", ("Janus Logit Sampler",)), vq])
+    yield "DCDD_LoadJanus", d.drawn()
+
+    d = Diagram().files("models/janus/Janus-Pro-1B", _JANUS_FILES, ("the weights", "of these only the VQ-VAE's part"))
+    yield "DCDD_LoadVQVAE", d.arrow().node("Load VQ-VAE", _MODEL, outputs=[vq]).drawn()
+
+    d = Diagram().files(
+        "ComfyUI/models",
+        ("dcdd/my decoder.safetensors", "bundle: what the training changed"),
+        ("diffusion_models/flux1-fill-dev.safetensors", "base_model: the FLUX.1-Fill it was trained on"),
+        ("vae/ae.safetensors", "vae: the FLUX autoencoder"),
+    )
+    to = ("FLUX Decoder", "LCDM Encoder", "Logit Calibrator")
+    yield "DCDD_LoadDecoder", d.arrow().node("Load DCDD Decoder", outputs=[("decoder", to)]).drawn()
+
+    file, _, numbers = saved.removeprefix("saved ").partition(": ")
+    d = Diagram().node("Logit Calibrator", outputs=[("calibration", ())]).arrow()
+    d.node("Save Calibration", f"name:  {CALIBRATION}", numbers).arrow()
+    another = (f"{CALIBRATION}_2.safetensors", "the next one gets a number")
+    d.files("models/dcdd/calibrations", (file, "an earlier file is never overwritten:"), another)
+    yield "DCDD_SaveCalibration", d.drawn()
+
+    d = Diagram().files("models/dcdd/calibrations", (file, "a few numbers")).arrow("press R after adding one")
+    d.node("Load Calibration", f"file:  {CALIBRATION}", outputs=[("calibration", ("Logit Calibrator",))])
+    yield "DCDD_LoadCalibration", d.drawn()
+
+
+def drawings(results: Path) -> Iterator[tuple[str, Image.Image]]:
+    """(node id, picture) for every node."""
+
+    def result(name: str, k: int = 0) -> Image.Image:
+        return Image.open(results / f"{name}.{k}.png").convert("RGB")
+
+    words = json.loads((results / "words.json").read_text("utf-8"))
+    yield from diagrams(words["kept"])
+
+    grown = [Image.open(path).convert("RGB") for path in sorted(results.glob("sampled.preview_*.jpg"))]
+    stages = [(f"{share} %", grown[len(grown) * share // 100 - 1]) for share in (25, 50, 75, 100)]
+    yield "DCDD_JanusLogitSampler", tiles(stages[:2], stages[2:])
+
+    picture = ("the picture", result("scene"))
+    tokens = (f"{TOKENS_A_SIDE} x {TOKENS_A_SIDE} tokens", gridded(result("scene")))
+    yield "DCDD_VQVAEEncode", tiles([picture, tokens, ("decoded again", result("again"))], size=SMALL)
+
+    curve = curve_of(result("statistics"))
+    yield "DCDD_LogitStatistics", stacked(table_of(words["table"]), legend("Janus", "before", "after"), curve)
+    soft = [picture, ("soft decode before", result("raw_soft")), ("and after", result("calibrated_soft"))]
+    names = legend("Janus", "before calibration", "after")
+    yield "DCDD_LogitCalibrator", stacked(names, curve, tiles(soft, size=SMALL))
+
+    by_vq = result("by_vq")
+    yield (
+        "DCDD_LCDMEncoder",
+        tiles(
+            [("the tokens' picture", by_vq), ("", scale())],
+            [("doubt", result("heat_0")), ("narrow choice", result("heat_1"))],
+            [("spread", result("heat_2")), ("tail entropy", result("heat_3"))],
+        ),
+    )
+    yield (
+        "DCDD_UncertaintyMask",
+        tiles(
+            [("the picture", by_vq), ("heat_map", result("heat_0"))],
+            [("hard", result("hard_mask")), ("soft, grow 1, blur 0.7", result("soft_mask"))],
+        ),
+    )
+    yield "DCDD_VQVAEDecode", tiles([(HARD, by_vq), (SOFT, result("by_vq_soft"))], size=SMALL)
+    yield (
+        "DCDD_FluxDecoder",
+        tiles(
+            [("VQ-VAE Decode", by_vq), ("this node", result("painted"))],
+            [("image and mask", outlined(by_vq, result("hard_mask"))), ("only that painted", result("repainted"))],
+        ),
+    )
+    captions = words["captions"].splitlines()
+    yield "DCDD_PicoScene", tiles([(captions[k], result("scenes", k)) for k in (0, 1)], size=SMALL)
+    yield "DCDD_CompareDecoders", stacked(result("compared"))
+
+
+def write(picture: Image.Image, path: Path) -> None:
+    """As a JPEG, of the best quality that keeps it small enough."""
+    for quality in range(90, 40, -5):
+        data = io.BytesIO()
+        picture.save(data, "JPEG", quality=quality, optimize=True, subsampling=0)
+        if data.tell() <= MOST_BYTES:
+            break
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.getvalue())
+    print(f"{path.name}: {picture.width} x {picture.height}, {data.tell() / 1000:.0f} kB at quality {quality}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_DIR"), help="default: COMFYUI_DIR")
+    parser.add_argument("--pack", type=Path, default=ROOT, help="the pack to run, with its weights; default: this one")
+    parser.add_argument("--results", type=Path, help="folder to keep the raw results in, or to take them from")
+    parser.add_argument("--out", type=Path, default=ROOT / "web" / "docs" / "images")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="dcdd_results_") as temporary:
+        results = given.results or Path(temporary)
+        if not (results / "words.json").is_file():
+            if given.comfyui is None:
+                parser.error("say where ComfyUI is: --comfyui, or COMFYUI_DIR")
+            results.mkdir(parents=True, exist_ok=True)
+            with comfyui(Path(given.comfyui).expanduser().resolve(), given.pack.resolve()) as address:
+                asyncio.run(collect(address, results))
+        for name, picture in drawings(results):
+            write(picture, given.out / f"{name}.jpg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1101 @@
+"""Writes the shipped workflows, their thumbnails, and the subgraph blueprint.
+
+    export COMFYUI_DIR=~/ComfyUI COMFYUI_PYTHON=~/comfy-env/bin/python
+    python tools/make_workflows.py                             # after a change of a node or of a graph
+    python tools/make_workflows.py --thumbnails [--only TEXT]  # after a change of the embedded weights
+
+The graphs are the functions at the end of this file. Which sockets and widgets a node has, in which order and with
+which defaults, comes from a running ComfyUI (0.8.0 or newer; it is started here, on a CPU and an empty base directory,
+with this pack linked in): after a change of a node's schema, running this again is all there is to do. Links of the
+wrong type, unknown inputs, and values that a list or a range does not hold are refused.
+
+`--thumbnails` also runs every graph that it writes, and keeps the picture that the graph names as its thumbnail.
+`--object-info FILE` takes the nodes from a saved /object_info and needs no ComfyUI. `--pack DIR` links another copy of
+the pack in, such as one with other weights. Needs Pillow, and nothing else beyond Python.
+
+Sizes and places are in the canvas' pixels, x to the right and y down; a node's place is below its title bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+#: By which ComfyUI's manager finds the packs that a graph's nodes come from: name, and a version that holds them.
+PACK = re.findall(r'^(?:name|version) = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[
+    :2
+]
+CORE = ["comfy-core", "0.3.64"]
+_NAMESPACE = uuid.UUID("5f2a3b0e-6c1d-4b52-9d0e-2603133890aa")
+
+# --- nodes and links --------------------------------------------------------------------------------------------------
+
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+#: As the page adds them behind a widget of its own.
+_EXTRA_WIDGETS = {"control_after_generate": "fixed", "image_upload": "image"}
+FIRST = {"color": "#232", "bgcolor": "#353"}
+NOTE = {"color": "#432", "bgcolor": "#653"}
+
+
+class Own(str):
+    """The name of a file that the user brings: not expected in ComfyUI's lists."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One input of a node's definition."""
+
+    name: str
+    type: str
+    options: dict[str, Any]
+    required: bool
+
+    @property
+    def is_widget(self) -> bool:
+        return self.type in WIDGET_TYPES and not self.options.get("forceInput")
+
+    @property
+    def choices(self) -> list[Any] | None:
+        return self.options.get("options") if self.type == "COMBO" else None
+
+    @property
+    def default(self) -> Any:
+        if "default" in self.options:
+            return self.options["default"]
+        return self.choices[0] if self.choices else {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(self.type, "")
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output to link from."""
+
+    node: Node
+    slot: int
+    type: str
+
+
+@dataclass(eq=False)
+class Node:
+    """A node on the canvas; `node["image"]` is its output of that name."""
+
+    id: int
+    kind: str
+    fields: list[Field]
+    outputs: list[tuple[str, str]]
+    given: dict[str, Any]
+    title: str | None = None
+    look: dict[str, str] = field(default_factory=dict)
+    width: int = 0
+    height: int = 0
+    room: int = 0
+    place: tuple[int, int] = (0, 0)
+
+    def __getitem__(self, name: str) -> Output:
+        for slot, (output, kind) in enumerate(self.outputs):
+            if output == name:
+                return Output(self, slot, kind)
+        raise KeyError(f"{self.kind} has no output {name}, only {', '.join(name for name, _ in self.outputs)}")
+
+    @property
+    def sockets(self) -> list[Field]:
+        return [f for f in self.fields if not f.is_widget]
+
+    @property
+    def widgets(self) -> list[Field]:
+        return [f for f in self.fields if f.is_widget]
+
+    @property
+    def slots(self) -> list[Field]:
+        """As the page numbers them: sockets, then the sockets of widgets."""
+        return [*self.sockets, *self.widgets]
+
+    def value(self, widget: Field) -> Any:
+        given = self.given.get(widget.name, widget.default)
+        return widget.default if isinstance(given, Output) else given
+
+    def widget_values(self) -> list[Any]:
+        values = []
+        for widget in self.widgets:
+            values.append(self.value(widget))
+            values += [extra for option, extra in _EXTRA_WIDGETS.items() if widget.options.get(option)]
+        return values
+
+
+def read_fields(definition: dict[str, Any]) -> list[Field]:
+    """The inputs of an /object_info entry."""
+    found = []
+    for part in ("required", "optional"):
+        for name, (kind, *options) in definition["input"].get(part, {}).items():
+            options = dict(options[0]) if options else {}
+            if isinstance(kind, list):  # the older way to write a combo
+                kind, options = "COMBO", {**options, "options": kind}
+            found.append(Field(name, kind, options, part == "required"))
+    return found
+
+
+def least_height(node: Node) -> int:
+    """What the page gives a node whose widgets are as small as they get."""
+    height = 6 + 20 * max(len(node.sockets), len(node.outputs))
+    extras = len(node.widget_values()) - len(node.widgets)
+    tall = sum(bool(widget.options.get("multiline")) for widget in node.widgets)
+    return height + (8 + 24 * (len(node.widgets) + extras) + 30 * tall if node.widgets else 0)
+
+
+@dataclass(eq=False)
+class Group:
+    """A coloured frame around stacks of nodes that stand side by side."""
+
+    title: str
+    colour: str
+    stacks: list[list[Node]]
+    place: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (0, 0)
+
+
+def group(title: str, colour: str, *stacks: list[Node]) -> Group:
+    return Group(title, colour, list(stacks))
+
+
+class Graph:
+    """One workflow."""
+
+    def __init__(self, definitions: dict[str, Any], name: str, *, inside: bool = False):
+        """
+        Args:
+            inside: whether it is to become a subgraph, whose sockets may be left open for now.
+        """
+        self.definitions, self.name, self.inside = definitions, name, inside
+        self.nodes: list[Node] = []
+        self.groups: list[Group] = []
+        #: What shows the final picture, and how much of that, from the left, a thumbnail leaves out.
+        self.thumbnail: Node | None = None
+        self.thumbnail_cut = 0.0
+
+    def node(
+        self,
+        kind: str,
+        *,
+        title: str | None = None,
+        wide: int = 0,
+        tall: int = 0,
+        room: int = 0,
+        first: bool = False,
+        **given: Output | Any,
+    ) -> Node:
+        """
+        Args:
+            wide, tall: at least; what the widgets need is known.
+            room: to leave below it, for it to grow.
+            first: whether this is what to change first: it is drawn in green.
+            given: links from outputs, and values of widgets; other widgets keep their defaults.
+        """
+        if kind not in self.definitions:
+            raise KeyError(f"this ComfyUI has no node {kind}")
+        definition = self.definitions[kind]
+        outputs = list(zip(definition["output_name"], definition["output"]))
+        node = Node(len(self.nodes) + 1, kind, read_fields(definition), outputs, given, title, FIRST if first else {})
+        _check(node, whole=not self.inside)
+        node.width, node.height, node.room = max(wide, 210), max(tall, least_height(node)), room
+        self.nodes.append(node)
+        return node
+
+    def note(self, text: str, wide: int = 360) -> Node:
+        """A MarkdownNote, as tall as its text."""
+        text = _unwrapped(text)
+        node = Node(len(self.nodes) + 1, "MarkdownNote", [], [], {"text": text}, "About this workflow", NOTE)
+        node.width, node.height = wide, _text_height(text, wide)
+        self.nodes.append(node)
+        return node
+
+    def columns(self, *columns: list[Group | Node]) -> None:
+        """Lays the graph out: columns from left to right, in each of them groups and single nodes from the top."""
+        x = 0
+        for column in columns:
+            frames = [part if isinstance(part, Group) else Group("", "", [[part]]) for part in column]
+            wide, y = max(_extent(frame)[0] for frame in frames), 0
+            for frame in frames:
+                frame.place, frame.size = (x, y), (wide, _extent(frame)[1])
+                _settle(frame)
+                y += frame.size[1] + GUTTER
+            self.groups += [frame for frame in frames if frame.title]
+            x += wide + GUTTER
+        placed = {node.id for column in columns for part in column for node in _nodes_in(part)}
+        lost = [node.kind for node in self.nodes if node.id not in placed]
+        if lost:
+            raise ValueError(f"{self.name}: {', '.join(lost)} stand in no column")
+
+    # -- as files
+
+    def links(self) -> list[tuple[int, Output, Node, int]]:
+        """(id, from, to, slot)."""
+        ends = (
+            (node.given[slot.name], node, number)
+            for node in self.nodes
+            for number, slot in enumerate(node.slots)
+            if isinstance(node.given.get(slot.name), Output)
+        )
+        return [(k + 1, *end) for k, end in enumerate(ends)]
+
+    def workflow(self) -> dict[str, Any]:
+        """In the page's own format."""
+        links = self.links()
+        return {
+            "id": _uuid(self.name),
+            "revision": 0,
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(links),
+            "nodes": [_node_json(node, links) for node in self.nodes],
+            "links": [[k, out.node.id, out.slot, node.id, slot, out.type] for k, out, node, slot in links],
+            "groups": [_group_json(k + 1, group) for k, group in enumerate(self.groups)],
+            "config": {},
+            "extra": {},
+            "version": 0.4,
+        }
+
+    def prompt(self, target: Node) -> dict[str, Any]:
+        """What it takes to run as far as one node, in the server's format."""
+        wanted, todo = set(), [target]
+        while todo:
+            node = todo.pop()
+            wanted.add(node.id)
+            todo += [value.node for value in node.given.values() if isinstance(value, Output)]
+        prompt = {}
+        for node in self.nodes:
+            if node.id in wanted:
+                inputs: dict[str, Any] = {widget.name: node.value(widget) for widget in node.widgets}
+                for name, value in node.given.items():
+                    inputs[name] = [str(value.node.id), value.slot] if isinstance(value, Output) else value
+                prompt[str(node.id)] = {"class_type": node.kind, "inputs": inputs}
+        return prompt
+
+
+def _check(node: Node, whole: bool) -> None:
+    """Refuses what would not run."""
+    known = {f.name: f for f in node.fields}
+    for name, value in node.given.items():
+        if name not in known:
+            raise KeyError(f"{node.kind} has no input {name}, only {', '.join(known)}")
+        f = known[name]
+        if isinstance(value, Output):
+            if f.type not in ("*", value.type) and value.type not in f.type.split(","):
+                raise TypeError(f"{node.kind}.{name} takes {f.type}, got {value.type} of {value.node.kind}")
+        elif not f.is_widget:
+            raise TypeError(f"{node.kind}.{name} is a socket, got {value!r}")
+        elif f.choices is not None and value not in f.choices and not isinstance(value, Own):
+            raise ValueError(f"{node.kind}.{name} got {value!r}, not one of {f.choices}")
+        elif f.type in ("INT", "FLOAT") and not f.options.get("min", value) <= value <= f.options.get("max", value):
+            raise ValueError(f"{node.kind}.{name} got {value}, out of its range")
+    missing = [f.name for f in node.sockets if f.required and f.name not in node.given]
+    if whole and missing:
+        raise ValueError(f"{node.kind} lacks {', '.join(missing)}")
+
+
+def _uuid(name: str) -> str:
+    return str(uuid.uuid5(_NAMESPACE, name))
+
+
+def _node_json(node: Node, links: list[tuple[int, Output, Node, int]]) -> dict[str, Any]:
+    into = {(end.id, slot): k for k, _, end, slot in links}
+    inputs = []
+    for number, f in enumerate(node.slots):
+        entry: dict[str, Any] = {"name": f.name, "type": f.type, "link": into.get((node.id, number))}
+        entry |= {} if f.required or f.is_widget else {"shape": 7}  # a ring: optional
+        inputs.append(entry | ({"widget": {"name": f.name}} if f.is_widget else {}))
+    outputs = [
+        {"name": name, "type": kind, "links": [k for k, out, _, _ in links if (out.node, out.slot) == (node, slot)]}
+        for slot, (name, kind) in enumerate(node.outputs)
+    ]
+    written: dict[str, Any] = {
+        "id": node.id,
+        "type": node.kind,
+        "pos": list(node.place),
+        "size": [node.width, node.height],
+        "flags": {},
+        "order": node.id - 1,  # a node is made after those that it links from
+        "mode": 0,
+        "inputs": inputs,
+        "outputs": outputs,
+    }
+    if node.title:
+        written["title"] = node.title
+    if node.kind == "MarkdownNote":
+        written |= {"properties": {}, "widgets_values": [node.given["text"]]}
+    else:
+        pack, version = PACK if node.kind.startswith("DCDD_") else CORE
+        written["properties"] = {"cnr_id": pack, "ver": version, "Node name for S&R": node.kind}
+        written["widgets_values"] = node.widget_values()
+    return written | node.look
+
+
+# --- layout -----------------------------------------------------------------------------------------------------------
+
+GUTTER, PAD, BETWEEN, TITLE, HEAD = 40, 20, 28, 30, 44
+#: What the page adds to a node at least: for a preview, which is better kept free on it, and for a notice below it.
+PREVIEW, NOTICE = 230, 60
+
+
+def _nodes_in(part: Group | Node) -> list[Node]:
+    return [part] if isinstance(part, Node) else [node for stack in part.stacks for node in stack]
+
+
+def _inset(frame: Group) -> tuple[int, int]:
+    """What the frame needs at its sides, and above its first title bar."""
+    return (PAD, HEAD) if frame.title else (0, HEAD)
+
+
+def _extent(frame: Group) -> tuple[int, int]:
+    side, head = _inset(frame)
+    widths = [max(node.width for node in stack) for stack in frame.stacks]
+    heights = [sum(TITLE + node.height + node.room + BETWEEN for node in stack) - BETWEEN for stack in frame.stacks]
+    return sum(widths) + GUTTER * (len(widths) - 1) + 2 * side, max(heights) + head + PAD
+
+
+def _settle(frame: Group) -> None:
+    """Places a frame's nodes; those of a stack are made equally wide, and the last stack takes what is over."""
+    side, head = _inset(frame)
+    x = frame.place[0] + side
+    for k, stack in enumerate(frame.stacks):
+        last = k == len(frame.stacks) - 1
+        width = frame.place[0] + frame.size[0] - side - x if last else max(node.width for node in stack)
+        y = frame.place[1] + head
+        for node in stack:
+            node.place, node.width = (x, y + TITLE), width
+            y += TITLE + node.height + node.room + BETWEEN
+        x += width + GUTTER
+
+
+def _group_json(number: int, group: Group) -> dict[str, Any]:
+    return {
+        "id": number,
+        "title": group.title,
+        "bounding": [*group.place, *group.size],
+        "color": group.colour,
+        "font_size": 24,
+        "flags": {},
+    }
+
+
+def _unwrapped(text: str) -> str:
+    """Markdown with each paragraph and list item on one line."""
+    lines: list[str] = []
+    for line in (line.strip() for line in text.strip().splitlines()):
+        starts = not line or line.startswith(("#", "-")) or not lines or not lines[-1] or lines[-1].startswith("#")
+        if starts:
+            lines.append(line)
+        else:
+            lines[-1] += f" {line}"
+    return "\n".join(lines)
+
+
+def _text_height(text: str, width: int) -> int:
+    """Of unwrapped Markdown in a note, whose letters are 10 pixels tall and about 5 wide."""
+    height = 60
+    for line in text.splitlines():
+        size = 20 if line.startswith("# ") else 15 if line.startswith("## ") else 10
+        indent = 40 if line.startswith("- ") else 0
+        rows = math.ceil(len(line) * size * 0.5 / (width - 40 - indent))
+        height += round(1.2 * size * rows) + (14 if size == 20 else 26 if size == 15 else 0 if line else 10)
+    return height
+
+
+# --- the subgraph blueprint -------------------------------------------------------------------------------------------
+
+_INSIDE_IN, _INSIDE_OUT = -10, -20
+
+
+def blueprint(
+    graph: Graph, description: str, sockets: dict[str, list[tuple[Node, str]]], results: dict[str, Output], shown: list
+) -> dict[str, Any]:
+    """A graph as a node of its own.
+
+    Args:
+        sockets: its inputs, each with the inputs inside that it leads to.
+        results: its outputs.
+        shown: (node, widget) of the widgets to show on it.
+    """
+    inner = graph.workflow()
+    links = [
+        {"id": k, "origin_id": a, "origin_slot": i, "target_id": b, "target_slot": j, "type": kind}
+        for k, a, i, b, j, kind in inner["links"]
+    ]
+    by_id = {node["id"]: node for node in inner["nodes"]}
+    left, right = -240, max(node.place[0] + node.width for node in graph.nodes) + 140
+
+    def connect(origin: tuple[int, int], target: tuple[int, int], kind: str) -> int:
+        ends = zip(("origin_id", "origin_slot", "target_id", "target_slot"), (*origin, *target))
+        links.append({"id": len(links) + 1, **dict(ends), "type": kind})
+        return len(links)
+
+    inputs, outputs = [], []
+    for k, (name, ends) in enumerate(sockets.items()):
+        kind, ids = "", []
+        for node, socket_name in ends:
+            slot, f = next((s, f) for s, f in enumerate(node.slots) if f.name == socket_name)
+            kind = f.type
+            ids.append(connect((_INSIDE_IN, k), (node.id, slot), kind))
+            by_id[node.id]["inputs"][slot]["link"] = ids[-1]
+        place = [left + 100, 100 + 20 * k]
+        inputs.append({"id": _uuid(f"in {name}"), "name": name, "type": kind, "linkIds": ids, "pos": place})
+    for k, (name, out) in enumerate(results.items()):
+        ids = [connect((out.node.id, out.slot), (_INSIDE_OUT, k), out.type)]
+        by_id[out.node.id]["outputs"][out.slot]["links"] += ids
+        place = [right + 20, 100 + 20 * k]
+        outputs.append({"id": _uuid(f"out {name}"), "name": name, "type": out.type, "linkIds": ids, "pos": place})
+
+    definition = {
+        "id": _uuid(f"definition of {graph.name}"),
+        "version": 1,
+        "state": {"lastGroupId": 0, "lastNodeId": len(graph.nodes), "lastLinkId": len(links), "lastRerouteId": 0},
+        "revision": 0,
+        "config": {},
+        "name": graph.name,
+        "inputNode": {"id": _INSIDE_IN, "bounding": [left, 80, 120, 40 + 20 * len(inputs)]},
+        "outputNode": {"id": _INSIDE_OUT, "bounding": [right, 80, 120, 40 + 20 * len(outputs)]},
+        "inputs": inputs,
+        "outputs": outputs,
+        "widgets": [],
+        "nodes": inner["nodes"],
+        "groups": inner["groups"],
+        "links": links,
+        "extra": {},
+    }
+    outside = {
+        "id": 1,
+        "type": definition["id"],
+        "pos": [0, 0],
+        "size": [400, 620],  # with room for the preview
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [{"name": entry["name"], "type": entry["type"], "link": None} for entry in inputs],
+        "outputs": [{"name": entry["name"], "type": entry["type"], "links": []} for entry in outputs],
+        "title": graph.name,
+        "properties": {
+            "proxyWidgets": [[str(node.id), widget] for node, widget in shown],
+            "cnr_id": PACK[0],
+            "ver": PACK[1],
+        },
+        "widgets_values": [],
+    }
+    return {
+        "id": _uuid(graph.name),
+        "revision": 0,
+        "last_node_id": 1,
+        "last_link_id": 0,
+        "nodes": [outside],
+        "links": [],
+        "version": 0.4,
+        "definitions": {"subgraphs": [definition]},
+        "extra": {"BlueprintDescription": description},
+    }
+
+
+# --- ComfyUI ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def running(comfyui: Path, python: str, pack: Path) -> Iterator[str]:
+    """A ComfyUI on a base directory of its own: its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="workflows_") as base:
+        (Path(base) / "custom_nodes").mkdir()
+        (Path(base) / "custom_nodes" / "ComfyUI-DCDD").symlink_to(pack.resolve(), target_is_directory=True)
+        flags = ["--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", base]
+        flags += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch"]
+        log = Path(base) / "log.txt"
+        with log.open("wb") as to:
+            server = subprocess.Popen([python, str(comfyui / "main.py"), *flags], cwd=base, stdout=to, stderr=to)
+        try:
+            url, patience = f"http://127.0.0.1:{port}", time.monotonic() + 900
+            while True:
+                try:
+                    ask(url, "/system_stats")
+                    break
+                except OSError:
+                    if server.poll() is not None or time.monotonic() > patience:
+                        raise SystemExit(f"ComfyUI did not start:\n{log.read_text()[-3000:]}") from None
+                    time.sleep(1)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def ask(url: str, path: str, body: Any = None) -> Any:
+    """GET, or POST of JSON; JSON is read, anything else given as bytes."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        raw = answer.read()
+        return json.loads(raw) if "json" in answer.headers.get("Content-Type", "") else raw
+
+
+def picture_of(url: str, graph: Graph) -> Image.Image:
+    """Runs a graph as far as its thumbnail.
+
+    Raises:
+        RuntimeError: with what ComfyUI said, if it fails.
+    """
+    assert graph.thumbnail is not None
+    try:
+        run = ask(url, "/prompt", {"prompt": graph.prompt(graph.thumbnail)})["prompt_id"]
+    except urllib.error.HTTPError as error:
+        raise RuntimeError(f"{graph.name}: {error.read().decode()[:2000]}") from error
+    while run not in (history := ask(url, f"/history/{run}")):
+        time.sleep(0.5)
+    found = history[run]
+    if found["status"]["status_str"] != "success":
+        raise RuntimeError(f"{graph.name}: {found['status']['messages'][-1]}")
+    first = found["outputs"][str(graph.thumbnail.id)]["images"][0]
+    query = urllib.parse.urlencode({key: first[key] for key in ("filename", "subfolder", "type")})
+    return Image.open(io.BytesIO(ask(url, f"/view?{query}"))).convert("RGB")
+
+
+def thumbnail(picture: Image.Image, cut: float, side: int = 400) -> Image.Image:
+    """A square: small pictures enlarged, long ones on paper of the sheets' own colour."""
+    picture = picture.crop((round(cut * picture.width), 0, *picture.size))
+    scale = side / max(picture.size)
+    size = [round(length * scale) for length in picture.size]
+    square = Image.new("RGB", (side, side), (250, 249, 246))
+    square.paste(picture.resize(size, Image.Resampling.LANCZOS), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square
+
+
+# --- the workflows ----------------------------------------------------------------------------------------------------
+
+MODELS, PICTURE, TOKENS, CONDITION, DECODE, LOOK = "#3f789e", "#b58b2a", "#a1309b", "#8A8", "#b06634", "#8AA"
+PROMPT = "a large striped red heart in the centre on a wavy sky ground"
+#: Of the built-in models: how strictly a prompt is followed best, pixels a token, and a side in pixels.
+GUIDANCE, TOKEN, SIDE = 3.0, 8, 96
+
+
+def load_janus(graph: Graph) -> Node:
+    return graph.node("DCDD_LoadJanus", wide=310)
+
+
+def load_decoder(graph: Graph) -> Node:
+    return graph.node("DCDD_LoadDecoder", wide=310)
+
+
+def sampler(graph: Graph, janus: Node, **given: Any) -> Node:
+    """With room for the picture that grows on it."""
+    given = {"prompt": PROMPT, "seed": 1, "guidance": GUIDANCE, "first": True, **given}
+    return graph.node("DCDD_JanusLogitSampler", janus=janus["janus"], wide=400, tall=580, **given)
+
+
+def lcdm(graph: Graph, logits: Output, vq_vae: Output, decoder: Node | None = None) -> Node:
+    linked = {} if decoder is None else {"decoder": decoder["decoder"]}
+    return graph.node("DCDD_LCDMEncoder", wide=310, room=NOTICE, token_logits=logits, vq_vae=vq_vae, **linked)
+
+
+def doubt_mask(graph: Graph, condition: Node, **given: Any) -> Node:
+    given = {"token_size": TOKEN, **given}
+    return graph.node("DCDD_UncertaintyMask", wide=310, condition=condition["condition"], **given)
+
+
+def encode(graph: Graph, vq_vae: Output, image: Output, **given: Any) -> Node:
+    return graph.node("DCDD_VQVAEEncode", wide=310, tall=78 + PREVIEW, vq_vae=vq_vae, image=image, **given)
+
+
+def vq_decode(graph: Graph, logits: Output, vq_vae: Output, **given: Any) -> Node:
+    given = {"wide": 340, "tall": 78 + PREVIEW, **given}
+    return graph.node("DCDD_VQVAEDecode", token_logits=logits, vq_vae=vq_vae, **given)
+
+
+def paint(graph: Graph, decoder: Node, condition: Node, **given: Any) -> Node:
+    return graph.node(
+        "DCDD_FluxDecoder",
+        wide=340,
+        tall=210 + PREVIEW,
+        decoder=decoder["decoder"],
+        condition=condition["condition"],
+        **given,
+    )
+
+
+def compare(graph: Graph, captions: str | Output = "", **pictures: Output | str) -> Node:
+    """Pictures by the letters of their columns, and labels by label_ and letter."""
+    given = {f"image_{key}" if len(key) == 1 else key: value for key, value in pictures.items()}
+    return graph.node("DCDD_CompareDecoders", wide=420, captions=captions, **given)
+
+
+def save(graph: Graph, image: Output, name: str, title: str, wide: int = 340, tall: int = 330) -> Node:
+    return graph.node("SaveImage", title=title, wide=wide, tall=tall, images=image, filename_prefix=f"DCDD/{name}")
+
+
+def look(graph: Graph, image: Output, title: str, wide: int = 310, tall: int = 300) -> Node:
+    return graph.node("PreviewImage", title=title, wide=wide, tall=tall, images=image)
+
+
+def both_decoders(graph: Graph) -> None:
+    note = graph.note("""
+        # Text to image, both decoders
+        Janus paints a prompt token by token. Its own **VQ-VAE** decoder knows only the one token that was picked at
+        every place. The **FLUX decoder** also sees how sure Janus was, and of which other tokens it thought. Here are
+        both, from the same tokens.
+
+        Press **Run**: it works as it is, with *pico*, the tiny models that come with the pack.
+        ## Change first
+        - the **prompt** (green). pico knows the words of one small world: shapes, colours, patterns, places, grounds
+        - the sampler's **seed**, for another picture
+        - the decoder's **seed**, for another painting of the same tokens
+        ## With real models
+        - *Load Janus*: Janus-Pro, in models/janus (the node *Download Model* brings it there)
+        - *Janus Logit Sampler*: guidance 5
+        - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
+        - *Uncertainty Mask*: token_size 16
+    """)
+    janus, decoder = load_janus(graph), load_decoder(graph)
+    sampled = sampler(graph, janus, batch_size=2)
+    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
+    mask = doubt_mask(graph, condition)
+    by_vq = vq_decode(graph, sampled["token_logits"], janus["vq_vae"])
+    painted = paint(graph, decoder, condition)
+    sheet = compare(
+        graph,
+        "sampler seed 1\nsampler seed 2",
+        a=by_vq["image"],
+        b=painted["image"],
+        c=mask["heat_map"],
+        label_c="where Janus was unsure (bright)",
+    )
+    pictures = save(graph, painted["image"], "picture", "Save the pictures", tall=290)
+    graph.thumbnail = save(graph, sheet["image"], "both decoders", "Save the comparison", wide=800, tall=700)
+    graph.columns(
+        [note, group("Models", MODELS, [janus, decoder])],
+        [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition, mask])],
+        [group("Decode", DECODE, [by_vq, painted, pictures])],
+        [group("Look", LOOK, [sheet, graph.thumbnail])],
+    )
+
+
+def reconstruct(graph: Graph) -> None:
+    note = graph.note("""
+        # Reconstruct a picture
+        A picture becomes tokens and back, by both decoders, with the truth beside them: what a decoder loses, you see
+        here without any prompt.
+
+        **Pico Scene** draws three pictures that no model has seen in training, so that this runs without a file.
+        ## Change first
+        - **your own picture**: add a *Load Image*, drag its IMAGE onto *image* of **VQ-VAE Encode**, delete *Pico
+        Scene*, and set *longest_side* to the size that the decoder was trained at (pico: 96, Janus: 384)
+        - the scene's **seed** (green), for other pictures
+        ## With real models
+        - *Load VQ-VAE*: the folder of Janus-Pro; its language model stays on the disk
+        - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
+    """)
+    scene = graph.node("DCDD_PicoScene", wide=310, seed=4, size=SIDE, batch_size=3, first=True)
+    vq_vae, decoder = graph.node("DCDD_LoadVQVAE", wide=310), load_decoder(graph)
+    tokens = encode(graph, vq_vae["vq_vae"], scene["image"])
+    condition = lcdm(graph, tokens["token_logits"], vq_vae["vq_vae"], decoder)
+    by_vq = vq_decode(graph, tokens["token_logits"], vq_vae["vq_vae"])
+    painted = paint(graph, decoder, condition)
+    sheet = compare(
+        graph,
+        scene["caption"],
+        a=tokens["image"],
+        b=by_vq["image"],
+        c=painted["image"],
+        label_a="the truth",
+        label_b="VQ-VAE decode",
+        label_c="DCDD decode",
+        side=256,
+    )
+    graph.thumbnail = save(graph, sheet["image"], "reconstructed", "Save the comparison", wide=720, tall=840)
+    graph.columns(
+        [note],
+        [group("Picture", PICTURE, [scene]), group("Models", MODELS, [vq_vae, decoder])],
+        [group("Tokens", TOKENS, [tokens]), group("Condition", CONDITION, [condition])],
+        [group("Decode", DECODE, [by_vq, painted])],
+        [group("Look", LOOK, [sheet, graph.thumbnail])],
+    )
+
+
+def upscale(graph: Graph) -> None:
+    note = graph.note("""
+        # Decode, then upscale
+        The FLUX decoder's picture goes on into ComfyUI's own nodes like any other: here it is enlarged six times and
+        sharpened, beside the VQ-VAE's picture treated the same.
+
+        Enlarging shows what a decoder made of edges and stripes: blur stays blur.
+        ## Change first
+        - the **prompt** and **scale_by** (green)
+        - with an upscale model in models/upscale_models: put *Upscale Image (using Model)* in the place of both nodes
+        - the decoder's *latent* output is a FLUX latent: *Upscale Latent* and a *KSampler* work on it too
+        ## With real models
+        - *Load Janus*: Janus-Pro; *Janus Logit Sampler*: guidance 5
+        - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
+        - *scale_by* 2 makes 768 pixels of Janus' 384
+    """)
+    janus, decoder = load_janus(graph), load_decoder(graph)
+    sampled = sampler(graph, janus, prompt="a large checked blue star in the centre on a lined cream ground", seed=3)
+    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
+    painted = paint(graph, decoder, condition)
+    by_vq = vq_decode(graph, sampled["token_logits"], janus["vq_vae"])
+    enlarging = {"upscale_method": "lanczos", "scale_by": 6.0, "wide": 310}
+    sharpening = {"sharpen_radius": 3, "sigma": 1.5, "alpha": 0.5, "wide": 310}
+    large = graph.node("ImageScaleBy", first=True, image=painted["image"], **enlarging)
+    sharp = graph.node("ImageSharpen", image=large["IMAGE"], **sharpening)
+    large_vq = graph.node("ImageScaleBy", title="Upscale Image By (VQ-VAE)", image=by_vq["image"], **enlarging)
+    sharp_vq = graph.node("ImageSharpen", title="Image Sharpen (VQ-VAE)", image=large_vq["IMAGE"], **sharpening)
+    graph.thumbnail = save(graph, sharp["IMAGE"], "upscaled", "Save the FLUX decoder's", wide=600, tall=660)
+    beside = look(graph, sharp_vq["IMAGE"], "The VQ-VAE's, to compare", tall=460)
+    graph.columns(
+        [note, group("Models", MODELS, [janus, decoder])],
+        [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition])],
+        [group("Decode", DECODE, [painted, by_vq])],
+        [group("Upscale", PICTURE, [large, sharp, large_vq, sharp_vq])],
+        [group("Look", LOOK, [graph.thumbnail, beside])],
+    )
+
+
+def repaint(graph: Graph) -> None:
+    note = graph.note("""
+        # Repaint where Janus was unsure
+        The **Uncertainty Mask** is white where Janus was torn between many tokens. There the FLUX decoder paints once
+        more, from other noise, and everything else stays as it is to the last bit.
+        ## Change first
+        - **threshold** (green): lower repaints more
+        - the **second decoder's seed**: another attempt at the unsure parts
+        - *grow* and *blur*: how far, and how softly the new parts blend in
+        - any other mask works as well: draw one on the picture with *Open in MaskEditor*
+        ## With real models
+        - *Load Janus*: Janus-Pro; *Janus Logit Sampler*: guidance 5
+        - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
+        - *threshold* about 0.85: Janus-Pro is less sure than pico
+    """)
+    janus, decoder = load_janus(graph), load_decoder(graph)
+    sampled = sampler(
+        graph,
+        janus,
+        prompt="a large dotted green ring in the centre on a woven rose ground",
+        seed=5,
+        batch_size=2,
+        first=False,
+    )
+    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
+    before = paint(graph, decoder, condition, title="First painting", seed=0)
+    mask = doubt_mask(graph, condition, image=before["image"], edge="hard", threshold=0.6, blur=0.3, first=True)
+    shown = graph.node("MaskToImage", mask=mask["mask"])
+    after = paint(
+        graph,
+        decoder,
+        condition,
+        title="Second painting, under the mask",
+        seed=1,
+        image=before["image"],
+        mask=mask["mask"],
+    )
+    sheet = compare(
+        graph,
+        a=before["image"],
+        b=shown["IMAGE"],
+        c=after["image"],
+        label_a="before",
+        label_b="unsure: painted again where white",
+        label_c="after",
+    )
+    graph.thumbnail = save(graph, sheet["image"], "repainted", "Save the comparison", wide=760, tall=660)
+    graph.columns(
+        [note, group("Models", MODELS, [janus, decoder])],
+        [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition])],
+        [group("Paint", DECODE, [before]), group("Mask", PICTURE, [mask, shown])],
+        [group("Paint again", DECODE, [after])],
+        [group("Look", LOOK, [sheet, graph.thumbnail])],
+    )
+
+
+def look_inside(graph: Graph) -> None:
+    note = graph.note("""
+        # Look inside: logits and their calibration
+        The decoder is trained on pictures, not on Janus' output. A picture's **proxy logits** (how close each patch is
+        to each code) are almost flat; **calibrated** they are about as sure and as doubtful as Janus itself. The sheet
+        is the paper's Table 1 and Figure 6 for four kinds of logits:
+        - **Janus**: sampled from the prompt
+        - **proxies**: of Pico Scenes, as they come
+        - **decoder's**: calibrated as the decoder was trained
+        - **fitted here**: a calibration fitted to these very pictures, and saved
+
+        The proxies lie flat on the ground of the curve; calibrated they rise to about Janus' own.
+        ## Change first
+        - **batch_size** of both (green): 100 pictures make a good calibration, 16 a quick one
+        - the **prompt**: a calibration belongs to pictures of its kind, best many prompts
+        - the **name** of the file; *Load Calibration* reads it again
+        ## With real models
+        - *Load Janus*: Janus-Pro; *Janus Logit Sampler*: guidance 5
+        - your own pictures in the place of *Pico Scene*
+        - *Load DCDD Decoder*: your bundle
+    """)
+    janus, decoder = load_janus(graph), load_decoder(graph)
+    scenes = graph.node("DCDD_PicoScene", wide=310, seed=100, size=SIDE, batch_size=16, first=True)
+    sampled = sampler(graph, janus, seed=1, batch_size=16)
+    proxies = encode(graph, janus["vq_vae"], scenes["image"])
+    shared = {"token_logits": proxies["token_logits"], "vq_vae": janus["vq_vae"], "wide": 340}
+    known = graph.node("DCDD_LogitCalibrator", title="Calibrate as the decoder", decoder=decoder["decoder"], **shared)
+    fitted = graph.node(
+        "DCDD_LogitCalibrator", title="Fit to Janus", room=NOTICE, reference=sampled["token_logits"], **shared
+    )
+    saved = graph.node("DCDD_SaveCalibration", wide=340, calibration=fitted["calibration"], name="pico, fitted")
+    sheet = graph.node(
+        "DCDD_LogitStatistics",
+        wide=420,
+        token_logits=sampled["token_logits"],
+        token_logits_b=proxies["token_logits"],
+        token_logits_c=known["token_logits"],
+        token_logits_d=fitted["token_logits"],
+        names="Janus, proxies, decoder's, fitted here",
+    )
+    graph.thumbnail = save(graph, sheet["image"], "logits", "Save the sheet", wide=900, tall=420)
+    graph.thumbnail_cut = 0.535  # the curve alone: the table is too small to read
+    graph.columns(
+        [note],
+        [group("Models", MODELS, [janus, decoder]), group("Picture", PICTURE, [scenes])],
+        [group("Tokens", TOKENS, [sampled, proxies])],
+        [
+            group("Calibrate", CONDITION, [known, fitted], [saved]),
+            group("Look", LOOK, [sheet, graph.thumbnail]),
+        ],
+    )
+
+
+def edit(graph: Graph) -> None:
+    note = graph.note("""
+        # Edit: keep tokens, sample the rest anew
+        The second sampler keeps every token outside the mask and paints the rest from **another prompt**. Janus reads
+        what is kept on its way, so the new part fits the old ground.
+        ## Change first
+        - the **second prompt** (green)
+        - its **seed**, for another attempt
+        - the **mask**: *x*, *y* and the size of the white box. Whatever its size, it is laid over the whole picture;
+        every token that it touches is sampled anew
+        - to edit a picture of your own: *Load Image*, *VQ-VAE Encode*, *Logit Calibrator* into *token_logits*, and the
+        mask that you draw with *Open in MaskEditor*
+        ## With real models
+        - *Load Janus*: Janus-Pro; both samplers: guidance 5
+        - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
+    """)
+    janus, decoder = load_janus(graph), load_decoder(graph)
+    black = graph.node("SolidMask", title="All is kept (black)", wide=225, value=0.0, width=384, height=384)
+    white = graph.node("SolidMask", title="but this box (white)", wide=225, value=1.0, width=256, height=256)
+    mask = graph.node(
+        "MaskComposite", wide=225, destination=black["MASK"], source=white["MASK"], x=64, y=64, operation="add"
+    )
+    shown = graph.node("MaskPreview", title="Sampled anew (white)", wide=225, tall=260, mask=mask["MASK"])
+    first = sampler(graph, janus, batch_size=2, first=False)
+    second = sampler(
+        graph,
+        janus,
+        prompt="a large checked purple star in the centre on a wavy sky ground",
+        seed=11,
+        batch_size=2,
+        token_logits=first["token_logits"],
+        mask=mask["MASK"],
+    )
+    conditions = [lcdm(graph, s["token_logits"], janus["vq_vae"], decoder) for s in (first, second)]
+    titles = ("Paint the first picture", "Paint the edit")
+    before, after = (paint(graph, decoder, condition, title=title) for condition, title in zip(conditions, titles))
+    sheet = compare(
+        graph, a=before["image"], b=after["image"], label_a="the first prompt", label_b="the second, under the mask"
+    )
+    graph.thumbnail = save(graph, sheet["image"], "edited", "Save the comparison", wide=640, tall=760)
+    graph.columns(
+        [note, group("Models", MODELS, [janus, decoder])],
+        [
+            group("First picture", TOKENS, [first]),
+            group("Where to edit", PICTURE, [black, white], [mask, shown]),
+        ],
+        [group("The edit", TOKENS, [second]), group("Condition", CONDITION, conditions)],
+        [group("Decode", DECODE, [before, after])],
+        [group("Look", LOOK, [sheet, graph.thumbnail])],
+    )
+
+
+def without_decoder(graph: Graph) -> None:
+    note = graph.note("""
+        # FLUX repaints Janus, without a trained decoder
+        For public weights only: the VQ-VAE decodes the *expected* codes (**soft**), and plain **FLUX.1-dev** paints
+        over it, most where Janus was unsure (**Differential Diffusion** under the soft **Uncertainty Mask**).
+
+        It needs FLUX.1-dev (about 24 GB, or an fp8 file); nothing is downloaded by itself:
+        - models/diffusion_models: [flux1-dev.safetensors](https://huggingface.co/black-forest-labs/FLUX.1-dev)
+        - models/vae: [ae.safetensors](https://huggingface.co/black-forest-labs/FLUX.1-schnell)
+        - models/text_encoders: [clip_l and t5xxl](https://huggingface.co/comfyanonymous/flux_text_encoders)
+
+        Your files have other names? Choose them in the three loaders.
+        ## Change first
+        - *Load Janus*: **Janus-Pro** in models/janus (*Download Model* brings it), guidance 5, token_size 16. pico only
+        shows the way
+        - the **prompt**, for Janus and for FLUX (green)
+        - **denoise**: low keeps Janus' picture, high lets FLUX paint its own
+    """)
+    janus = load_janus(graph)
+    unet = graph.node("UNETLoader", wide=310, unet_name=Own("flux1-dev.safetensors"))
+    clip = graph.node(
+        "DualCLIPLoader",
+        wide=310,
+        clip_name1=Own("clip_l.safetensors"),
+        clip_name2=Own("t5xxl_fp8_e4m3fn.safetensors"),
+        type="flux",
+    )
+    vae = graph.node("VAELoader", wide=310, vae_name=Own("ae.safetensors"))
+    sampled = sampler(graph, janus)
+    text = graph.node(
+        "CLIPTextEncode",
+        title="Prompt for FLUX",
+        wide=400,
+        tall=180,
+        first=True,
+        clip=clip["CLIP"],
+        text="a large red heart with white stripes, in the centre of a sky blue wall with fine wavy lines",
+    )
+    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"])
+    soft = vq_decode(graph, sampled["token_logits"], janus["vq_vae"], codes="soft: the expected codes")
+    large = graph.node("ImageScale", wide=340, image=soft["image"], upscale_method="lanczos", width=1024, height=1024)
+    mask = doubt_mask(graph, condition, image=large["IMAGE"], edge="soft", threshold=0.0, blur=0.5)
+    before = compare(
+        graph,
+        a=large["IMAGE"],
+        b=mask["heat_map"],
+        label_a="what FLUX starts from",
+        label_b="bright: where it may change more",
+    )
+    graph.thumbnail = look(graph, before["image"], "Before FLUX", wide=420, tall=330)
+    latent = graph.node("VAEEncode", wide=310, pixels=large["IMAGE"], vae=vae["VAE"])
+    masked = graph.node("SetLatentNoiseMask", wide=310, samples=latent["LATENT"], mask=mask["mask"])
+    model = graph.node("DifferentialDiffusion", wide=310, model=unet["MODEL"])
+    positive = graph.node("FluxGuidance", wide=310, conditioning=text["CONDITIONING"], guidance=3.5)
+    negative = graph.node("ConditioningZeroOut", wide=310, conditioning=text["CONDITIONING"])
+    refined = graph.node(
+        "KSampler",
+        wide=310,
+        tall=262 + PREVIEW,
+        first=True,
+        model=model["MODEL"],
+        positive=positive["CONDITIONING"],
+        negative=negative["CONDITIONING"],
+        latent_image=masked["LATENT"],
+        seed=0,
+        steps=20,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=0.6,
+    )
+    decoded = graph.node("VAEDecode", wide=310, samples=refined["LATENT"], vae=vae["VAE"])
+    saved = save(graph, decoded["IMAGE"], "by FLUX", "Save the picture", wide=640, tall=720)
+    graph.columns(
+        [note, group("Models", MODELS, [janus, unet, clip, vae])],
+        [group("Tokens", TOKENS, [sampled]), group("Prompt for FLUX", PICTURE, [text])],
+        [group("Condition", CONDITION, [condition, mask]), group("Decode", DECODE, [soft, large])],
+        [group("What FLUX gets", LOOK, [before, graph.thumbnail])],
+        [
+            group("FLUX", DECODE, [latent, masked, model, positive, negative], [refined, decoded]),
+            group("Look", LOOK, [saved]),
+        ],
+    )
+
+
+WORKFLOWS: dict[str, Callable[[Graph], None]] = {
+    "1 Text to image, both decoders": both_decoders,
+    "2 Reconstruct a picture": reconstruct,
+    "3 Decode, then upscale": upscale,
+    "4 Repaint where Janus was unsure": repaint,
+    "5 Look inside, logits and calibration": look_inside,
+    "6 Edit, keep tokens and sample the rest": edit,
+    "7 FLUX img2img without a trained decoder": without_decoder,
+}
+
+
+def janus_to_dcdd(definitions: dict[str, Any]) -> dict[str, Any]:
+    """The three nodes in the middle of every workflow, as one."""
+    graph = Graph(definitions, "Janus to DCDD", inside=True)
+    sampled = graph.node("DCDD_JanusLogitSampler", wide=400, tall=580, prompt=PROMPT, guidance=GUIDANCE)
+    condition = graph.node("DCDD_LCDMEncoder", wide=310, token_logits=sampled["token_logits"])
+    painted = graph.node("DCDD_FluxDecoder", wide=340, tall=210 + PREVIEW, condition=condition["condition"])
+    graph.columns([sampled], [condition], [painted])
+    return blueprint(
+        graph,
+        "Prompt to picture: Janus Logit Sampler, LCDM Encoder and FLUX Decoder in one node. Connect Load Janus and "
+        "Load DCDD Decoder.",
+        sockets={
+            "janus": [(sampled, "janus")],
+            "vq_vae": [(condition, "vq_vae")],
+            "decoder": [(condition, "decoder"), (painted, "decoder")],
+        },
+        results={
+            "image": painted["image"],
+            "token_logits": sampled["token_logits"],
+            "condition": condition["condition"],
+            "latent": painted["latent"],
+        },
+        shown=[
+            *((sampled, name) for name in ("prompt", "seed", "control_after_generate", "guidance", "batch_size")),
+            (painted, "steps"),
+        ],
+    )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--only", default="", help="only the workflows with this in their name")
+    arguments.add_argument("--thumbnails", action="store_true", help="run them too, and keep their pictures")
+    arguments.add_argument("--object-info", type=Path, help="a saved /object_info, in place of a running ComfyUI's")
+    arguments.add_argument("--pack", type=Path, default=ROOT, help="the copy of the pack that ComfyUI runs")
+    given = arguments.parse_args()
+    if given.object_info:
+        if given.thumbnails:
+            arguments.error("thumbnails need a running ComfyUI: leave out --object-info")
+        make(json.loads(given.object_info.read_text()), given.only, None)
+        return
+    missing = [name for name in ("COMFYUI_DIR", "COMFYUI_PYTHON") if not os.environ.get(name)]
+    if missing:
+        arguments.error(f"set {' and '.join(missing)}, or give --object-info")
+    with running(Path(os.environ["COMFYUI_DIR"]).expanduser(), os.environ["COMFYUI_PYTHON"], given.pack) as url:
+        make(ask(url, "/object_info"), given.only, url if given.thumbnails else None)
+
+
+def make(definitions: dict[str, Any], only: str, url: str | None) -> None:
+    """Writes the files; with a server also the thumbnails."""
+    for name, build in WORKFLOWS.items():
+        if only.lower() in name.lower():
+            graph = Graph(definitions, name)
+            build(graph)
+            write(ROOT / "workflows" / f"{name}.json", graph.workflow())
+            if url is not None:
+                thumbnail(picture_of(url, graph), graph.thumbnail_cut).save(
+                    ROOT / "workflows" / f"{name}.jpg", quality=88
+                )
+    if not only:
+        write(ROOT / "subgraphs" / "Janus to DCDD.json", janus_to_dcdd(definitions))
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
