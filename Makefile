@@ -6,10 +6,10 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help check format test test-all demo table pico
+.PHONY: help check format test test-all comfy-test demo table pico
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 check: $(READY) ## formatting and lint
 	$(RUN) -m ruff format --check .
@@ -24,6 +24,9 @@ test: $(READY) ## the tests, without the slow ones
 
 test-all: $(READY) ## all tests
 	$(RUN) -m pytest -m ""
+
+comfy-test: $(READY) ## the nodes in a real ComfyUI: COMFYUI_DIR=/path/to/it, COMFYUI_PYTHON=/its/python
+	$(RUN) -m pytest tests/comfy -m "" -rs
 
 demo: $(READY) ## a prompt becomes a picture with the embedded models: out/demo.png
 	$(RUN) -m dcdd_core.cli demo --out out/demo.png

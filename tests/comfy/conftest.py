@@ -1,0 +1,94 @@
+"""One server for all tests here, with the pack, the test-only pack, and models to choose from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.comfy.graphs import Graph
+from tests.comfy.server import ComfyServer, copy_pack, locate
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """The real ComfyUI; where there is none, the tests are skipped with the way to get it."""
+    try:
+        comfy, python = locate()
+    except LookupError as missing:
+        pytest.skip(str(missing))
+    base = tmp_path_factory.mktemp("comfy")
+    extra = prepare(base)
+    with ComfyServer(comfy, python, base, ["--extra-model-paths-config", extra]) as running:
+        yield running
+        assert running.alive, running.log()[-4000:]
+
+
+@pytest.fixture(scope="session")
+def info(server: ComfyServer) -> dict:
+    """/object_info of a fresh server."""
+    return server.get("/object_info")
+
+
+@pytest.fixture
+def graph(info: dict) -> Graph:
+    """An empty prompt to fill."""
+    return Graph(info)
+
+
+def prepare(base: Path) -> Path:
+    """The packs and models that the tests speak of; returns the extra_model_paths.yaml.
+
+    models/janus/another    pico with its codebook in another order
+    models/janus/cut        the same with the beginning of its weights alone
+    elsewhere/models/tiny   another Janus altogether: 4 x 4 tokens of 64 codes; in a folder of extra_model_paths.yaml
+    models/dcdd             pico's decoder as bundle.safetensors; cut.safetensors, half of it; damaged.safetensors, the
+                            JSON in its header spoilt
+    models/dcdd/calibrations    good.safetensors, and damaged in the same two ways
+    models/diffusers/pico/vae   pico's autoencoder
+    """
+    from safetensors.torch import load_file, save_file
+
+    from dcdd_core.models.flux import read_card
+    from tests.tiny import random_pico, save_janus
+
+    pack = copy_pack(base / "custom_nodes")
+    weights = pack / "dcdd_core" / "pico" / "weights"
+    if not (weights / "decoder.safetensors").is_file():
+        random_pico(weights)
+    tools = base / "custom_nodes" / "dcdd_test_tools"
+    tools.mkdir()
+    shutil.copy(Path(__file__).with_name("tools_pack.py"), tools / "__init__.py")
+
+    models = base / "models"
+    another = models / "janus" / "another"
+    shutil.copytree(weights / "janus", another)
+    tensors = load_file(another / "model.safetensors")
+    (codes,) = (name for name in tensors if name.endswith("quantize.embedding.weight"))
+    save_file(tensors | {codes: tensors[codes].flip(0)}, another / "model.safetensors", metadata={"format": "pt"})
+    cut = models / "janus" / "cut"
+    shutil.copytree(another, cut)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:100_000])
+    save_janus(base / "elsewhere" / "models" / "tiny")
+
+    bundle = (weights / "decoder.safetensors").read_bytes()
+    calibrations = models / "dcdd" / "calibrations"
+    calibrations.mkdir(parents=True)
+    (models / "dcdd" / "bundle.safetensors").write_bytes(bundle)
+    (models / "dcdd" / "cut.safetensors").write_bytes(bundle[: len(bundle) // 2])
+    (models / "dcdd" / "damaged.safetensors").write_bytes(bundle.replace(rb'"{\"base', rb'"[\"base', 1))
+    calibration = read_card(weights / "decoder.safetensors").calibration
+    assert calibration is not None, "pico's decoder has no calibration to test with"
+    calibration.save(calibrations / "good.safetensors")
+    good = (calibrations / "good.safetensors").read_bytes()
+    (calibrations / "cut.safetensors").write_bytes(good[: len(good) // 2])
+    (calibrations / "damaged.safetensors").write_bytes(good.replace(rb'"{\"scale', rb'"[\"scale'))
+    shutil.copytree(weights / "vae", models / "diffusers" / "pico" / "vae")
+
+    extra = base / "extra_model_paths.yaml"
+    # JSON is YAML.
+    extra.write_text(json.dumps({"tests": {"base_path": str(base / "elsewhere"), "janus": "models"}}), "utf-8")
+    return extra

@@ -1,0 +1,221 @@
+"""A custom node pack for tests alone: pictures and masks as no node makes them, results in files, and a switch for
+running out of memory. The fixture copies it into the test server's custom_nodes; nothing else imports it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import comfy.sd
+import folder_paths
+import numpy as np
+import torch
+from aiohttp import web
+from server import PromptServer
+
+import nodes
+
+
+class Anything(str):
+    """A socket type that fits every other."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+ANY = Anything("*")
+
+
+class Picture:
+    """Noise, or one number everywhere, in any shape; NaN too."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        numbers = {"batch": 1, "height": 96, "width": 96, "channels": 3, "seed": 0}
+        return {"required": {k: ("INT", {"default": v}) for k, v in numbers.items()} | {"fill": ("STRING", {})}}
+
+    def make(self, batch, height, width, channels, seed, fill):
+        draw = torch.Generator().manual_seed(seed)
+        # From float64, so that small numbers have bits that a way through -1..1 would lose.
+        image = torch.rand(batch, height, width, channels, generator=draw, dtype=torch.float64).float()
+        return (image if fill == "noise" else torch.full_like(image, float(fill)),)
+
+
+class Mask:
+    """A rectangle of a value in a mask of zeros."""
+
+    RETURN_TYPES = ("MASK",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        numbers = {"batch": 1, "height": 96, "width": 96, "top": 0, "left": 0, "bottom": 0, "right": 0}
+        return {"required": {k: ("INT", {"default": v}) for k, v in numbers.items()} | {"value": ("FLOAT", {})}}
+
+    def make(self, batch, height, width, top, left, bottom, right, value):
+        mask = torch.zeros(batch, height, width)
+        mask[:, top:bottom, left:right] = value
+        return (mask,)
+
+
+class One:
+    """One picture of a batch: of a tensor, of token logits, of a condition."""
+
+    RETURN_TYPES = (ANY,)
+    FUNCTION = "take"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": (ANY, {}), "index": ("INT", {"default": 0})}}
+
+    def take(self, value, index):
+        if isinstance(value, torch.Tensor):
+            return (value[index : index + 1],)
+        return (replace(value, **{k: v[index : index + 1] for k, v in _tensors(value).items()}),)
+
+
+class Save:
+    """Every tensor of a value, bit by bit, in output/NAME.npz."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": (ANY, {}), "name": ("STRING", {})}}
+
+    def save(self, value, name):
+        arrays = {k: v.cpu().numpy() for k, v in _tensors(value).items()}
+        np.savez(Path(folder_paths.get_output_directory()) / f"{name}.npz", **arrays)
+        return {"ui": {"text": [name]}}
+
+
+class Hold:
+    """An end for what is not to be seen, so that its nodes run."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "hold"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": (ANY, {})}}
+
+    def hold(self, value):
+        return ()
+
+
+class RandomVAE:
+    """ComfyUI's own VAE of random weights, with so many latent channels and pixels a latent."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"channels": ("INT", {"default": 16}), "factor": ("INT", {"default": 4})}}
+
+    def make(self, channels, factor):
+        shape = {"double_z": True, "z_channels": channels, "resolution": 96, "in_channels": 3, "out_ch": 3, "ch": 32}
+        shape |= {"ch_mult": [1] * factor.bit_length(), "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+        vae = comfy.sd.VAE(sd={}, config={"params": {"ddconfig": shape, "embed_dim": channels}})
+        draw = torch.Generator().manual_seed(0)
+        for weight in vae.first_stage_model.parameters():
+            weight.data = torch.randn(weight.shape, generator=draw) / weight[0].numel() ** 0.5
+        vae.latent_channels, vae.downscale_ratio, vae.upscale_ratio = channels, factor, factor
+        return (vae,)
+
+
+NODE_CLASS_MAPPINGS = {f"TEST_{node.__name__}": node for node in (Picture, Mask, One, Save, Hold, RandomVAE)}
+
+
+def _tensors(value) -> dict[str, torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return {"value": value}
+    found = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else value
+    return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
+
+
+# --- what the tests ask of the process --------------------------------------------------------------------------------
+
+_memory = {"above": None, "raised": 0, "steps": 0}
+
+
+def _pack_module(name: str):
+    return next(module for key, module in list(sys.modules.items()) if key.endswith(f"ComfyUI-DCDD.{name}"))
+
+
+def _limited(step):
+    """`step`, which runs out of memory the second time that it is given more than so many pictures."""
+
+    def limited(self, pictures, *args):
+        if _memory["above"] is not None and len(pictures) > _memory["above"]:
+            _memory["steps"] += 1
+            if _memory["steps"] % 2 == 0:
+                _memory["raised"] += 1
+                raise torch.OutOfMemoryError(f"a test's own, at {len(pictures)} pictures")
+        return step(self, pictures, *args)
+
+    return limited
+
+
+@PromptServer.instance.routes.post("/test/out_of_memory")
+async def out_of_memory(request):
+    """From now on, steps with more than `above` pictures run out of memory (null: none does); says how many did."""
+    decoder = _pack_module("dcdd_core.models.flux").DistributionConditionedDecoder
+    sampler = _pack_module("dcdd_core.models.janus").JanusSampler
+    if decoder.forward.__name__ != "limited":
+        decoder.forward, sampler._embed = _limited(decoder.forward), _limited(sampler._embed)
+    raised = _memory["raised"]
+    _memory.update(above=(await request.json())["above"], raised=0, steps=0)
+    return web.json_response({"raised": raised})
+
+
+@PromptServer.instance.routes.get("/test/freeing")
+async def freeing(request):
+    """Whether what /free asked for was not begun yet."""
+    return web.json_response(bool(PromptServer.instance.prompt_queue.flags))
+
+
+@PromptServer.instance.routes.get("/test/alive")
+async def alive(request):
+    """How many of the pack's models are in memory, by class."""
+    classes = {"JanusSampler", "VQTokenizer", "KLAutoencoder", "Managed"}
+    gc.collect()
+    return web.json_response(Counter(name for o in gc.get_objects() if (name := type(o).__name__) in classes))
+
+
+@PromptServer.instance.routes.get("/test/sockets")
+async def sockets(request):
+    """Ids of the inputs and of the outputs of the pack's nodes, which /object_info does not tell."""
+    schemas = {key: node.GET_SCHEMA() for key, node in nodes.NODE_CLASS_MAPPINGS.items() if key.startswith("DCDD_")}
+    return web.json_response(
+        {key: {"inputs": [x.id for x in s.inputs], "outputs": [x.id for x in s.outputs]} for key, s in schemas.items()}
+    )
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
+
+
+# Should the tests be killed, their server goes too.
+threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
