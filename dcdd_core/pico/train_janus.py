@@ -23,12 +23,14 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from ..method.sampling import keyed_generator
 from ..models.janus import JanusSampler, prompt_ids, unconditional_ids
 from ..training.loop import moving_average, set_learning_rate, train, warmup_cosine
+from ..training.optimizers import adamw_with_muon
 from .scenes import SceneFacts, vocabulary
 from .train_tokenizer import tokens_digest
 from .workshop import Workshop
 
 _STAGE = 3
 _WIDTH = 256
+_RATE = 2e-3
 _DROPPED = 0.1
 _SPECIAL = ("<|begin_of_sentence|>", "<pad>", "<unk>", "<|User|>", "<|Assistant|>", "<begin_of_image>")
 
@@ -98,14 +100,15 @@ def train_janus(
     janus.to(device).train()
     janus.model.vqmodel.eval().requires_grad_(False)
     janus.model.vision_model.requires_grad_(False)
-    trained = [p for p in janus.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    weights = {name: p for name, p in janus.named_parameters() if p.requires_grad}
+    matrices = [name for name, p in weights.items() if ".layers." in name and p.ndim == 2]
+    optimizers = adamw_with_muon(weights, matrices, betas=(0.9, 0.95), weight_decay=0.05)
     prompts = _all_prompts(shop.train_facts, tokenizer)
     held_out_prompts = _all_prompts(shop.held_out_facts, tokenizer)
     average = moving_average(janus, 0.998)
 
     def step(i: int) -> dict[str, torch.Tensor]:
-        set_learning_rate(optimizer, warmup_cosine(i, recipe.janus_steps, peak=1.5e-3, warmup=150))
+        rate = warmup_cosine(i, recipe.janus_steps, peak=_RATE, warmup=150)
         index = shop.batch(_STAGE, i, recipe.janus_batch)
         dropped = torch.rand(len(index), generator=keyed_generator(recipe.seed, _STAGE, i, 1)) < _DROPPED
         rows = [
@@ -114,10 +117,12 @@ def train_janus(
         ]
         with shop.autocast():
             loss = next_token_loss(janus, rows, tokens[index].to(device)).mean()
-        optimizer.zero_grad(set_to_none=True)
+        janus.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        for optimizer in optimizers.values():
+            set_learning_rate(optimizer, rate)
+            optimizer.step()
         average.update_parameters(janus)
         return {"loss": loss.detach()}
 
@@ -141,7 +146,7 @@ def train_janus(
         ),
         steps=recipe.janus_steps,
         step=step,
-        state={"model": janus, "average": average, "optimizer": optimizer},
+        state={"model": janus, "average": average, **optimizers},
         evaluate=evaluate,
         evaluate_every=500,
         save_every=250,

@@ -20,6 +20,7 @@ from ..method.sampling import keyed_generator
 from ..models.flux import DistributionConditionedDecoder
 from ..types import Condition
 from .loop import moving_average, set_learning_rate, train, warmup_cosine
+from .optimizers import adamw_with_muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,15 +147,4 @@ def _optimizers(decoder: DistributionConditionedDecoder, recipe: DecoderTraining
     # Not the modulations: their input is the time alone, and they start at zero.
     inner = [n for n, p in weights.items() if "_blocks." in n and p.ndim == 2 and ".norm" not in n]
     inner = inner if recipe.optimizer == "muon" else []
-    others = [p for name, p in weights.items() if name not in inner]
-    found: dict[str, torch.optim.Optimizer] = {
-        "optimizer": torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
-    }
-    if inner:
-        found["muon"] = torch.optim.Muon(
-            [weights[name] for name in inner],
-            lr=0.0,
-            weight_decay=recipe.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-    return found
+    return adamw_with_muon(weights, inner, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)

@@ -1,0 +1,36 @@
+"""Optimisers by name, as checkpoints keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import nn
+
+
+def adamw_with_muon(
+    weights: Mapping[str, nn.Parameter],
+    matrices: Collection[str],
+    *,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, and for the weights named in `matrices` Muon: orthogonalised momentum (Jordan et al. 2024), its steps
+    scaled to AdamW's size, so that both take one learning rate. Rates start at zero: they are set each step.
+
+    Args:
+        weights: name -> what is trained.
+        matrices: names of hidden layers' matrices among them; empty for AdamW alone.
+
+    Returns:
+        "optimizer", and "muon" if there are matrices; each weight is in one of them.
+    """
+    others = [p for name, p in weights.items() if name not in matrices]
+    found: dict[str, torch.optim.Optimizer] = {
+        "optimizer": torch.optim.AdamW(others, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+    }
+    if matrices:
+        found["muon"] = torch.optim.Muon(
+            [weights[name] for name in matrices], lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+    return found
