@@ -602,7 +602,7 @@ def load_decoder(graph: Graph) -> Node:
 def sampler(graph: Graph, janus: Node, **given: Any) -> Node:
     """With room for the picture that grows on it."""
     given = {"prompt": PROMPT, "seed": 1, "guidance": GUIDANCE, "first": True, **given}
-    return graph.node("DCDD_JanusLogitSampler", janus=janus["janus"], wide=400, tall=580, **given)
+    return graph.node("DCDD_JanusLogitSampler", janus=janus["janus"], wide=400, tall=604, **given)
 
 
 def lcdm(graph: Graph, logits: Output, vq_vae: Output, decoder: Node | None = None) -> Node:
@@ -1031,7 +1031,7 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
 def janus_to_dcdd(definitions: dict[str, Any]) -> dict[str, Any]:
     """The three nodes in the middle of every workflow, as one."""
     graph = Graph(definitions, "Janus to DCDD", inside=True)
-    sampled = graph.node("DCDD_JanusLogitSampler", wide=400, tall=580, prompt=PROMPT, guidance=GUIDANCE)
+    sampled = graph.node("DCDD_JanusLogitSampler", wide=400, tall=604, prompt=PROMPT, guidance=GUIDANCE)
     condition = graph.node("DCDD_LCDMEncoder", wide=310, token_logits=sampled["token_logits"])
     painted = graph.node("DCDD_FluxDecoder", wide=340, tall=210 + PREVIEW, condition=condition["condition"])
     graph.columns([sampled], [condition], [painted])
