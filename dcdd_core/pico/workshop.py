@@ -39,7 +39,7 @@ class Recipe:
     autoencoder_batch: int = 12
     guidance: float = 3.0
     calibration_images: int = 100
-    janus_steps: int = 6_000
+    janus_steps: int = 8_000
     janus_batch: int = 16
     decoder_steps: int = 8_000
     decoder_batch: int = 16
