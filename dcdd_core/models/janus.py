@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..types import Codebook, TokenLogits, same_codebook
 from . import deepseek
-from .janus_step import LlamaReader, TokenLoop, check_language
+from .janus_step import TokenLoop, check_language
 
 OnStep = Callable[[int, int, torch.Tensor], None]
 
@@ -152,6 +153,8 @@ class JanusSampler:
             model = _load_deepseek(folder, config, device, dtype)
         else:
             model = _load_transformers(folder, dtype)
+        if torch.device(device).type == "cpu" and dtype == torch.float32:
+            _store_by_columns(model)
         # Not AutoTokenizer: in transformers 5 its Llama class overwrites the byte-level rules of DeepSeek's
         # tokenizer.json, and the spaces of a prompt are lost (huggingface/transformers#45488).
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -234,38 +237,26 @@ class JanusSampler:
             columns = anew.any(dim=0).nonzero()
             first, last, anew = int(columns[0]), int(columns[-1]), anew.to(device)
 
-        ids, padding, rows = (part.to(device) for part in self._rows(prompts, guided=guidance != 1))
-        length = ids.shape[1]
-        reader = LlamaReader(language, padding, length)
-        hidden = reader.read(language.get_input_embeddings()(ids), reader.slots, length)[rows]
-        reader = reader.spread(rows, length, length + last)
         loop = TokenLoop(
             self.model,
-            reader,
             tokens,
             logits,
             first=first,
-            shift=length - 1,
             anew=anew,
             guidance=guidance,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
         )
-        if first > 0:
-            hidden = reader.read(loop.embed(tokens[:, :first]), reader.slots[length:][:first], length + first)
-        replay = None
+        hidden = loop.start(*self._rows(prompts, guided=guidance != 1), last=last)
         for i in range(first, last + 1):
-            loop.shake(seeds, i)
+            loop.put_noise(seeds)
             if i == first:
                 loop.draw(hidden)
-            elif not loop.recordable:
-                loop.step(length + i)
             else:
-                (replay or loop.step)()
-                replay = replay or loop.record()
+                loop.advance()
             if i == last or (i - first) % CHECK_EVERY == CHECK_EVERY - 1:
-                loop.check(i + 1)
+                loop.check()
             if on_step is not None:
                 on_step(i + 1, count, tokens[:, : i + 1])
         return TokenLogits(
@@ -407,6 +398,16 @@ def _drop_unused(model: JanusForConditionalGeneration) -> None:
     del model.lm_head, model.model.vision_model, model.model.aligner
     vq = model.model.vqmodel
     del vq.encoder, vq.decoder, vq.quant_conv, vq.post_quant_conv
+
+
+def _store_by_columns(model: JanusForConditionalGeneration) -> None:
+    """Lays linear weights [out, in] out column by column, which a CPU multiplies faster with the few rows of a step.
+
+    Values and shapes stay; the order of summation, and with it the last bits of a product, changes.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.data.t().contiguous().t()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -51,6 +51,10 @@ class LlamaReader:
         """
         config, width = language.config, language.layers[0].self_attn.head_dim
         self.language = language
+        # Looked up once: a module finds its children by way of Python.
+        self.layers = [_parts(layer) for layer in language.layers]
+        self.heads, self.width = (config.num_attention_heads, config.num_key_value_heads), width
+        self.scale = language.layers[0].self_attn.scaling
         self.padding = padding
         self.padded = bool(padding.any())
         self.slots = torch.arange(length, device=padding.device)
@@ -78,29 +82,24 @@ class LlamaReader:
                 looked at then, under a mask.
         """
         rows, count = embeddings.shape[:2]
-        heads = (self.language.config.num_attention_heads, self.language.config.num_key_value_heads)
+        shape, grouped = (rows, count, -1, self.width), self.heads[0] != self.heads[1]
         cos, sin = self.turns.index_select(3, slots)
         masked = count > 1 or seen is None or self.padded
         mask = self._visible(slots)[..., :seen] if masked else None
         # Flat rows and plain views: each einops string would cost a layer as much time as its norm does.
         hidden = embeddings.flatten(0, 1)
-        for layer, (keys, values) in zip(self.language.layers, self.cache[..., :seen, :]):
-            attention = layer.self_attn
-            x = _normed(layer.input_layernorm, hidden)
-            q, k, v = (
-                project(x).view(rows, count, -1, attention.head_dim).transpose(1, 2)
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
+        cache = self.cache[..., :seen, :]
+        for (norm, to_q, to_k, to_v, to_out, mlp_norm, mlp), (keys, values) in zip(self.layers, cache):
+            x = _normed(norm, hidden)
+            q, k, v = (project(x).view(shape).transpose(1, 2) for project in (to_q, to_k, to_v))
             turned = torch.cat([q, k], dim=1)
-            turned = torch.addcmul(turned * cos, turned.roll(attention.head_dim // 2, -1), sin)
-            q, k = turned.split(heads, dim=1)
+            turned = torch.addcmul(turned * cos, turned.roll(self.width // 2, -1), sin)
+            q, k = turned.split_with_sizes(self.heads, dim=1)
             keys.index_copy_(2, slots, k)
             values.index_copy_(2, slots, v)
-            x = F.scaled_dot_product_attention(
-                q, keys, values, attn_mask=mask, scale=attention.scaling, enable_gqa=heads[0] != heads[1]
-            )
-            hidden = hidden + attention.o_proj(x.transpose(1, 2).flatten(2).flatten(0, 1))
-            hidden = hidden + layer.mlp(_normed(layer.post_attention_layernorm, hidden))
+            x = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=grouped)
+            hidden = hidden + to_out(x.transpose(1, 2).flatten(2).flatten(0, 1))
+            hidden = hidden + mlp(_normed(mlp_norm, hidden))
         return _normed(self.language.norm, hidden.view(rows, count, -1)[:, -1])
 
     def _visible(self, slots: torch.Tensor) -> torch.Tensor:
@@ -114,10 +113,11 @@ class TokenLoop:
     """Draws position after position into `tokens` [B, N] and `logits` [B, N, K], which belong to the caller.
 
     All that changes from step to step lies in tensors that stay where they are, so that a GPU can replay one recorded
-    step; the host waits for it in `check` alone.
+    step; the host waits for it in `check` alone. Call `start`, then `put_noise` and `draw`, then for every further
+    position `put_noise` and `advance`.
 
     Attributes:
-        position: [1], the next to be drawn; the token before it is read at slot `position + shift`.
+        position: [1], the next to be drawn; `drawn` is the same number as the host knows it.
         anew: bool [B, N], where a draw counts; None for everywhere.
         recordable: whether replaying a step does what the step does.
     """
@@ -125,51 +125,73 @@ class TokenLoop:
     def __init__(
         self,
         model: JanusForConditionalGeneration,
-        reader: LlamaReader,
         tokens: torch.Tensor,
         logits: torch.Tensor,
         *,
         first: int,
-        shift: int,
         anew: torch.Tensor | None,
         guidance: float,
         temperature: float,
         top_k: int | None,
         top_p: float | None,
     ):
-        self.model, self.reader = model, reader
+        self.model, self.head = model, _float_head(model)
         self.tokens, self.logits, self.anew = tokens, logits, anew
         self.guidance, self.temperature = guidance, temperature
         self.top_k, self.top_p = top_k, top_p
-        self.head = _float_head(model)
-        self.first, self.shift = first, shift
+        self.first = self.drawn = first
         self.position = torch.tensor([first], device=tokens.device)
         self.noise = torch.zeros_like(logits[:, 0])
         self.best = torch.zeros(tokens.shape, device=tokens.device)
         parts = (model.model.language_model, model.model.generation_aligner, self.head)
         self.recordable = tokens.is_cuda and all(_stays(part, tokens.device) for part in parts)
+        self.replay: Callable[[], None] | None = None
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Image tokens [B, Q] -> what the language model reads of them, the same in both halves [R, Q, C]."""
-        embeddings = self.model.prepare_embeddings_for_image_generation(tokens)
-        return embeddings if self.guidance == 1 else embeddings.repeat(2, 1, 1)
+    @torch.inference_mode()
+    def start(self, ids: torch.Tensor, padding: torch.Tensor, rows: torch.Tensor, *, last: int) -> torch.Tensor:
+        """Reads the prompts, each different one once, and the tokens before `first` -> hidden state [R, C].
 
-    def shake(self, seeds: Sequence[int], position: int) -> None:
-        """Puts the noise of a position in its place; without a temperature there is none."""
+        Args:
+            ids, padding: of U different prompts, [U, L] and [U], see `LlamaReader`.
+            rows: [R], which of them each row has.
+            last: the last position that will be drawn.
+        """
+        language, device, length = self.model.model.language_model, self.tokens.device, ids.shape[1]
+        prompts = LlamaReader(language, padding.to(device), length)
+        hidden = prompts.read(language.get_input_embeddings()(ids.to(device)), prompts.slots, length)
+        self.reader = prompts.spread(rows.to(device), length, length + last)
+        self.shift = length - 1
+        if self.first == 0:
+            return hidden[rows.to(device)]
+        slots = self.reader.slots[length : length + self.first]
+        return self.reader.read(self._embed(self.tokens[:, : self.first]), slots, length + self.first)
+
+    def put_noise(self, seeds: Sequence[int]) -> None:
+        """Puts the noise of the next position in its place, while a GPU still works on the last; greedy has none."""
         if self.temperature == 0:
             return
-        noise = sampling.gumbel_noise_grid(seeds, [position], self.noise.shape[1])[:, 0]
-        if self.noise.is_cuda:
-            noise = noise.pin_memory()
-        self.noise.copy_(noise, non_blocking=True)
+        noise = sampling.gumbel_noise_grid(seeds, [self.drawn], self.noise.shape[1])[:, 0]
+        self.noise.copy_(noise.pin_memory() if self.noise.is_cuda else noise, non_blocking=True)
 
-    def step(self, seen: int | None = None) -> None:
-        """Reads the token before the position, and draws the position; for `seen` see `LlamaReader.read`."""
-        before = self.tokens.index_select(1, self.position - 1)
-        self.draw(self.reader.read(self.embed(before), self.position + self.shift, seen))
+    def advance(self) -> None:
+        """Reads the token before the next position, and draws that."""
+        if not self.recordable:
+            self._step(self.shift + self.drawn + 1)
+        elif self.replay is None:
+            # Once for real, which prepares the kernels; recording runs nothing.
+            self._step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+            self.replay = graph.replay
+            self.drawn -= 1
+        else:
+            self.replay()
+            self.drawn += 1
 
+    @torch.inference_mode()
     def draw(self, hidden: torch.Tensor) -> None:
-        """Draws the position from the hidden state [R, C] of what stands before it, and moves on."""
+        """Draws the next position from the hidden state [R, C] of what stands before it."""
         step = self.head(hidden.float())
         if self.guidance != 1:
             step = sampling.guide(*step.chunk(2), self.guidance)
@@ -185,23 +207,33 @@ class TokenLoop:
         self.tokens.index_copy_(1, self.position, drawn[:, None])
         self.logits.index_copy_(1, self.position, step[:, None])
         self.position.add_(1)
+        self.drawn += 1
 
-    def check(self, drawn: int) -> None:
-        """A ValueError that names the first of the positions before `drawn` whose logits were not finite."""
-        broken = ~torch.isfinite(self.best[:, self.first : drawn]).all(dim=0)
+    def check(self) -> None:
+        """Waits for the device; a ValueError names the first position drawn from logits that were not finite."""
+        broken = ~torch.isfinite(self.best[:, self.first : self.drawn]).all(dim=0)
         if bool(broken.any()):
+            step = self.first + int(broken.nonzero()[0]) + 1
             raise ValueError(
-                f"step {self.first + int(broken.nonzero()[0]) + 1} of {self.tokens.shape[1]} failed in "
-                f"{self.reader.cache.dtype}: {sampling.NOT_FINITE}; load the model in float32 (bfloat16 often does too "
-                "where float16 overflows), or check its weights"
+                f"step {step} of {self.tokens.shape[1]} failed in {self.reader.cache.dtype}: {sampling.NOT_FINITE}; "
+                "load the model in float32 (bfloat16 often does too where float16 overflows), or check its weights"
             )
 
-    def record(self) -> Callable[[], None]:
-        """`step()` as one CUDA graph; call it after a first one, which has prepared its kernels."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph.replay
+    @torch.inference_mode()
+    def _step(self, seen: int | None = None) -> None:
+        before = self.tokens.index_select(1, self.position - 1)
+        self.draw(self.reader.read(self._embed(before), self.position + self.shift, seen))
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Image tokens [B, Q] -> what the language model reads of them, the same in both halves [R, Q, C]."""
+        embeddings = self.model.prepare_embeddings_for_image_generation(tokens)
+        return embeddings if self.guidance == 1 else embeddings.repeat(2, 1, 1)
+
+
+def _parts(layer: nn.Module) -> tuple[nn.Module, ...]:
+    attention = layer.self_attn
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return layer.input_layernorm, *projections, layer.post_attention_layernorm, layer.mlp
 
 
 def _stays(part: nn.Module, device: torch.device) -> bool:
