@@ -135,7 +135,12 @@ class JanusSampler:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        int8: bool = False,
     ) -> JanusSampler:
         """A folder in the transformers layout (config.json, safetensors) or in DeepSeek's own (.bin or safetensors).
 
@@ -143,9 +148,13 @@ class JanusSampler:
         the vision tower with its aligner, the text head, and the VQ model's networks (not its codebook). In the
         transformers layout these are read and checked too, in DeepSeek's they are passed over.
 
+        Args:
+            int8: the layers' linear weights in 8 bits (torchao, one scale a row), a quarter of float32. What that does
+                to the logits: `python -m benchmarks int8`.
+
         Raises:
-            ValueError: for a folder that is missing, incomplete or of another model, with missing, unexpected or
-                misshapen weights by name, and for a .bin that holds code.
+            ValueError: for int8 without torchao, for a folder that is missing, incomplete or of another model, with
+                missing, unexpected or misshapen weights by name, and for a .bin that holds code.
         """
         folder = Path(folder)
         config = _read_config(folder)
@@ -153,12 +162,15 @@ class JanusSampler:
             model = _load_deepseek(folder, config, device, dtype)
         else:
             model = _load_transformers(folder, dtype)
-        if torch.device(device).type == "cpu" and dtype == torch.float32:
+        model.to(device)
+        if int8:
+            _store_in_int8(model)
+        elif torch.device(device).type == "cpu" and dtype == torch.float32:
             _store_by_columns(model)
         # Not AutoTokenizer: in transformers 5 its Llama class overwrites the byte-level rules of DeepSeek's
         # tokenizer.json, and the spaces of a prompt are lost (huggingface/transformers#45488).
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return cls(model.to(device).eval(), tokenizer, name=folder.resolve().name)
+        return cls(model.eval(), tokenizer, name=folder.resolve().name)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the tokenizer lacks, each once, in order; byte-level ones know them all."""
@@ -408,6 +420,15 @@ def _store_by_columns(model: JanusForConditionalGeneration) -> None:
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.data = layer.weight.data.t().contiguous().t()
+
+
+def _store_in_int8(model: JanusForConditionalGeneration) -> None:
+    """Rounds the layers' linear weights to int8; embeddings and the generation head stay what they are."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ValueError("int8 weights need torchao: pip install torchao, or load without int8") from error
+    quantize_(model.model.language_model.layers, Int8WeightOnlyConfig())
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
