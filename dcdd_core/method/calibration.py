@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ..types import Calibration, CalibrationStatistics, Codebook, Source, TokenLogits
-from .chunks import Grids, chunk_rows, float32_maths, logit_chunks
+from .chunks import Grids, chunk_rows, float32_maths, logit_chunks, neg_p_ln_p
 
 TOLERANCE = 0.02
 """On the mean entropy (paper, 5.2); decides `converged`."""
@@ -134,8 +134,11 @@ def calibrate(token_logits: TokenLogits, codebook: Codebook, calibration: Calibr
 
     Warns if a VLM's logits were not sampled the way the calibration was measured.
     """
-    parts = [p.log_() for p, _ in probability_chunks(token_logits, codebook, calibration)]
-    logits = torch.cat(parts).reshape(token_logits.logits.shape)
+    logits = torch.empty_like(token_logits.logits, dtype=torch.float32, memory_format=torch.contiguous_format)
+    rows, done = logits.flatten(0, 1), 0
+    for p, _ in probability_chunks(token_logits, codebook, calibration):
+        torch.log(p, out=rows[done : done + len(p)])
+        done += len(p)
     return replace(token_logits, logits=logits, calibrated=True)
 
 
@@ -308,7 +311,7 @@ def _check_features(features: torch.Tensor, codebook: Codebook) -> None:
 
 @float32_maths
 def _entropy_and_confidence(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    entropy = torch.special.entr(probabilities).sum(-1) / math.log(probabilities.shape[-1])
+    entropy = neg_p_ln_p(probabilities).sum(-1) / math.log(probabilities.shape[-1])
     return entropy, probabilities.amax(-1)
 
 

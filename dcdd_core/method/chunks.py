@@ -14,8 +14,9 @@ import torch
 
 from ..types import Calibration, Codebook, Source, TokenLogits, same_codebook
 
-CHUNK_BYTES = 32 * 2**20
-"""Size of one float32 work array [n, K]; the functions that use chunks hold at most four of them at once."""
+CHUNK_BYTES = 4 * 2**20
+"""Size of one float32 work array [n, K]; the functions that use chunks hold at most four of them at once. On a CPU they
+stay in its caches, which takes two thirds of the time that 32 MiB take (`make bench`)."""
 
 Grids = TokenLogits | Iterable[TokenLogits]
 
@@ -46,6 +47,12 @@ def float32_maths(function: Callable) -> Callable:
             return function(tensor, *args, **kwargs)
 
     return exact
+
+
+def neg_p_ln_p(probabilities: torch.Tensor) -> torch.Tensor:
+    """-p ln p of float32 p >= 0, 0 where p is 0: `torch.special.entr`, in two thirds of its time."""
+    # The smallest number that float32 knows, so that 0 ln 0 is 0 and every other p is left as it is.
+    return probabilities.clamp_min(2**-149).log_().mul_(probabilities).neg_()
 
 
 def logit_chunks(

@@ -1,7 +1,7 @@
 """Logit-to-Code Distributional Mapping: image-token distributions -> condition (Eqs. 4-8).
 
 No gradient flows through the mapping: what it maps is data. Beside input and result it holds at most four float32
-arrays of `chunks.CHUNK_BYTES` (128 MiB together), however large the input, which may be of half precision and in any
+arrays of `chunks.CHUNK_BYTES` (16 MiB together), however large the input, which may be of half precision and in any
 memory layout.
 
 Shapes: B batch, N tokens, n tokens of one chunk, K codes, D code dimension.
@@ -13,7 +13,7 @@ import torch
 
 from ..types import Calibration, Codebook, Condition, TokenLogits
 from .calibration import probability_chunks
-from .chunks import chunks, float32_maths
+from .chunks import chunks, float32_maths, neg_p_ln_p
 
 HEAD_BOUNDS = (8, 64)
 """Bounds of the entropy-adaptive k (paper, B.1)."""
@@ -72,7 +72,6 @@ def map_logits(token_logits: TokenLogits, codebook: Codebook, calibration: Calib
     )
 
 
-@float32_maths
 def uncertainty_features(probabilities: torch.Tensor) -> torch.Tensor:
     """u = [p(1), p(1) - p(2), sum_{j <= k} p(j), H_tail] (Eq. 8), p(j) sorted descending.
 
@@ -81,27 +80,36 @@ def uncertainty_features(probabilities: torch.Tensor) -> torch.Tensor:
     mass or a single code.
 
     Args:
-        probabilities: [..., K] float32, K >= 2, one chunk: about two more arrays of this size are made.
+        probabilities: [..., K] float32, K >= 2, one chunk: two more arrays of this size are made.
 
     Returns:
         [..., 4] in 0..1.
     """
+    return features_and_entropy(probabilities)[0]
+
+
+@float32_maths
+def features_and_entropy(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`uncertainty_features` [..., 4] and the entropy H(p) [...] in nats, which they are made with."""
     codes = probabilities.shape[-1]
     most = min(HEAD_BOUNDS[1], codes - 1)
-    perplexity = torch.special.entr(probabilities).sum(-1, keepdim=True).exp()
+    surprise = neg_p_ln_p(probabilities)
+    entropy = surprise.sum(-1, keepdim=True)
     # Where K - 1 < 8 the bounds cross, and clamp lets the upper one win.
-    k = perplexity.round().clamp(HEAD_BOUNDS[0], most).long()
+    k = entropy.exp().round().clamp(HEAD_BOUNDS[0], most).long()
     top, index = probabilities.topk(max(2, most))
     mass = top.cumsum(-1).gather(-1, k - 1).clamp(max=1)
 
-    # The tail is what is left after the head is struck out: a sum of its own, so a tiny tail suffers no cancellation.
+    # The tail is what is left after the head is struck out: sums of its own, so a tiny tail suffers no cancellation.
     beyond = torch.arange(top.shape[-1], device=top.device) >= k
-    tail = probabilities.scatter(-1, index, top * beyond)
-    tail_mass = tail.sum(-1, keepdim=True)
-    tail = tail.div_(torch.where(tail_mass > 0, tail_mass, 1))
+    tail_mass = probabilities.scatter(-1, index, top * beyond).sum(-1, keepdim=True)
+    tail = surprise.scatter_(-1, index, surprise.gather(-1, index) * beyond).sum(-1, keepdim=True)
+    # With q = p / m, -sum q ln q = (-sum p ln p) / m + ln m: the tail is not gone through once more.
+    some = torch.where(tail_mass > 0, tail_mass, 1)
     bound = (codes - k).float().log()
-    tail_entropy = torch.special.entr(tail).sum(-1, keepdim=True) / torch.where(bound > 0, bound, torch.inf)
-    return torch.cat([top[..., :1], top[..., :1] - top[..., 1:2], mass, tail_entropy.clamp(0, 1)], dim=-1)
+    tail_entropy = (tail / some + some.log()) / torch.where(bound > 0, bound, torch.inf)
+    u = torch.cat([top[..., :1], top[..., :1] - top[..., 1:2], mass, tail_entropy.clamp(0, 1)], dim=-1)
+    return u, entropy.squeeze(-1)
 
 
 def check_probabilities(part: torch.Tensor) -> torch.Tensor:

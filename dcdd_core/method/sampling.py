@@ -13,6 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
+NOT_FINITE = "logits hold NaN or +inf, or bar every code"
+"""Of a draw whose largest value is not finite."""
+
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
     """Classifier-free guidance, uncond + g (cond - uncond); a code that either bars (-inf) stays barred.
@@ -128,10 +131,18 @@ def draw(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"noise {list(noise.shape)} must have the shape of the logits {list(logits.shape)}: one row each"
         )
-    best, tokens = (logits.float() + noise.to(logits.device)).max(-1)
+    best, tokens = gumbel_max(logits, noise.to(logits.device))
     if not bool(torch.isfinite(best).all()):
-        raise ValueError("logits hold NaN or +inf, or bar every code: compute head and guidance in float32")
+        raise ValueError(f"{NOT_FINITE}: compute head and guidance in float32")
     return tokens
+
+
+def gumbel_max(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """max(l + g) and argmax(l + g) over [..., K], unchecked and without waiting for the device.
+
+    The maximum is finite unless logits hold NaN or +inf, or bar every code.
+    """
+    return (logits.float() + noise).max(-1)
 
 
 def _splitmix64(state: int) -> int:

@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from skimage.filters import threshold_otsu
 
 from ..types import Calibration, Codebook
 from .calibration import probability_chunks
 from .chunks import Grids, chunks, float32_maths
-from .lcdm import check_probabilities, uncertainty_features
+from .lcdm import check_probabilities, features_and_entropy
 
 CURVE = 30
 """Length of Figure 6's curve."""
@@ -93,7 +94,11 @@ def _describe(parts: Iterable[torch.Tensor]) -> TokenStatistics:
 @float32_maths
 def _sums(probabilities: torch.Tensor) -> torch.Tensor:
     """[K + 2] float64: sums over n tokens of the sorted probabilities, of H and of H_tail."""
-    entropy = torch.special.entr(probabilities).sum(-1) / math.log(probabilities.shape[-1])
-    tail_entropy = uncertainty_features(probabilities)[:, 3]
-    curve = probabilities.sort(-1, descending=True).values.sum(0, dtype=torch.float64)
-    return torch.cat([curve, torch.stack([entropy.double().sum(), tail_entropy.double().sum()])])
+    u, entropy = features_and_entropy(probabilities)
+    # NumPy sorts a CPU's rows in a quarter of torch's time.
+    on_cpu = probabilities.device.type == "cpu"
+    rising = torch.from_numpy(np.sort(probabilities.numpy())) if on_cpu else probabilities.sort(-1).values
+    curve = rising.sum(0, dtype=torch.float64).flip(0)
+    return torch.cat(
+        [curve, torch.stack([entropy.double().sum() / math.log(probabilities.shape[-1]), u[:, 3].double().sum()])]
+    )

@@ -4,13 +4,12 @@ What is computed is DeepSeek's released image loop: its template, its unconditio
 filter. What is ours: every step's logits are kept, the noise of a draw depends on sample seed and position alone, and
 guidance and everything after the last hidden state run in float32.
 
-Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dim, L prompt length, C hidden size,
-R rows of the language model ([conditional ; unconditional], 2 B, or B without guidance), Q queries, S cache length.
+Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dim, L prompt length, U different rows,
+R rows of the language model ([conditional ; unconditional], 2 B, or B without guidance).
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,13 +18,16 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase, PreTrainedTokenizerFast, StaticCache
+from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..method import sampling
 from ..types import Codebook, TokenLogits, same_codebook
 from . import deepseek
+from .janus_step import TokenLoop, check_language
 
 OnStep = Callable[[int, int, torch.Tensor], None]
+
+CHECK_EVERY = 8
+"""Positions after which the host looks at the logits, and waits for the device."""
 
 _IMAGE_START = "<begin_of_image>"
 _DEEPSEEK_PAD = "<｜▁pad▁｜>"
@@ -123,6 +125,7 @@ class JanusSampler:
                 f"the tokenizer has {len(tokenizer)} words and the model {words}: they do not belong together, "
                 "take both from one folder"
             )
+        check_language(model.model.language_model)
         side = model.config.vq_config.num_patches
         self.model = model
         self.tokenizer = tokenizer
@@ -132,7 +135,12 @@ class JanusSampler:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        int8: bool = False,
     ) -> JanusSampler:
         """A folder in the transformers layout (config.json, safetensors) or in DeepSeek's own (.bin or safetensors).
 
@@ -140,9 +148,13 @@ class JanusSampler:
         the vision tower with its aligner, the text head, and the VQ model's networks (not its codebook). In the
         transformers layout these are read and checked too, in DeepSeek's they are passed over.
 
+        Args:
+            int8: the layers' linear weights in 8 bits (torchao, one scale a row), a quarter of float32. What that does
+                to the logits: `python -m benchmarks int8`.
+
         Raises:
-            ValueError: for a folder that is missing, incomplete or of another model, with missing, unexpected or
-                misshapen weights by name, and for a .bin that holds code.
+            ValueError: for int8 without torchao, for a folder that is missing, incomplete or of another model, with
+                missing, unexpected or misshapen weights by name, and for a .bin that holds code.
         """
         folder = Path(folder)
         config = _read_config(folder)
@@ -150,10 +162,15 @@ class JanusSampler:
             model = _load_deepseek(folder, config, device, dtype)
         else:
             model = _load_transformers(folder, dtype)
+        model.to(device)
+        if int8:
+            _store_in_int8(model)
+        elif torch.device(device).type == "cpu" and dtype == torch.float32:
+            _store_by_columns(model)
         # Not AutoTokenizer: in transformers 5 its Llama class overwrites the byte-level rules of DeepSeek's
         # tokenizer.json, and the spaces of a prompt are lost (huggingface/transformers#45488).
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return cls(model.to(device).eval(), tokenizer, name=folder.resolve().name)
+        return cls(model.eval(), tokenizer, name=folder.resolve().name)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the tokenizer lacks, each once, in order; byte-level ones know them all."""
@@ -222,47 +239,38 @@ class JanusSampler:
         batch, count, codes = len(prompts), self.grid[0] * self.grid[1], self.codebook.size
         logits = torch.empty(batch, count, codes, dtype=torch.float32, device=device)
         tokens = torch.zeros(batch, count, dtype=torch.int64, device=device)
-        anew = torch.ones(batch, count, dtype=torch.bool)
+        first, last, anew = 0, count - 1, None
         if previous is not None or resample is not None:
             anew = self._check_edit(previous, resample, batch)
             if not bool(anew.any()):
                 return previous
             logits.copy_(previous.logits)
             tokens.copy_(previous.tokens)
-        columns = anew.any(dim=0).nonzero()
-        first, last = int(columns[0]), int(columns[-1])
-        anew = anew.to(device)
+            columns = anew.any(dim=0).nonzero()
+            first, last, anew = int(columns[0]), int(columns[-1]), anew.to(device)
 
-        guided = guidance != 1
-        ids, padding = self._rows(prompts, guided)
-        embeddings = language.get_input_embeddings()(ids.to(device))
-        if first > 0:
-            embeddings = torch.cat([embeddings, self._embed(tokens[:, :first], guided)], dim=1)
-        reader = _Reader(language, padding.to(device), ids.shape[1] + last)
-        head = self._float_head()
+        loop = TokenLoop(
+            self.model,
+            tokens,
+            logits,
+            first=first,
+            anew=anew,
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        hidden = loop.start(*self._rows(prompts, guided=guidance != 1), last=last)
         for i in range(first, last + 1):
-            step = head(reader.read(embeddings).float())
-            if guided:
-                step = sampling.guide(*step.chunk(2), guidance)
-            # Greedy keeps the whole distribution too: it is the draw that goes without noise.
-            step = sampling.temper(step, temperature or 1.0)
-            candidates = sampling.top_p(sampling.top_k(step, top_k), top_p)
-            # Made here, and not before, so that the CPU makes it while a GPU still works on the step.
-            noise = sampling.gumbel_noise_grid(seeds, [i], codes)[:, 0] if temperature else torch.zeros_like(step)
-            try:
-                drawn = sampling.draw(candidates, noise)
-            except ValueError as error:
-                raise ValueError(
-                    f"step {i + 1} of {count} failed in {language.dtype}: {error}; "
-                    "load the model in float32 (bfloat16 often does too where float16 overflows), or check its weights"
-                ) from error
-            chosen = anew[:, i]
-            tokens[:, i] = torch.where(chosen, drawn, tokens[:, i])
-            logits[:, i] = torch.where(chosen[:, None], step, logits[:, i])
+            loop.put_noise(seeds)
+            if i == first:
+                loop.draw(hidden)
+            else:
+                loop.advance()
+            if i == last or (i - first) % CHECK_EVERY == CHECK_EVERY - 1:
+                loop.check()
             if on_step is not None:
                 on_step(i + 1, count, tokens[:, : i + 1])
-            if i < last:
-                embeddings = self._embed(tokens[:, i : i + 1], guided)
         return TokenLogits(
             logits,
             tokens,
@@ -274,25 +282,16 @@ class JanusSampler:
             codebook=self.codebook.fingerprint,
         )
 
-    def _rows(self, prompts: Sequence[str], guided: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts -> ids [R, L] padded on the left, and how much of each row is padding [R]."""
-        rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+    def _rows(self, prompts: Sequence[str], guided: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Prompts -> different ids [U, L] padded on the left, the padding of each [U], and whose each row is [R]."""
+        rows = [tuple(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
         if guided:
-            rows += [unconditional_ids(ids, self.tokenizer) for ids in rows]
-        padding = [max(map(len, rows)) - len(ids) for ids in rows]
+            rows += [tuple(unconditional_ids(ids, self.tokenizer)) for ids in rows]
+        unique = {ids: i for i, ids in enumerate(dict.fromkeys(rows))}
+        padding = [max(map(len, unique)) - len(ids) for ids in unique]
         # Nothing sees the padding, so that any id will do.
-        return torch.tensor([[0] * pad + ids for pad, ids in zip(padding, rows)]), torch.tensor(padding)
-
-    def _embed(self, tokens: torch.Tensor, guided: bool) -> torch.Tensor:
-        """Image tokens [B, Q] -> what the language model reads of them, the same in both halves [R, Q, C]."""
-        embeddings = self.model.prepare_embeddings_for_image_generation(tokens)
-        return embeddings.repeat(2, 1, 1) if guided else embeddings
-
-    def _float_head(self) -> nn.Module:
-        """The generation head in float32: guidance multiplies what half precision would round away."""
-        head = self.model.model.generation_head
-        single = all(weight.dtype == torch.float32 for weight in head.parameters())
-        return head if single else copy.deepcopy(head).float()
+        padded = [(0,) * pad + ids for pad, ids in zip(padding, unique)]
+        return torch.tensor(padded), torch.tensor(padding), torch.tensor([unique[ids] for ids in rows])
 
     def _check_edit(self, previous: TokenLogits | None, resample: torch.Tensor | None, batch: int) -> torch.Tensor:
         """-> bool [B, N] on the CPU, True where to sample anew."""
@@ -335,40 +334,6 @@ class JanusSampler:
                 "one value for each token of the grid, row by row"
             )
         return resample.cpu().expand(shape)
-
-
-class _Reader:
-    """The language model's state over R rows: keys and values so far, and how much of each row is padding.
-
-    A mask of its own instead of the library's two-dimensional one, whose upkeep asks the device at every step. Padding
-    sees itself alone, which nobody reads: a query that sees nothing would be NaN, and spread from the cache.
-    """
-
-    def __init__(self, language: nn.Module, padding: torch.Tensor, length: int):
-        self.language = language
-        self.padding = padding[:, None]
-        self.cache = StaticCache(config=language.config, max_cache_len=length)
-        self.slots = torch.arange(length, device=padding.device)
-        self.filled = 0
-
-    def read(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The next embeddings [R, Q, C] -> the last one's hidden state [R, C]."""
-        queries = self.slots[self.filled : self.filled + embeddings.shape[1]]
-        self.filled += embeddings.shape[1]
-        own = queries[:, None] == self.slots
-        past = queries[:, None] >= self.slots
-        seen = own | (past & (self.slots >= self.padding)[:, None])
-        # Additive, since eager attention takes no boolean mask.
-        mask = torch.zeros(seen.shape, dtype=embeddings.dtype, device=embeddings.device)
-        mask = mask.masked_fill_(~seen, torch.finfo(embeddings.dtype).min)
-        output = self.language(
-            inputs_embeds=embeddings,
-            attention_mask=mask[:, None],
-            position_ids=(queries - self.padding).clamp_(min=0),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state[:, -1]
 
 
 def _templated(prompt: str) -> str:
@@ -445,6 +410,25 @@ def _drop_unused(model: JanusForConditionalGeneration) -> None:
     del model.lm_head, model.model.vision_model, model.model.aligner
     vq = model.model.vqmodel
     del vq.encoder, vq.decoder, vq.quant_conv, vq.post_quant_conv
+
+
+def _store_by_columns(model: JanusForConditionalGeneration) -> None:
+    """Lays linear weights [out, in] out column by column, which a CPU multiplies faster with the few rows of a step.
+
+    Values and shapes stay; the order of summation, and with it the last bits of a product, changes.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+
+
+def _store_in_int8(model: JanusForConditionalGeneration) -> None:
+    """Rounds the layers' linear weights to int8; embeddings and the generation head stay what they are."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ValueError("int8 weights need torchao: pip install torchao, or load without int8") from error
+    quantize_(model.model.language_model.layers, Int8WeightOnlyConfig())
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

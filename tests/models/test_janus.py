@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -344,7 +346,9 @@ def test_folder_loads_and_samples_the_same(folder: Path, run: TokenLogits):
     before = torch.get_rng_state()
     loaded = JanusSampler.load(folder)
     assert torch.equal(torch.get_rng_state(), before)
-    assert same(loaded.sample(PROMPTS, seeds=SEEDS), run)
+    assert close(loaded.sample(PROMPTS, seeds=SEEDS), run)
+    own = tiny_janus()[0].state_dict()
+    assert all(torch.equal(weight, own[name]) for name, weight in loaded.model.state_dict().items())
     assert loaded.name == "Janus-Tiny"
     assert not hasattr(loaded.model.model, "vision_model")
 
@@ -353,6 +357,30 @@ def test_folder_loads_in_a_chosen_dtype(folder: Path):
     loaded = JanusSampler.load(folder, dtype=torch.bfloat16)
     assert loaded.model.model.language_model.embed_tokens.weight.dtype == torch.bfloat16
     assert loaded.sample(["red"], seeds=[0]).logits.dtype == torch.float32
+
+
+def test_int8_is_for_the_layers_alone(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match="pip install torchao"):
+        JanusSampler.load(folder, int8=True)
+
+    def rounded(module: torch.nn.Module, config: str) -> None:
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.data.zero_()
+
+    fake = SimpleNamespace(Int8WeightOnlyConfig=lambda: "rows", quantize_=rounded)
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=fake))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", fake)
+    changed = JanusSampler.load(folder, int8=True).model.state_dict()
+    own = tiny_janus()[0].state_dict()
+    touched = {name for name, weight in changed.items() if not torch.equal(weight, own[name])}
+    assert touched == {n for n in own if ".language_model.layers." in n and n.endswith("_proj.weight")}
+
+
+def test_int8_samples(folder: Path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    assert JanusSampler.load(folder, int8=True).sample(["red"], seeds=[0]).logits.isfinite().all()
 
 
 def test_loader_names_missing_and_unexpected_weights(folder: Path, tmp_path: Path):

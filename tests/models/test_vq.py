@@ -101,3 +101,12 @@ def test_other_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama' model; expected 'janus'"):
         VQTokenizer.load(tmp_path)
+
+
+def test_decoding_runs_with_the_channels_last(vq):
+    inputs = []
+    hook = vq.model.decoder.conv_in.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for vectors in (torch.rand(2, 16, 8), torch.rand(2, 8, 16).transpose(1, 2)):
+        vq.decode_vectors(vectors, (4, 4))
+    hook.remove()
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in inputs) and len(inputs) == 2

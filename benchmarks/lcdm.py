@@ -1,0 +1,79 @@
+"""LCDM: seconds and extra memory for 4 pictures of 576 tokens over 16384 codes
+
+Against the equations as they are written: softmax, full sort, matrix product, over all tokens at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.timing import NOT_MEASURED, alternating
+from dcdd_core.method.lcdm import map_logits
+from dcdd_core.method.statistics import describe_logits
+from dcdd_core.types import Codebook, TokenLogits
+
+HEAD = ("what", "seconds", "times ours", "extra memory, of the logits'")
+
+
+def plain(logits: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eqs. 5-8 over logits [B, N, K], without a thought for time or memory."""
+    p = logits.softmax(-1)
+    ordered = p.sort(-1, descending=True).values
+    k = torch.special.entr(p).sum(-1, keepdim=True).exp().round().clamp(8, 64).long()
+    mass = ordered.cumsum(-1).gather(-1, k - 1)
+    tail = ordered * (torch.arange(p.shape[-1], device=p.device) >= k)
+    tail = tail / tail.sum(-1, keepdim=True)
+    tail_entropy = torch.special.entr(tail).sum(-1, keepdim=True) / (p.shape[-1] - k).log()
+    u = torch.cat([ordered[..., :1], ordered[..., :1] - ordered[..., 1:2], mass, tail_entropy], dim=-1)
+    return p @ vectors, u
+
+
+def peak(function: Callable[[], object], on_gpu: bool) -> int:
+    """The most bytes that were held at once beyond what was held before."""
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        function()
+    held = most = 0
+    for event in sorted(events.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def contest(device: str, batch: int, rounds: int) -> list[tuple[str, ...]]:
+    draw = torch.Generator().manual_seed(0)
+    codebook = Codebook(torch.randn(16384, 8, generator=draw).to(device))
+    logits = 3 * torch.randn(batch, 576, 16384, generator=draw).to(device)
+    grid = TokenLogits(logits, logits.argmax(-1), (24, 24), codebook=codebook.fingerprint)
+    functions = {
+        "ours: c and u": lambda: map_logits(grid, codebook),
+        "as written": lambda: plain(logits, codebook.vectors),
+        "our statistics (Table 1), which need the full sort": lambda: describe_logits(grid, codebook),
+    }
+    seconds = {name: sorted(taken)[len(taken) // 2] for name, taken in alternating(functions, rounds).items()}
+    ours = seconds["ours: c and u"]
+    return [
+        (
+            f"{name} ({device})",
+            f"{seconds[name]:.3g}",
+            f"{seconds[name] / ours:.2f}",
+            f"{peak(function, device == 'cuda') / logits.nbytes:.2f}",
+        )
+        for name, function in functions.items()
+    ]
+
+
+@torch.no_grad()
+def rows(batch: int = 4, rounds: int = 3) -> list[tuple[str, ...]]:
+    found = contest("cpu", batch, rounds)
+    if not torch.cuda.is_available():
+        return [*found, ("all (cuda)", NOT_MEASURED, "-", "-")]
+    return [*found, *contest("cuda", 16, rounds)]

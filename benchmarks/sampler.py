@@ -1,0 +1,121 @@
+"""Image tokens: seconds a call, random weights
+
+Ours against transformers' `generate` and against the shape of DeepSeek's published loop (a cache that grows, eager
+attention, a draw by multinomial), same weights and number of tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import DynamicCache, JanusForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from benchmarks.memory import janus
+from benchmarks.timing import NOT_MEASURED, compared
+from dcdd_core.models.janus import JanusSampler, prompt_ids
+from dcdd_core.pico.train_janus import janus_config, pico_tokenizer
+from dcdd_core.pico.train_tokenizer import tokenizer_config
+from tests.tiny import fill
+
+HEAD = ("model, batch", "who", "seconds", "times ours")
+PROMPT = "a large striped red heart in the centre on a wavy sky ground"
+GUIDANCE = 5.0
+#: Bytes a second that its memory gives an H100 (SXM); the step of a large model can be no faster than reading weights.
+H100_BYTES = 3.35e12
+
+
+def pico(grid: int = 12) -> tuple[JanusForConditionalGeneration, PreTrainedTokenizerFast]:
+    """pico's shape with random weights."""
+    words = pico_tokenizer()
+    return fill(JanusForConditionalGeneration(janus_config(JanusVQVAE(tokenizer_config(grid)), words))), words
+
+
+def as_loaded(model: JanusForConditionalGeneration, words: PreTrainedTokenizerFast) -> JanusSampler:
+    """The same weights in a sampler that read them from a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        words.save_pretrained(folder)
+        return JanusSampler.load(folder)
+
+
+def generate(model: JanusForConditionalGeneration, ids: torch.Tensor, pad: int) -> Callable[[], torch.Tensor]:
+    """transformers' own image loop for prompts ids [B, L]."""
+    config = copy.deepcopy(model.generation_config)
+    config.bos_token_id, config.pad_token_id = int(ids[0, 0]), pad
+    config.generation_kwargs = {"boi_token_id": int(ids[0, -1])}
+    config.update(do_sample=True, guidance_scale=GUIDANCE, top_k=0)
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        mask = torch.ones_like(ids)
+        own = copy.deepcopy(config)
+        return model.generate(inputs=ids, attention_mask=mask, generation_mode="image", generation_config=own)
+
+    return run
+
+
+def deepseek(
+    model: JanusForConditionalGeneration, ids: torch.Tensor, pad: int, count: int
+) -> Callable[[], torch.Tensor]:
+    """The shape of DeepSeek's published loop for prompts ids [B, L]."""
+    model = copy.deepcopy(model)
+    language = model.model.language_model
+    language.set_attn_implementation("eager")
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        rows = ids.repeat_interleave(2, dim=0)
+        rows[1::2, 1:-1] = pad
+        embeddings, cache, tokens = language.get_input_embeddings()(rows), DynamicCache(), []
+        for _ in range(count):
+            hidden = language(inputs_embeds=embeddings, use_cache=True, past_key_values=cache).last_hidden_state
+            logits = model.model.generation_head(hidden[:, -1])
+            conditional, unconditional = logits[0::2], logits[1::2]
+            step = unconditional + GUIDANCE * (conditional - unconditional)
+            tokens.append(torch.multinomial(step.softmax(-1), 1))
+            embeddings = model.prepare_embeddings_for_image_generation(tokens[-1].repeat_interleave(2, dim=0))
+        return torch.cat(tokens, dim=1)
+
+    return run
+
+
+def contest(
+    what: str, model: JanusForConditionalGeneration, sampler: JanusSampler, batch: int, rounds: int
+) -> list[tuple[str, ...]]:
+    ids = torch.tensor([prompt_ids(sampler.tokenizer, PROMPT)] * batch, device=model.device)
+    pad, count = sampler.tokenizer.pad_token_id, sampler.grid[0] * sampler.grid[1]
+    functions = {
+        "ours, with all logits kept": lambda: sampler.sample([PROMPT] * batch, seeds=range(batch), guidance=GUIDANCE),
+        "transformers' generate": generate(model, ids, pad),
+        "DeepSeek's loop": deepseek(model, ids, pad, count),
+    }
+    return compared(f"{what}, {batch}", functions, rounds)
+
+
+def seven_billion() -> tuple[JanusForConditionalGeneration, JanusSampler]:
+    """Janus-Pro-7B's shape in bfloat16 on the GPU, random weights."""
+    model = janus("Janus-Pro-7B").to(torch.bfloat16).to_empty(device="cuda").eval()
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.02)
+    language = model.model.language_model
+    language.rotary_emb = type(language.rotary_emb)(language.config).cuda()
+    return model, JanusSampler(model, pico_tokenizer())
+
+
+def rows() -> list[tuple[str, ...]]:
+    model, words = pico()
+    sampler = as_loaded(model, words)
+    found = [row for batch in (1, 4) for row in contest("pico (CPU, float32)", model, sampler, batch, 5)]
+    if not torch.cuda.is_available():
+        return [*found, ("Janus-Pro-7B's shape (GPU, bfloat16), 1", "all", NOT_MEASURED, "-")]
+    model, sampler = seven_billion()
+    found += contest(f"Janus-Pro-7B's shape ({torch.cuda.get_device_name()}, bfloat16)", model, sampler, 1, 3)
+    language, head = model.model.language_model, model.model.generation_head
+    read = sum(2 * w.numel() for w in language.layers.parameters()) + sum(4 * w.numel() for w in head.parameters())
+    limit = read * sampler.grid[0] * sampler.grid[1] / H100_BYTES
+    return [*found, ("the same", "an H100's memory bandwidth alone", f"{limit:.3g}", "-")]
