@@ -27,6 +27,8 @@ from .flux_files import find_transformer
 from .flux_inference import ModulationTable, drop_text, embed_time, fold_modulations, of_text_stream
 
 _FORMAT = "dcdd decoder 1"
+#: Linear layers outside the blocks: never in 8 bits.
+_LEFT = ("x_embedder", "^proj_out$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +229,9 @@ def load_decoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     fold: bool = True,
+    eight_bit: bool = False,
+    streamed: bool = False,
+    compiled: bool = False,
 ) -> DistributionConditionedDecoder:
     """Loads a bundle over its base model, without the text stream.
 
@@ -237,22 +242,51 @@ def load_decoder(
     Args:
         base: the base in a layout that `flux_files.find_transformer` reads: a diffusers folder, or a single file such
             as `flux1-fill-dev.safetensors`. Of it only what the bundle lacks is read; None if that is nothing.
-        dtype: to convert to; None keeps the stored types.
+        device: where it computes.
+        dtype: that it computes in; None takes the stored types.
         fold: False keeps the layers that compute the modulations: for training, and for `save_bundle`.
+        eight_bit: the blocks' linear layers are stored as float8_e4m3fn and lifted to `dtype` for their turn, which
+            halves what bfloat16 takes, at a small loss (diffusers' layerwise casting).
+        streamed: the blocks wait in RAM, and each is on `device` for its turn alone: slow, but FLUX.1-Fill then takes
+            the room of one block (diffusers' group offloading).
+        compiled: the blocks run compiled, one compilation for all of a kind: the first picture of a size and batch
+            waits for it, others of the same compile nothing.
 
     Raises:
-        ValueError: naming the base that is needed, or the tensors that are missing, unexpected or of a wrong shape.
+        ValueError: naming the base that is needed, or the tensors that are missing, unexpected or of a wrong shape; for
+            ways of holding the weights that exclude each other.
     """
+    if (eight_bit or streamed) and (compiled or not fold):
+        raise ValueError(
+            "weights that change place or type between the steps can be neither compiled nor trained: "
+            f"got eight_bit={eight_bit}, streamed={streamed}, compiled={compiled}, fold={fold}"
+        )
     card = read_card(path)
     with torch.device("meta"):
-        decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card)
+        transformer = FluxTransformer2DModel(**card.base_config)
+        decoder = DistributionConditionedDecoder(transformer, card)
     stored = _find(path, base, decoder)
-    drop_text(decoder.transformer)
+    drop_text(transformer)
     if fold:
-        decoder.table = fold_modulations(decoder.transformer, stored.within("transformer."))
-    tensors = stored.read(decoder.state_dict(), dtype=dtype, device=device)
+        decoder.table = fold_modulations(transformer, stored.within("transformer."))
+    names = list(decoder.state_dict())
+    layers = [name for name in names if "_blocks." in name and ".norm_" not in name]
+    # At once in the type and the place that they stay in: in others, they need not fit.
+    held = {"dtype": torch.float8_e4m3fn if eight_bit else dtype, "device": "cpu" if streamed else device}
+    tensors = stored.read(layers, **held)
+    tensors |= stored.read([name for name in names if name not in tensors], dtype=dtype, device=device)
     load_strictly(decoder, tensors, f"{path}" + (f" over {base}" if base else ""))
-    return decoder.eval().requires_grad_(False)
+    decoder.eval().requires_grad_(False)
+    if eight_bit:
+        transformer.enable_layerwise_casting(skip_modules_pattern=_LEFT, compute_dtype=decoder.dtype)
+    if streamed:
+        transformer.enable_group_offload(torch.device(device), offload_type="block_level", num_blocks_per_group=1)
+        # diffusers would fetch the ends for its own forward pass, which is not ours.
+        for end in (transformer.x_embedder, transformer.proj_out):
+            end.to(device)
+    if compiled:
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    return decoder
 
 
 def _find(path: str | Path, base: str | Path | None, decoder: DistributionConditionedDecoder) -> StoredTensors:
