@@ -142,7 +142,8 @@ class DistributionConditionedDecoder(nn.Module):
         rotary = model.pos_embed(position_ids(*latent_size).to(hidden.device))
         text = hidden.new_zeros(len(hidden), 0, hidden.shape[2])
         for block, modulation in zip(blocks, modulations, strict=True):
-            text, hidden = block(hidden, text, modulation, rotary)
+            # The text that comes back has other strides, for which a compiled block would be compiled again.
+            _, hidden = block(hidden, text, modulation, rotary)
         return model.proj_out(model.norm_out(hidden, last))
 
     @property
