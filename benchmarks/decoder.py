@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -21,8 +22,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from timing import alternating
 
 from dcdd_core.method.flow import timesteps
 from dcdd_core.method.latents import position_ids
@@ -92,6 +91,20 @@ def published_arithmetic() -> tuple[float, float]:
         with FlopCounterMode(display=False) as ours:
             decoder(torch.cat([x, given], 2), torch.zeros(1, IMAGE, transformer.inner_dim), t, SIZE)
     return theirs.get_total_flops() / 1e12, ours.get_total_flops() / 1e12
+
+
+def alternating(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run, `repeats` times in turn after one that does not count, so that all meet the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ class ModulationTable:
     They depend on time, guidance and a pooled text embedding of zeros alone. So of the embedders and the modulation
     layers (FLUX.1-Fill: 2.2 of its 11.9 billion parameters) nothing is held, but the tables of the last three
     schedules, in RAM: 1.4 MB a step in bfloat16, of which a step brings its row to the device. When a schedule is new,
-    these layers are read from their files again, one at a time, and let go: 4.5 GB in bfloat16, once a schedule.
+    these layers are read from their files again, one at a time, and let go: 4.4 GB in bfloat16, once a schedule.
 
     Args:
         transformer: says which modulations there are and how time is embedded; may be on "meta".
