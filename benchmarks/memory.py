@@ -1,11 +1,13 @@
 """Memory that the published models' weights take, computed from their shapes: `python benchmarks/memory.py`.
 
 Nothing is loaded: the networks are built on the meta device. Computed, not measured: activations and what the driver
-takes come on top (ComfyUI keeps about 1 GB free for them).
+takes come on top (ComfyUI keeps about 1 GB free for them). What the decoder really takes for a step is measured where
+there is a GPU and its files are given: `--bundle FILE --base PATH`.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +19,21 @@ from transformers import JanusForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dcdd_core.models.checkpoints import StoredTensors
 from dcdd_core.models.deepseek import janus_config
+from dcdd_core.models.flux import load_decoder
 from dcdd_core.models.flux_files import FLUX_FILL_CONFIG, FLUX_VAE_CONFIG
+from dcdd_core.models.flux_inference import drop_text, fold_modulations
+from dcdd_core.types import Condition
 
 #: Of Janus-Pro's language models: width, inner width, layers, heads.
 JANUS_PRO = {"Janus-Pro-1B": (2048, 5632, 24, 16), "Janus-Pro-7B": (4096, 11008, 30, 32)}
 _NOT_LOADED = ("lm_head", "model.vision_model", "model.aligner", "model.vqmodel")
-_TOKENS, _PROMPT, _CODES = 576, 64, 16384
+_TOKENS, _PROMPT, _CODES, _STEPS = 576, 64, 16384, 30
+_MODULATIONS = ("norm1.linear.bias", ".norm.linear.bias", "norm_out.linear.bias")
+_LEAVES = ("weight", "bias")
+_WAYS = {"bfloat16": {}, "8-bit": {"eight_bit": True}, "streamed": {"streamed": True}}
+_WAYS["8-bit, streamed"] = _WAYS["8-bit"] | _WAYS["streamed"]
 
 
 def size(module: nn.Module, bytes_of: Callable[[str], int]) -> float:
@@ -59,7 +69,68 @@ def janus(name: str) -> JanusForConditionalGeneration:
         return JanusForConditionalGeneration(janus_config(config, name))
 
 
+def flux_rows() -> list[tuple[str, str, str]]:
+    """FLUX.1-Fill's transformer in every way that it can be held."""
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(**FLUX_FILL_CONFIG)
+    rows = [("FLUX.1-Fill transformer, as published", "bfloat16", f"{size(flux, lambda _: 2):.1f}")]
+    drop_text(flux)
+    rows.append(("FLUX.1-Fill transformer without text, to be trained", "bfloat16", f"{size(flux, lambda _: 2):.1f}"))
+    row_of_table = sum(p.numel() for n, p in flux.named_parameters() if n.endswith(_MODULATIONS))
+    fold_modulations(flux, StoredTensors({}))
+    inside = {
+        f"{name}.{leaf}" for name, part in flux.named_modules() if isinstance(part, nn.Linear) for leaf in _LEAVES
+    }
+    eight_bit = {name for name in inside if "_blocks." in name}
+    layers = [weight.numel() for name, weight in flux.state_dict().items() if name in eight_bit]
+    for weights, width, bytes_of in (
+        ("bfloat16", 2, lambda _: 2),
+        ("8-bit", 1, lambda name: 1 if name in eight_bit else 2),
+    ):
+        blocks = [size(block, lambda _, width=width: width) for block in flux.transformer_blocks]
+        rows += [
+            ("FLUX.1-Fill transformer, to paint", weights, f"{size(flux, bytes_of):.1f}"),
+            ("the same streamed block by block: its largest block", weights, f"{max(blocks):.2f}"),
+            ("the same with placement 'low VRAM': its largest layer", weights, f"{width * max(layers) / 1e9:.2f}"),
+        ]
+    return [
+        *rows,
+        (f"modulations of {_STEPS} steps, in RAM", "bfloat16", f"{2 * _STEPS * row_of_table / 1e9:.2f}"),
+    ]
+
+
+def measured_rows(bundle: Path | None, base: Path | None) -> list[tuple[str, str, str]]:
+    """The most that one step of one 24 x 24 picture takes on the GPU, modulations and activations included."""
+    rows = []
+    for name, ways in _WAYS.items():
+        if bundle is None or not torch.cuda.is_available():
+            rows.append((f"a step, {name}: peak", "", "not measured"))
+            continue
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        decoder = load_decoder(bundle, base, device="cuda", dtype=torch.bfloat16, **ways)
+        step(decoder)
+        rows.append((f"a step, {name}: peak", "", f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"))
+        del decoder
+    return rows
+
+
+@torch.no_grad()
+def step(decoder: nn.Module) -> torch.Tensor:
+    """Of noise, for a condition of noise."""
+    like = {"device": decoder.device, "dtype": decoder.dtype}
+    grid, latents = (24, 24), (24 * decoder.card.pixels_per_token // decoder.card.vae_factor,) * 2
+    codes, doubt = torch.randn(1, 576, decoder.card.code_dim, **like), torch.rand(1, 576, 4, **like)
+    packed = torch.randn(1, latents[0] ** 2 // 4, decoder.transformer.config.in_channels, **like)
+    decoder.prepare([1.0])
+    return decoder(packed, decoder.condition_tokens(Condition(codes, doubt, grid), latents), torch.ones(1), latents)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--bundle", type=Path, metavar="FILE", help="a decoder bundle, to measure with")
+    parser.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it")
+    chosen = parser.parse_args()
     rows = [("model", "weights", "GB")]
     for name, (width, _, layers, _) in JANUS_PRO.items():
         model = janus(name)
@@ -72,14 +143,10 @@ def main() -> None:
         )
     rows.append(("Janus-Pro's VQ-VAE", "float32", f"{size(model.model.vqmodel, lambda _: 4):.2f}"))
     with torch.device("meta"):
-        flux, vae = FluxTransformer2DModel(**FLUX_FILL_CONFIG), AutoencoderKL.from_config(dict(FLUX_VAE_CONFIG))
-    linears = {f"{name}.weight" for name, part in flux.named_modules() if isinstance(part, nn.Linear)}
-    eight_bit = {name for name in linears if name.split(".")[0].endswith("transformer_blocks")}
-    rows.append(("FLUX.1-Fill transformer", "bfloat16", f"{size(flux, lambda _: 2):.1f}"))
-    rows.append(("FLUX.1-Fill transformer", "8-bit", f"{size(flux, lambda key: 1 if key in eight_bit else 2):.1f}"))
-    largest = max(weight.numel() for weight in flux.state_dict().values()) * 2 / 1e9
-    rows.append(("FLUX.1-Fill transformer, 'low VRAM': its largest layer", "bfloat16", f"{largest:.2f}"))
+        vae = AutoencoderKL.from_config(dict(FLUX_VAE_CONFIG))
+    rows += flux_rows()
     rows.append(("FLUX autoencoder", "float32", f"{size(vae, lambda _: 4):.2f}"))
+    rows += measured_rows(chosen.bundle, chosen.base)
     head, *body = ["| " + " | ".join(row) + " |" for row in rows]
     print("\n".join([head, "|---|---|---|", *body]))
 

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core.method.lcdm import map_logits
-from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder
+from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder, of_text_stream
 from dcdd_core.pico.export import export
 from dcdd_core.pico.reader import SceneReader
 from dcdd_core.pico.train_autoencoder import autoencoder_config
@@ -174,6 +174,14 @@ def tiny_decoder(seed: int = 0, **changes) -> DistributionConditionedDecoder:
     """A decoder with random weights, its adapter's last layer included, so that the condition matters."""
     card = tiny_card(**changes)
     return fill(DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card), seed)
+
+
+def assert_same_without_text(whole: DistributionConditionedDecoder, loaded: DistributionConditionedDecoder) -> None:
+    """Bit by bit, in the same order; the loaded one has no text stream."""
+    kept = {name: value for name, value in whole.state_dict().items() if not of_text_stream(name)}
+    assert len(kept) < len(whole.state_dict())
+    for (name, a), (other, b) in zip(kept.items(), loaded.state_dict().items(), strict=True):
+        assert name == other and torch.equal(a, b), (name, other)
 
 
 def random_pico(folder: Path) -> Path:

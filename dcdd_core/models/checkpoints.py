@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,114 @@ def _read_bin(
             yield name, tensor.to(device, copy=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a tensor lies on a disk: rows of a tensor of a safetensors file.
+
+    Attributes:
+        source: the name that the file has for it.
+        rows: the first of its rows and the one after the last.
+        shape: of the tensor that they become.
+        roll: by how many rows they are rolled on the way.
+    """
+
+    file: Path
+    source: str
+    rows: tuple[int, int]
+    shape: tuple[int, ...]
+    roll: int = 0
+
+
+class StoredTensors:
+    """Tensors by name that stay on the disk until they are read; only what is asked for comes off it."""
+
+    def __init__(self, places: Mapping[str, Place]):
+        self._places = dict(places)
+        self._stamps = {place.file: _stamp(place.file) for place in self._places.values()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __or__(self, other: StoredTensors) -> StoredTensors:
+        """Both; what both have, from `other`."""
+        return StoredTensors(self._places | other._places)
+
+    def within(self, prefix: str) -> StoredTensors:
+        """Those whose names start with `prefix`, which is cut off."""
+        return StoredTensors({n.removeprefix(prefix): p for n, p in self._places.items() if n.startswith(prefix)})
+
+    def below(self, prefix: str) -> StoredTensors:
+        """The same, with `prefix` before every name."""
+        return StoredTensors({prefix + name: place for name, place in self._places.items()})
+
+    def read(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, torch.Tensor]:
+        """The tensors called `names`, all by default.
+
+        Peak memory: what is returned and one tensor more. Where neither type nor device changes, they stay mapped from
+        their file and take no memory of their own.
+
+        Args:
+            dtype: to convert to; None keeps the stored types, except that float8, in which nothing can be computed,
+                becomes bfloat16.
+
+        Raises:
+            ValueError: if a file was changed, or is gone.
+        """
+        tensors = {}
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            for name in self._places if names is None else names:
+                place = self._places[name]
+                if place.file not in opened:
+                    if _stamp(place.file) != self._stamps[place.file]:
+                        raise ValueError(f"{place.file} was changed or taken away after it was opened: load it again")
+                    opened[place.file] = stack.enter_context(safe_open(place.file, framework="pt"))
+                part = opened[place.file].get_slice(place.source)[slice(*place.rows)].reshape(place.shape)
+                part = part.roll(place.roll, 0) if place.roll else part
+                stored = torch.bfloat16 if part.dtype.itemsize == 1 else part.dtype
+                # Two steps: some devices have no float8 to receive.
+                tensors[name] = part.to(dtype or stored).to(device)
+        return tensors
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    if not file.is_file():
+        return None
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def find_tensors(file: str | Path, expected: Mapping[str, torch.Size], what: str) -> StoredTensors:
+    """The tensors of a safetensors file, none of them read.
+
+    Args:
+        expected: the names that it may hold, with their shapes.
+        what: names the model in errors.
+
+    Raises:
+        ValueError: naming unexpected tensors, and shapes that do not fit.
+    """
+    file = Path(file)
+    with safe_open(file, framework="pt") as opened:
+        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    wrong = [
+        f"{name} is {list(shape)}, expected {list(expected[name])}"
+        for name, shape in shapes.items()
+        if name in expected and shape != tuple(expected[name])
+    ]
+    if misfit := misfits(unexpected=sorted(set(shapes) - set(expected)), wrong=wrong):
+        raise ValueError(f"{file} does not fit {what}; {misfit}")
+    return StoredTensors(
+        {name: Place(file=file, source=name, rows=(0, shape[0]), shape=shape) for name, shape in shapes.items()}
+    )
+
+
 def load_strictly(
     module: nn.Module, tensors: Mapping[str, torch.Tensor], what: str, *, unused: Iterable[str] = ()
 ) -> None:
@@ -163,7 +273,7 @@ def load_strictly(
     module.load_state_dict(dict(tensors), strict=not unused, assign=True)
 
 
-def misfits(*, missing: Sequence[str], unexpected: Sequence[str], wrong: Sequence[str]) -> str:
+def misfits(*, missing: Sequence[str] = (), unexpected: Sequence[str] = (), wrong: Sequence[str] = ()) -> str:
     """The tensors that do not fit, the first few of each kind by name; empty if there are none."""
     kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
     return "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds if names)

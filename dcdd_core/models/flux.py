@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ from torch import nn
 
 from ..method.latents import position_ids
 from ..types import Calibration, Condition
-from .checkpoints import load_strictly, read_tensors
+from .checkpoints import StoredTensors, find_tensors, load_strictly, misfits
 from .condition_encoder import ConditionEncoder
-from .flux_files import read_transformer
+from .flux_files import find_transformer
+from .flux_inference import ModulationTable, drop_text, embed_time, fold_modulations, of_text_stream
 
 _FORMAT = "dcdd decoder 1"
+#: Linear layers outside the blocks: never in 8 bits.
+_LEFT = ("x_embedder", "^proj_out$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +87,35 @@ class DistributionConditionedDecoder(nn.Module):
 
     The text stream gets a sequence of length zero and a pooled vector of zeros: it then cannot reach the output, and
     the condition is the only guide. Before training the adapter adds nothing, so this is exactly the base model.
+
+    Args:
+        transformer: with or without its text stream (`flux_inference.drop_text`).
+        table: where the modulations come from if the transformer's own layers for them were taken out
+            (`flux_inference.fold_modulations`); such a decoder paints, and cannot be trained.
     """
 
-    def __init__(self, transformer: FluxTransformer2DModel, card: DecoderCard):
+    def __init__(self, transformer: FluxTransformer2DModel, card: DecoderCard, *, table: ModulationTable | None = None):
         super().__init__()
         self.transformer = transformer
         self.adapter = ConditionEncoder(card.code_dim, card.width, transformer.inner_dim)
         self.card = card
+        self.table = table
+
+    # The adapter's: the transformer's layers may wait elsewhere for their turn, or be stored in 8 bits.
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.adapter.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.adapter.norm.weight.dtype
+
+    def prepare(self, times: Sequence[float]) -> None:
+        """Call before steps at these times (0..1): what is computed once for all of them is computed now, if at all."""
+        if self.table is not None:
+            self.table.prepare(times, guidance=self._guidance, like=self.adapter.norm.weight)
 
     def condition_tokens(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
         """The condition's share of the fused tokens, [B, N, M]; the same at every step, so computed once (Eq. 22)."""
@@ -104,7 +129,7 @@ class DistributionConditionedDecoder(nn.Module):
         Args:
             packed: [B, N, F] noisy latent, masked image and mask (`method.latents.fill_input`).
             condition: [B, N, M] from `condition_tokens`.
-            t: [B] in 0..1, 1 is pure noise.
+            t: [B] in 0..1, 1 is pure noise; on the CPU, nothing waits for the device.
             latent_size: (h', w').
 
         Returns:
@@ -112,22 +137,27 @@ class DistributionConditionedDecoder(nn.Module):
         """
         model = self.transformer
         hidden = model.x_embedder(packed) + condition  # Eq. 23
-        pooled = hidden.new_zeros(len(hidden), model.config.pooled_projection_dim)
-        # In float32 whatever the model's type: bfloat16 would round 1000 t to multiples of 4.
-        times = (t.float() * 1000,)
-        if model.config.guidance_embeds:
-            times += (torch.full_like(times[0], self.card.guidance * 1000),)
-        temb = model.time_text_embed(*times, pooled)
+        blocks = (*model.transformer_blocks, *model.single_transformer_blocks)
+        *modulations, last = self._modulations(t, hidden, len(blocks) + 1)
         rotary = model.pos_embed(position_ids(*latent_size).to(hidden.device))
         text = hidden.new_zeros(len(hidden), 0, hidden.shape[2])
-        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-            text, hidden = block(hidden, text, temb, rotary)
-        return model.proj_out(model.norm_out(hidden, temb))
+        for block, modulation in zip(blocks, modulations, strict=True):
+            # The text that comes back has other strides, for which a compiled block would be compiled again.
+            _, hidden = block(hidden, text, modulation, rotary)
+        return model.proj_out(model.norm_out(hidden, last))
 
+    @property
+    def _guidance(self) -> float | None:
+        return self.card.guidance if self.transformer.config.guidance_embeds else None
 
-def of_text_stream(name: str) -> bool:
-    """Whether a transformer parameter of this name is of the text stream: with no text, it cannot reach the output."""
-    return any(part in name for part in ("context", ".add_", "_add_", "norm_added"))
+    def _modulations(self, t: torch.Tensor, hidden: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+        """What each modulated norm takes: its own modulation from the table, or the embedding to compute it from."""
+        if self.table is not None:
+            return self.table.at(t, guidance=self._guidance, like=hidden)
+        model = self.transformer
+        pooled = hidden.new_zeros(len(hidden), model.config.pooled_projection_dim)
+        t = t.to(hidden.device)
+        return [embed_time(model.time_text_embed, t, guidance=self._guidance, pooled=pooled)] * count
 
 
 def save_bundle(
@@ -139,12 +169,22 @@ def save_bundle(
 ) -> None:
     """Writes a decoder bundle: one safetensors file with the adapter, the trained weights and the card.
 
+    Without the text stream: it cannot reach the output, so a bundle paints, and can be trained further, without it.
+
     Args:
         trained: says of a transformer parameter's name whether it differs from the base; the others stay out.
         dtype: storage type.
+
+    Raises:
+        ValueError: for a decoder whose modulations are a table.
     """
+    if decoder.table is not None:
+        raise ValueError(
+            "this decoder was loaded for painting and does not hold all its weights: load it with fold=False"
+        )
     tensors = {f"adapter.{k}": v for k, v in decoder.adapter.state_dict().items()}
-    tensors |= {f"transformer.{k}": v for k, v in decoder.transformer.state_dict().items() if trained(k)}
+    of_transformer = decoder.transformer.state_dict()
+    tensors |= {f"transformer.{k}": v for k, v in of_transformer.items() if trained(k) and not of_text_stream(k)}
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,30 +229,83 @@ def load_decoder(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    fold: bool = True,
+    eight_bit: bool = False,
+    streamed: bool = False,
+    compiled: bool = False,
 ) -> DistributionConditionedDecoder:
-    """Loads a bundle over its base model.
+    """Loads a bundle over its base model, without the text stream.
+
+    Of FLUX.1-Fill's 11.90 billion parameters, 6.46 are held for painting and 8.66 for training. What is dropped is not
+    read; what the modulations are computed from is read when a schedule is new (`flux_inference.ModulationTable`), so
+    the files must stay where they are.
 
     Args:
-        base: the base in a layout that `flux_files.read_transformer` reads: a diffusers folder, or a single file such
+        base: the base in a layout that `flux_files.find_transformer` reads: a diffusers folder, or a single file such
             as `flux1-fill-dev.safetensors`. Of it only what the bundle lacks is read; None if that is nothing.
+        device: where it computes.
+        dtype: that it computes in; None takes the stored types.
+        fold: False keeps the layers that compute the modulations: for training, and for `save_bundle`.
+        eight_bit: the blocks' linear layers are stored as float8_e4m3fn and lifted to `dtype` for their turn, which
+            halves what bfloat16 takes, at a small loss (diffusers' layerwise casting).
+        streamed: the blocks wait in RAM, and each is on `device` for its turn alone: slow, but FLUX.1-Fill then takes
+            the room of one block (diffusers' group offloading).
+        compiled: the blocks run compiled, one compilation for all of a kind: the first picture of a size and batch
+            waits for it, others of the same compile nothing.
 
     Raises:
-        ValueError: naming the base that is needed, or the tensors that are missing, unexpected or of a wrong shape.
+        ValueError: naming the base that is needed, or the tensors that are missing, unexpected or of a wrong shape; for
+            ways of holding the weights that exclude each other.
     """
+    if (eight_bit or streamed) and (compiled or not fold):
+        raise ValueError(
+            "weights that change place or type between the steps can be neither compiled nor trained: "
+            f"got eight_bit={eight_bit}, streamed={streamed}, compiled={compiled}, fold={fold}"
+        )
     card = read_card(path)
-    tensors = read_tensors(path, dtype=dtype, device=device)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(**card.base_config)
         decoder = DistributionConditionedDecoder(transformer, card)
-    own = {name.removeprefix("transformer.") for name in tensors if name.startswith("transformer.")}
-    absent = set(transformer.state_dict()) - own
-    if absent:
-        if base is None:
-            raise ValueError(
-                f"{path} holds only what training changed; it needs its base model {card.base} as well "
-                f"({len(absent)} tensors): give the folder or file that holds it"
-            )
-        of_base = read_transformer(base, transformer, needs=card.base, without=own, dtype=dtype, device=device)
-        tensors |= {f"transformer.{name}": tensor for name, tensor in of_base.items()}
+    stored = _find(path, base, decoder)
+    drop_text(transformer)
+    if fold:
+        decoder.table = fold_modulations(transformer, stored.within("transformer."))
+    names = list(decoder.state_dict())
+    layers = [name for name in names if "_blocks." in name and ".norm_" not in name]
+    # At once in the type and the place that they stay in: in others, they need not fit.
+    held = {"dtype": torch.float8_e4m3fn if eight_bit else dtype, "device": "cpu" if streamed else device}
+    tensors = stored.read(layers, **held)
+    tensors |= stored.read([name for name in names if name not in tensors], dtype=dtype, device=device)
     load_strictly(decoder, tensors, f"{path}" + (f" over {base}" if base else ""))
-    return decoder.eval().requires_grad_(False)
+    decoder.eval().requires_grad_(False)
+    if eight_bit:
+        transformer.enable_layerwise_casting(skip_modules_pattern=_LEFT, compute_dtype=decoder.dtype)
+    if streamed:
+        transformer.enable_group_offload(torch.device(device), offload_type="block_level", num_blocks_per_group=1)
+        # diffusers would fetch the ends for its own forward pass, which is not ours.
+        for end in (transformer.x_embedder, transformer.proj_out):
+            end.to(device)
+    if compiled:
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    return decoder
+
+
+def _find(path: str | Path, base: str | Path | None, decoder: DistributionConditionedDecoder) -> StoredTensors:
+    """All tensors of a whole decoder but the text stream's: those of the bundle, and the base's for the others."""
+    expected = {name: value.shape for name, value in decoder.state_dict().items()}
+    of_bundle = find_tensors(path, expected, type(decoder).__name__)
+    without = {name for name in expected if name in of_bundle or of_text_stream(name)}
+    of_transformer = {name for name in expected if name.startswith("transformer.")}
+    if missing := sorted(expected.keys() - of_transformer - without):
+        raise ValueError(f"{path} does not fit {type(decoder).__name__}; {misfits(missing=missing)}")
+    absent = of_transformer - without
+    if not absent:
+        return of_bundle
+    if base is None:
+        raise ValueError(
+            f"{path} holds only what training changed; it needs its base model {decoder.card.base} as well "
+            f"({len(absent)} tensors): give the folder or file that holds it"
+        )
+    own = {name.removeprefix("transformer.") for name in of_transformer & without}
+    found = find_transformer(base, decoder.transformer, needs=decoder.card.base, without=own)
+    return found.below("transformer.") | of_bundle

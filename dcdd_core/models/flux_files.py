@@ -1,7 +1,7 @@
 """FLUX.1's transformer and autoencoder as they lie on disks: diffusers folders and Black Forest Labs' single files.
 
-Nothing is fetched: the configurations are here or in a decoder's card. Every tensor comes out under its diffusers name,
-read row by row from the file, so that a stacked projection is cut on the way and never held twice.
+Nothing is fetched: the configurations are here or in a decoder's card. Every tensor is found under its diffusers name,
+as rows of a file's tensor, so that a stacked projection is cut on the way and never held twice.
 
 BFL's names are those of the modules in github.com/black-forest-labs/flux (`model.py`, `modules/layers.py`,
 `modules/autoencoder.py`).
@@ -15,14 +15,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .checkpoints import misfits, read_config
+from .checkpoints import Place, StoredTensors, misfits, read_config
 
 #: FLUX.1-Fill-dev's transformer; a decoder card takes it as dict(FLUX_FILL_CONFIG).
 FLUX_FILL_CONFIG: Mapping[str, Any] = MappingProxyType(
@@ -168,19 +168,14 @@ def autoencoder_layout(model: AutoencoderKL) -> dict[str, tuple[str, ...]]:
     return layout
 
 
-def read_transformer(
+def find_transformer(
     path: str | Path,
     model: FluxTransformer2DModel,
     *,
     needs: str = "black-forest-labs/FLUX.1-Fill-dev",
     without: Collection[str] = (),
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> dict[str, torch.Tensor]:
-    """The tensors of a FLUX transformer in diffusers' names.
-
-    Peak memory: what is returned and one tensor more, at most 113 MB of FLUX.1-Fill in bfloat16. Where neither type nor
-    device changes, the tensors stay mapped from the file and take no memory of their own.
+) -> StoredTensors:
+    """The tensors of a FLUX transformer in diffusers' names, checked, and none of them read.
 
     Args:
         path: a diffusers transformer folder, sharded or not, or the pipeline folder around it; or a single file in the
@@ -189,8 +184,6 @@ def read_transformer(
         model: says which names and shapes are expected; may be on "meta".
         needs: what to call the model in errors.
         without: diffusers names to leave out; they need not be in the file.
-        dtype: to convert to; None keeps the stored types, except that float8, in which nothing can be computed,
-            becomes bfloat16.
 
     Raises:
         ValueError: for a file that is missing, cut short, of another format or quantised, another FLUX model, and
@@ -201,14 +194,14 @@ def read_transformer(
         found, is_bfl = _within(found, ("", "model.diffusion_model."), ("double_blocks.", "transformer_blocks."))
         layout = transformer_layout(model) if is_bfl else _as_named(model)
         entry = "img_in.weight" if is_bfl else "x_embedder.weight"
-        channels = found[entry].get_shape()[-1:] if entry in found else []
+        channels = found[entry].part.get_shape()[-1:] if entry in found else []
         other = _OTHER_INPUTS.get(*channels) if channels not in ([], [model.config.in_channels]) else None
         if other is not None:
             raise ValueError(
                 f"{path}: this is {other}, with {channels[0]} input channels; the decoder needs {needs}, with "
                 f"{model.config.in_channels}: {_remedy(needs)}"
             )
-        return _read(path, found, layout, model, needs, without=without, dtype=dtype, device=device)
+        return _find(path, found, layout, model, needs, without=without)
 
 
 def read_autoencoder(
@@ -218,7 +211,7 @@ def read_autoencoder(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """The tensors of an autoencoder in diffusers' names; peak memory and `dtype` as in `read_transformer`.
+    """The tensors of an autoencoder in diffusers' names; peak memory and `dtype` as in `StoredTensors.read`.
 
     Args:
         path: a diffusers `AutoencoderKL` folder, sharded or not; or a single file in the diffusers or the BFL layout
@@ -226,14 +219,14 @@ def read_autoencoder(
         model: says which names and shapes are expected; may be on "meta".
 
     Raises:
-        ValueError: as `read_transformer`.
+        ValueError: as `find_transformer`.
     """
     path = component(path, "vae")
     needs = "the decoder's autoencoder (for FLUX.1, ae.safetensors)"
     with _opened(path, needs) as found:
         found, is_bfl = _within(found, ("", "first_stage_model.", "vae."), ("decoder.mid.", "decoder.mid_block."))
         layout = autoencoder_layout(model) if is_bfl else _as_named(model)
-        return _read(path, found, layout, model, needs, dtype=dtype, device=device)
+        return _find(path, found, layout, model, needs).read(dtype=dtype, device=device)
 
 
 def component(path: str | Path, name: str) -> Path:
@@ -278,9 +271,17 @@ def _files(path: Path, needs: str) -> list[Path]:
     return files
 
 
+class _Found(NamedTuple):
+    """A tensor of a file, by the name that it has there, as a safetensors slice, which reads when it is indexed."""
+
+    file: Path
+    name: str
+    part: Any
+
+
 @contextmanager
-def _opened(path: Path, needs: str) -> Iterator[dict[str, Any]]:
-    """Every tensor of `path` by its name: safetensors slices, which read when they are indexed."""
+def _opened(path: Path, needs: str) -> Iterator[dict[str, _Found]]:
+    """Every tensor of `path` by its name."""
     with ExitStack() as stack:
         found = {}
         for file in _files(path, needs):
@@ -297,11 +298,13 @@ def _opened(path: Path, needs: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(
                     f"{file} cannot be read ({error}): it is cut short or damaged, download it again"
                 ) from error
-            found |= {name: opened.get_slice(name) for name in opened.keys()}
+            found |= {name: _Found(file, name, opened.get_slice(name)) for name in opened.keys()}
         yield found
 
 
-def _within(found: Mapping[str, Any], prefixes: Sequence[str], signs: tuple[str, str]) -> tuple[dict[str, Any], bool]:
+def _within(
+    found: Mapping[str, _Found], prefixes: Sequence[str], signs: tuple[str, str]
+) -> tuple[dict[str, _Found], bool]:
     """What lies under the first prefix that holds a model, and whether it is in the BFL layout; all, if none does.
 
     Args:
@@ -310,27 +313,25 @@ def _within(found: Mapping[str, Any], prefixes: Sequence[str], signs: tuple[str,
     for prefix in prefixes:
         for is_bfl, sign in zip((True, False), signs):
             if any(name.startswith(prefix + sign) for name in found):
-                return {n.removeprefix(prefix): part for n, part in found.items() if n.startswith(prefix)}, is_bfl
+                return {n.removeprefix(prefix): entry for n, entry in found.items() if n.startswith(prefix)}, is_bfl
     return dict(found), False
 
 
-def _read(
+def _find(
     path: Path,
-    found: Mapping[str, Any],
+    found: Mapping[str, _Found],
     layout: Mapping[str, tuple[str, ...]],
     model: nn.Module,
     needs: str,
     *,
     without: Collection[str] = (),
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-) -> dict[str, torch.Tensor]:
-    """Checks every name and shape of `found`, then reads the parts of `layout` that are not in `without`."""
+) -> StoredTensors:
+    """Checks every name and shape of `found`, and says where the parts of `layout` lie that are not in `without`."""
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     wanted = {source: names for source, names in layout.items() if not set(names) <= set(without)}
     unexpected = sorted(set(found) - set(layout))
     scales = [name for name in unexpected if _SIGN_OF_QUANTISATION.search(name)]
-    scales += [name for name in wanted if name in found and found[name].get_dtype() not in _FLOATS]
+    scales += [name for name in wanted if name in found and found[name].part.get_dtype() not in _FLOATS]
     if scales:
         raise ValueError(
             f"{path} is quantised (it has {scales[0]}), which is not read; plain bfloat16, float16 and float8 are: "
@@ -339,25 +340,26 @@ def _read(
     wrong = []
     for source, names in wanted.items():
         whole = [sum(shapes[name][0] for name in names), *shapes[names[0]][1:]]
-        if source in found and not _same_but_for_ones(given := found[source].get_shape(), whole):
+        if source in found and not _same_but_for_ones(given := found[source].part.get_shape(), whole):
             wrong.append(f"{source} is {given}, expected {whole}")
     if misfit := misfits(missing=sorted(set(wanted) - set(found)), unexpected=unexpected, wrong=wrong):
         raise ValueError(f"{path} does not fit {needs}; {misfit}: {_remedy(needs)}")
 
-    tensors = {}
+    places = {}
     for source, names in wanted.items():
         stop = 0
         for name in names:
             start, stop = stop, stop + shapes[name][0]
             if name in without:
                 continue
-            part = found[source][start:stop].reshape(shapes[name])
-            if source.startswith(_HALVES_SWAPPED):
-                part = part.roll(len(part) // 2, 0)
-            stored = torch.bfloat16 if part.dtype.itemsize == 1 else part.dtype
-            # Two steps: some devices have no float8 to receive.
-            tensors[name] = part.to(dtype or stored).to(device)
-    return tensors
+            places[name] = Place(
+                file=found[source].file,
+                source=found[source].name,
+                rows=(start, stop),
+                shape=tuple(shapes[name]),
+                roll=shapes[name][0] // 2 if source.startswith(_HALVES_SWAPPED) else 0,
+            )
+    return StoredTensors(places)
 
 
 def _same_but_for_ones(given: Sequence[int], expected: Sequence[int]) -> bool:

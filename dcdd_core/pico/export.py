@@ -32,6 +32,8 @@ def export(
 ) -> None:
     """Writes everything that `load_pico` and the table read, beside the folder first and then in its place.
 
+    The decoder's text stream stays behind; with `load_decoder(fold=False)` it can be trained further all the same.
+
     Raises:
         ValueError: if that is more than 48 MB; what was there before stays.
     """

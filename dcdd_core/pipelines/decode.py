@@ -66,8 +66,7 @@ def decode(
     batch, (h, w) = len(condition.code_vectors), condition.grid
     height, width = h * card.pixels_per_token, w * card.pixels_per_token
     _check(decoder, condition, seeds, image, mask, (height, width))
-    parameter = next(decoder.parameters())
-    device, dtype = parameter.device, parameter.dtype
+    device, dtype = decoder.device, decoder.dtype
     size = (height // card.vae_factor, width // card.vae_factor)
     steps = card.steps if steps is None else steps
 
@@ -85,8 +84,9 @@ def decode(
     x = pack(torch.cat(noise)).to(device)  # float32: Euler steps add up small differences.
     fused = decoder.condition_tokens(condition.to(device, dtype), size)
     times = timesteps(steps, **({"image_tokens": x.shape[1]} if shift is None else {"shift": shift})).tolist()
+    decoder.prepare(times[:-1])
     for i, (now, after) in enumerate(pairwise(times)):
-        t = torch.full((batch,), now, device=device)
+        t = torch.full((batch,), now)
         v = decoder(fill_input(x.to(dtype), given, area_tokens), fused, t, size).float()
         if on_step is not None:
             estimate = unpack(recover_clean(x, v, now), *size)

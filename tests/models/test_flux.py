@@ -15,7 +15,7 @@ from dcdd_core.models.flux import (
     save_bundle,
 )
 from dcdd_core.types import Calibration
-from tests.tiny import fill, tiny_card, tiny_condition, tiny_decoder, tiny_flux_config
+from tests.tiny import assert_same_without_text, fill, tiny_card, tiny_condition, tiny_decoder, tiny_flux_config
 
 SIZE = (8, 8)  # latent grid of tiny_condition: 4 x 4 tokens of 2 x 2 latents
 
@@ -79,11 +79,10 @@ def test_text_weights_cannot_reach_the_output():
 def test_a_bundle_round_trips(tmp_path):
     decoder = tiny_decoder()
     save_bundle(tmp_path / "d.safetensors", decoder, dtype=torch.float32)
-    again = load_decoder(tmp_path / "d.safetensors")
+    again = load_decoder(tmp_path / "d.safetensors", fold=False)
     assert again.card == decoder.card
     assert again.card.calibration == Calibration(scale=25.0, smoothing=0.01)
-    for (name, a), (other, b) in zip(decoder.state_dict().items(), again.state_dict().items(), strict=True):
-        assert name == other and torch.equal(a, b)
+    assert_same_without_text(decoder, again)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -97,9 +96,7 @@ def test_a_bundle_of_attention_and_adapter_goes_over_its_base(tmp_path):
     path = tmp_path / "d.safetensors"
     save_bundle(path, trained, trained=lambda name: ".attn." in name, dtype=torch.float32)
     assert not any("ff" in name for name in load_file(path))
-    again = load_decoder(path, tmp_path / "base")
-    for name, value in trained.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+    assert_same_without_text(trained, load_decoder(path, tmp_path / "base", fold=False))
     with pytest.raises(ValueError, match="needs its base model tiny"):
         load_decoder(path)
 
