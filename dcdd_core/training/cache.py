@@ -63,8 +63,8 @@ class CacheCard:
         """Of what these networks make of pictures at these sizes."""
         return cls(
             codebook=vq.codebook.fingerprint,
-            tokenizer=_weights_digest(vq.model.encoder, vq.model.quant_conv),
-            autoencoder=_weights_digest(vae.encoder, *([] if vae.quant_conv is None else [vae.quant_conv])),
+            tokenizer=weights_digest(vq.model.encoder, vq.model.quant_conv),
+            autoencoder=weights_digest(vae.encoder, *([] if vae.quant_conv is None else [vae.quant_conv])),
             vae_shift=vae.config.shift_factor,
             vae_scale=vae.config.scaling_factor,
             code_dim=vq.codebook.dim,
@@ -252,7 +252,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _weights_digest(*modules: nn.Module) -> str:
+def weights_digest(*modules: nn.Module) -> str:
     """Of the weights as bfloat16, so that a copy in that type has the same."""
     found = hashlib.sha256()
     for name, value in nn.ModuleList(modules).state_dict().items():

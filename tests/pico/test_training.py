@@ -12,10 +12,9 @@ from dcdd_core.models.janus import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.pico.fidelity import reconstruction_loss
 from dcdd_core.pico.reader import SceneReader
 from dcdd_core.pico.scenes import scene_facts
-from dcdd_core.pico.train_decoder import _boxes, _start_as_identity, proxy_condition
+from dcdd_core.pico.train_decoder import _start_as_identity
 from dcdd_core.pico.train_janus import next_token_loss, pico_tokenizer
 from dcdd_core.pico.train_tokenizer import CodeUse
-from dcdd_core.types import Calibration, Codebook
 from tests.tiny import tiny_card, tiny_condition, tiny_flux_config, tiny_janus
 
 
@@ -64,30 +63,6 @@ def test_a_fresh_decoder_answers_zero():
     assert not decoder(x, condition, torch.tensor([0.5]), (8, 8)).any()
     block = transformer.transformer_blocks[0]
     assert not block.norm1.linear.weight.any() and not transformer.single_transformer_blocks[0].norm.linear.weight.any()
-
-
-def test_boxes_are_boxes():
-    masks = _boxes(50, 96, torch.Generator().manual_seed(0))
-    assert masks.shape == (50, 1, 96, 96) and set(masks.unique().tolist()) == {0.0, 1.0}
-    for mask in masks[:, 0]:
-        rows, columns = mask.any(1).sum(), mask.any(0).sum()
-        assert mask.sum() == rows * columns and 24 <= rows <= 72 and 24 <= columns <= 72
-
-
-def test_the_variants_of_table_4():
-    codebook = Codebook(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
-    features = codebook.vectors[:16].reshape(1, 16, 8) * 3
-    calibration = Calibration(scale=25.0)
-    cards = {
-        variant: tiny_card(
-            variant=variant, codebook=codebook.fingerprint, calibration=calibration if variant == "lcdm+lc" else None
-        )
-        for variant in ("discrete", "lcdm", "lcdm+lc")
-    }
-    found = {variant: proxy_condition(features, card, codebook, (4, 4)) for variant, card in cards.items()}
-    assert torch.equal(found["discrete"].code_vectors[0], codebook.vectors[:16])
-    confidence = {v: float(c.uncertainty[..., 0].mean()) for v, c in found.items()}
-    assert confidence["discrete"] == 1 > confidence["lcdm+lc"] > 0.5 > 0.1 > confidence["lcdm"]
 
 
 def test_the_reconstruction_loss_is_zero_for_itself_and_sees_colour_and_edges():
