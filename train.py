@@ -73,7 +73,7 @@ def train(chosen: argparse.Namespace) -> None:
         rank=chosen.rank,
         seed=chosen.seed,
         licence=chosen.licence,
-        **{name: getattr(chosen, name) for name in ("base", "start", "width") if getattr(chosen, name) is not None},
+        **{name: getattr(chosen, name) for name in ("base", "bundle", "width") if getattr(chosen, name) is not None},
     )
     accelerator = make_accelerator(chosen.out, cpu=chosen.cpu, precision=chosen.precision, tracker=chosen.tracker)
     run_training(
@@ -147,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     add.set_defaults(run=train)
     group = add.add_argument_group("what it starts from")
     group.add_argument("--base", type=Path, help="FLUX.1-Fill's transformer: a diffusers folder, or a single file")
-    group.add_argument("--start", type=Path, help="a decoder bundle to go on from, instead of a new adapter")
-    group.add_argument("--calibration", type=Path, help="file of `dcdd calibrate`; of --start by default")
+    group.add_argument("--bundle", type=Path, help="a decoder bundle to go on from, instead of a new adapter")
+    group.add_argument("--calibration", type=Path, help="file of `dcdd calibrate`; of --bundle by default")
     group.add_argument("--width", type=int, help="of a new adapter (128 by default)")
     group.add_argument("--licence", help="of the result; that of what it starts from by default")
     group = add.add_argument_group("what it learns from")

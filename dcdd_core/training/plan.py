@@ -40,9 +40,9 @@ class Plan:
     Attributes:
         vlm: a folder that `VQTokenizer.load` reads.
         vae: what `load_vae` reads.
-        base: what `flux_files.read_transformer` reads: FLUX.1-Fill. None where `start` holds a whole transformer.
-        start: a decoder bundle to go on from; None for a new adapter on the base.
-        calibration: a file of `Calibration.save`, for the variant "lcdm+lc"; None takes that of `start`.
+        base: what `flux_files.read_transformer` reads: FLUX.1-Fill. None where `bundle` holds a whole transformer.
+        bundle: a decoder to go on from; None for a new adapter on the base.
+        calibration: a file of `Calibration.save`, for the variant "lcdm+lc"; None takes that of `bundle`.
         variant: the conditions to learn from, of the paper's Table 4 (`DecoderCard.variant`).
         resolution: R; None for the size of the VLM's own pictures.
         width: of a new adapter [choice].
@@ -54,7 +54,7 @@ class Plan:
     vlm: Path
     vae: Path
     base: Path | None = None
-    start: Path | None = None
+    bundle: Path | None = None
     calibration: Path | None = None
     variant: str = "lcdm+lc"
     resolution: int | None = None
@@ -68,7 +68,7 @@ class Plan:
     def on_pico(cls, weights: Path = PICO_WEIGHTS, **options) -> Plan:
         """On the embedded models: their decoder is trained on."""
         return cls(
-            **{"vlm": weights / "janus", "vae": weights / "vae", "start": weights / "decoder.safetensors"} | options
+            **{"vlm": weights / "janus", "vae": weights / "vae", "bundle": weights / "decoder.safetensors"} | options
         )
 
     def encoders(self, device: torch.device | str) -> Encoders:
@@ -92,11 +92,11 @@ class Plan:
         Raises:
             ValueError: for files of another kind, a calibration or a bundle of another tokenizer, and without any base.
         """
-        if self.base is None and self.start is None:
+        if self.base is None and self.bundle is None:
             raise ValueError(
                 "there is nothing to train: give the base (FLUX.1-Fill), or a decoder bundle to start from"
             )
-        decoder = self._new(encoders, dtype) if self.start is None else self._started(encoders, dtype)
+        decoder = self._new(encoders, dtype) if self.bundle is None else self._started(encoders, dtype)
         choose_trained(decoder, self.trained, rank=self.rank, seed=self.seed)
         return decoder
 
@@ -107,7 +107,7 @@ class Plan:
             average: the trained weights by name (`checkpoint.load_average`).
         """
         decoder = self.decoder(encoders, dtype=dtype)
-        changed = changed_by_training(decoder) | (set() if self.start is None else _transformer_names(self.start))
+        changed = changed_by_training(decoder) | (set() if self.bundle is None else _transformer_names(self.bundle))
         load_strictly(decoder, {**decoder.state_dict(), **average}, "the training's average")
         merge_lora(decoder)
         save_bundle(path, decoder, trained=lambda name: name in changed)
@@ -137,10 +137,10 @@ class Plan:
             return DistributionConditionedDecoder(transformer, card)
 
     def _started(self, encoders: Encoders, dtype: torch.dtype) -> DistributionConditionedDecoder:
-        decoder = load_decoder(self.start, self.base, dtype=dtype)
+        decoder = load_decoder(self.bundle, self.base, dtype=dtype)
         if decoder.card.code_dim != encoders.vq.codebook.dim or decoder.card.vae_factor != encoders.geometry.vae_factor:
             raise ValueError(
-                f"{self.start} reads {decoder.card.code_dim}-dimensional code vectors and paints latents of "
+                f"{self.bundle} reads {decoder.card.code_dim}-dimensional code vectors and paints latents of "
                 f"{decoder.card.vae_factor} pixels, the tokenizer and the autoencoder have {encoders.vq.codebook.dim} "
                 f"and {encoders.geometry.vae_factor}: start from a bundle made with networks like them"
             )

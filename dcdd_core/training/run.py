@@ -108,7 +108,7 @@ def run_training(
     """
     if (data is None) == (cache is None):
         raise ValueError("give either pictures or a cache of their encodings to train on")
-    encoders = plan.encoders(accelerator.device)
+    encoders = plan.encoders(_device(accelerator))
     made_by = CacheCard.of(encoders.vq, encoders.vae, encoders.geometry, pixels=localised > 0)
     if cache is None:
         source: Source = open_pictures(data, encoders.geometry, column=column)
@@ -165,7 +165,7 @@ def run_cache(
     report: Callable[[str], None] = print,
 ) -> None:
     """Encodes all pictures into a cache, each process its shards; see `write_cache`."""
-    encoders = plan.encoders(accelerator.device)
+    encoders = plan.encoders(_device(accelerator))
     write_cache(
         folder,
         open_pictures(data, encoders.geometry, column=column),
@@ -207,3 +207,8 @@ def paint_samples(
         return Evaluation(numbers={"loss": float(loss)}, sheet=Image.fromarray(sheet.cpu().numpy()))
 
     return evaluate
+
+
+def _device(accelerator: Accelerator) -> torch.device:
+    """The process's; several on one CPU are numbered by accelerate, which safetensors does not know."""
+    return torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
