@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from dcdd_core.method.flow import DENSITIES, WEIGHTINGS
-from dcdd_core.training.decoder import DecoderTraining
 from dcdd_core.training.optimizers import OPTIMIZERS
 from dcdd_core.training.plan import Plan
+from dcdd_core.training.recipe import DecoderTraining
 from dcdd_core.training.run import make_accelerator, run_cache, run_training
 from dcdd_core.training.trainable import TRAINED
 

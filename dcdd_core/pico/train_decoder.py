@@ -12,9 +12,10 @@ from ..models.vae import KLAutoencoder
 from ..models.vq import VQTokenizer
 from ..pipelines.decode import decode
 from ..training.batches import Batches
-from ..training.decoder import DecoderTraining, Evaluation, train_decoder
+from ..training.decoder import Evaluation, train_decoder
 from ..training.encodings import geometry_for
 from ..training.examples import ExampleMaker, proxy_condition
+from ..training.recipe import DecoderTraining
 from ..types import Calibration
 from .data import to_pixels
 from .encodings import Encodings, SceneEncodings

@@ -22,7 +22,7 @@ Autocast = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedBatch:
-    """What the decoder learns from, before the mapping of its condition (`training.decoder.Example`).
+    """What the decoder learns from, before the mapping of its condition (`examples.Example`).
 
     Attributes:
         features: [B, N, D] float32, of the VQ encoder before quantisation (Eq. 9).

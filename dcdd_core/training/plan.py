@@ -113,22 +113,13 @@ class Plan:
         save_bundle(path, decoder, trained=lambda name: name in changed)
 
     def _new(self, encoders: Encoders, dtype: torch.dtype) -> DistributionConditionedDecoder:
-        config, name = dict(FLUX_FILL_CONFIG), _FLUX_FILL
+        published = {**FLUX_FILL_CONFIG, "axes_dims_rope": list(FLUX_FILL_CONFIG["axes_dims_rope"])}
         folder = component(self.base, "transformer")
-        if folder.is_dir():
-            read = read_config(folder)
-            config = {key: read.get(key, value) for key, value in config.items()}
-        if list(config["axes_dims_rope"]) != list(FLUX_FILL_CONFIG["axes_dims_rope"]) or any(
-            config[key] != value for key, value in FLUX_FILL_CONFIG.items() if key != "axes_dims_rope"
-        ):
-            name = self.base.name
-        card = DecoderCard(
-            base=name,
-            base_config=config | {"axes_dims_rope": list(config["axes_dims_rope"])},
-            width=self.width,
-            licence=_FLUX_LICENCE if name == _FLUX_FILL else "",
-            **self._card_of(encoders, None),
-        )
+        read = read_config(folder) if folder.is_dir() else {}
+        config = {name: read.get(name, value) for name, value in published.items()}
+        name, licence = (_FLUX_FILL, _FLUX_LICENCE) if config == published else (self.base.name, "")
+        about = {"licence": licence} | self._card_of(encoders, None)
+        card = DecoderCard(base=name, base_config=config, width=self.width, **about)
         with torch.device("meta"):
             transformer = FluxTransformer2DModel(**card.base_config)
         load_strictly(transformer, read_transformer(self.base, transformer, needs=name, dtype=dtype), str(self.base))
@@ -150,11 +141,11 @@ class Plan:
     def _card_of(self, encoders: Encoders, calibration: Calibration | None) -> dict:
         """What the card says of the encoders and the conditions."""
         vq, vae = encoders.vq, encoders.vae
+        if self.calibration is not None and self.variant != "lcdm+lc":
+            raise ValueError(f"the variant {self.variant!r} takes no calibration: leave it out, or take 'lcdm+lc'")
         if self.calibration is not None:
             calibration = Calibration.load(self.calibration)
         if self.variant != "lcdm+lc":
-            if self.calibration is not None:
-                raise ValueError(f"the variant {self.variant!r} takes no calibration: leave it out, or take 'lcdm+lc'")
             calibration = None
         elif calibration is None:
             raise ValueError("the variant 'lcdm+lc' needs a calibration: make one for this VLM with `dcdd calibrate`")

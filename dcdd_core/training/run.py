@@ -20,11 +20,12 @@ from .batches import Batches, Share, Source
 from .cache import CacheCard, EncodingCache, weights_digest
 from .cache_writer import write_cache
 from .checkpoint import Checkpoints, load_average
-from .decoder import DecoderTraining, Evaluation, decoder_loss, train_decoder
+from .decoder import Evaluation, train_decoder
 from .encodings import encode
 from .examples import ExampleMaker
 from .pictures import PictureBatch
 from .plan import Encoders, Plan
+from .recipe import DecoderTraining, decoder_loss
 from .sources import open_pictures
 
 if TYPE_CHECKING:

@@ -7,20 +7,25 @@ import os
 import random
 import signal
 import socket
+from functools import cache
 from pathlib import Path
 
 import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
 
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.batches import Batches, Share
-from dcdd_core.training.decoder import DecoderTraining, train_decoder
+from dcdd_core.training.decoder import train_decoder
 from dcdd_core.training.encodings import geometry_for
 from dcdd_core.training.examples import ExampleMaker
 from dcdd_core.training.log import read_log
+from dcdd_core.training.pictures import Geometry
+from dcdd_core.training.recipe import DecoderTraining
 from dcdd_core.training.sources import open_pictures
+from dcdd_core.training.trainable import choose_trained
 from tests.tiny import tiny_decoder, tiny_vae, tiny_vq
 
 RECIPE = {"learning_rate": 3e-3, "warmup": 2, "average_decay": 0.9}
@@ -35,6 +40,12 @@ def png_folder(folder: Path, count: int = 7, side: int = 20) -> Path:
     return folder
 
 
+@cache
+def encoders() -> tuple[VQTokenizer, AutoencoderKL, Geometry]:
+    vq, vae = VQTokenizer(tiny_vq(), name="tiny"), tiny_vae()
+    return vq, vae, geometry_for(vq, vae, resolution=16, token_resolution=16)
+
+
 def accelerator() -> Accelerator:
     """A fresh one on the CPU, whatever the process had before."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -43,9 +54,10 @@ def accelerator() -> Accelerator:
 
 def run(folder: Path, pictures: Path, *, steps: int = 8, decoder=None, batch: int = 2, on_batch=None, **changes):
     """Trains the tiny decoder, or the one given; `on_batch(k)` is called before the process's k-th batch is used."""
-    vq, vae = VQTokenizer(tiny_vq(), name="tiny"), tiny_vae()
-    geometry = geometry_for(vq, vae, resolution=16, token_resolution=16)
-    decoder = tiny_decoder() if decoder is None else decoder
+    vq, vae, geometry = encoders()
+    if decoder is None:
+        decoder = tiny_decoder()
+        choose_trained(decoder, "all")
     options = {"save_every": 3, "log_every": 1, "report": lambda _: None}
     options |= {name: changes.pop(name) for name in (*options, "evaluate", "evaluate_every") if name in changes}
     workers = accelerator()
@@ -70,7 +82,7 @@ def run(folder: Path, pictures: Path, *, steps: int = 8, decoder=None, batch: in
 
 
 def forked(target, *, world: int = 1, seconds: float = 60.0) -> list[int]:
-    """Runs `target()` in so many connected processes; their exit codes, -9 for a killed one and those it left behind."""
+    """Runs `target()` in so many connected processes; their exit codes, -9 for a killed one and those left behind."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -11,19 +11,17 @@ from safetensors import safe_open
 from dcdd_core.method.flow import interpolate, velocity
 from dcdd_core.method.latents import pack
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training import checkpoint
 from dcdd_core.training.average import MovingAverage
 from dcdd_core.training.batches import Batches
-from dcdd_core.training.decoder import DecoderTraining, Evaluation, decoder_loss
-from dcdd_core.training.encodings import geometry_for
+from dcdd_core.training.decoder import Evaluation
 from dcdd_core.training.examples import Example, ExampleMaker
 from dcdd_core.training.log import read_log
 from dcdd_core.training.loop import moving_average
+from dcdd_core.training.recipe import DecoderTraining, decoder_loss
 from dcdd_core.training.sources import open_pictures
-from tests.tiny import tiny_condition, tiny_decoder, tiny_vae, tiny_vq
-from tests.training.runs import forked, kill_at, losses, png_folder, run
-
+from tests.tiny import tiny_condition, tiny_decoder
+from tests.training.runs import encoders, forked, kill_at, losses, png_folder, run
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
@@ -31,6 +29,13 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked pr
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return png_folder(tmp_path_factory.mktemp("pictures") / "folder")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, pictures):
+    """An uninterrupted run of 8 steps, which tests do not write to, and the decoder it gave."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run(folder, pictures)
 
 
 def example(batch=2):
@@ -81,13 +86,13 @@ def test_training_lowers_the_loss(tmp_path, optimizer):
 @pytest.mark.parametrize("changes", [{"optimizer": "adamw", "accumulation": 2}, {"optimizer": "muon"}])
 def test_killed_and_resumed_it_is_the_uninterrupted_run(tmp_path, pictures, changes):
     whole = run(tmp_path / "whole", pictures, **changes)
-    for at in random.sample(range(2, 8 * changes.get("accumulation", 1)), 2):
-        folder = tmp_path / str(at)
-        assert forked(lambda: run(folder, pictures, on_batch=kill_at(at), **changes)) == [-9]  # noqa: B023
-        resumed = run(folder, pictures, **changes)
-        assert losses(folder) == losses(tmp_path / "whole"), f"killed at batch {at}"
-        for name, value in resumed.state_dict().items():
-            assert torch.equal(value, whole.state_dict()[name]), name
+    at = random.randrange(2, 8 * changes.get("accumulation", 1))
+    folder = tmp_path / f"killed-at-{at}"
+    assert forked(lambda: run(folder, pictures, on_batch=kill_at(at), **changes)) == [-9]
+    resumed = run(folder, pictures, **changes)
+    assert losses(folder) == losses(tmp_path / "whole")
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
 
 
 @needs_fork
@@ -107,8 +112,7 @@ def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, pictures):
 
 @needs_fork
 @pytest.mark.parametrize("moment", ["written", "renamed"])
-def test_killed_within_a_save_one_checkpoint_stays(tmp_path, pictures, monkeypatch, moment):
-    run(tmp_path / "whole", pictures)
+def test_killed_within_a_save_one_checkpoint_stays(tmp_path, pictures, whole, monkeypatch, moment):
     replace, kill = checkpoint.os.replace, kill_at(0)
 
     def dying(source, target):
@@ -124,22 +128,22 @@ def test_killed_within_a_save_one_checkpoint_stays(tmp_path, pictures, monkeypat
     left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert left == ["step-00000003", "step-00000006" + (".tmp" if moment == "written" else "")]
     run(tmp_path / "cut", pictures)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(whole[0])
     left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert left == ["step-00000006", "step-00000008"]
 
 
 def test_a_step_is_the_mean_of_its_batches_each_with_draws_of_its_number(tmp_path, pictures):
     run(tmp_path, pictures, steps=2, accumulation=2, learning_rate=1e-12, seed=3)
-    vq, vae, decoder = VQTokenizer(tiny_vq()), tiny_vae(), tiny_decoder()
-    geometry = geometry_for(vq, vae, resolution=16, token_resolution=16)
+    (vq, vae, geometry), decoder = encoders(), tiny_decoder()
     make, recipe = ExampleMaker(decoder.card, vq, vae, geometry, localised=0.3), DecoderTraining(steps=2)
     stream, found = iter(Batches(open_pictures(pictures, geometry), size=2)), []
     for number in range(4):
         draw = keyed_generator(3, number)
         found.append(decoder_loss(decoder, make(next(stream), draw), draw, recipe))
     logged = [line["loss"] for line in read_log(tmp_path)]
-    assert logged == pytest.approx([float(sum(found[:2])) / 2, float(sum(found[2:])) / 2], rel=1e-4)
+    means = torch.stack(found).detach().reshape(2, 2).mean(dim=1)
+    assert logged == pytest.approx(means.tolist(), rel=1e-4)
     decoder.zero_grad()
     (sum(found[:2]) / 2).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in decoder.parameters() if p.grad is not None])
@@ -210,9 +214,8 @@ def test_a_weight_that_turns_nan_in_a_saving_step_is_not_saved(tmp_path, picture
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
-def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, pictures):
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, pictures, whole):
     resource = pytest.importorskip("resource", reason="limits the size of files")
-    run(tmp_path / "whole", pictures)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(k):
@@ -220,13 +223,15 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, pictures):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes a file; writing more fails
 
     try:
-        with pytest.raises(OSError, match=r"step 6 could not be written .*the one before it, .*step-00000003, is whole"):
+        with pytest.raises(
+            OSError, match=r"step 6 could not be written .*the one before it, .*step-00000003, is whole"
+        ):
             run(tmp_path / "full", pictures, on_batch=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003"]
     run(tmp_path / "full", pictures)
-    assert losses(tmp_path / "full") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "full") == losses(whole[0])
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):
@@ -253,7 +258,7 @@ def test_a_finished_run_is_only_restored(tmp_path, pictures):
     assert not seen and all(torch.equal(first[name], value) for name, value in again.items())
 
 
-def test_the_average_is_what_is_looked_at_and_what_comes_out(tmp_path, pictures):
+def test_the_average_is_what_is_looked_at_and_what_comes_out(tmp_path, pictures, whole):
     seen = []
 
     def evaluate(decoder):
@@ -261,9 +266,8 @@ def test_the_average_is_what_is_looked_at_and_what_comes_out(tmp_path, pictures)
         return Evaluation(numbers={"looks": len(seen)})
 
     looked = run(tmp_path / "looked", pictures, evaluate=evaluate, evaluate_every=4)
-    plain = run(tmp_path / "plain", pictures)
     assert [line["eval/looks"] for line in read_log(tmp_path / "looked") if "eval/looks" in line] == [1, 2]
-    for name, value in plain.state_dict().items():  # Looking changes nothing.
+    for name, value in whole[1].state_dict().items():  # Looking changes nothing.
         assert torch.equal(looked.state_dict()[name], value) and torch.equal(seen[1][name], value), name
     assert not torch.equal(seen[0]["adapter.fuse.weight"], seen[1]["adapter.fuse.weight"])
 
