@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 
 from dcdd_core.models.flux import load_decoder, read_card
@@ -20,7 +23,8 @@ from tests.tiny import random_pico
 from tests.training.runs import png_folder
 
 # By its path: the name "train" may be that of the checkout's folder.
-main = runpy.run_path(str(Path(__file__).parents[1] / "train.py"))["main"]
+ROOT = Path(__file__).parents[1]
+main = runpy.run_path(str(ROOT / "train.py"))["main"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 
@@ -153,6 +157,19 @@ def test_an_unreadable_picture_is_skipped_and_named(run, pictures, tmp_path, cap
     (folder / "broken.png").write_bytes(b"no picture")
     assert run(data=folder, steps=4) == 0
     assert "broken.png of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_configs_that_are_shipped(path):
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "bf16" and config.num_machines == 1
+    known = {action.dest for action in launch_command_parser()._actions}
+    for name in {**(config.fsdp_config or {}), **(config.deepspeed_config or {})}:
+        assert name in known, name
+    blocks = {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
+    if config.fsdp_config:
+        assert set(config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")) == blocks
+    assert set(FluxTransformer2DModel._no_split_modules) == blocks
 
 
 def test_tensorboard_gets_the_numbers_and_the_sheets(run, tmp_path):

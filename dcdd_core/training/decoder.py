@@ -96,9 +96,13 @@ def train_decoder(
     """
     if recipe.optimizer == "muon" and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         raise ValueError("Muon needs whole matrices, and here each process holds parts of them: take 'adamw'")
-    if accelerator.distributed_type == "DEEPSPEED":  # It sizes its buffers by this, and is given no data loader.
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batches.size
     accelerator.gradient_accumulation_steps = recipe.accumulation
+    if accelerator.distributed_type == "DEEPSPEED":  # which does this by itself, and is given no data loader to ask
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": batches.size,
+            "gradient_accumulation_steps": recipe.accumulation,
+            "gradient_clipping": recipe.clip,
+        }
     folder.mkdir(parents=True, exist_ok=True)
     decoder.train()
     with _blocks(decoder.transformer, recipe):
