@@ -13,7 +13,7 @@ from dcdd_core.method.latents import pack
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.training import checkpoint
 from dcdd_core.training.average import MovingAverage
-from dcdd_core.training.batches import Batches
+from dcdd_core.training.batches import Batches, Share
 from dcdd_core.training.decoder import Evaluation
 from dcdd_core.training.examples import Example, ExampleMaker
 from dcdd_core.training.log import read_log
@@ -47,6 +47,18 @@ def example(batch=2):
         masked_latents=torch.zeros(1, 16, 8, 8),
         mask=torch.ones(1, 1, 16, 16),
     )
+
+
+def by_hand(decoder, pictures, share, numbers, *, seed=0):
+    """The losses of a share's first batches, which have these numbers among those of all processes."""
+    vq, vae, geometry = encoders()
+    make, recipe = ExampleMaker(decoder.card, vq, vae, geometry, localised=0.3), DecoderTraining(steps=1)
+    stream = iter(Batches(open_pictures(pictures, geometry), size=2, share=share))
+    found = []
+    for number in numbers:
+        draw = keyed_generator(seed, number)
+        found.append(decoder_loss(decoder, make(next(stream), draw), draw, recipe))
+    return torch.stack(found)
 
 
 def test_the_loss_is_zero_for_the_true_velocity_and_its_square_for_none(monkeypatch):
@@ -103,6 +115,8 @@ def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, pictures):
     assert -9 in forked(lambda: run(tmp_path / "cut", pictures, on_batch=kill_at(at)), world=2)
     assert forked(lambda: run(tmp_path / "cut", pictures), world=2) == [0, 0]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 8
+    firsts = [by_hand(tiny_decoder(), pictures, Share(rank=k, world=2), [k]) for k in (0, 1)]
+    assert losses(tmp_path / "whole")[0][1] == pytest.approx(float(torch.cat(firsts).detach().mean()), rel=1e-4)
     average = [checkpoint.load_average(tmp_path / name / "checkpoints" / "step-00000008") for name in ("cut", "whole")]
     assert all(torch.equal(value, average[1][name]) for name, value in average[0].items())
     # Their batches are not those of one process, and its checkpoints not theirs.
@@ -135,17 +149,12 @@ def test_killed_within_a_save_one_checkpoint_stays(tmp_path, pictures, whole, mo
 
 def test_a_step_is_the_mean_of_its_batches_each_with_draws_of_its_number(tmp_path, pictures):
     run(tmp_path, pictures, steps=2, accumulation=2, learning_rate=1e-12, seed=3)
-    (vq, vae, geometry), decoder = encoders(), tiny_decoder()
-    make, recipe = ExampleMaker(decoder.card, vq, vae, geometry, localised=0.3), DecoderTraining(steps=2)
-    stream, found = iter(Batches(open_pictures(pictures, geometry), size=2)), []
-    for number in range(4):
-        draw = keyed_generator(3, number)
-        found.append(decoder_loss(decoder, make(next(stream), draw), draw, recipe))
+    decoder = tiny_decoder()
+    found = by_hand(decoder, pictures, Share(), range(4), seed=3)
     logged = [line["loss"] for line in read_log(tmp_path)]
-    means = torch.stack(found).detach().reshape(2, 2).mean(dim=1)
-    assert logged == pytest.approx(means.tolist(), rel=1e-4)
+    assert logged == pytest.approx(found.detach().reshape(2, 2).mean(dim=1).tolist(), rel=1e-4)
     decoder.zero_grad()
-    (sum(found[:2]) / 2).backward()
+    found[:2].mean().backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in decoder.parameters() if p.grad is not None])
     assert read_log(tmp_path)[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
 
