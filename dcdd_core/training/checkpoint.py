@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _FORMAT = "dcdd training 1"
-_KEPT = 2
+_NEWEST = 2
+_REMEDY = "delete it to go on from the one before it, or move the folder away to start afresh"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class Checkpoints:
             if first:
                 _flush(temporary)
                 os.replace(temporary, whole)
-                for old in sorted(path for path in self.folder.glob("step-*") if not path.suffix)[:-_KEPT]:
+                for old in sorted(path for path in self.folder.glob("step-*") if not path.suffix)[:-_NEWEST]:
                     os.replace(old, old.with_suffix(".tmp"))  # or, half deleted, it would look whole
                 self._clean()
             self.accelerator.wait_for_everyone()
@@ -146,9 +147,6 @@ class Checkpoints:
         """Deletes what killed runs left."""
         for left in self.folder.glob("step-*.tmp"):
             shutil.rmtree(left)
-
-
-_REMEDY = "delete it to go on from the one before it, or move the folder away to start afresh"
 
 
 def leave_frozen_out(model: nn.Module) -> Callable[..., None]:

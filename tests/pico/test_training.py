@@ -1,7 +1,10 @@
 """The pieces of the build that have an answer of their own."""
 
 import contextlib
+import json
+from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +12,16 @@ from diffusers import FluxTransformer2DModel
 
 from dcdd_core.models.flux import DistributionConditionedDecoder
 from dcdd_core.models.janus import JanusSampler, prompt_ids, unconditional_ids
+from dcdd_core.pico.data import to_pixels
+from dcdd_core.pico.encodings import Encodings, SceneEncodings
 from dcdd_core.pico.fidelity import reconstruction_loss
 from dcdd_core.pico.reader import SceneReader
 from dcdd_core.pico.scenes import scene_facts
 from dcdd_core.pico.train_decoder import _start_as_identity
 from dcdd_core.pico.train_janus import next_token_loss, pico_tokenizer
 from dcdd_core.pico.train_tokenizer import CodeUse
+from dcdd_core.pico.workshop import Recipe, Workshop
+from dcdd_core.training.batches import Batches, Share
 from tests.tiny import tiny_card, tiny_condition, tiny_flux_config, tiny_janus
 
 
@@ -73,3 +80,22 @@ def test_the_reconstruction_loss_is_zero_for_itself_and_sees_colour_and_edges():
     assert float(zero) == pytest.approx(0, abs=1e-6)
     _, tinted = reconstruction_loss(a, a + 0.1, reader, contextlib.nullcontext)
     assert float(tinted["tones"]) == pytest.approx(0.1, rel=1e-3) and float(tinted["edges"]) < 1e-5
+
+
+def test_the_scenes_of_a_step_are_those_of_its_number(tmp_path):
+    shop = Workshop(folder=tmp_path, device=torch.device("cpu"), recipe=Recipe(train_scenes=20, seed=3))
+    numbers = np.arange(20, dtype=np.float16)
+    encodings = Encodings(features=numbers[:, None, None], latents=numbers[:, None, None, None] + 100)
+    source = SceneEncodings(shop, encodings, 4, 3)
+    batches = Batches(source, size=3)
+    found = [batch for _, batch in zip(range(3), batches)]
+    for step, batch in enumerate(found):
+        drawn = shop.batch(4, step, 3)
+        assert batch.features.flatten().tolist() == drawn.tolist()
+        assert batch.latents.flatten().tolist() == (drawn + 100).tolist()
+        assert torch.equal(batch.pixels, to_pixels(shop.train_images[drawn]))
+    again = Batches(source, size=3)
+    again.load_state_dict(json.loads(json.dumps({**batches.state_dict(), "consumed": 6})))
+    assert torch.equal(next(iter(again)).features, found[2].features)
+    halves = [[int(e.key) for e in islice(source.entries(Share(rank=k, world=2), 0), 3)] for k in (0, 1)]
+    assert [key for pair in zip(*halves) for key in pair] == [*shop.batch(4, 0, 3), *shop.batch(4, 1, 3)]
