@@ -20,6 +20,7 @@ from dcdd_core.training.log import read_log
 from dcdd_core.training.loop import moving_average
 from dcdd_core.training.recipe import DecoderTraining, decoder_loss
 from dcdd_core.training.sources import open_pictures
+from dcdd_core.training.trainable import choose_trained
 from tests.tiny import tiny_condition, tiny_decoder
 from tests.training.runs import encoders, forked, kill_at, losses, png_folder, run
 
@@ -175,6 +176,7 @@ def test_activations_computed_again_change_nothing(tmp_path, pictures):
     calls = []
     plain = run(tmp_path / "plain", pictures, steps=2)
     decoder = tiny_decoder()
+    choose_trained(decoder, "all")
     block = decoder.transformer.transformer_blocks[0]
     forward = block.forward
     block.forward = lambda *args: calls.append(1) or forward(*args)
