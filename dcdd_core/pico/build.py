@@ -17,7 +17,7 @@ from ..evaluation.figures import save_image, training_curves
 from ..models.flux import save_bundle
 from ..models.vq import VQTokenizer
 from ..pipelines.models import PICO_WEIGHTS
-from ..training.loop import read_log
+from ..training.log import read_log
 from .choose import choose_reading
 from .encodings import encode_scenes
 from .export import export

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from diffusers import AutoencoderKL
 
 from ..method.latents import scale_latents
 from ..models.vq import VQTokenizer
+from ..training.batches import Entry, Mark, Share
+from ..training.encodings import EncodedBatch
 from .data import to_pixels
 from .train_tokenizer import tokens_digest
 from .workshop import Workshop, digest
@@ -30,6 +34,39 @@ class Encodings:
         """Nearest codes, [M, N] int64."""
         parts = torch.from_numpy(np.array(self.features)).split(4096)
         return torch.cat([vq.tokens(part.to(vq.device)).cpu() for part in parts])
+
+
+class SceneEncodings:
+    """The training scenes' encodings as an endless `Source`: the scenes of a step are drawn by its number.
+
+    Args:
+        stage, size: of the training, and of its batches.
+    """
+
+    def __init__(self, shop: Workshop, encodings: Encodings, stage: int, size: int):
+        self.name = "the training scenes"
+        self.fingerprint = f"{len(encodings.features)} scenes"
+        self.shop, self.encodings, self.stage, self.size = shop, encodings, stage, size
+
+    def entries(self, share: Share, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
+        """See `Source.entries`."""
+        for position in count(start * share.world + share.rank, share.world):
+            step, place = divmod(position, self.size)
+            index = int(self.shop.batch(self.stage, step, self.size)[place])
+            yield Entry(str(index), index)
+
+    def load(self, entry: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One scene's features, latents and pixels."""
+        arrays = (self.encodings.features, self.encodings.latents, self.shop.train_images)
+        return tuple(np.array(array[entry.data]) for array in arrays)
+
+    def collate(self, items: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> EncodedBatch:
+        features, latents, images = (np.stack(parts) for parts in zip(*items))
+        return EncodedBatch(
+            features=torch.from_numpy(features).float(),
+            latents=torch.from_numpy(latents).float(),
+            pixels=to_pixels(images),
+        )
 
 
 def encode_scenes(shop: Workshop, name: str, images: np.ndarray, vq: VQTokenizer, vae: AutoencoderKL) -> Encodings:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from ..evaluation.quality import psnr, ssim
-from ..method.calibration import proxy_logits
-from ..method.latents import scale_latents
 from ..models.flux import DecoderCard, DistributionConditionedDecoder, of_text_stream
 from ..models.vae import KLAutoencoder
 from ..models.vq import VQTokenizer
-from ..pipelines.condition import condition_for
 from ..pipelines.decode import decode
-from ..training.decoder import DecoderTraining, Example, train_decoder
-from ..types import Calibration, Codebook, Condition, TokenLogits
+from ..training.batches import Batches
+from ..training.decoder import Evaluation, train_decoder
+from ..training.encodings import geometry_for
+from ..training.examples import ExampleMaker, proxy_condition
+from ..training.recipe import DecoderTraining
+from ..types import Calibration
 from .data import to_pixels
-from .encodings import Encodings
+from .encodings import Encodings, SceneEncodings
 from .reader import SceneReader
 from .train_tokenizer import tokens_digest
 from .workshop import Workshop, digest
@@ -42,13 +43,6 @@ def transformer_config(vae_factor: int) -> dict:
         "guidance_embeds": True,
         "axes_dims_rope": [8, 28, 28],
     }
-
-
-def proxy_condition(features: torch.Tensor, card: DecoderCard, codebook: Codebook, grid: tuple[int, int]) -> Condition:
-    """The training condition of features [B, N, D] (Eqs. 9-15): what serving makes of the same proxies."""
-    logits = proxy_logits(features, codebook)
-    proxies = TokenLogits(logits, logits.argmax(-1), grid, source="proxy", codebook=card.codebook)
-    return condition_for(card, proxies, codebook)
 
 
 def train_pico_decoder(
@@ -91,49 +85,28 @@ def train_pico_decoder(
     for weight_name, weight in decoder.transformer.named_parameters():
         weight.requires_grad_(not of_text_stream(weight_name))
     decoder.to(device)
-    grid = vq.grid_of(recipe.size, recipe.size)
-    blank = scale_latents(
-        vae.encode(torch.zeros(1, 3, recipe.size, recipe.size, device=device)).latent_dist.mean,
-        card.vae_shift,
-        card.vae_scale,
-    )
-    everything = torch.ones(1, 1, recipe.size, recipe.size, device=device)
-
-    def examples(i: int, draw: torch.Generator) -> Example:
-        index = shop.batch(_STAGE, i, recipe.decoder_batch)
-        features, latents = (
-            torch.from_numpy(np.array(a[index])).float().to(device) for a in (encodings.features, encodings.latents)
-        )
-        condition = proxy_condition(features, card, vq.codebook, grid)
-        masked, mask = blank.expand_as(latents).clone(), everything.expand(len(index), -1, -1, -1).clone()
-        local = (torch.rand(len(index), generator=draw) < _LOCALISED).nonzero().squeeze(1)
-        if len(local):
-            mask[local] = _boxes(len(local), recipe.size, draw).to(device)
-            pixels = to_pixels(shop.train_images[index[local.numpy()]], device) * (1 - mask[local])
-            with torch.no_grad():
-                masked[local] = scale_latents(
-                    vae.encode(pixels).latent_dist.mean.float(), card.vae_shift, card.vae_scale
-                )
-        return Example(latents=latents, condition=condition, masked_latents=masked, mask=mask)
-
+    geometry = geometry_for(vq, vae, resolution=recipe.size, token_resolution=recipe.size)
     held_out = to_pixels(shop.held_out_images[:_EVALUATED], device)
-    held_out_condition = proxy_condition(vq.features(held_out), card, vq.codebook, grid)
+    held_out_condition = proxy_condition(vq.features(held_out), card, vq.codebook, geometry.grid)
 
-    def evaluate(current: DistributionConditionedDecoder) -> dict[str, float]:
+    def evaluate(current: DistributionConditionedDecoder) -> Evaluation:
         with shop.autocast():
             painted = decode(
                 current, KLAutoencoder(vae), held_out_condition, seeds=range(len(held_out)), steps=10
             ).pixels
-        return {
-            "psnr": float(psnr(held_out, painted).mean()),
-            "ssim": float(ssim(held_out, painted).mean()),
-            "perceptual": float(reader.perceptual_distance(held_out, painted).mean()),
-        }
+        return Evaluation(
+            numbers={
+                "psnr": float(psnr(held_out, painted).mean()),
+                "ssim": float(ssim(held_out, painted).mean()),
+                "perceptual": float(reader.perceptual_distance(held_out, painted).mean()),
+            }
+        )
 
     return train_decoder(
         shop.folder / name,
         decoder,
-        examples,
+        Batches(SceneEncodings(shop, encodings, _STAGE, recipe.decoder_batch), size=recipe.decoder_batch),
+        ExampleMaker(card, vq, vae, geometry, localised=_LOCALISED),
         DecoderTraining(
             steps=recipe.decoder_steps,
             learning_rate=2e-3,
@@ -141,7 +114,8 @@ def train_pico_decoder(
             seed=recipe.seed,
             compiled=recipe.compiled,
         ),
-        settings=shop.settings("decoder_batch", tokenizer=tokens_digest(vq.model), autoencoder=digest(vae)),
+        accelerator=Accelerator(cpu=device.type == "cpu", mixed_precision="no"),
+        settings=shop.settings(tokenizer=tokens_digest(vq.model), autoencoder=digest(vae)),
         autocast=shop.autocast,
         evaluate=evaluate,
         evaluate_every=1000,
@@ -155,12 +129,3 @@ def _start_as_identity(transformer: FluxTransformer2DModel) -> None:
     for layer in (*layers, transformer.norm_out.linear, transformer.proj_out):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
-
-
-def _boxes(count: int, size: int, draw: torch.Generator) -> torch.Tensor:
-    """Masks [count, 1, size, size] of boxes with sides of a quarter to three quarters of the picture."""
-    sides = (size * (0.25 + 0.5 * torch.rand(count, 2, generator=draw))).long()
-    corners = ((size - sides) * torch.rand(count, 2, generator=draw)).long()
-    line = torch.arange(size)
-    inside = [(line >= corners[:, k, None]) & (line < corners[:, k, None] + sides[:, k, None]) for k in (0, 1)]
-    return (inside[0][:, :, None] & inside[1][:, None, :]).float()[:, None]

@@ -25,7 +25,7 @@ class Recipe:
     """Numbers of the build. The defaults make the models to ship; tests shrink them.
 
     Attributes:
-        compiled: see `training.decoder.DecoderTraining`.
+        compiled: see `training.recipe.DecoderTraining`.
     """
 
     size: int = 96

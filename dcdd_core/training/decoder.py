@@ -1,150 +1,234 @@
-"""Training the diffusion decoder on pairs of latents and conditions (Eqs. 17-26).
+"""Training the diffusion decoder on pairs of latents and conditions, on one process or many.
 
-Shapes: B batch, C latent channels, h' w' latent grid, f the autoencoder's factor, H = f h', W = f w'.
+A step is a function of its number: what it draws comes from generators keyed by the numbers of its batches, and the
+data's position is part of a checkpoint, so a run that was killed and resumed sees just what an uninterrupted one would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from diffusers import FluxTransformer2DModel
+from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ..method.flow import interpolate, loss_weight, sample_times, velocity
-from ..method.latents import fill_input, pack, pack_mask
 from ..method.sampling import keyed_generator
 from ..models.flux import DistributionConditionedDecoder
-from ..types import Condition
-from .loop import moving_average, set_learning_rate, train, warmup_cosine
-from .optimizers import adamw_with_muon
+from .average import MovingAverage, all_finite
+from .batches import Batches
+from .checkpoint import Checkpoints, Kept, leave_frozen_out
+from .examples import Example
+from .log import append_to_log, cut_log
+from .loop import set_learning_rate, warmup_cosine
+from .recipe import DecoderTraining, decoder_loss, decoder_optimizers
+from .trainable import trained_weights
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
-    """One batch to learn from.
+class Evaluation:
+    """How good a decoder is at some point: numbers for the log by name, and a picture of its pictures."""
 
-    Attributes:
-        latents: [B, C, h', w'], scaled.
-        condition: of the same pictures.
-        masked_latents: [B, C, h', w'], scaled latents of the pictures with the masked part blank; [1, C, h', w'] of a
-            blank picture where everything is to be painted.
-        mask: [B or 1, 1, H, W], 1 where to paint.
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    sheet: Image.Image | None = None
+
+
+class Workpiece(nn.Module):
+    """A decoder whose every use is a forward pass of this module: `workpiece(work)` is `work(decoder)`.
+
+    What wraps a module to train it on many devices (DDP, FSDP, DeepSpeed, autocast) acts on forward passes alone; the
+    decoder's use has two (`condition_tokens`, `forward`), and its painting many.
     """
 
-    latents: torch.Tensor
-    condition: Condition
-    masked_latents: torch.Tensor
-    mask: torch.Tensor
+    def __init__(self, decoder: DistributionConditionedDecoder):
+        super().__init__()
+        self.decoder = decoder
 
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderTraining:
-    """Numbers of a decoder's training.
-
-    Attributes:
-        optimizer: "adamw" (the paper's), or "muon": orthogonalised momentum (Jordan et al. 2024) for the matrices
-            inside the blocks, at steps of AdamW's size (Liu et al. 2025, arXiv 2502.16982), and AdamW for all else.
-        compiled: each of the transformer's blocks runs compiled (torch.compile, one compilation for all of a kind): on
-            a CPU, which then needs a C++ compiler, a step of the pico decoder takes about three quarters of the time.
-    """
-
-    steps: int
-    learning_rate: float = 8e-4
-    warmup: int = 200
-    weight_decay: float = 0.01
-    average_decay: float = 0.999
-    density: str = "logit_normal"
-    weighting: str = "uniform"
-    seed: int = 0
-    optimizer: str = "adamw"
-    compiled: bool = False
-
-    def __post_init__(self):
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
-
-
-def decoder_loss(
-    decoder: DistributionConditionedDecoder, example: Example, draw: torch.Generator, recipe: DecoderTraining
-) -> torch.Tensor:
-    """Mean over the batch of w(t) |v - (n - z0)|^2 (Eq. 26), t and n from `draw`."""
-    z0 = example.latents
-    t = sample_times(len(z0), generator=draw, density=recipe.density).to(z0.device)
-    noise = torch.randn(z0.shape, generator=draw).to(z0)
-    size = (z0.shape[2], z0.shape[3])
-    packed = fill_input(
-        pack(interpolate(z0, noise, t)),
-        pack(example.masked_latents),
-        pack_mask(example.mask, decoder.card.vae_factor),
-    )
-    condition = decoder.condition_tokens(example.condition, size)
-    predicted = decoder(packed, condition, t, size).float()
-    error = (predicted - pack(velocity(z0, noise))).square().mean(dim=(1, 2))
-    return (loss_weight(t, recipe.weighting) * error).mean()
+    def forward(self, work: Callable[[DistributionConditionedDecoder], Any]) -> Any:
+        return work(self.decoder)
 
 
 def train_decoder(
     folder: Path,
     decoder: DistributionConditionedDecoder,
-    examples: Callable[[int, torch.Generator], Example],
+    batches: Batches,
+    examples: Callable[[Any, torch.Generator], Example],
     recipe: DecoderTraining,
     *,
+    accelerator: Accelerator,
     settings: Mapping[str, Any],
-    autocast: Callable[[], AbstractContextManager],
-    evaluate: Callable[[DistributionConditionedDecoder], Mapping[str, float]] | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    evaluate: Callable[[DistributionConditionedDecoder], Evaluation] | None = None,
     evaluate_every: int = 500,
     save_every: int = 250,
+    log_every: int = 50,
+    report: Callable[[str], None] = print,
 ) -> DistributionConditionedDecoder:
-    """Trains (or restores) a decoder; returns its averaged weights in evaluation mode.
+    """Trains (or restores) a decoder's weights that require a gradient; returns it with their averages.
+
+    Everything is the same whether the run was interrupted or not. With several processes, all call this.
 
     Args:
-        settings: what the examples depend on, see `loop.train`; the recipe and the card are added.
-        examples: the batch of a step, a function of its number and the generator it is given.
-        evaluate: held-out numbers of the averaged decoder, for the log.
+        folder: of the run; receives `log.jsonl`, `checkpoints` (see `Checkpoints`) and the sheets of `evaluate`.
+        batches: this process's.
+        examples: an example of a batch; what it draws comes from the generator it is given.
+        accelerator: one that has prepared nothing yet; its trackers get what the log gets.
+        settings: what the examples depend on; the recipe and the card are added.
+        autocast: entered around the loss, besides the accelerator's own mixed precision.
+        evaluate: looks at the averaged decoder.
+
+    Raises:
+        ValueError: if the newest checkpoint was made under other settings, or the optimiser does not fit the devices.
+        FloatingPointError: if the loss or a weight stops being finite; the last checkpoint is left as it was.
+        OSError: if a checkpoint cannot be written; the one before it is left as it was.
     """
+    if recipe.optimizer == "muon" and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        raise ValueError("Muon needs whole matrices, and here each process holds parts of them: take 'adamw'")
+    accelerator.gradient_accumulation_steps = recipe.accumulation
+    if accelerator.distributed_type == "DEEPSPEED":  # which does this by itself, and is given no data loader to ask
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": batches.size,
+            "gradient_accumulation_steps": recipe.accumulation,
+            "gradient_clipping": recipe.clip,
+        }
+    folder.mkdir(parents=True, exist_ok=True)
     decoder.train()
-    trained = [p for p in decoder.parameters() if p.requires_grad]
-    optimizers = _optimizers(decoder, recipe)
-    average = moving_average(decoder, recipe.average_decay)
-    if recipe.compiled:  # After the copy for the average was made: that one paints, at other sizes and batches.
-        decoder.transformer.compile_repeated_blocks(fullgraph=True)
+    with _blocks(decoder.transformer, recipe):
+        model, *optimizers = accelerator.prepare(Workpiece(decoder), *decoder_optimizers(decoder, recipe))
+        accelerator.register_save_state_pre_hook(leave_frozen_out(model))
+        average = MovingAverage(trained_weights(decoder), recipe.average_decay)
+        checkpoints = Checkpoints(
+            folder,
+            accelerator,
+            settings={
+                **settings,
+                "recipe": asdict(recipe),
+                "card": asdict(decoder.card),
+                "batch": batches.size,
+                "processes": accelerator.num_processes,
+            },
+        )
+        done, spent = 0, 0.0
+        if (kept := checkpoints.load()) is not None:
+            done, spent = kept.step, kept.seconds
+            average.load(kept.average, done)
+            batches.load_state_dict(kept.position)
+        if accelerator.is_main_process:
+            cut_log(folder, done)
+            if done:
+                report(f"{folder.name}: going on from step {done} of {recipe.steps}")
+        started, stream = time.monotonic() - spent, iter(batches)
 
-    def step(i: int) -> dict[str, torch.Tensor]:
-        rate = warmup_cosine(i, recipe.steps, peak=recipe.learning_rate, warmup=recipe.warmup)
-        draw = keyed_generator(recipe.seed, i)
-        example = examples(i, draw)
-        with autocast():
-            loss = decoder_loss(decoder, example, draw, recipe)
-        decoder.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optimizers.values():
-            set_learning_rate(optimizer, rate)
-            optimizer.step()
-        average.update_parameters(decoder)
-        return {"loss": loss.detach(), "gradient_norm": norm.detach()}
+        def step(i: int) -> dict[str, torch.Tensor]:
+            """One update; the loss is this process's."""
+            for optimizer in optimizers:
+                rate = warmup_cosine(i, recipe.steps, peak=recipe.learning_rate, warmup=recipe.warmup)
+                set_learning_rate(optimizer, rate)
+            losses = []
+            for k in range(recipe.accumulation):
+                # The number of the batch among all batches of all processes.
+                number = (i * recipe.accumulation + k) * accelerator.num_processes + accelerator.process_index
+                draw = keyed_generator(recipe.seed, number)
+                example = examples(next(stream), draw)
+                with accelerator.accumulate(model):
+                    with autocast():
+                        loss = model(partial(decoder_loss, example=example, draw=draw, recipe=recipe))
+                    accelerator.backward(loss)
+                    losses.append(loss.detach())
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
+                    for optimizer in optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
+            average.update()
+            return {"loss": torch.stack(losses).mean(), **({} if norm is None else {"gradient_norm": norm})}
 
-    train(
-        folder,
-        settings={**settings, "recipe": asdict(recipe), "card": asdict(decoder.card)},
-        steps=recipe.steps,
-        step=step,
-        state={"model": decoder, "average": average, **optimizers},
-        evaluate=(lambda _: evaluate(average.module.eval())) if evaluate else None,
-        evaluate_every=evaluate_every,
-        save_every=save_every,
-    )
-    return average.module.eval().requires_grad_(False)
+        def look(step: int) -> dict[str, float]:
+            decoder.eval()
+            with average.in_place(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                found = model(evaluate)
+            decoder.train()
+            if found.sheet is not None and accelerator.is_main_process:
+                _show(accelerator, folder / "samples" / f"step-{step:08}.png", found.sheet, step)
+            return {f"eval/{name}": float(value) for name, value in found.numbers.items()}
+
+        sums: dict[str, torch.Tensor] = {}
+        count = 0
+        while done < recipe.steps:
+            for name, value in step(done).items():
+                sums[name] = sums.get(name, 0.0) + value.detach()  # stays on its device until it is logged
+            done, count = done + 1, count + 1
+            last = done == recipe.steps
+            line: dict[str, float] = {}
+            if done % log_every == 0 or last:
+                line = {name: float(accelerator.reduce(total, "mean")) / count for name, total in sums.items()}
+                _require_finite({name: math.isfinite(value) for name, value in line.items()}, done, folder)
+                sums, count = {}, 0
+            if evaluate is not None and (done % evaluate_every == 0 or last):
+                line |= look(done)
+            if line and accelerator.is_main_process:
+                line = {"step": done, "seconds": round(time.monotonic() - started, 1)} | line
+                append_to_log(folder, line)
+                accelerator.log({name: value for name, value in line.items() if name != "step"}, step=done)
+                report(f"{folder.name} " + " ".join(f"{k}={v:.4g}" for k, v in line.items()))
+            if done % save_every == 0 or last:
+                finite = all_finite([*average.weights.values(), *average.parts()])
+                everywhere = accelerator.reduce(torch.tensor(float(finite), device=accelerator.device), "mean")
+                _require_finite({"a weight": bool(everywhere == 1)}, done, folder)
+                checkpoints.save(
+                    Kept(
+                        step=done,
+                        seconds=time.monotonic() - started,
+                        average=average.whole(),
+                        position=batches.state_dict(),
+                    )
+                )
+        average.put_in_place()
+    return decoder.eval().requires_grad_(False)
 
 
-def _optimizers(decoder: DistributionConditionedDecoder, recipe: DecoderTraining) -> dict[str, torch.optim.Optimizer]:
-    """By name; each trained weight is in one of them."""
-    weights = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-    # Not the modulations: their input is the time alone, and they start at zero.
-    inner = [n for n, p in weights.items() if "_blocks." in n and p.ndim == 2 and ".norm" not in n]
-    inner = inner if recipe.optimizer == "muon" else []
-    return adamw_with_muon(weights, inner, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
+@contextmanager
+def _blocks(transformer: FluxTransformer2DModel, recipe: DecoderTraining) -> Iterator[None]:
+    """Within it the transformer's blocks are compiled or recomputed, as the recipe says."""
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    if recipe.recomputed:  # The transformer's own switch acts on its forward pass, which the decoder does not use.
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if recipe.compiled:
+        transformer.compile_repeated_blocks(fullgraph=True)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+            block._compiled_call_impl = None  # what `nn.Module.compile` sets; nothing public undoes it
+
+
+def _show(accelerator: Accelerator, path: Path, sheet: Image.Image, step: int) -> None:
+    """A sheet into a file, and to the trackers that take pictures."""
+    path.parent.mkdir(exist_ok=True)
+    sheet.save(path)
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, **options)
+
+
+def _require_finite(found: Mapping[str, bool], step: int, folder: Path) -> None:
+    if bad := [name for name, finite in found.items() if not finite]:
+        raise FloatingPointError(
+            f"{folder.name}: {', '.join(bad)} stopped being finite before step {step}. The last checkpoint is "
+            f"untouched ({folder / 'checkpoints'}); start again from it with a lower learning rate."
+        )

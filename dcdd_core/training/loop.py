@@ -1,7 +1,11 @@
-"""The training loop of the house: steps by number, JSON-lines log, atomic checkpoints, exact resume.
+"""The loop of pico's small trainings (readers, tokenizer, autoencoder, Janus): log, atomic checkpoints, exact resume.
 
 A step is a function of its number alone: it draws its batch and its noise from generators seeded by that number, so a
 run that was killed and resumed sees just what an uninterrupted run would have seen.
+
+The decoder is trained by `decoder.train_decoder`, on accelerate. These trainings do not fit there: a step of theirs is
+no one loss of one module (codes that move by statistics of their own, an opponent with an optimiser of its own, parts
+that freeze on the way), and they run in one process.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+
+from .log import append_to_log, cut_log
+from .settings import require_same_settings
 
 
 class Stateful(Protocol):
@@ -56,9 +63,10 @@ def train(
         FloatingPointError: if a logged number stops being finite; the last checkpoint is left as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
+    checkpoint = folder / "checkpoint.pt"
     settings = {"steps": steps, **settings}
-    done, spent = _resume(checkpoint, log, state, settings)
+    done, spent = _resume(checkpoint, state, settings)
+    cut_log(folder, done)
     if done >= steps:
         return
     if done:
@@ -82,16 +90,10 @@ def train(
             line |= {f"eval/{name}": float(value) for name, value in evaluate(done).items()}
         if line:
             line = {"step": done, "seconds": round(time.monotonic() - started, 1)} | line
-            with log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_to_log(folder, line)
             report(f"{folder.name} " + " ".join(f"{k}={v:.4g}" for k, v in line.items()))
         if done % save_every == 0 or done == steps:
             _save(checkpoint, done, time.monotonic() - started, state, settings)
-
-
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """The lines of a training's log."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:
@@ -130,24 +132,12 @@ def _save(path: Path, step: int, seconds: float, state: Mapping[str, Stateful], 
     os.replace(temporary, path)
 
 
-def _resume(
-    checkpoint: Path, log: Path, state: Mapping[str, Stateful], settings: Mapping[str, Any]
-) -> tuple[int, float]:
+def _resume(checkpoint: Path, state: Mapping[str, Stateful], settings: Mapping[str, Any]) -> tuple[int, float]:
     if not checkpoint.exists():
-        log.unlink(missing_ok=True)
         return 0, 0.0
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    before, now = json.loads(saved["settings"]), json.loads(json.dumps(settings))
-    differ = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if differ or set(saved["parts"]) != set(state):
-        changes = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differ)
-        raise ValueError(
-            f"{checkpoint} was made under other settings ({changes or 'another set of parts'}): "
-            f"move {checkpoint.parent} away to start afresh, or go back to those settings to go on"
-        )
+    before = json.loads(saved["settings"]) | {"parts": sorted(saved["parts"])}
+    require_same_settings(checkpoint, before, {**settings, "parts": sorted(state)})
     for name, part in state.items():
         part.load_state_dict(saved["parts"][name])
-    if log.exists():
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= saved["step"]]
-        log.write_text("".join(line + "\n" for line in kept))
     return saved["step"], saved["seconds"]

@@ -1,4 +1,4 @@
-"""Optimisers by name, as checkpoints keep them."""
+"""Optimisers by name, as checkpoints keep them. Their rates start at zero: they are set each step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
+
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
 
 def adamw_with_muon(
@@ -16,7 +18,7 @@ def adamw_with_muon(
     weight_decay: float,
 ) -> dict[str, torch.optim.Optimizer]:
     """AdamW, and for the weights named in `matrices` Muon: orthogonalised momentum (Jordan et al. 2024), its steps
-    scaled to AdamW's size, so that both take one learning rate. Rates start at zero: they are set each step.
+    scaled to AdamW's size, so that both take one learning rate.
 
     Args:
         weights: name -> what is trained.
@@ -34,3 +36,23 @@ def adamw_with_muon(
             [weights[name] for name in matrices], lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )
     return found
+
+
+def adamw_8bit(
+    weights: Mapping[str, nn.Parameter], *, betas: tuple[float, float], weight_decay: float
+) -> dict[str, torch.optim.Optimizer]:
+    """AdamW with moments of 8 bits, a quarter of their memory: bitsandbytes' or, without it, torchao's.
+
+    Raises:
+        ValueError: if neither is installed.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError(
+                "8-bit AdamW needs bitsandbytes or torchao: install one of them, or take the optimiser 'adamw'"
+            ) from error
+    return {"optimizer": AdamW8bit(list(weights.values()), lr=0.0, betas=betas, weight_decay=weight_decay)}

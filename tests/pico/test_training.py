@@ -1,8 +1,11 @@
 """The pieces of the build that have an answer of their own."""
 
 import contextlib
+import json
+from itertools import islice
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,14 +14,17 @@ from diffusers import FluxTransformer2DModel
 from dcdd_core.models.flux import DistributionConditionedDecoder
 from dcdd_core.models.janus import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.pico import train_calibration
+from dcdd_core.pico.data import to_pixels
+from dcdd_core.pico.encodings import Encodings, SceneEncodings
 from dcdd_core.pico.fidelity import reconstruction_loss
 from dcdd_core.pico.reader import SceneReader
 from dcdd_core.pico.scenes import scene_facts
-from dcdd_core.pico.train_decoder import _boxes, _start_as_identity, proxy_condition
+from dcdd_core.pico.train_decoder import _start_as_identity
 from dcdd_core.pico.train_janus import next_token_loss, pico_tokenizer
 from dcdd_core.pico.train_tokenizer import CodeUse
 from dcdd_core.pico.workshop import Recipe, Workshop
-from dcdd_core.types import Calibration, Codebook, TokenLogits
+from dcdd_core.training.batches import Batches, Share
+from dcdd_core.types import Codebook, TokenLogits
 from tests.tiny import tiny_card, tiny_condition, tiny_flux_config, tiny_janus
 
 
@@ -69,30 +75,6 @@ def test_a_fresh_decoder_answers_zero():
     assert not block.norm1.linear.weight.any() and not transformer.single_transformer_blocks[0].norm.linear.weight.any()
 
 
-def test_boxes_are_boxes():
-    masks = _boxes(50, 96, torch.Generator().manual_seed(0))
-    assert masks.shape == (50, 1, 96, 96) and set(masks.unique().tolist()) == {0.0, 1.0}
-    for mask in masks[:, 0]:
-        rows, columns = mask.any(1).sum(), mask.any(0).sum()
-        assert mask.sum() == rows * columns and 24 <= rows <= 72 and 24 <= columns <= 72
-
-
-def test_the_variants_of_table_4():
-    codebook = Codebook(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
-    features = codebook.vectors[:16].reshape(1, 16, 8) * 3
-    calibration = Calibration(scale=25.0)
-    cards = {
-        variant: tiny_card(
-            variant=variant, codebook=codebook.fingerprint, calibration=calibration if variant == "lcdm+lc" else None
-        )
-        for variant in ("discrete", "lcdm", "lcdm+lc")
-    }
-    found = {variant: proxy_condition(features, card, codebook, (4, 4)) for variant, card in cards.items()}
-    assert torch.equal(found["discrete"].code_vectors[0], codebook.vectors[:16])
-    confidence = {v: float(c.uncertainty[..., 0].mean()) for v, c in found.items()}
-    assert confidence["discrete"] == 1 > confidence["lcdm+lc"] > 0.5 > 0.1 > confidence["lcdm"]
-
-
 def test_the_reconstruction_loss_is_zero_for_itself_and_sees_colour_and_edges():
 
     reader = SceneReader().eval().requires_grad_(False)
@@ -124,3 +106,22 @@ def test_a_calibration_is_taken_over_while_the_entropy_stays(change, tmp_path, m
     first, second = found(1.0), found(change)
     assert (second == first) == (change < 2)
     assert len(list(tmp_path.glob("calibration-*"))) == 2
+
+
+def test_the_scenes_of_a_step_are_those_of_its_number(tmp_path):
+    shop = Workshop(folder=tmp_path, device=torch.device("cpu"), recipe=Recipe(train_scenes=20, seed=3))
+    numbers = np.arange(20, dtype=np.float16)
+    encodings = Encodings(features=numbers[:, None, None], latents=numbers[:, None, None, None] + 100)
+    source = SceneEncodings(shop, encodings, 4, 3)
+    batches = Batches(source, size=3)
+    found = [batch for _, batch in zip(range(3), batches)]
+    for step, batch in enumerate(found):
+        drawn = shop.batch(4, step, 3)
+        assert batch.features.flatten().tolist() == drawn.tolist()
+        assert batch.latents.flatten().tolist() == (drawn + 100).tolist()
+        assert torch.equal(batch.pixels, to_pixels(shop.train_images[drawn]))
+    again = Batches(source, size=3)
+    again.load_state_dict(json.loads(json.dumps({**batches.state_dict(), "consumed": 6})))
+    assert torch.equal(next(iter(again)).features, found[2].features)
+    halves = [[int(e.key) for e in islice(source.entries(Share(rank=k, world=2), 0), 3)] for k in (0, 1)]
+    assert [key for pair in zip(*halves) for key in pair] == [*shop.batch(4, 0, 3), *shop.batch(4, 1, 3)]

@@ -19,16 +19,13 @@ import pytest
 import torch
 
 from dcdd_core.models.vq import VQTokenizer
-from dcdd_core.training import cache
-from dcdd_core.training.cache import (
-    CacheCard,
-    EncodingCache,
-    encode,
-    geometry_for,
-    scaled_latents,
-    write_cache,
-)
-from dcdd_core.training.data import Batches, Share, open_pictures, to_pixels
+from dcdd_core.training import cache_writer
+from dcdd_core.training.batches import Batches, Share
+from dcdd_core.training.cache import CacheCard, EncodingCache
+from dcdd_core.training.cache_writer import write_cache
+from dcdd_core.training.encodings import encode, geometry_for, scaled_latents
+from dcdd_core.training.pictures import to_pixels
+from dcdd_core.training.sources import open_pictures
 from tests.tiny import tiny_vae, tiny_vq
 
 COUNT = 11
@@ -182,7 +179,7 @@ def test_a_cache_may_be_moved(tmp_path, whole, pictures, networks, geometry):
 def test_a_finished_cache_is_left_as_it_is(tmp_path, pictures, networks, monkeypatch):
     folder = write(tmp_path / "cache", pictures, networks)
     before = files(folder)
-    monkeypatch.setattr(cache, "encode", None)
+    monkeypatch.setattr(cache_writer, "encode", None)
     reported = []
     write(folder, pictures, networks, report=reported.append)
     assert files(folder) == before and reported == [f"{folder}: 3 finished shards are kept"]
@@ -333,7 +330,7 @@ def test_the_manifest_misses_no_shard_that_another_process_writes_meanwhile(tmp_
 
 
 def test_shards_stay_in_order_when_their_numbers_grow_longer(tmp_path):
-    writer = cache._Writer(tmp_path, None, None, 1, Share())
+    writer = cache_writer._Writer(tmp_path, None, None, 1, Share())
     (tmp_path / "shards").mkdir()
     for number in (100_000, 99_999, 3):
         (tmp_path / f"shards/{number:05}.json").write_text("{}")

@@ -13,20 +13,12 @@ import PIL.Image
 import pytest
 import torch
 
-from dcdd_core.training import data
-from dcdd_core.training.data import (
-    Batches,
-    Geometry,
-    ImageFolder,
-    SavedDataset,
-    ShardStream,
-    Share,
-    UnreadablePicture,
-    open_pictures,
-    read_rgb,
-    square,
-    to_pixels,
-)
+from dcdd_core.training import folders
+from dcdd_core.training.batches import Batches, Share
+from dcdd_core.training.folders import ImageFolder
+from dcdd_core.training.pictures import Geometry, UnreadablePicture, read_rgb, square, to_pixels
+from dcdd_core.training.sources import open_pictures
+from dcdd_core.training.tables import SavedDataset, ShardStream
 
 datasets = pytest.importorskip("datasets", reason="it comes with the 'train' extra")
 
@@ -174,8 +166,8 @@ def test_resuming_decodes_nothing_again_and_opens_no_file_again(paths, kind, mon
     running = Batches(source(paths, kind), size=4, share=share())
     take(running, 5)
     decoded, opened = [], []
-    read, open_file = data.read_rgb, ShardStream._open
-    monkeypatch.setattr(data, "read_rgb", lambda content: decoded.append(content) or read(content))
+    read, open_file = folders.read_rgb, ShardStream._open
+    monkeypatch.setattr(folders, "read_rgb", lambda content: decoded.append(content) or read(content))
     resumed = Batches(source(paths, kind), size=4, share=share())
     monkeypatch.setattr(ShardStream, "_open", lambda self, file: opened.append(file.name) or open_file(self, file))
     resumed.load_state_dict(running.state_dict())

@@ -1,16 +1,42 @@
-"""The decoder's loss and its training."""
+"""The decoder's loss and its training: what is trained, how steps are made, and what is kept of them."""
 
-import contextlib
+import os
+import random
 import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from dcdd_core.method.flow import interpolate, velocity
 from dcdd_core.method.latents import pack
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.training.decoder import DecoderTraining, Example, decoder_loss, train_decoder
+from dcdd_core.training import checkpoint
+from dcdd_core.training.average import MovingAverage
+from dcdd_core.training.batches import Batches, Share
+from dcdd_core.training.decoder import Evaluation
+from dcdd_core.training.examples import Example, ExampleMaker
+from dcdd_core.training.log import read_log
+from dcdd_core.training.loop import moving_average
+from dcdd_core.training.recipe import DecoderTraining, decoder_loss
+from dcdd_core.training.sources import open_pictures
+from dcdd_core.training.trainable import choose_trained
 from tests.tiny import tiny_condition, tiny_decoder
+from tests.training.runs import encoders, forked, kill_at, losses, png_folder, run
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return png_folder(tmp_path_factory.mktemp("pictures") / "folder")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, pictures):
+    """An uninterrupted run of 8 steps, which tests do not write to, and the decoder it gave."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run(folder, pictures)
 
 
 def example(batch=2):
@@ -22,6 +48,18 @@ def example(batch=2):
         masked_latents=torch.zeros(1, 16, 8, 8),
         mask=torch.ones(1, 1, 16, 16),
     )
+
+
+def by_hand(decoder, pictures, share, numbers, *, seed=0):
+    """The losses of a share's first batches, which have these numbers among those of all processes."""
+    vq, vae, geometry = encoders()
+    make, recipe = ExampleMaker(decoder.card, vq, vae, geometry, localised=0.3), DecoderTraining(steps=1)
+    stream = iter(Batches(open_pictures(pictures, geometry), size=2, share=share))
+    found = []
+    for number in numbers:
+        draw = keyed_generator(seed, number)
+        found.append(decoder_loss(decoder, make(next(stream), draw), draw, recipe))
+    return torch.stack(found)
 
 
 def test_the_loss_is_zero_for_the_true_velocity_and_its_square_for_none(monkeypatch):
@@ -49,77 +87,209 @@ def test_path_and_target_agree():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_lowers_the_loss_on_one_batch(tmp_path, optimizer):
-    decoder, data = tiny_decoder(), example()
-    recipe = DecoderTraining(steps=60, learning_rate=3e-3, warmup=5, average_decay=0.5, optimizer=optimizer)
-    fixed = DecoderTraining(steps=1)
-
-    def loss(model):
-        with torch.no_grad():
-            return float(torch.stack([decoder_loss(model, data, keyed_generator(k), fixed) for k in range(8)]).mean())
-
-    before = loss(decoder)
-    trained = train_decoder(
-        tmp_path, decoder, lambda i, draw: data, recipe, settings={}, autocast=contextlib.nullcontext
-    )
-    assert loss(trained) < 0.7 * before
-    assert not any(p.requires_grad for p in trained.parameters())
+def test_training_lowers_the_loss(tmp_path, optimizer):
+    one = png_folder(tmp_path / "one", count=1)
+    trained = run(tmp_path / "run", one, steps=30, optimizer=optimizer, save_every=30)
+    found = [line["loss"] for line in read_log(tmp_path / "run")]
+    assert sum(found[-9:]) / 9 < 0.6 * sum(found[:3]) / 3
+    assert not any(p.requires_grad for p in trained.parameters()) and not trained.training
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, optimizer):
-    recipe = DecoderTraining(steps=500, warmup=2, optimizer=optimizer)
-
-    def run(folder, until):
-        def examples(i, draw):
-            if i == until:
-                raise KeyboardInterrupt
-            return example(1)
-
-        with contextlib.suppress(KeyboardInterrupt):
-            train_decoder(
-                folder, tiny_decoder(), examples, recipe, settings={}, autocast=contextlib.nullcontext, save_every=4
-            )
-
-    for until in (6, 9):  # The first leaves the checkpoint of step 4.
-        run(tmp_path / "resumed", until)
-    run(tmp_path / "whole", 9)
-    saved = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("resumed", "whole")]
-    assert saved[0]["step"] == saved[1]["step"] == 8
-    for part in ("model", "average"):
-        for name, value in saved[0]["parts"][part].items():
-            assert torch.equal(value, saved[1]["parts"][part][name]), name
+@needs_fork
+@pytest.mark.parametrize("changes", [{"optimizer": "adamw", "accumulation": 2}, {"optimizer": "muon"}])
+def test_killed_and_resumed_it_is_the_uninterrupted_run(tmp_path, pictures, changes):
+    whole = run(tmp_path / "whole", pictures, **changes)
+    at = random.randrange(2, 8 * changes.get("accumulation", 1))
+    folder = tmp_path / f"killed-at-{at}"
+    assert forked(lambda: run(folder, pictures, on_batch=kill_at(at), **changes)) == [-9]
+    resumed = run(folder, pictures, **changes)
+    assert losses(folder) == losses(tmp_path / "whole")
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
 
 
-def test_frozen_weights_stay(tmp_path):
+@needs_fork
+@pytest.mark.slow
+def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, pictures):
+    at = random.randrange(1, 8)
+    assert forked(lambda: run(tmp_path / "whole", pictures), world=2) == [0, 0]
+    assert -9 in forked(lambda: run(tmp_path / "cut", pictures, on_batch=kill_at(at)), world=2)
+    assert forked(lambda: run(tmp_path / "cut", pictures), world=2) == [0, 0]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 8
+    firsts = [by_hand(tiny_decoder(), pictures, Share(rank=k, world=2), [k]) for k in (0, 1)]
+    assert losses(tmp_path / "whole")[0][1] == pytest.approx(float(torch.cat(firsts).detach().mean()), rel=1e-4)
+    average = [checkpoint.load_average(tmp_path / name / "checkpoints" / "step-00000008") for name in ("cut", "whole")]
+    assert all(torch.equal(value, average[1][name]) for name, value in average[0].items())
+    # Their batches are not those of one process, and its checkpoints not theirs.
+    with pytest.raises(ValueError, match="processes 2 -> 1"):
+        run(tmp_path / "cut", pictures)
+
+
+@needs_fork
+@pytest.mark.parametrize("moment", ["written", "renamed"])
+def test_killed_within_a_save_one_checkpoint_stays(tmp_path, pictures, whole, monkeypatch, moment):
+    replace, kill = checkpoint.os.replace, kill_at(0)
+
+    def dying(source, target):
+        if "step-00000006" in str(target):
+            if moment == "renamed":
+                replace(source, target)
+            kill(0)
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.os, "replace", dying)
+        assert forked(lambda: run(tmp_path / "cut", pictures)) == [-9]
+    left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert left == ["step-00000003", "step-00000006" + (".tmp" if moment == "written" else "")]
+    run(tmp_path / "cut", pictures)
+    assert losses(tmp_path / "cut") == losses(whole[0])
+    left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert left == ["step-00000006", "step-00000008"]
+
+
+def test_a_step_is_the_mean_of_its_batches_each_with_draws_of_its_number(tmp_path, pictures):
+    run(tmp_path, pictures, steps=2, accumulation=2, learning_rate=1e-12, seed=3)
+    decoder = tiny_decoder()
+    found = by_hand(decoder, pictures, Share(), range(4), seed=3)
+    logged = [line["loss"] for line in read_log(tmp_path)]
+    assert logged == pytest.approx(found.detach().reshape(2, 2).mean(dim=1).tolist(), rel=1e-4)
+    decoder.zero_grad()
+    found[:2].mean().backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in decoder.parameters() if p.grad is not None])
+    assert read_log(tmp_path)[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_frozen_weights_stay_and_are_not_saved(tmp_path, pictures):
     decoder = tiny_decoder()
     decoder.requires_grad_(False)
     decoder.adapter.requires_grad_(True)
     before = {k: v.clone() for k, v in decoder.state_dict().items()}
-    trained = train_decoder(
-        tmp_path,
-        decoder,
-        lambda i, draw: example(),
-        DecoderTraining(steps=2, warmup=1),
-        settings={},
-        autocast=contextlib.nullcontext,
-    )
+    trained = run(tmp_path, pictures, steps=2, decoder=decoder)
     moved = {k for k, v in trained.state_dict().items() if not torch.equal(v, before[k])}
     assert moved and all(name.startswith("adapter.") for name in moved)
+    with safe_open(tmp_path / "checkpoints" / "step-00000002" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == {f"decoder.{name}" for name in before if name.startswith("adapter.")}
+
+
+def test_activations_computed_again_change_nothing(tmp_path, pictures):
+    calls = []
+    plain = run(tmp_path / "plain", pictures, steps=2)
+    decoder = tiny_decoder()
+    choose_trained(decoder, "all")
+    block = decoder.transformer.transformer_blocks[0]
+    forward = block.forward
+    block.forward = lambda *args: calls.append(1) or forward(*args)
+    again = run(tmp_path / "again", pictures, steps=2, decoder=decoder, recomputed=True)
+    assert len(calls) == 4  # twice a step
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, msg=name)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile wants a C++ compiler on a CPU")
-def test_compiled_training_is_the_plain_one_to_rounding(tmp_path):
-    def train(compiled):
-        recipe = DecoderTraining(steps=6, learning_rate=1e-3, warmup=1, compiled=compiled)
-        folder = tmp_path / str(compiled)
-        trained = train_decoder(
-            folder, tiny_decoder(), lambda i, draw: example(), recipe, settings={}, autocast=contextlib.nullcontext
-        )
-        return trained.state_dict()
-
-    plain, compiled = train(False), train(True)
+def test_compiled_training_is_the_plain_one_to_rounding(tmp_path, pictures):
+    plain, compiled = (run(tmp_path / str(c), pictures, steps=6, compiled=c).state_dict() for c in (False, True))
     assert list(plain) == list(compiled)  # Names of a checkpoint do not depend on it.
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(tmp_path, pictures):
+    decoder = tiny_decoder()
+
+    def poison(k):
+        if k == 4:
+            with torch.no_grad():
+                decoder.adapter.fuse.bias.fill_(torch.nan)
+
+    with pytest.raises(FloatingPointError, match="loss, gradient_norm stopped being finite before step 5"):
+        run(tmp_path, pictures, decoder=decoder, on_batch=poison)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    assert len(losses(tmp_path)) == 4
+
+
+def test_a_weight_that_turns_nan_in_a_saving_step_is_not_saved(tmp_path, pictures, monkeypatch):
+    decoder, update = tiny_decoder(), MovingAverage.update
+    steps = iter(range(100))
+
+    def poisoned(self):
+        if next(steps) == 5:  # the last thing of the sixth step, whose loss was fine
+            with torch.no_grad():
+                decoder.adapter.fuse.bias.fill_(torch.nan)
+        update(self)
+
+    monkeypatch.setattr(MovingAverage, "update", poisoned)
+    with pytest.raises(FloatingPointError, match="a weight stopped being finite before step 6"):
+        run(tmp_path, pictures, decoder=decoder)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, pictures, whole):
+    resource = pytest.importorskip("resource", reason="limits the size of files")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(k):
+        if k == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes a file; writing more fails
+
+    try:
+        with pytest.raises(
+            OSError, match=r"step 6 could not be written .*the one before it, .*step-00000003, is whole"
+        ):
+            run(tmp_path / "full", pictures, on_batch=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003"]
+    run(tmp_path / "full", pictures)
+    assert losses(tmp_path / "full") == losses(whole[0])
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):
+    run(tmp_path, pictures, steps=3)
+    for changes, words in (
+        ({"steps": 4}, "recipe.steps 3 -> 4"),
+        ({"steps": 3, "optimizer": "muon"}, "recipe.optimizer 'adamw' -> 'muon'"),
+        ({"steps": 3, "batch": 1}, "batch 2 -> 1"),
+        ({"steps": 3, "decoder": tiny_decoder(variant="lcdm", calibration=None)}, "card.variant 'lcdm.lc' -> 'lcdm'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(tmp_path, pictures, **changes)
+    other = png_folder(tmp_path / "other", count=5)
+    with pytest.raises(ValueError, match="saved from other data"):
+        run(tmp_path, other, steps=3)
+    (tmp_path / "checkpoints" / "step-00000003" / "average.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="is damaged .*delete it to go on from the one before it"):
+        run(tmp_path, pictures, steps=3)
+
+
+def test_a_finished_run_is_only_restored(tmp_path, pictures):
+    first, seen = run(tmp_path, pictures, steps=3).state_dict(), []
+    again = run(tmp_path, pictures, steps=3, on_batch=seen.append).state_dict()
+    assert not seen and all(torch.equal(first[name], value) for name, value in again.items())
+
+
+def test_the_average_is_what_is_looked_at_and_what_comes_out(tmp_path, pictures, whole):
+    seen = []
+
+    def evaluate(decoder):
+        seen.append({name: value.clone() for name, value in decoder.state_dict().items()})
+        return Evaluation(numbers={"looks": len(seen)})
+
+    looked = run(tmp_path / "looked", pictures, evaluate=evaluate, evaluate_every=4)
+    assert [line["eval/looks"] for line in read_log(tmp_path / "looked") if "eval/looks" in line] == [1, 2]
+    for name, value in whole[1].state_dict().items():  # Looking changes nothing.
+        assert torch.equal(looked.state_dict()[name], value) and torch.equal(seen[1][name], value), name
+    assert not torch.equal(seen[0]["adapter.fuse.weight"], seen[1]["adapter.fuse.weight"])
+
+
+def test_the_average_is_that_of_the_other_trainings():
+    module = torch.nn.Linear(3, 1)
+    weights = dict(module.named_parameters())
+    ours, other = MovingAverage(weights, 0.9), moving_average(module, 0.9)
+    for _ in range(30):
+        with torch.no_grad():
+            module.weight.add_(torch.randn(1, 3))
+        ours.update()
+        other.update_parameters(module)
+    torch.testing.assert_close(ours.whole()["weight"], other.module.weight.data)

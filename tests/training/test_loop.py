@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.training.loop import moving_average, read_log, train, warmup_cosine
+from dcdd_core.training.log import read_log
+from dcdd_core.training.loop import moving_average, train, warmup_cosine
 
 SETTINGS = {"seed": 7, "sizes": [1, 2]}
 

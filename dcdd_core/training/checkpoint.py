@@ -1,0 +1,176 @@
+"""Checkpoints of a run: whole or not there, and exact.
+
+A checkpoint is a folder, RUN/checkpoints/step-00001000:
+    what `accelerator.save_state` writes     the trained weights, optimisers, random generators, by process where needed
+    average.safetensors                      the weights' moving average, float32, by name
+    position-0.json, ...                     where each process stands in the data
+    training.json                            the step, the seconds, and the settings that all of it depends on
+
+Objects that are registered with accelerate are kept as pickles, which it loads without `weights_only`, and of one
+process alone; the average and the positions therefore have files of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .settings import require_same_settings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_FORMAT = "dcdd training 1"
+_NEWEST = 2
+_REMEDY = "delete it to go on from the one before it, or move the folder away to start afresh"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a checkpoint holds besides accelerate's own.
+
+    Attributes:
+        step, seconds: done and spent.
+        average: the moving average by name, on the CPU.
+        position: this process's, of `Batches`.
+    """
+
+    step: int
+    seconds: float
+    average: Mapping[str, torch.Tensor]
+    position: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run; the newest two are kept.
+
+    Args:
+        folder: of the run.
+        accelerator: prepared with the model and the optimisers.
+        settings: everything that a result depends on, as plain JSON values: a checkpoint made under others is refused.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, *, settings: Mapping[str, Any]):
+        self.folder = folder / "checkpoints"
+        self.accelerator = accelerator
+        self.settings = settings
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return max((path for path in self.folder.glob("step-*") if not path.suffix), default=None)
+
+    def save(self, kept: Kept) -> None:
+        """Writes a checkpoint beside the others, then renames it: killed at any moment, the one before it stays.
+
+        All processes call this.
+
+        Raises:
+            OSError: if it cannot be written, such as on a full disk; the one before it stays.
+        """
+        whole = self.folder / f"step-{kept.step:08}"
+        temporary = whole.with_suffix(".tmp")
+        before = self.newest()
+        first = self.accelerator.is_main_process
+        try:
+            if first:
+                self._clean()
+                temporary.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self._write(temporary, kept)
+            self.accelerator.wait_for_everyone()
+            if first:
+                _flush(temporary)
+                os.replace(temporary, whole)
+                for old in sorted(path for path in self.folder.glob("step-*") if not path.suffix)[:-_NEWEST]:
+                    os.replace(old, old.with_suffix(".tmp"))  # or, half deleted, it would look whole
+                self._clean()
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            free = shutil.disk_usage(self.folder.parent).free / 1e9
+            kept_one = f"the one before it, {before}, is whole" if before else "there is none before it"
+            raise OSError(
+                f"the checkpoint of step {kept.step} could not be written ({error}); {free:.1f} GB are free at "
+                f"{self.folder}. Nothing else is lost, {kept_one}: make room and run the same again to go on"
+            ) from error
+
+    def load(self) -> Kept | None:
+        """Puts the newest checkpoint back into what is prepared; None if there is none.
+
+        Raises:
+            ValueError: if it was made under other settings, or cannot be read.
+        """
+        path = self.newest()
+        if path is None:
+            return None
+        try:
+            held = json.loads((path / "training.json").read_text())
+            if held.get("format") != _FORMAT:
+                raise ValueError(f"its format is {held.get('format')!r}, expected {_FORMAT!r}")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is no checkpoint of a training ({error}): {_REMEDY}") from error
+        require_same_settings(path, held["settings"], self.settings)
+        try:
+            self.accelerator.load_state(str(path), **self._only_trained("load"))
+            position = json.loads((path / f"position-{self.accelerator.process_index}.json").read_text())
+            average = load_average(path)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged ({error}): {_REMEDY}") from error
+        return Kept(step=held["step"], seconds=held["seconds"], average=average, position=position)
+
+    def _write(self, folder: Path, kept: Kept) -> None:
+        self.accelerator.save_state(str(folder), **self._only_trained("save"))
+        position = folder / f"position-{self.accelerator.process_index}.json"
+        position.write_text(json.dumps(kept.position))
+        if self.accelerator.is_main_process:
+            save_file(dict(kept.average), folder / "average.safetensors")
+            held = {"format": _FORMAT, "step": kept.step, "seconds": kept.seconds, "settings": self.settings}
+            (folder / "training.json").write_text(json.dumps(held))
+
+    def _only_trained(self, verb: str) -> dict[str, bool]:
+        """How frozen weights are left out: by DeepSpeed's own options; otherwise `leave_frozen_out` has done it."""
+        if self.accelerator.distributed_type == "DEEPSPEED":
+            return {"exclude_frozen_parameters": True} if verb == "save" else {"load_module_strict": False}
+        return {} if verb == "save" else {"strict": False}
+
+    def _clean(self) -> None:
+        """Deletes what killed runs left."""
+        for left in self.folder.glob("step-*.tmp"):
+            shutil.rmtree(left)
+
+
+def leave_frozen_out(model: nn.Module) -> Callable[..., None]:
+    """A hook for `register_save_state_pre_hook`: of a prepared model, only the trained weights are saved."""
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+
+    def hook(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        for state in weights:
+            for name in frozen & set(state):
+                del state[name]
+
+    return hook
+
+
+def load_average(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The moving average of a checkpoint, by name."""
+    return load_file(checkpoint / "average.safetensors")
+
+
+def _flush(folder: Path) -> None:
+    """Waits until the files are on the disk: a machine that loses power after the rename must find them."""
+    for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,116 @@
+"""Pictures that lie in folders as files of their own, and what all sources of pictures have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .batches import Entry, Mark, Share
+from .pictures import Geometry, Picture, PictureBatch, UnreadablePicture, read_rgb, square
+
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Pictures:
+    """What sources of pictures have in common: a `Source` of `Picture`s cut to `geometry`."""
+
+    def __init__(self, name: str, geometry: Geometry):
+        self.name = name
+        self.geometry = geometry
+
+    def content(self, entry: Entry) -> Any:
+        """The picture as it is stored: bytes, a path, or a mapping with either."""
+        return entry.data
+
+    def load(self, entry: Entry) -> Picture:
+        """Decodes a picture and cuts it to size.
+
+        Raises:
+            UnreadablePicture: for whatever is wrong with it.
+        """
+        image = read_rgb(_encoded(self.content(entry)))
+        pixels = square(image, self.geometry.resolution)
+        same = self.geometry.token_resolution == self.geometry.resolution
+        token_pixels = pixels if same else square(image, self.geometry.token_resolution)
+        return Picture(key=entry.key, pixels=pixels, token_pixels=token_pixels)
+
+    def collate(self, items: Sequence[Picture]) -> PictureBatch:
+        pixels = torch.stack([item.pixels for item in items])
+        same = self.geometry.token_resolution == self.geometry.resolution
+        return PictureBatch(
+            keys=tuple(item.key for item in items),
+            pixels=pixels,
+            token_pixels=pixels if same else torch.stack([item.token_pixels for item in items]),
+        )
+
+
+class ImageFolder(Pictures):
+    """The images in a folder and its sub-folders, whatever these are called; hidden files are left out.
+
+    `load_dataset("imagefolder")` is not used: it takes sub-folders called "test" or "dev" away as splits, and copies
+    its list into a cache.
+
+    Attributes:
+        names: relative paths, sorted.
+
+    Raises:
+        ValueError: if there is no image.
+    """
+
+    def __init__(self, folder: str | Path, geometry: Geometry):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder} is not a folder; give one with images in it")
+        files = file_names(self.folder)
+        self.names = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
+        if not self.names:
+            found = f"{len(files)} other files, such as {files[0]}" if files else "no file at all"
+            raise ValueError(
+                f"{folder} holds no image, but {found}; give a folder with {', '.join(SUFFIXES)} in it or in "
+                "its sub-folders"
+            )
+        super().__init__(str(folder), geometry)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest(self.names)
+
+    def entries(self, share: Share, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
+        """See `Source.entries`."""
+        return (Entry(self.names[i], self.folder / self.names[i]) for i in share.indices(len(self.names), epoch, start))
+
+
+def file_names(folder: Path) -> list[str]:
+    """Relative paths of all files but hidden ones, sorted; links to folders are not followed."""
+    return sorted(
+        os.path.relpath(os.path.join(where, name), folder)
+        for where, _, names in os.walk(folder)
+        for name in names
+        if not name.startswith(".")
+    )
+
+
+def digest(lines: Iterable[str]) -> str:
+    found = hashlib.sha256()
+    for line in lines:
+        found.update(os.fsencode(line) + b"\n")
+    return found.hexdigest()[:16]
+
+
+def _encoded(value: Any) -> bytes | Path:
+    """An image file's bytes or path, of the forms in which datasets store them."""
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str):
+        if "://" in value:
+            raise UnreadablePicture(f"it is at {value}, and nothing is downloaded")
+        return Path(value)
+    if not isinstance(value, bytes | Path):
+        raise UnreadablePicture(f"there is no picture, but {type(value).__name__}")
+    return value

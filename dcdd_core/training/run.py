@@ -1,0 +1,215 @@
+"""A run of `train.py`: from files to a decoder bundle, or to a cache of encodings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from PIL import Image
+
+from ..method.latents import unscale_latents
+from ..method.sampling import keyed_generator
+from ..models.flux import DecoderCard, DistributionConditionedDecoder
+from ..models.vae import KLAutoencoder
+from ..pipelines.decode import decode
+from .batches import Batches, Share, Source
+from .cache import CacheCard, EncodingCache, weights_digest
+from .cache_writer import write_cache
+from .checkpoint import Checkpoints, load_average
+from .decoder import Evaluation, train_decoder
+from .encodings import encode
+from .examples import ExampleMaker
+from .pictures import PictureBatch
+from .plan import Encoders, Plan
+from .recipe import DecoderTraining, decoder_loss
+from .sources import open_pictures
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+BUNDLE = "decoder.safetensors"
+
+
+def make_accelerator(
+    folder: Path | None = None, *, cpu: bool = False, precision: str | None = None, tracker: str | None = None
+) -> Accelerator:
+    """The processes that `accelerate launch` or `torchrun` started, or this one alone.
+
+    Args:
+        folder: where the tracker writes.
+        cpu: leaves the accelerators of this machine alone.
+        precision: "bf16" or "no"; None for what the launcher was told.
+        tracker: one of accelerate's, such as "tensorboard".
+
+    Raises:
+        ValueError: if accelerate or the tracker is not installed, or the launcher was told another precision.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.tracking import get_available_trackers
+    except ImportError as error:
+        raise ValueError("training needs accelerate: install the pack's 'train' extra") from error
+    if tracker is not None and tracker not in (known := [str(name) for name in get_available_trackers()]):
+        raise ValueError(
+            f"the tracker {tracker!r} is not installed (there are: {', '.join(known) or 'none'}): install it, or leave "
+            "it out; log.jsonl and the sample sheets are written anyway"
+        )
+    accelerator = Accelerator(
+        # Without a device of its own, torchrun's processes would not find each other.
+        cpu=cpu or not torch.accelerator.is_available(),
+        mixed_precision=precision,
+        log_with=tracker,
+        project_dir=folder,
+    )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"the decoder is trained in bf16 or without mixed precision, not {accelerator.mixed_precision}"
+        )
+    return accelerator
+
+
+def run_training(
+    folder: Path,
+    plan: Plan,
+    recipe: DecoderTraining,
+    *,
+    accelerator: Accelerator,
+    data: str | Path | None = None,
+    column: str | None = None,
+    cache: Path | None = None,
+    batch: int = 4,
+    window: int = 1000,
+    workers: int = 0,
+    localised: float = 0.2,
+    samples: int = 4,
+    sample_every: int = 1000,
+    save_every: int = 500,
+    log_every: int = 10,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Trains a decoder, going on from the folder's newest checkpoint, and writes its bundle into the folder.
+
+    Args:
+        data, column: pictures as `open_pictures` takes them, or
+        cache: a folder of `write_cache`.
+        batch: pictures of one process at a time.
+        window: see `Share`.
+        localised: see `ExampleMaker`.
+        samples: the first pictures of the data, painted every `sample_every` steps; 0 for none.
+
+    Returns:
+        The bundle's path.
+
+    Raises:
+        ValueError, FloatingPointError, OSError: as what it is made of; see `train_decoder`.
+    """
+    if (data is None) == (cache is None):
+        raise ValueError("give either pictures or a cache of their encodings to train on")
+    encoders = plan.encoders(_device(accelerator))
+    made_by = CacheCard.of(encoders.vq, encoders.vae, encoders.geometry, pixels=localised > 0)
+    if cache is None:
+        source: Source = open_pictures(data, encoders.geometry, column=column)
+    else:
+        source = EncodingCache(cache)
+        source.require(made_by)
+    frozen = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    decoder = plan.decoder(encoders, dtype=frozen)
+    settings = {
+        "encodings": asdict(made_by),
+        "base": weights_digest(decoder.transformer.x_embedder, decoder.transformer.proj_out),
+        "trained": plan.trained,
+        "rank": plan.rank,
+        "localised": localised,
+        "precision": accelerator.mixed_precision,
+    }
+    accelerator.init_trackers("dcdd", config={name: str(value) for name, value in asdict(recipe).items()})
+    share = Share(seed=recipe.seed, rank=accelerator.process_index, world=accelerator.num_processes, window=window)
+    train_decoder(
+        folder,
+        decoder,
+        Batches(source, size=batch, share=share, workers=workers),
+        ExampleMaker(decoder.card, encoders.vq, encoders.vae, encoders.geometry, localised=localised),
+        recipe,
+        accelerator=accelerator,
+        settings=settings,
+        evaluate=paint_samples(encoders, decoder.card, source, samples, recipe) if samples else None,
+        evaluate_every=sample_every,
+        save_every=save_every,
+        log_every=log_every,
+        report=report,
+    )
+    path = folder / BUNDLE
+    if accelerator.is_main_process:
+        # Made anew: what was trained may lie in parts on many devices.
+        newest = Checkpoints(folder, accelerator, settings={}).newest()
+        plan.save(path, encoders, load_average(newest), dtype=frozen)
+        report(f"wrote {path}")
+    accelerator.end_training()
+    return path
+
+
+def run_cache(
+    folder: Path,
+    plan: Plan,
+    *,
+    accelerator: Accelerator,
+    data: str | Path,
+    column: str | None = None,
+    batch: int = 16,
+    shard_size: int = 1024,
+    workers: int = 0,
+    keep_pixels: bool = False,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Encodes all pictures into a cache, each process its shards; see `write_cache`."""
+    encoders = plan.encoders(_device(accelerator))
+    write_cache(
+        folder,
+        open_pictures(data, encoders.geometry, column=column),
+        encoders.vq,
+        encoders.vae,
+        shard_size=shard_size,
+        batch_size=batch,
+        keep_pixels=keep_pixels,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        workers=workers,
+        report=report,
+    )
+    accelerator.end_training()
+
+
+def paint_samples(
+    encoders: Encoders, card: DecoderCard, source: Source, count: int, recipe: DecoderTraining
+) -> Callable[[DistributionConditionedDecoder], Evaluation]:
+    """Looks at a decoder by the first pictures of a source: a sheet, and the loss with the same noise each time.
+
+    A row a picture: what the autoencoder makes of it (the best that can be painted), the VQ decode, the decoder.
+    """
+    vq, vae = encoders.vq, KLAutoencoder(encoders.vae)
+    first: PictureBatch = next(iter(Batches(source, size=count, share=Share(seed=None))))
+    encoded = encode(first, vq, encoders.vae)
+    make = ExampleMaker(card, vq, encoders.vae, encoders.geometry)
+    example = make(encoded, keyed_generator(recipe.seed))
+    side = (encoders.geometry.resolution,) * 2
+    best = vae.decode(unscale_latents(encoded.latents, card.vae_shift, card.vae_scale))
+    by_vq = vq.decode_tokens(vq.tokens(encoded.features), encoders.geometry.grid)
+    by_vq = torch.nn.functional.interpolate(by_vq, size=side, mode="bicubic", antialias=True)
+
+    def evaluate(decoder: DistributionConditionedDecoder) -> Evaluation:
+        painted = decode(decoder, vae, example.condition, seeds=range(count)).pixels
+        loss = decoder_loss(decoder, example, keyed_generator(recipe.seed), recipe)
+        columns = torch.stack([picture.to(painted) for picture in (best, by_vq, painted)])
+        sheet = ((rearrange(columns, "k b c h w -> (b h) (k w) c").clamp(-1, 1) + 1) * 127.5).round().byte()
+        return Evaluation(numbers={"loss": float(loss)}, sheet=Image.fromarray(sheet.cpu().numpy()))
+
+    return evaluate
+
+
+def _device(accelerator: Accelerator) -> torch.device:
+    """The process's; several on one CPU are numbered by accelerate, which safetensors does not know."""
+    return torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device

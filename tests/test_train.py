@@ -1,0 +1,178 @@
+"""train.py on models of the embedded shapes: from a folder of pictures to a bundle that paints."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState
+from diffusers import FluxTransformer2DModel
+from PIL import Image
+
+from dcdd_core.models.flux import load_decoder, read_card
+from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.pipelines.decode import decode
+from dcdd_core.pipelines.models import load_models
+from dcdd_core.training import plan as plans
+from dcdd_core.training.log import read_log
+from dcdd_core.types import Calibration
+from tests.tiny import random_pico
+from tests.training.runs import png_folder
+
+# By its path: the name "train" may be that of the checkout's folder.
+ROOT = Path(__file__).parents[1]
+main = runpy.run_path(str(ROOT / "train.py"))["main"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*")
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory):
+    return random_pico(tmp_path_factory.mktemp("pico") / "weights")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return png_folder(tmp_path_factory.mktemp("pictures") / "folder", count=12)
+
+
+@pytest.fixture
+def run(pico, pictures, tmp_path, monkeypatch):
+    """`train.py` on the embedded models; a None takes an option's default away."""
+    monkeypatch.setattr(plans.Plan.on_pico.__func__, "__defaults__", (pico,))
+
+    def call(*words, **changes):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        options = {"vlm": "pico", "data": pictures, "out": tmp_path / "run"}
+        if words[:1] != ("cache",):
+            options |= {"steps": 2, "batch": 2, "log-every": 1, "samples": 0, "precision": "no"}
+        options = {name: value for name, value in (options | changes).items() if value is not None}
+        flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return main([*words, "--cpu", *flags])
+
+    return call
+
+
+def test_a_folder_of_pictures_becomes_a_bundle_that_paints(run, pico, tmp_path, capsys):
+    assert run(samples=2, **{"sample-every": 2}) == 0
+    assert "wrote" in capsys.readouterr().out
+    bundle = tmp_path / "run" / "decoder.safetensors"
+    models = load_models(janus=pico / "janus", vae=pico / "vae", decoder=bundle, with_sampler=False)
+    proxies = models.vq.encode(torch.zeros(1, 3, 96, 96))
+    painted = decode(
+        models.decoder, models.vae, condition_for(models.decoder.card, proxies, models.vq.codebook), seeds=[0], steps=1
+    ).pixels
+    assert painted.shape == (1, 3, 96, 96) and bool(painted.isfinite().all())
+    before = load_decoder(pico / "decoder.safetensors", dtype=torch.bfloat16).state_dict()
+    moved = {
+        name for name, value in models.decoder.state_dict().items() if not torch.equal(value.bfloat16(), before[name])
+    }
+    assert moved and all(".attn." in name or name.startswith("adapter.") for name in moved)
+    with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as sheet:
+        assert sheet.size == (3 * 96, 2 * 96)
+    lines = read_log(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2] and lines[1]["eval/loss"] > 0
+    assert run(samples=2, **{"sample-every": 2}) == 0  # Finished: only the bundle is written again.
+    assert read_log(tmp_path / "run") == lines
+
+
+def test_from_a_cache_as_from_the_pictures(run, tmp_path):
+    assert run("cache", out=tmp_path / "cache") == 0
+    assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["items"] == 12
+    for name, options in (("direct", {}), ("cached", {"data": None, "cache": tmp_path / "cache"})):
+        assert run(out=tmp_path / name, localised=0, **options) == 0
+    direct, cached = ([line["loss"] for line in read_log(tmp_path / name)] for name in ("direct", "cached"))
+    assert cached == pytest.approx(direct, rel=1e-2)
+
+
+def test_a_cache_without_pixels_cannot_be_masked(run, tmp_path, capsys):
+    assert run("cache", out=tmp_path / "cache") == 0
+    assert run(data=None, cache=tmp_path / "cache") == 1
+    assert "which localised training needs" in capsys.readouterr().err
+
+
+def test_low_rank_changes_come_merged(run, pico, tmp_path):
+    assert run("--checkpointing", train="lora", rank=2, precision="bf16", optimizer="muon", **{"learning-rate": 1}) == 0
+    names = load_decoder(tmp_path / "run" / "decoder.safetensors").state_dict()
+    before = load_decoder(pico / "decoder.safetensors", dtype=torch.bfloat16).state_dict()
+    moved = {name for name, value in names.items() if not torch.equal(value, before[name])}
+    assert set(names) == set(before) and "transformer.transformer_blocks.0.attn.to_q.weight" in moved
+    assert all(".attn." in name or name.startswith("adapter.") for name in moved)
+
+
+def test_over_a_base_only_what_changed_is_kept(run, pico, tmp_path):
+    base = tmp_path / "base"
+    load_decoder(pico / "decoder.safetensors").transformer.save_pretrained(base / "transformer")
+    calibration = tmp_path / "calibration.safetensors"
+    Calibration(scale=20.0).save(calibration)
+    own = {"vlm": pico / "janus", "vae": pico / "vae", "base": base, "width": 16}
+    assert run(**own, calibration=calibration, licence="mine") == 0
+    bundle = tmp_path / "run" / "decoder.safetensors"
+    card = read_card(bundle)
+    assert (card.base, card.width, card.licence, card.calibration.scale) == ("base", 16, "mine", 20.0)
+    assert (card.tokenizer, card.resolution, card.pixels_per_token) == ("janus", 96, 8)
+    with pytest.raises(ValueError, match="it needs its base model base as well"):
+        load_decoder(bundle)
+    assert load_decoder(bundle, base).card == card
+    assert run(**own, variant="lcdm", out=tmp_path / "raw") == 0
+    assert read_card(tmp_path / "raw" / "decoder.safetensors").calibration is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data": "nowhere"}, "there is no file nowhere"),
+        ({"resolution": 100}, "use 96 or 144"),
+        ({"tracker": "nobody"}, "the tracker 'nobody' is not installed"),
+        ({"optimizer": "adamw8bit"}, "install one of them"),
+        ({"steps": 0}, "steps and accumulation must be at least 1"),
+        ({"vlm": "nowhere", "vae": "nowhere"}, "nowhere is not a folder"),
+        ({"vlm": "nowhere"}, "give --vae"),
+        ({"variant": "discrete", "calibration": "c.safetensors"}, "takes no calibration"),
+        ({"calibration": "c.safetensors"}, "c.safetensors does not exist"),
+    ],
+)
+def test_errors_are_one_line_with_the_way_out(run, capsys, tmp_path, options, words):
+    assert run(**options) == 1
+    said = capsys.readouterr().err
+    assert words in said and said.startswith("train.py: ") and "Traceback" not in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_is_missing_is_said(run, pico, capsys, tmp_path):
+    own = {"vlm": pico / "janus", "vae": pico / "vae"}
+    assert run(**own) == 1 and "give the base (FLUX.1-Fill), or a decoder bundle" in capsys.readouterr().err
+    load_decoder(pico / "decoder.safetensors").transformer.save_pretrained(tmp_path / "base")
+    assert run(**own, base=tmp_path / "base") == 1
+    assert "make one for this VLM with `dcdd calibrate`" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run(data=tmp_path / "empty") == 1 and "holds no image" in capsys.readouterr().err
+
+
+def test_an_unreadable_picture_is_skipped_and_named(run, pictures, tmp_path, capsys):
+    folder = png_folder(tmp_path / "some", count=3)
+    (folder / "broken.png").write_bytes(b"no picture")
+    assert run(data=folder, steps=4) == 0
+    assert "broken.png of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_configs_that_are_shipped(path):
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "bf16" and config.num_machines == 1
+    known = {action.dest for action in launch_command_parser()._actions}
+    for name in {**(config.fsdp_config or {}), **(config.deepspeed_config or {})}:
+        assert name in known, name
+    blocks = {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
+    if config.fsdp_config:
+        assert set(config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")) == blocks
+    assert set(FluxTransformer2DModel._no_split_modules) == blocks
+
+
+def test_tensorboard_gets_the_numbers_and_the_sheets(run, tmp_path):
+    pytest.importorskip("tensorboard", reason="an optional tracker")
+    assert run(tracker="tensorboard", samples=1) == 0
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))

@@ -1,0 +1,118 @@
+"""Trainings of the tiny decoder on pictures, in this process or in forked ones that may be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+from functools import cache
+from pathlib import Path
+
+import PIL.Image
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
+
+from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.training.batches import Batches, Share
+from dcdd_core.training.decoder import train_decoder
+from dcdd_core.training.encodings import geometry_for
+from dcdd_core.training.examples import ExampleMaker
+from dcdd_core.training.log import read_log
+from dcdd_core.training.pictures import Geometry
+from dcdd_core.training.recipe import DecoderTraining
+from dcdd_core.training.sources import open_pictures
+from dcdd_core.training.trainable import choose_trained
+from tests.tiny import tiny_decoder, tiny_vae, tiny_vq
+
+RECIPE = {"learning_rate": 3e-3, "warmup": 2, "average_decay": 0.9}
+
+
+def png_folder(folder: Path, count: int = 7, side: int = 20) -> Path:
+    """Pictures of noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        noise = random.Random(i).randbytes(3 * side * side)
+        PIL.Image.frombytes("RGB", (side, side), noise).save(folder / f"{i:02}.png")
+    return folder
+
+
+@cache
+def encoders() -> tuple[VQTokenizer, AutoencoderKL, Geometry]:
+    vq, vae = VQTokenizer(tiny_vq(), name="tiny"), tiny_vae()
+    return vq, vae, geometry_for(vq, vae, resolution=16, token_resolution=16)
+
+
+def accelerator() -> Accelerator:
+    """A fresh one on the CPU, whatever the process had before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True, mixed_precision="no")
+
+
+def run(folder: Path, pictures: Path, *, steps: int = 8, decoder=None, batch: int = 2, on_batch=None, **changes):
+    """Trains the tiny decoder, or the one given; `on_batch(k)` is called before the process's k-th batch is used."""
+    vq, vae, geometry = encoders()
+    if decoder is None:
+        decoder = tiny_decoder()
+        choose_trained(decoder, "all")
+    options = {"save_every": 3, "log_every": 1, "report": lambda _: None}
+    options |= {name: changes.pop(name) for name in (*options, "evaluate", "evaluate_every") if name in changes}
+    workers = accelerator()
+    make, seen = ExampleMaker(decoder.card, vq, vae, geometry, localised=0.3), iter(range(10**6))
+
+    def examples(pictures, draw):
+        if on_batch is not None:
+            on_batch(next(seen))
+        return make(pictures, draw)
+
+    share = Share(rank=workers.process_index, world=workers.num_processes)
+    return train_decoder(
+        folder,
+        decoder,
+        Batches(open_pictures(pictures, geometry), size=batch, share=share),
+        examples,
+        DecoderTraining(steps=steps, **RECIPE | changes),
+        accelerator=workers,
+        settings={},
+        **options,
+    )
+
+
+def forked(target, *, world: int = 1, seconds: float = 60.0) -> list[int]:
+    """Runs `target()` in so many connected processes; their exit codes, -9 for a killed one and those left behind."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def connected(rank: int) -> None:
+        if world > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)  # the other threads were not forked
+        target()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=connected, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:  # A launcher ends them all once one has died.
+        process.join(seconds)
+        if process.exitcode != 0:
+            for other in processes:
+                other.kill()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def kill_at(number: int):
+    """For `on_batch`: kill -9 at that batch."""
+    return lambda k: os.kill(os.getpid(), signal.SIGKILL) if k == number else None
+
+
+def losses(folder: Path) -> list[tuple[float, ...]]:
+    """What the log says of each step, but for the time."""
+    return [tuple(value for name, value in line.items() if name != "seconds") for line in read_log(folder)]
