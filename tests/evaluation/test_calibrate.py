@@ -73,6 +73,16 @@ def test_samples_depend_on_their_prompt_and_number_alone(tmp_path, vq):
     assert not torch.equal(first.logits, last.logits)
 
 
+def test_a_file_that_is_there_is_left_as_it_is(tmp_path, vq):
+    samples = KeptSamples(tmp_path, PROMPTED[:3])
+    samples.fill(Sampler(vq.codebook), Processes(), **ALONE)
+    first, *others = sorted(tmp_path.iterdir())
+    first.unlink()
+    written = [path.stat().st_mtime_ns for path in others]
+    samples.fill(Sampler(vq.codebook), Processes(), **ALONE)  # the three share a batch
+    assert first.exists() and [path.stat().st_mtime_ns for path in others] == written
+
+
 def test_the_seed_of_a_sample_is_its_number_s(tmp_path, vq):
     KeptSamples(tmp_path / "5", PROMPTED[:2], seed=5).fill(Sampler(vq.codebook), Processes(), **ALONE)
     expected = Sampler(vq.codebook)(PROMPTED[:2], [5, 6])

@@ -112,6 +112,12 @@ def test_autocast_copies_trained_weights_once_and_until_the_end_of_the_forward_p
     assert replay(loss, [weight], autocast=torch.bfloat16).saved == 2 * M * M + X + 4
 
 
+def test_autocast_s_copies_are_gone_after_the_forward_pass_where_nothing_needs_them():
+    layer = linear()
+    made = replay(lambda: layer(tokens()).float().sum(), [layer.weight], checkpointed=[layer], autocast=torch.bfloat16)
+    assert made.saved == X + 4  # the layer's input, and the loss
+
+
 def test_the_meter_sees_views_and_updates_in_place_as_nothing_new():
     with Meter() as meter:
         x = tokens()
