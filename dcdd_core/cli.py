@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 import time
@@ -18,15 +19,16 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from .evaluation.calibrate import PROMPTS, KeptSamples, Proxies, calibrate_to, compared, verdict
 from .evaluation.decoding import Decoders
 from .evaluation.evaluate import Run, evaluate_reconstruction, evaluate_text, generate_geneval
 from .evaluation.figures import beside, heat_map, labelled_grid, save_image, to_image, top_curve
-from .evaluation.folder import at_most, open_picture, pictures_in
+from .evaluation.folder import Picture, at_most, open_picture, pictures_in, read_pixels
+from .evaluation.kept import hold_to
 from .evaluation.networks import feature_network, fingerprint_of, perceptual_network
 from .evaluation.processes import Processes, processes
 from .evaluation.prompts import read_geneval, read_prompts
 from .evaluation.text import statistics_table
-from .method.calibration import anchor_statistics, fit, fit_anchor, target_statistics
 from .method.statistics import describe_logits
 from .models.flux import DecoderCard
 from .models.vq import VQTokenizer
@@ -109,32 +111,44 @@ def reconstruct(chosen: argparse.Namespace) -> None:
 
 
 def calibrate(chosen: argparse.Namespace) -> None:
-    """Fits a calibration: what the VLM samples for prompts, against the tokenizer's features of pictures."""
-    models = _load(chosen)
-    codebook = models.vq.codebook
-    prompts, pictures = _calibration_material(models, chosen)
-    features = [models.vq.features(pixels) for pixels in tqdm(pictures, desc="features", unit="picture", disable=None)]
-    calibration = fit(
-        features,
-        codebook,
-        target_statistics(_grids(models, prompts, chosen)),
-        vlm=models.sampler.name,
-        guidance=_guidance(models, chosen),
-        temperature=chosen.temperature,
-    )
-    if chosen.fit_anchor:
-        wanted = anchor_statistics((models.vq.encode(pixels) for pixels in pictures), codebook, calibration)
-        # Sampled a second time: a hundred grids of Janus-Pro's logits are 4 GB.
-        calibration = fit_anchor(_grids(models, prompts, chosen), codebook, wanted, calibration)
-    calibration.save(chosen.out)
-    found, target = calibration.achieved, calibration.target
-    print(
-        f"scale {calibration.scale:.3f} x {calibration.affine_scale:.3f}, smoothing {calibration.smoothing:.4f}, "
-        f"anchor {calibration.anchor:.3f}\n"
-        f"mean entropy {found.mean_entropy:.4f} (VLM {target.mean_entropy:.4f}), "
-        f"mean confidence {found.mean_confidence:.4f} (VLM {target.mean_confidence:.4f}), "
-        f"{'converged' if calibration.converged else 'NOT converged'}\nwrote {chosen.out}"
-    )
+    """Fits a calibration: what the VLM samples for prompts, against the tokenizer's features of pictures. The first
+    step of a decoder's training. A stopped run that is started again goes on from the samples that it kept;
+    `accelerate launch` or `torchrun` share the sampling between processes.
+    """
+    with processes(chosen.device) as crew:
+        chosen.device = crew.device
+        prompts, files = _calibration_material(chosen)
+        models = _load(chosen)
+        sampler, guidance = models.sampler, _guidance(models, chosen)
+        folder = chosen.samples or chosen.out.with_name(f"{chosen.out.stem}-samples")
+        options = {name: getattr(chosen, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        settings = {"vlm": fingerprint_of(sampler.model.state_dict()), "guidance": guidance, **options}
+        hold_to(settings, folder, write=crew.first)
+        crew.wait()
+        if crew.first:
+            _warn_of_unknown_words(models, prompts)
+        proxies = Proxies(models.vq, _pixels(models, files, chosen)) if crew.first else None
+        samples = KeptSamples(folder, prompts, seed=chosen.seed, device=models.vq.device)
+        if crew.first and samples.missing < len(prompts):
+            print(f"going on: {len(prompts) - samples.missing} of {len(prompts)} samples are in {folder}")
+        samples.fill(
+            lambda texts, seeds: _sample(models, texts, seeds, chosen),
+            crew,
+            batch=chosen.batch,
+            bytes_each=4 * math.prod(sampler.grid) * sampler.codebook.size,
+        )
+        if crew.first:
+            calibration = calibrate_to(
+                samples,
+                proxies,
+                vlm=sampler.name,
+                guidance=guidance,
+                temperature=chosen.temperature,
+                with_anchor=chosen.fit_anchor,
+            )
+            calibration.save(chosen.out)
+            print(statistics_table(compared(sampler.name, samples, proxies, calibration)))
+            print(f"\n{verdict(calibration)}\nwrote {chosen.out}; the samples stay in {folder}")
 
 
 def inspect(chosen: argparse.Namespace) -> None:
@@ -145,17 +159,12 @@ def inspect(chosen: argparse.Namespace) -> None:
     if chosen.logits:
         columns = {str(path): describe_logits(TokenLogits.load(path), codebook) for path in chosen.logits}
     else:
-        prompts, pictures = _calibration_material(models, chosen)
-        columns = {
-            models.sampler.name: describe_logits(_grids(models, prompts, chosen), codebook),
-            "raw proxies": describe_logits((models.vq.encode(pixels) for pixels in pictures), codebook),
-        }
         calibration = models.decoder.card.calibration if models.decoder is not None else None
         if chosen.calibration is not None:
             calibration = Calibration.load(chosen.calibration)
-        if calibration is not None:
-            proxies = (models.vq.encode(pixels) for pixels in pictures)
-            columns["calibrated proxies"] = describe_logits(proxies, codebook, calibration)
+        prompts, files = _calibration_material(chosen)
+        proxies = Proxies(models.vq, _pixels(models, files, chosen))
+        columns = compared(models.sampler.name, _grids(models, prompts, chosen), proxies, calibration)
     print(statistics_table(columns))
     print(f"wrote {save_image(top_curve(columns), chosen.out)}")
 
@@ -398,25 +407,38 @@ def _condition(models: Models, grid: TokenLogits, chosen: argparse.Namespace) ->
     return condition_for(_card(models, chosen), grid, models.vq.codebook)
 
 
-def _calibration_material(models: Models, chosen: argparse.Namespace) -> tuple[list[str], list[torch.Tensor]]:
-    """Prompts and pictures: given by file and folder, or scenes of the embedded world."""
-    count = chosen.count
-    if chosen.prompts is not None:
-        prompts = [line.strip() for line in chosen.prompts.read_text("utf-8").splitlines() if line.strip()][:count]
-    elif chosen.janus is None:
+def _calibration_material(chosen: argparse.Namespace) -> tuple[list[str], list[Picture] | None]:
+    """Prompts and picture files; for the embedded models captions, and None for rendered scenes, where none are given.
+
+    Any other VLM gets the package's prompts. Of a folder, whose sub-folders may be classes, pictures are taken evenly.
+    """
+    count, embedded = chosen.count, chosen.janus is None
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, best 100; got {count}")
+    if chosen.prompts is None and embedded:
         prompts = [facts.caption() for facts in scene_facts("calibration", count)]
     else:
-        raise ValueError("a VLM of your own needs prompts: give --prompts FILE, one a line")
+        prompts = [prompt.text for prompt in read_prompts(chosen.prompts or PROMPTS)[:count]]
     if chosen.images is not None:
-        files = sorted(p for p in chosen.images.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        pictures = [_read_image(path, models.vq) for path in files[:count]]
-    elif chosen.janus is None:
-        pictures = [to_pixels(render_scene("calibration", i).image[None], models.vq.device) for i in range(count)]
-    else:
-        raise ValueError("a VLM of your own needs pictures for its proxies: give --images FOLDER")
-    if not prompts or not pictures:
-        raise ValueError(f"got {len(prompts)} prompts and {len(pictures)} pictures; some of each are needed, best 100")
-    return prompts, pictures
+        found = pictures_in(chosen.images)
+        count = min(count, len(found))
+        return prompts, [found[i * len(found) // count] for i in range(count)]
+    if embedded:
+        return prompts, None
+    raise ValueError(
+        "a VLM of your own needs real pictures: the proxies, which are what its tokenizer sees in them, are made to "
+        "look like what the VLM says. Give --images FOLDER, about 100 of the kind that the decoder will be trained on"
+    )
+
+
+def _pixels(models: Models, files: Sequence[Picture] | None, chosen: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """The pictures [1, 3, S, S] one by one, as squares of the size that the VLM paints; scenes where there are none."""
+    vq, size = models.vq, Decoders(models=models).size
+    for one in tqdm(files or range(chosen.count), desc="features", unit="picture", disable=None):
+        if files is None:
+            yield to_pixels(render_scene("calibration", one).image[None], vq.device)
+        else:
+            yield read_pixels([one], size, vq.device)
 
 
 def _read_image(path: Path, vq: VQTokenizer, side: int | None = None) -> torch.Tensor:
@@ -483,10 +505,14 @@ def _parser() -> argparse.ArgumentParser:
     decoding.add_argument("--reads", choices=("logits", "anchored", "tokens"), help="what of the VLM to serve")
 
     material = argparse.ArgumentParser(add_help=False)
-    material.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
-    material.add_argument("--images", type=Path, metavar="FOLDER", help="pictures for the proxies")
+    material.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON (default: 300 that come with this)"
+    )
+    material.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="pictures for the proxies, in sub-folders or not"
+    )
     material.add_argument("--count", type=int, default=100, help="how many of each at most (default: 100)")
-    material.add_argument("--batch", type=int, default=20, help="prompts sampled at once (default: 20)")
+    material.add_argument("--batch", type=int, default=8, help="prompts sampled at once (default: 8)")
 
     measuring = argparse.ArgumentParser(add_help=False)
     measuring.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of results, and to go on from")
@@ -524,6 +550,12 @@ def _parser() -> argparse.ArgumentParser:
     command = add(calibrate, models, sampling, material, help="fit a calibration to a VLM")
     command.add_argument("--out", type=Path, default=Path("out/calibration.safetensors"))
     command.add_argument("--fit-anchor", action="store_true", help="fit the anchor too (beyond the paper)")
+    command.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FOLDER",
+        help="what the VLM samples, kept to go on from: 38 MB a picture of Janus-Pro (default: beside --out)",
+    )
 
     command = add(inspect, models, sampling, material, help="Table 1 and Figure 6 for a VLM")
     command.add_argument("--logits", nargs="+", type=Path, metavar="FILE", help="saved token logits to look at instead")

@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dcdd_core import cli
 from dcdd_core.cli import main
+from dcdd_core.evaluation.calibrate import PROMPTS
 from dcdd_core.pico.scenes import render_scene
 from dcdd_core.pipelines import models as pipelines_models
 from dcdd_core.types import Calibration, TokenLogits
@@ -21,7 +23,17 @@ def random_weights(tmp_path_factory):
         yield
 
 
+_SAMPLE, _READ = cli._sample, cli.read_pixels
 PROMPT = "a large plain red circle in the centre on a plain sky ground"
+
+
+@pytest.fixture
+def one_s_own(tmp_path):
+    """Options of a VLM and pictures of a user's own: four, in sub-folders, larger than the VLM's."""
+    for i, folder in enumerate("aabb"):
+        (tmp_path / "images" / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(render_scene("test", i, size=40).image).save(tmp_path / "images" / folder / f"{i}.png")
+    return ["--janus", str(save_janus(tmp_path / "janus")), "--images", str(tmp_path / "images")]
 
 
 def size(path):
@@ -62,9 +74,45 @@ def test_calibrate_writes_what_generate_reads(tmp_path, capsys):
     path = tmp_path / "c.safetensors"
     assert main(["calibrate", "--count", "3", "--guidance", "3", "--out", str(path)]) == 0
     found = Calibration.load(path)
-    assert found.guidance == 3.0 and found.vlm == "pico" and "mean entropy" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert found.guidance == 3.0 and found.vlm == "pico"
+    assert all(words in printed for words in ("raw proxies", "calibrated proxies", "Otsu rank", "difference"))
+    assert ("NOT converged" in printed) == (not found.converged)
     arguments = ["generate", PROMPT, "--steps", "1", "--calibration", str(path), "--out", str(tmp_path / "a.png")]
     assert main(arguments) == 0
+
+
+def test_calibrate_goes_on_with_what_was_sampled(tmp_path, one_s_own, capsys, monkeypatch):
+    arguments = ["calibrate", *one_s_own, "--batch", "2", "--out", str(tmp_path / "c.safetensors")]
+    assert main([*arguments, "--count", "3"]) == 0
+    samples = tmp_path / "c-samples"
+    first = {path: TokenLogits.load(path).logits for path in samples.glob("*.safetensors")}
+    min(first).unlink()
+    capsys.readouterr()
+    assert main([*arguments, "--count", "4"]) == 0
+    assert "going on: 2 of 4 samples" in capsys.readouterr().out
+    for path, logits in first.items():  # up to rounding, which differs with the prompts that share a batch
+        torch.testing.assert_close(TokenLogits.load(path).logits, logits, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr("dcdd_core.cli._sample", None)  # nothing may be sampled a second time
+    assert main([*arguments, "--count", "4", "--fit-anchor"]) == 0
+    assert main([*arguments, "--count", "4", "--guidance", "2"]) == 1
+    assert "guidance 5.0 -> 2.0" in capsys.readouterr().err
+
+
+def test_calibrate_asks_the_shipped_prompts_and_spreads_over_the_pictures(tmp_path, one_s_own, monkeypatch):
+    asked, read = [], []
+    monkeypatch.setattr("dcdd_core.cli._sample", lambda *given: asked.extend(given[1]) or _SAMPLE(*given))
+    monkeypatch.setattr("dcdd_core.cli.read_pixels", lambda *given: read.append(given[0][0].name) or _READ(*given))
+    assert main(["calibrate", *one_s_own, "--count", "2", "--out", str(tmp_path / "c.safetensors")]) == 0
+    assert asked == PROMPTS.read_text("utf-8").splitlines()[:2]
+    assert read == ["a/0.png", "b/2.png"]
+    assert Calibration.load(tmp_path / "c.safetensors").vlm == "janus"
+
+
+def test_calibrate_explains_what_pictures_are_for_before_it_loads_anything(tmp_path, capsys):
+    assert main(["calibrate", "--janus", "/nowhere", "--out", str(tmp_path / "c")]) == 1
+    error = capsys.readouterr().err
+    assert "--images FOLDER" in error and "will be trained on" in error
 
 
 def test_inspect_prints_table_1_and_draws_figure_6(tmp_path, capsys):
@@ -147,6 +195,8 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["generate", PROMPT, "--calibration", "/nowhere"], "/nowhere"),
         (["reconstruct", "/nowhere.png"], "nowhere.png"),
         (["calibrate", "--prompts", "/nowhere.txt"], "nowhere.txt"),
+        (["calibrate", "--count", "0"], "--count must be at least 1"),
+        (["calibrate", "--batch", "0"], "--batch must be at least 1"),
         (["evaluate", "reconstruction", "--images", "/nowhere", "--out", "o"], "/nowhere is not a folder"),
         (["evaluate", "reconstruction", "--images", ".", "--out", "o"], "holds no pictures"),
         (["evaluate", "text", "--out", "o"], "--prompts FILE, --geneval FILE"),
@@ -202,18 +252,4 @@ def test_a_folder_of_one_s_own_works_without_a_decoder(tmp_path):
     folder = save_janus(tmp_path / "janus")
     assert main(["generate", "a red circle", "--janus", str(folder), "--out", str(tmp_path / "a.png")]) == 0
     assert size(tmp_path / "a.png") == (16, 16)
-    assert main(["calibrate", "--janus", str(folder), "--out", str(tmp_path / "c")]) == 1
     assert main(["generate", "a red circle", "--janus", str(folder), "--steps", "3"]) == 1
-    (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
-    (tmp_path / "images").mkdir()
-    Image.fromarray(render_scene("test", 0, size=16).image).save(tmp_path / "images" / "a.png")
-    arguments = [
-        "--prompts",
-        str(tmp_path / "p.txt"),
-        "--images",
-        str(tmp_path / "images"),
-        "--out",
-        str(tmp_path / "c"),
-    ]
-    assert main(["calibrate", "--janus", str(folder), *arguments]) == 0
-    assert Calibration.load(tmp_path / "c").guidance == 5.0

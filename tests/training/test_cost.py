@@ -1,0 +1,214 @@
+"""What a training is said to take, against a training that runs: exact where nothing is temporary, within 1 % else."""
+
+import itertools
+from functools import cache, partial
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder
+from dcdd_core.training.cost import Setup, cost_of, optimizer_cost, replayed, shaped
+from dcdd_core.training.decoder import DecoderTraining, Example, decoder_loss
+from dcdd_core.training.trainable import choose_trained
+from tests.tiny import tiny_condition
+
+CONFIG = {
+    "patch_size": 1,
+    "in_channels": 384,
+    "out_channels": 64,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "guidance_embeds": True,
+    "axes_dims_rope": [4, 12, 16],
+}
+SMALL = {"config": CONFIG, "width": 32, "resolution": 256, "grid": 16, "batch": 2}
+
+
+@cache
+def cost(**choice):
+    return cost_of(Setup(**SMALL | choice))
+
+
+def profiled(work):
+    """The most bytes that PyTorch's allocator held for `work`, by torch.profiler."""
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def real(setup):
+    """A decoder with weights, and an example to train it on."""
+    card = DecoderCard(base="", base_config=CONFIG, tokenizer="", codebook="", code_dim=8, width=setup.width)
+    decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**CONFIG), card)
+    decoder.to(torch.bfloat16 if setup.precision == "bf16" else torch.float32)
+    choose_trained(decoder, setup.train, rank=setup.rank)
+    side = setup.resolution // 8
+    example = Example(
+        latents=torch.randn(setup.batch, 16, side, side),
+        condition=tiny_condition(setup.batch, (setup.grid, setup.grid)),
+        masked_latents=torch.randn(1, 16, side, side),
+        mask=torch.ones(1, 1, setup.resolution, setup.resolution),
+    )
+    return decoder, example
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"precision": "no"},
+        {"precision": "no", "train": "all", "checkpointing": True},
+        {"precision": "bf16", "checkpointing": True},
+        {"precision": "bf16", "train": "lora", "rank": 4},
+    ],
+    ids=lambda choice: "-".join(map(str, choice.values())),
+)
+def test_two_steps_of_a_training_take_what_was_estimated(choice):
+    if choice.get("train") == "lora":
+        pytest.importorskip("peft")
+    setup = Setup(**SMALL | choice)
+    decoder, example = real(setup)
+    if setup.checkpointing:
+        for block in (*decoder.transformer.transformer_blocks, *decoder.transformer.single_transformer_blocks):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    trained = {name: weight for name, weight in decoder.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, fused=True)
+
+    def forward_and_backward():
+        with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision == "bf16"):
+            loss = decoder_loss(decoder, example, torch.Generator().manual_seed(1), DecoderTraining(steps=2))
+        loss.backward()
+
+    forward_and_backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    peak = profiled(forward_and_backward)
+    gradients = sum(weight.grad.nbytes for weight in trained.values())
+    optimizer.step()
+    estimated = replayed(shaped(setup), setup, on_gpu=False)
+    assert estimated.peak == pytest.approx(peak, rel=0.01)
+    assert estimated.gradients == gradients
+    expected = cost(**choice)
+    assert expected.gradients == gradients
+    held = {True: 0, False: 0}
+    for weight in decoder.parameters():
+        held[weight.requires_grad] += weight.nbytes
+    assert (expected.memory["trained weights"], expected.memory["frozen weights"]) == (held[True], held[False])
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert expected.memory["optimiser's states"] == sum(moment.nbytes for moment in moments)
+    assert expected.memory["communication"] == 0
+
+
+def test_operations_of_a_forward_pass_are_those_of_its_layers():
+    setup = Setup(**SMALL, precision="no")
+    decoder, example = real(setup)
+    counted = []
+
+    def count(layer, inputs, output):
+        inner = layer.weight[0].numel()  # in a convolution, all taps of all channels
+        counted.append(2 * output.numel() * inner)
+
+    for part in decoder.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            part.register_forward_hook(count)
+    decoder_loss(decoder, example, torch.Generator(), DecoderTraining(steps=1))
+    latents, inner = (256 // 16) ** 2, 4 * 32
+    attention = 2 * 2 * 2 * setup.batch * latents**2 * inner  # in each block q k^T and its product with v
+    assert replayed(shaped(setup), setup).forward_operations == sum(counted) + attention
+
+
+def test_flux_fill_is_counted_as_published():
+    decoder = shaped(Setup())
+    assert (
+        sum(weight.numel() for weight in decoder.transformer.parameters()) == 11_901_408_320 + (384 - 64) * 3072
+    )  # FLUX.1-dev's, and more input channels
+    width, blocks, double = 3072, 19 + 38, 19
+    attention = blocks * (3 * (width**2 + width) + 2 * 128) + double * (width**2 + width)
+    trained = [weight for weight in decoder.transformer.parameters() if weight.requires_grad]
+    assert sum(weight.numel() for weight in trained) == attention
+    assert {weight.dtype for weight in trained} == {torch.float32}
+
+
+def test_muon_s_states_and_temporaries_are_those_of_its_step():
+    shapes = {
+        "_blocks.0.a.weight": (768, 512),
+        "_blocks.0.norm.linear.weight": (64, 80),
+        "_blocks.1.b.weight": (256, 64),
+    }
+    shapes |= {"x.weight": (70, 70), "_blocks.0.a.bias": (96,)}
+    trained = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    matrices = [trained["_blocks.0.a.weight"], trained["_blocks.1.b.weight"]]
+    states, beside, operations = optimizer_cost(trained, "muon")
+    others = sum(weight.numel() for weight in trained.values()) - sum(weight.numel() for weight in matrices)
+    assert states == 4 * sum(weight.numel() for weight in matrices) + 8 * others
+    muon = torch.optim.Muon(matrices, lr=1e-3, adjust_lr_fn="match_rms_adamw")
+    for _ in range(2):  # the first step makes the states
+        for weight in matrices:
+            weight.grad = torch.randn_like(weight)
+        peak = profiled(muon.step)
+    assert beside == pytest.approx(peak, rel=0.04)  # a CPU's product in bfloat16 takes 0.13 MB for itself
+    # Newton and Schulz, five times: A = X X^T, A A and (A A) X, for the smaller side first.
+    assert operations == sum(5 * (4 * m * m * n + 2 * m**3) for m, n in ((512, 768), (64, 256)))
+
+
+def test_eight_bits_take_a_byte_and_a_scale_of_each_block_where_tensors_are_large():
+    trained = {"large": nn.Parameter(torch.empty(1000, 7)), "small": nn.Parameter(torch.empty(4095))}
+    assert optimizer_cost(trained, "adamw8bit") == (2 * (7000 + 4 * 28) + 2 * 4 * 4095, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "of_one", "of_all"), [("zero1", 4, 12), ("zero2", 2, 14), ("zero3", 0, 16), ("ddp", 16, 0)]
+)
+def test_zero_divides_what_its_paper_says(sharding, of_one, of_all):
+    """Mixed precision with Adam: 16 bytes a trained weight (section 3.1), of which each stage shares more."""
+    found = cost(train="all", sharding=sharding, gpus=4, average=False)
+    count, frozen = found.weights["trained"], found.weights["all"] - found.weights["trained"]
+    held = sum(found.memory.values()) - found.memory["communication"] + found.gradients
+    frozen_bytes = 2 * frozen / (4 if sharding == "zero3" else 1)
+    assert held == pytest.approx(count * (of_one + of_all / 4) + frozen_bytes, abs=8)
+
+
+def test_ddp_holds_gradients_twice_and_fsdp_gathers_two_blocks():
+    ddp, fsdp = cost(gpus=2), cost(gpus=2, sharding="fsdp")
+    assert ddp.memory["communication"] == ddp.gradients == 4 * ddp.weights["trained"]
+    largest = shaped(Setup(**SMALL)).transformer.transformer_blocks[0]
+    gathered = 2 * 2 * sum(weight.numel() for weight in largest.parameters())
+    whole = 4 * sum(weight.numel() for weight in largest.parameters() if weight.requires_grad)
+    assert fsdp.memory["communication"] == gathered + whole
+    assert fsdp.memory["moving average"] == -(-4 * fsdp.weights["trained"] // 2)
+    assert sum(fsdp.memory.values()) < sum(ddp.memory.values())
+
+
+def test_accumulated_gradients_are_there_while_activations_are():
+    once, twice = cost(), cost(accumulate=2)
+    assert once.step < twice.step <= once.step + once.gradients
+    assert twice.operations == 2 * once.operations and twice.memory == once.memory
+
+
+def test_the_average_and_the_batch_are_counted():
+    assert cost().peak - cost(average=False).peak == 4 * cost().weights["trained"]
+    assert cost(batch=4).kept == pytest.approx(2 * cost().kept, rel=0.05)
+    assert cost(batch=4).operations == pytest.approx(2 * cost().operations, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"train": "most"}, "train must be one of attention"),
+        ({"sharding": "zero4"}, "sharding must be one of ddp"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"resolution": 250}, "multiple of 16 pixels"),
+        ({"resolution": 400, "grid": 24}, "grid's 24 tokens"),
+        ({"optimizer": "muon", "sharding": "fsdp"}, "muon works on whole matrices"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(choice, words):
+    with pytest.raises(ValueError, match=words):
+        Setup(**choice)

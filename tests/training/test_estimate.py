@@ -1,0 +1,90 @@
+"""`train.py estimate`: what it prints, writes and refuses, on a small transformer."""
+
+import json
+
+import pytest
+
+from dcdd_core.training import estimate
+from dcdd_core.training.cost import Setup, cost_of
+from dcdd_core.training.estimate import GPUS, Run, main, run_of, table
+from tests.training.test_cost import CONFIG, SMALL
+
+SIZES = ["--width", "32", "--resolution", "256", "--grid", "16", "--batch", "2"]
+
+
+@pytest.fixture(scope="module")
+def cost():
+    return cost_of(Setup(**SMALL))
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(CONFIG | {"_class_name": "Any"}))
+    return ["--base", str(tmp_path)]
+
+
+def test_it_prints_a_table_and_writes_the_same_as_json(tmp_path, base, cost, capsys):
+    file = tmp_path / "out" / "e.json"
+    assert main([*base, *SIZES, "--pictures", "1000", "--gpu", "h100", "--json", str(file)]) == 0
+    printed, written = capsys.readouterr().out, json.loads(file.read_text())
+    assert written["peak"] == cost.peak and written["memory"] == cost.memory and written["fits"]
+    assert written["setup"]["config"] == CONFIG and written["setup"]["train"] == "attention"
+    assert written["run"]["updates"] == 500 and written["gpu_memory"] == 80 * 2**30
+    for words in ("optimiser's states", f"{cost.peak / 1e9:>8.2f}", "fits", "35% of 989 T/s", f"wrote {file}"):
+        assert words in printed
+
+
+def test_time_follows_from_operations_peak_and_utilisation(cost):
+    setup = Setup(**SMALL, accumulate=2, gpus=4)
+    found = run_of(setup, cost, pictures=1601, teraflops=100.0, utilisation=0.5)
+    seconds = cost.operations / 50e12
+    assert found == Run(
+        pictures=1601,
+        batch=16,
+        updates=101,
+        teraflops=100.0,
+        utilisation=0.5,
+        seconds=seconds,
+        hours=101 * seconds / 3600,
+    )
+
+
+def test_what_does_not_fit_is_told_with_what_is_left_to_try(cost):
+    course = run_of(Setup(**SMALL), cost, pictures=1, teraflops=1.0, utilisation=1.0)
+    text = table(Setup(**SMALL, gpus=2), cost, course, memory=cost.peak)  # no room is left for what is not counted
+    assert "does NOT fit" in text and "--checkpointing" in text and "--sharding fsdp" in text
+    least = Setup(**SMALL | {"batch": 1}, checkpointing=True, optimizer="adamw8bit", train="lora")
+    assert "larger GPUs" in table(least, cost, course, memory=cost.peak)
+    assert "NOT" not in table(least, cost, course, memory=2 * cost.peak)
+
+
+def test_every_option_reaches_the_setup(base, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(estimate, "cost_of", lambda setup: seen.append(setup) or cost_of(setup))
+    options = "--train all --rank 3 --precision no --tflops 9 --checkpointing --accumulate 3 --optimizer adamw8bit"
+    options += " --no-average --sharding zero2 --gpus 2 --memory 5 --utilisation 0.5"
+    assert main([*base, *SIZES, *options.split()]) == 0
+    wanted = {"rank": 3, "train": "all", "precision": "no", "checkpointing": True, "accumulate": 3, "gpus": 2}
+    wanted |= {"optimizer": "adamw8bit", "average": False, "sharding": "zero2"}
+    assert seen == [Setup(**SMALL, **wanted)]
+    assert "50% of 9 T/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--precision", "no"], "--tflops"),
+        (["--batch", "0"], "batch must be at least 1"),
+        (["--utilisation", "1.5", *SIZES], "utilisation in (0, 1]"),
+        (["--base", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_errors_are_one_line_and_exit_1(options, words, base, capsys):
+    assert main([*base, *options]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("estimate: ") and words in error[0]
+
+
+def test_the_gpus_are_of_a_plausible_kind():
+    assert all(10 < gpu.teraflops < 5000 and 8 <= gpu.memory <= 300 for gpu in GPUS.values())
