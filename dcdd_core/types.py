@@ -341,7 +341,10 @@ def _load(
             f"{path} holds {header.get('kind', 'no known kind of thing')} with tensors {sorted(tensors)}; "
             f"expected a {kind} with {sorted(names)}"
         )
-    meta = json.loads(header.get("dcdd", "{}"))
+    try:
+        meta = json.loads(header.get("dcdd", "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its description is no JSON ({error}); make it again") from error
     if set(meta) != set(fields):
         raise ValueError(
             f"{path} describes its {kind} by {sorted(meta)}, expected {sorted(fields)}: it was written by another "

@@ -161,6 +161,12 @@ class FluxDecoder(io.ComfyNode):
         given = area = None
         if image is not None:
             given, area = host.pixels_of(image), host.mask_of(mask)
+            for name, value in (("image", given), ("mask", area)):
+                if len(value) not in (1, batch):
+                    raise ValueError(
+                        f"{name} is a batch of {len(value)}, the condition one of {batch}: connect one for all, or "
+                        f"{batch}"
+                    )
             area = host.resized(area, *given.shape[2:]).clamp(0, 1)
             if not bool(area.any()):
                 host.notice("the mask is empty: there is nothing to paint, the picture stays as it is")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from comfy_api.latest import io
 
 from ..dcdd_core.method.calibration import (
+    PASSES,
     anchor_statistics,
     calibrate,
     fit,
@@ -111,7 +112,7 @@ class JanusLogitSampler(io.ComfyNode):
                     tooltip="How many pictures. When editing, the batch of the connected token_logits counts instead.",
                 ),
                 io.Boolean.Input(
-                    "one_picture_a_line",
+                    "prompt_per_line",
                     default=False,
                     tooltip="Each line of the prompt becomes a picture of its own, and batch_size counts for each.",
                 ),
@@ -145,7 +146,7 @@ class JanusLogitSampler(io.ComfyNode):
         top_k: int,
         top_p: float,
         batch_size: int,
-        one_picture_a_line: bool,
+        prompt_per_line: bool,
         token_logits: TokenLogits | None = None,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
@@ -154,7 +155,7 @@ class JanusLogitSampler(io.ComfyNode):
         if (token_logits is None) != (mask is None):
             raise ValueError("an edit needs token_logits and a mask: connect both, or neither to paint from nothing")
         sampler = janus.sampler.idle
-        lines = [line for line in prompt.splitlines() if line.strip()] if one_picture_a_line else [prompt]
+        lines = [line for line in prompt.splitlines() if line.strip()] if prompt_per_line else [prompt]
         resample = None
         if token_logits is not None:
             expect(token_logits, TokenLogits, "token_logits", CONNECT_LOGITS)
@@ -449,6 +450,7 @@ def _fitting(pixels: torch.Tensor, factor: int, longest_side: int) -> torch.Tens
 
 
 def _fitted(proxies: TokenLogits, reference: TokenLogits, codebook, anchored: bool) -> Calibration:
+    progress = Progress(PASSES)
     found = fit(
         proxy_features(proxies, codebook),
         codebook,
@@ -456,9 +458,12 @@ def _fitted(proxies: TokenLogits, reference: TokenLogits, codebook, anchored: bo
         vlm=reference.model,
         guidance=reference.guidance,
         temperature=reference.temperature,
+        on_chunk=lambda passes: progress.step(min(passes, PASSES - 1), PASSES),
     )
     if anchored:
-        found = fit_anchor(reference, codebook, anchor_statistics(proxies, codebook, found), found)
+        target = anchor_statistics(proxies, codebook, found)
+        found = fit_anchor(reference, codebook, target, found, on_chunk=lambda _: progress.step(PASSES - 1, PASSES))
+    progress.step(PASSES, PASSES)
     return found
 
 

@@ -219,6 +219,9 @@ def test_loading_says_what_it_found(tmp_path):
     save_file({"vectors": rand(3, 2)}, path)
     with pytest.raises(ValueError, match="no known kind.*expected a codebook"):
         Codebook.load(path)
+    save_file({"vectors": rand(3, 2)}, path, metadata={"format": "dcdd", "kind": "codebook", "dcdd": "{"})
+    with pytest.raises(ValueError, match="damaged"):
+        Codebook.load(path)
     CALIBRATION.save(path)
     with pytest.raises(ValueError, match="holds calibration.*expected a codebook"):
         Codebook.load(path)

@@ -66,7 +66,7 @@ WIDGETS: dict[str, dict[str, Any]] = {
         "top_k": 0,
         "top_p": 1.0,
         "batch_size": 1,
-        "one_picture_a_line": False,
+        "prompt_per_line": False,
     },
     "DCDD_VQVAEEncode": {"longest_side": 0},
     "DCDD_LogitCalibrator": {"anchored": False},

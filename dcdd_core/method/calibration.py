@@ -33,6 +33,8 @@ SMOOTHINGS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 """Values of eps that are tried ("a small grid around zero", paper, 5.2)."""
 AFFINE_STEPS = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)
 """Factors on the affine scale a that are tried ("a narrow neighbourhood of 1", paper, 5.2)."""
+PASSES = 70
+"""Over the features in a `fit`, about: for progress bars."""
 WEIGHTS = {"mean_entropy": 1.0, "entropy_95": 0.25, "mean_confidence": 0.5, "confidence_95": 0.5}
 """Of Eq. 16. The paper's numbers are not known: our choice, mean entropy heaviest as it says."""
 ANCHORS = (0.0, *np.geomspace(0.25, 64, 25).tolist())
@@ -180,6 +182,7 @@ def fit(
     vlm: str = "",
     guidance: float | None = None,
     temperature: float | None = None,
+    on_chunk: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Finds s, eps and a that bring the proxies' statistics to the target (Eqs. 13-16), in the paper's order.
 
@@ -193,6 +196,8 @@ def fit(
         features: VQ-encoder features before quantisation, [..., D], or an iterable of such.
         target: from `target_statistics`.
         vlm, guidance, temperature: what the target was measured on; kept in the result.
+        on_chunk: called after each chunk of a pass over the features, with the number of passes that are done, of about
+            `PASSES`; may raise to stop.
 
     Returns:
         Calibration with `achieved` and `converged`; where the target is out of reach, the nearest s with
@@ -208,11 +213,20 @@ def fit(
         raise ValueError("got no features; expected those of about 100 images, [..., D]")
     points = torch.cat([tensor.reshape(-1, codebook.dim) for tensor in tensors])
 
+    passes = 0
+
+    def probabilities(trial: Calibration) -> Iterator[torch.Tensor]:
+        for part in points.split(chunk_rows(codebook.size)):
+            yield apply(proxy_logits(part, codebook), trial, source="proxy")
+            if on_chunk is not None:
+                on_chunk(passes)
+
     @cache
     def statistics(sharpness: float, smoothing: float) -> CalibrationStatistics:
-        trial = Calibration(scale=sharpness, smoothing=smoothing)
-        parts = (proxy_logits(part, codebook) for part in points.split(chunk_rows(codebook.size)))
-        return _summarise(apply(part, trial, source="proxy") for part in parts)
+        nonlocal passes
+        found = _summarise(probabilities(Calibration(scale=sharpness, smoothing=smoothing)))
+        passes += 1
+        return found
 
     def mismatch(sharpness: float, smoothing: float) -> float:
         return abs(statistics(sharpness, smoothing).mean_entropy - target.mean_entropy)
@@ -269,7 +283,12 @@ def anchor_statistics(
 
 
 def fit_anchor(
-    token_logits: Grids, codebook: Codebook, target: AnchorStatistics, calibration: Calibration
+    token_logits: Grids,
+    codebook: Codebook,
+    target: AnchorStatistics,
+    calibration: Calibration,
+    *,
+    on_chunk: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Finds the anchor beta >= 0 whose mean |c| and cos(c, e_t) come closest to the proxies': our choice, see `apply`.
 
@@ -279,6 +298,7 @@ def fit_anchor(
     Args:
         token_logits: the VLM's, one grid or an iterable, read once.
         target: `anchor_statistics` of proxy logits under `calibration`.
+        on_chunk: called after each chunk of the pass, with 0; may raise to stop.
 
     Returns:
         The calibration with this anchor. A target beyond the largest beta gives that one, and a warning.
@@ -291,6 +311,8 @@ def fit_anchor(
     for _, part, tokens in logit_chunks(token_logits, codebook, calibration, needs="vlm"):
         for total, trial in zip(sums, trials):
             total += _anchor_sums(apply(part, trial, source="vlm", codebook=codebook, tokens=tokens), tokens, codebook)
+        if on_chunk is not None:
+            on_chunk(0)
     betas = np.interp(np.arange(0, len(ANCHORS) - 1 + 1e-9, 1 / 64), np.arange(len(ANCHORS)), ANCHORS)
     length, alignment = (np.interp(betas, ANCHORS, sums[:, i] / sums[:, 0]) for i in (1, 2))
     beta = float(betas[np.argmin((length - target.length) ** 2 + (alignment - target.alignment) ** 2)])

@@ -211,7 +211,10 @@ def read_card(path: str | Path) -> DecoderCard:
         raise ValueError(
             f"{path} is no DCDD decoder bundle (its header has no {_FORMAT!r}); a bundle is made by training"
         )
-    values = json.loads(header["card"])
+    try:
+        values = json.loads(header["card"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its card is no JSON ({error}); download it again") from error
     known = {field.name for field in fields(DecoderCard)}
     if set(values) != known:
         raise ValueError(

@@ -73,8 +73,9 @@ def everything(graph: Graph) -> Graph:
     edited = graph.add("edit", "DCDD_JanusLogitSampler", janus=janus, guidance=1.0, token_logits=calibrated, mask=mask)
     condition = graph.add("map", "DCDD_LCDMEncoder", token_logits=sampled, vq_vae=vq, decoder=decoder)
     doubt = graph.add("doubt", "DCDD_UncertaintyMask", condition=condition, token_size=8)
-    painted = graph.add("paint", "DCDD_FluxDecoder", decoder=decoder, condition=condition)
-    local = graph.add("repaint", "DCDD_FluxDecoder", decoder=decoder, condition=condition, image=painted, mask=doubt)
+    painted = graph.add("paint", "DCDD_FluxDecoder", decoder=decoder, condition=condition, steps=4)
+    part = {"image": painted, "mask": doubt, "steps": 4}
+    local = graph.add("repaint", "DCDD_FluxDecoder", decoder=decoder, condition=condition, **part)
     tokens = graph.add("decode", "DCDD_VQVAEDecode", token_logits=edited, vq_vae=vq)
     look = graph.add(
         "statistics",

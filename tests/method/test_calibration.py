@@ -292,3 +292,16 @@ def test_features_are_found_again_in_their_proxies():
     torch.testing.assert_close(found, F.normalize(FEATURES, dim=-1).flatten(0, 1), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="proxy logits"):
         method.proxy_features(grid(rand(1, 4, 128)), CODEBOOK)
+
+
+def test_fit_tells_its_passes_and_can_be_stopped(monkeypatch):
+    target, told = statistics_of(calibrated(25.0, 0.005)), []
+    fit(FEATURES, CODEBOOK, target, on_chunk=told.append)
+    assert told[0] == 0 and told == sorted(told) and 10 < told[-1] < 2 * method.PASSES
+
+    def stop(passes):
+        if passes == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(FEATURES, CODEBOOK, target, on_chunk=stop)

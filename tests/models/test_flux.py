@@ -136,6 +136,9 @@ def test_what_is_no_bundle_is_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="no DCDD decoder bundle"):
         read_card(tmp_path / "a.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "d.safetensors", metadata={"format": "dcdd decoder 1", "card": "{"})
+    with pytest.raises(ValueError, match="damaged"):
+        read_card(tmp_path / "d.safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"not a file")
     with pytest.raises(ValueError, match="cannot be read"):
         read_card(tmp_path / "b.safetensors")
