@@ -180,9 +180,9 @@ def _limited(step):
 async def out_of_memory(request):
     """From now on, steps with more than `above` pictures run out of memory (null: none does); says how many did."""
     decoder = _pack_module("dcdd_core.models.flux").DistributionConditionedDecoder
-    sampler = _pack_module("dcdd_core.models.janus").JanusSampler
+    loop = _pack_module("dcdd_core.models.janus_step").TokenLoop
     if decoder.forward.__name__ != "limited":
-        decoder.forward, sampler._embed = _limited(decoder.forward), _limited(sampler._embed)
+        decoder.forward, loop._embed = _limited(decoder.forward), _limited(loop._embed)
     raised = _memory["raised"]
     _memory.update(above=(await request.json())["above"], raised=0, steps=0)
     return web.json_response({"raised": raised})
