@@ -10,6 +10,8 @@ import importlib
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.markdown import table
 
 FOLDER = Path(__file__).resolve().parent
