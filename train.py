@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 
 from dcdd_core.method.flow import DENSITIES, WEIGHTINGS
+from dcdd_core.training import estimate
 from dcdd_core.training.optimizers import OPTIMIZERS
 from dcdd_core.training.plan import Plan
 from dcdd_core.training.recipe import DecoderTraining
 from dcdd_core.training.run import make_accelerator, run_cache, run_training
 from dcdd_core.training.trainable import TRAINED
 
-COMMANDS = ("train", "cache")
+COMMANDS = ("train", "cache", "estimate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,7 +122,7 @@ def _plan(chosen: argparse.Namespace, **options) -> Plan:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{train,cache}")
+    commands = parser.add_subparsers(required=True, metavar=f"{{{','.join(COMMANDS)}}}")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -203,6 +204,15 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument(
         "--keep-pixels", action="store_true", help="for training with --localised; several times the space"
     )
+
+    add = commands.add_parser(
+        "estimate",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="say what a training would take",
+        description="Says what memory and time a training would take. Nothing is loaded: it runs on shapes alone.",
+    )
+    add.set_defaults(run=estimate.run)
+    estimate.add_arguments(add)
     return parser
 
 

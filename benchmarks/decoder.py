@@ -1,4 +1,6 @@
-"""Our decoding against diffusers' loop with 512 text tokens, 576 image tokens each: `python benchmarks/decoder.py`.
+"""Decoding: seconds a picture of 576 image tokens, against diffusers' loop with 512 text tokens more
+
+`python benchmarks/decoder.py` takes options of the shape and the device.
 
 The weights are random and the same for both, the shape is FLUX.1-Fill's in small: one joint block to two single ones,
 heads of 128 channels. Theirs is what `FluxFillPipeline` does a step: the whole transformer, and its scheduler. Ours is
@@ -12,10 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -23,6 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.markdown import table
+from benchmarks.timing import compared
 from dcdd_core.method.flow import timesteps
 from dcdd_core.method.latents import position_ids
 from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder, load_decoder, save_bundle
@@ -31,6 +33,7 @@ from dcdd_core.models.flux_inference import drop_text
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.types import Condition
 
+HEAD = ("what", "who", "seconds", "times ours", "million parameters")
 TEXT, GRID, SIZE = 512, (24, 24), (48, 48)
 IMAGE = GRID[0] * GRID[1]
 
@@ -93,18 +96,51 @@ def published_arithmetic() -> tuple[float, float]:
     return theirs.get_total_flops() / 1e12, ours.get_total_flops() / 1e12
 
 
-def alternating(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` times in turn after one that does not count, so that all meet the same machine."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def contest(
+    *,
+    heads: int = 8,
+    joint: int = 1,
+    steps: int = 2,
+    rounds: int = 5,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> list[tuple[str, ...]]:
+    """Rows of a small FLUX.1-Fill, with half as many joint blocks as single ones."""
+    torch.manual_seed(0)
+    card = card_of(
+        {**FLUX_FILL_CONFIG, "num_layers": joint, "num_single_layers": 2 * joint, "num_attention_heads": heads}
+    )
+    kind = {"device": device, "dtype": dtype}
+    transformer = FluxTransformer2DModel(**card.base_config).eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "decoder.safetensors"
+        save_bundle(path, DistributionConditionedDecoder(transformer, card).to(**kind), dtype=dtype)
+        decoder = load_decoder(path, compiled=compiled, **kind)
+        if compiled:
+            transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        condition = Condition(torch.randn(1, IMAGE, 8), torch.rand(1, IMAGE, 4), GRID)
+        functions = {
+            "ours": lambda: decode(decoder, NoAutoencoder(), condition, seeds=[0], steps=steps),
+            "diffusers": by_diffusers(transformer, steps),
+        }
+        how = f"{steps} steps of {joint} + {2 * joint} blocks of width {128 * heads}, {dtype} on {device}"
+        found = compared(how + (", compiled" if compiled else ""), functions, rounds)
+    held = {"ours": decoder, "diffusers": transformer}
+    return [(*row, f"{sum(p.numel() for p in held[row[1]].parameters()) / 1e6:.1f}") for row in found]
+
+
+def counted() -> list[tuple[str, ...]]:
+    theirs, ours = published_arithmetic()
+    what = "a step of FLUX.1-Fill's shape, counted"
+    return [
+        (what, "ours", f"{ours:.2f} TFLOP", "1.00", "-"),
+        (what, "diffusers", f"{theirs:.2f} TFLOP", f"{theirs / ours:.2f}", "-"),
+    ]
+
+
+def rows() -> list[tuple[str, ...]]:
+    return [*contest(), *counted()]
 
 
 def main() -> None:
@@ -112,39 +148,13 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8, help="of 128 channels (default: 8; FLUX.1: 24)")
     parser.add_argument("--joint", type=int, default=1, help="joint blocks, and half the single ones (default: 1)")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compiled", action="store_true", help="both run their blocks compiled")
     chosen = parser.parse_args()
-    torch.manual_seed(0)
-    blocks = {"num_layers": chosen.joint, "num_single_layers": 2 * chosen.joint, "num_attention_heads": chosen.heads}
-    card = card_of({**FLUX_FILL_CONFIG, **blocks})
-    kind = {"device": chosen.device, "dtype": getattr(torch, chosen.dtype)}
-    transformer = FluxTransformer2DModel(**card.base_config).eval().requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "decoder.safetensors"
-        save_bundle(path, DistributionConditionedDecoder(transformer, card).to(**kind), dtype=kind["dtype"])
-        decoder = load_decoder(path, compiled=chosen.compiled, **kind)
-        if chosen.compiled:
-            transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        condition = Condition(torch.randn(1, IMAGE, 8), torch.rand(1, IMAGE, 4), GRID)
-        runs = {
-            "diffusers": by_diffusers(transformer, chosen.steps),
-            "ours": lambda: decode(decoder, NoAutoencoder(), condition, seeds=[0], steps=chosen.steps),
-        }
-        seconds = alternating(runs, chosen.repeats)
-    print(
-        f"random weights, {chosen.joint} + {2 * chosen.joint} blocks of width {128 * chosen.heads}, {chosen.dtype} on "
-        f"{chosen.device}, {torch.get_num_threads()} threads, {chosen.steps} steps, median of {chosen.repeats}"
-    )
-    for name, tokens in (("diffusers", f"{IMAGE} + {TEXT}"), ("ours", f"{IMAGE}")):
-        held = sum(p.numel() for p in (transformer if name == "diffusers" else decoder).parameters())
-        print(f"  {name:<10} {median(seconds[name]):8.3f} s a picture, {tokens} tokens, {held / 1e6:.1f} M parameters")
-    ratios = [theirs / ours for theirs, ours in zip(seconds["diffusers"], seconds["ours"])]
-    print(f"  ratio {median(ratios):.2f} (of each turn: {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
-    theirs, ours = published_arithmetic()
-    print(f"FLUX.1-Fill's shape, counted: {theirs:.2f} and {ours:.2f} TFLOP a step, ratio {theirs / ours:.2f}")
+    found = contest(**{**vars(chosen), "dtype": getattr(torch, chosen.dtype)})
+    print(table(HEAD, [*found, *counted()]))
 
 
 if __name__ == "__main__":

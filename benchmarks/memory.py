@@ -1,8 +1,8 @@
-"""Memory that the published models' weights take, computed from their shapes: `python benchmarks/memory.py`.
+"""Memory: GB that the published models' weights take, computed from their shapes
 
-Nothing is loaded: the networks are built on the meta device. Computed, not measured: activations and what the driver
-takes come on top (ComfyUI keeps about 1 GB free for them). What the decoder really takes for a step is measured where
-there is a GPU and its files are given: `--bundle FILE --base PATH`.
+`python benchmarks/memory.py` prints it alone. Nothing is loaded: the networks are built on the meta device. Computed,
+not measured: activations and what the driver takes come on top (ComfyUI keeps about 1 GB free for them). What the
+decoder really takes for a step is measured where there is a GPU and its files are given: `--bundle FILE --base PATH`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import JanusForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.markdown import table
 from dcdd_core.models.checkpoints import StoredTensors
 from dcdd_core.models.deepseek import janus_config
 from dcdd_core.models.flux import load_decoder
@@ -26,6 +27,7 @@ from dcdd_core.models.flux_files import FLUX_FILL_CONFIG, FLUX_VAE_CONFIG
 from dcdd_core.models.flux_inference import drop_text, fold_modulations
 from dcdd_core.types import Condition
 
+HEAD = ("model", "weights", "GB")
 #: Of Janus-Pro's language models: width, inner width, layers, heads.
 JANUS_PRO = {"Janus-Pro-1B": (2048, 5632, 24, 16), "Janus-Pro-7B": (4096, 11008, 30, 32)}
 _NOT_LOADED = ("lm_head", "model.vision_model", "model.aligner", "model.vqmodel")
@@ -126,29 +128,31 @@ def step(decoder: nn.Module) -> torch.Tensor:
     return decoder(packed, decoder.condition_tokens(Condition(codes, doubt, grid), latents), torch.ones(1), latents)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--bundle", type=Path, metavar="FILE", help="a decoder bundle, to measure with")
-    parser.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it")
-    chosen = parser.parse_args()
-    rows = [("model", "weights", "GB")]
+def rows(bundle: Path | None = None, base: Path | None = None) -> list[tuple[str, str, str]]:
+    found = []
     for name, (width, _, layers, _) in JANUS_PRO.items():
         model = janus(name)
         weights = size(model, lambda key: 0 if key.startswith(_NOT_LOADED) else 2)
         # Keys and values of a guided picture: two rows, all layers, bfloat16.
         cache = 2 * 2 * 2 * layers * width * (_TOKENS + _PROMPT) / 1e9
-        rows.append((f"{name}, sampling", "bfloat16", f"{weights:.1f}"))
-        rows.append(
+        found.append((f"{name}, sampling", "bfloat16", f"{weights:.1f}"))
+        found.append(
             (f"{name}, a picture on top: keys and values, logits", "", f"{cache + 4 * _TOKENS * _CODES / 1e9:.2f}")
         )
-    rows.append(("Janus-Pro's VQ-VAE", "float32", f"{size(model.model.vqmodel, lambda _: 4):.2f}"))
+    found.append(("Janus-Pro's VQ-VAE", "float32", f"{size(model.model.vqmodel, lambda _: 4):.2f}"))
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(dict(FLUX_VAE_CONFIG))
-    rows += flux_rows()
-    rows.append(("FLUX autoencoder", "float32", f"{size(vae, lambda _: 4):.2f}"))
-    rows += measured_rows(chosen.bundle, chosen.base)
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    print("\n".join([head, "|---|---|---|", *body]))
+    found += flux_rows()
+    found.append(("FLUX autoencoder", "float32", f"{size(vae, lambda _: 4):.2f}"))
+    return [*found, *measured_rows(bundle, base)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--bundle", type=Path, metavar="FILE", help="a decoder bundle, to measure with")
+    parser.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it")
+    chosen = parser.parse_args()
+    print(table(HEAD, rows(chosen.bundle, chosen.base)))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_low_rank_changes_come_merged(run, pico, tmp_path):
 
 def test_over_a_base_only_what_changed_is_kept(run, pico, tmp_path):
     base = tmp_path / "base"
-    load_decoder(pico / "decoder.safetensors").transformer.save_pretrained(base / "transformer")
+    load_decoder(pico / "decoder.safetensors", fold=False).transformer.save_pretrained(base / "transformer")
     calibration = tmp_path / "calibration.safetensors"
     Calibration(scale=20.0).save(calibration)
     own = {"vlm": pico / "janus", "vae": pico / "vae", "base": base, "width": 16}
@@ -142,10 +142,20 @@ def test_errors_are_one_line_with_the_way_out(run, capsys, tmp_path, options, wo
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_an_estimate_needs_no_pictures_and_no_models(tmp_path, capsys):
+    small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 32}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    words = ["estimate", "--base", str(tmp_path), "--resolution", "256", "--grid", "16"]
+    assert main(words) == 0
+    assert "hours" in capsys.readouterr().out
+    assert main([*words, "--batch", "0"]) == 1
+    assert capsys.readouterr().err == "train.py: batch must be at least 1, got 0\n"
+
+
 def test_what_is_missing_is_said(run, pico, capsys, tmp_path):
     own = {"vlm": pico / "janus", "vae": pico / "vae"}
     assert run(**own) == 1 and "give the base (FLUX.1-Fill), or a decoder bundle" in capsys.readouterr().err
-    load_decoder(pico / "decoder.safetensors").transformer.save_pretrained(tmp_path / "base")
+    load_decoder(pico / "decoder.safetensors", fold=False).transformer.save_pretrained(tmp_path / "base")
     assert run(**own, base=tmp_path / "base") == 1
     assert "make one for this VLM with `dcdd calibrate`" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

@@ -137,7 +137,7 @@ class DistributionConditionedDecoder(nn.Module):
         """
         model = self.transformer
         hidden = model.x_embedder(packed) + condition  # Eq. 23
-        blocks = (*model.transformer_blocks, *model.single_transformer_blocks)
+        blocks = blocks_of(model)
         *modulations, last = self._modulations(t, hidden, len(blocks) + 1)
         rotary = model.pos_embed(position_ids(*latent_size).to(hidden.device))
         text = hidden.new_zeros(len(hidden), 0, hidden.shape[2])
@@ -158,6 +158,11 @@ class DistributionConditionedDecoder(nn.Module):
         pooled = hidden.new_zeros(len(hidden), model.config.pooled_projection_dim)
         t = t.to(hidden.device)
         return [embed_time(model.time_text_embed, t, guidance=self._guidance, pooled=pooled)] * count
+
+
+def blocks_of(transformer: FluxTransformer2DModel) -> tuple[nn.Module, ...]:
+    """The joint and the single blocks, in the order of use."""
+    return (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
 
 
 def save_bundle(

@@ -229,6 +229,25 @@ def read_autoencoder(
         return _find(path, found, layout, model, needs).read(dtype=dtype, device=device)
 
 
+def fill_config(path: str | Path | None = None) -> dict[str, Any]:
+    """FLUX.1-Fill's configuration, and in its place what the config.json of a transformer's folder says.
+
+    Args:
+        path: what `find_transformer` reads; a single file says nothing of its configuration. None for FLUX.1-Fill's.
+
+    Raises:
+        ValueError: if nothing is there, or a folder without a configuration.
+    """
+    published = {**FLUX_FILL_CONFIG, "axes_dims_rope": list(FLUX_FILL_CONFIG["axes_dims_rope"])}
+    if path is None:
+        return published
+    path = component(path, "transformer")
+    if path.is_file():
+        return published
+    read = read_config(path)
+    return {name: read.get(name, value) for name, value in published.items()}
+
+
 def component(path: str | Path, name: str) -> Path:
     """`path`, or the folder `name` inside it, where `path` is the folder of a whole diffusers pipeline."""
     path = Path(path)

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from ..evaluation.quality import psnr, ssim
-from ..models.flux import DecoderCard, DistributionConditionedDecoder, of_text_stream
+from ..models.flux import DecoderCard, DistributionConditionedDecoder, blocks_of, of_text_stream
 from ..models.vae import KLAutoencoder
 from ..models.vq import VQTokenizer
 from ..pipelines.decode import decode
@@ -124,8 +124,12 @@ def train_pico_decoder(
 
 def _start_as_identity(transformer: FluxTransformer2DModel) -> None:
     """Zero modulations and output (Peebles & Xie 2023, adaLN-Zero): every block starts as the identity."""
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    layers = [getattr(block, norm).linear for block in blocks for norm in ("norm", "norm1") if hasattr(block, norm)]
+    layers = [
+        getattr(block, norm).linear
+        for block in blocks_of(transformer)
+        for norm in ("norm", "norm1")
+        if hasattr(block, norm)
+    ]
     for layer in (*layers, transformer.norm_out.linear, transformer.proj_out):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)

@@ -17,13 +17,14 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from ..models.flux import DecoderCard, DistributionConditionedDecoder, of_text_stream
-from ..models.flux_files import FLUX_FILL_CONFIG
-from .decoder import DecoderTraining, Example, decoder_loss
+from ..models.flux import DecoderCard, DistributionConditionedDecoder, blocks_of
+from ..models.flux_files import fill_config
+from ..models.flux_inference import drop_text
+from .examples import Example
+from .optimizers import OPTIMIZERS, muon
+from .recipe import DecoderTraining, decoder_loss, muon_matrices
 from .replay import Meter, Replayed, replay
-from .trainable import TRAINED, choose_trained
-
-OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+from .trainable import TRAINED, choose_trained, trained_weights
 
 #: What the GPUs share among them instead of each holding all of it: (weights, gradients, optimiser's states).
 #: DDP: Li et al. 2020, arXiv 2006.15704. ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054, section 5. FSDP (full shard):
@@ -60,7 +61,7 @@ class Setup:
         ValueError: for choices that are unknown or do not go together, and sizes below 1 or that do not divide.
     """
 
-    config: Mapping[str, Any] = field(default_factory=lambda: dict(FLUX_FILL_CONFIG))
+    config: Mapping[str, Any] = field(default_factory=fill_config)
     width: int = 128
     train: str = "attention"
     rank: int = 16
@@ -101,7 +102,7 @@ class Cost:
     """What a training takes.
 
     Attributes:
-        weights: how many there are by kind: "all", "trained", "text stream" (held, and without effect).
+        weights: how many there are: "all" that are held, and "trained" ones.
         memory: bytes of each GPU: what lies there all the time by name, then what the step and the optimiser add.
         kept, gradients: of the step's bytes, the activations that wait for the backward pass, and what remains at its
             end.
@@ -130,11 +131,10 @@ def cost_of(setup: Setup) -> Cost:
         ValueError: for "lora" without peft.
     """
     decoder = shaped(setup)
-    trained = {name: weight for name, weight in decoder.named_parameters() if weight.requires_grad}
+    trained = trained_weights(decoder)
     made = replayed(decoder, setup)
     count = sum(weight.numel() for weight in trained.values())
     everything = sum(weight.numel() for weight in decoder.parameters())
-    text = sum(w.numel() for name, w in decoder.transformer.named_parameters() if of_text_stream(name))
 
     shares = dict(
         zip(("weights", "gradients", "states"), (setup.gpus if cut else 1 for cut in SHARDINGS[setup.sharding]))
@@ -158,7 +158,7 @@ def cost_of(setup: Setup) -> Cost:
         # From the second batch on all gradients are there from the start; those that are shared never are, as a whole.
         step = made.peak_beside_gradients + math.ceil(gradients / shares["gradients"])
     return Cost(
-        weights={"all": everything, "trained": count, "text stream": text},
+        weights={"all": everything, "trained": count},
         memory=memory,
         step=step,
         optimizer_step=math.ceil(gradients / shares["gradients"]) + beside,
@@ -170,7 +170,7 @@ def cost_of(setup: Setup) -> Cost:
 
 
 def shaped(setup: Setup) -> DistributionConditionedDecoder:
-    """The decoder on the meta device, its weights in the types that one GPU computes with."""
+    """The decoder on the meta device, without the text stream, its weights in the types that one GPU computes with."""
     card = DecoderCard(
         base="",
         base_config=dict(setup.config),
@@ -181,6 +181,7 @@ def shaped(setup: Setup) -> DistributionConditionedDecoder:
     )
     with torch.device("meta"):
         decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**setup.config), card)
+        drop_text(decoder.transformer)
         decoder.to(torch.bfloat16 if setup.precision == "bf16" else torch.float32)
         choose_trained(decoder, setup.train, rank=setup.rank)
     # Where weights are gathered, or DeepSpeed holds the copies in float32, those at work are in the lower type.
@@ -211,8 +212,8 @@ def replayed(decoder: DistributionConditionedDecoder, setup: Setup, *, on_gpu: b
     )
     return replay(
         lambda: decoder_loss(decoder, example, torch.Generator(), DecoderTraining(steps=1)),
-        [weight for weight in decoder.parameters() if weight.requires_grad],
-        checkpointed=_blocks(decoder) if setup.checkpointing else (),
+        trained_weights(decoder).values(),
+        checkpointed=blocks_of(decoder.transformer) if setup.checkpointing else (),
         autocast=torch.bfloat16 if setup.precision == "bf16" else None,
         on_gpu=on_gpu,
     )
@@ -228,19 +229,17 @@ def optimizer_cost(trained: Mapping[str, nn.Parameter], optimizer: str) -> tuple
     if optimizer == "adamw8bit":
         sizes = [weight.numel() for weight in trained.values()]
         return sum(2 * (n + 4 * math.ceil(n / 256) if n >= 4096 else 4 * n) for n in sizes), 0, 0
-    # As `training.decoder` chooses them: the matrices inside the blocks without the modulations.
-    matrices = [w for name, w in trained.items() if "_blocks." in name and w.ndim == 2 and ".norm" not in name]
-    matrices = matrices if optimizer == "muon" else []
+    matrices = [trained[name] for name in muon_matrices(trained)] if optimizer == "muon" else []
     states = 8 * (sum(w.numel() for w in trained.values()) - sum(w.numel() for w in matrices))
     if not matrices:
         return states, 0, 0
     works = [nn.Parameter(torch.empty_like(w, dtype=torch.float32, device="meta")) for w in matrices]
     for work in works:
         work.grad = torch.empty_like(work)
-    muon = torch.optim.Muon(works, lr=1e-3, adjust_lr_fn="match_rms_adamw")
+    stepped = muon(works, weight_decay=DecoderTraining.weight_decay)
     with Meter() as meter:
-        muon.step()
-    momenta = sum(t.nbytes for state in muon.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+        stepped.step()
+    momenta = sum(t.nbytes for state in stepped.state.values() for t in state.values() if isinstance(t, torch.Tensor))
     return states + momenta, meter.peak - momenta, meter.operations
 
 
@@ -253,17 +252,13 @@ def _communication(setup: Setup, decoder: DistributionConditionedDecoder, gradie
     size = 2 if setup.precision == "bf16" else 4
     if setup.sharding == "ddp":
         return gradients
-    blocks = [list(block.parameters()) for block in _blocks(decoder)]
+    blocks = [list(block.parameters()) for block in blocks_of(decoder.transformer)]
     if setup.sharding == "fsdp":
         gathered = 2 * size * max(sum(w.numel() for w in block) for block in blocks)
         return gathered + 4 * max(sum(w.numel() for w in block if w.requires_grad) for block in blocks)
     bucket = size * min(_BUCKET, gradients // size)
     everything = sum(weight.numel() for weight in decoder.parameters())
     return bucket + (size * min(_LIVE, everything) if setup.sharding == "zero3" else 0)
-
-
-def _blocks(decoder: DistributionConditionedDecoder) -> list[nn.Module]:
-    return [*decoder.transformer.transformer_blocks, *decoder.transformer.single_transformer_blocks]
 
 
 def _ceil(count: int, size: int, parts: int) -> int:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..method.sampling import keyed_generator
-from ..models.flux import DistributionConditionedDecoder
+from ..models.flux import DistributionConditionedDecoder, blocks_of
 from .average import MovingAverage, all_finite
 from .batches import Batches
 from .checkpoint import Checkpoints, Kept, leave_frozen_out
@@ -202,7 +202,7 @@ def train_decoder(
 @contextmanager
 def _blocks(transformer: FluxTransformer2DModel, recipe: DecoderTraining) -> Iterator[None]:
     """Within it the transformer's blocks are compiled or recomputed, as the recipe says."""
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    blocks = blocks_of(transformer)
     if recipe.recomputed:  # The transformer's own switch acts on its forward pass, which the decoder does not use.
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -8,15 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..models.checkpoints import read_config
-from ..models.flux_files import FLUX_FILL_CONFIG, component
-from .cost import OPTIMIZERS, SHARDINGS, Cost, Setup, cost_of
+from ..models.flux_files import fill_config
+from .cost import SHARDINGS, Cost, Setup, cost_of
+from .optimizers import OPTIMIZERS
 from .trainable import TRAINED
 
 _ROOM = 0.92
@@ -97,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options; those that training has are called as there."""
     default = {item.name: item.default for item in fields(Setup)}
     parser.add_argument(
-        "--base", type=Path, help="a diffusers folder whose config.json says the shapes (default: FLUX.1-Fill's)"
+        "--base", type=Path, help="a diffusers folder whose config.json says the shapes; FLUX.1-Fill's by default"
     )
     parser.add_argument("--train", default=default["train"], choices=TRAINED, help="what is trained, with the adapter")
     parser.add_argument("--rank", type=int, default=default["rank"], help="of --train lora")
@@ -116,16 +114,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU, in place of the published one")
     parser.add_argument("--tflops", type=float, help="peak of a GPU, in place of the published one (bfloat16)")
     parser.add_argument(
-        "--utilisation", type=float, default=0.35, help="share of the peak that is reached (default: 0.35, a guess)"
+        "--utilisation", type=float, default=0.35, help="share of the peak that is reached; the default is a guess"
     )
-    parser.add_argument(
-        "--pictures", type=int, default=1_600_000, help="seen in all (default: 1.6 million, the paper's)"
-    )
+    parser.add_argument("--pictures", type=int, default=1_600_000, help="seen in all; by default as in the paper")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON too")
 
 
-def run(chosen: argparse.Namespace) -> int:
-    """Prints the estimate for parsed options; returns the exit status.
+def run(chosen: argparse.Namespace) -> None:
+    """Prints the estimate for parsed options.
 
     Raises:
         ValueError: for options that are out of range or do not go together.
@@ -133,7 +129,7 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.precision == "no" and chosen.tflops is None:
         raise ValueError("the published peaks are of bfloat16: give --tflops for training without mixed precision")
     named = {name: getattr(chosen, name) for name in Setup.__dataclass_fields__ if hasattr(chosen, name)}
-    setup = Setup(config=_config(chosen.base), average=not chosen.no_average, **named)
+    setup = Setup(config=fill_config(chosen.base), average=not chosen.no_average, **named)
     cost, gpu = cost_of(setup), GPUS[chosen.gpu]
     course = run_of(
         setup,
@@ -148,7 +144,6 @@ def run(chosen: argparse.Namespace) -> int:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps(numbers(setup, cost, course, memory), indent=1) + "\n", "utf-8")
         print(f"wrote {chosen.json}")
-    return 0
 
 
 def numbers(setup: Setup, cost: Cost, course: Run, memory: int) -> dict[str, Any]:
@@ -173,8 +168,7 @@ def table(setup: Setup, cost: Cost, course: Run, memory: int) -> str:
     verdict = "fits" if _fits(cost, memory) else f"does NOT fit: {_advice(setup)}"
     return "\n".join(
         [
-            f"{weights['all']} G weights (text stream, without effect: {weights['text stream']}), trained: "
-            f"{weights['trained']} ({setup.train})",
+            f"{weights['all']} G weights, trained: {weights['trained']} ({setup.train})",
             f"{setup.batch} pictures x {setup.accumulate} x {setup.gpus} GPU{shared}; {setup.resolution} pixels, "
             f"{(setup.resolution // 16) ** 2} latent tokens; {', '.join(how)}",
             "",
@@ -207,25 +201,3 @@ def _advice(setup: Setup) -> str:
     }
     left = [option for option, open_ in options.items() if open_]
     return f"try {', '.join(left)}" if left else "take larger GPUs, or more of them"
-
-
-def _config(base: Path | None) -> dict[str, Any]:
-    config = dict(FLUX_FILL_CONFIG)
-    if base is not None:
-        read = read_config(component(base, "transformer"))
-        config = {name: read.get(name, value) for name, value in config.items()}
-    return config
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="estimate", description=__doc__)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(arguments))
-    except (ValueError, OSError) as error:
-        print(f"estimate: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

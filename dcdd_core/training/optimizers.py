@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -17,8 +17,7 @@ def adamw_with_muon(
     betas: tuple[float, float],
     weight_decay: float,
 ) -> dict[str, torch.optim.Optimizer]:
-    """AdamW, and for the weights named in `matrices` Muon: orthogonalised momentum (Jordan et al. 2024), its steps
-    scaled to AdamW's size, so that both take one learning rate.
+    """AdamW, and `muon` for the weights named in `matrices`.
 
     Args:
         weights: name -> what is trained.
@@ -32,10 +31,13 @@ def adamw_with_muon(
         "optimizer": torch.optim.AdamW(others, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
     }
     if matrices:
-        found["muon"] = torch.optim.Muon(
-            [weights[name] for name in matrices], lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        found["muon"] = muon([weights[name] for name in matrices], weight_decay=weight_decay)
     return found
+
+
+def muon(matrices: Iterable[nn.Parameter], *, weight_decay: float) -> torch.optim.Muon:
+    """Orthogonalised momentum (Jordan et al. 2024), its steps scaled to AdamW's size, so that one rate fits both."""
+    return torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def adamw_8bit(

@@ -9,9 +9,10 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors import safe_open
 
-from ..models.checkpoints import load_strictly, read_config
+from ..models.checkpoints import load_strictly
 from ..models.flux import DecoderCard, DistributionConditionedDecoder, load_decoder, save_bundle
-from ..models.flux_files import FLUX_FILL_CONFIG, component, read_transformer
+from ..models.flux_files import fill_config, find_transformer
+from ..models.flux_inference import drop_text, of_text_stream
 from ..models.vae import load_vae
 from ..models.vq import VQTokenizer
 from ..pipelines.models import PICO_WEIGHTS
@@ -40,7 +41,7 @@ class Plan:
     Attributes:
         vlm: a folder that `VQTokenizer.load` reads.
         vae: what `load_vae` reads.
-        base: what `flux_files.read_transformer` reads: FLUX.1-Fill. None where `bundle` holds a whole transformer.
+        base: what `flux_files.find_transformer` reads: FLUX.1-Fill. None where `bundle` holds a whole transformer.
         bundle: a decoder to go on from; None for a new adapter on the base.
         calibration: a file of `Calibration.save`, for the variant "lcdm+lc"; None takes that of `bundle`.
         variant: the conditions to learn from, of the paper's Table 4 (`DecoderCard.variant`).
@@ -84,7 +85,7 @@ class Plan:
         return Encoders(vq=vq, vae=vae, geometry=geometry)
 
     def decoder(self, encoders: Encoders, *, dtype: torch.dtype = torch.float32) -> DistributionConditionedDecoder:
-        """The decoder to train, on the CPU; what is trained requires a gradient and is float32.
+        """The decoder to train, on the CPU without its text stream; what is trained requires a gradient, in float32.
 
         Args:
             dtype: of what is frozen.
@@ -113,22 +114,22 @@ class Plan:
         save_bundle(path, decoder, trained=lambda name: name in changed)
 
     def _new(self, encoders: Encoders, dtype: torch.dtype) -> DistributionConditionedDecoder:
-        published = {**FLUX_FILL_CONFIG, "axes_dims_rope": list(FLUX_FILL_CONFIG["axes_dims_rope"])}
-        folder = component(self.base, "transformer")
-        read = read_config(folder) if folder.is_dir() else {}
-        config = {name: read.get(name, value) for name, value in published.items()}
-        name, licence = (_FLUX_FILL, _FLUX_LICENCE) if config == published else (self.base.name, "")
+        config = fill_config(self.base)
+        name, licence = (_FLUX_FILL, _FLUX_LICENCE) if config == fill_config() else (self.base.name, "")
         about = {"licence": licence} | self._card_of(encoders, None)
         card = DecoderCard(base=name, base_config=config, width=self.width, **about)
         with torch.device("meta"):
             transformer = FluxTransformer2DModel(**card.base_config)
-        load_strictly(transformer, read_transformer(self.base, transformer, needs=name, dtype=dtype), str(self.base))
+        text = {name for name in transformer.state_dict() if of_text_stream(name)}
+        stored = find_transformer(self.base, transformer, needs=name, without=text)
+        drop_text(transformer)
+        load_strictly(transformer, stored.read(dtype=dtype), str(self.base))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return DistributionConditionedDecoder(transformer, card)
 
     def _started(self, encoders: Encoders, dtype: torch.dtype) -> DistributionConditionedDecoder:
-        decoder = load_decoder(self.bundle, self.base, dtype=dtype)
+        decoder = load_decoder(self.bundle, self.base, dtype=dtype, fold=False)
         if decoder.card.code_dim != encoders.vq.codebook.dim or decoder.card.vae_factor != encoders.geometry.vae_factor:
             raise ValueError(
                 f"{self.bundle} reads {decoder.card.code_dim}-dimensional code vectors and paints latents of "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..method.flow import DENSITIES, WEIGHTINGS, interpolate, loss_weight, sample_times, velocity
 from ..method.latents import fill_input, pack, pack_mask
@@ -86,7 +88,13 @@ def decoder_optimizers(decoder: DistributionConditionedDecoder, recipe: DecoderT
     options = {"betas": (0.9, 0.99), "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw8bit":
         return list(adamw_8bit(weights, **options).values())
-    # Not the modulations: their input is the time alone, and they start at zero.
-    inner = [n for n, p in weights.items() if "_blocks." in n and p.ndim == 2 and ".norm" not in n]
-    inner = inner if recipe.optimizer == "muon" else []
+    inner = muon_matrices(weights) if recipe.optimizer == "muon" else []
     return list(adamw_with_muon(weights, inner, **options).values())
+
+
+def muon_matrices(weights: Mapping[str, nn.Parameter]) -> list[str]:
+    """Which of a decoder's trained weights Muon takes: the matrices inside the blocks.
+
+    Not the modulations: their input is the time alone, and they start at zero.
+    """
+    return [name for name, weight in weights.items() if "_blocks." in name and weight.ndim == 2 and ".norm" not in name]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, growth, int8, lcdm, sampler, timing
+from benchmarks import __main__, decoder, growth, int8, lcdm, memory, sampler, timing
 from dcdd_core.method.lcdm import map_logits
 from dcdd_core.models.janus import JanusSampler
 from dcdd_core.types import Codebook, TokenLogits
@@ -54,6 +54,23 @@ def test_reread_logits_are_the_models_own():
     assert torch.equal(other.tokens, run.tokens) and not torch.allclose(other.logits, run.logits, atol=0.1)
 
 
+def test_decoder_contest_runs():
+    found = decoder.contest(heads=1, steps=1, rounds=1)
+    assert [row[1] for row in found] == ["ours", "diffusers"]
+    assert [len(row) for row in found] == [len(decoder.HEAD)] * 2
+    assert found[0][3] == "1.00" and float(found[0][-1]) < float(found[1][-1])  # ours holds no text stream
+
+
+def test_memory_s_rows_are_a_table_of_its_own(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "JANUS_PRO", {"Janus-Pro-1B": memory.JANUS_PRO["Janus-Pro-1B"]})
+    monkeypatch.setattr("sys.argv", ["memory.py"])
+    memory.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == ["| model | weights | GB |", "|---|---|---|", "| Janus-Pro-1B, sampling | bfloat16 | 3.0 |"]
+    assert "| FLUX.1-Fill transformer, to paint | bfloat16 | 12.9 |" in printed
+    assert any("not measured" in line for line in printed)
+
+
 def test_growth_is_drawn(tmp_path: Path):
     growth.draw([("a", "b", {1: 1.0, 2: 3.0}), ("c", "d", {1: 1.0})], tmp_path / "new" / "growth.png")
     assert (tmp_path / "new" / "growth.png").stat().st_size > 1000
@@ -64,7 +81,7 @@ def test_table_and_rounds(capsys: pytest.CaptureFixture, monkeypatch: pytest.Mon
     seconds = timing.alternating({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == ["a", "b"] * 3 and [len(taken) for taken in seconds.values()] == [2, 2]
     monkeypatch.setattr(lcdm, "rows", lambda: [("x", "1", "2", "3")])
-    monkeypatch.setattr("sys.argv", ["benchmarks", "lcdm", "memory"])
+    monkeypatch.setattr("sys.argv", ["benchmarks", "lcdm", "timing"])
     __main__.main()
     printed = capsys.readouterr().out
     assert "### LCDM" in printed and "| x | 1 | 2 | 3 |" in printed and printed.count("###") == 1

@@ -9,10 +9,13 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder
+from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder, blocks_of
+from dcdd_core.models.flux_inference import drop_text
 from dcdd_core.training.cost import Setup, cost_of, optimizer_cost, replayed, shaped
-from dcdd_core.training.decoder import DecoderTraining, Example, decoder_loss
-from dcdd_core.training.trainable import choose_trained
+from dcdd_core.training.examples import Example
+from dcdd_core.training.optimizers import muon
+from dcdd_core.training.recipe import DecoderTraining, decoder_loss, decoder_optimizers
+from dcdd_core.training.trainable import choose_trained, trained_weights
 from tests.tiny import tiny_condition
 
 CONFIG = {
@@ -48,6 +51,7 @@ def real(setup):
     """A decoder with weights, and an example to train it on."""
     card = DecoderCard(base="", base_config=CONFIG, tokenizer="", codebook="", code_dim=8, width=setup.width)
     decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**CONFIG), card)
+    drop_text(decoder.transformer)
     decoder.to(torch.bfloat16 if setup.precision == "bf16" else torch.float32)
     choose_trained(decoder, setup.train, rank=setup.rank)
     side = setup.resolution // 8
@@ -76,9 +80,9 @@ def test_two_steps_of_a_training_take_what_was_estimated(choice):
     setup = Setup(**SMALL | choice)
     decoder, example = real(setup)
     if setup.checkpointing:
-        for block in (*decoder.transformer.transformer_blocks, *decoder.transformer.single_transformer_blocks):
+        for block in blocks_of(decoder.transformer):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    trained = {name: weight for name, weight in decoder.named_parameters() if weight.requires_grad}
+    trained = trained_weights(decoder)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, fused=True)
 
     def forward_and_backward():
@@ -124,12 +128,13 @@ def test_operations_of_a_forward_pass_are_those_of_its_layers():
     assert replayed(shaped(setup), setup).forward_operations == sum(counted) + attention
 
 
-def test_flux_fill_is_counted_as_published():
+def test_flux_fill_is_counted_as_published_without_its_text_stream():
     decoder = shaped(Setup())
-    assert (
-        sum(weight.numel() for weight in decoder.transformer.parameters()) == 11_901_408_320 + (384 - 64) * 3072
-    )  # FLUX.1-dev's, and more input channels
     width, blocks, double = 3072, 19 + 38, 19
+    published = 11_901_408_320 + (384 - 64) * width  # FLUX.1-dev's, and more input channels
+    # Of each joint block its modulation of the text, four projections, two norms, and the MLP; once the embedder.
+    text = double * ((6 + 4 + 4 + 4) * width**2 + (6 + 4 + 4 + 1) * width + 2 * 128) + (4096 + 1) * width
+    assert sum(weight.numel() for weight in decoder.transformer.parameters()) == published - text
     attention = blocks * (3 * (width**2 + width) + 2 * 128) + double * (width**2 + width)
     trained = [weight for weight in decoder.transformer.parameters() if weight.requires_grad]
     assert sum(weight.numel() for weight in trained) == attention
@@ -148,14 +153,29 @@ def test_muon_s_states_and_temporaries_are_those_of_its_step():
     states, beside, operations = optimizer_cost(trained, "muon")
     others = sum(weight.numel() for weight in trained.values()) - sum(weight.numel() for weight in matrices)
     assert states == 4 * sum(weight.numel() for weight in matrices) + 8 * others
-    muon = torch.optim.Muon(matrices, lr=1e-3, adjust_lr_fn="match_rms_adamw")
+    stepped = muon(matrices, weight_decay=0.01)
     for _ in range(2):  # the first step makes the states
         for weight in matrices:
             weight.grad = torch.randn_like(weight)
-        peak = profiled(muon.step)
+        peak = profiled(stepped.step)
     assert beside == pytest.approx(peak, rel=0.04)  # a CPU's product in bfloat16 takes 0.13 MB for itself
     # Newton and Schulz, five times: A = X X^T, A A and (A A) X, for the smaller side first.
     assert operations == sum(5 * (4 * m * m * n + 2 * m**3) for m, n in ((512, 768), (64, 256)))
+
+
+def test_muon_s_states_are_those_of_the_training_s_optimisers():
+    decoder, _ = real(Setup(**SMALL, train="all"))
+    trained = trained_weights(decoder)
+    states, _, _ = optimizer_cost(trained, "muon")
+    optimizers = decoder_optimizers(decoder, DecoderTraining(steps=1, optimizer="muon"))
+    for weight in trained.values():
+        weight.grad = torch.ones_like(weight)
+    held = 0
+    for optimizer in optimizers:
+        optimizer.step()
+        kept = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+        held += sum(value.nbytes for value in kept)
+    assert len(optimizers) == 2 and states == held
 
 
 def test_eight_bits_take_a_byte_and_a_scale_of_each_block_where_tensors_are_large():
