@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help check format test test-all comfy-test demo table bench pico
+.PHONY: help check format test test-all comfy-test demo table report bench pico
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ demo: $(READY) ## a prompt becomes a picture with the embedded models: out/demo.
 
 table: $(READY) ## measure the embedded models: the table of the README
 	$(RUN) -m dcdd_core.evaluation.pico_table
+
+report: $(READY) ## the paper's tables measured on the embedded models: docs/report.md
+	$(RUN) -m dcdd_core.evaluation.pico_report
 
 bench: $(READY) ## speed and memory against the plain ways, as Markdown; draws docs/growth.png
 	$(RUN) -m benchmarks

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dcdd_core.method.flow import DENSITIES, WEIGHTINGS
+from dcdd_core.models.flux import VARIANTS
 from dcdd_core.training import estimate
 from dcdd_core.training.optimizers import OPTIMIZERS
 from dcdd_core.training.plan import Plan
@@ -158,9 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", help="a folder of images, parquet files or webdataset shards, a saved dataset, or a pattern of files"
     )
     source.add_argument("--cache", type=Path, help="a folder that `train.py cache` wrote")
-    group.add_argument(
-        "--variant", default="lcdm+lc", choices=("discrete", "lcdm", "lcdm+lc"), help="of the conditions"
-    )
+    group.add_argument("--variant", default="lcdm+lc", choices=VARIANTS, help="of the conditions")
     group.add_argument("--localised", type=float, default=0.2, help="share of the pictures with only a box to paint")
     group.add_argument("--window", type=int, default=1000, help="pictures of a stream that are shuffled at a time")
     group = add.add_argument_group("how it learns")

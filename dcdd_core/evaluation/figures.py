@@ -157,6 +157,21 @@ def grouped_bars(groups: Mapping[str, Mapping[str, float]], *, title: str) -> Im
     return _drawn(figure)
 
 
+def score_lines(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], *, along: Sequence[str | float], label: str = ""
+) -> Image.Image:
+    """Lines of points, a panel for each score: score -> row (by colour) -> a value for each place along the axis."""
+    figure = Figure(figsize=(3.8 * len(panels), 3.2), dpi=120, layout="constrained")
+    for axes, (score, rows) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items()):
+        for (row, values), marker in zip(rows.items(), cycle("osv^D")):
+            axes.plot(along, values, marker=marker, markersize=4, label=row)
+        axes.set(title=score, xlabel=label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    return _drawn(figure)
+
+
 def histograms(panels: Mapping[str, Mapping[str, torch.Tensor]]) -> Image.Image:
     """Distributions over pictures, a panel for each score: score -> row -> values [M]; infinite ones are left out."""
     figure = Figure(figsize=(3.6 * len(panels), 3.0), dpi=110, layout="constrained")

@@ -27,6 +27,8 @@ from .flux_files import find_transformer
 from .flux_inference import ModulationTable, drop_text, embed_time, fold_modulations, of_text_stream
 
 _FORMAT = "dcdd decoder 1"
+#: What a decoder can be conditioned on: the paper's Table 4.
+VARIANTS = ("discrete", "lcdm", "lcdm+lc")
 #: Linear layers outside the blocks: never in 8 bits.
 _LEFT = ("x_embedder", "^proj_out$")
 
@@ -40,7 +42,7 @@ class DecoderCard:
         base_config: its configuration, so that nothing is fetched to build it.
         tokenizer, codebook: name and fingerprint of the tokenizer whose code vectors it reads.
         code_dim, width: of the adapter.
-        variant: what it was trained on: "discrete", "lcdm" or "lcdm+lc" (the paper's Table 4).
+        variant: what it was trained on, one of `VARIANTS`.
         calibration: applied to logits before mapping; None for none.
         reads: what of a VLM's output the decoder is served by default: its "logits" (the paper), these "anchored"
             to the sampled tokens, or the sampled "tokens" alone.
@@ -71,8 +73,8 @@ class DecoderCard:
     licence: str = ""
 
     def __post_init__(self):
-        if self.variant not in ("discrete", "lcdm", "lcdm+lc"):
-            raise ValueError(f"variant must be 'discrete', 'lcdm' or 'lcdm+lc', got {self.variant!r}")
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.reads not in ("logits", "anchored", "tokens"):
             raise ValueError(f"reads must be 'logits', 'anchored' or 'tokens', got {self.reads!r}")
         if self.steps < 1 or self.pixels_per_token % self.vae_factor or self.pixels_per_token < self.vae_factor:

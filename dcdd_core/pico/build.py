@@ -2,7 +2,7 @@
 
 Every stage goes on from its own checkpoint, logs to its own folder, and draws all its randomness from the seed (on a
 GPU some sums still depend on their order); a finished stage is only restored. The weights are written at the end, by
-`export`.
+`export`. The stage after it, `variants`, trains the decoders of the report's ablation.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..training.log import read_log
 from .choose import choose_reading
 from .encodings import encode_scenes
 from .export import export
-from .train_autoencoder import train_autoencoder
+from .train_autoencoder import train_autoencoder, train_vae_decoder
 from .train_calibration import calibrate
-from .train_decoder import train_pico_decoder
+from .train_decoder import train_pico_decoder, train_variants
 from .train_janus import save_janus, train_janus
 from .train_reader import train_reader
 from .train_tokenizer import train_tokenizer, train_vq_decoder
@@ -34,10 +34,23 @@ HELD_OUT = {
     "tokenizer": "eval/ssim",
     "vq-decoder": "eval/perceptual",
     "autoencoder": "eval/psnr",
+    "vae-decoder": "eval/perceptual",
     "janus": "eval/loss",
     "decoder": "eval/ssim",
 }
-STAGES = ("readers", "tokenizer", "autoencoder", "janus", "calibration", "decoder", "vq-decoder", "discrete", "export")
+STAGES = (
+    "readers",
+    "tokenizer",
+    "autoencoder",
+    "janus",
+    "calibration",
+    "decoder",
+    "vq-decoder",
+    "vae-decoder",
+    "discrete",
+    "export",
+    "variants",
+)
 
 
 def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS) -> None:
@@ -77,6 +90,9 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS
     if not reached("vq-decoder"):
         return
     train_vq_decoder(shop, network, loss_reader)
+    if not reached("vae-decoder"):
+        return
+    polished = train_vae_decoder(shop, vae, loss_reader)
     if not reached("discrete"):
         return
     discrete = train_pico_decoder(shop, "discrete", "discrete", encodings, vq, vae, None, loss_reader)
@@ -84,9 +100,11 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS
     if reached("export"):
         logs = {stage: read_log(shop.folder / stage) for stage in HELD_OUT}
         save_image(training_curves(logs, HELD_OUT), shop.folder / "curves.png")
-        decoder.card = choose_reading(shop, sampler, vq, vae, decoder, loss_reader)
-        models = {"janus": janus, "words": words, "vq": network, "vae": vae, "decoder": decoder}
+        decoder.card = choose_reading(shop, sampler, vq, polished, decoder, loss_reader)
+        models = {"janus": janus, "words": words, "vq": network, "vae": polished, "decoder": decoder}
         export(weights, **models, reader=reader)
+    if reached("variants"):
+        train_variants(shop, encodings, vq, vae, calibration, loss_reader)
 
 
 def main() -> None:
@@ -94,7 +112,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "dcdd" / "pico", help="work folder")
     parser.add_argument("--weights", type=Path, default=PICO_WEIGHTS, help="where the shipped weights are written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--until", default=STAGES[-1], choices=STAGES, help="stop after this stage")
+    parser.add_argument("--until", default="export", choices=STAGES, help="stop after this stage")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--compile", action="store_true", help="train the decoder with torch.compile")
     chosen = parser.parse_args()

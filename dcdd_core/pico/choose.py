@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..evaluation.frechet import FrechetStatistics, features_of, frechet_distance
+from ..evaluation.kept import write_text
 from ..models.flux import DecoderCard, DistributionConditionedDecoder
 from ..models.janus import JanusSampler
 from ..models.vae import KLAutoencoder
@@ -16,7 +17,7 @@ from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
 from .data import to_pixels
 from .reader import SceneReader
-from .workshop import Workshop
+from .workshop import Workshop, digest
 
 _BATCH = 32
 _STEPS = 10
@@ -35,9 +36,13 @@ def choose_reading(
 
     Compared are the VLM's logits as they are (beta = 0, the paper), the same with the fitted anchor, and the sampled
     tokens alone; by Frechet distance on the loss reader's features, on calibration scenes: neither the network nor the
-    scenes that the tables are made with. The distances go into `reading.json`.
+    scenes that the tables are made with. The distances go into `reading.json`, which is read where the models are those
+    that wrote it.
     """
     card, count = decoder.card, shop.recipe.held_out_scenes
+    path, of = shop.folder / "reading.json", "-".join(digest(part) for part in (sampler.model, vq.model, vae, decoder))
+    if path.exists() and (found := json.loads(path.read_text("utf-8")))["models"] == of:
+        return serving(card, reads=found["best"])
     ways = {reads: serving(card, reads=reads) for reads in ("logits", "anchored", "tokens")}
     captions = [facts.caption() for facts in shop.held_out_facts]
     features: dict[str, list[torch.Tensor]] = {name: [] for name in ways}
@@ -52,5 +57,5 @@ def choose_reading(
     real = FrechetStatistics.of([features_of(scenes, loss_reader.frechet_features)])
     distances = {name: frechet_distance(real, FrechetStatistics.of(found)) for name, found in features.items()}
     best = min(distances, key=lambda name: distances[name])
-    (shop.folder / "reading.json").write_text(json.dumps({"frechet": distances, "best": best}, indent=1))
+    write_text(path, json.dumps({"models": of, "frechet": distances, "best": best}, indent=1) + "\n")
     return ways[best]

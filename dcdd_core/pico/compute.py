@@ -51,7 +51,7 @@ def dcdd_operations(decoder: DistributionConditionedDecoder) -> int:
     return _counted(loss)
 
 
-def report(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, recipe: Recipe) -> str:
+def training_operations(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, recipe: Recipe) -> str:
     """A Markdown table: operations of a picture, pictures, and their product."""
     rows = {
         "VQ-VAE decoder": (
@@ -74,7 +74,7 @@ def main() -> None:
     chosen = parser.parse_args()
     vq = VQTokenizer.load(chosen.weights / "janus", dtype=torch.float32)
     decoder = load_decoder(chosen.weights / "decoder.safetensors", dtype=torch.float32, fold=False)
-    print(report(vq.model, decoder, Recipe()))
+    print(training_operations(vq.model, decoder, Recipe()))
 
 
 def _counted(loss: Callable[[], torch.Tensor]) -> int:

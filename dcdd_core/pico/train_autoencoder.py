@@ -1,6 +1,13 @@
-"""Trains the KL autoencoder whose latents the diffusion decoder paints (FLUX's VAE in small: 16 channels)."""
+"""Trains the KL autoencoder whose latents the diffusion decoder paints (FLUX's VAE in small: 16 channels).
+
+In two stages, so that whoever learns its latents need not wait for its decoder's last polish:
+1. `train_autoencoder`: all of it;
+2. `train_vae_decoder`: the encoder frozen, and with it the latents; the decoder trained on with an adversarial loss.
+"""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from diffusers import AutoencoderKL
@@ -10,10 +17,11 @@ from ..method.sampling import keyed_generator
 from ..training.loop import moving_average, set_learning_rate, train, warmup_cosine
 from .data import to_pixels
 from .fidelity import fidelity, reconstruction_loss
+from .polish import polish
 from .reader import SceneReader
 from .workshop import Workshop, digest
 
-_STAGE = 2
+_STAGE, _DECODER_STAGE = 2, 7
 
 
 def autoencoder_config() -> dict:
@@ -64,23 +72,13 @@ def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL
         average.update_parameters(vae)
         return parts | {"divergence": divergence.detach()}
 
-    @torch.no_grad()
-    def evaluate(_: int) -> dict[str, float]:
-        pixels = to_pixels(shop.held_out_images, device)
-        decoded = []
-        for part in pixels.split(32):
-            with shop.autocast():
-                mean = average.module.encode(part).latent_dist.mean
-                decoded.append(average.module.decode(mean).sample.float().clamp(-1, 1))
-        return fidelity(pixels, torch.cat(decoded), loss_reader)
-
     train(
         shop.folder / "autoencoder",
         settings=shop.settings("autoencoder_batch", architecture=autoencoder_config(), loss_reader=digest(loss_reader)),
         steps=recipe.autoencoder_steps,
         step=step,
         state={"model": vae, "average": average, "optimizer": optimizer},
-        evaluate=evaluate,
+        evaluate=lambda _: _evaluate(shop, average.module, average.module.decoder, loss_reader),
         evaluate_every=500,
         save_every=500,
     )
@@ -94,3 +92,41 @@ def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL
         )
     vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
     return vae
+
+
+def train_vae_decoder(shop: Workshop, vae: AutoencoderKL, loss_reader: SceneReader) -> AutoencoderKL:
+    """Trains (or restores) the decoder on; returns an autoencoder of the same latents, `vae` stays as it is."""
+    polished = copy.deepcopy(vae)
+
+    def encode(pixels: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        with shop.autocast():
+            posterior = vae.encode(pixels).latent_dist
+        mean, deviation = posterior.mean.float(), (0.5 * posterior.logvar.float().clamp(-20, 10)).exp()
+        return mean + deviation * torch.randn(mean.shape, generator=draw).to(mean.device)
+
+    averaged = polish(
+        shop,
+        "vae-decoder",
+        _DECODER_STAGE,
+        polished.decoder,
+        last=polished.decoder.conv_out.weight,
+        encode=encode,
+        decode=lambda decoder, latents: decoder(latents),
+        steps=shop.recipe.vae_decoder_steps,
+        batch=shop.recipe.autoencoder_batch,
+        settings=shop.settings("autoencoder_batch", autoencoder=digest(vae), loss_reader=digest(loss_reader)),
+        loss_reader=loss_reader,
+        evaluate=lambda decoder: _evaluate(shop, vae, decoder, loss_reader),
+    )
+    polished.decoder.load_state_dict(averaged.state_dict())
+    return polished.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _evaluate(shop: Workshop, vae: AutoencoderKL, decoder: nn.Module, loss_reader: SceneReader) -> dict[str, float]:
+    pixels = to_pixels(shop.held_out_images, shop.device)
+    decoded = []
+    for part in pixels.split(32):
+        with shop.autocast():
+            decoded.append(decoder(vae.encode(part).latent_dist.mean).float().clamp(-1, 1))
+    return fidelity(pixels, torch.cat(decoded), loss_reader)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from ..evaluation.quality import psnr, ssim
-from ..models.flux import DecoderCard, DistributionConditionedDecoder, blocks_of, of_text_stream
+from ..models.flux import (
+    VARIANTS,
+    DecoderCard,
+    DistributionConditionedDecoder,
+    blocks_of,
+    of_text_stream,
+    save_bundle,
+)
 from ..models.vae import KLAutoencoder
 from ..models.vq import VQTokenizer
 from ..pipelines.decode import decode
@@ -120,6 +129,27 @@ def train_pico_decoder(
         evaluate=evaluate,
         evaluate_every=1000,
     )
+
+
+def train_variants(
+    shop: Workshop,
+    encodings: Encodings,
+    vq: VQTokenizer,
+    vae: AutoencoderKL,
+    calibration: Calibration,
+    reader: SceneReader,
+) -> None:
+    """Trains (or restores) the ablation's decoders, every variant from every seed, all equally long.
+
+    Their bundles are `<folder>/variants/<variant>-<seed>.safetensors`.
+    """
+    recipe = shop.recipe
+    for seed in range(recipe.variant_seeds):
+        one = replace(shop, recipe=replace(recipe, seed=recipe.seed + seed, decoder_steps=recipe.variant_steps))
+        for variant in VARIANTS:
+            name = f"variants/{variant}-{seed}"
+            decoder = train_pico_decoder(one, name, variant, encodings, vq, vae, calibration, reader)
+            save_bundle(shop.folder / f"{name}.safetensors", decoder, dtype=torch.float16)
 
 
 def _start_as_identity(transformer: FluxTransformer2DModel) -> None:

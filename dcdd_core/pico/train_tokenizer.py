@@ -5,8 +5,7 @@ Two stages, so that what learns the tokens' language need not wait for the decod
    themselves, spread by a uniformity loss; then k-means gives the codebook its first entries, moving averages move
    them, and entries that nobody uses are moved onto features that need one (a plain start leaves most of the codebook
    dead).
-2. `train_vq_decoder`: encoder and codebook frozen, the decoder trained on with an adversarial loss (VQGAN: hinge,
-   PatchGAN, weight from the ratio of gradients at the last layer; Esser et al. 2021, Eqs. 6-7).
+2. `train_vq_decoder`: encoder and codebook frozen, the decoder trained on with an adversarial loss.
 """
 
 from __future__ import annotations
@@ -22,30 +21,13 @@ from ..method.sampling import keyed_generator
 from ..training.loop import moving_average, set_learning_rate, train, warmup_cosine
 from .data import to_pixels
 from .fidelity import fidelity, reconstruction_loss
+from .polish import polish
 from .reader import SceneReader
 from .workshop import Workshop, digest
 
 _STAGE, _DECODER_STAGE = 1, 6
 _DECAY = 0.98
 _CODES = 1024
-
-
-class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017) with three strided convolutions: pixels [B, 3, H, W] -> scores [B, 1, H/8, W/8]."""
-
-    def __init__(self, width: int = 32):
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for i in (1, 2):
-            layers += [
-                nn.Conv2d(width * i, width * i * 2, 4, 2, 1, bias=False),
-                nn.GroupNorm(8, width * i * 2),
-                nn.LeakyReLU(0.2),
-            ]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width * 4, 1, 3, 1, 1))
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.layers(pixels)
 
 
 class CodeUse(nn.Module):
@@ -162,62 +144,22 @@ def train_tokenizer(shop: Workshop, loss_reader: SceneReader) -> JanusVQVAE:
 
 def train_vq_decoder(shop: Workshop, vq: JanusVQVAE, loss_reader: SceneReader) -> JanusVQVAE:
     """Trains the decoder on, encoder and codebook frozen, with an adversarial loss; returns the tokenizer."""
-    recipe, device = shop.recipe, shop.device
-    steps, batch = recipe.vq_decoder_steps, recipe.tokenizer_batch
-    settings = shop.settings("tokenizer_batch", tokenizer=digest(vq), loss_reader=digest(loss_reader))
-    ramp = max(1, int(0.05 * steps))
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed + _DECODER_STAGE)
-        adversary = PatchDiscriminator().to(device)
-    decoding = nn.ModuleList([vq.post_quant_conv, vq.decoder]).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(decoding.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4)
-    adversary_optimizer = torch.optim.AdamW(adversary.parameters(), lr=3e-4, betas=(0.5, 0.9))
-    average = moving_average(decoding, 0.998)
-    codebook, last = vq.quantize.embedding.weight, vq.decoder.conv_out.weight
-
-    def step(i: int) -> dict[str, torch.Tensor]:
-        set_learning_rate(optimizer, warmup_cosine(i, steps, peak=4e-4, warmup=100))
-        pixels = to_pixels(shop.train_images[shop.batch(_DECODER_STAGE, i, batch)], device)
-        with torch.no_grad():
-            _, chosen = _quantise(_encode(vq, pixels, shop), codebook)
-        with shop.autocast():
-            decoded = vq.decoder(vq.post_quant_conv(chosen)).float()
-            fooling = -adversary(decoded).float().mean()
-        faithful, parts = reconstruction_loss(pixels, decoded, loss_reader, shop.autocast)
-        (of_faithful,) = torch.autograd.grad(faithful, last, retain_graph=True)
-        (of_fooling,) = torch.autograd.grad(fooling, last, retain_graph=True)
-        ratio = (of_faithful.norm() / (of_fooling.norm() + 1e-6)).clamp(0, 1e3)
-        loss = faithful + 0.25 * min(1.0, i / ramp) * ratio * fooling
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(decoding.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(decoding)
-        with shop.autocast():
-            real, fake = adversary(pixels).float(), adversary(decoded.detach()).float()
-        judged = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        adversary_optimizer.zero_grad(set_to_none=True)
-        judged.backward()
-        adversary_optimizer.step()
-        return parts | {"fooling": fooling.detach(), "adversary": judged.detach()}
-
-    train(
-        shop.folder / "vq-decoder",
-        settings=settings,
-        steps=steps,
-        step=step,
-        state={
-            "model": decoding,
-            "adversary": adversary,
-            "average": average,
-            "optimizer": optimizer,
-            "adversary_optimizer": adversary_optimizer,
-        },
-        evaluate=lambda _: _evaluate(shop, vq, average.module, loss_reader, quantised=True),
-        evaluate_every=500,
-        save_every=250,
+    decoder = nn.ModuleList([vq.post_quant_conv, vq.decoder])
+    averaged = polish(
+        shop,
+        "vq-decoder",
+        _DECODER_STAGE,
+        decoder,
+        last=vq.decoder.conv_out.weight,
+        encode=lambda pixels, _: _quantise(_encode(vq, pixels, shop), vq.quantize.embedding.weight)[1],
+        decode=lambda parts, vectors: parts[1](parts[0](vectors)),
+        steps=shop.recipe.vq_decoder_steps,
+        batch=shop.recipe.tokenizer_batch,
+        settings=shop.settings("tokenizer_batch", tokenizer=digest(vq), loss_reader=digest(loss_reader)),
+        loss_reader=loss_reader,
+        evaluate=lambda parts: _evaluate(shop, vq, parts, loss_reader, quantised=True),
     )
-    return _settle(vq, average.module)
+    return _settle(vq, averaged)
 
 
 def tokens_digest(vq: JanusVQVAE) -> str:

@@ -37,12 +37,15 @@ class Recipe:
     vq_decoder_steps: int = 6_000
     autoencoder_steps: int = 2_400
     autoencoder_batch: int = 12
+    vae_decoder_steps: int = 4_000
     guidance: float = 3.0
     calibration_images: int = 100
     janus_steps: int = 8_000
     janus_batch: int = 16
     decoder_steps: int = 8_000
     decoder_batch: int = 16
+    variant_steps: int = 1_000
+    variant_seeds: int = 3
     compiled: bool = False
     seed: int = 0
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from dcdd_core.evaluation import pico_table
-from dcdd_core.evaluation.frechet import FrechetStatistics
-from dcdd_core.evaluation.pico_table import SECTIONS, SERVED, TITLES, Tally, markdown, verdicts
+from dcdd_core.evaluation import pico_measures, pico_table
+from dcdd_core.evaluation.pico_measures import SECTIONS, SERVED, TITLES, Tally
+from dcdd_core.evaluation.pico_table import TABLE, markdown, verdicts
 from dcdd_core.pico.data import to_pixels
 from dcdd_core.pico.reader import SceneReader, fact_labels
-from dcdd_core.pico.scenes import render_scene
+from dcdd_core.pico.scenes import SHAPES, render_scene
 from tests.tiny import random_pico
 
 
@@ -20,14 +20,15 @@ from tests.tiny import random_pico
 @pytest.mark.parametrize("options", [[], ["--bf16"]])
 def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys, options):
     weights = random_pico(tmp_path / "weights")
-    monkeypatch.setattr(pico_table, "STEP_COUNTS", (1, 2))
+    monkeypatch.setattr(pico_measures, "STEP_COUNTS", (1, 2))
     arguments = ["--out", str(tmp_path), "--weights", str(weights), "--scenes", "4", "--steps", "1", "--batch", "2"]
     monkeypatch.setattr(sys, "argv", ["table", *arguments, *options])
     pico_table.main()
     text = (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
-    assert all(title in text for title in TITLES.values()) and SERVED in text and "nan" not in text
-    monkeypatch.setattr(pico_table, "SECTIONS", dict.fromkeys(SECTIONS))  # nothing may be measured a second time
+    assert all(TITLES[section] in text for section in TABLE) and SERVED in text and "nan" not in text
+    assert "times the diffusion decoder's" in text and "frechet: " not in text
+    monkeypatch.setattr(pico_measures, "SECTIONS", dict.fromkeys(SECTIONS))  # nothing may be measured a second time
     pico_table.main()
     stored = json.loads((tmp_path / "reader.json").read_text())
     stored["key"] = "of other weights"
@@ -45,9 +46,23 @@ def test_a_tally_is_the_numbers_of_its_pictures():
     whole.add(reader, pictures, pictures * 0.9)
     for part in (slice(0, 3), slice(3, 6)):
         halves.add(reader, pictures[part], pictures[part] * 0.9)
-    labels, real = fact_labels(facts), FrechetStatistics.of([reader.frechet_features(pictures)])
+    labels, real = fact_labels(facts), reader.frechet_features(pictures)
     assert whole.row(real, labels) == pytest.approx(halves.row(real, labels), rel=1e-4, abs=1e-6)
     assert abs(whole.row(real, labels)["frechet"]) < 1e-6 and whole.row(real, labels)["ssim"] < 1
+
+
+@torch.no_grad()
+def test_details_are_the_distances_of_the_pictures_with_that_fact():
+    reader, tally = SceneReader().eval(), Tally()
+    pictures = torch.rand(12, 3, 96, 96) * 2 - 1
+    tally.add(reader, pictures.flip(-1) * 0.5, None)
+    labels = fact_labels([render_scene("test", i).facts for i in range(12)]) | {"shape": torch.arange(12) % 2}
+    real = reader.frechet_features(pictures)
+    row, halves = tally.row(real, labels, by="shape"), Tally()
+    halves.add(reader, pictures[1::2].flip(-1) * 0.5, None)
+    some = {name: answers[1::2] for name, answers in labels.items()}
+    assert row[f"frechet: {SHAPES[1]}"] == pytest.approx(halves.row(real[1::2], some)["frechet"], rel=1e-4)
+    assert row["frechet"] == tally.row(real, labels)["frechet"]
 
 
 def test_verdicts_follow_the_numbers():

@@ -5,7 +5,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from dcdd_core.models.flux import DistributionConditionedDecoder
-from dcdd_core.pico.compute import dcdd_operations, report, vq_operations
+from dcdd_core.pico.compute import dcdd_operations, training_operations, vq_operations
 from dcdd_core.pico.workshop import Recipe
 from tests.tiny import tiny_card, tiny_vq
 
@@ -27,9 +27,10 @@ def test_a_picture_costs_three_times_its_linear_layers():
     assert larger == pytest.approx(4 * dcdd_operations(small), rel=0.35)
 
 
-def test_the_report_multiplies_by_the_recipes_pictures():
+def test_the_table_multiplies_by_the_recipes_pictures():
     vq, small = tiny_vq(), decoder()
-    once = report(vq, small, Recipe(tokenizer_steps=1, vq_decoder_steps=1, tokenizer_batch=1, decoder_steps=1))
+    recipe = Recipe(tokenizer_steps=1, vq_decoder_steps=1, tokenizer_batch=1, decoder_steps=1)
+    once = training_operations(vq, small, recipe)
     assert f"| VQ-VAE decoder | {vq_operations(vq):.3g} | 2 | {2 * vq_operations(vq):.3g} |" in once
     assert f"| DCDD | {dcdd_operations(small):.3g} | 16 | {16 * dcdd_operations(small):.3g} |" in once
     assert f"{2 * vq_operations(vq) / (16 * dcdd_operations(small)):.2f} times" in once

@@ -1,0 +1,346 @@
+"""What is measured of the embedded models on held-out scenes: the sections of the README's table and of the report.
+
+What measures is the scene reader that took no part in any training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torchmetrics.functional.classification import multiclass_f1_score
+from tqdm import tqdm
+
+from ..method.statistics import TokenStatistics, describe_logits
+from ..models.flux import DistributionConditionedDecoder, load_decoder
+from ..pico.data import scene_images, to_pixels
+from ..pico.reader import FACTS, SceneReader, fact_labels
+from ..pico.scenes import scene_facts
+from ..pico.weights import load_reader
+from ..pipelines.condition import condition_for, serving
+from ..pipelines.decode import decode
+from ..pipelines.models import Models, load_pico
+from ..types import Condition
+from .frechet import FrechetStatistics, features_of, frechet_distance
+from .kept import write_text
+from .quality import psnr, ssim
+
+#: Row -> column -> value. A column with a colon ("frechet: heart") is a detail of the column before the colon.
+Rows = dict[str, dict[str, float]]
+
+SERVED = "DCDD as served"
+READ = ("shape", "colour", "texture", "place")
+STEP_COUNTS = (5, 10, 15, 20, 25, 30, 35)
+T = TypeVar("T")
+
+
+@dataclass
+class Tally:
+    """What is kept of one row's pictures."""
+
+    features: list[torch.Tensor] = field(default_factory=list)
+    answers: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {name: [] for name in FACTS})
+    scores: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"ssim": [], "psnr": [], "perceptual": []})
+
+    def add(self, reader: SceneReader, pictures: torch.Tensor, truth: torch.Tensor | None) -> None:
+        """Pictures [B, 3, S, S] in -1..1, with the pictures they reconstruct, or None."""
+        self.features.append(features_of(pictures, reader.frechet_features))
+        for name, logits in reader(pictures).items():
+            self.answers[name].append(logits.argmax(1).cpu())
+        if truth is not None:
+            self.scores["ssim"].append(ssim(truth, pictures))
+            self.scores["psnr"].append(psnr(truth, pictures).cpu())
+            self.scores["perceptual"].append(reader.perceptual_distance(truth, pictures).cpu())
+
+    def row(self, real: torch.Tensor, labels: dict[str, torch.Tensor], *, by: str | None = None) -> dict[str, float]:
+        """Frechet distance to features `real` [M, F], mean scores, and the macro F1 of the facts read off the pictures.
+
+        Args:
+            by: a fact, to have the Frechet distances of its answers too, where there are two pictures to measure.
+        """
+        made = torch.cat(self.features)
+        row = {"frechet": _distance(real, made)}
+        for k, answer in enumerate(FACTS[by] if by else ()):
+            some = labels[by] == k
+            if some.sum() > 1:
+                row[f"frechet: {answer}"] = _distance(real[some], made[some])
+        row |= {name: float(torch.cat(parts).double().mean()) for name, parts in self.scores.items() if parts}
+        for name in READ:
+            read = torch.cat(self.answers[name])
+            row[f"F1 {name}"] = float(
+                multiclass_f1_score(read, labels[name][: len(read)], len(FACTS[name]), average="macro")
+            )
+        return row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The models, the held-out scenes, and how to run.
+
+    Attributes:
+        discrete: the decoder that was trained on discrete codes as long as the shipped one.
+        variants: name -> bundle of the ablation's decoders.
+    """
+
+    pico: Models
+    reader: SceneReader
+    discrete: DistributionConditionedDecoder | None = None
+    variants: Mapping[str, Path] = field(default_factory=dict)
+    images: np.ndarray
+    batch: int
+    steps: int
+    guidance: float
+
+    def scenes(self, what: str, count: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Slices of the scenes and their pixels."""
+        total = len(self.images) if count is None else min(count, len(self.images))
+        for start in tqdm(range(0, total, self.batch), desc=what, unit="batch", disable=None):
+            part = slice(start, min(total, start + self.batch))
+            yield part, to_pixels(self.images[part], self.pico.vq.device)
+
+    def paint(
+        self, decoder: DistributionConditionedDecoder, condition: Condition, part: slice, steps: int | None = None
+    ) -> torch.Tensor:
+        seeds = range(part.start, part.stop)
+        return decode(decoder, self.pico.vae, condition, seeds=seeds, steps=steps or self.steps).pixels
+
+    def real_features(self, count: int | None = None) -> torch.Tensor:
+        found = [features_of(pixels, self.reader.frechet_features) for _, pixels in self.scenes("real scenes", count)]
+        return torch.cat(found)
+
+    def labels(self, count: int | None = None) -> dict[str, torch.Tensor]:
+        return fact_labels(scene_facts("test", count or len(self.images)))
+
+
+def measure_reader(bench: Bench) -> Rows:
+    """How well the measuring network reads real scenes; its distances mean little below F1 .9."""
+    tally = Tally()
+    for _, pixels in bench.scenes("reader"):
+        tally.add(bench.reader, pixels, None)
+    row = tally.row(torch.cat(tally.features), bench.labels())
+    return {"real scenes": {name: value for name, value in row.items() if name != "frechet"}}
+
+
+def measure_reconstruction(bench: Bench) -> Rows:
+    """The paper's Table 2, with the decoder on discrete codes beside it."""
+    pico, tallies = bench.pico, {}
+    for part, pixels in bench.scenes("reconstruction"):
+        grid = pico.vq.encode(pixels)
+        condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
+        pictures = {
+            "VQ-VAE decode": pico.vq.decode_tokens(grid.tokens, grid.grid),
+            "VQ-VAE decode of expected codes": pico.vq.decode_vectors(condition.code_vectors, grid.grid),
+            "DCDD (LCDM + LC)": bench.paint(pico.decoder, condition, part),
+        }
+        if bench.discrete is not None:
+            of_tokens = condition_for(bench.discrete.card, grid, pico.vq.codebook)
+            pictures["diffusion decoder on discrete codes"] = bench.paint(bench.discrete, of_tokens, part)
+        for name, made in pictures.items():
+            tallies.setdefault(name, Tally()).add(bench.reader, made, pixels)
+    return _rows(bench, tallies)
+
+
+def measure_text(bench: Bench) -> Rows:
+    """The paper's Table 3: captions of the scenes to pictures, all rows from the same sampled tokens and logits."""
+    pico, tallies = bench.pico, {}
+    captions = [facts.caption() for facts in scene_facts("test", len(bench.images))]
+    for part, _ in bench.scenes("text to image"):
+        seeds = range(part.start, part.stop)
+        grid = pico.sampler.sample(captions[part], seeds=seeds, guidance=bench.guidance)
+        card, codebook = pico.decoder.card, pico.vq.codebook
+        pictures = {"VQ-VAE decode": pico.vq.decode_tokens(grid.tokens, grid.grid)}
+        ways = {
+            "DCDD, the VLM's logits (beta = 0)": "logits",
+            f"DCDD, anchored logits (beta = {card.calibration.anchor:.3g})": "anchored",
+            "DCDD, the sampled tokens alone": "tokens",
+        }
+        for name, reads in ways.items():
+            condition = condition_for(serving(card, reads=reads), grid, codebook)
+            pictures[name] = bench.paint(pico.decoder, condition, part)
+            if reads == card.reads:
+                pictures[SERVED] = pictures[name]
+        if bench.discrete is not None:
+            of_tokens = condition_for(bench.discrete.card, grid, codebook)
+            pictures["diffusion decoder on discrete codes"] = bench.paint(bench.discrete, of_tokens, part)
+        for name, made in pictures.items():
+            tallies.setdefault(name, Tally()).add(bench.reader, made, None)
+    return _rows(bench, tallies, by="shape")
+
+
+def measure_steps(bench: Bench, count: int = 512) -> Rows:
+    """The paper's Table 6, on the first scenes: the number of Euler steps."""
+    pico, tallies = bench.pico, {}
+    for part, pixels in bench.scenes("steps", count):
+        grid = pico.vq.encode(pixels)
+        condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
+        tallies.setdefault("VQ-VAE decode", Tally()).add(
+            bench.reader, pico.vq.decode_tokens(grid.tokens, grid.grid), pixels
+        )
+        for steps in STEP_COUNTS:
+            made = bench.paint(pico.decoder, condition, part, steps)
+            tallies.setdefault(f"DCDD, {steps} steps", Tally()).add(bench.reader, made, pixels)
+    return _rows(bench, tallies, count)
+
+
+def measure_variants(bench: Bench, count: int = 512) -> Rows:
+    """The paper's Table 4, on the first scenes: what a decoder is conditioned on, a row each of `bench.variants`."""
+    pico, rows = bench.pico, {}
+    real, labels = bench.real_features(count), bench.labels(count)
+    for name, path in bench.variants.items():
+        decoder = load_decoder(path, device=pico.vq.device, dtype=pico.decoder.dtype)
+        tally = Tally()
+        for part, pixels in bench.scenes(name, count):
+            condition = condition_for(decoder.card, pico.vq.encode(pixels), pico.vq.codebook)
+            tally.add(bench.reader, bench.paint(decoder, condition, part), pixels)
+        rows[name] = tally.row(real, labels)
+    return rows
+
+
+def measure_latency(bench: Bench, rounds: int = 7) -> Rows:
+    """The paper's Table 5, one picture at a time: the median seconds of each stage, after one that is not counted."""
+    pico, card = bench.pico, bench.pico.decoder.card
+    captions = [facts.caption() for facts in scene_facts("test", rounds + 1)]
+    seconds: dict[str, list[float]] = {}
+
+    def timed(stage: str, work: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        made = work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.setdefault(stage, []).append(time.perf_counter() - start)
+        return made
+
+    for k, caption in enumerate(captions):
+        grid = timed("Janus", lambda: pico.sampler.sample([caption], seeds=[k], guidance=bench.guidance))  # noqa: B023
+        timed("VQ-VAE decode", lambda: pico.vq.decode_tokens(grid.tokens, grid.grid))  # noqa: B023
+        condition = timed("LCDM", lambda: condition_for(card, grid, pico.vq.codebook))  # noqa: B023
+        timed(f"DCDD, {bench.steps} steps", lambda: bench.paint(pico.decoder, condition, slice(k, k + 1)))  # noqa: B023
+    return {stage: {"seconds": statistics.median(times[1:])} for stage, times in seconds.items()}
+
+
+def measure_calibration(bench: Bench, count: int = 100) -> Rows:
+    """The paper's Table 1: the VLM beside raw and calibrated proxies, on captions it was not fitted on."""
+    pico = bench.pico
+    captions = [facts.caption() for facts in scene_facts("test", count)]
+    chunk = min(bench.batch, 25)
+    sampled = [
+        pico.sampler.sample(captions[k : k + chunk], seeds=range(k, min(count, k + chunk)), guidance=bench.guidance)
+        for k in range(0, count, chunk)
+    ]
+    proxies = [pico.vq.encode(pixels) for _, pixels in bench.scenes("calibration", count)]
+    columns = {
+        "Janus": describe_logits(sampled, pico.vq.codebook),
+        "raw proxies": describe_logits(proxies, pico.vq.codebook),
+        "calibrated proxies": describe_logits(proxies, pico.vq.codebook, pico.decoder.card.calibration),
+    }
+    return {column: _statistics_row(found) for column, found in columns.items()}
+
+
+_SINGLE = ("top_1", "top_2", "entropy", "tail_entropy", "otsu_threshold", "rank", "head_mass")
+
+
+def _statistics_row(found: TokenStatistics) -> dict[str, float]:
+    row = {name: float(getattr(found, name)) for name in _SINGLE}
+    return row | {f"curve: {k}": value for k, value in enumerate(found.curve)}
+
+
+def token_statistics(row: Mapping[str, float]) -> TokenStatistics:
+    """What `measure_calibration` wrote of one column, to be drawn; how many tokens were read it does not say."""
+    curve = tuple(value for name, value in row.items() if name.startswith("curve: "))
+    single = {name: row[name] for name in _SINGLE} | {"rank": round(row["rank"])}
+    return TokenStatistics(**single, curve=curve, tokens=0)
+
+
+def _rows(bench: Bench, tallies: dict[str, Tally], count: int | None = None, *, by: str | None = None) -> Rows:
+    real, labels = bench.real_features(count), bench.labels(count)
+    return {name: tally.row(real, labels, by=by) for name, tally in tallies.items()}
+
+
+def _distance(real: torch.Tensor, made: torch.Tensor) -> float:
+    return frechet_distance(FrechetStatistics.of([real]), FrechetStatistics.of([made]))
+
+
+SECTIONS: dict[str, Callable[[Bench], Rows]] = {
+    "reader": measure_reader,
+    "calibration": measure_calibration,
+    "reconstruction": measure_reconstruction,
+    "text": measure_text,
+    "steps": measure_steps,
+    "variants": measure_variants,
+    "latency": measure_latency,
+}
+TITLES = {
+    "reader": "Scene facts read off real held-out scenes by the measuring network (macro F1)",
+    "calibration": "Distributions (the paper's Table 1)",
+    "reconstruction": "Reconstruction of held-out scenes (the paper's Tables 2 and 4)",
+    "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
+    "steps": "Number of Euler steps (the paper's Table 6)",
+    "variants": "What the decoder is conditioned on (the paper's Table 4)",
+    "latency": "Where the time goes (the paper's Table 5)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is measured, how, and where the results are kept."""
+
+    out: Path
+    weights: Path
+    scenes: int = 2048
+    steps: int = 20
+    batch: int = 64
+    bf16: bool = False
+    device: str = "cpu"
+    discrete: Path | None = None
+    variants: Mapping[str, Path] = field(default_factory=dict)
+
+    def bench(self) -> Bench:
+        """The models and scenes, loaded.
+
+        Raises:
+            ValueError: as the loaders.
+        """
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        pico = load_pico(device=self.device, weights=self.weights)
+        pico.decoder.to(dtype)
+        return Bench(
+            pico=pico,
+            reader=load_reader(device=self.device, weights=self.weights),
+            discrete=load_decoder(self.discrete, device=self.device, dtype=dtype) if self.discrete else None,
+            variants=self.variants,
+            images=scene_images(self.out, "test", self.scenes),
+            batch=self.batch,
+            steps=self.steps,
+            guidance=pico.decoder.card.calibration.guidance,
+        )
+
+    def fingerprint(self) -> str:
+        """Of all that the numbers depend on: the weights' bytes and the settings."""
+        digest = hashlib.sha256()
+        bundles = [*([self.discrete] if self.discrete else []), *self.variants.values()]
+        for path in [*sorted(self.weights.rglob("*.safetensors")), *bundles]:
+            digest.update(path.read_bytes())
+        digest.update(repr((self.scenes, self.steps, self.bf16)).encode())
+        return digest.hexdigest()
+
+
+def measured(choice: Choice, sections: Sequence[str]) -> tuple[Bench, dict[str, Rows]]:
+    """The sections' rows, measured now or read from `<out>/<section>.json` where the weights are still the same."""
+    bench, key, results = choice.bench(), choice.fingerprint(), {}
+    for section in sections:
+        path = choice.out / f"{section}.json"
+        stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if stored.get("key") != key:
+            with torch.no_grad():
+                stored = {"key": key, "rows": SECTIONS[section](bench)}
+            write_text(path, json.dumps(stored, indent=1) + "\n")
+        results[section] = stored["rows"]
+    return bench, results

@@ -1,0 +1,344 @@
+"""The report on the embedded models, in the shape of the paper's tables: `python -m dcdd_core.evaluation.pico_report`.
+
+It writes `report.md`, plots and picture grids into `--docs`, from the sections of `pico_measures` (kept in `--out`, and
+measured where they are not there yet). What people think of the numbers is in `<docs>/causes.md`, taken over as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..models.flux import VARIANTS, load_decoder
+from ..pico.data import to_pixels
+from ..pico.scenes import scene_facts
+from ..pipelines.condition import condition_for
+from ..pipelines.models import PICO_WEIGHTS
+from .figures import labelled_grid, save_image, score_lines, statistics_sheet
+from .kept import write_text
+from .pico_measures import READ, SECTIONS, SERVED, STEP_COUNTS, Bench, Choice, Rows, measured, token_statistics
+from .text import statistics_rows
+
+_SCORES = {"frechet": "rFID ↓", "ssim": "SSIM ↑", "perceptual": "perceptual distance ↓"}
+_VQ, _OURS = "VQ-VAE decode", "DCDD (LCDM + LC)"
+_SEEDED = "{variant}, seed {seed}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A comparison that the paper makes: its words, its two figures, and where ours are (section, row, column)."""
+
+    words: str
+    theirs: tuple[float, float]
+    ours: tuple[tuple[str, str, str], tuple[str, str, str]]
+
+
+def _claim(words: str, theirs: tuple[float, float], section: str, rows: tuple[str, str], column: str) -> Claim:
+    first, second = rows
+    return Claim(words, theirs, ((section, first, column), (section, second, column)))
+
+
+#: arXiv 2603.13389, its Tables 2 (ImageNet), 3, 4 and 6.
+CLAIMS = (
+    _claim("rFID, DCDD to VQ-VAE", (0.7535, 2.8511), "reconstruction", (_OURS, _VQ), "frechet"),
+    _claim("SSIM, DCDD to VQ-VAE", (0.5957, 0.5786), "reconstruction", (_OURS, _VQ), "ssim"),
+    _claim("perceptual, DCDD to VQ-VAE", (0.1374, 0.1541), "reconstruction", (_OURS, _VQ), "perceptual"),
+    _claim("gFID, DCDD to VQ-VAE", (9.4160, 14.2888), "text", (SERVED, _VQ), "frechet"),
+    _claim("rFID, LCDM to discrete", (31.2049, 33.5081), "means", ("lcdm", "discrete"), "frechet"),
+    _claim("SSIM, LCDM to discrete", (0.4275, 0.4244), "means", ("lcdm", "discrete"), "ssim"),
+    _claim("perceptual, LCDM to discrete", (0.4009, 0.4132), "means", ("lcdm", "discrete"), "perceptual"),
+    _claim("rFID, LCDM + LC to LCDM", (30.5760, 31.2049), "means", ("lcdm+lc", "lcdm"), "frechet"),
+    _claim("SSIM, LCDM + LC to LCDM", (0.4360, 0.4275), "means", ("lcdm+lc", "lcdm"), "ssim"),
+    _claim("perceptual, LCDM + LC to LCDM", (0.3875, 0.4009), "means", ("lcdm+lc", "lcdm"), "perceptual"),
+    _claim("rFID, 10 steps to 30", (20.8859, 17.6969), "steps", ("DCDD, 10 steps", "DCDD, 30 steps"), "frechet"),
+    _claim("SSIM, 10 steps to 30", (0.5995, 0.5954), "steps", ("DCDD, 10 steps", "DCDD, 30 steps"), "ssim"),
+)
+
+
+def variant_files(folder: Path | None) -> dict[str, Path]:
+    """The ablation's bundles in a folder, "<variant>-<seed>.safetensors", by the name of their row: seed by seed.
+
+    Raises:
+        ValueError: for a folder without any, or a variant whose seeds are not those of the others.
+    """
+    if folder is None:
+        return {}
+    seeds = {
+        name: {int(path.stem.rpartition("-")[2]): path for path in folder.glob(f"{name}-*.safetensors")}
+        for name in VARIANTS
+    }
+    counts = {name: sorted(found) for name, found in seeds.items()}
+    if not counts[VARIANTS[0]] or any(found != counts[VARIANTS[0]] for found in counts.values()):
+        raise ValueError(
+            f"{folder} holds the seeds {counts}: every variant is to have the same, at least one. "
+            "`python -m dcdd_core.pico.build --until variants` trains them"
+        )
+    return {
+        _SEEDED.format(variant=name, seed=seed): seeds[name][seed] for seed in counts[VARIANTS[0]] for name in VARIANTS
+    }
+
+
+def variant_means(rows: Rows) -> Rows:
+    """Of the seeds' rows: variant -> mean of each score, and the lowest and highest as its details."""
+    means: Rows = {}
+    for variant in VARIANTS:
+        of = [row for name, row in rows.items() if name.startswith(f"{variant}, ")]
+        means[variant] = {}
+        for column in _SCORES:
+            values = [row[column] for row in of]
+            spread = {f"{column}: lowest": min(values), f"{column}: highest": max(values)}
+            means[variant] |= {column: sum(values) / len(values)} | spread
+    return means
+
+
+def agreement(results: Mapping[str, Rows]) -> str:
+    """The paper's ratios beside ours, those that are measured, and whether they point the same way."""
+    lines = ["| | paper | pico | |", "|---|---|---|---|"]
+    for claim in CLAIMS:
+        try:
+            ours = [results[section][row][column] for section, row, column in claim.ours]
+        except KeyError:
+            lines.append(f"| {claim.words} | {claim.theirs[0] / claim.theirs[1]:.3f} | not measured | |")
+            continue
+        paper, pico = claim.theirs[0] / claim.theirs[1], ours[0] / ours[1]
+        verdict = "as in the paper" if (paper - 1) * (pico - 1) > 0 else "**the other way**"
+        lines.append(f"| {claim.words} | {paper:.3f} | {pico:.3f} | {verdict} |")
+    return "\n".join(lines)
+
+
+def report(results: Mapping[str, Rows], *, choice: Choice, command: str, causes: str) -> str:
+    """The Markdown of the report; its pictures are those of `draw`.
+
+    Args:
+        results: section -> rows, of those sections that were measured.
+        command: what measured them, without the sections' names.
+        causes: what is thought of the numbers, as Markdown.
+    """
+    results = dict(results)
+    if "variants" in results:
+        results["means"] = variant_means(results["variants"])
+    parts = [
+        "# What the embedded models show, table by table",
+        "The tables of *High-Fidelity Text-to-Image Generation from Pre-Trained Vision-Language Models via "
+        "Distribution-Conditioned Diffusion Decoding* (arXiv 2603.13389), measured on pico: "
+        f"{choice.scenes:,} held-out scenes of 96 x 96 pixels, {choice.steps} Euler steps where nothing else is said. "
+        "Frechet distances (rFID, gFID) and perceptual distances are those of the scene reader, which took no part in "
+        "any training: they compare with each other, not with Inception's and LPIPS'.",
+        "## Beside the paper\n\nRatios, so that two worlds can be compared.\n\n" + agreement(results),
+        causes.strip(),
+    ]
+
+    def section(title: str, name: str, *blocks: str) -> None:
+        if name in results:
+            by = f"Measured by `{command} --sections {name}`."
+            parts.append("\n\n".join([f"## {title}", *blocks, by]))
+
+    rows = results.get("calibration", {})
+    section(
+        "Table 1 and Figure 6: the VLM's distributions, raw and calibrated proxies",
+        "calibration",
+        _markdown(statistics_rows({name: token_statistics(row) for name, row in rows.items()})),
+        "![Table 1 and Figure 6](report/table-1.png)",
+    )
+    section(
+        "Table 2: reconstruction",
+        "reconstruction",
+        _scores(results.get("reconstruction", {})),
+        "![Held-out scenes, reconstructed](report/table-2.png)",
+    )
+    rows = results.get("text", {})
+    details = [name for name in next(iter(rows.values()), {}) if name.startswith("frechet: ")]
+    heads = ["gFID ↓", *(f"F1 {fact} ↑" for fact in READ)]
+    shapes = [name.removeprefix("frechet: ") for name in details]
+    section(
+        "Table 3: text to image",
+        "text",
+        "All rows from the same sampled tokens and logits. The facts that the reader finds in the pictures stand in "
+        "for GenEval.",
+        _table(heads, {name: [row["frechet"], *(row[f"F1 {fact}"] for fact in READ)] for name, row in rows.items()}),
+        "gFID by shape:",
+        _table(shapes, {name: [row[detail] for detail in details] for name, row in rows.items()}),
+        "![Captions, painted](report/table-3.png)",
+    )
+    rows = results.get("means", {})
+    section(
+        "Table 4: what the decoder is conditioned on",
+        "variants",
+        "Decoders trained from nothing, all equally long, each variant from "
+        f"{len(results.get('variants', {})) // len(VARIANTS)} seeds (`python -m dcdd_core.pico.build --until "
+        "variants`). The first 512 scenes; the mean, and the lowest and highest of the seeds.",
+        _markdown(
+            [
+                ["", *_SCORES.values()],
+                *([name, *(_spread(row, column) for column in _SCORES)] for name, row in rows.items()),
+            ]
+        ),
+        "![Every seed](report/table-4.png)",
+        "![The same scenes by the first seed's decoders](report/table-4-pictures.png)",
+    )
+    if "latency" in results and "text" in results:
+        section("Table 5: where the time goes", "latency", _latency(results["latency"], results["text"]))
+    section(
+        "Table 6: the number of steps",
+        "steps",
+        "On the first 512 scenes.",
+        _scores(results.get("steps", {})),
+        "![By number of steps](report/table-6.png)",
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(bench: Bench, results: Mapping[str, Rows], folder: Path, *, scenes: int = 5) -> None:
+    """Writes the plots and picture grids of the sections that were measured."""
+    if "calibration" in results:
+        columns = {name: token_statistics(row) for name, row in results["calibration"].items()}
+        save_image(statistics_sheet(columns), folder / "table-1.png")
+    if "reconstruction" in results:
+        save_image(_reconstructions(bench, scenes), folder / "table-2.png")
+    if "text" in results:
+        save_image(_generations(bench, scenes), folder / "table-3.png")
+    if "variants" in results:
+        by_seed = {name: [] for name in VARIANTS}
+        for name, row in results["variants"].items():
+            by_seed[name.partition(", ")[0]].append(row)
+        panels = {
+            head: {
+                f"seed {k}": [by_seed[name][k][column] for name in VARIANTS] for k in range(len(by_seed[VARIANTS[0]]))
+            }
+            for column, head in _SCORES.items()
+        }
+        save_image(score_lines(panels, along=VARIANTS), folder / "table-4.png")
+        save_image(_by_variants(bench, scenes), folder / "table-4-pictures.png")
+    if "steps" in results:
+        rows = results["steps"]
+        panels = {
+            head: {
+                "DCDD": [rows[f"DCDD, {count} steps"][column] for count in STEP_COUNTS],
+                _VQ: [rows[_VQ][column]] * len(STEP_COUNTS),
+            }
+            for column, head in _SCORES.items()
+        }
+        save_image(score_lines(panels, along=STEP_COUNTS, label="steps"), folder / "table-6.png")
+
+
+def _reconstructions(bench: Bench, count: int) -> Image.Image:
+    pico, part = bench.pico, slice(0, count)
+    pixels = to_pixels(bench.images[part], pico.vq.device)
+    grid = pico.vq.encode(pixels)
+    condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
+    columns = {
+        "scene": pixels,
+        _VQ: pico.vq.decode_tokens(grid.tokens, grid.grid),
+        "DCDD": bench.paint(pico.decoder, condition, part),
+    }
+    return _grid(columns, count)
+
+
+def _generations(bench: Bench, count: int) -> Image.Image:
+    pico, part = bench.pico, slice(0, count)
+    captions = [facts.caption() for facts in scene_facts("test", count)]
+    grid = pico.sampler.sample(captions, seeds=range(count), guidance=bench.guidance)
+    condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
+    columns = {
+        _VQ: pico.vq.decode_tokens(grid.tokens, grid.grid),
+        "DCDD": bench.paint(pico.decoder, condition, part),
+    }
+    return _grid(columns, count)
+
+
+def _by_variants(bench: Bench, count: int) -> Image.Image:
+    pico, part = bench.pico, slice(0, count)
+    pixels = to_pixels(bench.images[part], pico.vq.device)
+    proxies = pico.vq.encode(pixels)
+    columns = {"scene": pixels}
+    for variant in VARIANTS:
+        path = next(path for name, path in bench.variants.items() if name.startswith(f"{variant}, "))
+        decoder = load_decoder(path, device=pico.vq.device, dtype=pico.decoder.dtype)
+        columns[variant] = bench.paint(decoder, condition_for(decoder.card, proxies, pico.vq.codebook), part)
+    return _grid(columns, count)
+
+
+def _grid(columns: Mapping[str, torch.Tensor], count: int) -> Image.Image:
+    captions = [facts.caption() for facts in scene_facts("test", count)]
+    rows = [[pixels[i] for pixels in columns.values()] for i in range(count)]
+    return labelled_grid(rows, columns=list(columns), captions=captions)
+
+
+def _scores(rows: Rows) -> str:
+    return _table(list(_SCORES.values()), {name: [row[column] for column in _SCORES] for name, row in rows.items()})
+
+
+def _spread(row: Mapping[str, float], column: str) -> str:
+    return f"{row[column]:.4g} ({row[f'{column}: lowest']:.4g} to {row[f'{column}: highest']:.4g})"
+
+
+def _latency(stages: Rows, text: Rows) -> str:
+    seconds = {name: row["seconds"] for name, row in stages.items()}
+    plain = seconds["Janus"] + seconds[_VQ]
+    ours = sum(value for name, value in seconds.items() if name != _VQ)
+    split = _table(["seconds"], {name: [value] for name, value in seconds.items()})
+    trade = _markdown(
+        [
+            ["", "gFID ↓", "seconds ↓"],
+            ["Janus + VQ-VAE", f"{text[_VQ]['frechet']:.4g}", f"{plain:.4g}"],
+            ["Janus + DCDD", f"{text[SERVED]['frechet']:.4g}", f"{ours:.4g}"],
+            ["change", f"{text[SERVED]['frechet'] / text[_VQ]['frechet'] - 1:+.1%}", f"{ours / plain - 1:+.1%}"],
+        ]
+    )
+    words = (
+        "One picture at a time, the median of seven, on the machine that wrote this report. In the paper (Janus-Pro 7B "
+        "and FLUX.1-Fill on a GPU): 11.86 s with the VQ-VAE, 15.56 s with the decoder, +31.2 %. pico's language model "
+        "is some thousand times smaller than its namesake, and so is its decoder: how the two share the time says "
+        "nothing of the real ones."
+    )
+    return f"{words}\n\n{split}\n\n{trade}"
+
+
+def _table(heads: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
+    return _markdown([["", *heads], *([name, *(f"{value:.4g}" for value in values)] for name, values in rows.items())])
+
+
+def _markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of its head and its rows."""
+    head, *rows = ("| " + " | ".join(row) + " |" for row in cells)
+    return "\n".join([head, "|---" * len(cells[0]) + "|", *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the report is written")
+    parser.add_argument("--out", type=Path, default=Path("out/table"), help="where the measurements are kept")
+    parser.add_argument("--scenes", type=int, default=2048)
+    parser.add_argument("--weights", type=Path, default=PICO_WEIGHTS)
+    parser.add_argument("--discrete", type=Path, help="bundle of the decoder trained on discrete codes (not shipped)")
+    parser.add_argument("--variants", type=Path, help="folder of the ablation's bundles (not shipped)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--bf16", action="store_true", help="run the diffusion transformers in bfloat16")
+    chosen = parser.parse_args()
+    options = vars(chosen)
+    docs, folder = options.pop("docs"), options.pop("variants")
+    choice = Choice(**options, variants=variant_files(folder))
+    sections = [name for name in SECTIONS if name != "variants" or choice.variants]
+    bench, results = measured(choice, sections)
+    with torch.no_grad():
+        draw(bench, results, docs / "report")
+    causes = docs / "causes.md"
+    text = report(
+        results,
+        choice=choice,
+        command="python -m dcdd_core.evaluation.pico_table",
+        causes=causes.read_text("utf-8") if causes.exists() else "",
+    )
+    write_text(docs / "report.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

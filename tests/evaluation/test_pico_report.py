@@ -1,0 +1,89 @@
+"""The report on a handful of scenes and made-up numbers: every table is there, and says what was measured."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcdd_core.evaluation import pico_measures, pico_report
+from dcdd_core.evaluation.pico_measures import Choice, token_statistics
+from dcdd_core.evaluation.pico_report import CLAIMS, agreement, report, variant_files, variant_means
+from dcdd_core.models.flux import VARIANTS, load_decoder, save_bundle
+from tests.tiny import random_pico
+
+SCORES = ("frechet", "ssim", "perceptual")
+
+
+def seeds(**of):
+    """Rows of two seeds: a variant's scores, and the same and a tenth more."""
+    return {
+        f"{name}, seed {seed}": {column: value * (1 + seed / 10) for column, value in zip(SCORES, values)}
+        for seed in range(2)
+        for name, values in of.items()
+    }
+
+
+def test_means_and_spread_are_those_of_the_seeds():
+    means = variant_means(seeds(**{"discrete": (2, 1, 4), "lcdm": (1, 1, 1), "lcdm+lc": (3, 1, 1)}))
+    assert list(means) == list(VARIANTS)
+    row = means["discrete"]
+    assert (row["frechet"], row["frechet: lowest"], row["frechet: highest"]) == pytest.approx((2.1, 2, 2.2))
+    assert means["lcdm+lc"]["frechet"] == pytest.approx(3.15)
+
+
+def test_agreement_compares_directions():
+    rows = {"DCDD (LCDM + LC)": dict.fromkeys(SCORES, 0.5), "VQ-VAE decode": dict.fromkeys(SCORES, 1.0)}
+    lines = agreement({"reconstruction": rows}).splitlines()[2:]
+    assert len(lines) == len(CLAIMS)
+    assert lines[0].endswith("| 0.264 | 0.500 | as in the paper |")
+    assert lines[1].endswith("| 1.030 | 0.500 | **the other way** |")
+    assert lines[3].endswith("| 0.659 | not measured | |")
+
+
+def test_variants_are_found_seed_by_seed(tmp_path):
+    assert variant_files(None) == {}
+    for seed in (1, 0):
+        for name in VARIANTS:
+            (tmp_path / f"{name}-{seed}.safetensors").touch()
+    found = variant_files(tmp_path)
+    assert list(found) == [f"{name}, seed {seed}" for seed in (0, 1) for name in VARIANTS]
+    assert found["lcdm+lc, seed 1"] == tmp_path / "lcdm+lc-1.safetensors"
+    (tmp_path / "lcdm-0.safetensors").unlink()
+    with pytest.raises(ValueError, match="every variant is to have the same"):
+        variant_files(tmp_path)
+    with pytest.raises(ValueError, match="until variants"):
+        variant_files(tmp_path / "nothing")
+
+
+def test_what_was_not_measured_has_no_table():
+    text = report({}, choice=Choice(out=Path(), weights=Path()), command="measure", causes="Because.")
+    assert "Because." in text and text.count("not measured") == len(CLAIMS) and "Table 4:" not in text
+
+
+@pytest.mark.slow
+def test_the_whole_report_in_small(tmp_path, monkeypatch):
+    weights = random_pico(tmp_path / "weights")
+    decoder = load_decoder(weights / "decoder.safetensors", dtype=torch.float32, fold=False)
+    for name in VARIANTS:
+        save_bundle(tmp_path / "variants" / f"{name}-0.safetensors", decoder, dtype=torch.float16)
+    monkeypatch.setattr(pico_measures, "STEP_COUNTS", (1, 10, 30))
+    monkeypatch.setattr(pico_report, "STEP_COUNTS", (1, 10, 30))
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "causes.md").write_text("Random weights agree with nothing.")
+    folders = ["--docs", docs, "--out", tmp_path / "out", "--weights", weights, "--variants", tmp_path / "variants"]
+    arguments = [*map(str, folders), "--scenes", "5", "--steps", "1", "--batch", "3"]
+    monkeypatch.setattr(sys, "argv", ["report", *arguments])
+    pico_report.main()
+    text = (docs / "report.md").read_text()
+    assert all(f"## Table {k}" in text for k in range(1, 7)) and "Random weights agree" in text
+    assert "not measured" not in text and "nan" not in text
+    pictures = {path.name for path in (docs / "report").iterdir()}
+    assert all(f"report/{name}" in text for name in pictures) and len(pictures) == 6
+
+
+def test_token_statistics_come_back_from_a_row():
+    single = dict.fromkeys(("top_1", "top_2", "entropy", "tail_entropy", "otsu_threshold", "head_mass"), 0.25)
+    found = token_statistics(single | {"rank": 2.0, "curve: 0": 0.25, "curve: 1": 0.125})
+    assert (found.top_1, found.rank, found.curve) == (0.25, 2, (0.25, 0.125))
