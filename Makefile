@@ -32,10 +32,10 @@ demo: $(READY) ## a prompt becomes a picture with the embedded models: out/demo.
 	$(RUN) -m dcdd_core.cli demo --out out/demo.png
 
 table: $(READY) ## measure the embedded models: the table of the README
-	$(RUN) -m dcdd_core.evaluation.pico_table
+	$(RUN) -m dcdd_core.pico.table
 
 report: $(READY) ## the paper's tables measured on the embedded models: docs/report.md
-	$(RUN) -m dcdd_core.evaluation.pico_report
+	$(RUN) -m dcdd_core.pico.report
 
 bench: $(READY) ## speed and memory against the plain ways, as Markdown; draws docs/growth.png
 	$(RUN) -m benchmarks
@@ -48,5 +48,5 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(RUN) || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("constraints.txt needs Python >= 3.11, this is %s: make PYTHON=..." % sys.version.split()[0])'
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt $$(grep -E '^(setuptools|torch)==' constraints.txt)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,train,eval]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,train,eval,int8]'
 	@touch $@

@@ -47,6 +47,9 @@ DEMO_PROMPTS = (
 )
 DEMO_SCENES = (4, 12, 25, 44)
 _MOST_TOKENS = 64 * 64
+#: Options that choose real models, and those that say how they are held, with their names in `load_models`.
+_OF_REAL = ("decoder", "vae", "base", "dtype")
+_HELD = {"janus_int8": "int8", "decoder_8bit": "eight_bit", "stream": "streamed", "compile": "compiled"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -294,9 +297,9 @@ def _device(chosen: argparse.Namespace) -> torch.device:
 def _load(chosen: argparse.Namespace, *, with_sampler: bool = True) -> Models:
     device = _device(chosen)
     if chosen.janus is None:
-        own = {"--decoder": chosen.decoder, "--vae": chosen.vae, "--base": chosen.base, "--dtype": chosen.dtype}
-        if any(value is not None for value in own.values()):
-            raise ValueError(f"{', '.join(own)} go with --janus; without it the embedded models are used")
+        given = [f"--{name.replace('_', '-')}" for name in (*_OF_REAL, *_HELD) if getattr(chosen, name)]
+        if given:
+            raise ValueError(f"{', '.join(given)} goes with --janus; without it the embedded models are used")
         return load_pico(device=device, with_sampler=with_sampler)
     return load_models(
         janus=chosen.janus,
@@ -306,6 +309,7 @@ def _load(chosen: argparse.Namespace, *, with_sampler: bool = True) -> Models:
         device=device,
         dtype=getattr(torch, chosen.dtype or "float32"),
         with_sampler=with_sampler,
+        **{name: getattr(chosen, option) for option, name in _HELD.items()},
     )
 
 
@@ -486,6 +490,10 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--vae", type=Path, metavar="PATH", help="the decoder's autoencoder, file or folder")
     group.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it, file or folder")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    group.add_argument("--janus-int8", action="store_true", help="hold the language model's layers in 8 bits (torchao)")
+    group.add_argument("--decoder-8bit", action="store_true", help="hold the diffusion decoder's layers in 8 bits")
+    group.add_argument("--stream", action="store_true", help="keep the diffusion decoder in RAM, a block on the device")
+    group.add_argument("--compile", action="store_true", help="compile the diffusion decoder's blocks")
 
     running = argparse.ArgumentParser(add_help=False)
     running.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")

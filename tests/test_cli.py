@@ -253,3 +253,30 @@ def test_a_folder_of_one_s_own_works_without_a_decoder(tmp_path):
     assert main(["generate", "a red circle", "--janus", str(folder), "--out", str(tmp_path / "a.png")]) == 0
     assert size(tmp_path / "a.png") == (16, 16)
     assert main(["generate", "a red circle", "--janus", str(folder), "--steps", "3"]) == 1
+
+
+def test_how_models_are_held_reaches_their_loaders(tmp_path, monkeypatch, capsys):
+    real = ["--janus", str(tmp_path), "--decoder", "d.safetensors", "--vae", "v"]
+    held = ["--janus-int8", "--decoder-8bit", "--stream", "--compile"]
+    seen = {}
+
+    def load(**options):
+        seen.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(cli, "load_models", load)
+    assert main(["generate", PROMPT, *real, *held]) == 1
+    assert all(seen[name] is True for name in ("int8", "eight_bit", "streamed", "compiled"))
+    assert main(["generate", PROMPT, *real]) == 1
+    assert all(seen[name] is False for name in ("int8", "eight_bit", "streamed", "compiled"))
+    capsys.readouterr()
+    assert main(["generate", PROMPT, "--stream"]) == 1 and "--stream goes with --janus" in capsys.readouterr().err
+
+
+def test_a_decoder_in_eight_bits_paints(tmp_path):
+    weights = pipelines_models.PICO_WEIGHTS
+    real = ["--janus", weights / "janus", "--decoder", weights / "decoder.safetensors", "--vae", weights / "vae"]
+    out = tmp_path / "a.png"
+    held = ["--decoder-8bit", "--dtype", "bfloat16", "--steps", "2", "--out"]
+    assert main(["generate", PROMPT, *map(str, real), *held, str(out)]) == 0
+    assert size(out) == (96, 96)

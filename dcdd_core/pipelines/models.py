@@ -73,6 +73,10 @@ def load_models(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     with_sampler: bool = True,
+    int8: bool = False,
+    eight_bit: bool = False,
+    streamed: bool = False,
+    compiled: bool = False,
 ) -> Models:
     """Loads real models.
 
@@ -82,6 +86,8 @@ def load_models(
         base: the FLUX.1-Fill transformer, where the bundle does not hold every weight. It and the autoencoder may be
             diffusers folders or single files (`models.flux_files`).
         with_sampler: False leaves the language model on the disk: pictures need only its VQ part.
+        int8: how the language model is held (`JanusSampler.load`).
+        eight_bit, streamed, compiled: how the diffusion decoder is (`load_decoder`).
         dtype: of the language model and the transformer; the VQ-VAE and the autoencoder stay in float32.
 
     Raises:
@@ -93,7 +99,11 @@ def load_models(
         )
     return Models(
         vq=VQTokenizer.load(janus, device=device, dtype=torch.float32),
-        sampler=JanusSampler.load(janus, device=device, dtype=dtype) if with_sampler else None,
+        sampler=JanusSampler.load(janus, device=device, dtype=dtype, int8=int8) if with_sampler else None,
         vae=KLAutoencoder(load_vae(vae, device=device, dtype=torch.float32)) if vae is not None else None,
-        decoder=load_decoder(decoder, base, device=device, dtype=dtype) if decoder is not None else None,
+        decoder=load_decoder(
+            decoder, base, device=device, dtype=dtype, eight_bit=eight_bit, streamed=streamed, compiled=compiled
+        )
+        if decoder is not None
+        else None,
     )

@@ -5,12 +5,13 @@ What measures is the scene reader that took no part in any training.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,19 +20,19 @@ import torch
 from torchmetrics.functional.classification import multiclass_f1_score
 from tqdm import tqdm
 
+from ..evaluation.frechet import FrechetStatistics, features_of, frechet_distance
+from ..evaluation.kept import write_text
+from ..evaluation.quality import psnr, ssim
 from ..method.statistics import TokenStatistics, describe_logits
-from ..models.flux import DistributionConditionedDecoder, load_decoder
-from ..pico.data import scene_images, to_pixels
-from ..pico.reader import FACTS, SceneReader, fact_labels
-from ..pico.scenes import scene_facts
-from ..pico.weights import load_reader
+from ..models.flux import VARIANTS, DistributionConditionedDecoder, load_decoder
 from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
-from ..pipelines.models import Models, load_pico
+from ..pipelines.models import PICO_WEIGHTS, Models, load_pico
 from ..types import Condition
-from .frechet import FrechetStatistics, features_of, frechet_distance
-from .kept import write_text
-from .quality import psnr, ssim
+from .data import scene_images, to_pixels
+from .reader import FACTS, SceneReader, fact_labels
+from .scenes import scene_facts
+from .weights import load_reader
 
 #: Row -> column -> value. A column with a colon ("frechet: heart") is a detail of the column before the colon.
 Rows = dict[str, dict[str, float]]
@@ -344,3 +345,44 @@ def measured(choice: Choice, sections: Sequence[str]) -> tuple[Bench, dict[str, 
             write_text(path, json.dumps(stored, indent=1) + "\n")
         results[section] = stored["rows"]
     return bench, results
+
+
+def variant_files(folder: Path | None) -> dict[str, Path]:
+    """The ablation's bundles in a folder, "<variant>-<seed>.safetensors", by the name of their row: seed by seed.
+
+    Raises:
+        ValueError: for a folder without any, or a variant whose seeds are not those of the others.
+    """
+    if folder is None:
+        return {}
+    seeds = {
+        name: {int(path.stem.rpartition("-")[2]): path for path in folder.glob(f"{name}-*.safetensors")}
+        for name in VARIANTS
+    }
+    counts = {name: sorted(found) for name, found in seeds.items()}
+    if not counts[VARIANTS[0]] or any(found != counts[VARIANTS[0]] for found in counts.values()):
+        raise ValueError(
+            f"{folder} holds the seeds {counts}: every variant is to have the same, at least one. "
+            "`python -m dcdd_core.pico.build --until variants` trains them"
+        )
+    return {f"{name}, seed {seed}": seeds[name][seed] for seed in counts[VARIANTS[0]] for name in VARIANTS}
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Choice]:
+    """Adds to a command's options those that say what is measured, and reads them: first the command's own.
+
+    Raises:
+        ValueError: as `variant_files`.
+    """
+    parser.add_argument("--out", type=Path, default=Path("out/table"), help="where the measurements are kept")
+    parser.add_argument("--scenes", type=int, default=Choice.scenes)
+    parser.add_argument("--weights", type=Path, default=PICO_WEIGHTS)
+    parser.add_argument("--discrete", type=Path, help="bundle of the decoder trained on discrete codes (not shipped)")
+    parser.add_argument("--variants", type=Path, help="folder of the ablation's bundles (not shipped)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=Choice.steps)
+    parser.add_argument("--batch", type=int, default=Choice.batch)
+    parser.add_argument("--bf16", action="store_true", help="run the diffusion transformers in bfloat16")
+    chosen = parser.parse_args()
+    own = {name: chosen.__dict__.pop(name) for name in [one.name for one in fields(Choice)]}
+    return chosen, Choice(**own | {"variants": variant_files(own["variants"])})

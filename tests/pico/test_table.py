@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from dcdd_core.evaluation import pico_measures, pico_table
-from dcdd_core.evaluation.pico_measures import SECTIONS, SERVED, TITLES, Tally
-from dcdd_core.evaluation.pico_table import TABLE, markdown, verdicts
+from dcdd_core.pico import measures, table
 from dcdd_core.pico.data import to_pixels
+from dcdd_core.pico.measures import SECTIONS, SERVED, TITLES, Tally
 from dcdd_core.pico.reader import SceneReader, fact_labels
 from dcdd_core.pico.scenes import SHAPES, render_scene
+from dcdd_core.pico.table import TABLE, markdown, verdicts
 from tests.tiny import random_pico
 
 
@@ -20,21 +20,21 @@ from tests.tiny import random_pico
 @pytest.mark.parametrize("options", [[], ["--bf16"]])
 def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys, options):
     weights = random_pico(tmp_path / "weights")
-    monkeypatch.setattr(pico_measures, "STEP_COUNTS", (1, 2))
+    monkeypatch.setattr(measures, "STEP_COUNTS", (1, 2))
     arguments = ["--out", str(tmp_path), "--weights", str(weights), "--scenes", "4", "--steps", "1", "--batch", "2"]
     monkeypatch.setattr(sys, "argv", ["table", *arguments, *options])
-    pico_table.main()
+    table.main()
     text = (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
     assert all(TITLES[section] in text for section in TABLE) and SERVED in text and "nan" not in text
     assert "times the diffusion decoder's" in text and "frechet: " not in text
-    monkeypatch.setattr(pico_measures, "SECTIONS", dict.fromkeys(SECTIONS))  # nothing may be measured a second time
-    pico_table.main()
+    monkeypatch.setattr(measures, "SECTIONS", dict.fromkeys(SECTIONS))  # nothing may be measured a second time
+    table.main()
     stored = json.loads((tmp_path / "reader.json").read_text())
     stored["key"] = "of other weights"
     (tmp_path / "reader.json").write_text(json.dumps(stored))
     with pytest.raises(TypeError):
-        pico_table.main()
+        table.main()
 
 
 @torch.no_grad()

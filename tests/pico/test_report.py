@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcdd_core.evaluation import pico_measures, pico_report
-from dcdd_core.evaluation.pico_measures import Choice, token_statistics
-from dcdd_core.evaluation.pico_report import CLAIMS, agreement, report, variant_files, variant_means
 from dcdd_core.models.flux import VARIANTS, load_decoder, save_bundle
+from dcdd_core.pico import measures
+from dcdd_core.pico import report as pico_report
+from dcdd_core.pico.measures import Choice, token_statistics, variant_files
+from dcdd_core.pico.report import CLAIMS, agreement, report, variant_means
 from tests.tiny import random_pico
 
 SCORES = ("frechet", "ssim", "perceptual")
@@ -67,7 +68,7 @@ def test_the_whole_report_in_small(tmp_path, monkeypatch):
     decoder = load_decoder(weights / "decoder.safetensors", dtype=torch.float32, fold=False)
     for name in VARIANTS:
         save_bundle(tmp_path / "variants" / f"{name}-0.safetensors", decoder, dtype=torch.float16)
-    monkeypatch.setattr(pico_measures, "STEP_COUNTS", (1, 10, 30))
+    monkeypatch.setattr(measures, "STEP_COUNTS", (1, 10, 30))
     monkeypatch.setattr(pico_report, "STEP_COUNTS", (1, 10, 30))
     docs = tmp_path / "docs"
     docs.mkdir()

@@ -1,6 +1,6 @@
-"""The report on the embedded models, in the shape of the paper's tables: `python -m dcdd_core.evaluation.pico_report`.
+"""The report on the embedded models, in the shape of the paper's tables: `python -m dcdd_core.pico.report`.
 
-It writes `report.md`, plots and picture grids into `--docs`, from the sections of `pico_measures` (kept in `--out`, and
+It writes `report.md`, plots and picture grids into `--docs`, from the sections of `measures` (kept in `--out`, and
 measured where they are not there yet). What people think of the numbers is in `<docs>/causes.md`, taken over as it is.
 """
 
@@ -14,19 +14,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..evaluation.figures import labelled_grid, save_image, score_lines, statistics_sheet
+from ..evaluation.kept import write_text
+from ..evaluation.text import statistics_rows
 from ..models.flux import VARIANTS, load_decoder
-from ..pico.data import to_pixels
-from ..pico.scenes import scene_facts
 from ..pipelines.condition import condition_for
-from ..pipelines.models import PICO_WEIGHTS
-from .figures import labelled_grid, save_image, score_lines, statistics_sheet
-from .kept import write_text
-from .pico_measures import READ, SECTIONS, SERVED, STEP_COUNTS, Bench, Choice, Rows, measured, token_statistics
-from .text import statistics_rows
+from .data import to_pixels
+from .measures import READ, SECTIONS, SERVED, STEP_COUNTS, Bench, Choice, Rows, measured, parse, token_statistics
+from .scenes import scene_facts
 
 _SCORES = {"frechet": "rFID ↓", "ssim": "SSIM ↑", "perceptual": "perceptual distance ↓"}
 _VQ, _OURS = "VQ-VAE decode", "DCDD (LCDM + LC)"
-_SEEDED = "{variant}, seed {seed}"
 
 
 @dataclass(frozen=True)
@@ -58,29 +56,6 @@ CLAIMS = (
     _claim("rFID, 10 steps to 30", (20.8859, 17.6969), "steps", ("DCDD, 10 steps", "DCDD, 30 steps"), "frechet"),
     _claim("SSIM, 10 steps to 30", (0.5995, 0.5954), "steps", ("DCDD, 10 steps", "DCDD, 30 steps"), "ssim"),
 )
-
-
-def variant_files(folder: Path | None) -> dict[str, Path]:
-    """The ablation's bundles in a folder, "<variant>-<seed>.safetensors", by the name of their row: seed by seed.
-
-    Raises:
-        ValueError: for a folder without any, or a variant whose seeds are not those of the others.
-    """
-    if folder is None:
-        return {}
-    seeds = {
-        name: {int(path.stem.rpartition("-")[2]): path for path in folder.glob(f"{name}-*.safetensors")}
-        for name in VARIANTS
-    }
-    counts = {name: sorted(found) for name, found in seeds.items()}
-    if not counts[VARIANTS[0]] or any(found != counts[VARIANTS[0]] for found in counts.values()):
-        raise ValueError(
-            f"{folder} holds the seeds {counts}: every variant is to have the same, at least one. "
-            "`python -m dcdd_core.pico.build --until variants` trains them"
-        )
-    return {
-        _SEEDED.format(variant=name, seed=seed): seeds[name][seed] for seed in counts[VARIANTS[0]] for name in VARIANTS
-    }
 
 
 def variant_means(rows: Rows) -> Rows:
@@ -312,31 +287,19 @@ def _markdown(cells: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the report is written")
-    parser.add_argument("--out", type=Path, default=Path("out/table"), help="where the measurements are kept")
-    parser.add_argument("--scenes", type=int, default=2048)
-    parser.add_argument("--weights", type=Path, default=PICO_WEIGHTS)
-    parser.add_argument("--discrete", type=Path, help="bundle of the decoder trained on discrete codes (not shipped)")
-    parser.add_argument("--variants", type=Path, help="folder of the ablation's bundles (not shipped)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--bf16", action="store_true", help="run the diffusion transformers in bfloat16")
-    chosen = parser.parse_args()
-    options = vars(chosen)
-    docs, folder = options.pop("docs"), options.pop("variants")
-    choice = Choice(**options, variants=variant_files(folder))
+    chosen, choice = parse(parser)
     sections = [name for name in SECTIONS if name != "variants" or choice.variants]
     bench, results = measured(choice, sections)
     with torch.no_grad():
-        draw(bench, results, docs / "report")
-    causes = docs / "causes.md"
+        draw(bench, results, chosen.docs / "report")
+    causes = chosen.docs / "causes.md"
     text = report(
         results,
         choice=choice,
-        command="python -m dcdd_core.evaluation.pico_table",
+        command="python -m dcdd_core.pico.table",
         causes=causes.read_text("utf-8") if causes.exists() else "",
     )
-    write_text(docs / "report.md", text)
+    write_text(chosen.docs / "report.md", text)
     print(text)
 
 

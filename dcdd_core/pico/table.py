@@ -1,4 +1,4 @@
-"""The table of the embedded models: `python -m dcdd_core.evaluation.pico_table`.
+"""The table of the embedded models: `python -m dcdd_core.pico.table`.
 
 Every section is written to `<out>/<section>.json` when it is done and not measured again while the weights stay the
 same; `<out>/table.md` holds them all.
@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
+from ..evaluation.kept import write_text
 from ..models.flux import load_decoder
 from ..models.vq import VQTokenizer
-from ..pico.compute import training_operations
-from ..pico.workshop import Recipe
-from ..pipelines.models import PICO_WEIGHTS
-from .kept import write_text
-from .pico_measures import READ, SERVED, TITLES, Choice, Rows, measured
+from .compute import training_operations
+from .measures import READ, SECTIONS, SERVED, TITLES, Choice, Rows, measured, parse
+from .workshop import Recipe
 
 #: The sections of the table; the report has more.
 TABLE = ("reader", "calibration", "reconstruction", "text", "steps")
@@ -77,19 +75,9 @@ def compute(choice: Choice) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/table"))
-    parser.add_argument("--scenes", type=int, default=2048)
-    parser.add_argument("--weights", type=Path, default=PICO_WEIGHTS)
-    parser.add_argument("--discrete", type=Path, help="bundle of the decoder trained on discrete codes (not shipped)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--bf16", action="store_true", help="run the diffusion transformers in bfloat16")
-    parser.add_argument("--sections", nargs="+", default=list(TABLE), choices=list(TABLE))
-    chosen = parser.parse_args()
-    sections = chosen.__dict__.pop("sections")
-    choice = Choice(**vars(chosen))
-    _, results = measured(choice, sections)
+    parser.add_argument("--sections", nargs="+", default=list(TABLE), choices=list(SECTIONS))
+    chosen, choice = parse(parser)
+    _, results = measured(choice, chosen.sections)
     text = markdown(results) + "\n" + verdicts(results) + "\n" + compute(choice)
     write_text(choice.out / "table.md", text)
     print(text)
