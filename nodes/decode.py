@@ -191,6 +191,7 @@ class FluxDecoder(io.ComfyNode):
                 image=_some(given, first, last),
                 mask=_some(area, first, last),
                 on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
+                on_prepare=progress.step,
             )
 
         parts = host.in_parts(run, batch)

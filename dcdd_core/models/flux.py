@@ -24,7 +24,7 @@ from ..types import Calibration, Condition
 from .checkpoints import StoredTensors, find_tensors, load_strictly, misfits
 from .condition_encoder import ConditionEncoder
 from .flux_files import find_transformer
-from .flux_inference import ModulationTable, drop_text, embed_time, fold_modulations, of_text_stream
+from .flux_inference import ModulationTable, OnLayer, drop_text, embed_time, fold_modulations, of_text_stream
 
 _FORMAT = "dcdd decoder 1"
 #: What a decoder can be conditioned on: the paper's Table 4.
@@ -114,10 +114,14 @@ class DistributionConditionedDecoder(nn.Module):
         """What it computes in."""
         return self.adapter.norm.weight.dtype
 
-    def prepare(self, times: Sequence[float]) -> None:
-        """Call before steps at these times (0..1): what is computed once for all of them is computed now, if at all."""
+    def prepare(self, times: Sequence[float], *, on_layer: OnLayer | None = None) -> None:
+        """Call before steps at these times (0..1): what is computed once for all of them is computed now, if at all.
+
+        Args:
+            on_layer: see `ModulationTable.prepare`.
+        """
         if self.table is not None:
-            self.table.prepare(times, guidance=self._guidance, like=self.adapter.norm.weight)
+            self.table.prepare(times, guidance=self._guidance, like=self.adapter.norm.weight, on_layer=on_layer)
 
     def condition_tokens(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
         """The condition's share of the fused tokens, [B, N, M]; the same at every step, so computed once (Eq. 22)."""

@@ -24,6 +24,8 @@ from .checkpoints import StoredTensors
 #: Schedules whose tables are kept; one of FLUX.1-Fill's 30 steps takes 42 MB in bfloat16.
 _KEPT = 3
 _EMBEDDER = "time_text_embed."
+#: Called with (layers done, layers); may raise to stop.
+OnLayer = Callable[[int, int], None]
 
 
 def of_text_stream(name: str) -> bool:
@@ -102,16 +104,24 @@ class ModulationTable:
         self._weights = weights
         self._schedules: OrderedDict[tuple, _Schedule] = OrderedDict()
 
-    def prepare(self, times: Sequence[float], *, guidance: float | None, like: torch.Tensor) -> None:
+    def prepare(
+        self,
+        times: Sequence[float],
+        *,
+        guidance: float | None,
+        like: torch.Tensor,
+        on_layer: OnLayer | None = None,
+    ) -> None:
         """Computes the table of a schedule, unless there is one.
 
         Args:
             like: gives the dtype and the device to compute in.
+            on_layer: called with (layers done, layers) after every layer that was read; may raise to stop.
 
         Raises:
             ValueError: if the files that the weights were found in were changed, or are gone.
         """
-        self._schedule(tuple(times), guidance, like)
+        self._schedule(tuple(times), guidance, like, on_layer)
 
     def at(self, t: torch.Tensor, *, guidance: float | None, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What every modulated norm takes for its embedding at the times t [B], in order, each [B or 1, 2, 3 or 6 M].
@@ -128,10 +138,12 @@ class ModulationTable:
         rows = schedule.table[[schedule.times.index(time) for time in several]]
         return rows.to(like.device, like.dtype).split(self._widths, dim=1)
 
-    def _schedule(self, times: tuple[float, ...], guidance: float | None, like: torch.Tensor) -> _Schedule:
+    def _schedule(
+        self, times: tuple[float, ...], guidance: float | None, like: torch.Tensor, on_layer: OnLayer | None = None
+    ) -> _Schedule:
         key = (times, guidance, like.dtype)
         if key not in self._schedules:
-            table = self._compute(times, guidance, like)
+            table = self._compute(times, guidance, like, on_layer)
             self._schedules[key] = _Schedule(times=times, guidance=guidance, table=table)
             if len(self._schedules) > _KEPT:
                 self._schedules.popitem(last=False)
@@ -139,7 +151,9 @@ class ModulationTable:
         return self._schedules[key]
 
     @torch.no_grad()
-    def _compute(self, times: tuple[float, ...], guidance: float | None, like: torch.Tensor) -> torch.Tensor:
+    def _compute(
+        self, times: tuple[float, ...], guidance: float | None, like: torch.Tensor, on_layer: OnLayer | None
+    ) -> torch.Tensor:
         kind = {"dtype": like.dtype, "device": like.device}
 
         def embedder(*inputs: torch.Tensor) -> torch.Tensor:
@@ -147,15 +161,18 @@ class ModulationTable:
             weights = {name.removeprefix(_EMBEDDER): weight for name, weight in read.items()}
             return functional_call(self._embedder, weights, inputs)
 
-        def modulation(layer: str) -> torch.Tensor:
+        def modulation(k: int, layer: str) -> torch.Tensor:
             weight, bias = self._weights.read((f"{layer}.weight", f"{layer}.bias"), **kind).values()
-            return F.linear(activated, weight, bias).cpu()
+            row = F.linear(activated, weight, bias).cpu()
+            if on_layer is not None:
+                on_layer(k + 1, len(self._layers))
+            return row
 
         with torch.autocast(like.device.type, enabled=False):
             pooled = torch.zeros(len(times), self._pooled, **kind)
             t = torch.tensor(times, device=like.device)
             activated = F.silu(embed_time(embedder, t, guidance=guidance, pooled=pooled))
-            return torch.cat([modulation(layer) for layer in self._layers], dim=1)
+            return torch.cat([modulation(k, layer) for k, layer in enumerate(self._layers)], dim=1)
 
 
 def fold_modulations(transformer: FluxTransformer2DModel, weights: StoredTensors) -> ModulationTable:

@@ -15,6 +15,7 @@ from ..method.flow import euler_step, recover_clean, timesteps
 from ..method.latents import fill_input, pack, pack_mask, scale_latents, unpack, unscale_latents
 from ..method.sampling import keyed_generator
 from ..models.flux import DistributionConditionedDecoder
+from ..models.flux_inference import OnLayer
 from ..models.vae import Autoencoder
 from ..types import Condition, same_codebook
 
@@ -48,6 +49,7 @@ def decode(
     image: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     on_step: OnDecodeStep | None = None,
+    on_prepare: OnLayer | None = None,
 ) -> Decoded:
     """Paints the pictures of a condition (Eqs. 17-25).
 
@@ -58,6 +60,7 @@ def decode(
         shift: mu of the time shift; FLUX's resolution-dependent one by default.
         image, mask: for localised decoding, both or neither: [B or 1, 3, H, W] in -1..1, and [B or 1, 1, H, W] in 0..1
             where 0 is kept, 1 is painted, and anything between is painted and blended.
+        on_prepare: called with (layers read, layers) while a new schedule is prepared; may raise to stop.
 
     Raises:
         ValueError: for another tokenizer's condition, a wrong number of seeds, or image and mask that do not fit.
@@ -84,7 +87,7 @@ def decode(
     x = pack(torch.cat(noise)).to(device)  # float32: Euler steps add up small differences.
     fused = decoder.condition_tokens(condition.to(device, dtype), size)
     times = timesteps(steps, **({"image_tokens": x.shape[1]} if shift is None else {"shift": shift})).tolist()
-    decoder.prepare(times[:-1])
+    decoder.prepare(times[:-1], on_layer=on_prepare)
     for i, (now, after) in enumerate(pairwise(times)):
         t = torch.full((batch,), now)
         v = decoder(fill_input(x.to(dtype), given, area_tokens), fused, t, size).float()

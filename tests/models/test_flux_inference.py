@@ -203,6 +203,23 @@ def test_a_schedule_is_read_once_and_the_last_three_are_kept(reads, bundle):
     assert [read_for(steps) for steps in (5, 3, 4, 2)] == [once, 0, 0, once]
 
 
+def test_a_new_schedule_tells_of_its_layers_and_may_be_stopped(whole, bundle):
+    small, seen = load_decoder(bundle), []
+
+    def stop(done, total):
+        seen.append((done, total))
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small.prepare(TIMES, on_layer=stop)
+    small.prepare(TIMES, on_layer=lambda done, total: seen.append((done, total)))
+    total = seen[0][1]
+    assert total >= 3 and seen == [(1, total), (2, total), *((k + 1, total) for k in range(total))]
+    small.prepare(TIMES, on_layer=stop)  # known by now
+    torch.testing.assert_close(velocity(small, TIMES[1]), velocity(whole, TIMES[1]), rtol=1e-5, atol=1e-5)
+
+
 def test_files_that_change_after_loading_are_refused(split):
     path, base = split
     small = load_decoder(path, base)
