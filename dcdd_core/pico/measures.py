@@ -296,7 +296,7 @@ class Choice:
     out: Path
     weights: Path
     scenes: int = 2048
-    steps: int = 20
+    steps: int = 10
     batch: int = 64
     bf16: bool = False
     device: str = "cpu"
