@@ -35,10 +35,10 @@ def choose_reading(
 ) -> DecoderCard:
     """The decoder's card, with the reading whose pictures of held-out captions come closest to the held-out scenes.
 
-    All are painted with ten steps, and ten is what the card then says. Compared are the VLM's logits as they are (beta = 0, the paper), the same with the fitted anchor, and the sampled
-    tokens alone; by Frechet distance on the loss reader's features, on calibration scenes: neither the network nor the
-    scenes that the tables are made with. The distances go into `reading.json`, which is read where the models are those
-    that wrote it.
+    All are painted with ten steps, and ten is what the card then says. Compared are the VLM's logits as they are
+    (beta = 0, the paper), the same with the fitted anchor, and the sampled tokens alone; by Frechet distance on the
+    loss reader's features, on calibration scenes: neither the network nor the scenes that the tables are made with. The
+    distances go into `reading.json`, which is read where the models are those that wrote it.
     """
     card, count = decoder.card, shop.recipe.held_out_scenes
     path, of = shop.folder / "reading.json", "-".join(digest(part) for part in (sampler.model, vq.model, vae, decoder))
