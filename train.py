@@ -18,7 +18,7 @@ from dcdd_core.training import estimate
 from dcdd_core.training.optimizers import OPTIMIZERS
 from dcdd_core.training.plan import Plan
 from dcdd_core.training.recipe import DecoderTraining
-from dcdd_core.training.run import make_accelerator, run_cache, run_training
+from dcdd_core.training.run import make_accelerator, run_bundle, run_cache, run_training
 from dcdd_core.training.trainable import TRAINED
 
 COMMANDS = ("train", "cache", "estimate")
@@ -78,6 +78,9 @@ def train(chosen: argparse.Namespace) -> None:
         **{name: getattr(chosen, name) for name in ("base", "bundle", "width") if getattr(chosen, name) is not None},
     )
     accelerator = make_accelerator(chosen.out, cpu=chosen.cpu, precision=chosen.precision, tracker=chosen.tracker)
+    if chosen.bundle_now:
+        run_bundle(chosen.out, plan, accelerator=accelerator, report=accelerator.print)
+        return
     run_training(
         chosen.out,
         plan,
@@ -187,6 +190,11 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--sample-every", type=int, default=1000, help="steps")
     group.add_argument("--save-every", type=int, default=500, help="steps")
     group.add_argument("--log-every", type=int, default=10, help="steps")
+    group.add_argument(
+        "--bundle-now",
+        action="store_true",
+        help="only write the bundle of the newest checkpoint, OUT/decoder-step-N.safetensors; the run may be under way",
+    )
 
     add = commands.add_parser(
         "cache",

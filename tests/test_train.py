@@ -11,6 +11,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from diffusers import FluxTransformer2DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from dcdd_core.models.flux import load_decoder, read_card
 from dcdd_core.pipelines.condition import condition_for
@@ -77,6 +78,17 @@ def test_a_folder_of_pictures_becomes_a_bundle_that_paints(run, pico, tmp_path, 
     assert [line["step"] for line in lines] == [1, 2] and lines[1]["eval/loss"] > 0
     assert run(samples=2, **{"sample-every": 2}) == 0  # Finished: only the bundle is written again.
     assert read_log(tmp_path / "run") == lines
+
+
+def test_a_run_that_is_not_at_its_end_has_a_bundle_too(run, tmp_path, capsys):
+    assert run("--bundle-now") == 1 and "no checkpoint yet" in capsys.readouterr().err
+    assert run() == 0
+    assert run("--bundle-now") == 0
+    now, end = (tmp_path / "run" / name for name in ("decoder-step-00000002.safetensors", "decoder.safetensors"))
+    assert read_card(now) == read_card(end)
+    weights = load_file(end)
+    assert load_file(now).keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in load_file(now).items())
 
 
 def test_from_a_cache_as_from_the_pictures(run, tmp_path):

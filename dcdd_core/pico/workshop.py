@@ -37,10 +37,10 @@ class Recipe:
     vq_decoder_steps: int = 6_000
     autoencoder_steps: int = 2_400
     autoencoder_batch: int = 12
-    vae_decoder_steps: int = 4_000
+    vae_decoder_steps: int = 8_000
     guidance: float = 3.0
     calibration_images: int = 100
-    janus_steps: int = 8_000
+    janus_steps: int = 6_500
     janus_batch: int = 16
     decoder_steps: int = 8_000
     decoder_batch: int = 16

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _FORMAT = "dcdd training 1"
+_FOLDER = "checkpoints"
 _NEWEST = 2
 _REMEDY = "delete it to go on from the one before it, or move the folder away to start afresh"
 
@@ -61,13 +62,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, *, settings: Mapping[str, Any]):
-        self.folder = folder / "checkpoints"
+        self.run = folder
+        self.folder = folder / _FOLDER
         self.accelerator = accelerator
         self.settings = settings
-
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint."""
-        return max((path for path in self.folder.glob("step-*") if not path.suffix), default=None)
 
     def save(self, kept: Kept) -> None:
         """Writes a checkpoint beside the others, then renames it: killed at any moment, the one before it stays.
@@ -79,7 +77,7 @@ class Checkpoints:
         """
         whole = self.folder / f"step-{kept.step:08}"
         temporary = whole.with_suffix(".tmp")
-        before = self.newest()
+        before = newest_checkpoint(self.run)
         first = self.accelerator.is_main_process
         try:
             if first:
@@ -110,7 +108,7 @@ class Checkpoints:
         Raises:
             ValueError: if it was made under other settings, or cannot be read.
         """
-        path = self.newest()
+        path = newest_checkpoint(self.run)
         if path is None:
             return None
         try:
@@ -159,6 +157,11 @@ def leave_frozen_out(model: nn.Module) -> Callable[..., None]:
                 del state[name]
 
     return hook
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder, "step-<eight digits>"."""
+    return max((path for path in (folder / _FOLDER).glob("step-*") if not path.suffix), default=None)
 
 
 def load_average(checkpoint: Path) -> dict[str, torch.Tensor]:

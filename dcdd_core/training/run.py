@@ -19,7 +19,7 @@ from ..pipelines.decode import decode
 from .batches import Batches, Share, Source
 from .cache import CacheCard, EncodingCache, weights_digest
 from .cache_writer import write_cache
-from .checkpoint import Checkpoints, load_average
+from .checkpoint import load_average, newest_checkpoint
 from .decoder import Evaluation, train_decoder
 from .encodings import encode
 from .examples import ExampleMaker
@@ -116,7 +116,7 @@ def run_training(
     else:
         source = EncodingCache(cache)
         source.require(made_by)
-    frozen = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    frozen = _frozen(accelerator)
     decoder = plan.decoder(encoders, dtype=frozen)
     settings = {
         "encodings": asdict(made_by),
@@ -145,10 +145,29 @@ def run_training(
     path = folder / BUNDLE
     if accelerator.is_main_process:
         # Made anew: what was trained may lie in parts on many devices.
-        newest = Checkpoints(folder, accelerator, settings={}).newest()
-        plan.save(path, encoders, load_average(newest), dtype=frozen)
+        plan.save(path, encoders, load_average(newest_checkpoint(folder)), dtype=frozen)
         report(f"wrote {path}")
     accelerator.end_training()
+    return path
+
+
+def run_bundle(folder: Path, plan: Plan, *, accelerator: Accelerator, report: Callable[[str], None] = print) -> Path:
+    """Writes the bundle of the newest checkpoint of a run that need not be at its end, and may be under way.
+
+    Returns:
+        The bundle's path, which says the step.
+
+    Raises:
+        ValueError: if there is no checkpoint yet, or it is of another plan.
+    """
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise ValueError(f"{folder} has no checkpoint yet (see --save-every): there is nothing to make a bundle of")
+    path = (folder / BUNDLE).with_stem(f"{Path(BUNDLE).stem}-{newest.name}")
+    if accelerator.is_main_process:
+        encoders = plan.encoders("cpu")
+        plan.save(path, encoders, load_average(newest), dtype=_frozen(accelerator))
+        report(f"wrote {path}")
     return path
 
 
@@ -208,6 +227,11 @@ def paint_samples(
         return Evaluation(numbers={"loss": float(loss)}, sheet=Image.fromarray(sheet.cpu().numpy()))
 
     return evaluate
+
+
+def _frozen(accelerator: Accelerator) -> torch.dtype:
+    """What weights that are not trained are held in."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
 def _device(accelerator: Accelerator) -> torch.device:
