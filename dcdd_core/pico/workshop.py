@@ -37,7 +37,7 @@ class Recipe:
     vq_decoder_steps: int = 6_000
     autoencoder_steps: int = 2_400
     autoencoder_batch: int = 12
-    vae_decoder_steps: int = 8_000
+    vae_decoder_steps: int = 7_000
     guidance: float = 3.0
     calibration_images: int = 100
     janus_steps: int = 6_500
