@@ -47,8 +47,8 @@ STAGES = (
     "decoder",
     "vq-decoder",
     "vae-decoder",
-    "discrete",
     "export",
+    "discrete",
     "variants",
 )
 
@@ -93,16 +93,15 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS
     if not reached("vae-decoder"):
         return
     polished = train_vae_decoder(shop, vae, loss_reader)
-    if not reached("discrete"):
+    if not reached("export"):
         return
-    discrete = train_pico_decoder(shop, "discrete", "discrete", encodings, vq, vae, None, loss_reader)
-    save_bundle(shop.folder / "discrete.safetensors", discrete, dtype=torch.float16)  # Measured, not shipped.
-    if reached("export"):
-        logs = {stage: read_log(shop.folder / stage) for stage in HELD_OUT}
-        save_image(training_curves(logs, HELD_OUT), shop.folder / "curves.png")
-        decoder.card = choose_reading(shop, sampler, vq, polished, decoder, loss_reader)
-        models = {"janus": janus, "words": words, "vq": network, "vae": polished, "decoder": decoder}
-        export(weights, **models, reader=reader)
+    logs = {stage: read_log(shop.folder / stage) for stage in HELD_OUT}
+    save_image(training_curves(logs, HELD_OUT), shop.folder / "curves.png")
+    decoder.card = choose_reading(shop, sampler, vq, polished, decoder, loss_reader)
+    export(weights, janus=janus, words=words, vq=network, vae=polished, decoder=decoder, reader=reader)
+    if reached("discrete"):
+        discrete = train_pico_decoder(shop, "discrete", "discrete", encodings, vq, vae, None, loss_reader)
+        save_bundle(shop.folder / "discrete.safetensors", discrete, dtype=torch.float16)
     if reached("variants"):
         train_variants(shop, encodings, vq, vae, calibration, loss_reader)
 
