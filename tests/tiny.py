@@ -27,6 +27,7 @@ from dcdd_core.pico.train_autoencoder import autoencoder_config
 from dcdd_core.pico.train_decoder import transformer_config
 from dcdd_core.pico.train_janus import janus_config, pico_tokenizer
 from dcdd_core.pico.train_tokenizer import tokenizer_config
+from dcdd_core.pico.workshop import Recipe
 from dcdd_core.types import Calibration, Codebook, Condition, TokenLogits
 
 SPECIAL = ("<|begin_of_sentence|>", "<pad>", "<unk>", "<|User|>", "<|Assistant|>", "<begin_of_image>")
@@ -210,7 +211,7 @@ def random_pico(folder: Path) -> Path:
     )
     decoder = fill(DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card), 4)
     reader = fill(SceneReader(), 5)
-    export(folder, janus=janus, words=words, vq=vq, vae=vae, decoder=decoder, reader=reader)
+    export(folder, janus=janus, words=words, vq=vq, vae=vae, decoder=decoder, reader=reader, recipe=Recipe())
     return folder
 
 

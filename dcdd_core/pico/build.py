@@ -27,7 +27,7 @@ from .train_decoder import train_pico_decoder, train_variants
 from .train_janus import save_janus, train_janus
 from .train_reader import train_reader
 from .train_tokenizer import train_tokenizer, train_vq_decoder
-from .workshop import Recipe, Workshop
+from .workshop import WORK, Recipe, Workshop
 
 #: The trainings whose held-out curves are drawn, and the quantity.
 HELD_OUT = {
@@ -98,7 +98,9 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS
     logs = {stage: read_log(shop.folder / stage) for stage in HELD_OUT}
     save_image(training_curves(logs, HELD_OUT), shop.folder / "curves.png")
     decoder.card = choose_reading(shop, sampler, vq, polished, decoder, loss_reader)
-    export(weights, janus=janus, words=words, vq=network, vae=polished, decoder=decoder, reader=reader)
+    export(
+        weights, janus=janus, words=words, vq=network, vae=polished, decoder=decoder, reader=reader, recipe=shop.recipe
+    )
     if reached("discrete"):
         discrete = train_pico_decoder(shop, "discrete", "discrete", encodings, vq, vae, None, loss_reader)
         save_bundle(shop.folder / "discrete.safetensors", discrete, dtype=torch.float16)
@@ -108,7 +110,7 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "dcdd" / "pico", help="work folder")
+    parser.add_argument("--folder", type=Path, default=WORK, help="work folder")
     parser.add_argument("--weights", type=Path, default=PICO_WEIGHTS, help="where the shipped weights are written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--until", default="export", choices=STAGES, help="stop after this stage")

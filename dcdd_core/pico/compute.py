@@ -74,7 +74,7 @@ def main() -> None:
     chosen = parser.parse_args()
     vq = VQTokenizer.load(chosen.weights / "janus", dtype=torch.float32)
     decoder = load_decoder(chosen.weights / "decoder.safetensors", dtype=torch.float32, fold=False)
-    print(training_operations(vq.model, decoder, Recipe()))
+    print(training_operations(vq.model, decoder, Recipe.load(chosen.weights)))
 
 
 def _counted(loss: Callable[[], torch.Tensor]) -> int:

@@ -15,6 +15,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..models.flux import DistributionConditionedDecoder, save_bundle
 from .train_janus import save_janus
+from .workshop import Recipe
 
 #: Git keeps every copy for ever.
 MOST_BYTES = 48 * 10**6
@@ -29,6 +30,7 @@ def export(
     vae: AutoencoderKL,
     decoder: DistributionConditionedDecoder,
     reader: nn.Module,
+    recipe: Recipe,
 ) -> None:
     """Writes everything that `load_pico` and the table read, beside the folder first and then in its place.
 
@@ -47,6 +49,7 @@ def export(
     save_bundle(fresh / "decoder.safetensors", decoder, dtype=torch.float16)
     tensors = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in reader.state_dict().items()}
     save_file(tensors, fresh / "reader.safetensors")
+    recipe.save(fresh)
     size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
     if size > MOST_BYTES:
         shutil.rmtree(fresh)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from .data import scene_images, to_pixels
 from .reader import FACTS, SceneReader, fact_labels
 from .scenes import scene_facts
 from .weights import load_reader
+from .workshop import WORK
 
 #: Row -> column -> value. A column with a colon ("frechet: heart") is a detail of the column before the colon.
 Rows = dict[str, dict[str, float]]
@@ -323,21 +325,36 @@ class Choice:
             guidance=pico.decoder.card.calibration.guidance,
         )
 
-    def fingerprint(self) -> str:
-        """Of all that the numbers depend on: the weights' bytes and the settings."""
+    def fingerprint(self, section: str) -> str:
+        """Of all that a section's numbers depend on: the weights' bytes, the settings, and for times the machine."""
         digest = hashlib.sha256()
-        bundles = [*([self.discrete] if self.discrete else []), *self.variants.values()]
-        for path in [*sorted(self.weights.rglob("*.safetensors")), *bundles]:
+        bundles = {"variants": [*self.variants.values()], "latency": [], "steps": [], "reader": [], "calibration": []}
+        for path in [
+            *sorted(self.weights.rglob("*.safetensors")),
+            *bundles.get(section, filter(None, [self.discrete])),
+        ]:
             digest.update(path.read_bytes())
-        digest.update(repr((self.scenes, self.steps, self.bf16)).encode())
+        machine = (platform.node(), torch.get_num_threads()) if section == "latency" else ()
+        digest.update(repr((self.scenes, self.steps, self.bf16, self.device, machine)).encode())
         return digest.hexdigest()
+
+    def command(self, section: str) -> str:
+        """What measures a section as this does."""
+        words = {
+            name: getattr(self, name)
+            for name in ("scenes", "steps", "device")
+            if getattr(self, name) != getattr(Choice, name)
+        }
+        words |= {"bf16": ""} if self.bf16 else {}
+        options = "".join(f" --{name} {value}".rstrip() for name, value in words.items())
+        return f"python -m dcdd_core.pico.table --sections {section}{options}"
 
 
 def measured(choice: Choice, sections: Sequence[str]) -> tuple[Bench, dict[str, Rows]]:
     """The sections' rows, measured now or read from `<out>/<section>.json` where the weights are still the same."""
-    bench, key, results = choice.bench(), choice.fingerprint(), {}
+    bench, results = choice.bench(), {}
     for section in sections:
-        path = choice.out / f"{section}.json"
+        path, key = choice.out / f"{section}.json", choice.fingerprint(section)
         stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
         if stored.get("key") != key:
             with torch.no_grad():
@@ -347,22 +364,20 @@ def measured(choice: Choice, sections: Sequence[str]) -> tuple[Bench, dict[str, 
     return bench, results
 
 
-def variant_files(folder: Path | None) -> dict[str, Path]:
+def variant_files(folder: Path) -> dict[str, Path]:
     """The ablation's bundles in a folder, "<variant>-<seed>.safetensors", by the name of their row: seed by seed.
 
     Raises:
-        ValueError: for a folder without any, or a variant whose seeds are not those of the others.
+        ValueError: for a variant whose seeds are not those of the others.
     """
-    if folder is None:
-        return {}
     seeds = {
         name: {int(path.stem.rpartition("-")[2]): path for path in folder.glob(f"{name}-*.safetensors")}
         for name in VARIANTS
     }
     counts = {name: sorted(found) for name, found in seeds.items()}
-    if not counts[VARIANTS[0]] or any(found != counts[VARIANTS[0]] for found in counts.values()):
+    if any(found != counts[VARIANTS[0]] for found in counts.values()):
         raise ValueError(
-            f"{folder} holds the seeds {counts}: every variant is to have the same, at least one. "
+            f"{folder} holds the seeds {counts}: every variant is to have the same. "
             "`python -m dcdd_core.pico.build --until variants` trains them"
         )
     return {f"{name}, seed {seed}": seeds[name][seed] for seed in counts[VARIANTS[0]] for name in VARIANTS}
@@ -377,12 +392,18 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Choice]:
     parser.add_argument("--out", type=Path, default=Path("out/table"), help="where the measurements are kept")
     parser.add_argument("--scenes", type=int, default=Choice.scenes)
     parser.add_argument("--weights", type=Path, default=PICO_WEIGHTS)
-    parser.add_argument("--discrete", type=Path, help="bundle of the decoder trained on discrete codes (not shipped)")
-    parser.add_argument("--variants", type=Path, help="folder of the ablation's bundles (not shipped)")
+    parser.add_argument(
+        "--work", type=Path, default=WORK, help="of the build, with the decoders that are measured but not shipped"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=Choice.steps)
     parser.add_argument("--batch", type=int, default=Choice.batch)
     parser.add_argument("--bf16", action="store_true", help="run the diffusion transformers in bfloat16")
     chosen = parser.parse_args()
-    own = {name: chosen.__dict__.pop(name) for name in [one.name for one in fields(Choice)]}
-    return chosen, Choice(**own | {"variants": variant_files(own["variants"])})
+    own = {one.name: getattr(chosen, one.name) for one in fields(Choice) if hasattr(chosen, one.name)}
+    discrete = chosen.work / "discrete.safetensors"
+    unshipped = {
+        "discrete": discrete if discrete.exists() else None,
+        "variants": variant_files(chosen.work / "variants"),
+    }
+    return chosen, Choice(**own, **unshipped)

@@ -82,16 +82,18 @@ def agreement(results: Mapping[str, Rows]) -> str:
             continue
         paper, pico = claim.theirs[0] / claim.theirs[1], ours[0] / ours[1]
         verdict = "as in the paper" if (paper - 1) * (pico - 1) > 0 else "**the other way**"
+        (section, first, column), (_, second, _) = claim.ours
+        if section == "means" and _overlap(results[section][first], results[section][second], column):
+            verdict += ", within the seeds' spread"
         lines.append(f"| {claim.words} | {paper:.3f} | {pico:.3f} | {verdict} |")
     return "\n".join(lines)
 
 
-def report(results: Mapping[str, Rows], *, choice: Choice, command: str, causes: str) -> str:
+def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
     """The Markdown of the report; its pictures are those of `draw`.
 
     Args:
         results: section -> rows, of those sections that were measured.
-        command: what measured them, without the sections' names.
         causes: what is thought of the numbers, as Markdown.
     """
     results = dict(results)
@@ -110,8 +112,9 @@ def report(results: Mapping[str, Rows], *, choice: Choice, command: str, causes:
 
     def section(title: str, name: str, *blocks: str) -> None:
         if name in results:
-            by = f"Measured by `{command} --sections {name}`."
-            parts.append("\n\n".join([f"## {title}", *blocks, by]))
+            parts.append("\n\n".join([f"## {title}", *blocks, f"Measured by `{choice.command(name)}`."]))
+        else:
+            parts.append(f"## {title}\n\nNot measured.")
 
     rows = results.get("calibration", {})
     section(
@@ -156,8 +159,8 @@ def report(results: Mapping[str, Rows], *, choice: Choice, command: str, causes:
         "![Every seed](report/table-4.png)",
         "![The same scenes by the first seed's decoders](report/table-4-pictures.png)",
     )
-    if "latency" in results and "text" in results:
-        section("Table 5: where the time goes", "latency", _latency(results["latency"], results["text"]))
+    latency = _latency(results["latency"], results["text"]) if {"latency", "text"} <= set(results) else ""
+    section("Table 5: where the time goes", "latency", latency)
     section(
         "Table 6: the number of steps",
         "steps",
@@ -199,6 +202,11 @@ def draw(bench: Bench, results: Mapping[str, Rows], folder: Path, *, scenes: int
             for column, head in _SCORES.items()
         }
         save_image(score_lines(panels, along=STEP_COUNTS, label="steps"), folder / "table-6.png")
+
+
+def _overlap(first: Mapping[str, float], second: Mapping[str, float], column: str) -> bool:
+    (a, b), (c, d) = ((row[f"{column}: lowest"], row[f"{column}: highest"]) for row in (first, second))
+    return a <= d and c <= b
 
 
 def _reconstructions(bench: Bench, count: int) -> Image.Image:
@@ -296,7 +304,6 @@ def main() -> None:
     text = report(
         results,
         choice=choice,
-        command="python -m dcdd_core.pico.table",
         causes=causes.read_text("utf-8") if causes.exists() else "",
     )
     write_text(chosen.docs / "report.md", text)

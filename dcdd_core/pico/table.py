@@ -70,13 +70,17 @@ def compute(choice: Choice) -> str:
     """A Markdown table of what the trainings of the two decoders computed."""
     vq = VQTokenizer.load(choice.weights / "janus", dtype=torch.float32)
     decoder = load_decoder(choice.weights / "decoder.safetensors", dtype=torch.float32, fold=False)
-    return "### Operations of the trainings\n\n" + training_operations(vq.model, decoder, Recipe())
+    return "### Operations of the trainings\n\n" + training_operations(vq.model, decoder, Recipe.load(choice.weights))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sections", nargs="+", default=list(TABLE), choices=list(SECTIONS))
     chosen, choice = parse(parser)
+    if "variants" in chosen.sections and not choice.variants:
+        parser.error(
+            f"{chosen.work} holds no ablation: `python -m dcdd_core.pico.build --until variants` trains its decoders"
+        )
     _, results = measured(choice, chosen.sections)
     text = markdown(results) + "\n" + verdicts(results) + "\n" + compute(choice)
     write_text(choice.out / "table.md", text)

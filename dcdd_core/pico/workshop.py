@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..evaluation.kept import write_text
 from ..method.sampling import keyed_generator
 from .data import scene_images
 from .scenes import SceneFacts, scene_facts
+
+#: Where a build works, and where what is measured but not shipped is looked for.
+WORK = Path.home() / ".cache" / "dcdd" / "pico"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,22 @@ class Recipe:
     variant_seeds: int = 3
     compiled: bool = False
     seed: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Writes what made the weights of a folder beside them."""
+        write_text(folder / "recipe.json", json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Recipe:
+        """The recipe of the weights in a folder.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        try:
+            return cls(**json.loads((folder / "recipe.json").read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{folder} holds no recipe of a build ({error}): `make pico` writes one") from error
 
 
 @dataclass(frozen=True, kw_only=True)

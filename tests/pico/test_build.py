@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from dcdd_core.models.flux import VARIANTS, read_card
 from dcdd_core.pico.build import build
+from dcdd_core.pico.measures import variant_files
 from dcdd_core.pico.weights import load_reader
 from dcdd_core.pico.workshop import Recipe, Workshop
 from dcdd_core.pipelines.condition import condition_for
@@ -19,11 +22,14 @@ SMALL = Recipe(
     vq_decoder_steps=2,
     autoencoder_steps=2,
     autoencoder_batch=2,
+    vae_decoder_steps=2,
     calibration_images=2,
     janus_steps=2,
     janus_batch=2,
     decoder_steps=2,
     decoder_batch=3,
+    variant_steps=1,
+    variant_seeds=2,
 )
 
 
@@ -36,12 +42,22 @@ def test_the_whole_build_in_small(tmp_path):
     tokenizer = (tmp_path / "work" / "tokenizer" / "checkpoint.pt").stat().st_mtime_ns
     build(shop, weights=tmp_path / "weights")
     assert (tmp_path / "work" / "tokenizer" / "checkpoint.pt").stat().st_mtime_ns == tokenizer
+    assert Recipe.load(tmp_path / "weights") == SMALL
     models = load_pico(weights=tmp_path / "weights")
     load_reader(weights=tmp_path / "weights")
     grid = models.sampler.sample(["a red circle"], seeds=[0], guidance=models.decoder.card.calibration.guidance)
     condition = condition_for(models.decoder.card, grid, models.vq.codebook)
     painted = decode(models.decoder, models.vae, condition, seeds=[0], steps=2).pixels
     assert painted.shape == (1, 3, 96, 96) and torch.isfinite(painted).all()
+    exported = (tmp_path / "weights" / "decoder.safetensors").read_bytes()
+    build(shop, until="variants", weights=tmp_path / "weights")
+    assert len(exported) == (tmp_path / "weights" / "decoder.safetensors").stat().st_size
+    found = variant_files(tmp_path / "work" / "variants")
+    assert len(found) == 2 * len(VARIANTS)
+    assert {read_card(path).variant for path in found.values()} == set(VARIANTS)
+    assert read_card(tmp_path / "work" / "discrete.safetensors").variant == "discrete"
+    first, second = (load_file(found[f"lcdm, seed {seed}"]) for seed in (0, 1))
+    assert any(not torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_an_unknown_stage_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """The report on a handful of scenes and made-up numbers: every table is there, and says what was measured."""
 
+import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 from dcdd_core.models.flux import VARIANTS, load_decoder, save_bundle
 from dcdd_core.pico import measures
 from dcdd_core.pico import report as pico_report
-from dcdd_core.pico.measures import Choice, token_statistics, variant_files
+from dcdd_core.pico.measures import SECTIONS, Choice, parse, token_statistics, variant_files
 from dcdd_core.pico.report import CLAIMS, agreement, report, variant_means
+from dcdd_core.pipelines.models import PICO_WEIGHTS
 from tests.tiny import random_pico
 
 SCORES = ("frechet", "ssim", "perceptual")
@@ -42,8 +45,16 @@ def test_agreement_compares_directions():
     assert lines[3].endswith("| 0.659 | not measured | |")
 
 
+def test_agreement_says_where_seeds_differ_more_than_variants():
+    rows = {"discrete": (2, 1, 4), "lcdm": (1.9, 1.3, 1), "lcdm+lc": (1, 1.2, 1)}
+    lines = agreement({"means": variant_means(seeds(**rows))}).splitlines()[6:]
+    assert lines[0].endswith("| 0.950 | as in the paper, within the seeds' spread |")
+    assert lines[1].endswith("| 1.300 | as in the paper |")
+    assert lines[4].endswith("| 0.923 | **the other way**, within the seeds' spread |")
+
+
 def test_variants_are_found_seed_by_seed(tmp_path):
-    assert variant_files(None) == {}
+    assert variant_files(tmp_path) == {}
     for seed in (1, 0):
         for name in VARIANTS:
             (tmp_path / f"{name}-{seed}.safetensors").touch()
@@ -51,15 +62,38 @@ def test_variants_are_found_seed_by_seed(tmp_path):
     assert list(found) == [f"{name}, seed {seed}" for seed in (0, 1) for name in VARIANTS]
     assert found["lcdm+lc, seed 1"] == tmp_path / "lcdm+lc-1.safetensors"
     (tmp_path / "lcdm-0.safetensors").unlink()
-    with pytest.raises(ValueError, match="every variant is to have the same"):
+    with pytest.raises(ValueError, match="every variant is to have the same.*until variants"):
         variant_files(tmp_path)
-    with pytest.raises(ValueError, match="until variants"):
-        variant_files(tmp_path / "nothing")
 
 
 def test_what_was_not_measured_has_no_table():
-    text = report({}, choice=Choice(out=Path(), weights=Path()), command="measure", causes="Because.")
-    assert "Because." in text and text.count("not measured") == len(CLAIMS) and "Table 4:" not in text
+    text = report({}, choice=Choice(out=Path(), weights=Path()), causes="Because.")
+    assert "Because." in text and text.count("not measured") == len(CLAIMS) and text.count("Not measured.") == 6
+
+
+def test_a_section_is_measured_again_when_what_it_depends_on_changed(tmp_path):
+    for name in ("weights/a", "discrete", "variant"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).with_suffix(".safetensors").write_text(name)
+    plain = Choice(out=tmp_path, weights=tmp_path / "weights")
+    more = replace(
+        plain, discrete=tmp_path / "discrete.safetensors", variants={"one": tmp_path / "variant.safetensors"}
+    )
+    changed = {section for section in SECTIONS if plain.fingerprint(section) != more.fingerprint(section)}
+    assert changed == {"reconstruction", "text", "variants"}
+    assert all(plain.fingerprint(name) != replace(plain, steps=11).fingerprint(name) for name in SECTIONS)
+    (tmp_path / "weights" / "a.safetensors").write_text("others")
+    assert all(plain.fingerprint(name) != old for name, old in [("text", more.fingerprint("text"))])
+
+
+def test_the_printed_command_measures_the_same(monkeypatch):
+    choice = Choice(out=Path("out/table"), weights=PICO_WEIGHTS, scenes=64, steps=3, bf16=True)
+    monkeypatch.setattr(sys, "argv", choice.command("steps").split()[2:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sections")
+    chosen, found = parse(parser)
+    assert chosen.sections == "steps"
+    assert found == replace(choice, discrete=found.discrete, variants=found.variants)
 
 
 @pytest.mark.slow
@@ -73,7 +107,7 @@ def test_the_whole_report_in_small(tmp_path, monkeypatch):
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "causes.md").write_text("Random weights agree with nothing.")
-    folders = ["--docs", docs, "--out", tmp_path / "out", "--weights", weights, "--variants", tmp_path / "variants"]
+    folders = ["--docs", docs, "--out", tmp_path / "out", "--weights", weights, "--work", tmp_path]
     arguments = [*map(str, folders), "--scenes", "5", "--steps", "1", "--batch", "3"]
     monkeypatch.setattr(sys, "argv", ["report", *arguments])
     pico_report.main()
