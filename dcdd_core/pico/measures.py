@@ -97,6 +97,7 @@ class Bench:
     reader: SceneReader
     discrete: DistributionConditionedDecoder | None = None
     variants: Mapping[str, Path] = field(default_factory=dict)
+    compiled: bool = False
     images: np.ndarray
     batch: int
     steps: int
@@ -198,7 +199,7 @@ def measure_variants(bench: Bench, count: int = 512) -> Rows:
     pico, rows = bench.pico, {}
     real, labels = bench.real_features(count), bench.labels(count)
     for name, path in bench.variants.items():
-        decoder = load_decoder(path, device=pico.vq.device, dtype=pico.decoder.dtype)
+        decoder = load_decoder(path, device=pico.vq.device, dtype=pico.decoder.dtype, compiled=bench.compiled)
         tally = Tally()
         for part, pixels in bench.scenes(name, count):
             condition = condition_for(decoder.card, pico.vq.encode(pixels), pico.vq.codebook)
@@ -301,6 +302,7 @@ class Choice:
     steps: int = 10
     batch: int = 64
     bf16: bool = False
+    compiled: bool = False
     device: str = "cpu"
     discrete: Path | None = None
     variants: Mapping[str, Path] = field(default_factory=dict)
@@ -312,13 +314,16 @@ class Choice:
             ValueError: as the loaders.
         """
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        pico = load_pico(device=self.device, weights=self.weights)
+        pico = load_pico(device=self.device, weights=self.weights, compiled=self.compiled)
         pico.decoder.to(dtype)
         return Bench(
             pico=pico,
             reader=load_reader(device=self.device, weights=self.weights),
-            discrete=load_decoder(self.discrete, device=self.device, dtype=dtype) if self.discrete else None,
+            discrete=load_decoder(self.discrete, device=self.device, dtype=dtype, compiled=self.compiled)
+            if self.discrete
+            else None,
             variants=self.variants,
+            compiled=self.compiled,
             images=scene_images(self.out, "test", self.scenes),
             batch=self.batch,
             steps=self.steps,
@@ -335,7 +340,8 @@ class Choice:
         ]:
             digest.update(path.read_bytes())
         machine = (platform.node(), torch.get_num_threads()) if section == "latency" else ()
-        digest.update(repr((self.scenes, self.steps, self.bf16, self.device, machine)).encode())
+        settings = (self.scenes, self.steps, self.bf16, self.compiled, self.device)
+        digest.update(repr((*settings, machine)).encode())
         return digest.hexdigest()
 
     def command(self, section: str) -> str:
@@ -345,7 +351,7 @@ class Choice:
             for name in ("scenes", "steps", "device")
             if getattr(self, name) != getattr(Choice, name)
         }
-        words |= {"bf16": ""} if self.bf16 else {}
+        words |= {flag: "" for flag, chosen in (("bf16", self.bf16), ("compile", self.compiled)) if chosen}
         options = "".join(f" --{name} {value}".rstrip() for name, value in words.items())
         return f"python -m dcdd_core.pico.table --sections {section}{options}"
 
@@ -399,6 +405,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Choice]:
     parser.add_argument("--steps", type=int, default=Choice.steps)
     parser.add_argument("--batch", type=int, default=Choice.batch)
     parser.add_argument("--bf16", action="store_true", help="run the diffusion transformers in bfloat16")
+    parser.add_argument("--compile", dest="compiled", action="store_true", help="compile their blocks")
     chosen = parser.parse_args()
     own = {one.name: getattr(chosen, one.name) for one in fields(Choice) if hasattr(chosen, one.name)}
     discrete = chosen.work / "discrete.safetensors"

@@ -39,11 +39,18 @@ class Models:
             )
 
 
-def load_pico(*, device: torch.device | str = "cpu", weights: Path | None = None, with_sampler: bool = True) -> Models:
+def load_pico(
+    *,
+    device: torch.device | str = "cpu",
+    weights: Path | None = None,
+    with_sampler: bool = True,
+    compiled: bool = False,
+) -> Models:
     """The embedded models, in float32.
 
     Args:
         weights: their folder, where it is not `PICO_WEIGHTS`.
+        with_sampler, compiled: see `load_models`.
 
     Raises:
         ValueError: if the weights are not there.
@@ -57,6 +64,7 @@ def load_pico(*, device: torch.device | str = "cpu", weights: Path | None = None
         vae=weights / "vae",
         device=device,
         with_sampler=with_sampler,
+        compiled=compiled,
     )
     models.vq.name = "pico"
     if models.sampler is not None:

@@ -87,7 +87,7 @@ def test_a_section_is_measured_again_when_what_it_depends_on_changed(tmp_path):
 
 
 def test_the_printed_command_measures_the_same(monkeypatch):
-    choice = Choice(out=Path("out/table"), weights=PICO_WEIGHTS, scenes=64, steps=3, bf16=True)
+    choice = Choice(out=Path("out/table"), weights=PICO_WEIGHTS, scenes=64, steps=3, bf16=True, compiled=True)
     monkeypatch.setattr(sys, "argv", choice.command("steps").split()[2:])
     parser = argparse.ArgumentParser()
     parser.add_argument("--sections")
