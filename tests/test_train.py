@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,6 @@ def test_over_a_base_only_what_changed_is_kept(run, pico, tmp_path):
         ({"data": "nowhere"}, "there is no file nowhere"),
         ({"resolution": 100}, "use 96 or 144"),
         ({"tracker": "nobody"}, "the tracker 'nobody' is not installed"),
-        ({"optimizer": "adamw8bit"}, "install one of them"),
         ({"steps": 0}, "steps and accumulation must be at least 1"),
         ({"vlm": "nowhere", "vae": "nowhere"}, "nowhere is not a folder"),
         ({"vlm": "nowhere"}, "give --vae"),
@@ -152,6 +152,13 @@ def test_errors_are_one_line_with_the_way_out(run, capsys, tmp_path, options, wo
     said = capsys.readouterr().err
     assert words in said and said.startswith("train.py: ") and "Traceback" not in said
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_eight_bit_moments_need_a_library_that_is_named(run, capsys, monkeypatch):
+    for module in ("bitsandbytes.optim", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert run(optimizer="adamw8bit") == 1
+    assert "needs bitsandbytes or torchao: install one of them" in capsys.readouterr().err
 
 
 def test_an_estimate_needs_no_pictures_and_no_models(tmp_path, capsys):

@@ -105,8 +105,9 @@ def train_decoder(
         }
     folder.mkdir(parents=True, exist_ok=True)
     decoder.train()
+    optimizers = decoder_optimizers(decoder, recipe, sharded=accelerator.distributed_type == "FSDP")
     with _blocks(decoder.transformer, recipe):
-        model, *optimizers = accelerator.prepare(Workpiece(decoder), *decoder_optimizers(decoder, recipe))
+        model, *optimizers = accelerator.prepare(Workpiece(decoder), *optimizers)
         accelerator.register_save_state_pre_hook(leave_frozen_out(model))
         average = MovingAverage(trained_weights(decoder), recipe.average_decay)
         checkpoints = Checkpoints(

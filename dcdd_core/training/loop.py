@@ -120,8 +120,12 @@ def warmup_cosine(step: int, steps: int, *, peak: float, warmup: int, floor: flo
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of all groups; where it is a tensor, as torchao's optimisers want it, that stays the same one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _save(path: Path, step: int, seconds: float, state: Mapping[str, Stateful], settings: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -41,20 +42,24 @@ def muon(matrices: Iterable[nn.Parameter], *, weight_decay: float) -> torch.opti
 
 
 def adamw_8bit(
-    weights: Mapping[str, nn.Parameter], *, betas: tuple[float, float], weight_decay: float
+    weights: Mapping[str, nn.Parameter], *, betas: tuple[float, float], weight_decay: float, sharded: bool = False
 ) -> dict[str, torch.optim.Optimizer]:
     """AdamW with moments of 8 bits, a quarter of their memory: bitsandbytes' or, without it, torchao's.
 
+    Args:
+        sharded: each process will hold parts of the weights (FSDP), which only torchao's can update.
+
     Raises:
-        ValueError: if neither is installed.
+        ValueError: if what is needed is not installed.
     """
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
+    libraries = ("torchao",) if sharded else ("bitsandbytes", "torchao")
+    for library in libraries:
         try:
-            from torchao.optim import AdamW8bit
-        except ImportError as error:
-            raise ValueError(
-                "8-bit AdamW needs bitsandbytes or torchao: install one of them, or take the optimiser 'adamw'"
-            ) from error
-    return {"optimizer": AdamW8bit(list(weights.values()), lr=0.0, betas=betas, weight_decay=weight_decay)}
+            kind = import_module(f"{library}.optim").AdamW8bit
+        except ImportError:
+            continue
+        return {"optimizer": kind(list(weights.values()), lr=0.0, betas=betas, weight_decay=weight_decay)}
+    raise ValueError(
+        f"8-bit AdamW{' of weights in parts (FSDP)' if sharded else ''} needs {' or '.join(libraries)}: install "
+        f"{'it' if sharded else 'one of them'}, or take the optimiser 'adamw'"
+    )

@@ -82,12 +82,14 @@ def decoder_loss(
     return (loss_weight(t, recipe.weighting) * error).mean()
 
 
-def decoder_optimizers(decoder: DistributionConditionedDecoder, recipe: DecoderTraining) -> list[torch.optim.Optimizer]:
-    """Each trained weight is in one of them."""
+def decoder_optimizers(
+    decoder: DistributionConditionedDecoder, recipe: DecoderTraining, *, sharded: bool = False
+) -> list[torch.optim.Optimizer]:
+    """Each trained weight is in one of them; `sharded` as for `adamw_8bit`."""
     weights = trained_weights(decoder)
     options = {"betas": (0.9, 0.99), "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw8bit":
-        return list(adamw_8bit(weights, **options).values())
+        return list(adamw_8bit(weights, **options, sharded=sharded).values())
     inner = muon_matrices(weights) if recipe.optimizer == "muon" else []
     return list(adamw_with_muon(weights, inner, **options).values())
 

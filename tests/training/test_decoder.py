@@ -3,6 +3,9 @@
 import os
 import random
 import shutil
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from dcdd_core.training.decoder import Evaluation
 from dcdd_core.training.examples import Example, ExampleMaker
 from dcdd_core.training.log import read_log
 from dcdd_core.training.loop import moving_average
+from dcdd_core.training.optimizers import adamw_8bit
 from dcdd_core.training.recipe import DecoderTraining, decoder_loss
 from dcdd_core.training.sources import open_pictures
 from dcdd_core.training.trainable import choose_trained
@@ -25,6 +29,7 @@ from tests.tiny import tiny_condition, tiny_decoder
 from tests.training.runs import encoders, forked, kill_at, losses, png_folder, run
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="an optional optimiser")
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +101,21 @@ def test_training_lowers_the_loss(tmp_path, optimizer):
 
 
 @needs_fork
-@pytest.mark.parametrize("changes", [{"optimizer": "adamw", "accumulation": 2}, {"optimizer": "muon"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "accumulation": 2},
+        {"optimizer": "muon"},
+        pytest.param({"optimizer": "adamw8bit"}, marks=needs_torchao),
+    ],
+)
 def test_killed_and_resumed_it_is_the_uninterrupted_run(tmp_path, pictures, changes):
-    whole = run(tmp_path / "whole", pictures, **changes)
     at = random.randrange(2, 8 * changes.get("accumulation", 1))
     folder = tmp_path / f"killed-at-{at}"
-    assert forked(lambda: run(folder, pictures, on_batch=kill_at(at), **changes)) == [-9]
-    resumed = run(folder, pictures, **changes)
+    with torch.compiler.set_stance("force_eager"):  # torchao would compile its update for each shape, for minutes
+        whole = run(tmp_path / "whole", pictures, **changes)
+        assert forked(lambda: run(folder, pictures, on_batch=kill_at(at), **changes)) == [-9]
+        resumed = run(folder, pictures, **changes)
     assert losses(folder) == losses(tmp_path / "whole")
     for name, value in resumed.state_dict().items():
         assert torch.equal(value, whole.state_dict()[name]), name
@@ -281,6 +294,19 @@ def test_the_average_is_what_is_looked_at_and_what_comes_out(tmp_path, pictures,
     for name, value in whole[1].state_dict().items():  # Looking changes nothing.
         assert torch.equal(looked.state_dict()[name], value) and torch.equal(seen[1][name], value), name
     assert not torch.equal(seen[0]["adapter.fuse.weight"], seen[1]["adapter.fuse.weight"])
+
+
+@needs_torchao
+def test_weights_in_parts_are_updated_by_torchao_alone(monkeypatch):
+    weights, options = {"w": torch.nn.Parameter(torch.zeros(4))}, {"betas": (0.9, 0.99), "weight_decay": 0.0}
+    other = SimpleNamespace(AdamW8bit=lambda *args, **options: "bitsandbytes")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=other))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", other)
+    assert adamw_8bit(weights, **options) == {"optimizer": "bitsandbytes"}
+    assert type(adamw_8bit(weights, **options, sharded=True)["optimizer"]).__module__.startswith("torchao.")
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ValueError, match=r"parts \(FSDP\) needs torchao: install it, or take the optimiser 'adamw'"):
+        adamw_8bit(weights, **options, sharded=True)
 
 
 def test_the_average_is_that_of_the_other_trainings():
