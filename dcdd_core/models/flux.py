@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -188,6 +189,7 @@ def save_bundle(
 
     Raises:
         ValueError: for a decoder whose modulations are a table.
+        OSError: if it cannot be written, such as on a full disk; what was there stays.
     """
     if decoder.table is not None:
         raise ValueError(
@@ -200,8 +202,16 @@ def save_bundle(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": _FORMAT, "card": json.dumps(asdict(decoder.card))})
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"format": _FORMAT, "card": json.dumps(asdict(decoder.card))})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        needed, free = (n / 1e9 for n in (sum(v.nbytes for v in tensors.values()), shutil.disk_usage(path.parent).free))
+        raise OSError(
+            f"{path} could not be written ({error}): it takes {needed:.1f} GB and {free:.1f} GB are free there; make "
+            "room and write it again"
+        ) from error
 
 
 def read_card(path: str | Path) -> DecoderCard:
