@@ -12,7 +12,8 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from diffusers import FluxTransformer2DModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dcdd_core.models.flux import load_decoder, read_card
 from dcdd_core.pipelines.condition import condition_for
@@ -99,6 +100,28 @@ def test_from_a_cache_as_from_the_pictures(run, tmp_path):
         assert run(out=tmp_path / name, localised=0, **options) == 0
     direct, cached = ([line["loss"] for line in read_log(tmp_path / name)] for name in ("direct", "cached"))
     assert cached == pytest.approx(direct, rel=1e-2)
+
+
+def test_a_damaged_cache_is_found_on_demand(run, tmp_path, capsys):
+    assert run("cache", out=tmp_path / "cache") == 0
+    shard = tmp_path / "cache" / "shards" / "00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    assert run("train", "--verify", data=None, cache=tmp_path / "cache", localised=0) == 1
+    assert "shards/00000.safetensors" in capsys.readouterr().err
+    assert run("train", "--verify") == 1 and "leave --verify out" in capsys.readouterr().err
+
+
+def test_another_frozen_base_is_not_gone_on_over(run, pico, tmp_path, capsys):
+    other = tmp_path / "other.safetensors"
+    weights = load_file(pico / "decoder.safetensors")
+    weights["transformer.single_transformer_blocks.0.proj_mlp.weight"] += 1
+    with safe_open(pico / "decoder.safetensors", "pt") as file:
+        save_file(weights, other, metadata=file.metadata())
+    assert run() == 0
+    assert run(bundle=other) == 1
+    assert "made under other settings (frozen " in capsys.readouterr().err
 
 
 def test_a_cache_without_pixels_cannot_be_masked(run, tmp_path, capsys):

@@ -13,10 +13,11 @@ import PIL.Image
 import pytest
 import torch
 
+from dcdd_core.pipelines.pictures import UnreadablePicture, read_rgb, square, to_pixels
 from dcdd_core.training import folders
 from dcdd_core.training.batches import Batches, Share
 from dcdd_core.training.folders import ImageFolder
-from dcdd_core.training.pictures import Geometry, UnreadablePicture, read_rgb, square, to_pixels
+from dcdd_core.training.pictures import Geometry
 from dcdd_core.training.sources import open_pictures
 from dcdd_core.training.tables import SavedDataset, ShardStream
 
