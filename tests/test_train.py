@@ -161,7 +161,7 @@ def test_over_a_base_only_what_changed_is_kept(run, pico, tmp_path):
     ("options", "words"),
     [
         ({"data": "nowhere"}, "there is no file nowhere"),
-        ({"resolution": 100}, "use 96 or 144"),
+        ({"resolution": 100}, "use 96 or 104"),
         ({"tracker": "nobody"}, "the tracker 'nobody' is not installed"),
         ({"steps": 0}, "steps and accumulation must be at least 1"),
         ({"vlm": "nowhere", "vae": "nowhere"}, "nowhere is not a folder"),
@@ -202,6 +202,17 @@ def test_what_is_missing_is_said(run, pico, capsys, tmp_path):
     assert "make one for this VLM with `dcdd calibrate`" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert run(data=tmp_path / "empty") == 1 and "holds no image" in capsys.readouterr().err
+
+
+def test_any_size_is_painted_from_the_vlm_s_own_grid(run, pico, tmp_path):
+    assert run(resolution=64, samples=1) == 0  # 12 x 12 tokens of 5.3 pixels
+    bundle = tmp_path / "run" / "decoder.safetensors"
+    models = load_models(janus=pico / "janus", vae=pico / "vae", decoder=bundle, with_sampler=False)
+    proxies = models.vq.encode(torch.zeros(1, 3, 96, 96))
+    condition = condition_for(models.decoder.card, proxies, models.vq.codebook)
+    assert decode(models.decoder, models.vae, condition, seeds=[0], steps=1).pixels.shape == (1, 3, 64, 64)
+    with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as sheet:
+        assert sheet.size == (3 * 64, 64)
 
 
 def test_an_unreadable_picture_is_skipped_and_named(run, pictures, tmp_path, capsys):

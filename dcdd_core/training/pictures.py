@@ -6,7 +6,6 @@ encoder sees).
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -23,7 +22,7 @@ class Geometry:
         vae_factor: pixels of R a latent.
 
     Raises:
-        ValueError: unless both divide into whole tokens, and a token into whole latents (see `DecoderCard`).
+        ValueError: unless T divides into whole tokens, and R into whole packed latents.
     """
 
     resolution: int
@@ -40,12 +39,10 @@ class Geometry:
                 f"a token resolution of {self.token_resolution} has no whole number of {self.token_factor}-pixel "
                 f"tokens: use {_multiples(self.token_resolution, self.token_factor)}"
             )
-        # Whole latents a token, and an even number of latents in all, which FLUX packs 2 x 2.
-        unit = math.lcm(self.grid[0] * self.vae_factor, 2 * self.vae_factor)
+        unit = 2 * self.vae_factor  # FLUX packs latents 2 x 2.
         if self.resolution % unit:
             raise ValueError(
-                f"a resolution of {self.resolution} does not fit {self.grid[0]} x {self.grid[1]} tokens: each has to "
-                f"be painted as whole latents of {self.vae_factor} pixels, and their number a side has to be even; "
+                f"a resolution of {self.resolution} has no even number of latents of {self.vae_factor} pixels a side: "
                 f"use {_multiples(self.resolution, unit)}"
             )
 
@@ -55,9 +52,10 @@ class Geometry:
         return (self.token_resolution // self.token_factor,) * 2
 
     @property
-    def pixels_per_token(self) -> int:
-        """Pixels of R a token side, for the decoder's card."""
-        return self.resolution // self.grid[0]
+    def pixels_per_token(self) -> float:
+        """Pixels of R a token side, for the decoder's card; a whole number as an int."""
+        side = self.grid[0]
+        return self.resolution / side if self.resolution % side else self.resolution // side
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
