@@ -377,6 +377,7 @@ def test_geneval_s_folders_are_what_its_scorer_reads(tmp_path, decoders, monkeyp
     # Of a file that was edited: another tag, and another prompt.
     edited = [GENEVAL[0].replace("single_object", "two_object"), GENEVAL[1].replace("red", "blue")]
     (tmp_path / "g.jsonl").write_text("\n".join(edited) + "\n")
+    monkeypatch.setattr(decoding, "decode", real_decode)
     generate_geneval(
         Run(out=out, processes=Processes()), read_geneval(tmp_path / "g.jsonl"), decoders, sample, sampling={}
     )

@@ -1,6 +1,7 @@
 """Weights in parts on several processes: FSDP2 by accelerate's own way, on the CPU, where accelerate refuses it."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -48,9 +49,9 @@ def in_parts(precision="no"):
     return found
 
 
-def train(folder, pictures, dtype=torch.float32, **changes):
+def train(folder, pictures, dtype=torch.float32, what="attention", **changes):
     decoder = tiny_decoder().to(dtype)
-    choose_trained(decoder, "attention")
+    choose_trained(decoder, what)
     data, recipe = example(), DecoderTraining(steps=1)
 
     def look(decoder):
@@ -111,3 +112,15 @@ def test_a_frozen_base_in_half_precision_is_trained_in_mixed(tmp_path, pictures,
     monkeypatch.setattr(runs, "accelerator", lambda: in_parts("bf16"))
     assert forked(lambda: train(tmp_path, pictures, torch.bfloat16, steps=2), world=2, seconds=600) == [0, 0]
     assert len(losses(tmp_path)) == 2
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="an optional optimiser")
+def test_moments_of_eight_bits_are_kept_too(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(runs, "accelerator", in_parts)
+    options = {"steps": 3, "save_every": 1, "evaluate": None, "optimizer": "adamw8bit", "what": "all"}
+    with torch.compiler.set_stance("force_eager"):  # torchao would compile its update for each shape, for minutes
+        assert forked(lambda: train(tmp_path / "whole", pictures, **options), world=2, seconds=600) == [0, 0]
+        stopped = options | {"on_batch": kill_at(2)}
+        assert -9 in forked(lambda: train(tmp_path / "cut", pictures, **stopped), world=2, seconds=600)
+        assert forked(lambda: train(tmp_path / "cut", pictures, **options), world=2, seconds=600) == [0, 0]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 3
