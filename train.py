@@ -89,6 +89,7 @@ def train(chosen: argparse.Namespace) -> None:
         data=chosen.data,
         column=chosen.column,
         cache=chosen.cache,
+        verify=chosen.verify,
         batch=chosen.batch,
         window=chosen.window,
         workers=chosen.workers,
@@ -162,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", help="a folder of images, parquet files or webdataset shards, a saved dataset, or a pattern of files"
     )
     source.add_argument("--cache", type=Path, help="a folder that `train.py cache` wrote")
+    group.add_argument("--verify", action="store_true", help="first compare all of --cache with its checksums")
     group.add_argument("--variant", default="lcdm+lc", choices=VARIANTS, help="of the conditions")
     group.add_argument("--localised", type=float, default=0.2, help="share of the pictures with only a box to paint")
     group.add_argument("--window", type=int, default=1000, help="pictures of a stream that are shuffled at a time")

@@ -121,7 +121,9 @@ def measured_rows(bundle: Path | None, base: Path | None) -> list[tuple[str, str
 def step(decoder: nn.Module) -> torch.Tensor:
     """Of noise, for a condition of noise."""
     like = {"device": decoder.device, "dtype": decoder.dtype}
-    grid, latents = (24, 24), (24 * decoder.card.pixels_per_token // decoder.card.vae_factor,) * 2
+    grid = (24, 24)
+    height, width = (side // decoder.card.vae_factor for side in decoder.card.painted_size(grid))
+    latents = (height, width)
     codes, doubt = torch.randn(1, 576, decoder.card.code_dim, **like), torch.rand(1, 576, 4, **like)
     packed = torch.randn(1, latents[0] ** 2 // 4, decoder.transformer.config.in_channels, **like)
     decoder.prepare([1.0])

@@ -25,7 +25,7 @@ from .evaluation.evaluate import Run, evaluate_reconstruction, evaluate_text, ge
 from .evaluation.figures import beside, heat_map, labelled_grid, save_image, to_image, top_curve
 from .evaluation.folder import Picture, at_most, open_picture, pictures_in, read_pixels
 from .evaluation.kept import hold_to
-from .evaluation.networks import feature_network, fingerprint_of, perceptual_network
+from .evaluation.networks import feature_network, perceptual_network
 from .evaluation.processes import Processes, processes
 from .evaluation.prompts import read_geneval, read_prompts
 from .evaluation.text import statistics_table
@@ -125,7 +125,7 @@ def calibrate(chosen: argparse.Namespace) -> None:
         sampler, guidance = models.sampler, _guidance(models, chosen)
         folder = chosen.samples or chosen.out.with_name(f"{chosen.out.stem}-samples")
         options = {name: getattr(chosen, name) for name in ("temperature", "top_k", "top_p", "seed")}
-        settings = {"vlm": fingerprint_of(sampler.model.state_dict()), "guidance": guidance, **options}
+        settings = {"vlm": sampler.fingerprint, "guidance": guidance, **options}
         hold_to(settings, folder, write=crew.first)
         crew.wait()
         if crew.first:
@@ -213,6 +213,11 @@ def demo(chosen: argparse.Namespace) -> None:
 def reconstruction(chosen: argparse.Namespace) -> None:
     """rFID, SSIM, PSNR and LPIPS of both decoders over a folder of pictures. A stopped run that is started again goes
     on; `accelerate launch` or `torchrun` share it between processes."""
+    if chosen.limit is not None and chosen.statistics is not None and not chosen.statistics.exists():
+        raise ValueError(
+            f"--statistics {chosen.statistics} does not exist yet and would be of the first {chosen.limit} pictures "
+            "alone: make it without --limit, or leave it out"
+        )
     with processes(chosen.device) as crew:
         chosen.device = crew.device
         pictures = pictures_in(chosen.images, by_category=chosen.by_category, limit=chosen.limit)
@@ -248,7 +253,7 @@ def text(chosen: argparse.Namespace) -> None:
         decoders, run = _decoders(models, chosen), _run(chosen, crew)
         options = {"temperature": chosen.temperature, "top_k": chosen.top_k, "top_p": chosen.top_p}
         options = {"guidance": _guidance(models, chosen), **options}
-        vlm = fingerprint_of(models.sampler.model.state_dict())
+        sampling = {"vlm": models.sampler.fingerprint, **options}
         if crew.first:
             _warn_of_unknown_words(models, [prompt.text for prompt in (*prompts, *geneval)])
 
@@ -262,14 +267,14 @@ def text(chosen: argparse.Namespace) -> None:
                 prompts,
                 decoders,
                 sample,
-                sampling={"vlm": vlm, **options},
+                sampling=sampling,
                 features=features,
                 references=chosen.references,
                 by_category=chosen.by_category,
             )
             _tell(report, chosen)
         if geneval:
-            folders = generate_geneval(run, geneval, decoders, sample, sampling={"vlm": vlm, **options})
+            folders = generate_geneval(run, geneval, decoders, sample, sampling=sampling)
             if crew.first:
                 print("\n".join(f"wrote {folder}: a folder for GenEval's evaluate_images.py" for folder in folders))
 

@@ -5,6 +5,7 @@ Shapes: B batch, h w token grid, H W pixels, h' w' latent grid, C latent channel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import comfy.latent_formats
@@ -216,7 +217,7 @@ def _some(values: torch.Tensor | None, first: int, last: int) -> torch.Tensor | 
 def _working_memory(card: DecoderCard, batch: int, grid: tuple[int, int]) -> int:
     """Bytes that a step takes besides weights: an estimate, 64 float32 arrays of all tokens."""
     width = card.base_config["num_attention_heads"] * card.base_config["attention_head_dim"]
-    packed = grid[0] * grid[1] * (card.pixels_per_token // (2 * card.vae_factor)) ** 2
+    packed = math.prod(side // (2 * card.vae_factor) for side in card.painted_size(grid))
     return 64 * 4 * batch * packed * width
 
 

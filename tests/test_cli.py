@@ -199,6 +199,10 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["calibrate", "--batch", "0"], "--batch must be at least 1"),
         (["evaluate", "reconstruction", "--images", "/nowhere", "--out", "o"], "/nowhere is not a folder"),
         (["evaluate", "reconstruction", "--images", ".", "--out", "o"], "holds no pictures"),
+        (
+            ["evaluate", "reconstruction", "--images", ".", "--out", "o", "--limit", "2", "--statistics", "s"],
+            "make it without --limit",
+        ),
         (["evaluate", "text", "--out", "o"], "--prompts FILE, --geneval FILE"),
         (["evaluate", "text", "--geneval", "g", "--references", "r", "--out", "o"], "--references would do nothing"),
         (["evaluate", "text", "--prompts", "/nowhere.txt", "--out", "o"], "nowhere.txt"),

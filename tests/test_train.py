@@ -12,7 +12,8 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from diffusers import FluxTransformer2DModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dcdd_core.models.flux import load_decoder, read_card
 from dcdd_core.pipelines.condition import condition_for
@@ -101,6 +102,28 @@ def test_from_a_cache_as_from_the_pictures(run, tmp_path):
     assert cached == pytest.approx(direct, rel=1e-2)
 
 
+def test_a_damaged_cache_is_found_on_demand(run, tmp_path, capsys):
+    assert run("cache", out=tmp_path / "cache") == 0
+    shard = tmp_path / "cache" / "shards" / "00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    assert run("train", "--verify", data=None, cache=tmp_path / "cache", localised=0) == 1
+    assert "shards/00000.safetensors" in capsys.readouterr().err
+    assert run("train", "--verify") == 1 and "leave --verify out" in capsys.readouterr().err
+
+
+def test_another_frozen_base_is_not_gone_on_over(run, pico, tmp_path, capsys):
+    other = tmp_path / "other.safetensors"
+    weights = load_file(pico / "decoder.safetensors")
+    weights["transformer.single_transformer_blocks.0.proj_mlp.weight"] += 1
+    with safe_open(pico / "decoder.safetensors", "pt") as file:
+        save_file(weights, other, metadata=file.metadata())
+    assert run() == 0
+    assert run(bundle=other) == 1
+    assert "made under other settings (frozen " in capsys.readouterr().err
+
+
 def test_a_cache_without_pixels_cannot_be_masked(run, tmp_path, capsys):
     assert run("cache", out=tmp_path / "cache") == 0
     assert run(data=None, cache=tmp_path / "cache") == 1
@@ -138,7 +161,7 @@ def test_over_a_base_only_what_changed_is_kept(run, pico, tmp_path):
     ("options", "words"),
     [
         ({"data": "nowhere"}, "there is no file nowhere"),
-        ({"resolution": 100}, "use 96 or 144"),
+        ({"resolution": 100}, "use 96 or 104"),
         ({"tracker": "nobody"}, "the tracker 'nobody' is not installed"),
         ({"steps": 0}, "steps and accumulation must be at least 1"),
         ({"vlm": "nowhere", "vae": "nowhere"}, "nowhere is not a folder"),
@@ -179,6 +202,17 @@ def test_what_is_missing_is_said(run, pico, capsys, tmp_path):
     assert "make one for this VLM with `dcdd calibrate`" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert run(data=tmp_path / "empty") == 1 and "holds no image" in capsys.readouterr().err
+
+
+def test_any_size_is_painted_from_the_vlm_s_own_grid(run, pico, tmp_path):
+    assert run(resolution=64, samples=1) == 0  # 12 x 12 tokens of 5.3 pixels
+    bundle = tmp_path / "run" / "decoder.safetensors"
+    models = load_models(janus=pico / "janus", vae=pico / "vae", decoder=bundle, with_sampler=False)
+    proxies = models.vq.encode(torch.zeros(1, 3, 96, 96))
+    condition = condition_for(models.decoder.card, proxies, models.vq.codebook)
+    assert decode(models.decoder, models.vae, condition, seeds=[0], steps=1).pixels.shape == (1, 3, 64, 64)
+    with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as sheet:
+        assert sheet.size == (3 * 64, 64)
 
 
 def test_an_unreadable_picture_is_skipped_and_named(run, pictures, tmp_path, capsys):

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from ..models.checkpoints import fingerprint_of
 from ..models.flux import DecoderCard
 from ..pipelines.condition import condition_for
 from ..pipelines.decode import decode
 from ..pipelines.models import Models
 from ..types import TokenLogits
-from .networks import fingerprint_of
 
 #: Path, as files and JSON name it -> as tables do.
 PATHS = {"vq": "VQ-VAE decode", "dcdd": "DCDD decode"}

@@ -17,10 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from ..method.statistics import TokenStatistics
 from .text import statistics_rows
 
+_TEXT = "prompt"  # where many programs keep it, and show it
 _INK, _PAPER = (24, 24, 28), (250, 249, 246)
 
 
@@ -186,14 +188,30 @@ def histograms(panels: Mapping[str, Mapping[str, torch.Tensor]]) -> Image.Image:
     return _drawn(figure)
 
 
-def save_image(image: Image.Image, path: str | Path) -> Path:
-    """Writes a PNG by way of a temporary file; makes the folder."""
+def save_image(image: Image.Image, path: str | Path, *, text: str = "") -> Path:
+    """Writes a PNG by way of a temporary file; makes the folder.
+
+    Args:
+        text: what it is a picture of, kept in the file (`text_of`).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG")
+    told = PngInfo()
+    if text:
+        told.add_text(_TEXT, text)
+    image.save(temporary, format="PNG", pnginfo=told)
     temporary.replace(path)
     return path
+
+
+def text_of(path: Path) -> str | None:
+    """What a PNG that `save_image` wrote is a picture of, "" if it does not say; None if there is no such picture."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get(_TEXT, "")
+    except (OSError, SyntaxError):  # not there, or cut short
+        return None
 
 
 def _drawn(figure: Figure) -> Image.Image:

@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..pico.data import to_pixels
+from ..pipelines.pictures import SUFFIXES, UnreadablePicture, read_rgb, square, to_pixels
 from .figures import to_image
 
 #: Scope of all pictures together, beside the categories.
 OVERALL = "overall"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Categorised(Protocol):
@@ -117,24 +115,15 @@ def check_categories(categories: Sequence[str]) -> None:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture file, upright and in RGB.
+    """A picture file, as `read_rgb` reads it.
 
     Raises:
-        ValueError: for a file that is no picture, or a damaged one.
+        ValueError: naming a file that is no picture, or a damaged one.
     """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return read_rgb(path)
+    except UnreadablePicture as error:
         raise ValueError(f"{path} cannot be read as a picture ({error})") from error
-
-
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """The shorter side to `size` (bicubic, without aliasing), the centre cut out: [S, S, 3] uint8.
-
-    A square of that size keeps its bytes.
-    """
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
 
 def read_pixels(pictures: Sequence[Picture], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -143,7 +132,7 @@ def read_pixels(pictures: Sequence[Picture], size: int, device: torch.device | s
     Raises:
         ValueError: naming a picture that cannot be read.
     """
-    return to_pixels(np.stack([square(open_picture(picture.path), size) for picture in pictures]), device)
+    return to_pixels(torch.stack([square(open_picture(picture.path), size) for picture in pictures]), device)
 
 
 def as_measured(pixels: torch.Tensor, size: int) -> torch.Tensor:
@@ -151,4 +140,4 @@ def as_measured(pixels: torch.Tensor, size: int) -> torch.Tensor:
 
     A decoder may paint larger than the tokenizer's pictures; all are measured at one size [choice].
     """
-    return to_pixels(np.stack([square(to_image(picture), size) for picture in pixels]), pixels.device)
+    return to_pixels(torch.stack([square(to_image(picture), size) for picture in pixels]), pixels.device)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..types import TokenLogits
 from .decoding import Decoders, seed_of
-from .figures import save_image, to_image
+from .figures import save_image, text_of, to_image
 from .folder import Picture, open_picture
 from .kept import write_text
 from .processes import Processes
@@ -23,6 +23,7 @@ from .prompts import Prompt
 
 #: Pictures of each GenEval prompt.
 SAMPLES = 4
+_METADATA = "metadata.jsonl"
 
 #: Prompts and a seed for each -> tokens and logits.
 Sample = Callable[[Sequence[str], Sequence[int]], TokenLogits]
@@ -71,14 +72,14 @@ def geneval_jobs(prompts: Sequence[Prompt], folder: Path, paths: Sequence[str]) 
 def generate_all(
     jobs: Sequence[Job], sample: Sample, decoders: Decoders, processes: Processes, *, seed: int, batch: int, label: str
 ) -> None:
-    """Writes every picture that is not there yet."""
+    """Writes every picture that is not there yet, or is of another text."""
     for part in processes.batches(jobs, batch, done=_is_made, label=label):
         seeds = [seed_of(seed, job.name) for job in part]
         painted = decoders.paint(sample([job.text for job in part], seeds), seeds)
         for i, job in enumerate(part):
             for path, file in job.files.items():
-                if not file.exists():
-                    save_image(to_image(painted[path][i]), file)
+                if text_of(file) != job.text:
+                    save_image(to_image(painted[path][i]), file, text=job.text)
 
 
 def made_pictures(prompts: Sequence[Prompt], folder: Path, path: str, *, by_category: bool) -> list[Picture]:
@@ -90,22 +91,24 @@ def made_pictures(prompts: Sequence[Prompt], folder: Path, path: str, *, by_cate
 
 
 def finish_geneval(prompts: Sequence[Prompt], folder: Path, paths: Sequence[str], processes: Processes) -> None:
-    """Writes each prompt's metadata and, of its four pictures, the grid, where they are not there yet."""
+    """Writes each prompt's metadata and, of its four pictures, the grid, where they are not there or of another."""
     homes = [(prompt, folder / path / prompt.name) for path in paths for prompt in prompts]
     for part in processes.batches(homes, 1, done=_is_finished, label="GenEval grids"):
         for prompt, home in part:
-            write_text(home / "metadata.jsonl", prompt.metadata + "\n")
+            write_text(home / _METADATA, prompt.metadata + "\n")
             pictures = [open_picture(home / "samples" / f"{k:04}.png") for k in range(SAMPLES)]
             width, height = pictures[0].size
             grid = Image.new("RGB", (2 * width, 2 * height))
             for k, picture in enumerate(pictures):
                 grid.paste(picture, (k % 2 * width, k // 2 * height))
-            save_image(grid, home / "grid.png")
+            save_image(grid, home / "grid.png", text=prompt.text)
 
 
 def _is_made(job: Job) -> bool:
-    return all(file.exists() for file in job.files.values())
+    return all(text_of(file) == job.text for file in job.files.values())
 
 
 def _is_finished(home: tuple[Prompt, Path]) -> bool:
-    return (home[1] / "grid.png").exists()
+    prompt, folder = home
+    told, grid = folder / _METADATA, folder / "grid.png"
+    return told.is_file() and told.read_text("utf-8") == prompt.metadata + "\n" and text_of(grid) == prompt.text

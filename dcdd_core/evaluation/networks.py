@@ -9,15 +9,14 @@ Shapes: B batch, F features, H W pixels.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..models.checkpoints import load_strictly, read_tensors
+from ..models.checkpoints import fingerprint_of, load_strictly, read_tensors
 from ..pico.weights import load_reader
 from ..pipelines import models as pipelines_models
 
@@ -99,21 +98,6 @@ def perceptual_network(path: Path | None, *, embedded: bool, device: torch.devic
         fingerprint=f"scene-reader-{fingerprint_of(reader.state_dict())}",
         distance=torch.no_grad()(reader.perceptual_distance),
     )
-
-
-def fingerprint_of(tensors: Mapping[str, torch.Tensor], most: int = 1024) -> str:
-    """16 hexadecimal digits of the names, shapes and up to `most` values, evenly spread, of each tensor.
-
-    A training changes all values, so these tell two apart, and 14 GB on a GPU need not come back. Tensors on "meta" do
-    not count.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        if not tensor.is_meta:
-            flat = tensor.detach().flatten()
-            values = flat[:: max(1, flat.numel() // most)][:most].to("cpu", torch.float32)
-            digest.update(f"{name} {list(tensor.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _inception(path: Path, device: torch.device | str) -> FeatureNetwork:

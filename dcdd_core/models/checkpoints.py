@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -271,6 +272,21 @@ def load_strictly(
     if misfit := misfits(missing=missing, unexpected=unexpected, wrong=wrong):
         raise ValueError(f"{what} does not fit {type(module).__name__}; {misfit}")
     module.load_state_dict(dict(tensors), strict=not unused, assign=True)
+
+
+def fingerprint_of(tensors: Mapping[str, torch.Tensor], most: int = 1024) -> str:
+    """16 hexadecimal digits of the names, shapes and up to `most` values, evenly spread, of each tensor.
+
+    A training changes all values, so these tell two apart, and 14 GB on a GPU need not come back. Tensors on "meta" do
+    not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if not tensor.is_meta:
+            flat = tensor.detach().flatten()
+            values = flat[:: max(1, flat.numel() // most)][:most].to("cpu", torch.float32)
+            digest.update(f"{name} {list(tensor.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def misfits(*, missing: Sequence[str] = (), unexpected: Sequence[str] = (), wrong: Sequence[str] = ()) -> str:

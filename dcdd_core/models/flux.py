@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -47,7 +48,8 @@ class DecoderCard:
         reads: what of a VLM's output the decoder is served by default: its "logits" (the paper), these "anchored"
             to the sampled tokens, or the sampled "tokens" alone.
         resolution: side in pixels of the pictures it was trained on.
-        pixels_per_token: side of the square of pixels that one token is painted as.
+        pixels_per_token: side of the square of pixels that one token is painted as; no whole number where Janus's 24 x
+            24 tokens are painted as 512 x 512 pixels.
         vae_factor, vae_shift, vae_scale: of the autoencoder whose latents it paints.
         steps: default number of Euler steps.
         guidance: value of the distilled guidance embedding, where the base has one; served as trained.
@@ -64,7 +66,7 @@ class DecoderCard:
     calibration: Calibration | None = None
     reads: str = "logits"
     resolution: int = 384
-    pixels_per_token: int = 16
+    pixels_per_token: float = 16
     vae_factor: int = 8
     vae_shift: float = 0.1159
     vae_scale: float = 0.3611
@@ -77,11 +79,20 @@ class DecoderCard:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.reads not in ("logits", "anchored", "tokens"):
             raise ValueError(f"reads must be 'logits', 'anchored' or 'tokens', got {self.reads!r}")
-        if self.steps < 1 or self.pixels_per_token % self.vae_factor or self.pixels_per_token < self.vae_factor:
+        if self.steps < 1 or not self.pixels_per_token > 0 or self.vae_factor < 1:
             raise ValueError(
-                f"a decoder needs at least 1 step and whole latents a token, got steps={self.steps}, "
+                f"a decoder needs at least 1 step, and pixels for a token and a latent, got steps={self.steps}, "
                 f"pixels_per_token={self.pixels_per_token}, vae_factor={self.vae_factor}"
             )
+
+    def painted_size(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) in pixels of the picture that an (h, w) grid of tokens is painted as.
+
+        `resolution` for the grid of the training; for others the nearest size that is made of whole packed latents.
+        """
+        unit = 2 * self.vae_factor
+        height, width = (max(1, round(n * self.pixels_per_token / unit)) * unit for n in grid)
+        return height, width
 
 
 class DistributionConditionedDecoder(nn.Module):
@@ -188,6 +199,7 @@ def save_bundle(
 
     Raises:
         ValueError: for a decoder whose modulations are a table.
+        OSError: if it cannot be written, such as on a full disk; what was there stays.
     """
     if decoder.table is not None:
         raise ValueError(
@@ -200,8 +212,16 @@ def save_bundle(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": _FORMAT, "card": json.dumps(asdict(decoder.card))})
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"format": _FORMAT, "card": json.dumps(asdict(decoder.card))})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        needed, free = (n / 1e9 for n in (sum(v.nbytes for v in tensors.values()), shutil.disk_usage(path.parent).free))
+        raise OSError(
+            f"{path} could not be written ({error}): it takes {needed:.1f} GB and {free:.1f} GB are free there; make "
+            "room and write it again"
+        ) from error
 
 
 def read_card(path: str | Path) -> DecoderCard:

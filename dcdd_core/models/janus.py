@@ -22,6 +22,7 @@ from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase,
 
 from ..types import Codebook, TokenLogits, same_codebook
 from . import deepseek
+from .checkpoints import fingerprint_of
 from .janus_step import TokenLoop, check_language
 
 OnStep = Callable[[int, int, torch.Tensor], None]
@@ -114,11 +115,21 @@ class JanusSampler:
         grid: num_patches x num_patches of the VQ configuration.
         codebook: the VQ model's, in unit rows; a model in half precision gives it rounded to that.
 
+    Args:
+        fingerprint: where the model's weights do not say any more what they were (int8).
+
     Raises:
         ValueError: if the tokenizer has more words than the model.
     """
 
-    def __init__(self, model: JanusForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, *, name: str = ""):
+    def __init__(
+        self,
+        model: JanusForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "",
+        fingerprint: str | None = None,
+    ):
         words = model.config.text_config.vocab_size
         if len(tokenizer) > words:
             raise ValueError(
@@ -132,6 +143,12 @@ class JanusSampler:
         self.name = name
         self.grid = (side, side)
         self.codebook = Codebook(model.model.vqmodel.quantize.embedding.weight)
+        self._fingerprint = fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights: what samples depend on, besides what `sample` is told."""
+        return self._fingerprint or fingerprint_of(self.model.state_dict())
 
     @classmethod
     def load(
@@ -149,8 +166,9 @@ class JanusSampler:
         transformers layout these are read and checked too, in DeepSeek's they are passed over.
 
         Args:
-            int8: the layers' linear weights in 8 bits (torchao, one scale a row), a quarter of float32. What that does
-                to the logits: `python -m benchmarks int8`.
+            int8: the layers' linear weights in 8 bits (torchao, one scale a row), a quarter of float32. Each is rounded
+                on the device as it comes, which never holds more. What that does to the logits:
+                `python -m benchmarks int8`.
 
         Raises:
             ValueError: for int8 without torchao, for a folder that is missing, incomplete or of another model, with
@@ -159,18 +177,20 @@ class JanusSampler:
         folder = Path(folder)
         config = _read_config(folder)
         if config["model_type"] == deepseek.MODEL_TYPE:
-            model = _load_deepseek(folder, config, device, dtype)
+            model = _load_deepseek(folder, config, "cpu" if int8 else device, dtype)
         else:
             model = _load_transformers(folder, dtype)
-        model.to(device)
+        fingerprint = None
         if int8:
-            _store_in_int8(model)
-        elif torch.device(device).type == "cpu" and dtype == torch.float32:
+            fingerprint = f"{fingerprint_of(model.state_dict())} in int8"
+            _store_in_int8(model, device)
+        model.to(device)
+        if not int8 and torch.device(device).type == "cpu" and dtype == torch.float32:
             _store_by_columns(model)
         # Not AutoTokenizer: in transformers 5 its Llama class overwrites the byte-level rules of DeepSeek's
         # tokenizer.json, and the spaces of a prompt are lost (huggingface/transformers#45488).
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return cls(model.eval(), tokenizer, name=folder.resolve().name)
+        return cls(model.eval(), tokenizer, name=folder.resolve().name, fingerprint=fingerprint)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the tokenizer lacks, each once, in order; byte-level ones know them all."""
@@ -422,13 +442,16 @@ def _store_by_columns(model: JanusForConditionalGeneration) -> None:
             layer.weight.data = layer.weight.data.t().contiguous().t()
 
 
-def _store_in_int8(model: JanusForConditionalGeneration) -> None:
-    """Rounds the layers' linear weights to int8; embeddings and the generation head stay what they are."""
+def _store_in_int8(model: JanusForConditionalGeneration, device: torch.device | str) -> None:
+    """Moves the layers to the device one by one, and there rounds their linear weights to int8.
+
+    Embeddings and the generation head stay what and where they are.
+    """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ValueError("int8 weights need torchao: pip install torchao, or load without int8") from error
-    quantize_(model.model.language_model.layers, Int8WeightOnlyConfig())
+    quantize_(model.model.language_model.layers, Int8WeightOnlyConfig(), device=device)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

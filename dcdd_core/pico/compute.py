@@ -36,7 +36,7 @@ def vq_operations(vq: JanusVQVAE) -> int:
 def dcdd_operations(decoder: DistributionConditionedDecoder) -> int:
     """Of one picture in the training of a decoder that holds its modulation layers (`load_decoder`, fold=False)."""
     card, decoder = decoder.card, copy.deepcopy(decoder).requires_grad_(True)
-    side, h = card.resolution // card.vae_factor, card.resolution // card.pixels_per_token
+    side, h = card.resolution // card.vae_factor, round(card.resolution / card.pixels_per_token)
     condition = Condition(
         torch.zeros(1, h * h, card.code_dim), torch.zeros(1, h * h, 4), (h, h), codebook=card.codebook
     )

@@ -54,7 +54,7 @@ def decode(
     """Paints the pictures of a condition (Eqs. 17-25).
 
     Args:
-        condition: of B pictures on an (h, w) grid; each token becomes `decoder.card.pixels_per_token` pixels a side.
+        condition: of B pictures on an (h, w) grid, painted at `decoder.card.painted_size`.
         seeds: one whole number a picture; a batch equals its singles.
         steps: Euler steps; the bundle's own number by default.
         shift: mu of the time shift; FLUX's resolution-dependent one by default.
@@ -66,8 +66,7 @@ def decode(
         ValueError: for another tokenizer's condition, a wrong number of seeds, or image and mask that do not fit.
     """
     card = decoder.card
-    batch, (h, w) = len(condition.code_vectors), condition.grid
-    height, width = h * card.pixels_per_token, w * card.pixels_per_token
+    batch, (height, width) = len(condition.code_vectors), card.painted_size(condition.grid)
     _check(decoder, condition, seeds, image, mask, (height, width))
     device, dtype = decoder.device, decoder.dtype
     size = (height // card.vae_factor, width // card.vae_factor)

@@ -10,6 +10,8 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .parts import local, whole
+
 
 class MovingAverage:
     """diffusers' average, in float32; the n-th update decays by min(decay, n / (9 + n)), the first one copies.
@@ -47,12 +49,12 @@ class MovingAverage:
 
     def parts(self) -> list[torch.Tensor]:
         """What this process holds."""
-        return [_local(part) for part in self._average.shadow_params]
+        return [local(part) for part in self._average.shadow_params]
 
     def whole(self) -> dict[str, torch.Tensor]:
         """The average by name, on the CPU; all processes call this together."""
-        full = (part.full_tensor() if isinstance(part, DTensor) else part for part in self._average.shadow_params)
-        return {name: part.detach().to("cpu", copy=True) for name, part in zip(self.weights, full)}
+        parts = zip(self.weights, self._average.shadow_params)
+        return {name: whole(part).detach().to("cpu", copy=True) for name, part in parts}
 
     def load(self, values: Mapping[str, torch.Tensor], updates: int) -> None:
         """Goes on from what `whole` gave after so many updates."""
@@ -66,8 +68,4 @@ class MovingAverage:
 
 def all_finite(tensors: list[torch.Tensor]) -> bool:
     """Whether this process's parts hold no NaN or infinity."""
-    return bool(torch.stack([_local(tensor).isfinite().all() for tensor in tensors]).all())
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(torch.stack([local(tensor).isfinite().all() for tensor in tensors]).all())

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..method.sampling import keyed_generator
-from .pictures import UnreadablePicture
+from ..pipelines.pictures import UnreadablePicture
 
 UNREADABLE_SHARE, UNREADABLE_FROM = 0.01, 100
 

@@ -26,11 +26,13 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..models.checkpoints import fingerprint_of
 from ..models.vq import VQTokenizer
+from ..pipelines.pictures import to_pixels
 from ..types import same_codebook
 from .batches import Entry, Share
 from .encodings import EncodedBatch
-from .pictures import Geometry, to_pixels
+from .pictures import Geometry
 
 FORMAT = "dcdd encodings 1"
 
@@ -41,7 +43,7 @@ class CacheCard:
 
     Attributes:
         codebook: its fingerprint (`Codebook.fingerprint`).
-        tokenizer, autoencoder: digests of the two encoders' weights; bfloat16 copies have the same.
+        tokenizer, autoencoder: fingerprints of the two encoders' weights; bfloat16 copies have the same.
         vae_shift, vae_scale: of the scaled latents.
         code_dim, channels: D and C.
         geometry: the sizes.
@@ -63,8 +65,8 @@ class CacheCard:
         """Of what these networks make of pictures at these sizes."""
         return cls(
             codebook=vq.codebook.fingerprint,
-            tokenizer=weights_digest(vq.model.encoder, vq.model.quant_conv),
-            autoencoder=weights_digest(vae.encoder, *([] if vae.quant_conv is None else [vae.quant_conv])),
+            tokenizer=_encoder(vq.model.encoder, vq.model.quant_conv),
+            autoencoder=_encoder(vae.encoder, vae.quant_conv),
             vae_shift=vae.config.shift_factor,
             vae_scale=vae.config.scaling_factor,
             code_dim=vq.codebook.dim,
@@ -108,7 +110,6 @@ class EncodingCache:
 
     Args:
         folder: see `write_cache`.
-        verify: compares each shard with its checksum when it is first used; `verify()` compares all at once.
 
     Attributes:
         card: what made it.
@@ -117,7 +118,7 @@ class EncodingCache:
         ValueError: if there is no cache, it is not complete, or a shard is missing or of another size.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool = False):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.name = str(folder)
         manifest = read_manifest(self.folder)
@@ -138,7 +139,6 @@ class EncodingCache:
                     f"{path} {found}: copy it again, or write the cache again, which makes only that shard"
                 )
         self._ends = np.cumsum([shard["items"] for shard in self._shards])
-        self._unverified = set(range(len(self._shards))) if verify else set()
         self._open: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
@@ -178,20 +178,20 @@ class EncodingCache:
                 "it, or write another cache into another folder"
             )
 
-    def verify(self) -> None:
-        """Compares all shards with their checksums.
+    def verify(self, *, rank: int = 0, world: int = 1) -> None:
+        """Compares the shards with their checksums, of several processes each its share.
 
         Raises:
             ValueError: naming those that are damaged.
         """
-        bad = [shard["file"] for shard in self._shards if sha256(self.folder / shard["file"]) != shard["sha256"]]
+        own = self._shards[rank::world]
+        bad = [shard["file"] for shard in own if sha256(self.folder / shard["file"]) != shard["sha256"]]
         if bad:
             raise ValueError(
-                f"{len(bad)} of {len(self._shards)} shards of the cache {self.folder} are damaged, their checksums are "
+                f"{len(bad)} of {len(own)} shards of the cache {self.folder} are damaged, their checksums are "
                 f"not those of the manifest: {', '.join(bad)}. Copy them again, or write the cache again, which makes "
                 "only these"
             )
-        self._unverified.clear()
 
     def entries(self, share: Share, epoch: int, start: int = 0, mark: Any = None) -> Iterator[Entry]:
         """See `batches.Source.entries`."""
@@ -212,15 +212,7 @@ class EncodingCache:
     def _shard(self, number: int) -> dict[str, Any]:
         """Slices of a shard's memory-mapped tensors."""
         if number not in self._open:
-            shard = self._shards[number]
-            path = self.folder / shard["file"]
-            if number in self._unverified:
-                if (found := sha256(path)) != shard["sha256"]:
-                    raise ValueError(
-                        f"{path} is damaged: its SHA-256 is {found}, expected {shard['sha256']}; copy it again, or "
-                        "write the cache again, which makes only that shard"
-                    )
-                self._unverified.discard(number)
+            path = self.folder / self._shards[number]["file"]
             try:
                 file = safe_open(path, framework="pt")
                 self._open[number] = {name: file.get_slice(name) for name in file.keys()}
@@ -252,18 +244,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def weights_digest(*modules: nn.Module) -> str:
-    """Of the weights as bfloat16, so that a copy in that type has the same."""
-    found = hashlib.sha256()
-    for name, value in nn.ModuleList(modules).state_dict().items():
-        found.update(name.encode())
-        found.update(value.detach().cpu().bfloat16().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
 def sha256(path: Path) -> str:
     found = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             found.update(block)
     return found.hexdigest()
+
+
+def _encoder(*modules: nn.Module | None) -> str:
+    """Of the weights as bfloat16, so that a copy in that type has the same."""
+    weights = nn.ModuleList(module for module in modules if module is not None).state_dict()
+    return fingerprint_of({name: value.bfloat16() for name, value in weights.items()})

@@ -2,8 +2,10 @@
 
 A checkpoint is a folder, RUN/checkpoints/step-00001000:
     what `accelerator.save_state` writes     the trained weights, optimisers, random generators, by process where needed
+    parts                                    instead, where weights lie in parts (FSDP): see `save_parts`
     average.safetensors                      the weights' moving average, float32, by name
     position-0.json, ...                     where each process stands in the data
+    means-0.json, ...                        what each process has added up for the next line of the log, if anything
     training.json                            the step, the seconds, and the settings that all of it depends on
 
 Objects that are registered with accelerate are kept as pickles, which it loads without `weights_only`, and of one
@@ -14,8 +16,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +27,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
+from .parts import load_parts, save_parts
 from .settings import require_same_settings
 
 if TYPE_CHECKING:
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
 _FORMAT = "dcdd training 1"
 _FOLDER = "checkpoints"
 _NEWEST = 2
+_PARTS = "parts"
 _REMEDY = "delete it to go on from the one before it, or move the folder away to start afresh"
 
 
@@ -44,12 +50,14 @@ class Kept:
         step, seconds: done and spent.
         average: the moving average by name, on the CPU.
         position: this process's, of `Batches`.
+        means: this process's, of `Means`.
     """
 
     step: int
     seconds: float
     average: Mapping[str, torch.Tensor]
     position: Mapping[str, Any]
+    means: Mapping[str, Any]
 
 
 class Checkpoints:
@@ -58,14 +66,26 @@ class Checkpoints:
     Args:
         folder: of the run.
         accelerator: prepared with the model and the optimisers.
+        model, optimizers: as prepared; only trained weights are kept.
         settings: everything that a result depends on, as plain JSON values: a checkpoint made under others is refused.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, *, settings: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        *,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        settings: Mapping[str, Any],
+    ):
         self.run = folder
         self.folder = folder / _FOLDER
         self.accelerator = accelerator
+        self.model = model
+        self.optimizers = optimizers
         self.settings = settings
+        accelerator.register_save_state_pre_hook(_leave_frozen_out(model))
 
     def save(self, kept: Kept) -> None:
         """Writes a checkpoint beside the others, then renames it: killed at any moment, the one before it stays.
@@ -89,17 +109,18 @@ class Checkpoints:
             if first:
                 _flush(temporary)
                 os.replace(temporary, whole)
+                _sync(self.folder)
                 for old in sorted(path for path in self.folder.glob("step-*") if not path.suffix)[:-_NEWEST]:
                     os.replace(old, old.with_suffix(".tmp"))  # or, half deleted, it would look whole
                 self._clean()
             self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free / 1e9
             kept_one = f"the one before it, {before}, is whole" if before else "there is none before it"
             raise OSError(
-                f"the checkpoint of step {kept.step} could not be written ({error}); {free:.1f} GB are free at "
-                f"{self.folder}. Nothing else is lost, {kept_one}: make room and run the same again to go on"
+                f"the checkpoint of step {kept.step} could not be written ({_reason(error)}); {free:.1f} GB are free "
+                f"at {self.folder}. Nothing else is lost, {kept_one}: make room and run the same again to go on"
             ) from error
 
     def load(self) -> Kept | None:
@@ -119,44 +140,52 @@ class Checkpoints:
             raise ValueError(f"{path} is no checkpoint of a training ({error}): {_REMEDY}") from error
         require_same_settings(path, held["settings"], self.settings)
         try:
-            self.accelerator.load_state(str(path), **self._only_trained("load"))
-            position = json.loads((path / f"position-{self.accelerator.process_index}.json").read_text())
-            average = load_average(path)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{path} is damaged ({error}): {_REMEDY}") from error
-        return Kept(step=held["step"], seconds=held["seconds"], average=average, position=position)
+            self._read(path)
+            position = json.loads(self._own(path, "position").read_text())
+            means = self._own(path, "means")
+            kept = Kept(
+                step=held["step"],
+                seconds=held["seconds"],
+                average=load_average(path),
+                position=position,
+                means=json.loads(means.read_text()) if means.exists() else {},
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (Exception, CheckpointException) as error:  # torch raises nearly every kind of error for damaged files.
+            raise ValueError(f"{path} is damaged ({_reason(error)}): {_REMEDY}") from error
+        return kept
+
+    def _own(self, folder: Path, what: str) -> Path:
+        return folder / f"{what}-{self.accelerator.process_index}.json"
+
+    def _read(self, folder: Path) -> None:
+        if self.accelerator.distributed_type == "FSDP":
+            load_parts(folder / _PARTS, self.model, self.optimizers)
+        elif self.accelerator.distributed_type == "DEEPSPEED":
+            self.accelerator.load_state(str(folder), load_module_strict=False)
+        else:
+            self.accelerator.load_state(str(folder), strict=False)
 
     def _write(self, folder: Path, kept: Kept) -> None:
-        self.accelerator.save_state(str(folder), **self._only_trained("save"))
-        position = folder / f"position-{self.accelerator.process_index}.json"
-        position.write_text(json.dumps(kept.position))
+        if self.accelerator.distributed_type == "FSDP":
+            save_parts(folder / _PARTS, self.model, self.optimizers)
+        elif self.accelerator.distributed_type == "DEEPSPEED":
+            self.accelerator.save_state(str(folder), exclude_frozen_parameters=True)
+        else:
+            self.accelerator.save_state(str(folder))
+        self._own(folder, "position").write_text(json.dumps(kept.position))
+        if kept.means:
+            self._own(folder, "means").write_text(json.dumps(kept.means))
         if self.accelerator.is_main_process:
             save_file(dict(kept.average), folder / "average.safetensors")
             held = {"format": _FORMAT, "step": kept.step, "seconds": kept.seconds, "settings": self.settings}
             (folder / "training.json").write_text(json.dumps(held))
 
-    def _only_trained(self, verb: str) -> dict[str, bool]:
-        """How frozen weights are left out: by DeepSpeed's own options; otherwise `leave_frozen_out` has done it."""
-        if self.accelerator.distributed_type == "DEEPSPEED":
-            return {"exclude_frozen_parameters": True} if verb == "save" else {"load_module_strict": False}
-        return {} if verb == "save" else {"strict": False}
-
     def _clean(self) -> None:
         """Deletes what killed runs left."""
         for left in self.folder.glob("step-*.tmp"):
             shutil.rmtree(left)
-
-
-def leave_frozen_out(model: nn.Module) -> Callable[..., None]:
-    """A hook for `register_save_state_pre_hook`: of a prepared model, only the trained weights are saved."""
-    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-
-    def hook(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
-        for state in weights:
-            for name in frozen & set(state):
-                del state[name]
-
-    return hook
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -169,11 +198,36 @@ def load_average(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "average.safetensors")
 
 
+def _leave_frozen_out(model: nn.Module) -> Callable[..., None]:
+    """A hook for `register_save_state_pre_hook`, which is given whole weights: only the trained ones are saved."""
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+
+    def hook(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        for state in weights:
+            for name in frozen & set(state):
+                del state[name]
+
+    return hook
+
+
+def _reason(error: BaseException) -> str:
+    """In a sentence: of parts, why the first process failed that did; without torch's code, or its advice."""
+    if isinstance(error, CheckpointException):
+        error = next((reason for reason, _ in error.failures.values()), error)
+    words = re.split(r"[.] |\n", str(error), maxsplit=1)[0]
+    return f"{type(error).__name__}: {words}"
+
+
 def _flush(folder: Path) -> None:
     """Waits until the files are on the disk: a machine that loses power after the rename must find them."""
-    for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

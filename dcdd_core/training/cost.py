@@ -84,10 +84,9 @@ class Setup:
         for name in ("width", "rank", "batch", "accumulate", "resolution", "grid", "gpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.resolution % self.grid or self.resolution % 16:
+        if self.resolution % 16:
             raise ValueError(
-                f"a resolution of {self.resolution} does not fit: it must be a multiple of 16 pixels (one packed "
-                f"latent) and of the grid's {self.grid} tokens"
+                f"a resolution of {self.resolution} does not fit: it must be a multiple of 16 pixels, one packed latent"
             )
         if self.optimizer == "muon" and self.sharding != "ddp":
             raise ValueError(f"muon works on whole matrices, and {self.sharding} cuts them: take ddp, or adamw")

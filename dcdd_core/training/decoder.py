@@ -26,10 +26,11 @@ from ..method.sampling import keyed_generator
 from ..models.flux import DistributionConditionedDecoder, blocks_of
 from .average import MovingAverage, all_finite
 from .batches import Batches
-from .checkpoint import Checkpoints, Kept, leave_frozen_out
+from .checkpoint import Checkpoints, Kept
 from .examples import Example
-from .log import append_to_log, cut_log
+from .log import Means, append_to_log, cut_log
 from .loop import set_learning_rate, warmup_cosine
+from .parts import take_apart, whole
 from .recipe import DecoderTraining, decoder_loss, decoder_optimizers
 from .trainable import trained_weights
 
@@ -50,14 +51,22 @@ class Workpiece(nn.Module):
 
     What wraps a module to train it on many devices (DDP, FSDP, DeepSpeed, autocast) acts on forward passes alone; the
     decoder's use has two (`condition_tokens`, `forward`), and its painting many.
+
+    Args:
+        precision: entered in every pass. accelerate does so by itself, but not for FSDP2 and DeepSpeed; and the latter
+            leaves what was entered outside of its own forward pass.
     """
 
-    def __init__(self, decoder: DistributionConditionedDecoder):
+    def __init__(
+        self, decoder: DistributionConditionedDecoder, precision: Callable[[], AbstractContextManager] = nullcontext
+    ):
         super().__init__()
         self.decoder = decoder
+        self.precision = precision
 
     def forward(self, work: Callable[[DistributionConditionedDecoder], Any]) -> Any:
-        return work(self.decoder)
+        with self.precision():
+            return work(self.decoder)
 
 
 def train_decoder(
@@ -107,12 +116,13 @@ def train_decoder(
     decoder.train()
     optimizers = decoder_optimizers(decoder, recipe, sharded=accelerator.distributed_type == "FSDP")
     with _blocks(decoder.transformer, recipe):
-        model, *optimizers = accelerator.prepare(Workpiece(decoder), *optimizers)
-        accelerator.register_save_state_pre_hook(leave_frozen_out(model))
+        model, *optimizers = accelerator.prepare(Workpiece(decoder, _precision(accelerator)), *optimizers)
         average = MovingAverage(trained_weights(decoder), recipe.average_decay)
         checkpoints = Checkpoints(
             folder,
             accelerator,
+            model=model,
+            optimizers=optimizers,
             settings={
                 **settings,
                 "recipe": asdict(recipe),
@@ -121,11 +131,12 @@ def train_decoder(
                 "processes": accelerator.num_processes,
             },
         )
-        done, spent = 0, 0.0
+        done, spent, means = 0, 0.0, Means()
         if (kept := checkpoints.load()) is not None:
             done, spent = kept.step, kept.seconds
             average.load(kept.average, done)
             batches.load_state_dict(kept.position)
+            means.load_state_dict(kept.means)
         if accelerator.is_main_process:
             cut_log(folder, done)
             if done:
@@ -154,29 +165,32 @@ def train_decoder(
                         optimizer.step()
                         optimizer.zero_grad()
             average.update()
-            return {"loss": torch.stack(losses).mean(), **({} if norm is None else {"gradient_norm": norm})}
+            found = {"loss": torch.stack(losses).mean()}
+            if norm is not None:  # as with DeepSpeed before its first update
+                found["gradient_norm"] = whole(torch.as_tensor(norm)).to(accelerator.device)
+            return found
 
         def look(step: int) -> dict[str, float]:
             decoder.eval()
             with average.in_place(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 found = model(evaluate)
+                take_apart(model)
             decoder.train()
             if found.sheet is not None and accelerator.is_main_process:
                 _show(accelerator, folder / "samples" / f"step-{step:08}.png", found.sheet, step)
             return {f"eval/{name}": float(value) for name, value in found.numbers.items()}
 
-        sums: dict[str, torch.Tensor] = {}
-        count = 0
+        def together(total: torch.Tensor | float) -> torch.Tensor:
+            return accelerator.reduce(torch.as_tensor(total, device=accelerator.device), "mean")
+
         while done < recipe.steps:
-            for name, value in step(done).items():
-                sums[name] = sums.get(name, 0.0) + value.detach()  # stays on its device until it is logged
-            done, count = done + 1, count + 1
+            means.add(step(done))
+            done += 1
             last = done == recipe.steps
             line: dict[str, float] = {}
             if done % log_every == 0 or last:
-                line = {name: float(accelerator.reduce(total, "mean")) / count for name, total in sums.items()}
+                line = means.take(together)
                 _require_finite({name: math.isfinite(value) for name, value in line.items()}, done, folder)
-                sums, count = {}, 0
             if evaluate is not None and (done % evaluate_every == 0 or last):
                 line |= look(done)
             if line and accelerator.is_main_process:
@@ -194,10 +208,18 @@ def train_decoder(
                         seconds=time.monotonic() - started,
                         average=average.whole(),
                         position=batches.state_dict(),
+                        means=means.state_dict(),
                     )
                 )
         average.put_in_place()
     return decoder.eval().requires_grad_(False)
+
+
+def _precision(accelerator: Accelerator) -> Callable[[], AbstractContextManager]:
+    """What the accelerator's mixed precision enters around a forward pass."""
+    if accelerator.mixed_precision == "bf16":
+        return partial(torch.autocast, accelerator.device.type, torch.bfloat16)
+    return nullcontext
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL
 from ..method.latents import scale_latents
 from ..models.vae import KLAutoencoder
 from ..models.vq import VQTokenizer
-from .pictures import Geometry, PictureBatch, to_pixels
+from ..pipelines.pictures import to_pixels
+from .pictures import Geometry, PictureBatch
 
 Autocast = Callable[[], AbstractContextManager]
 

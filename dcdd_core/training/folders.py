@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
+from ..pipelines.pictures import SUFFIXES, UnreadablePicture, read_rgb, square
 from .batches import Entry, Mark, Share
-from .pictures import Geometry, Picture, PictureBatch, UnreadablePicture, read_rgb, square
-
-SUFFIXES = (".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+from .pictures import Geometry, Picture, PictureBatch
 
 
 class Pictures:

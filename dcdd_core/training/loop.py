@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from .log import append_to_log, cut_log
+from .log import Means, append_to_log, cut_log
 from .settings import require_same_settings
 
 
@@ -65,27 +65,26 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
     settings = {"steps": steps, **settings}
-    done, spent = _resume(checkpoint, state, settings)
+    means = Means()
+    done, spent = _resume(checkpoint, state, settings, means)
     cut_log(folder, done)
     if done >= steps:
         return
     if done:
         report(f"{folder.name}: going on from step {done} of {steps}")
-    started, sums, count = time.monotonic() - spent, {}, 0
+    started = time.monotonic() - spent
     while done < steps:
-        for name, value in step(done).items():
-            sums[name] = sums.get(name, 0.0) + value  # a tensor stays on its device until it is logged
-        done, count = done + 1, count + 1
+        means.add(step(done))
+        done += 1
         line: dict[str, float] = {}
         if done % log_every == 0 or done == steps:
-            line = {name: float(total) / count for name, total in sums.items()}
+            line = means.take()
             bad = [name for name, value in line.items() if not math.isfinite(value)]
             if bad:
                 raise FloatingPointError(
                     f"{folder.name}: {', '.join(bad)} stopped being finite before step {done}. The last checkpoint is "
                     f"untouched ({checkpoint}); start again from it with a lower learning rate."
                 )
-            sums, count = {}, 0
         if evaluate is not None and (done % evaluate_every == 0 or done == steps):
             line |= {f"eval/{name}": float(value) for name, value in evaluate(done).items()}
         if line:
@@ -93,7 +92,7 @@ def train(
             append_to_log(folder, line)
             report(f"{folder.name} " + " ".join(f"{k}={v:.4g}" for k, v in line.items()))
         if done % save_every == 0 or done == steps:
-            _save(checkpoint, done, time.monotonic() - started, state, settings)
+            _save(checkpoint, done, time.monotonic() - started, state, settings, means)
 
 
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:
@@ -128,15 +127,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def _save(path: Path, step: int, seconds: float, state: Mapping[str, Stateful], settings: Mapping[str, Any]) -> None:
+def _save(
+    path: Path, step: int, seconds: float, state: Mapping[str, Stateful], settings: Mapping[str, Any], means: Means
+) -> None:
     parts = {name: part.state_dict() for name, part in state.items()}
     temporary = path.with_suffix(".tmp")
     saved = {"step": step, "seconds": seconds, "settings": json.dumps(settings, sort_keys=True), "parts": parts}
+    if pending := means.state_dict():
+        saved["means"] = pending
     torch.save(saved, temporary)
     os.replace(temporary, path)
 
 
-def _resume(checkpoint: Path, state: Mapping[str, Stateful], settings: Mapping[str, Any]) -> tuple[int, float]:
+def _resume(
+    checkpoint: Path, state: Mapping[str, Stateful], settings: Mapping[str, Any], means: Means
+) -> tuple[int, float]:
     if not checkpoint.exists():
         return 0, 0.0
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -144,4 +149,5 @@ def _resume(checkpoint: Path, state: Mapping[str, Stateful], settings: Mapping[s
     require_same_settings(checkpoint, before, {**settings, "parts": sorted(state)})
     for name, part in state.items():
         part.load_state_dict(saved["parts"][name])
+    means.load_state_dict(saved.get("means", {}))
     return saved["step"], saved["seconds"]

@@ -13,11 +13,12 @@ from PIL import Image
 
 from ..method.latents import unscale_latents
 from ..method.sampling import keyed_generator
+from ..models.checkpoints import fingerprint_of
 from ..models.flux import DecoderCard, DistributionConditionedDecoder
 from ..models.vae import KLAutoencoder
 from ..pipelines.decode import decode
 from .batches import Batches, Share, Source
-from .cache import CacheCard, EncodingCache, weights_digest
+from .cache import CacheCard, EncodingCache
 from .cache_writer import write_cache
 from .checkpoint import load_average, newest_checkpoint
 from .decoder import Evaluation, train_decoder
@@ -27,6 +28,7 @@ from .pictures import PictureBatch
 from .plan import Encoders, Plan
 from .recipe import DecoderTraining, decoder_loss
 from .sources import open_pictures
+from .trainable import frozen_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -81,6 +83,7 @@ def run_training(
     data: str | Path | None = None,
     column: str | None = None,
     cache: Path | None = None,
+    verify: bool = False,
     batch: int = 4,
     window: int = 1000,
     workers: int = 0,
@@ -96,6 +99,7 @@ def run_training(
     Args:
         data, column: pictures as `open_pictures` takes them, or
         cache: a folder of `write_cache`.
+        verify: compare all of the cache with its checksums first, which reads all of it.
         batch: pictures of one process at a time.
         window: see `Share`.
         localised: see `ExampleMaker`.
@@ -109,6 +113,8 @@ def run_training(
     """
     if (data is None) == (cache is None):
         raise ValueError("give either pictures or a cache of their encodings to train on")
+    if verify and cache is None:
+        raise ValueError("pictures have no checksums to verify: leave --verify out, or train on a cache")
     encoders = plan.encoders(_device(accelerator))
     made_by = CacheCard.of(encoders.vq, encoders.vae, encoders.geometry, pixels=localised > 0)
     if cache is None:
@@ -116,11 +122,13 @@ def run_training(
     else:
         source = EncodingCache(cache)
         source.require(made_by)
+        if verify:
+            source.verify(rank=accelerator.process_index, world=accelerator.num_processes)
     frozen = _frozen(accelerator)
     decoder = plan.decoder(encoders, dtype=frozen)
     settings = {
         "encodings": asdict(made_by),
-        "base": weights_digest(decoder.transformer.x_embedder, decoder.transformer.proj_out),
+        "frozen": fingerprint_of(frozen_weights(decoder)),
         "trained": plan.trained,
         "rank": plan.rank,
         "localised": localised,

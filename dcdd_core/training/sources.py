@@ -7,7 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from .folders import SUFFIXES, ImageFolder, Pictures, file_names
+from ..pipelines.pictures import SUFFIXES
+from .folders import ImageFolder, Pictures, file_names
 from .pictures import Geometry
 from .tables import SavedDataset, ShardStream
 

@@ -48,6 +48,11 @@ def trained_weights(decoder: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in decoder.named_parameters() if weight.requires_grad}
 
 
+def frozen_weights(decoder: nn.Module) -> dict[str, nn.Parameter]:
+    """What is not trained, by name."""
+    return {name: weight for name, weight in decoder.named_parameters() if not weight.requires_grad}
+
+
 def changed_by_training(decoder: DistributionConditionedDecoder) -> Set[str]:
     """The names of the transformer's weights that training changes, as they are after `merge_lora`."""
     names = trained_weights(decoder.transformer)

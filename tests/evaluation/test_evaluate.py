@@ -6,9 +6,11 @@ The sampler is a stand-in, fast and exact: what is tested here is what happens t
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from PIL import Image
 from dcdd_core.evaluation import decoding
 from dcdd_core.evaluation.decoding import Decoders, seed_of
 from dcdd_core.evaluation.evaluate import Run, evaluate_reconstruction, evaluate_text, generate_geneval
+from dcdd_core.evaluation.figures import text_of
 from dcdd_core.evaluation.folder import as_measured, pictures_in, read_pixels
 from dcdd_core.evaluation.frechet import FrechetStatistics, frechet_distance
 from dcdd_core.evaluation.networks import FeatureNetwork, feature_network, perceptual_network
@@ -305,6 +308,16 @@ def test_a_stopped_drawing_goes_on_and_three_share_it(drawn, tmp_path, images, d
     assert kept.stat().st_mtime_ns == written
 
 
+def test_pictures_of_a_rewritten_prompt_are_drawn_again(drawn, tmp_path, images, decoders, networks):
+    out = Path(shutil.copytree(drawn, tmp_path / "out"))
+    files = sorted((out / "pictures").rglob("*.png"))
+    before = {file: file.stat().st_mtime_ns for file in files}
+    rewritten = [replace(prompt, text="another") if prompt.name == "p1" else prompt for prompt in PROMPTS]
+    draw(out, images, decoders, networks, prompts=rewritten)
+    assert {file.name for file in files if file.stat().st_mtime_ns != before[file]} == {"p1.png"}
+    assert len([file for file in files if text_of(file) == "another"]) == 2  # on both paths
+
+
 def test_text_statistics_serve_again(drawn, tmp_path, decoders, networks):
     draw(tmp_path, None, decoders, networks, statistics=drawn / "real.safetensors")
     assert results(tmp_path)["scopes"] == results(drawn)["scopes"]
@@ -361,6 +374,17 @@ def test_geneval_s_folders_are_what_its_scorer_reads(tmp_path, decoders, monkeyp
         assert Image.open(folder / "00001" / "grid.png").size == (192, 192)
         corner = Image.open(folder / "00001" / "grid.png").crop((96, 96, 192, 192))
         assert corner.tobytes() == Image.open(folder / "00001" / "samples" / "0003.png").convert("RGB").tobytes()
+    # Of a file that was edited: another tag, and another prompt.
+    edited = [GENEVAL[0].replace("single_object", "two_object"), GENEVAL[1].replace("red", "blue")]
+    (tmp_path / "g.jsonl").write_text("\n".join(edited) + "\n")
+    monkeypatch.setattr(decoding, "decode", real_decode)
+    generate_geneval(
+        Run(out=out, processes=Processes()), read_geneval(tmp_path / "g.jsonl"), decoders, sample, sampling={}
+    )
+    for folder in folders:
+        assert scored(folder) == {f"{i:05}/{k:04}.png": json.loads(edited[i]) for i in range(2) for k in range(4)}
+        assert text_of(folder / "00001" / "grid.png") == "a photo of a blue cow"
+        assert text_of(folder / "00001" / "samples" / "0003.png") == "a photo of a blue cow"
 
 
 SCRIPT = """

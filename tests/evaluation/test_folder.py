@@ -12,8 +12,11 @@ from dcdd_core.evaluation.folder import (
     open_picture,
     pictures_in,
     read_pixels,
-    square,
 )
+from dcdd_core.pipelines.pictures import to_pixels
+from dcdd_core.training.batches import Share
+from dcdd_core.training.folders import ImageFolder
+from dcdd_core.training.pictures import Geometry
 
 
 def draw(path, size=(8, 8), colour=(10, 20, 30), **options):
@@ -76,21 +79,6 @@ def test_limits_and_categories_are_checked():
     check_categories(["", ""])
 
 
-@pytest.mark.parametrize("size", [(96, 96), (50, 200), (300, 100), (5, 7)])
-def test_any_picture_becomes_a_square_of_its_centre(size):
-    image = Image.new("RGB", size, (0, 0, 0))
-    w, h = size
-    side = min(size)
-    image.paste((255, 255, 255), ((w - side) // 2, (h - side) // 2, (w + side) // 2, (h + side) // 2))
-    found = square(image, 32)
-    assert found.shape == (32, 32, 3) and found[4:-4, 4:-4].min() > 250
-
-
-def test_a_square_of_the_right_size_keeps_its_bytes():
-    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    assert np.array_equal(square(Image.fromarray(pixels), 96), pixels)
-
-
 def test_pictures_of_many_sizes_make_one_batch(tmp_path):
     for i, size in enumerate([(10, 30), (64, 64), (200, 90)]):
         draw(tmp_path / f"{i}.png", size, colour=(255, 0, 0))
@@ -105,6 +93,16 @@ def test_pictures_stand_upright_and_in_rgb(tmp_path):
     assert open_picture(draw(tmp_path / "a.jpg", (20, 10), exif=exif)).size == (10, 20)
     Image.new("L", (4, 4), 7).save(tmp_path / "grey.png")
     assert open_picture(tmp_path / "grey.png").getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_they_are_read_as_training_reads_them(tmp_path):
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((16, 16), 257 * 100, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("P", (16, 16)).save(tmp_path / "other.gif")
+    geometry = Geometry(resolution=16, token_resolution=16, token_factor=4, vae_factor=2)
+    trained = ImageFolder(tmp_path, geometry)
+    items = [trained.load(entry) for entry in trained.entries(Share(seed=None), 0)]
+    assert torch.equal(read_pixels(pictures_in(tmp_path), 16), to_pixels(trained.collate(items).pixels, "cpu"))
 
 
 @pytest.mark.parametrize("cut", [0, 20, 300])

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dcdd_core.models.checkpoints import load_strictly, read_config, read_tensors
+from dcdd_core.models.checkpoints import fingerprint_of, load_strictly, read_config, read_tensors
 
 
 def test_shards_are_read_together_and_prefixes_cut(tmp_path):
@@ -52,3 +52,11 @@ def test_loading_is_strict_and_fills_meta_modules():
         tensors = {k: v for k, v in (weights | change).items() if v is not None}
         with pytest.raises(ValueError, match=words):
             load_strictly(nn.Linear(2, 2), tensors, "file")
+
+
+def test_a_fingerprint_is_of_names_shapes_and_values():
+    tensors = {"a": torch.arange(5000.0), "b": torch.zeros(2, 3)}
+    same = fingerprint_of(dict(reversed(tensors.items())))
+    assert fingerprint_of(tensors) == same == fingerprint_of(tensors | {"m": torch.zeros(2, device="meta")})
+    others = [{"a": tensors["a"]}, tensors | {"b": torch.zeros(3, 2)}, tensors | {"a": tensors["a"] + 1}]
+    assert len({same, *map(fingerprint_of, others)}) == 4

@@ -146,10 +146,18 @@ def test_what_is_no_bundle_is_refused(tmp_path):
         read_card(tmp_path / "c.safetensors")
 
 
-@pytest.mark.parametrize("changes", [{"variant": "x"}, {"steps": 0}, {"pixels_per_token": 3}])
+@pytest.mark.parametrize("changes", [{"variant": "x"}, {"steps": 0}, {"pixels_per_token": 0}])
 def test_a_card_checks_itself(changes):
     with pytest.raises(ValueError):
         tiny_card(**changes)
+
+
+def test_a_grid_is_painted_at_the_nearest_size_of_whole_packed_latents():
+    card = tiny_card(resolution=22 * 4, pixels_per_token=88 / 24, vae_factor=2)
+    assert card.painted_size((24, 24)) == (88, 88)
+    assert card.painted_size((12, 36)) == (44, 132)
+    assert card.painted_size((1, 5)) == (4, 20)  # 3.7 and 18.3 pixels
+    assert tiny_card().painted_size((3, 5)) == (12, 20)
 
 
 def test_the_published_shape_fits_the_card():

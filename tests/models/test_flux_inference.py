@@ -57,6 +57,19 @@ def velocity(decoder, t, dtype=torch.float32):
     return decoder(packed, decoder.condition_tokens(tiny_condition(), SIZE), t, SIZE)
 
 
+def test_a_full_disk_is_said_and_the_old_bundle_stays(tmp_path, whole):
+    resource = pytest.importorskip("resource", reason="limits the size of files")
+    path, limits = tmp_path / "d.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_bytes(b"the old one")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes a file; writing more fails
+    try:
+        with pytest.raises(OSError, match=r"d.safetensors could not be written .* GB are free there; make room"):
+            save_bundle(path, whole)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ["d.safetensors"] and path.read_bytes() == b"the old one"
+
+
 def of_time_alone(name):
     return any(part in name for part in TIME_ALONE) and not of_text_stream(name)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from dcdd_core.method.sampling import gumbel_noise_grid
 from dcdd_core.models.janus import JanusSampler, prompt_ids, unconditional_ids
@@ -364,7 +364,10 @@ def test_int8_is_for_the_layers_alone(folder: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="pip install torchao"):
         JanusSampler.load(folder, int8=True)
 
-    def rounded(module: torch.nn.Module, config: str) -> None:
+    calls = []
+
+    def rounded(module: torch.nn.Module, config: str, *, device: str) -> None:
+        calls.append(device)
         for layer in module.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.weight.data.zero_()
@@ -372,7 +375,10 @@ def test_int8_is_for_the_layers_alone(folder: Path, monkeypatch: pytest.MonkeyPa
     fake = SimpleNamespace(Int8WeightOnlyConfig=lambda: "rows", quantize_=rounded)
     monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=fake))
     monkeypatch.setitem(sys.modules, "torchao.quantization", fake)
+    move = JanusForConditionalGeneration.to
+    monkeypatch.setattr(JanusForConditionalGeneration, "to", lambda model, *to: calls.append("all") or move(model, *to))
     changed = JanusSampler.load(folder, int8=True).model.state_dict()
+    assert calls == ["cpu", "all"]  # A device that the whole model is moved to before has to hold it.
     own = tiny_janus()[0].state_dict()
     touched = {name for name, weight in changed.items() if not torch.equal(weight, own[name])}
     assert touched == {n for n in own if ".language_model.layers." in n and n.endswith("_proj.weight")}
@@ -380,7 +386,9 @@ def test_int8_is_for_the_layers_alone(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_int8_samples(folder: Path):
     pytest.importorskip("torchao", reason="torchao is not installed")
-    assert JanusSampler.load(folder, int8=True).sample(["red"], seeds=[0]).logits.isfinite().all()
+    sampler = JanusSampler.load(folder, int8=True)
+    assert sampler.sample(["red"], seeds=[0]).logits.isfinite().all()
+    assert sampler.fingerprint == f"{JanusSampler.load(folder).fingerprint} in int8"
 
 
 def test_loader_names_missing_and_unexpected_weights(folder: Path, tmp_path: Path):

@@ -20,13 +20,13 @@ from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.batches import Batches, Share
 from dcdd_core.training.decoder import train_decoder
 from dcdd_core.training.encodings import geometry_for
-from dcdd_core.training.examples import ExampleMaker
+from dcdd_core.training.examples import Example, ExampleMaker
 from dcdd_core.training.log import read_log
 from dcdd_core.training.pictures import Geometry
 from dcdd_core.training.recipe import DecoderTraining
 from dcdd_core.training.sources import open_pictures
 from dcdd_core.training.trainable import choose_trained
-from tests.tiny import tiny_decoder, tiny_vae, tiny_vq
+from tests.tiny import tiny_condition, tiny_decoder, tiny_vae, tiny_vq
 
 RECIPE = {"learning_rate": 3e-3, "warmup": 2, "average_decay": 0.9}
 
@@ -44,6 +44,16 @@ def png_folder(folder: Path, count: int = 7, side: int = 20) -> Path:
 def encoders() -> tuple[VQTokenizer, AutoencoderKL, Geometry]:
     vq, vae = VQTokenizer(tiny_vq(), name="tiny"), tiny_vae()
     return vq, vae, geometry_for(vq, vae, resolution=16, token_resolution=16)
+
+
+def example(batch: int = 2) -> Example:
+    """Of noise."""
+    return Example(
+        latents=torch.randn(batch, 16, 8, 8, generator=torch.Generator().manual_seed(0)),
+        condition=tiny_condition(batch),
+        masked_latents=torch.zeros(1, 16, 8, 8),
+        mask=torch.ones(1, 1, 16, 16),
+    )
 
 
 def accelerator() -> Accelerator:

@@ -13,12 +13,14 @@ import PIL.Image
 import pytest
 import torch
 
+from dcdd_core.pipelines.pictures import UnreadablePicture, read_rgb, square, to_pixels
 from dcdd_core.training import folders
 from dcdd_core.training.batches import Batches, Share
 from dcdd_core.training.folders import ImageFolder
-from dcdd_core.training.pictures import Geometry, UnreadablePicture, read_rgb, square, to_pixels
+from dcdd_core.training.pictures import Geometry
 from dcdd_core.training.sources import open_pictures
 from dcdd_core.training.tables import SavedDataset, ShardStream
+from tests.tiny import tiny_card
 
 datasets = pytest.importorskip("datasets", reason="it comes with the 'train' extra")
 
@@ -505,17 +507,20 @@ def test_a_file_that_went_away_is_unreadable(tmp_path):
     ("changes", "words"),
     [
         ({"token_resolution": 390}, "16-pixel tokens: use 384 or 400"),
-        ({"resolution": 512}, "24 x 24 tokens.*use 384 or 576"),
-        ({"resolution": 96}, "use 192"),
+        ({"resolution": 500}, "even number of latents of 8 pixels a side: use 496 or 512"),
         ({"resolution": 0}, "resolution must be a whole number of pixels >= 1, got 0"),
         ({"vae_factor": 8.0}, "vae_factor must be a whole number"),
-        ({"token_resolution": 16, "resolution": 8}, "number a side has to be even; use 16"),
+        ({"resolution": 8}, "even number of latents .* use 16"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do(changes, words):
     janus = {"resolution": 384, "token_resolution": 384, "token_factor": 16, "vae_factor": 8}
     assert Geometry(**janus).grid == (24, 24) and Geometry(**janus).pixels_per_token == 16
     assert Geometry(**janus | {"resolution": 768}).pixels_per_token == 32
+    for resolution in (256, 512, 1024):
+        shown = Geometry(**janus | {"resolution": resolution})
+        card = tiny_card(resolution=resolution, pixels_per_token=shown.pixels_per_token, vae_factor=8)
+        assert card.painted_size(shown.grid) == (resolution, resolution)
     with pytest.raises(ValueError, match=words):
         Geometry(**janus | changes)
 

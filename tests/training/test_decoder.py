@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from dcdd_core.method.flow import interpolate, velocity
@@ -18,15 +20,16 @@ from dcdd_core.training import checkpoint
 from dcdd_core.training.average import MovingAverage
 from dcdd_core.training.batches import Batches, Share
 from dcdd_core.training.decoder import Evaluation
-from dcdd_core.training.examples import Example, ExampleMaker
+from dcdd_core.training.examples import ExampleMaker
 from dcdd_core.training.log import read_log
 from dcdd_core.training.loop import moving_average
 from dcdd_core.training.optimizers import adamw_8bit
 from dcdd_core.training.recipe import DecoderTraining, decoder_loss
 from dcdd_core.training.sources import open_pictures
 from dcdd_core.training.trainable import choose_trained
-from tests.tiny import tiny_condition, tiny_decoder
-from tests.training.runs import encoders, forked, kill_at, losses, png_folder, run
+from tests.tiny import tiny_decoder
+from tests.training import runs
+from tests.training.runs import encoders, example, forked, kill_at, losses, png_folder, run
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="an optional optimiser")
@@ -42,17 +45,6 @@ def whole(tmp_path_factory, pictures):
     """An uninterrupted run of 8 steps, which tests do not write to, and the decoder it gave."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     return folder, run(folder, pictures)
-
-
-def example(batch=2):
-    draw = torch.Generator().manual_seed(0)
-    latents = torch.randn(batch, 16, 8, 8, generator=draw)
-    return Example(
-        latents=latents,
-        condition=tiny_condition(batch),
-        masked_latents=torch.zeros(1, 16, 8, 8),
-        mask=torch.ones(1, 1, 16, 16),
-    )
 
 
 def by_hand(decoder, pictures, share, numbers, *, seed=0):
@@ -208,6 +200,40 @@ def test_compiled_training_is_the_plain_one_to_rounding(tmp_path, pictures):
         torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=2e-4, msg=name)
 
 
+def test_mixed_precision_is_entered_where_accelerate_does_not(tmp_path, pictures, monkeypatch):
+    def half():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found = Accelerator(cpu=True, mixed_precision="bf16")
+        found.native_amp = False  # as for DeepSpeed; what FSDP2 prepares is left alone too
+        return found
+
+    monkeypatch.setattr(runs, "accelerator", half)
+    decoder = tiny_decoder().bfloat16()
+    choose_trained(decoder, "adapter")
+    run(tmp_path, pictures, decoder=decoder, steps=1)
+    assert len(losses(tmp_path)) == 1
+
+
+def test_the_gradient_may_have_no_length_or_a_plain_number(tmp_path, pictures, monkeypatch):
+    found = iter([None, 2.0, torch.tensor(4.0)])
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: next(found))
+    run(tmp_path, pictures, steps=3, log_every=3)
+    assert [line["gradient_norm"] for line in read_log(tmp_path)] == [3.0]
+
+
+def test_what_was_not_logged_yet_is_kept(tmp_path, pictures):
+    def stop(k):
+        if k == 4:
+            raise KeyboardInterrupt
+
+    options = {"steps": 6, "save_every": 3, "log_every": 2}
+    run(tmp_path / "whole", pictures, **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", pictures, on_batch=stop, **options)
+    run(tmp_path / "cut", pictures, **options)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 3
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(tmp_path, pictures):
     decoder = tiny_decoder()
 
@@ -271,9 +297,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):
     other = png_folder(tmp_path / "other", count=5)
     with pytest.raises(ValueError, match="saved from other data"):
         run(tmp_path, other, steps=3)
-    (tmp_path / "checkpoints" / "step-00000003" / "average.safetensors").write_bytes(b"cut short")
-    with pytest.raises(ValueError, match="is damaged .*delete it to go on from the one before it"):
-        run(tmp_path, pictures, steps=3)
+    newest = tmp_path / "checkpoints" / "step-00000003"
+    for name in ("average.safetensors", "optimizer.bin"):
+        whole, words = (newest / name).read_bytes(), "is damaged .*delete it to go on from the one before it"
+        for broken in (b"", b"cut short", whole[:-50]):
+            (newest / name).write_bytes(broken)
+            with pytest.raises(ValueError, match=words):
+                run(tmp_path, pictures, steps=3)
+        (newest / name).write_bytes(whole)
 
 
 def test_a_finished_run_is_only_restored(tmp_path, pictures):

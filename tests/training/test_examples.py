@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dcdd_core.pipelines.pictures import to_pixels
 from dcdd_core.training.batches import Batches, Share
 from dcdd_core.training.encodings import encode, scaled_latents
 from dcdd_core.training.examples import ExampleMaker, boxes, proxy_condition
-from dcdd_core.training.pictures import to_pixels
 from dcdd_core.training.sources import open_pictures
 from dcdd_core.types import Calibration, Codebook
 from tests.tiny import tiny_card

@@ -10,7 +10,7 @@ from dcdd_core.training.loop import moving_average, train, warmup_cosine
 SETTINGS = {"seed": 7, "sizes": [1, 2]}
 
 
-def run(folder, steps, stop_at=None, seen=None, settings=SETTINGS):
+def run(folder, steps, stop_at=None, seen=None, settings=SETTINGS, log_every=1):
     """Trains a line by noisy gradients that depend on the step alone."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -30,19 +30,19 @@ def run(folder, steps, stop_at=None, seen=None, settings=SETTINGS):
         return {"loss": loss.detach()}
 
     state = {"model": model, "optimizer": optimizer}
-    train(
-        folder, settings=settings, steps=steps, step=step, state=state, log_every=1, save_every=5, report=lambda _: None
-    )
+    every = {"log_every": log_every, "save_every": 5}
+    train(folder, settings=settings, steps=steps, step=step, state=state, **every, report=lambda _: None)
     return model
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
-    whole = run(tmp_path / "whole", 20)
+@pytest.mark.parametrize("log_every", [1, 3])  # 3: the checkpoint of step 10 lies between two lines
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, log_every):
+    whole = run(tmp_path / "whole", 20, log_every=log_every)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", 20, stop_at=13)
-    assert read_log(tmp_path / "cut")[-1]["step"] == 13
+        run(tmp_path / "cut", 20, stop_at=13, log_every=log_every)
+    assert read_log(tmp_path / "cut")[-1]["step"] == 13 // log_every * log_every
     seen = []
-    resumed = run(tmp_path / "cut", 20, seen=seen)
+    resumed = run(tmp_path / "cut", 20, seen=seen, log_every=log_every)
     assert seen == list(range(10, 20))  # from the checkpoint, not from the stop
     assert torch.equal(whole.weight, resumed.weight)
     lines, others = read_log(tmp_path / "whole"), read_log(tmp_path / "cut")
