@@ -11,11 +11,11 @@ from comfy_api.latest import io
 from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download
 from ..dcdd_core.models.flux import DistributionConditionedDecoder, load_decoder
 from ..dcdd_core.models.janus import JanusSampler
-from ..dcdd_core.models.vae import KLAutoencoder, load_vae
+from ..dcdd_core.models.vae import load_vae
 from ..dcdd_core.models.vq import VQTokenizer
 from ..dcdd_core.pipelines.models import PICO_WEIGHTS
 from . import host
-from .host import Managed, Progress
+from .host import Managed, ManagedAutoencoder, Progress
 from .sockets import Decoder, DecoderSocket, JanusModel, JanusModelSocket, VQVAESocket, schema
 
 PICO = "pico (built in)"
@@ -58,7 +58,7 @@ class LoadJanus(io.ComfyNode):
     @classmethod
     def execute(cls, model: str, dtype: str, placement: str) -> io.NodeOutput:
         folder = _folder(model)
-        sampler = JanusSampler.load(folder, dtype=_torch_dtype(dtype, model))
+        sampler = JanusSampler.load(folder, dtype=_torch_dtype(dtype, model, placement))
         if model == PICO:
             sampler.name = "pico"
         vq = _vq(folder, model, placement)
@@ -174,7 +174,7 @@ class LoadDecoder(io.ComfyNode):
             path = host.path_of(host.BUNDLES, bundle)
             base = None if base_model == HELD else host.transformer_path(base_model)
             autoencoder = None if vae == CONNECTED else host.autoencoder_path(vae)
-        compute = _torch_dtype("auto" if storage == "8-bit" else storage, bundle)
+        compute = _torch_dtype("auto" if storage == "8-bit" else storage, bundle, placement)
         decoder = load_decoder(path, base, dtype=compute)
         blocks = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
         managed = Managed[DistributionConditionedDecoder](
@@ -182,8 +182,7 @@ class LoadDecoder(io.ComfyNode):
         )
         loaded = None
         if autoencoder is not None:
-            network = load_vae(autoencoder, dtype=torch.float32)
-            loaded = Managed(KLAutoencoder(network), network, placement=placement)
+            loaded = ManagedAutoencoder(load_vae(autoencoder, dtype=torch.float32), placement=placement)
         return io.NodeOutput(Decoder(decoder=managed, vae=loaded))
 
 
@@ -294,8 +293,8 @@ def _vq(folder: Path, model: str, placement: str) -> Managed[VQTokenizer]:
     return Managed(vq, vq.model, placement=placement)
 
 
-def _torch_dtype(name: str, model: str) -> torch.dtype:
-    """What a combo's dtype means on this machine.
+def _torch_dtype(name: str, model: str, placement: str) -> torch.dtype:
+    """What a combo's dtype means on this machine, for a model that works there.
 
     Raises:
         ValueError: for an unknown name.
@@ -304,7 +303,7 @@ def _torch_dtype(name: str, model: str) -> torch.dtype:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     if name != "auto":
         return getattr(torch, name)
-    device = comfy.model_management.get_torch_device()
+    device = host.device_of(placement)
     if model == PICO or device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float16
