@@ -214,20 +214,20 @@ class DownloadModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model: str) -> str:
-        target = _offer(model)[1]
-        return host.state_of(target) if target.exists() else ""
+        path = _offer(model)[2]
+        return host.state_of(path) if path.exists() else ""
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
-        known, target = _offer(model)
+        known, folder, path = _offer(model)
         progress = Progress(1000)
 
         def on_progress(there: int, whole: int) -> None:
             progress.step(round(1000 * there / max(1, whole)), 1000)
 
-        download(known.repository, target, files=known.files, on_progress=on_progress)
-        host.tell(f"{model} is in {target}. Its licence: {known.licence}")
-        return io.NodeOutput(str(target))
+        download(known.repository, folder, files=known.files, on_progress=on_progress)
+        host.tell(f"{model} is at {path}. Its licence: {known.licence}")
+        return io.NodeOutput(str(path))
 
 
 NODES = [LoadJanus, LoadVQVAE, LoadDecoder, DownloadModel]
@@ -309,8 +309,8 @@ def _torch_dtype(name: str, model: str, placement: str) -> torch.dtype:
     return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float16
 
 
-def _offer(model: str) -> tuple[KnownModel, Path]:
-    """The model of a combo's name, and the folder that it belongs into.
+def _offer(model: str) -> tuple[KnownModel, Path, Path]:
+    """The model of a combo's name, the folder that it belongs into, and the file or folder that is its own there.
 
     Raises:
         ValueError: for another name.
@@ -319,4 +319,5 @@ def _offer(model: str) -> tuple[KnownModel, Path]:
         raise ValueError(f"model must be one of {', '.join(_OFFERED)}, got {model!r}")
     known = _OFFERED[model]
     key, *below = known.folder.split("/")
-    return known, host.model_folder(key).joinpath(*below)
+    folder = host.model_folder(key).joinpath(*below)
+    return known, folder, folder / known.files[0] if len(known.files) == 1 else folder

@@ -77,8 +77,8 @@ class JanusLogitSampler(io.ComfyNode):
                     max=20.0,
                     step=0.1,
                     tooltip=(
-                        "How strictly the prompt is followed (classifier-free guidance). Janus-Pro: 5, pico: 3. "
-                        "1 is the prompt alone and takes half the time."
+                        "How strictly the prompt is followed (classifier-free guidance). 5 is Janus-Pro's; for pico, "
+                        "the built-in model, set 3. 1 is the prompt alone and takes half the time."
                     ),
                 ),
                 io.Float.Input(
