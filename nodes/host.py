@@ -152,10 +152,8 @@ class ManagedAutoencoder:
     def __init__(self, network: AutoencoderKL, *, placement: str):
         self.managed = Managed(KLAutoencoder(network), network, placement=placement)
         self.is_small = sum(weight.numel() for weight in network.parameters()) <= self._SMALL
-        self._factor, self._channels = (
-            2 ** (len(network.config.block_out_channels) - 1),
-            network.config.block_out_channels[0],
-        )
+        channels = network.config.block_out_channels
+        self._factor, self._channels = 2 ** (len(channels) - 1), channels[0]
         self._blank: dict[tuple[int, ...], torch.Tensor] = {}
 
     def memory(self, latents: torch.Tensor) -> int:

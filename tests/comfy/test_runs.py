@@ -147,6 +147,22 @@ def test_notice_of_unknown_words_is_shown_on_the_node(server, graph):
     assert any("does not know zebra" in text for text in run.notices["sample"]), dict(run.notices)
 
 
+def test_schedule_that_takes_long_to_read_is_told(server, graph):
+    long_decoder(graph)
+    server.free()
+    usual = server.post("/test/patience", {"seconds": -1})[1]
+    try:
+        run = server.run(short(graph))
+    finally:
+        server.post("/test/patience", {"seconds": usual})
+    assert run.status == "success", run.error
+    told = run.notices["long"]
+    assert "reading the modulations of a new schedule: 1 of " in told[0]
+    assert told[-1] == "the modulations of the new schedule are read"
+    layers = int(told[0].rpartition(" ")[2])
+    assert run.progress["long"] == [*[(0, 2)] * layers, (1, 2), (2, 2)]
+
+
 def test_edit_keeps_the_tokens_outside_of_the_mask(server, graph):
     janus = graph.add("load", "DCDD_LoadJanus")
     first = graph.add("first", "DCDD_JanusLogitSampler", janus=janus, guidance=2.0, seed=1, batch_size=2)

@@ -210,6 +210,14 @@ async def autoencoder_out_of_memory(request):
     return web.json_response({})
 
 
+@PromptServer.instance.routes.post("/test/patience")
+async def patience(request):
+    """Seconds after which the decoder says that it reads a new schedule; answers with what it was."""
+    decode = _pack_module("nodes.decode")
+    before, decode._LONG = decode._LONG, (await request.json())["seconds"]
+    return web.json_response(before)
+
+
 @PromptServer.instance.routes.post("/test/in_parts")
 async def in_parts(request):
     """The parts that a batch of three is made in, when an error in these words comes for more than one picture."""
