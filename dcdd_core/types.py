@@ -25,6 +25,10 @@ Source = Literal["vlm", "proxy"]
 _GRID_FIELDS = ("grid", "source", "guidance", "temperature", "model", "codebook", "calibrated")
 
 
+class DCDDWarning(UserWarning):
+    """What a user of this library should know, though nothing failed; hosts show it where the user looks."""
+
+
 @dataclass(frozen=True, eq=False)
 class Codebook:
     """The tokenizer's codebook E, rows of unit length.

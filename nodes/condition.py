@@ -16,7 +16,7 @@ from ..dcdd_core.models.vq import VQTokenizer
 from ..dcdd_core.pipelines.condition import condition_for, serving
 from ..dcdd_core.types import Condition, TokenLogits
 from . import host
-from .host import Managed
+from .host import Managed, Progress
 from .sockets import ConditionSocket, Decoder, DecoderSocket, TokenLogitsSocket, VQVAESocket, expect, schema
 from .tokens import CONNECT_LOGITS, CONNECT_VQ, pictures
 
@@ -86,13 +86,17 @@ class LCDMEncoder(io.ComfyNode):
         codebook, card = vq_vae.idle.codebook, _card(decoder, READS[reads])
         device = comfy.model_management.get_torch_device()
 
-        def run(first: int, last: int) -> Condition:
-            part = host.moved(pictures(token_logits, first, last), device)
+        def run(k: int) -> Condition:
+            part = host.moved(pictures(token_logits, k, k + 1), device)
             mapped = map_logits(part, codebook) if card is None else condition_for(card, part, codebook)
             return mapped.to(comfy.model_management.intermediate_device())
 
+        count = len(token_logits.tokens)
+        progress, parts = Progress(count), []
         with host.noticed():
-            parts = host.in_parts(run, len(token_logits.tokens))
+            for part in host.one_by_one(run, count):
+                parts.append(part)
+                progress.step(len(parts), count)
         return io.NodeOutput(
             Condition(
                 torch.cat([part.code_vectors for part in parts]),

@@ -6,9 +6,11 @@ Shapes: B batch, h w token grid, H W pixels, h' w' latent grid, C latent channel
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import comfy.latent_formats
+import comfy.model_management
 import comfy.sd
 import latent_preview
 import torch
@@ -17,21 +19,23 @@ from einops import rearrange
 
 from ..dcdd_core.method.latents import scale_latents
 from ..dcdd_core.method.lcdm import map_logits
-from ..dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder
-from ..dcdd_core.models.vae import Autoencoder, KLAutoencoder
+from ..dcdd_core.models.flux import DecoderCard
+from ..dcdd_core.models.flux_inference import OnLayer
+from ..dcdd_core.models.vae import Autoencoder
 from ..dcdd_core.models.vq import VQTokenizer
-from ..dcdd_core.pipelines.decode import Decoded, decode
+from ..dcdd_core.pipelines.decode import Canvas, canvas_of, paint, pixels_of
 from ..dcdd_core.types import Condition, TokenLogits
 from . import host
 from .host import Managed, Progress
 from .sockets import ConditionSocket, Decoder, DecoderSocket, TokenLogitsSocket, VQVAESocket, expect, schema
-from .tokens import CONNECT_LOGITS, CONNECT_VQ, pictures
+from .tokens import CONNECT_LOGITS, CONNECT_VQ, pictures, vq_memory
 
 HARD, SOFT = "hard: the tokens", "soft: the expected codes"
 BY_RESOLUTION, UNIFORM = "FLUX: by resolution", "uniform"
 SHIFTS = {BY_RESOLUTION: None, UNIFORM: 0.0}
-#: Autoencoders up to this many weights draw the previews themselves; for FLUX's a linear estimate does.
-_SMALL = 5_000_000
+#: Seconds after which the node says that a new schedule is being read.
+_LONG = 1.0
+_TILES = "connect a VAE from ComfyUI's own Load VAE, which goes on in tiles, or choose a smaller picture"
 
 
 class VQVAEDecode(io.ComfyNode):
@@ -70,20 +74,21 @@ class VQVAEDecode(io.ComfyNode):
         expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
         if codes not in (HARD, SOFT):
             raise ValueError(f"codes must be {HARD!r} or {SOFT!r}, got {codes!r}")
-        progress, count = Progress(len(token_logits.tokens)), len(token_logits.tokens)
+        count, memory = len(token_logits.tokens), vq_memory(vq_vae.idle, token_logits.grid)
 
-        def run(first: int, last: int) -> torch.Tensor:
-            vq, part = vq_vae.ready(), pictures(token_logits, first, last)
+        def run(k: int) -> torch.Tensor:
+            vq, part = vq_vae.ready(memory), pictures(token_logits, k, k + 1)
             # Mapped for the hard tokens too: it is where another tokenizer's logits are refused.
             mapped = map_logits(part, vq.codebook)
             if codes == SOFT:
-                pixels = vq.decode_vectors(mapped.code_vectors, part.grid)
-            else:
-                pixels = vq.decode_tokens(part.tokens, part.grid)
-            progress.step(last, count, pixels)
-            return host.image_of(pixels)
+                return vq.decode_vectors(mapped.code_vectors, part.grid)
+            return vq.decode_tokens(part.tokens, part.grid)
 
-        return io.NodeOutput(torch.cat(host.in_parts(run, count)))
+        progress, decoded = Progress(count), []
+        for pixels in host.one_by_one(run, count):
+            decoded.append(host.image_of(pixels))
+            progress.step(len(decoded), count, pixels)
+        return io.NodeOutput(torch.cat(decoded))
 
 
 class FluxDecoder(io.ComfyNode):
@@ -171,33 +176,46 @@ class FluxDecoder(io.ComfyNode):
             area = host.resized(area, *given.shape[2:]).clamp(0, 1)
             if not bool(area.any()):
                 host.notice("the mask is empty: there is nothing to paint, the picture stays as it is")
-        autoencoder, preview = _autoencoder(decoder, vae)
+        autoencoder, draws = _autoencoder(decoder, vae)
+        (canvas,) = host.one_by_one(lambda _: canvas_of(autoencoder, card, condition, given, area), 1, remedy=_TILES)
+        steps = steps or card.steps
 
-        def run(first: int, last: int) -> Decoded:
-            progress = Progress(steps or card.steps)
+        def run(first: int, last: int) -> torch.Tensor:
+            progress = Progress(steps)
             part = Condition(
                 condition.code_vectors[first:last],
                 condition.uncertainty[first:last],
                 condition.grid,
                 codebook=condition.codebook,
             )
-            working = decoder.decoder.ready(_working_memory(card, last - first, condition.grid))
-            return decode(
-                working,
-                autoencoder,
+            memory = _working_memory(card, last - first, condition.grid)
+            if draws:
+                host.bring(decoder.decoder, decoder.vae.managed, memory=memory + decoder.vae.memory(canvas.given))
+                preview = decoder.vae.preview
+            else:
+                host.bring(decoder.decoder, memory=memory)
+                preview = _linear_preview(card)
+            return paint(
+                decoder.decoder.idle,
                 part,
+                Canvas(given=_some(canvas.given, first, last), area=_some(canvas.area, first, last)),
                 seeds=[seed + k for k in range(first, last)],
-                steps=steps or None,
+                steps=steps,
                 shift=SHIFTS[schedule],
-                image=_some(given, first, last),
-                mask=_some(area, first, last),
                 on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
-                on_prepare=progress.step,
+                on_prepare=_reading(progress, steps),
             )
 
-        parts = host.in_parts(run, batch)
-        painted = torch.cat([host.image_of(part.pixels) for part in parts])
-        latent = {"samples": torch.cat([part.latents for part in parts]).to(painted.device)}
+        latents = torch.cat(host.in_parts(run, batch))
+
+        def show(k: int) -> torch.Tensor:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            part = _some(given, k, k + 1), _some(area, k, k + 1)
+            return host.image_of(pixels_of(autoencoder, latents[k : k + 1], *part))
+
+        # Apart from the steps: what the autoencoder has no memory for must not have these made again.
+        painted = torch.cat(list(host.one_by_one(show, batch, remedy=_TILES)))
+        latent = {"samples": latents.to(painted.device)}
         if image is not None:
             # Again on the IMAGE itself: on its way through -1..1 it would lose its last bit.
             keep = rearrange(area == 0, "b 1 h w -> b h w 1").to(painted.device)
@@ -221,56 +239,50 @@ def _working_memory(card: DecoderCard, batch: int, grid: tuple[int, int]) -> int
     return 64 * 4 * batch * packed * width
 
 
-class _ManagedAutoencoder:
-    """The decoder's own autoencoder; after its turn the transformer is brought back, should it have had to leave."""
+def _reading(progress: Progress, steps: int) -> OnLayer:
+    """What to do while a new schedule's modulations are read: nothing of the steps is done, and it may take long."""
+    began = time.monotonic()
 
-    def __init__(self, vae: Managed[KLAutoencoder], decoder: Managed[DistributionConditionedDecoder]):
-        self._vae, self._decoder = vae, decoder
+    def on_layer(done: int, layers: int) -> None:
+        progress.step(0, steps)
+        if time.monotonic() - began > _LONG:
+            host.tell(
+                f"reading the modulations of a new schedule: {done} of {layers}"
+                if done < layers
+                else "the modulations of the new schedule are read"
+            )
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        latents = self._vae.ready().encode(pixels)
-        self._decoder.ready()
-        return latents
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self._vae.ready().decode(latents)
+    return on_layer
 
 
 class _CoreAutoencoder:
     """ComfyUI's VAE as an `Autoencoder`: it looks after its memory, and tiles where that is short."""
 
-    def __init__(self, vae: comfy.sd.VAE, decoder: Managed[DistributionConditionedDecoder]):
-        self._vae, self._decoder = vae, decoder
+    def __init__(self, vae: comfy.sd.VAE):
+        self._vae = vae
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        latents = self._vae.encode(host.image_of(pixels)).float()
-        self._decoder.ready()
-        return latents
+        return self._vae.encode(host.image_of(pixels)).float()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return host.pixels_of(self._vae.decode(latents))
 
 
-def _autoencoder(
-    decoder: Decoder, vae: comfy.sd.VAE | None
-) -> tuple[Autoencoder, Callable[[torch.Tensor], host.Preview]]:
-    """The autoencoder to use, and how to draw a preview of raw latents [B, C, h', w'].
+def _autoencoder(decoder: Decoder, vae: comfy.sd.VAE | None) -> tuple[Autoencoder, bool]:
+    """The autoencoder to use, and whether it draws the previews too.
 
     Raises:
         ValueError: if there is none, or one of another kind.
     """
-    card = decoder.decoder.idle.card
     if vae is not None:
-        _check_core_vae(vae, card)
-        return _CoreAutoencoder(vae, decoder.decoder), _linear_preview(card)
+        _check_core_vae(vae, decoder.decoder.idle.card)
+        return _CoreAutoencoder(vae), False
     if decoder.vae is None:
         raise ValueError(
             "this decoder was loaded without an autoencoder: choose one in Load DCDD Decoder, or connect a FLUX VAE "
             "(ae.safetensors) from Load VAE"
         )
-    small = sum(weight.numel() for weight in decoder.vae.idle.model.parameters()) <= _SMALL
-    preview = (lambda latents: decoder.vae.ready().decode(latents[:4])) if small else _linear_preview(card)
-    return _ManagedAutoencoder(decoder.vae, decoder.decoder), preview
+    return decoder.vae, decoder.vae.is_small
 
 
 def _linear_preview(card: DecoderCard) -> Callable[[torch.Tensor], host.Preview]:

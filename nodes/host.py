@@ -22,12 +22,14 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_execution.utils import get_executing_context
+from diffusers import AutoencoderKL
 from einops import rearrange
 from PIL import Image
 from server import PromptServer
 from torch import nn
 
-from ..dcdd_core.types import TokenLogits
+from ..dcdd_core.models.vae import KLAutoencoder
+from ..dcdd_core.types import DCDDWarning, TokenLogits
 
 T = TypeVar("T")
 
@@ -74,8 +76,7 @@ class Managed(Generic[T]):
         _use_comfy_linears(module, comfy.ops.disable_weight_init.Linear)
         for name in eight_bit:
             _use_comfy_linears(module.get_submodule(name), comfy.ops.manual_cast.Linear, torch.float8_e4m3fn)
-        cpu = torch.device("cpu")
-        on = cpu if placement == "CPU" else comfy.model_management.get_torch_device()
+        cpu, on = torch.device("cpu"), device_of(placement)
         off = cpu if placement == "CPU" else comfy.model_management.unet_offload_device()
         self._value = value
         self._stream = placement == "low VRAM" and on != cpu
@@ -89,6 +90,11 @@ class Managed(Generic[T]):
         return self._patcher.load_device
 
     @property
+    def resident(self) -> bool:
+        """Whether all its weights are on its device once it is ready, none of them streamed."""
+        return not self._patcher.model.model_lowvram
+
+    @property
     def idle(self) -> T:
         """The model wherever it is now, to read its description from."""
         return self._value
@@ -99,14 +105,79 @@ class Managed(Generic[T]):
         Args:
             memory: bytes that working with it takes, besides its weights.
         """
-        most = comfy.model_management.get_total_memory(self.device) if self._stream else None
-        comfy.model_management.load_models_gpu([self._patcher], memory_required=memory, minimum_memory_required=most)
-        if self._patcher.model.model_lowvram:
-            # A partial load leaves behind what cannot be streamed: norms and embeddings, which are small.
-            for part in self._patcher.model.modules():
-                if not hasattr(part, "comfy_cast_weights"):
-                    part._apply(lambda tensor: tensor.to(self.device), recurse=False)
+        bring(self, memory=memory)
         return self._value
+
+
+def bring(*models: Managed, memory: int = 0) -> None:
+    """Brings models that work together to their device: none of them is pushed out for another.
+
+    Args:
+        memory: bytes that working with them takes, besides their weights.
+    """
+    stream = any(model._stream for model in models)
+    most = comfy.model_management.get_total_memory(models[0].device) if stream else None
+    patchers = [model._patcher for model in models]
+    comfy.model_management.load_models_gpu(patchers, memory_required=memory, minimum_memory_required=most)
+    for model in models:
+        # A partial load leaves behind what cannot be streamed: norms, embeddings and convolutions, which are small. It
+        # does not call itself partial where there is nothing else.
+        for part in model._patcher.model.modules():
+            if not hasattr(part, "comfy_cast_weights"):
+                part._apply(lambda tensor, device=model.device: tensor.to(device), recurse=False)
+
+
+def device_of(placement: str) -> torch.device:
+    """Where a model of this placement works."""
+    return torch.device("cpu") if placement == "CPU" else comfy.model_management.get_torch_device()
+
+
+def autoencoder_memory(height: int, width: int, channels: int) -> int:
+    """Bytes that a convolutional autoencoder takes for one picture in float32, either way: an estimate.
+
+    Args:
+        channels: of its widest layers, those at the size of the picture.
+    """
+    # What ComfyUI reckons for decoding with FLUX's, of 128 channels (comfy/sd.py), AMD's share too.
+    share = 2.73 if comfy.model_management.is_amd() else 1
+    return round(share * 4 * 2178 * height * width * channels / 128)
+
+
+class ManagedAutoencoder:
+    """A decoder's own autoencoder: an `Autoencoder` that comes to its device for each picture."""
+
+    #: Up to this many weights it draws the previews itself; for FLUX's a linear estimate does.
+    _SMALL = 5_000_000
+
+    def __init__(self, network: AutoencoderKL, *, placement: str):
+        self.managed = Managed(KLAutoencoder(network), network, placement=placement)
+        self.is_small = sum(weight.numel() for weight in network.parameters()) <= self._SMALL
+        channels = network.config.block_out_channels
+        self._factor, self._channels = 2 ** (len(channels) - 1), channels[0]
+        self._blank: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def memory(self, latents: torch.Tensor) -> int:
+        """Bytes that it takes for one picture of these latents [B, C, h', w']: an estimate."""
+        return autoencoder_memory(*(side * self._factor for side in latents.shape[2:]), self._channels)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """See `Autoencoder.encode`. The empty canvas of every whole picture is encoded once a size."""
+        blank, size = not bool(pixels.any()), tuple(pixels.shape)
+        if blank and size in self._blank:
+            return self._blank[size]
+        memory = autoencoder_memory(*pixels.shape[2:], self._channels)
+        latents = self.managed.ready(memory).encode(pixels)
+        if blank:
+            self._blank[size] = latents.cpu()
+        return latents
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """See `Autoencoder.decode`."""
+        return self.managed.ready(self.memory(latents)).decode(latents)
+
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """Up to four pictures of latents, where it is already."""
+        return torch.cat([self.managed.idle.decode(one) for one in latents[:4].split(1)])
 
 
 def _use_comfy_linears(module: nn.Module, kind: type[nn.Linear], storage: torch.dtype | None = None) -> None:
@@ -121,11 +192,17 @@ def _use_comfy_linears(module: nn.Module, kind: type[nn.Linear], storage: torch.
             setattr(part, name, ours.train(layer.training))
 
 
-def in_parts(run: Callable[[int, int], T], count: int) -> list[T]:
+_REMEDY = (
+    "close other programs that use the GPU, choose 'low VRAM' or 8-bit storage in the loader, or a smaller picture"
+)
+
+
+def in_parts(run: Callable[[int, int], T], count: int, *, remedy: str = _REMEDY) -> list[T]:
     """run(0, count), or where that runs out of memory, its halves, down to single items.
 
     Args:
         run: makes the items first..last - 1; samples do not depend on each other, so the parts are what the whole is.
+        remedy: what to do where a single item does not fit.
 
     Raises:
         RuntimeError: if a single item does not fit.
@@ -136,20 +213,42 @@ def in_parts(run: Callable[[int, int], T], count: int) -> list[T]:
         try:
             parts.append(run(first, last))
             first = last
-        except _OUT_OF_MEMORY as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             if size == 1:
-                raise RuntimeError(
-                    "out of memory even for a single picture: close other programs that use the GPU, choose 'low VRAM' "
-                    "or 8-bit storage in the loader, or a smaller picture"
-                ) from error
+                raise RuntimeError(f"out of memory even for a single picture: {remedy}") from error
             size = (last - first + 1) // 2
             log.warning("out of memory: going on with %d pictures at a time", size)
         comfy.model_management.soft_empty_cache()
     return parts
 
 
-# On machines without CUDA ComfyUI's own constant is Exception itself, which would catch an interrupt.
-_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+def one_by_one(run: Callable[[int], T], count: int, *, remedy: str = _REMEDY) -> Iterator[T]:
+    """run(0), run(1), ... run(count - 1).
+
+    Raises:
+        RuntimeError: if one does not fit into memory; says `remedy`.
+    """
+    for k in range(count):
+        yield from in_parts(lambda *_, k=k: run(k), 1, remedy=remedy)
+
+
+#: How allocators without an exception of their own say it: MPS, the CPU's, DirectML's, and CUDA's libraries.
+_NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "not enough gpu video memory",
+    "alloc_failed",
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # ComfyUI's own constant knows CUDA alone, and elsewhere it is Exception itself, which would catch an interrupt.
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 # --- progress and notices ---------------------------------------------------------------------------------------------
@@ -192,12 +291,16 @@ def tell(text: str) -> None:
 
 @contextmanager
 def noticed() -> Iterator[None]:
-    """Warnings that the library gives become notices."""
+    """Warnings that the library gives become notices; others' stay warnings."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("always", DCDDWarning)
         yield
-    for text in dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning):
+    ours = [warning for warning in caught if issubclass(warning.category, DCDDWarning)]
+    for text in dict.fromkeys(str(warning.message) for warning in ours):
         notice(text)
+    for warning in caught:
+        if warning not in ours:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 # --- pictures and masks -----------------------------------------------------------------------------------------------
@@ -267,6 +370,13 @@ def mask_of(mask: torch.Tensor) -> torch.Tensor:
     if not bool(torch.isfinite(mask).all()):
         raise ValueError("the mask holds NaN or infinity: an earlier node failed, look at its output")
     return mask.float().clamp(0, 1).reshape(-1, 1, *mask.shape[-2:])
+
+
+def cropped(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[B, C, H, W] -> [B, C, H', W'], at the centre, of the shape height : width: what `resized` shows of it."""
+    h, w = pixels.shape[2:]
+    top, left = round(max(0, h - w * height / width) / 2), round(max(0, w - h * width / height) / 2)
+    return pixels[:, :, top : h - top, left : w - left]
 
 
 def resized(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:

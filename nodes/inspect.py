@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..dcdd_core.evaluation.figures import labelled_grid, statistics_sheet
-from ..dcdd_core.evaluation.text import statistics_table
+from ..dcdd_core.evaluation.text import column_names, statistics_table
 from ..dcdd_core.method.statistics import describe_logits
 from ..dcdd_core.pico.data import to_pixels
 from ..dcdd_core.pico.scenes import SPLIT_SIZE, render_scene
@@ -92,10 +92,10 @@ class LogitStatistics(io.ComfyNode):
                 *others,
                 io.String.Input(
                     "names",
-                    default="Janus, proxies, calibrated",
+                    default="",
                     tooltip=(
-                        "What the columns are called, with commas between, in the order of the connected sockets; "
-                        "numbered where there are too few."
+                        "What the columns are called, with commas between, in the order of the connected sockets. "
+                        "Those without a name are called by what they hold: sampled, proxies, calibrated."
                     ),
                 ),
             ],
@@ -110,10 +110,7 @@ class LogitStatistics(io.ComfyNode):
         columns = [token_logits, *(others[key] for key in sorted(others) if others[key] is not None)]
         for value in columns:
             expect(value, TokenLogits, "token_logits", CONNECT_LOGITS)
-        given = [name.strip() for name in names.split(",") if name.strip()]
-        labels = [*given[: len(columns)], *(f"logits {k + 1}" for k in range(len(given), len(columns)))]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"two columns are called the same ({', '.join(labels)}): give each a name of its own")
+        labels = column_names(columns, [name.strip() for name in names.split(",") if name.strip()])
         found, progress = {}, Progress(len(columns))
         for label, value in zip(labels, columns):
             found[label] = describe_logits(value)

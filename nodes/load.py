@@ -11,11 +11,11 @@ from comfy_api.latest import io
 from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download
 from ..dcdd_core.models.flux import DistributionConditionedDecoder, load_decoder
 from ..dcdd_core.models.janus import JanusSampler
-from ..dcdd_core.models.vae import KLAutoencoder, load_vae
+from ..dcdd_core.models.vae import load_vae
 from ..dcdd_core.models.vq import VQTokenizer
 from ..dcdd_core.pipelines.models import PICO_WEIGHTS
 from . import host
-from .host import Managed, Progress
+from .host import Managed, ManagedAutoencoder, Progress
 from .sockets import Decoder, DecoderSocket, JanusModel, JanusModelSocket, VQVAESocket, schema
 
 PICO = "pico (built in)"
@@ -58,7 +58,7 @@ class LoadJanus(io.ComfyNode):
     @classmethod
     def execute(cls, model: str, dtype: str, placement: str) -> io.NodeOutput:
         folder = _folder(model)
-        sampler = JanusSampler.load(folder, dtype=_torch_dtype(dtype, model))
+        sampler = JanusSampler.load(folder, dtype=_torch_dtype(dtype, model, placement))
         if model == PICO:
             sampler.name = "pico"
         vq = _vq(folder, model, placement)
@@ -174,7 +174,7 @@ class LoadDecoder(io.ComfyNode):
             path = host.path_of(host.BUNDLES, bundle)
             base = None if base_model == HELD else host.transformer_path(base_model)
             autoencoder = None if vae == CONNECTED else host.autoencoder_path(vae)
-        compute = _torch_dtype("auto" if storage == "8-bit" else storage, bundle)
+        compute = _torch_dtype("auto" if storage == "8-bit" else storage, bundle, placement)
         decoder = load_decoder(path, base, dtype=compute)
         blocks = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
         managed = Managed[DistributionConditionedDecoder](
@@ -182,8 +182,7 @@ class LoadDecoder(io.ComfyNode):
         )
         loaded = None
         if autoencoder is not None:
-            network = load_vae(autoencoder, dtype=torch.float32)
-            loaded = Managed(KLAutoencoder(network), network, placement=placement)
+            loaded = ManagedAutoencoder(load_vae(autoencoder, dtype=torch.float32), placement=placement)
         return io.NodeOutput(Decoder(decoder=managed, vae=loaded))
 
 
@@ -215,20 +214,20 @@ class DownloadModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model: str) -> str:
-        target = _offer(model)[1]
-        return host.state_of(target) if target.exists() else ""
+        path = _offer(model)[2]
+        return host.state_of(path) if path.exists() else ""
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
-        known, target = _offer(model)
+        known, folder, path = _offer(model)
         progress = Progress(1000)
 
         def on_progress(there: int, whole: int) -> None:
             progress.step(round(1000 * there / max(1, whole)), 1000)
 
-        download(known.repository, target, files=known.files, on_progress=on_progress)
-        host.tell(f"{model} is in {target}. Its licence: {known.licence}")
-        return io.NodeOutput(str(target))
+        download(known.repository, folder, files=known.files, on_progress=on_progress)
+        host.tell(f"{model} is at {path}. Its licence: {known.licence}")
+        return io.NodeOutput(str(path))
 
 
 NODES = [LoadJanus, LoadVQVAE, LoadDecoder, DownloadModel]
@@ -294,8 +293,8 @@ def _vq(folder: Path, model: str, placement: str) -> Managed[VQTokenizer]:
     return Managed(vq, vq.model, placement=placement)
 
 
-def _torch_dtype(name: str, model: str) -> torch.dtype:
-    """What a combo's dtype means on this machine.
+def _torch_dtype(name: str, model: str, placement: str) -> torch.dtype:
+    """What a combo's dtype means on this machine, for a model that works there.
 
     Raises:
         ValueError: for an unknown name.
@@ -304,14 +303,14 @@ def _torch_dtype(name: str, model: str) -> torch.dtype:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     if name != "auto":
         return getattr(torch, name)
-    device = comfy.model_management.get_torch_device()
+    device = host.device_of(placement)
     if model == PICO or device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float16
 
 
-def _offer(model: str) -> tuple[KnownModel, Path]:
-    """The model of a combo's name, and the folder that it belongs into.
+def _offer(model: str) -> tuple[KnownModel, Path, Path]:
+    """The model of a combo's name, the folder that it belongs into, and the file or folder that is its own there.
 
     Raises:
         ValueError: for another name.
@@ -320,4 +319,5 @@ def _offer(model: str) -> tuple[KnownModel, Path]:
         raise ValueError(f"model must be one of {', '.join(_OFFERED)}, got {model!r}")
     known = _OFFERED[model]
     key, *below = known.folder.split("/")
-    return known, host.model_folder(key).joinpath(*below)
+    folder = host.model_folder(key).joinpath(*below)
+    return known, folder, folder / known.files[0] if len(known.files) == 1 else folder

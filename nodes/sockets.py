@@ -13,9 +13,8 @@ from comfy_api.latest import io
 
 from ..dcdd_core.models.flux import DistributionConditionedDecoder
 from ..dcdd_core.models.janus import JanusSampler
-from ..dcdd_core.models.vae import KLAutoencoder
 from ..dcdd_core.models.vq import VQTokenizer
-from .host import Managed
+from .host import Managed, ManagedAutoencoder
 
 CATEGORY = "DCDD"
 
@@ -40,7 +39,7 @@ class Decoder:
     """What DCDD_DECODER carries: the decoder, and its autoencoder unless one is to be connected."""
 
     decoder: Managed[DistributionConditionedDecoder]
-    vae: Managed[KLAutoencoder] | None
+    vae: ManagedAutoencoder | None
 
 
 def schema(name: str, display_name: str, *, category: str, search_aliases: list[str], **values: Any) -> io.Schema:

@@ -77,8 +77,8 @@ class JanusLogitSampler(io.ComfyNode):
                     max=20.0,
                     step=0.1,
                     tooltip=(
-                        "How strictly the prompt is followed (classifier-free guidance). Janus-Pro: 5, pico: 3. "
-                        "1 is the prompt alone and takes half the time."
+                        "How strictly the prompt is followed (classifier-free guidance). 5 is Janus-Pro's; for pico, "
+                        "the built-in model, set 3. 1 is the prompt alone and takes half the time."
                     ),
                 ),
                 io.Float.Input(
@@ -168,8 +168,9 @@ class JanusLogitSampler(io.ComfyNode):
 
         def run(first: int, last: int) -> TokenLogits:
             previous = None if token_logits is None else pictures(token_logits, first, last)
-            progress, vq = Progress(count), janus.vq.ready()
-            working = janus.sampler.ready(memory=2 * (last - first) * count * sampler.codebook.size * 4)
+            progress, vq, working = Progress(count), janus.vq.idle, janus.sampler.idle
+            logits = 2 * (last - first) * count * sampler.codebook.size * 4
+            host.bring(janus.vq, janus.sampler, memory=logits + vq_memory(vq, sampler.grid))
 
             def on_step(step: int, total: int, tokens: torch.Tensor) -> None:
                 row = step % sampler.grid[1] == 0
@@ -185,6 +186,7 @@ class JanusLogitSampler(io.ComfyNode):
                 previous=previous,
                 resample=None if resample is None else resample[first:last],
                 on_step=on_step,
+                resident=janus.sampler.resident,
             )
             return host.kept(sampled)
 
@@ -234,12 +236,14 @@ class VQVAEEncode(io.ComfyNode):
         expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
         pixels = _fitting(host.pixels_of(image), vq_vae.idle.factor, longest_side)
 
-        def run(first: int, last: int) -> TokenLogits:
-            return host.kept(vq_vae.ready().encode(pixels[first:last]))
+        memory = vq_memory(vq_vae.idle, vq_vae.idle.grid_of(*pixels.shape[2:]))
+
+        def run(k: int) -> TokenLogits:
+            return host.kept(vq_vae.ready(memory).encode(pixels[k : k + 1]))
 
         progress, parts = Progress(len(pixels)), []
-        for k in range(len(pixels)):  # One by one: the logits of each are as large as a small video.
-            parts += host.in_parts(lambda first, last, k=k: run(k + first, k + last), 1)
+        for k, part in enumerate(host.one_by_one(run, len(pixels))):
+            parts.append(part)
             progress.step(k + 1, len(pixels), pixels[k : k + 1])
         return io.NodeOutput(_joined(parts), host.image_of(pixels))
 
@@ -389,9 +393,12 @@ NODES = [JanusLogitSampler, VQVAEEncode, LogitCalibrator, SaveCalibration, LoadC
 
 
 def _under_mask(mask: torch.Tensor, grid: TokenLogits) -> torch.Tensor:
-    """MASK -> bool [B, N], True for each token of which at least a part lies under the mask."""
+    """MASK -> bool [B, N], True for each token of which at least a part lies under the mask.
+
+    A mask of another shape than the grid is cropped at the centre, as VQ-VAE Encode crops the picture.
+    """
     batch = len(grid.tokens)
-    area = F.adaptive_max_pool2d(host.mask_of(mask), grid.grid).flatten(1) > 0.5
+    area = F.adaptive_max_pool2d(host.cropped(host.mask_of(mask), *grid.grid), grid.grid).flatten(1) > 0.5
     if len(area) not in (1, batch):
         raise ValueError(f"{len(area)} masks do not fit {batch} pictures: connect one mask, or one for each picture")
     if not bool(area.any()):
@@ -425,10 +432,15 @@ def _so_far(vq: VQTokenizer, tokens: torch.Tensor, previous: TokenLogits | None,
     count = tokens.shape[1]
     whole = tokens.new_zeros(len(tokens), h * w) if previous is None else previous.tokens.to(tokens).clone()
     whole[:, :count] = tokens
-    pixels = vq.decode_tokens(whole[:4], grid)
+    pixels = torch.cat([vq.decode_tokens(one, grid) for one in whole[:4].split(1)])
     if previous is None:
         pixels[:, :, count // w * vq.factor :] = -0.8
     return pixels
+
+
+def vq_memory(vq: VQTokenizer, grid: tuple[int, int]) -> int:
+    """Bytes that the tokenizer takes for one picture of this grid, either way: an estimate."""
+    return host.autoencoder_memory(*(side * vq.factor for side in grid), vq.model.config.base_channels)
 
 
 def pictures(grid: TokenLogits, first: int, last: int) -> TokenLogits:

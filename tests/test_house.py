@@ -136,6 +136,16 @@ def test_own_code_is_imported_relatively():
     assert not wrong, "\n".join(["ComfyUI loads the pack under a name of its own; write these relatively:", *wrong])
 
 
+def test_warnings_are_of_the_librarys_own_class():
+    wrong = [
+        f"{MODULES[module]}:{call.lineno}"
+        for module, tree in TREES.items()
+        for name, call in calls(tree)
+        if name == "warnings.warn" and (len(call.args) < 2 or dotted(call.args[1]) != "DCDDWarning")
+    ]
+    assert not wrong, "\n".join(["hosts tell a user of DCDDWarning alone; these are of another class:", *wrong])
+
+
 def test_library_does_not_know_comfyui():
     wrong = absolute_imports("dcdd_core", COMFY)
     assert not wrong, "\n".join(["ComfyUI belongs in nodes/, not in the library:", *wrong])

@@ -888,10 +888,10 @@ def edit(graph: Graph) -> None:
         ## Change first
         - the **second prompt** (green)
         - its **seed**, for another attempt
-        - the **mask**: *x*, *y* and the size of the white box. Whatever its size, it is laid over the whole picture;
-        every token that it touches is sampled anew
-        - to edit a picture of your own: *Load Image*, *VQ-VAE Encode*, *Logit Calibrator* into *token_logits*, and the
-        mask that you draw with *Open in MaskEditor*
+        - the **mask**: *x*, *y* and the size of the white box. Every token that it touches is sampled anew
+        - to edit a picture of your own: *Load Image*, *Upscale Image* to the model's size (pico: 96 x 96, Janus-Pro:
+        384 x 384; crop *center*), *VQ-VAE Encode*, *Logit Calibrator* into *token_logits*, and the mask that you draw
+        with *Open in MaskEditor*; it is cropped as the picture is
         ## With real models
         - *Load Janus*: Janus-Pro; both samplers: guidance 5
         - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..method.statistics import TokenStatistics
+from ..types import TokenLogits
 
 _ROWS = {
     "top-1 probability": ("top_1", "{:.6f}"),
@@ -15,6 +16,31 @@ _ROWS = {
     "Otsu rank": ("rank", "{:d}"),
     "head mass": ("head_mass", "{:.6f}"),
 }
+
+#: By source, and whether they are calibrated.
+_KINDS = {
+    ("vlm", False): "sampled",
+    ("vlm", True): "sampled, calibrated",
+    ("proxy", False): "proxies",
+    ("proxy", True): "calibrated",
+}
+
+
+def column_names(columns: Sequence[TokenLogits], given: Sequence[str] = ()) -> list[str]:
+    """Names for columns of logits: the given ones first, the others by what they hold, numbered where that repeats.
+
+    Raises:
+        ValueError: if two of the given names are the same.
+    """
+    names = list(given[: len(columns)])
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns are called the same ({', '.join(names)}): give each a name of its own")
+    for value in columns[len(names) :]:
+        kind, number = _KINDS[value.source, value.calibrated], 1
+        while (name := kind if number == 1 else f"{kind} {number}") in names:
+            number += 1
+        names.append(name)
+    return names
 
 
 def statistics_rows(columns: Mapping[str, TokenStatistics]) -> list[list[str]]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..types import Calibration, CalibrationStatistics, Codebook, Source, TokenLogits
+from ..types import Calibration, CalibrationStatistics, Codebook, DCDDWarning, Source, TokenLogits
 from .chunks import Grids, chunk_rows, float32_maths, logit_chunks, neg_p_ln_p
 
 TOLERANCE = 0.02
@@ -253,6 +253,7 @@ def fit(
             f"calibration did not converge: the nearest to a mean entropy of {target.mean_entropy:.3f} is "
             f"{statistics(scale, 0.0).mean_entropy:.3f}, at scale {scale:.3g}; check that features and codebook belong "
             "together",
+            DCDDWarning,
             stacklevel=2,
         )
     return Calibration(
@@ -317,7 +318,9 @@ def fit_anchor(
     length, alignment = (np.interp(betas, ANCHORS, sums[:, i] / sums[:, 0]) for i in (1, 2))
     beta = float(betas[np.argmin((length - target.length) ** 2 + (alignment - target.alignment) ** 2)])
     if beta == ANCHORS[-1]:
-        warnings.warn(f"the proxies' code vectors are out of reach; the anchor stays at {beta:g}", stacklevel=2)
+        warnings.warn(
+            f"the proxies' code vectors are out of reach; the anchor stays at {beta:g}", DCDDWarning, stacklevel=2
+        )
     return replace(calibration, anchor=beta)
 
 
@@ -376,6 +379,7 @@ def _widened(entropy: Callable[[float], float], target: float) -> tuple[float, f
         warnings.warn(
             f"a mean entropy of {target:.3f} is not reached with a scale in {SCALES[0]:g}..{SCALES[1]:g}: "
             f"searching {low:g}..{high:g}",
+            DCDDWarning,
             stacklevel=3,
         )
     return low, high

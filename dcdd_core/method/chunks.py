@@ -12,7 +12,7 @@ from functools import wraps
 import numpy as np
 import torch
 
-from ..types import Calibration, Codebook, Source, TokenLogits, same_codebook
+from ..types import Calibration, Codebook, DCDDWarning, Source, TokenLogits, same_codebook
 
 CHUNK_BYTES = 4 * 2**20
 """Size of one float32 work array [n, K]; the functions that use chunks hold at most four of them at once. On a CPU they
@@ -80,7 +80,7 @@ def logit_chunks(
         doubt = _sampling_mismatch(grid, calibration)
         if doubt and doubt not in warned:
             warned.add(doubt)
-            warnings.warn(doubt, stacklevel=3)
+            warnings.warn(doubt, DCDDWarning, stacklevel=3)
         parts = list(chunks(grid.logits))
         yield from zip([grid] * len(parts), parts, grid.tokens.reshape(-1).split([len(part) for part in parts]))
     if grid is None:

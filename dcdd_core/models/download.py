@@ -108,8 +108,9 @@ def download(
 ) -> Path:
     """Brings files of a hub repository into a folder, each under its own name only once it is whole.
 
-    A file that is there with the right size is left as it is. Call it again after an interruption: it goes on where the
-    last one stopped. Files that the hub has a SHA-256 of, as it has of all weights, are compared with it.
+    A file that is there with the right size is left as it is, and one of another size is never written over. Call it
+    again after an interruption: it goes on where the last one stopped. Files that the hub has a SHA-256 of, as of all
+    weights, are compared with it. Without a connection, files that are there are enough if `files` names each.
 
     Args:
         repository: such as "black-forest-labs/FLUX.1-Fill-dev".
@@ -124,16 +125,30 @@ def download(
 
     Raises:
         ValueError: if the repository does not exist, wants its licence accepted or another token, or has no such file;
-            if the hub cannot be reached, the connection breaks, or the disk is full. Says what to do.
+            if the hub cannot be reached, the connection breaks, or the disk is full; if a file of the same name but
+            another size is there. Says what to do.
     """
     folder = Path(folder)
     api = HfApi(endpoint=endpoint, token=token)
     with _explained(repository, folder, api.endpoint):
         # One commit for all files, though the repository may change while they come.
-        info = api.model_info(repository, files_metadata=True, timeout=_PATIENCE)
+        try:
+            info = api.model_info(repository, files_metadata=True, timeout=_PATIENCE)
+        except (OSError, HTTPError) as error:
+            there = [folder / name for name in files]  # A pattern is no file's name.
+            if isinstance(error, HfHubHTTPError) or not all(path.is_file() for path in there):
+                raise
+            if on_progress is not None:
+                on_progress(*[sum(path.stat().st_size for path in there)] * 2)
+            return folder
         held = {file.rfilename: file for file in info.siblings or ()}
         chosen = [held[name] for name in _choose(repository, list(held), files)]
         parts = [_Part(file, folder) for file in chosen]
+        if different := [part.found for part in parts if part.found]:
+            raise ValueError(
+                f"{folder} holds files of the same name but another size: {', '.join(different)}. They may be "
+                "yours, or cut or changed ones: move, rename or delete them, and start again"
+            )
         total = sum(part.size for part in parts)
         missing = total - sum(part.came for part in parts)
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,6 +202,13 @@ class _Part:
         # Of another version of the file nothing is taken over.
         self._path = self._target.with_name(f"{self._target.name}.{(self.sha256 or file.blob_id)[:12]}.part")
         self.is_whole = self._target.is_file() and self._target.stat().st_size == self.size
+
+    @property
+    def found(self) -> str | None:
+        """What is there under its name and is another file, in words."""
+        if self.is_whole or not self._target.exists():
+            return None
+        return f"{self.name} ({self._target.stat().st_size:,} bytes, the hub's {self.size:,})"
 
     @property
     def came(self) -> int:

@@ -221,6 +221,7 @@ class JanusSampler:
         previous: TokenLogits | None = None,
         resample: torch.Tensor | None = None,
         on_step: OnStep | None = None,
+        resident: bool = False,
     ) -> TokenLogits:
         """Samples an image's tokens for each prompt, and keeps the logits l of Eqs. 4-5 that each was drawn from.
 
@@ -246,6 +247,8 @@ class JanusSampler:
             on_step: called as on_step(step, N, tokens [B, step]) after each sampled position, step - 1 being that
                 position; the tokens are a view to read. What it raises ends the call. An edit starts at its first
                 resampled position and ends after its last.
+            resident: a host with linear layers of its own says by it that these do nothing but torch's: their weights
+                stay on the device. Where all do, a CUDA GPU replays one recorded step.
 
         Returns:
             TokenLogits on the model's device, logits float32 [B, N, K], source "vlm".
@@ -279,6 +282,7 @@ class JanusSampler:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            resident=resident,
         )
         hidden = loop.start(*self._rows(prompts, guided=guidance != 1), last=last)
         for i in range(first, last + 1):

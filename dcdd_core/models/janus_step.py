@@ -134,6 +134,7 @@ class TokenLoop:
         temperature: float,
         top_k: int | None,
         top_p: float | None,
+        resident: bool,
     ):
         self.model, self.head = model, _float_head(model)
         self.tokens, self.logits, self.anew = tokens, logits, anew
@@ -144,7 +145,7 @@ class TokenLoop:
         self.noise = torch.zeros_like(logits[:, 0])
         self.best = torch.zeros(tokens.shape, device=tokens.device)
         parts = (model.model.language_model, model.model.generation_aligner, self.head)
-        self.recordable = tokens.is_cuda and all(_stays(part, tokens.device) for part in parts)
+        self.recordable = tokens.is_cuda and all(_stays(part, tokens.device, resident) for part in parts)
         self.replay: Callable[[], None] | None = None
 
     @torch.inference_mode()
@@ -236,10 +237,15 @@ def _parts(layer: nn.Module) -> tuple[nn.Module, ...]:
     return layer.input_layernorm, *projections, layer.post_attention_layernorm, layer.mlp
 
 
-def _stays(part: nn.Module, device: torch.device) -> bool:
-    """Whether all weights are on the device and stay there: others than torch's may fetch theirs per call."""
+def _stays(part: nn.Module, device: torch.device, resident: bool) -> bool:
+    """Whether all weights are on the device and stay there: layers that are not torch's may fetch theirs per call.
+
+    Args:
+        resident: whether the host has said that its own do not.
+    """
     linears = (layer for layer in part.modules() if isinstance(layer, nn.Linear))
-    return all(type(layer) is nn.Linear for layer in linears) and all(w.device == device for w in part.parameters())
+    known = resident or all(type(layer) is nn.Linear for layer in linears)
+    return known and all(weight.device == device for weight in part.parameters())
 
 
 def _normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from ..method.flow import euler_step, recover_clean, timesteps
 from ..method.latents import fill_input, pack, pack_mask, scale_latents, unpack, unscale_latents
 from ..method.sampling import keyed_generator
-from ..models.flux import DistributionConditionedDecoder
+from ..models.flux import DecoderCard, DistributionConditionedDecoder
 from ..models.flux_inference import OnLayer
 from ..models.vae import Autoencoder
 from ..types import Condition, same_codebook
@@ -37,7 +37,19 @@ class Decoded:
     latents: torch.Tensor
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """What painting starts from.
+
+    Attributes:
+        given: [B or 1, C, h', w'] raw latents of what is kept; of grey where it is painted.
+        area: [B or 1, 1, H, W], 1 where it is painted, 0 where it is kept.
+    """
+
+    given: torch.Tensor
+    area: torch.Tensor
+
+
 def decode(
     decoder: DistributionConditionedDecoder,
     vae: Autoencoder,
@@ -49,38 +61,78 @@ def decode(
     image: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     on_step: OnDecodeStep | None = None,
-    on_prepare: OnLayer | None = None,
 ) -> Decoded:
-    """Paints the pictures of a condition (Eqs. 17-25).
+    """Paints the pictures of a condition (Eqs. 17-25): `canvas_of`, `paint` and `pixels_of`, see these.
+
+    Raises:
+        ValueError: for what one of the three refuses.
+    """
+    canvas = canvas_of(vae, decoder.card, condition, image, mask)
+    latents = paint(decoder, condition, canvas, seeds=seeds, steps=steps, shift=shift, on_step=on_step)
+    return Decoded(pixels=pixels_of(vae, latents, image, mask), latents=latents)
+
+
+@torch.no_grad()
+def canvas_of(
+    vae: Autoencoder,
+    card: DecoderCard,
+    condition: Condition,
+    image: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> Canvas:
+    """The canvas for the pictures of a condition, encoded one by one; an empty one where no image is given.
 
     Args:
-        condition: of B pictures on an (h, w) grid, painted at `decoder.card.painted_size`.
+        condition: of B pictures on an (h, w) grid, painted at `card.painted_size`.
+        image, mask: for localised decoding, both or neither: [B or 1, 3, H, W] in -1..1, and [B or 1, 1, H, W] in 0..1
+            where 0 is kept, 1 is painted, and anything between is painted and blended.
+
+    Raises:
+        ValueError: for another tokenizer's condition, and for image and mask that do not fit.
+    """
+    height, width = card.painted_size(condition.grid)
+    _check_condition(card, condition)
+    _check_part(image, mask, len(condition.code_vectors), (height, width))
+    if image is None:
+        return Canvas(given=vae.encode(torch.zeros(1, 3, height, width)), area=torch.ones(1, 1, height, width))
+    area = (mask > 0).float()
+    kept = image.float() * (1 - area.to(image.device))
+    return Canvas(given=torch.cat([vae.encode(one) for one in kept.split(1)]), area=area)
+
+
+@torch.no_grad()
+def paint(
+    decoder: DistributionConditionedDecoder,
+    condition: Condition,
+    canvas: Canvas,
+    *,
+    seeds: Sequence[int],
+    steps: int | None = None,
+    shift: float | None = None,
+    on_step: OnDecodeStep | None = None,
+    on_prepare: OnLayer | None = None,
+) -> torch.Tensor:
+    """Euler steps from noise to raw latents [B, C, h', w'] float32 (before shift and scale).
+
+    Args:
         seeds: one whole number a picture; a batch equals its singles.
         steps: Euler steps; the bundle's own number by default.
         shift: mu of the time shift; FLUX's resolution-dependent one by default.
-        image, mask: for localised decoding, both or neither: [B or 1, 3, H, W] in -1..1, and [B or 1, 1, H, W] in 0..1
-            where 0 is kept, 1 is painted, and anything between is painted and blended.
         on_prepare: called with (layers read, layers) while a new schedule is prepared; may raise to stop.
 
     Raises:
-        ValueError: for another tokenizer's condition, a wrong number of seeds, or image and mask that do not fit.
+        ValueError: for another tokenizer's condition, and a wrong number of seeds.
     """
-    card = decoder.card
-    batch, (height, width) = len(condition.code_vectors), card.painted_size(condition.grid)
-    _check(decoder, condition, seeds, image, mask, (height, width))
+    card, batch = decoder.card, len(condition.code_vectors)
+    _check_condition(card, condition)
+    if len(seeds) != batch:
+        raise ValueError(f"got {len(seeds)} seeds for {batch} pictures: give one a picture")
     device, dtype = decoder.device, decoder.dtype
-    size = (height // card.vae_factor, width // card.vae_factor)
+    size = canvas.given.shape[2:]
     steps = card.steps if steps is None else steps
 
-    if image is None:
-        canvas, area = torch.zeros(1, 3, height, width, device=device), torch.ones(1, 1, height, width, device=device)
-    else:
-        canvas, mask = image.to(device).float(), mask.to(device).float()
-        area = (mask > 0).float()
-    given = vae.encode(canvas * (1 - area)).to(device)
-    given = pack(scale_latents(given, card.vae_shift, card.vae_scale)).to(dtype)
-    area_tokens = pack_mask(area.to(device, dtype), card.vae_factor)
-
+    given = pack(scale_latents(canvas.given.to(device), card.vae_shift, card.vae_scale)).to(dtype)
+    area_tokens = pack_mask(canvas.area.to(device, dtype), card.vae_factor)
     channels = decoder.transformer.out_channels // 4
     noise = [torch.randn(1, channels, *size, generator=keyed_generator(seed)) for seed in seeds]
     x = pack(torch.cat(noise)).to(device)  # float32: Euler steps add up small differences.
@@ -94,15 +146,26 @@ def decode(
             estimate = unpack(recover_clean(x, v, now), *size)
             on_step(i + 1, steps, unscale_latents(estimate, card.vae_shift, card.vae_scale))
         x = euler_step(x, v, now, after)
-    latents = unscale_latents(unpack(x, *size), card.vae_shift, card.vae_scale)
-    pixels = vae.decode(latents).to(device)
-    if image is not None:
-        pixels = torch.where(mask == 0, canvas, mask * pixels + (1 - mask) * canvas)
-    return Decoded(pixels=pixels, latents=latents)
+    return unscale_latents(unpack(x, *size), card.vae_shift, card.vae_scale)
 
 
-def _check(decoder, condition, seeds, image, mask, size) -> None:
-    card, batch = decoder.card, len(condition.code_vectors)
+@torch.no_grad()
+def pixels_of(
+    vae: Autoencoder, latents: torch.Tensor, image: torch.Tensor | None = None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Painted latents [B, C, h', w'] -> pixels [B, 3, H, W] float32 in -1..1, decoded one by one, on their device.
+
+    Args:
+        image, mask: see `canvas_of`; where the mask is 0, the image comes back to the last bit.
+    """
+    pixels = torch.cat([vae.decode(one) for one in latents.split(1)]).to(latents.device)
+    if image is None:
+        return pixels
+    image, mask = image.to(pixels), mask.to(pixels)
+    return torch.where(mask == 0, image, mask * pixels + (1 - mask) * image)
+
+
+def _check_condition(card: DecoderCard, condition: Condition) -> None:
     if not same_codebook(card.codebook, condition.codebook):
         raise ValueError(
             f"this condition is of codebook {condition.codebook}, but the decoder was trained for {card.tokenizer} "
@@ -113,8 +176,9 @@ def _check(decoder, condition, seeds, image, mask, size) -> None:
             f"the condition has {condition.code_vectors.shape[2]}-dimensional code vectors, the decoder reads "
             f"{card.code_dim}: use a condition of {card.tokenizer}"
         )
-    if len(seeds) != batch:
-        raise ValueError(f"got {len(seeds)} seeds for {batch} pictures: give one a picture")
+
+
+def _check_part(image: torch.Tensor | None, mask: torch.Tensor | None, batch: int, size: tuple[int, int]) -> None:
     if (image is None) != (mask is None):
         raise ValueError("localised decoding needs an image and a mask: give both, or neither to paint everything")
     for name, value, channels in (("image", image, 3), ("mask", mask, 1)):

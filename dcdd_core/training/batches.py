@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..method.sampling import keyed_generator
 from ..pipelines.pictures import UnreadablePicture
+from ..types import DCDDWarning
 
 UNREADABLE_SHARE, UNREADABLE_FROM = 0.01, 100
 
@@ -107,7 +108,7 @@ class Tally:
         if not isinstance(item, Unreadable):
             return True
         self.unreadable += 1
-        warnings.warn(f"{item.key} of {source} is skipped: {item.reason}", stacklevel=2)
+        warnings.warn(f"{item.key} of {source} is skipped: {item.reason}", DCDDWarning, stacklevel=2)
         if self.read >= UNREADABLE_FROM and self.unreadable > UNREADABLE_SHARE * self.read:
             raise ValueError(
                 f"{self.unreadable} of {self.read} pictures of {source} could not be read, the last one {item.key} "

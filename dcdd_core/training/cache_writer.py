@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..models.vq import VQTokenizer
+from ..types import DCDDWarning
 from .batches import Entry, Mark, Share, Tally, load_in_order
 from .cache import FORMAT, CacheCard, read_manifest, sha256
 from .encodings import Autocast, EncodedBatch, encode
@@ -137,7 +138,7 @@ class _Writer:
         for number, line in self._read_lines().items():
             path = self.folder / line["file"]
             if number % self.mine.world == self.mine.rank and not (path.is_file() and sha256(path) == line["sha256"]):
-                warnings.warn(f"{path} is missing or damaged, and is made again", stacklevel=3)
+                warnings.warn(f"{path} is missing or damaged, and is made again", DCDDWarning, stacklevel=3)
                 (self.folder / _SHARDS / f"{number:05}.json").unlink()
         self._write_manifest()
         return self._read_lines()

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..types import DCDDWarning
 from .batches import Entry, Mark, Share
 from .folders import Pictures, digest
 from .pictures import Geometry
@@ -129,7 +130,8 @@ class ShardStream(Pictures):
             k = row if j == number else 0
             rows = self._open(files[j])
             if self.tar and _cut_short(files[j]):
-                warnings.warn(f"{files[j]} has no end: pictures may be missing from it, make it again", stacklevel=2)
+                doubt = f"{files[j]} has no end: pictures may be missing from it, make it again"
+                warnings.warn(doubt, DCDDWarning, stacklevel=2)
             try:
                 for value in rows.skip(k) if k else rows:
                     name = f"{value['__key__']}.{self.column}" if self.tar else k

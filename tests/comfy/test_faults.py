@@ -141,6 +141,23 @@ def test_download_offline(server, info, graph):
     refuse(server, graph, "offline")
 
 
+def test_single_file_that_is_there_is_found_offline(server, info, graph):
+    choices = info["DCDD_DownloadModel"]["input"]["required"]["model"][1]["options"]
+    file = server.base / "models" / "vae" / "ae.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    try:
+        graph.add("get", "DCDD_DownloadModel", model=next(choice for choice in choices if "autoencoder" in choice))
+        run = server.run(graph.prompt)
+        assert run.status == "success" and f" is at {file}" in run.notices["get"][-1], run.error
+        assert server.run(graph.prompt).executed == []
+        (file.parent / "another.safetensors").touch()
+        assert server.run(graph.prompt).executed == [], "of the folder, its own file alone counts"
+    finally:
+        for path in file.parent.glob("*.safetensors"):
+            path.unlink()
+
+
 # --- pictures and masks -----------------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,57 @@ def test_sampler_is_split_too(server, graph, scarce):
             np.testing.assert_array_equal(server.saved("batch")[name][k : k + 1], server.saved(f"one_{k}")[name])
 
 
+def test_steps_are_not_made_again_where_the_autoencoder_runs_out(server, graph):
+    decoder, condition, _ = batch_of_three(graph)
+    painted = graph.add("paint", "DCDD_FluxDecoder", decoder=decoder, condition=condition, steps=2, seed=91)
+    graph.keep(painted, "never")
+    server.post("/test/autoencoder_out_of_memory", {"fails": True})
+    try:
+        run = server.run(graph.prompt)
+    finally:
+        server.post("/test/autoencoder_out_of_memory", {"fails": False})
+    assert (run.status, run.node, run.error_type) == ("error", "paint", "RuntimeError")
+    assert "even for a single picture" in run.error and "Load VAE" in run.error
+    assert [done for done, _ in run.progress["paint"] if done] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "MPS backend out of memory (MPS allocated: 17.44 GB, other allocations: 1.02 GB, max allowed: 18.13 GB)",
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
+        "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_out_of_memory_in_an_allocators_own_words_splits(words, server):
+    assert server.post("/test/in_parts", {"words": words})[1] == [[0, 1], [1, 2], [2, 3]]
+
+
+def test_other_errors_do_not_split(server):
+    assert server.post("/test/in_parts", {"words": "sizes do not fit"})[1] == {"raised": "sizes do not fit"}
+
+
+def test_what_works_together_is_loaded_together_with_room_to_work_in(server, graph):
+    server.free()
+    server.post("/test/loads", {})
+    assert server.run(whole(graph)).status == "success"
+    loads = server.post("/test/loads", {})[1]
+    # In whatever order ComfyUI runs the nodes; the autoencoder alone for the empty canvas, and at the end.
+    assert sorted(sorted(names) for names, _ in loads) == [
+        ["AutoencoderKL"],
+        ["AutoencoderKL"],
+        ["AutoencoderKL", "DistributionConditionedDecoder"],
+        ["JanusForConditionalGeneration", "JanusVQVAE"],
+        ["JanusVQVAE"],
+    ]
+    # An array of the picture's size in float32, of the fewest channels that pico's have.
+    assert all(memory > 16 * 96 * 96 * 4 for _, memory in loads), loads
+    assert server.run(whole(graph, seed=1)).status == "success"
+    again = [sorted(names) for names, _ in server.post("/test/loads", {})[1]]
+    assert again.count(["AutoencoderKL"]) == 1, "an empty canvas is encoded once a size"
+
+
 def whole(graph, seed=0, pictures=1):
     """From a prompt to a picture."""
     janus = graph.add("load", "DCDD_LoadJanus")

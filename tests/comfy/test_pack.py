@@ -111,3 +111,14 @@ def test_workflow_runs(path, server, info):
         pytest.skip(f"needs {', '.join(missing)}")
     run = server.run(prompt)
     assert run.status == "success", f"node {run.node}: {run.error}"
+
+
+def test_own_warnings_alone_become_notices(server):
+    found = server.get("/test/noticed")
+    assert found["notices"] == ["ours"]
+    assert found["warnings"] == [["theirs", "UserWarning"], ["old", "DeprecationWarning"]]
+
+
+def test_automatic_dtype_follows_the_placement(server):
+    found = server.get("/test/dtypes")
+    assert found == {"auto": "torch.bfloat16", "low VRAM": "torch.bfloat16", "CPU": "torch.float32"}

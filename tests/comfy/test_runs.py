@@ -27,11 +27,13 @@ def test_every_node_runs_with_progress_and_previews(server, graph):
     tokens = 144
     assert run.progress["sample"] == [(k, tokens) for k in range(1, tokens + 1)]
     assert run.previews["sample"] >= 3 and run.previews["edit"] >= 3
-    assert run.progress["paint"] == [(k, 4) for k in range(1, 5)], "one report a step"
+    assert run.progress["paint"][-4:] == [(k, 4) for k in range(1, 5)], "one report a step"
+    assert set(run.progress["paint"][:-4]) <= {(0, 4)}, "nothing is done while the schedule is read"
     assert run.previews["paint"] == 4 and run.previews["repaint"] == 4, "one preview a step"
-    for node, count in {"scene": 2, "encode": 2, "decode": 2, "statistics": 3}.items():
+    for node, count in {"scene": 2, "encode": 2, "map": 2, "decode": 2, "statistics": 3}.items():
         assert run.progress[node][-1] == (count, count)
-    assert run.previews["encode"] == 2 and run.previews["decode"] >= 1
+    assert run.progress["map"] == run.progress["decode"] == [(1, 2), (2, 2)], "one report a picture"
+    assert run.previews["encode"] == 2 and run.previews["decode"] == 2
     assert run.notices["save"][-1].startswith("saved fitted")
 
 
@@ -90,6 +92,13 @@ def long_encode(graph):
     graph.keep(graph.add("long", "DCDD_VQVAEEncode", vq_vae=vq, image=image), "long")
 
 
+def long_decode(graph):
+    vq = graph.add("load", "DCDD_LoadVQVAE")
+    image = graph.add("image", "TEST_Picture", fill="noise", batch=64)
+    proxies = graph.add("encode", "DCDD_VQVAEEncode", vq_vae=vq, image=image)
+    graph.keep(graph.add("long", "DCDD_VQVAEDecode", vq_vae=vq, token_logits=proxies), "long")
+
+
 def short(graph):
     """Of the same nodes, what takes no time."""
     for inputs in (node["inputs"] for node in graph.prompt.values()):
@@ -108,7 +117,7 @@ def long_fit(graph):
     graph.keep(fitted, "long")
 
 
-@pytest.mark.parametrize("build", [long_sampler, long_decoder, long_encode, long_fit])
+@pytest.mark.parametrize("build", [long_sampler, long_decoder, long_encode, long_decode, long_fit])
 def test_interrupt_stops_within_a_step(build, server, graph):
     build(graph)
     told = []
@@ -121,6 +130,7 @@ def test_interrupt_stops_within_a_step(build, server, graph):
     run = server.run(graph.prompt, on_progress=on_progress)
     assert (run.status, run.node) == ("interrupted", "long"), (run.status, run.error)
     last, total = run.progress["long"][-1]
+    assert {of for _, of in run.progress["long"]} == {total}, "the bar is of one thing alone"
     # One report may have been on its way.
     assert last <= max([5, *told]) + 1, f"{last - max([5, *told])} steps came after the interrupt"
     assert last < total - 10, "it was nearly done: make it longer"
@@ -135,6 +145,22 @@ def test_notice_of_unknown_words_is_shown_on_the_node(server, graph):
     run = server.run(graph.prompt)
     assert run.status == "success"
     assert any("does not know zebra" in text for text in run.notices["sample"]), dict(run.notices)
+
+
+def test_schedule_that_takes_long_to_read_is_told(server, graph):
+    long_decoder(graph)
+    server.free()
+    usual = server.post("/test/patience", {"seconds": -1})[1]
+    try:
+        run = server.run(short(graph))
+    finally:
+        server.post("/test/patience", {"seconds": usual})
+    assert run.status == "success", run.error
+    told = run.notices["long"]
+    assert "reading the modulations of a new schedule: 1 of " in told[0]
+    assert told[-1] == "the modulations of the new schedule are read"
+    layers = int(told[0].rpartition(" ")[2])
+    assert run.progress["long"] == [*[(0, 2)] * layers, (1, 2), (2, 2)]
 
 
 def test_edit_keeps_the_tokens_outside_of_the_mask(server, graph):
@@ -154,6 +180,21 @@ def test_edit_keeps_the_tokens_outside_of_the_mask(server, graph):
         np.testing.assert_array_equal(after[name][:, ~inside], before[name][:, ~inside])
     changed = (after["tokens"] != before["tokens"])[:, inside]
     assert changed.mean() > 0.5
+
+
+def test_mask_of_another_shape_is_cropped_as_the_picture_is(server, graph):
+    janus = graph.add("load", "DCDD_LoadJanus")
+    draw = {"janus": janus, "guidance": 1.0}
+    first = graph.add("first", "DCDD_JanusLogitSampler", seed=1, **draw)
+    # Of its 128 columns the middle 96 are the picture, of 12 tokens of 8.
+    mask = graph.add("mask", "TEST_Mask", width=128, left=100, right=128, bottom=96, value=1.0)
+    graph.keep(first, "first")
+    graph.keep(graph.add("edit", "DCDD_JanusLogitSampler", seed=77, token_logits=first, mask=mask, **draw), "edit")
+    run = server.run(graph.prompt)
+    assert run.status == "success", run.error
+    changed = server.saved("edit")["tokens"] != server.saved("first")["tokens"]
+    changed = changed.reshape(12, 12).any(axis=0)
+    assert not changed[:10].any() and changed[10:].all()
 
 
 @pytest.mark.parametrize("vae", ["own", "core"])

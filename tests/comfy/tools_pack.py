@@ -9,10 +9,12 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
+import comfy.model_management
 import comfy.sd
 import folder_paths
 import numpy as np
@@ -186,6 +188,98 @@ async def out_of_memory(request):
     raised = _memory["raised"]
     _memory.update(above=(await request.json())["above"], raised=0, steps=0)
     return web.json_response({"raised": raised})
+
+
+_autoencoder = {"fails": False}
+
+
+@PromptServer.instance.routes.post("/test/autoencoder_out_of_memory")
+async def autoencoder_out_of_memory(request):
+    """Whether from now on decoding the painted latents runs out of memory."""
+    kind = _pack_module("nodes.host").ManagedAutoencoder
+    if kind.decode.__name__ != "failing":
+        decode = kind.decode
+
+        def failing(self, latents):
+            if _autoencoder["fails"]:
+                raise RuntimeError("MPS backend out of memory, a test's own")
+            return decode(self, latents)
+
+        kind.decode = failing
+    _autoencoder.update(await request.json())
+    return web.json_response({})
+
+
+@PromptServer.instance.routes.post("/test/patience")
+async def patience(request):
+    """Seconds after which the decoder says that it reads a new schedule; answers with what it was."""
+    decode = _pack_module("nodes.decode")
+    before, decode._LONG = decode._LONG, (await request.json())["seconds"]
+    return web.json_response(before)
+
+
+@PromptServer.instance.routes.post("/test/in_parts")
+async def in_parts(request):
+    """The parts that a batch of three is made in, when an error in these words comes for more than one picture."""
+    words = (await request.json())["words"]
+
+    def run(first, last):
+        if last - first > 1:
+            raise RuntimeError(words)
+        return [first, last]
+
+    try:
+        return web.json_response(_pack_module("nodes.host").in_parts(run, 3))
+    except RuntimeError as error:
+        return web.json_response({"raised": str(error)})
+
+
+_loads = []
+
+
+@PromptServer.instance.routes.post("/test/loads")
+async def loads(request):
+    """What was asked of ComfyUI's memory manager since the last call: the models' classes, and bytes to work in."""
+    load = comfy.model_management.load_models_gpu
+    if load.__name__ != "recording":
+
+        def recording(models, memory_required=0, **more):
+            _loads.append([[type(patcher.model).__name__ for patcher in models], memory_required])
+            return load(models, memory_required=memory_required, **more)
+
+        comfy.model_management.load_models_gpu = recording
+    found, _loads[:] = list(_loads), []
+    return web.json_response(found)
+
+
+@PromptServer.instance.routes.get("/test/noticed")
+async def noticed(request):
+    """What becomes of the library's warnings and of others': the texts of notices, and those that stay warnings."""
+    host, told = _pack_module("nodes.host"), []
+    notice, host.notice = host.notice, told.append
+    try:
+        with warnings.catch_warnings(record=True) as stayed:
+            warnings.simplefilter("always")
+            with host.noticed():
+                warnings.warn("ours", host.DCDDWarning, stacklevel=1)
+                warnings.warn("theirs", UserWarning, stacklevel=1)
+                warnings.warn("old", DeprecationWarning, stacklevel=1)
+    finally:
+        host.notice = notice
+    return web.json_response({"notices": told, "warnings": [[str(w.message), w.category.__name__] for w in stayed]})
+
+
+@PromptServer.instance.routes.get("/test/dtypes")
+async def dtypes(request):
+    """What 'auto' is for another model than pico on a machine with a GPU, by placement."""
+    manager, load = comfy.model_management, _pack_module("nodes.load")
+    kept = manager.get_torch_device, manager.should_use_bf16
+    manager.get_torch_device, manager.should_use_bf16 = lambda: torch.device("cuda"), lambda device: True
+    try:
+        found = {place: str(load._torch_dtype("auto", "Janus", place)) for place in load.host.PLACEMENTS}
+    finally:
+        manager.get_torch_device, manager.should_use_bf16 = kept
+    return web.json_response(found)
 
 
 @PromptServer.instance.routes.get("/test/freeing")

@@ -14,8 +14,9 @@ from dcdd_core.evaluation.figures import (
     top_curve,
     training_curves,
 )
-from dcdd_core.evaluation.text import statistics_table
+from dcdd_core.evaluation.text import column_names, statistics_table
 from dcdd_core.method.statistics import describe
+from dcdd_core.types import TokenLogits
 
 
 def test_pixels_become_their_bytes():
@@ -66,3 +67,16 @@ def test_curves_have_a_panel_each():
 def test_saving_makes_the_folder_and_leaves_no_rest(tmp_path):
     path = save_image(Image.new("RGB", (2, 2)), tmp_path / "new" / "a.png")
     assert Image.open(path).size == (2, 2) and [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+def test_columns_without_a_name_are_called_by_what_they_hold():
+    logits, tokens = torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    kinds = {"sampled": ("vlm", False), "proxies": ("proxy", False), "calibrated": ("proxy", True)}
+    columns = [TokenLogits(logits, tokens, (1, 1), source=s, calibrated=c) for s, c in kinds.values()]
+    assert column_names(columns) == list(kinds)
+    assert column_names([columns[1]]) == ["proxies"]
+    assert column_names([*columns, columns[0]], ["mine"]) == ["mine", "proxies", "calibrated", "sampled"]
+    assert column_names([columns[1]] * 3) == ["proxies", "proxies 2", "proxies 3"]
+    assert column_names(columns[:1], ["a", "b"]) == ["a"]
+    with pytest.raises(ValueError, match="same, same.*name of its own"):
+        column_names(columns, ["same", "same"])

@@ -158,9 +158,8 @@ def test_only_the_files_named_come(tmp_path, hub):
     assert held(tmp_path) == {"model.safetensors", "config.json", "vae/model.safetensors"}
 
 
-def test_what_is_there_is_not_brought_again_and_another_size_is_replaced(tmp_path, hub):
+def test_what_is_there_is_not_brought_again(tmp_path, hub):
     (tmp_path / "model.safetensors").write_bytes(b"x" * len(WEIGHTS))
-    (tmp_path / "config.json").write_bytes(b"{}")
     seen = []
     download(
         REPOSITORY,
@@ -173,6 +172,24 @@ def test_what_is_there_is_not_brought_again_and_another_size_is_replaced(tmp_pat
     assert (tmp_path / "model.safetensors").read_bytes() == b"x" * len(WEIGHTS)
     assert (tmp_path / "config.json").read_bytes() == FILES["config.json"]
     assert seen[0][0] == len(WEIGHTS)
+
+
+def test_another_file_of_the_same_name_is_not_written_over(tmp_path, hub):
+    (tmp_path / "config.json").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"config\.json \(2 bytes, the hub's 8\).* move, rename or delete"):
+        download(REPOSITORY, tmp_path, files=["*.json", "model.safetensors"], endpoint=hub.endpoint)
+    assert (tmp_path / "config.json").read_bytes() == b"{}" and held(tmp_path) == {"config.json"}
+
+
+def test_files_that_are_all_there_need_no_connection(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "model.safetensors").write_bytes(WEIGHTS)
+    seen = []
+    download(REPOSITORY, tmp_path, files=["model.safetensors"], on_progress=lambda *x: seen.append(x))
+    assert seen == [(len(WEIGHTS), len(WEIGHTS))]
+    for files in (["model.safetensors", "config.json"], ["*.safetensors"]):
+        with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
+            download(REPOSITORY, tmp_path, files=files)
 
 
 def test_a_cut_connection_is_taken_up_where_it_broke(tmp_path, hub):

@@ -92,6 +92,18 @@ def test_half_precision_stays_close_to_transformers():
     assert (found - whole[:, 3:]).abs().max() < 0.1
 
 
+def test_other_linear_layers_stay_only_where_the_host_says_so():
+    class Streamed(nn.Linear):
+        pass
+
+    plain, cpu = nn.Sequential(nn.Linear(2, 2)), torch.device("cpu")
+    assert janus_step._stays(plain, cpu, resident=False)
+    assert not janus_step._stays(plain, torch.device("meta"), resident=True), "wherever its weights are not"
+    foreign = nn.Sequential(Streamed(2, 2))
+    assert not janus_step._stays(foreign, cpu, resident=False)
+    assert janus_step._stays(foreign, cpu, resident=True)
+
+
 @torch.no_grad()
 def test_padding_is_neither_attended_nor_counted():
     model, x = llama(), embeddings()

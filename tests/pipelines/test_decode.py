@@ -30,6 +30,24 @@ def test_a_batch_is_its_singles(models):
     assert (batch[0] - decode(*models, one(condition, 0), seeds=[9]).pixels[0]).abs().max() > 0.01
 
 
+def test_pictures_go_through_the_autoencoder_one_by_one(models):
+    decoder, vae = models
+    sizes = []
+
+    class Watched:
+        def encode(self, pixels):
+            sizes.append(len(pixels))
+            return vae.encode(pixels)
+
+        def decode(self, latents):
+            sizes.append(len(latents))
+            return vae.decode(latents)
+
+    image, mask = torch.zeros(3, 3, 16, 16), torch.ones(1, 1, 16, 16)
+    decode(decoder, Watched(), tiny_condition(3), seeds=[5, 6, 7], steps=1, image=image, mask=mask)
+    assert sizes == [1] * 6
+
+
 def test_the_global_generator_is_left_alone(models):
     condition, state = tiny_condition(1), torch.random.get_rng_state()
     decode(*models, condition, seeds=[1])
