@@ -10,7 +10,6 @@ import base64
 import json
 import os
 import queue
-import shutil
 import socket
 import struct
 import subprocess
@@ -27,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.shipped import copy_shipped
+
 #: With a hyphen in its name, as users have it.
 PACK = "ComfyUI-DCDD"
 
@@ -362,15 +362,5 @@ def _event(message: bytes, binary: bool) -> tuple[str, dict[str, Any]]:
 
 
 def copy_pack(custom_nodes: Path) -> Path:
-    """The pack as git would ship it, in ComfyUI's folder."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (custom_nodes / PACK / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, custom_nodes / PACK / name)
-    return custom_nodes / PACK
+    """The pack as ComfyUI's Manager installs it, in ComfyUI's folder."""
+    return copy_shipped(custom_nodes / PACK)

@@ -9,9 +9,10 @@ import urllib.parse
 import pytest
 
 from tests.comfy.graphs import options
-from tests.comfy.server import PACK, ROOT
+from tests.comfy.server import PACK
 from tests.comfy.snapshot import SNAPSHOT, inputs, reduced
 from tests.comfy.workflows import missing_files, problems, to_prompt
+from tests.shipped import ROOT
 
 pytestmark = pytest.mark.comfy
 
