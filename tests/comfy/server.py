@@ -136,7 +136,7 @@ class ComfyServer:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def _wait_until_up(self, seconds: float = 300) -> None:
+    def _wait_until_up(self, seconds: float = 1800) -> None:
         deadline = time.monotonic() + seconds
         while True:
             if not self.alive:
@@ -213,7 +213,7 @@ class ComfyServer:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"http://127.0.0.1:{self._port}{path}", body, headers)
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
+            with urllib.request.urlopen(request, timeout=600) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -286,7 +286,7 @@ class _Events:
     """What the server tells over its websocket (RFC 6455), as (kind, data); read by a thread of its own."""
 
     def __init__(self, port: int, client: str):
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=300)
         self._stream = self._socket.makefile("rb")
         key = base64.b64encode(os.urandom(16)).decode()
         asking = [
