@@ -1052,7 +1052,7 @@ def janus_to_dcdd(definitions: dict[str, Any]) -> dict[str, Any]:
         },
         shown=[
             *((sampled, name) for name in ("prompt", "seed", "control_after_generate", "guidance", "batch_size")),
-            (painted, "steps"),
+            *((painted, name) for name in ("seed", "control_after_generate", "steps")),
         ],
     )
 

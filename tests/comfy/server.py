@@ -10,7 +10,6 @@ import base64
 import json
 import os
 import queue
-import shutil
 import socket
 import struct
 import subprocess
@@ -27,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.shipped import copy_shipped
+
 #: With a hyphen in its name, as users have it.
 PACK = "ComfyUI-DCDD"
 
@@ -136,7 +136,7 @@ class ComfyServer:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def _wait_until_up(self, seconds: float = 300) -> None:
+    def _wait_until_up(self, seconds: float = 1800) -> None:
         deadline = time.monotonic() + seconds
         while True:
             if not self.alive:
@@ -213,7 +213,7 @@ class ComfyServer:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"http://127.0.0.1:{self._port}{path}", body, headers)
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
+            with urllib.request.urlopen(request, timeout=600) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -286,7 +286,7 @@ class _Events:
     """What the server tells over its websocket (RFC 6455), as (kind, data); read by a thread of its own."""
 
     def __init__(self, port: int, client: str):
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=300)
         self._stream = self._socket.makefile("rb")
         key = base64.b64encode(os.urandom(16)).decode()
         asking = [
@@ -362,15 +362,5 @@ def _event(message: bytes, binary: bool) -> tuple[str, dict[str, Any]]:
 
 
 def copy_pack(custom_nodes: Path) -> Path:
-    """The pack as git would ship it, in ComfyUI's folder."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (custom_nodes / PACK / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, custom_nodes / PACK / name)
-    return custom_nodes / PACK
+    """The pack as ComfyUI's Manager installs it, in ComfyUI's folder."""
+    return copy_shipped(custom_nodes / PACK)

@@ -6,16 +6,20 @@ import json
 import re
 import urllib.parse
 
+import numpy as np
 import pytest
 
-from tests.comfy.graphs import options
-from tests.comfy.server import PACK, ROOT
+from tests.comfy.graphs import options, output
+from tests.comfy.server import PACK
 from tests.comfy.snapshot import SNAPSHOT, inputs, reduced
-from tests.comfy.workflows import missing_files, problems, to_prompt
+from tests.comfy.tiny_flux import TEXT_ENCODERS, write_flux
+from tests.comfy.workflows import missing_files, opened, problems, to_prompt
+from tests.shipped import ROOT
 
 pytestmark = pytest.mark.comfy
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+WITHOUT_DECODER = ROOT / "workflows" / "7 FLUX img2img without a trained decoder.json"
 SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
 
 
@@ -104,11 +108,10 @@ def test_workflow_fits_the_nodes(path, info):
     assert problems(json.loads(path.read_text("utf-8")), info) == []
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_runs(path, server, info):
+@pytest.mark.parametrize("path", [path for path in WORKFLOWS if path != WITHOUT_DECODER], ids=lambda path: path.stem)
+def test_workflow_runs_on_what_ships(path, server, info):
     prompt = to_prompt(json.loads(path.read_text("utf-8")), info)
-    if missing := missing_files(prompt, info):
-        pytest.skip(f"needs {', '.join(missing)}")
+    assert not missing_files(prompt, info)
     run = server.run(prompt)
     assert run.status == "success", f"node {run.node}: {run.error}"
 
@@ -122,3 +125,81 @@ def test_own_warnings_alone_become_notices(server):
 def test_automatic_dtype_follows_the_placement(server):
     found = server.get("/test/dtypes")
     assert found == {"auto": "torch.bfloat16", "low VRAM": "torch.bfloat16", "CPU": "torch.float32"}
+
+
+@pytest.fixture
+def flux(server):
+    """The files of workflow 7 in ComfyUI's folders, and ComfyUI told how narrow their text encoders are."""
+    files = write_flux(server.base / "models")
+    server.post("/test/text_encoders", TEXT_ENCODERS)
+    yield
+    server.post("/test/text_encoders", {})
+    server.free()
+    for path in files:
+        path.unlink()
+
+
+def test_workflow_without_a_decoder_runs_on_a_flux_shaped_checkpoint(server, flux):
+    """The workflow as it is, every node of it real, on random weights.
+
+    Less than real are: FLUX's depth (one block of each kind), the width and depth of the text encoders, which ComfyUI
+    cannot read off a file and is told instead, the picture's size, and the number of steps.
+    """
+    info = server.get("/object_info")
+    prompt = to_prompt(json.loads(WITHOUT_DECODER.read_text("utf-8")), info)
+    assert not missing_files(prompt, info)
+    node = {step["class_type"]: name for name, step in prompt.items()}
+    wide, tall, steps = 128, 96, 2
+    prompt[node["ImageScale"]]["inputs"] |= {"width": wide, "height": tall}
+    prompt[node["KSampler"]]["inputs"]["steps"] = steps
+    for kind, name in {"DCDD_UncertaintyMask": "mask", "ImageScale": "start", "VAEDecode": "painted"}.items():
+        prompt[name] = {"class_type": "TEST_Save", "inputs": {"value": (node[kind], 0), "name": name}}
+    before = len(server.log())
+    run = server.run(prompt, seconds=3000)
+    assert run.status == "success", f"node {run.node}: {run.error}"
+    assert set(run.executed) == set(prompt)
+    assert run.progress[node["KSampler"]][-1] == (steps, steps)
+    mask, start, painted = (server.saved(name)["value"] for name in ("mask", "start", "painted"))
+    assert mask.shape == (1, tall, wide) and mask.min() < mask.max(), "nothing to tell the sure from the unsure"
+    assert start.shape == painted.shape == (1, tall, wide, 3)
+    assert np.isfinite(painted).all() and painted.std() > 0.01
+    # ComfyUI loads what fits and goes on: only its log says that names or shapes were others than it expected.
+    log = server.log()[before:]
+    assert "model_type FLUX" in log
+    assert not re.search(r"missing|unexpected|left ?over|unet_dtype: None", log, re.I), log
+
+
+def test_blueprint_is_offered(server):
+    try:
+        offered = server.get("/global_subgraphs")
+    except ValueError:
+        pytest.skip("this ComfyUI has no subgraph blueprints of packs yet")
+    ours = {e["name"]: key for key, e in offered.items() if e["info"]["node_pack"] == f"custom_nodes.{PACK}"}
+    assert set(ours) == {path.stem for path in SUBGRAPHS}
+    for path in SUBGRAPHS:
+        assert server.get(f"/global_subgraphs/{ours[path.stem]}")["data"] == path.read_text("utf-8")
+
+
+def test_blueprint_runs_and_its_painting_seed_alone_paints_anew(server, graph, info):
+    (path,) = SUBGRAPHS
+    janus = graph.add("janus", "DCDD_LoadJanus")
+    given = {"janus": janus, "vq_vae": output(janus, 1), "decoder": graph.add("decoder", "DCDD_LoadDecoder")}
+    blueprint = json.loads(path.read_text("utf-8"))
+    inside, outputs = opened(blueprint, info, given)
+    graph.prompt |= inside
+    for name, link in outputs.items():
+        graph.keep(link, f"box_{name}")
+    graph.look(outputs["image"])
+    run = server.run(graph.prompt)
+    assert run.status == "success", f"node {run.node}: {run.error}"
+    image, logits = server.saved("box_image")["value"], server.saved("box_token_logits")["logits"]
+    assert image.shape == (1, 96, 96, 3) and np.isfinite(image).all()
+    assert logits.shape[:2] == (1, 144)
+    (box,) = blueprint["nodes"]
+    seeds = [f"{box['id']}:{number}" for number, widget in box["properties"]["proxyWidgets"] if widget == "seed"]
+    assert {inside[name]["class_type"] for name in seeds} == {"DCDD_JanusLogitSampler", "DCDD_FluxDecoder"}
+    painter = outputs["image"][0]
+    graph.prompt[painter]["inputs"]["seed"] += 1
+    again = server.run(graph.prompt)
+    assert again.status == "success" and inside.keys() & set(again.executed) == {painter}
+    assert not np.array_equal(server.saved("box_image")["value"], image)

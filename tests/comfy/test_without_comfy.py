@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from tests.comfy.server import ROOT, locate
+from tests.comfy.server import locate
 from tests.comfy.workflows import problems, to_prompt
+from tests.shipped import ROOT
 
 INFO = {
     "Make": {

@@ -305,6 +305,23 @@ async def sockets(request):
     )
 
 
+_text_encoders: dict[str, dict[str, int]] = {}
+_load_clip = comfy.sd.load_clip
+
+
+def _load_small_clip(*args, model_options=None, **values):
+    return _load_clip(*args, model_options={**(model_options or {}), **_text_encoders}, **values)
+
+
+@PromptServer.instance.routes.post("/test/text_encoders")
+async def text_encoders(request):
+    """From now on, text encoders are of these sizes, which ComfyUI does not read off their files; {}: of their own."""
+    _text_encoders.clear()
+    _text_encoders.update(await request.json())
+    comfy.sd.load_clip = _load_small_clip if _text_encoders else _load_clip
+    return web.json_response({})
+
+
 def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(2)

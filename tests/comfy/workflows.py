@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.comfy.graphs import options
+from tests.comfy.graphs import Link, options
 from tests.comfy.server import Prompt
 from tests.comfy.snapshot import MODEL_FILES, inputs
 
@@ -16,6 +16,8 @@ _WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 _CONTROLS = ("fixed", "increment", "decrement", "randomize")
 _FILES = {".safetensors", ".sft", ".png", ".jpg"}
 _MUTED, _BYPASSED = 2, 4
+#: Ids of a subgraph's two ends.
+_ENTRANCE, _EXIT = -10, -20
 
 
 def problems(workflow: dict[str, Any], info: dict[str, Any]) -> list[str]:
@@ -36,7 +38,10 @@ def _in_graph(graph: dict[str, Any], info: dict[str, Any], own: dict[str, Any]) 
     links = [_link(link) for link in graph["links"]]
     for node in graph["nodes"]:
         name = f"node {node['id']} ({node['type']})"
-        if node["type"] in NOTES or node["type"] in own:
+        if node["type"] in NOTES:
+            continue
+        if node["type"] in own:
+            yield from (f"{name}: {problem}" for problem in _in_box(node, own[node["type"]], info))
             continue
         if node["type"] not in info:
             yield f"{name}: there is no such node"
@@ -94,6 +99,20 @@ def _in_node(node: dict[str, Any], entry: dict[str, Any]) -> Iterator[str]:
             yield f"{name} {problem}"
 
 
+def _in_box(node: dict[str, Any], definition: dict[str, Any], info: dict[str, Any]) -> Iterator[str]:
+    """Of a subgraph's node: are its sockets those of the subgraph, and the widgets that it shows inside?"""
+    for way in ("inputs", "outputs"):
+        told, meant = ([(end["name"], end["type"]) for end in of[way]] for of in (node, definition))
+        if told != meant:
+            yield f"its {way} are {meant}"
+    insides = {str(inside["id"]): inside["type"] for inside in definition["nodes"]}
+    for number, widget in node["properties"].get("proxyWidgets", []):
+        known = {*(inputs(info[insides[number]]) if number in insides else ())}
+        known |= {"control_after_generate"} if "seed" in known else set()
+        if widget not in known:
+            yield f"it shows {widget} of node {number}, which is not inside"
+
+
 def _refusal(value: Any, spec: list | None) -> str | None:
     if spec is None:
         return None if value in (*_CONTROLS, "image") else f"is {value!r}, none of {_CONTROLS}"
@@ -124,6 +143,30 @@ def to_prompt(workflow: dict[str, Any], info: dict[str, Any]) -> Prompt:
         given |= {one["name"]: links[one["link"]] for one in node.get("inputs", []) if one["link"] is not None}
         prompt[str(number)] = {"class_type": node["type"], "inputs": given}
     return prompt
+
+
+def opened(blueprint: dict[str, Any], info: dict[str, Any], given: dict[str, Link]) -> tuple[Prompt, dict[str, Link]]:
+    """What the page queues for a subgraph blueprint's node: the nodes inside, called OUTSIDE:INSIDE.
+
+    Args:
+        given: what its inputs are connected to.
+
+    Returns:
+        The prompt, and the node's outputs by name.
+    """
+    (node,), (definition,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    names = [entry["name"] for entry in definition["inputs"]]
+
+    def inside(link: Link) -> Link:
+        source, slot = link
+        return given[names[slot]] if source == str(_ENTRANCE) else (f"{node['id']}:{source}", slot)
+
+    prompt = to_prompt(definition, info)
+    for step in prompt.values():
+        step["inputs"] = {k: inside(v) if isinstance(v, tuple) else v for k, v in step["inputs"].items()}
+    exits = [link for link in map(_link, definition["links"]) if link[3] == _EXIT]
+    outputs = {definition["outputs"][link[4]]["name"]: inside((str(link[1]), link[2])) for link in exits}
+    return {f"{node['id']}:{number}": step for number, step in prompt.items()}, outputs
 
 
 def missing_files(prompt: Prompt, info: dict[str, Any]) -> list[str]:
