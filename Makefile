@@ -22,7 +22,8 @@ format: $(READY) ## reformat, and repair what lint can repair
 test: $(READY) ## the tests, without the slow ones
 	$(RUN) -m pytest
 
-test-all: $(READY) ## all tests
+test-all: $(READY) ## all tests, with the optional torchao
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[int8]'
 	$(RUN) -m pytest -m ""
 
 comfy-test: $(READY) ## the nodes in a real ComfyUI: COMFYUI_DIR=/path/to/it, COMFYUI_PYTHON=/its/python
@@ -48,5 +49,5 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(RUN) || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("constraints.txt needs Python >= 3.11, this is %s: make PYTHON=..." % sys.version.split()[0])'
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt $$(grep -E '^(setuptools|torch)==' constraints.txt)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,train,eval,int8]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,train,eval]'
 	@touch $@

@@ -41,9 +41,9 @@ from .types import Calibration, Condition, TokenLogits
 
 DEMO_PROMPTS = (
     "a large striped red heart in the centre on a wavy sky ground",
-    "a large dotted yellow circle at the top left on a plain navy ground with a small white star at the bottom right",
-    "a large checked green square on the right on a woven cream ground",
-    "a small plain purple star at the top on a dotted mint ground with writing at the bottom",
+    "a large checked blue diamond in the centre on a dotted cream ground",
+    "a large barred purple ring on the left on a plain mint ground with writing at the top",
+    "a large plain green cross at the bottom left on a wavy slate ground with a small yellow circle at the top right",
 )
 DEMO_SCENES = (4, 12, 25, 44)
 _MOST_TOKENS = 64 * 64
