@@ -33,8 +33,8 @@ REMEDY = "run tools/make_locales.py, and write what it says zh lacks"
 
 #: ComfyUI's own nodes that the pages speak of, as its page calls them.
 CORE_NODES = {
-    "en": {"Load VAE", "Preview as Text", "Preview Image", "Save Image"},
-    "zh": {"加载VAE", "预览任意", "预览图像", "保存图像"},
+    "en": {"Load VAE", "Preview as Text", "Preview Image", "Save Image", "Upscale Image"},
+    "zh": {"加载VAE", "预览任意", "预览图像", "保存图像", "缩放图像"},
 }
 #: What the pages quote besides sockets, options and paths; the last is an option only where nothing was saved yet.
 QUOTED = {"dcdd calibrate", "hf auth login", "HF_HUB_OFFLINE", "HF_TOKEN", "none yet: fit one and save it"}
