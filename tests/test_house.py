@@ -300,12 +300,14 @@ def test_import_does_no_work(loaded: dict):
 
 def test_requirements_are_those_of_the_package_without_torch():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    lines = (line.strip() for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines())
-    required = {bounds(line) for line in lines if line and not line.startswith("#")}
+    lines = [line for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
+    required = {bounds(line) for line in lines}
     torches = {"torch", "torchaudio", "torchvision"}
     assert not {name for name, _ in required} & torches, "ComfyUI brings torch: installing one would replace it"
     assert required == {bounds(line) for line in project["dependencies"]} - {("torch", "")}
     assert all("==" not in bound and "<" not in bound for _, bound in required), "no pins: other packs live here too"
+    orders = [[bounds(line)[0] for line in among] for among in (lines, project["dependencies"])]
+    assert all(order.index("transformers") < order.index("diffusers") for order in orders), "see requirements.txt"
 
 
 def bounds(line: str) -> tuple[str, str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import urllib.parse
 
 import numpy as np
 import pytest
+from packaging.utils import canonicalize_name
 
 from tests.comfy.graphs import options, output
-from tests.comfy.server import PACK
+from tests.comfy.server import PACK, locate
 from tests.comfy.snapshot import SNAPSHOT, inputs, reduced
 from tests.comfy.tiny_flux import TEXT_ENCODERS, write_flux
 from tests.comfy.workflows import missing_files, opened, problems, to_prompt
@@ -33,6 +35,24 @@ def test_pack_loads_without_a_warning(server):
     loading = server.log().partition("web root")[2].partition("Starting server")[0]
     assert re.search(rf"[\d.]+ seconds: .*{PACK}\n", loading), loading
     assert not re.search(r"Warning|Traceback|Cannot import|Error|could not be loaded", loading), loading
+
+
+def test_requirements_replace_nothing_in_comfyuis_environment():
+    """What pip would do with requirements.txt there: packages that are new to it may come, no other may change."""
+    try:
+        _, python = locate()
+    except LookupError as missing:
+        pytest.skip(str(missing))
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    wanted = ["install", "--dry-run", "--quiet", "--report", "-", "--requirement", str(ROOT / "requirements.txt")]
+    there, planned = (
+        json.loads(subprocess.run([*pip, *command], capture_output=True, check=True, text=True).stdout)
+        for command in (["list", "--format", "json"], wanted)
+    )
+    has = {canonicalize_name(package["name"]): package["version"] for package in there}
+    assert {"torch", "transformers"} <= set(has)
+    comes = {canonicalize_name(one["metadata"]["name"]): one["metadata"]["version"] for one in planned["install"]}
+    assert not {name: f"{has[name]} -> {version}" for name, version in comes.items() if name in has}
 
 
 def test_exactly_these_nodes_are_registered(ours):
@@ -157,7 +177,7 @@ def test_workflow_without_a_decoder_runs_on_a_flux_shaped_checkpoint(server, flu
     before = len(server.log())
     run = server.run(prompt, seconds=3000)
     assert run.status == "success", f"node {run.node}: {run.error}"
-    assert set(run.executed) == set(prompt)
+    assert {*run.executed, *run.cached} == set(prompt)
     assert run.progress[node["KSampler"]][-1] == (steps, steps)
     mask, start, painted = (server.saved(name)["value"] for name in ("mask", "start", "painted"))
     assert mask.shape == (1, tall, wide) and mask.min() < mask.max(), "nothing to tell the sure from the unsure"
