@@ -235,8 +235,8 @@ async def _wait_for(session: aiohttp.ClientSession) -> None:
 
 
 async def _run(session: aiohttp.ClientSession, graph: Graph, results: Path) -> dict[str, Any]:
-    """Queues a graph, keeps its previews, and gives the outputs by node."""
-    client, counts = uuid.uuid4().hex, dict.fromkeys(graph, 0)
+    """Queues a graph, keeps its previews, and gives the outputs by node; without one, the line that it showed."""
+    client, counts, told = uuid.uuid4().hex, dict.fromkeys(graph, 0), {}
     async with session.ws_connect("/ws", params={"clientId": client}, max_msg_size=0) as events:
         # Asks for previews that say whose they are.
         await events.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
@@ -251,6 +251,8 @@ async def _run(session: aiohttp.ClientSession, graph: Graph, results: Path) -> d
                     name = json.loads(message.data[8 : 8 + size])["node_id"]
                     (results / f"{name}.preview_{counts[name]:03d}.jpg").write_bytes(message.data[8 + size :])
                     counts[name] += 1
+                elif kind == 3:  # a line on a node, behind the node's name
+                    told[message.data[8 : 8 + size].decode()] = message.data[8 + size :].decode()
                 continue
             event = json.loads(message.data)
             if event["type"] == "execution_error":
@@ -258,7 +260,8 @@ async def _run(session: aiohttp.ClientSession, graph: Graph, results: Path) -> d
             if event["type"] == "executing" and event["data"]["node"] is None:
                 break  # Only now the history has it.
     async with session.get(f"/history/{queued['prompt_id']}") as answer:
-        return (await answer.json())[queued["prompt_id"]]["outputs"]
+        outputs = (await answer.json())[queued["prompt_id"]]["outputs"]
+    return {name: {"text": [told[name]]} if name in told else {} for name in graph} | outputs
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -473,7 +476,7 @@ _MODEL = "model:  Janus-Pro-1B"
 
 
 def diagrams(saved: str) -> Iterator[tuple[str, Image.Image]]:
-    """(node id, picture) for the nodes about files; `saved` is what Save Calibration said."""
+    """(node id, picture) for the nodes about files; `saved` is the calibration in Save Calibration's words."""
     d = Diagram().steps(
         "Choose a model: the list says how large it is.",
         "FLUX.1-Fill-dev only: accept its licence on its page, and log in (hf auth login, or HF_TOKEN).",
@@ -518,7 +521,7 @@ def drawings(results: Path) -> Iterator[tuple[str, Image.Image]]:
         return Image.open(results / f"{name}.{k}.png").convert("RGB")
 
     words = json.loads((results / "words.json").read_text("utf-8"))
-    yield from diagrams(words["kept"])
+    yield from diagrams(words["kept"].partition(": ")[2])
 
     grown = [Image.open(path).convert("RGB") for path in sorted(results.glob("sampled.preview_*.jpg"))]
     stages = [(f"{share} %", grown[len(grown) * share // 100 - 1]) for share in (25, 50, 75, 100)]
