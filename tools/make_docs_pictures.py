@@ -476,7 +476,7 @@ _MODEL = "model:  Janus-Pro-1B"
 
 
 def diagrams(saved: str) -> Iterator[tuple[str, Image.Image]]:
-    """(node id, picture) for the nodes about files; `saved` is the calibration in Save Calibration's words."""
+    """(node id, picture) for the nodes about files; `saved` is what Save Calibration said."""
     d = Diagram().steps(
         "Choose a model: the list says how large it is.",
         "FLUX.1-Fill-dev only: accept its licence on its page, and log in (hf auth login, or HF_TOKEN).",
@@ -521,7 +521,7 @@ def drawings(results: Path) -> Iterator[tuple[str, Image.Image]]:
         return Image.open(results / f"{name}.{k}.png").convert("RGB")
 
     words = json.loads((results / "words.json").read_text("utf-8"))
-    yield from diagrams(words["kept"].partition(": ")[2])
+    yield from diagrams(words["kept"])
 
     grown = [Image.open(path).convert("RGB") for path in sorted(results.glob("sampled.preview_*.jpg"))]
     stages = [(f"{share} %", grown[len(grown) * share // 100 - 1]) for share in (25, 50, 75, 100)]
