@@ -519,5 +519,5 @@ def test_encodings_that_are_not_finite_are_not_stored(tmp_path, pictures, networ
 
 
 def test_networks_that_do_not_fit_the_sizes_are_refused(networks):
-    with pytest.raises(ValueError, match="4 x 4 tokens.*use 32 or 40"):
-        geometry_for(**networks, resolution=36, token_resolution=16)
+    with pytest.raises(ValueError, match="even number of latents.*use"):
+        geometry_for(**networks, resolution=30, token_resolution=16)
