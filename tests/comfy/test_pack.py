@@ -149,7 +149,7 @@ def test_automatic_dtype_follows_the_placement(server):
 
 @pytest.fixture
 def flux(server):
-    """The files of workflow 7 in ComfyUI's folders, and ComfyUI told how narrow their text encoders are."""
+    """The files of workflow 7 in ComfyUI's folders, and ComfyUI told how small their text encoders are."""
     files = write_flux(server.base / "models")
     server.post("/test/text_encoders", TEXT_ENCODERS)
     yield
@@ -162,8 +162,8 @@ def flux(server):
 def test_workflow_without_a_decoder_runs_on_a_flux_shaped_checkpoint(server, flux):
     """The workflow as it is, every node of it real, on random weights.
 
-    Less than real are: FLUX's depth (one block of each kind), the width and depth of the text encoders, which ComfyUI
-    cannot read off a file and is told instead, the picture's size, and the number of steps.
+    Less than real are: FLUX's depth (one block of each kind), the depth and inner width of the text encoders, which
+    ComfyUI does not read off their files and is told instead, the picture's size, and the number of steps.
     """
     info = server.get("/object_info")
     prompt = to_prompt(json.loads(WITHOUT_DECODER.read_text("utf-8")), info)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.comfy.server import locate
-from tests.comfy.workflows import problems, to_prompt
+from tests.comfy.workflows import opened, problems, to_prompt
 from tests.shipped import ROOT
 
 INFO = {
@@ -53,6 +53,43 @@ WORKFLOW = {
         {"id": 3, "type": "MarkdownNote", "widgets_values": ["text"]},
     ],
     "links": [[1, 1, 0, 2, 0, "IMAGE"]],
+}
+BLUEPRINT = {
+    "nodes": [
+        {
+            "id": 1,
+            "type": "box",
+            "inputs": [{"name": "drawn", "type": "MASK", "link": None}],
+            "outputs": [{"name": "picture", "type": "IMAGE", "links": []}],
+            "properties": {"proxyWidgets": [["1", "seed"], ["1", "control_after_generate"], ["2", "name"]]},
+        }
+    ],
+    "links": [],
+    "definitions": {
+        "subgraphs": [
+            {
+                "id": "box",
+                "name": "Box",
+                "inputs": [{"name": "drawn", "type": "MASK"}],
+                "outputs": [{"name": "picture", "type": "IMAGE"}],
+                "nodes": [
+                    WORKFLOW["nodes"][0]
+                    | {
+                        "outputs": [
+                            {**WORKFLOW["nodes"][0]["outputs"][0], "links": [1, 3]},
+                            WORKFLOW["nodes"][0]["outputs"][1],
+                        ]
+                    },
+                    WORKFLOW["nodes"][1]
+                    | {"inputs": [WORKFLOW["nodes"][1]["inputs"][0], {"name": "mask", "type": "MASK", "link": 2}]},
+                ],
+                "links": [
+                    dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), link))
+                    for link in [(1, 1, 0, 2, 0, "IMAGE"), (2, -10, 0, 2, 1, "MASK"), (3, 1, 0, -20, 0, "IMAGE")]
+                ],
+            }
+        ]
+    },
 }
 
 
@@ -115,6 +152,39 @@ def test_sound_workflow_becomes_a_prompt():
 def test_broken_workflow_is_told(path, value, problem):
     broken = copy.deepcopy(WORKFLOW)
     place = broken
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert any(problem in found for found in problems(broken, INFO)), problems(broken, INFO)
+
+
+def test_blueprint_becomes_the_nodes_inside():
+    assert problems(BLUEPRINT, INFO) == []
+    prompt, outputs = opened(BLUEPRINT, INFO, {"drawn": ("brush", 3)})
+    assert prompt == {
+        "1:1": {"class_type": "Make", "inputs": {"seed": 3, "kind": "a", "file": "another.safetensors"}},
+        "1:2": {"class_type": "Show", "inputs": {"images": ("1:1", 0), "mask": ("brush", 3), "name": "x"}},
+    }
+    assert outputs == {"picture": ("1:1", 0)}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        (("properties", "proxyWidgets", 0), ["1", "steps"], "it shows steps of node 1, which is not inside"),
+        (("properties", "proxyWidgets", 0), ["7", "seed"], "it shows seed of node 7, which is not inside"),
+        (
+            ("properties", "proxyWidgets", 1),
+            ["2", "control_after_generate"],
+            "it shows control_after_generate of node 2",
+        ),
+        (("inputs", 0, "name"), "painted", "its inputs are [('drawn', 'MASK')]"),
+        (("outputs",), [], "its outputs are [('picture', 'IMAGE')]"),
+    ],
+)
+def test_broken_blueprint_is_told(path, value, problem):
+    broken = copy.deepcopy(BLUEPRINT)
+    place = broken["nodes"][0]
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value

@@ -1,8 +1,8 @@
 """The files that workflow 7 asks for, as small as ComfyUI's own loaders let them be, with random weights.
 
-ComfyUI tells an architecture from the names and shapes in its file. FLUX.1-dev's width (3072), its autoencoder's and
-its tokenizers are fixed there, its depth and its text's width are not: so the transformer has one double and one single
-block, the autoencoder is a whole one, and the text encoders are as narrow and shallow as `TEXT_ENCODERS` says, which
+ComfyUI tells an architecture from the names and shapes in its file. FLUX.1-dev's width, its text's widths (in 0.3.64)
+and its autoencoder's are fixed there, its depth is not: so the transformer has one double and one single block, the
+autoencoder is a whole one, and the text encoders are as shallow, and inside as narrow, as `TEXT_ENCODERS` says, which
 ComfyUI has to be told (see /test/text_encoders in tools_pack.py).
 """
 
@@ -16,34 +16,24 @@ from safetensors.torch import save_file
 
 Shapes = dict[str, tuple[int, ...]]
 
-WIDTH, TEXT_WIDTH, HEAD = 3072, 32, 128
-LAYERS = 2
+#: Channels of the transformer, of each of its heads, of what CLIP-L and T5 give it, and inside of their layers.
+WIDTH, HEAD, CLIP_WIDTH, T5_WIDTH, INNER = 3072, 128, 768, 4096, 32
+LAYERS, HEADS = 2, 2
 
 #: What ComfyUI's configurations of the two are overridden with; "model_config" is that of CLIP-L.
 TEXT_ENCODERS = {
-    "model_config": {
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 2 * TEXT_WIDTH,
-        "num_attention_heads": 2,
-        "num_hidden_layers": LAYERS,
-    },
-    "t5xxl_model_config": {
-        "d_model": TEXT_WIDTH,
-        "d_ff": 2 * TEXT_WIDTH,
-        "d_kv": TEXT_WIDTH // 2,
-        "num_heads": 2,
-        "num_layers": LAYERS,
-    },
+    "model_config": {"intermediate_size": INNER, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS},
+    "t5xxl_model_config": {"d_ff": INNER, "d_kv": INNER // HEADS, "num_heads": HEADS, "num_layers": LAYERS},
 }
 
 
 def write_flux(models: Path) -> list[Path]:
-    """The four files under the names that workflow 7 has for them, 0.7 GB in all, in ComfyUI's models folder."""
+    """The four files under the names that workflow 7 has for them, 0.9 GB in all, in ComfyUI's models folder."""
     files = {
         models / "diffusion_models" / "flux1-dev.safetensors": (transformer(), torch.float8_e4m3fn),
         models / "vae" / "ae.safetensors": (autoencoder(), torch.bfloat16),
-        models / "text_encoders" / "clip_l.safetensors": (clip_l(), torch.float32),
-        models / "text_encoders" / "t5xxl_fp8_e4m3fn.safetensors": (t5(), torch.float32),
+        models / "text_encoders" / "clip_l.safetensors": (clip_l(), torch.bfloat16),
+        models / "text_encoders" / "t5xxl_fp8_e4m3fn.safetensors": (t5(), torch.float8_e4m3fn),
     }
     for path, (shapes, dtype) in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,8 +43,8 @@ def write_flux(models: Path) -> list[Path]:
 
 def transformer() -> Shapes:
     """FLUX.1-dev in BFL's layout: 64 channels of packed latents, guidance, one block of each kind."""
-    shapes = _linear("img_in", 64, WIDTH) | _linear("txt_in", TEXT_WIDTH, WIDTH)
-    for name, entering in {"time_in": 256, "guidance_in": 256, "vector_in": TEXT_WIDTH}.items():
+    shapes = _linear("img_in", 64, WIDTH) | _linear("txt_in", T5_WIDTH, WIDTH)
+    for name, entering in {"time_in": 256, "guidance_in": 256, "vector_in": CLIP_WIDTH}.items():
         shapes |= _linear(f"{name}.in_layer", entering, WIDTH) | _linear(f"{name}.out_layer", WIDTH, WIDTH)
     for stream in ("double_blocks.0.img", "double_blocks.0.txt"):
         shapes |= _linear(f"{stream}_mod.lin", WIDTH, 6 * WIDTH) | _linear(f"{stream}_attn.qkv", WIDTH, 3 * WIDTH)
@@ -100,32 +90,33 @@ def clip_l() -> Shapes:
     """CLIP-L's text model in the transformers layout."""
     top = "text_model"
     shapes = {
-        f"{top}.embeddings.token_embedding.weight": (49408, TEXT_WIDTH),
-        f"{top}.embeddings.position_embedding.weight": (77, TEXT_WIDTH),
-        "text_projection.weight": (TEXT_WIDTH, TEXT_WIDTH),
+        f"{top}.embeddings.token_embedding.weight": (49408, CLIP_WIDTH),
+        f"{top}.embeddings.position_embedding.weight": (77, CLIP_WIDTH),
+        "text_projection.weight": (CLIP_WIDTH, CLIP_WIDTH),
     }
     for layer in (f"{top}.encoder.layers.{k}" for k in range(LAYERS)):
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= _linear(f"{layer}.self_attn.{name}", TEXT_WIDTH, TEXT_WIDTH)
-        shapes |= _norm(f"{layer}.layer_norm1", TEXT_WIDTH) | _norm(f"{layer}.layer_norm2", TEXT_WIDTH)
-        shapes |= _linear(f"{layer}.mlp.fc1", TEXT_WIDTH, 2 * TEXT_WIDTH)
-        shapes |= _linear(f"{layer}.mlp.fc2", 2 * TEXT_WIDTH, TEXT_WIDTH)
-    return shapes | _norm(f"{top}.final_layer_norm", TEXT_WIDTH)
+            shapes |= _linear(f"{layer}.self_attn.{name}", CLIP_WIDTH, CLIP_WIDTH)
+        shapes |= _norm(f"{layer}.layer_norm1", CLIP_WIDTH) | _norm(f"{layer}.layer_norm2", CLIP_WIDTH)
+        shapes |= _linear(f"{layer}.mlp.fc1", CLIP_WIDTH, INNER)
+        shapes |= _linear(f"{layer}.mlp.fc2", INNER, CLIP_WIDTH)
+    return shapes | _norm(f"{top}.final_layer_norm", CLIP_WIDTH)
 
 
 def t5() -> Shapes:
     """T5's encoder in the transformers layout."""
-    square, buckets, heads = (TEXT_WIDTH, TEXT_WIDTH), 32, 2
+    buckets = 32
     shapes: Shapes = {
-        "shared.weight": (32128, TEXT_WIDTH),
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (buckets, heads),
-        "encoder.final_layer_norm.weight": (TEXT_WIDTH,),
+        "shared.weight": (32128, T5_WIDTH),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (buckets, HEADS),
+        "encoder.final_layer_norm.weight": (T5_WIDTH,),
     }
     for block in (f"encoder.block.{k}.layer" for k in range(LAYERS)):
-        shapes |= {f"{block}.0.SelfAttention.{name}.weight": square for name in "qkvo"}
-        shapes |= {f"{block}.{k}.layer_norm.weight": (TEXT_WIDTH,) for k in (0, 1)}
-        shapes |= {f"{block}.1.DenseReluDense.{name}.weight": (2 * TEXT_WIDTH, TEXT_WIDTH) for name in ("wi_0", "wi_1")}
-        shapes |= {f"{block}.1.DenseReluDense.wo.weight": (TEXT_WIDTH, 2 * TEXT_WIDTH)}
+        shapes |= {f"{block}.0.SelfAttention.{name}.weight": (INNER, T5_WIDTH) for name in "qkv"}
+        shapes |= {f"{block}.0.SelfAttention.o.weight": (T5_WIDTH, INNER)}
+        shapes |= {f"{block}.{k}.layer_norm.weight": (T5_WIDTH,) for k in (0, 1)}
+        shapes |= {f"{block}.1.DenseReluDense.{name}.weight": (INNER, T5_WIDTH) for name in ("wi_0", "wi_1")}
+        shapes |= {f"{block}.1.DenseReluDense.wo.weight": (T5_WIDTH, INNER)}
     return shapes
 
 
