@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
+from .disk import reason, unwritten
 from .parts import load_parts, save_parts
 from .settings import require_same_settings
 
@@ -116,12 +116,7 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            free = shutil.disk_usage(self.folder.parent).free / 1e9
-            kept_one = f"the one before it, {before}, is whole" if before else "there is none before it"
-            raise OSError(
-                f"the checkpoint of step {kept.step} could not be written ({_reason(error)}); {free:.1f} GB are free "
-                f"at {self.folder}. Nothing else is lost, {kept_one}: make room and run the same again to go on"
-            ) from error
+            raise unwritten(kept.step, error, self.run, before) from error
 
     def load(self) -> Kept | None:
         """Puts the newest checkpoint back into what is prepared; None if there is none.
@@ -132,13 +127,9 @@ class Checkpoints:
         path = newest_checkpoint(self.run)
         if path is None:
             return None
-        try:
-            held = json.loads((path / "training.json").read_text())
-            if held.get("format") != _FORMAT:
-                raise ValueError(f"its format is {held.get('format')!r}, expected {_FORMAT!r}")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is no checkpoint of a training ({error}): {_REMEDY}") from error
+        held = _read_held(path)
         require_same_settings(path, held["settings"], self.settings)
+        average = load_average(path)
         try:
             self._read(path)
             position = json.loads(self._own(path, "position").read_text())
@@ -146,14 +137,14 @@ class Checkpoints:
             kept = Kept(
                 step=held["step"],
                 seconds=held["seconds"],
-                average=load_average(path),
+                average=average,
                 position=position,
                 means=json.loads(means.read_text()) if means.exists() else {},
             )
         except torch.OutOfMemoryError:
             raise
         except (Exception, CheckpointException) as error:  # torch raises nearly every kind of error for damaged files.
-            raise ValueError(f"{path} is damaged ({_reason(error)}): {_REMEDY}") from error
+            raise ValueError(f"{path} is damaged ({reason(error)}): {_REMEDY}") from error
         return kept
 
     def _own(self, folder: Path, what: str) -> Path:
@@ -194,8 +185,36 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_average(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The moving average of a checkpoint, by name."""
-    return load_file(checkpoint / "average.safetensors")
+    """The moving average of a checkpoint, by name.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    path = checkpoint / "average.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{checkpoint} is damaged ({path.name}, {reason(error)}): {_REMEDY}") from error
+
+
+def settings_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint was made under (see `Checkpoints`).
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    return _read_held(checkpoint)["settings"]
+
+
+def _read_held(checkpoint: Path) -> dict[str, Any]:
+    """What its training.json says."""
+    try:
+        held = json.loads((checkpoint / "training.json").read_text())
+        if held.get("format") != _FORMAT:
+            raise ValueError(f"its format is {held.get('format')!r}, expected {_FORMAT!r}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{checkpoint} is no checkpoint of a training ({error}): {_REMEDY}") from error
+    return held
 
 
 def _leave_frozen_out(model: nn.Module) -> Callable[..., None]:
@@ -208,14 +227,6 @@ def _leave_frozen_out(model: nn.Module) -> Callable[..., None]:
                 del state[name]
 
     return hook
-
-
-def _reason(error: BaseException) -> str:
-    """In a sentence: of parts, why the first process failed that did; without torch's code, or its advice."""
-    if isinstance(error, CheckpointException):
-        error = next((reason for reason, _ in error.failures.values()), error)
-    words = re.split(r"[.] |\n", str(error), maxsplit=1)[0]
-    return f"{type(error).__name__}: {words}"
 
 
 def _flush(folder: Path) -> None:

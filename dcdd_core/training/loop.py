@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from .disk import unwritten
 from .log import Means, append_to_log, cut_log
 from .settings import require_same_settings
 
@@ -61,6 +62,7 @@ def train(
     Raises:
         ValueError: if the checkpoint was made under other settings.
         FloatingPointError: if a logged number stops being finite; the last checkpoint is left as it was.
+        OSError: if a checkpoint cannot be written, such as on a full disk; the one before it is left as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
@@ -135,8 +137,12 @@ def _save(
     saved = {"step": step, "seconds": seconds, "settings": json.dumps(settings, sort_keys=True), "parts": parts}
     if pending := means.state_dict():
         saved["means"] = pending
-    torch.save(saved, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(saved, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+        temporary.unlink(missing_ok=True)
+        raise unwritten(step, error, path.parent, path if path.exists() else None) from error
 
 
 def _resume(

@@ -101,13 +101,13 @@ class Plan:
         choose_trained(decoder, self.trained, rank=self.rank, seed=self.seed)
         return decoder
 
-    def save(self, path: Path, encoders: Encoders, average: dict[str, torch.Tensor], *, dtype: torch.dtype) -> None:
-        """Writes the bundle of what training made of `decoder(encoders)`: the weights that it changed, and the card.
+    def save(self, path: Path, decoder: DistributionConditionedDecoder, average: dict[str, torch.Tensor]) -> None:
+        """Writes the bundle of what training made of a decoder: the weights that it changed, and the card.
 
         Args:
+            decoder: of `decoder`, as it is before training; it receives the average.
             average: the trained weights by name (`checkpoint.load_average`).
         """
-        decoder = self.decoder(encoders, dtype=dtype)
         changed = changed_by_training(decoder) | (set() if self.bundle is None else _transformer_names(self.bundle))
         load_strictly(decoder, {**decoder.state_dict(), **average}, "the training's average")
         merge_lora(decoder)

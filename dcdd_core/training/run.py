@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -20,13 +20,14 @@ from ..pipelines.decode import decode
 from .batches import Batches, Share, Source
 from .cache import CacheCard, EncodingCache
 from .cache_writer import write_cache
-from .checkpoint import load_average, newest_checkpoint
+from .checkpoint import load_average, newest_checkpoint, settings_of
 from .decoder import Evaluation, train_decoder
 from .encodings import encode
 from .examples import ExampleMaker
 from .pictures import PictureBatch
 from .plan import Encoders, Plan
 from .recipe import DecoderTraining, decoder_loss
+from .settings import require_same_settings
 from .sources import open_pictures
 from .trainable import frozen_weights
 
@@ -124,13 +125,11 @@ def run_training(
         source.require(made_by)
         if verify:
             source.verify(rank=accelerator.process_index, world=accelerator.num_processes)
-    frozen = _frozen(accelerator)
+    frozen = _frozen(accelerator.mixed_precision)
     decoder = plan.decoder(encoders, dtype=frozen)
     settings = {
         "encodings": asdict(made_by),
-        "frozen": fingerprint_of(frozen_weights(decoder)),
-        "trained": plan.trained,
-        "rank": plan.rank,
+        **_made_of(plan, decoder),
         "localised": localised,
         "precision": accelerator.mixed_precision,
     }
@@ -153,7 +152,7 @@ def run_training(
     path = folder / BUNDLE
     if accelerator.is_main_process:
         # Made anew: what was trained may lie in parts on many devices.
-        plan.save(path, encoders, load_average(newest_checkpoint(folder)), dtype=frozen)
+        plan.save(path, plan.decoder(encoders, dtype=frozen), load_average(newest_checkpoint(folder)))
         report(f"wrote {path}")
     accelerator.end_training()
     return path
@@ -166,15 +165,18 @@ def run_bundle(folder: Path, plan: Plan, *, accelerator: Accelerator, report: Ca
         The bundle's path, which says the step.
 
     Raises:
-        ValueError: if there is no checkpoint yet, or it is of another plan.
+        ValueError: if there is no checkpoint yet, it is of another plan, or it cannot be read.
     """
     newest = newest_checkpoint(folder)
     if newest is None:
         raise ValueError(f"{folder} has no checkpoint yet (see --save-every): there is nothing to make a bundle of")
     path = (folder / BUNDLE).with_stem(f"{Path(BUNDLE).stem}-{newest.name}")
     if accelerator.is_main_process:
-        encoders = plan.encoders("cpu")
-        plan.save(path, encoders, load_average(newest), dtype=_frozen(accelerator))
+        made = settings_of(newest)
+        decoder = plan.decoder(plan.encoders("cpu"), dtype=_frozen(made.get("precision")))
+        now = _made_of(plan, decoder) | {"card": asdict(decoder.card)}
+        require_same_settings(newest, {name: made.get(name) for name in now}, now)
+        plan.save(path, decoder, load_average(newest))
         report(f"wrote {path}")
     return path
 
@@ -237,9 +239,14 @@ def paint_samples(
     return evaluate
 
 
-def _frozen(accelerator: Accelerator) -> torch.dtype:
+def _made_of(plan: Plan, decoder: DistributionConditionedDecoder) -> dict[str, Any]:
+    """What a checkpoint depends on of the decoder before training, besides its card."""
+    return {"frozen": fingerprint_of(frozen_weights(decoder)), "trained": plan.trained, "rank": plan.rank}
+
+
+def _frozen(precision: str | None) -> torch.dtype:
     """What weights that are not trained are held in."""
-    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def _device(accelerator: Accelerator) -> torch.device:

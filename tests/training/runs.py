@@ -91,8 +91,9 @@ def run(folder: Path, pictures: Path, *, steps: int = 8, decoder=None, batch: in
     )
 
 
-def forked(target, *, world: int = 1, seconds: float = 60.0) -> list[int]:
-    """Runs `target()` in so many connected processes; their exit codes, -9 for a killed one and those left behind."""
+def forked(target, *, world: int = 1) -> list[int]:
+    """Runs `target()` in so many connected processes, ten minutes at most; their exit codes, -9 for a killed one and
+    those left behind."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -109,7 +110,7 @@ def forked(target, *, world: int = 1, seconds: float = 60.0) -> list[int]:
     for process in processes:
         process.start()
     for process in processes:  # A launcher ends them all once one has died.
-        process.join(seconds)
+        process.join(600)
         if process.exitcode != 0:
             for other in processes:
                 other.kill()

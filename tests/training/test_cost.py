@@ -1,17 +1,21 @@
 """What a training is said to take, against a training that runs: exact where nothing is temporary, within 1 % else."""
 
 import itertools
+import time
 from functools import cache, partial
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder, blocks_of
 from dcdd_core.models.flux_inference import drop_text
 from dcdd_core.training.cost import Setup, cost_of, optimizer_cost, replayed, shaped
+from dcdd_core.training.estimate import run_of
 from dcdd_core.training.examples import Example
 from dcdd_core.training.optimizers import muon
 from dcdd_core.training.recipe import DecoderTraining, decoder_loss, decoder_optimizers
@@ -48,12 +52,15 @@ def profiled(work):
 
 
 def real(setup):
-    """A decoder with weights, and an example to train it on."""
+    """A decoder with weights, as it is trained, and an example to train it on."""
     card = DecoderCard(base="", base_config=CONFIG, tokenizer="", codebook="", code_dim=8, width=setup.width)
     decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**CONFIG), card)
     drop_text(decoder.transformer)
     decoder.to(torch.bfloat16 if setup.precision == "bf16" else torch.float32)
     choose_trained(decoder, setup.train, rank=setup.rank)
+    if setup.checkpointing:
+        for block in blocks_of(decoder.transformer):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     side = setup.resolution // 8
     example = Example(
         latents=torch.randn(setup.batch, 16, side, side),
@@ -79,9 +86,6 @@ def test_two_steps_of_a_training_take_what_was_estimated(choice):
         pytest.importorskip("peft")
     setup = Setup(**SMALL | choice)
     decoder, example = real(setup)
-    if setup.checkpointing:
-        for block in blocks_of(decoder.transformer):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     trained = trained_weights(decoder)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, fused=True)
 
@@ -126,6 +130,40 @@ def test_operations_of_a_forward_pass_are_those_of_its_layers():
     latents, inner = (256 // 16) ** 2, 4 * 32
     attention = 2 * 2 * 2 * setup.batch * latents**2 * inner  # in each block q k^T and its product with v
     assert replayed(shaped(setup), setup).forward_operations == sum(counted) + attention
+
+
+@pytest.mark.parametrize(
+    "choice", [{}, {"train": "all", "checkpointing": True}], ids=["attention", "all-checkpointing"]
+)
+def test_operations_of_a_step_are_those_that_pytorch_counts_of_the_real_one(choice):
+    setup = Setup(**SMALL | choice, precision="no")
+    decoder, example = real(setup)
+    # Of attention it counts the plain kernel, whose backward pass keeps the scores that flash attention computes again.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        decoder_loss(decoder, example, torch.Generator(), DecoderTraining(steps=1)).backward()
+    latents, inner, blocks = (setup.resolution // 16) ** 2, 4 * 32, len(list(blocks_of(decoder.transformer)))
+    again = blocks * 2 * setup.batch * latents**2 * inner
+    assert cost(**choice, precision="no").operations == counter.get_total_flops() + again
+
+
+@pytest.mark.slow
+def test_time_grows_as_the_operations_do():
+    """Which share of its peak a device reaches must be given: taken from one training, it foretells another's time."""
+
+    def processor_seconds(setup):
+        decoder, example = real(setup)
+        spent = []
+        for _ in range(4):
+            start = time.process_time()
+            decoder_loss(decoder, example, torch.Generator(), DecoderTraining(steps=1)).backward()
+            spent.append(time.process_time() - start)
+        return min(spent)
+
+    small, large = {"precision": "no"}, {"precision": "no", "resolution": 512, "checkpointing": True, "train": "all"}
+    reached = cost(**small).operations / processor_seconds(Setup(**SMALL | small))
+    setup = Setup(**SMALL | large)
+    foretold = run_of(setup, cost(**large), pictures=1, teraflops=reached / 1e12, utilisation=1.0).seconds
+    assert processor_seconds(setup) == pytest.approx(foretold, rel=0.5)
 
 
 def test_flux_fill_is_counted_as_published_without_its_text_stream():

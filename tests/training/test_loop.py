@@ -1,5 +1,8 @@
 """The loop: exact resume, an honest log, and a stop at the first number that is not one."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -64,6 +67,31 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(FloatingPointError, match="loss stopped being finite before step 6"):
         train(tmp_path, **broken, log_every=1, report=lambda _: None)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("write failed")])
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch, error):
+    whole = run(tmp_path / "whole", 10)
+
+    def full(saved, path):
+        path.write_bytes(b"as far as it went")
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"step 5 could not be written .* GB are free .*there is none before it"):
+            run(tmp_path / "cut", 10)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", 10, stop_at=7)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(
+            OSError, match=r"step 10 could not .*the one before it, .*checkpoint.pt, is whole: make room"
+        ):
+            run(tmp_path / "cut", 10)
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    seen = []
+    assert torch.equal(run(tmp_path / "cut", 10, seen=seen).weight, whole.weight) and seen == list(range(5, 10))
 
 
 @pytest.mark.parametrize(

@@ -63,16 +63,16 @@ def train(folder, pictures, dtype=torch.float32, what="attention", **changes):
 
 
 def test_they_are_trained_looked_at_and_kept_as_whole_ones_are(tmp_path, pictures, monkeypatch):
-    assert forked(lambda: train(tmp_path / "whole", pictures), world=2, seconds=600) == [0, 0]
+    assert forked(lambda: train(tmp_path / "whole", pictures), world=2) == [0, 0]
     monkeypatch.setattr(runs, "accelerator", in_parts)
-    assert forked(lambda: train(tmp_path / "parts", pictures), world=2, seconds=600) == [0, 0]
+    assert forked(lambda: train(tmp_path / "parts", pictures), world=2) == [0, 0]
     # After a look, the next step would take the average for the weights.
     found, expected = losses(tmp_path / "parts"), losses(tmp_path / "whole")
     assert len(found) == 5 and len(found[2]) == 4
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
-    assert -9 in forked(lambda: train(tmp_path / "cut", pictures, on_batch=kill_at(3)), world=2, seconds=600)
-    assert forked(lambda: train(tmp_path / "cut", pictures), world=2, seconds=600) == [0, 0]
+    assert -9 in forked(lambda: train(tmp_path / "cut", pictures, on_batch=kill_at(3)), world=2)
+    assert forked(lambda: train(tmp_path / "cut", pictures), world=2) == [0, 0]
     assert losses(tmp_path / "cut") == found
 
     newest = tmp_path / "cut" / "checkpoints" / "step-00000005"
@@ -89,7 +89,7 @@ def test_they_are_trained_looked_at_and_kept_as_whole_ones_are(tmp_path, picture
         with pytest.raises(ValueError, match="is damaged .*delete it to go on from the one before it"):
             train(tmp_path / "cut", pictures)
 
-    assert forked(refused, world=2, seconds=600) == [0, 0]
+    assert forked(refused, world=2) == [0, 0]
 
 
 def test_a_full_disk_is_said(tmp_path, pictures, monkeypatch):
@@ -105,13 +105,13 @@ def test_a_full_disk_is_said(tmp_path, pictures, monkeypatch):
         with pytest.raises(OSError, match="step 4 could not be written .*step-00000002, is whole"):
             train(tmp_path, pictures, on_batch=fill, evaluate=None)
 
-    assert forked(full, world=2, seconds=600) == [0, 0]
+    assert forked(full, world=2) == [0, 0]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_a_frozen_base_in_half_precision_is_trained_in_mixed(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(runs, "accelerator", lambda: in_parts("bf16"))
-    assert forked(lambda: train(tmp_path, pictures, torch.bfloat16, steps=2), world=2, seconds=600) == [0, 0]
+    assert forked(lambda: train(tmp_path, pictures, torch.bfloat16, steps=2), world=2) == [0, 0]
     assert len(losses(tmp_path)) == 2
 
 
@@ -120,8 +120,8 @@ def test_moments_of_eight_bits_are_kept_too(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(runs, "accelerator", in_parts)
     options = {"steps": 3, "save_every": 1, "evaluate": None, "optimizer": "adamw8bit", "what": "all"}
     with torch.compiler.set_stance("force_eager"):  # torchao would compile its update for each shape, for minutes
-        assert forked(lambda: train(tmp_path / "whole", pictures, **options), world=2, seconds=600) == [0, 0]
+        assert forked(lambda: train(tmp_path / "whole", pictures, **options), world=2) == [0, 0]
         stopped = options | {"on_batch": kill_at(2)}
-        assert -9 in forked(lambda: train(tmp_path / "cut", pictures, **stopped), world=2, seconds=600)
-        assert forked(lambda: train(tmp_path / "cut", pictures, **options), world=2, seconds=600) == [0, 0]
+        assert -9 in forked(lambda: train(tmp_path / "cut", pictures, **stopped), world=2)
+        assert forked(lambda: train(tmp_path / "cut", pictures, **options), world=2) == [0, 0]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 3
