@@ -91,6 +91,15 @@ def test_a_run_that_is_not_at_its_end_has_a_bundle_too(run, tmp_path, capsys):
     weights = load_file(end)
     assert load_file(now).keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in load_file(now).items())
+    now.unlink()
+    assert run("--bundle-now", variant="lcdm") == 1
+    assert "other settings (card.calibration" in capsys.readouterr().err
+    average = tmp_path / "run" / "checkpoints" / "step-00000002" / "average.safetensors"
+    average.write_bytes(average.read_bytes()[:-50])
+    assert run("--bundle-now") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "step-00000002 is damaged (average.safetensors, SafetensorError" in said and "delete it to go on" in said
+    assert not now.exists()
 
 
 def test_from_a_cache_as_from_the_pictures(run, tmp_path):
@@ -120,8 +129,9 @@ def test_another_frozen_base_is_not_gone_on_over(run, pico, tmp_path, capsys):
     with safe_open(pico / "decoder.safetensors", "pt") as file:
         save_file(weights, other, metadata=file.metadata())
     assert run() == 0
-    assert run(bundle=other) == 1
-    assert "made under other settings (frozen " in capsys.readouterr().err
+    for words in ((), ("--bundle-now",)):
+        assert run(*words, bundle=other) == 1
+        assert "made under other settings (frozen " in capsys.readouterr().err
 
 
 def test_a_cache_without_pixels_cannot_be_masked(run, tmp_path, capsys):

@@ -1,13 +1,18 @@
 """The networks that measure: from files, safely, and explained where they are missing.
 
-torch-fidelity and torchvision, whose layers torchmetrics uses, are not among our requirements: where they are absent a
-stand-in of torchmetrics' class takes their place here, and the tests of the real ones are left out.
+torch-fidelity and torchvision, whose layers torchmetrics puts together, are not among our requirements. Stand-ins take
+their places here: torchvision's two backbones in full, of torch-fidelity's Inception the names of its layers. The files
+are laid out as the published ones, with random weights.
 """
 
-import importlib.util
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dcdd_core.evaluation import networks
@@ -72,42 +77,140 @@ def test_a_torchscript_archive_is_not_run(tmp_path):
         feature_network(tmp_path / "none.pth", embedded=False)
 
 
-class StandIn(nn.Module):
-    """torchmetrics' Inception as far as it is used: reads a file, strictly, and takes bytes."""
+INCEPTION = (
+    "Conv2d_1a_3x3",
+    "Conv2d_2a_3x3",
+    "Conv2d_2b_3x3",
+    "MaxPool_1",
+    "Conv2d_3b_1x1",
+    "Conv2d_4a_3x3",
+    "MaxPool_2",
+)
+INCEPTION += tuple(f"Mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"))
 
-    def __init__(self, path):
+
+class Extractor(nn.Module):
+    """torch-fidelity's class: its layers under their names, each cut down to three channels; a file, read strictly."""
+
+    INPUT_IMAGE_SIZE = 299
+
+    def __init__(self, name="", features_list=(), feature_extractor_weights_path=None):
         super().__init__()
-        self.layer = nn.Linear(3, 5)
-        self.load_state_dict(torch.load(path, weights_only=True))
+        self.features_list = list(features_list)
+        for layer in INCEPTION:
+            self.add_module(layer, nn.MaxPool2d(3, 2) if "Pool" in layer else nn.Conv2d(3, 3, 1))
+        self.AvgPool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(3, 2)
+        if feature_extractor_weights_path is not None:
+            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
 
-    def forward(self, images):
-        assert images.dtype == torch.uint8
-        return self.layer(images.float().mean((2, 3)))
+
+def resized(images, size, align_corners):
+    return F.interpolate(images, size, mode="bilinear", align_corners=align_corners)
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    class Metric:
-        def __init__(self, feature, feature_extractor_weights_path, antialias):
-            assert feature == 2048 and not antialias
-            self.inception = StandIn(feature_extractor_weights_path)
-
-    monkeypatch.setattr("torchmetrics.image.fid.FrechetInceptionDistance", Metric)
+def torch_fidelity(monkeypatch):
+    """In its place what torchmetrics imports of it; torchmetrics' own module is imported anew."""
+    fid = import_module("torchmetrics.image.fid")
+    parts = {
+        "feature_extractor_inceptionv3": {"FeatureExtractorInceptionV3": Extractor},
+        "helpers": {"vassert": lambda truth, words: None if truth else pytest.fail(words)},
+        "interpolate_compat_tensorflow": {"interpolate_bilinear_2d_like_tensorflow1x": resized},
+    }
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
+    for name, held in parts.items():
+        monkeypatch.setitem(sys.modules, f"torch_fidelity.{name}", SimpleNamespace(**held))
+    monkeypatch.setattr("torchmetrics.utilities.imports._TORCH_FIDELITY_AVAILABLE", True)
+    monkeypatch.setattr(sys.modules["torchmetrics.image"], "fid", fid)  # what importing it anew sets is undone
+    monkeypatch.delitem(sys.modules, "torchmetrics.image.fid")
 
 
 @pytest.mark.parametrize("legacy", [False, True])  # torch-fidelity's file is older than torch 1.6's format
-def test_inception_gets_the_file_s_tensors_and_the_pictures_bytes(tmp_path, stand_in, legacy):
-    layer = fill(nn.Linear(3, 5))
-    weights = {f"layer.{name}": value for name, value in layer.state_dict().items()}
-    path = tmp_path / "w.pth"
-    torch.save(weights, path, _use_new_zipfile_serialization=not legacy)
+def test_inception_gets_the_file_s_tensors_and_the_pictures_bytes(tmp_path, torch_fidelity, legacy):
+    original = fill(Extractor())
+    weights, path = original.state_dict(), tmp_path / "w.pth"
+    torch.save(dict(weights), path, _use_new_zipfile_serialization=not legacy)
     network = feature_network(path, embedded=True)
-    expected = layer(((pictures() + 1) * 127.5).mean((2, 3)))
-    assert torch.allclose(network.features(pictures()), expected, atol=1e-3)
+    expected = (resized((pictures() + 1) * 127.5, (299, 299), False) - 128) / 128
+    for layer in INCEPTION:
+        expected = getattr(original, layer)(expected)
+    found = network.features(pictures())
+    torch.testing.assert_close(found, expected.mean((2, 3)), atol=1e-4, rtol=1e-4)
+    assert not found.requires_grad
     assert network.measure == "FID" and network.fingerprint == f"inception-v3-{fingerprint_of(weights)}"
     torch.save(weights | {"more": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"w.pth does not fit .*more.* expected Inception-v3"):
         feature_network(path, embedded=True)
+
+
+def alexnet():
+    """The layers that torchvision calls `features`."""
+    pool = nn.MaxPool2d(3, 2)
+    first = [nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), pool, nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), pool]
+    sizes = ((192, 384), (384, 256), (256, 256))
+    last = [layer for i, o in sizes for layer in (nn.Conv2d(i, o, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(*first, *last, pool)
+
+
+def vgg16():
+    """The layers that torchvision calls `features`."""
+    layers, channels = [], 3
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2, 2))
+    return nn.Sequential(*layers)
+
+
+BACKBONES = {"alex": alexnet, "vgg": vgg16}
+TAPS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}  # Zhang et al. 2018, arXiv 1801.03924: after each stage
+
+
+@pytest.fixture
+def torchvision(monkeypatch):
+    """In its place its two backbones."""
+    made = {name: lambda weights, make=make: SimpleNamespace(features=make()) for name, make in BACKBONES.items()}
+    models = SimpleNamespace(alexnet=made["alex"], vgg16=made["vgg"])
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
+    monkeypatch.setattr("torchmetrics.functional.image.lpips._TORCHVISION_AVAILABLE", True)
+
+
+def lpips(backbone, kind, *images):
+    """By hand, with the linear layers that torchmetrics carries."""
+    shift, scale = (torch.tensor(v)[None, :, None, None] for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+    stages = []
+    for image in images:
+        stages.append([])
+        image = (image - shift) / scale
+        for i, layer in enumerate(backbone):
+            image = layer(image)
+            if i in TAPS[kind]:
+                stages[-1].append(image / (image.square().sum(1, keepdim=True) + 1e-8).sqrt())
+    carried = (
+        Path(import_module("torchmetrics.functional.image.lpips").__file__).parent / "lpips_models" / f"{kind}.pth"
+    )
+    linear = torch.load(carried, map_location="cpu", weights_only=True)
+    parts = [linear[f"lin{k}.model.1.weight"] * (a - b).square() for k, (a, b) in enumerate(zip(*stages))]
+    return sum(part.sum(1).mean((1, 2)) for part in parts)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_lpips_takes_torchvision_s_file_and_no_other(tmp_path, torchvision, kind):
+    backbone = fill(BACKBONES[kind]())
+    weights = {f"features.{name}": value for name, value in backbone.state_dict().items()}
+    path, images = tmp_path / "w.pth", (pictures(0, 64), pictures(1, 64))
+    torch.save(weights | {"classifier.1.weight": torch.zeros(1)}, path)
+    network = perceptual_network(path, embedded=False)
+    found = network.distance(*images)
+    assert found.shape == (2,) and not found.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(found, lpips(backbone, kind, *images), atol=1e-5, rtol=1e-4)
+    assert network.measure == "LPIPS" and f"lpips-{kind}-" in network.fingerprint
+    assert torch.equal(network.distance(images[0], images[0]), torch.zeros(2))
+    torch.save({name: value for name, value in weights.items() if name != "features.3.bias" and "3" in name}, path)
+    with pytest.raises(ValueError, match="missing: slice"):
+        perceptual_network(path, embedded=False)
 
 
 def state(path, **tensors):
@@ -115,32 +218,16 @@ def state(path, **tensors):
     return path
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is here")
-def test_missing_torch_fidelity_is_explained(tmp_path):
+def test_missing_torch_fidelity_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(ValueError, match="pip install torch-fidelity"):
         feature_network(state(tmp_path / "w.pth", a=torch.zeros(1)), embedded=False)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is here")
-def test_missing_torchvision_is_explained(tmp_path):
+def test_missing_torchvision_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchmetrics.functional.image.lpips._TORCHVISION_AVAILABLE", False)
     with pytest.raises(ValueError, match="pip install torchvision"):
         perceptual_network(state(tmp_path / "w.pth", a=torch.zeros(1)), embedded=False)
-
-
-@pytest.mark.parametrize("kind", ["alex", "vgg"])
-def test_lpips_takes_torchvision_s_file_and_no_other(tmp_path, kind):
-    torchvision = pytest.importorskip("torchvision")
-    backbone = fill({"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}[kind](weights=None).features)
-    weights = {f"features.{name}": value for name, value in backbone.state_dict().items()}
-    path = tmp_path / "w.pth"
-    torch.save(weights | {"classifier.1.weight": torch.zeros(1)}, path)
-    network = perceptual_network(path, embedded=False)
-    found = network.distance(pictures(0), pictures(1))
-    assert found.shape == (2,) and (found > 0).all() and kind in network.fingerprint
-    assert torch.equal(network.distance(pictures(), pictures()), torch.zeros(2))
-    torch.save({name: value for name, value in weights.items() if name != "features.3.bias" and "3" in name}, path)
-    with pytest.raises(ValueError, match="missing: slice"):
-        perceptual_network(path, embedded=False)
 
 
 def test_inception_is_torch_fidelity_s(tmp_path):

@@ -147,23 +147,24 @@ def test_operations_of_a_step_are_those_that_pytorch_counts_of_the_real_one(choi
 
 
 @pytest.mark.slow
-def test_time_grows_as_the_operations_do():
-    """Which share of its peak a device reaches must be given: taken from one training, it foretells another's time."""
+def test_the_time_of_one_training_foretells_that_of_another():
+    """Which share of its peak a device reaches has to be given; measured in one step, it holds for a larger one."""
 
     def processor_seconds(setup):
         decoder, example = real(setup)
         spent = []
-        for _ in range(4):
+        for _ in range(3):
             start = time.process_time()
             decoder_loss(decoder, example, torch.Generator(), DecoderTraining(steps=1)).backward()
             spent.append(time.process_time() - start)
         return min(spent)
 
-    small, large = {"precision": "no"}, {"precision": "no", "resolution": 512, "checkpointing": True, "train": "all"}
+    small = {"precision": "no", "resolution": 512, "batch": 4}
+    large = {"precision": "no", "resolution": 768, "train": "all", "checkpointing": True}
     reached = cost(**small).operations / processor_seconds(Setup(**SMALL | small))
     setup = Setup(**SMALL | large)
     foretold = run_of(setup, cost(**large), pictures=1, teraflops=reached / 1e12, utilisation=1.0).seconds
-    assert processor_seconds(setup) == pytest.approx(foretold, rel=0.5)
+    assert processor_seconds(setup) == pytest.approx(foretold, rel=1 / 3)
 
 
 def test_flux_fill_is_counted_as_published_without_its_text_stream():
