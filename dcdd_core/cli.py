@@ -35,8 +35,10 @@ from .models.vq import VQTokenizer
 from .pico.data import to_pixels
 from .pico.scenes import render_scene, scene_facts
 from .pipelines.condition import condition_for, serving
-from .pipelines.decode import decode
+from .pipelines.decode import decode, decode_tokens
 from .pipelines.models import Models, load_models, load_pico
+from .pipelines.parts import is_out_of_memory
+from .pipelines.sample import sample
 from .types import Calibration, Condition, TokenLogits
 
 DEMO_PROMPTS = (
@@ -47,6 +49,7 @@ DEMO_PROMPTS = (
 )
 DEMO_SCENES = (4, 12, 25, 44)
 _MOST_TOKENS = 64 * 64
+_ROOM = "take a smaller picture, --dtype bfloat16, --janus-int8, --decoder-8bit or --stream"
 #: Options that choose real models, and those that say how they are held, with their names in `load_models`.
 _OF_REAL = ("decoder", "vae", "base", "dtype")
 _HELD = {"janus_int8": "int8", "decoder_8bit": "eight_bit", "stream": "streamed", "compile": "compiled"}
@@ -65,8 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"dcdd: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError:
-        print("dcdd: out of memory: take fewer prompts at once, a smaller picture or --dtype bfloat16", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"dcdd: out of memory: {_ROOM}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("dcdd: stopped", file=sys.stderr)
@@ -85,7 +90,7 @@ def generate(chosen: argparse.Namespace) -> None:
     if chosen.logits is not None:
         grid.save(chosen.logits)
         print(f"wrote {chosen.logits}")
-    by_vq = models.vq.decode_tokens(grid.tokens, grid.grid)
+    by_vq = decode_tokens(models.vq, grid)
     if models.decoder is None:
         _write(by_vq, chosen.out, "")
         return
@@ -105,7 +110,7 @@ def reconstruct(chosen: argparse.Namespace) -> None:
     _refuse_without_decoder(models, chosen, "steps", "calibration", "anchor", "reads")
     for path in chosen.image:
         proxies = models.vq.encode(_read_image(path, models.vq, chosen.side))
-        results = {"vq": models.vq.decode_tokens(proxies.tokens, proxies.grid)}
+        results = {"vq": decode_tokens(models.vq, proxies)}
         if models.decoder is not None:
             condition = _condition(models, proxies, chosen)
             results["dcdd"] = _paint(models, condition, _seeds(chosen, 1), chosen.steps)
@@ -183,7 +188,7 @@ def demo(chosen: argparse.Namespace) -> None:
     seeds = _seeds(chosen, len(prompts))
     grid = _sample(models, prompts, seeds, chosen)
     clock.lap(f"Janus samples {len(prompts)} x {grid.tokens.shape[1]} tokens")
-    by_vq = models.vq.decode_tokens(grid.tokens, grid.grid)
+    by_vq = decode_tokens(models.vq, grid)
     clock.lap("VQ-VAE decode")
     condition = _condition(models, grid, chosen)
     painted = _paint(models, condition, seeds, chosen.steps)
@@ -197,7 +202,7 @@ def demo(chosen: argparse.Namespace) -> None:
     scenes = [render_scene("test", index) for index in DEMO_SCENES]
     pixels = torch.cat([to_pixels(scene.image[None], models.vq.device) for scene in scenes])
     proxies = models.vq.encode(pixels)
-    by_vq = models.vq.decode_tokens(proxies.tokens, proxies.grid)
+    by_vq = decode_tokens(models.vq, proxies)
     painted = _paint(models, _condition(models, proxies, chosen), _seeds(chosen, len(scenes)), chosen.steps)
     clock.lap(f"reconstruct {len(scenes)} held-out scenes by both decoders")
     scene_sheet = labelled_grid(
@@ -257,8 +262,8 @@ def text(chosen: argparse.Namespace) -> None:
         if crew.first:
             _warn_of_unknown_words(models, [prompt.text for prompt in (*prompts, *geneval)])
 
-        def sample(texts: Sequence[str], seeds: Sequence[int]) -> TokenLogits:
-            return models.sampler.sample(texts, seeds=seeds, **options)
+        def sampled(texts: Sequence[str], seeds: Sequence[int]) -> TokenLogits:
+            return sample(models.sampler, texts, seeds=seeds, **options)
 
         if prompts:
             features = feature_network(chosen.inception, embedded=chosen.janus is None, device=models.vq.device)
@@ -266,7 +271,7 @@ def text(chosen: argparse.Namespace) -> None:
                 run,
                 prompts,
                 decoders,
-                sample,
+                sampled,
                 sampling=sampling,
                 features=features,
                 references=chosen.references,
@@ -274,7 +279,7 @@ def text(chosen: argparse.Namespace) -> None:
             )
             _tell(report, chosen)
         if geneval:
-            folders = generate_geneval(run, geneval, decoders, sample, sampling=sampling)
+            folders = generate_geneval(run, geneval, decoders, sampled, sampling=sampling)
             if crew.first:
                 print("\n".join(f"wrote {folder}: a folder for GenEval's evaluate_images.py" for folder in folders))
 
@@ -375,7 +380,8 @@ def _bar(label: str) -> Iterator[Callable[..., None]]:
 
 def _sample(models: Models, prompts: Sequence[str], seeds: Sequence[int], chosen: argparse.Namespace) -> TokenLogits:
     with _bar("tokens") as on_step:
-        return models.sampler.sample(
+        return sample(
+            models.sampler,
             prompts,
             seeds=seeds,
             guidance=_guidance(models, chosen),

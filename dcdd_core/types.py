@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import KW_ONLY, asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -155,6 +156,18 @@ class TokenLogits:
         if self.source not in ("vlm", "proxy"):
             raise ValueError(f"source must be 'vlm' or 'proxy', got {self.source!r}")
 
+    def part(self, first: int, last: int) -> TokenLogits:
+        """The pictures first..last - 1 of the batch."""
+        return replace(self, logits=self.logits[first:last], tokens=self.tokens[first:last])
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenLogits]) -> TokenLogits:
+        """One batch of parts that were made alike; of a single one, that."""
+        if len(parts) == 1:
+            return parts[0]
+        logits, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "tokens"))
+        return replace(parts[0], logits=logits, tokens=tokens)
+
     def save(self, path: str | Path) -> None:
         meta = {name: getattr(self, name) for name in _GRID_FIELDS}
         _save(path, "token logits", {"logits": self.logits, "tokens": self.tokens}, meta)
@@ -198,8 +211,13 @@ class Condition:
             raise ValueError("the condition holds NaN or infinity: map its logits again")
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
-        c, u = self.code_vectors.to(device, dtype), self.uncertainty.to(device, dtype)
-        return Condition(c, u, self.grid, codebook=self.codebook)
+        return replace(
+            self, code_vectors=self.code_vectors.to(device, dtype), uncertainty=self.uncertainty.to(device, dtype)
+        )
+
+    def part(self, first: int, last: int) -> Condition:
+        """The pictures first..last - 1 of the batch."""
+        return replace(self, code_vectors=self.code_vectors[first:last], uncertainty=self.uncertainty[first:last])
 
     def save(self, path: str | Path) -> None:
         tensors = {"code_vectors": self.code_vectors, "uncertainty": self.uncertainty}

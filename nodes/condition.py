@@ -18,7 +18,7 @@ from ..dcdd_core.types import Condition, TokenLogits
 from . import host
 from .host import Managed, Progress
 from .sockets import ConditionSocket, Decoder, DecoderSocket, TokenLogitsSocket, VQVAESocket, expect, schema
-from .tokens import CONNECT_LOGITS, CONNECT_VQ, pictures
+from .tokens import CONNECT_LOGITS, CONNECT_VQ
 
 AS_TRAINED = "as measured best for the decoder"
 READS = {
@@ -87,7 +87,7 @@ class LCDMEncoder(io.ComfyNode):
         device = comfy.model_management.get_torch_device()
 
         def run(k: int) -> Condition:
-            part = host.moved(pictures(token_logits, k, k + 1), device)
+            part = host.moved(token_logits.part(k, k + 1), device)
             mapped = map_logits(part, codebook) if card is None else condition_for(card, part, codebook)
             return mapped.to(comfy.model_management.intermediate_device())
 

@@ -23,12 +23,12 @@ from ..dcdd_core.models.flux import DecoderCard
 from ..dcdd_core.models.flux_inference import OnLayer
 from ..dcdd_core.models.vae import Autoencoder
 from ..dcdd_core.models.vq import VQTokenizer
-from ..dcdd_core.pipelines.decode import Canvas, canvas_of, paint, pixels_of
+from ..dcdd_core.pipelines.decode import canvas_of, paint, pixels_of
 from ..dcdd_core.types import Condition, TokenLogits
 from . import host
 from .host import Managed, Progress
 from .sockets import ConditionSocket, Decoder, DecoderSocket, TokenLogitsSocket, VQVAESocket, expect, schema
-from .tokens import CONNECT_LOGITS, CONNECT_VQ, pictures, vq_memory
+from .tokens import CONNECT_LOGITS, CONNECT_VQ, vq_memory
 
 HARD, SOFT = "hard: the tokens", "soft: the expected codes"
 BY_RESOLUTION, UNIFORM = "FLUX: by resolution", "uniform"
@@ -77,7 +77,7 @@ class VQVAEDecode(io.ComfyNode):
         count, memory = len(token_logits.tokens), vq_memory(vq_vae.idle, token_logits.grid)
 
         def run(k: int) -> torch.Tensor:
-            vq, part = vq_vae.ready(memory), pictures(token_logits, k, k + 1)
+            vq, part = vq_vae.ready(memory), token_logits.part(k, k + 1)
             # Mapped for the hard tokens too: it is where another tokenizer's logits are refused.
             mapped = map_logits(part, vq.codebook)
             if codes == SOFT:
@@ -182,12 +182,6 @@ class FluxDecoder(io.ComfyNode):
 
         def run(first: int, last: int) -> torch.Tensor:
             progress = Progress(steps)
-            part = Condition(
-                condition.code_vectors[first:last],
-                condition.uncertainty[first:last],
-                condition.grid,
-                codebook=condition.codebook,
-            )
             memory = _working_memory(card, last - first, condition.grid)
             if draws:
                 host.bring(decoder.decoder, decoder.vae.managed, memory=memory + decoder.vae.memory(canvas.given))
@@ -197,8 +191,8 @@ class FluxDecoder(io.ComfyNode):
                 preview = _linear_preview(card)
             return paint(
                 decoder.decoder.idle,
-                part,
-                Canvas(given=_some(canvas.given, first, last), area=_some(canvas.area, first, last)),
+                condition.part(first, last),
+                canvas.part(first, last),
                 seeds=[seed + k for k in range(first, last)],
                 steps=steps,
                 shift=SHIFTS[schedule],
@@ -210,7 +204,7 @@ class FluxDecoder(io.ComfyNode):
 
         def show(k: int) -> torch.Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            part = _some(given, k, k + 1), _some(area, k, k + 1)
+            part = (x if x is None or len(x) == 1 else x[k : k + 1] for x in (given, area))
             return host.image_of(pixels_of(autoencoder, latents[k : k + 1], *part))
 
         # Apart from the steps: what the autoencoder has no memory for must not have these made again.
@@ -225,11 +219,6 @@ class FluxDecoder(io.ComfyNode):
 
 
 NODES = [VQVAEDecode, FluxDecoder]
-
-
-def _some(values: torch.Tensor | None, first: int, last: int) -> torch.Tensor | None:
-    """The pictures first..last - 1, or the one that goes with all."""
-    return values if values is None or len(values) == 1 else values[first:last]
 
 
 def _working_memory(card: DecoderCard, batch: int, grid: tuple[int, int]) -> int:

@@ -29,6 +29,7 @@ from server import PromptServer
 from torch import nn
 
 from ..dcdd_core.models.vae import KLAutoencoder
+from ..dcdd_core.pipelines import parts
 from ..dcdd_core.types import DCDDWarning, TokenLogits
 
 T = TypeVar("T")
@@ -198,30 +199,13 @@ _REMEDY = (
 
 
 def in_parts(run: Callable[[int, int], T], count: int, *, remedy: str = _REMEDY) -> list[T]:
-    """run(0, count), or where that runs out of memory, its halves, down to single items.
+    """See `pipelines.parts.in_parts`; between the parts ComfyUI gives back what it can."""
 
-    Args:
-        run: makes the items first..last - 1; samples do not depend on each other, so the parts are what the whole is.
-        remedy: what to do where a single item does not fit.
-
-    Raises:
-        RuntimeError: if a single item does not fit.
-    """
-    parts, first, size = [], 0, count
-    while first < count:
-        last = min(first + size, count)
-        try:
-            parts.append(run(first, last))
-            first = last
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise RuntimeError(f"out of memory even for a single picture: {remedy}") from error
-            size = (last - first + 1) // 2
-            log.warning("out of memory: going on with %d pictures at a time", size)
+    def on_split(size: int) -> None:
+        log.warning("out of memory: going on with %d pictures at a time", size)
         comfy.model_management.soft_empty_cache()
-    return parts
+
+    return parts.in_parts(run, count, remedy=remedy, on_split=on_split)
 
 
 def one_by_one(run: Callable[[int], T], count: int, *, remedy: str = _REMEDY) -> Iterator[T]:
@@ -232,23 +216,6 @@ def one_by_one(run: Callable[[int], T], count: int, *, remedy: str = _REMEDY) ->
     """
     for k in range(count):
         yield from in_parts(lambda *_, k=k: run(k), 1, remedy=remedy)
-
-
-#: How allocators without an exception of their own say it: MPS, the CPU's, DirectML's, and CUDA's libraries.
-_NO_MEMORY = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "not enough gpu video memory",
-    "alloc_failed",
-)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # ComfyUI's own constant knows CUDA alone, and elsewhere it is Exception itself, which would catch an interrupt.
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 # --- progress and notices ---------------------------------------------------------------------------------------------

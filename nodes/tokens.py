@@ -167,7 +167,7 @@ class JanusLogitSampler(io.ComfyNode):
         count = sampler.grid[0] * sampler.grid[1]
 
         def run(first: int, last: int) -> TokenLogits:
-            previous = None if token_logits is None else pictures(token_logits, first, last)
+            previous = None if token_logits is None else token_logits.part(first, last)
             progress, vq, working = Progress(count), janus.vq.idle, janus.sampler.idle
             logits = 2 * (last - first) * count * sampler.codebook.size * 4
             host.bring(janus.vq, janus.sampler, memory=logits + vq_memory(vq, sampler.grid))
@@ -191,7 +191,7 @@ class JanusLogitSampler(io.ComfyNode):
             return host.kept(sampled)
 
         with host.noticed():
-            return io.NodeOutput(_joined(host.in_parts(run, len(prompts))))
+            return io.NodeOutput(TokenLogits.joined(host.in_parts(run, len(prompts))))
 
 
 class VQVAEEncode(io.ComfyNode):
@@ -245,7 +245,7 @@ class VQVAEEncode(io.ComfyNode):
         for k, part in enumerate(host.one_by_one(run, len(pixels))):
             parts.append(part)
             progress.step(k + 1, len(pixels), pixels[k : k + 1])
-        return io.NodeOutput(_joined(parts), host.image_of(pixels))
+        return io.NodeOutput(TokenLogits.joined(parts), host.image_of(pixels))
 
 
 class LogitCalibrator(io.ComfyNode):
@@ -441,16 +441,6 @@ def _so_far(vq: VQTokenizer, tokens: torch.Tensor, previous: TokenLogits | None,
 def vq_memory(vq: VQTokenizer, grid: tuple[int, int]) -> int:
     """Bytes that the tokenizer takes for one picture of this grid, either way: an estimate."""
     return host.autoencoder_memory(*(side * vq.factor for side in grid), vq.model.config.base_channels)
-
-
-def pictures(grid: TokenLogits, first: int, last: int) -> TokenLogits:
-    """The pictures first..last - 1 of a batch."""
-    return replace(grid, logits=grid.logits[first:last], tokens=grid.tokens[first:last])
-
-
-def _joined(parts: list[TokenLogits]) -> TokenLogits:
-    logits, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "tokens"))
-    return replace(parts[0], logits=logits, tokens=tokens)
 
 
 def _fitting(pixels: torch.Tensor, factor: int, longest_side: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +10,8 @@ from PIL import Image
 from dcdd_core import cli
 from dcdd_core.cli import main
 from dcdd_core.evaluation.calibrate import PROMPTS
+from dcdd_core.models.flux import DistributionConditionedDecoder
+from dcdd_core.models.janus_step import TokenLoop
 from dcdd_core.pico.scenes import render_scene
 from dcdd_core.pipelines import models as pipelines_models
 from dcdd_core.types import Calibration, TokenLogits
@@ -229,7 +232,30 @@ def test_running_out_of_memory_is_explained(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr("dcdd_core.cli.decode", too_much)
     assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 1
-    assert "out of memory" in capsys.readouterr().err
+    assert "out of memory: take a smaller picture" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_at_once_is_made_in_turn(monkeypatch, tmp_path, capsys):
+    step, forward = TokenLoop._embed, DistributionConditionedDecoder.forward
+
+    def limited(function):
+        def run(self, pictures, *rest):
+            if len(pictures) > 1:
+                raise torch.OutOfMemoryError
+            return function(self, pictures, *rest)
+
+        return run
+
+    arguments = ["generate", PROMPT, PROMPT, "--steps", "1", "--out"]
+    assert main([*arguments, str(tmp_path / "whole.png")]) == 0
+    monkeypatch.setattr(TokenLoop, "_embed", limited(step))
+    monkeypatch.setattr(DistributionConditionedDecoder, "forward", limited(forward))
+    capsys.readouterr()
+    assert main([*arguments, str(tmp_path / "split.png")]) == 0
+    assert capsys.readouterr().err.count("dcdd: out of memory: going on with 1 pictures at a time") == 2
+    for k in (1, 2):
+        whole, split = (np.asarray(Image.open(tmp_path / f"{name}-{k}.png"), float) for name in ("whole", "split"))
+        assert np.abs(whole - split).max() <= 1  # of 255: float rounding
 
 
 def test_missing_weights_are_explained(monkeypatch, tmp_path, capsys):

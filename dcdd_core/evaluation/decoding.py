@@ -12,7 +12,7 @@ import torch
 from ..models.checkpoints import fingerprint_of
 from ..models.flux import DecoderCard
 from ..pipelines.condition import condition_for
-from ..pipelines.decode import decode
+from ..pipelines.decode import decode, decode_tokens
 from ..pipelines.models import Models
 from ..types import TokenLogits
 
@@ -48,7 +48,7 @@ class Decoders:
     def paint(self, token_logits: TokenLogits, seeds: Sequence[int]) -> dict[str, torch.Tensor]:
         """Path -> pictures [B, 3, H, W] in -1..1, all from the same tokens and logits."""
         models = self.models
-        painted = {"vq": models.vq.decode_tokens(token_logits.tokens, token_logits.grid)}
+        painted = {"vq": decode_tokens(models.vq, token_logits)}
         if self.card is not None:
             condition = condition_for(self.card, token_logits, models.vq.codebook)
             painted["dcdd"] = decode(models.decoder, models.vae, condition, seeds=seeds, steps=self.steps).pixels

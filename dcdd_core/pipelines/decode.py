@@ -1,4 +1,4 @@
-"""Condition -> image: Euler steps of the decoder from noise to latents, and the autoencoder to pixels.
+"""Condition -> image: Euler steps of the decoder from noise to latents, and the autoencoder to pixels; tokens -> image.
 
 Shapes: B batch, H W pixels, h' w' latent grid, C latent channels.
 """
@@ -17,7 +17,9 @@ from ..method.sampling import keyed_generator
 from ..models.flux import DecoderCard, DistributionConditionedDecoder
 from ..models.flux_inference import OnLayer
 from ..models.vae import Autoencoder
-from ..types import Condition, same_codebook
+from ..models.vq import VQTokenizer
+from ..types import Condition, TokenLogits, same_codebook
+from .parts import in_parts
 
 #: Called after every step with (steps done, steps, the picture's current estimate as raw latents [B, C, h', w']);
 #: may raise to stop.
@@ -49,6 +51,11 @@ class Canvas:
     given: torch.Tensor
     area: torch.Tensor
 
+    def part(self, first: int, last: int) -> Canvas:
+        """That of the pictures first..last - 1."""
+        given, area = (x if len(x) == 1 else x[first:last] for x in (self.given, self.area))
+        return Canvas(given=given, area=area)
+
 
 def decode(
     decoder: DistributionConditionedDecoder,
@@ -64,12 +71,40 @@ def decode(
 ) -> Decoded:
     """Paints the pictures of a condition (Eqs. 17-25): `canvas_of`, `paint` and `pixels_of`, see these.
 
+    Where a batch runs out of memory, it is painted in smaller parts, with the same result; `on_step` is then called for
+    each of them from the first step on.
+
     Raises:
         ValueError: for what one of the three refuses.
+        RuntimeError: if a single picture does not fit into memory.
     """
+    batch = len(condition.code_vectors)
+    _check_seeds(seeds, batch)
     canvas = canvas_of(vae, decoder.card, condition, image, mask)
-    latents = paint(decoder, condition, canvas, seeds=seeds, steps=steps, shift=shift, on_step=on_step)
+
+    def run(first: int, last: int) -> torch.Tensor:
+        return paint(
+            decoder,
+            condition.part(first, last),
+            canvas.part(first, last),
+            seeds=seeds[first:last],
+            steps=steps,
+            shift=shift,
+            on_step=on_step,
+        )
+
+    latents = torch.cat(in_parts(run, batch))
     return Decoded(pixels=pixels_of(vae, latents, image, mask), latents=latents)
+
+
+def decode_tokens(vq: VQTokenizer, token_logits: TokenLogits) -> torch.Tensor:
+    """`vq.decode_tokens`, the VLM's own pictures [B, 3, H, W] in -1..1; in smaller parts where memory runs out.
+
+    Raises:
+        RuntimeError: if a single picture does not fit into memory.
+    """
+    tokens, grid = token_logits.tokens, token_logits.grid
+    return torch.cat(in_parts(lambda first, last: vq.decode_tokens(tokens[first:last], grid), len(tokens)))
 
 
 @torch.no_grad()
@@ -125,8 +160,7 @@ def paint(
     """
     card, batch = decoder.card, len(condition.code_vectors)
     _check_condition(card, condition)
-    if len(seeds) != batch:
-        raise ValueError(f"got {len(seeds)} seeds for {batch} pictures: give one a picture")
+    _check_seeds(seeds, batch)
     device, dtype = decoder.device, decoder.dtype
     size = canvas.given.shape[2:]
     steps = card.steps if steps is None else steps
@@ -176,6 +210,11 @@ def _check_condition(card: DecoderCard, condition: Condition) -> None:
             f"the condition has {condition.code_vectors.shape[2]}-dimensional code vectors, the decoder reads "
             f"{card.code_dim}: use a condition of {card.tokenizer}"
         )
+
+
+def _check_seeds(seeds: Sequence[int], batch: int) -> None:
+    if len(seeds) != batch:
+        raise ValueError(f"got {len(seeds)} seeds for {batch} pictures: give one a picture")
 
 
 def _check_part(image: torch.Tensor | None, mask: torch.Tensor | None, batch: int, size: tuple[int, int]) -> None:

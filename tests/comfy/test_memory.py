@@ -99,23 +99,6 @@ def test_steps_are_not_made_again_where_the_autoencoder_runs_out(server, graph):
     assert [done for done, _ in run.progress["paint"] if done] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "MPS backend out of memory (MPS allocated: 17.44 GB, other allocations: 1.02 GB, max allowed: 18.13 GB)",
-        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
-        "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-    ],
-)
-def test_out_of_memory_in_an_allocators_own_words_splits(words, server):
-    assert server.post("/test/in_parts", {"words": words})[1] == [[0, 1], [1, 2], [2, 3]]
-
-
-def test_other_errors_do_not_split(server):
-    assert server.post("/test/in_parts", {"words": "sizes do not fit"})[1] == {"raised": "sizes do not fit"}
-
-
 def test_what_works_together_is_loaded_together_with_room_to_work_in(server, graph):
     server.free()
     server.post("/test/loads", {})

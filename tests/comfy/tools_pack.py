@@ -218,22 +218,6 @@ async def patience(request):
     return web.json_response(before)
 
 
-@PromptServer.instance.routes.post("/test/in_parts")
-async def in_parts(request):
-    """The parts that a batch of three is made in, when an error in these words comes for more than one picture."""
-    words = (await request.json())["words"]
-
-    def run(first, last):
-        if last - first > 1:
-            raise RuntimeError(words)
-        return [first, last]
-
-    try:
-        return web.json_response(_pack_module("nodes.host").in_parts(run, 3))
-    except RuntimeError as error:
-        return web.json_response({"raised": str(error)})
-
-
 _loads = []
 
 
