@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.markdown import table
 from benchmarks.timing import compared
-from dcdd_core.method.flow import timesteps
+from dcdd_core.method.flow import resolution_shift, timesteps
 from dcdd_core.method.latents import position_ids
 from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder, load_decoder, save_bundle
 from dcdd_core.models.flux_files import FLUX_FILL_CONFIG
@@ -68,7 +68,7 @@ def step_by_diffusers(model: FluxTransformer2DModel, x: torch.Tensor, given: tor
 
 def by_diffusers(model: FluxTransformer2DModel, steps: int) -> Callable[[], torch.Tensor]:
     scheduler = FlowMatchEulerDiscreteScheduler()
-    sigmas = timesteps(steps, image_tokens=IMAGE)[:-1].tolist()
+    sigmas = timesteps(steps, shift=resolution_shift(IMAGE))[:-1].tolist()
     given = torch.zeros(1, IMAGE, model.config.in_channels - 64, device=model.device, dtype=model.dtype)
 
     @torch.no_grad()

@@ -17,13 +17,14 @@ import torch
 from comfy_api.latest import io
 from einops import rearrange
 
+from ..dcdd_core.method.flow import resolution_shift
 from ..dcdd_core.method.latents import scale_latents
 from ..dcdd_core.method.lcdm import map_logits
 from ..dcdd_core.models.flux import DecoderCard
 from ..dcdd_core.models.flux_inference import OnLayer
 from ..dcdd_core.models.vae import Autoencoder
 from ..dcdd_core.models.vq import VQTokenizer
-from ..dcdd_core.pipelines.decode import canvas_of, paint, pixels_of
+from ..dcdd_core.pipelines.decode import Canvas, canvas_of, paint, pixels_of
 from ..dcdd_core.types import Condition, TokenLogits
 from . import host
 from .host import Managed, Progress
@@ -31,8 +32,8 @@ from .sockets import ConditionSocket, Decoder, DecoderSocket, TokenLogitsSocket,
 from .tokens import CONNECT_LOGITS, CONNECT_VQ, vq_memory
 
 HARD, SOFT = "hard: the tokens", "soft: the expected codes"
-BY_RESOLUTION, UNIFORM = "FLUX: by resolution", "uniform"
-SHIFTS = {BY_RESOLUTION: None, UNIFORM: 0.0}
+AS_MEASURED, BY_RESOLUTION, UNIFORM = "as measured best for the decoder", "FLUX: by resolution", "uniform"
+SCHEDULES = (AS_MEASURED, BY_RESOLUTION, UNIFORM)
 #: Seconds after which the node says that a new schedule is being read.
 _LONG = 1.0
 _TILES = "connect a VAE from ComfyUI's own Load VAE, which goes on in tiles, or choose a smaller picture"
@@ -125,9 +126,9 @@ class FluxDecoder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "schedule",
-                    options=list(SHIFTS),
-                    default=BY_RESOLUTION,
-                    tooltip="How the steps lie between noise and picture: FLUX's own way, or evenly.",
+                    options=list(SCHEDULES),
+                    default=AS_MEASURED,
+                    tooltip="How the steps lie between noise and picture: as measured, FLUX's way, or evenly.",
                 ),
                 io.Image.Input(
                     "image", optional=True, tooltip="To paint only a part: the picture to keep the rest of."
@@ -159,8 +160,8 @@ class FluxDecoder(io.ComfyNode):
     ) -> io.NodeOutput:
         expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")
         expect(condition, Condition, "condition", "connect the condition of an LCDM Encoder")
-        if schedule not in SHIFTS:
-            raise ValueError(f"schedule must be one of {', '.join(SHIFTS)}, got {schedule!r}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if (image is None) != (mask is None):
             raise ValueError("painting a part needs an image and a mask: connect both, or neither to paint everything")
         card, batch = decoder.decoder.idle.card, len(condition.code_vectors)
@@ -178,7 +179,7 @@ class FluxDecoder(io.ComfyNode):
                 host.notice("the mask is empty: there is nothing to paint, the picture stays as it is")
         autoencoder, draws = _autoencoder(decoder, vae)
         (canvas,) = host.one_by_one(lambda _: canvas_of(autoencoder, card, condition, given, area), 1, remedy=_TILES)
-        steps = steps or card.steps
+        steps, shift = steps or card.steps, _shift(schedule, canvas)
 
         def run(first: int, last: int) -> torch.Tensor:
             progress = Progress(steps)
@@ -195,7 +196,7 @@ class FluxDecoder(io.ComfyNode):
                 canvas.part(first, last),
                 seeds=[seed + k for k in range(first, last)],
                 steps=steps,
-                shift=SHIFTS[schedule],
+                shift=shift,
                 on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
                 on_prepare=_reading(progress, steps),
             )
@@ -219,6 +220,12 @@ class FluxDecoder(io.ComfyNode):
 
 
 NODES = [VQVAEDecode, FluxDecoder]
+
+
+def _shift(schedule: str, canvas: Canvas) -> float | None:
+    """Mu of the time shift; None for the decoder's own."""
+    packed = math.prod(canvas.given.shape[2:]) // 4
+    return {AS_MEASURED: None, BY_RESOLUTION: resolution_shift(packed), UNIFORM: 0.0}[schedule]
 
 
 def _working_memory(card: DecoderCard, batch: int, grid: tuple[int, int]) -> int:

@@ -80,7 +80,7 @@ WIDGETS: dict[str, dict[str, Any]] = {
         "token_size": 8,
     },
     "DCDD_VQVAEDecode": {"codes": HARD},
-    "DCDD_FluxDecoder": {"seed": SEED, "steps": 0, "schedule": "FLUX: by resolution"},
+    "DCDD_FluxDecoder": {"seed": SEED, "steps": 0, "schedule": "as measured best for the decoder"},
     "DCDD_PicoScene": {"seed": SCENE, "size": 96, "batch_size": 1},
     "DCDD_CompareDecoders": {"label_d": "", "side": 120},
 }

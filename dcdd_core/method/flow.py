@@ -55,23 +55,19 @@ def shift_time(time: torch.Tensor, shift: float) -> torch.Tensor:
     return math.exp(shift) * time / (math.exp(shift) * time + 1 - time)
 
 
-def timesteps(steps: int, *, image_tokens: int | None = None, shift: float | None = None) -> torch.Tensor:
+def timesteps(steps: int, *, shift: float) -> torch.Tensor:
     """The sampler's times, [steps + 1] float32 from 1 down to 0.
 
     Args:
         steps: Euler steps, at least 1.
-        image_tokens: packed latent tokens; gives mu by `resolution_shift`.
-        shift: mu itself, instead; 0 is a uniform schedule.
+        shift: mu, such as `resolution_shift` gives; 0 is a uniform schedule.
 
     Raises:
-        ValueError: for steps < 1, or unless exactly one of image_tokens and shift is given.
+        ValueError: for steps < 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps!r}")
-    if (image_tokens is None) == (shift is None):
-        raise ValueError(f"give one of image_tokens (got {image_tokens!r}) and shift (got {shift!r})")
-    mu = resolution_shift(image_tokens) if shift is None else shift
-    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), mu).float()
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
 
 
 def sample_times(

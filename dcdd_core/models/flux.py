@@ -7,6 +7,7 @@ token (64 noisy latent, 64 masked image, 4 f^2 mask; f is the VAE's factor: 384 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -52,6 +53,7 @@ class DecoderCard:
             24 tokens are painted as 512 x 512 pixels.
         vae_factor, vae_shift, vae_scale: of the autoencoder whose latents it paints.
         steps: default number of Euler steps.
+        shift: default mu of the time shift (`method.flow.shift_time`); None for FLUX's, by resolution.
         guidance: value of the distilled guidance embedding, where the base has one; served as trained.
         licence: of the weights.
     """
@@ -71,6 +73,7 @@ class DecoderCard:
     vae_shift: float = 0.1159
     vae_scale: float = 0.3611
     steps: int = 30
+    shift: float | None = None
     guidance: float = 1.0
     licence: str = ""
 
@@ -79,6 +82,8 @@ class DecoderCard:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.reads not in ("logits", "anchored", "tokens"):
             raise ValueError(f"reads must be 'logits', 'anchored' or 'tokens', got {self.reads!r}")
+        if self.shift is not None and not math.isfinite(self.shift):
+            raise ValueError(f"shift must be a finite number, or None for FLUX's, got {self.shift!r}")
         if self.steps < 1 or not self.pixels_per_token > 0 or self.vae_factor < 1:
             raise ValueError(
                 f"a decoder needs at least 1 step, and pixels for a token and a latent, got steps={self.steps}, "

@@ -18,7 +18,7 @@ from ..models.flux import save_bundle
 from ..models.vq import VQTokenizer
 from ..pipelines.models import PICO_WEIGHTS
 from ..training.log import read_log
-from .choose import choose_reading
+from .choose import choose_serving
 from .encodings import encode_scenes
 from .export import export
 from .train_autoencoder import train_autoencoder, train_vae_decoder
@@ -97,7 +97,7 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS
         return
     logs = {stage: read_log(shop.folder / stage) for stage in HELD_OUT}
     save_image(training_curves(logs, HELD_OUT), shop.folder / "curves.png")
-    decoder.card = choose_reading(shop, sampler, vq, polished, decoder, loss_reader)
+    decoder.card = choose_serving(shop, sampler, vq, polished, decoder, loss_reader)
     export(
         weights, janus=janus, words=words, vq=network, vae=polished, decoder=decoder, reader=reader, recipe=shop.recipe
     )

@@ -1,9 +1,11 @@
-"""Which reading of the VLM's output the decoder is served by default: the one that measures best."""
+"""How the decoder is served by default: the schedule, and the reading of the VLM's output, that measure best."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -16,16 +18,22 @@ from ..models.vae import KLAutoencoder
 from ..models.vq import VQTokenizer
 from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
-from .data import to_pixels
+from ..types import TokenLogits
+from .data import scene_images, to_pixels
 from .reader import SceneReader
+from .scenes import scene_facts
 from .workshop import Workshop, digest
 
+#: Mu of the time shifts that are tried; None is FLUX's own.
+SHIFTS = (None, 1.0, 1.5, 2.0, 2.5, 3.0)
+READINGS: tuple[str, ...] = ("logits", "anchored", "tokens")
 _BATCH = 32
 _STEPS = 10
+K = TypeVar("K")
 
 
 @torch.no_grad()
-def choose_reading(
+def choose_serving(
     shop: Workshop,
     sampler: JanusSampler,
     vq: VQTokenizer,
@@ -33,30 +41,49 @@ def choose_reading(
     decoder: DistributionConditionedDecoder,
     loss_reader: SceneReader,
 ) -> DecoderCard:
-    """The decoder's card, with the reading whose pictures of held-out captions come closest to the held-out scenes.
+    """The decoder's card, with the time shift and the reading whose pictures come closest to held-out scenes.
 
-    All are painted with ten steps, and ten is what the card then says. Compared are the VLM's logits as they are
-    (beta = 0, the paper), the same with the fitted anchor, and the sampled tokens alone; by Frechet distance on the
+    All are painted with ten steps, and ten is what the card then says. First the shift, by reconstructions of the
+    held-out scenes; then, with it, the VLM's logits as they are (beta = 0, the paper), the same with the fitted anchor,
+    and the sampled tokens alone, by the pictures of `Recipe.choice_scenes` captions. Both by Frechet distance on the
     loss reader's features, on calibration scenes: neither the network nor the scenes that the tables are made with. The
-    distances go into `reading.json`, which is read where the models are those that wrote it.
+    distances go into `serving.json`, which is read where the models are those that wrote it.
     """
-    card, count = decoder.card, shop.recipe.held_out_scenes
-    path, of = shop.folder / "reading.json", "-".join(digest(part) for part in (sampler.model, vq.model, vae, decoder))
+    recipe, path = shop.recipe, shop.folder / "serving.json"
+    of = "-".join(digest(part) for part in (sampler.model, vq.model, vae, decoder)) + f"-{recipe.choice_scenes}"
     if path.exists() and (found := json.loads(path.read_text("utf-8")))["models"] == of:
-        return replace(serving(card, reads=found["best"]), steps=_STEPS)
-    ways = {reads: serving(card, reads=reads) for reads in ("logits", "anchored", "tokens")}
-    captions = [facts.caption() for facts in shop.held_out_facts]
-    features: dict[str, list[torch.Tensor]] = {name: [] for name in ways}
-    for k in range(0, count, _BATCH):
-        seeds = range(k, min(count, k + _BATCH))
-        grid = sampler.sample(captions[k : k + _BATCH], seeds=seeds, guidance=shop.recipe.guidance)
-        for name, way in ways.items():
-            condition = condition_for(way, grid, vq.codebook)
-            painted = decode(decoder, KLAutoencoder(vae), condition, seeds=seeds, steps=_STEPS).pixels
-            features[name].append(features_of(painted, loss_reader.frechet_features))
-    scenes = to_pixels(shop.held_out_images, shop.device)
-    real = FrechetStatistics.of([features_of(scenes, loss_reader.frechet_features)])
-    distances = {name: frechet_distance(real, FrechetStatistics.of(found)) for name, found in features.items()}
-    best = min(distances, key=lambda name: distances[name])
-    write_text(path, json.dumps({"models": of, "frechet": distances, "best": best}, indent=1) + "\n")
-    return replace(ways[best], steps=_STEPS)
+        return serving(replace(decoder.card, steps=_STEPS, shift=found["shift"]), reads=found["reads"])
+
+    def closest(ways: Mapping[K, DecoderCard], grids: Iterator[TokenLogits], scenes: torch.Tensor) -> tuple[K, dict]:
+        features: dict[K, list[torch.Tensor]] = {way: [] for way in ways}
+        first = 0
+        for grid in grids:
+            seeds = range(first, first := first + len(grid.tokens))
+            for way, card in ways.items():
+                condition = condition_for(card, grid, vq.codebook)
+                with shop.autocast():
+                    painted = decode(
+                        decoder, KLAutoencoder(vae), condition, seeds=seeds, steps=card.steps, shift=card.shift
+                    ).pixels
+                features[way].append(features_of(painted, loss_reader.frechet_features))
+        real = FrechetStatistics.of([features_of(part, loss_reader.frechet_features) for part in scenes.split(_BATCH)])
+        distances = {way: frechet_distance(real, FrechetStatistics.of(found)) for way, found in features.items()}
+        return min(distances, key=distances.__getitem__), distances
+
+    card = replace(decoder.card, steps=_STEPS)
+    pictures = to_pixels(shop.held_out_images, shop.device)
+    proxies = (vq.encode(part) for part in pictures.split(_BATCH))
+    shift, by_shift = closest({mu: replace(card, shift=mu) for mu in SHIFTS}, proxies, pictures)
+    card = replace(card, shift=shift)
+
+    count = recipe.choice_scenes
+    captions = [facts.caption() for facts in scene_facts("calibration", count)]
+    sampled = (
+        sampler.sample(captions[k : k + _BATCH], seeds=range(k, min(count, k + _BATCH)), guidance=recipe.guidance)
+        for k in range(0, count, _BATCH)
+    )
+    pictures = to_pixels(scene_images(shop.folder, "calibration", count, size=recipe.size), shop.device)
+    reads, by_reading = closest({way: serving(card, reads=way) for way in READINGS}, sampled, pictures)
+    found = {"models": of, "shift": shift, "reads": reads, "by shift": list(by_shift.items()), "by reading": by_reading}
+    write_text(path, json.dumps(found, indent=1) + "\n")
+    return serving(card, reads=reads)

@@ -113,8 +113,9 @@ class Bench:
     def paint(
         self, decoder: DistributionConditionedDecoder, condition: Condition, part: slice, steps: int | None = None
     ) -> torch.Tensor:
-        seeds = range(part.start, part.stop)
-        return decode(decoder, self.pico.vae, condition, seeds=seeds, steps=steps or self.steps).pixels
+        """Pixels [B, 3, S, S] in -1..1, by any decoder with the schedule of the shipped one."""
+        seeds, shift = range(part.start, part.stop), self.pico.decoder.card.shift
+        return decode(decoder, self.pico.vae, condition, seeds=seeds, steps=steps or self.steps, shift=shift).pixels
 
     def real_features(self, count: int | None = None) -> torch.Tensor:
         found = [features_of(pixels, self.reader.frechet_features) for _, pixels in self.scenes("real scenes", count)]

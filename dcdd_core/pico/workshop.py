@@ -49,6 +49,7 @@ class Recipe:
     janus_batch: int = 16
     decoder_steps: int = 9_500
     decoder_batch: int = 16
+    choice_scenes: int = 1_024
     variant_steps: int = 1_000
     variant_seeds: int = 3
     compiled: bool = False

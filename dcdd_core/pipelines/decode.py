@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from ..method.flow import euler_step, recover_clean, timesteps
+from ..method.flow import euler_step, recover_clean, resolution_shift, timesteps
 from ..method.latents import fill_input, pack, pack_mask, scale_latents, unpack, unscale_latents
 from ..method.sampling import keyed_generator
 from ..models.flux import DecoderCard, DistributionConditionedDecoder
@@ -152,7 +152,7 @@ def paint(
     Args:
         seeds: one whole number a picture; a batch equals its singles.
         steps: Euler steps; the bundle's own number by default.
-        shift: mu of the time shift; FLUX's resolution-dependent one by default.
+        shift: mu of the time shift; the bundle's own by default, and where it has none FLUX's by resolution.
         on_prepare: called with (layers read, layers) while a new schedule is prepared; may raise to stop.
 
     Raises:
@@ -171,7 +171,9 @@ def paint(
     noise = [torch.randn(1, channels, *size, generator=keyed_generator(seed)) for seed in seeds]
     x = pack(torch.cat(noise)).to(device)  # float32: Euler steps add up small differences.
     fused = decoder.condition_tokens(condition.to(device, dtype), size)
-    times = timesteps(steps, **({"image_tokens": x.shape[1]} if shift is None else {"shift": shift})).tolist()
+    if shift is None:
+        shift = resolution_shift(x.shape[1]) if card.shift is None else card.shift
+    times = timesteps(steps, shift=shift).tolist()
     decoder.prepare(times[:-1], on_layer=on_prepare)
     for i, (now, after) in enumerate(pairwise(times)):
         t = torch.full((batch,), now)

@@ -1,8 +1,11 @@
 """Condition -> image: seeds, localised decoding, stopping, and refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from dcdd_core.method.flow import resolution_shift
 from dcdd_core.method.latents import pack, pack_mask, scale_latents
 from dcdd_core.models.vae import KLAutoencoder
 from dcdd_core.pipelines.decode import decode
@@ -52,6 +55,23 @@ def test_the_global_generator_is_left_alone(models):
     condition, state = tiny_condition(1), torch.random.get_rng_state()
     decode(*models, condition, seeds=[1])
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_shift_comes_from_the_card(models):
+    decoder, vae = models
+    condition = tiny_condition(1)
+
+    def painted(shift=None):
+        return decode(decoder, vae, condition, seeds=[0], shift=shift).latents
+
+    torch.testing.assert_close(painted(), painted(resolution_shift(16)), rtol=0, atol=0)
+    card = decoder.card
+    try:
+        decoder.card = replace(card, shift=2.0)
+        torch.testing.assert_close(painted(), painted(2.0), rtol=0, atol=0)
+        assert (painted() - painted(resolution_shift(16))).abs().max() > 1e-3
+    finally:
+        decoder.card = card
 
 
 def test_steps_come_from_the_card_and_are_reported(models):
