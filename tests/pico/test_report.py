@@ -71,6 +71,14 @@ def test_what_was_not_measured_has_no_table():
     assert "Because." in text and text.count("not measured") == len(CLAIMS) and text.count("Not measured.") == 6
 
 
+def test_the_causes_that_are_written_down_are_a_section_of_the_report():
+    causes = (Path(__file__).parents[2] / "docs" / "causes.md").read_text("utf-8")
+    lines = report({}, choice=Choice(out=Path(), weights=Path()), causes=causes).splitlines()
+    heads = [line for line in lines if line.startswith("#")]
+    assert heads[1] == "## Beside the paper" and heads[2] == causes.splitlines()[0]
+    assert heads[3].startswith("## Table 1") and [head for head in heads if head.startswith("# ")] == heads[:1]
+
+
 def test_a_section_is_measured_again_when_what_it_depends_on_changed(tmp_path):
     for name in ("weights/a", "discrete", "variant"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -304,6 +304,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):
             with pytest.raises(ValueError, match=words):
                 run(tmp_path, pictures, steps=3)
         (newest / name).write_bytes(whole)
+    for told in ('{"format": "dcdd trai', '{"format": "another"}'):
+        (newest / "training.json").write_text(told)
+        with pytest.raises(ValueError, match="step-00000003 is no checkpoint of a training .*delete it to go on"):
+            run(tmp_path, pictures, steps=3)
 
 
 def test_a_finished_run_is_only_restored(tmp_path, pictures):
