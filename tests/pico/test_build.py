@@ -28,6 +28,7 @@ SMALL = Recipe(
     janus_batch=2,
     decoder_steps=2,
     decoder_batch=3,
+    choice_scenes=8,
     variant_steps=1,
     variant_seeds=2,
 )
