@@ -367,11 +367,11 @@ def test_a_second_picture_compiles_nothing(traced_only, compiling, whole, bundle
     torch.testing.assert_close(pixels, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_another_batch_compiles_once_and_past_the_limit_none_does(traced_only, compiling, whole, bundle, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+def test_another_batch_compiles_once_and_past_the_limit_none_does(traced_only, compiling, whole, bundle):
     small, vae, counts = load_decoder(bundle, compiled=True), KLAutoencoder(tiny_vae()), []
     for batch in (1, 2, 1, 2, 3):
-        pixels = decode(small, vae, tiny_condition(batch), seeds=range(batch), steps=1).pixels
+        with torch._dynamo.config.patch(recompile_limit=2):
+            pixels = decode(small, vae, tiny_condition(batch), seeds=range(batch), steps=1).pixels
         counts.append(compiling["unique_graphs"])
     assert counts == [2, 4, 4, 4, 4]
     plain = decode(whole, vae, tiny_condition(3), seeds=range(3), steps=1).pixels
