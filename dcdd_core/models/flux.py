@@ -282,8 +282,9 @@ def load_decoder(
         fold: False keeps the layers that compute the modulations: for training, and for `save_bundle`.
         eight_bit: the blocks' linear layers are stored as float8_e4m3fn and lifted to `dtype` for their turn, which
             halves what bfloat16 takes, at a small loss (diffusers' layerwise casting).
-        streamed: the blocks wait in RAM, and each is on `device` for its turn alone: slow, but FLUX.1-Fill then takes
-            the room of one block (diffusers' group offloading).
+        streamed: the blocks wait in RAM, and each is on `device` for its turn alone, none fetched ahead: slow, but
+            FLUX.1-Fill then takes the room of one block (diffusers' group offloading, whose fetching ahead hangs on a
+            forward pass that is not ours).
         compiled: the blocks run compiled, one compilation for all of a kind: the first picture of a size and batch
             waits for it, others of the same compile nothing. After eight sizes and batches, which is torch's limit
             (`torch._dynamo.config.recompile_limit`), new ones run as they are.
