@@ -1,41 +1,42 @@
-"""Decoding: seconds a picture of 576 image tokens, against diffusers' loop with 512 text tokens more
+"""Decoding: a picture of 576 image tokens, against diffusers' FluxFillPipeline with 512 text tokens
 
 `python benchmarks/decoder.py` takes options of the shape and the device.
 
-The weights are random and the same for both, the shape is FLUX.1-Fill's in small: one joint block to two single ones,
-heads of 128 channels. Theirs is what `FluxFillPipeline` does a step: the whole transformer, and its scheduler. Ours is
-`pipelines.decode`: the adapter, then the folded decoder and Euler's steps, without an autoencoder; the schedule's table
-is there from the first, uncounted picture. Both take turns in one run. At the published shape only the arithmetic is
-compared, counted on the meta device. In small attention is a larger part of it, which favours the shorter sequence.
+The weights are random and the same for both. On a CPU the shape is FLUX.1-Fill's in small: one joint block to two
+single ones, heads of 128 channels; in small attention is a larger part of the arithmetic, which favours the shorter
+sequence. On a GPU it is the published one. Theirs is the pipeline's own call, from embeddings of the text to latents:
+its text encoders do not run, and in the place of its autoencoder, which has a grey picture to encode, there is one of
+four channels. Ours is `pipelines.decode`, without an autoencoder; the schedule's table is there from the first,
+uncounted picture. Both take turns in one run. Peak memory is that of the weights, the table's too, and the most that a
+picture takes besides.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from torch.utils.flop_counter import FlopCounterMode
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTransformer2DModel
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.flux import GRID, IMAGE, SIZE, TEXT, card_of, published_steps, random_decoder, random_transformer
 from benchmarks.markdown import table
-from benchmarks.timing import compared
-from dcdd_core.method.flow import resolution_shift, timesteps
-from dcdd_core.method.latents import position_ids
-from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder, load_decoder, save_bundle
+from benchmarks.memory import flux_sizes
+from benchmarks.peak import peak
+from benchmarks.timing import NOT_MEASURED, compared
 from dcdd_core.models.flux_files import FLUX_FILL_CONFIG
-from dcdd_core.models.flux_inference import drop_text
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.types import Condition
 
-HEAD = ("what", "who", "seconds", "times ours", "million parameters")
-TEXT, GRID, SIZE = 512, (24, 24), (48, 48)
-IMAGE = GRID[0] * GRID[1]
+HEAD = ("what", "who", "seconds", "times ours", "peak memory, GB", "times ours")
+#: Operations a second in bfloat16 that an H100 (SXM) gives dense matrices.
+H100_OPERATIONS = 989e12
+_STEPS = 30
 
 
 class NoAutoencoder:
@@ -48,52 +49,62 @@ class NoAutoencoder:
         return latents
 
 
-def card_of(config: dict) -> DecoderCard:
-    return DecoderCard(base="random", base_config=config, tokenizer="", codebook="", code_dim=8, width=128)
+def pipeline_of(transformer: FluxTransformer2DModel) -> FluxFillPipeline:
+    """diffusers' pipeline with FLUX.1-Fill's scheduler, without text encoders, and with next to no autoencoder."""
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[4] * 4,
+        latent_channels=16,
+        norm_num_groups=4,
+        shift_factor=0.0,
+        mid_block_add_attention=False,
+    )
+    # The published scheduler_config.json.
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096
+    )
+    pipeline = FluxFillPipeline(
+        scheduler=scheduler,
+        vae=nn.Module.to(vae, transformer.device, transformer.dtype),  # ModelMixin's own warns whatever the type.
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-def step_by_diffusers(model: FluxTransformer2DModel, x: torch.Tensor, given: torch.Tensor, t: torch.Tensor):
-    """Velocity of x [B, N, 64] at the times t [B], as the pipeline asks for it."""
-    return model(
-        hidden_states=torch.cat([x, given], dim=2),
-        timestep=t,
-        guidance=torch.full_like(t, 30.0),
-        pooled_projections=x.new_zeros(len(x), model.config.pooled_projection_dim),
-        encoder_hidden_states=x.new_zeros(len(x), TEXT, model.config.joint_attention_dim),
-        txt_ids=x.new_zeros(TEXT, 3),
-        img_ids=position_ids(*SIZE).to(x),
-        return_dict=False,
-    )[0]
+def by_diffusers(transformer: FluxTransformer2DModel, steps: int) -> Callable[[], torch.Tensor]:
+    pipeline, config = pipeline_of(transformer), transformer.config
+    like = {"device": transformer.device, "dtype": transformer.dtype}
+    side = 8 * SIZE[0]
+    image, mask = torch.zeros(1, 3, side, side), torch.ones(1, 1, side, side)
+    text = torch.zeros(1, TEXT, config.joint_attention_dim, **like)
+    pooled = torch.zeros(1, config.pooled_projection_dim, **like)
 
-
-def by_diffusers(model: FluxTransformer2DModel, steps: int) -> Callable[[], torch.Tensor]:
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    sigmas = timesteps(steps, shift=resolution_shift(IMAGE))[:-1].tolist()
-    given = torch.zeros(1, IMAGE, model.config.in_channels - 64, device=model.device, dtype=model.dtype)
-
-    @torch.no_grad()
     def run() -> torch.Tensor:
-        scheduler.set_timesteps(sigmas=sigmas, device=model.device)
-        x = torch.randn(1, IMAGE, 64).to(given)
-        for t in scheduler.timesteps:
-            x = scheduler.step(step_by_diffusers(model, x, given, t[None] / 1000), t, x, return_dict=False)[0]
-        return x
+        return pipeline(
+            image=image,
+            mask_image=mask,
+            height=side,
+            width=side,
+            num_inference_steps=steps,
+            latents=torch.randn(1, IMAGE, 64).to(**like),
+            prompt_embeds=text,
+            pooled_prompt_embeds=pooled,
+            output_type="latent",
+        ).images
 
     return run
 
 
-def published_arithmetic() -> tuple[float, float]:
-    """Tera floating-point operations of a step at FLUX.1-Fill's shape: diffusers', ours."""
-    with torch.device("meta"), torch.no_grad():
-        transformer = FluxTransformer2DModel(**FLUX_FILL_CONFIG)
-        decoder = DistributionConditionedDecoder(transformer, card_of(dict(FLUX_FILL_CONFIG)))
-        x, given, t = torch.zeros(1, IMAGE, 64), torch.zeros(1, IMAGE, 320), torch.ones(1)
-        with FlopCounterMode(display=False) as theirs:
-            step_by_diffusers(transformer, x, given, t)
-        drop_text(transformer)
-        with FlopCounterMode(display=False) as ours:
-            decoder(torch.cat([x, given], 2), torch.zeros(1, IMAGE, transformer.inner_dim), t, SIZE)
-    return theirs.get_total_flops() / 1e12, ours.get_total_flops() / 1e12
+def held(model: nn.Module) -> int:
+    """Bytes of its weights, and of a decoder's tables."""
+    tables = model.table.nbytes if getattr(model, "table", None) is not None else 0
+    return tables + sum(weight.nbytes for weight in model.state_dict().values())
 
 
 def contest(
@@ -106,41 +117,58 @@ def contest(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
 ) -> list[tuple[str, ...]]:
-    """Rows of a small FLUX.1-Fill, with half as many joint blocks as single ones."""
-    torch.manual_seed(0)
-    card = card_of(
-        {**FLUX_FILL_CONFIG, "num_layers": joint, "num_single_layers": 2 * joint, "num_attention_heads": heads}
-    )
+    """Rows of a FLUX.1-Fill with this many heads and joint blocks, and twice as many single ones."""
+    config = {**FLUX_FILL_CONFIG, "num_layers": joint, "num_single_layers": 2 * joint, "num_attention_heads": heads}
     kind = {"device": device, "dtype": dtype}
-    transformer = FluxTransformer2DModel(**card.base_config).eval().requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "decoder.safetensors"
-        save_bundle(path, DistributionConditionedDecoder(transformer, card).to(**kind), dtype=dtype)
-        decoder = load_decoder(path, compiled=compiled, **kind)
-        if compiled:
-            transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        condition = Condition(torch.randn(1, IMAGE, 8), torch.rand(1, IMAGE, 4), GRID)
-        functions = {
-            "ours": lambda: decode(decoder, NoAutoencoder(), condition, seeds=[0], steps=steps),
-            "diffusers": by_diffusers(transformer, steps),
-        }
-        how = f"{steps} steps of {joint} + {2 * joint} blocks of width {128 * heads}, {dtype} on {device}"
-        found = compared(how + (", compiled" if compiled else ""), functions, rounds)
-    held = {"ours": decoder, "diffusers": transformer}
-    return [(*row, f"{sum(p.numel() for p in held[row[1]].parameters()) / 1e6:.1f}") for row in found]
+    decoder = random_decoder(card_of(config), compiled=compiled, **kind)
+    transformer = random_transformer(config, **kind)
+    if compiled:
+        transformer.compile_repeated_blocks(dynamic=False)
+    condition = Condition(torch.randn(1, IMAGE, 8), torch.rand(1, IMAGE, 4), GRID)
+    functions = {
+        "ours": lambda: decode(decoder, NoAutoencoder(), condition, seeds=[0], steps=steps),
+        "diffusers": by_diffusers(transformer, steps),
+    }
+    how = f"{steps} steps of {joint} + {2 * joint} blocks of width {128 * heads}, {dtype} on {device}"
+    found = compared(how + (", compiled" if compiled else ""), functions, rounds)
+    models = {"ours": decoder, "diffusers": transformer}
+    most = {who: held(models[who]) + peak(run, device == "cuda") for who, run in functions.items()}
+    return [(*row, f"{most[row[1]] / 1e9:.3g}", f"{most[row[1]] / most['ours']:.2f}") for row in found]
 
 
 def counted() -> list[tuple[str, ...]]:
-    theirs, ours = published_arithmetic()
-    what = "a step of FLUX.1-Fill's shape, counted"
+    """Rows of the published shape, counted and not run."""
+    sizes, found = flux_sizes(), published_steps()
+    most = {
+        "ours": sizes["to paint, bfloat16"] + found["ours"].activations,
+        "diffusers": sizes["as published"] + found["diffusers"].activations,
+    }
     return [
-        (what, "ours", f"{ours:.2f} TFLOP", "1.00", "-"),
-        (what, "diffusers", f"{theirs:.2f} TFLOP", f"{theirs / ours:.2f}", "-"),
+        (
+            "a step of FLUX.1-Fill's shape, counted",
+            who,
+            f"{found[who].tera:.2f} TFLOP",
+            f"{found[who].tera / found['ours'].tera:.2f}",
+            f"{most[who] / 1e9:.3g}",
+            f"{most[who] / most['ours']:.2f}",
+        )
+        for who in ("ours", "diffusers")
     ]
 
 
+def on_gpu() -> list[tuple[str, ...]]:
+    """Rows of the published shape on a GPU, with an H100's limit."""
+    limit = _STEPS * published_steps()["ours"].tera * 1e12 / H100_OPERATIONS
+    what = f"{_STEPS} steps of FLUX.1-Fill's shape"
+    limits = [(what, "an H100's arithmetic alone", f"{limit:.3g}", "-", "-", "-")]
+    if not torch.cuda.is_available():
+        return [(f"{what} (GPU, bfloat16)", "both", NOT_MEASURED, "-", "-", "-"), *limits]
+    real = {"heads": 24, "joint": 19, "steps": _STEPS, "rounds": 3, "device": "cuda", "dtype": torch.bfloat16}
+    return [*contest(**real), *contest(**real, compiled=True), *limits]
+
+
 def rows() -> list[tuple[str, ...]]:
-    return [*contest(), *counted()]
+    return [*contest(), *on_gpu(), *counted()]
 
 
 def main() -> None:

@@ -5,11 +5,9 @@ Against the equations as they are written: softmax, full sort, matrix product, o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.peak import peak
 from benchmarks.timing import NOT_MEASURED, alternating
 from dcdd_core.method.lcdm import map_logits
 from dcdd_core.method.statistics import describe_logits
@@ -29,23 +27,6 @@ def plain(logits: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, to
     tail_entropy = torch.special.entr(tail).sum(-1, keepdim=True) / (p.shape[-1] - k).log()
     u = torch.cat([ordered[..., :1], ordered[..., :1] - ordered[..., 1:2], mass, tail_entropy], dim=-1)
     return p @ vectors, u
-
-
-def peak(function: Callable[[], object], on_gpu: bool) -> int:
-    """The most bytes that were held at once beyond what was held before."""
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        function()
-    held = most = 0
-    for event in sorted(events.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
 
 
 def contest(device: str, batch: int, rounds: int) -> list[tuple[str, ...]]:

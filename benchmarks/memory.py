@@ -1,13 +1,12 @@
-"""Memory: GB that the published models' weights take, computed from their shapes
+"""Memory: GB that the published models take, computed from their shapes, and measured where there is a GPU
 
-`python benchmarks/memory.py` prints it alone. Nothing is loaded: the networks are built on the meta device. Computed,
-not measured: activations and what the driver takes come on top (ComfyUI keeps about 1 GB free for them). What the
-decoder really takes for a step is measured where there is a GPU and its files are given: `--bundle FILE --base PATH`.
+`python benchmarks/memory.py` prints it alone. Nothing is loaded: the networks are built on the meta device. What the
+driver takes comes on top, and activations too but for the rows of a step (ComfyUI keeps about 1 GB free for them). What
+is measured are random weights of the published shape.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,28 +18,29 @@ from transformers import JanusForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.flux import GRID, IMAGE, SIZE, card_of, published_steps, random_decoder
 from benchmarks.markdown import table
+from benchmarks.timing import NOT_MEASURED
 from dcdd_core.models.checkpoints import StoredTensors
 from dcdd_core.models.deepseek import janus_config
-from dcdd_core.models.flux import load_decoder
 from dcdd_core.models.flux_files import FLUX_FILL_CONFIG, FLUX_VAE_CONFIG
 from dcdd_core.models.flux_inference import drop_text, fold_modulations
 from dcdd_core.types import Condition
 
-HEAD = ("model", "weights", "GB")
+HEAD = ("model", "weights", "GB, computed", "GB, measured")
 #: Of Janus-Pro's language models: width, inner width, layers, heads.
 JANUS_PRO = {"Janus-Pro-1B": (2048, 5632, 24, 16), "Janus-Pro-7B": (4096, 11008, 30, 32)}
 _NOT_LOADED = ("lm_head", "model.vision_model", "model.aligner", "model.vqmodel")
-_TOKENS, _PROMPT, _CODES, _STEPS = 576, 64, 16384, 30
+_PROMPT, _CODES, _STEPS = 64, 16384, 30
 _MODULATIONS = ("norm1.linear.bias", ".norm.linear.bias", "norm_out.linear.bias")
 _LEAVES = ("weight", "bias")
 _WAYS = {"bfloat16": {}, "8-bit": {"eight_bit": True}, "streamed": {"streamed": True}}
 _WAYS["8-bit, streamed"] = _WAYS["8-bit"] | _WAYS["streamed"]
 
 
-def size(module: nn.Module, bytes_of: Callable[[str], int]) -> float:
-    """Gigabytes (10^9) of a module's weights, `bytes_of` a weight by name."""
-    return sum(bytes_of(name) * weight.numel() for name, weight in module.state_dict().items()) / 1e9
+def size(module: nn.Module, bytes_of: Callable[[str], int]) -> int:
+    """Bytes of a module's weights, `bytes_of` a weight by name."""
+    return sum(bytes_of(name) * weight.numel() for name, weight in module.state_dict().items())
 
 
 def janus(name: str) -> JanusForConditionalGeneration:
@@ -71,14 +71,15 @@ def janus(name: str) -> JanusForConditionalGeneration:
         return JanusForConditionalGeneration(janus_config(config, name))
 
 
-def flux_rows() -> list[tuple[str, str, str]]:
-    """FLUX.1-Fill's transformer in every way that it can be held."""
+def flux_sizes() -> dict[str, int]:
+    """Bytes of FLUX.1-Fill's transformer in every way that it can be held, and of parts of it."""
     with torch.device("meta"):
         flux = FluxTransformer2DModel(**FLUX_FILL_CONFIG)
-    rows = [("FLUX.1-Fill transformer, as published", "bfloat16", f"{size(flux, lambda _: 2):.1f}")]
+    found = {"as published": size(flux, lambda _: 2)}
     drop_text(flux)
-    rows.append(("FLUX.1-Fill transformer without text, to be trained", "bfloat16", f"{size(flux, lambda _: 2):.1f}"))
-    row_of_table = sum(p.numel() for n, p in flux.named_parameters() if n.endswith(_MODULATIONS))
+    found["without text"] = size(flux, lambda _: 2)
+    modulations = sum(p.numel() for n, p in flux.named_parameters() if n.endswith(_MODULATIONS))
+    found["modulations"] = 2 * _STEPS * modulations
     fold_modulations(flux, StoredTensors({}))
     inside = {
         f"{name}.{leaf}" for name, part in flux.named_modules() if isinstance(part, nn.Linear) for leaf in _LEAVES
@@ -89,73 +90,92 @@ def flux_rows() -> list[tuple[str, str, str]]:
         ("bfloat16", 2, lambda _: 2),
         ("8-bit", 1, lambda name: 1 if name in eight_bit else 2),
     ):
-        blocks = [size(block, lambda _, width=width: width) for block in flux.transformer_blocks]
+        found[f"to paint, {weights}"] = size(flux, bytes_of)
+        found[f"largest block, {weights}"] = max(size(b, lambda _, width=width: width) for b in flux.transformer_blocks)
+        found[f"largest layer, {weights}"] = width * max(layers)
+        found[f"ends, {weights}"] = size(flux, lambda name, of=bytes_of: 0 if "_blocks." in name else of(name))
+    return found
+
+
+def flux_rows() -> list[tuple[str, str, str, str]]:
+    sizes = flux_sizes()
+    rows = [
+        ("FLUX.1-Fill transformer, as published", "bfloat16", sizes["as published"]),
+        ("FLUX.1-Fill transformer without text, to be trained", "bfloat16", sizes["without text"]),
+    ]
+    for weights in ("bfloat16", "8-bit"):
         rows += [
-            ("FLUX.1-Fill transformer, to paint", weights, f"{size(flux, bytes_of):.1f}"),
-            ("the same streamed block by block: its largest block", weights, f"{max(blocks):.2f}"),
-            ("the same with placement 'low VRAM': its largest layer", weights, f"{width * max(layers) / 1e9:.2f}"),
+            ("FLUX.1-Fill transformer, to paint", weights, sizes[f"to paint, {weights}"]),
+            ("the same streamed block by block: its largest block", weights, sizes[f"largest block, {weights}"]),
+            ("the same with placement 'low VRAM': its largest layer", weights, sizes[f"largest layer, {weights}"]),
         ]
+    rows.append((f"modulations of {_STEPS} steps, in RAM", "bfloat16", sizes["modulations"]))
+    return [(name, weights, _gigabytes(size), "-") for name, weights, size in rows]
+
+
+def step_rows() -> list[tuple[str, str, str, str]]:
+    """The most that one step of one 24 x 24 picture takes on the GPU, by how the weights are held.
+
+    Measured with random weights, made on the device: the modulations are drawn and computed there too.
+    """
+    sizes, activations = flux_sizes(), published_steps()["ours"].activations
+    # A layer that is stored in 8 bits is lifted for its turn.
+    lifted = 2 * sizes["largest layer, 8-bit"]
+    computed = {
+        "bfloat16": sizes["to paint, bfloat16"],
+        "8-bit": sizes["to paint, 8-bit"] + lifted,
+        "streamed": sizes["ends, bfloat16"] + sizes["largest block, bfloat16"],
+        "8-bit, streamed": sizes["ends, 8-bit"] + sizes["largest block, 8-bit"] + lifted,
+    }
     return [
-        *rows,
-        (f"modulations of {_STEPS} steps, in RAM", "bfloat16", f"{2 * _STEPS * row_of_table / 1e9:.2f}"),
+        ("FLUX.1-Fill's shape, a step of a picture: peak", way, _gigabytes(weights + activations), measured(_WAYS[way]))
+        for way, weights in computed.items()
     ]
 
 
-def measured_rows(bundle: Path | None, base: Path | None) -> list[tuple[str, str, str]]:
-    """The most that one step of one 24 x 24 picture takes on the GPU, modulations and activations included."""
-    rows = []
-    for name, ways in _WAYS.items():
-        if bundle is None or not torch.cuda.is_available():
-            rows.append((f"a step, {name}: peak", "", "not measured"))
-            continue
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        decoder = load_decoder(bundle, base, device="cuda", dtype=torch.bfloat16, **ways)
-        step(decoder)
-        rows.append((f"a step, {name}: peak", "", f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"))
-        del decoder
-    return rows
+@torch.no_grad()
+def measured(ways: dict[str, bool]) -> str:
+    if not torch.cuda.is_available():
+        return NOT_MEASURED
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    decoder = random_decoder(card_of(dict(FLUX_FILL_CONFIG)), device="cuda", dtype=torch.bfloat16, **ways)
+    step(decoder)
+    return _gigabytes(torch.cuda.max_memory_allocated())
 
 
 @torch.no_grad()
 def step(decoder: nn.Module) -> torch.Tensor:
     """Of noise, for a condition of noise."""
     like = {"device": decoder.device, "dtype": decoder.dtype}
-    grid = (24, 24)
-    height, width = (side // decoder.card.vae_factor for side in decoder.card.painted_size(grid))
-    latents = (height, width)
-    codes, doubt = torch.randn(1, 576, decoder.card.code_dim, **like), torch.rand(1, 576, 4, **like)
-    packed = torch.randn(1, latents[0] ** 2 // 4, decoder.transformer.config.in_channels, **like)
+    codes, doubt = torch.randn(1, IMAGE, decoder.card.code_dim, **like), torch.rand(1, IMAGE, 4, **like)
+    packed = torch.randn(1, IMAGE, decoder.transformer.config.in_channels, **like)
     decoder.prepare([1.0])
-    return decoder(packed, decoder.condition_tokens(Condition(codes, doubt, grid), latents), torch.ones(1), latents)
+    return decoder(packed, decoder.condition_tokens(Condition(codes, doubt, GRID), SIZE), torch.ones(1), SIZE)
 
 
-def rows(bundle: Path | None = None, base: Path | None = None) -> list[tuple[str, str, str]]:
+def rows() -> list[tuple[str, str, str, str]]:
     found = []
     for name, (width, _, layers, _) in JANUS_PRO.items():
         model = janus(name)
         weights = size(model, lambda key: 0 if key.startswith(_NOT_LOADED) else 2)
         # Keys and values of a guided picture: two rows, all layers, bfloat16.
-        cache = 2 * 2 * 2 * layers * width * (_TOKENS + _PROMPT) / 1e9
-        found.append((f"{name}, sampling", "bfloat16", f"{weights:.1f}"))
+        cache = 2 * 2 * 2 * layers * width * (IMAGE + _PROMPT)
+        found.append((f"{name}, sampling", "bfloat16", _gigabytes(weights), "-"))
         found.append(
-            (f"{name}, a picture on top: keys and values, logits", "", f"{cache + 4 * _TOKENS * _CODES / 1e9:.2f}")
+            (f"{name}, a picture on top: keys and values, logits", "", _gigabytes(cache + 4 * IMAGE * _CODES), "-")
         )
-    found.append(("Janus-Pro's VQ-VAE", "float32", f"{size(model.model.vqmodel, lambda _: 4):.2f}"))
+    found.append(("Janus-Pro's VQ-VAE", "float32", _gigabytes(size(model.model.vqmodel, lambda _: 4)), "-"))
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(dict(FLUX_VAE_CONFIG))
     found += flux_rows()
-    found.append(("FLUX autoencoder", "float32", f"{size(vae, lambda _: 4):.2f}"))
-    return [*found, *measured_rows(bundle, base)]
+    found.append(("FLUX autoencoder", "float32", _gigabytes(size(vae, lambda _: 4)), "-"))
+    return [*found, *step_rows()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--bundle", type=Path, metavar="FILE", help="a decoder bundle, to measure with")
-    parser.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it")
-    chosen = parser.parse_args()
-    print(table(HEAD, rows(chosen.bundle, chosen.base)))
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.{1 if size > 1e9 else 2}f}"
 
 
 if __name__ == "__main__":
-    main()
+    print(table(HEAD, rows()))

@@ -287,25 +287,60 @@ def load_decoder(
         fold: False keeps the layers that compute the modulations: for training, and for `save_bundle`.
         eight_bit: the blocks' linear layers are stored as float8_e4m3fn and lifted to `dtype` for their turn, which
             halves what bfloat16 takes, at a small loss (diffusers' layerwise casting).
-        streamed: the blocks wait in RAM, and each is on `device` for its turn alone: slow, but FLUX.1-Fill then takes
-            the room of one block (diffusers' group offloading).
+        streamed: the blocks wait in RAM, and each is on `device` for its turn alone, none fetched ahead: slow, but
+            FLUX.1-Fill then takes the room of one block (diffusers' group offloading, whose fetching ahead hangs on a
+            forward pass that is not ours).
         compiled: the blocks run compiled, one compilation for all of a kind: the first picture of a size and batch
-            waits for it, others of the same compile nothing.
+            waits for it, others of the same compile nothing. After eight sizes and batches, which is torch's limit
+            (`torch._dynamo.config.recompile_limit`), new ones run as they are.
 
     Raises:
         ValueError: naming the base that is needed, or the tensors that are missing, unexpected or of a wrong shape; for
             ways of holding the weights that exclude each other.
+    """
+    card = read_card(path)
+    with torch.device("meta"):
+        decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card)
+    return fill_decoder(
+        decoder,
+        _find(path, base, decoder),
+        what=f"{path}" + (f" over {base}" if base else ""),
+        device=device,
+        dtype=dtype,
+        fold=fold,
+        eight_bit=eight_bit,
+        streamed=streamed,
+        compiled=compiled,
+    )
+
+
+def fill_decoder(
+    decoder: DistributionConditionedDecoder,
+    stored: StoredTensors,
+    *,
+    what: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    fold: bool = True,
+    eight_bit: bool = False,
+    streamed: bool = False,
+    compiled: bool = False,
+) -> DistributionConditionedDecoder:
+    """A decoder on "meta", whole, gets its weights, and is held as `load_decoder` says.
+
+    Args:
+        stored: of all that can reach the output; only what is held is read.
+        what: names them in errors.
+
+    Raises:
+        ValueError: as `load_decoder`.
     """
     if (eight_bit or streamed) and (compiled or not fold):
         raise ValueError(
             "weights that change place or type between the steps can be neither compiled nor trained: "
             f"got eight_bit={eight_bit}, streamed={streamed}, compiled={compiled}, fold={fold}"
         )
-    card = read_card(path)
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(**card.base_config)
-        decoder = DistributionConditionedDecoder(transformer, card)
-    stored = _find(path, base, decoder)
+    transformer = decoder.transformer
     drop_text(transformer)
     if fold:
         decoder.table = fold_modulations(transformer, stored.within("transformer."))
@@ -315,7 +350,7 @@ def load_decoder(
     held = {"dtype": torch.float8_e4m3fn if eight_bit else dtype, "device": "cpu" if streamed else device}
     tensors = stored.read(layers, **held)
     tensors |= stored.read([name for name in names if name not in tensors], dtype=dtype, device=device)
-    load_strictly(decoder, tensors, f"{path}" + (f" over {base}" if base else ""))
+    load_strictly(decoder, tensors, what)
     decoder.eval().requires_grad_(False)
     if eight_bit:
         transformer.enable_layerwise_casting(skip_modules_pattern=_LEFT, compute_dtype=decoder.dtype)
@@ -325,7 +360,7 @@ def load_decoder(
         for end in (transformer.x_embedder, transformer.proj_out):
             end.to(device)
     if compiled:
-        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        transformer.compile_repeated_blocks(dynamic=False)
     return decoder
 
 

@@ -104,6 +104,11 @@ class ModulationTable:
         self._weights = weights
         self._schedules: OrderedDict[tuple, _Schedule] = OrderedDict()
 
+    @property
+    def nbytes(self) -> int:
+        """Of the tables that are held, in RAM."""
+        return sum(schedule.table.nbytes for schedule in self._schedules.values())
+
     def prepare(
         self,
         times: Sequence[float],

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, decoder, growth, int8, lcdm, memory, sampler, timing
+from benchmarks import __main__, decoder, flux, growth, int8, lcdm, memory, sampler, timing
+from benchmarks.peak import Peak, peak
+from dcdd_core.method.flow import resolution_shift, timesteps
 from dcdd_core.method.lcdm import map_logits
+from dcdd_core.models.flux import DistributionConditionedDecoder
 from dcdd_core.models.janus import JanusSampler
 from dcdd_core.types import Codebook, TokenLogits
-from tests.tiny import tiny_janus
+from tests.tiny import tiny_flux_config, tiny_janus
 
 
 def test_lcdm_as_written_is_ours():
@@ -30,7 +33,10 @@ def test_peak_counts_what_is_held_at_once():
         kept = torch.zeros(1000), torch.zeros(500)
         del kept
 
-    assert 6000 <= lcdm.peak(held, False) < 7000
+    assert 6000 <= peak(held, False) < 7000
+    with torch.device("meta"), Peak() as counted:
+        held()
+    assert counted.peak == 6000
 
 
 def test_sampler_contest_runs(monkeypatch: pytest.MonkeyPatch):
@@ -58,17 +64,63 @@ def test_decoder_contest_runs():
     found = decoder.contest(heads=1, steps=1, rounds=1)
     assert [row[1] for row in found] == ["ours", "diffusers"]
     assert [len(row) for row in found] == [len(decoder.HEAD)] * 2
-    assert found[0][3] == "1.00" and float(found[0][-1]) < float(found[1][-1])  # ours holds no text stream
+    assert found[0][3] == found[0][5] == "1.00" and float(found[1][5]) > 1  # ours holds no text stream
+
+
+def test_the_opponent_is_diffusers_pipeline_with_512_text_tokens_and_our_times():
+    config = {**flux.FLUX_FILL_CONFIG, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
+    transformer = flux.random_transformer(config, device="cpu", dtype=torch.float32)
+    seen = []
+
+    def watch(module, args, kwargs):
+        image, text = (tuple(kwargs[name].shape) for name in ("hidden_states", "encoder_hidden_states"))
+        seen.append((image, text, kwargs["timestep"].item()))
+
+    transformer.register_forward_pre_hook(watch, with_kwargs=True)
+    assert decoder.by_diffusers(transformer, 3)().shape == (1, 576, 64)
+    assert [(image, text) for image, text, _ in seen] == [((1, 576, 384), (1, 512, 4096))] * 3
+    assert [t for *_, t in seen] == pytest.approx(timesteps(3, shift=resolution_shift(576))[:-1].tolist(), rel=1e-6)
+
+
+def test_random_weights_are_the_same_for_both_and_held_in_every_way():
+    config = tiny_flux_config()
+    transformer = flux.random_transformer(config, device="cpu", dtype=torch.float32)
+    ours = flux.random_decoder(flux.card_of(config), dtype=torch.float32)
+    theirs = transformer.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.transformer.state_dict().items())
+    before = decoder.held(ours)
+    ours.prepare([1.0, 0.5])
+    # Modulations of a joint block, of a single one, and of the end.
+    assert decoder.held(ours) == before + 2 * 4 * 32 * (6 + 3 + 2)
+    whole = DistributionConditionedDecoder(transformer, ours.card)
+    whole.adapter = ours.adapter
+    packed, t = torch.randn(1, 4, config["in_channels"]), torch.tensor([0.5])
+    with torch.no_grad():
+        one, two = (model(packed, torch.zeros(1, 4, 32), t, (4, 4)) for model in (ours, whole))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    small = flux.random_decoder(flux.card_of(config), dtype=torch.bfloat16, eight_bit=True)
+    assert small.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+
+
+def test_the_published_shape_takes_little_more_than_half_of_diffusers():
+    ours, theirs = decoder.counted()
+    assert float(theirs[3]) > 1.8 and float(ours[4]) <= 0.56 * float(theirs[4])
 
 
 def test_memory_s_rows_are_a_table_of_its_own(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "JANUS_PRO", {"Janus-Pro-1B": memory.JANUS_PRO["Janus-Pro-1B"]})
-    monkeypatch.setattr("sys.argv", ["memory.py"])
-    memory.main()
+    monkeypatch.setattr("sys.argv", ["benchmarks", "memory"])
+    __main__.main()
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:3] == ["| model | weights | GB |", "|---|---|---|", "| Janus-Pro-1B, sampling | bfloat16 | 3.0 |"]
-    assert "| FLUX.1-Fill transformer, to paint | bfloat16 | 12.9 |" in printed
-    assert any("not measured" in line for line in printed)
+    assert printed[2] == "| model | weights | GB, computed | GB, measured |"
+    assert "| Janus-Pro-1B, sampling | bfloat16 | 3.0 | - |" in printed
+    assert "| FLUX.1-Fill transformer, to paint | bfloat16 | 12.9 | - |" in printed
+    steps = [row for row in memory.step_rows() if "a step" in row[0]]
+    computed = {way: float(size) for _, way, size, _ in steps}
+    assert 12.9 < computed["bfloat16"] < 13.5 and 6.5 < computed["8-bit"] < 7.2
+    assert computed["8-bit, streamed"] < computed["streamed"] < 1
+    if not torch.cuda.is_available():
+        assert {row[3] for row in steps} == {timing.NOT_MEASURED}
 
 
 def test_growth_is_drawn(tmp_path: Path):

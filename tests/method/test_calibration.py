@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.peak import Peak
 from dcdd_core.method import calibration as method
 from dcdd_core.method import chunks
 from dcdd_core.method.calibration import (
@@ -292,6 +293,33 @@ def test_features_are_found_again_in_their_proxies():
     torch.testing.assert_close(found, F.normalize(FEATURES, dim=-1).flatten(0, 1), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="proxy logits"):
         method.proxy_features(grid(rand(1, 4, 128)), CODEBOOK)
+
+
+def test_every_evaluation_reads_each_feature_once_a_bounded_chunk_at_a_time(monkeypatch):
+    codebook, features, limit = Codebook(rand(1024, 6)), rand(240, 6, seed=1), 2**16
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", limit)
+    target = target_statistics(grid(20 * proxy_logits(features, codebook)[None]))
+    read, evaluations = [], []
+
+    def reading(part, *rest):
+        read.append(part)
+        return proxy_logits(part, *rest)
+
+    def evaluated(parts, own=method._summarise):
+        read.clear()
+        found = own(parts)
+        evaluations.append(found)
+        assert torch.equal(torch.cat(read), features) and max(map(len, read)) * 4 * codebook.size <= limit
+        return found
+
+    monkeypatch.setattr(method, "proxy_logits", reading)
+    monkeypatch.setattr(method, "_summarise", evaluated)
+    _ = codebook.fingerprint
+    with Peak() as peak:
+        found = fit(features, codebook, target)
+    assert found.converged and len(evaluations) > 10
+    assert len(set(map(dataclasses.astuple, evaluations))) == len(evaluations), "no trial is evaluated twice"
+    assert limit < peak.peak < 4 * limit + 2 * features.nbytes < 4 * len(features) * codebook.size
 
 
 def test_fit_tells_its_passes_and_can_be_stopped(monkeypatch):

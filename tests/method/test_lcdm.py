@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.peak import Peak
+from dcdd_core.method import calibration as method
 from dcdd_core.method import chunks
 from dcdd_core.method.calibration import apply
 from dcdd_core.method.lcdm import map_logits, map_probabilities
+from dcdd_core.method.statistics import describe_logits
 from dcdd_core.types import Calibration, Codebook, TokenLogits
 
 
@@ -190,23 +190,13 @@ def test_mismatched_codebooks_are_refused():
     assert map_logits(grid(logits, codebook=own.fingerprint), own, fitting).codebook == own.fingerprint
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes that tensors made inside were alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in known:
-                storage = x.untyped_storage()
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return out
+@pytest.mark.parametrize("function", [map_logits, describe_logits])
+def test_logits_are_gone_through_once(monkeypatch, function):
+    codebook, logits, read = Codebook(rand(64, 4)), rand(2, 9, 64, seed=1), []
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 64 * 4 * 5)
+    monkeypatch.setattr(method, "apply", lambda part, *a, **kw: read.append(part) or apply(part, *a, **kw))
+    function(grid(logits), codebook, Calibration(scale=20))
+    assert torch.equal(torch.cat(read), logits.flatten(0, 1)) and max(map(len, read)) == 5
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "codes outside"])

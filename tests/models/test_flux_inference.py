@@ -349,16 +349,32 @@ def paint_compiled(path, stats):
     return counts, pixels
 
 
-def test_a_second_picture_compiles_nothing(monkeypatch, compiling, whole, bundle):
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Compiling ends with the graphs, which run as they are: no C++ compiler is needed."""
     compile_blocks = FluxTransformer2DModel.compile_repeated_blocks
     monkeypatch.setattr(
         FluxTransformer2DModel,
         "compile_repeated_blocks",
         lambda self, **kw: compile_blocks(self, backend="eager", **kw),
     )
+
+
+def test_a_second_picture_compiles_nothing(traced_only, compiling, whole, bundle):
     counts, pixels = paint_compiled(bundle, compiling)
     assert counts == [2, 2, 2, 2], "one graph for the double blocks, one for the single ones"
     plain = decode(whole, KLAutoencoder(tiny_vae()), tiny_condition(1), seeds=[1], steps=4).pixels
+    torch.testing.assert_close(pixels, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_another_batch_compiles_once_and_past_the_limit_none_does(traced_only, compiling, whole, bundle):
+    small, vae, counts = load_decoder(bundle, compiled=True), KLAutoencoder(tiny_vae()), []
+    for batch in (1, 2, 1, 2, 3):
+        with torch._dynamo.config.patch(recompile_limit=2):
+            pixels = decode(small, vae, tiny_condition(batch), seeds=range(batch), steps=1).pixels
+        counts.append(compiling["unique_graphs"])
+    assert counts == [2, 4, 4, 4, 4]
+    plain = decode(whole, vae, tiny_condition(3), seeds=range(3), steps=1).pixels
     torch.testing.assert_close(pixels, plain, rtol=1e-4, atol=1e-4)
 
 
