@@ -179,7 +179,7 @@ def test_edit_keeps_the_tokens_outside_of_the_mask(server, graph):
     for name in ("tokens", "logits"):
         np.testing.assert_array_equal(after[name][:, ~inside], before[name][:, ~inside])
     changed = (after["tokens"] != before["tokens"])[:, inside]
-    assert changed.mean() > 0.5
+    assert changed.mean() > 0.25
 
 
 def test_mask_of_another_shape_is_cropped_as_the_picture_is(server, graph):
