@@ -225,6 +225,7 @@ class ComfyServer:
 
         Raises:
             TimeoutError: if it has not ended after `seconds`; it is interrupted then.
+            RuntimeError: if the server closes its websocket.
         """
         self._events.clear()
         run, began = Run(), time.monotonic()
@@ -244,6 +245,8 @@ class ComfyServer:
             except TimeoutError:
                 self.interrupt()
                 raise TimeoutError(f"still running after {seconds:g} s:\n{self.log()[-4000:]}") from None
+            if kind == "closed":
+                raise RuntimeError(f"the server tells nothing any more:\n{self.log()[-4000:]}")
             if data.get("prompt_id", answer["prompt_id"]) == answer["prompt_id"]:
                 running = _note(run, kind, data)
                 if kind == "progress" and on_progress is not None:
@@ -305,7 +308,7 @@ class _Events:
         self._queue: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
         # Asks for previews that say whose they are.
         self._send(1, json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}).encode())
-        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._follow, daemon=True).start()
 
     def next(self, seconds: float) -> tuple[str, dict[str, Any]]:
         """Raises TimeoutError if nothing comes in that time."""
@@ -325,6 +328,12 @@ class _Events:
     def _send(self, kind: int, data: bytes) -> None:
         """One short frame; a client has to mask it, with zeros if it likes."""
         self._socket.sendall(bytes([0x80 | kind, 0x80 | 126]) + struct.pack(">H", len(data)) + bytes(4) + data)
+
+    def _follow(self) -> None:
+        try:
+            self._read()
+        finally:
+            self._queue.put(("closed", {}))
 
     def _read(self) -> None:
         whole, binary = b"", False
