@@ -61,6 +61,7 @@ def train(chosen: argparse.Namespace) -> None:
         clip=chosen.clip,
         average_decay=chosen.average_decay,
         density=chosen.density,
+        shift=chosen.shift,
         weighting=chosen.weighting,
         seed=chosen.seed,
         optimizer=chosen.optimizer,
@@ -180,6 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--clip", type=float, default=recipe["clip"], help="greatest length of the gradient")
     group.add_argument("--average-decay", type=float, default=0.9999, help="of the weights' moving average")
     group.add_argument("--density", default=recipe["density"], choices=DENSITIES, help="of the time")
+    group.add_argument(
+        "--shift", type=float, default=recipe["shift"], help="mu of the times' shift, above 0 towards the noise"
+    )
     group.add_argument("--weighting", default=recipe["weighting"], choices=WEIGHTINGS, help="of the loss")
     group.add_argument("--optimizer", default=recipe["optimizer"], choices=OPTIMIZERS)
     group.add_argument("--precision", choices=("bf16", "no"), help="mixed precision; what the launcher says by default")

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from ..evaluation.figures import save_image, training_curves
-from ..models.flux import save_bundle
 from ..models.vq import VQTokenizer
 from ..pipelines.models import PICO_WEIGHTS
 from ..training.log import read_log
@@ -48,7 +47,6 @@ STAGES = (
     "vq-decoder",
     "vae-decoder",
     "export",
-    "discrete",
     "variants",
 )
 
@@ -101,9 +99,6 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS
     export(
         weights, janus=janus, words=words, vq=network, vae=polished, decoder=decoder, reader=reader, recipe=shop.recipe
     )
-    if reached("discrete"):
-        discrete = train_pico_decoder(shop, "discrete", "discrete", encodings, vq, vae, None, loss_reader)
-        save_bundle(shop.folder / "discrete.safetensors", discrete, dtype=torch.float16)
     if reached("variants"):
         train_variants(shop, encodings, vq, vae, calibration, loss_reader)
 

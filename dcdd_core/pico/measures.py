@@ -40,6 +40,7 @@ from .workshop import WORK
 Rows = dict[str, dict[str, float]]
 
 SERVED = "DCDD as served"
+SCORES = ("frechet", "ssim", "perceptual")
 READ = ("shape", "colour", "texture", "place")
 STEP_COUNTS = (5, 10, 15, 20, 25, 30, 35)
 T = TypeVar("T")
@@ -89,13 +90,11 @@ class Bench:
     """The models, the held-out scenes, and how to run.
 
     Attributes:
-        discrete: the decoder that was trained on discrete codes as long as the shipped one.
         variants: name -> bundle of the ablation's decoders.
     """
 
     pico: Models
     reader: SceneReader
-    discrete: DistributionConditionedDecoder | None = None
     variants: Mapping[str, Path] = field(default_factory=dict)
     compiled: bool = False
     images: np.ndarray
@@ -135,7 +134,7 @@ def measure_reader(bench: Bench) -> Rows:
 
 
 def measure_reconstruction(bench: Bench) -> Rows:
-    """The paper's Table 2, with the decoder on discrete codes beside it."""
+    """The paper's Table 2."""
     pico, tallies = bench.pico, {}
     for part, pixels in bench.scenes("reconstruction"):
         grid = pico.vq.encode(pixels)
@@ -145,9 +144,6 @@ def measure_reconstruction(bench: Bench) -> Rows:
             "VQ-VAE decode of expected codes": pico.vq.decode_vectors(condition.code_vectors, grid.grid),
             "DCDD (LCDM + LC)": bench.paint(pico.decoder, condition, part),
         }
-        if bench.discrete is not None:
-            of_tokens = condition_for(bench.discrete.card, grid, pico.vq.codebook)
-            pictures["diffusion decoder on discrete codes"] = bench.paint(bench.discrete, of_tokens, part)
         for name, made in pictures.items():
             tallies.setdefault(name, Tally()).add(bench.reader, made, pixels)
     return _rows(bench, tallies)
@@ -172,9 +168,6 @@ def measure_text(bench: Bench) -> Rows:
             pictures[name] = bench.paint(pico.decoder, condition, part)
             if reads == card.reads:
                 pictures[SERVED] = pictures[name]
-        if bench.discrete is not None:
-            of_tokens = condition_for(bench.discrete.card, grid, codebook)
-            pictures["diffusion decoder on discrete codes"] = bench.paint(bench.discrete, of_tokens, part)
         for name, made in pictures.items():
             tallies.setdefault(name, Tally()).add(bench.reader, made, None)
     return _rows(bench, tallies, by="shape")
@@ -285,10 +278,11 @@ SECTIONS: dict[str, Callable[[Bench], Rows]] = {
 TITLES = {
     "reader": "Scene facts read off real held-out scenes by the measuring network (macro F1)",
     "calibration": "Distributions (the paper's Table 1)",
-    "reconstruction": "Reconstruction of held-out scenes (the paper's Tables 2 and 4)",
+    "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
     "steps": "Number of Euler steps (the paper's Table 6)",
     "variants": "What the decoder is conditioned on (the paper's Table 4)",
+    "means": "The same, means of the seeds",
     "latency": "Where the time goes (the paper's Table 5)",
 }
 
@@ -305,7 +299,6 @@ class Choice:
     bf16: bool = False
     compiled: bool = False
     device: str = "cpu"
-    discrete: Path | None = None
     variants: Mapping[str, Path] = field(default_factory=dict)
 
     def bench(self) -> Bench:
@@ -320,9 +313,6 @@ class Choice:
         return Bench(
             pico=pico,
             reader=load_reader(device=self.device, weights=self.weights),
-            discrete=load_decoder(self.discrete, device=self.device, dtype=dtype, compiled=self.compiled)
-            if self.discrete
-            else None,
             variants=self.variants,
             compiled=self.compiled,
             images=scene_images(self.out, "test", self.scenes),
@@ -334,11 +324,8 @@ class Choice:
     def fingerprint(self, section: str) -> str:
         """Of all that a section's numbers depend on: the weights' bytes, the settings, and for times the machine."""
         digest = hashlib.sha256()
-        bundles = {"variants": [*self.variants.values()], "latency": [], "steps": [], "reader": [], "calibration": []}
-        for path in [
-            *sorted(self.weights.rglob("*.safetensors")),
-            *bundles.get(section, filter(None, [self.discrete])),
-        ]:
+        bundles = self.variants.values() if section == "variants" else ()
+        for path in [*sorted(self.weights.rglob("*.safetensors")), *bundles]:
             digest.update(path.read_bytes())
         machine = (platform.node(), torch.get_num_threads()) if section == "latency" else ()
         settings = (self.scenes, self.steps, self.bf16, self.compiled, self.device)
@@ -358,7 +345,10 @@ class Choice:
 
 
 def measured(choice: Choice, sections: Sequence[str]) -> tuple[Bench, dict[str, Rows]]:
-    """The sections' rows, measured now or read from `<out>/<section>.json` where the weights are still the same."""
+    """The sections' rows, measured now or read from `<out>/<section>.json` where the weights are still the same.
+
+    "variants" brings "means" with it, of its seeds.
+    """
     bench, results = choice.bench(), {}
     for section in sections:
         path, key = choice.out / f"{section}.json", choice.fingerprint(section)
@@ -368,7 +358,22 @@ def measured(choice: Choice, sections: Sequence[str]) -> tuple[Bench, dict[str, 
                 stored = {"key": key, "rows": SECTIONS[section](bench)}
             write_text(path, json.dumps(stored, indent=1) + "\n")
         results[section] = stored["rows"]
+    if "variants" in results:
+        results["means"] = variant_means(results["variants"])
     return bench, results
+
+
+def variant_means(rows: Rows) -> Rows:
+    """Of the seeds' rows: variant -> mean of each score, and the lowest and highest as its details."""
+    means: Rows = {}
+    for variant in VARIANTS:
+        of = [row for name, row in rows.items() if name.startswith(f"{variant}, ")]
+        means[variant] = {}
+        for column in SCORES:
+            values = [row[column] for row in of]
+            spread = {f"{column}: lowest": min(values), f"{column}: highest": max(values)}
+            means[variant] |= {column: sum(values) / len(values)} | spread
+    return means
 
 
 def variant_files(folder: Path) -> dict[str, Path]:
@@ -409,9 +414,4 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Choice]:
     parser.add_argument("--compile", dest="compiled", action="store_true", help="compile their blocks")
     chosen = parser.parse_args()
     own = {one.name: getattr(chosen, one.name) for one in fields(Choice) if hasattr(chosen, one.name)}
-    discrete = chosen.work / "discrete.safetensors"
-    unshipped = {
-        "discrete": discrete if discrete.exists() else None,
-        "variants": variant_files(chosen.work / "variants"),
-    }
-    return chosen, Choice(**own, **unshipped)
+    return chosen, Choice(**own, variants=variant_files(chosen.work / "variants"))

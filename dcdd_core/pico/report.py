@@ -20,10 +20,22 @@ from ..evaluation.text import statistics_rows
 from ..models.flux import VARIANTS, load_decoder
 from ..pipelines.condition import condition_for
 from .data import to_pixels
-from .measures import READ, SECTIONS, SERVED, STEP_COUNTS, Bench, Choice, Rows, measured, parse, token_statistics
+from .measures import (
+    READ,
+    SCORES,
+    SECTIONS,
+    SERVED,
+    STEP_COUNTS,
+    Bench,
+    Choice,
+    Rows,
+    measured,
+    parse,
+    token_statistics,
+)
 from .scenes import scene_facts
 
-_SCORES = {"frechet": "rFID ↓", "ssim": "SSIM ↑", "perceptual": "perceptual distance ↓"}
+_SCORES = dict(zip(SCORES, ("rFID ↓", "SSIM ↑", "perceptual distance ↓"), strict=True))
 _VQ, _OURS = "VQ-VAE decode", "DCDD (LCDM + LC)"
 
 
@@ -58,19 +70,6 @@ CLAIMS = (
 )
 
 
-def variant_means(rows: Rows) -> Rows:
-    """Of the seeds' rows: variant -> mean of each score, and the lowest and highest as its details."""
-    means: Rows = {}
-    for variant in VARIANTS:
-        of = [row for name, row in rows.items() if name.startswith(f"{variant}, ")]
-        means[variant] = {}
-        for column in _SCORES:
-            values = [row[column] for row in of]
-            spread = {f"{column}: lowest": min(values), f"{column}: highest": max(values)}
-            means[variant] |= {column: sum(values) / len(values)} | spread
-    return means
-
-
 def agreement(results: Mapping[str, Rows]) -> str:
     """The paper's ratios beside ours, those that are measured, and whether they point the same way."""
     lines = ["| | paper | pico | |", "|---|---|---|---|"]
@@ -93,12 +92,9 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
     """The Markdown of the report; its pictures are those of `draw`.
 
     Args:
-        results: section -> rows, of those sections that were measured.
+        results: section -> rows, of those sections that were measured (`measures.measured`).
         causes: what is thought of the numbers, as Markdown.
     """
-    results = dict(results)
-    if "variants" in results:
-        results["means"] = variant_means(results["variants"])
     parts = [
         "# What the embedded models show, table by table",
         "The tables of *High-Fidelity Text-to-Image Generation from Pre-Trained Vision-Language Models via "

@@ -1,4 +1,4 @@
-"""Trains the pico decoder, and the one on discrete codes that it is compared with."""
+"""Trains the pico decoder, and the shorter trained ones of the ablation."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def train_pico_decoder(
     encodings: Encodings,
     vq: VQTokenizer,
     vae: AutoencoderKL,
-    calibration: Calibration | None,
+    calibration: Calibration,
     reader: SceneReader,
 ) -> DistributionConditionedDecoder:
     """Trains (or restores) the decoder called `name` on the proxy conditions of one variant.
@@ -120,6 +120,7 @@ def train_pico_decoder(
             steps=recipe.decoder_steps,
             learning_rate=2e-3,
             optimizer="muon",
+            shift=1.5,
             seed=recipe.seed,
             compiled=recipe.compiled,
         ),

@@ -39,7 +39,7 @@ class Recipe:
     reader_steps: int = 700
     tokenizer_steps: int = 4_000
     tokenizer_batch: int = 8
-    vq_decoder_steps: int = 7_300
+    vq_decoder_steps: int = 10_200
     autoencoder_steps: int = 2_400
     autoencoder_batch: int = 12
     vae_decoder_steps: int = 7_000
@@ -47,7 +47,7 @@ class Recipe:
     calibration_images: int = 100
     janus_steps: int = 6_500
     janus_batch: int = 16
-    decoder_steps: int = 9_500
+    decoder_steps: int = 12_000
     decoder_batch: int = 16
     choice_scenes: int = 1_024
     variant_steps: int = 1_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class DecoderTraining:
         clip: greatest length of the gradient.
         average_decay: of the weights' moving average, which is what the training results in.
         density, weighting: of the time, and w(t) of Eq. 26, by diffusers' names (`method.flow`).
+        shift: mu that the times are then shifted by; above 0 more of them lie near the noise.
         optimizer: "adamw" (the paper's), "adamw8bit" (`optimizers.adamw_8bit`), or "muon": orthogonalised momentum
             (Jordan et al. 2024) for the matrices inside the blocks, at steps of AdamW's size (Liu et al. 2025, arXiv
             2502.16982), and AdamW for all else.
@@ -43,6 +45,7 @@ class DecoderTraining:
     clip: float = 1.0
     average_decay: float = 0.999
     density: str = "logit_normal"
+    shift: float = 0.0
     weighting: str = "uniform"
     seed: int = 0
     optimizer: str = "adamw"
@@ -54,6 +57,8 @@ class DecoderTraining:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not math.isfinite(self.shift):
+            raise ValueError(f"shift must be a finite number, got {self.shift!r}")
         if self.steps < 1 or self.accumulation < 1:
             raise ValueError(f"steps and accumulation must be at least 1, got {self.steps} and {self.accumulation}")
         if not self.learning_rate > 0 or self.warmup < 0 or not self.clip > 0 or not 0 <= self.average_decay < 1:
@@ -68,7 +73,7 @@ def decoder_loss(
 ) -> torch.Tensor:
     """Mean over the batch of w(t) |v - (n - z0)|^2 (Eq. 26), t and n from `draw`."""
     z0 = example.latents
-    t = sample_times(len(z0), generator=draw, density=recipe.density).to(z0.device)
+    t = sample_times(len(z0), generator=draw, density=recipe.density, shift=recipe.shift).to(z0.device)
     noise = torch.randn(z0.shape, generator=draw).to(z0)
     size = (z0.shape[2], z0.shape[3])
     packed = fill_input(

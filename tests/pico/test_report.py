@@ -11,12 +11,18 @@ import torch
 from dcdd_core.models.flux import VARIANTS, load_decoder, save_bundle
 from dcdd_core.pico import measures
 from dcdd_core.pico import report as pico_report
-from dcdd_core.pico.measures import SECTIONS, Choice, parse, token_statistics, variant_files
-from dcdd_core.pico.report import CLAIMS, agreement, report, variant_means
+from dcdd_core.pico.measures import (
+    SCORES,
+    SECTIONS,
+    Choice,
+    parse,
+    token_statistics,
+    variant_files,
+    variant_means,
+)
+from dcdd_core.pico.report import CLAIMS, agreement, report
 from dcdd_core.pipelines.models import PICO_WEIGHTS
 from tests.tiny import random_pico
-
-SCORES = ("frechet", "ssim", "perceptual")
 
 
 def seeds(**of):
@@ -80,18 +86,17 @@ def test_the_causes_that_are_written_down_are_a_section_of_the_report():
 
 
 def test_a_section_is_measured_again_when_what_it_depends_on_changed(tmp_path):
-    for name in ("weights/a", "discrete", "variant"):
+    for name in ("weights/a", "variant"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).with_suffix(".safetensors").write_text(name)
     plain = Choice(out=tmp_path, weights=tmp_path / "weights")
-    more = replace(
-        plain, discrete=tmp_path / "discrete.safetensors", variants={"one": tmp_path / "variant.safetensors"}
-    )
+    more = replace(plain, variants={"one": tmp_path / "variant.safetensors"})
     changed = {section for section in SECTIONS if plain.fingerprint(section) != more.fingerprint(section)}
-    assert changed == {"reconstruction", "text", "variants"}
+    assert changed == {"variants"}
     assert all(plain.fingerprint(name) != replace(plain, steps=11).fingerprint(name) for name in SECTIONS)
+    before = {section: plain.fingerprint(section) for section in SECTIONS}
     (tmp_path / "weights" / "a.safetensors").write_text("others")
-    assert all(plain.fingerprint(name) != old for name, old in [("text", more.fingerprint("text"))])
+    assert all(plain.fingerprint(section) != before[section] for section in SECTIONS)
 
 
 def test_the_printed_command_measures_the_same(monkeypatch):
@@ -101,7 +106,7 @@ def test_the_printed_command_measures_the_same(monkeypatch):
     parser.add_argument("--sections")
     chosen, found = parse(parser)
     assert chosen.sections == "steps"
-    assert found == replace(choice, discrete=found.discrete, variants=found.variants)
+    assert found == replace(choice, variants=found.variants)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys, options):
     weights = random_pico(tmp_path / "weights")
     monkeypatch.setattr(measures, "STEP_COUNTS", (1, 2))
     arguments = ["--out", str(tmp_path), "--weights", str(weights), "--scenes", "4", "--steps", "1", "--batch", "2"]
+    arguments += ["--work", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", ["table", *arguments, *options])
     table.main()
     text = (tmp_path / "table.md").read_text()
