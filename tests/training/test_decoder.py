@@ -114,6 +114,7 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(tmp_path, pictures, chan
 
 
 @needs_fork
+@pytest.mark.slow
 def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, pictures):
     at = random.randrange(1, 8)
     assert forked(lambda: run(tmp_path / "whole", pictures), world=2) == [0, 0]
