@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 from dcdd_core.method.flow import DENSITIES, WEIGHTINGS
 from dcdd_core.models.flux import VARIANTS
+from dcdd_core.pipelines.parts import is_out_of_memory
 from dcdd_core.training import estimate
 from dcdd_core.training.optimizers import OPTIMIZERS
 from dcdd_core.training.plan import Plan
@@ -38,10 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         print(
-            "train.py: out of memory: take a smaller --batch with more --accumulate, --checkpointing, --optimizer "
-            "adamw8bit, --train lora, or FSDP (configs/accelerate)",
+            "train.py: out of memory: a run that has begun can go on with --checkpointing; a new one also with a "
+            "smaller --batch and more --accumulate, --optimizer adamw8bit, --train lora, or FSDP (configs/accelerate)",
             file=sys.stderr,
         )
         return 1

@@ -32,7 +32,7 @@ from .evaluation.text import statistics_table
 from .method.statistics import describe_logits
 from .models.flux import DecoderCard
 from .models.vq import VQTokenizer
-from .pico.data import to_pixels
+from .pico.data import scene_pixels
 from .pico.scenes import render_scene, scene_facts
 from .pipelines.condition import condition_for, serving
 from .pipelines.decode import decode, decode_tokens
@@ -200,7 +200,7 @@ def demo(chosen: argparse.Namespace) -> None:
     )
 
     scenes = [render_scene("test", index) for index in DEMO_SCENES]
-    pixels = torch.cat([to_pixels(scene.image[None], models.vq.device) for scene in scenes])
+    pixels = torch.cat([scene_pixels(scene.image[None], models.vq.device) for scene in scenes])
     proxies = models.vq.encode(pixels)
     by_vq = decode_tokens(models.vq, proxies)
     painted = _paint(models, _condition(models, proxies, chosen), _seeds(chosen, len(scenes)), chosen.steps)
@@ -451,7 +451,7 @@ def _pixels(models: Models, files: Sequence[Picture] | None, chosen: argparse.Na
     vq, size = models.vq, Decoders(models=models).size
     for one in tqdm(files or range(chosen.count), desc="features", unit="picture", disable=None):
         if files is None:
-            yield to_pixels(render_scene("calibration", one).image[None], vq.device)
+            yield scene_pixels(render_scene("calibration", one).image[None], vq.device)
         else:
             yield read_pixels([one], size, vq.device)
 
@@ -473,7 +473,7 @@ def _read_image(path: Path, vq: VQTokenizer, side: int | None = None) -> torch.T
         raise ValueError(f"{path} would be {h} x {w} tokens, more than {_MOST_TOKENS}: shrink it with --side PIXELS")
     left, top = (image.width - w * f) // 2, (image.height - h * f) // 2
     array = np.asarray(image.crop((left, top, left + w * f, top + h * f)))
-    return to_pixels(array[None], vq.device)
+    return scene_pixels(array[None], vq.device)
 
 
 def _check_png(path: Path) -> None:

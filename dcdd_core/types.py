@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import cached_property
@@ -21,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from .files import whole_file
 
 Source = Literal["vlm", "proxy"]
 _GRID_FIELDS = ("grid", "source", "guidance", "temperature", "model", "codebook", "calibrated")
@@ -338,12 +339,9 @@ def _describe(value: Any) -> str:
 
 
 def _save(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     header = {"format": "dcdd", "kind": kind, "dcdd": json.dumps(meta)}
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
 
 
 def _load(

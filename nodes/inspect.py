@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..dcdd_core.evaluation.figures import labelled_grid, statistics_sheet
 from ..dcdd_core.evaluation.text import column_names, statistics_table
 from ..dcdd_core.method.statistics import describe_logits
-from ..dcdd_core.pico.data import to_pixels
+from ..dcdd_core.pico.data import scene_pixels
 from ..dcdd_core.pico.scenes import SPLIT_SIZE, render_scene
 from ..dcdd_core.types import TokenLogits
 from . import host
@@ -66,7 +66,7 @@ class PicoScene(io.ComfyNode):
         for k in range(batch_size):
             scenes.append(render_scene("test", (seed + k) % SPLIT_SIZE, size=size))
             progress.step(k + 1, batch_size)
-        pixels = torch.cat([to_pixels(scene.image[None], torch.device("cpu")) for scene in scenes])
+        pixels = torch.cat([scene_pixels(scene.image[None], torch.device("cpu")) for scene in scenes])
         return io.NodeOutput(host.image_of(pixels), "\n".join(scene.caption for scene in scenes))
 
 

@@ -24,19 +24,20 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MODELS = ("dcdd_core.models", "dcdd_core.method", "dcdd_core.types")
+MODELS = ("dcdd_core.models", "dcdd_core.method", "dcdd_core.types", "dcdd_core.files")
 # The embedded world to look at, without how it was trained.
 PICO = ("dcdd_core.pico.weights", "dcdd_core.pico.reader", "dcdd_core.pico.data", "dcdd_core.pico.scenes")
 # Room -> the rooms it may import from, itself always included. A module belongs to the longest name that fits it.
 # Pipelines load pico's weights by path and import nothing of pico.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "dcdd_core.types": (),
+    "dcdd_core.files": (),
+    "dcdd_core.types": ("dcdd_core.files",),
     "dcdd_core.method": ("dcdd_core.types",),
-    "dcdd_core.models": ("dcdd_core.method", "dcdd_core.types"),
+    "dcdd_core.models": MODELS,
     "dcdd_core.pipelines": MODELS,
     "dcdd_core.training": ("dcdd_core.pipelines", *MODELS),
     "dcdd_core.pico.scenes": (),
-    "dcdd_core.pico.data": ("dcdd_core.pico.scenes",),
+    "dcdd_core.pico.data": ("dcdd_core.pico.scenes", "dcdd_core.files"),
     "dcdd_core.pico.reader": ("dcdd_core.pico.scenes",),
     "dcdd_core.pico.weights": ("dcdd_core.pico.reader", "dcdd_core.pipelines", *MODELS),
     "dcdd_core.evaluation": (*PICO, "dcdd_core.pipelines", *MODELS),

@@ -1,7 +1,9 @@
 """train.py on models of the embedded shapes: from a folder of pictures to a bundle that paints."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -100,6 +102,62 @@ def test_a_run_that_is_not_at_its_end_has_a_bundle_too(run, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     assert "step-00000002 is damaged (average.safetensors, SafetensorError" in said and "delete it to go on" in said
     assert not now.exists()
+
+
+def test_a_run_goes_on_from_a_bundle_with_other_numbers(run, tmp_path):
+    assert run() == 0 and run("--bundle-now") == 0
+    bundle = tmp_path / "run" / "decoder-step-00000002.safetensors"
+    assert run(out=tmp_path / "again", bundle=bundle, **{"learning-rate": 1e-9}) == 0
+    before, after = load_file(bundle), load_file(tmp_path / "again" / "decoder.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("MPS backend out of memory"), MemoryError()])
+def test_out_of_memory_is_one_line_on_every_device(run, capsys, monkeypatch, error):
+    def full(*args, **options):
+        raise error
+
+    monkeypatch.setitem(main.__globals__, "run_training", full)
+    assert run() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: out of memory: ") and said.count("\n") == 1
+
+
+SCRIPT = """
+import runpy, sys
+from pathlib import Path
+from dcdd_core.training.plan import Plan
+Plan.on_pico.__func__.__defaults__ = (Path(sys.argv.pop(1)),)
+script = sys.argv.pop(1)
+sys.exit(runpy.run_path(script)["main"]())
+"""
+
+
+@pytest.mark.slow
+def test_two_launched_processes_cache_and_train(pico, pictures, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def launched(*words):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+        command = [*launch, "--main_process_port", 0, script, pico, ROOT / "train.py", *words, "--vlm", "pico", "--cpu"]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=surroundings)
+        assert done.returncode == 0, done.stderr
+
+    launched("cache", "--data", pictures, "--out", tmp_path / "cache", "--keep-pixels")
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    assert manifest["complete"] and manifest["items"] == 12
+    options = ["--steps", 2, "--batch", 2, "--log-every", 1, "--samples", 2, "--sample-every", 2, "--precision", "no"]
+    for name, data in (("direct", ["--data", pictures]), ("cached", ["--cache", tmp_path / "cache"])):
+        launched("train", *data, "--out", tmp_path / name, *options)
+        assert (tmp_path / name / "checkpoints" / "step-00000002" / "position-1.json").exists()
+        assert len(list((tmp_path / name / "samples").iterdir())) == 1
+        assert load_decoder(tmp_path / name / "decoder.safetensors").card.variant == "lcdm+lc"
+    direct, cached = ([line["loss"] for line in read_log(tmp_path / name)] for name in ("direct", "cached"))
+    assert len(direct) == 2 and cached == pytest.approx(direct, rel=1e-2)
 
 
 def test_from_a_cache_as_from_the_pictures(run, tmp_path):

@@ -19,6 +19,9 @@ from ..types import TokenLogits
 #: Path, as files and JSON name it -> as tables do.
 PATHS = {"vq": "VQ-VAE decode", "dcdd": "DCDD decode"}
 
+#: What painting reads of a card besides.
+_OF_CARD = ("shift", "guidance", "resolution", "pixels_per_token", "vae_factor", "vae_shift", "vae_scale")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decoders:
@@ -69,6 +72,7 @@ class Decoders:
                 "reads": card.reads,
                 "calibration": calibration and {name: getattr(calibration, name) for name in served},
                 "steps": card.steps if self.steps is None else self.steps,
+                **{name: getattr(models.decoder.card, name) for name in _OF_CARD},
             }
         return settings
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from ..files import whole_file
 from ..method.statistics import TokenStatistics
 from .text import statistics_rows
 
@@ -194,14 +195,11 @@ def save_image(image: Image.Image, path: str | Path, *, text: str = "") -> Path:
     Args:
         text: what it is a picture of, kept in the file (`text_of`).
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    told = PngInfo()
+    path, told = Path(path), PngInfo()
     if text:
         told.add_text(_TEXT, text)
-    image.save(temporary, format="PNG", pnginfo=told)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=told)
     return path
 
 

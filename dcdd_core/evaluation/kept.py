@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..files import whole_file
 from ..types import _save
 
 _KIND = "measurements"
@@ -44,10 +44,8 @@ def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True) ->
 
 def write_text(path: Path, text: str) -> Path:
     """Writes a text file whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, "utf-8")
     return path
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..files import whole_file
 from ..method.latents import position_ids
 from ..types import Calibration, Condition
 from .checkpoints import StoredTensors, find_tensors, load_strictly, misfits
@@ -214,19 +213,8 @@ def save_bundle(
     of_transformer = decoder.transformer.state_dict()
     tensors |= {f"transformer.{k}": v for k, v in of_transformer.items() if trained(k) and not of_text_stream(k)}
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata={"format": _FORMAT, "card": json.dumps(asdict(decoder.card))})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        needed, free = (n / 1e9 for n in (sum(v.nbytes for v in tensors.values()), shutil.disk_usage(path.parent).free))
-        raise OSError(
-            f"{path} could not be written ({error}): it takes {needed:.1f} GB and {free:.1f} GB are free there; make "
-            "room and write it again"
-        ) from error
 
 
 def read_card(path: str | Path) -> DecoderCard:

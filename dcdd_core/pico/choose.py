@@ -18,7 +18,7 @@ from ..models.vae import KLAutoencoder
 from ..models.vq import VQTokenizer
 from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
-from .data import scene_images, to_pixels
+from .data import scene_images, scene_pixels
 from .reader import FACTS, SceneReader, fact_labels
 from .scenes import SceneFacts, scene_facts
 from .workshop import Workshop, digest
@@ -61,7 +61,7 @@ def choose_serving(
         sampler.sample([facts[k].caption() for k in part], seeds=part, guidance=recipe.guidance)
         for part in tqdm(parts, desc="captions", unit="batch", disable=None)
     ]
-    scenes = to_pixels(scene_images(shop.folder, "calibration", count, size=recipe.size), shop.device)
+    scenes = scene_pixels(scene_images(shop.folder, "calibration", count, size=recipe.size), shop.device)
     real = torch.cat([features_of(scenes[part.start : part.stop], loss_reader.frechet_features) for part in parts])
     said = said_beside(real, facts)
     statistics = FrechetStatistics.of([torch.cat([real, said], dim=1)])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from ..files import whole_file
 from ..method.latents import scale_latents
 from ..models.vq import VQTokenizer
 from ..training.batches import Entry, Mark, Share
 from ..training.encodings import EncodedBatch
-from .data import to_pixels
+from .data import scene_pixels
 from .train_tokenizer import tokens_digest
 from .workshop import Workshop, digest
 
@@ -65,7 +66,7 @@ class SceneEncodings:
         return EncodedBatch(
             features=torch.from_numpy(features).float(),
             latents=torch.from_numpy(latents).float(),
-            pixels=to_pixels(images),
+            pixels=scene_pixels(images),
         )
 
 
@@ -86,18 +87,18 @@ def encode_scenes(shop: Workshop, name: str, images: np.ndarray, vq: VQTokenizer
 @torch.no_grad()
 def _write(paths: dict[str, Path], images: np.ndarray, vq: VQTokenizer, vae: AutoencoderKL, shop: Workshop) -> None:
     arrays: dict[str, np.ndarray] = {}
-    temporary = {part: path.with_suffix(".tmp") for part, path in paths.items()}
-    for start in range(0, len(images), _BATCH):
-        pixels = to_pixels(images[start : start + _BATCH], shop.device)
-        with shop.autocast():
-            features = vq.features(pixels)
-            latents = vae.encode(pixels).latent_dist.mean.float()
-        latents = scale_latents(latents, vae.config.shift_factor, vae.config.scaling_factor)
-        for part, values in (("features", features), ("latents", latents)):
-            if part not in arrays:
-                shape = (len(images), *values.shape[1:])
-                arrays[part] = np.lib.format.open_memmap(temporary[part], mode="w+", dtype=np.float16, shape=shape)
-            arrays[part][start : start + len(values)] = values.half().cpu().numpy()
-    for part, path in paths.items():
-        arrays[part].flush()
-        os.replace(temporary[part], path)
+    with ExitStack() as files:
+        temporary = {part: files.enter_context(whole_file(path)) for part, path in paths.items()}
+        for start in range(0, len(images), _BATCH):
+            pixels = scene_pixels(images[start : start + _BATCH], shop.device)
+            with shop.autocast():
+                features = vq.features(pixels)
+                latents = vae.encode(pixels).latent_dist.mean.float()
+            latents = scale_latents(latents, vae.config.shift_factor, vae.config.scaling_factor)
+            for part, values in (("features", features), ("latents", latents)):
+                if part not in arrays:
+                    shape = (len(images), *values.shape[1:])
+                    arrays[part] = np.lib.format.open_memmap(temporary[part], mode="w+", dtype=np.float16, shape=shape)
+                arrays[part][start : start + len(values)] = values.half().cpu().numpy()
+        for array in arrays.values():
+            array.flush()

@@ -30,7 +30,7 @@ from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
 from ..pipelines.models import PICO_WEIGHTS, Models, load_pico
 from ..types import Condition
-from .data import scene_images, to_pixels
+from .data import scene_images, scene_pixels
 from .reader import FACTS, SceneReader, fact_labels
 from .scenes import scene_facts
 from .weights import load_reader
@@ -107,7 +107,7 @@ class Bench:
         total = len(self.images) if count is None else min(count, len(self.images))
         for start in tqdm(range(0, total, self.batch), desc=what, unit="batch", disable=None):
             part = slice(start, min(total, start + self.batch))
-            yield part, to_pixels(self.images[part], self.pico.vq.device)
+            yield part, scene_pixels(self.images[part], self.pico.vq.device)
 
     def paint(
         self, decoder: DistributionConditionedDecoder, condition: Condition, part: slice, steps: int | None = None

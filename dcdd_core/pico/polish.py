@@ -14,7 +14,7 @@ from torch import nn
 
 from ..method.sampling import keyed_generator
 from ..training.loop import moving_average, set_learning_rate, train, warmup_cosine
-from .data import to_pixels
+from .data import scene_pixels
 from .fidelity import reconstruction_loss
 from .reader import SceneReader
 from .workshop import Workshop
@@ -74,7 +74,7 @@ def polish(
 
     def step(i: int) -> dict[str, torch.Tensor]:
         set_learning_rate(optimizer, warmup_cosine(i, steps, peak=4e-4, warmup=100))
-        pixels = to_pixels(shop.train_images[shop.batch(stage, i, batch)], device)
+        pixels = scene_pixels(shop.train_images[shop.batch(stage, i, batch)], device)
         with torch.no_grad():
             encoded = encode(pixels, keyed_generator(shop.recipe.seed, stage, i))
         with shop.autocast():

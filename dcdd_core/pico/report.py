@@ -19,7 +19,7 @@ from ..evaluation.kept import write_text
 from ..evaluation.text import statistics_rows
 from ..models.flux import VARIANTS, load_decoder
 from ..pipelines.condition import condition_for
-from .data import to_pixels
+from .data import scene_pixels
 from .measures import (
     READ,
     SCORES,
@@ -207,7 +207,7 @@ def _overlap(first: Mapping[str, float], second: Mapping[str, float], column: st
 
 def _reconstructions(bench: Bench, count: int) -> Image.Image:
     pico, part = bench.pico, slice(0, count)
-    pixels = to_pixels(bench.images[part], pico.vq.device)
+    pixels = scene_pixels(bench.images[part], pico.vq.device)
     grid = pico.vq.encode(pixels)
     condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
     columns = {
@@ -232,7 +232,7 @@ def _generations(bench: Bench, count: int) -> Image.Image:
 
 def _by_variants(bench: Bench, count: int) -> Image.Image:
     pico, part = bench.pico, slice(0, count)
-    pixels = to_pixels(bench.images[part], pico.vq.device)
+    pixels = scene_pixels(bench.images[part], pico.vq.device)
     proxies = pico.vq.encode(pixels)
     columns = {"scene": pixels}
     for variant in VARIANTS:

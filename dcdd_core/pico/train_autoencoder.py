@@ -15,7 +15,7 @@ from torch import nn
 
 from ..method.sampling import keyed_generator
 from ..training.loop import moving_average, set_learning_rate, train, warmup_cosine
-from .data import to_pixels
+from .data import scene_pixels
 from .fidelity import fidelity, reconstruction_loss
 from .polish import polish
 from .reader import SceneReader
@@ -55,7 +55,7 @@ def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL
     def step(i: int) -> dict[str, torch.Tensor]:
         draw = keyed_generator(recipe.seed, _STAGE, i)
         set_learning_rate(optimizer, warmup_cosine(i, recipe.autoencoder_steps, peak=1e-3, warmup=200))
-        pixels = to_pixels(shop.train_images[shop.batch(_STAGE, i, recipe.autoencoder_batch)], device)
+        pixels = scene_pixels(shop.train_images[shop.batch(_STAGE, i, recipe.autoencoder_batch)], device)
         with shop.autocast():
             posterior = vae.encode(pixels).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float().clamp(-20, 10)
@@ -86,7 +86,7 @@ def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL
     with torch.no_grad():
         latents = torch.cat(
             [
-                vae.encode(to_pixels(shop.train_images[i : i + 32], device)).latent_dist.mean
+                vae.encode(scene_pixels(shop.train_images[i : i + 32], device)).latent_dist.mean
                 for i in range(0, min(512, recipe.train_scenes), 32)
             ]
         )
@@ -124,7 +124,7 @@ def train_vae_decoder(shop: Workshop, vae: AutoencoderKL, loss_reader: SceneRead
 
 @torch.no_grad()
 def _evaluate(shop: Workshop, vae: AutoencoderKL, decoder: nn.Module, loss_reader: SceneReader) -> dict[str, float]:
-    pixels = to_pixels(shop.held_out_images, shop.device)
+    pixels = scene_pixels(shop.held_out_images, shop.device)
     decoded = []
     for part in pixels.split(32):
         with shop.autocast():

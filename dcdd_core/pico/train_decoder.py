@@ -26,7 +26,7 @@ from ..training.encodings import geometry_for
 from ..training.examples import ExampleMaker, proxy_condition
 from ..training.recipe import DecoderTraining
 from ..types import Calibration
-from .data import to_pixels
+from .data import scene_pixels
 from .encodings import Encodings, SceneEncodings
 from .reader import SceneReader
 from .train_tokenizer import tokens_digest
@@ -95,7 +95,7 @@ def train_pico_decoder(
         weight.requires_grad_(not of_text_stream(weight_name))
     decoder.to(device)
     geometry = geometry_for(vq, vae, resolution=recipe.size, token_resolution=recipe.size)
-    held_out = to_pixels(shop.held_out_images[:_EVALUATED], device)
+    held_out = scene_pixels(shop.held_out_images[:_EVALUATED], device)
     held_out_condition = proxy_condition(vq.features(held_out), card, vq.codebook, geometry.grid)
 
     def evaluate(current: DistributionConditionedDecoder) -> Evaluation:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..training.loop import set_learning_rate, train, warmup_cosine
-from .data import to_pixels
+from .data import scene_pixels
 from .reader import SceneReader, fact_labels
 from .workshop import Workshop
 
@@ -24,14 +24,14 @@ def train_reader(shop: Workshop, name: str, seed: int) -> SceneReader:
     reader = reader.to(shop.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=0.0, weight_decay=0.02)
     labels = {fact: label.to(shop.device) for fact, label in fact_labels(shop.train_facts).items()}
-    held_out = to_pixels(shop.held_out_images, shop.device)
+    held_out = scene_pixels(shop.held_out_images, shop.device)
     held_out_labels = {fact: label.to(shop.device) for fact, label in fact_labels(shop.held_out_facts).items()}
 
     def step(i: int) -> dict[str, torch.Tensor]:
         reader.train()
         set_learning_rate(optimizer, warmup_cosine(i, shop.recipe.reader_steps, peak=2e-3, warmup=50))
         index = shop.batch(seed, i, _BATCH)
-        pixels = to_pixels(shop.train_images[index], shop.device)
+        pixels = scene_pixels(shop.train_images[index], shop.device)
         with torch.random.fork_rng(), shop.autocast():
             torch.manual_seed(seed * 1_000_003 + i)  # for the dropout
             answers = reader(pixels)

@@ -19,7 +19,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..method.sampling import keyed_generator
 from ..training.loop import moving_average, set_learning_rate, train, warmup_cosine
-from .data import to_pixels
+from .data import scene_pixels
 from .fidelity import fidelity, reconstruction_loss
 from .polish import polish
 from .reader import SceneReader
@@ -96,7 +96,7 @@ def train_tokenizer(shop: Workshop, loss_reader: SceneReader) -> JanusVQVAE:
     def step(i: int) -> dict[str, torch.Tensor]:
         draw = keyed_generator(recipe.seed, _STAGE, i)
         set_learning_rate(optimizer, warmup_cosine(i, steps, peak=8e-4, warmup=200))
-        pixels = to_pixels(shop.train_images[shop.batch(_STAGE, i, batch)], device)
+        pixels = scene_pixels(shop.train_images[shop.batch(_STAGE, i, batch)], device)
         features = _encode(vq, pixels, shop)
         flat = rearrange(features, "b d h w -> (b h w) d")
         logs: dict[str, torch.Tensor] = {}
@@ -196,7 +196,7 @@ def _quantise(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Ten
 def _evaluate(
     shop: Workshop, vq: JanusVQVAE, decoding: nn.ModuleList, loss_reader: SceneReader, *, quantised: bool
 ) -> dict[str, float]:
-    pixels = to_pixels(shop.held_out_images, shop.device)
+    pixels = scene_pixels(shop.held_out_images, shop.device)
     features = torch.cat([_encode(vq, part, shop) for part in pixels.split(32)])
     tokens, chosen = _quantise(features, vq.quantize.embedding.weight)
     post_quant_conv, decoder = decoding
@@ -211,7 +211,7 @@ def _evaluate(
 @torch.no_grad()
 def _kmeans(shop: Workshop, vq: JanusVQVAE, *, scenes: int = 256, rounds: int = 20) -> torch.Tensor:
     """Spherical k-means over the features of a few hundred scenes -> [K, D]."""
-    pixels = to_pixels(shop.train_images[:scenes], shop.device)
+    pixels = scene_pixels(shop.train_images[:scenes], shop.device)
     flat = rearrange(torch.cat([_encode(vq, part, shop) for part in pixels.split(32)]), "b d h w -> (b h w) d")
     order = torch.randperm(len(flat), generator=keyed_generator(shop.recipe.seed, _STAGE, 1 << 40))
     vectors = flat[order[:_CODES].to(flat.device)]

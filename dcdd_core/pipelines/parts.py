@@ -22,7 +22,7 @@ _NO_MEMORY = (
 )
 
 
-def warn_of_split(size: int) -> None:
+def _warn_of_split(size: int) -> None:
     warnings.warn(f"out of memory: going on with {size} pictures at a time", DCDDWarning, stacklevel=3)
 
 
@@ -31,7 +31,7 @@ def in_parts(
     count: int,
     *,
     remedy: str = "take a smaller picture, or hold the models in fewer bits",
-    on_split: Callable[[int], None] = warn_of_split,
+    on_split: Callable[[int], None] = _warn_of_split,
 ) -> list[T]:
     """run(0, count), or where that runs out of memory, its halves, down to single items.
 

@@ -37,6 +37,9 @@ from .trainable import trained_weights
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+#: What a recipe says of how steps are computed, not of what they are: a run may go on with other choices.
+_HOW = ("compiled", "recomputed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -99,10 +102,12 @@ def train_decoder(
         evaluate: looks at the averaged decoder.
 
     Raises:
-        ValueError: if the newest checkpoint was made under other settings, or the optimiser does not fit the devices.
+        ValueError: if the newest checkpoint was made under other settings, or the optimiser or the way that weights are
+            cut into parts does not fit.
         FloatingPointError: if the loss or a weight stops being finite; the last checkpoint is left as it was.
         OSError: if a checkpoint cannot be written; the one before it is left as it was.
     """
+    _require_whole_average(accelerator)
     if recipe.optimizer == "muon" and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         raise ValueError("Muon needs whole matrices, and here each process holds parts of them: take 'adamw'")
     accelerator.gradient_accumulation_steps = recipe.accumulation
@@ -125,7 +130,7 @@ def train_decoder(
             optimizers=optimizers,
             settings={
                 **settings,
-                "recipe": asdict(recipe),
+                "recipe": {name: value for name, value in asdict(recipe).items() if name not in _HOW},
                 "card": asdict(decoder.card),
                 "batch": batches.size,
                 "processes": accelerator.num_processes,
@@ -249,9 +254,19 @@ def _show(accelerator: Accelerator, path: Path, sheet: Image.Image, step: int) -
             tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, **options)
 
 
+def _require_whole_average(accelerator: Accelerator) -> None:
+    """Refuses the ways to cut weights into parts that the moving average and the checkpoints do not know."""
+    known = "FSDP2 and DeepSpeed up to stage 2 are known here (configs/accelerate has both)"
+    if accelerator.distributed_type == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(f"accelerate was told to cut the weights up with FSDP1: {known}; set fsdp_version: 2")
+    if accelerator.distributed_type == "DEEPSPEED" and (stage := accelerator.state.deepspeed_plugin.zero_stage) > 2:
+        raise ValueError(f"accelerate was told to take DeepSpeed's stage {stage}: {known}; set zero_stage: 2, or FSDP2")
+
+
 def _require_finite(found: Mapping[str, bool], step: int, folder: Path) -> None:
     if bad := [name for name, finite in found.items() if not finite]:
         raise FloatingPointError(
             f"{folder.name}: {', '.join(bad)} stopped being finite before step {step}. The last checkpoint is "
-            f"untouched ({folder / 'checkpoints'}); start again from it with a lower learning rate."
+            f"untouched ({folder / 'checkpoints'}): make a bundle of it (`train.py --bundle-now`, with the options of "
+            "this run), and begin another run from that one (--bundle) with a lower learning rate"
         )

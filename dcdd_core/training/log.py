@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..files import whole_file
+
 _NAME = "log.jsonl"
 
 
@@ -47,6 +49,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 
 def append_to_log(folder: Path, line: Mapping[str, float]) -> None:
+    """One more line; the folder is there."""
     with (folder / _NAME).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -57,4 +60,5 @@ def cut_log(folder: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(kept))

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from .disk import unwritten
+from .disk import reason, unwritten
 from .log import Means, append_to_log, cut_log
 from .settings import require_same_settings
 
@@ -60,7 +60,7 @@ def train(
         evaluate: called after every `evaluate_every` steps and at the end.
 
     Raises:
-        ValueError: if the checkpoint was made under other settings.
+        ValueError: if the checkpoint was made under other settings, or is damaged.
         FloatingPointError: if a logged number stops being finite; the last checkpoint is left as it was.
         OSError: if a checkpoint cannot be written, such as on a full disk; the one before it is left as it was.
     """
@@ -85,7 +85,8 @@ def train(
             if bad:
                 raise FloatingPointError(
                     f"{folder.name}: {', '.join(bad)} stopped being finite before step {done}. The last checkpoint is "
-                    f"untouched ({checkpoint}); start again from it with a lower learning rate."
+                    f"untouched ({checkpoint}): move {folder} away, and train this part again with a lower learning "
+                    "rate"
                 )
         if evaluate is not None and (done % evaluate_every == 0 or done == steps):
             line |= {f"eval/{name}": float(value) for name, value in evaluate(done).items()}
@@ -150,7 +151,12 @@ def _resume(
 ) -> tuple[int, float]:
     if not checkpoint.exists():
         return 0, 0.0
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises nearly every kind of error for damaged files.
+        raise ValueError(
+            f"{checkpoint} is damaged ({reason(error)}): move it away to train this part from its beginning"
+        ) from error
     before = json.loads(saved["settings"]) | {"parts": sorted(saved["parts"])}
     require_same_settings(checkpoint, before, {**settings, "parts": sorted(state)})
     for name, part in state.items():

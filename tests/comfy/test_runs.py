@@ -9,8 +9,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
+from dcdd_core.method.flow import resolution_shift
+from dcdd_core.pipelines.decode import decode
+from dcdd_core.pipelines.models import load_pico
+from dcdd_core.types import Condition
 from tests.comfy.graphs import everything, options
+from tests.comfy.server import PACK
 from tests.comfy.snapshot import SNAPSHOT
 
 pytestmark = pytest.mark.comfy
@@ -145,6 +151,30 @@ def test_notice_of_unknown_words_is_shown_on_the_node(server, graph):
     run = server.run(graph.prompt)
     assert run.status == "success"
     assert any("does not know zebra" in text for text in run.notices["sample"]), dict(run.notices)
+
+
+def test_every_schedule_paints_what_the_library_paints_with_its_shift(server, graph):
+    vq = graph.add("load", "DCDD_LoadVQVAE")
+    decoder = graph.add("load_decoder", "DCDD_LoadDecoder")
+    image = graph.add("image", "TEST_Picture", fill="noise")
+    proxies = graph.add("encode", "DCDD_VQVAEEncode", vq_vae=vq, image=image)
+    condition = graph.add("map", "DCDD_LCDMEncoder", token_logits=proxies, vq_vae=vq, decoder=decoder)
+    graph.keep(condition, "condition")
+    schedules = ("as measured best for the decoder", "FLUX: by resolution", "uniform")
+    for k, schedule in enumerate(schedules):
+        of = {"decoder": decoder, "condition": condition, "seed": 4, "steps": 3, "schedule": schedule}
+        graph.add(f"paint_{k}", "DCDD_FluxDecoder", **of)
+        graph.keep((f"paint_{k}", 1), f"painted_{k}")
+    run = server.run(graph.prompt)
+    assert run.status == "success", run.error
+
+    pico = load_pico(weights=server.base / "custom_nodes" / PACK / "dcdd_core" / "pico" / "weights", with_sampler=False)
+    saved = {name: torch.from_numpy(value) for name, value in server.saved("condition").items()}
+    known = Condition(**saved, grid=(12, 12), codebook=pico.decoder.card.codebook)
+    for k, shift in enumerate((None, resolution_shift(144), 0.0)):
+        expected = decode(pico.decoder, pico.vae, known, seeds=[4], steps=3, shift=shift).latents.numpy()
+        found = server.saved(f"painted_{k}")["samples"]
+        assert np.abs(found - expected).mean() < 0.02 * np.abs(expected).mean(), schedules[k]
 
 
 def test_schedule_that_takes_long_to_read_is_told(server, graph):

@@ -187,6 +187,17 @@ def test_other_settings_are_refused(whole, images, decoders, networks):
         reconstruct(whole, images, other, networks)
 
 
+def test_a_decoder_that_is_served_otherwise_is_another(decoders):
+    settings, decoder = decoders.settings(), decoders.models.decoder
+    card = decoder.card
+    try:
+        for change in ({"shift": 2.0}, {"vae_scale": 2 * card.vae_scale}):
+            decoder.card = replace(card, **change)
+            assert {name for name, value in decoders.settings().items() if settings[name] != value} == set(change)
+    finally:
+        decoder.card = card
+
+
 def test_known_statistics_take_the_place_of_the_pictures(whole, tmp_path, images, decoders, networks):
     counted = []
 

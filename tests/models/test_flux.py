@@ -1,5 +1,7 @@
 """The decoder against diffusers' own forward pass, and its bundles."""
 
+from math import nan
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -146,7 +148,7 @@ def test_what_is_no_bundle_is_refused(tmp_path):
         read_card(tmp_path / "c.safetensors")
 
 
-@pytest.mark.parametrize("changes", [{"variant": "x"}, {"steps": 0}, {"pixels_per_token": 0}])
+@pytest.mark.parametrize("changes", [{"variant": "x"}, {"steps": 0}, {"pixels_per_token": 0}, {"shift": nan}])
 def test_a_card_checks_itself(changes):
     with pytest.raises(ValueError):
         tiny_card(**changes)

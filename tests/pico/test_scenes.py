@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcdd_core.pico.data import scene_images, to_pixels
+from dcdd_core.pico.data import scene_images, scene_pixels
 from dcdd_core.pico.reader import FACTS, fact_labels
 from dcdd_core.pico.scenes import (
     COLOURS,
@@ -121,7 +121,7 @@ def test_cached_images_are_the_rendered_ones(tmp_path):
     images = scene_images(tmp_path, "test", 3, size=32)
     assert np.array_equal(images[2], render_scene("test", 2, size=32).image)
     assert np.array_equal(scene_images(tmp_path, "test", 3, size=32), images)
-    pixels = to_pixels(images[:2])
+    pixels = scene_pixels(images[:2])
     assert pixels.shape == (2, 3, 32, 32) and pixels.is_contiguous()
     torch.testing.assert_close((pixels[1, 2, 3, 4] + 1) * 127.5, torch.tensor(float(images[1, 3, 4, 2])))
 

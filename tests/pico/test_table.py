@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcdd_core.pico import measures, table
-from dcdd_core.pico.data import to_pixels
+from dcdd_core.pico.data import scene_pixels
 from dcdd_core.pico.measures import SECTIONS, SERVED, TITLES, Tally
 from dcdd_core.pico.reader import SceneReader, fact_labels
 from dcdd_core.pico.scenes import SHAPES, render_scene
@@ -41,7 +41,7 @@ def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys, options):
 @torch.no_grad()
 def test_a_tally_is_the_numbers_of_its_pictures():
     reader = SceneReader().eval()
-    pictures = to_pixels(np.stack([render_scene("test", i).image for i in range(6)]))
+    pictures = scene_pixels(np.stack([render_scene("test", i).image for i in range(6)]))
     facts = [render_scene("test", i).facts for i in range(6)]
     whole, halves = Tally(), Tally()
     whole.add(reader, pictures, pictures * 0.9)

@@ -14,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 from dcdd_core.models.flux import DistributionConditionedDecoder
 from dcdd_core.models.janus import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.pico import train_calibration
-from dcdd_core.pico.data import to_pixels
+from dcdd_core.pico.data import scene_pixels
 from dcdd_core.pico.encodings import Encodings, SceneEncodings
 from dcdd_core.pico.fidelity import reconstruction_loss
 from dcdd_core.pico.reader import SceneReader
@@ -119,7 +119,7 @@ def test_the_scenes_of_a_step_are_those_of_its_number(tmp_path):
         drawn = shop.batch(4, step, 3)
         assert batch.features.flatten().tolist() == drawn.tolist()
         assert batch.latents.flatten().tolist() == (drawn + 100).tolist()
-        assert torch.equal(batch.pixels, to_pixels(shop.train_images[drawn]))
+        assert torch.equal(batch.pixels, scene_pixels(shop.train_images[drawn]))
     again = Batches(source, size=3)
     again.load_state_dict(json.loads(json.dumps({**batches.state_dict(), "consumed": 6})))
     assert torch.equal(next(iter(again)).features, found[2].features)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dcdd_core.evaluation.quality import ssim
-from dcdd_core.pico.data import to_pixels
+from dcdd_core.pico.data import scene_pixels
 from dcdd_core.pico.export import MOST_BYTES
 from dcdd_core.pico.reader import fact_labels
 from dcdd_core.pico.scenes import render_scene
@@ -30,7 +30,7 @@ def reader():
 
 
 def pixels(count=None):
-    return torch.cat([to_pixels(scene.image[None]) for scene in SCENES[:count]])
+    return torch.cat([scene_pixels(scene.image[None]) for scene in SCENES[:count]])
 
 
 def test_they_are_small_enough_for_git():

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import socket
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import PIL.Image
@@ -91,22 +91,21 @@ def run(folder: Path, pictures: Path, *, steps: int = 8, decoder=None, batch: in
     )
 
 
-def forked(target, *, world: int = 1) -> list[int]:
+def forked(target, *, world: int = 1, clean: bool = False) -> list[int]:
     """Runs `target()` in so many connected processes, ten minutes at most; their exit codes, -9 for a killed one and
-    those left behind."""
+    those left behind.
+
+    Args:
+        clean: forked from a process that has only imported this module, not from this one, where compiled code may have
+            left threads and locks behind; the target must then pickle.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-
-    def connected(rank: int) -> None:
-        if world > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.set_num_threads(1)  # the other threads were not forked
-        target()
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=connected, args=(rank,)) for rank in range(world)]
+    context = multiprocessing.get_context("forkserver" if clean else "fork")
+    if clean:
+        context.set_forkserver_preload([__name__])
+    processes = [context.Process(target=_connected, args=(target, rank, world, port)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:  # A launcher ends them all once one has died.
@@ -119,9 +118,22 @@ def forked(target, *, world: int = 1) -> list[int]:
     return [process.exitcode for process in processes]
 
 
+def _connected(target, rank: int, world: int, port: int) -> None:
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)  # the other threads were not forked
+    target()
+
+
 def kill_at(number: int):
     """For `on_batch`: kill -9 at that batch."""
-    return lambda k: os.kill(os.getpid(), signal.SIGKILL) if k == number else None
+    return partial(_kill, number)
+
+
+def _kill(number: int, k: int) -> None:
+    if k == number:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def losses(folder: Path) -> list[tuple[float, ...]]:

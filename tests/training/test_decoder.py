@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import sys
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -13,13 +14,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
-from dcdd_core.method.flow import interpolate, velocity
+from dcdd_core.method.flow import interpolate, shift_time, velocity
 from dcdd_core.method.latents import pack
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.training import checkpoint
 from dcdd_core.training.average import MovingAverage
 from dcdd_core.training.batches import Batches, Share
-from dcdd_core.training.decoder import Evaluation
+from dcdd_core.training.decoder import Evaluation, train_decoder
 from dcdd_core.training.examples import ExampleMaker
 from dcdd_core.training.log import read_log
 from dcdd_core.training.loop import moving_average
@@ -77,6 +78,14 @@ def test_the_loss_is_zero_for_the_true_velocity_and_its_square_for_none(monkeypa
     assert zero == pytest.approx(float(seen["target"].square().mean()), rel=1e-5)
 
 
+def test_a_shift_moves_the_times_that_are_drawn(monkeypatch):
+    decoder, data, seen = tiny_decoder(), example(), []
+    monkeypatch.setattr(decoder, "forward", lambda packed, condition, t, size: (seen.append(t), packed[..., :64])[1])
+    for shift in (0.0, 1.5):
+        decoder_loss(decoder, data, keyed_generator(1), DecoderTraining(steps=1, shift=shift))
+    torch.testing.assert_close(seen[1], shift_time(seen[0], 1.5))
+
+
 def test_path_and_target_agree():
     z0, n = torch.randn(2, 4), torch.randn(2, 4)
     step = interpolate(z0, n, 0.75) - interpolate(z0, n, 0.25)
@@ -114,12 +123,12 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(tmp_path, pictures, chan
 
 
 @needs_fork
-@pytest.mark.slow
 def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, pictures):
     at = random.randrange(1, 8)
-    assert forked(lambda: run(tmp_path / "whole", pictures), world=2) == [0, 0]
-    assert -9 in forked(lambda: run(tmp_path / "cut", pictures, on_batch=kill_at(at)), world=2)
-    assert forked(lambda: run(tmp_path / "cut", pictures), world=2) == [0, 0]
+    together = partial(forked, world=2, clean=True)
+    assert together(partial(run, tmp_path / "whole", pictures)) == [0, 0]
+    assert -9 in together(partial(run, tmp_path / "cut", pictures, on_batch=kill_at(at)))
+    assert together(partial(run, tmp_path / "cut", pictures)) == [0, 0]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 8
     firsts = [by_hand(tiny_decoder(), pictures, Share(rank=k, world=2), [k]) for k in (0, 1)]
     assert losses(tmp_path / "whole")[0][1] == pytest.approx(float(torch.cat(firsts).detach().mean()), rel=1e-4)
@@ -242,7 +251,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(t
             with torch.no_grad():
                 decoder.adapter.fuse.bias.fill_(torch.nan)
 
-    with pytest.raises(FloatingPointError, match="loss, gradient_norm stopped being finite before step 5"):
+    with pytest.raises(
+        FloatingPointError, match="loss, gradient_norm stopped being finite before step 5.*--bundle-now"
+    ):
         run(tmp_path, pictures, decoder=decoder, on_batch=poison)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     assert len(losses(tmp_path)) == 4
@@ -309,6 +320,34 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):
         (newest / "training.json").write_text(told)
         with pytest.raises(ValueError, match="step-00000003 is no checkpoint of a training .*delete it to go on"):
             run(tmp_path, pictures, steps=3)
+
+
+def test_how_a_step_is_computed_may_change_on_the_way(tmp_path, pictures, whole):
+    def stop(k):
+        if k == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, pictures, on_batch=stop)
+    run(tmp_path, pictures, recomputed=True)
+    for found, expected in zip(losses(tmp_path), losses(whole[0]), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin", "words"),
+    [
+        ("FSDP", {"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "FSDP1: .* set fsdp_version: 2"),
+        ("DEEPSPEED", {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, "stage 3: .* set zero_stage: 2"),
+    ],
+)
+def test_weights_cut_up_in_ways_that_are_not_known_are_refused(tmp_path, kind, plugin, words):
+    workers = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(**plugin))
+    with pytest.raises(ValueError, match=words):
+        train_decoder(
+            tmp_path / "run", tiny_decoder(), None, None, DecoderTraining(steps=1), accelerator=workers, settings={}
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_only_restored(tmp_path, pictures):

@@ -110,6 +110,15 @@ def test_a_checkpoint_made_under_other_settings_is_refused(tmp_path, steps, sett
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_damaged_checkpoint_is_said(tmp_path):
+    run(tmp_path, 10)
+    checkpoint = tmp_path / "checkpoint.pt"
+    for broken in (b"", b"cut short", checkpoint.read_bytes()[:-200]):
+        checkpoint.write_bytes(broken)
+        with pytest.raises(ValueError, match="checkpoint.pt is damaged .*move it away"):
+            run(tmp_path, 10)
+
+
 def test_the_schedule_rises_and_falls():
     rates = [warmup_cosine(i, 100, peak=1.0, warmup=10) for i in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0)
