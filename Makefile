@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help check format test test-all comfy-test demo table report bench pico
+.PHONY: help check format test test-all comfy-test demo table variants report bench pico
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,17 +32,21 @@ comfy-test: $(READY) ## the nodes in a real ComfyUI: COMFYUI_DIR=/path/to/it, CO
 demo: $(READY) ## a prompt becomes a picture with the embedded models: out/demo.png
 	$(RUN) -m dcdd_core.cli demo --out out/demo.png
 
-table: $(READY) ## measure the embedded models: the table of the README
-	$(RUN) -m dcdd_core.pico.table
+# In bfloat16 and with torch.compile, which needs a C++ compiler: as the README's numbers were taken.
+table: $(READY) ## measure the embedded models anew where they changed: the tables of the README and of their card
+	$(RUN) -m dcdd_core.pico.table --bf16 --compile --into README.md dcdd_core/pico/weights/README.md
+
+variants: $(READY) ## train the nine decoders of the ablation, for `make table` and `make report`
+	$(RUN) -m dcdd_core.pico.variants --compile
 
 report: $(READY) ## the paper's tables measured on the embedded models: docs/report.md
-	$(RUN) -m dcdd_core.pico.report
+	$(RUN) -m dcdd_core.pico.report --bf16 --compile
 
 bench: $(READY) ## speed and memory against the plain ways, as Markdown; draws docs/growth.png
 	$(RUN) -m benchmarks
 
-pico: $(READY) ## train the embedded models again, from nothing
-	$(RUN) -m dcdd_core.pico.build
+pico: $(READY) ## train the embedded models again, from nothing, and measure them
+	$(RUN) -m dcdd_core.pico.build --compile
 
 # torch comes first and alone, so that nothing that depends on it can choose another build of it.
 $(READY): pyproject.toml constraints.txt

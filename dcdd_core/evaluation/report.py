@@ -15,6 +15,7 @@ from .figures import grouped_bars, histograms, save_image
 from .folder import OVERALL, Picture
 from .frechet import FrechetStatistics
 from .kept import write_text
+from .text import markdown_table
 
 #: Scope ("overall" or a category) -> row (a decoder) -> column (a measure) -> value.
 Scopes = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -112,11 +113,10 @@ def _finite(value: float) -> float | None:
 
 
 def _table(columns: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> list[str]:
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, values in rows.items():
-        cells = ("∞" if value is None else str(value) if isinstance(value, int) else f"{value:.5g}" for value in values)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+    def cell(value: float | None) -> str:
+        return "∞" if value is None else str(value) if isinstance(value, int) else f"{value:.5g}"
+
+    return [markdown_table([["", *columns], *([name, *map(cell, values)] for name, values in rows.items())])]
 
 
 def _capital(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables for the terminal, and as Markdown."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ def statistics_rows(columns: Mapping[str, TokenStatistics]) -> list[list[str]]:
         [row, *(form.format(getattr(found, name)) for found in columns.values())] for row, (name, form) in _ROWS.items()
     ]
     return [["", *columns], *rows]
+
+
+def markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of its head and its rows."""
+    head, *rows = ("| " + " | ".join(row) + " |" for row in cells)
+    return "\n".join([head, "|---" * len(cells[0]) + "|", *rows])
 
 
 def statistics_table(columns: Mapping[str, TokenStatistics]) -> str:

@@ -2,7 +2,7 @@
 
 Every stage goes on from its own checkpoint, logs to its own folder, and draws all its randomness from the seed (on a
 GPU some sums still depend on their order); a finished stage is only restored. The weights are written at the end, by
-`export`. The stage after it, `variants`, trains the decoders of the report's ablation.
+`export`, and the table of what they show is measured (`table`; `variants` trains the decoders of its ablation).
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from ..training.log import read_log
 from .choose import choose_serving
 from .encodings import encode_scenes
 from .export import export
+from .measures import Choice
+from .table import table
 from .train_autoencoder import train_autoencoder, train_vae_decoder
 from .train_calibration import calibrate
-from .train_decoder import train_pico_decoder, train_variants
+from .train_decoder import train_pico_decoder
 from .train_janus import save_janus, train_janus
 from .train_reader import train_reader
 from .train_tokenizer import train_tokenizer, train_vq_decoder
@@ -47,7 +49,6 @@ STAGES = (
     "vq-decoder",
     "vae-decoder",
     "export",
-    "variants",
 )
 
 
@@ -99,8 +100,6 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = PICO_WEIGHTS
     export(
         weights, janus=janus, words=words, vq=network, vae=polished, decoder=decoder, reader=reader, recipe=shop.recipe
     )
-    if reached("variants"):
-        train_variants(shop, encodings, vq, vae, calibration, loss_reader)
 
 
 def main() -> None:
@@ -111,10 +110,14 @@ def main() -> None:
     parser.add_argument("--until", default="export", choices=STAGES, help="stop after this stage")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--compile", action="store_true", help="train the decoder with torch.compile")
+    parser.add_argument("--no-table", action="store_true", help="do not measure the weights afterwards")
     chosen = parser.parse_args()
     recipe = replace(Recipe(), seed=chosen.seed, compiled=chosen.compile)
     shop = Workshop(folder=chosen.folder, device=torch.device(chosen.device), recipe=recipe)
     build(shop, until=chosen.until, weights=chosen.weights)
+    if chosen.until == "export" and not chosen.no_table:
+        of = {"weights": chosen.weights, "out": shop.folder / "table", "device": chosen.device}
+        print(table(Choice(**of, bf16=True, compiled=chosen.compile)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,8 @@ from .reader import FACTS, SceneReader, fact_labels
 from .scenes import SceneFacts, scene_facts
 from .workshop import Workshop, digest
 
-#: Mu of the time shifts that are tried; None is FLUX's own.
-SHIFTS = (None, 1.0, 1.5, 2.0, 2.5)
+#: Mu of the time shifts that are tried after FLUX's own, as far as each is better than the one before.
+SHIFTS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 _BATCH = 32
 _STEPS = 10
 
@@ -40,17 +42,20 @@ def choose_serving(
 ) -> DecoderCard:
     """The decoder's card, with the time shift and the reading whose pictures come closest to held-out scenes.
 
-    All are painted with ten steps, and ten is what the card then says. First the shift, with anchored logits; then,
-    with it, the VLM's logits as they are (beta = 0, the paper) and the sampled tokens alone besides. What is painted
-    are `Recipe.choice_scenes` captions of calibration scenes, and it has to show what they say too: so the measure is
-    the Frechet joint distance (DeVries et al. 2019, arXiv 1907.08175), each picture's features continued by its
-    caption's facts. It sees with the loss reader: neither the network nor the scenes that the tables are made with. The
-    distances go into `serving.json`, which is read where the models are those that wrote it.
+    All are painted with ten steps, and ten is what the card then says. First the shift, with anchored logits (`climb`);
+    then, with it, the VLM's logits as they are (beta = 0, the paper) and the sampled tokens alone besides. What is
+    painted are `Recipe.choice_scenes` captions of calibration scenes, and it has to show what they say too: so the
+    measure is the Frechet joint distance (DeVries et al. 2019, arXiv 1907.08175), each picture's features continued by
+    its caption's facts. It sees with the loss reader: neither the network nor the scenes that the tables are made with.
+    The distances go into `serving.json`, which is read where the models are those that wrote it.
     """
     recipe, path = shop.recipe, shop.folder / "serving.json"
-    of = "-".join(digest(part) for part in (sampler.model, vq.model, vae, decoder)) + f"-{recipe.choice_scenes}"
+    card = serving(replace(decoder.card, steps=_STEPS, shift=None), reads="anchored")
+    of = [digest(part) for part in (sampler.model, vq.model, vae, decoder)]
+    of += [json.loads(json.dumps(asdict(card))), recipe.choice_scenes, recipe.guidance, SHIFTS]
+    of = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
     if path.exists() and (found := json.loads(path.read_text("utf-8")))["models"] == of:
-        return serving(replace(decoder.card, steps=_STEPS, shift=found["shift"]), reads=found["reads"])
+        return serving(replace(card, shift=found["shift"]), reads=found["reads"])
     if recipe.compiled:
         decoder.transformer.compile_repeated_blocks(dynamic=False)
 
@@ -75,17 +80,30 @@ def choose_serving(
             made.append(features_of(painted.pixels, loss_reader.frechet_features))
         return frechet_distance(statistics, FrechetStatistics.of([torch.cat([torch.cat(made), said], dim=1)]))
 
-    card = serving(replace(decoder.card, steps=_STEPS), reads="anchored")
-    by_shift = {shift: distance(replace(card, shift=shift)) for shift in SHIFTS}
-    shift = min(by_shift, key=by_shift.__getitem__)
-    card = replace(card, shift=shift)
-    by_reading = {"anchored": by_shift[shift]} | {
-        reads: distance(serving(card, reads=reads)) for reads in ("logits", "tokens")
-    }
-    reads = min(by_reading, key=by_reading.__getitem__)
+    by_shift, by_reading = climb(card, distance)
+    shift, reads = (min(found, key=found.__getitem__) for found in (by_shift, by_reading))
     found = {"models": of, "shift": shift, "reads": reads, "by shift": list(by_shift.items()), "by reading": by_reading}
     write_text(path, json.dumps(found, indent=1) + "\n")
-    return serving(card, reads=reads)
+    return serving(replace(card, shift=shift), reads=reads)
+
+
+def climb(
+    card: DecoderCard, distance: Callable[[DecoderCard], float]
+) -> tuple[dict[float | None, float], dict[str, float]]:
+    """Distances by shift, of a card that reads anchored logits, and by reading, with the best shift.
+
+    The first shift is None, FLUX's own; after it they grow until one is no better than the best before it.
+    """
+    by_shift: dict[float | None, float] = {None: distance(replace(card, shift=None))}
+    for shift in SHIFTS:
+        best = min(by_shift.values())
+        by_shift[shift] = distance(replace(card, shift=shift))
+        if by_shift[shift] >= best:
+            break
+    best = min(by_shift, key=by_shift.__getitem__)
+    card = replace(card, shift=best)
+    by_reading = {reads: distance(serving(card, reads=reads)) for reads in ("logits", "tokens")}
+    return by_shift, {"anchored": by_shift[best]} | by_reading
 
 
 def said_beside(features: torch.Tensor, facts: list[SceneFacts]) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""What the trainings of the two pico decoders computed: `python -m dcdd_core.pico.compute`.
+"""What the trainings of pico's decoders computed: `python -m dcdd_core.pico.compute`.
 
-The VQ-VAE's decoder is to have had at least as much as the diffusion decoder. Counted are matrix products, convolutions
-and attention, 2 operations for each multiply-add, of forward and backward passes of the decoders themselves
-(`torch.utils.flop_counter`): not the networks that judge the VQ-VAE's pictures, nor the encoders.
+The VQ-VAE's decoder is to have had at least as much as the diffusion decoder. That one paints latents, which the
+autoencoder's decoder makes pixels of: in the paper FLUX's, which came ready, here trained too. Counted are matrix
+products, convolutions and attention, 2 operations for each multiply-add, of forward and backward passes of the decoders
+themselves (`torch.utils.flop_counter`): not the networks that judge pictures, nor the encoders.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from ..evaluation.text import markdown_table
 from ..method.latents import fill_input, pack
 from ..models.flux import DistributionConditionedDecoder, load_decoder
 from ..models.vq import VQTokenizer
@@ -51,30 +54,49 @@ def dcdd_operations(decoder: DistributionConditionedDecoder) -> int:
     return _counted(loss)
 
 
-def training_operations(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, recipe: Recipe) -> str:
+def vae_operations(vae: AutoencoderKL, size: int) -> int:
+    """Of one picture, `size` pixels a side, in the training of the autoencoder's decoder."""
+    decoding = copy.deepcopy(vae).requires_grad_(True)
+    side = size // 2 ** (len(vae.config.block_out_channels) - 1)
+    return _counted(lambda: decoding.decode(torch.zeros(1, vae.config.latent_channels, side, side)).sample.sum())
+
+
+def training_operations(
+    vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae: AutoencoderKL, recipe: Recipe
+) -> str:
     """A Markdown table: operations of a picture, pictures, and their product."""
     rows = {
-        "VQ-VAE decoder": (
+        "VQ-VAE's decoder": (
             vq_operations(vq),
             recipe.tokenizer_batch * (recipe.tokenizer_steps + recipe.vq_decoder_steps),
         ),
-        "DCDD": (dcdd_operations(decoder), recipe.decoder_batch * recipe.decoder_steps),
+        "diffusion decoder": (dcdd_operations(decoder), recipe.decoder_batch * recipe.decoder_steps),
+        "autoencoder's decoder": (
+            vae_operations(vae, recipe.size),
+            recipe.autoencoder_batch * (recipe.autoencoder_steps + recipe.vae_decoder_steps),
+        ),
     }
-    lines = ["| training of | operations a picture | pictures | operations |", "|---|---|---|---|"]
-    lines += [f"| {name} | {each:.3g} | {count:,} | {each * count:.3g} |" for name, (each, count) in rows.items()]
-    ours, theirs = (math.prod(rows[name]) for name in ("DCDD", "VQ-VAE decoder"))
+    cells = [[name, f"{each:.3g}", f"{count:,}", f"{each * count:.3g}"] for name, (each, count) in rows.items()]
+    theirs, ours, latents = map(math.prod, rows.values())
     return (
-        "\n".join([*lines, "", f"The VQ-VAE's decoder had {theirs / ours:.2f} times the diffusion decoder's."]) + "\n"
+        markdown_table([["training of", "operations a picture", "pictures", "operations"], *cells])
+        + f"\n\nThe VQ-VAE's decoder had {theirs / ours:.2f} times the diffusion decoder's, and "
+        f"{theirs / (ours + latents):.2f} times what that and the autoencoder's decoder had together.\n"
     )
+
+
+def operations_of(weights: Path) -> str:
+    """`training_operations` of shipped models."""
+    vq = VQTokenizer.load(weights / "janus", dtype=torch.float32)
+    decoder = load_decoder(weights / "decoder.safetensors", dtype=torch.float32, fold=False)
+    return training_operations(vq.model, decoder, AutoencoderKL.from_pretrained(weights / "vae"), Recipe.load(weights))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, default=PICO_WEIGHTS)
     chosen = parser.parse_args()
-    vq = VQTokenizer.load(chosen.weights / "janus", dtype=torch.float32)
-    decoder = load_decoder(chosen.weights / "decoder.safetensors", dtype=torch.float32, fold=False)
-    print(training_operations(vq.model, decoder, Recipe.load(chosen.weights)))
+    print(operations_of(chosen.weights))
 
 
 def _counted(loss: Callable[[], torch.Tensor]) -> int:

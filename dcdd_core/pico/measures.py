@@ -40,6 +40,7 @@ from .workshop import WORK
 Rows = dict[str, dict[str, float]]
 
 SERVED = "DCDD as served"
+BY_LOGITS = "DCDD, the VLM's logits (beta = 0)"
 SCORES = ("frechet", "ssim", "perceptual")
 READ = ("shape", "colour", "texture", "place")
 STEP_COUNTS = (5, 10, 15, 20, 25, 30, 35)
@@ -159,7 +160,7 @@ def measure_text(bench: Bench) -> Rows:
         card, codebook = pico.decoder.card, pico.vq.codebook
         pictures = {"VQ-VAE decode": pico.vq.decode_tokens(grid.tokens, grid.grid)}
         ways = {
-            "DCDD, the VLM's logits (beta = 0)": "logits",
+            BY_LOGITS: "logits",
             f"DCDD, anchored logits (beta = {card.calibration.anchor:.3g})": "anchored",
             "DCDD, the sampled tokens alone": "tokens",
         }
@@ -280,9 +281,9 @@ TITLES = {
     "calibration": "Distributions (the paper's Table 1)",
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
-    "steps": "Number of Euler steps (the paper's Table 6)",
+    "steps": "Number of Euler steps, on the first 512 scenes (the paper's Table 6)",
     "variants": "What the decoder is conditioned on (the paper's Table 4)",
-    "means": "The same, means of the seeds",
+    "means": "What the decoder is conditioned on: means of the seeds, on the first 512 scenes (the paper's Table 4)",
     "latency": "Where the time goes (the paper's Table 5)",
 }
 
@@ -390,7 +391,7 @@ def variant_files(folder: Path) -> dict[str, Path]:
     if any(found != counts[VARIANTS[0]] for found in counts.values()):
         raise ValueError(
             f"{folder} holds the seeds {counts}: every variant is to have the same. "
-            "`python -m dcdd_core.pico.build --until variants` trains them"
+            "`python -m dcdd_core.pico.variants` trains them"
         )
     return {f"{name}, seed {seed}": seeds[name][seed] for seed in counts[VARIANTS[0]] for name in VARIANTS}
 

@@ -1,25 +1,28 @@
 """The table of the embedded models: `python -m dcdd_core.pico.table`.
 
 Every section is written to `<out>/<section>.json` when it is done and not measured again while the weights stay the
-same; `<out>/table.md` holds them all.
+same; `<out>/table.md` holds them all, and so do the texts named by `--into`, between the marks that they have.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-
-import torch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ..evaluation.kept import write_text
-from ..models.flux import load_decoder
-from ..models.vq import VQTokenizer
-from .compute import training_operations
-from .measures import READ, SECTIONS, SERVED, TITLES, Choice, Rows, measured, parse
-from .workshop import Recipe
+from ..evaluation.text import markdown_table, statistics_rows
+from .compute import operations_of
+from .measures import READ, SECTIONS, SERVED, TITLES, Choice, Rows, measured, parse, token_statistics
 
-#: The sections of the table, besides "variants" where these were trained; the report has more.
-TABLE = ("reader", "calibration", "reconstruction", "text", "steps")
+#: The sections of the table ("variants" where these were trained); the report has more.
+TABLE = ("reconstruction", "text", "steps", "variants", "calibration", "reader")
+
+#: What is between them in a text is the table's.
+MARKS = ("<!-- table -->", "<!-- end of the table -->")
+
+BETTER = {"frechet": "↓", "ssim": "↑", "psnr": "↑", "perceptual": "↓", **{f"F1 {name}": "↑" for name in READ}}
+TARGETED = {"reconstruction": "reconstruction", "means": "Table 4", "steps": "Table 6", "text": "text to image"}
 
 #: Section, row, column, what the row is held against, and what must hold of their ratio or value.
 TARGETS = (
@@ -39,7 +42,7 @@ TARGETS = (
 
 def verdicts(results: Mapping[str, Rows]) -> str:
     """A Markdown table of the targets: the ratio that was measured, and whether it is met, missed or not measured."""
-    lines = ["### Targets (ratios)", "", "| | of | target | measured | |", "|---|---|---|---|---|"]
+    lines = [["", "of", "target", "measured", ""]]
     for section, row, column, rival, relation, bound in TARGETS:
         rows = results.get(section, {})
         ratio, verdict = "", "not measured"
@@ -47,46 +50,75 @@ def verdicts(results: Mapping[str, Rows]) -> str:
             ours, theirs = rows[row][column], rows[rival][column]
             kept = ours <= bound * theirs if relation == "at most" else ours >= bound * theirs
             ratio, verdict = f"{ours / theirs:.3f}" if theirs else f"{ours:.3g} to 0", "met" if kept else "MISSED"
-        lines.append(f"| {row}: {column} | {rival} | {relation} {bound:g} | {ratio} | {verdict} |")
+        lines.append([f"{TARGETED[section]}, {row}: {column}", rival, f"{relation} {bound:g}", ratio, verdict])
     columns = results.get("calibration", {})
     if columns:
         gap = abs(columns["Janus"]["entropy"] - columns["calibrated proxies"]["entropy"])
         verdict = "met" if gap <= 0.02 else "MISSED"
-        lines.append(f"| calibrated proxies: mean entropy | Janus | within 0.02 | {gap:.4f} | {verdict} |")
-    return "\n".join(lines) + "\n"
+        lines.append(["calibrated proxies: mean entropy", "Janus", "within 0.02", f"{gap:.4f}", verdict])
+    return "### Targets (ratios)\n\n" + markdown_table(lines) + "\n"
 
 
 def markdown(results: Mapping[str, Rows]) -> str:
     """The sections' results as Markdown tables."""
-    blocks = []
-    for section, rows in results.items():
-        columns = [column for column in next(iter(rows.values())) if ":" not in column]
-        lines = [f"### {TITLES[section]}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        for name, row in rows.items():
-            lines.append(f"| {name} | " + " | ".join(f"{row[column]:.4g}" for column in columns) + " |")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) + "\n"
+    tables = (f"### {TITLES[name]}\n\n{markdown_table(_cells(name, rows))}" for name, rows in results.items())
+    return "\n\n".join(tables) + "\n"
 
 
-def compute(choice: Choice) -> str:
-    """A Markdown table of what the trainings of the two decoders computed."""
-    vq = VQTokenizer.load(choice.weights / "janus", dtype=torch.float32)
-    decoder = load_decoder(choice.weights / "decoder.safetensors", dtype=torch.float32, fold=False)
-    return "### Operations of the trainings\n\n" + training_operations(vq.model, decoder, Recipe.load(choice.weights))
+def _cells(section: str, rows: Rows) -> list[list[str]]:
+    if section == "calibration":
+        return statistics_rows({name: token_statistics(row) for name, row in rows.items()})
+    if SERVED in rows:  # one of the ways to read, once more
+        served = rows[SERVED]
+        rows = {f"{name} (served)" if row == served else name: row for name, row in rows.items() if name != SERVED}
+    first = next(iter(rows.values()))
+    columns = [column for column in first if ":" not in column]
+
+    def cell(row: Mapping[str, float], column: str) -> str:
+        low, high = f"{column}: lowest", f"{column}: highest"
+        return f"{row[column]:.4g}" + (f" ({row[low]:.4g} to {row[high]:.4g})" if low in row else "")
+
+    heads = [f"{column} {BETTER[column]}" if column in BETTER else column for column in columns]
+    return [["", *heads], *([name, *(cell(row, column) for column in columns)] for name, row in rows.items())]
+
+
+def put_between(marks: tuple[str, str], text: str, into: str) -> str:
+    """A text with what stands between two marks, each on a line of its own, replaced.
+
+    Raises:
+        ValueError: if the marks are not there.
+    """
+    before, first, rest = into.partition(marks[0] + "\n")
+    _, second, after = rest.partition(marks[1])
+    if not first or not second:
+        raise ValueError(f"the text has no lines {marks[0]} and {marks[1]} to put the table between: add them")
+    return f"{before}{first}\n{text.strip()}\n\n{second}{after}"
+
+
+def table(choice: Choice, sections: Sequence[str] | None = None) -> str:
+    """Measures what is not measured yet, and returns the Markdown, which is also written to `<out>/table.md`.
+
+    Args:
+        sections: of `SECTIONS`; by default those of the README.
+    """
+    _, results = measured(choice, sections or [name for name in TABLE if name != "variants" or choice.variants])
+    shown = {name: rows for name, rows in results.items() if name != "variants"}  # whose means are shown
+    operations = "### Operations of the trainings\n\n" + operations_of(choice.weights)
+    text = markdown(shown) + "\n" + verdicts(results) + "\n" + operations
+    write_text(choice.out / "table.md", text)
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS))
+    parser.add_argument("--into", nargs="+", type=Path, default=(), help="texts to write the table into")
     chosen, choice = parse(parser)
-    sections = chosen.sections or [*TABLE, *(["variants"] if choice.variants else [])]
-    if "variants" in sections and not choice.variants:
-        parser.error(
-            f"{chosen.work} holds no ablation: `python -m dcdd_core.pico.build --until variants` trains its decoders"
-        )
-    _, results = measured(choice, sections)
-    text = markdown(results) + "\n" + verdicts(results) + "\n" + compute(choice)
-    write_text(choice.out / "table.md", text)
+    if "variants" in (chosen.sections or ()) and not choice.variants:
+        parser.error(f"{chosen.work} holds no ablation: `python -m dcdd_core.pico.variants` trains its decoders")
+    text = table(choice, chosen.sections)
+    for path in chosen.into:
+        write_text(path, put_between(MARKS, text, path.read_text("utf-8")))
     print(text)
 
 

@@ -15,15 +15,13 @@ from .scenes import scene_facts
 from .workshop import Workshop, digest
 
 _BATCH = 25
-_SAME_ENTROPY = 0.02
 
 
 def calibrate(shop: Workshop, sampler: JanusSampler, vq: VQTokenizer, encodings: Encodings) -> Calibration:
     """Calibration for the recipe's guidance, from pictures of calibration captions and features of training scenes.
 
     `encodings` are of the training scenes. The result is kept in the folder, under a name of what it belongs to, and
-    restored from it. A language model that was trained on takes over an earlier one's calibration, and with it the
-    decoder that was trained under that, as long as its mean entropy is the same within 0.02.
+    restored from it.
     """
     count, guidance = shop.recipe.calibration_images, shop.recipe.guidance
     path = shop.folder / f"calibration-{digest(sampler.model)}-{guidance:g}-{count}.safetensors"
@@ -32,11 +30,6 @@ def calibrate(shop: Workshop, sampler: JanusSampler, vq: VQTokenizer, encodings:
     features = torch.from_numpy(encodings.features[:count].copy()).float()
     grids = sample_captions(sampler, shop, count)
     target = target_statistics(grids)
-    for earlier in map(Calibration.load, sorted(shop.folder.glob("calibration-*.safetensors"))):
-        same = (earlier.codebook, earlier.guidance, earlier.vlm) == (vq.codebook.fingerprint, guidance, sampler.name)
-        if same and abs(earlier.achieved.mean_entropy - target.mean_entropy) <= _SAME_ENTROPY:
-            earlier.save(path)
-            return earlier
     calibration = fit(
         features,
         vq.codebook,

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from ..evaluation.quality import psnr, ssim
 from ..models.flux import (
-    VARIANTS,
     DecoderCard,
     DistributionConditionedDecoder,
     blocks_of,
     of_text_stream,
-    save_bundle,
 )
 from ..models.vae import KLAutoencoder
 from ..models.vq import VQTokenizer
@@ -118,9 +114,9 @@ def train_pico_decoder(
         ExampleMaker(card, vq, vae, geometry, localised=_LOCALISED),
         DecoderTraining(
             steps=recipe.decoder_steps,
-            learning_rate=2e-3,
+            learning_rate=recipe.decoder_learning_rate,
             optimizer="muon",
-            shift=1.5,
+            shift=recipe.decoder_shift,
             seed=recipe.seed,
             compiled=recipe.compiled,
         ),
@@ -130,27 +126,6 @@ def train_pico_decoder(
         evaluate=evaluate,
         evaluate_every=1000,
     )
-
-
-def train_variants(
-    shop: Workshop,
-    encodings: Encodings,
-    vq: VQTokenizer,
-    vae: AutoencoderKL,
-    calibration: Calibration,
-    reader: SceneReader,
-) -> None:
-    """Trains (or restores) the ablation's decoders, every variant from every seed, all equally long.
-
-    Their bundles are `<folder>/variants/<variant>-<seed>.safetensors`.
-    """
-    recipe = shop.recipe
-    for seed in range(recipe.variant_seeds):
-        one = replace(shop, recipe=replace(recipe, seed=recipe.seed + seed, decoder_steps=recipe.variant_steps))
-        for variant in VARIANTS:
-            name = f"variants/{variant}-{seed}"
-            decoder = train_pico_decoder(one, name, variant, encodings, vq, vae, calibration, reader)
-            save_bundle(shop.folder / f"{name}.safetensors", decoder, dtype=torch.float16)
 
 
 def _start_as_identity(transformer: FluxTransformer2DModel) -> None:

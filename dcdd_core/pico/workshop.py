@@ -49,6 +49,8 @@ class Recipe:
     janus_batch: int = 16
     decoder_steps: int = 12_000
     decoder_batch: int = 16
+    decoder_learning_rate: float = 2e-3
+    decoder_shift: float = 1.5
     choice_scenes: int = 1_024
     variant_steps: int = 1_000
     variant_seeds: int = 3

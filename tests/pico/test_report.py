@@ -68,7 +68,7 @@ def test_variants_are_found_seed_by_seed(tmp_path):
     assert list(found) == [f"{name}, seed {seed}" for seed in (0, 1) for name in VARIANTS]
     assert found["lcdm+lc, seed 1"] == tmp_path / "lcdm+lc-1.safetensors"
     (tmp_path / "lcdm-0.safetensors").unlink()
-    with pytest.raises(ValueError, match="every variant is to have the same.*until variants"):
+    with pytest.raises(ValueError, match="every variant is to have the same.*pico.variants"):
         variant_files(tmp_path)
 
 

@@ -12,7 +12,7 @@ from dcdd_core.pico.data import scene_pixels
 from dcdd_core.pico.measures import SECTIONS, SERVED, TITLES, Tally
 from dcdd_core.pico.reader import SceneReader, fact_labels
 from dcdd_core.pico.scenes import SHAPES, render_scene
-from dcdd_core.pico.table import TABLE, markdown, verdicts
+from dcdd_core.pico.table import MARKS, TABLE, markdown, put_between, verdicts
 from tests.tiny import random_pico
 
 
@@ -27,7 +27,11 @@ def test_the_whole_table_in_small(tmp_path, monkeypatch, capsys, options):
     table.main()
     text = (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
-    assert all(TITLES[section] in text for section in TABLE) and SERVED in text and "nan" not in text
+    assert (
+        all(TITLES[section] in text for section in TABLE if section != "variants")
+        and SERVED in text
+        and "nan" not in text
+    )
     assert "times the diffusion decoder's" in text and "frechet: " not in text
     monkeypatch.setattr(measures, "SECTIONS", dict.fromkeys(SECTIONS))  # nothing may be measured a second time
     table.main()
@@ -76,9 +80,21 @@ def test_verdicts_follow_the_numbers():
     assert "0.300 | met" in verdicts(results)
     assert "1.111 | met" in verdicts(results) and "0.950 | MISSED" in verdicts(results)
     assert "0.0300 | MISSED" in lines["calibrated proxies: mean entropy"]
-    assert "not measured" in lines[f"{SERVED}: frechet"]
+    assert "not measured" in lines[f"text to image, {SERVED}: frechet"]
 
 
 def test_markdown_holds_every_number():
     text = markdown({"reader": {"real scenes": {"F1 shape": 0.98765}}})
-    assert text.splitlines()[2:] == ["| | F1 shape |", "|---|---|", "| real scenes | 0.9877 |"]
+    assert text.splitlines()[2:] == ["|  | F1 shape ↑ |", "|---|---|", "| real scenes | 0.9877 |"]
+    spread = {"frechet": 0.25, "frechet: lowest": 0.2, "frechet: highest": 0.3}
+    assert "| lcdm | 0.25 (0.2 to 0.3) |" in markdown({"means": {"lcdm": spread}})
+    ways = {"tokens": {"frechet": 0.2}, "anchored": {"frechet": 0.1}, SERVED: {"frechet": 0.1}}
+    assert markdown({"text": ways}).splitlines()[-2:] == ["| tokens | 0.2 |", "| anchored (served) | 0.1 |"]
+
+
+def test_a_text_gets_the_table_between_its_marks():
+    text = "before\n<!-- table -->\nold\n<!-- end of the table -->\nafter\n"
+    assert put_between(MARKS, "\nnew\n\n", text) == text.replace("old", "\nnew\n")
+    for broken in ("before", "<!-- table -->\n", "<!-- end of the table -->\n<!-- table -->\n"):
+        with pytest.raises(ValueError, match="add them"):
+            put_between(MARKS, "new", broken)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from diffusers import FluxTransformer2DModel
 
 from dcdd_core.models.flux import DistributionConditionedDecoder
 from dcdd_core.models.janus import JanusSampler, prompt_ids, unconditional_ids
-from dcdd_core.pico import train_calibration
 from dcdd_core.pico.data import scene_pixels
 from dcdd_core.pico.encodings import Encodings, SceneEncodings
 from dcdd_core.pico.fidelity import reconstruction_loss
@@ -24,7 +22,6 @@ from dcdd_core.pico.train_janus import next_token_loss, pico_tokenizer
 from dcdd_core.pico.train_tokenizer import CodeUse
 from dcdd_core.pico.workshop import Recipe, Workshop
 from dcdd_core.training.batches import Batches, Share
-from dcdd_core.types import Codebook, TokenLogits
 from tests.tiny import tiny_card, tiny_condition, tiny_flux_config, tiny_janus
 
 
@@ -83,29 +80,6 @@ def test_the_reconstruction_loss_is_zero_for_itself_and_sees_colour_and_edges():
     assert float(zero) == pytest.approx(0, abs=1e-6)
     _, tinted = reconstruction_loss(a, a + 0.1, reader, contextlib.nullcontext)
     assert float(tinted["tones"]) == pytest.approx(0.1, rel=1e-3) and float(tinted["edges"]) < 1e-5
-
-
-@pytest.mark.parametrize("change", [1.0, 1.02, 3.0])
-def test_a_calibration_is_taken_over_while_the_entropy_stays(change, tmp_path, monkeypatch):
-    """`change`: of the scale of the language model's logits, between the first build and the second."""
-    shop = Workshop(folder=tmp_path, device=torch.device("cpu"), recipe=Recipe(calibration_images=4))
-    draw = torch.Generator().manual_seed(0)
-    codebook = Codebook(torch.randn(64, 8, generator=draw))
-    near = codebook.vectors[torch.randint(64, (4, 16), generator=draw)]
-    features = F.normalize(near + 0.3 * torch.randn(4, 16, 8, generator=draw), dim=-1)
-    logits = 4 * torch.randn(4, 16, 64, generator=draw)
-
-    def found(scale):
-        sampler, vq = SimpleNamespace(model=torch.nn.Linear(1, 1), name="pico"), SimpleNamespace(codebook=codebook)
-        grid = TokenLogits(
-            scale * logits, logits.argmax(-1), (4, 4), source="vlm", codebook=codebook.fingerprint, guidance=3.0
-        )
-        monkeypatch.setattr(train_calibration, "sample_captions", lambda *_: [grid])
-        return train_calibration.calibrate(shop, sampler, vq, SimpleNamespace(features=features.numpy()))
-
-    first, second = found(1.0), found(change)
-    assert (second == first) == (change < 2)
-    assert len(list(tmp_path.glob("calibration-*"))) == 2
 
 
 def test_the_scenes_of_a_step_are_those_of_its_number(tmp_path):

@@ -1,13 +1,17 @@
 """The shipped weights: what they must show on a few held-out scenes before anybody quotes the table."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from dcdd_core.evaluation.quality import ssim
 from dcdd_core.pico.data import scene_pixels
 from dcdd_core.pico.export import MOST_BYTES
+from dcdd_core.pico.measures import TITLES
 from dcdd_core.pico.reader import fact_labels
 from dcdd_core.pico.scenes import render_scene
+from dcdd_core.pico.table import MARKS
 from dcdd_core.pico.weights import load_reader
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
@@ -94,3 +98,11 @@ def test_localised_decoding_paints_the_box_like_its_surroundings(models):
     flat = truth[box].mean(dim=(2, 3), keepdim=True)
     assert (painted[box] - truth[box]).abs().mean() < 0.7 * (flat - truth[box]).abs().mean()
     assert torch.equal(painted[..., :24, :], truth[..., :24, :])
+
+
+def test_the_readme_and_the_card_show_the_same_table():
+    texts = [path.read_text("utf-8") for path in (Path(__file__).parents[2] / "README.md", PICO_WEIGHTS / "README.md")]
+    tables = {text.partition(MARKS[0])[2].partition(MARKS[1])[0] for text in texts}
+    assert len(tables) == 1
+    (table,) = tables
+    assert all(TITLES[section] in table for section in ("reconstruction", "text", "calibration", "reader"))
