@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
@@ -29,6 +28,7 @@ from .evaluation.networks import feature_network, perceptual_network
 from .evaluation.processes import Processes, processes
 from .evaluation.prompts import read_geneval, read_prompts
 from .evaluation.text import statistics_table
+from .method.flow import timesteps
 from .method.statistics import describe_logits
 from .models.flux import DecoderCard
 from .models.vq import VQTokenizer
@@ -38,6 +38,7 @@ from .pipelines.condition import condition_for, serving
 from .pipelines.decode import decode, decode_tokens
 from .pipelines.models import Models, load_models, load_pico
 from .pipelines.parts import is_out_of_memory
+from .pipelines.pictures import to_pixels, to_tensor
 from .pipelines.sample import sample
 from .types import Calibration, Condition, TokenLogits
 
@@ -53,6 +54,10 @@ _ROOM = "take a smaller picture, --dtype bfloat16, --janus-int8, --decoder-8bit 
 #: Options that choose real models, and those that say how they are held, with their names in `load_models`.
 _OF_REAL = ("decoder", "vae", "base", "dtype")
 _HELD = {"janus_int8": "int8", "decoder_8bit": "eight_bit", "stream": "streamed", "compile": "compiled"}
+#: Options that say how the diffusion decoder paints.
+_PAINTING = ("steps", "shift", "calibration", "anchor", "reads")
+#: Options that say what is sampled, and how.
+_SAMPLING = ("calibration", "prompts", "images", "count", "batch", "guidance", "temperature", "top_k", "top_p", "seed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +88,7 @@ def generate(chosen: argparse.Namespace) -> None:
     """Prompts to pictures."""
     _check_png(chosen.out)
     models = _load(chosen)
-    _refuse_without_decoder(models, chosen, "steps", "calibration", "anchor", "reads", "compare")
+    _check_painting(models, chosen, "compare")
     _warn_of_unknown_words(models, chosen.prompt)
     seeds = _seeds(chosen, len(chosen.prompt))
     grid = _sample(models, chosen.prompt, seeds, chosen)
@@ -94,7 +99,7 @@ def generate(chosen: argparse.Namespace) -> None:
     if models.decoder is None:
         _write(by_vq, chosen.out, "")
         return
-    _write(_paint(models, _condition(models, grid, chosen), seeds, chosen.steps), chosen.out, "")
+    _write(_paint(models, _condition(models, grid, chosen), seeds, chosen), chosen.out, "")
     if chosen.compare:
         _write(by_vq, chosen.out, "-vq")
 
@@ -107,13 +112,13 @@ def reconstruct(chosen: argparse.Namespace) -> None:
             "two of the pictures have one name: their results would overwrite each other; take them in turn"
         )
     models = _load(chosen, with_sampler=False)
-    _refuse_without_decoder(models, chosen, "steps", "calibration", "anchor", "reads")
+    _check_painting(models, chosen)
     for path in chosen.image:
         proxies = models.vq.encode(_read_image(path, models.vq, chosen.side))
         results = {"vq": decode_tokens(models.vq, proxies)}
         if models.decoder is not None:
             condition = _condition(models, proxies, chosen)
-            results["dcdd"] = _paint(models, condition, _seeds(chosen, 1), chosen.steps)
+            results["dcdd"] = _paint(models, condition, _seeds(chosen, 1), chosen)
         for suffix, pixels in results.items():
             print(f"wrote {save_image(to_image(pixels[0]), chosen.out / f'{path.stem}-{suffix}.png')}")
 
@@ -162,15 +167,18 @@ def calibrate(chosen: argparse.Namespace) -> None:
 def inspect(chosen: argparse.Namespace) -> None:
     """The paper's Table 1 as text and its Figure 6 as a picture."""
     _check_png(chosen.out)
-    models = _load(chosen, with_sampler=not chosen.logits)
-    codebook = models.vq.codebook
     if chosen.logits:
+        idle = _given(chosen, *_OF_REAL, *_HELD, *_SAMPLING)
+        if idle:
+            raise ValueError(f"{idle} would do nothing: --logits are looked at as they were saved; leave it out")
+        codebook = _load(chosen, with_sampler=False).vq.codebook
         columns = {str(path): describe_logits(TokenLogits.load(path), codebook) for path in chosen.logits}
     else:
+        prompts, files = _calibration_material(chosen)
+        models = _load(chosen)
         calibration = models.decoder.card.calibration if models.decoder is not None else None
         if chosen.calibration is not None:
             calibration = Calibration.load(chosen.calibration)
-        prompts, files = _calibration_material(chosen)
         proxies = Proxies(models.vq, _pixels(models, files, chosen))
         columns = compared(models.sampler.name, _grids(models, prompts, chosen), proxies, calibration)
     print(statistics_table(columns))
@@ -182,6 +190,7 @@ def demo(chosen: argparse.Namespace) -> None:
     _check_png(chosen.out)
     clock = _Clock()
     models = load_pico(device=_device(chosen))
+    _check_painting(models, chosen)
     clock.lap("load the embedded models")
     prompts = list(chosen.prompt or DEMO_PROMPTS)
     _warn_of_unknown_words(models, prompts)
@@ -191,7 +200,7 @@ def demo(chosen: argparse.Namespace) -> None:
     by_vq = decode_tokens(models.vq, grid)
     clock.lap("VQ-VAE decode")
     condition = _condition(models, grid, chosen)
-    painted = _paint(models, condition, seeds, chosen.steps)
+    painted = _paint(models, condition, seeds, chosen)
     clock.lap(f"LCDM + DCDD, {chosen.steps or models.decoder.card.steps} steps")
     doubt = rearrange(1 - condition.uncertainty[..., 0], "b (h w) -> b h w", h=grid.grid[0])
     rows = [[vq, ours, heat_map(map_, (vq.shape[1], vq.shape[2]))] for vq, ours, map_ in zip(by_vq, painted, doubt)]
@@ -203,7 +212,7 @@ def demo(chosen: argparse.Namespace) -> None:
     pixels = torch.cat([scene_pixels(scene.image[None], models.vq.device) for scene in scenes])
     proxies = models.vq.encode(pixels)
     by_vq = decode_tokens(models.vq, proxies)
-    painted = _paint(models, _condition(models, proxies, chosen), _seeds(chosen, len(scenes)), chosen.steps)
+    painted = _paint(models, _condition(models, proxies, chosen), _seeds(chosen, len(scenes)), chosen)
     clock.lap(f"reconstruct {len(scenes)} held-out scenes by both decoders")
     scene_sheet = labelled_grid(
         list(zip(pixels, by_vq, painted)),
@@ -307,9 +316,9 @@ def _device(chosen: argparse.Namespace) -> torch.device:
 def _load(chosen: argparse.Namespace, *, with_sampler: bool = True) -> Models:
     device = _device(chosen)
     if chosen.janus is None:
-        given = [f"--{name.replace('_', '-')}" for name in (*_OF_REAL, *_HELD) if getattr(chosen, name)]
+        given = _given(chosen, *_OF_REAL, *_HELD)
         if given:
-            raise ValueError(f"{', '.join(given)} goes with --janus; without it the embedded models are used")
+            raise ValueError(f"{given} goes with --janus; without it the embedded models are used")
         return load_pico(device=device, with_sampler=with_sampler)
     return load_models(
         janus=chosen.janus,
@@ -323,16 +332,24 @@ def _load(chosen: argparse.Namespace, *, with_sampler: bool = True) -> Models:
     )
 
 
-def _refuse_without_decoder(models: Models, chosen: argparse.Namespace, *options: str) -> None:
-    given = [f"--{name}" for name in options if getattr(chosen, name) not in (None, False)]
-    if models.decoder is None and given:
-        raise ValueError(f"{', '.join(given)} would do nothing without a decoder: give --decoder and --vae as well")
+def _given(chosen: argparse.Namespace, *options: str) -> str:
+    """Those of the options that differ from their defaults, as they are typed: "--top-k, --seed"."""
+    differ = [name for name in options if getattr(chosen, name) != chosen.default_of(name)]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in differ)
+
+
+def _check_painting(models: Models, chosen: argparse.Namespace, *others: str) -> None:
+    """Before anything is sampled: that there is a decoder for what was asked of it, and a schedule."""
+    idle = _given(chosen, *_PAINTING, *others)
+    if models.decoder is None and idle:
+        raise ValueError(f"{idle} would do nothing without a decoder: give --decoder and --vae as well")
+    timesteps(1 if chosen.steps is None else chosen.steps, shift=chosen.shift or 0.0)
 
 
 def _decoders(models: Models, chosen: argparse.Namespace) -> Decoders:
-    _refuse_without_decoder(models, chosen, "steps", "calibration", "anchor", "reads")
+    _check_painting(models, chosen)
     card = _card(models, chosen) if models.decoder is not None else None
-    return Decoders(models=models, card=card, steps=chosen.steps)
+    return Decoders(models=models, card=card, steps=chosen.steps, shift=chosen.shift)
 
 
 def _run(chosen: argparse.Namespace, crew: Processes) -> Run:
@@ -407,9 +424,10 @@ def _guidance(models: Models, chosen: argparse.Namespace) -> float:
     return calibration.guidance if calibration is not None and calibration.guidance is not None else 5.0
 
 
-def _paint(models: Models, condition: Condition, seeds: Sequence[int], steps: int | None) -> torch.Tensor:
+def _paint(models: Models, condition: Condition, seeds: Sequence[int], chosen: argparse.Namespace) -> torch.Tensor:
     with _bar("decoder") as on_step:
-        return decode(models.decoder, models.vae, condition, seeds=seeds, steps=steps, on_step=on_step).pixels
+        options = {"steps": chosen.steps, "shift": chosen.shift, "on_step": on_step}
+        return decode(models.decoder, models.vae, condition, seeds=seeds, **options).pixels
 
 
 def _card(models: Models, chosen: argparse.Namespace) -> DecoderCard:
@@ -430,6 +448,8 @@ def _calibration_material(chosen: argparse.Namespace) -> tuple[list[str], list[P
     count, embedded = chosen.count, chosen.janus is None
     if count < 1:
         raise ValueError(f"--count must be at least 1, best 100; got {count}")
+    if chosen.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {chosen.batch}")
     if chosen.prompts is None and embedded:
         prompts = [facts.caption() for facts in scene_facts("calibration", count)]
     else:
@@ -472,8 +492,7 @@ def _read_image(path: Path, vq: VQTokenizer, side: int | None = None) -> torch.T
     if h * w > _MOST_TOKENS:
         raise ValueError(f"{path} would be {h} x {w} tokens, more than {_MOST_TOKENS}: shrink it with --side PIXELS")
     left, top = (image.width - w * f) // 2, (image.height - h * f) // 2
-    array = np.asarray(image.crop((left, top, left + w * f, top + h * f)))
-    return scene_pixels(array[None], vq.device)
+    return to_pixels(to_tensor(image.crop((left, top, left + w * f, top + h * f)))[None], vq.device)
 
 
 def _check_png(path: Path) -> None:
@@ -519,19 +538,12 @@ def _parser() -> argparse.ArgumentParser:
 
     decoding = argparse.ArgumentParser(add_help=False)
     decoding.add_argument("--steps", type=int, help="Euler steps of the decoder (default: the bundle's)")
+    decoding.add_argument(
+        "--shift", type=float, metavar="MU", help="more of them near the noise (default: the bundle's)"
+    )
     decoding.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
     decoding.add_argument("--anchor", type=float, metavar="BETA", help="read logits anchored by this much")
     decoding.add_argument("--reads", choices=("logits", "anchored", "tokens"), help="what of the VLM to serve")
-
-    material = argparse.ArgumentParser(add_help=False)
-    material.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON (default: 300 that come with this)"
-    )
-    material.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="pictures for the proxies, in sub-folders or not"
-    )
-    material.add_argument("--count", type=int, default=100, help="how many of each at most (default: 100)")
-    material.add_argument("--batch", type=int, default=8, help="prompts sampled at once (default: 8)")
 
     measuring = argparse.ArgumentParser(add_help=False)
     measuring.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of results, and to go on from")
@@ -550,7 +562,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(run, *parents, help: str, to=commands) -> argparse.ArgumentParser:
         command = to.add_parser(run.__name__, parents=[running, *parents], help=help, description=run.__doc__)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, default_of=command.get_default)
         return command
 
     command = add(generate, models, sampling, decoding, help="prompts to pictures")
@@ -566,7 +578,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER")
 
-    command = add(calibrate, models, sampling, material, help="fit a calibration to a VLM")
+    command = add(calibrate, models, sampling, _material(count=100), help="fit a calibration to a VLM")
     command.add_argument("--out", type=Path, default=Path("out/calibration.safetensors"))
     command.add_argument("--fit-anchor", action="store_true", help="fit the anchor too (beyond the paper)")
     command.add_argument(
@@ -576,11 +588,10 @@ def _parser() -> argparse.ArgumentParser:
         help="what the VLM samples, kept to go on from: 38 MB a picture of Janus-Pro (default: beside --out)",
     )
 
-    command = add(inspect, models, sampling, material, help="Table 1 and Figure 6 for a VLM")
+    command = add(inspect, models, sampling, _material(count=25), help="Table 1 and Figure 6 for a VLM")
     command.add_argument("--logits", nargs="+", type=Path, metavar="FILE", help="saved token logits to look at instead")
     command.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
     command.add_argument("--out", type=Path, default=Path("out/top-30.png"))
-    command.set_defaults(count=25)
 
     what = commands.add_parser(
         "evaluate",
@@ -605,6 +616,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("prompt", nargs="*", help="in place of the four built-in sentences")
     command.add_argument("--out", type=Path, default=Path("out/demo.png"))
     return parser
+
+
+def _material(*, count: int) -> argparse.ArgumentParser:
+    """Options of what is measured; every command has its own, since parsers share the options of a parent."""
+    material = argparse.ArgumentParser(add_help=False)
+    material.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON (default: 300 that come with this)"
+    )
+    material.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="pictures for the proxies, in sub-folders or not"
+    )
+    material.add_argument("--count", type=int, default=count, help=f"how many of each at most (default: {count})")
+    material.add_argument("--batch", type=int, default=8, help="prompts sampled at once (default: 8)")
+    return material
 
 
 if __name__ == "__main__":

@@ -82,6 +82,9 @@ def test_schedule():
     torch.testing.assert_close(timesteps(4, shift=0.0), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
     with pytest.raises(ValueError, match="steps"):
         timesteps(0, shift=0.0)
+    for shift in (float("nan"), float("inf"), -1000.0):
+        with pytest.raises(ValueError, match="shift must be a number in -100..100"):
+            timesteps(4, shift=shift)
     with pytest.raises(ValueError, match="image_tokens"):
         resolution_shift(0)
 
