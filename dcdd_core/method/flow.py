@@ -89,14 +89,11 @@ def sample_times(
     *,
     generator: torch.Generator,
     density: str = "logit_normal",
-    mean: float = 0.0,
-    std: float = 1.0,
-    mode_scale: float = 1.29,
     shift: float = 0.0,
 ) -> torch.Tensor:
     """Times to train at, [count] float32 in 0..1: one of diffusers' densities, then shifted by mu = `shift`.
 
-    Drawn from, and on the device of, `generator`.
+    The densities' parameters are the defaults of diffusers' own trainings. Drawn from, and on the device of, `generator`.
 
     Raises:
         ValueError: for an unknown density.
@@ -107,7 +104,13 @@ def sample_times(
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
     time = compute_density_for_timestep_sampling(
-        density, count, mean, std, mode_scale, device=generator.device, generator=generator
+        density,
+        count,
+        logit_mean=0.0,
+        logit_std=1.0,
+        mode_scale=1.29,
+        device=generator.device,
+        generator=generator,
     )
     return shift_time(time, shift)
 
