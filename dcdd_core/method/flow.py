@@ -93,7 +93,7 @@ def sample_times(
 ) -> torch.Tensor:
     """Times to train at, [count] float32 in 0..1: one of diffusers' densities, then shifted by mu = `shift`.
 
-    The densities' parameters are the defaults of diffusers' own trainings. Drawn from, and on the device of, `generator`.
+    The densities' parameters are the defaults of diffusers' own trainings. Drawn from `generator`, on its device.
 
     Raises:
         ValueError: for an unknown density.
