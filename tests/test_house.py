@@ -42,6 +42,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "dcdd_core.pico.weights": ("dcdd_core.pico.reader", "dcdd_core.pipelines", *MODELS),
     "dcdd_core.evaluation": (*PICO, "dcdd_core.pipelines", *MODELS),
     "dcdd_core.pico": (*PICO, "dcdd_core.evaluation", "dcdd_core.training", "dcdd_core.pipelines", *MODELS),
+    "dcdd_core.options": (),
     "dcdd_core.cli": ("dcdd_core",),  # all of it
     "dcdd_core": ("dcdd_core.types",),
     "nodes": (
@@ -66,6 +67,7 @@ DOCUMENTED = (
     "dcdd_core.models",
     "dcdd_core.pipelines",
     "dcdd_core.evaluation",
+    "dcdd_core.options",
 )
 GLOBAL_SEEDS = {
     "np.random.seed",
