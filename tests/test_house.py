@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "dcdd_core.files": (),
     "dcdd_core.types": ("dcdd_core.files",),
     "dcdd_core.method": ("dcdd_core.types",),
-    "dcdd_core.models": MODELS,
+    "dcdd_core.models": ("dcdd_core.method", "dcdd_core.types", "dcdd_core.files"),
     "dcdd_core.pipelines": MODELS,
     "dcdd_core.training": ("dcdd_core.pipelines", *MODELS),
     "dcdd_core.pico.scenes": (),
