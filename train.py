@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(chosen: argparse.Namespace) -> None:
+    """Trains a decoder, or goes on; with --bundle-now writes a bundle of the newest checkpoint instead."""
     recipe = DecoderTraining(
         steps=chosen.steps,
         accumulation=chosen.accumulate,
@@ -105,6 +106,7 @@ def train(chosen: argparse.Namespace) -> None:
 
 
 def cache(chosen: argparse.Namespace) -> None:
+    """Encodes the pictures once, for any number of trainings."""
     accelerator = make_accelerator(cpu=chosen.cpu)
     run_cache(
         chosen.out,

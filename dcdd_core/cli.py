@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
@@ -29,15 +28,18 @@ from .evaluation.networks import feature_network, perceptual_network
 from .evaluation.processes import Processes, processes
 from .evaluation.prompts import read_geneval, read_prompts
 from .evaluation.text import statistics_table
+from .method.flow import timesteps
 from .method.statistics import describe_logits
 from .models.flux import DecoderCard
 from .models.vq import VQTokenizer
+from .options import HELD, OF_REAL, PAINTING, SAMPLING, command_parser, given
 from .pico.data import scene_pixels
 from .pico.scenes import render_scene, scene_facts
 from .pipelines.condition import condition_for, serving
 from .pipelines.decode import decode, decode_tokens
 from .pipelines.models import Models, load_models, load_pico
 from .pipelines.parts import is_out_of_memory
+from .pipelines.pictures import to_pixels, to_tensor
 from .pipelines.sample import sample
 from .types import Calibration, Condition, TokenLogits
 
@@ -50,9 +52,6 @@ DEMO_PROMPTS = (
 DEMO_SCENES = (4, 12, 25, 44)
 _MOST_TOKENS = 64 * 64
 _ROOM = "take a smaller picture, --dtype bfloat16, --janus-int8, --decoder-8bit or --stream"
-#: Options that choose real models, and those that say how they are held, with their names in `load_models`.
-_OF_REAL = ("decoder", "vae", "base", "dtype")
-_HELD = {"janus_int8": "int8", "decoder_8bit": "eight_bit", "stream": "streamed", "compile": "compiled"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +82,7 @@ def generate(chosen: argparse.Namespace) -> None:
     """Prompts to pictures."""
     _check_png(chosen.out)
     models = _load(chosen)
-    _refuse_without_decoder(models, chosen, "steps", "calibration", "anchor", "reads", "compare")
+    _check_painting(models, chosen, "compare")
     _warn_of_unknown_words(models, chosen.prompt)
     seeds = _seeds(chosen, len(chosen.prompt))
     grid = _sample(models, chosen.prompt, seeds, chosen)
@@ -94,7 +93,7 @@ def generate(chosen: argparse.Namespace) -> None:
     if models.decoder is None:
         _write(by_vq, chosen.out, "")
         return
-    _write(_paint(models, _condition(models, grid, chosen), seeds, chosen.steps), chosen.out, "")
+    _write(_paint(models, _condition(models, grid, chosen), seeds, chosen), chosen.out, "")
     if chosen.compare:
         _write(by_vq, chosen.out, "-vq")
 
@@ -107,13 +106,13 @@ def reconstruct(chosen: argparse.Namespace) -> None:
             "two of the pictures have one name: their results would overwrite each other; take them in turn"
         )
     models = _load(chosen, with_sampler=False)
-    _refuse_without_decoder(models, chosen, "steps", "calibration", "anchor", "reads")
+    _check_painting(models, chosen)
     for path in chosen.image:
         proxies = models.vq.encode(_read_image(path, models.vq, chosen.side))
         results = {"vq": decode_tokens(models.vq, proxies)}
         if models.decoder is not None:
             condition = _condition(models, proxies, chosen)
-            results["dcdd"] = _paint(models, condition, _seeds(chosen, 1), chosen.steps)
+            results["dcdd"] = _paint(models, condition, _seeds(chosen, 1), chosen)
         for suffix, pixels in results.items():
             print(f"wrote {save_image(to_image(pixels[0]), chosen.out / f'{path.stem}-{suffix}.png')}")
 
@@ -162,15 +161,18 @@ def calibrate(chosen: argparse.Namespace) -> None:
 def inspect(chosen: argparse.Namespace) -> None:
     """The paper's Table 1 as text and its Figure 6 as a picture."""
     _check_png(chosen.out)
-    models = _load(chosen, with_sampler=not chosen.logits)
-    codebook = models.vq.codebook
     if chosen.logits:
+        idle = given(chosen, *OF_REAL, *HELD, *SAMPLING)
+        if idle:
+            raise ValueError(f"{idle} would do nothing: --logits are looked at as they were saved; leave it out")
+        codebook = _load(chosen, with_sampler=False).vq.codebook
         columns = {str(path): describe_logits(TokenLogits.load(path), codebook) for path in chosen.logits}
     else:
+        prompts, files = _calibration_material(chosen)
+        models = _load(chosen)
         calibration = models.decoder.card.calibration if models.decoder is not None else None
         if chosen.calibration is not None:
             calibration = Calibration.load(chosen.calibration)
-        prompts, files = _calibration_material(chosen)
         proxies = Proxies(models.vq, _pixels(models, files, chosen))
         columns = compared(models.sampler.name, _grids(models, prompts, chosen), proxies, calibration)
     print(statistics_table(columns))
@@ -182,6 +184,7 @@ def demo(chosen: argparse.Namespace) -> None:
     _check_png(chosen.out)
     clock = _Clock()
     models = load_pico(device=_device(chosen))
+    _check_painting(models, chosen)
     clock.lap("load the embedded models")
     prompts = list(chosen.prompt or DEMO_PROMPTS)
     _warn_of_unknown_words(models, prompts)
@@ -191,7 +194,7 @@ def demo(chosen: argparse.Namespace) -> None:
     by_vq = decode_tokens(models.vq, grid)
     clock.lap("VQ-VAE decode")
     condition = _condition(models, grid, chosen)
-    painted = _paint(models, condition, seeds, chosen.steps)
+    painted = _paint(models, condition, seeds, chosen)
     clock.lap(f"LCDM + DCDD, {chosen.steps or models.decoder.card.steps} steps")
     doubt = rearrange(1 - condition.uncertainty[..., 0], "b (h w) -> b h w", h=grid.grid[0])
     rows = [[vq, ours, heat_map(map_, (vq.shape[1], vq.shape[2]))] for vq, ours, map_ in zip(by_vq, painted, doubt)]
@@ -203,7 +206,7 @@ def demo(chosen: argparse.Namespace) -> None:
     pixels = torch.cat([scene_pixels(scene.image[None], models.vq.device) for scene in scenes])
     proxies = models.vq.encode(pixels)
     by_vq = decode_tokens(models.vq, proxies)
-    painted = _paint(models, _condition(models, proxies, chosen), _seeds(chosen, len(scenes)), chosen.steps)
+    painted = _paint(models, _condition(models, proxies, chosen), _seeds(chosen, len(scenes)), chosen)
     clock.lap(f"reconstruct {len(scenes)} held-out scenes by both decoders")
     scene_sheet = labelled_grid(
         list(zip(pixels, by_vq, painted)),
@@ -307,9 +310,9 @@ def _device(chosen: argparse.Namespace) -> torch.device:
 def _load(chosen: argparse.Namespace, *, with_sampler: bool = True) -> Models:
     device = _device(chosen)
     if chosen.janus is None:
-        given = [f"--{name.replace('_', '-')}" for name in (*_OF_REAL, *_HELD) if getattr(chosen, name)]
-        if given:
-            raise ValueError(f"{', '.join(given)} goes with --janus; without it the embedded models are used")
+        idle = given(chosen, *OF_REAL, *HELD)
+        if idle:
+            raise ValueError(f"{idle} goes with --janus; without it the embedded models are used")
         return load_pico(device=device, with_sampler=with_sampler)
     return load_models(
         janus=chosen.janus,
@@ -319,20 +322,22 @@ def _load(chosen: argparse.Namespace, *, with_sampler: bool = True) -> Models:
         device=device,
         dtype=getattr(torch, chosen.dtype or "float32"),
         with_sampler=with_sampler,
-        **{name: getattr(chosen, option) for option, name in _HELD.items()},
+        **{name: getattr(chosen, option) for option, name in HELD.items()},
     )
 
 
-def _refuse_without_decoder(models: Models, chosen: argparse.Namespace, *options: str) -> None:
-    given = [f"--{name}" for name in options if getattr(chosen, name) not in (None, False)]
-    if models.decoder is None and given:
-        raise ValueError(f"{', '.join(given)} would do nothing without a decoder: give --decoder and --vae as well")
+def _check_painting(models: Models, chosen: argparse.Namespace, *others: str) -> None:
+    """Before anything is sampled: that there is a decoder for what was asked of it, and a schedule."""
+    idle = given(chosen, *PAINTING, *others)
+    if models.decoder is None and idle:
+        raise ValueError(f"{idle} would do nothing without a decoder: give --decoder and --vae as well")
+    timesteps(1 if chosen.steps is None else chosen.steps, shift=chosen.shift or 0.0)
 
 
 def _decoders(models: Models, chosen: argparse.Namespace) -> Decoders:
-    _refuse_without_decoder(models, chosen, "steps", "calibration", "anchor", "reads")
+    _check_painting(models, chosen)
     card = _card(models, chosen) if models.decoder is not None else None
-    return Decoders(models=models, card=card, steps=chosen.steps)
+    return Decoders(models=models, card=card, steps=chosen.steps, shift=chosen.shift)
 
 
 def _run(chosen: argparse.Namespace, crew: Processes) -> Run:
@@ -407,9 +412,10 @@ def _guidance(models: Models, chosen: argparse.Namespace) -> float:
     return calibration.guidance if calibration is not None and calibration.guidance is not None else 5.0
 
 
-def _paint(models: Models, condition: Condition, seeds: Sequence[int], steps: int | None) -> torch.Tensor:
+def _paint(models: Models, condition: Condition, seeds: Sequence[int], chosen: argparse.Namespace) -> torch.Tensor:
     with _bar("decoder") as on_step:
-        return decode(models.decoder, models.vae, condition, seeds=seeds, steps=steps, on_step=on_step).pixels
+        options = {"steps": chosen.steps, "shift": chosen.shift, "on_step": on_step}
+        return decode(models.decoder, models.vae, condition, seeds=seeds, **options).pixels
 
 
 def _card(models: Models, chosen: argparse.Namespace) -> DecoderCard:
@@ -430,6 +436,8 @@ def _calibration_material(chosen: argparse.Namespace) -> tuple[list[str], list[P
     count, embedded = chosen.count, chosen.janus is None
     if count < 1:
         raise ValueError(f"--count must be at least 1, best 100; got {count}")
+    if chosen.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {chosen.batch}")
     if chosen.prompts is None and embedded:
         prompts = [facts.caption() for facts in scene_facts("calibration", count)]
     else:
@@ -472,8 +480,7 @@ def _read_image(path: Path, vq: VQTokenizer, side: int | None = None) -> torch.T
     if h * w > _MOST_TOKENS:
         raise ValueError(f"{path} would be {h} x {w} tokens, more than {_MOST_TOKENS}: shrink it with --side PIXELS")
     left, top = (image.width - w * f) // 2, (image.height - h * f) // 2
-    array = np.asarray(image.crop((left, top, left + w * f, top + h * f)))
-    return scene_pixels(array[None], vq.device)
+    return to_pixels(to_tensor(image.crop((left, top, left + w * f, top + h * f)))[None], vq.device)
 
 
 def _check_png(path: Path) -> None:
@@ -489,122 +496,7 @@ def _write(pictures: torch.Tensor, out: Path, suffix: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dcdd", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
-
-    models = argparse.ArgumentParser(add_help=False)
-    group = models.add_argument_group("models (the embedded ones without --janus)")
-    group.add_argument(
-        "--janus", type=Path, metavar="FOLDER", help="Janus or Janus-Pro, transformers' or DeepSeek's layout"
-    )
-    group.add_argument("--decoder", type=Path, metavar="BUNDLE", help="decoder bundle; without it, only the VQ path")
-    group.add_argument("--vae", type=Path, metavar="PATH", help="the decoder's autoencoder, file or folder")
-    group.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it, file or folder")
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
-    group.add_argument("--janus-int8", action="store_true", help="hold the language model's layers in 8 bits (torchao)")
-    group.add_argument("--decoder-8bit", action="store_true", help="hold the diffusion decoder's layers in 8 bits")
-    group.add_argument("--stream", action="store_true", help="keep the diffusion decoder in RAM, a block on the device")
-    group.add_argument("--compile", action="store_true", help="compile the diffusion decoder's blocks")
-
-    running = argparse.ArgumentParser(add_help=False)
-    running.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
-    running.add_argument("--seed", type=int, default=0, help="what the pictures' own seeds follow from (default: 0)")
-
-    sampling = argparse.ArgumentParser(add_help=False)
-    group = sampling.add_argument_group("sampling")
-    group.add_argument("--guidance", type=float, help="classifier-free guidance (default: the decoder's, or 5)")
-    group.add_argument("--temperature", type=float, default=1.0)
-    group.add_argument("--top-k", type=int)
-    group.add_argument("--top-p", type=float)
-
-    decoding = argparse.ArgumentParser(add_help=False)
-    decoding.add_argument("--steps", type=int, help="Euler steps of the decoder (default: the bundle's)")
-    decoding.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
-    decoding.add_argument("--anchor", type=float, metavar="BETA", help="read logits anchored by this much")
-    decoding.add_argument("--reads", choices=("logits", "anchored", "tokens"), help="what of the VLM to serve")
-
-    material = argparse.ArgumentParser(add_help=False)
-    material.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON (default: 300 that come with this)"
-    )
-    material.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="pictures for the proxies, in sub-folders or not"
-    )
-    material.add_argument("--count", type=int, default=100, help="how many of each at most (default: 100)")
-    material.add_argument("--batch", type=int, default=8, help="prompts sampled at once (default: 8)")
-
-    measuring = argparse.ArgumentParser(add_help=False)
-    measuring.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of results, and to go on from")
-    measuring.add_argument("--by-category", action="store_true", help="by sub-folder as well, as in MJHQ-30K")
-    measuring.add_argument("--limit", type=int, help="only the first, of each category with --by-category")
-    measuring.add_argument("--batch", type=int, default=16, help="pictures at once (default: 16)")
-    measuring.add_argument(
-        "--inception", type=Path, metavar="FILE", help="weights of the FID's network (default: pico's scene reader)"
-    )
-    measuring.add_argument(
-        "--statistics",
-        type=Path,
-        metavar="FILE",
-        help="of the real pictures: read if it exists, else written from those that were measured",
-    )
-
-    def add(run, *parents, help: str, to=commands) -> argparse.ArgumentParser:
-        command = to.add_parser(run.__name__, parents=[running, *parents], help=help, description=run.__doc__)
-        command.set_defaults(run=run)
-        return command
-
-    command = add(generate, models, sampling, decoding, help="prompts to pictures")
-    command.add_argument("prompt", nargs="+")
-    command.add_argument("--out", type=Path, default=Path("out/generated.png"))
-    command.add_argument("--compare", action="store_true", help="write the VQ-VAE's picture as well")
-    command.add_argument("--logits", type=Path, metavar="FILE", help="keep the token logits")
-
-    command = add(reconstruct, models, decoding, help="pictures through the tokenizer and back")
-    command.add_argument("image", nargs="+", type=Path)
-    command.add_argument(
-        "--side", type=int, metavar="PIXELS", help="shrink pictures whose longer side is more than this"
-    )
-    command.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER")
-
-    command = add(calibrate, models, sampling, material, help="fit a calibration to a VLM")
-    command.add_argument("--out", type=Path, default=Path("out/calibration.safetensors"))
-    command.add_argument("--fit-anchor", action="store_true", help="fit the anchor too (beyond the paper)")
-    command.add_argument(
-        "--samples",
-        type=Path,
-        metavar="FOLDER",
-        help="what the VLM samples, kept to go on from: 38 MB a picture of Janus-Pro (default: beside --out)",
-    )
-
-    command = add(inspect, models, sampling, material, help="Table 1 and Figure 6 for a VLM")
-    command.add_argument("--logits", nargs="+", type=Path, metavar="FILE", help="saved token logits to look at instead")
-    command.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
-    command.add_argument("--out", type=Path, default=Path("out/top-30.png"))
-    command.set_defaults(count=25)
-
-    what = commands.add_parser(
-        "evaluate",
-        help="both decoders in numbers: tables, plots, GenEval's folders",
-        description="Both decoders in numbers.",
-    ).add_subparsers(required=True, metavar="what")
-    command = add(reconstruction, models, decoding, measuring, help="rFID, SSIM, PSNR and LPIPS of a folder", to=what)
-    command.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="pictures, in sub-folders or not")
-    command.add_argument("--size", type=int, metavar="PIXELS", help="of the squares (default: the VLM's own pictures')")
-    command.add_argument("--lpips", type=Path, metavar="FILE", help="weights of LPIPS' backbone")
-    command.add_argument("--keep-pictures", action="store_true", help="write the decoded pictures as well")
-    command = add(text, models, sampling, decoding, measuring, help="gFID of a file of prompts, GenEval", to=what)
-    command.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="MJHQ-30K's meta_data.json, JSON lines, or a prompt a line"
-    )
-    command.add_argument("--references", type=Path, metavar="FOLDER", help="the pictures to be like")
-    command.add_argument(
-        "--geneval", type=Path, metavar="FILE", help="evaluation_metadata.jsonl: four pictures of each of its prompts"
-    )
-
-    command = add(demo, sampling, decoding, help="both decoders side by side on one sheet")
-    command.add_argument("prompt", nargs="*", help="in place of the four built-in sentences")
-    command.add_argument("--out", type=Path, default=Path("out/demo.png"))
-    return parser
+    return command_parser(__doc__, generate, reconstruct, calibrate, inspect, reconstruction, text, demo)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from safetensors.torch import save_file
 from .files import whole_file
 
 Source = Literal["vlm", "proxy"]
+#: What to do about a number of a calibration, and about a condition of wrong shapes.
+_CALIBRATED = "give one that is, or calibrate again"
+_MAPPED = "`method.lcdm.map_logits` makes both"
 _GRID_FIELDS = ("grid", "source", "guidance", "temperature", "model", "codebook", "calibrated")
 
 
@@ -54,7 +57,10 @@ class Codebook:
         # The largest number first: squares of very small or large ones leave float32's range.
         largest = v.abs().amax(dim=1, keepdim=True)
         if bool((largest == 0).any()):
-            raise ValueError(f"{int((largest == 0).sum())} rows of the codebook are zero and cannot be normalised")
+            raise ValueError(
+                f"{int((largest == 0).sum())} rows of the codebook are zero and cannot be normalised: "
+                "take the codebook of a trained tokenizer"
+            )
         # Rows that already have unit length keep their bits, so that saving and loading is exact.
         unit = bool((v.norm(dim=1) - 1).abs().max() < 1e-6)
         object.__setattr__(self, "vectors", v.clone() if unit else F.normalize(v / largest, dim=1))
@@ -80,13 +86,24 @@ class Codebook:
         return f"{self.size}x{self.dim}:" + ",".join(f"{s:+.3f}" for s in sums)
 
     def to(self, device: torch.device | str) -> Codebook:
+        """The same on another device."""
         return Codebook(self.vectors.to(device))
 
     def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         _save(path, "codebook", {"vectors": self.vectors}, {})
 
     @classmethod
     def load(cls, path: str | Path) -> Codebook:
+        """What `save` wrote, on the CPU.
+
+        Raises:
+            ValueError: naming a file that is absent, damaged or of another kind.
+        """
         tensors, _ = _load(path, "codebook", ("vectors",), ())
         return cls(tensors["vectors"])
 
@@ -170,13 +187,23 @@ class TokenLogits:
         return replace(parts[0], logits=logits, tokens=tokens)
 
     def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         meta = {name: getattr(self, name) for name in _GRID_FIELDS}
         _save(path, "token logits", {"logits": self.logits, "tokens": self.tokens}, meta)
 
     @classmethod
     def load(cls, path: str | Path) -> TokenLogits:
+        """What `save` wrote, on the CPU.
+
+        Raises:
+            ValueError: naming a file that is absent, damaged or of another kind.
+        """
         tensors, meta = _load(path, "token logits", ("logits", "tokens"), _GRID_FIELDS)
-        return cls(**tensors, **{**meta, "grid": tuple(meta["grid"])})
+        return cls(**tensors, **meta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,16 +229,17 @@ class Condition:
     def __post_init__(self):
         c, u = self.code_vectors, self.uncertainty
         if not isinstance(c, torch.Tensor) or c.ndim != 3 or not c.is_floating_point():
-            raise ValueError(f"code vectors must be a floating-point tensor [B, N, D], got {_describe(c)}")
+            raise ValueError(f"code vectors must be a floating-point tensor [B, N, D], got {_describe(c)}: {_MAPPED}")
         if not isinstance(u, torch.Tensor) or u.shape != (*c.shape[:2], 4) or not u.is_floating_point():
-            raise ValueError(f"uncertainty must be floating point {[*c.shape[:2], 4]}, got {_describe(u)}")
+            raise ValueError(f"uncertainty must be floating point {[*c.shape[:2], 4]}, got {_describe(u)}: {_MAPPED}")
         object.__setattr__(self, "grid", _check_grid(self.grid, c.shape[1]))
         if c.shape[0] < 1:
-            raise ValueError(f"a condition needs a batch of at least 1, got {_describe(c)}")
+            raise ValueError(f"a condition needs a batch of at least 1, got {_describe(c)}: {_MAPPED}")
         if not bool(torch.isfinite(c).all()) or not bool(torch.isfinite(u).all()):
             raise ValueError("the condition holds NaN or infinity: map its logits again")
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
+        """The same on another device, and where a dtype is given in it."""
         return replace(
             self, code_vectors=self.code_vectors.to(device, dtype), uncertainty=self.uncertainty.to(device, dtype)
         )
@@ -221,18 +249,36 @@ class Condition:
         return replace(self, code_vectors=self.code_vectors[first:last], uncertainty=self.uncertainty[first:last])
 
     def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         tensors = {"code_vectors": self.code_vectors, "uncertainty": self.uncertainty}
         _save(path, "condition", tensors, {"grid": self.grid, "codebook": self.codebook})
 
     @classmethod
     def load(cls, path: str | Path) -> Condition:
+        """What `save` wrote, on the CPU.
+
+        Raises:
+            ValueError: naming a file that is absent, damaged or of another kind.
+        """
         tensors, meta = _load(path, "condition", ("code_vectors", "uncertainty"), ("grid", "codebook"))
-        return cls(**tensors, **{**meta, "grid": tuple(meta["grid"])})
+        return cls(**tensors, **meta)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationStatistics:
-    """The four numbers that calibration matches (Eq. 12), over all tokens; each in 0..1."""
+    """The four numbers that calibration matches (Eq. 12), over all tokens; each in 0..1.
+
+    Attributes:
+        mean_entropy, entropy_95: of the normalised entropy, the mean and the 95th percentile.
+        mean_confidence, confidence_95: of the top-1 probability.
+
+    Raises:
+        ValueError: for a number that is not in 0..1.
+    """
 
     mean_entropy: float
     entropy_95: float
@@ -242,7 +288,7 @@ class CalibrationStatistics:
     def __post_init__(self):
         for name, value in asdict(self).items():
             if not (isinstance(value, (int, float)) and -1e-6 <= value <= 1 + 1e-6):
-                raise ValueError(f"{name} must lie in 0..1, got {value!r}")
+                raise ValueError(f"{name} must lie in 0..1, got {value!r}: measure it again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +326,7 @@ class Calibration:
     def __post_init__(self):
         for name in ("scale", "affine_scale", "affine_bias", "smoothing", "anchor"):
             if not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"calibration {name} must be a number, got {getattr(self, name)!r}")
+                raise ValueError(f"calibration {name} must be a number, got {getattr(self, name)!r}: {_CALIBRATED}")
         checks = {
             "scale": (self.scale, 0 < self.scale < math.inf, "a positive number"),
             "affine_scale": (self.affine_scale, 0 < self.affine_scale < math.inf, "a positive number"),
@@ -290,7 +336,7 @@ class Calibration:
         }
         for name, (value, fits, expected) in checks.items():
             if not fits:
-                raise ValueError(f"calibration {name} must be {expected}, got {value!r}")
+                raise ValueError(f"calibration {name} must be {expected}, got {value!r}: {_CALIBRATED}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` takes them back."""
@@ -309,16 +355,28 @@ class Calibration:
         for name in ("target", "achieved"):
             if values.get(name) is not None:
                 expected = set(CalibrationStatistics.__dataclass_fields__)
-                if set(values[name]) != expected:
-                    raise ValueError(f"calibration {name} must hold {sorted(expected)}, got {sorted(values[name])}")
+                if not isinstance(values[name], dict) or set(values[name]) != expected:
+                    raise ValueError(
+                        f"calibration {name} must hold {sorted(expected)}, got {values[name]!r}: calibrate again"
+                    )
                 values[name] = CalibrationStatistics(**values[name])
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         _save(path, "calibration", {}, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
+        """What `save` wrote, on the CPU.
+
+        Raises:
+            ValueError: naming a file that is absent, damaged or of another kind.
+        """
         return cls.from_dict(_load(path, "calibration", (), tuple(cls.__dataclass_fields__))[1])
 
 
@@ -365,6 +423,8 @@ def _load(
         meta = json.loads(header.get("dcdd", "{}"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: its description is no JSON ({error}); make it again") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path} is damaged: its description is {meta!r}, no object; make it again")
     if set(meta) != set(fields):
         raise ValueError(
             f"{path} describes its {kind} by {sorted(meta)}, expected {sorted(fields)}: it was written by another "

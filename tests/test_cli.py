@@ -10,10 +10,13 @@ from PIL import Image
 from dcdd_core import cli
 from dcdd_core.cli import main
 from dcdd_core.evaluation.calibrate import PROMPTS
+from dcdd_core.method.flow import resolution_shift
 from dcdd_core.models.flux import DistributionConditionedDecoder
 from dcdd_core.models.janus_step import TokenLoop
+from dcdd_core.pico.data import scene_pixels
 from dcdd_core.pico.scenes import render_scene
 from dcdd_core.pipelines import models as pipelines_models
+from dcdd_core.pipelines.pictures import to_pixels, to_tensor
 from dcdd_core.types import Calibration, TokenLogits
 from tests.tiny import random_pico, save_janus
 
@@ -62,6 +65,17 @@ def test_the_same_seed_gives_the_same_file_and_another_does_not(tmp_path):
     assert a == b != c
 
 
+def test_the_shift_is_the_decoder_s_own_or_the_one_asked_for(tmp_path):
+    Image.fromarray(render_scene("test", 0).image).save(tmp_path / "a.png")
+
+    def painted(*asked):
+        assert main(["reconstruct", str(tmp_path / "a.png"), "--steps", "2", "--out", str(tmp_path), *asked]) == 0
+        return (tmp_path / "a-dcdd.png").read_bytes()
+
+    own, even = painted(), painted("--shift", "0")
+    assert own == painted("--shift", str(resolution_shift(12 * 12))) != even
+
+
 def test_unknown_words_are_named(tmp_path, capsys):
     main(["generate", "a red unicorn in the centre", "--steps", "1", "--out", str(tmp_path / "a.png")])
     assert "does not know unicorn" in capsys.readouterr().err
@@ -71,6 +85,11 @@ def test_reconstruct_takes_any_size_from_a_token_up(tmp_path):
     Image.fromarray(render_scene("test", 0, size=70).image).save(tmp_path / "a.png")
     assert main(["reconstruct", str(tmp_path / "a.png"), "--steps", "1", "--out", str(tmp_path / "out")]) == 0
     assert size(tmp_path / "out" / "a-vq.png") == size(tmp_path / "out" / "a-dcdd.png") == (64, 64)
+
+
+def test_a_photograph_becomes_the_pixels_that_a_scene_does():
+    image = render_scene("test", 0).image
+    assert torch.equal(to_pixels(to_tensor(Image.fromarray(image))[None], "cpu"), scene_pixels(image[None]))
 
 
 def test_calibrate_writes_what_generate_reads(tmp_path, capsys):
@@ -124,6 +143,22 @@ def test_inspect_prints_table_1_and_draws_figure_6(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(words in printed for words in ("raw proxies", "calibrated proxies", "Otsu rank", "tail entropy"))
     assert size(out)[0] > 500
+
+
+def test_calibrate_measures_a_hundred_and_inspect_twenty_five(capsys):
+    for command, count in (("calibrate", 100), ("inspect", 25), ("calibrate", 100)):
+        assert cli._parser().parse_args([command]).count == count
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"at most (default: {count})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_looks_at_saved_logits(tmp_path, capsys):
+    logits, out = str(tmp_path / "l.safetensors"), str(tmp_path / "a.png")
+    assert main(["generate", PROMPT, "--steps", "1", "--out", out, "--logits", logits]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "--logits", logits, "--out", out]) == 0
+    assert logits in capsys.readouterr().out and size(out)[0] > 500
 
 
 def test_demo_makes_one_sheet(tmp_path, capsys):
@@ -189,6 +224,8 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["generate", "   "], "blank"),
         (["generate", PROMPT, "--temperature", "-1"], "temperature"),
         (["generate", PROMPT, "--steps", "0"], "steps"),
+        (["generate", PROMPT, "--shift", "nan"], "shift must be a number"),
+        (["demo", "--shift", "inf"], "shift must be a number"),
         (["generate", PROMPT, "--decoder", "x"], "--janus"),
         (["generate", PROMPT, "--out", "a.jpg"], ".png"),
         (["generate", PROMPT, "--anchor", "1", "--reads", "tokens"], "exclude"),
@@ -200,6 +237,9 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["calibrate", "--prompts", "/nowhere.txt"], "nowhere.txt"),
         (["calibrate", "--count", "0"], "--count must be at least 1"),
         (["calibrate", "--batch", "0"], "--batch must be at least 1"),
+        (["inspect", "--batch", "0"], "--batch must be at least 1"),
+        (["inspect", "--logits", "l", "--images", "i", "--top-k", "5"], "--images, --top-k would do nothing: --logits"),
+        (["inspect", "--logits", "l", "--calibration", "c", "--seed", "1"], "--calibration, --seed would do nothing"),
         (["evaluate", "reconstruction", "--images", "/nowhere", "--out", "o"], "/nowhere is not a folder"),
         (["evaluate", "reconstruction", "--images", ".", "--out", "o"], "holds no pictures"),
         (
@@ -261,7 +301,8 @@ def test_what_does_not_fit_at_once_is_made_in_turn(monkeypatch, tmp_path, capsys
 def test_missing_weights_are_explained(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pipelines_models, "PICO_WEIGHTS", tmp_path / "none")
     assert main(["demo", "--out", str(tmp_path / "a.png")]) == 1
-    assert "make pico" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "install the pack again" in error and "git checkout -- dcdd_core/pico/weights" in error
 
 
 def test_a_wrong_option_exits_2():
@@ -278,11 +319,13 @@ def test_an_interrupt_exits_130(monkeypatch, tmp_path):
     assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 130
 
 
-def test_a_folder_of_one_s_own_works_without_a_decoder(tmp_path):
+def test_a_folder_of_one_s_own_works_without_a_decoder(tmp_path, capsys):
     folder = save_janus(tmp_path / "janus")
     assert main(["generate", "a red circle", "--janus", str(folder), "--out", str(tmp_path / "a.png")]) == 0
     assert size(tmp_path / "a.png") == (16, 16)
-    assert main(["generate", "a red circle", "--janus", str(folder), "--steps", "3"]) == 1
+    for nothing in ("--steps", "--shift", "--anchor"):
+        assert main(["generate", "a red circle", "--janus", str(folder), nothing, "0"]) == 1
+        assert f"{nothing} would do nothing without a decoder" in capsys.readouterr().err
 
 
 def test_how_models_are_held_reaches_their_loaders(tmp_path, monkeypatch, capsys):

@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "dcdd_core.files": (),
     "dcdd_core.types": ("dcdd_core.files",),
     "dcdd_core.method": ("dcdd_core.types",),
-    "dcdd_core.models": MODELS,
+    "dcdd_core.models": ("dcdd_core.method", "dcdd_core.types", "dcdd_core.files"),
     "dcdd_core.pipelines": MODELS,
     "dcdd_core.training": ("dcdd_core.pipelines", *MODELS),
     "dcdd_core.pico.scenes": (),
@@ -42,6 +42,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "dcdd_core.pico.weights": ("dcdd_core.pico.reader", "dcdd_core.pipelines", *MODELS),
     "dcdd_core.evaluation": (*PICO, "dcdd_core.pipelines", *MODELS),
     "dcdd_core.pico": (*PICO, "dcdd_core.evaluation", "dcdd_core.training", "dcdd_core.pipelines", *MODELS),
+    "dcdd_core.options": (),
     "dcdd_core.cli": ("dcdd_core",),  # all of it
     "dcdd_core": ("dcdd_core.types",),
     "nodes": (
@@ -58,6 +59,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
 COMFY = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "nodes", "server"}
 UNSAFE_MODULES = {"dill", "joblib", "marshal", "pickle", "pip", "subprocess"}
 UNSAFE_CALLS = {"__import__", "eval", "exec", "os.popen", "os.system"}
+# Rooms in which every public name has a docstring.
+DOCUMENTED = (
+    "dcdd_core.types",
+    "dcdd_core.files",
+    "dcdd_core.method",
+    "dcdd_core.models",
+    "dcdd_core.pipelines",
+    "dcdd_core.evaluation",
+    "dcdd_core.options",
+)
 GLOBAL_SEEDS = {
     "np.random.seed",
     "numpy.random.seed",
@@ -182,6 +193,31 @@ def test_nothing_unsafe_is_imported_or_called():
             }
             wrong += [f"{path}:{call.lineno}: {what}" for what, found in unsafe.items() if found]
     assert not wrong, "\n".join(wrong)
+
+
+def test_what_is_public_says_what_it_is():
+    wrong = [
+        f"{MODULES[module]}:{node.lineno}: {node.name}"
+        for module in MODULES
+        if any(within(module, room) for room in DOCUMENTED)
+        for node in public(TREES[module])
+        if ast.get_docstring(node) is None and not is_bare(node)
+    ]
+    assert not wrong, "\n".join(["these have no docstring:", *wrong])
+
+
+def public(tree: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """The public classes and functions of a module with their public methods; what is inside of a function is not."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node)
+
+
+def is_bare(node: ast.FunctionDef | ast.ClassDef) -> bool:
+    """Whether this is a protocol's method, whose body is `...` alone."""
+    return isinstance(node, ast.FunctionDef) and [ast.unparse(part) for part in node.body] == ["..."]
 
 
 def is_true(node: ast.expr | None) -> bool:

@@ -113,8 +113,8 @@ def test_token_logits_allow_barred_codes():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"code_vectors": rand(6, 3)}, r"\[B, N, D\]"),
-        ({"uncertainty": rand(2, 6, 3)}, r"\[2, 6, 4\]"),
+        ({"code_vectors": rand(6, 3)}, r"\[B, N, D\].*map_logits"),
+        ({"uncertainty": rand(2, 6, 3)}, r"\[2, 6, 4\].*map_logits"),
         ({"uncertainty": torch.full((2, 6, 4), torch.nan)}, "NaN"),
         ({"code_vectors": torch.full((2, 6, 3), -torch.inf)}, "infinity"),
         ({"grid": (2, 2)}, "does not hold 6"),
@@ -135,7 +135,7 @@ def test_condition_refuses(changes, says):
         ({"affine_bias": float("nan")}, "affine_bias"),
         ({"smoothing": 1.0}, "smoothing"),
         ({"smoothing": -0.1}, "smoothing"),
-        ({"anchor": -1.0}, "anchor"),
+        ({"anchor": -1.0}, "anchor.*calibrate again"),
     ],
 )
 def test_calibration_refuses(changes, says):
@@ -156,6 +156,7 @@ def test_statistics_lie_between_0_and_1(value):
         {"scale": 1.0, "bias": 0.0},
         {"scale": 1.0, "target": {"mean_entropy": 0.5}},
         {"scale": 1.0, "target": {"x": 1}},
+        {"scale": 1.0, "target": 5},
     ],
 )
 def test_calibration_from_a_dict_of_other_names(values):
@@ -220,11 +221,26 @@ def test_loading_says_what_it_found(tmp_path):
     with pytest.raises(ValueError, match="no known kind.*expected a codebook"):
         Codebook.load(path)
     save_file({"vectors": rand(3, 2)}, path, metadata={"format": "dcdd", "kind": "codebook", "dcdd": "{"})
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="damaged.*no JSON"):
         Codebook.load(path)
+    for description in ("5", "null", "[]", '"vectors"'):
+        save_file({"vectors": rand(3, 2)}, path, metadata={"format": "dcdd", "kind": "codebook", "dcdd": description})
+        with pytest.raises(ValueError, match="damaged.*no object; make it again"):
+            Codebook.load(path)
     CALIBRATION.save(path)
     with pytest.raises(ValueError, match="holds calibration.*expected a codebook"):
         Codebook.load(path)
+
+
+def test_a_grid_in_a_file_is_checked(tmp_path):
+    thing = condition()
+    thing.save(tmp_path / "it.safetensors")
+    assert Condition.load(tmp_path / "it.safetensors").grid == (2, 3)
+    tensors = {"code_vectors": thing.code_vectors, "uncertainty": thing.uncertainty}
+    header = {"format": "dcdd", "kind": "condition", "dcdd": '{"grid": 5, "codebook": null}'}
+    save_file(tensors, tmp_path / "it.safetensors", metadata=header)
+    with pytest.raises(ValueError, match="two whole numbers"):
+        Condition.load(tmp_path / "it.safetensors")
 
 
 def test_a_condition_moves_as_a_whole():

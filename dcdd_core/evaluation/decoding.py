@@ -20,7 +20,7 @@ from ..types import TokenLogits
 PATHS = {"vq": "VQ-VAE decode", "dcdd": "DCDD decode"}
 
 #: What painting reads of a card besides.
-_OF_CARD = ("shift", "guidance", "resolution", "pixels_per_token", "vae_factor", "vae_shift", "vae_scale")
+_OF_CARD = ("guidance", "resolution", "pixels_per_token", "vae_factor", "vae_shift", "vae_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,13 @@ class Decoders:
         models: with a tokenizer, and for the path "dcdd" a decoder and its autoencoder.
         card: the decoder's, as served; None without a decoder.
         steps: of the decoder; the bundle's own number by default.
+        shift: mu of their time shift; the bundle's own by default.
     """
 
     models: Models
     card: DecoderCard | None = None
     steps: int | None = None
+    shift: float | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -54,7 +56,8 @@ class Decoders:
         painted = {"vq": decode_tokens(models.vq, token_logits)}
         if self.card is not None:
             condition = condition_for(self.card, token_logits, models.vq.codebook)
-            painted["dcdd"] = decode(models.decoder, models.vae, condition, seeds=seeds, steps=self.steps).pixels
+            options = {"seeds": seeds, "steps": self.steps, "shift": self.shift}
+            painted["dcdd"] = decode(models.decoder, models.vae, condition, **options).pixels
         return painted
 
     def settings(self) -> dict[str, Any]:
@@ -72,6 +75,7 @@ class Decoders:
                 "reads": card.reads,
                 "calibration": calibration and {name: getattr(calibration, name) for name in served},
                 "steps": card.steps if self.steps is None else self.steps,
+                "shift": models.decoder.card.shift if self.shift is None else self.shift,
                 **{name: getattr(models.decoder.card, name) for name in _OF_CARD},
             }
         return settings

@@ -56,6 +56,7 @@ class Run:
         return known
 
     def measurements(self, fingerprint: str, what: str, names: Sequence[str]) -> Measurements:
+        """Those kept of one kind, of the networks of this fingerprint."""
         return Measurements(self.out / "measured" / fingerprint / what, names)
 
 

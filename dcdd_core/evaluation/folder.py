@@ -22,6 +22,8 @@ OVERALL = "overall"
 
 
 class Categorised(Protocol):
+    """What may belong to a category: a picture or a prompt."""
+
     @property
     def category(self) -> str: ...
 

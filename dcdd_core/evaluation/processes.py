@@ -36,6 +36,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
+        """Whether this is the one that reports and writes what is written once."""
         return self.index == 0
 
     def batches(self, work: Sequence[T], batch: int, *, done: Callable[[T], bool], label: str) -> Iterator[Sequence[T]]:

@@ -19,7 +19,11 @@ Time = torch.Tensor | float
 
 
 def interpolate(clean: torch.Tensor, noise: torch.Tensor, time: Time) -> torch.Tensor:
-    """z_t = (1 - t) z0 + t n (Eq. 18); t is one number or [B]."""
+    """z_t = (1 - t) z0 + t n (Eq. 18); t is one number or [B].
+
+    Raises:
+        ValueError: for times that are neither.
+    """
     t = _over(time, clean)
     return ((1 - t) * clean + t * noise).to(clean.dtype)
 
@@ -30,12 +34,20 @@ def velocity(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def recover_clean(noised: torch.Tensor, velocity: torch.Tensor, time: Time) -> torch.Tensor:
-    """z0 = z_t - t v; t is one number or [B]."""
+    """z0 = z_t - t v; t is one number or [B].
+
+    Raises:
+        ValueError: for times that are neither.
+    """
     return (noised - _over(time, noised) * velocity).to(noised.dtype)
 
 
 def euler_step(noised: torch.Tensor, velocity: torch.Tensor, time: Time, next_time: Time) -> torch.Tensor:
-    """z_t' = z_t + (t' - t) v, from t to t' < t; each one number or [B]."""
+    """z_t' = z_t + (t' - t) v, from t to t' < t; each one number or [B].
+
+    Raises:
+        ValueError: for times that are neither.
+    """
     return (noised + (_over(next_time, noised) - _over(time, noised)) * velocity).to(noised.dtype)
 
 
@@ -63,10 +75,12 @@ def timesteps(steps: int, *, shift: float) -> torch.Tensor:
         shift: mu, such as `resolution_shift` gives; 0 is a uniform schedule.
 
     Raises:
-        ValueError: for steps < 1.
+        ValueError: for steps < 1, and a shift outside -100..100.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps!r}")
+    if not -100 <= shift <= 100:
+        raise ValueError(f"shift must be a number in -100..100, got {shift!r}; 0 is an even schedule")
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
 
 
@@ -75,14 +89,11 @@ def sample_times(
     *,
     generator: torch.Generator,
     density: str = "logit_normal",
-    mean: float = 0.0,
-    std: float = 1.0,
-    mode_scale: float = 1.29,
     shift: float = 0.0,
 ) -> torch.Tensor:
     """Times to train at, [count] float32 in 0..1: one of diffusers' densities, then shifted by mu = `shift`.
 
-    Drawn from, and on the device of, `generator`.
+    The densities' parameters are the defaults of diffusers' own trainings. Drawn from `generator`, on its device.
 
     Raises:
         ValueError: for an unknown density.
@@ -93,7 +104,13 @@ def sample_times(
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
     time = compute_density_for_timestep_sampling(
-        density, count, mean, std, mode_scale, device=generator.device, generator=generator
+        density,
+        count,
+        logit_mean=0.0,
+        logit_std=1.0,
+        mode_scale=1.29,
+        device=generator.device,
+        generator=generator,
     )
     return shift_time(time, shift)
 

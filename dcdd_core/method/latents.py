@@ -24,7 +24,7 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     """[B, C, h, w] -> tokens [B, N, 4 C], channels in diffusers' order (c, row, column of the 2x2 patch).
 
     Raises:
-        ValueError: for an odd side.
+        ValueError: for another shape, or an odd side.
     """
     if latents.ndim != 4:
         raise ValueError(f"expected latents [B, C, h, w], got {list(latents.shape)}")
@@ -67,7 +67,7 @@ def pack_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
         factor: f, 8 for FLUX's VAE.
 
     Raises:
-        ValueError: unless H and W are multiples of 2 f.
+        ValueError: for another shape, and unless H and W are multiples of 2 f.
     """
     if mask.ndim != 4 or mask.shape[1] != 1:
         raise ValueError(f"expected a mask [B, 1, H, W], got {list(mask.shape)}")

@@ -117,30 +117,14 @@ def gumbel_noise_grid(seeds: Sequence[int], positions: Sequence[int], codes: int
     return torch.stack([torch.stack([gumbel_noise(s, p, codes) for p in positions]) for s in seeds])
 
 
-def draw(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Gumbel-max: argmax(l + g), tokens [...] int64 on the logits' device.
+def gumbel_max(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """max(l + g) float32 and argmax(l + g) int64 over [..., K], unchecked and without waiting for the device.
+
+    The maximum is finite unless logits hold NaN or +inf, or bar every code.
 
     Args:
         logits: [..., K], after temperature and filters.
-        noise: [..., K] of the same shape, any device.
-
-    Raises:
-        ValueError: for different shapes, or logits with NaN, +inf or all codes barred.
-    """
-    if logits.shape != noise.shape:
-        raise ValueError(
-            f"noise {list(noise.shape)} must have the shape of the logits {list(logits.shape)}: one row each"
-        )
-    best, tokens = gumbel_max(logits, noise.to(logits.device))
-    if not bool(torch.isfinite(best).all()):
-        raise ValueError(f"{NOT_FINITE}: compute head and guidance in float32")
-    return tokens
-
-
-def gumbel_max(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """max(l + g) and argmax(l + g) over [..., K], unchecked and without waiting for the device.
-
-    The maximum is finite unless logits hold NaN or +inf, or bar every code.
+        noise: [..., K] of the same shape, on the same device.
     """
     return (logits.float() + noise).max(-1)
 

@@ -55,6 +55,9 @@ class DecoderCard:
         shift: default mu of the time shift (`method.flow.shift_time`); None for FLUX's, by resolution.
         guidance: value of the distilled guidance embedding, where the base has one; served as trained.
         licence: of the weights.
+
+    Raises:
+        ValueError: for an unknown variant or reading, and for numbers out of range.
     """
 
     base: str

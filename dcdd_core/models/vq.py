@@ -75,10 +75,12 @@ class VQTokenizer:
 
     @property
     def device(self) -> torch.device:
+        """Of the network."""
         return self.model.post_quant_conv.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the network; features and pixels are float32."""
         return self.model.post_quant_conv.weight.dtype
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
@@ -97,7 +99,11 @@ class VQTokenizer:
 
     @torch.no_grad()
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Image-token features, before quantisation (Eq. 9): pixels [B, 3, H, W] in -1..1 -> [B, N, D] float32."""
+        """Image-token features, before quantisation (Eq. 9): pixels [B, 3, H, W] in -1..1 -> [B, N, D] float32.
+
+        Raises:
+            ValueError: for another shape, and a side that is no multiple of the factor.
+        """
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"pixels must be [B, 3, H, W] in -1..1, got {list(pixels.shape)}")
         self.grid_of(*pixels.shape[2:])
@@ -105,11 +111,19 @@ class VQTokenizer:
         return rearrange(hidden.float(), "b d h w -> b (h w) d")
 
     def tokens(self, features: torch.Tensor) -> torch.Tensor:
-        """Nearest codes by cosine: features [B, N, D] -> [B, N] int64."""
+        """Nearest codes by cosine: features [B, N, D] -> [B, N] int64.
+
+        Raises:
+            ValueError: for features of another dimension than the codes.
+        """
         return proxy_logits(features, self.codebook).argmax(dim=-1)
 
     def encode(self, pixels: torch.Tensor) -> TokenLogits:
-        """Proxy logits (Eqs. 9-10) and tokens of pictures [B, 3, H, W] in -1..1, any multiple of the factor in size."""
+        """Proxy logits (Eqs. 9-10) and tokens of pictures [B, 3, H, W] in -1..1, any multiple of the factor in size.
+
+        Raises:
+            ValueError: as `features`.
+        """
         features = self.features(pixels)
         logits = proxy_logits(features, self.codebook)
         return TokenLogits(
@@ -123,7 +137,11 @@ class VQTokenizer:
 
     @torch.no_grad()
     def decode_vectors(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Code vectors [B, N, D], codes or any mixture of them, on an (h, w) grid -> pixels [B, 3, H, W] in -1..1."""
+        """Code vectors [B, N, D], codes or any mixture of them, on an (h, w) grid -> pixels [B, 3, H, W] in -1..1.
+
+        Raises:
+            ValueError: for a shape that is not the grid's or not the codebook's.
+        """
         h, w = grid
         if vectors.ndim != 3 or vectors.shape[1] != h * w or vectors.shape[2] != self.codebook.dim:
             raise ValueError(

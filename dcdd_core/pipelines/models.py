@@ -57,7 +57,10 @@ def load_pico(
     """
     weights = weights or PICO_WEIGHTS
     if not weights.is_dir():
-        raise ValueError(f"the embedded models are not at {weights}: `make pico` trains them (hours on a CPU)")
+        raise ValueError(
+            f"the embedded models are not at {weights}: install the pack again, or in a git clone "
+            "`git checkout -- dcdd_core/pico/weights`"
+        )
     models = load_models(
         janus=weights / "janus",
         decoder=weights / "decoder.safetensors",

@@ -47,7 +47,12 @@ def square(image: PIL.Image.Image, side: int) -> torch.Tensor:
     edge = min(width, height)
     left, top = (width - edge) // 2, (height - edge) // 2
     resized = image.resize((side, side), PIL.Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge))
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+    return to_tensor(resized)
+
+
+def to_tensor(image: PIL.Image.Image) -> torch.Tensor:
+    """An RGB picture as it is, uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def to_pixels(images: torch.Tensor, device: torch.device | str) -> torch.Tensor:

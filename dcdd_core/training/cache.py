@@ -159,6 +159,7 @@ class EncodingCache:
 
     @cached_property
     def fingerprint(self) -> str:
+        """Of the shards' checksums."""
         return hashlib.sha256(json.dumps([shard["sha256"] for shard in self._shards]).encode()).hexdigest()[:16]
 
     @cached_property
@@ -229,6 +230,11 @@ class EncodingCache:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a cache says of itself.
+
+    Raises:
+        ValueError: for a folder without a cache, and for a manifest that is damaged or of another format.
+    """
     path = folder / "manifest.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no cache of encodings (no manifest.json): write one into it first")
@@ -245,6 +251,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
+    """A file's checksum in hexadecimal digits, read a piece at a time.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
     found = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -68,6 +68,7 @@ class Workpiece(nn.Module):
         self.precision = precision
 
     def forward(self, work: Callable[[DistributionConditionedDecoder], Any]) -> Any:
+        """What `work` gives of the decoder."""
         with self.precision():
             return work(self.decoder)
 

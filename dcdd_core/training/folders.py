@@ -40,6 +40,7 @@ class Pictures:
         return Picture(key=entry.key, pixels=pixels, token_pixels=token_pixels)
 
     def collate(self, items: Sequence[Picture]) -> PictureBatch:
+        """Items of `load` as a batch."""
         pixels = torch.stack([item.pixels for item in items])
         same = self.geometry.token_resolution == self.geometry.resolution
         return PictureBatch(
@@ -78,6 +79,7 @@ class ImageFolder(Pictures):
 
     @cached_property
     def fingerprint(self) -> str:
+        """Of the names."""
         return digest(self.names)
 
     def entries(self, share: Share, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
@@ -96,6 +98,7 @@ def file_names(folder: Path) -> list[str]:
 
 
 def digest(lines: Iterable[str]) -> str:
+    """16 hexadecimal digits of their SHA-256."""
     found = hashlib.sha256()
     for line in lines:
         found.update(os.fsencode(line) + b"\n")

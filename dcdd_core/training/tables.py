@@ -49,6 +49,7 @@ class SavedDataset(Pictures):
 
     @cached_property
     def fingerprint(self) -> str:
+        """Of the rows' number, the column, and the files' names and sizes."""
         files = [Path(file["filename"]) for file in self.data.cache_files]
         return digest([f"{len(self.data)} {self.column}", *(f"{file.name} {file.stat().st_size}" for file in files)])
 
@@ -57,6 +58,7 @@ class SavedDataset(Pictures):
         return (Entry(f"row {i}", i) for i in share.indices(len(self.data), epoch, start))
 
     def content(self, entry: Entry) -> Any:
+        """See `Pictures.content`."""
         return self.data[entry.data][self.column]
 
 
@@ -102,6 +104,7 @@ class ShardStream(Pictures):
 
     @cached_property
     def fingerprint(self) -> str:
+        """Of the column, and the files' names and sizes."""
         return digest([self.column, *(f"{file.name} {file.stat().st_size}" for file in self.files)])
 
     def entries(self, share: Share, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:

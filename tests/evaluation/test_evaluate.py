@@ -196,6 +196,7 @@ def test_a_decoder_that_is_served_otherwise_is_another(decoders):
             assert {name for name, value in decoders.settings().items() if settings[name] != value} == set(change)
     finally:
         decoder.card = card
+    assert replace(decoders, shift=2.0).settings() == settings | {"shift": 2.0}
 
 
 def test_known_statistics_take_the_place_of_the_pictures(whole, tmp_path, images, decoders, networks):

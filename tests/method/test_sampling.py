@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dcdd_core.method.sampling import (
-    draw,
     guide,
+    gumbel_max,
     gumbel_noise,
     gumbel_noise_grid,
     keyed_generator,
@@ -112,10 +112,6 @@ def test_input_is_not_touched_or_returned(change):
         (lambda: top_p(LOGITS, float("nan")), "top_p"),
         (lambda: gumbel_noise(0, -1, 4), "position"),
         (lambda: gumbel_noise(0, 0, 0), "code"),
-        (lambda: draw(LOGITS, rand(1, 4)), "shape"),
-        (lambda: draw(LOGITS * torch.nan, rand(2, 4)), "NaN"),
-        (lambda: draw(torch.full((2, 4), -INF), rand(2, 4)), "bar every code"),
-        (lambda: draw(torch.full((2, 4), INF), rand(2, 4)), r"\+inf"),
     ],
 )
 def test_refuses(call, says):
@@ -154,17 +150,25 @@ def test_noise_is_gumbel_and_independent_over_positions():
 def test_draws_follow_the_softmax():
     logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log()
     noise = gumbel_noise_grid([0], range(4000), 4)[0]
-    shares = draw(logits.expand(4000, 4), noise).bincount(minlength=4) / 4000
+    shares = gumbel_max(logits.expand(4000, 4), noise)[1].bincount(minlength=4) / 4000
     torch.testing.assert_close(shares, logits.exp(), atol=0.03, rtol=0)
     assert shares[3] == 0
 
 
 def test_a_batch_is_its_singles_and_greedy_ignores_the_noise():
     logits, noise = 2 * rand(5, 30), gumbel_noise_grid(range(5), [9], 30)[:, 0]
-    tokens = draw(logits, noise)
-    assert tokens.tolist() == [draw(logits[i : i + 1], noise[i : i + 1]).item() for i in range(5)]
+    tokens = gumbel_max(logits, noise)[1]
+    assert tokens.tolist() == [gumbel_max(logits[i : i + 1], noise[i : i + 1])[1].item() for i in range(5)]
     assert tokens.dtype == torch.int64 and tokens.tolist() != logits.argmax(-1).tolist()
-    assert torch.equal(draw(temper(logits, 0), noise), logits.argmax(-1))
+    assert torch.equal(gumbel_max(temper(logits, 0), noise)[1], logits.argmax(-1))
+
+
+def test_a_draw_from_broken_logits_has_a_maximum_that_is_not_finite():
+    noise = rand(2, 4)
+    assert gumbel_max(LOGITS, noise)[0].isfinite().all() and gumbel_max(LOGITS.half(), noise)[0].dtype == torch.float32
+    one_nan = LOGITS.masked_fill(torch.tensor([False, True, False, False]), torch.nan)
+    for broken in (one_nan, torch.full((2, 4), INF), torch.full((2, 4), -INF)):
+        assert not gumbel_max(broken, noise)[0].isfinite().any()
 
 
 def test_generators_of_different_keys_differ_beyond_32_bits():
