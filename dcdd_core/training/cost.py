@@ -250,15 +250,20 @@ def encoding_peak(setup: Setup, vq: JanusVQVAE, vae: AutoencoderKL) -> int:
     """
     batch, side = setup.batch, setup.resolution
     token_side = setup.grid * 2 ** (len(vq.config.channel_multiplier) - 1)
+    latent_side = side // 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def shape(*sizes: int) -> torch.Tensor:
+        return torch.empty(batch, *sizes, device="meta")
 
     def work() -> None:
-        pixels = torch.empty(batch, 3, side, side, device="meta")
+        pixels = shape(3, side, side)
         if not setup.cached:
-            vq.quant_conv(vq.encoder(torch.empty(batch, 3, token_side, token_side, device="meta")))
+            vq.quant_conv(vq.encoder(shape(3, token_side, token_side)))
             scaled_latents(vae, pixels)
         if setup.localised:
-            mask = torch.empty(batch, 1, side, side, device="meta")
-            scaled_latents(vae, pixels.clone(), mask.clone())
+            latents, mask = shape(vae.config.latent_channels, latent_side, latent_side), shape(1, side, side)
+            masked_latents = torch.empty_like(latents)
+            masked_latents.copy_(scaled_latents(vae, pixels.clone(), mask.clone()))
 
     return replay_peak(work) if setup.localised or not setup.cached else 0
 
