@@ -38,8 +38,9 @@ table: $(READY) ## measure the embedded models: the table of the README
 report: $(READY) ## the paper's tables measured on the embedded models: docs/report.md
 	$(RUN) -m dcdd_core.pico.report
 
-bench: $(READY) ## speed and memory against the plain ways, as Markdown; draws docs/growth.png
-	$(RUN) -m benchmarks
+bench: $(READY) ## speed and memory against the plain ways: docs/bench.md, docs/growth.png; with the optional torchao
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[int8]'
+	$(RUN) -m benchmarks --out docs/bench.md
 
 pico: $(READY) ## train the embedded models again, from nothing
 	$(RUN) -m dcdd_core.pico.build
