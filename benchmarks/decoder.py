@@ -63,7 +63,7 @@ TARGETS = (
         column="times ours",
         relation="at least",
         bound=1.8,
-        source="fewer operations at the published shape, see there",
+        source="about the ratio of operations at the published shape, counted above",
     ),
     *(
         Target(
