@@ -42,8 +42,9 @@ variants: $(READY) ## train the nine decoders of the ablation, for `make table` 
 report: $(READY) ## the paper's tables measured on the embedded models: docs/report.md
 	$(RUN) -m dcdd_core.pico.report --bf16 --compile
 
-bench: $(READY) ## speed and memory against the plain ways, as Markdown; draws docs/growth.png
-	$(RUN) -m benchmarks
+bench: $(READY) ## speed and memory against the plain ways: docs/bench.md, docs/growth.png; with the optional torchao
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[int8]'
+	$(RUN) -m benchmarks --out docs/bench.md
 
 pico: $(READY) ## train the embedded models again, from nothing, and measure them
 	$(RUN) -m dcdd_core.pico.build --compile

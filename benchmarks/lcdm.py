@@ -8,12 +8,21 @@ from __future__ import annotations
 import torch
 
 from benchmarks.peak import peak
+from benchmarks.targets import Target
 from benchmarks.timing import NOT_MEASURED, alternating
 from dcdd_core.method.lcdm import map_logits
 from dcdd_core.method.statistics import describe_logits
 from dcdd_core.types import Codebook, TokenLogits
 
 HEAD = ("what", "seconds", "times ours", "extra memory, of the logits'")
+TARGETS = tuple(
+    Target(row=(f"{who} ({device})",), column=column, relation=relation, bound=bound, source="chosen")
+    for device in ("cpu", "cuda")
+    for who, column, relation, bound in (
+        ("as written", "times ours", "at least", 3.0),
+        ("ours: c and u", "extra memory, of the logits'", "at most", 0.25),
+    )
+)
 
 
 def plain(logits: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

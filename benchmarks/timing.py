@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,21 @@ NOT_MEASURED = "not measured (no GPU here)"
 CPU_CLOCK = os.environ.get("DCDD_BENCH_CLOCK") == "cpu"
 if CPU_CLOCK:
     torch.set_num_threads(1)
+
+
+def machine() -> str:
+    """What measures: processor, GPU, threads, torch."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text("utf-8").splitlines() if about.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    parts = [models[0] if models else platform.processor() or platform.machine()]
+    parts += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join([*parts, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"])
+
+
+def is_h100() -> bool:
+    """Whether the GPU here is the one (SXM) that the benchmarks' limits are computed for."""
+    return torch.cuda.is_available() and torch.cuda.get_device_name() == "NVIDIA H100 80GB HBM3"
 
 
 def clock() -> float:

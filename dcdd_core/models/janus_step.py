@@ -114,11 +114,12 @@ class TokenLoop:
 
     All that changes from step to step lies in tensors that stay where they are, so that a GPU can replay one recorded
     step; the host waits for it in `check` alone. Call `start`, then `put_noise` and `draw`, then for every further
-    position `put_noise` and `advance`.
+    position `put_noise` and `advance`, always with the same seeds.
 
     Attributes:
         position: [1], the next to be drawn; `drawn` is the same number as the host knows it.
         anew: bool [B, N], where a draw counts; None for everywhere.
+        ahead: the next position's noise on the host, if it was drawn already.
         recordable: whether replaying a step does what the step does.
     """
 
@@ -143,6 +144,7 @@ class TokenLoop:
         self.first = self.drawn = first
         self.position = torch.tensor([first], device=tokens.device)
         self.noise = torch.zeros_like(logits[:, 0])
+        self.ahead: torch.Tensor | None = None
         self.best = torch.zeros(tokens.shape, device=tokens.device)
         parts = (model.model.language_model, model.model.generation_aligner, self.head)
         self.recordable = tokens.is_cuda and all(_stays(part, tokens.device, resident) for part in parts)
@@ -158,6 +160,7 @@ class TokenLoop:
             last: the last position that will be drawn.
         """
         language, device, length = self.model.model.language_model, self.tokens.device, ids.shape[1]
+        self.last = last
         prompts = LlamaReader(language, padding.to(device), length)
         hidden = prompts.read(language.get_input_embeddings()(ids.to(device)), prompts.slots, length)
         self.reader = prompts.spread(rows.to(device), length, length + last)
@@ -171,8 +174,9 @@ class TokenLoop:
         """Puts the noise of the next position in its place, while a GPU still works on the last; greedy has none."""
         if self.temperature == 0:
             return
-        noise = sampling.gumbel_noise_grid(seeds, [self.drawn], self.noise.shape[1])[:, 0]
-        self.noise.copy_(noise.pin_memory() if self.noise.is_cuda else noise, non_blocking=True)
+        self.seeds = seeds
+        self.noise.copy_(self._draw_noise() if self.ahead is None else self.ahead, non_blocking=True)
+        self.ahead = None
 
     def advance(self) -> None:
         """Reads the token before the next position, and draws that."""
@@ -189,6 +193,9 @@ class TokenLoop:
         else:
             self.replay()
             self.drawn += 1
+        # Before the host waits for the GPU, in `check` or for a preview: the GPU would stand idle for it afterwards.
+        if self.temperature != 0 and self.drawn <= self.last:
+            self.ahead = self._draw_noise()
 
     @torch.inference_mode()
     def draw(self, hidden: torch.Tensor) -> None:
@@ -219,6 +226,11 @@ class TokenLoop:
                 f"step {step} of {self.tokens.shape[1]} failed in {self.reader.cache.dtype}: {sampling.NOT_FINITE}; "
                 "load the model in float32 (bfloat16 often does too where float16 overflows), or check its weights"
             )
+
+    def _draw_noise(self) -> torch.Tensor:
+        """[B, K] on the host, for the next position; pinned memory is handed out again when the GPU has read it."""
+        noise = sampling.gumbel_noise_grid(self.seeds, [self.drawn], self.noise.shape[1])[:, 0]
+        return noise.pin_memory() if self.noise.is_cuda else noise
 
     @torch.inference_mode()
     def _step(self, seen: int | None = None) -> None:

@@ -1,8 +1,9 @@
 """What a decoder's training takes of each GPU, bytes and operations, from the networks' shapes alone.
 
-Counted: every weight of the real networks, and what one step of the real training makes (`replay`). Taken from
-documents: what the GPUs share, and what communication holds (`SHARDINGS`, `_communication`). Left out: the GPU's
-context and libraries, fragmentation, and the encoding of pictures, which a cache does once.
+Counted: every weight of the real networks, and what one step of the real training and the encoding of its pictures
+make (`replay`). Taken from documents: what the GPUs share, and what communication holds (`SHARDINGS`,
+`_communication`). Left out: the GPU's context and libraries with the workspaces of convolutions, fragmentation, the
+sample sheets, and the operations of the encoders.
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
+from transformers import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..models.flux import DecoderCard, DistributionConditionedDecoder, blocks_of
-from ..models.flux_files import fill_config
+from ..models.flux_files import FLUX_VAE_CONFIG, fill_config
 from ..models.flux_inference import drop_text
+from .encodings import scaled_latents
 from .examples import Example
 from .optimizers import OPTIMIZERS, muon
 from .recipe import DecoderTraining, decoder_loss, muon_matrices
-from .replay import Meter, Replayed, replay
+from .replay import Meter, Replayed, replay, replay_peak
 from .trainable import TRAINED, choose_trained, trained_weights
 
 #: What the GPUs share among them instead of each holding all of it: (weights, gradients, optimiser's states).
@@ -33,12 +38,11 @@ SHARDINGS = {
     "ddp": (False, False, False),
     "zero1": (False, False, True),
     "zero2": (False, True, True),
-    "zero3": (True, True, True),
     "fsdp": (True, True, True),
 }
-_BUCKET, _LIVE = int(5e8), int(1e9)
-"""Numbers in DeepSpeed's reduction buckets, and weights that its stage 3 gathers at most: the defaults of its
-documentation (deepspeed.ai/docs/config-json: reduce_bucket_size, stage3_max_live_parameters)."""
+_BUCKET = int(5e8)
+"""Numbers in DeepSpeed's reduction buckets: the default of its documentation (deepspeed.ai/docs/config-json:
+reduce_bucket_size)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,8 @@ class Setup:
         batch, accumulate: pictures of a GPU at a time, and batches of an update.
         resolution, grid: sides of the pictures in pixels, and of their grids in tokens.
         average: a moving average of the trained weights, in float32.
+        localised: share of the pictures with only a box to paint, whose rest is encoded at every step.
+        cached: the pictures come encoded, from a cache.
         sharding: one of `SHARDINGS`.
 
     Raises:
@@ -73,6 +79,8 @@ class Setup:
     grid: int = 24
     optimizer: str = "adamw"
     average: bool = True
+    localised: float = 0.2
+    cached: bool = False
     sharding: str = "ddp"
     gpus: int = 1
 
@@ -84,6 +92,8 @@ class Setup:
         for name in ("width", "rank", "batch", "accumulate", "resolution", "grid", "gpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.localised <= 1:
+            raise ValueError(f"localised must be a share, in 0..1, got {self.localised}")
         if self.resolution % 16:
             raise ValueError(
                 f"a resolution of {self.resolution} does not fit: it must be a multiple of 16 pixels, one packed latent"
@@ -102,7 +112,9 @@ class Cost:
 
     Attributes:
         weights: how many there are: "all" that are held, and "trained" ones.
-        memory: bytes of each GPU: what lies there all the time by name, then what the step and the optimiser add.
+        memory: bytes of each GPU: what lies there all the time by name.
+        encoding, step, optimizer_step: bytes on top, of one after the other: encoding a batch, its forward and backward
+            pass, the optimiser's step; each with the gradients that are there then.
         kept, gradients: of the step's bytes, the activations that wait for the backward pass, and what remains at its
             end.
         peak: bytes at the worst moment.
@@ -111,6 +123,7 @@ class Cost:
 
     weights: dict[str, int]
     memory: dict[str, int]
+    encoding: int
     step: int
     optimizer_step: int
     kept: int
@@ -120,7 +133,7 @@ class Cost:
 
     @property
     def peak(self) -> int:
-        return sum(self.memory.values()) + max(self.step, self.optimizer_step)
+        return sum(self.memory.values()) + max(self.encoding, self.step, self.optimizer_step)
 
 
 def cost_of(setup: Setup) -> Cost:
@@ -142,6 +155,7 @@ def cost_of(setup: Setup) -> Cost:
     copies = half and setup.deepspeed
     states, beside, optimizer_operations = optimizer_cost(trained, setup.optimizer)
     gradients = count * (2 if copies else 4)
+    vq, vae = encoders()
     memory = {
         "frozen weights": _ceil(everything - count, 2 if half else 4, shares["weights"]),
         "trained weights": _ceil(count, 2 if copies else 4, shares["weights"]),
@@ -149,20 +163,23 @@ def cost_of(setup: Setup) -> Cost:
         "optimiser's states": _ceil(states, 1, shares["states"]),
         "moving average": _ceil(count, 4, shares["weights"]) if setup.average else 0,
         "communication": _communication(setup, decoder, gradients),
+        "tokenizer, in float32": sum(weight.nbytes for weight in vq.parameters()),
+        "autoencoder, in float32": sum(weight.nbytes for weight in vae.parameters()),
     }
-    whole = shares["gradients"] == 1
+    whole, own = shares["gradients"] == 1, math.ceil(gradients / shares["gradients"])
     if whole and setup.accumulate == 1:
         step = made.peak
     else:
         # From the second batch on all gradients are there from the start; those that are shared never are, as a whole.
-        step = made.peak_beside_gradients + math.ceil(gradients / shares["gradients"])
+        step = made.peak_beside_gradients + own
     return Cost(
         weights={"all": everything, "trained": count},
         memory=memory,
+        encoding=encoding_peak(setup, vq, vae) + (own if setup.accumulate > 1 else 0),
         step=step,
-        optimizer_step=math.ceil(gradients / shares["gradients"]) + beside,
+        optimizer_step=own + beside,
         kept=made.saved,
-        gradients=math.ceil(gradients / shares["gradients"]),
+        gradients=own,
         forward_operations=made.forward_operations,
         operations=made.operations * setup.accumulate + optimizer_operations,
     )
@@ -218,6 +235,39 @@ def replayed(decoder: DistributionConditionedDecoder, setup: Setup, *, on_gpu: b
     )
 
 
+@cache
+def encoders() -> tuple[JanusVQVAE, AutoencoderKL]:
+    """The two networks that every training holds: Janus-Pro's tokenizer and FLUX's autoencoder, on the meta device."""
+    with torch.device("meta"):
+        # transformers' own numbers are Janus-Pro's.
+        return JanusVQVAE(JanusVQVAEConfig()).eval(), AutoencoderKL.from_config(dict(FLUX_VAE_CONFIG)).eval()
+
+
+def encoding_peak(setup: Setup, vq: JanusVQVAE, vae: AutoencoderKL) -> int:
+    """Bytes that making a batch's example takes, before its forward pass: what `ExampleMaker` asks of the encoders.
+
+    Which pictures have a box is drawn anew for every batch; now and then it is all of them.
+    """
+    batch, side = setup.batch, setup.resolution
+    token_side = setup.grid * 2 ** (len(vq.config.channel_multiplier) - 1)
+    latent_side = side // 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def shape(*sizes: int) -> torch.Tensor:
+        return torch.empty(batch, *sizes, device="meta")
+
+    def work() -> None:
+        pixels = shape(3, side, side)
+        if not setup.cached:
+            vq.quant_conv(vq.encoder(shape(3, token_side, token_side)))
+            scaled_latents(vae, pixels)
+        if setup.localised:
+            latents, mask = shape(vae.config.latent_channels, latent_side, latent_side), shape(1, side, side)
+            masked_latents = torch.empty_like(latents)
+            masked_latents.copy_(scaled_latents(vae, pixels.clone(), mask.clone()))
+
+    return replay_peak(work) if setup.localised or not setup.cached else 0
+
+
 def optimizer_cost(trained: Mapping[str, nn.Parameter], optimizer: str) -> tuple[int, int, int]:
     """Bytes of an optimiser's states for weights in float32, bytes and operations of its step.
 
@@ -245,7 +295,7 @@ def optimizer_cost(trained: Mapping[str, nn.Parameter], optimizer: str) -> tuple
 def _communication(setup: Setup, decoder: DistributionConditionedDecoder, gradients: int) -> int:
     """Bytes that exchanging needs: DDP's buckets hold each gradient once more (`gradient_as_bucket_view=False`, the
     default); FSDP gathers the block at work and the next one, and has the gradients of one block whole; DeepSpeed fills
-    a bucket of gradients and, in stage 3, gathers weights up to a limit."""
+    a bucket of gradients."""
     if setup.gpus == 1:
         return 0
     size = 2 if setup.precision == "bf16" else 4
@@ -255,9 +305,7 @@ def _communication(setup: Setup, decoder: DistributionConditionedDecoder, gradie
     if setup.sharding == "fsdp":
         gathered = 2 * size * max(sum(w.numel() for w in block) for block in blocks)
         return gathered + 4 * max(sum(w.numel() for w in block if w.requires_grad) for block in blocks)
-    bucket = size * min(_BUCKET, gradients // size)
-    everything = sum(weight.numel() for weight in decoder.parameters())
-    return bucket + (size * min(_LIVE, everything) if setup.sharding == "zero3" else 0)
+    return size * min(_BUCKET, gradients // size)
 
 
 def _ceil(count: int, size: int, parts: int) -> int:

@@ -102,6 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=default["width"], help="of the adapter")
     parser.add_argument("--resolution", type=int, default=default["resolution"], help="pixels a side to paint")
     parser.add_argument("--grid", type=int, default=default["grid"], help="tokens a side of the VLM's pictures")
+    parser.add_argument(
+        "--localised", type=float, default=default["localised"], help="share of the pictures with only a box to paint"
+    )
+    parser.add_argument("--cached", action="store_true", help="the pictures come encoded, from a cache")
     parser.add_argument("--batch", type=int, default=default["batch"], help="pictures of a GPU at a time")
     parser.add_argument("--accumulate", type=int, default=default["accumulate"], help="batches of an update")
     parser.add_argument("--optimizer", default=default["optimizer"], choices=OPTIMIZERS)
@@ -159,7 +163,8 @@ def table(setup: Setup, cost: Cost, course: Run, memory: int) -> str:
     how = [f"precision {setup.precision}", setup.optimizer, *(["checkpointing"] if setup.checkpointing else [])]
     rows = [(name, count) for name, count in cost.memory.items() if count]
     rows += [
-        ("forward and backward pass", cost.step),
+        ("encoding a batch", cost.encoding),
+        ("or forward and backward pass", cost.step),
         ("  kept for the backward pass", cost.kept),
         ("  gradients at its end", cost.gradients),
         ("or optimiser's step, with gradients", cost.optimizer_step),
@@ -182,7 +187,8 @@ def table(setup: Setup, cost: Cost, course: Run, memory: int) -> str:
             f"{'updates':<40}{course.updates:>8}  of {course.batch} pictures",
             f"{'hours':<40}{course.hours:>8.1f}",
             "",
-            "Not in it: the GPU's context and libraries, fragmentation, encoding pictures, waiting for data and GPUs.",
+            "Not in it: the GPU's context and libraries, fragmentation, the sample sheets;",
+            "in time also encoding pictures, and waiting for data and GPUs.",
         ]
     )
 

@@ -97,6 +97,14 @@ def replay(
     )
 
 
+@torch.no_grad()
+def replay_peak(work: Callable[[], object]) -> int:
+    """Bytes that work over meta tensors makes at its worst moment, without gradients and autocast."""
+    with _Device(None, on_gpu=True), Meter() as meter:
+        work()
+    return meter.peak
+
+
 class Meter(TorchDispatchMode):
     """Bytes of the meta tensors that were made inside and still live, and operations that were done.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import __main__, decoder, flux, growth, int8, lcdm, memory, sampler, timing
+from benchmarks import __main__, decoder, flux, growth, int8, lcdm, memory, noise, sampler, timing
 from benchmarks.peak import Peak, peak
+from benchmarks.targets import Target, verdicts
 from dcdd_core.method.flow import resolution_shift, timesteps
 from dcdd_core.method.lcdm import map_logits
 from dcdd_core.models.flux import DistributionConditionedDecoder
@@ -50,6 +52,26 @@ def test_sampler_contest_runs(monkeypatch: pytest.MonkeyPatch):
     assert sampler.deepseek(ours.model, ids, 1, 16)().shape == (1, 16)
 
 
+def test_every_contestant_guides_and_draws_as_many_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sampler, "PROMPT", "a red circle")
+    contestants, rows = {}, []
+    monkeypatch.setattr(sampler, "compared", lambda what, functions, rounds: contestants.update(functions) or [])
+    ours = JanusSampler(*tiny_janus())
+    ours.model.model.vision_model.config.num_image_tokens = 16
+    language, head = ours.model.model.language_model, ours.model.model.generation_head
+    # Where all of them come through, and what they copy with the model.
+    language.layers[-1].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].numel() // args[0].shape[-1]))
+    head.register_forward_pre_hook(lambda _, args: rows.append(("drawn from", len(args[0]))))
+    sampler.contest("tiny", ours.model, ours, 2, 1)
+    assert len(contestants) == 3
+    for name, run in contestants.items():
+        rows.clear()
+        run()
+        # The prompt is read first: by ours its two different rows, by the others all four.
+        assert rows[0] == (2 if name == "ours, with all logits kept" else 4) * 9, name
+        assert rows[1:] == [("drawn from", 4), *[4, ("drawn from", 4)] * 15], name
+
+
 def test_reread_logits_are_the_models_own():
     ours = JanusSampler(*tiny_janus())
     run = ours.sample(["red"], seeds=[0])
@@ -62,7 +84,7 @@ def test_reread_logits_are_the_models_own():
 
 def test_decoder_contest_runs():
     found = decoder.contest(heads=1, steps=1, rounds=1)
-    assert [row[1] for row in found] == ["ours", "diffusers"]
+    assert [row[:2] for row in found] == [(decoder.shape(heads=1, steps=1), who) for who in ("ours", "diffusers")]
     assert [len(row) for row in found] == [len(decoder.HEAD)] * 2
     assert found[0][3] == found[0][5] == "1.00" and float(found[1][5]) > 1  # ours holds no text stream
 
@@ -103,8 +125,10 @@ def test_random_weights_are_the_same_for_both_and_held_in_every_way():
 
 
 def test_the_published_shape_takes_little_more_than_half_of_diffusers():
-    ours, theirs = decoder.counted()
-    assert float(theirs[3]) > 1.8 and float(ours[4]) <= 0.56 * float(theirs[4])
+    found = decoder.counted()
+    assert float(found[1][3]) > 1.8
+    kept = [line for line in verdicts([(decoder, found)]).splitlines() if "| met |" in line]
+    assert len(kept) == 1 and "counted, ours | peak memory, GB / diffusers | at most 0.56 |" in kept[0]
 
 
 def test_memory_s_rows_are_a_table_of_its_own(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
@@ -136,4 +160,49 @@ def test_table_and_rounds(capsys: pytest.CaptureFixture, monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.argv", ["benchmarks", "lcdm", "timing"])
     __main__.main()
     printed = capsys.readouterr().out
-    assert "### LCDM" in printed and "| x | 1 | 2 | 3 |" in printed and printed.count("###") == 1
+    assert "### LCDM" in printed and "| x | 1 | 2 | 3 |" in printed and "| not measured |" in printed
+    assert printed.count("###") == 2
+
+
+def test_the_file_holds_what_was_printed_and_what_measured_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(noise, "rows", lambda: [("1", "2", "3")])
+    monkeypatch.setattr("sys.argv", ["benchmarks", "noise", "--out", str(tmp_path / "new" / "bench.md")])
+    __main__.main()
+    written = (tmp_path / "new" / "bench.md").read_text("utf-8")
+    assert capsys.readouterr().out.strip() in written and "| 1 | 2 | 3 |" in written
+    about = written.splitlines()[2]
+    assert (
+        "`python -m benchmarks noise` on " in about or "`DCDD_BENCH_CLOCK=cpu python -m benchmarks noise` on" in about
+    )
+    assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in about and str(tmp_path) not in written
+
+
+@pytest.mark.parametrize(
+    ("cells", "verdict"),
+    [
+        (("3.1", "0.2", "0.25"), ["3.1 | met", "0.8 | MISSED"]),
+        (("2.9", "0.1", "0.25"), ["2.9 | MISSED", "0.4 | met"]),
+        ((timing.NOT_MEASURED, "-", "0.25"), ["| not measured", "| not measured"]),
+    ],
+)
+def test_verdicts_follow_the_numbers(cells: tuple[str, ...], verdict: list[str]):
+    faster = Target(row=("a", "theirs"), column="times ours", relation="at least", bound=3.0, source="chosen")
+    near = Target(row=("a", "ours"), column="seconds", rival=("a", "limit"), relation="at most", bound=0.5, source="b")
+    benchmark = SimpleNamespace(HEAD=("what", "who", "seconds", "times ours"), TARGETS=(faster, near))
+    rows = [("a", "ours", cells[1], "1.00"), ("a", "theirs", "9", cells[0]), ("a", "limit", cells[2], "-")]
+    lines = verdicts([(benchmark, rows), (SimpleNamespace(HEAD=("x",)), [("1",)])]).splitlines()[2:]
+    assert len(lines) == 2 and all(words in line for words, line in zip(verdict, lines))
+    assert "at most 0.5" in lines[1] and "seconds / limit" in lines[1]
+    absent = verdicts([(benchmark, [])]).splitlines()[2:]
+    assert [line.count("not measured") for line in absent] == [1, 1]
+
+
+def test_targets_are_of_columns_that_there_are():
+    assert all(target.column in module.HEAD for module in (decoder, lcdm, sampler) for target in module.TARGETS)
+
+
+def test_noise_is_measured():
+    found = noise.rows(batches=(1, 2), rounds=1)
+    assert [len(row) for row in found] == [len(noise.HEAD)] * 2 and float(found[0][1]) > 0

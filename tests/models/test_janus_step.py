@@ -8,6 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2Model, JanusForConditionalGeneration, LlamaConfig, LlamaModel
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from dcdd_core.method import sampling
 from dcdd_core.models import janus_step
 from dcdd_core.models.janus import JanusSampler
 from dcdd_core.models.janus_step import LlamaReader, TokenLoop, check_language
@@ -186,6 +187,21 @@ def test_a_step_that_does_not_know_its_place_is_the_same(monkeypatch: pytest.Mon
     found = sampler.sample(prompts, seeds=[0, 1], top_k=20)
     assert torch.equal(found.tokens, expected.tokens)
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-4)
+
+
+def test_noise_is_drawn_once_and_before_anything_waits_for_the_device(monkeypatch: pytest.MonkeyPatch):
+    seen, noise, check = [], sampling.gumbel_noise, TokenLoop.check
+    monkeypatch.setattr(sampling, "gumbel_noise", lambda seed, *at: seen.append((seed, at[0])) or noise(seed, *at))
+    monkeypatch.setattr(TokenLoop, "check", lambda self: seen.append("check") or check(self))
+    sampler = JanusSampler(*tiny_janus())
+    run = sampler.sample(["red"], seeds=[7])
+    assert seen == [*((7, i) for i in range(9)), "check", *((7, i) for i in range(9, 16)), "check"]
+    seen.clear()
+    sampler.sample(["red"], seeds=[7], previous=run, resample=(torch.arange(16) >= 3) & (torch.arange(16) < 6))
+    assert seen == [(7, 3), (7, 4), (7, 5), "check"]
+    seen.clear()
+    sampler.sample(["red"], seeds=[7], temperature=0.0)
+    assert seen == ["check", "check"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

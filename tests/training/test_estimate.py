@@ -39,7 +39,16 @@ def test_it_prints_a_table_and_writes_the_same_as_json(tmp_path, base, cost, cap
     assert written["peak"] == cost.peak and written["memory"] == cost.memory and written["fits"]
     assert written["setup"]["config"] == CONFIG and written["setup"]["train"] == "attention"
     assert written["run"]["updates"] == 500 and written["gpu_memory"] == 80 * 2**30
-    for words in ("optimiser's states", f"{cost.peak / 1e9:>8.2f}", "fits", "35% of 989 T/s", f"wrote {file}"):
+    assert written["encoding"] == cost.encoding
+    for words in (
+        "optimiser's states",
+        "autoencoder, in float32",
+        "encoding a batch",
+        f"{cost.peak / 1e9:>8.2f}",
+        "fits",
+        "35% of 989 T/s",
+        f"wrote {file}",
+    ):
         assert words in printed
 
 
@@ -71,10 +80,10 @@ def test_every_option_reaches_the_setup(base, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(estimate, "cost_of", lambda setup: seen.append(setup) or cost_of(setup))
     options = "--train all --rank 3 --precision no --tflops 9 --checkpointing --accumulate 3 --optimizer adamw8bit"
-    options += " --no-average --sharding zero2 --gpus 2 --memory 5 --utilisation 0.5"
+    options += " --no-average --localised 0.5 --cached --sharding zero2 --gpus 2 --memory 5 --utilisation 0.5"
     said(*base, *SIZES, *options.split())
     wanted = {"rank": 3, "train": "all", "precision": "no", "checkpointing": True, "accumulate": 3, "gpus": 2}
-    wanted |= {"optimizer": "adamw8bit", "average": False, "sharding": "zero2"}
+    wanted |= {"optimizer": "adamw8bit", "average": False, "localised": 0.5, "cached": True, "sharding": "zero2"}
     assert seen == [Setup(**SMALL, **wanted)]
     assert "50% of 9 T/s" in capsys.readouterr().out
 

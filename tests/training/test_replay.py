@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dcdd_core.training.replay import Meter, replay
+from dcdd_core.training.replay import Meter, replay, replay_peak
 
 B, N, M = 2, 64, 128
 X = 4 * B * N * M
@@ -48,6 +48,11 @@ def test_what_is_freed_does_not_count():
         return x.sum()
 
     assert replay(loss, []).peak <= 3 * X + 8
+
+
+def test_without_gradients_only_the_work_at_hand_is_held():
+    first, second = linear(), linear()
+    assert replay_peak(lambda: second(F.relu(first(tokens())))) == 2 * X
 
 
 def test_checkpointing_trades_memory_for_operations():
