@@ -67,6 +67,7 @@ DOCUMENTED = (
     "dcdd_core.models",
     "dcdd_core.pipelines",
     "dcdd_core.evaluation",
+    "dcdd_core.training",
     "dcdd_core.options",
 )
 GLOBAL_SEEDS = {

@@ -103,6 +103,7 @@ class Setup:
 
     @property
     def deepspeed(self) -> bool:
+        """Whether its engine trains, in place of accelerate's own ways."""
         return self.sharding.startswith("zero")
 
 
@@ -117,7 +118,6 @@ class Cost:
             pass, the optimiser's step; each with the gradients that are there then.
         kept, gradients: of the step's bytes, the activations that wait for the backward pass, and what remains at its
             end.
-        peak: bytes at the worst moment.
         forward_operations, operations: of one GPU, for a forward pass of one batch and for a whole update.
     """
 
@@ -133,6 +133,7 @@ class Cost:
 
     @property
     def peak(self) -> int:
+        """Bytes of each GPU at the worst moment."""
         return sum(self.memory.values()) + max(self.encoding, self.step, self.optimizer_step)
 
 
