@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.markdown import table
 from benchmarks.targets import verdicts
 from benchmarks.timing import CPU_CLOCK, machine
 from dcdd_core.evaluation.kept import write_text
+from dcdd_core.evaluation.text import markdown_table
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -38,7 +38,7 @@ def main() -> None:
         module = importlib.import_module(f"benchmarks.{name}")
         if hasattr(module, "rows"):
             found.append((module, module.rows()))
-            say(module.__doc__.splitlines()[0], table(module.HEAD, found[-1][1]))
+            say(module.__doc__.splitlines()[0], markdown_table([module.HEAD, *found[-1][1]]))
     if targets := verdicts(found):
         say("Targets", targets)
     if chosen.out is not None:

@@ -25,11 +25,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.flux import GRID, IMAGE, SIZE, TEXT, card_of, published_steps, random_decoder, random_transformer
-from benchmarks.markdown import table
 from benchmarks.memory import flux_sizes
 from benchmarks.peak import peak
 from benchmarks.targets import Target
 from benchmarks.timing import NOT_MEASURED, compared, is_h100
+from dcdd_core.evaluation.text import markdown_table
 from dcdd_core.models.flux_files import FLUX_FILL_CONFIG
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.types import Condition
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="both run their blocks compiled")
     chosen = parser.parse_args()
     found = contest(**{**vars(chosen), "dtype": getattr(torch, chosen.dtype)})
-    print(table(HEAD, [*found, *counted()]))
+    print(markdown_table([HEAD, *found, *counted()]))
 
 
 if __name__ == "__main__":

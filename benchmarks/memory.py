@@ -19,8 +19,8 @@ from transformers import JanusForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.flux import GRID, IMAGE, SIZE, card_of, published_steps, random_decoder
-from benchmarks.markdown import table
 from benchmarks.timing import NOT_MEASURED
+from dcdd_core.evaluation.text import markdown_table
 from dcdd_core.models.checkpoints import StoredTensors
 from dcdd_core.models.deepseek import janus_config
 from dcdd_core.models.flux_files import FLUX_FILL_CONFIG, FLUX_VAE_CONFIG
@@ -178,4 +178,4 @@ def _gigabytes(size: int) -> str:
 
 
 if __name__ == "__main__":
-    print(table(HEAD, rows()))
+    print(markdown_table([HEAD, *rows()]))

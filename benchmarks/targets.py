@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from benchmarks.markdown import table
+from dcdd_core.evaluation.text import markdown_table
 
 Rows = Sequence[Sequence[str]]
 
@@ -58,7 +58,7 @@ def verdicts(found: Iterable[tuple[ModuleType, Rows]]) -> str:
                     target.source,
                 )
             )
-    return table(("of", "what", "target", "measured", "", "the bound is"), lines) if lines else ""
+    return markdown_table([("of", "what", "target", "measured", "", "the bound is"), *lines]) if lines else ""
 
 
 def _cell(rows: Rows, start: tuple[str, ...], column: int) -> float | None:

@@ -28,7 +28,7 @@ def test_a_report_without_categories(tmp_path):
     results, text = made(scopes, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["scopes"]["overall"]["VQ"] == {"frechet": 2.8511, "psnr": None}  # JSON has no infinity
-    assert "| | rFID ↓ | PSNR ↑ |\n|---|---|---|\n| VQ | 2.8511 | ∞ |\n| DCDD | 0.7535 | 20 |" in text
+    assert "|  | rFID ↓ | PSNR ↑ |\n|---|---|---|\n| VQ | 2.8511 | ∞ |\n| DCDD | 0.7535 | 20 |" in text
     assert "- rFID: I" in text and "`dcdd x`" in text and "4 pictures against 2, measured at 9 x 9" in text
     assert "by category" not in text and not (tmp_path / "scores.png").exists()
 
@@ -38,7 +38,7 @@ def test_a_report_with_categories_and_single_scores(tmp_path):
     scopes = {"overall": values, "art": values, "food": {"VQ": {"frechet": 3.5, "psnr": 4.0}}}
     results, text = made(scopes, tmp_path, singles={"psnr": {"VQ": torch.tensor([1.0, torch.inf])}})
     assert results["pictures"] == {"overall": 4, "art": 2, "food": 2} == {**results["references"]}
-    assert "## rFID ↓ by category\n\n| | Overall | Art | Food |\n|---|---|---|---|\n| VQ | 1 | 1 | 3.5 |" in text
+    assert "## rFID ↓ by category\n\n|  | Overall | Art | Food |\n|---|---|---|---|\n| VQ | 1 | 1 | 3.5 |" in text
     assert "| references | 4 | 2 | 2 |" in text
     assert (tmp_path / "report.md").read_text("utf-8") == text and Image.open(tmp_path / "scores.png").width > 200
 
