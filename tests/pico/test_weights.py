@@ -59,7 +59,7 @@ def test_the_measuring_network_reads_real_scenes(reader):
 
 
 def test_the_tokenizer_uses_its_codebook(models):
-    assert len(models.vq.encode(pixels()).tokens.unique()) > 0.6 * models.vq.codebook.size
+    assert len(models.vq.encode(pixels()).tokens.unique()) > 0.9 * models.vq.codebook.size
 
 
 def test_both_decoders_reconstruct_and_the_diffusion_decoder_is_nearer(models, reader):
@@ -68,7 +68,7 @@ def test_both_decoders_reconstruct_and_the_diffusion_decoder_is_nearer(models, r
     by_vq = models.vq.decode_tokens(proxies.tokens, proxies.grid)
     condition = condition_for(models.decoder.card, proxies, models.vq.codebook)
     painted = decode(models.decoder, models.vae, condition, seeds=range(12), steps=10).pixels
-    assert ssim(truth, by_vq).mean() > 0.5
+    assert ssim(truth, by_vq).mean() > 0.75
     assert ssim(truth, painted).mean() > ssim(truth, by_vq).mean()
     assert reader.perceptual_distance(truth, painted).mean() < reader.perceptual_distance(truth, by_vq).mean()
 
@@ -83,7 +83,7 @@ def test_a_sentence_becomes_its_picture(models, reader):
     painted = decode(models.decoder, models.vae, condition, seeds=range(12), steps=10).pixels
     labels, answers = fact_labels(facts), reader(painted)
     for fact in ("colour", "place", "ground_colour"):
-        assert (answers[fact].argmax(1) == labels[fact]).float().mean() > 0.7, fact
+        assert (answers[fact].argmax(1) == labels[fact]).float().mean() > 0.8, fact
 
 
 @torch.no_grad()
