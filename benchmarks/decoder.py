@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,28 +39,35 @@ HEAD = ("what", "who", "seconds", "times ours", "peak memory, GB", "times ours")
 #: Operations a second in bfloat16 that an H100 (SXM) gives dense matrices.
 H100_OPERATIONS = 989e12
 _STEPS = 30
-_REAL = {"heads": 24, "joint": 19, "steps": _STEPS, "device": "cuda", "dtype": torch.bfloat16}
 _LIMIT = (f"{_STEPS} steps of FLUX.1-Fill's shape", "an H100's arithmetic alone")
 _COUNTED = "a step of FLUX.1-Fill's shape, counted"
 
 
-def shape(
-    *,
-    heads: int = 8,
-    joint: int = 1,
-    steps: int = 2,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    compiled: bool = False,
-) -> str:
-    """What a contest's rows are called."""
-    how = f"{steps} steps of {joint} + {2 * joint} blocks of width {128 * heads}, {dtype} on {device}"
-    return how + (", compiled" if compiled else "")
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A FLUX.1-Fill with this many heads and joint blocks, and twice as many single ones, and how it is run."""
 
+    heads: int = 8
+    joint: int = 1
+    steps: int = 2
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        blocks = f"{self.joint} + {2 * self.joint} blocks of width {128 * self.heads}"
+        how = f"{self.steps} steps of {blocks}, {self.dtype} on {self.device}"
+        return how + (", compiled" if self.compiled else "")
+
+
+_REAL = [
+    Shape(heads=24, joint=19, steps=_STEPS, device="cuda", dtype=torch.bfloat16, compiled=compiled)
+    for compiled in (False, True)
+]
 
 TARGETS = (
     Target(
-        row=(shape(), "diffusers"),
+        row=(str(Shape()), "diffusers"),
         column="times ours",
         relation="at least",
         bound=1.8,
@@ -67,14 +75,14 @@ TARGETS = (
     ),
     *(
         Target(
-            row=(shape(**_REAL, compiled=compiled), "ours"),
+            row=(str(real), "ours"),
             column="seconds",
             rival=_LIMIT,
             relation="at most",
             bound=2.0,
             source="chosen: the limit is the operations at the GPU's peak",
         )
-        for compiled in (False, True)
+        for real in _REAL
     ),
     *(
         Target(
@@ -85,7 +93,7 @@ TARGETS = (
             bound=0.56,
             source="6.46 of 11.90 G weights remain, and activations",
         )
-        for what in (shape(), shape(**_REAL), _COUNTED)
+        for what in (str(Shape()), str(_REAL[0]), _COUNTED)
     ),
 )
 
@@ -158,32 +166,23 @@ def held(model: nn.Module) -> int:
     return tables + sum(weight.nbytes for weight in model.state_dict().values())
 
 
-def contest(
-    *,
-    heads: int = 8,
-    joint: int = 1,
-    steps: int = 2,
-    rounds: int = 5,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    compiled: bool = False,
-) -> list[tuple[str, ...]]:
-    """Rows of a FLUX.1-Fill with this many heads and joint blocks, and twice as many single ones."""
+def contest(shape: Shape, *, rounds: int = 5) -> list[tuple[str, ...]]:
+    """Rows of a shape, with random weights."""
+    joint, heads = shape.joint, shape.heads
     config = {**FLUX_FILL_CONFIG, "num_layers": joint, "num_single_layers": 2 * joint, "num_attention_heads": heads}
-    kind = {"device": device, "dtype": dtype}
-    decoder = random_decoder(card_of(config), compiled=compiled, **kind)
+    kind = {"device": shape.device, "dtype": shape.dtype}
+    decoder = random_decoder(card_of(config), compiled=shape.compiled, **kind)
     transformer = random_transformer(config, **kind)
-    if compiled:
+    if shape.compiled:
         transformer.compile_repeated_blocks(dynamic=False)
     condition = Condition(torch.randn(1, IMAGE, 8), torch.rand(1, IMAGE, 4), GRID)
     functions = {
-        "ours": lambda: decode(decoder, NoAutoencoder(), condition, seeds=[0], steps=steps),
-        "diffusers": by_diffusers(transformer, steps),
+        "ours": lambda: decode(decoder, NoAutoencoder(), condition, seeds=[0], steps=shape.steps),
+        "diffusers": by_diffusers(transformer, shape.steps),
     }
-    what = shape(heads=heads, joint=joint, steps=steps, device=device, dtype=dtype, compiled=compiled)
-    found = compared(what, functions, rounds)
+    found = compared(str(shape), functions, rounds)
     models = {"ours": decoder, "diffusers": transformer}
-    most = {who: held(models[who]) + peak(run, device == "cuda") for who, run in functions.items()}
+    most = {who: held(models[who]) + peak(run, shape.device == "cuda") for who, run in functions.items()}
     return [(*row, f"{most[row[1]] / 1e9:.3g}", f"{most[row[1]] / most['ours']:.2f}") for row in found]
 
 
@@ -213,12 +212,12 @@ def on_gpu() -> list[tuple[str, ...]]:
     limits = [(*_LIMIT, f"{limit:.3g}", "-", "-", "-")]
     if not torch.cuda.is_available():
         return [(f"{_LIMIT[0]} (GPU, bfloat16)", "both", NOT_MEASURED, "-", "-", "-"), *limits]
-    found = [row for compiled in (False, True) for row in contest(**_REAL, rounds=3, compiled=compiled)]
+    found = [row for real in _REAL for row in contest(real, rounds=3)]
     return [*found, *(limits if is_h100() else [])]
 
 
 def rows() -> list[tuple[str, ...]]:
-    return [*contest(), *on_gpu(), *counted()]
+    return [*contest(Shape()), *on_gpu(), *counted()]
 
 
 def main() -> None:
@@ -231,7 +230,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compiled", action="store_true", help="both run their blocks compiled")
     chosen = parser.parse_args()
-    found = contest(**{**vars(chosen), "dtype": getattr(torch, chosen.dtype)})
+    options = vars(chosen) | {"dtype": getattr(torch, chosen.dtype)}
+    found = contest(rounds=options.pop("rounds"), shape=Shape(**options))
     print(markdown_table([HEAD, *found, *counted()]))
 
 

@@ -27,11 +27,20 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 1e9
         raise OSError(
             f"{path} could not be written ({error}): {free:.1f} GB are free there; make room and do the same again"
         ) from error
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a text file whole or not at all; makes its folder.
+
+    Raises:
+        OSError: as `whole_file`.
+    """
+    with whole_file(path) as temporary:
+        temporary.write_text(text, "utf-8")
+    return path

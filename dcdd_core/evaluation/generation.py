@@ -13,11 +13,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..files import write_text
 from ..types import TokenLogits
 from .decoding import Decoders, seed_of
 from .figures import save_image, text_of, to_image
 from .folder import Picture, open_picture
-from .kept import write_text
 from .processes import Processes
 from .prompts import Prompt
 

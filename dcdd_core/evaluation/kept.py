@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import whole_file
+from ..files import write_text
 from ..types import _save
 
 _KIND = "measurements"
@@ -40,13 +40,6 @@ def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True) ->
             )
     elif write:
         write_text(path, json.dumps(now, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes a text file whole or not at all; makes its folder."""
-    with whole_file(path) as temporary:
-        temporary.write_text(text, "utf-8")
-    return path
 
 
 class Measurements:

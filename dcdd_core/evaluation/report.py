@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from ..files import write_text
 from .figures import grouped_bars, histograms, save_image
 from .folder import OVERALL, Picture
 from .frechet import FrechetStatistics
-from .kept import write_text
 from .text import markdown_table
 
 #: Scope ("overall" or a category) -> row (a decoder) -> column (a measure) -> value.

@@ -284,9 +284,9 @@ class JanusSampler:
             top_p=top_p,
             resident=resident,
         )
-        hidden = loop.start(*self._rows(prompts, guided=guidance != 1), last=last)
+        hidden = loop.start(*self._rows(prompts, guided=guidance != 1), last=last, seeds=seeds)
         for i in range(first, last + 1):
-            loop.put_noise(seeds)
+            loop.put_noise()
             if i == first:
                 loop.draw(hidden)
             else:

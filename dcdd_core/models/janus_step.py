@@ -114,12 +114,12 @@ class TokenLoop:
 
     All that changes from step to step lies in tensors that stay where they are, so that a GPU can replay one recorded
     step; the host waits for it in `check` alone. Call `start`, then `put_noise` and `draw`, then for every further
-    position `put_noise` and `advance`, always with the same seeds.
+    position `put_noise` and `advance`.
 
     Attributes:
         position: [1], the next to be drawn; `drawn` is the same number as the host knows it.
         anew: bool [B, N], where a draw counts; None for everywhere.
-        ahead: the next position's noise on the host, if it was drawn already.
+        ahead: the next position's noise on the host, drawn by the `advance` before it; None before the first.
         recordable: whether replaying a step does what the step does.
     """
 
@@ -151,16 +151,19 @@ class TokenLoop:
         self.replay: Callable[[], None] | None = None
 
     @torch.inference_mode()
-    def start(self, ids: torch.Tensor, padding: torch.Tensor, rows: torch.Tensor, *, last: int) -> torch.Tensor:
+    def start(
+        self, ids: torch.Tensor, padding: torch.Tensor, rows: torch.Tensor, *, last: int, seeds: Sequence[int]
+    ) -> torch.Tensor:
         """Reads the prompts, each different one once, and the tokens before `first` -> hidden state [R, C].
 
         Args:
             ids, padding: of U different prompts, [U, L] and [U], see `LlamaReader`.
             rows: [R], which of them each row has.
             last: the last position that will be drawn.
+            seeds: of the B samples' noise.
         """
         language, device, length = self.model.model.language_model, self.tokens.device, ids.shape[1]
-        self.last = last
+        self.last, self.seeds = last, seeds
         prompts = LlamaReader(language, padding.to(device), length)
         hidden = prompts.read(language.get_input_embeddings()(ids.to(device)), prompts.slots, length)
         self.reader = prompts.spread(rows.to(device), length, length + last)
@@ -170,13 +173,11 @@ class TokenLoop:
         slots = self.reader.slots[length : length + self.first]
         return self.reader.read(self._embed(self.tokens[:, : self.first]), slots, length + self.first)
 
-    def put_noise(self, seeds: Sequence[int]) -> None:
+    def put_noise(self) -> None:
         """Puts the noise of the next position in its place, while a GPU still works on the last; greedy has none."""
         if self.temperature == 0:
             return
-        self.seeds = seeds
         self.noise.copy_(self._draw_noise() if self.ahead is None else self.ahead, non_blocking=True)
-        self.ahead = None
 
     def advance(self) -> None:
         """Reads the token before the next position, and draws that."""

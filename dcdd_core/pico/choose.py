@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from ..evaluation.frechet import FrechetStatistics, features_of, frechet_distance
-from ..evaluation.kept import write_text
+from ..files import write_text
 from ..models.flux import DecoderCard, DistributionConditionedDecoder
 from ..models.janus import JanusSampler
 from ..models.vae import KLAutoencoder
@@ -25,7 +25,7 @@ from .reader import FACTS, SceneReader, fact_labels
 from .scenes import SceneFacts, scene_facts
 from .workshop import Workshop, digest
 
-#: Mu of the time shifts that are tried after FLUX's own, as far as each is better than the one before.
+#: Mu of the time shifts that are tried after FLUX's own, as long as that is better than all before.
 SHIFTS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 _BATCH = 32
 _STEPS = 10

@@ -22,8 +22,8 @@ from torchmetrics.functional.classification import multiclass_f1_score
 from tqdm import tqdm
 
 from ..evaluation.frechet import FrechetStatistics, features_of, frechet_distance
-from ..evaluation.kept import write_text
 from ..evaluation.quality import psnr, ssim
+from ..files import write_text
 from ..method.statistics import TokenStatistics, describe_logits
 from ..models.flux import VARIANTS, DistributionConditionedDecoder, load_decoder
 from ..pipelines.condition import condition_for, serving
@@ -282,7 +282,6 @@ TITLES = {
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
     "steps": "Number of Euler steps, on the first 512 scenes (the paper's Table 6)",
-    "variants": "What the decoder is conditioned on (the paper's Table 4)",
     "means": "What the decoder is conditioned on: means of the seeds, on the first 512 scenes (the paper's Table 4)",
     "latency": "Where the time goes (the paper's Table 5)",
 }

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from ..evaluation.figures import labelled_grid, save_image, score_lines, statistics_sheet
-from ..evaluation.kept import write_text
 from ..evaluation.text import markdown_table, statistics_rows
+from ..files import write_text
 from ..models.flux import VARIANTS, load_decoder
 from ..pipelines.condition import condition_for
 from .data import scene_pixels

@@ -10,8 +10,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..evaluation.kept import write_text
 from ..evaluation.text import markdown_table, statistics_rows
+from ..files import write_text
 from .compute import operations_of
 from .measures import READ, SECTIONS, SERVED, TITLES, Choice, Rows, measured, parse, token_statistics
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..evaluation.kept import write_text
+from ..files import write_text
 from ..method.sampling import keyed_generator
 from .data import scene_images
 from .scenes import SceneFacts, scene_facts

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import whole_file
+from ..files import write_text
 
 _NAME = "log.jsonl"
 
@@ -60,5 +60,4 @@ def cut_log(folder: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with whole_file(path) as temporary:
-            temporary.write_text("".join(kept))
+        write_text(path, "".join(kept))

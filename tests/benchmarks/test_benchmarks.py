@@ -83,8 +83,9 @@ def test_reread_logits_are_the_models_own():
 
 
 def test_decoder_contest_runs():
-    found = decoder.contest(heads=1, steps=1, rounds=1)
-    assert [row[:2] for row in found] == [(decoder.shape(heads=1, steps=1), who) for who in ("ours", "diffusers")]
+    small = decoder.Shape(heads=1, steps=1)
+    found = decoder.contest(small, rounds=1)
+    assert [row[:2] for row in found] == [(str(small), who) for who in ("ours", "diffusers")]
     assert [len(row) for row in found] == [len(decoder.HEAD)] * 2
     assert found[0][3] == found[0][5] == "1.00" and float(found[1][5]) > 1  # ours holds no text stream
 
