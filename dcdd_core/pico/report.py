@@ -132,12 +132,13 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
     rows = results.get("text", {})
     details = [name for name in next(iter(rows.values()), {}) if name.startswith("frechet: ")]
     heads = ["gFID ↓", *(f"F1 {fact} ↑" for fact in READ)]
+    rows = rows | {name: row for name, row in results.get("reader", {}).items() if "frechet" in row}
     shapes = [name.removeprefix("frechet: ") for name in details]
     section(
         "Table 3: text to image",
         "text",
-        "All rows from the same sampled tokens and logits. The facts that the reader finds in the pictures stand in "
-        "for GenEval.",
+        "All decoders' rows from the same sampled tokens and logits. The facts that the reader finds in the pictures "
+        "stand in for GenEval. The last row is chance: the renderer's own pictures of the same facts.",
         _table(heads, {name: [row["frechet"], *(row[f"F1 {fact}"] for fact in READ)] for name, row in rows.items()}),
         "gFID by shape:",
         _table(shapes, {name: [row[detail] for detail in details] for name, row in rows.items()}),

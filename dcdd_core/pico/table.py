@@ -71,10 +71,11 @@ def _cells(section: str, rows: Rows) -> list[list[str]]:
     if SERVED in rows:  # one of the ways to read, once more
         served = rows[SERVED]
         rows = {f"{name} (served)" if row == served else name: row for name, row in rows.items() if name != SERVED}
-    first = next(iter(rows.values()))
-    columns = [column for column in first if ":" not in column]
+    columns = [column for column in max(rows.values(), key=len) if ":" not in column]
 
     def cell(row: Mapping[str, float], column: str) -> str:
+        if column not in row:
+            return ""
         low, high = f"{column}: lowest", f"{column}: highest"
         return f"{row[column]:.4g}" + (f" ({row[low]:.4g} to {row[high]:.4g})" if low in row else "")
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from dcdd_core.pico import measures, table
-from dcdd_core.pico.data import scene_pixels
-from dcdd_core.pico.measures import SECTIONS, SERVED, TITLES, Tally
+from dcdd_core.pico.data import scene_images, scene_pixels
+from dcdd_core.pico.measures import SECTIONS, SERVED, TITLES, Bench, Tally, measure_reader
 from dcdd_core.pico.reader import SceneReader, fact_labels
 from dcdd_core.pico.scenes import SHAPES, render_scene
 from dcdd_core.pico.table import MARKS, TABLE, markdown, put_between, verdicts
+from dcdd_core.pico.weights import load_reader
+from dcdd_core.pipelines.models import load_pico
 from tests.tiny import random_pico
 
 
@@ -70,6 +72,18 @@ def test_details_are_the_distances_of_the_pictures_with_that_fact():
     assert row["frechet"] == tally.row(real, labels)["frechet"]
 
 
+@torch.no_grad()
+def test_scenes_drawn_anew_show_the_same_facts_and_are_not_the_same(tmp_path):
+    images = scene_images(tmp_path, "test", 24)
+    bench = Bench(
+        pico=load_pico(with_sampler=False), reader=load_reader(), images=images, batch=10, steps=1, guidance=1.0
+    )
+    rows = measure_reader(bench)
+    real, anew = rows["real scenes"], rows["the same facts, drawn anew"]
+    assert "frechet" not in real and anew["frechet"] > 0.1
+    assert anew["F1 place"] == real["F1 place"] == 1 and anew["F1 colour"] > 0.9
+
+
 def test_verdicts_follow_the_numbers():
     ours = {"frechet": 0.3, "ssim": 1.0, "perceptual": 0.95}
     results = {
@@ -86,6 +100,7 @@ def test_verdicts_follow_the_numbers():
 def test_markdown_holds_every_number():
     text = markdown({"reader": {"real scenes": {"F1 shape": 0.98765}}})
     assert text.splitlines()[2:] == ["|  | F1 shape ↑ |", "|---|---|", "| real scenes | 0.9877 |"]
+    assert "| a |  | 1 |" in markdown({"reader": {"a": {"F1 shape": 1.0}, "b": {"frechet": 0.1, "F1 shape": 0.9}}})
     spread = {"frechet": 0.25, "frechet: lowest": 0.2, "frechet: highest": 0.3}
     assert "| lcdm | 0.25 (0.2 to 0.3) |" in markdown({"means": {"lcdm": spread}})
     ways = {"tokens": {"frechet": 0.2}, "anchored": {"frechet": 0.1}, SERVED: {"frechet": 0.1}}
