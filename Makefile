@@ -39,7 +39,7 @@ table: $(READY) ## measure the embedded models anew where they changed: the tabl
 variants: $(READY) ## train the nine decoders of the ablation, for `make table` and `make report`
 	$(RUN) -m dcdd_core.pico.variants --compile
 
-report: $(READY) ## the paper's tables measured on the embedded models: docs/report.md
+report: variants ## the paper's tables measured on the embedded models, after `make variants`: docs/report.md
 	$(RUN) -m dcdd_core.pico.report --bf16 --compile
 
 bench: $(READY) ## speed and memory against the plain ways: docs/bench.md, docs/growth.png; with the optional torchao

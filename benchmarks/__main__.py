@@ -32,6 +32,8 @@ def main() -> None:
     def say(title: str, text: str) -> None:
         parts.append(f"### {title}\n\n{text}\n")
         print(parts[-1], flush=True)
+        if chosen.out is not None:  # After every part: what comes next may fail.
+            write_text(chosen.out, "\n".join(parts))
 
     found = []
     for name in chosen.names or sorted(path.stem for path in FOLDER.glob("[!_]*.py")):
@@ -41,8 +43,6 @@ def main() -> None:
             say(module.__doc__.splitlines()[0], markdown_table([module.HEAD, *found[-1][1]]))
     if targets := verdicts(found):
         say("Targets", targets)
-    if chosen.out is not None:
-        write_text(chosen.out, "\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
 """8-bit weights: what they do to the logits' statistics, and to a picture's seconds
 
-`python -m benchmarks int8` takes pico's shape with random weights; DCDD_BENCH_JANUS names the folder of a Janus
-model of your own, DCDD_BENCH_DEVICE where it computes.
+`python -m benchmarks int8` takes pico's Janus; DCDD_BENCH_JANUS names the folder of a Janus model of your own,
+DCDD_BENCH_DEVICE where it computes.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from dataclasses import asdict
 
 import torch
 
-from benchmarks.sampler import PROMPT, pico
+from benchmarks.sampler import PROMPT
 from benchmarks.timing import alternating
 from dcdd_core.method.statistics import describe_logits
 from dcdd_core.models.janus import JanusSampler
+from dcdd_core.pipelines.models import PICO_WEIGHTS
 from dcdd_core.types import TokenLogits
 
 HEAD = ("what", "as loaded", "int8")
@@ -54,10 +54,6 @@ def reread(sampler: JanusSampler, own: TokenLogits, prompts: list[str]) -> Token
 def rows() -> list[tuple[str, str, str]]:
     if importlib.util.find_spec("torchao") is None:
         return [("all", "not measured (torchao is not installed)", "-")]
-    folder, device = os.environ.get("DCDD_BENCH_JANUS"), os.environ.get("DCDD_BENCH_DEVICE", "cpu")
-    with tempfile.TemporaryDirectory() as own:
-        if folder is None:
-            for part in pico():
-                part.save_pretrained(own)
-        before, after = (JanusSampler.load(folder or own, device=device, int8=int8) for int8 in (False, True))
-    return compare(before, after)
+    folder = os.environ.get("DCDD_BENCH_JANUS", PICO_WEIGHTS / "janus")
+    device = os.environ.get("DCDD_BENCH_DEVICE", "cpu")
+    return compare(*(JanusSampler.load(folder, device=device, int8=int8) for int8 in (False, True)))

@@ -120,6 +120,7 @@ class DistributionConditionedDecoder(nn.Module):
         self.adapter = ConditionEncoder(card.code_dim, card.width, transformer.inner_dim)
         self.card = card
         self.table = table
+        self._rotary: tuple[tuple, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     # The adapter's: the transformer's layers may wait elsewhere for their turn, or be stored in 8 bits.
     @property
@@ -163,12 +164,20 @@ class DistributionConditionedDecoder(nn.Module):
         hidden = model.x_embedder(packed) + condition  # Eq. 23
         blocks = blocks_of(model)
         *modulations, last = self._modulations(t, hidden, len(blocks) + 1)
-        rotary = model.pos_embed(position_ids(*latent_size).to(hidden.device))
+        rotary = self._rotary_at(latent_size, hidden.device)
         text = hidden.new_zeros(len(hidden), 0, hidden.shape[2])
         for block, modulation in zip(blocks, modulations, strict=True):
             # The text that comes back has other strides, for which a compiled block would be compiled again.
             _, hidden = block(hidden, text, modulation, rotary)
         return model.proj_out(model.norm_out(hidden, last))
+
+    def _rotary_at(self, latent_size: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary embedding of a size's positions, the same at every step: that of the last size is kept."""
+        key = (tuple(latent_size), device)
+        if self._rotary is None or self._rotary[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # A training may come after a host's inference.
+                self._rotary = key, self.transformer.pos_embed(position_ids(*latent_size).to(device))
+        return self._rotary[1]
 
     @property
     def _guidance(self) -> float | None:

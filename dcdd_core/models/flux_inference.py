@@ -139,9 +139,14 @@ class ModulationTable:
                 break
         else:
             schedule = self._schedule(tuple(sorted(set(wanted))), guidance, like)
-        several = wanted if len(set(wanted)) > 1 else wanted[:1]  # One row serves the whole batch.
-        rows = schedule.table[[schedule.times.index(time) for time in several]]
-        return rows.to(like.device, like.dtype).split(self._widths, dim=1)
+        places = [schedule.times.index(time) for time in wanted]
+        if len(set(places)) == 1:  # One row serves the whole batch.
+            rows = schedule.table[places[0] : places[0] + 1]
+        else:
+            rows = schedule.table[places]
+        # From pinned memory the host does not wait for the copy.
+        rows = rows.to(like.device, like.dtype, non_blocking=rows.is_pinned())
+        return rows.split(self._widths, dim=1)
 
     def _schedule(
         self, times: tuple[float, ...], guidance: float | None, like: torch.Tensor, on_layer: OnLayer | None = None
@@ -177,7 +182,8 @@ class ModulationTable:
             pooled = torch.zeros(len(times), self._pooled, **kind)
             t = torch.tensor(times, device=like.device)
             activated = F.silu(embed_time(embedder, t, guidance=guidance, pooled=pooled))
-            return torch.cat([modulation(k, layer) for k, layer in enumerate(self._layers)], dim=1)
+            table = torch.cat([modulation(k, layer) for k, layer in enumerate(self._layers)], dim=1)
+        return table.pin_memory() if like.is_cuda else table
 
 
 def fold_modulations(transformer: FluxTransformer2DModel, weights: StoredTensors) -> ModulationTable:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -29,7 +31,7 @@ from ..models.flux import VARIANTS, DistributionConditionedDecoder, load_decoder
 from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
 from ..pipelines.models import PICO_WEIGHTS, Models, load_pico
-from ..types import Condition
+from ..types import Condition, DCDDWarning
 from .data import scene_images, scene_pixels
 from .reader import FACTS, SceneReader, fact_labels
 from .scenes import draw, scene_facts
@@ -198,14 +200,14 @@ def measure_steps(bench: Bench, count: int = 512) -> Rows:
     return _rows(bench, tallies, count)
 
 
-def measure_variants(bench: Bench, count: int = 512) -> Rows:
-    """The paper's Table 4, on the first scenes: what a decoder is conditioned on, a row each of `bench.variants`."""
+def measure_variants(bench: Bench) -> Rows:
+    """The paper's Table 4: what a decoder is conditioned on, a row each of `bench.variants`."""
     pico, rows = bench.pico, {}
-    real, labels = bench.real_features(count), bench.labels(count)
+    real, labels = bench.real_features(), bench.labels()
     for name, path in bench.variants.items():
         decoder = load_decoder(path, device=pico.vq.device, dtype=pico.decoder.dtype, compiled=bench.compiled)
         tally = Tally()
-        for part, pixels in bench.scenes(name, count):
+        for part, pixels in bench.scenes(name):
             condition = condition_for(decoder.card, pico.vq.encode(pixels), pico.vq.codebook)
             tally.add(bench.reader, bench.paint(decoder, condition, part), pixels)
         rows[name] = tally.row(real, labels)
@@ -291,7 +293,7 @@ TITLES = {
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
     "steps": "Number of Euler steps, on the first 512 scenes (the paper's Table 6)",
-    "means": "What the decoder is conditioned on: means of the seeds, on the first 512 scenes (the paper's Table 4)",
+    "means": "What the decoder is conditioned on: means of the seeds (the paper's Table 4)",
     "latency": "Where the time goes (the paper's Table 5)",
 }
 
@@ -301,7 +303,7 @@ class Choice:
     """What is measured, how, and where the results are kept."""
 
     out: Path
-    weights: Path
+    weights: Path = PICO_WEIGHTS
     scenes: int = 2048
     steps: int = 10
     batch: int = 64
@@ -331,8 +333,8 @@ class Choice:
         )
 
     def fingerprint(self, section: str) -> str:
-        """Of all that a section's numbers depend on: the weights' bytes, the settings, and for times the machine."""
-        digest = hashlib.sha256()
+        """Of what a section's numbers depend on: how it measures, the weights, the settings, for times the machine."""
+        digest = hashlib.sha256(inspect.getsource(SECTIONS[section]).encode())
         bundles = self.variants.values() if section == "variants" else ()
         for path in [*sorted(self.weights.rglob("*.safetensors")), *bundles]:
             digest.update(path.read_bytes())
@@ -341,16 +343,17 @@ class Choice:
         digest.update(repr((*settings, machine)).encode())
         return digest.hexdigest()
 
-    def command(self, section: str) -> str:
-        """What measures a section as this does."""
+    def command(self, *sections: str) -> str:
+        """What measures sections as this does."""
         words = {
             name: getattr(self, name)
-            for name in ("scenes", "steps", "device")
+            for name in ("scenes", "steps", "weights")
             if getattr(self, name) != getattr(Choice, name)
         }
+        words["device"] = self.device
         words |= {flag: "" for flag, chosen in (("bf16", self.bf16), ("compile", self.compiled)) if chosen}
         options = "".join(f" --{name} {value}".rstrip() for name, value in words.items())
-        return f"python -m dcdd_core.pico.table --sections {section}{options}"
+        return f"python -m dcdd_core.pico.table --sections {' '.join(sections)}{options}"
 
 
 def measured(choice: Choice, sections: Sequence[str]) -> tuple[Bench, dict[str, Rows]]:
@@ -388,28 +391,26 @@ def variant_means(rows: Rows) -> Rows:
 def variant_files(folder: Path) -> dict[str, Path]:
     """The ablation's bundles in a folder, "<variant>-<seed>.safetensors", by the name of their row: seed by seed.
 
-    Raises:
-        ValueError: for a variant whose seeds are not those of the others.
+    Warns of seeds that not all variants have; these are left out.
     """
     seeds = {
         name: {int(path.stem.rpartition("-")[2]): path for path in folder.glob(f"{name}-*.safetensors")}
         for name in VARIANTS
     }
-    counts = {name: sorted(found) for name, found in seeds.items()}
-    if any(found != counts[VARIANTS[0]] for found in counts.values()):
-        raise ValueError(
-            f"{folder} holds the seeds {counts}: every variant is to have the same. "
-            "`python -m dcdd_core.pico.variants` trains them"
+    whole = sorted(set.intersection(*(set(found) for found in seeds.values())))
+    if any(len(found) != len(whole) for found in seeds.values()):
+        held = {name: sorted(found) for name, found in seeds.items()}
+        warnings.warn(
+            f"{folder} holds the seeds {held}: those that not all variants have are left out. "
+            "`python -m dcdd_core.pico.variants` trains the others",
+            DCDDWarning,
+            stacklevel=2,
         )
-    return {f"{name}, seed {seed}": seeds[name][seed] for seed in counts[VARIANTS[0]] for name in VARIANTS}
+    return {f"{name}, seed {seed}": seeds[name][seed] for seed in whole for name in VARIANTS}
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Choice]:
-    """Adds to a command's options those that say what is measured, and reads them: first the command's own.
-
-    Raises:
-        ValueError: as `variant_files`.
-    """
+    """Adds to a command's options those that say what is measured, and reads them: first the command's own."""
     parser.add_argument("--out", type=Path, default=Path("out/table"), help="where the measurements are kept")
     parser.add_argument("--scenes", type=int, default=Choice.scenes)
     parser.add_argument("--weights", type=Path, default=PICO_WEIGHTS)

@@ -110,9 +110,9 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
         causes.strip(),
     ]
 
-    def section(title: str, name: str, *blocks: str) -> None:
+    def section(title: str, name: str, *blocks: str, besides: Sequence[str] = ()) -> None:
         if name in results:
-            parts.append("\n\n".join([f"## {title}", *blocks, f"Measured by `{choice.command(name)}`."]))
+            parts.append("\n\n".join([f"## {title}", *blocks, f"Measured by `{choice.command(name, *besides)}`."]))
         else:
             parts.append(f"## {title}\n\nNot measured: `{_HOW.get(name, choice.command(name))}`.")
 
@@ -132,17 +132,20 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
     rows = results.get("text", {})
     details = [name for name in next(iter(rows.values()), {}) if name.startswith("frechet: ")]
     heads = ["gFID ↓", *(f"F1 {fact} ↑" for fact in READ)]
-    rows = rows | {name: row for name, row in results.get("reader", {}).items() if "frechet" in row}
+    chance = {name: row for name, row in results.get("reader", {}).items() if "frechet" in row}
+    rows = rows | chance
     shapes = [name.removeprefix("frechet: ") for name in details]
     section(
         "Table 3: text to image",
         "text",
         "All decoders' rows from the same sampled tokens and logits. The facts that the reader finds in the pictures "
-        "stand in for GenEval. The last row is chance: the renderer's own pictures of the same facts.",
+        "stand in for GenEval."
+        + (" The last row is chance: the renderer's own pictures of the same facts." * bool(chance)),
         _table(heads, {name: [row["frechet"], *(row[f"F1 {fact}"] for fact in READ)] for name, row in rows.items()}),
         "gFID by shape:",
         _table(shapes, {name: [row[detail] for detail in details] for name, row in rows.items()}),
         "![Captions, painted](report/table-3.png)",
+        besides=["reader"] if chance else [],
     )
     rows = results.get("means", {})
     section(
@@ -150,7 +153,7 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
         "variants",
         "Decoders trained from nothing, all equally long, each variant from "
         f"{len(results.get('variants', {})) // len(VARIANTS)} seeds (`python -m dcdd_core.pico.variants`). "
-        "The first 512 scenes; the mean, and the lowest and highest of the seeds.",
+        "The mean, and the lowest and highest of the seeds.",
         markdown_table(
             [
                 ["", *_SCORES.values()],
@@ -161,7 +164,7 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
         "![The same scenes by the first seed's decoders](report/table-4-pictures.png)",
     )
     latency = _latency(results["latency"], results["text"]) if {"latency", "text"} <= set(results) else ""
-    section("Table 5: where the time goes", "latency", latency)
+    section("Table 5: where the time goes", "latency", latency, besides=["text"])
     section(
         "Table 6: the number of steps",
         "steps",

@@ -147,6 +147,26 @@ def test_times_may_differ_within_a_batch_and_need_no_preparation(whole, bundle):
     torch.testing.assert_close(velocity(small, mixed), velocity(whole, mixed), rtol=1e-5, atol=1e-5)
 
 
+def test_positions_are_embedded_once_a_size_and_also_for_a_training_that_follows(monkeypatch, whole):
+    decoder, sizes = tiny_decoder(), []
+    embed = decoder.transformer.pos_embed.forward
+    monkeypatch.setattr(decoder.transformer.pos_embed, "forward", lambda ids: sizes.append(len(ids)) or embed(ids))
+    with torch.inference_mode():
+        first = velocity(decoder, 0.5)
+        velocity(decoder, 0.25)
+    assert sizes == [16]
+    packed = torch.randn(2, 32, decoder.transformer.config.in_channels)
+    decoder(packed, torch.zeros(2, 32, decoder.transformer.inner_dim), torch.ones(2), (16, 8))
+    assert sizes == [16, 32]
+    assert torch.equal(velocity(decoder, 0.5), first)
+    decoder.requires_grad_(True)
+    with torch.inference_mode():
+        velocity(decoder, 0.5)
+    condition = decoder.condition_tokens(tiny_condition(), SIZE)
+    decoder(packed[:, :16], condition, torch.ones(2), SIZE).sum().backward()
+    assert sizes == [16, 32, 16]
+
+
 def test_guidance_is_read_from_the_card_at_every_step(whole, bundle):
     small = load_decoder(bundle)
     before = velocity(small, 0.5)
