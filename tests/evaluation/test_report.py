@@ -17,7 +17,7 @@ HEADS = {"frechet": "rFID", "psnr": "PSNR"}
 
 def made(scopes, folder, **options):
     names = [name for name in scopes if name != "overall"] or [""]
-    pictures = [Picture(path=folder, name=f"{i}", category=names[i % len(names)], key="") for i in range(4)]
+    pictures = [Picture(path=folder, name=f"{i}", category=names[i % len(names)]) for i in range(4)]
     real = {name: FrechetStatistics.of([torch.rand(2, 3)]) for name in names}
     results = results_of(scopes, pictures=pictures, real=real, settings={"steps": 3}, networks={"frechet": "I"}, size=9)
     return results, write_report(folder, results, title="T", heads=HEADS, command="dcdd x", **options)
