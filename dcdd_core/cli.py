@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from PIL import Image
+from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -51,6 +52,7 @@ DEMO_PROMPTS = (
 )
 DEMO_SCENES = (4, 12, 25, 44)
 _MOST_TOKENS = 64 * 64
+_COMPILER = "install a C++ compiler, and on a GPU Triton as well, or leave out --compile"
 _ROOM = "take a smaller picture, --dtype bfloat16, --janus-int8, --decoder-8bit or --stream"
 
 
@@ -68,9 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dcdd: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            print(f"dcdd: out of memory: {_ROOM}", file=sys.stderr)
+        elif isinstance(error, TorchDynamoException):
+            reason = str(error).splitlines()[0][:200]
+            print(f"dcdd: --compile failed ({reason}): {_COMPILER}", file=sys.stderr)
+        else:
             raise
-        print(f"dcdd: out of memory: {_ROOM}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("dcdd: stopped", file=sys.stderr)
@@ -105,6 +111,8 @@ def reconstruct(chosen: argparse.Namespace) -> None:
         raise ValueError(
             "two of the pictures have one name: their results would overwrite each other; take them in turn"
         )
+    if chosen.side is not None and chosen.side < 1:
+        raise ValueError(f"--side must be at least 1 pixel, best the VLM's own size; got {chosen.side}")
     models = _load(chosen, with_sampler=False)
     _check_painting(models, chosen)
     for path in chosen.image:

@@ -123,7 +123,7 @@ def command_parser(description: str, *runs: Callable[[argparse.Namespace], None]
     ).add_subparsers(required=True, metavar="what")
     command = add("reconstruction", models, decoding, measuring, help="rFID, SSIM, PSNR and LPIPS of a folder", to=what)
     command.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="pictures, in sub-folders or not")
-    command.add_argument("--size", type=int, metavar="PIXELS", help="of the squares (default: the VLM's own pictures')")
+    command.add_argument("--size", type=int, metavar="PIXELS", help="of the squares to compare (default: as painted)")
     command.add_argument("--lpips", type=Path, metavar="FILE", help="weights of LPIPS' backbone")
     command.add_argument("--keep-pictures", action="store_true", help="write the decoded pictures as well")
     command = add("text", models, sampling, decoding, measuring, help="gFID of a file of prompts, GenEval", to=what)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._inductor import config as inductor_config
 
 from dcdd_core import cli
 from dcdd_core.cli import main
@@ -234,6 +235,7 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["reconstruct", "a/x.png", "b/x.png"], "one name"),
         (["generate", PROMPT, "--calibration", "/nowhere"], "/nowhere"),
         (["reconstruct", "/nowhere.png"], "nowhere.png"),
+        (["reconstruct", "a.png", "--side", "0"], "--side must be at least 1"),
         (["calibrate", "--prompts", "/nowhere.txt"], "nowhere.txt"),
         (["calibrate", "--count", "0"], "--count must be at least 1"),
         (["calibrate", "--batch", "0"], "--batch must be at least 1"),
@@ -273,6 +275,17 @@ def test_running_out_of_memory_is_explained(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("dcdd_core.cli.decode", too_much)
     assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 1
     assert "out of memory: take a smaller picture" in capsys.readouterr().err
+
+
+def test_compiling_without_a_compiler_is_explained(monkeypatch, tmp_path, capsys):
+    def compiled(*_, **__):
+        with inductor_config.patch({"cpp.cxx": ("/nowhere",), "force_disable_caches": True}):
+            torch.compile(torch.sin)(torch.ones(8))
+
+    monkeypatch.setattr("dcdd_core.cli.decode", compiled)
+    assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dcdd: --compile failed (") and "/nowhere" in error and "install a C++ compiler" in error
 
 
 def test_what_does_not_fit_at_once_is_made_in_turn(monkeypatch, tmp_path, capsys):

@@ -46,9 +46,22 @@ class Decoders:
 
     @property
     def size(self) -> int:
-        """Side in pixels of the pictures that the VLM paints through its tokenizer; measured is at this size."""
+        """Side in pixels of the pictures that the VLM's tokenizer reads and paints."""
         vq = self.models.vq
         return vq.model.config.num_patches * vq.factor
+
+    @property
+    def painted(self) -> dict[str, int]:
+        """Path -> side in pixels of what is painted from the VLM's own grid of tokens."""
+        sides = {"vq": self.size}
+        if self.card is not None:
+            sides["dcdd"], _ = self.models.decoder.card.painted_size((self.models.vq.model.config.num_patches,) * 2)
+        return sides
+
+    @property
+    def measured(self) -> int:
+        """Side in pixels at which pictures are compared by default: what the decoder paints, or else the tokenizer."""
+        return self.painted[self.paths[-1]]
 
     def paint(self, token_logits: TokenLogits, seeds: Sequence[int]) -> dict[str, torch.Tensor]:
         """Path -> pictures [B, 3, H, W] in -1..1, all from the same tokens and logits."""

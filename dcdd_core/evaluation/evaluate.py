@@ -23,6 +23,9 @@ from .prompts import Prompt
 from .reconstruction import SCORES, needed, real_statistics, reconstruct_all, reconstruction_scopes
 from .report import results_of, write_report
 
+_SMALLEST = 32
+"""Pixels a side; of less than 31 LPIPS' AlexNet pools nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -73,7 +76,7 @@ def evaluate_reconstruction(
     """rFID (or the Frechet distance of another network), SSIM, PSNR and LPIPS of both decoders.
 
     Args:
-        size: side of the squares that pictures become; that of the VLM's own pictures by default.
+        size: side in pixels of the squares that are compared; `Decoders.measured` by default.
         keep_pictures: write the decoded pictures as well.
 
     Returns:
@@ -81,17 +84,18 @@ def evaluate_reconstruction(
 
     Raises:
         ValueError: for settings other than those of the results in `run.out`, a category of one picture, a picture that
-            cannot be read, a size that no whole tokens fill, and statistics of another network, size or set of
+            cannot be read, a size that is too small to be measured, and statistics of another network, size or set of
             categories.
     """
     check_categories([picture.category for picture in pictures])
-    size = decoders.size if size is None else size
+    size = decoders.measured if size is None else size
+    if size < _SMALLEST:
+        raise ValueError(f"pictures are measured at {_SMALLEST} pixels a side or more, got --size {size}")
     settings = {"evaluation": "reconstruction", "seed": run.seed, "size": size, **decoders.settings()}
     known = run.known_statistics(features, size)
     if known is not None:
         categories = sorted({picture.category for picture in pictures})
         known = chosen_statistics(known, categories, f"--statistics {run.statistics}")
-    decoders.models.vq.grid_of(size, size)
     run.hold_to(settings)
     network = f"{features.fingerprint}+{perceptual.fingerprint}"
     kept = run.measurements(network, "reconstruction", needed(decoders.paths, with_real=known is None))
@@ -118,7 +122,15 @@ def evaluate_reconstruction(
         "ssim": "scikit-image, 7-pixel window",
         "perceptual": f"{perceptual.name}, {perceptual.fingerprint}",
     }
-    results = results_of(scopes, pictures=pictures, real=real, settings=settings, networks=names, size=size)
+    results = results_of(
+        scopes,
+        pictures=pictures,
+        real=real,
+        settings=settings,
+        networks=names,
+        size=size,
+        painted=_painted(decoders),
+    )
     heads = dict(zip(SCORES, ("SSIM", "PSNR", perceptual.measure))) | {"frechet": f"r{features.measure}"}
     return write_report(run.out, results, title="Reconstruction", heads=heads, command=run.command, singles=singles)
 
@@ -134,7 +146,8 @@ def evaluate_text(
     references: Path | None,
     by_category: bool = False,
 ) -> str | None:
-    """gFID (or the Frechet distance of another network) of both decoders, from the same tokens and logits.
+    """gFID (or the Frechet distance of another network) of both decoders, from the same tokens and logits, at
+    `Decoders.measured`.
 
     Args:
         sampling: what `sample` depends on besides prompts and seeds, as plain JSON values.
@@ -151,7 +164,7 @@ def evaluate_text(
     if by_category and "" in categories:
         raise ValueError("the prompts name no categories to measure by: leave --by-category out")
     check_categories(categories)
-    size = decoders.size
+    size = decoders.measured
     settings = _text_settings(run, decoders, sampling)
     known = run.known_statistics(features, size)
     if known is not None:
@@ -195,6 +208,7 @@ def evaluate_text(
         settings=settings,
         networks={"frechet": f"{features.name}, {features.fingerprint}"},
         size=size,
+        painted=_painted(decoders),
     )
     heads = {"frechet": f"g{features.measure}"}
     return write_report(run.out, results, title="Text to image", heads=heads, command=run.command)
@@ -226,6 +240,10 @@ def _references(run: Run, folder: Path | None, categories: Sequence[str], *, by_
     if absent := sorted(set(categories) - {picture.category for picture in pictures}):
         raise ValueError(f"--references {folder} has no sub-folder {', '.join(absent[:5])} with pictures: add it")
     return pictures
+
+
+def _painted(decoders: Decoders) -> dict[str, int]:
+    return {PATHS[path]: side for path, side in decoders.painted.items()}
 
 
 def _text_settings(run: Run, decoders: Decoders, sampling: Mapping[str, Any]) -> dict[str, Any]:

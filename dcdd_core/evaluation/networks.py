@@ -118,7 +118,7 @@ def _inception(path: Path, device: torch.device | str) -> FeatureNetwork:
                 "torchmetrics takes its Inception's layers from torch-fidelity, which is not installed: "
                 "pip install torch-fidelity (it needs torchvision, in the build that fits your torch)"
             ) from error
-        except (RuntimeError, TypeError) as error:
+        except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} does not fit ({reason}); expected {_INCEPTION}") from error
     network = network.eval().requires_grad_(False).to(device)

@@ -11,8 +11,9 @@ from skimage.metrics import structural_similarity
 
 
 def psnr(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of pixels [B, 3, H, W] in -1..1 -> [B]; infinite for equal pictures."""
-    return 10 * torch.log10(4.0 / (first.double() - second.double()).square().mean(dim=(1, 2, 3)))
+    """Peak signal-to-noise ratio in dB of pixels [B, 3, H, W] in -1..1 -> [B], on the CPU; infinite where equal."""
+    a, b = (x.cpu().double() for x in (first, second))  # MPS has no float64
+    return 10 * torch.log10(4.0 / (a - b).square().mean(dim=(1, 2, 3)))
 
 
 def ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,8 @@ def reconstruct_all(
     """Measures every picture that `kept` lacks.
 
     Args:
-        size: S; pictures are resized to it by their shorter side and cut to a square.
+        size: S, of the squares that are compared: pictures are resized to it by their shorter side and cut, decoded
+            ones as well. The tokenizer sees them at its own size.
         seed: with a picture's name, of its noise.
         folder: for the decoded pictures, "<folder>/<path>/<name>.png"; None to keep only the numbers.
 
@@ -58,7 +59,8 @@ def reconstruct_all(
     done = kept.done()
     for part in processes.batches(pictures, batch, done=lambda picture: picture.key in done, label="reconstruction"):
         truth = read_pixels(part, size, vq.device)
-        painted = decoders.paint(vq.encode(truth), [seed_of(seed, picture.name) for picture in part])
+        seen = truth if size == decoders.size else read_pixels(part, decoders.size, vq.device)
+        painted = decoders.paint(vq.encode(seen), [seed_of(seed, picture.name) for picture in part])
         values = {}
         if tensor_name("features", _REAL) in kept.needed:
             values[tensor_name("features", _REAL)] = features.features(truth)

@@ -30,16 +30,20 @@ def results_of(
     settings: Mapping[str, Any],
     networks: Mapping[str, str],
     size: int,
+    painted: Mapping[str, int],
 ) -> dict[str, Any]:
     """Everything that `results.json` says: the numbers and what they depend on, neither times nor places.
 
     Args:
         real: category -> the statistics held against.
         networks: column -> the network that measured it, in words.
+        size: side in pixels at which pictures were compared.
+        painted: row -> side in pixels of its pictures before they were resized to that.
     """
     held = Counter(picture.category for picture in pictures)
     return {
         "size": size,
+        "painted": dict(painted),
         "pictures": {OVERALL: len(pictures)} | {name: held[name] for name in scopes if name != OVERALL},
         "references": {OVERALL: sum(part.count for part in real.values())}
         | {name: real[name].count for name in scopes if name != OVERALL},
@@ -63,6 +67,9 @@ def markdown(results: Mapping[str, Any], *, title: str, heads: Mapping[str, str]
     scopes = results["scopes"]
     counts = f"{results['pictures'][OVERALL]} pictures against {results['references'][OVERALL]}"
     lines = [f"# {title}", "", f"{counts}, measured at {results['size']} x {results['size']} pixels.", ""]
+    resized = [f"{row} ({side} pixels)" for row, side in results["painted"].items() if side != results["size"]]
+    if resized:
+        lines += [f"Resized to that, bicubic and antialiased: {', '.join(resized)}.", ""]
     lines += [f"- {heads[column]}: {name}" for column, name in results["networks"].items()]
     lines += ["", f"`{command}`", ""]
     named = {column: f"{heads[column]} {_BETTER[column]}" for column in next(iter(scopes[OVERALL].values()))}

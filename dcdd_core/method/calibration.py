@@ -363,7 +363,7 @@ def _anchor_sums(probabilities: torch.Tensor, tokens: torch.Tensor, codebook: Co
     vectors = codebook.vectors.to(probabilities.device)
     c = probabilities @ vectors
     cosine = F.cosine_similarity(c, vectors[tokens.to(c.device)], dim=-1)
-    return [len(c), float(c.norm(dim=-1).double().sum()), float(cosine.double().sum())]
+    return [len(c), float(c.norm(dim=-1).cpu().double().sum()), float(cosine.cpu().double().sum())]
 
 
 def _widened(entropy: Callable[[float], float], target: float) -> tuple[float, float]:

@@ -73,7 +73,7 @@ def describe_logits(
 def _describe(parts: Iterable[torch.Tensor]) -> TokenStatistics:
     tokens, total = 0, 0.0
     for part in parts:
-        tokens, total = tokens + len(part), total + _sums(part).cpu()
+        tokens, total = tokens + len(part), total + _sums(part)
     means = (total / tokens).numpy()
     curve, (entropy, tail_entropy) = means[:-2], means[-2:].tolist()
     threshold = float(threshold_otsu(curve))
@@ -93,12 +93,11 @@ def _describe(parts: Iterable[torch.Tensor]) -> TokenStatistics:
 
 @float32_maths
 def _sums(probabilities: torch.Tensor) -> torch.Tensor:
-    """[K + 2] float64: sums over n tokens of the sorted probabilities, of H and of H_tail."""
+    """[K + 2] float64, on the CPU since MPS has none: sums over n tokens of the sorted p, of H and of H_tail."""
     u, entropy = features_and_entropy(probabilities)
     # NumPy sorts a CPU's rows in a quarter of torch's time.
     on_cpu = probabilities.device.type == "cpu"
-    rising = torch.from_numpy(np.sort(probabilities.numpy())) if on_cpu else probabilities.sort(-1).values
+    rising = torch.from_numpy(np.sort(probabilities.numpy())) if on_cpu else probabilities.sort(-1).values.cpu()
     curve = rising.sum(0, dtype=torch.float64).flip(0)
-    return torch.cat(
-        [curve, torch.stack([entropy.double().sum() / math.log(probabilities.shape[-1]), u[:, 3].double().sum()])]
-    )
+    entropy, tail_entropy = (values.cpu().double().sum() for values in (entropy, u[:, 3]))
+    return torch.cat([curve, torch.stack([entropy / math.log(probabilities.shape[-1]), tail_entropy])])

@@ -243,9 +243,35 @@ def test_one_picture_is_too_few(tmp_path, images, decoders, networks):
         reconstruct(tmp_path, images, decoders, networks, limit=1)
 
 
-def test_a_size_that_no_tokens_fill_is_refused(tmp_path, images, decoders, networks):
-    with pytest.raises(ValueError, match="8-pixel tokens"):
-        reconstruct(tmp_path, images, decoders, networks, size=90)
+def test_a_size_that_cannot_be_measured_is_refused(tmp_path, images, decoders, networks):
+    with pytest.raises(ValueError, match="32 pixels a side or more, got --size 31"):
+        reconstruct(tmp_path, images, decoders, networks, size=31)
+
+
+@pytest.fixture
+def larger(decoders):
+    """The same decoder, painting 128 pixels from the tokens of 96."""
+    decoder = decoders.models.decoder
+    card = decoder.card
+    decoder.card = replace(card, resolution=128, pixels_per_token=128 / 12)
+    yield replace(decoders, card=decoder.card)
+    decoder.card = card
+
+
+@pytest.mark.parametrize("size", [None, 50])
+def test_a_decoder_that_paints_larger_is_measured_at_its_size(tmp_path, images, larger, networks, size):
+    text = reconstruct(tmp_path, images, larger, networks, by_category=False, limit=3, size=size, keep_pictures=True)
+    pictures, measured = pictures_in(images, limit=3), size or 128
+    assert results(tmp_path)["size"] == measured and "VQ-VAE decode (96 pixels)" in text
+    truth = read_pixels(pictures, measured)
+    seeds = [seed_of(0, picture.name) for picture in pictures]
+    for path, painted in larger.paint(larger.models.vq.encode(read_pixels(pictures, 96)), seeds).items():
+        made = as_measured(painted, measured)
+        found = results(tmp_path)["scopes"]["overall"][decoding.PATHS[path]]
+        assert found["ssim"] == pytest.approx(float(ssim(truth, made).mean()), rel=1e-4)
+        assert found["psnr"] == pytest.approx(float(psnr(truth, made).mean()), rel=1e-4)
+        side = {"vq": 96, "dcdd": 128}[path]
+        assert Image.open(tmp_path / "pictures" / path / f"{pictures[0].name}.png").size == (side, side)
 
 
 def test_without_a_decoder_there_is_the_vq_path_alone(tmp_path, images, decoders, networks):
@@ -305,6 +331,18 @@ def test_both_paths_are_drawn_from_the_same_tokens(drawn, images, decoders, netw
     held = results(drawn)
     assert held["pictures"] == {"overall": 5, "animals": 2, "plants": 3}
     assert held["references"] == {"overall": 7, "animals": 3, "plants": 4}
+
+
+def test_what_is_painted_larger_is_measured_at_its_size(tmp_path, images, larger, networks):
+    draw(tmp_path, images, larger, networks, prompts=PROMPTS[:2], by_category=False)
+    assert results(tmp_path)["size"] == 128
+    features = networks["features"].features
+    made, real = (
+        FrechetStatistics.of([features(read_pixels(pictures_in(folder), 128))])
+        for folder in (tmp_path / "pictures" / "dcdd", images)
+    )
+    found = results(tmp_path)["scopes"]["overall"]["DCDD decode"]["frechet"]
+    assert found == pytest.approx(frechet_distance(real, made), rel=1e-3)
 
 
 def test_a_stopped_drawing_goes_on_and_three_share_it(drawn, tmp_path, images, decoders, networks, monkeypatch):

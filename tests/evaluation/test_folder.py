@@ -1,5 +1,7 @@
 """Folders of pictures: what counts, in which order and category, and squares of any file."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -50,9 +52,20 @@ def test_sub_folders_are_categories_on_demand(folder):
 
 
 def test_a_replaced_picture_has_another_key(folder):
-    before = pictures_in(folder)[0].key
-    draw(folder / "a" / "1.jpg", size=(40, 40))
-    assert pictures_in(folder)[0].key != before
+    def key_and_size(colour):
+        path = draw(folder / "a" / "0.bmp", colour=colour)
+        return pictures_in(folder)[0].key, path.stat().st_size
+
+    (before, size), (after, same) = key_and_size((10, 20, 30)), key_and_size((11, 20, 30))
+    assert before != after and size == same
+
+
+def test_a_file_is_read_once_and_only_for_its_key(folder, monkeypatch):
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or read_bytes(path))
+    first, *_ = pictures_in(folder)
+    assert not read
+    assert first.key == first.key and read == ["1.jpg"]
 
 
 @pytest.mark.parametrize(

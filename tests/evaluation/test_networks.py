@@ -143,6 +143,15 @@ def test_inception_gets_the_file_s_tensors_and_the_pictures_bytes(tmp_path, torc
         feature_network(path, embedded=True)
 
 
+def test_another_torchmetrics_is_no_bad_file(tmp_path, monkeypatch):
+    def older(self, feature, feature_extractor_weights_path):
+        pytest.fail("called without antialias")
+
+    monkeypatch.setattr("torchmetrics.image.fid.FrechetInceptionDistance.__init__", older)
+    with pytest.raises(TypeError, match="antialias"):
+        feature_network(state(tmp_path / "w.pth", a=torch.zeros(1)), embedded=False)
+
+
 def alexnet():
     """The layers that torchvision calls `features`."""
     pool = nn.MaxPool2d(3, 2)

@@ -5,6 +5,7 @@ import torch
 
 from dcdd_core.evaluation.frechet import features_of
 from dcdd_core.evaluation.quality import psnr, ssim
+from tests.mps import WithoutFloat64
 
 
 def pictures(seed=0):
@@ -19,6 +20,12 @@ def test_equal_pictures():
 def test_psnr_counts_the_whole_range():
     a = torch.zeros(1, 3, 24, 24)
     assert float(psnr(a, a + 0.2)) == pytest.approx(20.0, abs=1e-4)  # 10 log10(2^2 / 0.2^2)
+
+
+def test_a_device_without_float64_will_do():
+    a, b = pictures(0), pictures(1)
+    for score in (psnr, ssim):
+        assert torch.equal(score(*(x.as_subclass(WithoutFloat64) for x in (a, b))), score(a, b))
 
 
 def test_noise_and_blur_lower_ssim_one_picture_at_a_time():

@@ -26,6 +26,7 @@ from dcdd_core.method.calibration import (
 )
 from dcdd_core.method.lcdm import map_logits
 from dcdd_core.types import Calibration, CalibrationStatistics, Codebook, TokenLogits
+from tests.mps import WithoutFloat64
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -236,6 +237,13 @@ def test_anchor_statistics():
     assert found.length == pytest.approx(c.norm(dim=-1).mean().item(), abs=1e-5)
     cosine = F.cosine_similarity(c, CODEBOOK.vectors.double()[tokens], dim=-1)
     assert found.alignment == pytest.approx(cosine.mean().item(), abs=1e-5)
+
+
+def test_a_device_without_float64_will_do():
+    logits, tokens = vlm_logits(3.0)
+    there = grid(logits.as_subclass(WithoutFloat64), tokens)
+    assert anchor_statistics(there, CODEBOOK) == anchor_statistics(grid(logits, tokens), CODEBOOK)
+    assert target_statistics(there) == target_statistics(grid(logits, tokens))
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.3, 9.0])

@@ -15,6 +15,7 @@ from dcdd_core.method.calibration import apply, proxy_logits
 from dcdd_core.method.lcdm import map_probabilities
 from dcdd_core.method.statistics import describe, describe_logits
 from dcdd_core.types import Calibration, Codebook, TokenLogits
+from tests.mps import WithoutFloat64
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -61,6 +62,11 @@ def test_chunked_and_streamed_is_whole(monkeypatch):
     parts = dataclasses.asdict(describe_logits(grids, codebook, calibration))
     for name, value in dataclasses.asdict(whole).items():
         assert parts[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_a_device_without_float64_will_do():
+    p = rand(2, 30, 100).softmax(-1)
+    assert describe(p.as_subclass(WithoutFloat64)) == describe(p)
 
 
 def test_edges():
