@@ -231,7 +231,6 @@ def test_over_a_base_only_what_changed_is_kept(run, pico, tmp_path):
         ({"data": "nowhere"}, "there is no file nowhere"),
         ({"resolution": 100}, "use 96 or 104"),
         ({"tracker": "nobody"}, "the tracker 'nobody' is not installed"),
-        ({"steps": 0}, "steps and accumulation must be at least 1"),
         ({"vlm": "nowhere", "vae": "nowhere"}, "nowhere is not a folder"),
         ({"vlm": "nowhere"}, "give --vae"),
         ({"variant": "discrete", "calibration": "c.safetensors"}, "takes no calibration"),
@@ -243,6 +242,35 @@ def test_errors_are_one_line_with_the_way_out(run, capsys, tmp_path, options, wo
     said = capsys.readouterr().err
     assert words in said and said.startswith("train.py: ") and "Traceback" not in said
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"log-every": 0}, "log_every must be at least 1, got 0"),
+        ({"save-every": -5}, "save_every must be at least 1, got -5"),
+        ({"sample-every": 0, "samples": 1}, "sample_every must be at least 1, got 0: for no sheets take --samples 0"),
+        ({"samples": -1}, "samples must be at least 0, got -1"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"steps": 0}, "steps and accumulation must be at least 1, got 0 and 1"),
+        ({"accumulate": 0}, "steps and accumulation must be at least 1, got 2 and 0"),
+        ({"resolution": 0}, "resolution must be at least 1, got 0"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"rank": 0, "train": "lora"}, "rank must be at least 1, got 0"),
+    ],
+)
+def test_what_must_be_above_zero_is_refused_before_anything_is_loaded(run, capsys, options, words):
+    own = {"vlm": "nowhere", "vae": "nowhere", "bundle": "nowhere"}  # Read, they would be missed first.
+    assert run(**own, **options) == 1
+    assert capsys.readouterr().err == f"train.py: {words}\n"
+
+
+@pytest.mark.parametrize("option", ["batch", "shard-size"])
+def test_a_cache_of_nothing_at_a_time_is_refused_before_anything_is_loaded(run, capsys, option):
+    assert run("cache", vlm="nowhere", vae="nowhere", **{option: 0}) == 1
+    assert capsys.readouterr().err == f"train.py: {option.replace('-', '_')} must be at least 1, got 0\n"
 
 
 def test_eight_bit_moments_need_a_library_that_is_named(run, capsys, monkeypatch):

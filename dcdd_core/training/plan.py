@@ -19,6 +19,7 @@ from ..pipelines.models import PICO_WEIGHTS
 from ..types import Calibration, same_codebook
 from .encodings import geometry_for
 from .pictures import Geometry
+from .settings import require_at_least
 from .trainable import changed_by_training, choose_trained, merge_lora
 
 _FLUX_FILL = "black-forest-labs/FLUX.1-Fill-dev"
@@ -50,6 +51,9 @@ class Plan:
         trained, rank: see `choose_trained`.
         seed: of what starts at random: a new adapter and low-rank changes.
         licence: of the result; None for that of what it starts from.
+
+    Raises:
+        ValueError: for a resolution, a width or a rank below 1.
     """
 
     vlm: Path
@@ -64,6 +68,10 @@ class Plan:
     rank: int = 16
     seed: int = 0
     licence: str | None = None
+
+    def __post_init__(self):
+        sizes = {} if self.resolution is None else {"resolution": self.resolution}
+        require_at_least(1, **sizes, width=self.width, rank=self.rank)
 
     @classmethod
     def on_pico(cls, weights: Path = PICO_WEIGHTS, **options) -> Plan:

@@ -27,7 +27,7 @@ from .examples import ExampleMaker
 from .pictures import PictureBatch
 from .plan import Encoders, Plan
 from .recipe import DecoderTraining, decoder_loss
-from .settings import require_same_settings
+from .settings import require_at_least, require_same_settings
 from .sources import open_pictures
 from .trainable import frozen_weights
 
@@ -116,6 +116,10 @@ def run_training(
         raise ValueError("give either pictures or a cache of their encodings to train on")
     if verify and cache is None:
         raise ValueError("pictures have no checksums to verify: leave --verify out, or train on a cache")
+    require_at_least(0, samples=samples, workers=workers)
+    require_at_least(1, batch=batch, window=window, save_every=save_every, log_every=log_every)
+    if samples and sample_every < 1:
+        raise ValueError(f"sample_every must be at least 1, got {sample_every}: for no sheets take --samples 0")
     encoders = plan.encoders(_device(accelerator))
     made_by = CacheCard.of(encoders.vq, encoders.vae, encoders.geometry, pixels=localised > 0)
     if cache is None:
@@ -195,6 +199,8 @@ def run_cache(
     report: Callable[[str], None] = print,
 ) -> None:
     """Encodes all pictures into a cache, each process its shards; see `write_cache`."""
+    require_at_least(0, workers=workers)
+    require_at_least(1, batch=batch, shard_size=shard_size)
     encoders = plan.encoders(_device(accelerator))
     write_cache(
         folder,
