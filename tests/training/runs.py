@@ -7,10 +7,13 @@ import os
 import random
 import signal
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
 import PIL.Image
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -134,6 +137,17 @@ def kill_at(number: int):
 def _kill(number: int, k: int) -> None:
     if k == number:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def files_of_at_most() -> Iterator[Callable[[int], None]]:
+    """Gives what sets a limit to a file's bytes, as a full disk would; afterwards there is none."""
+    resource = pytest.importorskip("resource", reason="limits the size of files")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def losses(folder: Path) -> list[tuple[float, ...]]:
