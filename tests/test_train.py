@@ -7,7 +7,9 @@ import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -25,6 +27,7 @@ from dcdd_core.pipelines.decode import decode
 from dcdd_core.pipelines.models import load_models
 from dcdd_core.training import plan as plans
 from dcdd_core.training.log import read_log
+from dcdd_core.training.run import make_accelerator
 from dcdd_core.types import Calibration
 from tests.tiny import random_pico
 from tests.training.runs import png_folder
@@ -114,6 +117,36 @@ def test_a_run_goes_on_from_a_bundle_with_other_numbers(run, tmp_path):
     assert before.keys() == after.keys()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bf16", "launcher", "chosen", "expected"),
+    [
+        (True, True, None, None, "bf16"),  # what an estimate is of, too
+        (True, False, None, None, "no"),
+        (False, True, None, None, "no"),
+        (True, True, "no", None, None),  # accelerate reads it
+        (True, True, "bf16", "no", "no"),
+        (False, True, None, "bf16", "bf16"),
+    ],
+)
+def test_a_gpu_trains_in_bf16_unless_told_otherwise(monkeypatch, gpu, bf16, launcher, chosen, expected):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launcher is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    monkeypatch.setattr(accelerate.utils, "is_bf16_available", lambda ignore_tpu: bf16)
+    made = {}
+    workers = SimpleNamespace(mixed_precision="bf16")
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **options: made.update(options) or workers)
+    make_accelerator(precision=chosen)
+    assert (made["cpu"], made["mixed_precision"]) == (not gpu, expected)
+
+
+def test_a_run_says_its_precision(run, tmp_path, capsys):
+    for precision, words in ((None, "no, frozen weights held in torch.float32"), ("bf16", "bf16, frozen weights held")):
+        assert run(steps=1, precision=precision, out=tmp_path / f"{precision}") == 0
+        assert f"mixed precision {words}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("MPS backend out of memory"), MemoryError()])

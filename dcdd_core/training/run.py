@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +46,8 @@ def make_accelerator(
     Args:
         folder: where the tracker writes.
         cpu: leaves the accelerators of this machine alone.
-        precision: "bf16" or "no"; None for what the launcher was told.
+        precision: "bf16" or "no"; None for what the launcher was told, or without one for bf16 on an accelerator that
+            has it, and "no" on a CPU.
         tracker: one of accelerate's, such as "tensorboard".
 
     Raises:
@@ -54,6 +56,7 @@ def make_accelerator(
     try:
         from accelerate import Accelerator
         from accelerate.tracking import get_available_trackers
+        from accelerate.utils import is_bf16_available
     except ImportError as error:
         raise ValueError("training needs accelerate: install the pack's 'train' extra") from error
     if tracker is not None and tracker not in (known := [str(name) for name in get_available_trackers()]):
@@ -61,9 +64,12 @@ def make_accelerator(
             f"the tracker {tracker!r} is not installed (there are: {', '.join(known) or 'none'}): install it, or leave "
             "it out; log.jsonl and the sample sheets are written anyway"
         )
+    # Without a device of its own, torchrun's processes would not find each other.
+    cpu = cpu or not torch.accelerator.is_available()
+    if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        precision = "no" if cpu or not is_bf16_available(ignore_tpu=True) else "bf16"
     accelerator = Accelerator(
-        # Without a device of its own, torchrun's processes would not find each other.
-        cpu=cpu or not torch.accelerator.is_available(),
+        cpu=cpu,
         mixed_precision=precision,
         log_with=tracker,
         project_dir=folder,
@@ -130,6 +136,8 @@ def run_training(
         if verify:
             source.verify(rank=accelerator.process_index, world=accelerator.num_processes)
     frozen = _frozen(accelerator.mixed_precision)
+    if accelerator.is_main_process:
+        report(f"{folder.name}: mixed precision {accelerator.mixed_precision}, frozen weights held in {frozen}")
     decoder = plan.decoder(encoders, dtype=frozen)
     settings = {
         "encodings": asdict(made_by),
