@@ -335,6 +335,15 @@ def test_what_is_missing_is_said(run, pico, capsys, tmp_path):
     assert run(data=tmp_path / "empty") == 1 and "holds no image" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("converged", [False, True])
+def test_a_calibration_that_did_not_converge_is_warned_of_once(run, tmp_path, capsys, converged):
+    calibration = tmp_path / "calibration.safetensors"
+    Calibration(scale=20.0, converged=converged).save(calibration)
+    assert run(calibration=calibration, steps=1) == 0
+    said = f"train.py: the calibration of {calibration} did not converge: "
+    assert capsys.readouterr().err.count(said) == (not converged)
+
+
 def test_any_size_is_painted_from_the_vlm_s_own_grid(run, pico, tmp_path):
     assert run(resolution=64, samples=1) == 0  # 12 x 12 tokens of 5.3 pixels
     bundle = tmp_path / "run" / "decoder.safetensors"

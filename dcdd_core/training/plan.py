@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ..models.flux_inference import drop_text, of_text_stream
 from ..models.vae import load_vae
 from ..models.vq import VQTokenizer
 from ..pipelines.models import PICO_WEIGHTS
-from ..types import Calibration, same_codebook
+from ..types import Calibration, DCDDWarning, same_codebook
 from .encodings import geometry_for
 from .pictures import Geometry
 from .settings import require_at_least
@@ -162,6 +163,13 @@ class Plan:
             raise ValueError(
                 f"the calibration is of another tokenizer ({calibration.codebook}, expected "
                 f"{vq.codebook.fingerprint}): make one for this VLM with `dcdd calibrate`"
+            )
+        if calibration is not None and not calibration.converged:
+            warnings.warn(
+                f"the calibration of {self.calibration or self.bundle} did not converge: a decoder trained on it reads "
+                "distributions that the VLM never gives. Make another with `dcdd calibrate`, which says what to do",
+                DCDDWarning,
+                stacklevel=2,
             )
         return {
             "tokenizer": vq.name,
