@@ -233,17 +233,17 @@ def _precision(accelerator: Accelerator) -> Callable[[], AbstractContextManager]
 def _blocks(transformer: FluxTransformer2DModel, recipe: DecoderTraining) -> Iterator[None]:
     """Within it the transformer's blocks are compiled or recomputed, as the recipe says."""
     blocks = blocks_of(transformer)
-    if recipe.recomputed:  # The transformer's own switch acts on its forward pass, which the decoder does not use.
-        for block in blocks:
+    for block in blocks:
+        if recipe.compiled:
+            block.forward = torch.compile(block.forward, fullgraph=True)
+        if recipe.recomputed:  # The transformer's own switch acts on its forward pass, which the decoder does not use.
+            # Around what is compiled: torch compiles nothing of what is called inside of a checkpoint that it compiles.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if recipe.compiled:
-        transformer.compile_repeated_blocks(fullgraph=True)
     try:
         yield
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
-            block._compiled_call_impl = None  # what `nn.Module.compile` sets; nothing public undoes it
 
 
 def _show(accelerator: Accelerator, path: Path, sheet: Image.Image, step: int) -> None:

@@ -65,12 +65,14 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True, mixed_precision="no")
 
 
-def run(folder: Path, pictures: Path, *, steps: int = 8, decoder=None, batch: int = 2, on_batch=None, **changes):
-    """Trains the tiny decoder, or the one given; `on_batch(k)` is called before the process's k-th batch is used."""
+def run(
+    folder: Path, pictures: Path, *, steps: int = 8, decoder=None, what="all", batch: int = 2, on_batch=None, **changes
+):
+    """Trains `what` of the tiny decoder, or the one given; `on_batch(k)` is called before the k-th batch is used."""
     vq, vae, geometry = encoders()
     if decoder is None:
         decoder = tiny_decoder()
-        choose_trained(decoder, "all")
+        choose_trained(decoder, what, rank=2)
     options = {"save_every": 3, "log_every": 1, "report": lambda _: None}
     options |= {name: changes.pop(name) for name in (*options, "evaluate", "evaluate_every") if name in changes}
     workers = accelerator()
