@@ -189,7 +189,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--weighting", default=recipe["weighting"], choices=WEIGHTINGS, help="of the loss")
     group.add_argument("--optimizer", default=recipe["optimizer"], choices=OPTIMIZERS)
-    group.add_argument("--precision", choices=("bf16", "no"), help="mixed precision; what the launcher says by default")
+    group.add_argument(
+        "--precision",
+        choices=("bf16", "no"),
+        help="mixed precision; by default what the launcher says, without one bf16 on a GPU and no on a CPU",
+    )
     group.add_argument("--checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     group.add_argument("--seed", type=int, default=recipe["seed"])

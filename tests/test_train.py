@@ -5,8 +5,11 @@ import os
 import runpy
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -16,6 +19,7 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dcdd_core.models.flux import load_decoder, read_card
 from dcdd_core.pipelines.condition import condition_for
@@ -23,6 +27,7 @@ from dcdd_core.pipelines.decode import decode
 from dcdd_core.pipelines.models import load_models
 from dcdd_core.training import plan as plans
 from dcdd_core.training.log import read_log
+from dcdd_core.training.run import make_accelerator
 from dcdd_core.types import Calibration
 from tests.tiny import random_pico
 from tests.training.runs import png_folder
@@ -112,6 +117,36 @@ def test_a_run_goes_on_from_a_bundle_with_other_numbers(run, tmp_path):
     assert before.keys() == after.keys()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bf16", "launcher", "chosen", "expected"),
+    [
+        (True, True, None, None, "bf16"),  # what an estimate is of, too
+        (True, False, None, None, "no"),
+        (False, True, None, None, "no"),
+        (True, True, "no", None, None),  # accelerate reads it
+        (True, True, "bf16", "no", "no"),
+        (False, True, None, "bf16", "bf16"),
+    ],
+)
+def test_a_gpu_trains_in_bf16_unless_told_otherwise(monkeypatch, gpu, bf16, launcher, chosen, expected):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launcher is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    monkeypatch.setattr(accelerate.utils, "is_bf16_available", lambda ignore_tpu: bf16)
+    made = {}
+    workers = SimpleNamespace(mixed_precision="bf16")
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **options: made.update(options) or workers)
+    make_accelerator(precision=chosen)
+    assert (made["cpu"], made["mixed_precision"]) == (not gpu, expected)
+
+
+def test_a_run_says_its_precision(run, tmp_path, capsys):
+    for precision, words in ((None, "no, frozen weights held in torch.float32"), ("bf16", "bf16, frozen weights held")):
+        assert run(steps=1, precision=precision, out=tmp_path / f"{precision}") == 0
+        assert f"mixed precision {words}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("MPS backend out of memory"), MemoryError()])
@@ -231,7 +266,6 @@ def test_over_a_base_only_what_changed_is_kept(run, pico, tmp_path):
         ({"data": "nowhere"}, "there is no file nowhere"),
         ({"resolution": 100}, "use 96 or 104"),
         ({"tracker": "nobody"}, "the tracker 'nobody' is not installed"),
-        ({"steps": 0}, "steps and accumulation must be at least 1"),
         ({"vlm": "nowhere", "vae": "nowhere"}, "nowhere is not a folder"),
         ({"vlm": "nowhere"}, "give --vae"),
         ({"variant": "discrete", "calibration": "c.safetensors"}, "takes no calibration"),
@@ -243,6 +277,35 @@ def test_errors_are_one_line_with_the_way_out(run, capsys, tmp_path, options, wo
     said = capsys.readouterr().err
     assert words in said and said.startswith("train.py: ") and "Traceback" not in said
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"log-every": 0}, "log_every must be at least 1, got 0"),
+        ({"save-every": -5}, "save_every must be at least 1, got -5"),
+        ({"sample-every": 0, "samples": 1}, "sample_every must be at least 1, got 0: for no sheets take --samples 0"),
+        ({"samples": -1}, "samples must be at least 0, got -1"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"steps": 0}, "steps and accumulation must be at least 1, got 0 and 1"),
+        ({"accumulate": 0}, "steps and accumulation must be at least 1, got 2 and 0"),
+        ({"resolution": 0}, "resolution must be at least 1, got 0"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"rank": 0, "train": "lora"}, "rank must be at least 1, got 0"),
+    ],
+)
+def test_what_must_be_above_zero_is_refused_before_anything_is_loaded(run, capsys, options, words):
+    own = {"vlm": "nowhere", "vae": "nowhere", "bundle": "nowhere"}  # Read, they would be missed first.
+    assert run(**own, **options) == 1
+    assert capsys.readouterr().err == f"train.py: {words}\n"
+
+
+@pytest.mark.parametrize("option", ["batch", "shard-size"])
+def test_a_cache_of_nothing_at_a_time_is_refused_before_anything_is_loaded(run, capsys, option):
+    assert run("cache", vlm="nowhere", vae="nowhere", **{option: 0}) == 1
+    assert capsys.readouterr().err == f"train.py: {option.replace('-', '_')} must be at least 1, got 0\n"
 
 
 def test_eight_bit_moments_need_a_library_that_is_named(run, capsys, monkeypatch):
@@ -270,6 +333,15 @@ def test_what_is_missing_is_said(run, pico, capsys, tmp_path):
     assert "make one for this VLM with `dcdd calibrate`" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert run(data=tmp_path / "empty") == 1 and "holds no image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("converged", [False, True])
+def test_a_calibration_that_did_not_converge_is_warned_of_once(run, tmp_path, capsys, converged):
+    calibration = tmp_path / "calibration.safetensors"
+    Calibration(scale=20.0, converged=converged).save(calibration)
+    assert run(calibration=calibration, steps=1) == 0
+    said = f"train.py: the calibration of {calibration} did not converge: "
+    assert capsys.readouterr().err.count(said) == (not converged)
 
 
 def test_any_size_is_painted_from_the_vlm_s_own_grid(run, pico, tmp_path):
@@ -303,7 +375,17 @@ def test_accelerate_reads_the_configs_that_are_shipped(path):
     assert set(FluxTransformer2DModel._no_split_modules) == blocks
 
 
-def test_tensorboard_gets_the_numbers_and_the_sheets(run, tmp_path):
-    pytest.importorskip("tensorboard", reason="an optional tracker")
+def test_tensorboard_gets_the_numbers_and_the_sheets(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # is not there to be imported, nor is tensorflow
     assert run(tracker="tensorboard", samples=1) == 0
-    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    events = EventAccumulator(str(tmp_path / "run" / "dcdd")).Reload()
+    lines = read_log(tmp_path / "run")
+    for name in ("loss", "gradient_norm", "eval/loss"):
+        found = {scalar.step: scalar.value for scalar in events.Scalars(name)}
+        assert found == pytest.approx({line["step"]: line[name] for line in lines if name in line}), name
+    (image,) = events.Images("samples")
+    with (
+        Image.open(BytesIO(image.encoded_image_string)) as seen,
+        Image.open(tmp_path / "run" / "samples" / f"step-{image.step:08}.png") as sheet,
+    ):
+        assert image.step == 2 and seen.size == sheet.size and seen.tobytes() == sheet.tobytes()

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..files import whole_file
 from ..method.sampling import keyed_generator
 from ..models.flux import DistributionConditionedDecoder, blocks_of
 from .average import MovingAverage, all_finite
@@ -106,7 +107,7 @@ def train_decoder(
         ValueError: if the newest checkpoint was made under other settings, or the optimiser or the way that weights are
             cut into parts does not fit.
         FloatingPointError: if the loss or a weight stops being finite; the last checkpoint is left as it was.
-        OSError: if a checkpoint cannot be written; the one before it is left as it was.
+        OSError: if a checkpoint, a sheet or the log cannot be written; the checkpoint before is left as it was.
     """
     _require_whole_average(accelerator)
     if recipe.optimizer == "muon" and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
@@ -232,23 +233,23 @@ def _precision(accelerator: Accelerator) -> Callable[[], AbstractContextManager]
 def _blocks(transformer: FluxTransformer2DModel, recipe: DecoderTraining) -> Iterator[None]:
     """Within it the transformer's blocks are compiled or recomputed, as the recipe says."""
     blocks = blocks_of(transformer)
-    if recipe.recomputed:  # The transformer's own switch acts on its forward pass, which the decoder does not use.
-        for block in blocks:
+    for block in blocks:
+        if recipe.compiled:
+            block.forward = torch.compile(block.forward, fullgraph=True)
+        if recipe.recomputed:  # The transformer's own switch acts on its forward pass, which the decoder does not use.
+            # Around what is compiled: torch compiles nothing of what is called inside of a checkpoint that it compiles.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if recipe.compiled:
-        transformer.compile_repeated_blocks(fullgraph=True)
     try:
         yield
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
-            block._compiled_call_impl = None  # what `nn.Module.compile` sets; nothing public undoes it
 
 
 def _show(accelerator: Accelerator, path: Path, sheet: Image.Image, step: int) -> None:
     """A sheet into a file, and to the trackers that take pictures."""
-    path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from ..models.flux_files import fill_config
 from .cost import SHARDINGS, Cost, Setup, cost_of
 from .optimizers import OPTIMIZERS
@@ -129,6 +130,7 @@ def run(chosen: argparse.Namespace) -> None:
 
     Raises:
         ValueError: for options that are out of range or do not go together.
+        OSError: if the JSON cannot be written, such as on a full disk.
     """
     if chosen.precision == "no" and chosen.tflops is None:
         raise ValueError("the published peaks are of bfloat16: give --tflops for training without mixed precision")
@@ -145,8 +147,7 @@ def run(chosen: argparse.Namespace) -> None:
     memory = int((gpu.memory if chosen.memory is None else chosen.memory) * 2**30)
     print(table(setup, cost, course, memory))
     if chosen.json is not None:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(numbers(setup, cost, course, memory), indent=1) + "\n", "utf-8")
+        write_text(chosen.json, json.dumps(numbers(setup, cost, course, memory), indent=1) + "\n")
         print(f"wrote {chosen.json}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..files import write_text
+from .disk import unlogged
 
 _NAME = "log.jsonl"
 
@@ -49,9 +50,17 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 
 def append_to_log(folder: Path, line: Mapping[str, float]) -> None:
-    """One more line; the folder is there."""
-    with (folder / _NAME).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    """One more line; the folder is there.
+
+    Raises:
+        OSError: if it cannot be written, such as on a full disk; what it left of a line `cut_log` drops.
+    """
+    path = folder / _NAME
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise unlogged(path, error) from error
 
 
 def cut_log(folder: Path, step: int) -> None:

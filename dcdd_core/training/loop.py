@@ -62,7 +62,8 @@ def train(
     Raises:
         ValueError: if the checkpoint was made under other settings, or is damaged.
         FloatingPointError: if a logged number stops being finite; the last checkpoint is left as it was.
-        OSError: if a checkpoint cannot be written, such as on a full disk; the one before it is left as it was.
+        OSError: if a checkpoint or the log cannot be written, such as on a full disk; the checkpoint before is left as
+            it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from ..models.flux_inference import drop_text, of_text_stream
 from ..models.vae import load_vae
 from ..models.vq import VQTokenizer
 from ..pipelines.models import PICO_WEIGHTS
-from ..types import Calibration, same_codebook
+from ..types import Calibration, DCDDWarning, same_codebook
 from .encodings import geometry_for
 from .pictures import Geometry
+from .settings import require_at_least
 from .trainable import changed_by_training, choose_trained, merge_lora
 
 _FLUX_FILL = "black-forest-labs/FLUX.1-Fill-dev"
@@ -50,6 +52,9 @@ class Plan:
         trained, rank: see `choose_trained`.
         seed: of what starts at random: a new adapter and low-rank changes.
         licence: of the result; None for that of what it starts from.
+
+    Raises:
+        ValueError: for a resolution, a width or a rank below 1.
     """
 
     vlm: Path
@@ -64,6 +69,10 @@ class Plan:
     rank: int = 16
     seed: int = 0
     licence: str | None = None
+
+    def __post_init__(self):
+        sizes = {} if self.resolution is None else {"resolution": self.resolution}
+        require_at_least(1, **sizes, width=self.width, rank=self.rank)
 
     @classmethod
     def on_pico(cls, weights: Path = PICO_WEIGHTS, **options) -> Plan:
@@ -154,6 +163,13 @@ class Plan:
             raise ValueError(
                 f"the calibration is of another tokenizer ({calibration.codebook}, expected "
                 f"{vq.codebook.fingerprint}): make one for this VLM with `dcdd calibrate`"
+            )
+        if calibration is not None and not calibration.converged:
+            warnings.warn(
+                f"the calibration of {self.calibration or self.bundle} did not converge: a decoder trained on it reads "
+                "distributions that the VLM never gives. Make another with `dcdd calibrate`, which says what to do",
+                DCDDWarning,
+                stacklevel=2,
             )
         return {
             "tokenizer": vq.name,

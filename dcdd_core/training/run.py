@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from .examples import ExampleMaker
 from .pictures import PictureBatch
 from .plan import Encoders, Plan
 from .recipe import DecoderTraining, decoder_loss
-from .settings import require_same_settings
+from .settings import require_at_least, require_same_settings
 from .sources import open_pictures
 from .trainable import frozen_weights
 
@@ -45,7 +46,8 @@ def make_accelerator(
     Args:
         folder: where the tracker writes.
         cpu: leaves the accelerators of this machine alone.
-        precision: "bf16" or "no"; None for what the launcher was told.
+        precision: "bf16" or "no"; None for what the launcher was told, or without one for bf16 on an accelerator that
+            has it, and "no" on a CPU.
         tracker: one of accelerate's, such as "tensorboard".
 
     Raises:
@@ -54,6 +56,7 @@ def make_accelerator(
     try:
         from accelerate import Accelerator
         from accelerate.tracking import get_available_trackers
+        from accelerate.utils import is_bf16_available
     except ImportError as error:
         raise ValueError("training needs accelerate: install the pack's 'train' extra") from error
     if tracker is not None and tracker not in (known := [str(name) for name in get_available_trackers()]):
@@ -61,9 +64,12 @@ def make_accelerator(
             f"the tracker {tracker!r} is not installed (there are: {', '.join(known) or 'none'}): install it, or leave "
             "it out; log.jsonl and the sample sheets are written anyway"
         )
+    # Without a device of its own, torchrun's processes would not find each other.
+    cpu = cpu or not torch.accelerator.is_available()
+    if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        precision = "no" if cpu or not is_bf16_available(ignore_tpu=True) else "bf16"
     accelerator = Accelerator(
-        # Without a device of its own, torchrun's processes would not find each other.
-        cpu=cpu or not torch.accelerator.is_available(),
+        cpu=cpu,
         mixed_precision=precision,
         log_with=tracker,
         project_dir=folder,
@@ -116,6 +122,10 @@ def run_training(
         raise ValueError("give either pictures or a cache of their encodings to train on")
     if verify and cache is None:
         raise ValueError("pictures have no checksums to verify: leave --verify out, or train on a cache")
+    require_at_least(0, samples=samples, workers=workers)
+    require_at_least(1, batch=batch, window=window, save_every=save_every, log_every=log_every)
+    if samples and sample_every < 1:
+        raise ValueError(f"sample_every must be at least 1, got {sample_every}: for no sheets take --samples 0")
     encoders = plan.encoders(_device(accelerator))
     made_by = CacheCard.of(encoders.vq, encoders.vae, encoders.geometry, pixels=localised > 0)
     if cache is None:
@@ -126,6 +136,8 @@ def run_training(
         if verify:
             source.verify(rank=accelerator.process_index, world=accelerator.num_processes)
     frozen = _frozen(accelerator.mixed_precision)
+    if accelerator.is_main_process:
+        report(f"{folder.name}: mixed precision {accelerator.mixed_precision}, frozen weights held in {frozen}")
     decoder = plan.decoder(encoders, dtype=frozen)
     settings = {
         "encodings": asdict(made_by),
@@ -195,6 +207,8 @@ def run_cache(
     report: Callable[[str], None] = print,
 ) -> None:
     """Encodes all pictures into a cache, each process its shards; see `write_cache`."""
+    require_at_least(0, workers=workers)
+    require_at_least(1, batch=batch, shard_size=shard_size)
     encoders = plan.encoders(_device(accelerator))
     write_cache(
         folder,

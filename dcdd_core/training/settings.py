@@ -1,4 +1,4 @@
-"""What a training's result depends on, and the refusal to go on under anything else."""
+"""What a training is told: numbers that make sense, and the refusal to go on under anything else than before."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def require_at_least(least: int, **numbers: int) -> None:
+    """Refuses numbers below `least`, by the names of the options.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, number in numbers.items():
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
 
 
 def require_same_settings(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

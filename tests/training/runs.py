@@ -7,10 +7,13 @@ import os
 import random
 import signal
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
 import PIL.Image
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -62,12 +65,14 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True, mixed_precision="no")
 
 
-def run(folder: Path, pictures: Path, *, steps: int = 8, decoder=None, batch: int = 2, on_batch=None, **changes):
-    """Trains the tiny decoder, or the one given; `on_batch(k)` is called before the process's k-th batch is used."""
+def run(
+    folder: Path, pictures: Path, *, steps: int = 8, decoder=None, what="all", batch: int = 2, on_batch=None, **changes
+):
+    """Trains `what` of the tiny decoder, or the one given; `on_batch(k)` is called before the k-th batch is used."""
     vq, vae, geometry = encoders()
     if decoder is None:
         decoder = tiny_decoder()
-        choose_trained(decoder, "all")
+        choose_trained(decoder, what, rank=2)
     options = {"save_every": 3, "log_every": 1, "report": lambda _: None}
     options |= {name: changes.pop(name) for name in (*options, "evaluate", "evaluate_every") if name in changes}
     workers = accelerator()
@@ -134,6 +139,17 @@ def kill_at(number: int):
 def _kill(number: int, k: int) -> None:
     if k == number:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def files_of_at_most() -> Iterator[Callable[[int], None]]:
+    """Gives what sets a limit to a file's bytes, as a full disk would; afterwards there is none."""
+    resource = pytest.importorskip("resource", reason="limits the size of files")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def losses(folder: Path) -> list[tuple[float, ...]]:

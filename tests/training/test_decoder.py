@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors import safe_open
 
 from dcdd_core.method.flow import interpolate, shift_time, velocity
@@ -30,7 +31,7 @@ from dcdd_core.training.sources import open_pictures
 from dcdd_core.training.trainable import choose_trained
 from tests.tiny import tiny_decoder
 from tests.training import runs
-from tests.training.runs import encoders, example, forked, kill_at, losses, png_folder, run
+from tests.training.runs import encoders, example, files_of_at_most, forked, kill_at, losses, png_folder, run
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="an optional optimiser")
@@ -107,6 +108,7 @@ def test_training_lowers_the_loss(tmp_path, optimizer):
     [
         {"optimizer": "adamw", "accumulation": 2},
         {"optimizer": "muon"},
+        {"what": "lora"},
         pytest.param({"optimizer": "adamw8bit"}, marks=needs_torchao),
     ],
 )
@@ -202,8 +204,10 @@ def test_activations_computed_again_change_nothing(tmp_path, pictures):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile wants a C++ compiler on a CPU")
-def test_compiled_training_is_the_plain_one_to_rounding(tmp_path, pictures):
-    plain, compiled = (run(tmp_path / str(c), pictures, steps=6, compiled=c).state_dict() for c in (False, True))
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_compiled_training_is_the_plain_one_to_rounding(tmp_path, pictures, recomputed):
+    plain = run(tmp_path / "plain", pictures, steps=6).state_dict()
+    compiled = run(tmp_path / "compiled", pictures, steps=6, compiled=True, recomputed=recomputed).state_dict()
     assert list(plain) == list(compiled)  # Names of a checkpoint do not depend on it.
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=2e-4, msg=name)
@@ -276,23 +280,34 @@ def test_a_weight_that_turns_nan_in_a_saving_step_is_not_saved(tmp_path, picture
 
 
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, pictures, whole):
-    resource = pytest.importorskip("resource", reason="limits the size of files")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(k):
-        if k == 4:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes a file; writing more fails
-
-    try:
-        with pytest.raises(
-            OSError, match=r"step 6 could not be written .*the one before it, .*step-00000003, is whole"
-        ):
-            run(tmp_path / "full", pictures, on_batch=fill)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    words = r"step 6 could not be written .*the one before it, .*step-00000003, is whole"
+    with files_of_at_most() as limit, pytest.raises(OSError, match=words):
+        run(tmp_path / "full", pictures, on_batch=lambda k: limit(20_000) if k == 4 else None)
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003"]
     run(tmp_path / "full", pictures)
     assert losses(tmp_path / "full") == losses(whole[0])
+
+
+def test_a_log_on_a_full_disk_is_said_and_gone_on_with(tmp_path, pictures, whole):
+    log = tmp_path / "log.jsonl"
+    words = r"log\.jsonl could not be written \(OSError: .*GB are free at .*The last checkpoint, if there is one, stays"
+    with files_of_at_most() as limit, pytest.raises(OSError, match=words):
+        run(tmp_path, pictures, on_batch=lambda k: limit(log.stat().st_size + 10) if k == 4 else None)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    run(tmp_path, pictures)
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def test_a_sheet_is_whole_or_a_full_disk_is_said(tmp_path, pictures):
+    noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(3 * 64 * 64))
+    options = {"evaluate": lambda _: Evaluation(sheet=noise), "evaluate_every": 4}
+    words = r"step-00000004\.png could not be written .*GB are free there; make room and do the same again"
+    with files_of_at_most() as limit, pytest.raises(OSError, match=words):
+        run(tmp_path, pictures, on_batch=lambda k: limit(5_000) if k == 3 else None, **options)
+    assert not list((tmp_path / "samples").iterdir())
+    run(tmp_path, pictures, **options)
+    with Image.open(tmp_path / "samples" / "step-00000004.png") as sheet:
+        assert sheet.tobytes() == noise.tobytes()
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):

@@ -9,6 +9,7 @@ import pytest
 from dcdd_core.training import estimate
 from dcdd_core.training.cost import Setup, cost_of
 from dcdd_core.training.estimate import GPUS, Run, add_arguments, run, run_of, table
+from tests.training.runs import files_of_at_most
 from tests.training.test_cost import CONFIG, SMALL
 
 SIZES = ["--width", "32", "--resolution", "256", "--grid", "16", "--batch", "2"]
@@ -50,6 +51,15 @@ def test_it_prints_a_table_and_writes_the_same_as_json(tmp_path, base, cost, cap
         f"wrote {file}",
     ):
         assert words in printed
+
+
+def test_a_full_disk_is_said_and_the_old_json_stays(tmp_path, base, capsys):  # capsys: prints go into no file
+    file = tmp_path / "e.json"
+    file.write_text("before")
+    with files_of_at_most() as limit, pytest.raises(OSError, match=r"e\.json could not be written .*; make room"):
+        limit(100)
+        said(*base, *SIZES, "--json", str(file))
+    assert file.read_text() == "before" and list(tmp_path.glob("e.json*")) == [file]
 
 
 def test_time_follows_from_operations_peak_and_utilisation(cost):
