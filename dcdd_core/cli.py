@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from PIL import Image
-from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -70,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dcdd: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
+        from torch._dynamo.exc import TorchDynamoException  # Whose import takes longer than many a command.
+
         if is_out_of_memory(error):
             print(f"dcdd: out of memory: {_ROOM}", file=sys.stderr)
         elif isinstance(error, TorchDynamoException):
