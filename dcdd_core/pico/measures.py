@@ -31,7 +31,7 @@ from ..models.flux import VARIANTS, DistributionConditionedDecoder, load_decoder
 from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
 from ..pipelines.models import PICO_WEIGHTS, Models, load_pico
-from ..types import Condition, DCDDWarning
+from ..types import Condition, DCDDWarning, TokenLogits
 from .data import scene_images, scene_pixels
 from .reader import FACTS, SceneReader, fact_labels
 from .scenes import draw, scene_facts
@@ -44,6 +44,8 @@ Rows = dict[str, dict[str, float]]
 SERVED = "DCDD as served"
 BY_LOGITS = "DCDD, the VLM's logits (beta = 0)"
 SCORES = ("frechet", "ssim", "perceptual")
+#: Those of the ablation.
+ABLATION = (*SCORES, "text frechet")
 READ = ("shape", "colour", "texture", "place")
 #: Of the jitter of scenes that are drawn a second time.
 _ANEW = 1
@@ -114,6 +116,13 @@ class Bench:
             part = slice(start, min(total, start + self.batch))
             yield part, scene_pixels(self.images[part], self.pico.vq.device)
 
+    def sampled(self) -> Iterator[TokenLogits]:
+        """What the VLM gives of the scenes' captions, batch by batch as `scenes`."""
+        captions = [facts.caption() for facts in scene_facts("test", len(self.images))]
+        for part, _ in self.scenes("captions"):
+            seeds = range(part.start, part.stop)
+            yield self.pico.sampler.sample(captions[part], seeds=seeds, guidance=self.guidance)
+
     def paint(
         self, decoder: DistributionConditionedDecoder, condition: Condition, part: slice, steps: int | None = None
     ) -> torch.Tensor:
@@ -164,10 +173,7 @@ def measure_reconstruction(bench: Bench) -> Rows:
 def measure_text(bench: Bench) -> Rows:
     """The paper's Table 3: captions of the scenes to pictures, all rows from the same sampled tokens and logits."""
     pico, tallies = bench.pico, {}
-    captions = [facts.caption() for facts in scene_facts("test", len(bench.images))]
-    for part, _ in bench.scenes("text to image"):
-        seeds = range(part.start, part.stop)
-        grid = pico.sampler.sample(captions[part], seeds=seeds, guidance=bench.guidance)
+    for (part, _), grid in zip(bench.scenes("text to image"), bench.sampled(), strict=True):
         card, codebook = pico.decoder.card, pico.vq.codebook
         pictures = {"VQ-VAE decode": pico.vq.decode_tokens(grid.tokens, grid.grid)}
         ways = {
@@ -201,16 +207,22 @@ def measure_steps(bench: Bench, count: int = 512) -> Rows:
 
 
 def measure_variants(bench: Bench) -> Rows:
-    """The paper's Table 4: what a decoder is conditioned on, a row each of `bench.variants`."""
+    """The paper's Table 4: what a decoder is conditioned on, a row each of `bench.variants`.
+
+    Reconstruction, and as "text frechet" what it paints of captions: from the same tokens and logits for all, the
+    logits as the VLM gave them (beta = 0).
+    """
     pico, rows = bench.pico, {}
     real, labels = bench.real_features(), bench.labels()
+    grids = list(bench.sampled())
     for name, path in bench.variants.items():
         decoder = load_decoder(path, device=pico.vq.device, dtype=pico.decoder.dtype, compiled=bench.compiled)
-        tally = Tally()
-        for part, pixels in bench.scenes(name):
-            condition = condition_for(decoder.card, pico.vq.encode(pixels), pico.vq.codebook)
-            tally.add(bench.reader, bench.paint(decoder, condition, part), pixels)
-        rows[name] = tally.row(real, labels)
+        scenes, texts = Tally(), Tally()
+        for (part, pixels), grid in zip(bench.scenes(name), grids, strict=True):
+            for tally, given, truth in ((scenes, pico.vq.encode(pixels), pixels), (texts, grid, None)):
+                condition = condition_for(decoder.card, given, pico.vq.codebook)
+                tally.add(bench.reader, bench.paint(decoder, condition, part), truth)
+        rows[name] = scenes.row(real, labels) | {"text frechet": texts.row(real, labels)["frechet"]}
     return rows
 
 
@@ -381,7 +393,7 @@ def variant_means(rows: Rows) -> Rows:
     for variant in VARIANTS:
         of = [row for name, row in rows.items() if name.startswith(f"{variant}, ")]
         means[variant] = {}
-        for column in SCORES:
+        for column in ABLATION:
             values = [row[column] for row in of]
             spread = {f"{column}: lowest": min(values), f"{column}: highest": max(values)}
             means[variant] |= {column: sum(values) / len(values)} | spread

@@ -21,6 +21,7 @@ from ..models.flux import VARIANTS, load_decoder
 from ..pipelines.condition import condition_for
 from .data import scene_pixels
 from .measures import (
+    ABLATION,
     BY_LOGITS,
     READ,
     SCORES,
@@ -37,6 +38,7 @@ from .measures import (
 from .scenes import scene_facts
 
 _SCORES = dict(zip(SCORES, ("rFID ↓", "SSIM ↑", "perceptual distance ↓"), strict=True))
+_ABLATION = dict(zip(ABLATION, (*_SCORES.values(), "gFID ↓"), strict=True))
 #: What a section needs first.
 _HOW = {"variants": "python -m dcdd_core.pico.variants"}
 _VQ, _OURS = "VQ-VAE decode", "DCDD (LCDM + LC)"
@@ -153,11 +155,12 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
         "variants",
         "Decoders trained from nothing, all equally long, each variant from "
         f"{len(results.get('variants', {})) // len(VARIANTS)} seeds (`python -m dcdd_core.pico.variants`). "
-        "The mean, and the lowest and highest of the seeds.",
+        "The mean, and the lowest and highest of the seeds. gFID is of the captions' pictures, from the logits as the "
+        "VLM gave them (beta = 0); the rest is reconstruction, as in the paper.",
         markdown_table(
             [
-                ["", *_SCORES.values()],
-                *([name, *(_spread(row, column) for column in _SCORES)] for name, row in rows.items()),
+                ["", *_ABLATION.values()],
+                *([name, *(_spread(row, column) for column in _ABLATION)] for name, row in rows.items()),
             ]
         ),
         "![Every seed](report/table-4.png)",
@@ -192,7 +195,7 @@ def draw(bench: Bench, results: Mapping[str, Rows], folder: Path, *, scenes: int
             head: {
                 f"seed {k}": [by_seed[name][k][column] for name in VARIANTS] for k in range(len(by_seed[VARIANTS[0]]))
             }
-            for column, head in _SCORES.items()
+            for column, head in _ABLATION.items()
         }
         save_image(score_lines(panels, along=VARIANTS), folder / "table-4.png")
         save_image(_by_variants(bench, scenes), folder / "table-4-pictures.png")

@@ -21,7 +21,14 @@ TABLE = ("reconstruction", "text", "steps", "variants", "calibration", "reader")
 #: What is between them in a text is the table's.
 MARKS = ("<!-- table -->", "<!-- end of the table -->")
 
-BETTER = {"frechet": "↓", "ssim": "↑", "psnr": "↑", "perceptual": "↓", **{f"F1 {name}": "↑" for name in READ}}
+BETTER = {
+    "frechet": "↓",
+    "ssim": "↑",
+    "psnr": "↑",
+    "perceptual": "↓",
+    "text frechet": "↓",
+    **{f"F1 {name}": "↑" for name in READ},
+}
 TARGETED = {"reconstruction": "reconstruction", "means": "Table 4", "steps": "Table 6", "text": "text to image"}
 
 #: Section, row, column, what the row is held against, and what must hold of their ratio or value.

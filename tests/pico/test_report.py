@@ -12,6 +12,7 @@ from dcdd_core.models.flux import VARIANTS, load_decoder, save_bundle
 from dcdd_core.pico import measures
 from dcdd_core.pico import report as pico_report
 from dcdd_core.pico.measures import (
+    ABLATION,
     SCORES,
     SECTIONS,
     Choice,
@@ -28,7 +29,9 @@ from tests.tiny import random_pico
 def seeds(**of):
     """Rows of two seeds: a variant's scores, and the same and a tenth more."""
     return {
-        f"{name}, seed {seed}": {column: value * (1 + seed / 10) for column, value in zip(SCORES, values)}
+        f"{name}, seed {seed}": {
+            column: value * (1 + seed / 10) for column, value in zip(ABLATION, (*values, 1), strict=True)
+        }
         for seed in range(2)
         for name, values in of.items()
     }
