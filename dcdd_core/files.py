@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 
 @contextmanager
@@ -44,3 +47,27 @@ def write_text(path: Path, text: str) -> Path:
     with whole_file(path) as temporary:
         temporary.write_text(text, "utf-8")
     return path
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file whole or not at all; makes its folder. The same content gives the same bytes.
+
+    Raises:
+        OSError: as `whole_file`.
+    """
+    with whole_file(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """In the header of a safetensors file (its length in 8 bytes, then JSON), which has them in a random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise SafetensorError(f"the header grew from {length} to {len(text)} bytes when it was sorted")
+        file.seek(8)
+        file.write(text.ljust(length))

@@ -19,9 +19,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from .files import whole_file
+from .files import write_tensors
 
 Source = Literal["vlm", "proxy"]
 #: What to do about a number of a calibration, and about a condition of wrong shapes.
@@ -398,8 +397,7 @@ def _describe(value: Any) -> str:
 
 def _save(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
     header = {"format": "dcdd", "kind": kind, "dcdd": json.dumps(meta)}
-    with whole_file(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=header)
+    write_tensors(path, tensors, header)
 
 
 def _load(

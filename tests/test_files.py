@@ -1,8 +1,10 @@
 """What is written is there whole, or what was there before is."""
 
 import pytest
+import torch
+from safetensors import safe_open
 
-from dcdd_core.files import whole_file
+from dcdd_core.files import whole_file, write_tensors
 from tests.tiny import tiny_condition
 
 
@@ -41,3 +43,18 @@ def test_a_full_disk_is_said(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"before" and names(tmp_path) == ["c.safetensors"]
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    tensors = {"b": torch.arange(6.0).view(2, 3).T, "a": torch.ones(3, dtype=torch.int32)}
+    metadata = {f"key {k}": f'"{k}" \\ Käse\n' for k in range(8)}
+    written = set()
+    for _ in range(4):
+        write_tensors(tmp_path / "t.safetensors", tensors, metadata)
+        written.add((tmp_path / "t.safetensors").read_bytes())
+    assert len(written) == 1
+    with safe_open(tmp_path / "t.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+        assert {name: file.get_tensor(name).tolist() for name in file.keys()} == {
+            name: tensor.tolist() for name, tensor in tensors.items()
+        }

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from ..files import whole_file
+from ..files import write_tensors
 from ..method.latents import position_ids
 from ..types import Calibration, Condition
 from .checkpoints import StoredTensors, find_tensors, load_strictly, misfits
@@ -224,9 +223,8 @@ def save_bundle(
     tensors = {f"adapter.{k}": v for k, v in decoder.adapter.state_dict().items()}
     of_transformer = decoder.transformer.state_dict()
     tensors |= {f"transformer.{k}": v for k, v in of_transformer.items() if trained(k) and not of_text_stream(k)}
-    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": _FORMAT, "card": json.dumps(asdict(decoder.card))})
+    tensors = {k: v.to("cpu", dtype) for k, v in tensors.items()}
+    write_tensors(path, tensors, {"format": _FORMAT, "card": json.dumps(asdict(decoder.card))})
 
 
 def read_card(path: str | Path) -> DecoderCard:

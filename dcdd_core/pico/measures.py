@@ -109,19 +109,23 @@ class Bench:
     steps: int
     guidance: float
 
-    def scenes(self, what: str, count: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Slices of the scenes and their pixels."""
+    def parts(self, what: str, count: int | None = None) -> Iterator[slice]:
+        """The batches of the scenes, or of the first of them, with a progress bar that says what is done."""
         total = len(self.images) if count is None else min(count, len(self.images))
         for start in tqdm(range(0, total, self.batch), desc=what, unit="batch", disable=None):
-            part = slice(start, min(total, start + self.batch))
+            yield slice(start, min(total, start + self.batch))
+
+    def scenes(self, what: str, count: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Slices of the scenes and their pixels."""
+        for part in self.parts(what, count):
             yield part, scene_pixels(self.images[part], self.pico.vq.device)
 
-    def sampled(self) -> Iterator[TokenLogits]:
-        """What the VLM gives of the scenes' captions, batch by batch as `scenes`."""
+    def sampled(self, what: str, count: int | None = None) -> Iterator[tuple[slice, TokenLogits]]:
+        """Slices of the scenes and what the VLM gives of their captions."""
         captions = [facts.caption() for facts in scene_facts("test", len(self.images))]
-        for part, _ in self.scenes("captions"):
+        for part in self.parts(what, count):
             seeds = range(part.start, part.stop)
-            yield self.pico.sampler.sample(captions[part], seeds=seeds, guidance=self.guidance)
+            yield part, self.pico.sampler.sample(captions[part], seeds=seeds, guidance=self.guidance)
 
     def paint(
         self, decoder: DistributionConditionedDecoder, condition: Condition, part: slice, steps: int | None = None
@@ -173,7 +177,7 @@ def measure_reconstruction(bench: Bench) -> Rows:
 def measure_text(bench: Bench) -> Rows:
     """The paper's Table 3: captions of the scenes to pictures, all rows from the same sampled tokens and logits."""
     pico, tallies = bench.pico, {}
-    for (part, _), grid in zip(bench.scenes("text to image"), bench.sampled(), strict=True):
+    for part, grid in bench.sampled("text to image"):
         card, codebook = pico.decoder.card, pico.vq.codebook
         pictures = {"VQ-VAE decode": pico.vq.decode_tokens(grid.tokens, grid.grid)}
         ways = {
@@ -214,7 +218,7 @@ def measure_variants(bench: Bench) -> Rows:
     """
     pico, rows = bench.pico, {}
     real, labels = bench.real_features(), bench.labels()
-    grids = list(bench.sampled())
+    grids = [grid for _, grid in bench.sampled("captions")]
     for name, path in bench.variants.items():
         decoder = load_decoder(path, device=pico.vq.device, dtype=pico.decoder.dtype, compiled=bench.compiled)
         scenes, texts = Tally(), Tally()
@@ -251,12 +255,7 @@ def measure_latency(bench: Bench, rounds: int = 7) -> Rows:
 def measure_calibration(bench: Bench, count: int = 100) -> Rows:
     """The paper's Table 1: the VLM beside raw and calibrated proxies, on captions it was not fitted on."""
     pico = bench.pico
-    captions = [facts.caption() for facts in scene_facts("test", count)]
-    chunk = min(bench.batch, 25)
-    sampled = [
-        pico.sampler.sample(captions[k : k + chunk], seeds=range(k, min(count, k + chunk)), guidance=bench.guidance)
-        for k in range(0, count, chunk)
-    ]
+    sampled = [grid for _, grid in bench.sampled("captions", count)]
     proxies = [pico.vq.encode(pixels) for _, pixels in bench.scenes("calibration", count)]
     columns = {
         "Janus": describe_logits(sampled, pico.vq.codebook),
@@ -369,7 +368,7 @@ class Choice:
 
 
 def measured(choice: Choice, sections: Sequence[str]) -> tuple[Bench, dict[str, Rows]]:
-    """The sections' rows, measured now or read from `<out>/<section>.json` where the weights are still the same.
+    """The sections' rows, measured now or, while `Choice.fingerprint` stays the same, read from `<out>/<section>.json`.
 
     "variants" brings "means" with it, of its seeds.
     """

@@ -142,7 +142,7 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
         "text",
         "All decoders' rows from the same sampled tokens and logits. The facts that the reader finds in the pictures "
         "stand in for GenEval."
-        + (" The last row is chance: the renderer's own pictures of the same facts." * bool(chance)),
+        + (" The last row is chance: the renderer's own pictures of the same facts." if chance else ""),
         _table(heads, {name: [row["frechet"], *(row[f"F1 {fact}"] for fact in READ)] for name, row in rows.items()}),
         "gFID by shape:",
         _table(shapes, {name: [row[detail] for detail in details] for name, row in rows.items()}),

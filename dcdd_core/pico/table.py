@@ -1,7 +1,8 @@
 """The table of the embedded models: `python -m dcdd_core.pico.table`.
 
-Every section is written to `<out>/<section>.json` when it is done and not measured again while the weights stay the
-same; `<out>/table.md` holds them all, and so do the texts named by `--into`, between the marks that they have.
+Every section is written to `<out>/<section>.json` when it is done and not measured again while the weights and the way
+to measure stay the same; `<out>/table.md` holds them all, and so do the texts named by `--into`, between the marks that
+they have.
 """
 
 from __future__ import annotations

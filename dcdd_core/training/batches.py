@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..method.sampling import keyed_generator
 from ..pipelines.pictures import UnreadablePicture
 from ..types import DCDDWarning
+from .settings import require_at_least
 
 UNREADABLE_SHARE, UNREADABLE_FROM = 0.01, 100
 
@@ -47,8 +48,7 @@ class Share:
     window: int = 1000
 
     def __post_init__(self):
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
+        require_at_least(1, window=self.window)
         if self.world < 1 or not 0 <= self.rank < self.world:
             raise ValueError(f"rank must lie in 0..{self.world - 1} of {self.world} processes, got {self.rank}")
 

@@ -25,6 +25,7 @@ from .cache import FORMAT, CacheCard, read_manifest, sha256
 from .encodings import Autocast, EncodedBatch, encode
 from .folders import Pictures
 from .pictures import Picture
+from .settings import require_at_least
 
 _SHARDS = "shards"
 _END = "end.json"
@@ -64,8 +65,7 @@ def write_cache(
             unreadable, or none is readable; if an encoding is not finite.
         OSError: if the disk is full; what is finished is kept.
     """
-    if shard_size < 1 or batch_size < 1:
-        raise ValueError(f"shard_size and batch_size must be at least 1, got {shard_size} and {batch_size}")
+    require_at_least(1, shard_size=shard_size, batch_size=batch_size)
     card = CacheCard.of(vq, vae, source.geometry, pixels=keep_pixels)
     writer = _Writer(Path(folder), card, source, shard_size, Share(seed=None, rank=rank, world=world))
     finished = writer.begin()

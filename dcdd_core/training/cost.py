@@ -29,6 +29,7 @@ from .examples import Example
 from .optimizers import OPTIMIZERS, muon
 from .recipe import DecoderTraining, decoder_loss, muon_matrices
 from .replay import Meter, Replayed, replay, replay_peak
+from .settings import require_at_least
 from .trainable import TRAINED, choose_trained, trained_weights
 
 #: What the GPUs share among them instead of each holding all of it: (weights, gradients, optimiser's states).
@@ -89,9 +90,8 @@ class Setup:
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("width", "rank", "batch", "accumulate", "resolution", "grid", "gpus"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        counts = ("width", "rank", "batch", "accumulate", "resolution", "grid", "gpus")
+        require_at_least(1, **{name: getattr(self, name) for name in counts})
         if not 0 <= self.localised <= 1:
             raise ValueError(f"localised must be a share, in 0..1, got {self.localised}")
         if self.resolution % 16:
