@@ -1,35 +1,37 @@
-"""8-bit weights: what they do to the logits' statistics, and to a picture's seconds
+"""8-bit weights: what they do to the logits' statistics, to a velocity, and to the seconds
 
-`python -m benchmarks int8` takes pico's Janus; DCDD_BENCH_JANUS names the folder of a Janus model of your own,
-DCDD_BENCH_DEVICE where it computes.
+`python -m benchmarks int8` takes pico's Janus and its decoder; DCDD_BENCH_JANUS names the folder of a Janus model of
+your own, DCDD_BENCH_DEVICE where they compute. The decoder's layers are held in float8 too, by diffusers' layerwise
+casting.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import statistics
 from dataclasses import asdict
+from importlib.util import find_spec
 
 import torch
 
 from benchmarks.sampler import PROMPT
-from benchmarks.timing import alternating
+from benchmarks.timing import NO_TORCHAO, alternating
 from dcdd_core.method.statistics import describe_logits
+from dcdd_core.models.flux import DistributionConditionedDecoder, load_decoder
 from dcdd_core.models.janus import JanusSampler
-from dcdd_core.pipelines.models import PICO_WEIGHTS
-from dcdd_core.types import TokenLogits
+from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.pipelines.models import PICO_WEIGHTS, load_pico
+from dcdd_core.types import Condition, TokenLogits
 
-HEAD = ("what", "as loaded", "int8")
+HEAD = ("what", "as loaded", "int8", "float8")
 SHOWN = ("top_1", "top_2", "entropy", "tail_entropy", "rank", "head_mass")
 
 
-def compare(before: JanusSampler, after: JanusSampler, pictures: int = 4) -> list[tuple[str, str, str]]:
+def compare(before: JanusSampler, after: JanusSampler, own: TokenLogits) -> list[tuple[str, str, str, str]]:
     """Statistics of the same pictures' logits, the second model reading the tokens that the first one sampled."""
-    prompts, seeds = [PROMPT] * pictures, range(pictures)
-    own = before.sample(prompts, seeds=seeds)
-    read = reread(after, own, prompts)
+    read = reread(after, own, [PROMPT] * len(own.tokens))
     one, two = asdict(describe_logits(own)), asdict(describe_logits(read))
-    found = [(name, f"{one[name]:.4g}", f"{two[name]:.4g}") for name in SHOWN]
+    found = [(f"Janus: {name}", f"{one[name]:.4g}", f"{two[name]:.4g}", "-") for name in SHOWN]
     p, q = own.logits.log_softmax(-1), read.logits.log_softmax(-1)
     divergence = float((p.exp() * (p - q)).sum(-1).mean())
     seconds = alternating(
@@ -37,8 +39,40 @@ def compare(before: JanusSampler, after: JanusSampler, pictures: int = 4) -> lis
     )
     return [
         *found,
-        ("KL to it, nats a token", "0", f"{divergence:.3g}"),
-        ("seconds a picture", *(f"{sorted(taken)[len(taken) // 2]:.3g}" for taken in seconds.values())),
+        ("Janus: KL to it, nats a token", "0", f"{divergence:.3g}", "-"),
+        ("Janus: seconds a picture", *(f"{statistics.median(taken):.3g}" for taken in seconds.values()), "-"),
+    ]
+
+
+def cast_by_layer(decoder: DistributionConditionedDecoder) -> DistributionConditionedDecoder:
+    """The layers of the blocks in float8, lifted for their turn by diffusers."""
+    left = ("norm", "^x_embedder$", "^proj_out$")
+    decoder.transformer.enable_layerwise_casting(compute_dtype=decoder.dtype, skip_modules_pattern=left)
+    return decoder
+
+
+@torch.no_grad()
+def compare_decoders(
+    held: list[DistributionConditionedDecoder], condition: Condition, t: float = 0.5
+) -> list[tuple[str, ...]]:
+    """Decoders of the same weights: how far their velocities at time t are from the first one's, and a step's time."""
+    first = held[0]
+    height, width = (side // first.card.vae_factor for side in first.card.painted_size(condition.grid))
+    size, batch = (height, width), len(condition.code_vectors)
+    packed = torch.randn(batch, height // 2 * (width // 2), first.transformer.config.in_channels)
+    packed, times = packed.to(first.device, first.dtype), torch.full((len(packed),), t)
+
+    def velocity(decoder: DistributionConditionedDecoder) -> torch.Tensor:
+        return decoder(packed, decoder.condition_tokens(condition, size), times, size).float()
+
+    for decoder in held:
+        decoder.prepare([t])
+    exact = velocity(first)
+    errors = [(velocity(decoder) - exact).std() / exact.std() for decoder in held]
+    seconds = alternating({str(k): lambda d=d: velocity(d) for k, d in enumerate(held)})
+    return [
+        ("decoder: error of a velocity, of its deviation", *(f"{float(error):.2g}" for error in errors)),
+        ("decoder: seconds a step", *(f"{statistics.median(taken):.3g}" for taken in seconds.values())),
     ]
 
 
@@ -51,9 +85,19 @@ def reread(sampler: JanusSampler, own: TokenLogits, prompts: list[str]) -> Token
     return TokenLogits(logits, own.tokens, own.grid, codebook=own.codebook)
 
 
-def rows() -> list[tuple[str, str, str]]:
-    if importlib.util.find_spec("torchao") is None:
-        return [("all", "not measured (torchao is not installed)", "-")]
+def rows() -> list[tuple[str, ...]]:
+    if not find_spec("torchao"):
+        return [("all", NO_TORCHAO, "-", "-")]
     folder = os.environ.get("DCDD_BENCH_JANUS", PICO_WEIGHTS / "janus")
     device = os.environ.get("DCDD_BENCH_DEVICE", "cpu")
-    return compare(*(JanusSampler.load(folder, device=device, int8=int8) for int8 in (False, True)))
+    before, after = (JanusSampler.load(folder, device=device, int8=int8) for int8 in (False, True))
+    own = before.sample([PROMPT] * 4, seeds=range(4))
+    pico = load_pico(device=device)
+    grid = pico.sampler.sample([PROMPT] * 4, seeds=range(4))
+    condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
+    like = {"device": device, "dtype": torch.bfloat16}
+    plain, rounded, cast = (
+        load_decoder(PICO_WEIGHTS / "decoder.safetensors", eight_bit=eight_bit, **like)
+        for eight_bit in (False, True, False)
+    )
+    return compare(before, after, own) + compare_decoders([plain, rounded, cast_by_layer(cast)], condition)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from transformers import JanusForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.flux import GRID, IMAGE, SIZE, card_of, published_steps, random_decoder
-from benchmarks.timing import NOT_MEASURED
+from benchmarks.timing import NO_TORCHAO, NOT_MEASURED
 from dcdd_core.evaluation.text import markdown_table
 from dcdd_core.models.checkpoints import StoredTensors
 from dcdd_core.models.deepseek import janus_config
@@ -138,6 +139,8 @@ def step_rows() -> list[tuple[str, str, str, str]]:
 def measured(ways: dict[str, bool]) -> str:
     if not torch.cuda.is_available():
         return NOT_MEASURED
+    if ways.get("eight_bit") and not find_spec("torchao"):
+        return NO_TORCHAO
     gc.collect()  # Models with hooks, and compiled ones, are cycles: the last one may still be there.
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 NOT_MEASURED = "not measured (no GPU here)"
+NO_TORCHAO = "not measured (torchao is not installed)"
 
 #: DCDD_BENCH_CLOCK=cpu counts one thread's processor time: for a machine that is busy otherwise.
 CPU_CLOCK = os.environ.get("DCDD_BENCH_CLOCK") == "cpu"

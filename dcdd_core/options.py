@@ -43,7 +43,9 @@ def command_parser(description: str, *runs: Callable[[argparse.Namespace], None]
     group.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it, file or folder")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     group.add_argument("--janus-int8", action="store_true", help="hold the language model's layers in 8 bits (torchao)")
-    group.add_argument("--decoder-8bit", action="store_true", help="hold the diffusion decoder's layers in 8 bits")
+    group.add_argument(
+        "--decoder-8bit", action="store_true", help="hold the diffusion decoder's layers in 8 bits (torchao)"
+    )
     group.add_argument("--stream", action="store_true", help="keep the diffusion decoder in RAM, a block on the device")
     group.add_argument("--compile", action="store_true", help="compile the diffusion decoder's blocks")
 

@@ -360,6 +360,7 @@ def test_how_models_are_held_reaches_their_loaders(tmp_path, monkeypatch, capsys
 
 
 def test_a_decoder_in_eight_bits_paints(tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
     weights = pipelines_models.PICO_WEIGHTS
     real = ["--janus", weights / "janus", "--decoder", weights / "decoder.safetensors", "--vae", weights / "vae"]
     out = tmp_path / "a.png"

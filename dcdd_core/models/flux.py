@@ -25,12 +25,11 @@ from .checkpoints import StoredTensors, find_tensors, load_strictly, misfits
 from .condition_encoder import ConditionEncoder
 from .flux_files import find_transformer
 from .flux_inference import ModulationTable, OnLayer, drop_text, embed_time, fold_modulations, of_text_stream
+from .int8 import store_in_int8
 
 _FORMAT = "dcdd decoder 1"
 #: What a decoder can be conditioned on: the paper's Table 4.
 VARIANTS = ("discrete", "lcdm", "lcdm+lc")
-#: Linear layers outside the blocks: never in 8 bits.
-_LEFT = ("x_embedder", "^proj_out$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,8 +282,9 @@ def load_decoder(
         device: where it computes.
         dtype: that it computes in; None takes the stored types.
         fold: False keeps the layers that compute the modulations: for training, and for `save_bundle`.
-        eight_bit: the blocks' linear layers are stored as float8_e4m3fn and lifted to `dtype` for their turn, which
-            halves what bfloat16 takes, at a small loss (diffusers' layerwise casting).
+        eight_bit: the blocks' linear weights are stored as int8, which halves what bfloat16 takes, at a small loss
+            (`int8.store_in_int8`; `python -m benchmarks int8` has it beside diffusers' layerwise casting). Compiled
+            besides, it is slower than alone on a CPU.
         streamed: the blocks wait in RAM, and each is on `device` for its turn alone, none fetched ahead: slow, but
             FLUX.1-Fill then takes the room of one block (diffusers' group offloading, whose fetching ahead hangs on a
             forward pass that is not ours).
@@ -294,7 +294,7 @@ def load_decoder(
 
     Raises:
         ValueError: naming the base that is needed, or the tensors that are missing, unexpected or of a wrong shape; for
-            ways of holding the weights that exclude each other.
+            ways of holding the weights that exclude each other; for `eight_bit` without torchao.
     """
     card = read_card(path)
     with torch.device("meta"):
@@ -333,25 +333,27 @@ def fill_decoder(
     Raises:
         ValueError: as `load_decoder`.
     """
-    if (eight_bit or streamed) and (compiled or not fold):
+    if (eight_bit and not fold) or (streamed and (compiled or not fold)):
         raise ValueError(
-            "weights that change place or type between the steps can be neither compiled nor trained: "
-            f"got eight_bit={eight_bit}, streamed={streamed}, compiled={compiled}, fold={fold}"
+            "weights in 8 bits cannot be trained, and weights that change place between the steps neither compiled nor "
+            f"trained: got eight_bit={eight_bit}, streamed={streamed}, compiled={compiled}, fold={fold}"
         )
     transformer = decoder.transformer
     drop_text(transformer)
     if fold:
         decoder.table = fold_modulations(transformer, stored.within("transformer."))
-    names = list(decoder.state_dict())
-    layers = [name for name in names if "_blocks." in name and ".norm_" not in name]
+    tensors: dict[str, torch.Tensor] = {}
     # At once in the type and the place that they stay in: in others, they need not fit.
-    held = {"dtype": torch.float8_e4m3fn if eight_bit else dtype, "device": "cpu" if streamed else device}
-    tensors = stored.read(layers, **held)
-    tensors |= stored.read([name for name in names if name not in tensors], dtype=dtype, device=device)
-    load_strictly(decoder, tensors, what)
+    blocks = {name: part for name, part in decoder.named_modules() if name.rpartition(".")[0].endswith("_blocks")}
+    for name, block in blocks.items():
+        place = "cpu" if streamed else device
+        load_strictly(block, stored.within(f"{name}.").read(block.state_dict(), dtype=dtype, device=place), what)
+        if eight_bit:
+            store_in_int8(block, place)
+        tensors |= {f"{name}.{of}": tensor for of, tensor in block.state_dict().items()}
+    rest = [name for name in decoder.state_dict() if name not in tensors]
+    load_strictly(decoder, tensors | stored.read(rest, dtype=dtype, device=device), what)
     decoder.eval().requires_grad_(False)
-    if eight_bit:
-        transformer.enable_layerwise_casting(skip_modules_pattern=_LEFT, compute_dtype=decoder.dtype)
     if streamed:
         transformer.enable_group_offload(torch.device(device), offload_type="block_level", num_blocks_per_group=1)
         # diffusers would fetch the ends for its own forward pass, which is not ours.

@@ -23,6 +23,7 @@ from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase,
 from ..types import Codebook, TokenLogits, same_codebook
 from . import deepseek
 from .checkpoints import fingerprint_of
+from .int8 import store_in_int8
 from .janus_step import TokenLoop, check_language
 
 OnStep = Callable[[int, int, torch.Tensor], None]
@@ -183,7 +184,7 @@ class JanusSampler:
         fingerprint = None
         if int8:
             fingerprint = f"{fingerprint_of(model.state_dict())} in int8"
-            _store_in_int8(model, device)
+            store_in_int8(model.model.language_model.layers, device)
         model.to(device)
         if not int8 and torch.device(device).type == "cpu" and dtype == torch.float32:
             _store_by_columns(model)
@@ -444,18 +445,6 @@ def _store_by_columns(model: JanusForConditionalGeneration) -> None:
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.data = layer.weight.data.t().contiguous().t()
-
-
-def _store_in_int8(model: JanusForConditionalGeneration, device: torch.device | str) -> None:
-    """Moves the layers to the device one by one, and there rounds their linear weights to int8.
-
-    Embeddings and the generation head stay what and where they are.
-    """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise ValueError("int8 weights need torchao: pip install torchao, or load without int8") from error
-    quantize_(model.model.language_model.layers, Int8WeightOnlyConfig(), device=device)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

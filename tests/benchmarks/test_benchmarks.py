@@ -16,7 +16,7 @@ from dcdd_core.method.lcdm import map_logits
 from dcdd_core.models.flux import DistributionConditionedDecoder
 from dcdd_core.models.janus import JanusSampler
 from dcdd_core.types import Codebook, TokenLogits
-from tests.tiny import tiny_flux_config, tiny_janus
+from tests.tiny import tiny_condition, tiny_decoder, tiny_flux_config, tiny_janus
 
 
 def test_lcdm_as_written_is_ours():
@@ -82,6 +82,15 @@ def test_reread_logits_are_the_models_own():
     assert torch.equal(other.tokens, run.tokens) and not torch.allclose(other.logits, run.logits, atol=0.1)
 
 
+def test_float8_is_diffusers_and_its_error_shows():
+    plain, cast = (tiny_decoder().to(torch.bfloat16) for _ in range(2))
+    int8.cast_by_layer(cast)
+    assert cast.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+    assert cast.transformer.x_embedder.weight.dtype == torch.bfloat16
+    errors, seconds = int8.compare_decoders([plain, cast], tiny_condition())
+    assert errors[1] == "0" and 0 < float(errors[2]) < 0.2 and len(seconds) == 3
+
+
 def test_decoder_contest_runs():
     small = decoder.Shape(heads=1, steps=1)
     found = decoder.contest(small, rounds=1)
@@ -121,8 +130,8 @@ def test_random_weights_are_the_same_for_both_and_held_in_every_way():
     with torch.no_grad():
         one, two = (model(packed, torch.zeros(1, 4, 32), t, (4, 4)) for model in (ours, whole))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    small = flux.random_decoder(flux.card_of(config), dtype=torch.bfloat16, eight_bit=True)
-    assert small.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+    streamed = flux.random_decoder(flux.card_of(config), dtype=torch.float32, streamed=True)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in streamed.transformer.state_dict().items())
 
 
 def test_the_published_shape_takes_little_more_than_half_of_diffusers():

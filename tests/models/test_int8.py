@@ -1,0 +1,47 @@
+"""Linear weights in 8 bits."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dcdd_core.models.int8 import store_in_int8
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 8, bias=False))
+
+
+def test_linear_weights_are_rounded_and_nothing_else():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    plain, small, x = layers(), layers(), torch.randn(4, 32)
+    store_in_int8(small, "cpu")
+    kinds = {name: type(weight) for name, weight in small.named_parameters()}
+    assert {n for n, kind in kinds.items() if kind is quantization.Int8Tensor} == {"0.weight", "2.weight"}
+    held, rows = small[0].weight, plain[0].weight.abs().amax(1, keepdim=True) / 127
+    assert held.qdata.dtype == torch.int8
+    torch.testing.assert_close(held.scale, rows, rtol=0.01, atol=0)
+    with torch.no_grad():
+        error = (small(x) - plain(x)).std() / plain(x).std()
+    assert 0 < error < 0.02
+
+
+def test_nothing_is_set_for_the_process_and_the_device_is_said(monkeypatch):
+    calls = []
+    quantization = SimpleNamespace(
+        Int8WeightOnlyConfig=lambda **options: options, quantize_=lambda *args, **options: calls.append((args, options))
+    )
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=quantization))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", quantization)
+    model = layers()
+    store_in_int8(model, "meta")
+    assert calls == [((model, {"set_inductor_config": False}), {"device": "meta"})]
+
+
+def test_without_torchao_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match=r"pip install torchao, or load without .*--decoder-8bit"):
+        store_in_int8(layers(), "cpu")
