@@ -19,6 +19,7 @@ from ..evaluation.text import markdown_table, statistics_rows
 from ..files import write_text
 from ..models.flux import VARIANTS, load_decoder
 from ..pipelines.condition import condition_for
+from ..types import TokenLogits
 from .data import scene_pixels
 from .measures import (
     ABLATION,
@@ -164,7 +165,8 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
             ]
         ),
         "![Every seed](report/table-4.png)",
-        "![The same scenes by the first seed's decoders](report/table-4-pictures.png)",
+        "![Scenes, reconstructed by the first seed's decoders](report/table-4-pictures.png)",
+        "![Captions, painted by them from the same tokens and logits](report/table-4-captions.png)",
     )
     latency = _latency(results["latency"], results["text"]) if {"latency", "text"} <= set(results) else ""
     section("Table 5: where the time goes", "latency", latency, besides=["text"])
@@ -198,7 +200,8 @@ def draw(bench: Bench, results: Mapping[str, Rows], folder: Path, *, scenes: int
             for column, head in _ABLATION.items()
         }
         save_image(score_lines(panels, along=VARIANTS), folder / "table-4.png")
-        save_image(_by_variants(bench, scenes), folder / "table-4-pictures.png")
+        save_image(_reconstructions_by_variants(bench, scenes), folder / "table-4-pictures.png")
+        save_image(_generations_by_variants(bench, scenes), folder / "table-4-captions.png")
     if "steps" in results:
         rows = results["steps"]
         panels = {
@@ -230,27 +233,39 @@ def _reconstructions(bench: Bench, count: int) -> Image.Image:
 
 
 def _generations(bench: Bench, count: int) -> Image.Image:
-    pico, part = bench.pico, slice(0, count)
-    captions = [facts.caption() for facts in scene_facts("test", count)]
-    grid = pico.sampler.sample(captions, seeds=range(count), guidance=bench.guidance)
+    pico, grid = bench.pico, _sampled(bench, count)
     condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
     columns = {
         _VQ: pico.vq.decode_tokens(grid.tokens, grid.grid),
-        "DCDD": bench.paint(pico.decoder, condition, part),
+        "DCDD": bench.paint(pico.decoder, condition, slice(0, count)),
     }
     return _grid(columns, count)
 
 
-def _by_variants(bench: Bench, count: int) -> Image.Image:
-    pico, part = bench.pico, slice(0, count)
-    pixels = scene_pixels(bench.images[part], pico.vq.device)
-    proxies = pico.vq.encode(pixels)
-    columns = {"scene": pixels}
+def _reconstructions_by_variants(bench: Bench, count: int) -> Image.Image:
+    pixels = scene_pixels(bench.images[:count], bench.pico.vq.device)
+    return _grid({"scene": pixels} | _by_variants(bench, bench.pico.vq.encode(pixels), count), count)
+
+
+def _generations_by_variants(bench: Bench, count: int) -> Image.Image:
+    grid = _sampled(bench, count)
+    plain = bench.pico.vq.decode_tokens(grid.tokens, grid.grid)
+    return _grid({_VQ: plain} | _by_variants(bench, grid, count), count)
+
+
+def _sampled(bench: Bench, count: int) -> TokenLogits:
+    captions = [facts.caption() for facts in scene_facts("test", count)]
+    return bench.pico.sampler.sample(captions, seeds=range(count), guidance=bench.guidance)
+
+
+def _by_variants(bench: Bench, grid: TokenLogits, count: int) -> dict[str, torch.Tensor]:
+    """What the decoders of each variant's first seed make of the same logits."""
+    painted, vq = {}, bench.pico.vq
     for variant in VARIANTS:
         path = next(path for name, path in bench.variants.items() if name.startswith(f"{variant}, "))
-        decoder = load_decoder(path, device=pico.vq.device, dtype=pico.decoder.dtype)
-        columns[variant] = bench.paint(decoder, condition_for(decoder.card, proxies, pico.vq.codebook), part)
-    return _grid(columns, count)
+        decoder = load_decoder(path, device=vq.device, dtype=bench.pico.decoder.dtype)
+        painted[variant] = bench.paint(decoder, condition_for(decoder.card, grid, vq.codebook), slice(0, count))
+    return painted
 
 
 def _grid(columns: Mapping[str, torch.Tensor], count: int) -> Image.Image:

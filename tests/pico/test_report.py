@@ -139,7 +139,7 @@ def test_the_whole_report_in_small(tmp_path, monkeypatch):
     assert all(f"## Table {k}" in text for k in range(1, 7)) and "Random weights agree" in text
     assert "not measured" not in text and "nan" not in text and text.count("drawn anew |") == 2
     pictures = {path.name for path in (docs / "report").iterdir()}
-    assert all(f"report/{name}" in text for name in pictures) and len(pictures) == 6
+    assert all(f"report/{name}" in text for name in pictures) and len(pictures) == 7
 
 
 def test_token_statistics_come_back_from_a_row():
