@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from transformers import JanusConfig, JanusForConditionalGeneration
 
 from benchmarks.sampler import PROMPT, as_loaded, pico
@@ -59,14 +60,17 @@ def codebooks(sizes: tuple[int, ...], rounds: int) -> dict[int, float]:
 
 
 def draw(panels: list[tuple[str, str, dict[int, float]]], path: Path) -> None:
-    """Each panel: what is measured, what grows, seconds by size; the dashed line grows in proportion."""
+    """Each panel: what is measured, what grows, seconds by size."""
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
     for axis, (title, name, seconds) in zip(figure.subplots(1, len(panels)), panels):
         sizes, values = list(seconds), list(seconds.values())
-        axis.loglog(sizes, values, "o-")
-        axis.loglog(sizes, [values[0] * size / sizes[0] for size in sizes], "--", color="0.6")
+        axis.loglog(sizes, values, "o-", label="measured")
+        axis.loglog(sizes, [values[0] * size / sizes[0] for size in sizes], "--", color="0.6", label="in proportion")
+        axis.legend(frameon=False)
         axis.set(title=title, xlabel=name, ylabel="processor seconds, one thread" if CPU_CLOCK else "seconds")
         axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.minorticks_off()
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -1,8 +1,9 @@
 """Janus' loop over image tokens, one position at a time: embedding, layers, head, guidance and draw, all in place.
 
 The layers are transformers' Llama modules, called in the order of its `forward`: a host may put other linear layers in
-their place. What is not done is what costs more than the arithmetic of a single token: masks and rotary tables made
-anew at every step, attention to slots that are still empty, and the library's Python around each layer.
+their place. On a CPU their weights are shared among the threads (`columns`). What is not done is what costs more than
+the arithmetic of a single token: masks and rotary tables made anew at every step, attention to slots that are still
+empty, and the library's Python around each layer.
 
 Shapes: B batch, N tokens, K codes, R rows of the language model ([conditional ; unconditional], 2 B, or B without
 guidance), Q queries, S slots of the cache, C hidden size, H heads, G heads of keys and values, D width of a head.
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import JanusForConditionalGeneration, LlamaModel
 
 from ..method import sampling
+from .columns import Together
 
 # Their frequencies change with the length that was read, so there is no table of them.
 _ROTARY_BY_LENGTH = ("dynamic", "longrope")
@@ -44,15 +46,17 @@ class LlamaReader:
     alone, which nobody reads: a query that sees nothing would be NaN, and spread from the cache.
     """
 
-    def __init__(self, language: LlamaModel, padding: torch.Tensor, length: int):
+    def __init__(self, language: LlamaModel, padding: torch.Tensor, length: int, *, resident: bool = False):
         """
         Args:
             length: S, all that will ever be read.
+            resident: see `JanusSampler.sample`.
         """
         config, width = language.config, language.layers[0].self_attn.head_dim
         self.language = language
         # Looked up once: a module finds its children by way of Python.
-        self.layers = [_parts(layer) for layer in language.layers]
+        self.layers = [_parts(layer, resident) for layer in language.layers]
+        self.resident = resident
         self.heads, self.width = (config.num_attention_heads, config.num_key_value_heads), width
         self.scale = language.layers[0].self_attn.scaling
         self.padding = padding
@@ -70,7 +74,7 @@ class LlamaReader:
 
     def spread(self, rows: torch.Tensor, filled: int, length: int) -> LlamaReader:
         """A reader of `length` slots whose rows [R'] are copies of these, as far as these are filled."""
-        copies = LlamaReader(self.language, self.padding[rows], length)
+        copies = LlamaReader(self.language, self.padding[rows], length, resident=self.resident)
         copies.cache[..., :filled, :] = self.cache[:, :, rows, :, :filled]
         return copies
 
@@ -89,17 +93,19 @@ class LlamaReader:
         # Flat rows and plain views: each einops string would cost a layer as much time as its norm does.
         hidden = embeddings.flatten(0, 1)
         cache = self.cache[..., :seen, :]
-        for (norm, to_q, to_k, to_v, to_out, mlp_norm, mlp), (keys, values) in zip(self.layers, cache):
-            x = _normed(norm, hidden)
-            q, k, v = (project(x).view(shape).transpose(1, 2) for project in (to_q, to_k, to_v))
+        for (norm, to_qkv, to_out, mlp_norm, to_gated, activation, from_gated), (keys, values) in zip(
+            self.layers, cache
+        ):
+            q, k, v = (part.view(shape).transpose(1, 2) for part in to_qkv(_normed(norm, hidden)))
             turned = torch.cat([q, k], dim=1)
             turned = torch.addcmul(turned * cos, turned.roll(self.width // 2, -1), sin)
             q, k = turned.split_with_sizes(self.heads, dim=1)
             keys.index_copy_(2, slots, k)
             values.index_copy_(2, slots, v)
             x = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=grouped)
-            hidden = hidden + to_out(x.transpose(1, 2).flatten(2).flatten(0, 1))
-            hidden = hidden + mlp(_normed(mlp_norm, hidden))
+            hidden = hidden + to_out(x.transpose(1, 2).flatten(2).flatten(0, 1))[0]
+            gate, up = to_gated(_normed(mlp_norm, hidden))
+            hidden = hidden + from_gated(activation(gate) * up)[0]
         return _normed(self.language.norm, hidden.view(rows, count, -1)[:, -1])
 
     def _visible(self, slots: torch.Tensor) -> torch.Tensor:
@@ -149,6 +155,7 @@ class TokenLoop:
         parts = (model.model.language_model, model.model.generation_aligner, self.head)
         self.recordable = tokens.is_cuda and all(_stays(part, tokens.device, resident) for part in parts)
         self.replay: Callable[[], None] | None = None
+        self.resident = resident
 
     @torch.inference_mode()
     def start(
@@ -164,7 +171,7 @@ class TokenLoop:
         """
         language, device, length = self.model.model.language_model, self.tokens.device, ids.shape[1]
         self.last, self.seeds = last, seeds
-        prompts = LlamaReader(language, padding.to(device), length)
+        prompts = LlamaReader(language, padding.to(device), length, resident=self.resident)
         hidden = prompts.read(language.get_input_embeddings()(ids.to(device)), prompts.slots, length)
         self.reader = prompts.spread(rows.to(device), length, length + last)
         self.shift = length - 1
@@ -244,10 +251,21 @@ class TokenLoop:
         return embeddings if self.guidance == 1 else embeddings.repeat(2, 1, 1)
 
 
-def _parts(layer: nn.Module) -> tuple[nn.Module, ...]:
-    attention = layer.self_attn
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    return layer.input_layernorm, *projections, layer.post_attention_layernorm, layer.mlp
+def groups_of(layer: nn.Module) -> tuple[tuple[nn.Linear, ...], ...]:
+    """The linear layers of a Llama layer, those together that read the same input."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
+
+
+def _parts(layer: nn.Module, resident: bool) -> tuple[Callable, ...]:
+    to_qkv, to_out, to_gated, from_gated = (Together(group, resident=resident) for group in groups_of(layer))
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    return norms[0], to_qkv, to_out, norms[1], to_gated, layer.mlp.act_fn, from_gated
 
 
 def _stays(part: nn.Module, device: torch.device, resident: bool) -> bool:

@@ -15,7 +15,9 @@ from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from dcdd_core.method.sampling import gumbel_noise_grid
 from dcdd_core.models import janus
+from dcdd_core.models.columns import Together
 from dcdd_core.models.janus import JanusSampler, prompt_ids, unconditional_ids
+from dcdd_core.models.janus_step import LlamaReader
 from dcdd_core.types import Codebook, TokenLogits
 from tests.models.make_golden_janus import GOLDEN, GUIDANCE, PROMPTS, deepseek_loop, template_ids
 from tests.tiny import save_janus, tiny_janus
@@ -356,6 +358,18 @@ def test_folder_loads_in_a_chosen_dtype(folder: Path):
     loaded = JanusSampler.load(folder, dtype=torch.bfloat16)
     assert loaded.model.model.language_model.embed_tokens.weight.dtype == torch.bfloat16
     assert loaded.sample(["red"], seeds=[0]).logits.dtype == torch.float32
+
+
+def test_on_a_cpu_the_layers_share_threads_and_what_they_read(folder: Path):
+    sampler = JanusSampler.load(folder)
+    language = sampler.model.model.language_model
+    reader = LlamaReader(language, torch.zeros(1, dtype=torch.int64), 4)
+    together = [part for parts in reader.layers for part in parts if isinstance(part, Together)]
+    assert len(together) == 4 * len(language.layers)
+    assert all(part.parts is not None for part in together)
+    assert [len(part.layers) for part in together[:4]] == [3, 1, 2, 1]
+    own = tiny_janus()[0].state_dict()
+    assert all(torch.equal(weight, own[name]) for name, weight in sampler.model.state_dict().items())
 
 
 def test_int8_is_for_the_layers_alone(folder: Path, monkeypatch: pytest.MonkeyPatch):
