@@ -1,4 +1,4 @@
-"""Growth: seconds against batch, grid and codebook (random weights); also drawn in docs/growth.png"""
+"""Growth: seconds against batch, grid and codebook (random weights); drawn in [growth.png](growth.png)"""
 
 from __future__ import annotations
 

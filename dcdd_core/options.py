@@ -147,7 +147,10 @@ def _material(*, count: int) -> argparse.ArgumentParser:
     """Options of what is measured; every command has its own, since parsers share the options of a parent."""
     material = argparse.ArgumentParser(add_help=False)
     material.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON (default: 300 that come with this)"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, or JSON (default: 300 that come with this; for the embedded models captions of scenes)",
     )
     material.add_argument(
         "--images", type=Path, metavar="FOLDER", help="pictures for the proxies, in sub-folders or not"

@@ -300,7 +300,7 @@ SECTIONS: dict[str, Callable[[Bench], Rows]] = {
 }
 TITLES = {
     "reader": "What the measuring network sees in real held-out scenes, and in others with the same facts",
-    "calibration": "Distributions (the paper's Table 1)",
+    "calibration": "Distributions, of the first 100 captions and scenes (the paper's Table 1)",
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
     "steps": "Number of Euler steps, on the first 512 scenes (the paper's Table 6)",

@@ -37,6 +37,7 @@ from .measures import (
     token_statistics,
 )
 from .scenes import scene_facts
+from .workshop import Recipe
 
 _SCORES = dict(zip(SCORES, ("rFID ↓", "SSIM ↑", "perceptual distance ↓"), strict=True))
 _ABLATION = dict(zip(ABLATION, (*_SCORES.values(), "gFID ↓"), strict=True))
@@ -109,7 +110,10 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
         f"{choice.scenes:,} held-out scenes of 96 x 96 pixels, {choice.steps} Euler steps where nothing else is said. "
         "Frechet distances (rFID, gFID) and perceptual distances are those of the scene reader, which took no part in "
         "any training: they compare with each other, not with Inception's and LPIPS'.",
-        "## Beside the paper\n\nRatios, so that two worlds can be compared.\n\n" + agreement(results),
+        "## Beside the paper",
+        "Ratios, so that two worlds can be compared. The last column says only whether both lie on the same side of 1, "
+        "not whether they are equally far from it.",
+        agreement(results),
         causes.strip(),
     ]
 
@@ -123,6 +127,7 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
     section(
         "Table 1 and Figure 6: the VLM's distributions, raw and calibrated proxies",
         "calibration",
+        "Of the first 100 captions and scenes.",
         markdown_table(statistics_rows({name: token_statistics(row) for name, row in rows.items()})),
         "![Table 1 and Figure 6](report/table-1.png)",
     )
@@ -154,8 +159,9 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
     section(
         "Table 4: what the decoder is conditioned on",
         "variants",
-        "Decoders trained from nothing, all equally long, each variant from "
-        f"{len(results.get('variants', {})) // len(VARIANTS)} seeds (`python -m dcdd_core.pico.variants`). "
+        f"Decoders trained from nothing, all for {Recipe.variant_steps:,} steps (the shipped one: "
+        f"{Recipe.decoder_steps:,}), each variant from {len(results.get('variants', {})) // len(VARIANTS)} seeds "
+        "(`python -m dcdd_core.pico.variants`). "
         "The mean, and the lowest and highest of the seeds. gFID is of the captions' pictures, from the logits as the "
         "VLM gave them (beta = 0); the rest is reconstruction, as in the paper.",
         markdown_table(

@@ -60,7 +60,8 @@ def test_every_contestant_guides_and_draws_as_many_tokens(monkeypatch: pytest.Mo
     ours.model.model.vision_model.config.num_image_tokens = 16
     language, head = ours.model.model.language_model, ours.model.model.generation_head
     # Where all of them come through, and what they copy with the model.
-    language.layers[-1].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].numel() // args[0].shape[-1]))
+    activation = language.layers[-1].mlp.act_fn
+    activation.register_forward_pre_hook(lambda _, args: rows.append(args[0].numel() // args[0].shape[-1]))
     head.register_forward_pre_hook(lambda _, args: rows.append(("drawn from", len(args[0]))))
     sampler.contest("tiny", ours.model, ours, 2, 1)
     assert len(contestants) == 3
