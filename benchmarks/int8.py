@@ -44,6 +44,15 @@ def compare(before: JanusSampler, after: JanusSampler, own: TokenLogits) -> list
     ]
 
 
+def reread(sampler: JanusSampler, own: TokenLogits, prompts: list[str]) -> TokenLogits:
+    """The logits that a sampler gives where it reads tokens drawn by another: each position an edit of its own."""
+    logits, steps = own.logits.clone(), own.tokens.shape[1]
+    for i in range(steps):
+        here = torch.arange(steps) == i
+        logits[:, i] = sampler.sample(prompts, seeds=range(len(prompts)), previous=own, resample=here).logits[:, i]
+    return TokenLogits(logits, own.tokens, own.grid, codebook=own.codebook)
+
+
 def cast_by_layer(decoder: DistributionConditionedDecoder) -> DistributionConditionedDecoder:
     """The layers of the blocks in float8, lifted for their turn by diffusers."""
     left = ("norm", "^x_embedder$", "^proj_out$")
@@ -59,30 +68,19 @@ def compare_decoders(
     first = held[0]
     height, width = (side // first.card.vae_factor for side in first.card.painted_size(condition.grid))
     size, batch = (height, width), len(condition.code_vectors)
-    packed = torch.randn(batch, height // 2 * (width // 2), first.transformer.config.in_channels)
-    packed, times = packed.to(first.device, first.dtype), torch.full((len(packed),), t)
-
-    def velocity(decoder: DistributionConditionedDecoder) -> torch.Tensor:
-        return decoder(packed, decoder.condition_tokens(condition, size), times, size).float()
-
+    noise = torch.Generator().manual_seed(0)
+    packed = torch.randn(batch, height // 2 * (width // 2), first.transformer.config.in_channels, generator=noise)
+    packed, times = packed.to(first.device, first.dtype), torch.full((batch,), t)
     for decoder in held:
         decoder.prepare([t])
-    exact = velocity(first)
-    errors = [(velocity(decoder) - exact).std() / exact.std() for decoder in held]
-    seconds = alternating({str(k): lambda d=d: velocity(d) for k, d in enumerate(held)})
+    read = [decoder.condition_tokens(condition, size) for decoder in held]
+    steps = {str(k): lambda k=k: held[k](packed, read[k], times, size).float() for k in range(len(held))}
+    velocities = [step() for step in steps.values()]
+    errors = [(velocity - velocities[0]).std() / velocities[0].std() for velocity in velocities]
     return [
         ("decoder: error of a velocity, of its deviation", *(f"{float(error):.2g}" for error in errors)),
-        ("decoder: seconds a step", *(f"{statistics.median(taken):.3g}" for taken in seconds.values())),
+        ("decoder: seconds a step", *(f"{statistics.median(taken):.3g}" for taken in alternating(steps).values())),
     ]
-
-
-def reread(sampler: JanusSampler, own: TokenLogits, prompts: list[str]) -> TokenLogits:
-    """The logits that a sampler gives where it reads tokens drawn by another: each position an edit of its own."""
-    logits, steps = own.logits.clone(), own.tokens.shape[1]
-    for i in range(steps):
-        here = torch.arange(steps) == i
-        logits[:, i] = sampler.sample(prompts, seeds=range(len(prompts)), previous=own, resample=here).logits[:, i]
-    return TokenLogits(logits, own.tokens, own.grid, codebook=own.codebook)
 
 
 def rows() -> list[tuple[str, ...]]:
@@ -91,13 +89,14 @@ def rows() -> list[tuple[str, ...]]:
     folder = os.environ.get("DCDD_BENCH_JANUS", PICO_WEIGHTS / "janus")
     device = os.environ.get("DCDD_BENCH_DEVICE", "cpu")
     before, after = (JanusSampler.load(folder, device=device, int8=int8) for int8 in (False, True))
-    own = before.sample([PROMPT] * 4, seeds=range(4))
+    found = compare(before, after, before.sample([PROMPT] * 4, seeds=range(4)))
     pico = load_pico(device=device)
-    grid = pico.sampler.sample([PROMPT] * 4, seeds=range(4))
-    condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
+    card, guidance = pico.decoder.card, pico.decoder.card.calibration.guidance
+    grid = pico.sampler.sample([PROMPT] * 4, seeds=range(4), guidance=guidance)
     like = {"device": device, "dtype": torch.bfloat16}
     plain, rounded, cast = (
         load_decoder(PICO_WEIGHTS / "decoder.safetensors", eight_bit=eight_bit, **like)
         for eight_bit in (False, True, False)
     )
-    return compare(before, after, own) + compare_decoders([plain, rounded, cast_by_layer(cast)], condition)
+    condition = condition_for(card, grid, pico.vq.codebook)
+    return found + compare_decoders([plain, rounded, cast_by_layer(cast)], condition)

@@ -52,11 +52,16 @@ def write_text(path: Path, text: str) -> Path:
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file whole or not at all; makes its folder. The same content gives the same bytes.
 
+    Args:
+        tensors: on any device, of any layout; each with a storage of its own.
+
     Raises:
         OSError: as `whole_file`.
+        RuntimeError: from safetensors, for tensors that share a storage.
     """
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+        save_file(held, temporary, metadata=dict(metadata))
         _sort_metadata(temporary)
 
 
@@ -68,6 +73,6 @@ def _sort_metadata(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > length:
-            raise SafetensorError(f"the header grew from {length} to {len(text)} bytes when it was sorted")
+            raise RuntimeError(f"the header of {path} grew from {length} to {len(text)} bytes when it was sorted")
         file.seek(8)
         file.write(text.ljust(length))

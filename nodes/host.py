@@ -92,8 +92,8 @@ class Managed(Generic[T]):
 
     @property
     def resident(self) -> bool:
-        """Whether all its weights are on its device once it is ready, none of them streamed."""
-        return not self._patcher.model.model_lowvram
+        """Whether all its weights are on its device now that it is ready, none of them streamed."""
+        return all(weight.device == self.device for weight in self._patcher.model.parameters())
 
     @property
     def idle(self) -> T:

@@ -58,7 +58,8 @@ class LoadJanus(io.ComfyNode):
     @classmethod
     def execute(cls, model: str, dtype: str, placement: str) -> io.NodeOutput:
         folder = _folder(model)
-        sampler = JanusSampler.load(folder, dtype=_torch_dtype(dtype, model, placement))
+        torch_dtype = _torch_dtype(dtype, model, placement)
+        sampler = JanusSampler.load(folder, dtype=torch_dtype, computes_on=host.device_of(placement))
         if model == PICO:
             sampler.name = "pico"
         vq = _vq(folder, model, placement)

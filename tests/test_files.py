@@ -1,5 +1,7 @@
 """What is written is there whole, or what was there before is."""
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -58,3 +60,12 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path):
         assert {name: file.get_tensor(name).tolist() for name in file.keys()} == {
             name: tensor.tolist() for name, tensor in tensors.items()
         }
+
+
+def test_a_header_that_would_not_fit_is_not_written(tmp_path, monkeypatch):
+    path, dumps = tmp_path / "t.safetensors", json.dumps
+    path.write_bytes(b"before")
+    monkeypatch.setattr(json, "dumps", lambda *args, **options: dumps(*args, **options) + " " * 99)
+    with pytest.raises(RuntimeError, match="header of .* grew from"):
+        write_tensors(path, {"a": torch.ones(2)}, {"key": "value"})
+    assert path.read_bytes() == b"before" and names(tmp_path) == ["t.safetensors"]

@@ -162,24 +162,29 @@ class Place:
 class StoredTensors:
     """Tensors by name that stay on the disk until they are read; only what is asked for comes off it."""
 
-    def __init__(self, places: Mapping[str, Place]):
+    def __init__(self, places: Mapping[str, Place], stamps: Mapping[Path, tuple[int, int] | None] | None = None):
+        """
+        Args:
+            stamps: what the files were like when they were opened; None for now.
+        """
         self._places = dict(places)
-        self._stamps = {place.file: _stamp(place.file) for place in self._places.values()}
+        self._stamps = stamps or {place.file: _stamp(place.file) for place in self._places.values()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
     def __or__(self, other: StoredTensors) -> StoredTensors:
         """Both; what both have, from `other`."""
-        return StoredTensors(self._places | other._places)
+        return StoredTensors(self._places | other._places, other._stamps | self._stamps)
 
     def within(self, prefix: str) -> StoredTensors:
         """Those whose names start with `prefix`, which is cut off."""
-        return StoredTensors({n.removeprefix(prefix): p for n, p in self._places.items() if n.startswith(prefix)})
+        inside = {n.removeprefix(prefix): place for n, place in self._places.items() if n.startswith(prefix)}
+        return StoredTensors(inside, self._stamps)
 
     def below(self, prefix: str) -> StoredTensors:
         """The same, with `prefix` before every name."""
-        return StoredTensors({prefix + name: place for name, place in self._places.items()})
+        return StoredTensors({prefix + name: place for name, place in self._places.items()}, self._stamps)
 
     def read(
         self,

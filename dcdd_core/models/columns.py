@@ -20,7 +20,8 @@ LEAST = 64
 def lay_side_by_side(layers: Sequence[nn.Linear]) -> None:
     """Lays the weights [O, I] of layers that read the same input out as columns of one matrix [I, all their O].
 
-    Values and shapes stay. A multiplication's order of summation, and with it the last bits of a product, changes.
+    Values, shapes and biases stay; a multiplication's order of summation, and with it the last bits of a product,
+    changes. Weights that are moved or copied lie by themselves again.
     """
     matrix = torch.cat([layer.weight.data.t() for layer in layers], dim=1)
     for layer, columns in zip(layers, matrix.split([len(layer.weight) for layer in layers], dim=1)):
@@ -28,17 +29,21 @@ def lay_side_by_side(layers: Sequence[nn.Linear]) -> None:
 
 
 class Together:
-    """Layers that read the same input: one product where their weights lie side by side, else each by itself."""
+    """Layers that read the same input: one product where their weights lie side by side, else each by itself.
 
-    def __init__(self, layers: Sequence[nn.Module], *, resident: bool):
+    The product knows no gradients of the weights, nor hooks on the layers.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], *, device: torch.device, resident: bool):
         """
         Args:
+            device: of the rows; elsewhere than on a CPU each layer is called.
             resident: linear layers that are not torch's own do nothing but what those do.
         """
         self.layers = layers
         kind = isinstance if resident else lambda layer, kind: type(layer) is kind
         plain = all(kind(layer, nn.Linear) and layer.bias is None for layer in layers)
-        matrix = _matrix([layer.weight for layer in layers]) if plain else None
+        matrix = _matrix([layer.weight for layer in layers]) if plain and device.type == "cpu" else None
         self.parts = None if matrix is None else _shared(matrix)
 
     def __call__(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -61,8 +66,8 @@ def _matrix(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 
 def _shared(matrix: torch.Tensor) -> torch.Tensor:
-    """[I, O] -> a view [P, I, O / P], a part for each thread."""
-    width = matrix.shape[1]
-    counts = range(min(torch.get_num_threads(), width // LEAST), 1, -1)
+    """[I, O] -> a view [P, I, O / P], at most a part for each thread; only MKL multiplies parts at the same time."""
+    width, threads = matrix.shape[1], torch.get_num_threads() if torch.backends.mkl.is_available() else 1
+    counts = range(min(threads, width // LEAST), 1, -1)
     count = next((count for count in counts if width % count == 0), 1)
     return matrix.unflatten(1, (count, -1)).transpose(0, 1)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,8 @@ from .int8 import store_in_int8
 _FORMAT = "dcdd decoder 1"
 #: What a decoder can be conditioned on: the paper's Table 4.
 VARIANTS = ("discrete", "lcdm", "lcdm+lc")
+#: The first diffusers that streams torchao's tensors.
+_STREAMS_TORCHAO = (0, 38)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +340,11 @@ def fill_decoder(
         raise ValueError(
             "weights in 8 bits cannot be trained, and weights that change place between the steps neither compiled nor "
             f"trained: got eight_bit={eight_bit}, streamed={streamed}, compiled={compiled}, fold={fold}"
+        )
+    if eight_bit and streamed and tuple(map(int, diffusers.__version__.split(".")[:2])) < _STREAMS_TORCHAO:
+        raise ValueError(
+            f"weights in 8 bits are streamed by diffusers 0.38 or newer, this is {diffusers.__version__}: upgrade it, "
+            "or load with one of eight_bit and streamed"
         )
     transformer = decoder.transformer
     drop_text(transformer)

@@ -18,8 +18,8 @@ def store_in_int8(module: nn.Module, device: torch.device | str) -> None:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ValueError(
-            "weights in 8 bits need torchao: pip install torchao, or load without --janus-int8 and --decoder-8bit "
-            "(int8, eight_bit)"
+            f"weights in 8 bits need torchao ({error}): pip install torchao, or load without --janus-int8 and "
+            "--decoder-8bit (int8, eight_bit)"
         ) from error
     # Its advice on compiling would be set for the whole process; older ones also lower float32's precision by it.
     quantize_(module, Int8WeightOnlyConfig(set_inductor_config=False), device=device)

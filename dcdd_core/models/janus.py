@@ -160,6 +160,7 @@ class JanusSampler:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         int8: bool = False,
+        computes_on: torch.device | str | None = None,
     ) -> JanusSampler:
         """A folder in the transformers layout (config.json, safetensors) or in DeepSeek's own (.bin or safetensors).
 
@@ -171,6 +172,10 @@ class JanusSampler:
             int8: the layers' linear weights in 8 bits (torchao, one scale a row), a quarter of float32. Each is rounded
                 on the device as it comes, which never holds more. What that does to the logits:
                 `python -m benchmarks int8`.
+
+            computes_on: where it will compute, if that is not `device`: a host may take it there later. For a CPU and
+                float32, weights that read the same input share one storage (`columns`): the model is for sampling, not
+                for being saved.
 
         Raises:
             ValueError: for int8 without torchao, for a folder that is missing, incomplete or of another model, with
@@ -187,7 +192,7 @@ class JanusSampler:
             fingerprint = f"{fingerprint_of(model.state_dict())} in int8"
             store_in_int8(model.model.language_model.layers, device)
         model.to(device)
-        if not int8 and torch.device(device).type == "cpu" and dtype == torch.float32:
+        if not int8 and torch.device(computes_on or device).type == "cpu" and dtype == torch.float32:
             _store_by_columns(model)
         # Not AutoTokenizer: in transformers 5 its Llama class overwrites the byte-level rules of DeepSeek's
         # tokenizer.json, and the spaces of a prompt are lost (huggingface/transformers#45488).

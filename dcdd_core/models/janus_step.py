@@ -1,9 +1,9 @@
 """Janus' loop over image tokens, one position at a time: embedding, layers, head, guidance and draw, all in place.
 
 The layers are transformers' Llama modules, called in the order of its `forward`: a host may put other linear layers in
-their place. On a CPU their weights are shared among the threads (`columns`). What is not done is what costs more than
-the arithmetic of a single token: masks and rotary tables made anew at every step, attention to slots that are still
-empty, and the library's Python around each layer.
+their place. On a CPU their weights are shared among the threads (`columns`), and the linear layers not called
+themselves. What is not done is what costs more than the arithmetic of a single token: masks and rotary tables made anew
+at every step, attention to slots that are still empty, and the library's Python around each layer.
 
 Shapes: B batch, N tokens, K codes, R rows of the language model ([conditional ; unconditional], 2 B, or B without
 guidance), Q queries, S slots of the cache, C hidden size, H heads, G heads of keys and values, D width of a head.
@@ -55,7 +55,7 @@ class LlamaReader:
         config, width = language.config, language.layers[0].self_attn.head_dim
         self.language = language
         # Looked up once: a module finds its children by way of Python.
-        self.layers = [_parts(layer, resident) for layer in language.layers]
+        self.layers = [_parts(layer, padding.device, resident) for layer in language.layers]
         self.resident = resident
         self.heads, self.width = (config.num_attention_heads, config.num_key_value_heads), width
         self.scale = language.layers[0].self_attn.scaling
@@ -262,8 +262,9 @@ def groups_of(layer: nn.Module) -> tuple[tuple[nn.Linear, ...], ...]:
     )
 
 
-def _parts(layer: nn.Module, resident: bool) -> tuple[Callable, ...]:
-    to_qkv, to_out, to_gated, from_gated = (Together(group, resident=resident) for group in groups_of(layer))
+def _parts(layer: nn.Module, device: torch.device, resident: bool) -> tuple[Callable, ...]:
+    groups = groups_of(layer)
+    to_qkv, to_out, to_gated, from_gated = (Together(group, device=device, resident=resident) for group in groups)
     norms = layer.input_layernorm, layer.post_attention_layernorm
     return norms[0], to_qkv, to_out, norms[1], to_gated, layer.mlp.act_fn, from_gated
 

@@ -188,13 +188,15 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
 
 def draw(bench: Bench, results: Mapping[str, Rows], folder: Path, *, scenes: int = 5) -> None:
     """Writes the plots and picture grids of the sections that were measured."""
+    captions = [facts.caption() for facts in scene_facts("test", scenes)]
+    sampled = bench.pico.sampler.sample(captions, seeds=range(scenes), guidance=bench.guidance)
     if "calibration" in results:
         columns = {name: token_statistics(row) for name, row in results["calibration"].items()}
         save_image(statistics_sheet(columns), folder / "table-1.png")
     if "reconstruction" in results:
         save_image(_reconstructions(bench, scenes), folder / "table-2.png")
     if "text" in results:
-        save_image(_generations(bench, scenes), folder / "table-3.png")
+        save_image(_generations(bench, sampled, scenes), folder / "table-3.png")
     if "variants" in results:
         by_seed = {name: [] for name in VARIANTS}
         for name, row in results["variants"].items():
@@ -206,8 +208,9 @@ def draw(bench: Bench, results: Mapping[str, Rows], folder: Path, *, scenes: int
             for column, head in _ABLATION.items()
         }
         save_image(score_lines(panels, along=VARIANTS), folder / "table-4.png")
-        save_image(_reconstructions_by_variants(bench, scenes), folder / "table-4-pictures.png")
-        save_image(_generations_by_variants(bench, scenes), folder / "table-4-captions.png")
+        reconstructed, painted = _by_variants(bench, sampled, scenes)
+        save_image(reconstructed, folder / "table-4-pictures.png")
+        save_image(painted, folder / "table-4-captions.png")
     if "steps" in results:
         rows = results["steps"]
         panels = {
@@ -238,40 +241,29 @@ def _reconstructions(bench: Bench, count: int) -> Image.Image:
     return _grid(columns, count)
 
 
-def _generations(bench: Bench, count: int) -> Image.Image:
-    pico, grid = bench.pico, _sampled(bench, count)
-    condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
+def _generations(bench: Bench, sampled: TokenLogits, count: int) -> Image.Image:
+    pico = bench.pico
+    condition = condition_for(pico.decoder.card, sampled, pico.vq.codebook)
     columns = {
-        _VQ: pico.vq.decode_tokens(grid.tokens, grid.grid),
+        _VQ: pico.vq.decode_tokens(sampled.tokens, sampled.grid),
         "DCDD": bench.paint(pico.decoder, condition, slice(0, count)),
     }
     return _grid(columns, count)
 
 
-def _reconstructions_by_variants(bench: Bench, count: int) -> Image.Image:
-    pixels = scene_pixels(bench.images[:count], bench.pico.vq.device)
-    return _grid({"scene": pixels} | _by_variants(bench, bench.pico.vq.encode(pixels), count), count)
-
-
-def _generations_by_variants(bench: Bench, count: int) -> Image.Image:
-    grid = _sampled(bench, count)
-    plain = bench.pico.vq.decode_tokens(grid.tokens, grid.grid)
-    return _grid({_VQ: plain} | _by_variants(bench, grid, count), count)
-
-
-def _sampled(bench: Bench, count: int) -> TokenLogits:
-    captions = [facts.caption() for facts in scene_facts("test", count)]
-    return bench.pico.sampler.sample(captions, seeds=range(count), guidance=bench.guidance)
-
-
-def _by_variants(bench: Bench, grid: TokenLogits, count: int) -> dict[str, torch.Tensor]:
-    """What the decoders of each variant's first seed make of the same logits."""
-    painted, vq = {}, bench.pico.vq
+def _by_variants(bench: Bench, sampled: TokenLogits, count: int) -> tuple[Image.Image, Image.Image]:
+    """Reconstructions by the decoders of each variant's first seed, and what they paint of captions."""
+    vq = bench.pico.vq
+    pixels = scene_pixels(bench.images[:count], vq.device)
+    scenes = {"scene": pixels}
+    captions = {_VQ: vq.decode_tokens(sampled.tokens, sampled.grid)}
     for variant in VARIANTS:
         path = next(path for name, path in bench.variants.items() if name.startswith(f"{variant}, "))
         decoder = load_decoder(path, device=vq.device, dtype=bench.pico.decoder.dtype)
-        painted[variant] = bench.paint(decoder, condition_for(decoder.card, grid, vq.codebook), slice(0, count))
-    return painted
+        for columns, grid in ((scenes, vq.encode(pixels)), (captions, sampled)):
+            condition = condition_for(decoder.card, grid, vq.codebook)
+            columns[variant] = bench.paint(decoder, condition, slice(0, count))
+    return _grid(scenes, count), _grid(captions, count)
 
 
 def _grid(columns: Mapping[str, torch.Tensor], count: int) -> Image.Image:

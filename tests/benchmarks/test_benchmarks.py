@@ -92,6 +92,16 @@ def test_float8_is_diffusers_and_its_error_shows():
     assert errors[1] == "0" and 0 < float(errors[2]) < 0.2 and len(seconds) == 3
 
 
+def test_int8_is_compared_where_torchao_is(monkeypatch):
+    first, second = JanusSampler(*tiny_janus()), JanusSampler(*tiny_janus())
+    monkeypatch.setattr(int8, "PROMPT", "a red circle")
+    found = int8.compare(first, second, first.sample(["a red circle"] * 2, seeds=range(2)))
+    assert {len(row) for row in found} == {len(int8.HEAD)} and all(row[1] == row[2] for row in found[:6])
+    assert abs(float(found[6][2])) < 1e-5
+    monkeypatch.setattr(int8, "find_spec", lambda name: None)
+    assert [len(row) for row in int8.rows()] == [len(int8.HEAD)]
+
+
 def test_decoder_contest_runs():
     small = decoder.Shape(heads=1, steps=1)
     found = decoder.contest(small, rounds=1)

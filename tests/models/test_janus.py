@@ -372,6 +372,29 @@ def test_on_a_cpu_the_layers_share_threads_and_what_they_read(folder: Path):
     assert all(torch.equal(weight, own[name]) for name, weight in sampler.model.state_dict().items())
 
 
+@pytest.mark.parametrize("told", [{"dtype": torch.bfloat16}, {"computes_on": "cuda"}])
+def test_elsewhere_each_has_its_own(folder: Path, told: dict):
+    weights = JanusSampler.load(folder, **told).model.state_dict().values()
+    assert all(weight.is_contiguous() for weight in weights)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_host_says_whether_its_layers_must_be_called(folder: Path, resident: bool):
+    called = []
+
+    class Own(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            called.append(self)
+            return super().forward(x)
+
+    sampler = JanusSampler.load(folder)
+    layers = [part for part in sampler.model.model.language_model.modules() if type(part) is torch.nn.Linear]
+    for layer in layers:
+        layer.__class__ = Own
+    sampler.sample(["red"], seeds=[0], resident=resident)
+    assert set(called) == (set() if resident else set(layers))
+
+
 def test_int8_is_for_the_layers_alone(folder: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
 
