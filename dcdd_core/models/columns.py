@@ -40,10 +40,10 @@ class Together:
             device: of the rows; elsewhere than on a CPU each layer is called.
             resident: linear layers that are not torch's own do nothing but what those do.
         """
-        self.layers = layers
-        kind = isinstance if resident else lambda layer, kind: type(layer) is kind
-        plain = all(kind(layer, nn.Linear) and layer.bias is None for layer in layers)
-        matrix = _matrix([layer.weight for layer in layers]) if plain and device.type == "cpu" else None
+        self.layers, matrix = layers, None
+        if device.type == "cpu" and all(_is_plain(layer, resident) for layer in layers):
+            matrix = _matrix([layer.weight for layer in layers])
+            self.sizes = [layer.out_features for layer in layers]
         self.parts = None if matrix is None else _shared(matrix)
 
     def __call__(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -51,7 +51,13 @@ class Together:
         if self.parts is None:
             return [layer(rows) for layer in self.layers]
         made = torch.bmm(rows.expand(len(self.parts), *rows.shape), self.parts)
-        return made.transpose(0, 1).flatten(1).split_with_sizes([layer.out_features for layer in self.layers], dim=1)
+        return made.transpose(0, 1).flatten(1).split_with_sizes(self.sizes, dim=1)
+
+
+def _is_plain(layer: nn.Module, resident: bool) -> bool:
+    """Whether it is a product with its weights and nothing else."""
+    ours = isinstance(layer, nn.Linear) if resident else type(layer) is nn.Linear
+    return ours and layer.bias is None
 
 
 def _matrix(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:

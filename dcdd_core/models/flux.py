@@ -351,10 +351,10 @@ def fill_decoder(
     if fold:
         decoder.table = fold_modulations(transformer, stored.within("transformer."))
     tensors: dict[str, torch.Tensor] = {}
-    # At once in the type and the place that they stay in: in others, they need not fit.
     blocks = {name: part for name, part in decoder.named_modules() if name.rpartition(".")[0].endswith("_blocks")}
+    # Each at once in the type and the place that it stays in: in others, all of them need not fit.
+    place = "cpu" if streamed else device
     for name, block in blocks.items():
-        place = "cpu" if streamed else device
         load_strictly(block, stored.within(f"{name}.").read(block.state_dict(), dtype=dtype, device=place), what)
         if eight_bit:
             store_in_int8(block, place)

@@ -172,7 +172,6 @@ class JanusSampler:
             int8: the layers' linear weights in 8 bits (torchao, one scale a row), a quarter of float32. Each is rounded
                 on the device as it comes, which never holds more. What that does to the logits:
                 `python -m benchmarks int8`.
-
             computes_on: where it will compute, if that is not `device`: a host may take it there later. For a CPU and
                 float32, weights that read the same input share one storage (`columns`): the model is for sampling, not
                 for being saved.

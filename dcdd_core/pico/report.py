@@ -103,6 +103,7 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
         results: section -> rows, of those sections that were measured (`measures.measured`).
         causes: what is thought of the numbers, as Markdown.
     """
+    recipe = Recipe.load(choice.weights)
     parts = [
         "# What the embedded models show, table by table",
         "The tables of *High-Fidelity Text-to-Image Generation from Pre-Trained Vision-Language Models via "
@@ -159,8 +160,8 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
     section(
         "Table 4: what the decoder is conditioned on",
         "variants",
-        f"Decoders trained from nothing, all for {Recipe.variant_steps:,} steps (the shipped one: "
-        f"{Recipe.decoder_steps:,}), each variant from {len(results.get('variants', {})) // len(VARIANTS)} seeds "
+        f"Decoders trained from nothing, all for {recipe.variant_steps:,} steps (the shipped one: "
+        f"{recipe.decoder_steps:,}), each variant from {len(results.get('variants', {})) // len(VARIANTS)} seeds "
         "(`python -m dcdd_core.pico.variants`). "
         "The mean, and the lowest and highest of the seeds. gFID is of the captions' pictures, from the logits as the "
         "VLM gave them (beta = 0); the rest is reconstruction, as in the paper.",
