@@ -34,20 +34,20 @@ demo: $(READY) ## a prompt becomes a picture with the embedded models: out/demo.
 
 # In bfloat16 and with torch.compile, which needs a C++ compiler: as the README's numbers were taken.
 table: $(READY) ## measure the embedded models anew where they changed: the tables of the README and of their card
-	$(RUN) -m dcdd_core.pico.table --bf16 --compile --into README.md dcdd_core/pico/weights/README.md
+	$(RUN) -m dcdd_pico.results_table --bf16 --compile --into README.md dcdd_pico/weights/README.md
 
 variants: $(READY) ## train the nine decoders of the ablation, for `make table` and `make report`
-	$(RUN) -m dcdd_core.pico.variants --compile
+	$(RUN) -m dcdd_pico.ablation --compile
 
 report: variants ## the paper's tables measured on the embedded models, after `make variants`: docs/report.md
-	$(RUN) -m dcdd_core.pico.report --bf16 --compile
+	$(RUN) -m dcdd_pico.paper_report --bf16 --compile
 
 bench: $(READY) ## speed and memory against the plain ways: docs/bench.md, docs/growth.png; with the optional torchao
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[int8]'
 	$(RUN) -m benchmarks --out docs/bench.md
 
 pico: $(READY) ## train the embedded models again, from nothing, and measure them
-	$(RUN) -m dcdd_core.pico.build --compile
+	$(RUN) -m dcdd_pico.build --compile
 
 # torch comes first and alone, so that nothing that depends on it can choose another build of it.
 $(READY): pyproject.toml constraints.txt

@@ -11,14 +11,15 @@ from dataclasses import fields
 from pathlib import Path
 
 from dcdd_core.method.flow import DENSITIES, WEIGHTINGS
-from dcdd_core.models.flux import VARIANTS
-from dcdd_core.pipelines.parts import is_out_of_memory
+from dcdd_core.models.decoder import VARIANTS
+from dcdd_core.pipelines.oom import is_out_of_memory
 from dcdd_core.training import estimate
 from dcdd_core.training.optimizers import OPTIMIZERS
 from dcdd_core.training.plan import Plan
 from dcdd_core.training.recipe import DecoderTraining
 from dcdd_core.training.run import make_accelerator, run_bundle, run_cache, run_training
 from dcdd_core.training.trainable import TRAINED
+from dcdd_pico.embedded import model_paths
 
 COMMANDS = ("train", "cache", "estimate")
 
@@ -123,7 +124,9 @@ def cache(chosen: argparse.Namespace) -> None:
 
 def _plan(chosen: argparse.Namespace, **options) -> Plan:
     if chosen.vlm == "pico":
-        return Plan.on_pico(resolution=chosen.resolution, **options)
+        pico = model_paths()
+        options = {"vae": pico["vae"], "bundle": pico["decoder"]} | options
+        return Plan(vlm=pico["vlm"], resolution=chosen.resolution, **options)
     if chosen.vae is None:
         raise ValueError("a VLM of your own needs the autoencoder whose latents are painted: give --vae")
     return Plan(vlm=Path(chosen.vlm), vae=chosen.vae, resolution=chosen.resolution, **options)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.targets import verdicts
 from benchmarks.timing import CPU_CLOCK, machine
-from dcdd_core.evaluation.text import markdown_table
+from dcdd_core.evaluation.tables import markdown_table
 from dcdd_core.files import write_text
 
 FOLDER = Path(__file__).resolve().parent

@@ -30,8 +30,8 @@ from benchmarks.memory import flux_sizes
 from benchmarks.peak import peak
 from benchmarks.targets import Target
 from benchmarks.timing import NOT_MEASURED, compared, is_h100
-from dcdd_core.evaluation.text import markdown_table
-from dcdd_core.models.flux_files import FLUX_FILL_CONFIG
+from dcdd_core.evaluation.tables import markdown_table
+from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.types import Condition
 

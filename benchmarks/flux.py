@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peak import Peak
 from dcdd_core.method.latents import position_ids
-from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder, fill_decoder
-from dcdd_core.models.flux_files import FLUX_FILL_CONFIG
-from dcdd_core.models.flux_inference import drop_text
+from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG
+from dcdd_core.models.backbones.flux_fill.inference import drop_text
+from dcdd_core.models.decoder import DecoderCard, DistributionConditionedDecoder, fill_decoder
 
 #: Text tokens, and the token grid and the latents of a picture of 384 pixels.
 TEXT, GRID, SIZE = 512, (24, 24), (48, 48)

@@ -13,7 +13,7 @@ from transformers import JanusConfig, JanusForConditionalGeneration
 from benchmarks.sampler import PROMPT, as_loaded, pico
 from benchmarks.timing import CPU_CLOCK, alternating
 from dcdd_core.method.lcdm import map_logits
-from dcdd_core.models.janus import JanusSampler
+from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.types import Codebook, TokenLogits
 from tests.tiny import fill
 

@@ -17,11 +17,12 @@ import torch
 from benchmarks.sampler import PROMPT
 from benchmarks.timing import NO_TORCHAO, alternating
 from dcdd_core.method.statistics import describe_logits
-from dcdd_core.models.flux import DistributionConditionedDecoder, load_decoder
-from dcdd_core.models.janus import JanusSampler
+from dcdd_core.models.decoder import DistributionConditionedDecoder, load_decoder
+from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.pipelines.condition import condition_for
-from dcdd_core.pipelines.models import PICO_WEIGHTS, load_pico
 from dcdd_core.types import Condition, TokenLogits
+from dcdd_pico.embedded import WEIGHTS
+from dcdd_pico.models import load_pico
 
 HEAD = ("what", "as loaded", "int8", "float8")
 SHOWN = ("top_1", "top_2", "entropy", "tail_entropy", "rank", "head_mass")
@@ -86,7 +87,7 @@ def compare_decoders(
 def rows() -> list[tuple[str, ...]]:
     if not find_spec("torchao"):
         return [("all", NO_TORCHAO, "-", "-")]
-    folder = os.environ.get("DCDD_BENCH_JANUS", PICO_WEIGHTS / "janus")
+    folder = os.environ.get("DCDD_BENCH_JANUS", WEIGHTS / "janus")
     device = os.environ.get("DCDD_BENCH_DEVICE", "cpu")
     before, after = (JanusSampler.load(folder, device=device, int8=int8) for int8 in (False, True))
     found = compare(before, after, before.sample([PROMPT] * 4, seeds=range(4)))
@@ -95,7 +96,7 @@ def rows() -> list[tuple[str, ...]]:
     grid = pico.sampler.sample([PROMPT] * 4, seeds=range(4), guidance=guidance)
     like = {"device": device, "dtype": torch.bfloat16}
     plain, rounded, cast = (
-        load_decoder(PICO_WEIGHTS / "decoder.safetensors", eight_bit=eight_bit, **like)
+        load_decoder(WEIGHTS / "decoder.safetensors", eight_bit=eight_bit, **like)
         for eight_bit in (False, True, False)
     )
     condition = condition_for(card, grid, pico.vq.codebook)

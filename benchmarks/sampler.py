@@ -18,9 +18,9 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from benchmarks.memory import janus
 from benchmarks.targets import Target
 from benchmarks.timing import NOT_MEASURED, compared, is_h100
-from dcdd_core.models.janus import JanusSampler, prompt_ids
-from dcdd_core.pico.train_janus import janus_config, pico_tokenizer
-from dcdd_core.pico.train_tokenizer import tokenizer_config
+from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids
+from dcdd_pico.train_janus import janus_config, pico_tokenizer
+from dcdd_pico.train_tokenizer import tokenizer_config
 from tests.tiny import fill
 
 HEAD = ("model, batch", "who", "seconds", "times ours")

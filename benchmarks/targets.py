@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from dcdd_core.evaluation.text import markdown_table
+from dcdd_core.evaluation.tables import markdown_table
 
 Rows = Sequence[Sequence[str]]
 

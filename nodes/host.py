@@ -29,7 +29,7 @@ from server import PromptServer
 from torch import nn
 
 from ..dcdd_core.models.vae import KLAutoencoder
-from ..dcdd_core.pipelines import parts
+from ..dcdd_core.pipelines import oom as parts
 from ..dcdd_core.types import DCDDWarning, TokenLogits
 
 T = TypeVar("T")

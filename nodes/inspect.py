@@ -6,11 +6,10 @@ import torch
 from comfy_api.latest import io
 
 from ..dcdd_core.evaluation.figures import labelled_grid, statistics_sheet
-from ..dcdd_core.evaluation.text import column_names, statistics_table
+from ..dcdd_core.evaluation.tables import column_names, statistics_table
 from ..dcdd_core.method.statistics import describe_logits
-from ..dcdd_core.pico.data import scene_pixels
-from ..dcdd_core.pico.scenes import SPLIT_SIZE, render_scene
 from ..dcdd_core.types import TokenLogits
+from ..dcdd_pico.scenes import SPLIT_SIZE, render_scene, scene_pixels
 from . import host
 from .host import Progress
 from .sockets import TokenLogitsSocket, expect, schema

@@ -8,12 +8,12 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
+from ..dcdd_core.models.decoder import DistributionConditionedDecoder, load_decoder
 from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download
-from ..dcdd_core.models.flux import DistributionConditionedDecoder, load_decoder
-from ..dcdd_core.models.janus import JanusSampler
+from ..dcdd_core.models.janus.sampler import JanusSampler
 from ..dcdd_core.models.vae import load_vae
 from ..dcdd_core.models.vq import VQTokenizer
-from ..dcdd_core.pipelines.models import PICO_WEIGHTS
+from ..dcdd_pico.embedded import model_paths
 from . import host
 from .host import Managed, ManagedAutoencoder, Progress
 from .sockets import Decoder, DecoderSocket, JanusModel, JanusModelSocket, VQVAESocket, schema
@@ -155,7 +155,7 @@ class LoadDecoder(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, bundle: str, base_model: str, vae: str, **_) -> str:
         if bundle == PICO:
-            return host.state_of(PICO_WEIGHTS)
+            return host.state_of(model_paths()["decoder"].parent)
         chosen = [host.path_of(host.BUNDLES, bundle)]
         chosen += [] if base_model == HELD else [host.transformer_path(base_model)]
         chosen += [] if vae == CONNECTED else [host.autoencoder_path(vae)]
@@ -166,7 +166,8 @@ class LoadDecoder(io.ComfyNode):
         if storage not in STORAGE:
             raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
         if bundle == PICO:
-            path, base, autoencoder = _pico() / "decoder.safetensors", None, _pico() / "vae"
+            pico = model_paths()
+            path, base, autoencoder = pico["decoder"], None, pico["vae"]
             if base_model != HELD or vae != CONNECTED:
                 host.notice(
                     "pico holds all its weights and brings its own autoencoder: base_model and vae are not used"
@@ -270,16 +271,8 @@ def _placement() -> io.Combo.Input:
     )
 
 
-def _pico() -> Path:
-    if not PICO_WEIGHTS.is_dir():
-        raise ValueError(
-            f"the built-in pico models are not at {PICO_WEIGHTS}: install the pack again, or choose a model of your own"
-        )
-    return PICO_WEIGHTS
-
-
 def _folder(model: str) -> Path:
-    return _pico() / "janus" if model == PICO else host.path_of(host.JANUS, model)
+    return model_paths()["vlm"] if model == PICO else host.path_of(host.JANUS, model)
 
 
 def _state(model: str) -> str:

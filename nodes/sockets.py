@@ -11,8 +11,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dcdd_core.models.flux import DistributionConditionedDecoder
-from ..dcdd_core.models.janus import JanusSampler
+from ..dcdd_core.models.decoder import DistributionConditionedDecoder
+from ..dcdd_core.models.janus.sampler import JanusSampler
 from ..dcdd_core.models.vq import VQTokenizer
 from .host import Managed, ManagedAutoencoder
 

@@ -17,7 +17,7 @@ from ..dcdd_core.method.calibration import (
     proxy_features,
     target_statistics,
 )
-from ..dcdd_core.models.janus import JanusSampler
+from ..dcdd_core.models.janus.sampler import JanusSampler
 from ..dcdd_core.models.vq import VQTokenizer
 from ..dcdd_core.types import Calibration, TokenLogits
 from . import host

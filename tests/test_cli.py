@@ -8,17 +8,16 @@ import torch
 from PIL import Image
 from torch._inductor import config as inductor_config
 
-from dcdd_core import cli
-from dcdd_core.cli import main
-from dcdd_core.evaluation.calibrate import PROMPTS
+from dcdd_core.cli import app as cli
+from dcdd_core.cli.app import main
 from dcdd_core.method.flow import resolution_shift
-from dcdd_core.models.flux import DistributionConditionedDecoder
-from dcdd_core.models.janus_step import TokenLoop
-from dcdd_core.pico.data import scene_pixels
-from dcdd_core.pico.scenes import render_scene
-from dcdd_core.pipelines import models as pipelines_models
-from dcdd_core.pipelines.pictures import to_pixels, to_tensor
+from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.janus.token_loop import TokenLoop
+from dcdd_core.pipelines.calibrate import PROMPTS
+from dcdd_core.pipelines.images import to_pixels, to_tensor
 from dcdd_core.types import Calibration, TokenLogits
+from dcdd_pico import embedded
+from dcdd_pico.scenes import render_scene, scene_pixels
 from tests.tiny import random_pico, save_janus
 
 
@@ -26,7 +25,7 @@ from tests.tiny import random_pico, save_janus
 def random_weights(tmp_path_factory):
     """The embedded models' files with random weights: here only what runs is tested."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines_models, "PICO_WEIGHTS", random_pico(tmp_path_factory.mktemp("pico") / "weights"))
+        patch.setattr(embedded, "WEIGHTS", random_pico(tmp_path_factory.mktemp("pico") / "weights"))
         yield
 
 
@@ -116,7 +115,7 @@ def test_calibrate_goes_on_with_what_was_sampled(tmp_path, one_s_own, capsys, mo
     assert "going on: 2 of 4 samples" in capsys.readouterr().out
     for path, logits in first.items():  # up to rounding, which differs with the prompts that share a batch
         torch.testing.assert_close(TokenLogits.load(path).logits, logits, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr("dcdd_core.cli._sample", None)  # nothing may be sampled a second time
+    monkeypatch.setattr("dcdd_core.cli.app._sample", None)  # nothing may be sampled a second time
     assert main([*arguments, "--count", "4", "--fit-anchor"]) == 0
     assert main([*arguments, "--count", "4", "--guidance", "2"]) == 1
     assert "guidance 5.0 -> 2.0" in capsys.readouterr().err
@@ -124,8 +123,8 @@ def test_calibrate_goes_on_with_what_was_sampled(tmp_path, one_s_own, capsys, mo
 
 def test_calibrate_asks_the_shipped_prompts_and_spreads_over_the_pictures(tmp_path, one_s_own, monkeypatch):
     asked, read = [], []
-    monkeypatch.setattr("dcdd_core.cli._sample", lambda *given: asked.extend(given[1]) or _SAMPLE(*given))
-    monkeypatch.setattr("dcdd_core.cli.read_pixels", lambda *given: read.append(given[0][0].name) or _READ(*given))
+    monkeypatch.setattr("dcdd_core.cli.app._sample", lambda *given: asked.extend(given[1]) or _SAMPLE(*given))
+    monkeypatch.setattr("dcdd_core.cli.app.read_pixels", lambda *given: read.append(given[0][0].name) or _READ(*given))
     assert main(["calibrate", *one_s_own, "--count", "2", "--out", str(tmp_path / "c.safetensors")]) == 0
     assert asked == PROMPTS.read_text("utf-8").splitlines()[:2]
     assert read == ["a/0.png", "b/2.png"]
@@ -272,7 +271,7 @@ def test_running_out_of_memory_is_explained(monkeypatch, tmp_path, capsys):
     def too_much(*_, **__):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("dcdd_core.cli.decode", too_much)
+    monkeypatch.setattr("dcdd_core.cli.app.decode", too_much)
     assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 1
     assert "out of memory: take a smaller picture" in capsys.readouterr().err
 
@@ -282,7 +281,7 @@ def test_compiling_without_a_compiler_is_explained(monkeypatch, tmp_path, capsys
         with inductor_config.patch({"cpp.cxx": ("/nowhere",), "force_disable_caches": True}):
             torch.compile(torch.sin)(torch.ones(8))
 
-    monkeypatch.setattr("dcdd_core.cli.decode", compiled)
+    monkeypatch.setattr("dcdd_core.cli.app.decode", compiled)
     assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dcdd: --compile failed (") and "/nowhere" in error and "install a C++ compiler" in error
@@ -312,10 +311,10 @@ def test_what_does_not_fit_at_once_is_made_in_turn(monkeypatch, tmp_path, capsys
 
 
 def test_missing_weights_are_explained(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(pipelines_models, "PICO_WEIGHTS", tmp_path / "none")
+    monkeypatch.setattr(embedded, "WEIGHTS", tmp_path / "none")
     assert main(["demo", "--out", str(tmp_path / "a.png")]) == 1
     error = capsys.readouterr().err
-    assert "install the pack again" in error and "git checkout -- dcdd_core/pico/weights" in error
+    assert "install the pack again" in error and "git checkout -- dcdd_pico/weights" in error
 
 
 def test_a_wrong_option_exits_2():
@@ -328,7 +327,7 @@ def test_an_interrupt_exits_130(monkeypatch, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcdd_core.cli.decode", interrupted)
+    monkeypatch.setattr("dcdd_core.cli.app.decode", interrupted)
     assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 130
 
 
@@ -361,7 +360,7 @@ def test_how_models_are_held_reaches_their_loaders(tmp_path, monkeypatch, capsys
 
 def test_a_decoder_in_eight_bits_paints(tmp_path):
     pytest.importorskip("torchao", reason="torchao is not installed")
-    weights = pipelines_models.PICO_WEIGHTS
+    weights = embedded.WEIGHTS
     real = ["--janus", weights / "janus", "--decoder", weights / "decoder.safetensors", "--vae", weights / "vae"]
     out = tmp_path / "a.png"
     held = ["--decoder-8bit", "--dtype", "bfloat16", "--steps", "2", "--out"]

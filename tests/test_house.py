@@ -24,37 +24,31 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MODELS = ("dcdd_core.models", "dcdd_core.method", "dcdd_core.types", "dcdd_core.files")
-# The embedded world to look at, without how it was trained.
-PICO = ("dcdd_core.pico.weights", "dcdd_core.pico.reader", "dcdd_core.pico.data", "dcdd_core.pico.scenes")
 # Room -> the rooms it may import from, itself always included. A module belongs to the longest name that fits it.
-# Pipelines load pico's weights by path and import nothing of pico.
+FOUNDATION = ("dcdd_core.types", "dcdd_core.protocols", "dcdd_core.files")
+MODELS = ("dcdd_core.models", "dcdd_core.registry", "dcdd_core.method", *FOUNDATION)
+# What of the embedded world the nodes use. It imports nothing of the library.
+PICO_LEAVES = ("dcdd_pico.embedded", "dcdd_pico.scenes")
 ROOMS: dict[str, tuple[str, ...]] = {
     "dcdd_core.files": (),
     "dcdd_core.types": ("dcdd_core.files",),
-    "dcdd_core.method": ("dcdd_core.types",),
-    "dcdd_core.models": ("dcdd_core.method", "dcdd_core.types", "dcdd_core.files"),
+    "dcdd_core.protocols": ("dcdd_core.types",),
+    "dcdd_core.method": FOUNDATION,
+    "dcdd_core.models": MODELS,
+    "dcdd_core.registry": FOUNDATION,  # it finds the families by name, when they are asked for
     "dcdd_core.pipelines": MODELS,
     "dcdd_core.training": ("dcdd_core.pipelines", *MODELS),
-    "dcdd_core.pico.scenes": (),
-    "dcdd_core.pico.data": ("dcdd_core.pico.scenes", "dcdd_core.files"),
-    "dcdd_core.pico.reader": ("dcdd_core.pico.scenes",),
-    "dcdd_core.pico.weights": ("dcdd_core.pico.reader", "dcdd_core.pipelines", *MODELS),
-    "dcdd_core.evaluation": (*PICO, "dcdd_core.pipelines", *MODELS),
-    "dcdd_core.pico": (*PICO, "dcdd_core.evaluation", "dcdd_core.training", "dcdd_core.pipelines", *MODELS),
-    "dcdd_core.options": (),
-    "dcdd_core.cli": ("dcdd_core",),  # all of it
+    "dcdd_core.evaluation": ("dcdd_core.pipelines", *MODELS),
+    "dcdd_pico.embedded": (),
+    "dcdd_pico.scenes": (),
+    "dcdd_pico": ("dcdd_core.evaluation", "dcdd_core.training", "dcdd_core.pipelines", *PICO_LEAVES, *MODELS),
+    "dcdd_core.cli": ("dcdd_core", "dcdd_pico"),  # all of both
     "dcdd_core": ("dcdd_core.types",),
-    "nodes": (
-        "dcdd_core.evaluation",
-        "dcdd_core.training",
-        "dcdd_core.pipelines",
-        "dcdd_core.pico.data",
-        "dcdd_core.pico.scenes",
-        *MODELS,
-    ),
+    "nodes": ("dcdd_core.evaluation", "dcdd_core.training", "dcdd_core.pipelines", *PICO_LEAVES, *MODELS),
     "": ("nodes",),  # the pack's own __init__.py
 }
+# Programs and what only they use: they run as top-level packages, never inside ComfyUI, and import absolutely.
+PROGRAMS = ("dcdd_core.cli", "dcdd_pico")
 
 COMFY = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "nodes", "server"}
 UNSAFE_MODULES = {"dill", "joblib", "marshal", "pickle", "pip", "subprocess"}
@@ -68,7 +62,7 @@ DOCUMENTED = (
     "dcdd_core.pipelines",
     "dcdd_core.evaluation",
     "dcdd_core.training",
-    "dcdd_core.options",
+    "dcdd_core.cli.parser",
 )
 GLOBAL_SEEDS = {
     "np.random.seed",
@@ -84,7 +78,10 @@ GLOBAL_SEEDS = {
 
 def pack_files() -> list[Path]:
     """Every Python file that ComfyUI can load: the pack's __init__.py, its nodes, the library."""
-    return [ROOT / "__init__.py", *(p for room in ("dcdd_core", "nodes") for p in sorted((ROOT / room).rglob("*.py")))]
+    return [
+        ROOT / "__init__.py",
+        *(p for room in ("dcdd_core", "dcdd_pico", "nodes") for p in sorted((ROOT / room).rglob("*.py"))),
+    ]
 
 
 def module_name(path: Path) -> str:
@@ -139,14 +136,17 @@ def test_imports_point_one_way():
     for module, path in MODULES.items():
         room = room_of(module)
         for target, line, relative in imports(module):
-            if relative and room_of(target) != room and not any(within(target, door) for door in ROOMS[room]):
+            own = relative or target.split(".")[0] in ("dcdd_core", "dcdd_pico")
+            if own and room_of(target) != room and not any(within(target, door) for door in ROOMS[room]):
                 doors = ", ".join(ROOMS[room]) or "nothing else"
                 wrong.append(f"{path}:{line}: imports {target}, but {room or 'the root'} may import {doors}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_own_code_is_imported_relatively():
-    wrong = absolute_imports("", {"dcdd_core", "nodes"})
+    found = absolute_imports("", {"dcdd_core", "dcdd_pico", "nodes"})
+    programs = tuple(str(ROOT / room.replace(".", "/")) for room in PROGRAMS)
+    wrong = [line for line in found if not line.startswith(programs)]
     assert not wrong, "\n".join(["ComfyUI loads the pack under a name of its own; write these relatively:", *wrong])
 
 
@@ -259,7 +259,7 @@ folder = sys.argv[1]
 report = {"blocked": [], "failed": {}, "touched": [], "global seed kept": None, "early": []}
 
 class Blocked(MetaPathFinder):
-    names = {"dcdd_core", "nodes"}
+    names = {"dcdd_core", "dcdd_pico", "nodes"}
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in self.names:
             report["blocked"].append(name)
@@ -276,10 +276,11 @@ spec.loader.exec_module(pack)
 importlib.import_module(name + ".dcdd_core")
 report["early"] = sorted({"diffusers", "matplotlib", "skimage", "transformers"} & set(sys.modules))
 
-modules = []
+modules = ["dcdd_pico.embedded", "dcdd_pico.scenes"]
 for top, folders, files in os.walk(os.path.join(folder, "dcdd_core")):
     inside = os.path.relpath(top, folder).replace(os.sep, ".")
     modules += [inside if f == "__init__.py" else f"{inside}.{f[:-3]}" for f in files if f.endswith(".py")]
+modules = [m for m in modules if not m.startswith("dcdd_core.cli")]
 
 def import_all():
     for module in sorted(modules):

@@ -70,7 +70,7 @@ def test_what_ships():
 
 @needs_git
 def test_reader_does_not_ship_and_what_pico_needs_does(metadata):
-    ours = "dcdd_core/pico/weights/"
+    ours = "dcdd_pico/weights/"
     ignored = (ROOT / ".comfyignore").read_text("utf-8").splitlines()
     assert f"{ours}reader.safetensors" in ignored
     assert not [name for name in shipped_files() if name.startswith(ours) and "reader" in name]

@@ -21,14 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dcdd_core.models.flux import load_decoder, read_card
+from dcdd_core.models.decoder import load_decoder, read_card
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
-from dcdd_core.pipelines.models import load_models
-from dcdd_core.training import plan as plans
+from dcdd_core.pipelines.load import load_models
 from dcdd_core.training.log import read_log
 from dcdd_core.training.run import make_accelerator
 from dcdd_core.types import Calibration
+from dcdd_pico import embedded
 from tests.tiny import random_pico
 from tests.training.runs import png_folder
 
@@ -52,7 +52,7 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def run(pico, pictures, tmp_path, monkeypatch):
     """`train.py` on the embedded models; a None takes an option's default away."""
-    monkeypatch.setattr(plans.Plan.on_pico.__func__, "__defaults__", (pico,))
+    monkeypatch.setattr(embedded, "WEIGHTS", pico)
 
     def call(*words, **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -70,7 +70,7 @@ def test_a_folder_of_pictures_becomes_a_bundle_that_paints(run, pico, tmp_path, 
     assert run(samples=2, **{"sample-every": 2}) == 0
     assert "wrote" in capsys.readouterr().out
     bundle = tmp_path / "run" / "decoder.safetensors"
-    models = load_models(janus=pico / "janus", vae=pico / "vae", decoder=bundle, with_sampler=False)
+    models = load_models(vlm=pico / "janus", vae=pico / "vae", decoder=bundle, with_sampler=False)
     proxies = models.vq.encode(torch.zeros(1, 3, 96, 96))
     painted = decode(
         models.decoder, models.vae, condition_for(models.decoder.card, proxies, models.vq.codebook), seeds=[0], steps=1
@@ -163,8 +163,8 @@ def test_out_of_memory_is_one_line_on_every_device(run, capsys, monkeypatch, err
 SCRIPT = """
 import runpy, sys
 from pathlib import Path
-from dcdd_core.training.plan import Plan
-Plan.on_pico.__func__.__defaults__ = (Path(sys.argv.pop(1)),)
+from dcdd_pico import embedded
+embedded.WEIGHTS = Path(sys.argv.pop(1))
 script = sys.argv.pop(1)
 sys.exit(runpy.run_path(script)["main"]())
 """
@@ -347,7 +347,7 @@ def test_a_calibration_that_did_not_converge_is_warned_of_once(run, tmp_path, ca
 def test_any_size_is_painted_from_the_vlm_s_own_grid(run, pico, tmp_path):
     assert run(resolution=64, samples=1) == 0  # 12 x 12 tokens of 5.3 pixels
     bundle = tmp_path / "run" / "decoder.safetensors"
-    models = load_models(janus=pico / "janus", vae=pico / "vae", decoder=bundle, with_sampler=False)
+    models = load_models(vlm=pico / "janus", vae=pico / "vae", decoder=bundle, with_sampler=False)
     proxies = models.vq.encode(torch.zeros(1, 3, 96, 96))
     condition = condition_for(models.decoder.card, proxies, models.vq.codebook)
     assert decode(models.decoder, models.vae, condition, seeds=[0], steps=1).pixels.shape == (1, 3, 64, 64)

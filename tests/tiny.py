@@ -20,15 +20,15 @@ from transformers import (
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core.method.lcdm import map_logits
-from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder, of_text_stream
-from dcdd_core.pico.export import export
-from dcdd_core.pico.reader import SceneReader
-from dcdd_core.pico.train_autoencoder import autoencoder_config
-from dcdd_core.pico.train_decoder import transformer_config
-from dcdd_core.pico.train_janus import janus_config, pico_tokenizer
-from dcdd_core.pico.train_tokenizer import tokenizer_config
-from dcdd_core.pico.workshop import Recipe
+from dcdd_core.models.decoder import DecoderCard, DistributionConditionedDecoder, of_text_stream
 from dcdd_core.types import Calibration, Codebook, Condition, TokenLogits
+from dcdd_pico.build_context import Recipe
+from dcdd_pico.export import export
+from dcdd_pico.reader import SceneReader
+from dcdd_pico.train_autoencoder import autoencoder_config
+from dcdd_pico.train_decoder import transformer_config
+from dcdd_pico.train_janus import janus_config, pico_tokenizer
+from dcdd_pico.train_tokenizer import tokenizer_config
 
 SPECIAL = ("<|begin_of_sentence|>", "<pad>", "<unk>", "<|User|>", "<|Assistant|>", "<begin_of_image>")
 WORDS = (":", ",", "a", "and", "on", "red", "green", "blue", "circle", "square", "left", "right", "of", "the", "ground")

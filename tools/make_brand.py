@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dcdd_core.evaluation.figures import save_image  # noqa: E402
-from dcdd_core.pico.scenes import SceneFacts, draw  # noqa: E402
+from dcdd_pico.scenes import SceneFacts, draw  # noqa: E402
 
 CIRCLE = SceneFacts(
     shape="circle",

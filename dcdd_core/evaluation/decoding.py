@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ..models.checkpoints import fingerprint_of
-from ..models.flux import DecoderCard
+from ..models.decoder import DecoderCard
 from ..pipelines.condition import condition_for
 from ..pipelines.decode import decode, decode_tokens
-from ..pipelines.models import Models
+from ..pipelines.load import Models
 from ..types import TokenLogits
 
 #: Path, as files and JSON name it -> as tables do.

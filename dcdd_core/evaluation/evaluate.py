@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.distributed import Processes
 from .decoding import PATHS, Decoders
-from .folder import Picture, check_categories, pictures_in
 from .frechet import FrechetStatistics, load_statistics, save_statistics
 from .generation import Sample, finish_geneval, generate_all, geneval_jobs, made_pictures, prompt_jobs
-from .kept import Measurements, hold_to
+from .image_folder import Picture, check_categories, pictures_in
 from .measuring import chosen_statistics, distances, measure_features, statistics_of
 from .networks import FeatureNetwork, PerceptualNetwork
-from .processes import Processes
 from .prompts import Prompt
 from .reconstruction import SCORES, needed, real_statistics, reconstruct_all, reconstruction_scopes
 from .report import results_of, write_report
+from .results_store import Measurements, hold_to
 
 _SMALLEST = 32
 """Pixels a side; of less than 31 LPIPS' AlexNet pools nothing."""

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..files import whole_file
 from ..method.statistics import TokenStatistics
-from .text import statistics_rows
+from .tables import statistics_rows
 
 _TEXT = "prompt"  # where many programs keep it, and show it
 _INK, _PAPER = (24, 24, 28), (250, 249, 246)

@@ -14,11 +14,11 @@ from pathlib import Path
 from PIL import Image
 
 from ..files import write_text
+from ..pipelines.distributed import Processes
 from ..types import TokenLogits
 from .decoding import Decoders, seed_of
 from .figures import save_image, text_of, to_image
-from .folder import Picture, open_picture
-from .processes import Processes
+from .image_folder import Picture, open_picture
 from .prompts import Prompt
 
 #: Pictures of each GenEval prompt.

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 
-from .folder import OVERALL, Picture, read_pixels
+from ..pipelines.distributed import Processes
 from .frechet import FrechetStatistics, frechet_distance
-from .kept import Measurements
+from .image_folder import OVERALL, Picture, read_pixels
 from .networks import FeatureNetwork
-from .processes import Processes
+from .results_store import Measurements
 
 _ROWS = 1024
 

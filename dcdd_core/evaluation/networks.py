@@ -1,4 +1,4 @@
-"""The fixed networks that measure: torchmetrics' Inception and LPIPS from weight files, or pico's scene reader.
+"""The fixed networks that measure: torchmetrics' Inception and LPIPS, from weight files.
 
 Nothing is downloaded, and no code in a weight file is run: it is read as tensors by name (safetensors, or torch.save's
 format under `weights_only`), which the network must take strictly. torchmetrics builds its two networks out of other
@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 
 from ..models.checkpoints import fingerprint_of, load_strictly, read_tensors
-from ..pico.weights import load_reader
-from ..pipelines import models as pipelines_models
 
 _INCEPTION = (
     "Inception-v3 in the FID variant, weights-inception-2015-12-05-6726825d.pth from the release v0.2.0 of "
@@ -62,42 +60,26 @@ class PerceptualNetwork:
     distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def feature_network(path: Path | None, *, embedded: bool, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """Inception from a file, or without one for the embedded models the scene reader.
+def feature_network(path: Path | None, *, device: torch.device | str = "cpu") -> FeatureNetwork:
+    """Inception from a file.
 
     Raises:
-        ValueError: without a file for other models, for a file of other weights, and where torch-fidelity is missing.
+        ValueError: without a file, for a file of other weights, and if torch-fidelity is missing.
     """
-    if path is not None:
-        return _inception(path, device)
-    if not embedded:
+    if path is None:
         raise ValueError(f"--inception FILE is needed for a Frechet distance: {_INCEPTION}")
-    reader = load_reader(device=device, weights=pipelines_models.PICO_WEIGHTS)
-    return FeatureNetwork(
-        measure="Frechet",
-        name="pico's scene reader",
-        fingerprint=f"scene-reader-{fingerprint_of(reader.state_dict())}",
-        features=torch.no_grad()(reader.frechet_features),
-    )
+    return _inception(path, device)
 
 
-def perceptual_network(path: Path | None, *, embedded: bool, device: torch.device | str = "cpu") -> PerceptualNetwork:
-    """LPIPS with its backbone from a file, or without one for the embedded models the scene reader.
+def perceptual_network(path: Path | None, *, device: torch.device | str = "cpu") -> PerceptualNetwork:
+    """LPIPS with its backbone from a file.
 
     Raises:
-        ValueError: without a file for other models, for a file of other weights, and where torchvision is missing.
+        ValueError: without a file, for a file of other weights, and if torchvision is missing.
     """
-    if path is not None:
-        return _lpips(path, device)
-    if not embedded:
+    if path is None:
         raise ValueError(f"--lpips FILE is needed for LPIPS: {_LPIPS}")
-    reader = load_reader(device=device, weights=pipelines_models.PICO_WEIGHTS)
-    return PerceptualNetwork(
-        measure="perceptual",
-        name="pico's scene reader",
-        fingerprint=f"scene-reader-{fingerprint_of(reader.state_dict())}",
-        distance=torch.no_grad()(reader.perceptual_distance),
-    )
+    return _lpips(path, device)
 
 
 def _inception(path: Path, device: torch.device | str) -> FeatureNetwork:

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
+from ..pipelines.distributed import Processes
 from .decoding import PATHS, Decoders, seed_of
 from .figures import save_image, to_image
-from .folder import OVERALL, Picture, as_measured, read_pixels
 from .frechet import FrechetStatistics
-from .kept import Measurements
+from .image_folder import OVERALL, Picture, as_measured, read_pixels
 from .measuring import distances, statistics_of, tensor_name
+from .metrics import psnr, ssim
 from .networks import FeatureNetwork, PerceptualNetwork
-from .processes import Processes
-from .quality import psnr, ssim
+from .results_store import Measurements
 
 #: Scores of each picture against the one that it reconstructs.
 SCORES = ("ssim", "psnr", "perceptual")

@@ -13,9 +13,9 @@ import torch
 
 from ..files import write_text
 from .figures import grouped_bars, histograms, save_image
-from .folder import OVERALL, Picture
 from .frechet import FrechetStatistics
-from .text import markdown_table
+from .image_folder import OVERALL, Picture
+from .tables import markdown_table
 
 #: Scope ("overall" or a category) -> row (a decoder) -> column (a measure) -> value.
 Scopes = Mapping[str, Mapping[str, Mapping[str, float]]]

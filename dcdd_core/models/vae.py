@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from diffusers import AutoencoderKL
 
+from .backbones.flux_fill.files import FLUX_VAE_CONFIG, component, read_autoencoder
 from .checkpoints import load_strictly, read_config
-from .flux_files import FLUX_VAE_CONFIG, component, read_autoencoder
 
 
 class Autoencoder(Protocol):

@@ -14,8 +14,8 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..method.calibration import proxy_logits
 from ..types import Codebook, TokenLogits
-from . import deepseek
 from .checkpoints import load_strictly, read_config, read_tensors
+from .janus import deepseek
 
 
 class VQTokenizer:

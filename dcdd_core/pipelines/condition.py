@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..method.calibration import proxy_logits
 from ..method.lcdm import map_logits
-from ..models.flux import DecoderCard
+from ..models.decoder import DecoderCard
 from ..types import Calibration, Codebook, Condition, TokenLogits
 
 

@@ -14,12 +14,12 @@ import torch
 from ..method.flow import euler_step, recover_clean, resolution_shift, timesteps
 from ..method.latents import fill_input, pack, pack_mask, scale_latents, unpack, unscale_latents
 from ..method.sampling import keyed_generator
-from ..models.flux import DecoderCard, DistributionConditionedDecoder
-from ..models.flux_inference import OnLayer
+from ..models.backbones.flux_fill.inference import OnLayer
+from ..models.decoder import DecoderCard, DistributionConditionedDecoder
 from ..models.vae import Autoencoder
 from ..models.vq import VQTokenizer
 from ..types import Condition, TokenLogits, same_codebook
-from .parts import in_parts
+from .oom import in_parts
 
 #: Called after every step with (steps done, steps, the picture's current estimate as raw latents [B, C, h', w']);
 #: may raise to stop.

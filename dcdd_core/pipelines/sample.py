@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..models.janus import ImageTokenSampler
+from ..models.janus.sampler import ImageTokenSampler
 from ..types import TokenLogits
-from .parts import in_parts
+from .oom import in_parts
 
 
 def sample(

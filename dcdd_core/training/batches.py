@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..method.sampling import keyed_generator
-from ..pipelines.pictures import UnreadablePicture
+from ..pipelines.images import UnreadablePicture
 from ..types import DCDDWarning
 from .settings import require_at_least
 

@@ -28,11 +28,11 @@ from torch import nn
 
 from ..models.checkpoints import fingerprint_of
 from ..models.vq import VQTokenizer
-from ..pipelines.pictures import to_pixels
+from ..pipelines.images import to_pixels
 from ..types import same_codebook
 from .batches import Entry, Share
-from .encodings import EncodedBatch
-from .pictures import Geometry
+from .encoded_batch import EncodedBatch
+from .image_batch import Geometry
 
 FORMAT = "dcdd encodings 1"
 

@@ -22,9 +22,9 @@ from ..models.vq import VQTokenizer
 from ..types import DCDDWarning
 from .batches import Entry, Mark, Share, Tally, load_in_order
 from .cache import FORMAT, CacheCard, read_manifest, sha256
-from .encodings import Autocast, EncodedBatch, encode
+from .encoded_batch import Autocast, EncodedBatch, encode
 from .folders import Pictures
-from .pictures import Picture
+from .image_batch import Picture
 from .settings import require_at_least
 
 _SHARDS = "shards"

@@ -21,14 +21,14 @@ from torch import nn
 from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from ..models.flux import DecoderCard, DistributionConditionedDecoder, blocks_of
-from ..models.flux_files import FLUX_VAE_CONFIG, fill_config
-from ..models.flux_inference import drop_text
-from .encodings import scaled_latents
+from ..models.backbones.flux_fill.files import FLUX_VAE_CONFIG, fill_config
+from ..models.backbones.flux_fill.inference import drop_text
+from ..models.decoder import DecoderCard, DistributionConditionedDecoder, blocks_of
+from .dry_run import Meter, Replayed, replay, replay_peak
+from .encoded_batch import scaled_latents
 from .examples import Example
 from .optimizers import OPTIMIZERS, muon
 from .recipe import DecoderTraining, decoder_loss, muon_matrices
-from .replay import Meter, Replayed, replay, replay_peak
 from .settings import require_at_least
 from .trainable import TRAINED, choose_trained, trained_weights
 

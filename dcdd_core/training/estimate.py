@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
-from ..models.flux_files import fill_config
+from ..models.backbones.flux_fill.files import fill_config
 from .cost import SHARDINGS, Cost, Setup, cost_of
 from .optimizers import OPTIMIZERS
 from .trainable import TRAINED

@@ -11,12 +11,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..method.calibration import proxy_logits
-from ..models.flux import DecoderCard
+from ..models.decoder import DecoderCard
 from ..models.vq import VQTokenizer
 from ..pipelines.condition import condition_for
 from ..types import Codebook, Condition, TokenLogits
-from .encodings import EncodedBatch, encode, scaled_latents
-from .pictures import Geometry, PictureBatch
+from .encoded_batch import EncodedBatch, encode, scaled_latents
+from .image_batch import Geometry, PictureBatch
 
 
 @dataclass(frozen=True, kw_only=True)

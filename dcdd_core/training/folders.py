@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..pipelines.pictures import SUFFIXES, UnreadablePicture, read_rgb, square
+from ..pipelines.images import SUFFIXES, UnreadablePicture, read_rgb, square
 from .batches import Entry, Mark, Share
-from .pictures import Geometry, Picture, PictureBatch
+from .image_batch import Geometry, Picture, PictureBatch
 
 
 class Pictures:

@@ -10,16 +10,15 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors import safe_open
 
+from ..models.backbones.flux_fill.files import fill_config, find_transformer
+from ..models.backbones.flux_fill.inference import drop_text, of_text_stream
 from ..models.checkpoints import load_strictly
-from ..models.flux import DecoderCard, DistributionConditionedDecoder, load_decoder, save_bundle
-from ..models.flux_files import fill_config, find_transformer
-from ..models.flux_inference import drop_text, of_text_stream
+from ..models.decoder import DecoderCard, DistributionConditionedDecoder, load_decoder, save_bundle
 from ..models.vae import load_vae
 from ..models.vq import VQTokenizer
-from ..pipelines.models import PICO_WEIGHTS
 from ..types import Calibration, DCDDWarning, same_codebook
-from .encodings import geometry_for
-from .pictures import Geometry
+from .encoded_batch import geometry_for
+from .image_batch import Geometry
 from .settings import require_at_least
 from .trainable import changed_by_training, choose_trained, merge_lora
 
@@ -73,13 +72,6 @@ class Plan:
     def __post_init__(self):
         sizes = {} if self.resolution is None else {"resolution": self.resolution}
         require_at_least(1, **sizes, width=self.width, rank=self.rank)
-
-    @classmethod
-    def on_pico(cls, weights: Path = PICO_WEIGHTS, **options) -> Plan:
-        """On the embedded models: their decoder is trained on."""
-        return cls(
-            **{"vlm": weights / "janus", "vae": weights / "vae", "bundle": weights / "decoder.safetensors"} | options
-        )
 
     def encoders(self, device: torch.device | str) -> Encoders:
         """The encoders in float32, and the sizes.

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..method.flow import DENSITIES, WEIGHTINGS, interpolate, loss_weight, sample_times, velocity
 from ..method.latents import fill_input, pack, pack_mask
-from ..models.flux import DistributionConditionedDecoder
+from ..models.decoder import DistributionConditionedDecoder
 from .examples import Example
 from .optimizers import OPTIMIZERS, adamw_8bit, adamw_with_muon
 from .trainable import trained_weights

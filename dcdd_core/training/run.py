@@ -15,22 +15,22 @@ from PIL import Image
 from ..method.latents import unscale_latents
 from ..method.sampling import keyed_generator
 from ..models.checkpoints import fingerprint_of
-from ..models.flux import DecoderCard, DistributionConditionedDecoder
+from ..models.decoder import DecoderCard, DistributionConditionedDecoder
 from ..models.vae import KLAutoencoder
 from ..pipelines.decode import decode
 from .batches import Batches, Share, Source
 from .cache import CacheCard, EncodingCache
 from .cache_writer import write_cache
-from .checkpoint import load_average, newest_checkpoint, settings_of
-from .decoder import Evaluation, train_decoder
-from .encodings import encode
+from .encoded_batch import encode
 from .examples import ExampleMaker
-from .pictures import PictureBatch
+from .image_batch import PictureBatch
 from .plan import Encoders, Plan
 from .recipe import DecoderTraining, decoder_loss
+from .run_state import load_average, newest_checkpoint, settings_of
 from .settings import require_at_least, require_same_settings
 from .sources import open_pictures
 from .trainable import frozen_weights
+from .trainer import Evaluation, train_decoder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -7,10 +7,10 @@ import os
 import re
 from pathlib import Path
 
-from ..pipelines.pictures import SUFFIXES
+from ..pipelines.images import SUFFIXES
 from .folders import ImageFolder, Pictures, file_names
-from .pictures import Geometry
-from .tables import SavedDataset, ShardStream
+from .image_batch import Geometry
+from .tabular import SavedDataset, ShardStream
 
 
 def open_pictures(path: str | Path, geometry: Geometry, *, column: str | None = None) -> Pictures:

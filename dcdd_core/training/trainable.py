@@ -7,7 +7,7 @@ from collections.abc import Set
 import torch
 from torch import nn
 
-from ..models.flux import DistributionConditionedDecoder, of_text_stream
+from ..models.decoder import DistributionConditionedDecoder, of_text_stream
 
 TRAINED = ("attention", "adapter", "lora", "all")
 

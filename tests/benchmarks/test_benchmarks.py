@@ -13,8 +13,8 @@ from benchmarks.peak import Peak, peak
 from benchmarks.targets import Target, verdicts
 from dcdd_core.method.flow import resolution_shift, timesteps
 from dcdd_core.method.lcdm import map_logits
-from dcdd_core.models.flux import DistributionConditionedDecoder
-from dcdd_core.models.janus import JanusSampler
+from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.types import Codebook, TokenLogits
 from tests.tiny import tiny_condition, tiny_decoder, tiny_flux_config, tiny_janus
 

@@ -13,8 +13,8 @@ import torch
 
 from dcdd_core.method.flow import resolution_shift
 from dcdd_core.pipelines.decode import decode
-from dcdd_core.pipelines.models import load_pico
 from dcdd_core.types import Condition
+from dcdd_pico.models import load_pico
 from tests.comfy.graphs import everything, options
 from tests.comfy.server import PACK
 from tests.comfy.snapshot import SNAPSHOT
@@ -168,7 +168,7 @@ def test_every_schedule_paints_what_the_library_paints_with_its_shift(server, gr
     run = server.run(graph.prompt)
     assert run.status == "success", run.error
 
-    pico = load_pico(weights=server.base / "custom_nodes" / PACK / "dcdd_core" / "pico" / "weights", with_sampler=False)
+    pico = load_pico(weights=server.base / "custom_nodes" / PACK / "dcdd_pico" / "weights", with_sampler=False)
     saved = {name: torch.from_numpy(value) for name, value in server.saved("condition").items()}
     known = Condition(**saved, grid=(12, 12), codebook=pico.decoder.card.codebook)
     for k, shift in enumerate((None, resolution_shift(144), 0.0)):

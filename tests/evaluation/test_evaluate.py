@@ -22,17 +22,17 @@ from dcdd_core.evaluation import decoding
 from dcdd_core.evaluation.decoding import Decoders, seed_of
 from dcdd_core.evaluation.evaluate import Run, evaluate_reconstruction, evaluate_text, generate_geneval
 from dcdd_core.evaluation.figures import text_of
-from dcdd_core.evaluation.folder import as_measured, pictures_in, read_pixels
 from dcdd_core.evaluation.frechet import FrechetStatistics, frechet_distance
-from dcdd_core.evaluation.networks import FeatureNetwork, feature_network, perceptual_network
-from dcdd_core.evaluation.processes import Processes
+from dcdd_core.evaluation.image_folder import as_measured, pictures_in, read_pixels
+from dcdd_core.evaluation.metrics import psnr, ssim
+from dcdd_core.evaluation.networks import FeatureNetwork
 from dcdd_core.evaluation.prompts import Prompt, read_geneval
-from dcdd_core.evaluation.quality import psnr, ssim
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.pico.scenes import render_scene
-from dcdd_core.pipelines import models as pipelines_models
-from dcdd_core.pipelines.models import load_pico
+from dcdd_core.pipelines.distributed import Processes
 from dcdd_core.types import TokenLogits
+from dcdd_pico import embedded
+from dcdd_pico.models import feature_network, load_pico, perceptual_network
+from dcdd_pico.scenes import render_scene
 from tests.tiny import random_pico
 
 
@@ -40,7 +40,7 @@ from tests.tiny import random_pico
 def weights(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = random_pico(tmp_path_factory.mktemp("pico") / "weights")
-        patch.setattr(pipelines_models, "PICO_WEIGHTS", folder)
+        patch.setattr(embedded, "WEIGHTS", folder)
         yield folder
 
 
@@ -52,7 +52,7 @@ def decoders(weights):
 
 @pytest.fixture(scope="module")
 def networks(weights):
-    return {"features": feature_network(None, embedded=True), "perceptual": perceptual_network(None, embedded=True)}
+    return {"features": feature_network(), "perceptual": perceptual_network()}
 
 
 @pytest.fixture(scope="module")
@@ -440,10 +440,10 @@ def test_geneval_s_folders_are_what_its_scorer_reads(tmp_path, decoders, monkeyp
 SCRIPT = """
 import sys
 from pathlib import Path
-from dcdd_core import cli
-from dcdd_core.pipelines import models
-models.PICO_WEIGHTS = Path(sys.argv[1])
-sys.exit(cli.main(sys.argv[2:]))
+from dcdd_core.cli import main
+from dcdd_pico import embedded
+embedded.WEIGHTS = Path(sys.argv[1])
+sys.exit(main(sys.argv[2:]))
 """
 
 

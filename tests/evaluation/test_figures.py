@@ -14,7 +14,7 @@ from dcdd_core.evaluation.figures import (
     top_curve,
     training_curves,
 )
-from dcdd_core.evaluation.text import column_names, statistics_table
+from dcdd_core.evaluation.tables import column_names, statistics_table
 from dcdd_core.method.statistics import describe
 from dcdd_core.types import TokenLogits
 

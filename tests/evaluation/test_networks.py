@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dcdd_core.evaluation import networks
 from dcdd_core.evaluation.networks import feature_network, perceptual_network
 from dcdd_core.models.checkpoints import fingerprint_of
-from dcdd_core.pico.reader import SceneReader
-from dcdd_core.pipelines import models as pipelines_models
+from dcdd_pico import embedded
+from dcdd_pico import models as pico_models
+from dcdd_pico.reader import SceneReader
 from tests.tiny import fill
 
 
@@ -29,8 +29,8 @@ def pictures(seed=0, size=96):
 
 def test_pico_measures_with_its_scene_reader(monkeypatch):
     reader = fill(SceneReader())
-    monkeypatch.setattr(networks, "load_reader", lambda *, device, weights: reader)
-    frechet, perceptual = (make(None, embedded=True) for make in (feature_network, perceptual_network))
+    monkeypatch.setattr(pico_models, "load_reader", lambda *, device: reader)
+    frechet, perceptual = pico_models.feature_network(), pico_models.perceptual_network()
     assert torch.equal(frechet.features(pictures()), reader.frechet_features(pictures()))
     assert not frechet.features(pictures()).requires_grad
     assert torch.equal(perceptual.distance(pictures(), pictures()), torch.zeros(2))
@@ -38,16 +38,16 @@ def test_pico_measures_with_its_scene_reader(monkeypatch):
 
 
 def test_without_pico_s_weights_it_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(pipelines_models, "PICO_WEIGHTS", tmp_path / "none")
+    monkeypatch.setattr(embedded, "WEIGHTS", tmp_path / "none")
     with pytest.raises(ValueError, match="none"):
-        feature_network(None, embedded=True)
+        pico_models.feature_network()
 
 
 def test_other_models_need_files_and_are_told_which():
     with pytest.raises(ValueError, match=r"--inception FILE .* weights-inception-2015-12-05-6726825d.pth .*fidelity"):
-        feature_network(None, embedded=False)
+        feature_network(None)
     with pytest.raises(ValueError, match=r"--lpips FILE .*alexnet-owt-7be5be79.pth"):
-        perceptual_network(None, embedded=False)
+        perceptual_network(None)
 
 
 class Code:
@@ -64,7 +64,7 @@ def test_code_and_other_files_are_not_loaded(tmp_path, capsys, make, held, words
     path = tmp_path / "x.pth"
     path.write_bytes(b"") if held == b"" else torch.save(held, path)
     with pytest.raises(ValueError, match=words) as refused:
-        make(path, embedded=False)
+        make(path)
     assert "run!" not in capsys.readouterr().out and "weights_only" not in str(refused.value)
 
 
@@ -72,9 +72,9 @@ def test_code_and_other_files_are_not_loaded(tmp_path, capsys, make, held, words
 def test_a_torchscript_archive_is_not_run(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "x.pt"))
     with pytest.raises(ValueError, match=r"x.pt cannot be read as tensors alone|TorchScript"):
-        feature_network(tmp_path / "x.pt", embedded=False)
+        feature_network(tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"none.pth does not exist; expected Inception"):
-        feature_network(tmp_path / "none.pth", embedded=False)
+        feature_network(tmp_path / "none.pth")
 
 
 INCEPTION = (
@@ -130,7 +130,7 @@ def test_inception_gets_the_file_s_tensors_and_the_pictures_bytes(tmp_path, torc
     original = fill(Extractor())
     weights, path, images = original.state_dict(), tmp_path / "w.pth", pictures(0, 384)
     torch.save(dict(weights), path, _use_new_zipfile_serialization=not legacy)
-    network = feature_network(path, embedded=True)
+    network = feature_network(path)
     expected = (resized((images + 1) * 127.5, (299, 299), False) - 128) / 128  # shrunk without a filter
     for layer in INCEPTION:
         expected = getattr(original, layer)(expected)
@@ -140,7 +140,7 @@ def test_inception_gets_the_file_s_tensors_and_the_pictures_bytes(tmp_path, torc
     assert network.measure == "FID" and network.fingerprint == f"inception-v3-{fingerprint_of(weights)}"
     torch.save(weights | {"more": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"w.pth does not fit .*more.* expected Inception-v3"):
-        feature_network(path, embedded=True)
+        feature_network(path)
 
 
 def test_another_torchmetrics_is_no_bad_file(tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_another_torchmetrics_is_no_bad_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchmetrics.image.fid.FrechetInceptionDistance.__init__", older)
     with pytest.raises(TypeError, match="antialias"):
-        feature_network(state(tmp_path / "w.pth", a=torch.zeros(1)), embedded=False)
+        feature_network(state(tmp_path / "w.pth", a=torch.zeros(1)))
 
 
 def alexnet():
@@ -210,7 +210,7 @@ def test_lpips_takes_torchvision_s_file_and_no_other(tmp_path, torchvision, kind
     weights = {f"features.{name}": value for name, value in backbone.state_dict().items()}
     path, images = tmp_path / "w.pth", (pictures(0, 64), pictures(1, 64))
     torch.save(weights | {"classifier.1.weight": torch.zeros(1)}, path)
-    network = perceptual_network(path, embedded=False)
+    network = perceptual_network(path)
     found = network.distance(*images)
     assert found.shape == (2,) and not found.requires_grad
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_lpips_takes_torchvision_s_file_and_no_other(tmp_path, torchvision, kind
     assert torch.equal(network.distance(images[0], images[0]), torch.zeros(2))
     torch.save({name: value for name, value in weights.items() if name != "features.3.bias" and "3" in name}, path)
     with pytest.raises(ValueError, match="missing: slice"):
-        perceptual_network(path, embedded=False)
+        perceptual_network(path)
 
 
 def state(path, **tensors):
@@ -230,13 +230,13 @@ def state(path, **tensors):
 def test_missing_torch_fidelity_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(ValueError, match="pip install torch-fidelity"):
-        feature_network(state(tmp_path / "w.pth", a=torch.zeros(1)), embedded=False)
+        feature_network(state(tmp_path / "w.pth", a=torch.zeros(1)))
 
 
 def test_missing_torchvision_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr("torchmetrics.functional.image.lpips._TORCHVISION_AVAILABLE", False)
     with pytest.raises(ValueError, match="pip install torchvision"):
-        perceptual_network(state(tmp_path / "w.pth", a=torch.zeros(1)), embedded=False)
+        perceptual_network(state(tmp_path / "w.pth", a=torch.zeros(1)))
 
 
 def test_inception_is_torch_fidelity_s(tmp_path):
@@ -250,6 +250,6 @@ def test_inception_is_torch_fidelity_s(tmp_path):
             part.running_var.fill_(4.0)
     path = tmp_path / "w.pth"
     torch.save(original.state_dict(), path)
-    network = feature_network(path, embedded=False)
+    network = feature_network(path)
     images = ((pictures(0, 384) + 1) * 127.5).round().byte()
     assert torch.equal(network.features(pictures(0, 384)), original(images)[0])

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from dcdd_core.evaluation.figures import grouped_bars, histograms
-from dcdd_core.evaluation.folder import Picture
 from dcdd_core.evaluation.frechet import FrechetStatistics
+from dcdd_core.evaluation.image_folder import Picture
 from dcdd_core.evaluation.report import results_of, write_report
 
 HEADS = {"frechet": "rFID", "psnr": "PSNR"}

@@ -4,15 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcdd_core.models.flux import VARIANTS, read_card
-from dcdd_core.pico.build import build
-from dcdd_core.pico.measures import variant_files
-from dcdd_core.pico.variants import train_variants
-from dcdd_core.pico.weights import load_reader
-from dcdd_core.pico.workshop import Recipe, Workshop
+from dcdd_core.models.decoder import VARIANTS, read_card
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
-from dcdd_core.pipelines.models import load_pico
+from dcdd_pico.ablation import train_variants
+from dcdd_pico.build import build
+from dcdd_pico.build_context import Recipe, Workshop
+from dcdd_pico.models import load_pico, load_reader
+from dcdd_pico.sections import variant_files
 
 SMALL = Recipe(
     train_scenes=64,

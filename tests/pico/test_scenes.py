@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dcdd_core.pico.data import scene_images, scene_pixels
-from dcdd_core.pico.reader import FACTS, fact_labels
-from dcdd_core.pico.scenes import (
+from dcdd_pico.reader import FACTS, fact_labels
+from dcdd_pico.scene_arrays import scene_images
+from dcdd_pico.scenes import (
     COLOURS,
     GROUND_COLOURS,
     PLACES,
@@ -16,6 +16,7 @@ from dcdd_core.pico.scenes import (
     render_scene,
     sample_facts,
     scene_facts,
+    scene_pixels,
     vocabulary,
 )
 

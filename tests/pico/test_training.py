@@ -10,18 +10,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 
-from dcdd_core.models.flux import DistributionConditionedDecoder
-from dcdd_core.models.janus import JanusSampler, prompt_ids, unconditional_ids
-from dcdd_core.pico.data import scene_pixels
-from dcdd_core.pico.encodings import Encodings, SceneEncodings
-from dcdd_core.pico.fidelity import reconstruction_loss
-from dcdd_core.pico.reader import SceneReader
-from dcdd_core.pico.scenes import scene_facts
-from dcdd_core.pico.train_decoder import _start_as_identity
-from dcdd_core.pico.train_janus import next_token_loss, pico_tokenizer
-from dcdd_core.pico.train_tokenizer import CodeUse
-from dcdd_core.pico.workshop import Recipe, Workshop
+from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.training.batches import Batches, Share
+from dcdd_pico.build_context import Recipe, Workshop
+from dcdd_pico.image_losses import reconstruction_loss
+from dcdd_pico.reader import SceneReader
+from dcdd_pico.scene_cache import Encodings, SceneEncodings
+from dcdd_pico.scenes import scene_facts, scene_pixels
+from dcdd_pico.train_decoder import _start_as_identity
+from dcdd_pico.train_janus import next_token_loss, pico_tokenizer
+from dcdd_pico.train_tokenizer import CodeUse
 from tests.tiny import tiny_card, tiny_condition, tiny_flux_config, tiny_janus
 
 

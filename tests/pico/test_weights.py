@@ -5,20 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcdd_core.evaluation.quality import ssim
-from dcdd_core.pico.data import scene_pixels
-from dcdd_core.pico.export import MOST_BYTES
-from dcdd_core.pico.measures import TITLES
-from dcdd_core.pico.reader import fact_labels
-from dcdd_core.pico.scenes import render_scene
-from dcdd_core.pico.table import MARKS
-from dcdd_core.pico.weights import load_reader
+from dcdd_core.evaluation.metrics import ssim
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
-from dcdd_core.pipelines.models import PICO_WEIGHTS, load_pico
 from dcdd_core.types import same_codebook
+from dcdd_pico.embedded import WEIGHTS
+from dcdd_pico.export import MOST_BYTES
+from dcdd_pico.models import load_pico, load_reader
+from dcdd_pico.reader import fact_labels
+from dcdd_pico.results_table import MARKS
+from dcdd_pico.scenes import render_scene, scene_pixels
+from dcdd_pico.sections import TITLES
 
-pytestmark = pytest.mark.skipif(not PICO_WEIGHTS.exists(), reason="the embedded weights are not built: make pico")
+pytestmark = pytest.mark.skipif(not WEIGHTS.exists(), reason="the embedded weights are not built: make pico")
 
 SCENES = [render_scene("test", i) for i in range(48)]
 
@@ -38,7 +37,7 @@ def pixels(count=None):
 
 
 def test_they_are_small_enough_for_git():
-    assert sum(p.stat().st_size for p in PICO_WEIGHTS.rglob("*") if p.is_file()) <= MOST_BYTES
+    assert sum(p.stat().st_size for p in WEIGHTS.rglob("*") if p.is_file()) <= MOST_BYTES
 
 
 def test_the_parts_belong_together(models):
@@ -101,7 +100,7 @@ def test_localised_decoding_paints_the_box_like_its_surroundings(models):
 
 
 def test_the_readme_and_the_card_show_the_same_table():
-    texts = [path.read_text("utf-8") for path in (Path(__file__).parents[2] / "README.md", PICO_WEIGHTS / "README.md")]
+    texts = [path.read_text("utf-8") for path in (Path(__file__).parents[2] / "README.md", WEIGHTS / "README.md")]
     tables = {text.partition(MARKS[0])[2].partition(MARKS[1])[0] for text in texts}
     assert len(tables) == 1
     (table,) = tables

@@ -21,14 +21,14 @@ from diffusers import AutoencoderKL
 
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.batches import Batches, Share
-from dcdd_core.training.decoder import train_decoder
-from dcdd_core.training.encodings import geometry_for
+from dcdd_core.training.encoded_batch import geometry_for
 from dcdd_core.training.examples import Example, ExampleMaker
+from dcdd_core.training.image_batch import Geometry
 from dcdd_core.training.log import read_log
-from dcdd_core.training.pictures import Geometry
 from dcdd_core.training.recipe import DecoderTraining
 from dcdd_core.training.sources import open_pictures
 from dcdd_core.training.trainable import choose_trained
+from dcdd_core.training.trainer import train_decoder
 from tests.tiny import tiny_condition, tiny_decoder, tiny_vae, tiny_vq
 
 RECIPE = {"learning_rate": 3e-3, "warmup": 2, "average_decay": 0.9}

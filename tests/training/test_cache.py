@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from dcdd_core.models.vq import VQTokenizer
-from dcdd_core.pipelines.pictures import to_pixels
+from dcdd_core.pipelines.images import to_pixels
 from dcdd_core.training import cache_writer
 from dcdd_core.training.batches import Batches, Share
 from dcdd_core.training.cache import CacheCard, EncodingCache
 from dcdd_core.training.cache_writer import write_cache
-from dcdd_core.training.encodings import encode, geometry_for, scaled_latents
+from dcdd_core.training.encoded_batch import encode, geometry_for, scaled_latents
 from dcdd_core.training.sources import open_pictures
 from tests.tiny import tiny_vae, tiny_vq
 

@@ -14,16 +14,16 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import janus
-from dcdd_core.models.flux import DecoderCard, DistributionConditionedDecoder, blocks_of
-from dcdd_core.models.flux_files import FLUX_VAE_CONFIG
-from dcdd_core.models.flux_inference import drop_text
+from dcdd_core.models.backbones.flux_fill.files import FLUX_VAE_CONFIG
+from dcdd_core.models.backbones.flux_fill.inference import drop_text
+from dcdd_core.models.decoder import DecoderCard, DistributionConditionedDecoder, blocks_of
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.cost import Setup, cost_of, encoders, encoding_peak, optimizer_cost, replayed, shaped
-from dcdd_core.training.encodings import EncodedBatch, geometry_for
+from dcdd_core.training.encoded_batch import EncodedBatch, geometry_for
 from dcdd_core.training.estimate import run_of
 from dcdd_core.training.examples import Example, ExampleMaker
+from dcdd_core.training.image_batch import PictureBatch
 from dcdd_core.training.optimizers import muon
-from dcdd_core.training.pictures import PictureBatch
 from dcdd_core.training.recipe import DecoderTraining, decoder_loss, decoder_optimizers
 from dcdd_core.training.trainable import choose_trained, trained_weights
 from tests.tiny import tiny_card, tiny_condition, tiny_vq

@@ -13,13 +13,13 @@ import PIL.Image
 import pytest
 import torch
 
-from dcdd_core.pipelines.pictures import UnreadablePicture, read_rgb, square, to_pixels
+from dcdd_core.pipelines.images import UnreadablePicture, read_rgb, square, to_pixels
 from dcdd_core.training import folders
 from dcdd_core.training.batches import Batches, Share
 from dcdd_core.training.folders import ImageFolder
-from dcdd_core.training.pictures import Geometry
+from dcdd_core.training.image_batch import Geometry
 from dcdd_core.training.sources import open_pictures
-from dcdd_core.training.tables import SavedDataset, ShardStream
+from dcdd_core.training.tabular import SavedDataset, ShardStream
 from tests.tiny import tiny_card
 
 datasets = pytest.importorskip("datasets", reason="it comes with the 'train' extra")

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dcdd_core.pipelines.pictures import to_pixels
+from dcdd_core.pipelines.images import to_pixels
 from dcdd_core.training.batches import Batches, Share
-from dcdd_core.training.encodings import encode, scaled_latents
+from dcdd_core.training.encoded_batch import encode, scaled_latents
 from dcdd_core.training.examples import ExampleMaker, boxes, proxy_condition
 from dcdd_core.training.sources import open_pictures
 from dcdd_core.types import Calibration, Codebook

@@ -1,0 +1,7 @@
+"""`python -m dcdd_core.cli`."""
+
+import sys
+
+from .app import main
+
+sys.exit(main())

@@ -1,0 +1,218 @@
+"""Janus and Janus-Pro as DeepSeek publishes them: their config.json and tensor names, for transformers' classes.
+
+DeepSeek's names are those of the modules in github.com/deepseek-ai/Janus (`modeling_vlm.py`, `vq_model.py` and
+`projector.py` in janus/models). What their config.json leaves to the code that reads it stands here as constants.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+
+from ..checkpoints import misfits, read_wanted
+
+#: The model_type of their config.json. JanusFlow and DeepSeek-VL have it too, and are refused by what they lack.
+MODEL_TYPE = "multi_modality"
+
+_REMEDY = "choose a folder with a Janus or Janus-Pro model, or fetch its config.json again"
+
+# transformers 4.33's LlamaConfig, by which these models were written: their language_config states only what differs.
+_LLAMA: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+    }
+)
+
+# "VQ-16" in vq_model.py. Its codebook's size is in config.json.
+_VQ_16: Mapping[str, Any] = MappingProxyType(
+    {
+        "in_channels": 3,
+        "out_channels": 3,
+        "base_channels": 128,
+        "channel_multiplier": [1, 1, 2, 2, 4],
+        "num_res_blocks": 2,
+        "latent_channels": 256,
+        "double_latent": False,
+        "dropout": 0.0,
+    }
+)
+
+# The pixels of a side in generation_inference.py, for a vision_config that does not say.
+_SIDE = 384
+
+# Modules outside of the VQ model, in transformers' names and in DeepSeek's.
+_MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        "model.language_model.": "language_model.model.",
+        "model.generation_embeddings.": "gen_embed.",
+        "model.generation_aligner.fc1.": "gen_aligner.layers.0.",
+        "model.generation_head.proj_out.": "gen_head.output_mlp_projector.",
+        "model.generation_head.vision_head.": "gen_head.vision_head.",
+    }
+)
+_DEEPER_ALIGNER = re.compile(r"model\.generation_aligner\.hidden_layers\.(\d+)\.")
+
+# Steps of a path within the VQ model. Both count the decoder's levels as they run, from the lowest resolution up.
+_VQ_STEPS: Mapping[str, str] = MappingProxyType(
+    {"down": "conv_blocks", "up": "conv_blocks", "block": "res", "block_1": "0", "attn_1": "1", "block_2": "2"}
+)
+
+# A model reads the parts that it has something of, and these whole; the others are passed over.
+_PARTS = (
+    "language_model.model.",
+    "language_model.lm_head.",
+    "vision_model.",
+    "aligner.",
+    "gen_embed.",
+    "gen_aligner.",
+    "gen_head.",
+    "gen_vision_model.encoder.",
+    "gen_vision_model.quant_conv.",
+    "gen_vision_model.quantize.",
+    "gen_vision_model.post_quant_conv.",
+    "gen_vision_model.decoder.",
+)
+
+# The training's count of used codes.
+_BOOKKEEPING = "gen_vision_model.quantize.codebook_used"
+
+
+def janus_config(config: Mapping[str, Any], what: str) -> JanusConfig:
+    """DeepSeek's config.json as transformers' configuration.
+
+    The grid of image tokens is the vision tower's picture divided by the VQ model's factor, 384 / 16 in all that is
+    published. Of the vision tower nothing else is taken over, since nothing here reads it.
+
+    Args:
+        what: names the folder in errors.
+
+    Raises:
+        ValueError: for what is not Janus or Janus-Pro, naming the entry.
+    """
+    language = _section(config, "language_config", what)
+    if language.get("model_type", "llama") != "llama":
+        raise ValueError(f"{what} has a language model of type {language['model_type']!r}, expected 'llama': {_REMEDY}")
+    language = {**_LLAMA, **language}
+    for name, usual in _LLAMA.items():
+        if not isinstance(language[name], (int, float) if isinstance(usual, float) else type(usual)):
+            raise ValueError(
+                f"{what} has {name} {language[name]!r} in its language_config, expected one like {usual!r}: {_REMEDY}"
+            )
+    vision = _params(config, "vision_config", "CLIPVisionTower", what)
+    codes = _params(config, "gen_vision_config", "VQ-16", what)
+    aligner = _params(config, "gen_aligner_config", "MlpProjector", what)
+    head = _params(config, "gen_head_config", "vision_head", what)
+    if aligner.get("projector_type") != "mlp_gelu":
+        raise ValueError(
+            f"{what} has projector_type {aligner.get('projector_type')!r} in its gen_aligner_config, expected "
+            f"'mlp_gelu': {_REMEDY}"
+        )
+    factor = 2 ** (len(_VQ_16["channel_multiplier"]) - 1)
+    return JanusConfig(
+        text_config=LlamaConfig.from_dict(language),
+        vision_config=JanusVisionConfig(image_size=_whole(vision, "image_size", what, _SIDE), patch_size=factor),
+        vq_config=JanusVQVAEConfig(
+            **_VQ_16,
+            embed_dim=_whole(codes, "n_embed", what),
+            num_embeddings=_whole(codes, "image_token_size", what),
+            projection_dim=_whole(aligner, "n_embed", what),
+            # Linear layers of the aligner, the first one included; projector.py takes one where none is said.
+            num_hidden_layers=_whole(aligner, "depth", what, 1),
+            image_token_embed_dim=_whole(head, "n_embed", what),
+        ),
+        attn_implementation="sdpa",
+    )
+
+
+def deepseek_name(name: str) -> str:
+    """DeepSeek's name of a tensor in transformers' `JanusForConditionalGeneration`, if it serves images that are drawn.
+
+    Raises:
+        ValueError: for the vision tower, its aligner and the text head.
+    """
+    if name.startswith("model.vqmodel."):
+        steps = name.removeprefix("model.vqmodel.").split(".")
+        return ".".join(["gen_vision_model", *(_VQ_STEPS.get(step, step) for step in steps)])
+    if deeper := _DEEPER_ALIGNER.match(name):
+        # Every other layer there is an activation.
+        return f"gen_aligner.layers.{2 * int(deeper[1]) + 2}.{name[deeper.end() :]}"
+    for ours, theirs in _MODULES.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise ValueError(f"{name} has no DeepSeek name here, expected a part of what samples or tokenises images")
+
+
+def load(
+    module: nn.Module,
+    folder: str | Path,
+    *,
+    prefix: str = "",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Fills a module, which may be on "meta", from a folder in DeepSeek's layout, and reads nothing else.
+
+    Args:
+        prefix: what stands before the module's names in a `JanusForConditionalGeneration`.
+        dtype: of the loaded weights; None for the file's.
+
+    Raises:
+        ValueError: naming, by DeepSeek's names, tensors that are missing, unexpected in the parts that the module is
+            of, in no part of Janus, or of a wrong shape; and for files that cannot be read.
+    """
+    expected = {deepseek_name(prefix + name): (name, value.shape) for name, value in module.state_dict().items()}
+    parts = {_part(name) for name in expected} | {None}
+    found = read_wanted(folder, lambda name: name != _BOOKKEEPING and _part(name) in parts, dtype=dtype, device=device)
+    misfit = misfits(
+        missing=sorted(set(expected) - set(found)),
+        unexpected=sorted(set(found) - set(expected)),
+        wrong=[
+            f"{name} is {list(found[name].shape)}, expected {list(shape)}"
+            for name, (_, shape) in expected.items()
+            if name in found and found[name].shape != shape
+        ],
+    )
+    if misfit:
+        raise ValueError(f"the weights in {folder} do not fit its config.json; {misfit}: fetch the whole model again")
+    module.load_state_dict({name: found[theirs] for theirs, (name, _) in expected.items()}, assign=True)
+
+
+def _part(name: str) -> str | None:
+    return next((part for part in _PARTS if name.startswith(part)), None)
+
+
+def _section(config: Mapping[str, Any], name: str, what: str) -> Mapping[str, Any]:
+    section = config.get(name)
+    if not isinstance(section, dict):
+        raise ValueError(f"{what} has no {name} in its config.json, as every Janus has: {_REMEDY}")
+    return section
+
+
+def _params(config: Mapping[str, Any], name: str, kind: str, what: str) -> Mapping[str, Any]:
+    """The parameters of a section, which must be of one class."""
+    section = _section(config, name, what)
+    if section.get("cls") != kind:
+        raise ValueError(f"{what} has a {name} of class {section.get('cls')!r}, expected {kind!r}: {_REMEDY}")
+    return _section(section, "params", what)
+
+
+def _whole(params: Mapping[str, Any], name: str, what: str, usual: int | None = None) -> int:
+    value = params.get(name, usual)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{what} has {name} {value!r} in its config.json, expected a whole number from 1: {_REMEDY}")
+    return value

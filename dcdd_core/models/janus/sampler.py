@@ -1,0 +1,479 @@
+"""Janus and Janus-Pro as samplers of image tokens (Chen et al. 2025, arXiv 2501.17811), on transformers' classes.
+
+What is computed is DeepSeek's released image loop: its template, its unconditional row, guidance 5, temperature 1, no
+filter. What is ours: every step's logits are kept, the noise of a draw depends on sample seed and position alone, and
+guidance and everything after the last hidden state run in float32.
+
+Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dim, L prompt length, U different rows,
+R rows of the language model ([conditional ; unconditional], 2 B, or B without guidance).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ...types import Codebook, TokenLogits, same_codebook
+from ..checkpoints import fingerprint_of
+from ..fused_linear import lay_side_by_side
+from ..int8 import store_in_int8
+from . import deepseek
+from .token_loop import TokenLoop, check_language, groups_of
+
+OnStep = Callable[[int, int, torch.Tensor], None]
+
+CHECK_EVERY = 8
+"""Positions after which the host looks at the logits, and waits for the device."""
+
+_IMAGE_START = "<begin_of_image>"
+_DEEPSEEK_PAD = "<｜▁pad▁｜>"
+
+
+class ImageTokenSampler(Protocol):
+    """Anything that turns prompts into token logits, one distribution for each position of an image's grid."""
+
+    @property
+    def name(self) -> str:
+        """Written into what it samples."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the token grid."""
+
+    @property
+    def codebook(self) -> Codebook:
+        """What the K columns of its logits mean."""
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that mean nothing to it."""
+
+    def known_words(self) -> list[str]:
+        """Every word that it knows, where that is a list; empty for one that reads any text."""
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        guidance: float = 5.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        previous: TokenLogits | None = None,
+        resample: torch.Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> TokenLogits:
+        """See `JanusSampler.sample`."""
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The ids [L] that Janus reads before an image's first token.
+
+    BOS, DeepSeek's chat template without a system prompt ("<|User|>: {prompt}", a blank line, "<|Assistant|>:") around
+    the prompt without its outer white space, and the begin-of-image token. BOS comes once, whether or not the tokenizer
+    adds it by itself.
+
+    Raises:
+        ValueError: for a blank prompt, or a tokenizer without a BOS or begin-of-image token.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is blank: say what to draw (for a picture without a prompt, use guidance 0)")
+    if tokenizer.bos_token_id is None:
+        raise ValueError("the tokenizer names no BOS token: add bos_token to its tokenizer_config.json")
+    ids = tokenizer(_templated(prompt), add_special_tokens=False)["input_ids"]
+    if ids[-1] != _token_id(tokenizer, _IMAGE_START):
+        raise ValueError(
+            f"the tokenizer does not read {_IMAGE_START} as one token: take a Janus model's tokenizer, "
+            "where it is among the special tokens"
+        )
+    return ids if ids[0] == tokenizer.bos_token_id else [tokenizer.bos_token_id, *ids]
+
+
+def unconditional_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The guidance's other row for `ids` [L]: all but the first and the last become the pad token, which is attended.
+
+    Training drops captions by the same function, or the unconditional row would be a sequence never seen.
+
+    Raises:
+        ValueError: if the tokenizer has no pad token.
+    """
+    return [ids[0], *[_pad_id(tokenizer)] * (len(ids) - 2), ids[-1]]
+
+
+class JanusSampler:
+    """A `JanusForConditionalGeneration` and its tokenizer as an `ImageTokenSampler`.
+
+    Attributes:
+        model: used as it is; bring it in evaluation mode. Its dtype is the transformer's, the head runs in float32.
+        tokenizer: knows BOS, a pad token and "<begin_of_image>".
+        name: goes into TokenLogits.model.
+        grid: num_patches x num_patches of the VQ configuration.
+        codebook: the VQ model's, in unit rows; a model in half precision gives it rounded to that.
+
+    Args:
+        fingerprint: where the model's weights do not say any more what they were (int8).
+
+    Raises:
+        ValueError: if the tokenizer has more words than the model.
+    """
+
+    def __init__(
+        self,
+        model: JanusForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "",
+        fingerprint: str | None = None,
+    ):
+        words = model.config.text_config.vocab_size
+        if len(tokenizer) > words:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} words and the model {words}: they do not belong together, "
+                "take both from one folder"
+            )
+        check_language(model.model.language_model)
+        side = model.config.vq_config.num_patches
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.grid = (side, side)
+        self.codebook = Codebook(model.model.vqmodel.quantize.embedding.weight)
+        self._fingerprint = fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights: what samples depend on, besides what `sample` is told."""
+        return self._fingerprint or fingerprint_of(self.model.state_dict())
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        int8: bool = False,
+        computes_on: torch.device | str | None = None,
+    ) -> JanusSampler:
+        """A folder in the transformers layout (config.json, safetensors) or in DeepSeek's own (.bin or safetensors).
+
+        Either with its tokenizer.json; nothing is downloaded. What sampling has no use for never reaches the device:
+        the vision tower with its aligner, the text head, and the VQ model's networks (not its codebook). In the
+        transformers layout these are read and checked too, in DeepSeek's they are passed over.
+
+        Args:
+            int8: the layers' linear weights in 8 bits (torchao, one scale a row), a quarter of float32. Each is rounded
+                on the device as it comes, which never holds more. What that does to the logits:
+                `python -m benchmarks int8`.
+            computes_on: where it will compute, if that is not `device`: a host may take it there later. For a CPU and
+                float32, weights that read the same input share one storage (`columns`): the model is for sampling, not
+                for being saved.
+
+        Raises:
+            ValueError: for int8 without torchao, for a folder that is missing, incomplete or of another model, with
+                missing, unexpected or misshapen weights by name, and for a .bin that holds code.
+        """
+        folder = Path(folder)
+        config = _read_config(folder)
+        if config["model_type"] == deepseek.MODEL_TYPE:
+            model = _load_deepseek(folder, config, "cpu" if int8 else device, dtype)
+        else:
+            model = _load_transformers(folder, dtype)
+        fingerprint = None
+        if int8:
+            fingerprint = f"{fingerprint_of(model.state_dict())} in int8"
+            store_in_int8(model.model.language_model.layers, device)
+        model.to(device)
+        if not int8 and torch.device(computes_on or device).type == "cpu" and dtype == torch.float32:
+            _store_by_columns(model)
+        # Not AutoTokenizer: in transformers 5 its Llama class overwrites the byte-level rules of DeepSeek's
+        # tokenizer.json, and the spaces of a prompt are lost (huggingface/transformers#45488).
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return cls(model.eval(), tokenizer, name=folder.resolve().name, fingerprint=fingerprint)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that the tokenizer lacks, each once, in order; byte-level ones know them all."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None:
+            return []
+        encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        spans = zip(encoded["input_ids"], encoded["offset_mapping"])
+        return list(dict.fromkeys(prompt[start:end] for word, (start, end) in spans if word == unknown))
+
+    def known_words(self) -> list[str]:
+        """The tokenizer's words in alphabetical order, without special tokens and signs; empty for byte-level ones."""
+        if self.tokenizer.unk_token_id is None:
+            return []
+        words = set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens)
+        return sorted(word for word in words if word.isalpha())
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        guidance: float = 5.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        previous: TokenLogits | None = None,
+        resample: torch.Tensor | None = None,
+        on_step: OnStep | None = None,
+        resident: bool = False,
+    ) -> TokenLogits:
+        """Samples an image's tokens for each prompt, and keeps the logits l of Eqs. 4-5 that each was drawn from.
+
+        l = (l_u + guidance (l_c - l_u)) / temperature, in float32, before top-k and top-p, which shape the draw alone.
+        The draw is argmax(l + g), Gumbel noise g [K] a function of (sample seed, position): a sample depends on its own
+        prompt and seed, up to float rounding, whatever else is in the batch and whatever was resampled before (our
+        choice; DeepSeek draws from the global generator). Prompts of different lengths are padded on the left, and that
+        padding is neither attended nor counted in positions. The global generator is not touched.
+
+        Memory made for the call: the logits, 4 B N K bytes (38 MB an image of 576 x 16384); keys and values of R rows;
+        for a model in half precision the head in float32, 4 bytes a weight (151 MB for Janus-Pro-1B, 336 MB for 7B).
+
+        Args:
+            prompts: B texts, see `prompt_ids`.
+            seeds: B numbers, one a sample.
+            guidance: w; 1 is the prompt alone and takes half the work, 0 no prompt at all.
+            temperature: T >= 0; 0 takes the most likely code, with logits undivided.
+            top_k, top_p: see `dcdd_core.method.sampling`; None for no filter.
+            previous: an earlier result, or the calibrated proxies of a picture, whose tokens and logits stay where
+                `resample` is False. The result's guidance and temperature are this call's.
+            resample: bool [N] or [B, N], True where to sample anew; goes with `previous`, and if nothing is True,
+                `previous` is returned. With the same prompts, seeds and settings the earlier run comes again.
+            on_step: called as on_step(step, N, tokens [B, step]) after each sampled position, step - 1 being that
+                position; the tokens are a view to read. What it raises ends the call. An edit starts at its first
+                resampled position and ends after its last.
+            resident: a host with linear layers of its own says by it that these do nothing but torch's: their weights
+                stay on the device. Where all do, a CUDA GPU replays one recorded step.
+
+        Returns:
+            TokenLogits on the model's device, logits float32 [B, N, K], source "vlm".
+
+        Raises:
+            ValueError: for arguments that do not fit each other or the model, and for logits that are not finite.
+        """
+        _check_request(prompts, seeds)
+        language = self.model.model.language_model
+        device = language.device
+        batch, count, codes = len(prompts), self.grid[0] * self.grid[1], self.codebook.size
+        logits = torch.empty(batch, count, codes, dtype=torch.float32, device=device)
+        tokens = torch.zeros(batch, count, dtype=torch.int64, device=device)
+        first, last, anew = 0, count - 1, None
+        if previous is not None or resample is not None:
+            anew = self._check_edit(previous, resample, batch)
+            if not bool(anew.any()):
+                return previous
+            logits.copy_(previous.logits)
+            tokens.copy_(previous.tokens)
+            columns = anew.any(dim=0).nonzero()
+            first, last, anew = int(columns[0]), int(columns[-1]), anew.to(device)
+
+        loop = TokenLoop(
+            self.model,
+            tokens,
+            logits,
+            first=first,
+            anew=anew,
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            resident=resident,
+        )
+        hidden = loop.start(*self._rows(prompts, guided=guidance != 1), last=last, seeds=seeds)
+        for i in range(first, last + 1):
+            loop.put_noise()
+            if i == first:
+                loop.draw(hidden)
+            else:
+                loop.advance()
+            if i == last or (i - first) % CHECK_EVERY == CHECK_EVERY - 1:
+                loop.check()
+            if on_step is not None:
+                on_step(i + 1, count, tokens[:, : i + 1])
+        return TokenLogits(
+            logits,
+            tokens,
+            self.grid,
+            source="vlm",
+            guidance=float(guidance),
+            temperature=float(temperature),
+            model=self.name,
+            codebook=self.codebook.fingerprint,
+        )
+
+    def _rows(self, prompts: Sequence[str], guided: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Prompts -> different ids [U, L] padded on the left, the padding of each [U], and whose each row is [R]."""
+        rows = [tuple(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
+        if guided:
+            rows += [tuple(unconditional_ids(ids, self.tokenizer)) for ids in rows]
+        unique = {ids: i for i, ids in enumerate(dict.fromkeys(rows))}
+        padding = [max(map(len, unique)) - len(ids) for ids in unique]
+        # Nothing sees the padding, so that any id will do.
+        padded = [(0,) * pad + ids for pad, ids in zip(padding, unique)]
+        return torch.tensor(padded), torch.tensor(padding), torch.tensor([unique[ids] for ids in rows])
+
+    def _check_edit(self, previous: TokenLogits | None, resample: torch.Tensor | None, batch: int) -> torch.Tensor:
+        """-> bool [B, N] on the CPU, True where to sample anew."""
+        if previous is None or resample is None:
+            absent = "previous" if previous is None else "resample"
+            raise ValueError(f"an edit needs both `previous` and `resample`, {absent} is missing: give both or none")
+        if previous.grid != self.grid:
+            raise ValueError(
+                f"the kept tokens are a grid of {_by(previous.grid)}, {self.name or 'this model'} makes "
+                f"{_by(self.grid)}: edit with the model that sampled them"
+            )
+        if previous.logits.shape[2] != self.codebook.size or not same_codebook(
+            previous.codebook, self.codebook.fingerprint
+        ):
+            raise ValueError(
+                f"the kept tokens are of another codebook ({previous.logits.shape[2]} codes, made by "
+                f"{previous.model or 'an unnamed model'}) than this model's ({self.codebook.size} codes): "
+                "edit with the model that sampled them"
+            )
+        if previous.source == "proxy" and not previous.calibrated:
+            raise ValueError(
+                "the kept logits are cosine similarities, which cannot share a grid with a language model's: "
+                "calibrate them first, so that they look like this model's"
+            )
+        if previous.source == "vlm" and previous.calibrated:
+            raise ValueError("the kept logits are calibrated already: give them as they were sampled")
+        if previous.logits.shape[0] != batch:
+            raise ValueError(
+                f"{batch} prompts cannot edit {previous.logits.shape[0]} samples: give one prompt a sample"
+            )
+        shape = tuple(previous.tokens.shape)
+        if (
+            not isinstance(resample, torch.Tensor)
+            or resample.dtype != torch.bool
+            or tuple(resample.shape) not in (shape, shape[1:])
+        ):
+            got = f"{resample.dtype} {list(resample.shape)}" if isinstance(resample, torch.Tensor) else repr(resample)
+            raise ValueError(
+                f"resample must be a bool tensor {list(shape[1:])} or {list(shape)}, got {got}: "
+                "one value for each token of the grid, row by row"
+            )
+        return resample.cpu().expand(shape)
+
+
+def _templated(prompt: str) -> str:
+    return f"<|User|>: {prompt.strip()}\n\n<|Assistant|>:{_IMAGE_START}"
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:
+    """None for a token that the tokenizer lacks; asked back, since an unknown token is the unknown word's id."""
+    found = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """DeepSeek's own pad token first: that is what its loop takes, whatever the tokenizer's configuration names."""
+    for token in (_DEEPSEEK_PAD, tokenizer.pad_token):
+        found = _token_id(tokenizer, token)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"the tokenizer has no pad token, which the unconditional row is made of: name one as pad_token in its "
+        f"tokenizer_config.json (DeepSeek's is {_DEEPSEEK_PAD})"
+    )
+
+
+def _check_request(prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text, expected a list of them: write [prompt]")
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty: give at least one")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds: give one seed for each prompt")
+
+
+def _load_transformers(folder: Path, dtype: torch.dtype) -> JanusForConditionalGeneration:
+    try:
+        model, report = JanusForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            # Reported, and refused below: transformers' own refusal does not say which.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the weights in {folder} do not load ({error}): fetch the model again") from error
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    misshapen = sorted(f"{name} {list(found)} for {list(wanted)}" for name, found, wanted in report["mismatched_keys"])
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: missing {_some(missing)}, "
+            f"unexpected {_some(unexpected)}, of another shape {_some(misshapen)}; fetch the model again"
+        )
+    _drop_unused(model)
+    return model
+
+
+def _load_deepseek(
+    folder: Path, config: dict[str, Any], device: torch.device | str, dtype: torch.dtype
+) -> JanusForConditionalGeneration:
+    with torch.device("meta"):
+        model = JanusForConditionalGeneration(deepseek.janus_config(config, str(folder)))
+    _drop_unused(model)
+    deepseek.load(model, folder, dtype=dtype, device=device)
+    # The one buffer, which no checkpoint holds.
+    language = model.model.language_model
+    language.rotary_emb = type(language.rotary_emb)(language.config)
+    return model
+
+
+def _drop_unused(model: JanusForConditionalGeneration) -> None:
+    """Takes away what sampling has no use for."""
+    del model.lm_head, model.model.vision_model, model.model.aligner
+    vq = model.model.vqmodel
+    del vq.encoder, vq.decoder, vq.quant_conv, vq.post_quant_conv
+
+
+def _store_by_columns(model: JanusForConditionalGeneration) -> None:
+    """As a CPU multiplies the few rows of a step fastest."""
+    together = [group for layer in model.model.language_model.layers for group in groups_of(layer)]
+    grouped = {layer for group in together for layer in group}
+    others = (layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in grouped)
+    for group in [*together, *((layer,) for layer in others)]:
+        lay_side_by_side(group)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder that holds a Janus model and its tokenizer."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist: give the folder of a Janus or Janus-Pro model")
+    absent = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(f"{folder} has no {' and no '.join(absent)}: fetch the whole model again")
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}): fetch it again") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in ("janus", deepseek.MODEL_TYPE):
+        raise ValueError(
+            f"{folder} holds a model of type {kind!r}, expected 'janus' or {deepseek.MODEL_TYPE!r}: choose a folder "
+            "with a Janus or Janus-Pro model"
+        )
+    return config
+
+
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]} x {grid[1]}"
+
+
+def _some(names: list[str]) -> str:
+    return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing"

@@ -1,0 +1,457 @@
+"""What a model family must offer: a token sampler, an image tokenizer, a latent codec, a diffusion backbone.
+
+Pipelines, nodes, commands and training depend on these alone; `registry` finds the family that reads a given file.
+
+Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dim, H W pixels, h' w' latent grid, C latent
+channels, L latent tokens of a backbone, F and G channels of its packed latent and context, M its token width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from .types import Codebook, TokenLogits
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How image tokens are drawn.
+
+    Attributes:
+        guidance: classifier-free guidance w; 1 is the prompt alone, 0 no prompt at all.
+        temperature: T >= 0; 0 takes the most likely code.
+        top_k, top_p: filters of the draw (`method.sampling`); None for none. The logits that are kept stay whole.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    guidance: float = 5.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        for name in ("guidance", "temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}: 0 takes the most likely code")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
+            raise ValueError(f"top_k must be a whole number of codes, or None for no filter; got {self.top_k!r}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], or be None for no filter; got {self.top_p!r}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Progress:
+    """How far a sampler is. It assumes no order of the positions.
+
+    Attributes:
+        done, total: units of work, such as positions of a row-by-row sampler or passes of a parallel one.
+        tokens: [B, N] int64, a view to read; what is not `known` yet is meaningless.
+        known: bool [B, N], True where a token is decided.
+    """
+
+    done: int
+    total: int
+    tokens: torch.Tensor
+    known: torch.Tensor
+
+
+OnProgress = Callable[[Progress], None]
+"""Called as sampling proceeds; what it raises ends the call."""
+
+OnLayer = Callable[[int, int], None]
+"""Called with (layers done, layers); what it raises ends the call."""
+
+
+@runtime_checkable
+class TokenSampler(Protocol):
+    """Turns prompts into token logits: one distribution for each position of an image's token grid.
+
+    Attributes:
+        name: written into what it samples.
+        grid: (h, w) of the token grid.
+        codebook: what the K columns of its logits mean.
+        module: its network, for hosts that move weights between devices.
+        default_guidance: the guidance its authors sample with.
+    """
+
+    name: str
+    grid: tuple[int, int]
+    codebook: Codebook
+    module: nn.Module
+    default_guidance: float
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights: what samples depend on besides the arguments of `sample`."""
+        ...
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that mean nothing to it, each once."""
+        ...
+
+    def known_words(self) -> list[str]:
+        """Every word it knows, if that is a list; empty for one that reads any text."""
+        ...
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        options: SamplingOptions,
+        previous: TokenLogits | None = None,
+        resample: torch.Tensor | None = None,
+        on_progress: OnProgress | None = None,
+        weights_resident: bool = False,
+    ) -> TokenLogits:
+        """Samples one image's tokens for each prompt, and keeps the logits each was drawn from.
+
+        A sample depends on its own prompt and seed, whatever else is in the batch. The global generator is not touched.
+
+        Args:
+            seeds: one a prompt.
+            previous, resample: an edit. Where `resample` (bool [N] or [B, N]) is False, the tokens and logits of
+                `previous` stay; both or neither.
+            weights_resident: a host's promise that its own linear layers compute what torch's do, and that all weights
+                stay on the device during the call.
+
+        Returns:
+            TokenLogits on the model's device: logits float32 [B, N, K] after guidance and temperature and before any
+            filter, source "vlm".
+
+        Raises:
+            ValueError: for arguments that do not fit each other or the model, and for logits that are not finite.
+        """
+        ...
+
+
+@runtime_checkable
+class ImageTokenizer(Protocol):
+    """Images to tokens with proxy logits, and tokens or code vectors to images.
+
+    Attributes:
+        name: for messages and records.
+        codebook: [K, D], unit rows.
+        factor: pixels a token side.
+        grid: (h, w) of the images that its VLM paints.
+        module: its network.
+    """
+
+    name: str
+    codebook: Codebook
+    factor: int
+    grid: tuple[int, int]
+    module: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """The token grid (h, w) of an image; a ValueError if a side is not a multiple of the factor."""
+        ...
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Image-token features before quantisation (Eq. 9): [B, 3, H, W] in -1..1 -> [B, N, D] float32."""
+        ...
+
+    def tokens(self, features: torch.Tensor) -> torch.Tensor:
+        """Nearest codes: [B, N, D] -> [B, N] int64."""
+        ...
+
+    def encode(self, pixels: torch.Tensor) -> TokenLogits:
+        """Proxy logits (Eqs. 9-10) and tokens of images [B, 3, H, W] in -1..1."""
+        ...
+
+    def decode_vectors(self, vectors: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Code vectors or mixtures of them [B, N, D] -> pixels [B, 3, H, W] in -1..1."""
+        ...
+
+    def decode_tokens(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Tokens [B, N] -> pixels [B, 3, H, W] in -1..1."""
+        ...
+
+    def working_memory(self, grid: tuple[int, int]) -> int:
+        """Bytes one image of this grid takes besides the weights, either way: an estimate."""
+        ...
+
+
+@runtime_checkable
+class LatentCodec(Protocol):
+    """Pixels to the latents that a backbone paints, and back.
+
+    Attributes:
+        factor: pixels a latent position, f.
+        channels: C.
+        module: its network; None where a host keeps it.
+        comfy_format: name of the class in ComfyUI's `latent_formats` that describes these latents; "" for none.
+    """
+
+    factor: int
+    channels: int
+    module: nn.Module | None
+    comfy_format: str
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] in -1..1 -> raw latents [B, C, h', w'] float32."""
+        ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Raw latents [B, C, h', w'] -> [B, 3, H, W] float32 in -1..1."""
+        ...
+
+    def normalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Raw latents to z0, what the backbone diffuses (Eq. 17)."""
+        ...
+
+    def denormalize(self, z: torch.Tensor) -> torch.Tensor:
+        """The inverse of `normalize`."""
+        ...
+
+    def preview(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """A cheap look at raw latents as pixels [B, 3, H, W] in -1..1; None if there is no cheap one."""
+        ...
+
+    def working_memory(self, height: int, width: int) -> int:
+        """Bytes one image of this size takes besides the weights, either way: an estimate."""
+        ...
+
+
+@runtime_checkable
+class StoredWeights(Protocol):
+    """Tensors by name that stay on disk until they are read (`models.checkpoints.StoredTensors`)."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def within(self, prefix: str) -> StoredWeights:
+        """Those whose names start with `prefix`, which is cut off."""
+        ...
+
+    def read(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of these names; all by default."""
+        ...
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A diffusion transformer that paints latents on the rectified-flow path, guided by condition tokens alone.
+
+    One instance wraps one network. What differs between networks is all here: how a latent and its mask become tokens,
+    how velocity is predicted, what is trained, what painting can do without, and how it is cut, streamed and compiled.
+
+    Attributes:
+        module: the network; its parameter names are those in bundles, below "transformer.".
+        token_width: M.
+        latent_channels: C.
+        patch: latent positions a side of one token.
+        blocks: its repeated blocks, in order of use.
+        block_names: the names of the lists that hold them.
+    """
+
+    module: nn.Module
+    token_width: int
+    latent_channels: int
+    patch: int
+    blocks: tuple[nn.Module, ...]
+    block_names: tuple[str, ...]
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents [B, C, h', w'] -> tokens [B, L, F]."""
+        ...
+
+    def unpack(self, packed: torch.Tensor, latent_size: tuple[int, int]) -> torch.Tensor:
+        """The inverse of `pack`."""
+        ...
+
+    def context(self, masked_latents: torch.Tensor, mask: torch.Tensor, factor: int) -> torch.Tensor:
+        """What it sees of an image to keep: normalised latents [B, C, h', w'] of the image with the masked part blank,
+        and the mask [B, 1, H, W] (1: paint) -> [B, L, G].
+
+        Args:
+            factor: the codec's pixels a latent.
+        """
+        ...
+
+    def velocity(
+        self,
+        packed: torch.Tensor,
+        context: torch.Tensor,
+        condition: torch.Tensor,
+        t: torch.Tensor,
+        latent_size: tuple[int, int],
+    ) -> torch.Tensor:
+        """n - z0 at time t (Eqs. 23-25).
+
+        Args:
+            packed: [B, L, F] noisy latents.
+            context: [B or 1, L, G] from `context`.
+            condition: [B, L, M], added to the tokens after their input projection (Eq. 23).
+            t: [B] in 0..1, 1 is pure noise; on the CPU.
+
+        Returns:
+            [B, L, F].
+        """
+        ...
+
+    def prepare(self, times: Sequence[float], like: torch.Tensor, on_layer: OnLayer | None = None) -> None:
+        """Call before steps at these times: computes now what all of them share, in the dtype and on the device of
+        `like`."""
+        ...
+
+    def default_shift(self, tokens: int, steps: int) -> float:
+        """Mu of the time shift its authors use for so many latent tokens and steps."""
+        ...
+
+    def unused(self, name: str) -> bool:
+        """Whether the weight of this name cannot reach the output, as it is used here; it is never read."""
+        ...
+
+    def drop_unused(self) -> None:
+        """Takes out of the network what `unused` names."""
+        ...
+
+    def trained_names(self, mode: str) -> Collection[str]:
+        """Parameter names that training in this mode changes: "attention", "all"."""
+        ...
+
+    def lora_layers(self) -> Collection[str]:
+        """Names of the linear layers that low-rank training adds to."""
+        ...
+
+    def fold(self, weights: StoredWeights) -> None:
+        """Takes out what painting can read from disk once a schedule; the network can then not be trained or saved."""
+        ...
+
+    @property
+    def folded(self) -> bool:
+        """Whether `fold` was called."""
+        ...
+
+    def stream(self, device: torch.device) -> None:
+        """Keeps the blocks in RAM, each on the device for its turn alone."""
+        ...
+
+    def compile(self) -> None:
+        """Compiles the blocks, one compilation for all of a kind."""
+        ...
+
+    def working_memory(self, batch: int, latent_size: tuple[int, int]) -> int:
+        """Bytes a step takes besides the weights: an estimate."""
+        ...
+
+
+@runtime_checkable
+class SamplerFamily(Protocol):
+    """A VLM: how its files are recognised and read. `registry` has one for each.
+
+    Attributes:
+        name: such as "janus".
+        expected: what it reads, in words for error messages.
+    """
+
+    name: str
+    expected: str
+
+    def reads(self, path: str) -> bool:
+        """Whether these files are this family's; looks at configurations, never at weights."""
+        ...
+
+    def load_sampler(
+        self,
+        path: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        int8: bool = False,
+        computes_on: torch.device | str | None = None,
+    ) -> TokenSampler:
+        """The sampler; a ValueError for files that are incomplete or do not fit.
+
+        Args:
+            int8: linear weights in 8 bits.
+            computes_on: where it will compute, if a host moves it from `device` later.
+        """
+        ...
+
+    def load_tokenizer(
+        self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> ImageTokenizer:
+        """The image tokenizer alone."""
+        ...
+
+    def published_tokenizer(self) -> ImageTokenizer:
+        """The published tokenizer's shapes on the meta device, for estimates of cost."""
+        ...
+
+
+@runtime_checkable
+class CodecFamily(Protocol):
+    """A kind of latent codec; attributes as `SamplerFamily`."""
+
+    name: str
+    expected: str
+
+    def reads(self, path: str) -> bool:
+        """Whether these files are this family's."""
+        ...
+
+    def load(self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LatentCodec:
+        """The codec; a ValueError for files that do not fit."""
+        ...
+
+    def published(self) -> LatentCodec:
+        """The published codec's shapes on the meta device."""
+        ...
+
+
+@runtime_checkable
+class BackboneFamily(Protocol):
+    """A kind of diffusion transformer.
+
+    Attributes:
+        name: such as "flux-fill".
+        class_name: of the network, as a `config.json` and a decoder card's `base_config` name it ("_class_name").
+        published_name, licence: of the published model.
+        codec: name of the `CodecFamily` whose latents it paints.
+    """
+
+    name: str
+    class_name: str
+    published_name: str
+    licence: str
+    codec: str
+
+    def config_of(self, path: str | None) -> dict[str, Any]:
+        """The configuration of a base model's files; of the published model for None and for a single file."""
+        ...
+
+    def build(self, config: Mapping[str, Any], *, guidance: float = 1.0) -> Backbone:
+        """A network with random weights, on torch's current device."""
+        ...
+
+    def find(self, path: str, backbone: Backbone, *, needs: str, without: Collection[str] = ()) -> StoredWeights:
+        """The weights of a base model's files by the network's names, checked and not read.
+
+        Args:
+            needs: what to call the model in errors.
+            without: names that need not be there.
+        """
+        ...

@@ -1,0 +1,111 @@
+"""Which family reads given files: the one list that a new family is added to.
+
+A family is one module or folder below `models` with an object of its protocol. It is imported when it is first asked
+for, so that naming a family costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .protocols import Backbone, BackboneFamily, CodecFamily, LatentCodec, SamplerFamily
+
+#: Module below this package, and the family's name in it.
+_SAMPLERS: tuple[tuple[str, str], ...] = ((".models.janus", "FAMILY"),)
+_CODECS: tuple[tuple[str, str], ...] = ((".models.vae", "FAMILY"),)
+_BACKBONES: tuple[tuple[str, str], ...] = ((".models.backbones.flux_fill", "FAMILY"),)
+
+_ADDED: ContextVar[tuple[Any, ...]] = ContextVar("families from outside this package", default=())
+
+
+@contextmanager
+def added(*families: SamplerFamily | CodecFamily | BackboneFamily) -> Iterator[None]:
+    """Within it these families are known too, and asked first: for a family that lives outside this package."""
+    token = _ADDED.set((*families, *_ADDED.get()))
+    try:
+        yield
+    finally:
+        _ADDED.reset(token)
+
+
+def samplers() -> list[SamplerFamily]:
+    """The known VLM families."""
+    return _all(SamplerFamily, _SAMPLERS)
+
+
+def codecs() -> list[CodecFamily]:
+    """The known kinds of latent codec."""
+    return _all(CodecFamily, _CODECS)
+
+
+def backbones() -> list[BackboneFamily]:
+    """The known kinds of diffusion transformer."""
+    return _all(BackboneFamily, _BACKBONES)
+
+
+def sampler_family(path: str | Path) -> SamplerFamily:
+    """The family that reads a VLM's files.
+
+    Raises:
+        ValueError: if there is nothing, or nothing that a family reads.
+    """
+    return _reader(path, samplers(), "VLM")
+
+
+def codec_family(path: str | Path) -> CodecFamily:
+    """The family that reads an autoencoder's files.
+
+    Raises:
+        ValueError: if there is nothing, or nothing that a family reads.
+    """
+    return _reader(path, codecs(), "autoencoder")
+
+
+def load_codec(path: str | Path, **options: Any) -> LatentCodec:
+    """The autoencoder in these files; `options` as `CodecFamily.load`.
+
+    Raises:
+        ValueError: as `codec_family` and the family's loader.
+    """
+    return codec_family(path).load(str(path), **options)
+
+
+def backbone_family(config: dict[str, Any]) -> BackboneFamily:
+    """The family of a network's configuration, by its "_class_name"; without one, the first, which wrote none.
+
+    Raises:
+        ValueError: for a class that no family builds.
+    """
+    known = backbones()
+    wanted = config.get("_class_name")
+    if wanted is None:
+        return _all(BackboneFamily, _BACKBONES)[0]
+    for family in known:
+        if family.class_name == wanted:
+            return family
+    names = ", ".join(family.class_name for family in known)
+    raise ValueError(f"the decoder's network is a {wanted!r}; known are {names}: update ComfyUI-DCDD")
+
+
+def build_backbone(config: dict[str, Any], *, guidance: float = 1.0) -> Backbone:
+    """A network of this configuration with random weights, on torch's current device."""
+    return backbone_family(config).build(config, guidance=guidance)
+
+
+def _all(protocol: type, listed: tuple[tuple[str, str], ...]) -> list[Any]:
+    own = [getattr(import_module(module, __package__), name) for module, name in listed]
+    return [*(family for family in _ADDED.get() if isinstance(family, protocol)), *own]
+
+
+def _reader(path: str | Path, families: list[Any], what: str) -> Any:
+    for family in families:
+        if family.reads(str(path)):
+            return family
+    found = "is there" if Path(path).exists() else "does not exist"
+    expected = "; or ".join(family.expected for family in families)
+    raise ValueError(f"{path} {found}, and no known {what} is in it: expected {expected}")

@@ -1,0 +1,129 @@
+"""What every stage of the pico build shares: where it works, on which device, and its recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dcdd_core.files import write_text
+from dcdd_core.method.sampling import keyed_generator
+
+from .scene_arrays import scene_images
+from .scenes import SceneFacts, scene_facts
+
+#: Where a build works, and where what is measured but not shipped is looked for.
+WORK = Path.home() / ".cache" / "dcdd" / "pico"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Numbers of the build. The defaults make the models to ship; tests shrink them.
+
+    Attributes:
+        compiled: see `training.recipe.DecoderTraining`.
+    """
+
+    size: int = 96
+    train_scenes: int = 40_000
+    held_out_scenes: int = 256
+    reader_steps: int = 700
+    tokenizer_steps: int = 4_000
+    tokenizer_batch: int = 8
+    vq_decoder_steps: int = 10_200
+    autoencoder_steps: int = 2_400
+    autoencoder_batch: int = 12
+    vae_decoder_steps: int = 7_000
+    guidance: float = 3.0
+    calibration_images: int = 100
+    janus_steps: int = 6_500
+    janus_batch: int = 16
+    decoder_steps: int = 12_000
+    decoder_batch: int = 16
+    decoder_learning_rate: float = 2e-3
+    decoder_shift: float = 1.5
+    choice_scenes: int = 1_024
+    variant_steps: int = 1_000
+    variant_seeds: int = 3
+    compiled: bool = False
+    seed: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Writes what made the weights of a folder beside them."""
+        write_text(folder / "recipe.json", json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Recipe:
+        """The recipe of the weights in a folder.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        try:
+            return cls(**json.loads((folder / "recipe.json").read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{folder} holds no recipe of a build ({error}): `make pico` writes one") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """One build: its folder, device and recipe, and the scenes they imply."""
+
+    folder: Path
+    device: torch.device
+    recipe: Recipe
+
+    @cached_property
+    def train_images(self) -> np.ndarray:
+        return scene_images(self.folder, "train", self.recipe.train_scenes, size=self.recipe.size)
+
+    @cached_property
+    def train_facts(self) -> list[SceneFacts]:
+        return scene_facts("train", self.recipe.train_scenes)
+
+    @cached_property
+    def held_out_images(self) -> np.ndarray:
+        """Calibration scenes: held out from training, and not the test scenes that the tables are made of."""
+        return scene_images(self.folder, "calibration", self.recipe.held_out_scenes, size=self.recipe.size)
+
+    @cached_property
+    def held_out_facts(self) -> list[SceneFacts]:
+        return scene_facts("calibration", self.recipe.held_out_scenes)
+
+    def settings(self, *names: str, **more: Any) -> dict[str, Any]:
+        """What a stage's result depends on, for its checkpoint: numbers of the recipe by name, and whatever else."""
+        common = ("size", "train_scenes", "seed")
+        return {name: getattr(self.recipe, name) for name in (*common, *names)} | more
+
+    def batch(self, stage: int, step: int, size: int) -> np.ndarray:
+        """Sorted indices [size] of the training scenes of one step, a function of (seed, stage, step)."""
+        drawn = torch.randint(
+            self.recipe.train_scenes, (size,), generator=keyed_generator(self.recipe.seed, stage, step)
+        )
+        return np.sort(drawn.numpy())
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """bfloat16 autocast, and on a CPU the plain attention: for such short sequences it is the faster one there."""
+        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+        with torch.autocast(self.device.type, dtype=torch.bfloat16), attention:
+            yield
+
+
+def digest(module: nn.Module) -> str:
+    """Twelve hexadecimal digits of a module's weights: names what was made with them."""
+    found = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]

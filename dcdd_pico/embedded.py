@@ -1,0 +1,26 @@
+"""Where the embedded models lie. Imports nothing of the library, so that the ComfyUI nodes can use it too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+WEIGHTS = Path(__file__).parent / "weights"
+NAME = "pico"
+
+
+def model_paths(weights: Path | None = None) -> dict[str, Path]:
+    """The paths of the embedded models, by the names that `dcdd_core.pipelines.load.load_models` gives them.
+
+    Args:
+        weights: their folder, if it is not the one that is shipped.
+
+    Raises:
+        ValueError: if the folder is missing.
+    """
+    weights = weights or WEIGHTS
+    if not weights.is_dir():
+        raise ValueError(
+            f"the embedded models are not at {weights}: install the pack again, or in a git clone "
+            "`git checkout -- dcdd_pico/weights`"
+        )
+    return {"vlm": weights / "janus", "decoder": weights / "decoder.safetensors", "vae": weights / "vae"}

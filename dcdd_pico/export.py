@@ -1,0 +1,62 @@
+"""Writes the shipped weights: half precision, the layouts of the real models."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch import nn
+from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from dcdd_core.models.decoder import DistributionConditionedDecoder, save_bundle
+
+from .build_context import Recipe
+from .train_janus import save_janus
+
+#: Git keeps every copy for ever.
+MOST_BYTES = 48 * 10**6
+
+
+def export(
+    weights: Path,
+    *,
+    janus: JanusForConditionalGeneration,
+    words: PreTrainedTokenizerFast,
+    vq: JanusVQVAE,
+    vae: AutoencoderKL,
+    decoder: DistributionConditionedDecoder,
+    reader: nn.Module,
+    recipe: Recipe,
+) -> None:
+    """Writes everything that `load_pico` and the table read, beside the folder first and then in its place.
+
+    The decoder's text stream stays behind; with `load_decoder(fold=False)` it can be trained further all the same.
+
+    Raises:
+        ValueError: if that is more than 48 MB; what was there before stays.
+    """
+    fresh = weights.with_name(weights.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    janus = copy.deepcopy(janus)
+    janus.model.vqmodel.load_state_dict(vq.state_dict())
+    save_janus(fresh / "janus", janus, words)
+    copy.deepcopy(vae).half().save_pretrained(fresh / "vae")
+    save_bundle(fresh / "decoder.safetensors", decoder, dtype=torch.float16)
+    tensors = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in reader.state_dict().items()}
+    save_file(tensors, fresh / "reader.safetensors")
+    recipe.save(fresh)
+    size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
+    if size > MOST_BYTES:
+        shutil.rmtree(fresh)
+        raise ValueError(f"the weights take {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f}: shrink a model")
+    if weights.exists():
+        for kept in weights.glob("*.md"):
+            shutil.copy2(kept, fresh)
+        shutil.rmtree(weights)
+    fresh.rename(weights)

@@ -1,0 +1,82 @@
+"""The embedded models, loaded: the generation pipeline's, and the scene reader that measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dcdd_core.evaluation.networks import FeatureNetwork, PerceptualNetwork
+from dcdd_core.models.checkpoints import fingerprint_of, load_strictly, read_tensors
+from dcdd_core.pipelines.load import Models, load_models
+
+from . import embedded
+from .reader import SceneReader
+
+
+def load_pico(
+    *,
+    device: torch.device | str = "cpu",
+    weights: Path | None = None,
+    with_sampler: bool = True,
+    compiled: bool = False,
+) -> Models:
+    """The embedded models, in float32.
+
+    Args:
+        weights: their folder, if it is not the one that is shipped.
+        with_sampler, compiled: see `load_models`.
+
+    Raises:
+        ValueError: if the weights are missing.
+    """
+    return load_models(
+        **embedded.model_paths(weights),
+        name=embedded.NAME,
+        device=device,
+        with_sampler=with_sampler,
+        compiled=compiled,
+    )
+
+
+def load_reader(*, device: torch.device | str = "cpu", weights: Path | None = None) -> SceneReader:
+    """The scene reader: reads facts, gives Frechet features and perceptual distances.
+
+    Raises:
+        ValueError: if its weights are missing.
+    """
+    with torch.device("meta"):
+        reader = SceneReader()
+    path = (weights or embedded.WEIGHTS) / "reader.safetensors"
+    load_strictly(reader, read_tensors(path, dtype=torch.float32, device=device), str(path))
+    return reader.eval().requires_grad_(False)
+
+
+def feature_network(*, device: torch.device | str = "cpu") -> FeatureNetwork:
+    """The scene reader's features, for Frechet distances between images of scenes.
+
+    Raises:
+        ValueError: as `load_reader`.
+    """
+    reader = load_reader(device=device)
+    return FeatureNetwork(
+        measure="Frechet",
+        name="pico's scene reader",
+        fingerprint=f"scene-reader-{fingerprint_of(reader.state_dict())}",
+        features=torch.no_grad()(reader.frechet_features),
+    )
+
+
+def perceptual_network(*, device: torch.device | str = "cpu") -> PerceptualNetwork:
+    """The scene reader's perceptual distance.
+
+    Raises:
+        ValueError: as `load_reader`.
+    """
+    reader = load_reader(device=device)
+    return PerceptualNetwork(
+        measure="perceptual",
+        name="pico's scene reader",
+        fingerprint=f"scene-reader-{fingerprint_of(reader.state_dict())}",
+        distance=torch.no_grad()(reader.perceptual_distance),
+    )

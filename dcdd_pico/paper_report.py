@@ -1,0 +1,330 @@
+"""The report on the embedded models, in the shape of the paper's tables: `python -m dcdd_pico.paper_report`.
+
+It writes `report.md`, plots and picture grids into `--docs`, from the sections of `measures` (kept in `--out`, and
+measured where they are not there yet). What people think of the numbers is in `<docs>/causes.md`, taken over as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dcdd_core.evaluation.figures import labelled_grid, save_image, score_lines, statistics_sheet
+from dcdd_core.evaluation.tables import markdown_table, statistics_rows
+from dcdd_core.files import write_text
+from dcdd_core.models.decoder import VARIANTS, load_decoder
+from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.types import TokenLogits
+
+from .build_context import Recipe
+from .scenes import scene_facts, scene_pixels
+from .sections import (
+    ABLATION,
+    BY_LOGITS,
+    READ,
+    SCORES,
+    SECTIONS,
+    SERVED,
+    STEP_COUNTS,
+    Bench,
+    Choice,
+    Rows,
+    measured,
+    parse,
+    token_statistics,
+)
+
+_SCORES = dict(zip(SCORES, ("rFID ↓", "SSIM ↑", "perceptual distance ↓"), strict=True))
+_ABLATION = dict(zip(ABLATION, (*_SCORES.values(), "gFID ↓"), strict=True))
+#: What a section needs first.
+_HOW = {"variants": "python -m dcdd_pico.ablation"}
+_VQ, _OURS = "VQ-VAE decode", "DCDD (LCDM + LC)"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A comparison that the paper makes: its words, its two figures, and where ours are (section, row, column)."""
+
+    words: str
+    theirs: tuple[float, float]
+    ours: tuple[tuple[str, str, str], tuple[str, str, str]]
+
+
+def _claim(words: str, theirs: tuple[float, float], section: str, rows: tuple[str, str], column: str) -> Claim:
+    first, second = rows
+    return Claim(words, theirs, ((section, first, column), (section, second, column)))
+
+
+#: arXiv 2603.13389, its Tables 2 (ImageNet), 3, 4 and 6.
+CLAIMS = (
+    _claim("rFID, DCDD to VQ-VAE", (0.7535, 2.8511), "reconstruction", (_OURS, _VQ), "frechet"),
+    _claim("SSIM, DCDD to VQ-VAE", (0.5957, 0.5786), "reconstruction", (_OURS, _VQ), "ssim"),
+    _claim("perceptual, DCDD to VQ-VAE", (0.1374, 0.1541), "reconstruction", (_OURS, _VQ), "perceptual"),
+    _claim("gFID, DCDD to VQ-VAE", (9.4160, 14.2888), "text", (BY_LOGITS, _VQ), "frechet"),
+    _claim("the same, DCDD as it is served", (9.4160, 14.2888), "text", (SERVED, _VQ), "frechet"),
+    _claim("rFID, LCDM to discrete", (31.2049, 33.5081), "means", ("lcdm", "discrete"), "frechet"),
+    _claim("SSIM, LCDM to discrete", (0.4275, 0.4244), "means", ("lcdm", "discrete"), "ssim"),
+    _claim("perceptual, LCDM to discrete", (0.4009, 0.4132), "means", ("lcdm", "discrete"), "perceptual"),
+    _claim("rFID, LCDM + LC to LCDM", (30.5760, 31.2049), "means", ("lcdm+lc", "lcdm"), "frechet"),
+    _claim("SSIM, LCDM + LC to LCDM", (0.4360, 0.4275), "means", ("lcdm+lc", "lcdm"), "ssim"),
+    _claim("perceptual, LCDM + LC to LCDM", (0.3875, 0.4009), "means", ("lcdm+lc", "lcdm"), "perceptual"),
+    _claim("rFID, 10 steps to 30", (20.8859, 17.6969), "steps", ("DCDD, 10 steps", "DCDD, 30 steps"), "frechet"),
+    _claim("SSIM, 10 steps to 30", (0.5995, 0.5954), "steps", ("DCDD, 10 steps", "DCDD, 30 steps"), "ssim"),
+)
+
+
+def agreement(results: Mapping[str, Rows]) -> str:
+    """The paper's ratios beside ours, those that are measured, and whether they point the same way."""
+    lines = [["", "paper", "pico", ""]]
+    for claim in CLAIMS:
+        try:
+            ours = [results[section][row][column] for section, row, column in claim.ours]
+        except KeyError:
+            lines.append([claim.words, f"{claim.theirs[0] / claim.theirs[1]:.3f}", "not measured", ""])
+            continue
+        paper, pico = claim.theirs[0] / claim.theirs[1], ours[0] / ours[1]
+        verdict = "as in the paper" if (paper - 1) * (pico - 1) > 0 else "**the other way**"
+        (section, first, column), (_, second, _) = claim.ours
+        if section == "means" and _overlap(results[section][first], results[section][second], column):
+            verdict += ", within the seeds' spread"
+        lines.append([claim.words, f"{paper:.3f}", f"{pico:.3f}", verdict])
+    return markdown_table(lines)
+
+
+def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
+    """The Markdown of the report; its pictures are those of `draw`.
+
+    Args:
+        results: section -> rows, of those sections that were measured (`measures.measured`).
+        causes: what is thought of the numbers, as Markdown.
+    """
+    recipe = Recipe.load(choice.weights)
+    parts = [
+        "# What the embedded models show, table by table",
+        "The tables of *High-Fidelity Text-to-Image Generation from Pre-Trained Vision-Language Models via "
+        "Distribution-Conditioned Diffusion Decoding* (arXiv 2603.13389), measured on pico: "
+        f"{choice.scenes:,} held-out scenes of 96 x 96 pixels, {choice.steps} Euler steps where nothing else is said. "
+        "Frechet distances (rFID, gFID) and perceptual distances are those of the scene reader, which took no part in "
+        "any training: they compare with each other, not with Inception's and LPIPS'.",
+        "## Beside the paper",
+        "Ratios, so that two worlds can be compared. The last column says only whether both lie on the same side of 1, "
+        "not whether they are equally far from it.",
+        agreement(results),
+        causes.strip(),
+    ]
+
+    def section(title: str, name: str, *blocks: str, besides: Sequence[str] = ()) -> None:
+        if name in results:
+            parts.append("\n\n".join([f"## {title}", *blocks, f"Measured by `{choice.command(name, *besides)}`."]))
+        else:
+            parts.append(f"## {title}\n\nNot measured: `{_HOW.get(name, choice.command(name))}`.")
+
+    rows = results.get("calibration", {})
+    section(
+        "Table 1 and Figure 6: the VLM's distributions, raw and calibrated proxies",
+        "calibration",
+        "Of the first 100 captions and scenes.",
+        markdown_table(statistics_rows({name: token_statistics(row) for name, row in rows.items()})),
+        "![Table 1 and Figure 6](report/table-1.png)",
+    )
+    section(
+        "Table 2: reconstruction",
+        "reconstruction",
+        _scores(results.get("reconstruction", {})),
+        "![Held-out scenes, reconstructed](report/table-2.png)",
+    )
+    rows = results.get("text", {})
+    details = [name for name in next(iter(rows.values()), {}) if name.startswith("frechet: ")]
+    heads = ["gFID ↓", *(f"F1 {fact} ↑" for fact in READ)]
+    chance = {name: row for name, row in results.get("reader", {}).items() if "frechet" in row}
+    rows = rows | chance
+    shapes = [name.removeprefix("frechet: ") for name in details]
+    section(
+        "Table 3: text to image",
+        "text",
+        "All decoders' rows from the same sampled tokens and logits. The facts that the reader finds in the pictures "
+        "stand in for GenEval."
+        + (" The last row is chance: the renderer's own pictures of the same facts." if chance else ""),
+        _table(heads, {name: [row["frechet"], *(row[f"F1 {fact}"] for fact in READ)] for name, row in rows.items()}),
+        "gFID by shape:",
+        _table(shapes, {name: [row[detail] for detail in details] for name, row in rows.items()}),
+        "![Captions, painted](report/table-3.png)",
+        besides=["reader"] if chance else [],
+    )
+    rows = results.get("means", {})
+    section(
+        "Table 4: what the decoder is conditioned on",
+        "variants",
+        f"Decoders trained from nothing, all for {recipe.variant_steps:,} steps (the shipped one: "
+        f"{recipe.decoder_steps:,}), each variant from {len(results.get('variants', {})) // len(VARIANTS)} seeds "
+        "(`python -m dcdd_pico.ablation`). "
+        "The mean, and the lowest and highest of the seeds. gFID is of the captions' pictures, from the logits as the "
+        "VLM gave them (beta = 0); the rest is reconstruction, as in the paper.",
+        markdown_table(
+            [
+                ["", *_ABLATION.values()],
+                *([name, *(_spread(row, column) for column in _ABLATION)] for name, row in rows.items()),
+            ]
+        ),
+        "![Every seed](report/table-4.png)",
+        "![Scenes, reconstructed by the first seed's decoders](report/table-4-pictures.png)",
+        "![Captions, painted by them from the same tokens and logits](report/table-4-captions.png)",
+    )
+    latency = _latency(results["latency"], results["text"]) if {"latency", "text"} <= set(results) else ""
+    section("Table 5: where the time goes", "latency", latency, besides=["text"])
+    section(
+        "Table 6: the number of steps",
+        "steps",
+        "On the first 512 scenes, all with the time shift that the decoder is served with (chosen at ten steps).",
+        _scores(results.get("steps", {})),
+        "![By number of steps](report/table-6.png)",
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(bench: Bench, results: Mapping[str, Rows], folder: Path, *, scenes: int = 5) -> None:
+    """Writes the plots and picture grids of the sections that were measured."""
+    captions = [facts.caption() for facts in scene_facts("test", scenes)]
+    sampled = bench.pico.sampler.sample(captions, seeds=range(scenes), guidance=bench.guidance)
+    if "calibration" in results:
+        columns = {name: token_statistics(row) for name, row in results["calibration"].items()}
+        save_image(statistics_sheet(columns), folder / "table-1.png")
+    if "reconstruction" in results:
+        save_image(_reconstructions(bench, scenes), folder / "table-2.png")
+    if "text" in results:
+        save_image(_generations(bench, sampled, scenes), folder / "table-3.png")
+    if "variants" in results:
+        by_seed = {name: [] for name in VARIANTS}
+        for name, row in results["variants"].items():
+            by_seed[name.partition(", ")[0]].append(row)
+        panels = {
+            head: {
+                f"seed {k}": [by_seed[name][k][column] for name in VARIANTS] for k in range(len(by_seed[VARIANTS[0]]))
+            }
+            for column, head in _ABLATION.items()
+        }
+        save_image(score_lines(panels, along=VARIANTS), folder / "table-4.png")
+        reconstructed, painted = _by_variants(bench, sampled, scenes)
+        save_image(reconstructed, folder / "table-4-pictures.png")
+        save_image(painted, folder / "table-4-captions.png")
+    if "steps" in results:
+        rows = results["steps"]
+        panels = {
+            head: {
+                "DCDD": [rows[f"DCDD, {count} steps"][column] for count in STEP_COUNTS],
+                _VQ: [rows[_VQ][column]] * len(STEP_COUNTS),
+            }
+            for column, head in _SCORES.items()
+        }
+        save_image(score_lines(panels, along=STEP_COUNTS, label="steps"), folder / "table-6.png")
+
+
+def _overlap(first: Mapping[str, float], second: Mapping[str, float], column: str) -> bool:
+    (a, b), (c, d) = ((row[f"{column}: lowest"], row[f"{column}: highest"]) for row in (first, second))
+    return a <= d and c <= b
+
+
+def _reconstructions(bench: Bench, count: int) -> Image.Image:
+    pico, part = bench.pico, slice(0, count)
+    pixels = scene_pixels(bench.images[part], pico.vq.device)
+    grid = pico.vq.encode(pixels)
+    condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
+    columns = {
+        "scene": pixels,
+        _VQ: pico.vq.decode_tokens(grid.tokens, grid.grid),
+        "DCDD": bench.paint(pico.decoder, condition, part),
+    }
+    return _grid(columns, count)
+
+
+def _generations(bench: Bench, sampled: TokenLogits, count: int) -> Image.Image:
+    pico = bench.pico
+    condition = condition_for(pico.decoder.card, sampled, pico.vq.codebook)
+    columns = {
+        _VQ: pico.vq.decode_tokens(sampled.tokens, sampled.grid),
+        "DCDD": bench.paint(pico.decoder, condition, slice(0, count)),
+    }
+    return _grid(columns, count)
+
+
+def _by_variants(bench: Bench, sampled: TokenLogits, count: int) -> tuple[Image.Image, Image.Image]:
+    """Reconstructions by the decoders of each variant's first seed, and what they paint of captions."""
+    vq = bench.pico.vq
+    pixels = scene_pixels(bench.images[:count], vq.device)
+    scenes = {"scene": pixels}
+    captions = {_VQ: vq.decode_tokens(sampled.tokens, sampled.grid)}
+    for variant in VARIANTS:
+        path = next(path for name, path in bench.variants.items() if name.startswith(f"{variant}, "))
+        decoder = load_decoder(path, device=vq.device, dtype=bench.pico.decoder.dtype)
+        for columns, grid in ((scenes, vq.encode(pixels)), (captions, sampled)):
+            condition = condition_for(decoder.card, grid, vq.codebook)
+            columns[variant] = bench.paint(decoder, condition, slice(0, count))
+    return _grid(scenes, count), _grid(captions, count)
+
+
+def _grid(columns: Mapping[str, torch.Tensor], count: int) -> Image.Image:
+    captions = [facts.caption() for facts in scene_facts("test", count)]
+    rows = [[pixels[i] for pixels in columns.values()] for i in range(count)]
+    return labelled_grid(rows, columns=list(columns), captions=captions)
+
+
+def _scores(rows: Rows) -> str:
+    return _table(list(_SCORES.values()), {name: [row[column] for column in _SCORES] for name, row in rows.items()})
+
+
+def _spread(row: Mapping[str, float], column: str) -> str:
+    return f"{row[column]:.4g} ({row[f'{column}: lowest']:.4g} to {row[f'{column}: highest']:.4g})"
+
+
+def _latency(stages: Rows, text: Rows) -> str:
+    seconds = {name: row["seconds"] for name, row in stages.items()}
+    plain = seconds["Janus"] + seconds[_VQ]
+    ours = sum(value for name, value in seconds.items() if name != _VQ)
+    split = _table(["seconds"], {name: [value] for name, value in seconds.items()})
+    trade = markdown_table(
+        [
+            ["", "gFID ↓", "seconds ↓"],
+            ["Janus + VQ-VAE", f"{text[_VQ]['frechet']:.4g}", f"{plain:.4g}"],
+            ["Janus + DCDD", f"{text[SERVED]['frechet']:.4g}", f"{ours:.4g}"],
+            ["change", f"{text[SERVED]['frechet'] / text[_VQ]['frechet'] - 1:+.1%}", f"{ours / plain - 1:+.1%}"],
+        ]
+    )
+    words = (
+        "One picture at a time, the median of seven, on the machine that wrote this report. In the paper (Janus-Pro 7B "
+        "and FLUX.1-Fill on a GPU): 11.86 s with the VQ-VAE, 15.56 s with the decoder, +31.2 %. pico's language model "
+        "is some thousand times smaller than its namesake, and so is its decoder: how the two share the time says "
+        "nothing of the real ones."
+    )
+    return f"{words}\n\n{split}\n\n{trade}"
+
+
+def _table(heads: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
+    lines = ([name, *(f"{value:.4g}" for value in values)] for name, values in rows.items())
+    return markdown_table([["", *heads], *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the report is written")
+    chosen, choice = parse(parser)
+    sections = [name for name in SECTIONS if name != "variants" or choice.variants]
+    bench, results = measured(choice, sections)
+    with torch.no_grad():
+        draw(bench, results, chosen.docs / "report")
+    causes = chosen.docs / "causes.md"
+    text = report(
+        results,
+        choice=choice,
+        causes=causes.read_text("utf-8") if causes.exists() else "",
+    )
+    write_text(chosen.docs / "report.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Scenes by the ten thousand: rendered once, kept as one memory-mapped array."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from dcdd_core.files import whole_file
+
+from .scenes import Split, render_scene
+
+
+def scene_images(folder: Path, split: Split, count: int, *, size: int = 96) -> np.ndarray:
+    """The first `count` scenes of a split as a read-only memory map [count, size, size, 3] uint8.
+
+    Rendered on all cores the first time, into `folder`.
+    """
+    path = folder / f"scenes-{split}-{count}-{size}.npy"
+    if not path.exists():
+        chunk = 500
+        jobs = [(split, start, min(count, start + chunk), size) for start in range(0, count, chunk)]
+        with whole_file(path) as temporary:
+            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
+            with ProcessPoolExecutor(os.cpu_count()) as pool:
+                for (_, start, stop, _), block in zip(jobs, pool.map(_render_range, jobs)):
+                    images[start:stop] = block
+            images.flush()
+            del images
+    return np.load(path, mmap_mode="r")
+
+
+def _render_range(job: tuple[Split, int, int, int]) -> np.ndarray:
+    split, start, stop, size = job
+    return np.stack([render_scene(split, index, size=size).image for index in range(start, stop)])

@@ -1,0 +1,117 @@
+"""Running out of memory: smaller parts, the same result."""
+
+import pytest
+import torch
+
+from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.janus.sampler import JanusSampler
+from dcdd_core.models.janus.token_loop import TokenLoop
+from dcdd_core.models.vae import KLAutoencoder
+from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.pipelines.decode import decode, decode_tokens
+from dcdd_core.pipelines.oom import in_parts
+from dcdd_core.pipelines.sample import sample
+from dcdd_core.types import DCDDWarning, TokenLogits
+from tests.tiny import tiny_condition, tiny_decoder, tiny_janus, tiny_vae
+
+
+def fails_above(most, error):
+    def run(first, last):
+        if last - first > most:
+            raise error
+        return [first, last]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA's own"),
+        MemoryError(),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.44 GB, other allocations: 1.02 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["cuda", "python", "mps", "linux", "windows", "cublas"],
+)
+def test_every_allocators_failure_halves_the_batch(error):
+    sizes = []
+    assert in_parts(fails_above(2, error), 7, on_split=sizes.append) == [[0, 2], [2, 4], [4, 6], [6, 7]]
+    assert sizes == [4, 2]
+
+
+def test_a_single_item_that_does_not_fit_is_told_with_the_remedy():
+    with pytest.raises(RuntimeError, match=r"even for a single picture: buy some"), pytest.warns(DCDDWarning):
+        in_parts(fails_above(0, torch.OutOfMemoryError()), 2, remedy="buy some")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("sizes do not fit"), ValueError("out of memory"), KeyboardInterrupt()])
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)):
+        in_parts(fails_above(1, error), 3)
+
+
+def scarce(monkeypatch, kind, name, most=1):
+    """For more than so many pictures there is no memory, the second time that it is asked for; what was tried."""
+    step, tried = getattr(kind, name), []
+
+    def limited(self, pictures, *rest):
+        tried.append(len(pictures))
+        if len(pictures) > most and tried.count(len(pictures)) > 1:
+            raise torch.OutOfMemoryError
+        return step(self, pictures, *rest)
+
+    monkeypatch.setattr(kind, name, limited)
+    return tried
+
+
+def test_painting_in_parts_gives_the_batch(monkeypatch):
+    models, condition = (tiny_decoder(), KLAutoencoder(tiny_vae())), tiny_condition(3)
+    draw = torch.Generator().manual_seed(0)
+    part = {"image": torch.rand(3, 3, 16, 16, generator=draw), "mask": torch.ones(1, 1, 16, 16)}
+    whole = decode(*models, condition, seeds=[5, 6, 7], **part)
+    tried, told = scarce(monkeypatch, DistributionConditionedDecoder, "forward"), []
+    with pytest.warns(DCDDWarning, match="going on with 1 pictures at a time"):
+        split = decode(*models, condition, seeds=[5, 6, 7], on_step=lambda i, n, z: told.append((i, len(z))), **part)
+    assert tried == [3, 3, 2, 2, *[1] * 9]
+    assert told == [(1, 3), (1, 2), *[(i, 1) for i in (1, 2, 3)] * 3]
+    torch.testing.assert_close(split.latents, whole.latents)
+    torch.testing.assert_close(split.pixels, whole.pixels)
+
+
+def test_sampling_in_parts_gives_the_batch(monkeypatch):
+    sampler, prompts, seeds = (
+        JanusSampler(*tiny_janus()),
+        ["a red circle", "blue", "a green square on the left"],
+        [3, 4, 5],
+    )
+    options = {"guidance": 2.0, "temperature": 0.9, "top_k": 20}
+    whole = sample(sampler, prompts, seeds=seeds, **options)
+    tried = scarce(monkeypatch, TokenLoop, "_embed", most=2)
+    with pytest.warns(DCDDWarning, match="going on with 2 pictures"):
+        split = sample(sampler, prompts, seeds=seeds, **options)
+    assert tried[:2] == [3, 3] and set(tried[2:]) == {1, 2}
+    assert torch.equal(split.tokens, whole.tokens)
+    torch.testing.assert_close(split.logits, whole.logits, rtol=1e-4, atol=1e-4)
+    assert (split.guidance, split.temperature, split.grid) == (2.0, 0.9, whole.grid)
+    with pytest.raises(ValueError, match="3 prompts came with 4 seeds"):
+        sample(sampler, prompts, seeds=[1, 2, 3, 4])
+
+
+def test_tokens_are_decoded_in_parts_too(monkeypatch):
+    model, _ = tiny_janus()
+    vq, tokens = VQTokenizer(model.model.vqmodel), torch.arange(48).reshape(3, 16)
+    grid = TokenLogits(torch.zeros(3, 16, 64), tokens, (4, 4))
+    whole = decode_tokens(vq, grid)
+    decode_all = VQTokenizer.decode_tokens
+
+    def limited(self, some, shape):
+        if len(some) > 1:
+            raise torch.OutOfMemoryError
+        return decode_all(self, some, shape)
+
+    monkeypatch.setattr(VQTokenizer, "decode_tokens", limited)
+    with pytest.warns(DCDDWarning):
+        torch.testing.assert_close(decode_tokens(vq, grid), whole)

@@ -1,0 +1,410 @@
+"""The decoder's loss and its training: what is trained, how steps are made, and what is kept of them."""
+
+import os
+import random
+import shutil
+import sys
+from functools import partial
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors import safe_open
+
+from dcdd_core.method.flow import interpolate, shift_time, velocity
+from dcdd_core.method.latents import pack
+from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.training import run_state as checkpoint
+from dcdd_core.training.batches import Batches, Share
+from dcdd_core.training.ema import MovingAverage
+from dcdd_core.training.examples import ExampleMaker
+from dcdd_core.training.log import read_log
+from dcdd_core.training.optimizers import adamw_8bit
+from dcdd_core.training.recipe import DecoderTraining, decoder_loss
+from dcdd_core.training.simple_loop import moving_average
+from dcdd_core.training.sources import open_pictures
+from dcdd_core.training.trainable import choose_trained
+from dcdd_core.training.trainer import Evaluation, train_decoder
+from tests.tiny import tiny_decoder
+from tests.training import runs
+from tests.training.runs import encoders, example, files_of_at_most, forked, kill_at, losses, png_folder, run
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="an optional optimiser")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return png_folder(tmp_path_factory.mktemp("pictures") / "folder")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, pictures):
+    """An uninterrupted run of 8 steps, which tests do not write to, and the decoder it gave."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run(folder, pictures)
+
+
+def by_hand(decoder, pictures, share, numbers, *, seed=0):
+    """The losses of a share's first batches, which have these numbers among those of all processes."""
+    vq, vae, geometry = encoders()
+    make, recipe = ExampleMaker(decoder.card, vq, vae, geometry, localised=0.3), DecoderTraining(steps=1)
+    stream = iter(Batches(open_pictures(pictures, geometry), size=2, share=share))
+    found = []
+    for number in numbers:
+        draw = keyed_generator(seed, number)
+        found.append(decoder_loss(decoder, make(next(stream), draw), draw, recipe))
+    return torch.stack(found)
+
+
+def test_the_loss_is_zero_for_the_true_velocity_and_its_square_for_none(monkeypatch):
+    decoder, data, recipe = tiny_decoder(), example(), DecoderTraining(steps=1)
+    seen = {}
+
+    def truth(packed, condition, t, size):
+        # z_t and z0 give the noise: n = (z_t - (1 - t) z0) / t
+        z0, z_t, t = pack(data.latents), packed[..., :64], t[:, None, None]
+        noise = (z_t - (1 - t) * z0) / t
+        seen["target"] = noise - z0
+        return seen["target"]
+
+    monkeypatch.setattr(decoder, "forward", truth)
+    assert float(decoder_loss(decoder, data, keyed_generator(1), recipe)) < 1e-8
+    monkeypatch.setattr(decoder, "forward", lambda packed, *rest: torch.zeros_like(packed[..., :64]))
+    zero = float(decoder_loss(decoder, data, keyed_generator(1), recipe))
+    assert zero == pytest.approx(float(seen["target"].square().mean()), rel=1e-5)
+
+
+def test_a_shift_moves_the_times_that_are_drawn(monkeypatch):
+    decoder, data, seen = tiny_decoder(), example(), []
+    monkeypatch.setattr(decoder, "forward", lambda packed, condition, t, size: (seen.append(t), packed[..., :64])[1])
+    for shift in (0.0, 1.5):
+        decoder_loss(decoder, data, keyed_generator(1), DecoderTraining(steps=1, shift=shift))
+    torch.testing.assert_close(seen[1], shift_time(seen[0], 1.5))
+
+
+def test_path_and_target_agree():
+    z0, n = torch.randn(2, 4), torch.randn(2, 4)
+    step = interpolate(z0, n, 0.75) - interpolate(z0, n, 0.25)
+    torch.testing.assert_close(step / 0.5, velocity(z0, n))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_lowers_the_loss(tmp_path, optimizer):
+    one = png_folder(tmp_path / "one", count=1)
+    trained = run(tmp_path / "run", one, steps=30, optimizer=optimizer, save_every=30)
+    found = [line["loss"] for line in read_log(tmp_path / "run")]
+    assert sum(found[-9:]) / 9 < 0.6 * sum(found[:3]) / 3
+    assert not any(p.requires_grad for p in trained.parameters()) and not trained.training
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "accumulation": 2},
+        {"optimizer": "muon"},
+        {"what": "lora"},
+        pytest.param({"optimizer": "adamw8bit"}, marks=needs_torchao),
+    ],
+)
+def test_killed_and_resumed_it_is_the_uninterrupted_run(tmp_path, pictures, changes):
+    at = random.randrange(2, 8 * changes.get("accumulation", 1))
+    folder = tmp_path / f"killed-at-{at}"
+    with torch.compiler.set_stance("force_eager"):  # torchao would compile its update for each shape, for minutes
+        whole = run(tmp_path / "whole", pictures, **changes)
+        assert forked(lambda: run(folder, pictures, on_batch=kill_at(at), **changes)) == [-9]
+        resumed = run(folder, pictures, **changes)
+    assert losses(folder) == losses(tmp_path / "whole")
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+
+
+@needs_fork
+def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, pictures):
+    at = random.randrange(1, 8)
+    together = partial(forked, world=2, clean=True)
+    assert together(partial(run, tmp_path / "whole", pictures)) == [0, 0]
+    assert -9 in together(partial(run, tmp_path / "cut", pictures, on_batch=kill_at(at)))
+    assert together(partial(run, tmp_path / "cut", pictures)) == [0, 0]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 8
+    firsts = [by_hand(tiny_decoder(), pictures, Share(rank=k, world=2), [k]) for k in (0, 1)]
+    assert losses(tmp_path / "whole")[0][1] == pytest.approx(float(torch.cat(firsts).detach().mean()), rel=1e-4)
+    average = [checkpoint.load_average(tmp_path / name / "checkpoints" / "step-00000008") for name in ("cut", "whole")]
+    assert all(torch.equal(value, average[1][name]) for name, value in average[0].items())
+    # Their batches are not those of one process, and its checkpoints not theirs.
+    with pytest.raises(ValueError, match="processes 2 -> 1"):
+        run(tmp_path / "cut", pictures)
+
+
+@needs_fork
+@pytest.mark.parametrize("moment", ["written", "renamed"])
+def test_killed_within_a_save_one_checkpoint_stays(tmp_path, pictures, whole, monkeypatch, moment):
+    replace, kill = checkpoint.os.replace, kill_at(0)
+
+    def dying(source, target):
+        if "step-00000006" in str(target):
+            if moment == "renamed":
+                replace(source, target)
+            kill(0)
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.os, "replace", dying)
+        assert forked(lambda: run(tmp_path / "cut", pictures)) == [-9]
+    left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert left == ["step-00000003", "step-00000006" + (".tmp" if moment == "written" else "")]
+    run(tmp_path / "cut", pictures)
+    assert losses(tmp_path / "cut") == losses(whole[0])
+    left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert left == ["step-00000006", "step-00000008"]
+
+
+def test_a_step_is_the_mean_of_its_batches_each_with_draws_of_its_number(tmp_path, pictures):
+    run(tmp_path, pictures, steps=2, accumulation=2, learning_rate=1e-12, seed=3)
+    decoder = tiny_decoder()
+    found = by_hand(decoder, pictures, Share(), range(4), seed=3)
+    logged = [line["loss"] for line in read_log(tmp_path)]
+    assert logged == pytest.approx(found.detach().reshape(2, 2).mean(dim=1).tolist(), rel=1e-4)
+    decoder.zero_grad()
+    found[:2].mean().backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in decoder.parameters() if p.grad is not None])
+    assert read_log(tmp_path)[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_frozen_weights_stay_and_are_not_saved(tmp_path, pictures):
+    decoder = tiny_decoder()
+    decoder.requires_grad_(False)
+    decoder.adapter.requires_grad_(True)
+    before = {k: v.clone() for k, v in decoder.state_dict().items()}
+    trained = run(tmp_path, pictures, steps=2, decoder=decoder)
+    moved = {k for k, v in trained.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and all(name.startswith("adapter.") for name in moved)
+    with safe_open(tmp_path / "checkpoints" / "step-00000002" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == {f"decoder.{name}" for name in before if name.startswith("adapter.")}
+
+
+def test_activations_computed_again_change_nothing(tmp_path, pictures):
+    calls = []
+    plain = run(tmp_path / "plain", pictures, steps=2)
+    decoder = tiny_decoder()
+    choose_trained(decoder, "all")
+    block = decoder.transformer.transformer_blocks[0]
+    forward = block.forward
+    block.forward = lambda *args: calls.append(1) or forward(*args)
+    again = run(tmp_path / "again", pictures, steps=2, decoder=decoder, recomputed=True)
+    assert len(calls) == 4  # twice a step
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile wants a C++ compiler on a CPU")
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_compiled_training_is_the_plain_one_to_rounding(tmp_path, pictures, recomputed):
+    plain = run(tmp_path / "plain", pictures, steps=6).state_dict()
+    compiled = run(tmp_path / "compiled", pictures, steps=6, compiled=True, recomputed=recomputed).state_dict()
+    assert list(plain) == list(compiled)  # Names of a checkpoint do not depend on it.
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_mixed_precision_is_entered_where_accelerate_does_not(tmp_path, pictures, monkeypatch):
+    def half():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found = Accelerator(cpu=True, mixed_precision="bf16")
+        found.native_amp = False  # as for DeepSpeed; what FSDP2 prepares is left alone too
+        return found
+
+    monkeypatch.setattr(runs, "accelerator", half)
+    decoder = tiny_decoder().bfloat16()
+    choose_trained(decoder, "adapter")
+    run(tmp_path, pictures, decoder=decoder, steps=1)
+    assert len(losses(tmp_path)) == 1
+
+
+def test_the_gradient_may_have_no_length_or_a_plain_number(tmp_path, pictures, monkeypatch):
+    found = iter([None, 2.0, torch.tensor(4.0)])
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: next(found))
+    run(tmp_path, pictures, steps=3, log_every=3)
+    assert [line["gradient_norm"] for line in read_log(tmp_path)] == [3.0]
+
+
+def test_what_was_not_logged_yet_is_kept(tmp_path, pictures):
+    def stop(k):
+        if k == 4:
+            raise KeyboardInterrupt
+
+    options = {"steps": 6, "save_every": 3, "log_every": 2}
+    run(tmp_path / "whole", pictures, **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", pictures, on_batch=stop, **options)
+    run(tmp_path / "cut", pictures, **options)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(tmp_path, pictures):
+    decoder = tiny_decoder()
+
+    def poison(k):
+        if k == 4:
+            with torch.no_grad():
+                decoder.adapter.fuse.bias.fill_(torch.nan)
+
+    with pytest.raises(
+        FloatingPointError, match="loss, gradient_norm stopped being finite before step 5.*--bundle-now"
+    ):
+        run(tmp_path, pictures, decoder=decoder, on_batch=poison)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    assert len(losses(tmp_path)) == 4
+
+
+def test_a_weight_that_turns_nan_in_a_saving_step_is_not_saved(tmp_path, pictures, monkeypatch):
+    decoder, update = tiny_decoder(), MovingAverage.update
+    steps = iter(range(100))
+
+    def poisoned(self):
+        if next(steps) == 5:  # the last thing of the sixth step, whose loss was fine
+            with torch.no_grad():
+                decoder.adapter.fuse.bias.fill_(torch.nan)
+        update(self)
+
+    monkeypatch.setattr(MovingAverage, "update", poisoned)
+    with pytest.raises(FloatingPointError, match="a weight stopped being finite before step 6"):
+        run(tmp_path, pictures, decoder=decoder)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, pictures, whole):
+    words = r"step 6 could not be written .*the one before it, .*step-00000003, is whole"
+    with files_of_at_most() as limit, pytest.raises(OSError, match=words):
+        run(tmp_path / "full", pictures, on_batch=lambda k: limit(20_000) if k == 4 else None)
+    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003"]
+    run(tmp_path / "full", pictures)
+    assert losses(tmp_path / "full") == losses(whole[0])
+
+
+def test_a_log_on_a_full_disk_is_said_and_gone_on_with(tmp_path, pictures, whole):
+    log = tmp_path / "log.jsonl"
+    words = r"log\.jsonl could not be written \(OSError: .*GB are free at .*The last checkpoint, if there is one, stays"
+    with files_of_at_most() as limit, pytest.raises(OSError, match=words):
+        run(tmp_path, pictures, on_batch=lambda k: limit(log.stat().st_size + 10) if k == 4 else None)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    run(tmp_path, pictures)
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def test_a_sheet_is_whole_or_a_full_disk_is_said(tmp_path, pictures):
+    noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(3 * 64 * 64))
+    options = {"evaluate": lambda _: Evaluation(sheet=noise), "evaluate_every": 4}
+    words = r"step-00000004\.png could not be written .*GB are free there; make room and do the same again"
+    with files_of_at_most() as limit, pytest.raises(OSError, match=words):
+        run(tmp_path, pictures, on_batch=lambda k: limit(5_000) if k == 3 else None, **options)
+    assert not list((tmp_path / "samples").iterdir())
+    run(tmp_path, pictures, **options)
+    with Image.open(tmp_path / "samples" / "step-00000004.png") as sheet:
+        assert sheet.tobytes() == noise.tobytes()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):
+    run(tmp_path, pictures, steps=3)
+    for changes, words in (
+        ({"steps": 4}, "recipe.steps 3 -> 4"),
+        ({"steps": 3, "optimizer": "muon"}, "recipe.optimizer 'adamw' -> 'muon'"),
+        ({"steps": 3, "batch": 1}, "batch 2 -> 1"),
+        ({"steps": 3, "decoder": tiny_decoder(variant="lcdm", calibration=None)}, "card.variant 'lcdm.lc' -> 'lcdm'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(tmp_path, pictures, **changes)
+    other = png_folder(tmp_path / "other", count=5)
+    with pytest.raises(ValueError, match="saved from other data"):
+        run(tmp_path, other, steps=3)
+    newest = tmp_path / "checkpoints" / "step-00000003"
+    for name in ("average.safetensors", "optimizer.bin"):
+        whole, words = (newest / name).read_bytes(), "is damaged .*delete it to go on from the one before it"
+        for broken in (b"", b"cut short", whole[:-50]):
+            (newest / name).write_bytes(broken)
+            with pytest.raises(ValueError, match=words):
+                run(tmp_path, pictures, steps=3)
+        (newest / name).write_bytes(whole)
+    for told in ('{"format": "dcdd trai', '{"format": "another"}'):
+        (newest / "training.json").write_text(told)
+        with pytest.raises(ValueError, match="step-00000003 is no checkpoint of a training .*delete it to go on"):
+            run(tmp_path, pictures, steps=3)
+
+
+def test_how_a_step_is_computed_may_change_on_the_way(tmp_path, pictures, whole):
+    def stop(k):
+        if k == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, pictures, on_batch=stop)
+    run(tmp_path, pictures, recomputed=True)
+    for found, expected in zip(losses(tmp_path), losses(whole[0]), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin", "words"),
+    [
+        ("FSDP", {"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "FSDP1: .* set fsdp_version: 2"),
+        ("DEEPSPEED", {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, "stage 3: .* set zero_stage: 2"),
+    ],
+)
+def test_weights_cut_up_in_ways_that_are_not_known_are_refused(tmp_path, kind, plugin, words):
+    workers = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(**plugin))
+    with pytest.raises(ValueError, match=words):
+        train_decoder(
+            tmp_path / "run", tiny_decoder(), None, None, DecoderTraining(steps=1), accelerator=workers, settings={}
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_only_restored(tmp_path, pictures):
+    first, seen = run(tmp_path, pictures, steps=3).state_dict(), []
+    again = run(tmp_path, pictures, steps=3, on_batch=seen.append).state_dict()
+    assert not seen and all(torch.equal(first[name], value) for name, value in again.items())
+
+
+def test_the_average_is_what_is_looked_at_and_what_comes_out(tmp_path, pictures, whole):
+    seen = []
+
+    def evaluate(decoder):
+        seen.append({name: value.clone() for name, value in decoder.state_dict().items()})
+        return Evaluation(numbers={"looks": len(seen)})
+
+    looked = run(tmp_path / "looked", pictures, evaluate=evaluate, evaluate_every=4)
+    assert [line["eval/looks"] for line in read_log(tmp_path / "looked") if "eval/looks" in line] == [1, 2]
+    for name, value in whole[1].state_dict().items():  # Looking changes nothing.
+        assert torch.equal(looked.state_dict()[name], value) and torch.equal(seen[1][name], value), name
+    assert not torch.equal(seen[0]["adapter.fuse.weight"], seen[1]["adapter.fuse.weight"])
+
+
+@needs_torchao
+def test_weights_in_parts_are_updated_by_torchao_alone(monkeypatch):
+    weights, options = {"w": torch.nn.Parameter(torch.zeros(4))}, {"betas": (0.9, 0.99), "weight_decay": 0.0}
+    other = SimpleNamespace(AdamW8bit=lambda *args, **options: "bitsandbytes")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=other))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", other)
+    assert adamw_8bit(weights, **options) == {"optimizer": "bitsandbytes"}
+    assert type(adamw_8bit(weights, **options, sharded=True)["optimizer"]).__module__.startswith("torchao.")
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ValueError, match=r"parts \(FSDP\) needs torchao: install it, or take the optimiser 'adamw'"):
+        adamw_8bit(weights, **options, sharded=True)
+
+
+def test_the_average_is_that_of_the_other_trainings():
+    module = torch.nn.Linear(3, 1)
+    weights = dict(module.named_parameters())
+    ours, other = MovingAverage(weights, 0.9), moving_average(module, 0.9)
+    for _ in range(30):
+        with torch.no_grad():
+            module.weight.add_(torch.randn(1, 3))
+        ours.update()
+        other.update_parameters(module)
+    torch.testing.assert_close(ours.whole()["weight"], other.module.weight.data)
