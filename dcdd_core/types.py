@@ -134,7 +134,7 @@ class TokenLogits:
         guidance, temperature: how they were sampled; None for proxy logits.
         model: name of the model that made them.
         codebook: fingerprint of the codebook that the K columns mean; None if unknown.
-        calibrated: whether a calibration is in them already (`method.calibration.calibrate`).
+        calibrated: whether a calibration is in them already (`method.calibration.apply_calibration`).
 
     Raises:
         ValueError: if any of this does not hold.
@@ -296,7 +296,7 @@ class Calibration:
 
     q = softmax(s (a cos + b)), p = (1 - eps) q + eps / K. The bias b cancels in the softmax and s, a act as one number:
     the four names are kept for the paper's sake, the freedom is (s a, eps). For a VLM's logits only eps and the anchor
-    act (`method.calibration.apply`).
+    act (`method.calibration.to_probabilities`).
 
     Attributes:
         scale, affine_scale, affine_bias, smoothing: s > 0, a > 0, b, and eps in 0..1 (excluding 1).

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from dcdd_core.method.calibration import anchor_statistics, fit, fit_anchor, proxy_logits, target_statistics
+from dcdd_core.method.calibration import anchor_statistics, fit_anchor, fit_calibration, proxy_logits, target_statistics
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.types import Calibration, TokenLogits
@@ -31,7 +31,7 @@ def calibrate(shop: Workshop, sampler: JanusSampler, vq: VQTokenizer, encodings:
     features = torch.from_numpy(encodings.features[:count].copy()).float()
     grids = sample_captions(sampler, shop, count)
     target = target_statistics(grids)
-    calibration = fit(
+    calibration = fit_calibration(
         features,
         vq.codebook,
         target,

@@ -11,9 +11,9 @@ from comfy_api.latest import io
 from ..dcdd_core.method.calibration import (
     PASSES,
     anchor_statistics,
-    calibrate,
-    fit,
+    apply_calibration,
     fit_anchor,
+    fit_calibration,
     proxy_features,
     target_statistics,
 )
@@ -326,7 +326,7 @@ class LogitCalibrator(io.ComfyNode):
                     raise ValueError("this decoder was trained without a calibration: connect one from a file instead")
             expect(calibration, Calibration, "calibration", "connect a Load Calibration")
             used = calibration if anchored else replace(calibration, anchor=0.0)
-            return io.NodeOutput(calibrate(token_logits, codebook, used), calibration)
+            return io.NodeOutput(apply_calibration(token_logits, codebook, used), calibration)
 
 
 class SaveCalibration(io.ComfyNode):
@@ -453,7 +453,7 @@ def _fitting(pixels: torch.Tensor, factor: int, longest_side: int) -> torch.Tens
 
 def _fitted(proxies: TokenLogits, reference: TokenLogits, codebook, anchored: bool) -> Calibration:
     progress = Progress(PASSES)
-    found = fit(
+    found = fit_calibration(
         proxy_features(proxies, codebook),
         codebook,
         target_statistics(reference),

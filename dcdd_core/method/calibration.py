@@ -34,7 +34,7 @@ SMOOTHINGS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 AFFINE_STEPS = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)
 """Factors on the affine scale a that are tried ("a narrow neighbourhood of 1", paper, 5.2)."""
 PASSES = 70
-"""Over the features in a `fit`, about: for progress bars."""
+"""Over the features in a `fit_calibration`, about: for progress bars."""
 WEIGHTS = {"mean_entropy": 1.0, "entropy_95": 0.25, "mean_confidence": 0.5, "confidence_95": 0.5}
 """Of Eq. 16. The paper's numbers are not known: our choice, mean entropy heaviest as it says."""
 ANCHORS = (0.0, *np.geomspace(0.25, 64, 25).tolist())
@@ -67,7 +67,7 @@ def proxy_logits(features: torch.Tensor, codebook: Codebook) -> torch.Tensor:
 
 
 @float32_maths
-def apply(
+def to_probabilities(
     logits: torch.Tensor,
     calibration: Calibration | None,
     *,
@@ -114,7 +114,7 @@ def apply(
 def probability_chunks(
     token_logits: Grids, codebook: Codebook | None = None, calibration: Calibration | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Probabilities [n, K] (see `apply`) and tokens [n] of one grid or many, chunk by chunk in row-major order.
+    """`to_probabilities` [n, K] and tokens [n] of one grid or many, chunk by chunk in row-major order.
 
     Raises:
         ValueError: if logits, codebook and calibration are not of one codebook, or there is no grid at all.
@@ -122,10 +122,10 @@ def probability_chunks(
     Warns if a VLM's logits were not sampled the way the calibration was measured.
     """
     for grid, part, tokens in logit_chunks(token_logits, codebook, calibration):
-        yield apply(part, calibration, source=grid.source, codebook=codebook, tokens=tokens), tokens
+        yield to_probabilities(part, calibration, source=grid.source, codebook=codebook, tokens=tokens), tokens
 
 
-def calibrate(token_logits: TokenLogits, codebook: Codebook, calibration: Calibration) -> TokenLogits:
+def apply_calibration(token_logits: TokenLogits, codebook: Codebook, calibration: Calibration) -> TokenLogits:
     """The same tokens with ln p of Eq. 15 for logits, so that their plain softmax is the calibrated distribution.
 
     Returns:
@@ -153,7 +153,9 @@ def target_statistics(token_logits: Grids) -> CalibrationStatistics:
     Raises:
         ValueError: for proxy logits, no logits, or grids over codebooks of different sizes.
     """
-    return _summarise(apply(part, None, source="vlm") for _, part, _ in logit_chunks(token_logits, needs="vlm"))
+    return _summarise(
+        to_probabilities(part, None, source="vlm") for _, part, _ in logit_chunks(token_logits, needs="vlm")
+    )
 
 
 @float32_maths
@@ -174,7 +176,7 @@ def proxy_features(token_logits: Grids, codebook: Codebook) -> torch.Tensor:
     return torch.cat([_least_squares(part, vectors.to(part.device)) for _, part, _ in parts])
 
 
-def fit(
+def fit_calibration(
     features: torch.Tensor | Iterable[torch.Tensor],
     codebook: Codebook,
     target: CalibrationStatistics,
@@ -217,7 +219,7 @@ def fit(
 
     def probabilities(trial: Calibration) -> Iterator[torch.Tensor]:
         for part in points.split(chunk_rows(codebook.size)):
-            yield apply(proxy_logits(part, codebook), trial, source="proxy")
+            yield to_probabilities(proxy_logits(part, codebook), trial, source="proxy")
             if on_chunk is not None:
                 on_chunk(passes)
 
@@ -291,7 +293,7 @@ def fit_anchor(
     *,
     on_chunk: Callable[[int], None] | None = None,
 ) -> Calibration:
-    """Finds the anchor beta >= 0 whose mean |c| and cos(c, e_t) come closest to the proxies': our choice, see `apply`.
+    """Finds the anchor beta >= 0 whose mean |c| and cos(c, e_t) come closest to the proxies' (our choice).
 
     Both are measured at `ANCHORS` in one pass over the logits and interpolated between them; the sum of the two squared
     differences is minimised. beta = 0, the paper, is the answer where anchoring only leads away.
@@ -311,7 +313,9 @@ def fit_anchor(
     sums = np.zeros((len(trials), 3))
     for _, part, tokens in logit_chunks(token_logits, codebook, calibration, needs="vlm"):
         for total, trial in zip(sums, trials):
-            total += _anchor_sums(apply(part, trial, source="vlm", codebook=codebook, tokens=tokens), tokens, codebook)
+            total += _anchor_sums(
+                to_probabilities(part, trial, source="vlm", codebook=codebook, tokens=tokens), tokens, codebook
+            )
         if on_chunk is not None:
             on_chunk(0)
     betas = np.interp(np.arange(0, len(ANCHORS) - 1 + 1e-9, 1 / 64), np.arange(len(ANCHORS)), ANCHORS)

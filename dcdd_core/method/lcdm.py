@@ -45,7 +45,7 @@ def map_probabilities(probabilities: torch.Tensor, codebook: Codebook) -> tuple[
 
 
 def map_logits(token_logits: TokenLogits, codebook: Codebook, calibration: Calibration | None = None) -> Condition:
-    """The condition of a grid of image-token logits (Eqs. 4-8); p as `calibration.apply` makes it.
+    """The condition of a grid of image-token logits (Eqs. 4-8); p as `calibration.to_probabilities` makes it.
 
     Args:
         token_logits: logits [B, N, K] of either source.

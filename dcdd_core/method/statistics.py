@@ -62,7 +62,7 @@ def describe(probabilities: torch.Tensor) -> TokenStatistics:
 def describe_logits(
     token_logits: Grids, codebook: Codebook | None = None, calibration: Calibration | None = None
 ) -> TokenStatistics:
-    """Statistics of one grid of token logits or an iterable of them, p as `calibration.apply` makes it.
+    """Statistics of one grid of token logits or an iterable of them, p as `calibration.to_probabilities` makes it.
 
     Raises:
         ValueError: if logits, codebook and calibration are not of one codebook, or there is no grid.

@@ -17,7 +17,14 @@ from pathlib import Path
 import torch
 
 from ..evaluation.generation import Sample
-from ..method.calibration import TOLERANCE, anchor_statistics, fit, fit_anchor, proxy_logits, target_statistics
+from ..method.calibration import (
+    TOLERANCE,
+    anchor_statistics,
+    fit_anchor,
+    fit_calibration,
+    proxy_logits,
+    target_statistics,
+)
 from ..method.statistics import TokenStatistics, describe_logits
 from ..models.vq import VQTokenizer
 from ..types import Calibration, Codebook, TokenLogits
@@ -139,7 +146,7 @@ def calibrate_to(
     temperature: float,
     with_anchor: bool = False,
 ) -> Calibration:
-    """The calibration of these proxies to what this VLM sampled, see `method.calibration.fit`.
+    """The calibration of these proxies to what this VLM sampled, see `method.calibration.fit_calibration`.
 
     Args:
         samples: can be read more than once.
@@ -147,7 +154,9 @@ def calibrate_to(
     """
     codebook = proxies.vq.codebook
     target = target_statistics(samples)
-    calibration = fit(proxies.features, codebook, target, vlm=vlm, guidance=guidance, temperature=temperature)
+    calibration = fit_calibration(
+        proxies.features, codebook, target, vlm=vlm, guidance=guidance, temperature=temperature
+    )
     if with_anchor:
         calibration = fit_anchor(samples, codebook, anchor_statistics(proxies, codebook, calibration), calibration)
     return calibration

@@ -17,12 +17,12 @@ from dcdd_core.method import chunks
 from dcdd_core.method.calibration import (
     AnchorStatistics,
     anchor_statistics,
-    apply,
-    calibrate,
-    fit,
+    apply_calibration,
     fit_anchor,
+    fit_calibration,
     proxy_logits,
     target_statistics,
+    to_probabilities,
 )
 from dcdd_core.method.lcdm import map_logits
 from dcdd_core.types import Calibration, CalibrationStatistics, Codebook, TokenLogits
@@ -79,44 +79,44 @@ def test_features_that_do_not_fit(features, says):
     with pytest.raises(ValueError, match=says):
         proxy_logits(features, CODEBOOK)
     with pytest.raises(ValueError, match=says):
-        fit([FEATURES, features], CODEBOOK, statistics_of(calibrated(20, 0)))
+        fit_calibration([FEATURES, features], CODEBOOK, statistics_of(calibrated(20, 0)))
 
 
 def test_apply_to_proxies_is_equations_14_and_15():
     calibration = Calibration(scale=20, affine_scale=1.1, affine_bias=3.0, smoothing=0.03, anchor=2.0)
-    found = apply(proxy_logits(FEATURES, CODEBOOK), calibration, source="proxy")
+    found = to_probabilities(proxy_logits(FEATURES, CODEBOOK), calibration, source="proxy")
     torch.testing.assert_close(found.double(), calibrated(22, 0.03), atol=1e-6, rtol=1e-4)
 
 
 def test_apply_to_a_vlm_only_smooths():
     logits = 3 * rand(2, 5, 128)
-    found = apply(logits, Calibration(scale=20, affine_scale=1.1, smoothing=0.03), source="vlm")
+    found = to_probabilities(logits, Calibration(scale=20, affine_scale=1.1, smoothing=0.03), source="vlm")
     torch.testing.assert_close(found, 0.97 * logits.softmax(-1) + 0.03 / 128)
 
 
 @pytest.mark.parametrize("source", ["vlm", "proxy"])
 def test_without_a_calibration_it_is_the_softmax(source):
     logits = 3 * rand(2, 5, 128)
-    torch.testing.assert_close(apply(logits, None, source=source), logits.softmax(-1))
+    torch.testing.assert_close(to_probabilities(logits, None, source=source), logits.softmax(-1))
 
 
 def test_anchor_weighs_with_the_sampled_token_before_the_smoothing():
     logits, tokens = 3 * rand(2, 5, 128), torch.randint(128, (2, 5), generator=torch.Generator().manual_seed(0))
     calibration = Calibration(scale=20, smoothing=0.03, anchor=4.0)
-    found = apply(logits, calibration, source="vlm", codebook=CODEBOOK, tokens=tokens)
+    found = to_probabilities(logits, calibration, source="vlm", codebook=CODEBOOK, tokens=tokens)
     vectors = CODEBOOK.vectors.double()
     weighed = logits.double().softmax(-1) * (4 * vectors[tokens] @ vectors.T).exp()
     expected = 0.97 * weighed / weighed.sum(-1, keepdim=True) + 0.03 / 128
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-4)
     with pytest.raises(ValueError, match="give the codebook and the tokens"):
-        apply(logits, calibration, source="vlm")
+        to_probabilities(logits, calibration, source="vlm")
     with pytest.raises(ValueError, match="'vlm' or 'proxy'"):
-        apply(logits, calibration, source="encoder")
+        to_probabilities(logits, calibration, source="encoder")
 
 
 def test_smoothing_gives_barred_codes_their_share():
     logits = torch.tensor([[0.0, -torch.inf]])
-    found = apply(logits, Calibration(scale=20, smoothing=0.1), source="vlm")
+    found = to_probabilities(logits, Calibration(scale=20, smoothing=0.1), source="vlm")
     torch.testing.assert_close(found, torch.tensor([[0.95, 0.05]]))
 
 
@@ -145,7 +145,7 @@ def test_target_statistics_refuse():
 @pytest.mark.parametrize(("sharpness", "smoothing"), [(17.0, 0.0), (25.0, 0.005), (33.0, 0.05)])
 def test_fit_finds_what_made_the_target(sharpness, smoothing):
     target = statistics_of(calibrated(sharpness, smoothing))
-    found = fit(FEATURES, CODEBOOK, target, vlm="janus", guidance=5.0, temperature=1.0)
+    found = fit_calibration(FEATURES, CODEBOOK, target, vlm="janus", guidance=5.0, temperature=1.0)
     assert found.converged and found.affine_bias == 0 and 10 < found.scale < 60
     assert found.scale * found.affine_scale == pytest.approx(sharpness, rel=0.05)
     assert found.smoothing == pytest.approx(smoothing, abs=0.01)
@@ -156,7 +156,7 @@ def test_fit_finds_what_made_the_target(sharpness, smoothing):
 
 
 def test_smoothing_is_found_where_the_others_cannot_stand_in():
-    found = fit(FEATURES, CODEBOOK, statistics_of(calibrated(40, 0.05)))
+    found = fit_calibration(FEATURES, CODEBOOK, statistics_of(calibrated(40, 0.05)))
     assert found.smoothing == pytest.approx(0.05)
 
 
@@ -166,7 +166,7 @@ def test_mean_entropy_stays_within_the_tolerance_whatever_the_rest_asks(monkeypa
     target = dataclasses.replace(
         statistics_of(calibrated(20, 0)), mean_confidence=1.0, confidence_95=1.0, entropy_95=0.0
     )
-    found = fit(FEATURES, CODEBOOK, target)
+    found = fit_calibration(FEATURES, CODEBOOK, target)
     assert found.converged and abs(found.achieved.mean_entropy - target.mean_entropy) <= 0.02
     # The sweep over a does use that freedom to follow the rest.
     assert target.mean_entropy - found.achieved.mean_entropy > 0.005
@@ -174,10 +174,10 @@ def test_mean_entropy_stays_within_the_tolerance_whatever_the_rest_asks(monkeypa
 
 def test_fit_reads_any_features_alike(monkeypatch):
     target = statistics_of(calibrated(20, 0.01))
-    whole = fit(FEATURES, CODEBOOK, target)
+    whole = fit_calibration(FEATURES, CODEBOOK, target)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 128 * 4 * 7)
     for other in (FEATURES.reshape(-1, 6), (part for part in FEATURES), FEATURES.clone().requires_grad_()):
-        found = fit(other, CODEBOOK, target)
+        found = fit_calibration(other, CODEBOOK, target)
         assert found.scale == pytest.approx(whole.scale, rel=1e-3) and found.smoothing == whole.smoothing
 
 
@@ -185,7 +185,7 @@ def test_fit_reads_any_features_alike(monkeypatch):
 def test_range_widens_and_says_so(sharpness, side):
     target = statistics_of(calibrated(sharpness, 0))
     with pytest.warns(UserWarning, match=r"not reached with a scale in 10\.\.60"):
-        found = fit(FEATURES, CODEBOOK, target)
+        found = fit_calibration(FEATURES, CODEBOOK, target)
     assert found.converged and (found.scale < 10) == (side == "low")
     assert found.scale * found.affine_scale == pytest.approx(sharpness, rel=0.1)
 
@@ -196,7 +196,7 @@ def test_target_out_of_reach_ends_and_says_so(monkeypatch):
     monkeypatch.setattr(method, "_summarise", lambda parts, own=method._summarise: passes.append(1) or own(parts))
     target = CalibrationStatistics(mean_entropy=0.0, entropy_95=0.0, mean_confidence=1.0, confidence_95=1.0)
     with pytest.warns(UserWarning, match="did not converge.*together"), pytest.warns(UserWarning, match="not reached"):
-        found = fit(FEATURES, twins, target)
+        found = fit_calibration(FEATURES, twins, target)
     assert not found.converged and found.smoothing == 0 and found.affine_scale == 1
     assert found.achieved.mean_entropy == pytest.approx(math.log(2) / math.log(128), abs=0.01)
     assert len(passes) < 50
@@ -205,7 +205,7 @@ def test_target_out_of_reach_ends_and_says_so(monkeypatch):
 def test_fit_without_features():
     for nothing in ([], torch.empty(0, 6), [torch.empty(0, 6)]):
         with pytest.raises(ValueError, match="no features"):
-            fit(nothing, CODEBOOK, statistics_of(calibrated(20, 0)))
+            fit_calibration(nothing, CODEBOOK, statistics_of(calibrated(20, 0)))
 
 
 def test_other_sampling_warns_once_and_only_for_a_vlm():
@@ -278,9 +278,9 @@ def test_fit_anchor_at_its_ends():
 @pytest.mark.parametrize("source", ["vlm", "proxy"])
 def test_calibrated_logits_hold_the_calibrated_distribution(source):
     raw, calibration = grid(rand(2, 9, 128), source=source), Calibration(scale=12, smoothing=0.01, anchor=1.5)
-    made = calibrate(raw, CODEBOOK, calibration)
+    made = apply_calibration(raw, CODEBOOK, calibration)
     assert made.calibrated and made.source == source and torch.equal(made.tokens, raw.tokens)
-    p = apply(raw.logits, calibration, source=source, codebook=CODEBOOK, tokens=raw.tokens)
+    p = to_probabilities(raw.logits, calibration, source=source, codebook=CODEBOOK, tokens=raw.tokens)
     torch.testing.assert_close(made.logits.softmax(-1), p)
     whole, mapped = map_logits(raw, CODEBOOK, calibration), map_logits(made, CODEBOOK)
     torch.testing.assert_close(mapped.code_vectors, whole.code_vectors, rtol=1e-4, atol=1e-5)
@@ -289,7 +289,7 @@ def test_calibrated_logits_hold_the_calibrated_distribution(source):
 
 def test_nothing_is_calibrated_twice():
     calibration = Calibration(scale=12)
-    made = calibrate(grid(rand(1, 4, 128)), CODEBOOK, calibration)
+    made = apply_calibration(grid(rand(1, 4, 128)), CODEBOOK, calibration)
     for again in (lambda: map_logits(made, CODEBOOK, calibration), lambda: target_statistics(made)):
         with pytest.raises(ValueError, match="calibrated already"):
             again()
@@ -324,7 +324,7 @@ def test_every_evaluation_reads_each_feature_once_a_bounded_chunk_at_a_time(monk
     monkeypatch.setattr(method, "_summarise", evaluated)
     _ = codebook.fingerprint
     with Peak() as peak:
-        found = fit(features, codebook, target)
+        found = fit_calibration(features, codebook, target)
     assert found.converged and len(evaluations) > 10
     assert len(set(map(dataclasses.astuple, evaluations))) == len(evaluations), "no trial is evaluated twice"
     assert limit < peak.peak < 4 * limit + 2 * features.nbytes < 4 * len(features) * codebook.size
@@ -332,7 +332,7 @@ def test_every_evaluation_reads_each_feature_once_a_bounded_chunk_at_a_time(monk
 
 def test_fit_tells_its_passes_and_can_be_stopped(monkeypatch):
     target, told = statistics_of(calibrated(25.0, 0.005)), []
-    fit(FEATURES, CODEBOOK, target, on_chunk=told.append)
+    fit_calibration(FEATURES, CODEBOOK, target, on_chunk=told.append)
     assert told[0] == 0 and told == sorted(told) and 10 < told[-1] < 2 * method.PASSES
 
     def stop(passes):
@@ -340,4 +340,4 @@ def test_fit_tells_its_passes_and_can_be_stopped(monkeypatch):
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        fit(FEATURES, CODEBOOK, target, on_chunk=stop)
+        fit_calibration(FEATURES, CODEBOOK, target, on_chunk=stop)

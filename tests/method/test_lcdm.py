@@ -11,7 +11,7 @@ import torch
 from benchmarks.peak import Peak
 from dcdd_core.method import calibration as method
 from dcdd_core.method import chunks
-from dcdd_core.method.calibration import apply
+from dcdd_core.method.calibration import to_probabilities
 from dcdd_core.method.lcdm import map_logits, map_probabilities
 from dcdd_core.method.statistics import describe_logits
 from dcdd_core.types import Calibration, Codebook, TokenLogits
@@ -114,7 +114,7 @@ def test_chunked_is_unchunked(monkeypatch, calibration, source):
     tokens = torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(2))
     item = TokenLogits(logits, tokens, (1, 7), source=source)
     whole = map_logits(item, codebook, calibration)
-    p = apply(logits, calibration, source=source, codebook=codebook, tokens=tokens)
+    p = to_probabilities(logits, calibration, source=source, codebook=codebook, tokens=tokens)
     sizes = []
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * 50 * 4)
     split = chunks.chunks
@@ -203,7 +203,9 @@ def test_mismatched_codebooks_are_refused():
 def test_logits_are_gone_through_once(monkeypatch, function):
     codebook, logits, read = Codebook(rand(64, 4)), rand(2, 9, 64, seed=1), []
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 64 * 4 * 5)
-    monkeypatch.setattr(method, "apply", lambda part, *a, **kw: read.append(part) or apply(part, *a, **kw))
+    monkeypatch.setattr(
+        method, "to_probabilities", lambda part, *a, **kw: read.append(part) or to_probabilities(part, *a, **kw)
+    )
     function(grid(logits), codebook, Calibration(scale=20))
     assert torch.equal(torch.cat(read), logits.flatten(0, 1)) and max(map(len, read)) == 5
 

@@ -11,7 +11,7 @@ import torch
 from skimage.filters import threshold_otsu
 
 from dcdd_core.method import chunks
-from dcdd_core.method.calibration import apply, proxy_logits
+from dcdd_core.method.calibration import proxy_logits, to_probabilities
 from dcdd_core.method.lcdm import map_probabilities
 from dcdd_core.method.statistics import describe, describe_logits
 from dcdd_core.types import Calibration, Codebook, TokenLogits
@@ -56,7 +56,7 @@ def test_every_row_against_numpy():
 def test_chunked_and_streamed_is_whole(monkeypatch):
     codebook, logits = Codebook(rand(50, 4)), rand(4, 6, 50, seed=1)
     calibration = Calibration(scale=9, smoothing=0.02)
-    whole = describe(apply(logits, calibration, source="proxy"))
+    whole = describe(to_probabilities(logits, calibration, source="proxy"))
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 50 * 4 * 4)
     grids = (TokenLogits(x[None], x[None].argmax(-1), (2, 3), source="proxy") for x in logits)
     parts = dataclasses.asdict(describe_logits(grids, codebook, calibration))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dcdd_core.evaluation.prompts import read_prompts
-from dcdd_core.method.calibration import fit, target_statistics
+from dcdd_core.method.calibration import fit_calibration, target_statistics
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.calibrate import PROMPTS, KeptSamples, Proxies, calibrate_to, compared, verdict
 from dcdd_core.pipelines.distributed import Processes
@@ -134,7 +134,7 @@ def test_the_streams_give_the_calibration_of_all_at_once(tmp_path, vq, proxies):
     samples.fill(Sampler(vq.codebook), Processes(), **ALONE)
     ours = calibrate_to(samples, proxies, vlm="v", guidance=5.0, temperature=1.0)
     at_once = Sampler(vq.codebook)(PROMPTED, range(7))
-    assert ours == fit(
+    assert ours == fit_calibration(
         torch.cat(proxies.features),
         vq.codebook,
         target_statistics(at_once),

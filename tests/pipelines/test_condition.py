@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcdd_core.method.calibration import calibrate
+from dcdd_core.method.calibration import apply_calibration
 from dcdd_core.method.lcdm import map_logits, map_probabilities
 from dcdd_core.pipelines.condition import condition_for, serving
 from dcdd_core.types import Calibration, Codebook, TokenLogits
@@ -92,7 +92,7 @@ def test_the_anchor_leads_to_the_sampled_token(codebook, grid):
 
 def test_calibrated_logits_are_mapped_as_they_are(codebook, grid):
     card = tiny_card()
-    made = calibrate(grid, codebook, card.calibration)
+    made = apply_calibration(grid, codebook, card.calibration)
     for reads in ("logits", "tokens"):
         found = condition_for(serving(card, reads=reads), made, codebook)
         torch.testing.assert_close(found.code_vectors, condition_for(card, grid, codebook).code_vectors)
