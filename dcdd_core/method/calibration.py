@@ -12,14 +12,14 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..types import Calibration, CalibrationStatistics, Codebook, DCDDWarning, Source, TokenLogits
-from .chunks import Grids, chunk_rows, float32_maths, logit_chunks, neg_p_ln_p
+from .chunks import Grids, chunk_rows, float32_maths, logit_chunks, neg_p_ln_p, underflows
 
 TOLERANCE = 0.02
 """On the mean entropy (paper, 5.2); decides `converged`."""
@@ -77,8 +77,8 @@ def to_probabilities(
 ) -> torch.Tensor:
     """Logits -> probabilities, p = (1 - eps) q + eps / K (Eq. 15).
 
-    For proxy logits q = softmax(s (a cos + b)) (Eq. 14); b cancels and is not added. A VLM's logits the cosine scale
-    would wreck, so for them q = softmax(l + beta cos(e_k, e_t)), t the sampled token, beta the anchor; 0 leaves the
+    Proxy logits: q = softmax(s (a cos + b)) (Eq. 14); b cancels and is not added. A VLM's logits have a scale of
+    their own, so q = softmax(l + beta cos(e_k, e_t)), with t the sampled token and beta the anchor; beta = 0 is the
     plain softmax. Both are our choice. Without a calibration p = softmax(l) for either source (Eq. 5).
 
     Args:
@@ -91,30 +91,73 @@ def to_probabilities(
     Raises:
         ValueError: for an unknown source, or an anchor without codebook and tokens.
     """
+    q = _scores(logits, calibration, source, codebook, tokens).softmax(-1)
+    return q if calibration is None else q.mul_(1 - calibration.smoothing).add_(calibration.smoothing / q.shape[-1])
+
+
+@float32_maths
+def to_log_probabilities(
+    logits: torch.Tensor,
+    calibration: Calibration | None,
+    *,
+    source: Source,
+    codebook: Codebook | None = None,
+    tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """ln p of `to_probabilities`, [..., K] float32, also where p is too small for float32; -inf for a barred code."""
+    ln_q = _scores(logits, calibration, source, codebook, tokens).log_softmax(-1)
+    if calibration is None or calibration.smoothing == 0:
+        return ln_q
+    share = torch.tensor(calibration.smoothing / ln_q.shape[-1], device=ln_q.device)
+    return torch.logaddexp(ln_q + math.log(1 - calibration.smoothing), share.log())
+
+
+def _scores(
+    logits: torch.Tensor,
+    calibration: Calibration | None,
+    source: Source,
+    codebook: Codebook | None,
+    tokens: torch.Tensor | None,
+) -> torch.Tensor:
+    """What q of Eq. 14 is the softmax of, [..., K] float32."""
     logits = logits.float()
     if calibration is None:
-        return logits.softmax(-1)
+        return logits
     if source == "proxy":
-        q = (logits * (calibration.scale * calibration.affine_scale)).softmax(-1)
-    elif source != "vlm":
+        return logits * (calibration.scale * calibration.affine_scale)
+    if source != "vlm":
         raise ValueError(f"source must be 'vlm' or 'proxy', got {source!r}")
-    elif calibration.anchor == 0:
-        q = logits.softmax(-1)
-    elif codebook is None or tokens is None:
+    if calibration.anchor == 0:
+        return logits
+    if codebook is None or tokens is None:
         raise ValueError(
             f"an anchor of {calibration.anchor} pulls towards the sampled tokens: give the codebook and the tokens, "
             "or a calibration with anchor=0"
         )
-    else:
-        vectors = codebook.vectors.to(logits.device)
-        q = logits.add(vectors[tokens.to(logits.device)] @ vectors.T, alpha=calibration.anchor).softmax(-1)
-    return q.mul_(1 - calibration.smoothing).add_(calibration.smoothing / q.shape[-1])
+    vectors = codebook.vectors.to(logits.device)
+    return logits.add(vectors[tokens.to(logits.device)] @ vectors.T, alpha=calibration.anchor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Probabilities of n tokens of one grid, and what they were computed from.
+
+    Attributes:
+        probabilities: p [n, K] float32 (Eq. 15).
+        tokens: [n], the token picked at each position.
+        ln_p: ln p [m, K] of the rows that a boolean mask [n] selects, computed anew from their logits, so that it is
+            exact where p itself is too small for float32.
+    """
+
+    probabilities: torch.Tensor
+    tokens: torch.Tensor
+    ln_p: Callable[[torch.Tensor], torch.Tensor]
 
 
 def probability_chunks(
     token_logits: Grids, codebook: Codebook | None = None, calibration: Calibration | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`to_probabilities` [n, K] and tokens [n] of one grid or many, chunk by chunk in row-major order.
+) -> Iterator[Chunk]:
+    """Eq. 15 over one grid or many, chunk by chunk in row-major order.
 
     Raises:
         ValueError: if logits, codebook and calibration are not of one codebook, or there is no grid at all.
@@ -122,11 +165,19 @@ def probability_chunks(
     Warns if a VLM's logits were not sampled the way the calibration was measured.
     """
     for grid, part, tokens in logit_chunks(token_logits, codebook, calibration):
-        yield to_probabilities(part, calibration, source=grid.source, codebook=codebook, tokens=tokens), tokens
+        given = {"source": grid.source, "codebook": codebook}
+        p = to_probabilities(part, calibration, tokens=tokens, **given)
+        yield Chunk(probabilities=p, tokens=tokens, ln_p=partial(_ln_p_of_rows, part, tokens, calibration, given))
+
+
+def _ln_p_of_rows(
+    logits: torch.Tensor, tokens: torch.Tensor, calibration: Calibration | None, given: dict, rows: torch.Tensor
+) -> torch.Tensor:
+    return to_log_probabilities(logits[rows], calibration, tokens=tokens[rows.to(tokens.device)], **given)
 
 
 def apply_calibration(token_logits: TokenLogits, codebook: Codebook, calibration: Calibration) -> TokenLogits:
-    """The same tokens with ln p of Eq. 15 for logits, so that their plain softmax is the calibrated distribution.
+    """The same tokens with ln p of Eq. 15 as logits: their plain softmax is the calibrated distribution.
 
     Returns:
         TokenLogits marked as calibrated, logits float32; a copy, 4 B N K bytes.
@@ -138,9 +189,14 @@ def apply_calibration(token_logits: TokenLogits, codebook: Codebook, calibration
     """
     logits = torch.empty_like(token_logits.logits, dtype=torch.float32, memory_format=torch.contiguous_format)
     rows, done = logits.flatten(0, 1), 0
-    for p, _ in probability_chunks(token_logits, codebook, calibration):
-        torch.log(p, out=rows[done : done + len(p)])
-        done += len(p)
+    for chunk in probability_chunks(token_logits, codebook, calibration):
+        ln_p = rows[done : done + len(chunk.tokens)]
+        torch.log(chunk.probabilities, out=ln_p)
+        underflown = underflows(chunk.probabilities.amin(-1))
+        if bool(underflown.any()):
+            exact = chunk.ln_p(underflown)
+            ln_p[underflown] = torch.where(underflows(chunk.probabilities[underflown]), exact, ln_p[underflown])
+        done += len(ln_p)
     return replace(token_logits, logits=logits, calibrated=True)
 
 
@@ -280,7 +336,8 @@ def anchor_statistics(
     Raises:
         ValueError: as `probability_chunks`.
     """
-    parts = [_anchor_sums(p, t, codebook) for p, t in probability_chunks(token_logits, codebook, calibration)]
+    read = probability_chunks(token_logits, codebook, calibration)
+    parts = [_anchor_sums(chunk.probabilities, chunk.tokens, codebook) for chunk in read]
     count, length, alignment = np.sum(parts, axis=0).tolist()
     return AnchorStatistics(length=length / count, alignment=alignment / count)
 

@@ -55,6 +55,11 @@ def neg_p_ln_p(probabilities: torch.Tensor) -> torch.Tensor:
     return probabilities.log().clamp_min_(-104).mul_(probabilities).neg_()
 
 
+def underflows(probabilities: torch.Tensor) -> torch.Tensor:
+    """True where float32 holds a probability >= 0 with less than its full precision, or takes it for 0."""
+    return probabilities < torch.finfo(torch.float32).tiny
+
+
 def logit_chunks(
     token_logits: Grids,
     codebook: Codebook | None = None,
@@ -76,7 +81,7 @@ def logit_chunks(
             raise ValueError(f"this is measured on {needs} logits, got {grid.source} logits: give {remedy}")
         if grid.calibrated and (calibration is not None or needs is not None):
             raise ValueError("these logits are calibrated already: give them as they were sampled or encoded")
-        _check_codebooks(grid, codebook, calibration)
+        check_codebooks(grid, codebook, calibration)
         doubt = _sampling_mismatch(grid, calibration)
         if doubt and doubt not in warned:
             warned.add(doubt)
@@ -87,7 +92,7 @@ def logit_chunks(
         raise ValueError("got no token logits at all; expected one TokenLogits or an iterable of some")
 
 
-def _check_codebooks(grid: TokenLogits, codebook: Codebook | None, calibration: Calibration | None) -> None:
+def check_codebooks(grid: TokenLogits, codebook: Codebook | None, calibration: Calibration | None) -> None:
     if codebook is not None and grid.logits.shape[-1] != codebook.size:
         raise ValueError(
             f"logits over {grid.logits.shape[-1]} codes do not fit a codebook of {codebook.size}: "

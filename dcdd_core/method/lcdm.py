@@ -9,14 +9,18 @@ Shapes: B batch, N tokens, n tokens of one chunk, K codes, D code dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..types import Calibration, Codebook, Condition, TokenLogits
 from .calibration import probability_chunks
-from .chunks import chunks, float32_maths, neg_p_ln_p
+from .chunks import chunks, float32_maths, neg_p_ln_p, underflows
 
 HEAD_BOUNDS = (8, 64)
 """Bounds of the entropy-adaptive k (paper, B.1)."""
+
+LogRows = Callable[[torch.Tensor], torch.Tensor]
 
 
 def map_probabilities(probabilities: torch.Tensor, codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +65,8 @@ def map_logits(token_logits: TokenLogits, codebook: Codebook, calibration: Calib
     Warns if a VLM's logits were not sampled the way the calibration was measured.
     """
     vectors = codebook.vectors.to(token_logits.logits.device)
-    mapped = [_map(p, vectors) for p, _ in probability_chunks(token_logits, codebook, calibration)]
+    read = probability_chunks(token_logits, codebook, calibration)
+    mapped = [_map(chunk.probabilities, vectors, chunk.ln_p) for chunk in read]
     code_vectors, uncertainty = (torch.cat(parts) for parts in zip(*mapped))
     lead = token_logits.tokens.shape
     return Condition(
@@ -72,25 +77,27 @@ def map_logits(token_logits: TokenLogits, codebook: Codebook, calibration: Calib
     )
 
 
-def uncertainty_features(probabilities: torch.Tensor) -> torch.Tensor:
+def uncertainty_features(probabilities: torch.Tensor, ln_p: LogRows | None = None) -> torch.Tensor:
     """u = [p(1), p(1) - p(2), sum_{j <= k} p(j), H_tail] (Eq. 8), p(j) sorted descending.
 
     k = clip(round(exp(H(p))), 8, min(64, K - 1)), the perplexity within the paper's bounds: that it is the perplexity
-    is our choice. H_tail is the entropy of p outside its top k, renormalised, over ln(K - k); 0 where that tail has no
+    is our choice. H_tail is the entropy of p outside its top k, renormalised, over ln(K - k); 0 if that tail has no
     mass or a single code.
 
     Args:
         probabilities: [..., K] float32, K >= 2, one chunk: two more arrays of this size are made.
+        ln_p: ln p [m, K] of the rows that a mask [...] selects, see `calibration.Chunk`. H_tail of a tail too small for
+            float32 is computed from it in the log domain; without it, such a tail counts as one without mass.
 
     Returns:
         [..., 4] in 0..1.
     """
-    return features_and_entropy(probabilities)[0]
+    return features_and_entropy(probabilities, ln_p)[0]
 
 
 @float32_maths
-def features_and_entropy(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`uncertainty_features` [..., 4] and the entropy H(p) [...] in nats, which they are made with."""
+def features_and_entropy(probabilities: torch.Tensor, ln_p: LogRows | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`uncertainty_features` [..., 4], and the entropy H(p) [...] in nats that k comes from."""
     codes = probabilities.shape[-1]
     most = min(HEAD_BOUNDS[1], codes - 1)
     surprise = neg_p_ln_p(probabilities)
@@ -100,16 +107,34 @@ def features_and_entropy(probabilities: torch.Tensor) -> tuple[torch.Tensor, tor
     top, index = probabilities.topk(max(2, most))
     mass = top.cumsum(-1).gather(-1, k - 1).clamp(max=1)
 
-    # The tail is what is left after the head is struck out: sums of its own, so a tiny tail suffers no cancellation.
+    # The tail is summed on its own, with the head set to zero: 1 - mass would cancel where the tail is tiny.
     beyond = torch.arange(top.shape[-1], device=top.device) >= k
     tail_mass = probabilities.scatter(-1, index, top * beyond).sum(-1, keepdim=True)
     tail = surprise.scatter_(-1, index, surprise.gather(-1, index) * beyond).sum(-1, keepdim=True)
-    # With q = p / m, -sum q ln q = (-sum p ln p) / m + ln m: the tail is not gone through once more.
+    del surprise
+    # With q = p / m, -sum q ln q = (-sum p ln p) / m + ln m: no second pass over the tail.
     some = torch.where(tail_mass > 0, tail_mass, 1)
+    tail_entropy = tail / some + some.log()
+    if ln_p is not None:
+        tiny = underflows(tail_mass / codes).squeeze(-1)
+        if bool(tiny.any()):
+            tail_entropy[tiny] = _log_domain_tail_entropy(ln_p(tiny), k[tiny])
     bound = (codes - k).float().log()
-    tail_entropy = (tail / some + some.log()) / torch.where(bound > 0, bound, torch.inf)
+    tail_entropy = tail_entropy / torch.where(bound > 0, bound, torch.inf)
     u = torch.cat([top[..., :1], top[..., :1] - top[..., 1:2], mass, tail_entropy.clamp(0, 1)], dim=-1)
     return u, entropy.squeeze(-1)
+
+
+def _log_domain_tail_entropy(ln_p: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Entropy [m, 1] in nats of ln p [m, K] beyond its k [m, 1] largest, renormalised; 0 where all of those are barred.
+
+    Writes into ln p.
+    """
+    top, index = ln_p.topk(int(k.max()))
+    head = torch.arange(top.shape[-1], device=top.device) < k
+    ln_q = ln_p.scatter_(-1, index, top.masked_fill(head, -torch.inf)).log_softmax(-1)
+    # A barred code has q ln q = 0; a row of nothing else is NaN throughout.
+    return ln_q.exp().mul_(ln_q.clamp_min_(-104)).sum(-1, keepdim=True).neg().nan_to_num_(0)
 
 
 def check_probabilities(part: torch.Tensor) -> torch.Tensor:
@@ -125,5 +150,7 @@ def check_probabilities(part: torch.Tensor) -> torch.Tensor:
 
 
 @float32_maths
-def _map(probabilities: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return probabilities @ vectors, uncertainty_features(probabilities)
+def _map(
+    probabilities: torch.Tensor, vectors: torch.Tensor, ln_p: LogRows | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return probabilities @ vectors, uncertainty_features(probabilities, ln_p)

@@ -16,7 +16,7 @@ from skimage.filters import threshold_otsu
 from ..types import Calibration, Codebook
 from .calibration import probability_chunks
 from .chunks import Grids, chunks, float32_maths
-from .lcdm import check_probabilities, features_and_entropy
+from .lcdm import LogRows, check_probabilities, features_and_entropy
 
 CURVE = 30
 """Length of Figure 6's curve."""
@@ -56,7 +56,7 @@ def describe(probabilities: torch.Tensor) -> TokenStatistics:
     """
     if probabilities.ndim < 1 or probabilities.shape[-1] < 2 or probabilities.numel() == 0:
         raise ValueError(f"expected distributions [..., K >= 2], at least one; got {list(probabilities.shape)}")
-    return _describe(check_probabilities(part) for part in chunks(probabilities))
+    return _describe((check_probabilities(part), None) for part in chunks(probabilities))
 
 
 def describe_logits(
@@ -67,13 +67,14 @@ def describe_logits(
     Raises:
         ValueError: if logits, codebook and calibration are not of one codebook, or there is no grid.
     """
-    return _describe(p for p, _ in probability_chunks(token_logits, codebook, calibration))
+    read = probability_chunks(token_logits, codebook, calibration)
+    return _describe((chunk.probabilities, chunk.ln_p) for chunk in read)
 
 
-def _describe(parts: Iterable[torch.Tensor]) -> TokenStatistics:
+def _describe(parts: Iterable[tuple[torch.Tensor, LogRows | None]]) -> TokenStatistics:
     tokens, total = 0, 0.0
-    for part in parts:
-        tokens, total = tokens + len(part), total + _sums(part)
+    for p, ln_p in parts:
+        tokens, total = tokens + len(p), total + _sums(p, ln_p)
     means = (total / tokens).numpy()
     curve, (entropy, tail_entropy) = means[:-2], means[-2:].tolist()
     threshold = float(threshold_otsu(curve))
@@ -92,9 +93,9 @@ def _describe(parts: Iterable[torch.Tensor]) -> TokenStatistics:
 
 
 @float32_maths
-def _sums(probabilities: torch.Tensor) -> torch.Tensor:
+def _sums(probabilities: torch.Tensor, ln_p: LogRows | None) -> torch.Tensor:
     """[K + 2] float64, on the CPU since MPS has none: sums over n tokens of the sorted p, of H and of H_tail."""
-    u, entropy = features_and_entropy(probabilities)
+    u, entropy = features_and_entropy(probabilities, ln_p)
     # NumPy sorts a CPU's rows in a quarter of torch's time.
     on_cpu = probabilities.device.type == "cpu"
     rising = torch.from_numpy(np.sort(probabilities.numpy())) if on_cpu else probabilities.sort(-1).values.cpu()

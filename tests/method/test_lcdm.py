@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import special
 
 from benchmarks.peak import Peak
 from dcdd_core.method import calibration as method
 from dcdd_core.method import chunks
-from dcdd_core.method.calibration import to_probabilities
-from dcdd_core.method.lcdm import map_logits, map_probabilities
+from dcdd_core.method.calibration import apply_calibration, to_log_probabilities, to_probabilities
+from dcdd_core.method.lcdm import map_logits, map_probabilities, uncertainty_features
 from dcdd_core.method.statistics import describe_logits
 from dcdd_core.types import Calibration, Codebook, TokenLogits
 
@@ -96,6 +97,101 @@ def test_entropy_of_a_tiny_tail(mass):
     p = torch.cat([torch.full((8,), 1 / 8, dtype=torch.float64) * (1 - mass), tail * mass])
     _, u = map_probabilities(p, Codebook(rand(100, 3)))
     assert u[3].item() == pytest.approx(-(tail * tail.log()).sum().item() / math.log(92), abs=1e-5)
+
+
+def tail_entropy(row: np.ndarray) -> float:
+    """H_tail of one row of logits in float64, all of it in the log domain; -inf bars a code."""
+    ordered = np.sort(row)[::-1]
+    ln_p = ordered - special.logsumexp(ordered)
+    p = np.exp(ln_p)
+    entropy = -(p[p > 0] * ln_p[p > 0]).sum()
+    k = int(np.clip(np.round(np.exp(entropy)), 8, min(64, len(row) - 1)))
+    tail = ln_p[k:]
+    if not np.isfinite(tail).any():
+        return 0.0
+    tail = tail[np.isfinite(tail)] - special.logsumexp(tail)
+    return float(-(np.exp(tail) * tail).sum() / np.log(len(row) - k))
+
+
+def far_tails(codes: int, deviation: float) -> torch.Tensor:
+    """[1, 4, K]: heads of 1, 3, 11 and 1 codes above a tail `deviation` lower; the last row bars half of its codes."""
+    logits = rand(1, 4, codes, seed=3) - deviation
+    for row, head in enumerate((1, 3, 11, 1)):
+        logits[0, row, 5 : 5 + head] = 0.1 * rand(head, seed=4)
+    logits[0, 3, 30:60] = -torch.inf
+    return logits
+
+
+@pytest.mark.parametrize("codes", [70, 2000])
+@pytest.mark.parametrize("deviation", [60.0, 86.0, 104.0, 200.0, 5000.0])
+def test_entropy_of_a_tail_that_float32_takes_for_nothing(codes, deviation):
+    codebook, logits = Codebook(rand(codes, 3)), far_tails(codes, deviation)
+    expected = [tail_entropy(row) for row in logits[0].double().numpy()]
+    assert min(expected) > 0.5
+    item, no_smoothing = grid(logits), Calibration(scale=20.0)
+    for condition in (
+        map_logits(item, codebook),
+        map_logits(item, codebook, no_smoothing),
+        map_logits(apply_calibration(item, codebook, no_smoothing), codebook),
+    ):
+        np.testing.assert_allclose(condition.uncertainty[0, :, 3].numpy(), expected, atol=1e-5)
+    found = describe_logits(item, codebook)
+    assert found.tail_entropy == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_entropy_of_a_vanishing_tail_follows_scale_and_anchor():
+    codebook, logits = Codebook(rand(70, 3)), far_tails(70, 4.0)
+    vectors = codebook.vectors.double().numpy()
+    scaled = map_logits(grid(logits, source="proxy"), codebook, Calibration(scale=25.0, affine_scale=2.0))
+    expected = [tail_entropy(50 * row) for row in logits[0].double().numpy()]
+    np.testing.assert_allclose(scaled.uncertainty[0, :, 3].numpy(), expected, atol=1e-4)
+    item = grid(far_tails(70, 120.0))
+    pulled = map_logits(item, codebook, Calibration(scale=20.0, anchor=3.0))
+    rows = zip(item.logits[0].double().numpy(), item.tokens[0].tolist())
+    expected = [tail_entropy(row + 3 * vectors @ vectors[token]) for row, token in rows]
+    np.testing.assert_allclose(pulled.uncertainty[0, :, 3].numpy(), expected, atol=1e-5)
+
+
+def test_tail_entropy_has_no_jump_where_float32_ends():
+    codebook = Codebook(rand(500, 3))
+    deviations = torch.arange(80.0, 115.0, 0.5)
+    logits = torch.cat([far_tails(500, deviation)[:, :1] for deviation in deviations.tolist()], dim=1)
+    found = map_logits(grid(logits), codebook).uncertainty[0, :, 3]
+    assert found.min() > 0.9 and found.diff().abs().max() < 1e-5
+
+
+def test_a_tail_of_barred_codes_has_no_entropy():
+    logits = torch.full((1, 2, 70), -torch.inf)
+    logits[0, :, :9] = 0.0  # a head of 9 codes: its perplexity
+    logits[0, 1, 9:11] = torch.tensor([-200.0, -200.0])
+    found = map_logits(grid(logits), Codebook(rand(70, 3))).uncertainty[0, :, 3]
+    assert found.tolist() == pytest.approx([0.0, math.log(2) / math.log(70 - 9)])
+
+
+def test_only_vanishing_tails_are_computed_again():
+    logits, asked = torch.cat([far_tails(70, 20.0), far_tails(70, 200.0)], dim=1)[0], []
+
+    def ln_p(rows):
+        asked.append(rows.tolist())
+        return logits[rows].log_softmax(-1)
+
+    found = uncertainty_features(logits.softmax(-1), ln_p)
+    assert asked == [[False] * 4 + [True] * 4]
+    assert torch.equal(found[:4], uncertainty_features(logits[:4].softmax(-1)))
+
+
+def test_log_probabilities_are_equation_15():
+    codebook, logits = Codebook(rand(70, 3)), far_tails(70, 200.0)
+    for calibration in (None, Calibration(scale=20.0), Calibration(scale=20.0, smoothing=0.02, anchor=2.0)):
+        beta, eps = (calibration.anchor, calibration.smoothing) if calibration else (0.0, 0.0)
+        tokens = logits.argmax(-1)
+        vectors = codebook.vectors.double().numpy()
+        scores = logits.double().numpy() + beta * vectors[tokens.numpy()] @ vectors.T
+        ln_q = scores - special.logsumexp(scores, axis=-1, keepdims=True)
+        expected = np.logaddexp(ln_q + math.log(1 - eps), math.log(eps / 70) if eps else -np.inf)
+        found = to_log_probabilities(logits, calibration, source="vlm", codebook=codebook, tokens=tokens)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-5)
+        assert found.dtype == torch.float32
 
 
 def test_features_stay_in_range():
@@ -211,17 +307,17 @@ def test_logits_are_gone_through_once(monkeypatch, function):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "codes outside"])
-@pytest.mark.parametrize("anchor", [0.0, 2.0])
-def test_memory_is_bounded(monkeypatch, layout, anchor):
+@pytest.mark.parametrize(("anchor", "sharpness"), [(0.0, 1.0), (2.0, 1.0), (2.0, 400.0)])
+def test_memory_is_bounded(monkeypatch, layout, anchor, sharpness):
     limit = 2**16
     monkeypatch.setattr(chunks, "CHUNK_BYTES", limit)
-    codebook, logits = Codebook(rand(1024, 4)), rand(2, 144, 1024, seed=1).half()
+    codebook, logits = Codebook(rand(1024, 4)), (sharpness * rand(2, 144, 1024, seed=1)).half()
     if layout == "codes outside":
         logits = logits.transpose(1, 2).contiguous().transpose(1, 2)
     item = grid(logits)
     _ = codebook.fingerprint
     with Peak() as peak:
-        condition = map_logits(item, codebook, Calibration(scale=20, smoothing=0.01, anchor=anchor))
+        condition = map_logits(item, codebook, Calibration(scale=20, anchor=anchor))
     results = condition.code_vectors.nbytes + condition.uncertainty.nbytes
     # Beside the four arrays: the results, twice while they are joined, and what is of the size of a chunk's top 64.
     allowed = 4 * limit + 3 * results + limit // 2

@@ -1,0 +1,95 @@
+"""From uncertainty features to masks, and from masks in pixels to tokens.
+
+Shapes: B batch, N = h w tokens in row-major order, H W pixels. Masks are float32 in 0..1, 1 for selected.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from skimage.filters import gaussian
+
+Feature = Literal["confidence", "margin", "head_mass", "tail_entropy"]
+"""The uncertainty features of Eq. 8, in their order."""
+FEATURES: tuple[Feature, ...] = get_args(Feature)
+
+
+def doubt_map(uncertainty: torch.Tensor, feature: Feature, grid: tuple[int, int]) -> torch.Tensor:
+    """One uncertainty feature (Eq. 8) as a map in which 1 always means unsure.
+
+    1 - p(1), 1 - (p(1) - p(2)), 1 - the mass of the top k, or H_tail as it is.
+
+    Args:
+        uncertainty: u [B, N, 4].
+        grid: (h, w).
+
+    Returns:
+        [B, 1, h, w] float32 in 0..1.
+
+    Raises:
+        ValueError: for an unknown feature, or features that do not fill the grid.
+    """
+    if feature not in FEATURES:
+        raise ValueError(f"feature must be one of {', '.join(FEATURES)}, got {feature!r}")
+    h, w = grid
+    if uncertainty.ndim != 3 or uncertainty.shape[1:] != (h * w, len(FEATURES)):
+        raise ValueError(
+            f"expected features [B, {h * w}, {len(FEATURES)}] of a {h} x {w} grid, got {list(uncertainty.shape)}"
+        )
+    chosen = uncertainty[..., FEATURES.index(feature)]
+    return rearrange(chosen if feature == "tail_entropy" else 1 - chosen, "b (h w) -> b 1 h w", h=h).float()
+
+
+def threshold_doubt(doubt: torch.Tensor, threshold: float, *, soft: bool = False) -> torch.Tensor:
+    """Where the doubt exceeds the threshold: 1, or with `soft` the doubt itself; 0 elsewhere."""
+    above = (doubt > threshold).float()
+    return above * doubt if soft else above
+
+
+def grow_mask(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Grey dilation of [B, 1, h, w] by a square of 2 |tokens| + 1 cells a side, erosion for a negative number.
+
+    The square is cut off at the border of the grid: nothing outside counts.
+    """
+    if tokens == 0:
+        return mask
+    sign = 1 if tokens > 0 else -1
+    return sign * F.max_pool2d(sign * mask, 2 * abs(tokens) + 1, stride=1, padding=abs(tokens))
+
+
+def mask_to_pixels(mask: torch.Tensor, size: tuple[int, int], *, blur: float = 0.0) -> torch.Tensor:
+    """A mask on the token grid [B, 1, h, w] -> [B, 1, H, W] by nearest neighbour, then blurred.
+
+    Args:
+        size: (H, W).
+        blur: standard deviation of the Gaussian in tokens; its width in pixels follows each side's H / h and W / w.
+            A blurred mask is on the CPU.
+    """
+    h, w = mask.shape[2:]
+    pixels = F.interpolate(mask, size=size, mode="nearest")
+    if not blur:
+        return pixels
+    sigma = (0, blur * size[0] / h, blur * size[1] / w)
+    return torch.from_numpy(gaussian(pixels[:, 0].cpu().numpy(), sigma=sigma))[:, None].clamp(0, 1)
+
+
+def tokens_under_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Which tokens have any pixel under the mask (above 0.5), bool [B, N].
+
+    A mask of another aspect ratio than the grid is cropped at its centre, as the image is before it is encoded.
+
+    Args:
+        mask: [B, 1, H, W].
+        grid: (h, w); where H, W are not multiples, a pixel at a border counts for both tokens.
+    """
+    return F.adaptive_max_pool2d(crop_to_aspect(mask, *grid), grid).flatten(1) > 0.5
+
+
+def crop_to_aspect(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The largest part of [B, C, H, W] with the aspect ratio height : width, at the centre (to a pixel)."""
+    h, w = pixels.shape[2:]
+    top, left = round(max(0, h - w * height / width) / 2), round(max(0, w - h * width / height) / 2)
+    return pixels[:, :, top : h - top, left : w - left]
