@@ -64,7 +64,9 @@ def resolution_shift(image_tokens: int) -> float:
 
 def shift_time(time: torch.Tensor, shift: float) -> torch.Tensor:
     """t' = e^mu / (e^mu + 1/t - 1), mu = `shift`: more of the time near the noise; 0 and 1 stay."""
-    return math.exp(shift) * time / (math.exp(shift) * time + 1 - time)
+    shifted = math.exp(shift) * time / (math.exp(shift) * time + 1 - time)
+    # At t = 1 a very negative mu is lost beside the 1: 0 / 0.
+    return torch.where(time == 1, time, shifted)
 
 
 def timesteps(steps: int, *, shift: float) -> torch.Tensor:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from scipy import stats
 
 from dcdd_core.method.flow import (
     euler_step,
@@ -28,6 +30,33 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 CLEAN, NOISE = rand(3, 4, 6), rand(3, 4, 6, seed=1)
+
+
+@pytest.mark.parametrize("times", [(0.2, 0.5, 0.9), (0.3, 0.3, 0.3)])
+def test_the_path_is_numpys(times):
+    z0, n = CLEAN.double().numpy(), NOISE.double().numpy()
+    t = np.array(times)[:, None, None]
+    z_t = (1 - t) * z0 + t * n
+    time = torch.tensor(times)
+    np.testing.assert_allclose(interpolate(CLEAN, NOISE, time), z_t, atol=1e-6)
+    np.testing.assert_allclose(velocity(CLEAN, NOISE), n - z0, atol=1e-6)
+    np.testing.assert_allclose(recover_clean(CLEAN, NOISE, time), z0 - t * n, atol=1e-6)
+    np.testing.assert_allclose(euler_step(CLEAN, NOISE, time, 0.1), z0 + (0.1 - t) * n, atol=1e-6)
+    np.testing.assert_allclose(euler_step(CLEAN, NOISE, 0.8, time), z0 + (t - 0.8) * n, atol=1e-6)
+
+
+def test_results_have_the_dtype_of_the_latents():
+    half = CLEAN.half()
+    for found in (interpolate(half, NOISE, 0.3), recover_clean(half, NOISE, 0.3), euler_step(half, NOISE, 0.3, 0.1)):
+        assert found.dtype == torch.float16
+
+
+def test_a_time_of_another_shape_is_refused():
+    for time in (torch.zeros(3, 1), torch.zeros(1, 1), torch.zeros(4)):
+        with pytest.raises(ValueError, match=r"one number or one a sample, \[3\]"):
+            recover_clean(CLEAN, NOISE, time)
+    # One time of a batch of one serves any batch.
+    assert torch.equal(interpolate(CLEAN, NOISE, torch.tensor([0.25])), interpolate(CLEAN, NOISE, 0.25))
 
 
 def test_path_ends_and_velocity():
@@ -78,6 +107,27 @@ def test_schedule_is_that_of_diffusers(steps, tokens):
     assert found[0] == 1 and found[-1] == 0 and (found.diff() < 0).all()
 
 
+def test_shift_is_that_of_diffusers_pipeline():
+    for tokens in (1, 144, 576, 1024, 4096, 9216):
+        assert resolution_shift(tokens) == pytest.approx(calculate_shift(tokens))
+
+
+def test_shift_reaches_its_bounds():
+    for shift, middle in ((-100.0, 0.0), (-30.0, 0.0), (30.0, 1.0), (100.0, 1.0)):
+        assert timesteps(2, shift=shift).tolist() == pytest.approx([1, middle, 0], abs=1e-12)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        resolution_shift(0)
+    assert resolution_shift(1) == pytest.approx(0.5 - 255 * 0.65 / 3840)
+
+
+def test_default_times_are_unshifted_and_logit_normal():
+    logits = sample_times(20000, generator=torch.Generator().manual_seed(0)).double().logit().numpy()
+    assert stats.kstest(logits, "norm").pvalue > 0.001
+    mode = sample_times(20000, generator=torch.Generator().manual_seed(0), density="mode").double().numpy()
+    u = torch.rand(20000, generator=torch.Generator().manual_seed(0)).double().numpy()
+    np.testing.assert_allclose(mode, 1 - u - 1.29 * (np.cos(np.pi * u / 2) ** 2 - 1 + u), atol=1e-6)
+
+
 def test_schedule():
     torch.testing.assert_close(timesteps(4, shift=0.0), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
     with pytest.raises(ValueError, match="steps"):
@@ -113,6 +163,10 @@ def test_weights_are_those_of_diffusers(weighting):
     time = torch.tensor([0.1, 0.5, 1.0])
     found = loss_weight(time, weighting)
     torch.testing.assert_close(found, compute_loss_weighting_for_sd3(weighting, time))
+    t = time.double().numpy()
+    written = {"uniform": t**0, "sigma_sqrt": t**-2, "cosmap": 2 / (np.pi * (1 - 2 * t + 2 * t**2))}
+    np.testing.assert_allclose(found.numpy(), written[weighting], rtol=1e-6)
+    assert loss_weight(time.half(), weighting).dtype == torch.float32
     assert (found == 1).all() == (weighting == "uniform")
 
 

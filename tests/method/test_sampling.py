@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from dcdd_core.method.sampling import (
+    _splitmix64,
     guide,
     gumbel_max,
     gumbel_noise,
@@ -40,6 +43,43 @@ def test_guidance():
 def test_guidance_keeps_barred_codes_barred():
     found = guide(torch.tensor([0.0, -INF, 1.0, -INF]), torch.tensor([0.0, 1.0, -INF, -INF]), 5.0)
     assert found.tolist() == [0.0, -INF, -INF, -INF]
+
+
+def test_guidance_and_temperature_are_numpys():
+    conditional, unconditional = rand(3, 40), rand(3, 40, seed=1)
+    for g in (-1.0, 0.5, 3.0, 20.0):
+        c, u = conditional.double().numpy(), unconditional.double().numpy()
+        found = guide(conditional, unconditional, g)
+        np.testing.assert_allclose(found.numpy(), u + g * (c - u), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(temper(conditional, 0.7).numpy(), c / 0.7, rtol=1e-6)
+    half = rand(3, 40).half()
+    for changed in (guide(half, half, 1.0), temper(half, 0.7), temper(half, 0), top_k(half, 3), top_p(half, 0.4)):
+        assert changed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 50])
+def test_top_k_is_numpys(k):
+    logits = rand(5, 40).round(decimals=1)  # with ties
+    found = top_k(logits, k).numpy()
+    for row, before in zip(found, logits.numpy()):
+        smallest = np.sort(before)[::-1][min(k, 40) - 1]
+        np.testing.assert_array_equal(row, np.where(before >= smallest, before, -np.inf))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.999])
+def test_top_p_is_numpys(p):
+    logits = 2 * rand(5, 40)
+    found = top_p(logits, p).numpy()
+    for row, before in zip(found, logits.double().numpy()):
+        share = np.exp(before) / np.exp(before).sum()
+        order = np.argsort(-share)
+        needed = int(np.searchsorted(np.cumsum(share[order]), p)) + 1
+        assert set(np.flatnonzero(np.isfinite(row))) == set(order[:needed])
+        np.testing.assert_array_equal(row[order[:needed]], before[order[:needed]].astype(np.float32))
+
+
+def test_top_p_keeps_the_first_of_equal_codes():
+    assert kept(top_p(torch.zeros(1, 40), 0.5)) == [list(range(20))]
 
 
 def test_temperature():
@@ -153,6 +193,41 @@ def test_draws_follow_the_softmax():
     shares = gumbel_max(logits.expand(4000, 4), noise)[1].bincount(minlength=4) / 4000
     torch.testing.assert_close(shares, logits.exp(), atol=0.03, rtol=0)
     assert shares[3] == 0
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 3])
+def test_draws_over_positions_pass_a_chi_square_test(seed):
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5, -2.0])
+    draws, p = 3000, logits.double().softmax(-1).numpy()
+    noise = gumbel_noise_grid([seed], range(draws), 6)[0]
+    counts = gumbel_max(logits.expand(draws, 6), noise)[1].bincount(minlength=6).numpy()
+    assert stats.chisquare(counts, p * draws).pvalue > 0.001
+    # ... and so do draws of one position over the seeds.
+    counts = gumbel_max(logits, gumbel_noise_grid(range(seed, seed + draws), [7], 6)[:, 0])[1].bincount(minlength=6)
+    assert stats.chisquare(counts.numpy(), p * draws).pvalue > 0.001
+
+
+def test_noise_passes_a_kolmogorov_smirnov_test():
+    assert stats.kstest(gumbel_noise(5, 11, 20000).numpy(), "gumbel_r").pvalue > 0.001
+
+
+def test_the_largest_of_many_is_not_cut_off():
+    """The largest of a million standard Gumbel numbers is near ln(1e6) = 13.8, and no two of the largest are equal."""
+    largest = gumbel_noise(0, 0, 1_000_000).topk(50).values
+    assert 11 < largest[0] < 25 and len(set(largest.tolist())) == 50
+
+
+def test_keys_are_mixed_by_splitmix64():
+    """The published outputs of SplitMix64 for the seed 1234567."""
+    state, gamma = 1234567, 0x9E3779B97F4A7C15
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert [_splitmix64(state + i * gamma) for i in range(5)] == expected
 
 
 def test_a_batch_is_its_singles_and_greedy_ignores_the_noise():
