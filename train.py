@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from dcdd_core.method.flow import DENSITIES, WEIGHTINGS
-from dcdd_core.models.decoder import VARIANTS
+from dcdd_core.models.card import VARIANTS
 from dcdd_core.pipelines.oom import is_out_of_memory
 from dcdd_core.training import estimate
 from dcdd_core.training.optimizers import OPTIMIZERS

@@ -14,7 +14,9 @@ from benchmarks.peak import Peak
 from dcdd_core.method.latents import position_ids
 from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG
 from dcdd_core.models.backbones.flux_fill.inference import drop_text
-from dcdd_core.models.decoder import DecoderCard, DistributionConditionedDecoder, fill_decoder
+from dcdd_core.models.bundle import fill_decoder
+from dcdd_core.models.card import DecoderCard
+from dcdd_core.models.decoder import DistributionConditionedDecoder
 
 #: Text tokens, and the token grid and the latents of a picture of 384 pixels.
 TEXT, GRID, SIZE = 512, (24, 24), (48, 48)
@@ -54,7 +56,7 @@ def card_of(config: dict) -> DecoderCard:
 def random_decoder(card: DecoderCard, **ways) -> DistributionConditionedDecoder:
     """Ours, held in any of `load_decoder`'s ways."""
     with torch.device("meta"):
-        decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card)
+        decoder = DistributionConditionedDecoder.build(card)
     stored = RandomTensors({name: weight.shape for name, weight in decoder.state_dict().items()})
     return fill_decoder(decoder, stored, what="random weights", **ways)
 

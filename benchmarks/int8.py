@@ -17,9 +17,11 @@ import torch
 from benchmarks.sampler import PROMPT
 from benchmarks.timing import NO_TORCHAO, alternating
 from dcdd_core.method.statistics import describe_logits
-from dcdd_core.models.decoder import DistributionConditionedDecoder, load_decoder
+from dcdd_core.models.bundle import DecoderOptions, load_decoder
+from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Condition, TokenLogits
 from dcdd_pico.embedded import WEIGHTS
 from dcdd_pico.models import load_pico
@@ -93,11 +95,11 @@ def rows() -> list[tuple[str, ...]]:
     found = compare(before, after, before.sample([PROMPT] * 4, seeds=range(4)))
     pico = load_pico(device=device)
     card, guidance = pico.decoder.card, pico.decoder.card.calibration.guidance
-    grid = pico.sampler.sample([PROMPT] * 4, seeds=range(4), guidance=guidance)
+    grid = pico.sampler.sample([PROMPT] * 4, seeds=range(4), options=SamplingOptions(guidance=guidance))
     like = {"device": device, "dtype": torch.bfloat16}
     plain, rounded, cast = (
-        load_decoder(WEIGHTS / "decoder.safetensors", eight_bit=eight_bit, **like)
+        load_decoder(WEIGHTS / "decoder.safetensors", **like, options=DecoderOptions(eight_bit=eight_bit))
         for eight_bit in (False, True, False)
     )
-    condition = condition_for(card, grid, pico.vq.codebook)
+    condition = condition_for(card, grid, pico.tokenizer.codebook)
     return found + compare_decoders([plain, rounded, cast_by_layer(cast)], condition)

@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.flux import GRID, IMAGE, SIZE, card_of, published_steps, random_decoder
 from benchmarks.timing import NO_TORCHAO, NOT_MEASURED
 from dcdd_core.evaluation.tables import markdown_table
-from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG, FLUX_VAE_CONFIG
+from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG
 from dcdd_core.models.backbones.flux_fill.inference import drop_text, fold_modulations
 from dcdd_core.models.checkpoints import StoredTensors
 from dcdd_core.models.janus.deepseek import janus_config
+from dcdd_core.models.vae import FLUX_VAE_CONFIG
 from dcdd_core.types import Condition
 
 HEAD = ("model", "weights", "GB, computed", "GB, measured")

@@ -19,6 +19,7 @@ from benchmarks.memory import janus
 from benchmarks.targets import Target
 from benchmarks.timing import NOT_MEASURED, compared, is_h100
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids
+from dcdd_core.protocols import SamplingOptions
 from dcdd_pico.train_janus import janus_config, pico_tokenizer
 from dcdd_pico.train_tokenizer import tokenizer_config
 from tests.tiny import fill
@@ -120,7 +121,7 @@ def contest(
     ids = torch.tensor([prompt_ids(sampler.tokenizer, PROMPT)] * batch, device=model.device)
     pad, count = sampler.tokenizer.pad_token_id, sampler.grid[0] * sampler.grid[1]
     functions = {
-        _OURS: lambda: sampler.sample([PROMPT] * batch, seeds=range(batch), guidance=GUIDANCE),
+        _OURS: lambda: sampler.sample([PROMPT] * batch, seeds=range(batch), options=SamplingOptions(guidance=GUIDANCE)),
         _GENERATE: generate(model, ids, pad),
         "DeepSeek's loop": deepseek(model, ids, pad, count),
     }

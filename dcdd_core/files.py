@@ -1,16 +1,17 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all, and read back strictly."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
@@ -63,6 +64,57 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
     with whole_file(path) as temporary:
         save_file(held, temporary, metadata=dict(metadata))
         _sort_metadata(temporary)
+
+
+def write_record(path: str | Path, kind: str, tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any]) -> None:
+    """Writes tensors with named JSON values as one safetensors file; `read_record` reads it back.
+
+    Args:
+        kind: what the file holds, in words.
+
+    Raises:
+        OSError: as `whole_file`.
+    """
+    write_tensors(path, tensors, {"format": "dcdd", "kind": kind, "dcdd": json.dumps(fields)})
+
+
+def read_record(
+    path: str | Path, kind: str, names: Collection[str], fields: Collection[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors, on the CPU, and the JSON values that `write_record` wrote.
+
+    Args:
+        names, fields: exactly those the file must hold.
+
+    Raises:
+        ValueError: naming a file that is absent, damaged or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a file with a {kind}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); expected a {kind}") from error
+    if header.get("format") != "dcdd" or header.get("kind") != kind or set(tensors) != set(names):
+        raise ValueError(
+            f"{path} holds {header.get('kind', 'no known kind of thing')} with tensors {sorted(tensors)}; "
+            f"expected a {kind} with {sorted(names)}"
+        )
+    try:
+        meta = json.loads(header.get("dcdd", "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its description is not JSON ({error}); make it again") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path} is damaged: its description is {meta!r}, expected an object; make it again")
+    if set(meta) != set(fields):
+        raise ValueError(
+            f"{path} describes its {kind} by {sorted(meta)}, expected {sorted(fields)}: it was written by another "
+            "version; make it again"
+        )
+    return tensors, meta
 
 
 def _sort_metadata(path: Path) -> None:

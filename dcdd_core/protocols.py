@@ -19,6 +19,10 @@ from torch import nn
 from .types import Codebook, TokenLogits
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How image tokens are drawn.
@@ -38,16 +42,16 @@ class SamplingOptions:
     top_p: float | None = None
 
     def __post_init__(self):
-        for name in ("guidance", "temperature"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}: 0 takes the most likely code")
+        if not _is_number(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance!r}; 1 switches it off")
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise ValueError(
+                f"temperature must be a finite number >= 0, got {self.temperature!r}; 0 is greedy, 1 changes nothing"
+            )
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
-            raise ValueError(f"top_k must be a whole number of codes, or None for no filter; got {self.top_k!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], or be None for no filter; got {self.top_p!r}")
+            raise ValueError(f"top_k must be a whole number >= 0, got {self.top_k!r}; 0 or None switches it off")
+        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p!r}; 1 or None switches it off")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,6 +70,10 @@ class Progress:
     known: torch.Tensor
 
 
+#: Guidance 5, temperature 1, no filter: what DeepSeek samples Janus with.
+DEFAULT_SAMPLING = SamplingOptions()
+
+
 OnProgress = Callable[[Progress], None]
 """Called as sampling proceeds; what it raises ends the call."""
 
@@ -81,14 +89,14 @@ class TokenSampler(Protocol):
         name: written into what it samples.
         grid: (h, w) of the token grid.
         codebook: what the K columns of its logits mean.
-        module: its network, for hosts that move weights between devices.
+        model: its network, for hosts that move weights between devices.
         default_guidance: the guidance its authors sample with.
     """
 
     name: str
     grid: tuple[int, int]
     codebook: Codebook
-    module: nn.Module
+    model: nn.Module
     default_guidance: float
 
     @property
@@ -109,7 +117,7 @@ class TokenSampler(Protocol):
         prompts: Sequence[str],
         *,
         seeds: Sequence[int],
-        options: SamplingOptions,
+        options: SamplingOptions = DEFAULT_SAMPLING,
         previous: TokenLogits | None = None,
         resample: torch.Tensor | None = None,
         on_progress: OnProgress | None = None,
@@ -145,14 +153,14 @@ class ImageTokenizer(Protocol):
         codebook: [K, D], unit rows.
         factor: pixels a token side.
         grid: (h, w) of the images that its VLM paints.
-        module: its network.
+        model: its network.
     """
 
     name: str
     codebook: Codebook
     factor: int
     grid: tuple[int, int]
-    module: nn.Module
+    model: nn.Module
 
     @property
     def device(self) -> torch.device:
@@ -195,13 +203,16 @@ class LatentCodec(Protocol):
     Attributes:
         factor: pixels a latent position, f.
         channels: C.
-        module: its network; None where a host keeps it.
+        shift, scale: z0 = (latent - shift) scale; None if `normalize` does something else.
+        model: its network; None where a host keeps it.
         comfy_format: name of the class in ComfyUI's `latent_formats` that describes these latents; "" for none.
     """
 
     factor: int
     channels: int
-    module: nn.Module | None
+    shift: float | None
+    scale: float | None
+    model: nn.Module | None
     comfy_format: str
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -258,7 +269,7 @@ class Backbone(Protocol):
     how velocity is predicted, what is trained, what painting can do without, and how it is cut, streamed and compiled.
 
     Attributes:
-        module: the network; its parameter names are those in bundles, below "transformer.".
+        model: the network; its parameter names are those in bundles, below "transformer.".
         token_width: M.
         latent_channels: C.
         patch: latent positions a side of one token.
@@ -266,7 +277,7 @@ class Backbone(Protocol):
         block_names: the names of the lists that hold them.
     """
 
-    module: nn.Module
+    model: nn.Module
     token_width: int
     latent_channels: int
     patch: int

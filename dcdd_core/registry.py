@@ -6,6 +6,7 @@ for, so that naming a family costs nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -92,6 +93,18 @@ def backbone_family(config: dict[str, Any]) -> BackboneFamily:
     raise ValueError(f"the decoder's network is a {wanted!r}; known are {names}: update ComfyUI-DCDD")
 
 
+def base_family(path: str | Path) -> BackboneFamily:
+    """The family of a base model's files: by the config.json of a folder; a single file is the first family's.
+
+    Raises:
+        ValueError: for a class that no family builds.
+    """
+    folder = Path(path)
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    config = _config(folder)
+    return backbone_family(config if "_class_name" in config else {})
+
+
 def build_backbone(config: dict[str, Any], *, guidance: float = 1.0) -> Backbone:
     """A network of this configuration with random weights, on torch's current device."""
     return backbone_family(config).build(config, guidance=guidance)
@@ -106,6 +119,22 @@ def _reader(path: str | Path, families: list[Any], what: str) -> Any:
     for family in families:
         if family.reads(str(path)):
             return family
-    found = "is there" if Path(path).exists() else "does not exist"
-    expected = "; or ".join(family.expected for family in families)
-    raise ValueError(f"{path} {found}, and no known {what} is in it: expected {expected}")
+    raise ValueError(f"{path} {_found(Path(path))}; expected a {what}: {'; or '.join(f.expected for f in families)}")
+
+
+def _found(path: Path) -> str:
+    """What is at a path, in words."""
+    if not path.exists():
+        return "does not exist"
+    config = _config(path)
+    kind = config.get("model_type") or config.get("_class_name")
+    return f"holds a {kind!r}" if kind else "holds no known model"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json; empty if there is none that can be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -1,14 +1,14 @@
 """What flows between the stages: Codebook, TokenLogits, Calibration, Condition.
 
-All four are frozen, validate themselves, and save to one safetensors file each, with everything that is not a tensor as
-JSON in its header. Nothing here writes into the tensors it was given.
+All four are frozen and validate themselves. Each has `to` another device, `part` of a batch, `joined` parts, and `save`
+and `load` as one safetensors file, with everything that is not a tensor as JSON in its header. Codebook and Calibration
+belong to a whole batch: a part of one is itself. Nothing here writes into the tensors it was given.
 
 Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dimension.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
-from .files import write_tensors
+from .files import read_record, write_record
 
 Source = Literal["vlm", "proxy"]
 #: What to do about a number of a calibration, and about a condition of wrong shapes.
@@ -30,7 +29,7 @@ _GRID_FIELDS = ("grid", "source", "guidance", "temperature", "model", "codebook"
 
 
 class DCDDWarning(UserWarning):
-    """What a user of this library should know, though nothing failed; hosts show it where the user looks."""
+    """Something a user should know although nothing failed; hosts show it to the user."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +87,28 @@ class Codebook:
         """The same on another device."""
         return Codebook(self.vectors.to(device))
 
+    def part(self, first: int, last: int) -> Codebook:
+        """Itself: a codebook belongs to a whole batch."""
+        return self
+
+    @classmethod
+    def joined(cls, parts: Sequence[Codebook]) -> Codebook:
+        """The one codebook of all parts.
+
+        Raises:
+            ValueError: if they are not one.
+        """
+        if any(part.fingerprint != parts[0].fingerprint for part in parts):
+            raise ValueError(f"parts of different codebooks cannot be joined: {[part.fingerprint for part in parts]}")
+        return parts[0]
+
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whole or not at all.
 
         Raises:
             OSError: if it cannot be written.
         """
-        _save(path, "codebook", {"vectors": self.vectors}, {})
+        write_record(path, "codebook", {"vectors": self.vectors}, {})
 
     @classmethod
     def load(cls, path: str | Path) -> Codebook:
@@ -103,7 +117,7 @@ class Codebook:
         Raises:
             ValueError: naming a file that is absent, damaged or of another kind.
         """
-        tensors, _ = _load(path, "codebook", ("vectors",), ())
+        tensors, _ = read_record(path, "codebook", ("vectors",), ())
         return cls(tensors["vectors"])
 
 
@@ -173,17 +187,22 @@ class TokenLogits:
         if self.source not in ("vlm", "proxy"):
             raise ValueError(f"source must be 'vlm' or 'proxy', got {self.source!r}")
 
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TokenLogits:
+        """The same on another device, with the logits in another dtype if one is given."""
+        return replace(self, logits=self.logits.to(device, dtype), tokens=self.tokens.to(device))
+
     def part(self, first: int, last: int) -> TokenLogits:
-        """The pictures first..last - 1 of the batch."""
+        """The images first..last - 1 of the batch."""
         return replace(self, logits=self.logits[first:last], tokens=self.tokens[first:last])
 
     @classmethod
     def joined(cls, parts: Sequence[TokenLogits]) -> TokenLogits:
-        """One batch of parts that were made alike; of a single one, that."""
-        if len(parts) == 1:
-            return parts[0]
-        logits, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "tokens"))
-        return replace(parts[0], logits=logits, tokens=tokens)
+        """One batch of parts that were made the same way; a single part is returned as it is.
+
+        Raises:
+            ValueError: for parts that differ in anything but their tensors.
+        """
+        return _joined(parts, ("logits", "tokens"), _GRID_FIELDS)
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whole or not at all.
@@ -192,7 +211,7 @@ class TokenLogits:
             OSError: if it cannot be written.
         """
         meta = {name: getattr(self, name) for name in _GRID_FIELDS}
-        _save(path, "token logits", {"logits": self.logits, "tokens": self.tokens}, meta)
+        write_record(path, "token logits", {"logits": self.logits, "tokens": self.tokens}, meta)
 
     @classmethod
     def load(cls, path: str | Path) -> TokenLogits:
@@ -201,7 +220,7 @@ class TokenLogits:
         Raises:
             ValueError: naming a file that is absent, damaged or of another kind.
         """
-        tensors, meta = _load(path, "token logits", ("logits", "tokens"), _GRID_FIELDS)
+        tensors, meta = read_record(path, "token logits", ("logits", "tokens"), _GRID_FIELDS)
         return cls(**tensors, **meta)
 
 
@@ -238,14 +257,23 @@ class Condition:
             raise ValueError("the condition holds NaN or infinity: map its logits again")
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
-        """The same on another device, and where a dtype is given in it."""
+        """The same on another device, in another dtype if one is given."""
         return replace(
             self, code_vectors=self.code_vectors.to(device, dtype), uncertainty=self.uncertainty.to(device, dtype)
         )
 
     def part(self, first: int, last: int) -> Condition:
-        """The pictures first..last - 1 of the batch."""
+        """The images first..last - 1 of the batch."""
         return replace(self, code_vectors=self.code_vectors[first:last], uncertainty=self.uncertainty[first:last])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Condition]) -> Condition:
+        """One batch of parts that were made the same way; a single part is returned as it is.
+
+        Raises:
+            ValueError: for parts that differ in anything but their tensors.
+        """
+        return _joined(parts, ("code_vectors", "uncertainty"), ("grid", "codebook"))
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whole or not at all.
@@ -254,7 +282,7 @@ class Condition:
             OSError: if it cannot be written.
         """
         tensors = {"code_vectors": self.code_vectors, "uncertainty": self.uncertainty}
-        _save(path, "condition", tensors, {"grid": self.grid, "codebook": self.codebook})
+        write_record(path, "condition", tensors, {"grid": self.grid, "codebook": self.codebook})
 
     @classmethod
     def load(cls, path: str | Path) -> Condition:
@@ -263,7 +291,7 @@ class Condition:
         Raises:
             ValueError: naming a file that is absent, damaged or of another kind.
         """
-        tensors, meta = _load(path, "condition", ("code_vectors", "uncertainty"), ("grid", "codebook"))
+        tensors, meta = read_record(path, "condition", ("code_vectors", "uncertainty"), ("grid", "codebook"))
         return cls(**tensors, **meta)
 
 
@@ -337,6 +365,25 @@ class Calibration:
             if not fits:
                 raise ValueError(f"calibration {name} must be {expected}, got {value!r}: {_CALIBRATED}")
 
+    def to(self, device: torch.device | str) -> Calibration:
+        """Itself: there are no tensors in it."""
+        return self
+
+    def part(self, first: int, last: int) -> Calibration:
+        """Itself: a calibration belongs to a whole batch."""
+        return self
+
+    @classmethod
+    def joined(cls, parts: Sequence[Calibration]) -> Calibration:
+        """The one calibration of all parts.
+
+        Raises:
+            ValueError: if they are not one.
+        """
+        if any(part != parts[0] for part in parts):
+            raise ValueError("parts with different calibrations cannot be joined: calibrate them with one")
+        return parts[0]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` takes them back."""
         return asdict(self)
@@ -367,7 +414,7 @@ class Calibration:
         Raises:
             OSError: if it cannot be written.
         """
-        _save(path, "calibration", {}, self.to_dict())
+        write_record(path, "calibration", {}, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -376,7 +423,17 @@ class Calibration:
         Raises:
             ValueError: naming a file that is absent, damaged or of another kind.
         """
-        return cls.from_dict(_load(path, "calibration", (), tuple(cls.__dataclass_fields__))[1])
+        return cls.from_dict(read_record(path, "calibration", (), tuple(cls.__dataclass_fields__))[1])
+
+
+def _joined(parts: Sequence[Any], tensors: Sequence[str], fields: Sequence[str]) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    for name in fields:
+        values = [getattr(part, name) for part in parts]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"parts with different {name} cannot be joined into one batch: {values}")
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
 
 
 def _check_grid(grid: Any, tokens: int) -> tuple[int, int]:
@@ -393,39 +450,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return type(value).__name__
-
-
-def _save(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-    header = {"format": "dcdd", "kind": kind, "dcdd": json.dumps(meta)}
-    write_tensors(path, tensors, header)
-
-
-def _load(
-    path: str | Path, kind: str, names: tuple[str, ...], fields: tuple[str, ...]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected a file with a {kind}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); expected a {kind}") from error
-    if header.get("format") != "dcdd" or header.get("kind") != kind or set(tensors) != set(names):
-        raise ValueError(
-            f"{path} holds {header.get('kind', 'no known kind of thing')} with tensors {sorted(tensors)}; "
-            f"expected a {kind} with {sorted(names)}"
-        )
-    try:
-        meta = json.loads(header.get("dcdd", "{}"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: its description is no JSON ({error}); make it again") from error
-    if not isinstance(meta, dict):
-        raise ValueError(f"{path} is damaged: its description is {meta!r}, no object; make it again")
-    if set(meta) != set(fields):
-        raise ValueError(
-            f"{path} describes its {kind} by {sorted(meta)}, expected {sorted(fields)}: it was written by another "
-            "version; make it again"
-        )
-    return tensors, meta

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from dcdd_core.models.decoder import VARIANTS, save_bundle
+from dcdd_core.models.bundle import save_bundle
+from dcdd_core.models.card import VARIANTS
 
 from .build_context import WORK, Recipe, Workshop
 from .embedded import WEIGHTS
@@ -30,13 +31,13 @@ def train_variants(shop: Workshop, weights: Path = WEIGHTS) -> None:
     recipe = shop.recipe
     pico = load_pico(device=shop.device, weights=weights, with_sampler=False)
     reader = load_reader(device=shop.device, weights=weights)
-    vae, calibration = pico.vae.model, pico.decoder.card.calibration
-    encodings = encode_scenes(shop, "train", shop.train_images, pico.vq, vae)
+    vae, calibration = pico.codec.model, pico.decoder.card.calibration
+    encodings = encode_scenes(shop, "train", shop.train_images, pico.tokenizer, vae)
     for seed in range(recipe.variant_seeds):
         one = replace(shop, recipe=replace(recipe, seed=recipe.seed + seed, decoder_steps=recipe.variant_steps))
         for variant in VARIANTS:
             name = f"variants/{variant}-{seed}"
-            decoder = train_pico_decoder(one, name, variant, encodings, pico.vq, vae, calibration, reader)
+            decoder = train_pico_decoder(one, name, variant, encodings, pico.tokenizer, vae, calibration, reader)
             save_bundle(shop.folder / f"{name}.safetensors", decoder, dtype=torch.float16)
 
 

@@ -9,7 +9,7 @@ NAME = "pico"
 
 
 def model_paths(weights: Path | None = None) -> dict[str, Path]:
-    """The paths of the embedded models, by the names that `dcdd_core.pipelines.load.load_models` gives them.
+    """The paths of the embedded models, by the names of `dcdd_core.pipelines.load.ModelPaths`.
 
     Args:
         weights: their folder, if it is not the one that is shipped.

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from dcdd_core.models.decoder import DistributionConditionedDecoder, save_bundle
+from dcdd_core.models.bundle import save_bundle
+from dcdd_core.models.decoder import DistributionConditionedDecoder
 
 from .build_context import Recipe
 from .train_janus import save_janus

@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core.evaluation.tables import markdown_table
-from dcdd_core.method.latents import fill_input, pack
-from dcdd_core.models.decoder import DistributionConditionedDecoder, load_decoder
-from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.models.bundle import DecoderOptions, load_decoder
+from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.janus.tokenizer import load_tokenizer
 from dcdd_core.types import Condition
 
 from .build_context import Recipe
@@ -44,13 +44,13 @@ def dcdd_operations(decoder: DistributionConditionedDecoder) -> int:
     condition = Condition(
         torch.zeros(1, h * h, card.code_dim), torch.zeros(1, h * h, 4), (h, h), codebook=card.codebook
     )
-    latents = pack(torch.zeros(1, 16, side, side))
-    area = torch.ones(1, latents.shape[1], card.base_config["in_channels"] - 2 * latents.shape[2])
-    packed = fill_input(latents, latents, area)
+    latents = torch.zeros(1, decoder.backbone.latent_channels, side, side)
+    context = decoder.backbone.context(latents, torch.ones(1, 1, card.resolution, card.resolution), card.vae_factor)
 
     def loss() -> torch.Tensor:
         fused = decoder.condition_tokens(condition, (side, side))
-        return decoder(packed, fused, torch.full((1,), 0.5), (side, side)).sum()
+        packed = decoder.backbone.pack(latents)
+        return decoder(packed, context, fused, torch.full((1,), 0.5), (side, side)).sum()
 
     return _counted(loss)
 
@@ -88,8 +88,8 @@ def training_operations(
 
 def operations_of(weights: Path) -> str:
     """`training_operations` of shipped models."""
-    vq = VQTokenizer.load(weights / "janus", dtype=torch.float32)
-    decoder = load_decoder(weights / "decoder.safetensors", dtype=torch.float32, fold=False)
+    vq = load_tokenizer(weights / "janus", dtype=torch.float32)
+    decoder = load_decoder(weights / "decoder.safetensors", options=DecoderOptions(dtype=torch.float32, fold=False))
     return training_operations(vq.model, decoder, AutoencoderKL.from_pretrained(weights / "vae"), Recipe.load(weights))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from dcdd_core.evaluation.networks import FeatureNetwork, PerceptualNetwork
 from dcdd_core.models.checkpoints import fingerprint_of, load_strictly, read_tensors
-from dcdd_core.pipelines.load import Models, load_models
+from dcdd_core.pipelines.load import LoadOptions, ModelPaths, Models, load_models
 
 from . import embedded
 from .reader import SceneReader
@@ -31,11 +31,10 @@ def load_pico(
         ValueError: if the weights are missing.
     """
     return load_models(
-        **embedded.model_paths(weights),
+        ModelPaths(**embedded.model_paths(weights)),
+        LoadOptions(device=device, compiled=compiled),
         name=embedded.NAME,
-        device=device,
         with_sampler=with_sampler,
-        compiled=compiled,
     )
 
 

@@ -17,8 +17,10 @@ from PIL import Image
 from dcdd_core.evaluation.figures import labelled_grid, save_image, score_lines, statistics_sheet
 from dcdd_core.evaluation.tables import markdown_table, statistics_rows
 from dcdd_core.files import write_text
-from dcdd_core.models.decoder import VARIANTS, load_decoder
+from dcdd_core.models.bundle import DecoderOptions, load_decoder
+from dcdd_core.models.card import VARIANTS
 from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import TokenLogits
 
 from .build_context import Recipe
@@ -190,7 +192,7 @@ def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
 def draw(bench: Bench, results: Mapping[str, Rows], folder: Path, *, scenes: int = 5) -> None:
     """Writes the plots and picture grids of the sections that were measured."""
     captions = [facts.caption() for facts in scene_facts("test", scenes)]
-    sampled = bench.pico.sampler.sample(captions, seeds=range(scenes), guidance=bench.guidance)
+    sampled = bench.pico.sampler.sample(captions, seeds=range(scenes), options=SamplingOptions(guidance=bench.guidance))
     if "calibration" in results:
         columns = {name: token_statistics(row) for name, row in results["calibration"].items()}
         save_image(statistics_sheet(columns), folder / "table-1.png")
@@ -231,12 +233,12 @@ def _overlap(first: Mapping[str, float], second: Mapping[str, float], column: st
 
 def _reconstructions(bench: Bench, count: int) -> Image.Image:
     pico, part = bench.pico, slice(0, count)
-    pixels = scene_pixels(bench.images[part], pico.vq.device)
-    grid = pico.vq.encode(pixels)
-    condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
+    pixels = scene_pixels(bench.images[part], pico.tokenizer.device)
+    grid = pico.tokenizer.encode(pixels)
+    condition = condition_for(pico.decoder.card, grid, pico.tokenizer.codebook)
     columns = {
         "scene": pixels,
-        _VQ: pico.vq.decode_tokens(grid.tokens, grid.grid),
+        _VQ: pico.tokenizer.decode_tokens(grid.tokens, grid.grid),
         "DCDD": bench.paint(pico.decoder, condition, part),
     }
     return _grid(columns, count)
@@ -244,9 +246,9 @@ def _reconstructions(bench: Bench, count: int) -> Image.Image:
 
 def _generations(bench: Bench, sampled: TokenLogits, count: int) -> Image.Image:
     pico = bench.pico
-    condition = condition_for(pico.decoder.card, sampled, pico.vq.codebook)
+    condition = condition_for(pico.decoder.card, sampled, pico.tokenizer.codebook)
     columns = {
-        _VQ: pico.vq.decode_tokens(sampled.tokens, sampled.grid),
+        _VQ: pico.tokenizer.decode_tokens(sampled.tokens, sampled.grid),
         "DCDD": bench.paint(pico.decoder, condition, slice(0, count)),
     }
     return _grid(columns, count)
@@ -254,13 +256,13 @@ def _generations(bench: Bench, sampled: TokenLogits, count: int) -> Image.Image:
 
 def _by_variants(bench: Bench, sampled: TokenLogits, count: int) -> tuple[Image.Image, Image.Image]:
     """Reconstructions by the decoders of each variant's first seed, and what they paint of captions."""
-    vq = bench.pico.vq
+    vq = bench.pico.tokenizer
     pixels = scene_pixels(bench.images[:count], vq.device)
     scenes = {"scene": pixels}
     captions = {_VQ: vq.decode_tokens(sampled.tokens, sampled.grid)}
     for variant in VARIANTS:
         path = next(path for name, path in bench.variants.items() if name.startswith(f"{variant}, "))
-        decoder = load_decoder(path, device=vq.device, dtype=bench.pico.decoder.dtype)
+        decoder = load_decoder(path, options=DecoderOptions(device=vq.device, dtype=bench.pico.decoder.dtype))
         for columns, grid in ((scenes, vq.encode(pixels)), (captions, sampled)):
             condition = condition_for(decoder.card, grid, vq.codebook)
             columns[variant] = bench.paint(decoder, condition, slice(0, count))

@@ -27,10 +27,13 @@ from dcdd_core.evaluation.frechet import FrechetStatistics, features_of, frechet
 from dcdd_core.evaluation.metrics import psnr, ssim
 from dcdd_core.files import write_text
 from dcdd_core.method.statistics import TokenStatistics, describe_logits
-from dcdd_core.models.decoder import VARIANTS, DistributionConditionedDecoder, load_decoder
+from dcdd_core.models.bundle import DecoderOptions, load_decoder
+from dcdd_core.models.card import VARIANTS
+from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.pipelines.condition import condition_for, serving
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.pipelines.load import Models
+from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Condition, DCDDWarning, TokenLogits
 
 from .build_context import WORK
@@ -120,21 +123,24 @@ class Bench:
     def scenes(self, what: str, count: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the scenes and their pixels."""
         for part in self.parts(what, count):
-            yield part, scene_pixels(self.images[part], self.pico.vq.device)
+            yield part, scene_pixels(self.images[part], self.pico.tokenizer.device)
 
     def sampled(self, what: str, count: int | None = None) -> Iterator[tuple[slice, TokenLogits]]:
         """Slices of the scenes and what the VLM gives of their captions."""
         captions = [facts.caption() for facts in scene_facts("test", len(self.images))]
         for part in self.parts(what, count):
             seeds = range(part.start, part.stop)
-            yield part, self.pico.sampler.sample(captions[part], seeds=seeds, guidance=self.guidance)
+            yield (
+                part,
+                self.pico.sampler.sample(captions[part], seeds=seeds, options=SamplingOptions(guidance=self.guidance)),
+            )
 
     def paint(
         self, decoder: DistributionConditionedDecoder, condition: Condition, part: slice, steps: int | None = None
     ) -> torch.Tensor:
         """Pixels [B, 3, S, S] in -1..1, by any decoder with the schedule of the shipped one."""
         seeds, shift = range(part.start, part.stop), self.pico.decoder.card.shift
-        return decode(decoder, self.pico.vae, condition, seeds=seeds, steps=steps or self.steps, shift=shift).pixels
+        return decode(decoder, self.pico.codec, condition, seeds=seeds, steps=steps or self.steps, shift=shift).pixels
 
     def real_features(self, count: int | None = None) -> torch.Tensor:
         found = [features_of(pixels, self.reader.frechet_features) for _, pixels in self.scenes("real scenes", count)]
@@ -164,11 +170,11 @@ def measure_reconstruction(bench: Bench) -> Rows:
     """The paper's Table 2."""
     pico, tallies = bench.pico, {}
     for part, pixels in bench.scenes("reconstruction"):
-        grid = pico.vq.encode(pixels)
-        condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
+        grid = pico.tokenizer.encode(pixels)
+        condition = condition_for(pico.decoder.card, grid, pico.tokenizer.codebook)
         pictures = {
-            "VQ-VAE decode": pico.vq.decode_tokens(grid.tokens, grid.grid),
-            "VQ-VAE decode of expected codes": pico.vq.decode_vectors(condition.code_vectors, grid.grid),
+            "VQ-VAE decode": pico.tokenizer.decode_tokens(grid.tokens, grid.grid),
+            "VQ-VAE decode of expected codes": pico.tokenizer.decode_vectors(condition.code_vectors, grid.grid),
             "DCDD (LCDM + LC)": bench.paint(pico.decoder, condition, part),
         }
         for name, made in pictures.items():
@@ -180,8 +186,8 @@ def measure_text(bench: Bench) -> Rows:
     """The paper's Table 3: captions of the scenes to pictures, all rows from the same sampled tokens and logits."""
     pico, tallies = bench.pico, {}
     for part, grid in bench.sampled("text to image"):
-        card, codebook = pico.decoder.card, pico.vq.codebook
-        pictures = {"VQ-VAE decode": pico.vq.decode_tokens(grid.tokens, grid.grid)}
+        card, codebook = pico.decoder.card, pico.tokenizer.codebook
+        pictures = {"VQ-VAE decode": pico.tokenizer.decode_tokens(grid.tokens, grid.grid)}
         ways = {
             BY_LOGITS: "logits",
             f"DCDD, anchored logits (beta = {card.calibration.anchor:.3g})": "anchored",
@@ -201,10 +207,10 @@ def measure_steps(bench: Bench, count: int = 512) -> Rows:
     """The paper's Table 6, on the first scenes: the number of Euler steps."""
     pico, tallies = bench.pico, {}
     for part, pixels in bench.scenes("steps", count):
-        grid = pico.vq.encode(pixels)
-        condition = condition_for(pico.decoder.card, grid, pico.vq.codebook)
+        grid = pico.tokenizer.encode(pixels)
+        condition = condition_for(pico.decoder.card, grid, pico.tokenizer.codebook)
         tallies.setdefault("VQ-VAE decode", Tally()).add(
-            bench.reader, pico.vq.decode_tokens(grid.tokens, grid.grid), pixels
+            bench.reader, pico.tokenizer.decode_tokens(grid.tokens, grid.grid), pixels
         )
         for steps in STEP_COUNTS:
             made = bench.paint(pico.decoder, condition, part, steps)
@@ -222,11 +228,14 @@ def measure_variants(bench: Bench) -> Rows:
     real, labels = bench.real_features(), bench.labels()
     grids = [grid for _, grid in bench.sampled("captions")]
     for name, path in bench.variants.items():
-        decoder = load_decoder(path, device=pico.vq.device, dtype=pico.decoder.dtype, compiled=bench.compiled)
+        decoder = load_decoder(
+            path,
+            options=DecoderOptions(device=pico.tokenizer.device, dtype=pico.decoder.dtype, compiled=bench.compiled),
+        )
         scenes, texts = Tally(), Tally()
         for (part, pixels), grid in zip(bench.scenes(name), grids, strict=True):
-            for tally, given, truth in ((scenes, pico.vq.encode(pixels), pixels), (texts, grid, None)):
-                condition = condition_for(decoder.card, given, pico.vq.codebook)
+            for tally, given, truth in ((scenes, pico.tokenizer.encode(pixels), pixels), (texts, grid, None)):
+                condition = condition_for(decoder.card, given, pico.tokenizer.codebook)
                 tally.add(bench.reader, bench.paint(decoder, condition, part), truth)
         rows[name] = scenes.row(real, labels) | {"text frechet": texts.row(real, labels)["frechet"]}
     return rows
@@ -247,9 +256,11 @@ def measure_latency(bench: Bench, rounds: int = 7) -> Rows:
         return made
 
     for k, caption in enumerate(captions):
-        grid = timed("Janus", lambda: pico.sampler.sample([caption], seeds=[k], guidance=bench.guidance))  # noqa: B023
-        timed("VQ-VAE decode", lambda: pico.vq.decode_tokens(grid.tokens, grid.grid))  # noqa: B023
-        condition = timed("LCDM", lambda: condition_for(card, grid, pico.vq.codebook))  # noqa: B023
+        grid = timed(
+            "Janus", lambda: pico.sampler.sample([caption], seeds=[k], options=SamplingOptions(guidance=bench.guidance))
+        )  # noqa: B023
+        timed("VQ-VAE decode", lambda: pico.tokenizer.decode_tokens(grid.tokens, grid.grid))  # noqa: B023
+        condition = timed("LCDM", lambda: condition_for(card, grid, pico.tokenizer.codebook))  # noqa: B023
         timed(f"DCDD, {bench.steps} steps", lambda: bench.paint(pico.decoder, condition, slice(k, k + 1)))  # noqa: B023
     return {stage: {"seconds": statistics.median(times[1:])} for stage, times in seconds.items()}
 
@@ -258,11 +269,11 @@ def measure_calibration(bench: Bench, count: int = 100) -> Rows:
     """The paper's Table 1: the VLM beside raw and calibrated proxies, on captions it was not fitted on."""
     pico = bench.pico
     sampled = [grid for _, grid in bench.sampled("captions", count)]
-    proxies = [pico.vq.encode(pixels) for _, pixels in bench.scenes("calibration", count)]
+    proxies = [pico.tokenizer.encode(pixels) for _, pixels in bench.scenes("calibration", count)]
     columns = {
-        "Janus": describe_logits(sampled, pico.vq.codebook),
-        "raw proxies": describe_logits(proxies, pico.vq.codebook),
-        "calibrated proxies": describe_logits(proxies, pico.vq.codebook, pico.decoder.card.calibration),
+        "Janus": describe_logits(sampled, pico.tokenizer.codebook),
+        "raw proxies": describe_logits(proxies, pico.tokenizer.codebook),
+        "calibrated proxies": describe_logits(proxies, pico.tokenizer.codebook, pico.decoder.card.calibration),
     }
     return {column: _statistics_row(found) for column, found in columns.items()}
 

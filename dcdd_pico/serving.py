@@ -14,12 +14,14 @@ from tqdm import tqdm
 
 from dcdd_core.evaluation.frechet import FrechetStatistics, features_of, frechet_distance
 from dcdd_core.files import write_text
-from dcdd_core.models.decoder import DecoderCard, DistributionConditionedDecoder
+from dcdd_core.models.card import DecoderCard
+from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.sampler import JanusSampler
-from dcdd_core.models.vae import KLAutoencoder
+from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.condition import condition_for, serving
 from dcdd_core.pipelines.decode import decode
+from dcdd_core.protocols import SamplingOptions
 
 from .build_context import Workshop, digest
 from .reader import FACTS, SceneReader, fact_labels
@@ -64,7 +66,9 @@ def choose_serving(
     facts = scene_facts("calibration", count)
     parts = [range(k, min(count, k + _BATCH)) for k in range(0, count, _BATCH)]
     grids = [
-        sampler.sample([facts[k].caption() for k in part], seeds=part, guidance=recipe.guidance)
+        sampler.sample(
+            [facts[k].caption() for k in part], seeds=part, options=SamplingOptions(guidance=recipe.guidance)
+        )
         for part in tqdm(parts, desc="captions", unit="batch", disable=None)
     ]
     scenes = scene_pixels(scene_images(shop.folder, "calibration", count, size=recipe.size), shop.device)
@@ -77,7 +81,7 @@ def choose_serving(
         for part, grid in zip(parts, grids, strict=True):
             condition = condition_for(card, grid, vq.codebook)
             with shop.autocast():
-                painted = decode(decoder, KLAutoencoder(vae), condition, seeds=part, steps=card.steps, shift=card.shift)
+                painted = decode(decoder, KLCodec(vae), condition, seeds=part, steps=card.steps, shift=card.shift)
             made.append(features_of(painted.pixels, loss_reader.frechet_features))
         return frechet_distance(statistics, FrechetStatistics.of([torch.cat([torch.cat(made), said], dim=1)]))
 

@@ -9,6 +9,7 @@ import torch
 from dcdd_core.method.calibration import anchor_statistics, fit_anchor, fit_calibration, proxy_logits, target_statistics
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Calibration, TokenLogits
 
 from .build_context import Workshop, digest
@@ -51,6 +52,10 @@ def sample_captions(sampler: JanusSampler, shop: Workshop, count: int) -> list[T
     """Token logits of the first `count` calibration captions, in batches."""
     captions = [facts.caption() for facts in scene_facts("calibration", count)]
     return [
-        sampler.sample(captions[k : k + _BATCH], seeds=range(k, min(count, k + _BATCH)), guidance=shop.recipe.guidance)
+        sampler.sample(
+            captions[k : k + _BATCH],
+            seeds=range(k, min(count, k + _BATCH)),
+            options=SamplingOptions(guidance=shop.recipe.guidance),
+        )
         for k in range(0, count, _BATCH)
     ]

@@ -7,13 +7,10 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from dcdd_core.evaluation.metrics import psnr, ssim
-from dcdd_core.models.decoder import (
-    DecoderCard,
-    DistributionConditionedDecoder,
-    blocks_of,
-    of_text_stream,
-)
-from dcdd_core.models.vae import KLAutoencoder
+from dcdd_core.models.backbones.flux_fill.inference import of_text_stream
+from dcdd_core.models.card import DecoderCard
+from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.training.batches import Batches
@@ -86,7 +83,7 @@ def train_pico_decoder(
     )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + _STAGE)
-        decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card)
+        decoder = DistributionConditionedDecoder.build(card)
     _start_as_identity(decoder.transformer)
     for weight_name, weight in decoder.transformer.named_parameters():
         weight.requires_grad_(not of_text_stream(weight_name))
@@ -97,9 +94,7 @@ def train_pico_decoder(
 
     def evaluate(current: DistributionConditionedDecoder) -> Evaluation:
         with shop.autocast():
-            painted = decode(
-                current, KLAutoencoder(vae), held_out_condition, seeds=range(len(held_out)), steps=10
-            ).pixels
+            painted = decode(current, KLCodec(vae), held_out_condition, seeds=range(len(held_out)), steps=10).pixels
         return Evaluation(
             numbers={
                 "psnr": float(psnr(held_out, painted).mean()),
@@ -133,7 +128,7 @@ def _start_as_identity(transformer: FluxTransformer2DModel) -> None:
     """Zero modulations and output (Peebles & Xie 2023, adaLN-Zero): every block starts as the identity."""
     layers = [
         getattr(block, norm).linear
-        for block in blocks_of(transformer)
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
         for norm in ("norm", "norm1")
         if hasattr(block, norm)
     ]

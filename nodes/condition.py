@@ -11,7 +11,7 @@ from skimage.filters import gaussian
 
 from ..dcdd_core.evaluation.figures import heat_map
 from ..dcdd_core.method.lcdm import map_logits
-from ..dcdd_core.models.decoder import DecoderCard
+from ..dcdd_core.models.card import DecoderCard
 from ..dcdd_core.models.vq import VQTokenizer
 from ..dcdd_core.pipelines.condition import condition_for, serving
 from ..dcdd_core.types import Condition, TokenLogits

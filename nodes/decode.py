@@ -21,7 +21,7 @@ from ..dcdd_core.method.flow import resolution_shift
 from ..dcdd_core.method.latents import scale_latents
 from ..dcdd_core.method.lcdm import map_logits
 from ..dcdd_core.models.backbones.flux_fill.inference import OnLayer
-from ..dcdd_core.models.decoder import DecoderCard
+from ..dcdd_core.models.card import DecoderCard
 from ..dcdd_core.models.vae import Autoencoder
 from ..dcdd_core.models.vq import VQTokenizer
 from ..dcdd_core.pipelines.decode import Canvas, canvas_of, paint, pixels_of

@@ -28,7 +28,7 @@ from PIL import Image
 from server import PromptServer
 from torch import nn
 
-from ..dcdd_core.models.vae import KLAutoencoder
+from ..dcdd_core.models.vae import KLCodec
 from ..dcdd_core.pipelines import oom as parts
 from ..dcdd_core.types import DCDDWarning, TokenLogits
 
@@ -151,7 +151,7 @@ class ManagedAutoencoder:
     _SMALL = 5_000_000
 
     def __init__(self, network: AutoencoderKL, *, placement: str):
-        self.managed = Managed(KLAutoencoder(network), network, placement=placement)
+        self.managed = Managed(KLCodec(network), network, placement=placement)
         self.is_small = sum(weight.numel() for weight in network.parameters()) <= self._SMALL
         channels = network.config.block_out_channels
         self._factor, self._channels = 2 ** (len(channels) - 1), channels[0]

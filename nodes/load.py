@@ -8,9 +8,11 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..dcdd_core.models.decoder import DistributionConditionedDecoder, load_decoder
+from ..dcdd_core.models.bundle import load_decoder
+from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download
 from ..dcdd_core.models.janus.sampler import JanusSampler
+from ..dcdd_core.models.janus.tokenizer import load_tokenizer
 from ..dcdd_core.models.vae import load_vae
 from ..dcdd_core.models.vq import VQTokenizer
 from ..dcdd_pico.embedded import model_paths
@@ -281,7 +283,7 @@ def _state(model: str) -> str:
 
 def _vq(folder: Path, model: str, placement: str) -> Managed[VQTokenizer]:
     """In float32: its features decide which token a patch is."""
-    vq = VQTokenizer.load(folder, dtype=torch.float32)
+    vq = load_tokenizer(folder, dtype=torch.float32)
     if model == PICO:
         vq.name = "pico"
     return Managed(vq, vq.model, placement=placement)

@@ -21,10 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dcdd_core.models.decoder import load_decoder, read_card
+from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
-from dcdd_core.pipelines.load import load_models
+from dcdd_core.pipelines.load import ModelPaths, load_models
 from dcdd_core.training.log import read_log
 from dcdd_core.training.run import make_accelerator
 from dcdd_core.types import Calibration
@@ -70,13 +70,17 @@ def test_a_folder_of_pictures_becomes_a_bundle_that_paints(run, pico, tmp_path, 
     assert run(samples=2, **{"sample-every": 2}) == 0
     assert "wrote" in capsys.readouterr().out
     bundle = tmp_path / "run" / "decoder.safetensors"
-    models = load_models(vlm=pico / "janus", vae=pico / "vae", decoder=bundle, with_sampler=False)
-    proxies = models.vq.encode(torch.zeros(1, 3, 96, 96))
+    models = load_models(ModelPaths(vlm=pico / "janus", vae=pico / "vae", decoder=bundle), with_sampler=False)
+    proxies = models.tokenizer.encode(torch.zeros(1, 3, 96, 96))
     painted = decode(
-        models.decoder, models.vae, condition_for(models.decoder.card, proxies, models.vq.codebook), seeds=[0], steps=1
+        models.decoder,
+        models.codec,
+        condition_for(models.decoder.card, proxies, models.tokenizer.codebook),
+        seeds=[0],
+        steps=1,
     ).pixels
     assert painted.shape == (1, 3, 96, 96) and bool(painted.isfinite().all())
-    before = load_decoder(pico / "decoder.safetensors", dtype=torch.bfloat16).state_dict()
+    before = load_decoder(pico / "decoder.safetensors", options=DecoderOptions(dtype=torch.bfloat16)).state_dict()
     moved = {
         name for name, value in models.decoder.state_dict().items() if not torch.equal(value.bfloat16(), before[name])
     }
@@ -236,7 +240,7 @@ def test_a_cache_without_pixels_cannot_be_masked(run, tmp_path, capsys):
 def test_low_rank_changes_come_merged(run, pico, tmp_path):
     assert run("--checkpointing", train="lora", rank=2, precision="bf16", optimizer="muon", **{"learning-rate": 1}) == 0
     names = load_decoder(tmp_path / "run" / "decoder.safetensors").state_dict()
-    before = load_decoder(pico / "decoder.safetensors", dtype=torch.bfloat16).state_dict()
+    before = load_decoder(pico / "decoder.safetensors", options=DecoderOptions(dtype=torch.bfloat16)).state_dict()
     moved = {name for name, value in names.items() if not torch.equal(value, before[name])}
     assert set(names) == set(before) and "transformer.transformer_blocks.0.attn.to_q.weight" in moved
     assert all(".attn." in name or name.startswith("adapter.") for name in moved)
@@ -244,7 +248,9 @@ def test_low_rank_changes_come_merged(run, pico, tmp_path):
 
 def test_over_a_base_only_what_changed_is_kept(run, pico, tmp_path):
     base = tmp_path / "base"
-    load_decoder(pico / "decoder.safetensors", fold=False).transformer.save_pretrained(base / "transformer")
+    load_decoder(pico / "decoder.safetensors", options=DecoderOptions(fold=False)).transformer.save_pretrained(
+        base / "transformer"
+    )
     calibration = tmp_path / "calibration.safetensors"
     Calibration(scale=20.0).save(calibration)
     own = {"vlm": pico / "janus", "vae": pico / "vae", "base": base, "width": 16}
@@ -328,7 +334,9 @@ def test_an_estimate_needs_no_pictures_and_no_models(tmp_path, capsys):
 def test_what_is_missing_is_said(run, pico, capsys, tmp_path):
     own = {"vlm": pico / "janus", "vae": pico / "vae"}
     assert run(**own) == 1 and "give the base (FLUX.1-Fill), or a decoder bundle" in capsys.readouterr().err
-    load_decoder(pico / "decoder.safetensors", fold=False).transformer.save_pretrained(tmp_path / "base")
+    load_decoder(pico / "decoder.safetensors", options=DecoderOptions(fold=False)).transformer.save_pretrained(
+        tmp_path / "base"
+    )
     assert run(**own, base=tmp_path / "base") == 1
     assert "make one for this VLM with `dcdd calibrate`" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
@@ -347,10 +355,10 @@ def test_a_calibration_that_did_not_converge_is_warned_of_once(run, tmp_path, ca
 def test_any_size_is_painted_from_the_vlm_s_own_grid(run, pico, tmp_path):
     assert run(resolution=64, samples=1) == 0  # 12 x 12 tokens of 5.3 pixels
     bundle = tmp_path / "run" / "decoder.safetensors"
-    models = load_models(vlm=pico / "janus", vae=pico / "vae", decoder=bundle, with_sampler=False)
-    proxies = models.vq.encode(torch.zeros(1, 3, 96, 96))
-    condition = condition_for(models.decoder.card, proxies, models.vq.codebook)
-    assert decode(models.decoder, models.vae, condition, seeds=[0], steps=1).pixels.shape == (1, 3, 64, 64)
+    models = load_models(ModelPaths(vlm=pico / "janus", vae=pico / "vae", decoder=bundle), with_sampler=False)
+    proxies = models.tokenizer.encode(torch.zeros(1, 3, 96, 96))
+    condition = condition_for(models.decoder.card, proxies, models.tokenizer.codebook)
+    assert decode(models.decoder, models.codec, condition, seeds=[0], steps=1).pixels.shape == (1, 3, 64, 64)
     with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as sheet:
         assert sheet.size == (3 * 64, 64)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -20,7 +20,9 @@ from transformers import (
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core.method.lcdm import map_logits
-from dcdd_core.models.decoder import DecoderCard, DistributionConditionedDecoder, of_text_stream
+from dcdd_core.models.backbones.flux_fill.inference import of_text_stream
+from dcdd_core.models.card import DecoderCard
+from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.types import Calibration, Codebook, Condition, TokenLogits
 from dcdd_pico.build_context import Recipe
 from dcdd_pico.export import export
@@ -174,7 +176,7 @@ def tiny_card(**changes) -> DecoderCard:
 def tiny_decoder(seed: int = 0, **changes) -> DistributionConditionedDecoder:
     """A decoder with random weights, its adapter's last layer included, so that the condition matters."""
     card = tiny_card(**changes)
-    return fill(DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card), seed)
+    return fill(DistributionConditionedDecoder.build(card), seed)
 
 
 def assert_same_without_text(whole: DistributionConditionedDecoder, loaded: DistributionConditionedDecoder) -> None:
@@ -209,7 +211,7 @@ def random_pico(folder: Path) -> Path:
         vae_scale=1.0,
         steps=4,
     )
-    decoder = fill(DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card), 4)
+    decoder = fill(DistributionConditionedDecoder.build(card), 4)
     reader = fill(SceneReader(), 5)
     export(folder, janus=janus, words=words, vq=vq, vae=vae, decoder=decoder, reader=reader, recipe=Recipe())
     return folder

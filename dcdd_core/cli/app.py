@@ -32,7 +32,7 @@ from ..evaluation.results_store import hold_to
 from ..evaluation.tables import statistics_table
 from ..method.flow import timesteps
 from ..method.statistics import describe_logits
-from ..models.decoder import DecoderCard
+from ..models.card import DecoderCard
 from ..models.vq import VQTokenizer
 from ..pipelines.calibrate import PROMPTS, KeptSamples, Proxies, calibrate_to, compared, verdict
 from ..pipelines.condition import condition_for, serving
@@ -98,7 +98,7 @@ def generate(chosen: argparse.Namespace) -> None:
     if chosen.logits is not None:
         grid.save(chosen.logits)
         print(f"wrote {chosen.logits}")
-    by_vq = decode_tokens(models.vq, grid)
+    by_vq = decode_tokens(models.tokenizer, grid)
     if models.decoder is None:
         _write(by_vq, chosen.out, "")
         return
@@ -119,8 +119,8 @@ def reconstruct(chosen: argparse.Namespace) -> None:
     models = _load(chosen, with_sampler=False)
     _check_painting(models, chosen)
     for path in chosen.image:
-        proxies = models.vq.encode(_read_image(path, models.vq, chosen.side))
-        results = {"vq": decode_tokens(models.vq, proxies)}
+        proxies = models.tokenizer.encode(_read_image(path, models.tokenizer, chosen.side))
+        results = {"vq": decode_tokens(models.tokenizer, proxies)}
         if models.decoder is not None:
             condition = _condition(models, proxies, chosen)
             results["dcdd"] = _paint(models, condition, _seeds(chosen, 1), chosen)
@@ -145,8 +145,8 @@ def calibrate(chosen: argparse.Namespace) -> None:
         crew.wait()
         if crew.first:
             _warn_of_unknown_words(models, prompts)
-        proxies = Proxies(models.vq, _pixels(models, files, chosen)) if crew.first else None
-        samples = KeptSamples(folder, prompts, seed=chosen.seed, device=models.vq.device)
+        proxies = Proxies(models.tokenizer, _pixels(models, files, chosen)) if crew.first else None
+        samples = KeptSamples(folder, prompts, seed=chosen.seed, device=models.tokenizer.device)
         if crew.first and samples.missing < len(prompts):
             print(f"going on: {len(prompts) - samples.missing} of {len(prompts)} samples are in {folder}")
         samples.fill(
@@ -184,7 +184,7 @@ def inspect(chosen: argparse.Namespace) -> None:
         calibration = models.decoder.card.calibration if models.decoder is not None else None
         if chosen.calibration is not None:
             calibration = Calibration.load(chosen.calibration)
-        proxies = Proxies(models.vq, _pixels(models, files, chosen))
+        proxies = Proxies(models.tokenizer, _pixels(models, files, chosen))
         columns = compared(models.sampler.name, _grids(models, prompts, chosen), proxies, calibration)
     print(statistics_table(columns))
     print(f"wrote {save_image(top_curve(columns), chosen.out)}")
@@ -202,7 +202,7 @@ def demo(chosen: argparse.Namespace) -> None:
     seeds = _seeds(chosen, len(prompts))
     grid = _sample(models, prompts, seeds, chosen)
     clock.lap(f"Janus samples {len(prompts)} x {grid.tokens.shape[1]} tokens")
-    by_vq = decode_tokens(models.vq, grid)
+    by_vq = decode_tokens(models.tokenizer, grid)
     clock.lap("VQ-VAE decode")
     condition = _condition(models, grid, chosen)
     painted = _paint(models, condition, seeds, chosen)
@@ -214,9 +214,9 @@ def demo(chosen: argparse.Namespace) -> None:
     )
 
     scenes = [render_scene("test", index) for index in DEMO_SCENES]
-    pixels = torch.cat([scene_pixels(scene.image[None], models.vq.device) for scene in scenes])
-    proxies = models.vq.encode(pixels)
-    by_vq = decode_tokens(models.vq, proxies)
+    pixels = torch.cat([scene_pixels(scene.image[None], models.tokenizer.device) for scene in scenes])
+    proxies = models.tokenizer.encode(pixels)
+    by_vq = decode_tokens(models.tokenizer, proxies)
     painted = _paint(models, _condition(models, proxies, chosen), _seeds(chosen, len(scenes)), chosen)
     clock.lap(f"reconstruct {len(scenes)} held-out scenes by both decoders")
     scene_sheet = labelled_grid(
@@ -241,7 +241,7 @@ def reconstruction(chosen: argparse.Namespace) -> None:
         chosen.device = crew.device
         pictures = pictures_in(chosen.images, by_category=chosen.by_category, limit=chosen.limit)
         models = _load(chosen, with_sampler=False)
-        device = models.vq.device
+        device = models.tokenizer.device
         report = evaluate_reconstruction(
             _run(chosen, crew),
             pictures,
@@ -280,7 +280,7 @@ def text(chosen: argparse.Namespace) -> None:
             return sample(models.sampler, texts, seeds=seeds, **options)
 
         if prompts:
-            features = _feature_network(chosen, models.vq.device)
+            features = _feature_network(chosen, models.tokenizer.device)
             report = evaluate_text(
                 run,
                 prompts,
@@ -440,7 +440,7 @@ def _guidance(models: Models, chosen: argparse.Namespace) -> float:
 def _paint(models: Models, condition: Condition, seeds: Sequence[int], chosen: argparse.Namespace) -> torch.Tensor:
     with _bar("decoder") as on_step:
         options = {"steps": chosen.steps, "shift": chosen.shift, "on_step": on_step}
-        return decode(models.decoder, models.vae, condition, seeds=seeds, **options).pixels
+        return decode(models.decoder, models.codec, condition, seeds=seeds, **options).pixels
 
 
 def _card(models: Models, chosen: argparse.Namespace) -> DecoderCard:
@@ -450,7 +450,7 @@ def _card(models: Models, chosen: argparse.Namespace) -> DecoderCard:
 
 
 def _condition(models: Models, grid: TokenLogits, chosen: argparse.Namespace) -> Condition:
-    return condition_for(_card(models, chosen), grid, models.vq.codebook)
+    return condition_for(_card(models, chosen), grid, models.tokenizer.codebook)
 
 
 def _calibration_material(chosen: argparse.Namespace) -> tuple[list[str], list[Picture] | None]:
@@ -481,7 +481,7 @@ def _calibration_material(chosen: argparse.Namespace) -> tuple[list[str], list[P
 
 def _pixels(models: Models, files: Sequence[Picture] | None, chosen: argparse.Namespace) -> Iterator[torch.Tensor]:
     """The pictures [1, 3, S, S] one by one, as squares of the size that the VLM paints; scenes where there are none."""
-    vq, size = models.vq, Decoders(models=models).size
+    vq, size = models.tokenizer, Decoders(models=models).size
     for one in tqdm(files or range(chosen.count), desc="features", unit="picture", disable=None):
         if files is None:
             yield scene_pixels(render_scene("calibration", one).image[None], vq.device)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..models.card import DecoderCard
 from ..models.checkpoints import fingerprint_of
-from ..models.decoder import DecoderCard
 from ..pipelines.condition import condition_for
 from ..pipelines.decode import decode, decode_tokens
 from ..pipelines.load import Models
@@ -47,7 +47,7 @@ class Decoders:
     @property
     def size(self) -> int:
         """Side in pixels of the pictures that the VLM's tokenizer reads and paints."""
-        vq = self.models.vq
+        vq = self.models.tokenizer
         return vq.model.config.num_patches * vq.factor
 
     @property
@@ -55,7 +55,9 @@ class Decoders:
         """Path -> side in pixels of what is painted from the VLM's own grid of tokens."""
         sides = {"vq": self.size}
         if self.card is not None:
-            sides["dcdd"], _ = self.models.decoder.card.painted_size((self.models.vq.model.config.num_patches,) * 2)
+            sides["dcdd"], _ = self.models.decoder.card.painted_size(
+                (self.models.tokenizer.model.config.num_patches,) * 2
+            )
         return sides
 
     @property
@@ -66,24 +68,24 @@ class Decoders:
     def paint(self, token_logits: TokenLogits, seeds: Sequence[int]) -> dict[str, torch.Tensor]:
         """Path -> pictures [B, 3, H, W] in -1..1, all from the same tokens and logits."""
         models = self.models
-        painted = {"vq": decode_tokens(models.vq, token_logits)}
+        painted = {"vq": decode_tokens(models.tokenizer, token_logits)}
         if self.card is not None:
-            condition = condition_for(self.card, token_logits, models.vq.codebook)
+            condition = condition_for(self.card, token_logits, models.tokenizer.codebook)
             options = {"seeds": seeds, "steps": self.steps, "shift": self.shift}
-            painted["dcdd"] = decode(models.decoder, models.vae, condition, **options).pixels
+            painted["dcdd"] = decode(models.decoder, models.codec, condition, **options).pixels
         return painted
 
     def settings(self) -> dict[str, Any]:
         """Of all that the pictures depend on besides tokens and seeds, as plain JSON values."""
         models, card = self.models, self.card
-        settings: dict[str, Any] = {"tokenizer": fingerprint_of(models.vq.model.state_dict())}
+        settings: dict[str, Any] = {"tokenizer": fingerprint_of(models.tokenizer.model.state_dict())}
         if card is not None:
             calibration = card.calibration
             served = ("scale", "affine_scale", "smoothing", "anchor")
             settings |= {
                 "decoder": fingerprint_of(models.decoder.state_dict()),
                 "decoder dtype": str(next(models.decoder.parameters()).dtype).removeprefix("torch."),
-                "autoencoder": fingerprint_of(models.vae.model.state_dict()),
+                "autoencoder": fingerprint_of(models.codec.model.state_dict()),
                 "variant": card.variant,
                 "reads": card.reads,
                 "calibration": calibration and {name: getattr(calibration, name) for name in served},

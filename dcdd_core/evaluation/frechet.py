@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..types import _load, _save
+from ..files import read_record, write_record
 
 _KIND = "Frechet statistics"
 
@@ -147,7 +147,7 @@ def save_statistics(path: str | Path, sets: Mapping[str, FrechetStatistics], *, 
         "network": parts[0].network,
         "size": size,
     }
-    _save(path, _KIND, tensors, meta)
+    write_record(path, _KIND, tensors, meta)
 
 
 def load_statistics(path: str | Path, *, network: str, size: int) -> dict[str, FrechetStatistics]:
@@ -156,7 +156,7 @@ def load_statistics(path: str | Path, *, network: str, size: int) -> dict[str, F
     Raises:
         ValueError: for a file of another kind, another network or another size of pictures.
     """
-    tensors, meta = _load(path, _KIND, ("total", "products"), ("categories", "counts", "network", "size"))
+    tensors, meta = read_record(path, _KIND, ("total", "products"), ("categories", "counts", "network", "size"))
     if meta["network"] != network or meta["size"] != size:
         raise ValueError(
             f"{path} was measured by {meta['network']} on pictures of {meta['size']} pixels, here it is {network} on "

@@ -55,7 +55,7 @@ def reconstruct_all(
     Raises:
         ValueError: naming a picture that cannot be read.
     """
-    vq = decoders.models.vq
+    vq = decoders.models.tokenizer
     done = kept.done()
     for part in processes.batches(pictures, batch, done=lambda picture: picture.key in done, label="reconstruction"):
         truth = read_pixels(part, size, vq.device)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import write_text
-from ..types import _save
+from ..files import write_record, write_text
 
 _KIND = "measurements"
 
@@ -57,7 +56,7 @@ class Measurements:
     def add(self, keys: Sequence[str], values: Mapping[str, torch.Tensor]) -> None:
         """Keeps tensors [B, ...] of B pictures, in one file, whole or not at all."""
         name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24]
-        _save(self.folder / f"{name}.safetensors", _KIND, dict(values), {"keys": list(keys)})
+        write_record(self.folder / f"{name}.safetensors", _KIND, dict(values), {"keys": list(keys)})
 
     def done(self) -> set[str]:
         """The keys of the pictures that are measured."""

@@ -79,26 +79,45 @@ def pack_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
     return pack(rearrange(mask, "b 1 (h f) (w g) -> b (f g) h w", f=factor, g=factor))
 
 
-def fill_input(noised: torch.Tensor, masked_image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """FLUX.1-Fill's input, concat(noised, masked image, mask): [B, N, 4 C + 4 C + 4 f^2], 384 for FLUX.
+def fill_context(masked_image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What FLUX.1-Fill sees of an image besides the noisy latent: [B, N, 4 C + 4 f^2], 320 for FLUX.
 
     Args:
-        noised: packed noisy latents [B, N, 4 C]; gives device and dtype.
-        masked_image: packed, scaled latents of the masked image, [B or 1, N, 4 C].
+        masked_image: packed, scaled latents of the masked image, [B or 1, N, 4 C]; gives device and dtype.
         mask: from `pack_mask`, [B or 1, N, 4 f^2].
 
     Raises:
         ValueError: for shapes that do not fit.
     """
-    fits = all(
-        t.ndim == 3 and t.shape[0] in (1, len(noised)) and t.shape[1] == noised.shape[1] for t in (masked_image, mask)
-    )
-    if not fits or masked_image.shape[2] != noised.shape[2]:
+    batch = max(len(masked_image), len(mask))
+    if masked_image.ndim != 3 or not _fits(mask, batch, masked_image.shape[1]) or len(masked_image) not in (1, batch):
         raise ValueError(
-            f"noised {list(noised.shape)}, masked image {list(masked_image.shape)} and mask {list(mask.shape)} do not "
-            "fit: expected packed [B, N, 4 C], [B or 1, N, 4 C] and [B or 1, N, 4 f^2]"
+            f"masked image {list(masked_image.shape)} and mask {list(mask.shape)} do not fit: expected packed "
+            "[B or 1, N, 4 C] and [B or 1, N, 4 f^2]"
         )
-    return torch.cat([noised, *(t.to(noised).expand(len(noised), -1, -1) for t in (masked_image, mask))], dim=-1)
+    return torch.cat([t.to(masked_image).expand(batch, -1, -1) for t in (masked_image, mask)], dim=-1)
+
+
+def fill_input(noised: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """FLUX.1-Fill's input, concat(noised, masked image, mask): [B, N, 4 C + 4 C + 4 f^2], 384 for FLUX.
+
+    Args:
+        noised: packed noisy latents [B, N, 4 C]; gives device and dtype.
+        context: from `fill_context`, [B or 1, N, 4 C + 4 f^2].
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
+    if noised.ndim != 3 or not _fits(context, len(noised), noised.shape[1]) or context.shape[2] <= noised.shape[2]:
+        raise ValueError(
+            f"noised {list(noised.shape)} and context {list(context.shape)} do not fit: expected packed [B, N, 4 C] "
+            "and [B or 1, N, 4 C + 4 f^2]"
+        )
+    return torch.cat([noised, context.to(noised).expand(len(noised), -1, -1)], dim=-1)
+
+
+def _fits(tokens: torch.Tensor, batch: int, count: int) -> bool:
+    return tokens.ndim == 3 and tokens.shape[0] in (1, batch) and tokens.shape[1] == count
 
 
 def _check_even(height: int, width: int) -> None:

@@ -1,6 +1,7 @@
 """The adapter: a condition on the token grid -> one vector for every packed latent token (Eqs. 19-22).
 
-Shapes: B batch, h w token grid, h' w' latent grid, D code dimension, C adapter width, M inner width of the transformer.
+Shapes: B batch, h w token grid, h' w' latent grid, p latents a token side, D code dimension, C adapter
+width, M inner width of the transformer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ..types import Condition
 
 
 class ConditionEncoder(nn.Module):
-    """C_map = concat(SiLU(GroupNorm(Conv(W c))), upsample(u)), then a linear map of its 2 x 2 patches.
+    """C_map = concat(SiLU(GroupNorm(Conv(W c))), upsample(u)), then a linear map of its patches.
 
     The last map starts at zero, so an untrained adapter leaves the base model exactly as it was.
 
@@ -22,19 +23,21 @@ class ConditionEncoder(nn.Module):
         code_dim: D.
         width: C, a multiple of 8.
         inner: M, the width of the transformer's tokens.
+        patch: p, latents a side of one of the transformer's tokens.
     """
 
-    def __init__(self, code_dim: int, width: int, inner: int):
+    def __init__(self, code_dim: int, width: int, inner: int, *, patch: int = 2):
         super().__init__()
         self.project = nn.Linear(code_dim, width)
         self.refine = nn.Conv2d(width, width, 3, padding=1)
         self.norm = nn.GroupNorm(8, width)
-        self.fuse = nn.Linear(4 * (width + 4), inner)
+        self.patch = patch
+        self.fuse = nn.Linear(patch**2 * (width + 4), inner)
         nn.init.zeros_(self.fuse.weight)
         nn.init.zeros_(self.fuse.bias)
 
     def forward(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
-        """Condition on an (h, w) grid, latent size (h', w'), both even -> [B, h' w' / 4, M].
+        """Condition on an (h, w) grid, latent size (h', w'), multiples of p -> [B, h' w' / p^2, M].
 
         Code vectors are repeated up to the latent grid (nearest: the convolution after it does the smoothing),
         uncertainty features are interpolated bilinearly.
@@ -47,4 +50,4 @@ class ConditionEncoder(nn.Module):
         uncertainty = rearrange(condition.uncertainty.to(dtype), "b (h w) u -> b u h w", h=h)
         uncertainty = F.interpolate(uncertainty, size=latent_size, mode="bilinear", align_corners=False)
         condition_map = torch.cat([codes, uncertainty], dim=1)
-        return self.fuse(rearrange(condition_map, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2))
+        return self.fuse(rearrange(condition_map, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch))

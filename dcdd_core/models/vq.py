@@ -5,17 +5,12 @@ Shapes: B batch, N tokens (row-major h x w grid), K codes, D code dimension, H x
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from einops import rearrange
-from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..method.calibration import proxy_logits
 from ..types import Codebook, TokenLogits
-from .checkpoints import load_strictly, read_config, read_tensors
-from .janus import deepseek
 
 
 class VQTokenizer:
@@ -28,6 +23,7 @@ class VQTokenizer:
         model: the network.
         codebook: [K, D], unit rows; it stays where it was loaded when the network is moved.
         factor: pixels per token side, f.
+        grid: (h, w) of the images that the VLM paints.
         name: for messages and records.
     """
 
@@ -35,43 +31,8 @@ class VQTokenizer:
         self.model = model.eval().requires_grad_(False)
         self.codebook = Codebook(model.quantize.embedding.weight)
         self.factor = 2 ** (len(model.config.channel_multiplier) - 1)
+        self.grid = (model.config.num_patches,) * 2
         self.name = name
-
-    @classmethod
-    def load(
-        cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> VQTokenizer:
-        """Loads the VQ part of a Janus folder, transformers' or DeepSeek's, or a folder that holds only a `JanusVQVAE`.
-
-        Only the VQ tensors are read, so a decoder of 7B weights costs 0.3 GB, not 14.
-
-        Raises:
-            ValueError: for a folder of another kind, naming what is missing.
-        """
-        config = read_config(folder)
-        kind = config.get("model_type")
-        if kind == "janus":
-            values, prefix = config.get("vq_config"), "model.vqmodel."
-            if not isinstance(values, dict):
-                raise ValueError(f"{folder}'s config.json has no vq_config: download it again")
-            vq_config = JanusVQVAEConfig(**values)
-        elif kind == deepseek.MODEL_TYPE:
-            vq_config, prefix = deepseek.janus_config(config, str(folder)).vq_config, "model.vqmodel."
-        elif kind == "janus_vqgan":
-            vq_config, prefix = JanusVQVAEConfig(**config), ""
-        else:
-            raise ValueError(
-                f"{folder} holds a {kind!r} model; expected 'janus', 'janus_vqgan' or {deepseek.MODEL_TYPE!r}: choose "
-                "the folder of a Janus model or of its tokenizer"
-            )
-        with torch.device("meta"):
-            model = JanusVQVAE(vq_config)
-        if kind == deepseek.MODEL_TYPE:
-            deepseek.load(model, folder, prefix=prefix, dtype=dtype, device=device)
-        else:
-            tensors = read_tensors(folder, prefix=prefix, dtype=dtype, device=device)
-            load_strictly(model, tensors, f"{folder} ({prefix}*)")
-        return cls(model, name=Path(folder).name)
 
     @property
     def device(self) -> torch.device:
@@ -162,3 +123,8 @@ class VQTokenizer:
         if tokens.numel() == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self.codebook.size:
             raise ValueError(f"tokens must lie in 0..{self.codebook.size - 1}: these belong to another tokenizer")
         return self.decode_vectors(self.codebook.vectors[tokens.to(self.codebook.vectors.device)], grid)
+
+    def working_memory(self, grid: tuple[int, int]) -> int:
+        """Bytes for one image in float32, scaled by width from what ComfyUI assumes of FLUX's autoencoder (128)."""
+        h, w = grid
+        return round(4 * 2178 * h * w * self.factor**2 * self.model.config.base_channels / 128)

@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+
+import torch
 
 from ..method.calibration import proxy_logits
 from ..method.lcdm import map_logits
-from ..models.decoder import DecoderCard
+from ..models.card import DecoderCard
 from ..types import Calibration, Codebook, Condition, TokenLogits
+from .host import PLAIN, Host
+from .oom import one_by_one
+
+
+def condition(
+    card: DecoderCard | None,
+    token_logits: TokenLogits,
+    codebook: Codebook,
+    *,
+    device: torch.device | str | None = None,
+    on_image: Callable[[int], None] | None = None,
+    host: Host = PLAIN,
+) -> Condition:
+    """`condition_for`, one image at a time; without a card, LCDM of the logits as they are.
+
+    Args:
+        device: where it is computed; None for where the logits are.
+        on_image: called with the number of images done.
+
+    Raises:
+        ValueError: as `condition_for`.
+        RuntimeError: if an image does not fit into memory.
+    """
+
+    def run(k: int) -> Condition:
+        part = token_logits.part(k, k + 1)
+        part = part if device is None else part.to(device)
+        mapped = map_logits(part, codebook) if card is None else condition_for(card, part, codebook)
+        return host.keep(mapped)
+
+    parts = []
+    for part in one_by_one(run, len(token_logits.tokens), host):
+        parts.append(part)
+        if on_image is not None:
+            on_image(len(parts))
+    return Condition.joined(parts)
 
 
 def condition_for(card: DecoderCard, token_logits: TokenLogits, codebook: Codebook) -> Condition:
-    """The condition that the decoder of this card wants: LCDM with its calibration, or discrete code vectors.
+    """The condition that the decoder of this card expects: LCDM with its calibration, or discrete code vectors.
 
-    Of what a VLM gives, the card's `reads` takes the logits (the paper), the logits pulled towards the sampled token by
-    the calibration's anchor, or the sampled tokens alone. Logits that are calibrated already are mapped as they are.
+    For a VLM's logits, the card's `reads` selects the logits (the paper), the logits pulled towards the sampled token
+    by the calibration's anchor, or the sampled tokens alone. Calibrated logits are mapped as they are.
 
     Raises:
         ValueError: if logits, codebook and calibration are not of one tokenizer.
@@ -38,7 +77,7 @@ def serving(
     anchor: float | None = None,
     reads: str | None = None,
 ) -> DecoderCard:
-    """The card with what was asked for in place of its own: a calibration, a way of reading, or an anchor to read with.
+    """The card with its calibration, its reading, or the anchor to read with replaced by what was asked for.
 
     Raises:
         ValueError: if that does not fit the decoder.
@@ -56,7 +95,7 @@ def serving(
 
 
 def discrete_condition(token_logits: TokenLogits, codebook: Codebook) -> Condition:
-    """The tokens alone, as distributions without doubt: the baseline of the paper's Table 4."""
+    """The tokens alone, as one-hot distributions: the baseline of the paper's Table 4."""
     c = codebook.vectors[token_logits.tokens.to(codebook.vectors.device)]
     u = c.new_tensor([1.0, 1.0, 1.0, 0.0]).expand(*c.shape[:2], 4)
     return Condition(c, u, token_logits.grid, codebook=codebook.fingerprint)

@@ -1,6 +1,6 @@
-"""Condition -> image: Euler steps of the decoder from noise to latents, and the autoencoder to pixels; tokens -> image.
+"""Condition -> image: Euler steps of the decoder from noise to latents, and the codec to pixels; tokens -> image.
 
-Shapes: B batch, H W pixels, h' w' latent grid, C latent channels.
+Shapes: B batch, N tokens, D code dim, H W pixels, h' w' latent grid, C latent channels.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from itertools import pairwise
 
 import torch
 
-from ..method.flow import euler_step, recover_clean, resolution_shift, timesteps
-from ..method.latents import fill_input, pack, pack_mask, scale_latents, unpack, unscale_latents
+from ..method.chunks import check_codebooks
+from ..method.flow import euler_step, recover_clean, timesteps
+from ..method.lcdm import map_logits
 from ..method.sampling import keyed_generator
-from ..models.backbones.flux_fill.inference import OnLayer
-from ..models.decoder import DecoderCard, DistributionConditionedDecoder
-from ..models.vae import Autoencoder
-from ..models.vq import VQTokenizer
+from ..models.decoder import DistributionConditionedDecoder
+from ..protocols import ImageTokenizer, LatentCodec, OnLayer
 from ..types import Condition, TokenLogits, same_codebook
-from .oom import in_parts
+from .host import PLAIN, Host
+from .oom import in_parts, one_by_one
 
-#: Called after every step with (steps done, steps, the picture's current estimate as raw latents [B, C, h', w']);
+#: Called after every step with (steps done, steps, the current estimate of the image as raw latents [B, C, h', w']);
 #: may raise to stop.
 OnDecodeStep = Callable[[int, int, torch.Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """Painted pictures.
+    """Painted images.
 
     Attributes:
-        pixels: [B, 3, H, W] float32 in -1..1; where a mask was 0, the given picture to the last bit.
-        latents: [B, C, h', w'] float32, raw (before shift and scale), as the decoder left them.
+        pixels: [B, 3, H, W] float32 in -1..1; where a mask was 0, the given image to the last bit.
+        latents: [B, C, h', w'] float32, raw (not normalised), as the decoder left them.
     """
 
     pixels: torch.Tensor
@@ -44,7 +44,7 @@ class Canvas:
     """What painting starts from.
 
     Attributes:
-        given: [B or 1, C, h', w'] raw latents of what is kept; of grey where it is painted.
+        given: [B or 1, C, h', w'] raw latents of what is kept, grey where it is painted.
         area: [B or 1, 1, H, W], 1 where it is painted, 0 where it is kept.
     """
 
@@ -52,14 +52,14 @@ class Canvas:
     area: torch.Tensor
 
     def part(self, first: int, last: int) -> Canvas:
-        """That of the pictures first..last - 1."""
+        """That of the images first..last - 1."""
         given, area = (x if len(x) == 1 else x[first:last] for x in (self.given, self.area))
         return Canvas(given=given, area=area)
 
 
 def decode(
     decoder: DistributionConditionedDecoder,
-    vae: Autoencoder,
+    codec: LatentCodec,
     condition: Condition,
     *,
     seeds: Sequence[int],
@@ -68,76 +68,120 @@ def decode(
     image: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     on_step: OnDecodeStep | None = None,
+    on_prepare: OnLayer | None = None,
+    host: Host = PLAIN,
+    codec_remedy: str | None = None,
 ) -> Decoded:
-    """Paints the pictures of a condition (Eqs. 17-25): `canvas_of`, `paint` and `pixels_of`, see these.
+    """Paints the images of a condition (Eqs. 17-25): `canvas_of`, `paint` and `pixels_of`, see these.
 
-    Where a batch runs out of memory, it is painted in smaller parts, with the same result; `on_step` is then called for
-    each of them from the first step on.
+    If a batch runs out of memory, it is painted in smaller parts, with the same result; `on_step` is then called for
+    each of them from the first step on. The codec works on one image at a time, outside of the steps.
+
+    Args:
+        codec_remedy: what to do if the codec does not fit into memory; the host's by default.
 
     Raises:
         ValueError: for what one of the three refuses.
-        RuntimeError: if a single picture does not fit into memory.
+        RuntimeError: if a single image does not fit into memory.
     """
     batch = len(condition.code_vectors)
     _check_seeds(seeds, batch)
-    canvas = canvas_of(vae, decoder.card, condition, image, mask)
+    (canvas,) = in_parts(lambda *_: canvas_of(codec, decoder, condition, image, mask), 1, host, remedy=codec_remedy)
+    latent_size = (canvas.given.shape[2], canvas.given.shape[3])
 
     def run(first: int, last: int) -> torch.Tensor:
+        host.bring(decoder.backbone.working_memory(last - first, latent_size))
         return paint(
             decoder,
+            codec,
             condition.part(first, last),
             canvas.part(first, last),
             seeds=seeds[first:last],
             steps=steps,
             shift=shift,
             on_step=on_step,
+            on_prepare=on_prepare,
         )
 
-    latents = torch.cat(in_parts(run, batch))
-    return Decoded(pixels=pixels_of(vae, latents, image, mask), latents=latents)
+    latents = torch.cat(in_parts(run, batch, host))
+
+    def show(k: int) -> torch.Tensor:
+        own = (x if x is None or len(x) == 1 else x[k : k + 1] for x in (image, mask))
+        return pixels_of(codec, latents[k : k + 1], *own)
+
+    # Apart from the steps, which must not be repeated when the codec runs out of memory.
+    pixels = torch.cat(list(one_by_one(show, batch, host, remedy=codec_remedy)))
+    return Decoded(pixels=pixels, latents=latents)
 
 
-def decode_tokens(vq: VQTokenizer, token_logits: TokenLogits) -> torch.Tensor:
-    """`vq.decode_tokens`, the VLM's own pictures [B, 3, H, W] in -1..1; in smaller parts where memory runs out.
+def decode_tokens(
+    tokenizer: ImageTokenizer,
+    token_logits: TokenLogits,
+    *,
+    soft: bool = False,
+    on_image: Callable[[int, torch.Tensor], None] | None = None,
+    host: Host = PLAIN,
+) -> torch.Tensor:
+    """The VLM's own images [B, 3, H, W] in -1..1, decoded one by one.
+
+    Args:
+        soft: decode the expected code vector of each position (Eqs. 4-5) instead of its token.
+        on_image: called with (images done, the last one's pixels).
 
     Raises:
-        RuntimeError: if a single picture does not fit into memory.
+        ValueError: for another tokenizer's logits.
+        RuntimeError: if an image does not fit into memory.
     """
-    tokens, grid = token_logits.tokens, token_logits.grid
-    return torch.cat(in_parts(lambda first, last: vq.decode_tokens(tokens[first:last], grid), len(tokens)))
+    memory = tokenizer.working_memory(token_logits.grid)
+
+    def run(k: int) -> torch.Tensor:
+        host.bring(memory)
+        part = token_logits.part(k, k + 1)
+        if soft:
+            return tokenizer.decode_vectors(map_logits(part, tokenizer.codebook).code_vectors, part.grid)
+        check_codebooks(part, tokenizer.codebook, None)
+        return tokenizer.decode_tokens(part.tokens, part.grid)
+
+    images = []
+    for pixels in one_by_one(run, len(token_logits.tokens), host):
+        images.append(pixels)
+        if on_image is not None:
+            on_image(len(images), pixels)
+    return torch.cat(images)
 
 
 @torch.no_grad()
 def canvas_of(
-    vae: Autoencoder,
-    card: DecoderCard,
+    codec: LatentCodec,
+    decoder: DistributionConditionedDecoder,
     condition: Condition,
     image: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> Canvas:
-    """The canvas for the pictures of a condition, encoded one by one; an empty one where no image is given.
+    """The canvas for the images of a condition, encoded one by one; an empty one if no image is given.
 
     Args:
-        condition: of B pictures on an (h, w) grid, painted at `card.painted_size`.
+        condition: of B images on an (h, w) grid, painted at `decoder.painted_size`.
         image, mask: for localised decoding, both or neither: [B or 1, 3, H, W] in -1..1, and [B or 1, 1, H, W] in 0..1
             where 0 is kept, 1 is painted, and anything between is painted and blended.
 
     Raises:
         ValueError: for another tokenizer's condition, and for image and mask that do not fit.
     """
-    height, width = card.painted_size(condition.grid)
-    _check_condition(card, condition)
+    height, width = decoder.painted_size(condition.grid)
+    _check_condition(decoder, condition)
     _check_part(image, mask, len(condition.code_vectors), (height, width))
     if image is None:
-        return Canvas(given=vae.encode(torch.zeros(1, 3, height, width)), area=torch.ones(1, 1, height, width))
+        return Canvas(given=codec.encode(torch.zeros(1, 3, height, width)), area=torch.ones(1, 1, height, width))
     area = (mask > 0).float()
     kept = image.float() * (1 - area.to(image.device))
-    return Canvas(given=torch.cat([vae.encode(one) for one in kept.split(1)]), area=area)
+    return Canvas(given=torch.cat([codec.encode(one) for one in kept.split(1)]), area=area)
 
 
 @torch.no_grad()
 def paint(
     decoder: DistributionConditionedDecoder,
+    codec: LatentCodec,
     condition: Condition,
     canvas: Canvas,
     *,
@@ -147,61 +191,62 @@ def paint(
     on_step: OnDecodeStep | None = None,
     on_prepare: OnLayer | None = None,
 ) -> torch.Tensor:
-    """Euler steps from noise to raw latents [B, C, h', w'] float32 (before shift and scale).
+    """Euler steps from noise to raw latents [B, C, h', w'] float32.
 
     Args:
-        seeds: one whole number a picture; a batch equals its singles.
+        codec: says how latents are normalised; its network is not used.
+        seeds: one whole number an image; a batch equals its singles.
         steps: Euler steps; the bundle's own number by default.
-        shift: mu of the time shift; the bundle's own by default, and where it has none FLUX's by resolution.
+        shift: mu of the time shift; the bundle's own by default, or if it has none the backbone's.
         on_prepare: called with (layers read, layers) while a new schedule is prepared; may raise to stop.
 
     Raises:
         ValueError: for another tokenizer's condition, and a wrong number of seeds.
     """
-    card, batch = decoder.card, len(condition.code_vectors)
-    _check_condition(card, condition)
+    card, backbone, batch = decoder.card, decoder.backbone, len(condition.code_vectors)
+    _check_condition(decoder, condition)
     _check_seeds(seeds, batch)
     device, dtype = decoder.device, decoder.dtype
-    size = canvas.given.shape[2:]
+    height, width = canvas.given.shape[2:]
+    size = (height, width)
     steps = card.steps if steps is None else steps
 
-    given = pack(scale_latents(canvas.given.to(device), card.vae_shift, card.vae_scale)).to(dtype)
-    area_tokens = pack_mask(canvas.area.to(device, dtype), card.vae_factor)
-    channels = decoder.transformer.out_channels // 4
-    noise = [torch.randn(1, channels, *size, generator=keyed_generator(seed)) for seed in seeds]
-    x = pack(torch.cat(noise)).to(device)  # float32: Euler steps add up small differences.
+    given = codec.normalize(canvas.given.to(device))
+    context = backbone.context(given, canvas.area.to(device), card.vae_factor).to(dtype)
+    noise = [torch.randn(1, *canvas.given.shape[1:], generator=keyed_generator(seed)) for seed in seeds]
+    x = backbone.pack(torch.cat(noise)).to(device)  # float32: Euler steps add up small differences.
     fused = decoder.condition_tokens(condition.to(device, dtype), size)
     if shift is None:
-        shift = resolution_shift(x.shape[1]) if card.shift is None else card.shift
+        shift = backbone.default_shift(x.shape[1], steps) if card.shift is None else card.shift
     times = timesteps(steps, shift=shift).tolist()
     decoder.prepare(times[:-1], on_layer=on_prepare)
     for i, (now, after) in enumerate(pairwise(times)):
         t = torch.full((batch,), now)
-        v = decoder(fill_input(x.to(dtype), given, area_tokens), fused, t, size).float()
+        v = decoder(x.to(dtype), context, fused, t, size).float()
         if on_step is not None:
-            estimate = unpack(recover_clean(x, v, now), *size)
-            on_step(i + 1, steps, unscale_latents(estimate, card.vae_shift, card.vae_scale))
+            on_step(i + 1, steps, codec.denormalize(backbone.unpack(recover_clean(x, v, now), size)))
         x = euler_step(x, v, now, after)
-    return unscale_latents(unpack(x, *size), card.vae_shift, card.vae_scale)
+    return codec.denormalize(backbone.unpack(x, size))
 
 
 @torch.no_grad()
 def pixels_of(
-    vae: Autoencoder, latents: torch.Tensor, image: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    codec: LatentCodec, latents: torch.Tensor, image: torch.Tensor | None = None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Painted latents [B, C, h', w'] -> pixels [B, 3, H, W] float32 in -1..1, decoded one by one, on their device.
+    """Painted raw latents [B, C, h', w'] -> pixels [B, 3, H, W] float32 in -1..1, decoded one by one, on their device.
 
     Args:
         image, mask: see `canvas_of`; where the mask is 0, the image comes back to the last bit.
     """
-    pixels = torch.cat([vae.decode(one) for one in latents.split(1)]).to(latents.device)
+    pixels = torch.cat([codec.decode(one) for one in latents.split(1)]).to(latents.device)
     if image is None:
         return pixels
     image, mask = image.to(pixels), mask.to(pixels)
     return torch.where(mask == 0, image, mask * pixels + (1 - mask) * image)
 
 
-def _check_condition(card: DecoderCard, condition: Condition) -> None:
+def _check_condition(decoder: DistributionConditionedDecoder, condition: Condition) -> None:
+    card = decoder.card
     if not same_codebook(card.codebook, condition.codebook):
         raise ValueError(
             f"this condition is of codebook {condition.codebook}, but the decoder was trained for {card.tokenizer} "
@@ -216,7 +261,7 @@ def _check_condition(card: DecoderCard, condition: Condition) -> None:
 
 def _check_seeds(seeds: Sequence[int], batch: int) -> None:
     if len(seeds) != batch:
-        raise ValueError(f"got {len(seeds)} seeds for {batch} pictures: give one a picture")
+        raise ValueError(f"got {len(seeds)} seeds for {batch} images: give one seed an image")
 
 
 def _check_part(image: torch.Tensor | None, mask: torch.Tensor | None, batch: int, size: tuple[int, int]) -> None:
@@ -228,5 +273,5 @@ def _check_part(image: torch.Tensor | None, mask: torch.Tensor | None, batch: in
         if value.ndim != 4 or value.shape[0] not in (1, batch) or value.shape[1:] != (channels, *size):
             raise ValueError(
                 f"the {name} is {list(value.shape)}, expected [{batch} or 1, {channels}, {size[0]}, {size[1]}]: "
-                "resize it to the picture that the tokens paint"
+                "resize it to the size that the tokens are painted at"
             )

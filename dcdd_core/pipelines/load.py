@@ -1,4 +1,4 @@
-"""The models of one generation, from folders or embedded."""
+"""The models of one generation, from files."""
 
 from __future__ import annotations
 
@@ -7,83 +7,133 @@ from pathlib import Path
 
 import torch
 
-from ..models.decoder import DistributionConditionedDecoder, load_decoder
-from ..models.janus.sampler import ImageTokenSampler, JanusSampler
-from ..models.vae import KLAutoencoder, load_vae
-from ..models.vq import VQTokenizer
+from .. import registry
+from ..models.bundle import DecoderOptions, load_decoder
+from ..models.decoder import DistributionConditionedDecoder
+from ..protocols import ImageTokenizer, LatentCodec, TokenSampler
 from ..types import same_codebook
 
 
 @dataclass(frozen=True, kw_only=True)
-class Models:
-    """From a prompt to a picture. What was not asked for is None: the sampler, or `decoder` and `vae` on the VQ path.
+class ModelPaths:
+    """Where the models lie.
+
+    Attributes:
+        vlm: what a `SamplerFamily` reads; its tokenizer is read from there too.
+        decoder, vae: a decoder bundle and the autoencoder, both or neither.
+        base: the decoder's base model, where the bundle does not hold every weight.
 
     Raises:
-        ValueError: if the decoder was trained for another tokenizer.
+        ValueError: for one of decoder and vae without the other.
     """
 
-    vq: VQTokenizer
-    sampler: ImageTokenSampler | None = None
-    vae: KLAutoencoder | None = None
-    decoder: DistributionConditionedDecoder | None = None
+    vlm: str | Path
+    decoder: str | Path | None = None
+    vae: str | Path | None = None
+    base: str | Path | None = None
 
     def __post_init__(self):
-        card = self.decoder.card if self.decoder is not None else None
-        if card is not None and not same_codebook(card.codebook, self.vq.codebook.fingerprint):
+        if (self.decoder is None) != (self.vae is None):
             raise ValueError(
-                f"the decoder was trained for the codebook of {card.tokenizer}, but {self.vq.name} has another: "
-                "take the decoder bundle made for this VLM"
+                "a decoder bundle paints latents and needs its autoencoder (and the other way round): give both"
             )
 
 
-def load_models(
-    *,
-    vlm: str | Path,
-    decoder: str | Path | None = None,
-    vae: str | Path | None = None,
-    base: str | Path | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    name: str | None = None,
-    with_sampler: bool = True,
-    int8: bool = False,
-    eight_bit: bool = False,
-    streamed: bool = False,
-    compiled: bool = False,
-) -> Models:
-    """Loads real models.
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How the models are held.
 
-    Args:
-        vlm: a VLM's folder; its VQ part is the tokenizer.
-        decoder, vae: a decoder bundle and the autoencoder, both or neither.
-        base: the FLUX.1-Fill transformer, where the bundle does not hold every weight. It and the autoencoder may be
-            diffusers folders or single files (`models.flux_files`).
-        name: what the sampler and the tokenizer are called; None for the folder's name.
-        with_sampler: False leaves the language model on the disk: pictures need only its VQ part.
-        int8: how the language model is held (`JanusSampler.load`).
-        eight_bit, streamed, compiled: how the diffusion decoder is (`load_decoder`).
-        dtype: of the language model and the transformer; the VQ-VAE and the autoencoder stay in float32.
+    Attributes:
+        device: where they compute.
+        dtype: of the language model and the diffusion backbone; tokenizer and autoencoder stay in float32.
+        sampler_int8: the language model's linear weights in 8 bits.
+        eight_bit, streamed, compiled: of the diffusion decoder (`DecoderOptions`).
+    """
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    sampler_int8: bool = False
+    eight_bit: bool = False
+    streamed: bool = False
+    compiled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """From a prompt to an image. What was not asked for is None: the sampler, or `decoder` and `codec` on the VQ path.
 
     Raises:
-        ValueError: for one of decoder and vae without the other, and as the loaders.
+        ValueError: if the decoder was trained for another tokenizer or autoencoder.
     """
-    if (decoder is None) != (vae is None):
+
+    tokenizer: ImageTokenizer
+    sampler: TokenSampler | None = None
+    codec: LatentCodec | None = None
+    decoder: DistributionConditionedDecoder | None = None
+
+    def __post_init__(self):
+        if self.decoder is None:
+            return
+        card = self.decoder.card
+        if not same_codebook(card.codebook, self.tokenizer.codebook.fingerprint):
+            raise ValueError(
+                f"the decoder was trained for the codebook of {card.tokenizer}, but {self.tokenizer.name} has another: "
+                "use the decoder bundle made for this VLM"
+            )
+        check_codec(self.codec, self.decoder)
+
+
+def check_codec(codec: LatentCodec, decoder: DistributionConditionedDecoder) -> None:
+    """Refuses an autoencoder whose latents are not those the decoder paints.
+
+    Raises:
+        ValueError: naming the values of both.
+    """
+    card = decoder.card
+    wanted = {
+        "pixels a latent": card.vae_factor,
+        "channels": decoder.backbone.latent_channels,
+        "shift": card.vae_shift,
+        "scale": card.vae_scale,
+    }
+    found = dict(zip(wanted, (codec.factor, codec.channels, codec.shift, codec.scale)))
+    differ = [f"{name} {found[name]}, expected {value}" for name, value in wanted.items() if found[name] != value]
+    if differ:
         raise ValueError(
-            "a decoder bundle paints latents and needs its autoencoder (and the other way round): give both"
+            f"this autoencoder's latents are not those the decoder paints ({'; '.join(differ)}): use the autoencoder "
+            "that the decoder was trained with (for FLUX.1-Fill, ae.safetensors)"
         )
-    tokenizer = VQTokenizer.load(vlm, device=device, dtype=torch.float32)
-    sampler = JanusSampler.load(vlm, device=device, dtype=dtype, int8=int8) if with_sampler else None
-    if name is not None:
-        tokenizer.name = name
-        if sampler is not None:
-            sampler.name = name
-    return Models(
-        vq=tokenizer,
-        sampler=sampler,
-        vae=KLAutoencoder(load_vae(vae, device=device, dtype=torch.float32)) if vae is not None else None,
-        decoder=load_decoder(
-            decoder, base, device=device, dtype=dtype, eight_bit=eight_bit, streamed=streamed, compiled=compiled
+
+
+def load_models(
+    paths: ModelPaths, options: LoadOptions | None = None, *, name: str | None = None, with_sampler: bool = True
+) -> Models:
+    """Loads real models, each by the family that reads its files.
+
+    Args:
+        name: what the sampler and the tokenizer are called; None for the name of their folder.
+        with_sampler: False leaves the language model on the disk: images need only its tokenizer.
+
+    Raises:
+        ValueError: as the loaders.
+    """
+    options = options or LoadOptions()
+    family, device = registry.sampler_family(paths.vlm), options.device
+    tokenizer = family.load_tokenizer(str(paths.vlm), device=device, dtype=torch.float32)
+    sampler = codec = decoder = None
+    if with_sampler:
+        sampler = family.load_sampler(str(paths.vlm), device=device, dtype=options.dtype, int8=options.sampler_int8)
+    for model in (tokenizer, sampler):
+        if name is not None and model is not None:
+            model.name = name
+    if paths.decoder is not None:
+        codec = registry.load_codec(paths.vae, device=device, dtype=torch.float32)
+        held = DecoderOptions(
+            device=device,
+            dtype=options.dtype,
+            eight_bit=options.eight_bit,
+            streamed=options.streamed,
+            compiled=options.compiled,
         )
-        if decoder is not None
-        else None,
-    )
+        decoder = load_decoder(paths.decoder, paths.base, held)
+    return Models(tokenizer=tokenizer, sampler=sampler, codec=codec, decoder=decoder)

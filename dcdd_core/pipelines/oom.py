@@ -1,18 +1,17 @@
-"""Batches that are made in smaller parts where memory runs out."""
+"""Batches that continue in smaller parts when memory runs out."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 
-from ..types import DCDDWarning
+from .host import PLAIN, Host
 
 T = TypeVar("T")
 
-#: How allocators without an exception of their own say it: MPS, the CPU's, DirectML's, and CUDA's libraries.
+#: What allocators without an exception of their own say: MPS, the CPU's, DirectML's, and CUDA's libraries.
 _NO_MEMORY = (
     "out of memory",
     "not enough memory",
@@ -22,23 +21,13 @@ _NO_MEMORY = (
 )
 
 
-def _warn_of_split(size: int) -> None:
-    warnings.warn(f"out of memory: going on with {size} pictures at a time", DCDDWarning, stacklevel=3)
-
-
-def in_parts(
-    run: Callable[[int, int], T],
-    count: int,
-    *,
-    remedy: str = "take a smaller picture, or hold the models in fewer bits",
-    on_split: Callable[[int], None] = _warn_of_split,
-) -> list[T]:
-    """run(0, count), or where that runs out of memory, its halves, down to single items.
+def in_parts(run: Callable[[int, int], T], count: int, host: Host = PLAIN, *, remedy: str | None = None) -> list[T]:
+    """run(0, count), or if that runs out of memory, its halves, down to single items.
 
     Args:
-        run: makes the items first..last - 1; samples do not depend on each other, so the parts are what the whole is.
-        remedy: what to do where a single item does not fit.
-        on_split: called with the number of items that are tried next, when nothing of the failure is held any more.
+        run: makes the items first..last - 1. Samples do not depend on each other, so the parts equal the whole.
+        host: told of each split, when nothing of the failed attempt is held any more.
+        remedy: what to do if a single item does not fit; the host's by default.
 
     Raises:
         RuntimeError: if a single item does not fit.
@@ -54,14 +43,25 @@ def in_parts(
             if not is_out_of_memory(error):
                 raise
             if last - first == 1:
-                raise RuntimeError(f"out of memory even for a single picture: {remedy}") from error
+                raise RuntimeError(f"out of memory even for a single image: {remedy or host.remedy}") from error
         size = (last - first + 1) // 2
-        on_split(size)
+        host.on_split(size)
     return parts
 
 
+def one_by_one(run: Callable[[int], T], count: int, host: Host = PLAIN, *, remedy: str | None = None) -> Iterator[T]:
+    """run(0), run(1), ... run(count - 1), with the host's check before each.
+
+    Raises:
+        RuntimeError: if one does not fit into memory.
+    """
+    for k in range(count):
+        host.check()
+        yield from in_parts(lambda *_, k=k: run(k), 1, host, remedy=remedy)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is an allocator's failure, of any device."""
+    """Whether this is an allocator's failure, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(words in str(error).lower() for words in _NO_MEMORY)

@@ -1,39 +1,75 @@
-"""Prompts -> token logits: a sampler, with as many pictures at once as memory has room for."""
+"""Prompts -> token logits, of new images or as an edit of earlier ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import torch
 
-from ..models.janus.sampler import ImageTokenSampler
+from ..protocols import DEFAULT_SAMPLING, OnProgress, SamplingOptions, TokenSampler
 from ..types import TokenLogits
+from .host import PLAIN, Host
 from .oom import in_parts
 
 
 def sample(
-    sampler: ImageTokenSampler,
+    sampler: TokenSampler,
     prompts: Sequence[str],
     *,
     seeds: Sequence[int],
-    on_step: Callable[[int, int, torch.Tensor], None] | None = None,
-    **options: Any,
+    options: SamplingOptions = DEFAULT_SAMPLING,
+    previous: TokenLogits | None = None,
+    resample: torch.Tensor | None = None,
+    on_progress: OnProgress | None = None,
+    host: Host = PLAIN,
 ) -> TokenLogits:
-    """`sampler.sample` of new pictures; where a batch runs out of memory, in smaller parts, with the same result.
+    """`TokenSampler.sample`; if a batch runs out of memory, in smaller parts, with the same result.
 
     Args:
-        on_step: as the sampler's; where there are parts, it is called for each from the first position on.
-        options: `guidance`, `temperature`, `top_k`, `top_p`.
+        resample: bool [N] or [B, N].
+        on_progress: as the sampler's; with several parts it is called for each from its first position on.
 
     Raises:
         ValueError: as the sampler.
-        RuntimeError: if a single picture does not fit into memory.
+        RuntimeError: if a single image does not fit into memory.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds: give one seed for each prompt")
+    logits = math.prod(sampler.grid) * sampler.codebook.size * 4
 
     def run(first: int, last: int) -> TokenLogits:
-        return sampler.sample(prompts[first:last], seeds=seeds[first:last], on_step=on_step, **options)
+        whole = (first, last) == (0, len(prompts))
+        host.bring(2 * (last - first) * logits)
+        sampled = sampler.sample(
+            prompts[first:last],
+            seeds=seeds[first:last],
+            options=options,
+            previous=previous if previous is None or whole else previous.part(first, last),
+            resample=resample if resample is None or whole or resample.ndim == 1 else resample[first:last],
+            on_progress=on_progress,
+            weights_resident=host.weights_resident,
+        )
+        return host.keep(sampled)
 
-    return TokenLogits.joined(in_parts(run, len(prompts)))
+    return TokenLogits.joined(in_parts(run, len(prompts), host))
+
+
+def edit_prompts(prompts: Sequence[str], count: int) -> list[str]:
+    """One prompt for each of `count` images to edit, each line for equally many.
+
+    Raises:
+        ValueError: if they do not divide evenly.
+    """
+    if not prompts or count % len(prompts):
+        raise ValueError(
+            f"{len(prompts)} lines of prompts do not divide the {count} images of token_logits evenly: write one line, "
+            "or as many as there are images"
+        )
+    return [prompt for prompt in prompts for _ in range(count // len(prompts))]
+
+
+def partial_tokens(tokens: torch.Tensor, known: torch.Tensor, previous: TokenLogits | None = None) -> torch.Tensor:
+    """Tokens to preview while they are sampled: those known, and elsewhere those of `previous`, or code 0; [B, N]."""
+    before = torch.zeros_like(tokens) if previous is None else previous.tokens.to(tokens)
+    return torch.where(known.to(tokens.device), tokens, before)

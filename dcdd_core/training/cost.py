@@ -16,14 +16,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL
 from torch import nn
 from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from ..models.backbones.flux_fill.files import FLUX_VAE_CONFIG, fill_config
+from ..models.backbones.flux_fill.files import fill_config
 from ..models.backbones.flux_fill.inference import drop_text
-from ..models.decoder import DecoderCard, DistributionConditionedDecoder, blocks_of
+from ..models.card import DecoderCard
+from ..models.decoder import DistributionConditionedDecoder
+from ..models.vae import FLUX_VAE_CONFIG
 from .dry_run import Meter, Replayed, replay, replay_peak
 from .encoded_batch import scaled_latents
 from .examples import Example
@@ -197,7 +199,7 @@ def shaped(setup: Setup) -> DistributionConditionedDecoder:
         width=setup.width,
     )
     with torch.device("meta"):
-        decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**setup.config), card)
+        decoder = DistributionConditionedDecoder.build(card)
         drop_text(decoder.transformer)
         decoder.to(torch.bfloat16 if setup.precision == "bf16" else torch.float32)
         choose_trained(decoder, setup.train, rank=setup.rank)
@@ -230,7 +232,7 @@ def replayed(decoder: DistributionConditionedDecoder, setup: Setup, *, on_gpu: b
     return replay(
         lambda: decoder_loss(decoder, example, torch.Generator(), DecoderTraining(steps=1)),
         trained_weights(decoder).values(),
-        checkpointed=blocks_of(decoder.transformer) if setup.checkpointing else (),
+        checkpointed=decoder.backbone.blocks if setup.checkpointing else (),
         autocast=torch.bfloat16 if setup.precision == "bf16" else None,
         on_gpu=on_gpu,
     )
@@ -302,7 +304,7 @@ def _communication(setup: Setup, decoder: DistributionConditionedDecoder, gradie
     size = 2 if setup.precision == "bf16" else 4
     if setup.sharding == "ddp":
         return gradients
-    blocks = [list(block.parameters()) for block in blocks_of(decoder.transformer)]
+    blocks = [list(block.parameters()) for block in decoder.backbone.blocks]
     if setup.sharding == "fsdp":
         gathered = 2 * size * max(sum(w.numel() for w in block) for block in blocks)
         return gathered + 4 * max(sum(w.numel() for w in block if w.requires_grad) for block in blocks)

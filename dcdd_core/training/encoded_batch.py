@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..method.latents import scale_latents
-from ..models.vae import KLAutoencoder
+from ..models.vae import KLCodec
 from ..models.vq import VQTokenizer
 from ..pipelines.images import to_pixels
 from .image_batch import Geometry, PictureBatch
@@ -67,5 +67,5 @@ def scaled_latents(vae: AutoencoderKL, pixels: torch.Tensor, mask: torch.Tensor 
     Args:
         mask: [B or 1, 1, H, W], 1 where to paint; None for nowhere.
     """
-    latents = KLAutoencoder(vae).encode(pixels if mask is None else pixels * (1 - mask))
+    latents = KLCodec(vae).encode(pixels if mask is None else pixels * (1 - mask))
     return scale_latents(latents, vae.config.shift_factor, vae.config.scaling_factor)

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..method.calibration import proxy_logits
-from ..models.decoder import DecoderCard
+from ..models.card import DecoderCard
 from ..models.vq import VQTokenizer
 from ..pipelines.condition import condition_for
 from ..types import Codebook, Condition, TokenLogits

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL
 from safetensors import safe_open
 
-from ..models.backbones.flux_fill.files import fill_config, find_transformer
-from ..models.backbones.flux_fill.inference import drop_text, of_text_stream
+from .. import registry
+from ..models.bundle import DecoderOptions, load_decoder, save_bundle
+from ..models.card import DecoderCard
 from ..models.checkpoints import load_strictly
-from ..models.decoder import DecoderCard, DistributionConditionedDecoder, load_decoder, save_bundle
+from ..models.decoder import DistributionConditionedDecoder
+from ..models.janus.tokenizer import load_tokenizer
 from ..models.vae import load_vae
 from ..models.vq import VQTokenizer
 from ..types import Calibration, DCDDWarning, same_codebook
@@ -21,9 +23,6 @@ from .encoded_batch import geometry_for
 from .image_batch import Geometry
 from .settings import require_at_least
 from .trainable import changed_by_training, choose_trained, merge_lora
-
-_FLUX_FILL = "black-forest-labs/FLUX.1-Fill-dev"
-_FLUX_LICENCE = "FLUX.1 [dev] Non-Commercial License"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ class Plan:
         Raises:
             ValueError: for files of another kind, and a resolution that does not fit the VLM's grid.
         """
-        vq = VQTokenizer.load(self.vlm, device=device, dtype=torch.float32)
+        vq = load_tokenizer(self.vlm, device=device, dtype=torch.float32)
         vae = load_vae(self.vae, device=device, dtype=torch.float32)
         own = vq.model.config.num_patches * vq.factor
         geometry = geometry_for(vq, vae, resolution=self.resolution or own, token_resolution=own)
@@ -115,22 +114,23 @@ class Plan:
         save_bundle(path, decoder, trained=lambda name: name in changed)
 
     def _new(self, encoders: Encoders, dtype: torch.dtype) -> DistributionConditionedDecoder:
-        config = fill_config(self.base)
-        name, licence = (_FLUX_FILL, _FLUX_LICENCE) if config == fill_config() else (self.base.name, "")
+        family = registry.base_family(self.base)
+        config, published = family.config_of(str(self.base)), family.config_of(None)
+        name, licence = (family.published_name, family.licence) if config == published else (self.base.name, "")
         about = {"licence": licence} | self._card_of(encoders, None)
         card = DecoderCard(base=name, base_config=config, width=self.width, **about)
         with torch.device("meta"):
-            transformer = FluxTransformer2DModel(**card.base_config)
-        text = {name for name in transformer.state_dict() if of_text_stream(name)}
-        stored = find_transformer(self.base, transformer, needs=name, without=text)
-        drop_text(transformer)
-        load_strictly(transformer, stored.read(dtype=dtype), str(self.base))
+            backbone = family.build(config, guidance=card.guidance)
+        unused = {name for name in backbone.model.state_dict() if backbone.unused(name)}
+        stored = family.find(str(self.base), backbone, needs=name, without=unused)
+        backbone.drop_unused()
+        load_strictly(backbone.model, stored.read(dtype=dtype), str(self.base))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return DistributionConditionedDecoder(transformer, card)
+            return DistributionConditionedDecoder(backbone, card)
 
     def _started(self, encoders: Encoders, dtype: torch.dtype) -> DistributionConditionedDecoder:
-        decoder = load_decoder(self.bundle, self.base, dtype=dtype, fold=False)
+        decoder = load_decoder(self.bundle, self.base, DecoderOptions(dtype=dtype, fold=False))
         if decoder.card.code_dim != encoders.vq.codebook.dim or decoder.card.vae_factor != encoders.geometry.vae_factor:
             raise ValueError(
                 f"{self.bundle} reads {decoder.card.code_dim}-dimensional code vectors and paints latents of "

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..method.flow import DENSITIES, WEIGHTINGS, interpolate, loss_weight, sample_times, velocity
-from ..method.latents import fill_input, pack, pack_mask
 from ..models.decoder import DistributionConditionedDecoder
 from .examples import Example
 from .optimizers import OPTIMIZERS, adamw_8bit, adamw_with_muon
@@ -76,14 +75,11 @@ def decoder_loss(
     t = sample_times(len(z0), generator=draw, density=recipe.density, shift=recipe.shift).to(z0.device)
     noise = torch.randn(z0.shape, generator=draw).to(z0)
     size = (z0.shape[2], z0.shape[3])
-    packed = fill_input(
-        pack(interpolate(z0, noise, t)),
-        pack(example.masked_latents),
-        pack_mask(example.mask, decoder.card.vae_factor),
-    )
+    backbone = decoder.backbone
+    context = backbone.context(example.masked_latents, example.mask, decoder.card.vae_factor)
     condition = decoder.condition_tokens(example.condition, size)
-    predicted = decoder(packed, condition, t, size).float()
-    error = (predicted - pack(velocity(z0, noise))).square().mean(dim=(1, 2))
+    predicted = decoder(backbone.pack(interpolate(z0, noise, t)), context, condition, t, size).float()
+    error = (predicted - backbone.pack(velocity(z0, noise))).square().mean(dim=(1, 2))
     return (loss_weight(t, recipe.weighting) * error).mean()
 
 

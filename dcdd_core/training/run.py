@@ -14,9 +14,10 @@ from PIL import Image
 
 from ..method.latents import unscale_latents
 from ..method.sampling import keyed_generator
+from ..models.card import DecoderCard
 from ..models.checkpoints import fingerprint_of
-from ..models.decoder import DecoderCard, DistributionConditionedDecoder
-from ..models.vae import KLAutoencoder
+from ..models.decoder import DistributionConditionedDecoder
+from ..models.vae import KLCodec
 from ..pipelines.decode import decode
 from .batches import Batches, Share, Source
 from .cache import CacheCard, EncodingCache
@@ -233,7 +234,7 @@ def paint_samples(
 
     A row a picture: what the autoencoder makes of it (the best that can be painted), the VQ decode, the decoder.
     """
-    vq, vae = encoders.vq, KLAutoencoder(encoders.vae)
+    vq, vae = encoders.vq, KLCodec(encoders.vae)
     first: PictureBatch = next(iter(Batches(source, size=count, share=Share(seed=None))))
     encoded = encode(first, vq, encoders.vae)
     make = ExampleMaker(card, vq, encoders.vae, encoders.geometry)

@@ -7,7 +7,8 @@ from collections.abc import Set
 import torch
 from torch import nn
 
-from ..models.decoder import DistributionConditionedDecoder, of_text_stream
+from ..models.backbones.flux_fill.inference import of_text_stream
+from ..models.decoder import DistributionConditionedDecoder
 
 TRAINED = ("attention", "adapter", "lora", "all")
 

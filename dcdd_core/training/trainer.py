@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import FluxTransformer2DModel
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..files import whole_file
 from ..method.sampling import keyed_generator
-from ..models.decoder import DistributionConditionedDecoder, blocks_of
+from ..models.decoder import DistributionConditionedDecoder
 from .batches import Batches
 from .ema import MovingAverage, all_finite
 from .examples import Example
@@ -122,7 +121,7 @@ def train_decoder(
     folder.mkdir(parents=True, exist_ok=True)
     decoder.train()
     optimizers = decoder_optimizers(decoder, recipe, sharded=accelerator.distributed_type == "FSDP")
-    with _blocks(decoder.transformer, recipe):
+    with _blocks(decoder.backbone.blocks, recipe):
         model, *optimizers = accelerator.prepare(Workpiece(decoder, _precision(accelerator)), *optimizers)
         average = MovingAverage(trained_weights(decoder), recipe.average_decay)
         checkpoints = Checkpoints(
@@ -230,9 +229,8 @@ def _precision(accelerator: Accelerator) -> Callable[[], AbstractContextManager]
 
 
 @contextmanager
-def _blocks(transformer: FluxTransformer2DModel, recipe: DecoderTraining) -> Iterator[None]:
+def _blocks(blocks: tuple[nn.Module, ...], recipe: DecoderTraining) -> Iterator[None]:
     """Within it the transformer's blocks are compiled or recomputed, as the recipe says."""
-    blocks = blocks_of(transformer)
     for block in blocks:
         if recipe.compiled:
             block.forward = torch.compile(block.forward, fullgraph=True)

@@ -87,7 +87,9 @@ def whole(tmp_path_factory, images, decoders, networks):
 def test_the_numbers_are_those_of_a_direct_computation(whole, images, decoders, networks):
     pictures = pictures_in(images)
     truth = read_pixels(pictures, 96)
-    painted = decoders.paint(decoders.models.vq.encode(truth), [seed_of(0, picture.name) for picture in pictures])
+    painted = decoders.paint(
+        decoders.models.tokenizer.encode(truth), [seed_of(0, picture.name) for picture in pictures]
+    )
     features, distance = networks["features"].features, networks["perceptual"].distance
     found = results(whole)["scopes"]
     for path, name in decoding.PATHS.items():
@@ -116,8 +118,8 @@ def test_decoded_pictures_are_kept_on_demand(whole, images, decoders):
     (picture,) = [p for p in pictures_in(images) if p.name == "plants/4.png"]
     for path in decoders.paths:
         assert Image.open(whole / "pictures" / path / "plants" / "4.png.png").size == (96, 96)
-    grid = decoders.models.vq.encode(read_pixels([picture], 96))
-    by_vq = as_measured(decoders.models.vq.decode_tokens(grid.tokens, grid.grid), 96)
+    grid = decoders.models.tokenizer.encode(read_pixels([picture], 96))
+    by_vq = as_measured(decoders.models.tokenizer.decode_tokens(grid.tokens, grid.grid), 96)
     kept = read_pixels(pictures_in(whole / "pictures" / "vq" / "plants", limit=2)[1:], 96)
     assert (by_vq - kept).abs().max() <= 2 / 255 + 1e-6
 
@@ -265,7 +267,7 @@ def test_a_decoder_that_paints_larger_is_measured_at_its_size(tmp_path, images, 
     assert results(tmp_path)["size"] == measured and "VQ-VAE decode (96 pixels)" in text
     truth = read_pixels(pictures, measured)
     seeds = [seed_of(0, picture.name) for picture in pictures]
-    for path, painted in larger.paint(larger.models.vq.encode(read_pixels(pictures, 96)), seeds).items():
+    for path, painted in larger.paint(larger.models.tokenizer.encode(read_pixels(pictures, 96)), seeds).items():
         made = as_measured(painted, measured)
         found = results(tmp_path)["scopes"]["overall"][decoding.PATHS[path]]
         assert found["ssim"] == pytest.approx(float(ssim(truth, made).mean()), abs=2e-5)

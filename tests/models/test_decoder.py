@@ -8,14 +8,10 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from dcdd_core.method.latents import position_ids
-from dcdd_core.models.decoder import (
-    DecoderCard,
-    DistributionConditionedDecoder,
-    load_decoder,
-    of_text_stream,
-    read_card,
-    save_bundle,
-)
+from dcdd_core.models.backbones.flux_fill.inference import of_text_stream
+from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card, save_bundle
+from dcdd_core.models.card import DecoderCard
+from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.types import Calibration
 from tests.tiny import assert_same_without_text, fill, tiny_card, tiny_condition, tiny_decoder, tiny_flux_config
 
@@ -81,7 +77,7 @@ def test_text_weights_cannot_reach_the_output():
 def test_a_bundle_round_trips(tmp_path):
     decoder = tiny_decoder()
     save_bundle(tmp_path / "d.safetensors", decoder, dtype=torch.float32)
-    again = load_decoder(tmp_path / "d.safetensors", fold=False)
+    again = load_decoder(tmp_path / "d.safetensors", options=DecoderOptions(fold=False))
     assert again.card == decoder.card
     assert again.card.calibration == Calibration(scale=25.0, smoothing=0.01)
     assert_same_without_text(decoder, again)
@@ -98,7 +94,7 @@ def test_a_bundle_of_attention_and_adapter_goes_over_its_base(tmp_path):
     path = tmp_path / "d.safetensors"
     save_bundle(path, trained, trained=lambda name: ".attn." in name, dtype=torch.float32)
     assert not any("ff" in name for name in load_file(path))
-    assert_same_without_text(trained, load_decoder(path, tmp_path / "base", fold=False))
+    assert_same_without_text(trained, load_decoder(path, tmp_path / "base", options=DecoderOptions(fold=False)))
     with pytest.raises(ValueError, match="needs its base model tiny"):
         load_decoder(path)
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from dcdd_core.models.janus.tokenizer import load_tokenizer
 from dcdd_core.models.vq import VQTokenizer
 from tests.tiny import save_janus, tiny_janus, tiny_vq
 
@@ -85,14 +86,14 @@ def test_loading_reads_only_the_vq_part(tmp_path, monkeypatch):
             return self.opened.get_tensor(name)
 
     monkeypatch.setattr("dcdd_core.models.checkpoints.safe_open", lambda *a, **k: Watched(safe_open(*a, **k)))
-    vq = VQTokenizer.load(folder)
+    vq = load_tokenizer(folder)
     assert read and all(name.startswith("model.vqmodel.") for name in read)
     assert torch.equal(vq.features(pixels()), VQTokenizer(tiny_janus()[0].model.vqmodel).features(pixels()))
 
 
 def test_a_vq_folder_of_its_own_loads(tmp_path, vq):
     vq.model.save_pretrained(tmp_path / "vq")
-    again = VQTokenizer.load(tmp_path / "vq", dtype=torch.float32)
+    again = load_tokenizer(tmp_path / "vq", dtype=torch.float32)
     assert again.codebook.fingerprint == vq.codebook.fingerprint
     assert torch.equal(again.features(pixels()), vq.features(pixels()))
 
@@ -100,7 +101,7 @@ def test_a_vq_folder_of_its_own_loads(tmp_path, vq):
 def test_other_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama' model; expected 'janus'"):
-        VQTokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_decoding_runs_with_the_channels_last(vq):

@@ -4,9 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcdd_core.models.decoder import VARIANTS, read_card
+from dcdd_core.models.bundle import read_card
+from dcdd_core.models.card import VARIANTS
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
+from dcdd_core.protocols import SamplingOptions
 from dcdd_pico.ablation import train_variants
 from dcdd_pico.build import build
 from dcdd_pico.build_context import Recipe, Workshop
@@ -46,9 +48,11 @@ def test_the_whole_build_in_small(tmp_path):
     assert Recipe.load(tmp_path / "weights") == SMALL
     models = load_pico(weights=tmp_path / "weights")
     load_reader(weights=tmp_path / "weights")
-    grid = models.sampler.sample(["a red circle"], seeds=[0], guidance=models.decoder.card.calibration.guidance)
-    condition = condition_for(models.decoder.card, grid, models.vq.codebook)
-    painted = decode(models.decoder, models.vae, condition, seeds=[0], steps=2).pixels
+    grid = models.sampler.sample(
+        ["a red circle"], seeds=[0], options=SamplingOptions(guidance=models.decoder.card.calibration.guidance)
+    )
+    condition = condition_for(models.decoder.card, grid, models.tokenizer.codebook)
+    painted = decode(models.decoder, models.codec, condition, seeds=[0], steps=2).pixels
     assert painted.shape == (1, 3, 96, 96) and torch.isfinite(painted).all()
     train_variants(shop, tmp_path / "weights")
     found = variant_files(tmp_path / "work" / "variants")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_pico.build_context import Recipe
@@ -12,7 +11,7 @@ from tests.tiny import tiny_card, tiny_vae, tiny_vq
 
 def decoder(**changes):
     card = tiny_card(**changes)
-    return DistributionConditionedDecoder(FluxTransformer2DModel(**card.base_config), card)
+    return DistributionConditionedDecoder.build(card)
 
 
 def test_a_picture_costs_three_times_its_linear_layers():

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcdd_core.models.decoder import VARIANTS, load_decoder, save_bundle
+from dcdd_core.models.bundle import DecoderOptions, load_decoder, save_bundle
+from dcdd_core.models.card import VARIANTS
 from dcdd_core.types import DCDDWarning
 from dcdd_pico import paper_report as pico_report
 from dcdd_pico import sections as measures
@@ -123,7 +124,7 @@ def test_the_printed_command_measures_the_same(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_whole_report_in_small(tmp_path, monkeypatch):
     weights = random_pico(tmp_path / "weights")
-    decoder = load_decoder(weights / "decoder.safetensors", dtype=torch.float32, fold=False)
+    decoder = load_decoder(weights / "decoder.safetensors", options=DecoderOptions(dtype=torch.float32, fold=False))
     for name in VARIANTS:
         save_bundle(tmp_path / "variants" / f"{name}-0.safetensors", decoder, dtype=torch.float16)
     monkeypatch.setattr(measures, "STEP_COUNTS", (1, 10, 30))

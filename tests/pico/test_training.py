@@ -12,6 +12,7 @@ from diffusers import FluxTransformer2DModel
 
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
+from dcdd_core.protocols import SamplingOptions
 from dcdd_core.training.batches import Batches, Share
 from dcdd_pico.build_context import Recipe, Workshop
 from dcdd_pico.image_losses import reconstruction_loss
@@ -33,7 +34,7 @@ def test_the_loss_reads_the_very_logits_that_sampling_draws_from(guidance):
     rows = [prompt_ids(tokenizer, p) for p in prompts]
     if guidance == 0:
         rows = [unconditional_ids(ids, tokenizer) for ids in rows]
-    grid = JanusSampler(janus, tokenizer).sample(prompts, seeds=[0, 1], guidance=guidance)
+    grid = JanusSampler(janus, tokenizer).sample(prompts, seeds=[0, 1], options=SamplingOptions(guidance=guidance))
     expected = F.cross_entropy(grid.logits.transpose(1, 2), grid.tokens, reduction="none")
     torch.testing.assert_close(next_token_loss(janus, rows, grid.tokens), expected, rtol=1e-4, atol=1e-4)
 

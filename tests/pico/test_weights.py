@@ -8,6 +8,7 @@ import torch
 from dcdd_core.evaluation.metrics import ssim
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
+from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import same_codebook
 from dcdd_pico.embedded import WEIGHTS
 from dcdd_pico.export import MOST_BYTES
@@ -42,7 +43,7 @@ def test_they_are_small_enough_for_git():
 
 def test_the_parts_belong_together(models):
     card = models.decoder.card
-    for other in (models.vq.codebook.fingerprint, card.codebook, card.calibration.codebook):
+    for other in (models.tokenizer.codebook.fingerprint, card.codebook, card.calibration.codebook):
         assert same_codebook(models.sampler.codebook.fingerprint, other)
     assert card.calibration.converged
     assert card.calibration.vlm == models.sampler.name
@@ -58,15 +59,15 @@ def test_the_measuring_network_reads_real_scenes(reader):
 
 
 def test_the_tokenizer_uses_its_codebook(models):
-    assert len(models.vq.encode(pixels()).tokens.unique()) > 0.9 * models.vq.codebook.size
+    assert len(models.tokenizer.encode(pixels()).tokens.unique()) > 0.9 * models.tokenizer.codebook.size
 
 
 def test_both_decoders_reconstruct_and_the_diffusion_decoder_is_nearer(models, reader):
     truth = pixels(12)
-    proxies = models.vq.encode(truth)
-    by_vq = models.vq.decode_tokens(proxies.tokens, proxies.grid)
-    condition = condition_for(models.decoder.card, proxies, models.vq.codebook)
-    painted = decode(models.decoder, models.vae, condition, seeds=range(12), steps=10).pixels
+    proxies = models.tokenizer.encode(truth)
+    by_vq = models.tokenizer.decode_tokens(proxies.tokens, proxies.grid)
+    condition = condition_for(models.decoder.card, proxies, models.tokenizer.codebook)
+    painted = decode(models.decoder, models.codec, condition, seeds=range(12), steps=10).pixels
     assert ssim(truth, by_vq).mean() > 0.75
     assert ssim(truth, painted).mean() > ssim(truth, by_vq).mean()
     assert reader.perceptual_distance(truth, painted).mean() < reader.perceptual_distance(truth, by_vq).mean()
@@ -76,10 +77,12 @@ def test_both_decoders_reconstruct_and_the_diffusion_decoder_is_nearer(models, r
 def test_a_sentence_becomes_its_picture(models, reader):
     facts = [scene.facts for scene in SCENES[:12]]
     grid = models.sampler.sample(
-        [f.caption() for f in facts], seeds=range(12), guidance=models.decoder.card.calibration.guidance
+        [f.caption() for f in facts],
+        seeds=range(12),
+        options=SamplingOptions(guidance=models.decoder.card.calibration.guidance),
     )
-    condition = condition_for(models.decoder.card, grid, models.vq.codebook)
-    painted = decode(models.decoder, models.vae, condition, seeds=range(12), steps=10).pixels
+    condition = condition_for(models.decoder.card, grid, models.tokenizer.codebook)
+    painted = decode(models.decoder, models.codec, condition, seeds=range(12), steps=10).pixels
     labels, answers = fact_labels(facts), reader(painted)
     for fact in ("colour", "place", "ground_colour"):
         assert (answers[fact].argmax(1) == labels[fact]).float().mean() > 0.8, fact
@@ -91,8 +94,8 @@ def test_localised_decoding_paints_the_box_like_its_surroundings(models):
     truth = pixels(6)
     mask = torch.zeros(1, 1, 96, 96)
     mask[..., 24:72, 24:72] = 1
-    condition = condition_for(models.decoder.card, models.vq.encode(truth), models.vq.codebook)
-    painted = decode(models.decoder, models.vae, condition, seeds=range(6), steps=10, image=truth, mask=mask).pixels
+    condition = condition_for(models.decoder.card, models.tokenizer.encode(truth), models.tokenizer.codebook)
+    painted = decode(models.decoder, models.codec, condition, seeds=range(6), steps=10, image=truth, mask=mask).pixels
     box = (..., slice(24, 72), slice(24, 72))
     flat = truth[box].mean(dim=(2, 3), keepdim=True)
     assert (painted[box] - truth[box]).abs().mean() < 0.7 * (flat - truth[box]).abs().mean()

@@ -7,7 +7,7 @@ import torch
 
 from dcdd_core.method.flow import resolution_shift
 from dcdd_core.method.latents import pack, pack_mask, scale_latents
-from dcdd_core.models.vae import KLAutoencoder
+from dcdd_core.models.vae import KLCodec
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.types import Condition
 from tests.tiny import tiny_condition, tiny_decoder, tiny_vae
@@ -15,7 +15,7 @@ from tests.tiny import tiny_condition, tiny_decoder, tiny_vae
 
 @pytest.fixture(scope="module")
 def models():
-    return tiny_decoder(), KLAutoencoder(tiny_vae())
+    return tiny_decoder(), KLCodec(tiny_vae())
 
 
 def one(condition, k):

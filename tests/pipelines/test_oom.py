@@ -6,7 +6,7 @@ import torch
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.janus.token_loop import TokenLoop
-from dcdd_core.models.vae import KLAutoencoder
+from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.decode import decode, decode_tokens
 from dcdd_core.pipelines.oom import in_parts
@@ -68,7 +68,7 @@ def scarce(monkeypatch, kind, name, most=1):
 
 
 def test_painting_in_parts_gives_the_batch(monkeypatch):
-    models, condition = (tiny_decoder(), KLAutoencoder(tiny_vae())), tiny_condition(3)
+    models, condition = (tiny_decoder(), KLCodec(tiny_vae())), tiny_condition(3)
     draw = torch.Generator().manual_seed(0)
     part = {"image": torch.rand(3, 3, 16, 16, generator=draw), "mask": torch.ones(1, 1, 16, 16)}
     whole = decode(*models, condition, seeds=[5, 6, 7], **part)

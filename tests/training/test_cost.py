@@ -7,16 +7,17 @@ from functools import cache, partial
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import janus
-from dcdd_core.models.backbones.flux_fill.files import FLUX_VAE_CONFIG
 from dcdd_core.models.backbones.flux_fill.inference import drop_text
-from dcdd_core.models.decoder import DecoderCard, DistributionConditionedDecoder, blocks_of
+from dcdd_core.models.card import DecoderCard
+from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.vae import FLUX_VAE_CONFIG
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.cost import Setup, cost_of, encoders, encoding_peak, optimizer_cost, replayed, shaped
 from dcdd_core.training.encoded_batch import EncodedBatch, geometry_for
@@ -60,12 +61,12 @@ def profiled(work):
 def real(setup):
     """A decoder with weights, as it is trained, and an example to train it on."""
     card = DecoderCard(base="", base_config=CONFIG, tokenizer="", codebook="", code_dim=8, width=setup.width)
-    decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**CONFIG), card)
+    decoder = DistributionConditionedDecoder.build(card)
     drop_text(decoder.transformer)
     decoder.to(torch.bfloat16 if setup.precision == "bf16" else torch.float32)
     choose_trained(decoder, setup.train, rank=setup.rank)
     if setup.checkpointing:
-        for block in blocks_of(decoder.transformer):
+        for block in decoder.backbone.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     side = setup.resolution // 8
     example = Example(
@@ -147,7 +148,7 @@ def test_operations_of_a_step_are_those_that_pytorch_counts_of_the_real_one(choi
     # Of attention it counts the plain kernel, whose backward pass keeps the scores that flash attention computes again.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         decoder_loss(decoder, example, torch.Generator(), DecoderTraining(steps=1)).backward()
-    latents, inner, blocks = (setup.resolution // 16) ** 2, 4 * 32, len(list(blocks_of(decoder.transformer)))
+    latents, inner, blocks = (setup.resolution // 16) ** 2, 4 * 32, len(decoder.backbone.blocks)
     again = blocks * 2 * setup.batch * latents**2 * inner
     assert cost(**choice, precision="no").operations == counter.get_total_flops() + again
 

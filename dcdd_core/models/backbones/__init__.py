@@ -1,0 +1,1 @@
+"""Diffusion transformers, one module or folder each; `registry` lists them."""

@@ -11,15 +11,16 @@ R rows of the language model ([conditional ; unconditional], 2 B, or B without g
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ...protocols import DEFAULT_SAMPLING, OnProgress, Progress, SamplingOptions
 from ...types import Codebook, TokenLogits, same_codebook
 from ..checkpoints import fingerprint_of
 from ..fused_linear import lay_side_by_side
@@ -27,50 +28,11 @@ from ..int8 import store_in_int8
 from . import deepseek
 from .token_loop import TokenLoop, check_language, groups_of
 
-OnStep = Callable[[int, int, torch.Tensor], None]
-
 CHECK_EVERY = 8
 """Positions after which the host looks at the logits, and waits for the device."""
 
 _IMAGE_START = "<begin_of_image>"
 _DEEPSEEK_PAD = "<｜▁pad▁｜>"
-
-
-class ImageTokenSampler(Protocol):
-    """Anything that turns prompts into token logits, one distribution for each position of an image's grid."""
-
-    @property
-    def name(self) -> str:
-        """Written into what it samples."""
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w) of the token grid."""
-
-    @property
-    def codebook(self) -> Codebook:
-        """What the K columns of its logits mean."""
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that mean nothing to it."""
-
-    def known_words(self) -> list[str]:
-        """Every word that it knows, where that is a list; empty for one that reads any text."""
-
-    def sample(
-        self,
-        prompts: Sequence[str],
-        *,
-        seeds: Sequence[int],
-        guidance: float = 5.0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        previous: TokenLogits | None = None,
-        resample: torch.Tensor | None = None,
-        on_step: OnStep | None = None,
-    ) -> TokenLogits:
-        """See `JanusSampler.sample`."""
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -108,7 +70,7 @@ def unconditional_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
 
 
 class JanusSampler:
-    """A `JanusForConditionalGeneration` and its tokenizer as an `ImageTokenSampler`.
+    """A `JanusForConditionalGeneration` and its tokenizer as a `TokenSampler`.
 
     Attributes:
         model: used as it is; bring it in evaluation mode. Its dtype is the transformer's, the head runs in float32.
@@ -145,6 +107,7 @@ class JanusSampler:
         self.name = name
         self.grid = (side, side)
         self.codebook = Codebook(model.model.vqmodel.quantize.embedding.weight)
+        self.default_guidance = 5.0  # DeepSeek's
         self._fingerprint = fingerprint
 
     @property
@@ -220,14 +183,11 @@ class JanusSampler:
         prompts: Sequence[str],
         *,
         seeds: Sequence[int],
-        guidance: float = 5.0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        options: SamplingOptions = DEFAULT_SAMPLING,
         previous: TokenLogits | None = None,
         resample: torch.Tensor | None = None,
-        on_step: OnStep | None = None,
-        resident: bool = False,
+        on_progress: OnProgress | None = None,
+        weights_resident: bool = False,
     ) -> TokenLogits:
         """Samples an image's tokens for each prompt, and keeps the logits l of Eqs. 4-5 that each was drawn from.
 
@@ -237,24 +197,22 @@ class JanusSampler:
         choice; DeepSeek draws from the global generator). Prompts of different lengths are padded on the left, and that
         padding is neither attended nor counted in positions. The global generator is not touched.
 
-        Memory made for the call: the logits, 4 B N K bytes (38 MB an image of 576 x 16384); keys and values of R rows;
-        for a model in half precision the head in float32, 4 bytes a weight (151 MB for Janus-Pro-1B, 336 MB for 7B).
+        Memory allocated for the call: the logits, 4 B N K bytes (38 MB an image of 576 x 16384); keys and values of R
+        rows; for a model in half precision the head in float32, 4 bytes a weight (151 MB for Janus-Pro-1B, 336 MB for
+        7B).
 
         Args:
             prompts: B texts, see `prompt_ids`.
             seeds: B numbers, one a sample.
-            guidance: w; 1 is the prompt alone and takes half the work, 0 no prompt at all.
-            temperature: T >= 0; 0 takes the most likely code, with logits undivided.
-            top_k, top_p: see `dcdd_core.method.sampling`; None for no filter.
-            previous: an earlier result, or the calibrated proxies of a picture, whose tokens and logits stay where
+            options: guidance 1 is the prompt alone and takes half the work; temperature 0 takes the most likely code,
+                with logits undivided.
+            previous: an earlier result, or the calibrated proxies of an image, whose tokens and logits stay where
                 `resample` is False. The result's guidance and temperature are this call's.
-            resample: bool [N] or [B, N], True where to sample anew; goes with `previous`, and if nothing is True,
+            resample: bool [N] or [B, N], True where to sample again; goes with `previous`, and if nothing is True,
                 `previous` is returned. With the same prompts, seeds and settings the earlier run comes again.
-            on_step: called as on_step(step, N, tokens [B, step]) after each sampled position, step - 1 being that
-                position; the tokens are a view to read. What it raises ends the call. An edit starts at its first
-                resampled position and ends after its last.
-            resident: a host with linear layers of its own says by it that these do nothing but torch's: their weights
-                stay on the device. Where all do, a CUDA GPU replays one recorded step.
+            on_progress: called after each sampled position. An edit starts at its first resampled position and ends
+                after its last.
+            weights_resident: on a CUDA GPU, one step is then recorded and replayed.
 
         Returns:
             TokenLogits on the model's device, logits float32 [B, N, K], source "vlm".
@@ -268,6 +226,7 @@ class JanusSampler:
         batch, count, codes = len(prompts), self.grid[0] * self.grid[1], self.codebook.size
         logits = torch.empty(batch, count, codes, dtype=torch.float32, device=device)
         tokens = torch.zeros(batch, count, dtype=torch.int64, device=device)
+        known = torch.zeros(batch, count, dtype=torch.bool)
         first, last, anew = 0, count - 1, None
         if previous is not None or resample is not None:
             anew = self._check_edit(previous, resample, batch)
@@ -276,6 +235,7 @@ class JanusSampler:
             logits.copy_(previous.logits)
             tokens.copy_(previous.tokens)
             columns = anew.any(dim=0).nonzero()
+            known = ~anew
             first, last, anew = int(columns[0]), int(columns[-1]), anew.to(device)
 
         loop = TokenLoop(
@@ -284,13 +244,10 @@ class JanusSampler:
             logits,
             first=first,
             anew=anew,
-            guidance=guidance,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            resident=resident,
+            options=options,
+            weights_resident=weights_resident,
         )
-        hidden = loop.start(*self._rows(prompts, guided=guidance != 1), last=last, seeds=seeds)
+        hidden = loop.start(*self._rows(prompts, guided=options.guidance != 1), last=last, seeds=seeds)
         for i in range(first, last + 1):
             loop.put_noise()
             if i == first:
@@ -299,15 +256,16 @@ class JanusSampler:
                 loop.advance()
             if i == last or (i - first) % CHECK_EVERY == CHECK_EVERY - 1:
                 loop.check()
-            if on_step is not None:
-                on_step(i + 1, count, tokens[:, : i + 1])
+            if on_progress is not None:
+                known[:, i] = True
+                on_progress(Progress(done=i + 1, total=count, tokens=tokens, known=known))
         return TokenLogits(
             logits,
             tokens,
             self.grid,
             source="vlm",
-            guidance=float(guidance),
-            temperature=float(temperature),
+            guidance=float(options.guidance),
+            temperature=float(options.temperature),
             model=self.name,
             codebook=self.codebook.fingerprint,
         )

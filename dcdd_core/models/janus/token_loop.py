@@ -1,9 +1,9 @@
-"""Janus' loop over image tokens, one position at a time: embedding, layers, head, guidance and draw, all in place.
+"""Janus' decode loop over image tokens, one position at a time: embedding, layers, head, guidance, draw, all in place.
 
-The layers are transformers' Llama modules, called in the order of its `forward`: a host may put other linear layers in
-their place. On a CPU their weights are shared among the threads (`columns`), and the linear layers not called
-themselves. What is not done is what costs more than the arithmetic of a single token: masks and rotary tables made anew
-at every step, attention to slots that are still empty, and the library's Python around each layer.
+The layers are transformers' Llama modules, called in the order of its `forward`; a host may replace the linear ones. On
+a CPU their products are split across threads (`fused_linear`) and the modules themselves are not called. The loop
+leaves out what costs more than a single token's arithmetic: masks and rotary tables rebuilt at every step, attention to
+empty cache slots, and the library's Python around each layer.
 
 Shapes: B batch, N tokens, K codes, R rows of the language model ([conditional ; unconditional], 2 B, or B without
 guidance), Q queries, S slots of the cache, C hidden size, H heads, G heads of keys and values, D width of a head.
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import JanusForConditionalGeneration, LlamaModel
 
 from ...method import sampling
+from ...protocols import SamplingOptions
 from ..fused_linear import Together
 
 # Their frequencies change with the length that was read, so there is no table of them.
@@ -40,17 +41,17 @@ def check_language(language: nn.Module) -> None:
 
 
 class LlamaReader:
-    """A Llama's keys and values over R rows, and its forward pass over what comes next.
+    """A Llama's KV cache over R rows, and its forward pass over the next tokens.
 
-    Rows are padded on the left by `padding` [R]: that is neither attended nor counted in positions. Padding sees itself
-    alone, which nobody reads: a query that sees nothing would be NaN, and spread from the cache.
+    Rows are padded on the left by `padding` [R], which is neither attended nor counted in positions. Each padding slot
+    attends to itself only: a query that attends to nothing would be NaN, and NaN would spread through the cache.
     """
 
     def __init__(self, language: LlamaModel, padding: torch.Tensor, length: int, *, resident: bool = False):
         """
         Args:
             length: S, all that will ever be read.
-            resident: see `JanusSampler.sample`.
+            resident: `weights_resident` of `TokenSampler.sample`.
         """
         config, width = language.config, language.layers[0].self_attn.head_dim
         self.language = language
@@ -68,9 +69,9 @@ class LlamaReader:
             device=padding.device,
         )
         cos, sin = language.rotary_emb(self.cache, (self.slots - padding[:, None]).clamp_(min=0))
-        # Turning negates the second half on its way to the first: the sign is in the table.
+        # rotate_half(x) = [-x2, x1]; the minus sign is folded into sin, so that a roll does the rest.
         sin = torch.cat([-sin[..., : width // 2], sin[..., width // 2 :]], dim=-1)
-        self.turns = torch.stack([cos, sin])[:, :, None]
+        self.rotary = torch.stack([cos, sin])[:, :, None]
 
     def spread(self, rows: torch.Tensor, filled: int, length: int) -> LlamaReader:
         """A reader of `length` slots whose rows [R'] are copies of these, as far as these are filled."""
@@ -87,7 +88,7 @@ class LlamaReader:
         """
         rows, count = embeddings.shape[:2]
         shape, grouped = (rows, count, -1, self.width), self.heads[0] != self.heads[1]
-        cos, sin = self.turns.index_select(3, slots)
+        cos, sin = self.rotary.index_select(3, slots)
         masked = count > 1 or seen is None or self.padded
         mask = self._visible(slots)[..., :seen] if masked else None
         # Flat rows and plain views: each einops string would cost a layer as much time as its norm does.
@@ -137,25 +138,21 @@ class TokenLoop:
         *,
         first: int,
         anew: torch.Tensor | None,
-        guidance: float,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        resident: bool,
+        options: SamplingOptions,
+        weights_resident: bool,
     ):
         self.model, self.head = model, _float_head(model)
         self.tokens, self.logits, self.anew = tokens, logits, anew
-        self.guidance, self.temperature = guidance, temperature
-        self.top_k, self.top_p = top_k, top_p
+        self.options = options
         self.first = self.drawn = first
         self.position = torch.tensor([first], device=tokens.device)
         self.noise = torch.zeros_like(logits[:, 0])
         self.ahead: torch.Tensor | None = None
         self.best = torch.zeros(tokens.shape, device=tokens.device)
         parts = (model.model.language_model, model.model.generation_aligner, self.head)
-        self.recordable = tokens.is_cuda and all(_stays(part, tokens.device, resident) for part in parts)
+        self.recordable = tokens.is_cuda and all(_stays(part, tokens.device, weights_resident) for part in parts)
         self.replay: Callable[[], None] | None = None
-        self.resident = resident
+        self.resident = weights_resident
 
     @torch.inference_mode()
     def start(
@@ -182,7 +179,7 @@ class TokenLoop:
 
     def put_noise(self) -> None:
         """Puts the noise of the next position in its place, while a GPU still works on the last; greedy has none."""
-        if self.temperature == 0:
+        if self.options.temperature == 0:
             return
         self.noise.copy_(self._draw_noise() if self.ahead is None else self.ahead, non_blocking=True)
 
@@ -202,18 +199,18 @@ class TokenLoop:
             self.replay()
             self.drawn += 1
         # Before the host waits for the GPU, in `check` or for a preview: the GPU would stand idle for it afterwards.
-        if self.temperature != 0 and self.drawn <= self.last:
+        if self.options.temperature != 0 and self.drawn <= self.last:
             self.ahead = self._draw_noise()
 
     @torch.inference_mode()
     def draw(self, hidden: torch.Tensor) -> None:
         """Draws the next position from the hidden state [R, C] of what stands before it."""
         step = self.head(hidden.float())
-        if self.guidance != 1:
-            step = sampling.guide(*step.chunk(2), self.guidance)
+        if self.options.guidance != 1:
+            step = sampling.guide(*step.chunk(2), self.options.guidance)
         # Greedy keeps the whole distribution too: it is the draw that goes without noise.
-        step = sampling.temper(step, self.temperature or 1.0)
-        candidates = sampling.top_p(sampling.top_k(step, self.top_k), self.top_p)
+        step = sampling.temper(step, self.options.temperature or 1.0)
+        candidates = sampling.top_p(sampling.top_k(step, self.options.top_k), self.options.top_p)
         best, drawn = sampling.gumbel_max(candidates, self.noise)
         if self.anew is not None:
             chosen = self.anew.index_select(1, self.position)[:, 0]
@@ -248,7 +245,7 @@ class TokenLoop:
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Image tokens [B, Q] -> what the language model reads of them, the same in both halves [R, Q, C]."""
         embeddings = self.model.prepare_embeddings_for_image_generation(tokens)
-        return embeddings if self.guidance == 1 else embeddings.repeat(2, 1, 1)
+        return embeddings if self.options.guidance == 1 else embeddings.repeat(2, 1, 1)
 
 
 def groups_of(layer: nn.Module) -> tuple[tuple[nn.Linear, ...], ...]:

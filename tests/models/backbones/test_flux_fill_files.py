@@ -16,14 +16,11 @@ from safetensors.torch import save_file
 
 from dcdd_core.models.backbones.flux_fill.files import (
     FLUX_FILL_CONFIG,
-    FLUX_VAE_CONFIG,
-    autoencoder_layout,
     find_transformer,
-    read_autoencoder,
     transformer_layout,
 )
-from dcdd_core.models.decoder import load_decoder, save_bundle
-from dcdd_core.models.vae import load_vae
+from dcdd_core.models.bundle import DecoderOptions, load_decoder, save_bundle
+from dcdd_core.models.vae import FLUX_VAE_CONFIG, autoencoder_layout, load_vae, read_autoencoder
 from tests.tiny import assert_same_without_text, fill, tiny_condition, tiny_decoder, tiny_flux_config, tiny_vae
 
 
@@ -292,7 +289,7 @@ def write_base(where, kind, transformer):
 @torch.no_grad()
 def test_a_base_in_any_layout_is_the_same_decoder(tmp_path, decoder, bundle, kind):
     base = write_base(tmp_path / "base", kind, decoder.transformer)
-    loaded = load_decoder(bundle, base, fold=False)
+    loaded = load_decoder(bundle, base, options=DecoderOptions(fold=False))
     assert_same_without_text(decoder, loaded)
     packed = torch.randn(2, 16, decoder.transformer.config.in_channels, generator=torch.Generator().manual_seed(1))
     condition, t = decoder.condition_tokens(tiny_condition(), (8, 8)), torch.tensor([0.3, 0.9])
@@ -304,7 +301,7 @@ def test_a_base_in_any_layout_is_the_same_decoder(tmp_path, decoder, bundle, kin
 def test_float8_is_read_in_the_type_asked_for_and_else_in_bfloat16(tmp_path, decoder, bundle):
     stored = {name: t.to(torch.float8_e4m3fn) for name, t in bfl_transformer(decoder.transformer.state_dict()).items()}
     save_file(stored, tmp_path / "fp8.safetensors")
-    loaded = load_decoder(bundle, tmp_path / "fp8.safetensors", dtype=torch.float32, fold=False)
+    loaded = load_decoder(bundle, tmp_path / "fp8.safetensors", options=DecoderOptions(dtype=torch.float32, fold=False))
     for name, value in loaded.transformer.state_dict().items():
         stored = decoder.transformer.state_dict()[name].to(torch.float8_e4m3fn)
         assert torch.equal(value, stored.float()), name
@@ -322,7 +319,7 @@ def test_what_the_bundle_trained_goes_over_a_bfl_base_and_is_not_read_from_it(tm
     del stored["double_blocks.0.img_attn.qkv.weight"]  # all three parts are the bundle's
     save_file(stored, tmp_path / "base.safetensors")
     assert not own & set(find_transformer(tmp_path / "base.safetensors", decoder.transformer, without=own).read())
-    loaded = load_decoder(tmp_path / "d.safetensors", tmp_path / "base.safetensors", fold=False)
+    loaded = load_decoder(tmp_path / "d.safetensors", tmp_path / "base.safetensors", options=DecoderOptions(fold=False))
     for name, value in loaded.transformer.state_dict().items():
         assert torch.equal(value, trained.transformer.state_dict()[name]), name
 

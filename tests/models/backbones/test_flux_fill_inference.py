@@ -16,9 +16,10 @@ from dcdd_core.method.flow import timesteps
 from dcdd_core.models import checkpoints
 from dcdd_core.models import decoder as flux
 from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG
-from dcdd_core.models.backbones.flux_fill.inference import drop_text, fold_modulations
-from dcdd_core.models.decoder import DistributionConditionedDecoder, load_decoder, of_text_stream, save_bundle
-from dcdd_core.models.vae import KLAutoencoder
+from dcdd_core.models.backbones.flux_fill.inference import drop_text, fold_modulations, of_text_stream
+from dcdd_core.models.bundle import DecoderOptions, load_decoder, save_bundle
+from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.vae import KLCodec
 from dcdd_core.pipelines.decode import decode
 from tests.tiny import tiny_card, tiny_condition, tiny_decoder, tiny_flux_config, tiny_vae
 
@@ -131,7 +132,7 @@ def test_every_step_is_that_of_the_whole_model(tmp_path, changes, dtype):
     config = {**tiny_flux_config(), "num_layers": 2, "num_single_layers": 3, **changes}
     whole = tiny_decoder(base_config=config, guidance=3.5)
     save_bundle(tmp_path / "d.safetensors", whole, dtype=torch.float32)
-    small, whole = load_decoder(tmp_path / "d.safetensors", dtype=dtype), whole.to(dtype)
+    small, whole = load_decoder(tmp_path / "d.safetensors", options=DecoderOptions(dtype=dtype)), whole.to(dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     times = timesteps(30, shift=0.5)[:-1].tolist()
     small.prepare(times)
@@ -180,7 +181,7 @@ def test_guidance_is_read_from_the_card_at_every_step(whole, bundle):
 
 
 def test_the_picture_is_the_same(whole, bundle):
-    vae = KLAutoencoder(tiny_vae())
+    vae = KLCodec(tiny_vae())
     pictures = [decode(d, vae, tiny_condition(), seeds=[1, 2], steps=4).pixels for d in (whole, load_decoder(bundle))]
     torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-4)
 
@@ -225,7 +226,7 @@ def test_modulations_are_read_a_layer_at_a_time_and_let_go(reads, whole, split):
 
 def test_a_schedule_is_read_once_and_the_last_three_are_kept(reads, bundle):
     small = load_decoder(bundle)
-    vae, condition = KLAutoencoder(tiny_vae()), tiny_condition(1)
+    vae, condition = KLCodec(tiny_vae()), tiny_condition(1)
 
     def read_for(steps):
         before = len(reads.names)
@@ -302,7 +303,7 @@ def test_a_base_may_lack_the_text(split, whole):
 
 
 def test_a_released_bundle_can_be_trained_further(tmp_path, whole, bundle):
-    decoder = load_decoder(bundle, fold=False).requires_grad_(True)
+    decoder = load_decoder(bundle, options=DecoderOptions(fold=False)).requires_grad_(True)
     packed = torch.randn(2, 16, decoder.transformer.config.in_channels)
     condition = decoder.condition_tokens(tiny_condition(), SIZE)
     decoder(packed, condition, torch.tensor([0.2, 0.7]), SIZE).square().mean().backward()
@@ -318,8 +319,8 @@ def test_a_released_bundle_can_be_trained_further(tmp_path, whole, bundle):
 def test_eight_bits_hold_the_layers_in_half_and_paint_nearly_the_same(bundle):
     pytest.importorskip("torchao", reason="torchao is not installed")
     plain, small = (
-        load_decoder(bundle, dtype=torch.bfloat16),
-        load_decoder(bundle, dtype=torch.bfloat16, eight_bit=True),
+        load_decoder(bundle, options=DecoderOptions(dtype=torch.bfloat16)),
+        load_decoder(bundle, options=DecoderOptions(dtype=torch.bfloat16, eight_bit=True)),
     )
     for name, parameter in small.named_parameters():
         inside = "_blocks." in name and "norm" not in name and name.endswith("weight")
@@ -329,14 +330,14 @@ def test_eight_bits_hold_the_layers_in_half_and_paint_nearly_the_same(bundle):
     exact = velocity(plain, 0.5, torch.bfloat16).float()
     error = (velocity(small, 0.5, torch.bfloat16).float() - exact).std() / exact.std()
     assert 0 < error < 0.05
-    streamed = load_decoder(bundle, dtype=torch.bfloat16, eight_bit=True, streamed=True)
+    streamed = load_decoder(bundle, options=DecoderOptions(dtype=torch.bfloat16, eight_bit=True, streamed=True))
     assert torch.equal(velocity(streamed, 0.5, torch.bfloat16), velocity(small, 0.5, torch.bfloat16))
 
 
 def test_blocks_are_rounded_one_by_one_as_they_come(bundle, reads, monkeypatch):
     """There is never more than one of them as it was."""
     monkeypatch.setattr(flux, "store_in_int8", lambda block, device: reads.names.append(f"{device}: rounded"))
-    load_decoder(bundle, eight_bit=True)
+    load_decoder(bundle, options=DecoderOptions(eight_bit=True))
     came = [name.rpartition("_blocks.")[2].partition(".")[0] for name in reads.names]
     rounded = ["0", "cpu: rounded", "1", "cpu: rounded", "0", "cpu: rounded", "1", "cpu: rounded", "2", "cpu: rounded"]
     assert [name for name, _ in groupby(came)][: len(rounded)] == rounded
@@ -345,12 +346,14 @@ def test_blocks_are_rounded_one_by_one_as_they_come(bundle, reads, monkeypatch):
 def test_an_older_diffusers_cannot_stream_them(bundle, monkeypatch):
     monkeypatch.setattr(flux.diffusers, "__version__", "0.37.1")
     with pytest.raises(ValueError, match=r"diffusers 0.38 or newer, this is 0.37.1: upgrade it"):
-        load_decoder(bundle, eight_bit=True, streamed=True)
+        load_decoder(bundle, options=DecoderOptions(eight_bit=True, streamed=True))
 
 
 def test_eight_bits_compile_too(traced_only, compiling, bundle):
     pytest.importorskip("torchao", reason="torchao is not installed")
-    plain, small = (load_decoder(bundle, eight_bit=True, compiled=compiled) for compiled in (False, True))
+    plain, small = (
+        load_decoder(bundle, options=DecoderOptions(eight_bit=True, compiled=compiled)) for compiled in (False, True)
+    )
     torch.testing.assert_close(velocity(small, 0.5), velocity(plain, 0.5), rtol=1e-5, atol=1e-5)
     assert compiling["unique_graphs"] == 2
 
@@ -360,7 +363,7 @@ def test_a_bundle_that_is_replaced_while_it_is_read_is_noticed(tmp_path, bundle,
     path.write_bytes(bundle.read_bytes())
     monkeypatch.setattr(flux, "store_in_int8", lambda block, device: path.write_bytes(bundle.read_bytes() + b" "))
     with pytest.raises(ValueError, match=r"d.safetensors was changed or taken away after it was opened"):
-        load_decoder(path, eight_bit=True)
+        load_decoder(path, options=DecoderOptions(eight_bit=True))
 
 
 def test_streamed_blocks_come_and_go_and_the_rest_stays(bundle, whole, monkeypatch):
@@ -370,7 +373,7 @@ def test_streamed_blocks_come_and_go_and_the_rest_stays(bundle, whole, monkeypat
     fetched = []
     onload = ModuleGroup.onload_
     monkeypatch.setattr(ModuleGroup, "onload_", lambda group: (fetched.append(group.onload_leader), onload(group))[1])
-    small = load_decoder(bundle, streamed=True)
+    small = load_decoder(bundle, options=DecoderOptions(streamed=True))
     torch.testing.assert_close(velocity(small, 0.5), velocity(whole, 0.5), rtol=1e-5, atol=1e-5)
     assert fetched == [*small.transformer.transformer_blocks, *small.transformer.single_transformer_blocks]
 
@@ -394,7 +397,11 @@ def compiling():
 
 def paint_compiled(path, stats):
     """Graphs after each of four pictures, the last two with new noise, and on another schedule."""
-    small, vae, condition = load_decoder(path, compiled=True), KLAutoencoder(tiny_vae()), tiny_condition(1)
+    small, vae, condition = (
+        load_decoder(path, options=DecoderOptions(compiled=True)),
+        KLCodec(tiny_vae()),
+        tiny_condition(1),
+    )
     counts = []
     for seed, steps in ((0, 3), (0, 3), (1, 3), (1, 4)):
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -417,12 +424,12 @@ def traced_only(monkeypatch):
 def test_a_second_picture_compiles_nothing(traced_only, compiling, whole, bundle):
     counts, pixels = paint_compiled(bundle, compiling)
     assert counts == [2, 2, 2, 2], "one graph for the double blocks, one for the single ones"
-    plain = decode(whole, KLAutoencoder(tiny_vae()), tiny_condition(1), seeds=[1], steps=4).pixels
+    plain = decode(whole, KLCodec(tiny_vae()), tiny_condition(1), seeds=[1], steps=4).pixels
     torch.testing.assert_close(pixels, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_another_batch_compiles_once_and_past_the_limit_none_does(traced_only, compiling, whole, bundle):
-    small, vae, counts = load_decoder(bundle, compiled=True), KLAutoencoder(tiny_vae()), []
+    small, vae, counts = load_decoder(bundle, options=DecoderOptions(compiled=True)), KLCodec(tiny_vae()), []
     for batch in (1, 2, 1, 2, 3):
         with torch._dynamo.config.patch(recompile_limit=2):
             pixels = decode(small, vae, tiny_condition(batch), seeds=range(batch), steps=1).pixels
@@ -437,5 +444,5 @@ def test_a_second_picture_compiles_nothing_for_real(compiling, whole, bundle):
     """With a C++ compiler."""
     counts, pixels = paint_compiled(bundle, compiling)
     assert counts == [2, 2, 2, 2]
-    plain = decode(whole, KLAutoencoder(tiny_vae()), tiny_condition(1), seeds=[1], steps=4).pixels
+    plain = decode(whole, KLCodec(tiny_vae()), tiny_condition(1), seeds=[1], steps=4).pixels
     torch.testing.assert_close(pixels, plain, rtol=1e-3, atol=1e-3)

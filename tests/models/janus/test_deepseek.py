@@ -23,6 +23,7 @@ from transformers import JanusForConditionalGeneration
 from dcdd_core.models.janus import deepseek
 from dcdd_core.models.janus.deepseek import deepseek_name, janus_config
 from dcdd_core.models.janus.sampler import JanusSampler, unconditional_ids
+from dcdd_core.models.janus.tokenizer import load_tokenizer
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.types import TokenLogits
 from tests.tiny import save_janus, tiny_janus, tiny_tokenizer
@@ -173,7 +174,7 @@ def test_samples_are_those_of_the_transformers_layout(folder, weights, run, kind
 @pytest.mark.parametrize("shards", [1, 2])
 def test_the_tokenizer_is_that_of_the_transformers_layout(folder, weights, converted, kind, shards):
     write_weights(folder, weights, kind, shards)
-    theirs, ours = VQTokenizer.load(folder), VQTokenizer.load(converted)
+    theirs, ours = load_tokenizer(folder), load_tokenizer(converted)
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
     first, second = theirs.encode(pixels), ours.encode(pixels)
     assert torch.equal(first.logits, second.logits) and torch.equal(first.tokens, second.tokens)
@@ -183,8 +184,8 @@ def test_the_tokenizer_is_that_of_the_transformers_layout(folder, weights, conve
 
 def test_half_precision_stays_with_the_tokenizer_and_is_widened_for_sampling(folder, weights):
     write_weights(folder, {name: tensor.bfloat16() for name, tensor in weights.items()})
-    assert VQTokenizer.load(folder).dtype == torch.bfloat16
-    assert VQTokenizer.load(folder, dtype=torch.float32).dtype == torch.float32
+    assert load_tokenizer(folder).dtype == torch.bfloat16
+    assert load_tokenizer(folder, dtype=torch.float32).dtype == torch.float32
     for asked in (torch.float32, torch.bfloat16):
         assert {weight.dtype for weight in JanusSampler.load(folder, dtype=asked).model.parameters()} == {asked}
 
@@ -202,7 +203,7 @@ def test_only_what_is_needed_leaves_the_file(folder, weights, monkeypatch):
         monkeypatch.setattr(torch, "load", opened)
 
     spoiled(lambda name: not name.startswith("gen_vision_model.") or name.endswith("codebook_used"))
-    VQTokenizer.load(folder)
+    load_tokenizer(folder)
     with pytest.raises(ValueError, match="a NoneType as .*, expected a tensor"):
         JanusSampler.load(folder)
     unread = ("vision_model.", "aligner.", "language_model.lm_head.", "gen_vision_model.")
@@ -212,7 +213,7 @@ def test_only_what_is_needed_leaves_the_file(folder, weights, monkeypatch):
 
 def test_a_model_outlives_its_file(folder, weights):
     (file,) = write_weights(folder, weights)
-    vq = VQTokenizer.load(folder)
+    vq = load_tokenizer(folder)
     before = vq.model.quant_conv.weight.clone()
     with file.open("r+b") as opened:
         opened.write(bytes(file.stat().st_size))
@@ -317,7 +318,7 @@ def end(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
 def test_the_tokenizer_computes_what_deepseeks_names_say(folder, weights):
     """vq_model.py: the encoder's levels, then its middle; the decoder's middle, then its levels in their order."""
     write_weights(folder, weights)
-    vq = VQTokenizer.load(folder)
+    vq = load_tokenizer(folder)
     its = {name.removeprefix("gen_vision_model."): tensor for name, tensor in weights.items()}
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
     h = levels(its, "encoder", conv(its, "encoder.conv_in", pixels, padding=1))
@@ -514,7 +515,7 @@ def test_the_tokenizer_does_without_shards_of_other_parts(folder, weights):
     rest = folder / "pytorch_model-00002-of-00002.bin"
     placed = {name: "pytorch_model.bin" if name.startswith("gen_vision_model.") else rest.name for name in weights}
     write_json(folder / "pytorch_model.bin.index.json", {"weight_map": placed})
-    VQTokenizer.load(folder)
+    load_tokenizer(folder)
     refused(folder, f"lacks {rest.name}", by=(JanusSampler,))
     write_json(folder / "pytorch_model.bin.index.json", {})
     refused(folder, "no weight_map")

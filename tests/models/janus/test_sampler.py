@@ -18,6 +18,7 @@ from dcdd_core.models.fused_linear import Together
 from dcdd_core.models.janus import sampler as janus
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.models.janus.token_loop import LlamaReader
+from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Codebook, TokenLogits
 from tests.models.janus.make_golden_janus import GOLDEN, GUIDANCE, PROMPTS, deepseek_loop, template_ids
 from tests.tiny import save_janus, tiny_janus
@@ -59,7 +60,7 @@ def close(first: TokenLogits, second: TokenLogits, rows: slice = slice(None)) ->
 def test_greedy_run_is_deepseeks_loop(sampler: JanusSampler, prompt: str, guidance: float):
     pad = sampler.tokenizer.pad_token_id
     logits, tokens = deepseek_loop(sampler.model, template_ids(prompt), pad, guidance, N)
-    ours = sampler.sample([prompt], seeds=[0], guidance=guidance, temperature=0)
+    ours = sampler.sample([prompt], seeds=[0], options=SamplingOptions(guidance=guidance, temperature=0))
     assert torch.equal(ours.tokens[0], tokens)
     assert (ours.logits[0] - logits).abs().max() < 1e-4
 
@@ -67,7 +68,9 @@ def test_greedy_run_is_deepseeks_loop(sampler: JanusSampler, prompt: str, guidan
 def test_golden_numbers(sampler: JanusSampler):
     golden = json.loads(GOLDEN.read_text())
     prompts = [entry["prompt"] for entry in golden["prompts"]]
-    ours = sampler.sample(prompts, seeds=[0] * len(prompts), guidance=golden["guidance"], temperature=0)
+    ours = sampler.sample(
+        prompts, seeds=[0] * len(prompts), options=SamplingOptions(guidance=golden["guidance"], temperature=0)
+    )
     for row, entry in enumerate(golden["prompts"]):
         assert ours.tokens[row].tolist() == entry["tokens"]
         for step, values in entry["logits"].items():
@@ -124,8 +127,8 @@ def test_tokenizer_of_a_larger_model_is_refused():
 
 
 def test_guidance_one_is_the_prompt_alone(sampler: JanusSampler):
-    alone = sampler.sample(PROMPTS, seeds=SEEDS, guidance=1)
-    nearly = sampler.sample(PROMPTS, seeds=SEEDS, guidance=1 + 1e-7)
+    alone = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(guidance=1))
+    nearly = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(guidance=1 + 1e-7))
     assert close(alone, nearly)
 
 
@@ -144,9 +147,9 @@ def test_tokens_are_the_gumbel_draw_of_the_logits(run: TokenLogits):
 
 
 def test_logits_are_divided_by_the_temperature_and_unfiltered(sampler: JanusSampler):
-    plain = sampler.sample(PROMPTS, seeds=SEEDS, temperature=0)
-    halved = sampler.sample(PROMPTS, seeds=SEEDS, temperature=2.0)
-    filtered = sampler.sample(PROMPTS, seeds=SEEDS, temperature=2.0, top_k=3, top_p=0.9)
+    plain = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(temperature=0))
+    halved = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(temperature=2.0))
+    filtered = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(temperature=2.0, top_k=3, top_p=0.9))
     assert torch.allclose(halved.logits[:, 0] * 2, plain.logits[:, 0], rtol=0, atol=1e-5)
     assert torch.equal(filtered.logits[:, 0], halved.logits[:, 0])
     assert bool(torch.isfinite(filtered.logits).all())
@@ -171,7 +174,7 @@ def test_head_of_a_half_precision_model_runs_in_float32(sampler: JanusSampler):
     inputs = []
     model.model.generation_head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model.to(torch.bfloat16)
-    JanusSampler(model, tokenizer).sample(["red"], seeds=[0], guidance=1)
+    JanusSampler(model, tokenizer).sample(["red"], seeds=[0], options=SamplingOptions(guidance=1))
     assert len(inputs) == N and all(x.dtype == torch.float32 for x in inputs)
 
 
@@ -328,11 +331,11 @@ def test_request_that_makes_no_sense_is_refused(sampler: JanusSampler, arguments
 def test_nan_names_its_step():
     model, tokenizer = tiny_janus()
     sampler = JanusSampler(model, tokenizer)
-    token = int(sampler.sample(["red"], seeds=[0], temperature=0).tokens[0, 0])
+    token = int(sampler.sample(["red"], seeds=[0], options=SamplingOptions(temperature=0)).tokens[0, 0])
     with torch.no_grad():
         model.model.generation_embeddings.weight[token] = float("nan")
     with pytest.raises(ValueError, match=r"step 2 of 16 .* float32"):
-        sampler.sample(["red"], seeds=[0], temperature=0)
+        sampler.sample(["red"], seeds=[0], options=SamplingOptions(temperature=0))
 
 
 def test_unknown_words(sampler: JanusSampler):

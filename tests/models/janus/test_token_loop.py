@@ -12,6 +12,7 @@ from dcdd_core.method import sampling
 from dcdd_core.models.janus import token_loop as janus_step
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.janus.token_loop import LlamaReader, TokenLoop, check_language
+from dcdd_core.protocols import SamplingOptions
 from dcdd_pico.train_janus import janus_config, pico_tokenizer
 from dcdd_pico.train_tokenizer import tokenizer_config
 from tests.tiny import fill, tiny_janus
@@ -181,10 +182,10 @@ def test_a_step_that_does_not_know_its_place_is_the_same(monkeypatch: pytest.Mon
     """What a GPU records: the position is in a tensor alone, and all slots are looked at."""
     sampler = JanusSampler(*tiny_janus())
     prompts = ["a red circle", "a blue square and a green circle"]
-    expected = sampler.sample(prompts, seeds=[0, 1], top_k=20)
+    expected = sampler.sample(prompts, seeds=[0, 1], options=SamplingOptions(top_k=20))
     step = TokenLoop._step
     monkeypatch.setattr(TokenLoop, "_step", lambda self, seen=None: step(self))
-    found = sampler.sample(prompts, seeds=[0, 1], top_k=20)
+    found = sampler.sample(prompts, seeds=[0, 1], options=SamplingOptions(top_k=20))
     assert torch.equal(found.tokens, expected.tokens)
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-4)
 
@@ -200,7 +201,7 @@ def test_noise_is_drawn_once_and_before_anything_waits_for_the_device(monkeypatc
     sampler.sample(["red"], seeds=[7], previous=run, resample=(torch.arange(16) >= 3) & (torch.arange(16) < 6))
     assert seen == [(7, 3), (7, 4), (7, 5), "check"]
     seen.clear()
-    sampler.sample(["red"], seeds=[7], temperature=0.0)
+    sampler.sample(["red"], seeds=[7], options=SamplingOptions(temperature=0.0))
     assert seen == ["check", "check"]
 
 

@@ -1,0 +1,180 @@
+"""A FLUX.1-Fill transformer without text as a `Backbone`.
+
+The text stream gets a sequence of length zero and a pooled vector of zeros: it then cannot reach the output.
+
+Shapes: B batch, L packed latent tokens (row-major h'/2 x w'/2), h' w' latent grid, M inner width, F = 4 C channels of a
+packed latent (64), G of the context (64 of the masked image and 4 f^2 of the mask; f is the codec's factor).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from ....method import latents as flux_latents
+from ....method.flow import resolution_shift
+from ....protocols import OnLayer, StoredWeights
+from . import files
+from .inference import ModulationTable, drop_text, embed_time, fold_modulations, of_text_stream
+
+
+class FluxFill:
+    """See `protocols.Backbone`.
+
+    Args:
+        model: with or without its text stream.
+        guidance: value of the distilled guidance embedding, for a network that has one.
+    """
+
+    patch = 2
+    block_names = ("transformer_blocks", "single_transformer_blocks")
+
+    def __init__(self, model: FluxTransformer2DModel, *, guidance: float = 1.0):
+        self.model = model
+        self.token_width = model.inner_dim
+        self.latent_channels = model.out_channels // self.patch**2
+        self.guidance = guidance if model.config.guidance_embeds else None
+        self._table: ModulationTable | None = None
+        self._rotary: tuple[tuple, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The joint and the single blocks, in order of use."""
+        return tuple(block for name in self.block_names for block in getattr(self.model, name))
+
+    @property
+    def folded(self) -> bool:
+        """Whether `fold` was called."""
+        return self._table is not None
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """See `method.latents.pack`."""
+        return flux_latents.pack(latents)
+
+    def unpack(self, packed: torch.Tensor, latent_size: tuple[int, int]) -> torch.Tensor:
+        """See `method.latents.unpack`."""
+        return flux_latents.unpack(packed, *latent_size)
+
+    def context(self, masked_latents: torch.Tensor, mask: torch.Tensor, factor: int) -> torch.Tensor:
+        """FLUX.1-Fill's further input channels: the packed masked image, and the packed mask."""
+        return flux_latents.fill_context(flux_latents.pack(masked_latents), flux_latents.pack_mask(mask, factor))
+
+    def velocity(
+        self,
+        packed: torch.Tensor,
+        context: torch.Tensor,
+        condition: torch.Tensor,
+        t: torch.Tensor,
+        latent_size: tuple[int, int],
+    ) -> torch.Tensor:
+        """See `Backbone.velocity`."""
+        model, blocks = self.model, self.blocks
+        hidden = model.x_embedder(flux_latents.fill_input(packed, context)) + condition  # Eq. 23
+        *modulations, last = self._modulations(t, hidden, len(blocks) + 1)
+        rotary = self._rotary_at(latent_size, hidden.device)
+        text = hidden.new_zeros(len(hidden), 0, hidden.shape[2])
+        for block, modulation in zip(blocks, modulations, strict=True):
+            # The text that comes back has other strides, for which a compiled block would be compiled again.
+            _, hidden = block(hidden, text, modulation, rotary)
+        return model.proj_out(model.norm_out(hidden, last))
+
+    def prepare(self, times: Sequence[float], like: torch.Tensor, on_layer: OnLayer | None = None) -> None:
+        """Computes the modulations of a new schedule, if they come from a table."""
+        if self._table is not None:
+            self._table.prepare(times, guidance=self.guidance, like=like, on_layer=on_layer)
+
+    def default_shift(self, tokens: int, steps: int) -> float:
+        """FLUX.1's, by the number of tokens alone."""
+        return resolution_shift(tokens)
+
+    def unused(self, name: str) -> bool:
+        """The text stream: no text reaches it."""
+        return of_text_stream(name)
+
+    def drop_unused(self) -> None:
+        """Takes out the text stream."""
+        drop_text(self.model)
+
+    def trained_names(self, mode: str) -> Collection[str]:
+        """ "attention" is every block's projections and norms of attention (the paper). A single block's projection out
+        of attention and MLP together counts as its MLP's [choice]."""
+        parts = {"attention": ".attn.", "all": ""}
+        if mode not in parts:
+            raise ValueError(f"a backbone is trained by {' or '.join(parts)}, got {mode!r}")
+        names = (name for name, _ in self.model.named_parameters())
+        return {name for name in names if parts[mode] in name and not of_text_stream(name)}
+
+    def lora_layers(self) -> Collection[str]:
+        """The linear layers of every block's attention."""
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and ".attn." in name and not of_text_stream(name)
+        ]
+
+    def fold(self, weights: StoredWeights) -> None:
+        """Takes out the modulation layers (2.2 of 11.9 billion parameters), which depend on the time alone: their
+        results are tables, computed from the files whenever a schedule is new."""
+        self._table = fold_modulations(self.model, weights)
+
+    def stream(self, device: torch.device) -> None:
+        """diffusers' group offloading, a block at a time, none fetched ahead (that hangs on a forward pass that is not
+        the model's own)."""
+        self.model.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1)
+        # diffusers would fetch the ends for its own forward pass, which is not ours.
+        for end in (self.model.x_embedder, self.model.proj_out):
+            end.to(device)
+
+    def compile(self) -> None:
+        """One compilation for all blocks of a kind, for each size and batch up to torch's limit."""
+        self.model.compile_repeated_blocks(dynamic=False)
+
+    def working_memory(self, batch: int, latent_size: tuple[int, int]) -> int:
+        """64 float32 arrays of all tokens: an estimate."""
+        return 64 * 4 * batch * (math.prod(latent_size) // self.patch**2) * self.token_width
+
+    def _rotary_at(self, latent_size: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary embedding of a size's positions, the same at every step: that of the last size is kept."""
+        key = (tuple(latent_size), device)
+        if self._rotary is None or self._rotary[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # A training may come after a host's inference.
+                ids = flux_latents.position_ids(*latent_size).to(device)
+                self._rotary = key, self.model.pos_embed(ids)
+        return self._rotary[1]
+
+    def _modulations(self, t: torch.Tensor, hidden: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+        """What each modulated norm takes: its own modulation from the table, or the embedding to compute it from."""
+        if self._table is not None:
+            return self._table.at(t, guidance=self.guidance, like=hidden)
+        pooled = hidden.new_zeros(len(hidden), self.model.config.pooled_projection_dim)
+        t = t.to(hidden.device)
+        return [embed_time(self.model.time_text_embed, t, guidance=self.guidance, pooled=pooled)] * count
+
+
+class FluxFillFamily:
+    """See `protocols.BackboneFamily`."""
+
+    name = "flux-fill"
+    class_name = "FluxTransformer2DModel"
+    expected = "a FLUX.1-Fill transformer: a diffusers folder, or a single file such as flux1-fill-dev.safetensors"
+    published_name = "black-forest-labs/FLUX.1-Fill-dev"
+    licence = "FLUX.1 [dev] Non-Commercial License"
+    codec = "kl"
+
+    def config_of(self, path: str | None) -> dict[str, Any]:
+        """See `files.fill_config`."""
+        return files.fill_config(path)
+
+    def build(self, config: Mapping[str, Any], *, guidance: float = 1.0) -> FluxFill:
+        """See `BackboneFamily.build`."""
+        values = {name: value for name, value in config.items() if not name.startswith("_")}
+        return FluxFill(FluxTransformer2DModel(**values), guidance=guidance)
+
+    def find(self, path: str, backbone: FluxFill, *, needs: str, without: Collection[str] = ()) -> StoredWeights:
+        """See `files.find_transformer`."""
+        return files.find_transformer(path, backbone.model, needs=needs, without=without)

@@ -1,0 +1,212 @@
+"""Decoder bundles: one safetensors file with the adapter, the trained weights, and a card in its header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .. import registry
+from ..files import write_tensors
+from ..types import Calibration
+from .card import DecoderCard
+from .checkpoints import StoredTensors, find_tensors, load_strictly, misfits
+from .decoder import DistributionConditionedDecoder
+from .int8 import store_in_int8
+
+_FORMAT = "dcdd decoder 1"
+#: The first diffusers that streams torchao's tensors.
+_STREAMS_TORCHAO = (0, 38)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOptions:
+    """How a decoder's weights are held.
+
+    Attributes:
+        device: where it computes.
+        dtype: that it computes in; None takes the stored types.
+        fold: False keeps the layers whose results `Backbone.fold` reads from disk once a schedule: for training, and
+            for `save_bundle`.
+        eight_bit: the blocks' linear weights are stored as int8, which halves what bfloat16 takes, at a small loss
+            (`python -m benchmarks int8` measures it). On a CPU it is slower when compiled as well.
+        streamed: the blocks wait in RAM, and each is on `device` for its turn alone: slow, but FLUX.1-Fill then takes
+            the room of one block.
+        compiled: the blocks run compiled: the first image of a size and batch waits for the compiler. After eight sizes
+            and batches, torch's limit (`torch._dynamo.config.recompile_limit`), new ones run uncompiled.
+
+    Raises:
+        ValueError: for choices that exclude each other.
+    """
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None
+    fold: bool = True
+    eight_bit: bool = False
+    streamed: bool = False
+    compiled: bool = False
+
+    def __post_init__(self):
+        if (self.eight_bit and not self.fold) or (self.streamed and (self.compiled or not self.fold)):
+            raise ValueError(
+                "weights in 8 bits cannot be trained, and streamed weights can be neither compiled nor trained: got "
+                f"eight_bit={self.eight_bit}, streamed={self.streamed}, compiled={self.compiled}, fold={self.fold}"
+            )
+        if self.eight_bit and self.streamed:
+            version = tuple(map(int, diffusers.__version__.split(".")[:2]))
+            if version < _STREAMS_TORCHAO:
+                raise ValueError(
+                    f"8-bit weights are streamed by diffusers 0.38 or newer, this is {diffusers.__version__}: upgrade "
+                    "it, or load with one of eight_bit and streamed"
+                )
+
+
+def save_bundle(
+    path: str | Path,
+    decoder: DistributionConditionedDecoder,
+    *,
+    trained: Callable[[str], bool] = lambda name: True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Writes a decoder bundle: one safetensors file with the adapter, the trained weights and the card.
+
+    Without what the backbone calls unused: a bundle paints, and can be trained further, without it.
+
+    Args:
+        trained: says of a transformer parameter's name whether it differs from the base; the others stay out.
+        dtype: storage type.
+
+    Raises:
+        ValueError: for a decoder that was folded for painting.
+        OSError: if it cannot be written, such as on a full disk; what was there stays.
+    """
+    if decoder.backbone.folded:
+        raise ValueError(
+            "this decoder was loaded for painting and does not hold all its weights: load it with fold=False"
+        )
+    tensors = {f"adapter.{k}": v for k, v in decoder.adapter.state_dict().items()}
+    of_transformer = decoder.transformer.state_dict()
+    kept = {k: v for k, v in of_transformer.items() if trained(k) and not decoder.backbone.unused(k)}
+    tensors |= {f"transformer.{k}": v for k, v in kept.items()}
+    tensors = {k: v.to("cpu", dtype) for k, v in tensors.items()}
+    write_tensors(path, tensors, {"format": _FORMAT, "card": json.dumps(asdict(decoder.card))})
+
+
+def read_card(path: str | Path) -> DecoderCard:
+    """The card of a bundle, without its weights.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or no bundle.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a DCDD decoder bundle (.safetensors)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}): download it again") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} is no DCDD decoder bundle (its header has no {_FORMAT!r}); a bundle is made by training"
+        )
+    try:
+        values = json.loads(header["card"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its card is no JSON ({error}); download it again") from error
+    known = {field.name for field in fields(DecoderCard)}
+    if set(values) != known:
+        raise ValueError(
+            f"{path} was written by another version: its card has {sorted(set(values) - known)} more and "
+            f"{sorted(known - set(values))} less than this one reads; update ComfyUI-DCDD, or train it again"
+        )
+    if values["calibration"] is not None:
+        values["calibration"] = Calibration.from_dict(values["calibration"])
+    return DecoderCard(**values)
+
+
+def load_decoder(
+    path: str | Path, base: str | Path | None = None, options: DecoderOptions | None = None
+) -> DistributionConditionedDecoder:
+    """Loads a bundle over its base model, without what cannot reach the output.
+
+    Of FLUX.1-Fill's 11.90 billion parameters, 6.46 are held for painting and 8.66 for training. What is dropped is not
+    read; what `Backbone.fold` takes out is read when a schedule is new, so the files must stay where they are.
+
+    Args:
+        base: the base model, in a layout that its `BackboneFamily` reads. Of it only what the bundle lacks is read;
+            None if that is nothing.
+
+    Raises:
+        ValueError: naming the base that is needed, or the tensors that are missing, unexpected or of a wrong shape; for
+            `eight_bit` without torchao.
+    """
+    card = read_card(path)
+    with torch.device("meta"):
+        decoder = DistributionConditionedDecoder.build(card)
+    what = f"{path}" + (f" over {base}" if base else "")
+    return fill_decoder(decoder, _find(path, base, decoder), options or DecoderOptions(), what=what)
+
+
+def fill_decoder(
+    decoder: DistributionConditionedDecoder, stored: StoredTensors, options: DecoderOptions, *, what: str
+) -> DistributionConditionedDecoder:
+    """Gives a whole decoder on "meta" its weights.
+
+    Args:
+        stored: all that can reach the output; only what is held is read.
+        what: names the files in errors.
+
+    Raises:
+        ValueError: as `load_decoder`.
+    """
+    backbone, dtype = decoder.backbone, options.dtype
+    backbone.drop_unused()
+    if options.fold:
+        backbone.fold(stored.within("transformer."))
+    tensors: dict[str, torch.Tensor] = {}
+    parents = {f"transformer.{name}" for name in backbone.block_names}
+    blocks = {name: part for name, part in decoder.named_modules() if name.rpartition(".")[0] in parents}
+    # Each block goes straight to its final dtype and device: all of them need not fit elsewhere.
+    place = "cpu" if options.streamed else options.device
+    for name, block in blocks.items():
+        load_strictly(block, stored.within(f"{name}.").read(block.state_dict(), dtype=dtype, device=place), what)
+        if options.eight_bit:
+            store_in_int8(block, place)
+        tensors |= {f"{name}.{of}": tensor for of, tensor in block.state_dict().items()}
+    rest = [name for name in decoder.state_dict() if name not in tensors]
+    load_strictly(decoder, tensors | stored.read(rest, dtype=dtype, device=options.device), what)
+    decoder.eval().requires_grad_(False)
+    if options.streamed:
+        backbone.stream(torch.device(options.device))
+    if options.compiled:
+        backbone.compile()
+    return decoder
+
+
+def _find(path: str | Path, base: str | Path | None, decoder: DistributionConditionedDecoder) -> StoredTensors:
+    """All tensors of a whole decoder that can reach its output: the bundle's, and the base's for the rest."""
+    expected = {name: value.shape for name, value in decoder.state_dict().items()}
+    of_bundle = find_tensors(path, expected, type(decoder).__name__)
+    of_transformer = {name for name in expected if name.startswith("transformer.")}
+    unused = {name for name in of_transformer if decoder.backbone.unused(name.removeprefix("transformer."))}
+    without = unused | {name for name in expected if name in of_bundle}
+    if missing := sorted(expected.keys() - of_transformer - without):
+        raise ValueError(f"{path} does not fit {type(decoder).__name__}; {misfits(missing=missing)}")
+    absent = of_transformer - without
+    if not absent:
+        return of_bundle
+    if base is None:
+        raise ValueError(
+            f"{path} holds only what training changed; it needs its base model {decoder.card.base} as well "
+            f"({len(absent)} tensors): give the folder or file that holds it"
+        )
+    own = {name.removeprefix("transformer.") for name in of_transformer & without}
+    family = registry.backbone_family(decoder.card.base_config)
+    found = family.find(str(base), decoder.backbone, needs=decoder.card.base, without=own)
+    return found.below("transformer.") | of_bundle

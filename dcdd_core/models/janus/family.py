@@ -1,0 +1,50 @@
+"""Janus as a family: which folders are its, and how they are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from ..checkpoints import read_config
+from ..vq import VQTokenizer
+from . import deepseek
+from .sampler import JanusSampler
+from .tokenizer import load_tokenizer
+
+
+class JanusFamily:
+    """See `protocols.SamplerFamily`."""
+
+    name = "janus"
+    expected = "the folder of a Janus or Janus-Pro model (transformers' layout or DeepSeek's own), or of its tokenizer"
+
+    def reads(self, path: str) -> bool:
+        """A folder whose config.json is of a Janus model, or of its VQ-VAE alone."""
+        kinds = ("janus", "janus_vqgan", deepseek.MODEL_TYPE)
+        return Path(path).is_dir() and read_config(path).get("model_type") in kinds
+
+    def load_sampler(
+        self,
+        path: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        int8: bool = False,
+        computes_on: torch.device | str | None = None,
+    ) -> JanusSampler:
+        """See `JanusSampler.load`."""
+        return JanusSampler.load(path, device=device, dtype=dtype, int8=int8, computes_on=computes_on)
+
+    def load_tokenizer(
+        self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> VQTokenizer:
+        """See `tokenizer.load_tokenizer`."""
+        return load_tokenizer(path, device=device, dtype=dtype)
+
+    def published_tokenizer(self) -> VQTokenizer:
+        """Janus-Pro's: transformers' own defaults."""
+        with torch.device("meta"):
+            return VQTokenizer(JanusVQVAE(JanusVQVAEConfig()))

@@ -1,0 +1,49 @@
+"""Where the models of a pipeline compute, and what happens around them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+from ..types import Calibration, Codebook, Condition, DCDDWarning, TokenLogits
+
+T = TypeVar("T", TokenLogits, Condition, Calibration, Codebook)
+
+
+class Host:
+    """The plain host: every model is on its device already, and results stay where they were computed.
+
+    A program with a memory manager of its own subclasses it (`nodes.host`).
+
+    Attributes:
+        remedy: what to do if a single image does not fit into memory.
+        weights_resident: see `TokenSampler.sample`.
+    """
+
+    remedy = "use a smaller image, or hold the models in fewer bits"
+    weights_resident = False
+
+    def bring(self, memory: int = 0) -> None:
+        """Called before models compute: brings them to their device.
+
+        Args:
+            memory: bytes the work takes besides the weights, an estimate.
+        """
+
+    def check(self) -> None:
+        """Called between images; raises to stop."""
+
+    def on_split(self, size: int) -> None:
+        """Called when a batch did not fit into memory.
+
+        Args:
+            size: images that are tried together next.
+        """
+        warnings.warn(f"out of memory: continuing with {size} images at a time", DCDDWarning, stacklevel=4)
+
+    def keep(self, result: T) -> T:
+        """Moves a finished part to where results wait."""
+        return result
+
+
+PLAIN = Host()
