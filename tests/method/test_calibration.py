@@ -304,7 +304,7 @@ def test_features_are_found_again_in_their_proxies():
 
 
 def test_every_evaluation_reads_each_feature_once_a_bounded_chunk_at_a_time(monkeypatch):
-    codebook, features, limit = Codebook(rand(1024, 6)), rand(240, 6, seed=1), 2**16
+    codebook, features, limit = Codebook(rand(1024, 6)), rand(96, 6, seed=1), 2**16
     monkeypatch.setattr(chunks, "CHUNK_BYTES", limit)
     target = target_statistics(grid(20 * proxy_logits(features, codebook)[None]))
     read, evaluations = [], []

@@ -28,9 +28,9 @@ def bilinear(map_: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def reference(encoder: ConditionEncoder, c: np.ndarray, u: np.ndarray, grid, latent_size) -> np.ndarray:
-    """One sample: c [N, D], u [N, 4] -> [h' w' / 4, M]."""
+    """One sample: c [N, D], u [N, 4] -> [h' w' / p^2, M]."""
     weights = {name: tensor.double().numpy() for name, tensor in encoder.state_dict().items()}
-    (h, w), (height, width) = grid, latent_size
+    (h, w), (height, width), p = grid, latent_size, encoder.patch
     codes = c @ weights["project.weight"].T + weights["project.bias"]
     codes = codes.reshape(h, w, -1)[np.arange(height) * h // height][:, np.arange(width) * w // width]
     codes = np.pad(codes.transpose(2, 0, 1), ((0, 0), (1, 1), (1, 1)))
@@ -43,15 +43,18 @@ def reference(encoder: ConditionEncoder, c: np.ndarray, u: np.ndarray, grid, lat
     codes = codes / (1 + np.exp(-codes))
     condition_map = np.concatenate([codes, bilinear(u.reshape(h, w, 4).transpose(2, 0, 1), height, width)])
     patches = [
-        condition_map[:, y : y + 2, x : x + 2].reshape(-1) for y in range(0, height, 2) for x in range(0, width, 2)
+        condition_map[:, y : y + p, x : x + p].reshape(-1) for y in range(0, height, p) for x in range(0, width, p)
     ]
     return np.stack(patches) @ weights["fuse.weight"].T + weights["fuse.bias"]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("grid", "latent_size"), [((3, 4), (6, 8)), ((2, 3), (8, 12)), ((4, 2), (16, 4))])
-def test_it_is_equations_19_to_22(grid, latent_size):
-    encoder = ConditionEncoder(5, 16, 12)
+@pytest.mark.parametrize(
+    ("grid", "latent_size", "patch"),
+    [((3, 4), (6, 8), 2), ((2, 3), (8, 12), 2), ((4, 2), (16, 4), 2), ((3, 4), (3, 4), 1), ((2, 3), (6, 9), 3)],
+)
+def test_it_is_equations_19_to_22(grid, latent_size, patch):
+    encoder = ConditionEncoder(5, 16, 12, patch=patch)
     for seed, weight in enumerate(encoder.parameters()):
         weight.copy_(rand(*weight.shape, seed=seed) - 0.4)
     count = grid[0] * grid[1]
@@ -74,6 +77,10 @@ def test_uncertainty_alone_comes_through_bilinearly():
     first, second = found[0].reshape(2, 12, 2, 2)[:, 8:]
     assert first[0].tolist() == [[0, 0.25], [0, 0.25]] and second[0].tolist() == [[0.75, 1], [0.75, 1]]
     assert not found[0].reshape(2, 12, 2, 2)[:, :8].any()
+
+
+def test_it_adds_nothing_before_training():
+    assert not ConditionEncoder(5, 16, 12)(Condition(rand(1, 6, 5), rand(1, 6, 4), (2, 3)), (4, 6)).any()
 
 
 @torch.no_grad()
