@@ -110,7 +110,8 @@ class VQTokenizer:
                 f"got {list(vectors.shape)}"
             )
         code_map = rearrange(vectors.to(self.device, self.dtype), "b (h w) d -> b d h w", h=h)
-        # Without gradients a CPU convolves faster with the channels last; with them its GroupNorm does not (CHANGELOG).
+        # Without gradients a CPU convolves faster with the channels last; with them its GroupNorm is far slower
+        # (docs/embedded.md).
         code_map = code_map.contiguous(memory_format=torch.channels_last)
         return self.model.decoder(self.model.post_quant_conv(code_map)).float().clamp(-1, 1)
 
