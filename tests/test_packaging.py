@@ -63,7 +63,7 @@ def test_picture_has_an_address_and_fits(metadata, key):
 @needs_git
 def test_what_ships():
     top = {name.partition("/")[0] for name in shipped_files()}
-    folders = {"dcdd_core", "docs", "locales", "nodes", "subgraphs", "web", "workflows"}
+    folders = {"dcdd_core", "dcdd_pico", "docs", "locales", "nodes", "subgraphs", "web", "workflows"}
     files = {"CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml", "requirements.txt"}
     assert top == folders | files | {".comfyignore", ".gitignore"}
 
