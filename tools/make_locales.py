@@ -1,10 +1,10 @@
-"""Writes the pack's English words for ComfyUI's page, locales/en, and says what locales/zh lacks.
+"""Writes locales/en, the pack's English texts for ComfyUI's frontend, and lists what locales/zh lacks.
 
     python tools/make_locales.py                                    from tests/comfy/object_info.json
     python tools/make_locales.py --server http://127.0.0.1:8188     from a running ComfyUI with this pack
 
-The words stand in the nodes' schemas. After a change there, `python -m tests.comfy.snapshot` writes the file anew, and
-this the locales. Exit status 1: zh is not complete.
+The texts come from the nodes' schemas. After a change there, update the file with `python -m tests.comfy.snapshot`, then
+run this. The exit status is 1 if zh is incomplete.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SNAPSHOT = ROOT / "tests" / "comfy" / "object_info.json"
 LOCALES = ROOT / "locales"
 PREFIX = "DCDD_"
-#: Categories that ComfyUI's own words hold already; they are for all packs, so none of ours touches them.
+#: Categories that ComfyUI translates itself. They are shared by all packs, so ours must not override them.
 COMMON_CATEGORIES = {"loaders"}
 
 Info = Mapping[str, Mapping[str, Any]]
@@ -34,7 +34,7 @@ def inputs_of(node: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def node_words(object_info: Info) -> Words:
-    """locales/en/nodeDefs.json: what the page shows of each node, under the keys that it looks for."""
+    """locales/en/nodeDefs.json: each node's texts under the frontend's keys."""
     return {
         key: {
             "display_name": node["display_name"],
@@ -53,7 +53,7 @@ def node_words(object_info: Info) -> Words:
 
 
 def category_words(object_info: Info) -> Words:
-    """locales/en/main.json: each level of the nodes' menu."""
+    """locales/en/main.json: each level of the node menu."""
     levels = dict.fromkeys(level for node in object_info.values() for level in node["category"].split("/"))
     return {"nodeCategories": {level: level for level in levels if level not in COMMON_CATEGORIES}}
 
@@ -68,7 +68,7 @@ def leaves(words: Words, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def differences(english: Words, other: Words) -> list[str]:
-    """What the other language lacks, and what it has too much; a text without letters counts as lacking."""
+    """What the other language lacks, and what it has that English does not; a blank text counts as lacking."""
     wanted, found = dict(leaves(english)), dict(leaves(other))
     lacking = [f"lacks {key}: {text}" for key, text in wanted.items() if text and not found.get(key, "").strip()]
     return lacking + [f"has too much: {key}" for key in found if key not in wanted]
