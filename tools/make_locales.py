@@ -3,8 +3,8 @@
     python tools/make_locales.py                                    from tests/comfy/object_info.json
     python tools/make_locales.py --server http://127.0.0.1:8188     from a running ComfyUI with this pack
 
-The texts come from the nodes' schemas. After a change there, update the file with `python -m tests.comfy.snapshot`, then
-run this. The exit status is 1 if zh is incomplete.
+The texts come from the nodes' schemas. After a change there, update the file with `python -m tests.comfy.snapshot`,
+then run this. The exit status is 1 if zh is incomplete.
 """
 
 from __future__ import annotations
