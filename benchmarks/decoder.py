@@ -32,6 +32,7 @@ from benchmarks.targets import Target
 from benchmarks.timing import NOT_MEASURED, compared, is_h100
 from dcdd_core.evaluation.tables import markdown_table
 from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG
+from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.types import Condition
 
@@ -107,6 +108,12 @@ class NoAutoencoder:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
 
+    def normalize(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def denormalize(self, z: torch.Tensor) -> torch.Tensor:
+        return z
+
 
 def pipeline_of(transformer: FluxTransformer2DModel) -> FluxFillPipeline:
     """diffusers' pipeline with FLUX.1-Fill's scheduler, without text encoders, and with next to no autoencoder."""
@@ -162,7 +169,8 @@ def by_diffusers(transformer: FluxTransformer2DModel, steps: int) -> Callable[[]
 
 def held(model: nn.Module) -> int:
     """Bytes of its weights, and of a decoder's tables."""
-    tables = model.table.nbytes if getattr(model, "table", None) is not None else 0
+    table = model.backbone.table if isinstance(model, DistributionConditionedDecoder) else None
+    tables = 0 if table is None else table.nbytes
     return tables + sum(weight.nbytes for weight in model.state_dict().values())
 
 

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peak import Peak
 from dcdd_core.method.latents import position_ids
+from dcdd_core.models.backbones.flux_fill.backbone import FluxFill
 from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG
 from dcdd_core.models.backbones.flux_fill.inference import drop_text
-from dcdd_core.models.bundle import fill_decoder
+from dcdd_core.models.bundle import DecoderOptions, fill_decoder
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 
@@ -54,11 +55,11 @@ def card_of(config: dict) -> DecoderCard:
 
 
 def random_decoder(card: DecoderCard, **ways) -> DistributionConditionedDecoder:
-    """Ours, held in any of `load_decoder`'s ways."""
+    """Ours, held as `DecoderOptions` says."""
     with torch.device("meta"):
         decoder = DistributionConditionedDecoder.build(card)
     stored = RandomTensors({name: weight.shape for name, weight in decoder.state_dict().items()})
-    return fill_decoder(decoder, stored, what="random weights", **ways)
+    return fill_decoder(decoder, stored, DecoderOptions(**ways), what="random weights")
 
 
 def random_transformer(config: dict, *, device: torch.device | str, dtype: torch.dtype) -> FluxTransformer2DModel:
@@ -83,7 +84,8 @@ def published_steps() -> dict[str, Step]:
     """A step at FLUX.1-Fill's shape: diffusers', with 512 text tokens, and ours. Attention counts as a matrix."""
     with torch.device("meta"), torch.no_grad():
         transformer = FluxTransformer2DModel(**FLUX_FILL_CONFIG)
-        decoder = DistributionConditionedDecoder(transformer, card_of(dict(FLUX_FILL_CONFIG))).to(torch.bfloat16)
+        decoder = DistributionConditionedDecoder(FluxFill(transformer), card_of(dict(FLUX_FILL_CONFIG)))
+        decoder.to(torch.bfloat16)
         config, like = transformer.config, {"dtype": torch.bfloat16}
         packed, t = torch.zeros(1, IMAGE, config.in_channels, **like), torch.ones(1)
         condition = torch.zeros(1, IMAGE, transformer.inner_dim, **like)
@@ -95,7 +97,7 @@ def published_steps() -> dict[str, Step]:
             transformer(packed, text, pooled, t, places, torch.zeros(TEXT, 3), t, return_dict=False)
 
         def ours() -> None:
-            decoder(packed, condition, t, SIZE)
+            decoder(packed[..., :64], packed[..., 64:], condition, t, SIZE)
 
         found = {}
         for who, step in (("diffusers", theirs), ("ours", ours)):

@@ -73,11 +73,12 @@ def compare_decoders(
     size, batch = (height, width), len(condition.code_vectors)
     noise = torch.Generator().manual_seed(0)
     packed = torch.randn(batch, height // 2 * (width // 2), first.transformer.config.in_channels, generator=noise)
-    packed, times = packed.to(first.device, first.dtype), torch.full((batch,), t)
+    packed, context = packed.to(first.device, first.dtype).split([64, packed.shape[2] - 64], dim=2)
+    times = torch.full((batch,), t)
     for decoder in held:
         decoder.prepare([t])
     read = [decoder.condition_tokens(condition, size) for decoder in held]
-    steps = {str(k): lambda k=k: held[k](packed, read[k], times, size).float() for k in range(len(held))}
+    steps = {str(k): lambda k=k: held[k](packed, context, read[k], times, size).float() for k in range(len(held))}
     velocities = [step() for step in steps.values()]
     errors = [(velocity - velocities[0]).std() / velocities[0].std() for velocity in velocities]
     return [
@@ -98,7 +99,7 @@ def rows() -> list[tuple[str, ...]]:
     grid = pico.sampler.sample([PROMPT] * 4, seeds=range(4), options=SamplingOptions(guidance=guidance))
     like = {"device": device, "dtype": torch.bfloat16}
     plain, rounded, cast = (
-        load_decoder(WEIGHTS / "decoder.safetensors", **like, options=DecoderOptions(eight_bit=eight_bit))
+        load_decoder(WEIGHTS / "decoder.safetensors", options=DecoderOptions(**like, eight_bit=eight_bit))
         for eight_bit in (False, True, False)
     )
     condition = condition_for(card, grid, pico.tokenizer.codebook)

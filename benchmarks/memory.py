@@ -157,7 +157,8 @@ def step(decoder: nn.Module) -> torch.Tensor:
     codes, doubt = torch.randn(1, IMAGE, decoder.card.code_dim, **like), torch.rand(1, IMAGE, 4, **like)
     packed = torch.randn(1, IMAGE, decoder.transformer.config.in_channels, **like)
     decoder.prepare([1.0])
-    return decoder(packed, decoder.condition_tokens(Condition(codes, doubt, GRID), SIZE), torch.ones(1), SIZE)
+    fused = decoder.condition_tokens(Condition(codes, doubt, GRID), SIZE)
+    return decoder(packed[..., :64], packed[..., 64:], fused, torch.ones(1), SIZE)
 
 
 def rows() -> list[tuple[str, str, str, str]]:

@@ -1,6 +1,7 @@
 """The command line on models of the embedded shapes: files, exit codes, and errors in words."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from PIL import Image
 from torch._inductor import config as inductor_config
 
-from dcdd_core.cli import app as cli
-from dcdd_core.cli.app import main
+from dcdd_core.cli import common, main
+from dcdd_core.cli.app import parser
 from dcdd_core.method.flow import resolution_shift
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.token_loop import TokenLoop
@@ -29,7 +30,7 @@ def random_weights(tmp_path_factory):
         yield
 
 
-_SAMPLE, _READ = cli._sample, cli.read_pixels
+_SAMPLE, _READ = common.sample_tokens, common.read_pixels
 PROMPT = "a large plain red circle in the centre on a plain sky ground"
 
 
@@ -112,10 +113,10 @@ def test_calibrate_goes_on_with_what_was_sampled(tmp_path, one_s_own, capsys, mo
     min(first).unlink()
     capsys.readouterr()
     assert main([*arguments, "--count", "4"]) == 0
-    assert "going on: 2 of 4 samples" in capsys.readouterr().out
+    assert "resuming: 2 of 4 samples" in capsys.readouterr().out
     for path, logits in first.items():  # up to rounding, which differs with the prompts that share a batch
         torch.testing.assert_close(TokenLogits.load(path).logits, logits, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr("dcdd_core.cli.app._sample", None)  # nothing may be sampled a second time
+    monkeypatch.setattr("dcdd_core.cli.common.sample_tokens", None)  # nothing may be sampled a second time
     assert main([*arguments, "--count", "4", "--fit-anchor"]) == 0
     assert main([*arguments, "--count", "4", "--guidance", "2"]) == 1
     assert "guidance 5.0 -> 2.0" in capsys.readouterr().err
@@ -123,8 +124,10 @@ def test_calibrate_goes_on_with_what_was_sampled(tmp_path, one_s_own, capsys, mo
 
 def test_calibrate_asks_the_shipped_prompts_and_spreads_over_the_pictures(tmp_path, one_s_own, monkeypatch):
     asked, read = [], []
-    monkeypatch.setattr("dcdd_core.cli.app._sample", lambda *given: asked.extend(given[1]) or _SAMPLE(*given))
-    monkeypatch.setattr("dcdd_core.cli.app.read_pixels", lambda *given: read.append(given[0][0].name) or _READ(*given))
+    monkeypatch.setattr(common, "sample_tokens", lambda *given: asked.extend(given[1]) or _SAMPLE(*given))
+    monkeypatch.setattr(
+        "dcdd_core.cli.common.read_pixels", lambda *given: read.append(given[0][0].name) or _READ(*given)
+    )
     assert main(["calibrate", *one_s_own, "--count", "2", "--out", str(tmp_path / "c.safetensors")]) == 0
     assert asked == PROMPTS.read_text("utf-8").splitlines()[:2]
     assert read == ["a/0.png", "b/2.png"]
@@ -147,7 +150,7 @@ def test_inspect_prints_table_1_and_draws_figure_6(tmp_path, capsys):
 
 def test_calibrate_measures_a_hundred_and_inspect_twenty_five(capsys):
     for command, count in (("calibrate", 100), ("inspect", 25), ("calibrate", 100)):
-        assert cli._parser().parse_args([command]).count == count
+        assert parser().parse_args([command]).count == count
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert f"at most (default: {count})" in " ".join(capsys.readouterr().out.split())
@@ -271,9 +274,9 @@ def test_running_out_of_memory_is_explained(monkeypatch, tmp_path, capsys):
     def too_much(*_, **__):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("dcdd_core.cli.app.decode", too_much)
+    monkeypatch.setattr("dcdd_core.cli.common.decode", too_much)
     assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 1
-    assert "out of memory: take a smaller picture" in capsys.readouterr().err
+    assert "out of memory: use a smaller image" in capsys.readouterr().err
 
 
 def test_compiling_without_a_compiler_is_explained(monkeypatch, tmp_path, capsys):
@@ -281,7 +284,7 @@ def test_compiling_without_a_compiler_is_explained(monkeypatch, tmp_path, capsys
         with inductor_config.patch({"cpp.cxx": ("/nowhere",), "force_disable_caches": True}):
             torch.compile(torch.sin)(torch.ones(8))
 
-    monkeypatch.setattr("dcdd_core.cli.app.decode", compiled)
+    monkeypatch.setattr("dcdd_core.cli.common.decode", compiled)
     assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dcdd: --compile failed (") and "/nowhere" in error and "install a C++ compiler" in error
@@ -304,7 +307,7 @@ def test_what_does_not_fit_at_once_is_made_in_turn(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(DistributionConditionedDecoder, "forward", limited(forward))
     capsys.readouterr()
     assert main([*arguments, str(tmp_path / "split.png")]) == 0
-    assert capsys.readouterr().err.count("dcdd: out of memory: going on with 1 pictures at a time") == 2
+    assert capsys.readouterr().err.count("dcdd: out of memory: continuing with 1 images at a time") == 2
     for k in (1, 2):
         whole, split = (np.asarray(Image.open(tmp_path / f"{name}-{k}.png"), float) for name in ("whole", "split"))
         assert np.abs(whole - split).max() <= 1  # of 255: float rounding
@@ -327,7 +330,7 @@ def test_an_interrupt_exits_130(monkeypatch, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dcdd_core.cli.app.decode", interrupted)
+    monkeypatch.setattr("dcdd_core.cli.common.decode", interrupted)
     assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 130
 
 
@@ -345,15 +348,15 @@ def test_how_models_are_held_reaches_their_loaders(tmp_path, monkeypatch, capsys
     held = ["--janus-int8", "--decoder-8bit", "--stream", "--compile"]
     seen = {}
 
-    def load(**options):
-        seen.update(options)
+    def load(paths, options, **_):
+        seen.update(asdict(options))
         raise ValueError("seen")
 
-    monkeypatch.setattr(cli, "load_models", load)
+    monkeypatch.setattr(common, "load_models", load)
     assert main(["generate", PROMPT, *real, *held]) == 1
-    assert all(seen[name] is True for name in ("int8", "eight_bit", "streamed", "compiled"))
+    assert all(seen[name] is True for name in ("sampler_int8", "eight_bit", "streamed", "compiled"))
     assert main(["generate", PROMPT, *real]) == 1
-    assert all(seen[name] is False for name in ("int8", "eight_bit", "streamed", "compiled"))
+    assert all(seen[name] is False for name in ("sampler_int8", "eight_bit", "streamed", "compiled"))
     capsys.readouterr()
     assert main(["generate", PROMPT, "--stream"]) == 1 and "--stream goes with --janus" in capsys.readouterr().err
 

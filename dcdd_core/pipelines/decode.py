@@ -119,34 +119,38 @@ def decode_tokens(
     token_logits: TokenLogits,
     *,
     soft: bool = False,
-    on_image: Callable[[int, torch.Tensor], None] | None = None,
+    at_once: int | None = None,
+    on_images: Callable[[int, torch.Tensor], None] | None = None,
     host: Host = PLAIN,
 ) -> torch.Tensor:
-    """The VLM's own images [B, 3, H, W] in -1..1, decoded one by one.
+    """The VLM's own images [B, 3, H, W] in -1..1; in smaller parts if memory runs out.
 
     Args:
         soft: decode the expected code vector of each position (Eqs. 4-5) instead of its token.
-        on_image: called with (images done, the last one's pixels).
+        at_once: images that are decoded together; None for all. Convolutions of other batches may round differently.
+        on_images: called with (images done, the last ones' pixels).
 
     Raises:
         ValueError: for another tokenizer's logits.
         RuntimeError: if an image does not fit into memory.
     """
-    memory = tokenizer.working_memory(token_logits.grid)
+    count, memory = len(token_logits.tokens), tokenizer.working_memory(token_logits.grid)
+    images: list[torch.Tensor] = []
+    for first in range(0, count, at_once or count):
+        part = token_logits.part(first, min(count, first + (at_once or count)))
+        host.check()
 
-    def run(k: int) -> torch.Tensor:
-        host.bring(memory)
-        part = token_logits.part(k, k + 1)
-        if soft:
-            return tokenizer.decode_vectors(map_logits(part, tokenizer.codebook).code_vectors, part.grid)
-        check_codebooks(part, tokenizer.codebook, None)
-        return tokenizer.decode_tokens(part.tokens, part.grid)
+        def run(begin: int, end: int, part: TokenLogits = part) -> torch.Tensor:
+            host.bring(memory * (end - begin))
+            own = part.part(begin, end)
+            if soft:
+                return tokenizer.decode_vectors(map_logits(own, tokenizer.codebook).code_vectors, own.grid)
+            check_codebooks(own, tokenizer.codebook, None)
+            return tokenizer.decode_tokens(own.tokens, own.grid)
 
-    images = []
-    for pixels in one_by_one(run, len(token_logits.tokens), host):
-        images.append(pixels)
-        if on_image is not None:
-            on_image(len(images), pixels)
+        images += in_parts(run, len(part.tokens), host)
+        if on_images is not None:
+            on_images(first + len(part.tokens), images[-1])
     return torch.cat(images)
 
 

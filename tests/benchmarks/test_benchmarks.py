@@ -13,6 +13,7 @@ from benchmarks.peak import Peak, peak
 from benchmarks.targets import Target, verdicts
 from dcdd_core.method.flow import resolution_shift, timesteps
 from dcdd_core.method.lcdm import map_logits
+from dcdd_core.models.backbones.flux_fill.backbone import FluxFill
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.types import Codebook, TokenLogits
@@ -135,7 +136,7 @@ def test_random_weights_are_the_same_for_both_and_held_in_every_way():
     ours.prepare([1.0, 0.5])
     # Modulations of a joint block, of a single one, and of the end.
     assert decoder.held(ours) == before + 2 * 4 * 32 * (6 + 3 + 2)
-    whole = DistributionConditionedDecoder(transformer, ours.card)
+    whole = DistributionConditionedDecoder(FluxFill(transformer), ours.card)
     whole.adapter = ours.adapter
     packed, t = torch.randn(1, 4, config["in_channels"]), torch.tensor([0.5])
     with torch.no_grad():

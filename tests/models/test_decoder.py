@@ -8,6 +8,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from dcdd_core.method.latents import position_ids
+from dcdd_core.models.backbones.flux_fill.backbone import FluxFill
 from dcdd_core.models.backbones.flux_fill.inference import of_text_stream
 from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card, save_bundle
 from dcdd_core.models.card import DecoderCard
@@ -19,8 +20,9 @@ SIZE = (8, 8)  # latent grid of tiny_condition: 4 x 4 tokens of 2 x 2 latents
 
 
 def packed(decoder, batch=2):
+    """Random [B, L, F] latents and [B, L, G] context of the backbone's input channels."""
     draw = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 16, decoder.transformer.config.in_channels, generator=draw)
+    return torch.randn(batch, 16, decoder.transformer.config.in_channels, generator=draw).split([64, 80], dim=2)
 
 
 def by_diffusers(transformer, x, t, guidance):
@@ -39,39 +41,41 @@ def by_diffusers(transformer, x, t, guidance):
 @torch.no_grad()
 def test_an_untrained_adapter_leaves_the_base_exactly_as_it_was():
     transformer = fill(FluxTransformer2DModel(**tiny_flux_config()))
-    decoder = DistributionConditionedDecoder(transformer, tiny_card())
-    x, t = packed(decoder), torch.tensor([0.3, 0.9])
+    decoder = DistributionConditionedDecoder(FluxFill(transformer), tiny_card())
+    (x, kept), t = packed(decoder), torch.tensor([0.3, 0.9])
     condition = decoder.condition_tokens(tiny_condition(), SIZE)
-    assert torch.equal(decoder(x, condition, t, SIZE), by_diffusers(transformer, x, t, 1.0))
+    whole = torch.cat([x, kept], dim=2)
+    assert torch.equal(decoder(x, kept, condition, t, SIZE), by_diffusers(transformer, whole, t, 1.0))
 
 
 @torch.no_grad()
 def test_the_condition_enters_after_the_input_projection():
     decoder = tiny_decoder()
-    x, t = packed(decoder), torch.tensor([0.3, 0.9])
+    (x, kept), t = packed(decoder), torch.tensor([0.3, 0.9])
     condition = decoder.condition_tokens(tiny_condition(), SIZE)
     assert condition.abs().max() > 0.1
-    plain = decoder(x, torch.zeros_like(condition), t, SIZE)
-    seen = decoder(x, condition, t, SIZE)
+    plain = decoder(x, kept, torch.zeros_like(condition), t, SIZE)
+    seen = decoder(x, kept, condition, t, SIZE)
     assert (seen - plain).abs().max() > 0.01
     handle = decoder.transformer.x_embedder.register_forward_hook(lambda module, inputs, output: output + condition)
-    torch.testing.assert_close(seen, by_diffusers(decoder.transformer, x, t, 1.0), rtol=0, atol=0)
+    base = by_diffusers(decoder.transformer, torch.cat([x, kept], dim=2), t, 1.0)
+    torch.testing.assert_close(seen, base, rtol=0, atol=0)
     handle.remove()
 
 
 @torch.no_grad()
 def test_text_weights_cannot_reach_the_output():
     decoder = tiny_decoder()
-    x, t = packed(decoder), torch.tensor([0.5, 0.5])
+    (x, context), t = packed(decoder), torch.tensor([0.5, 0.5])
     condition = decoder.condition_tokens(tiny_condition(), SIZE)
-    before = decoder(x, condition, t, SIZE)
+    before = decoder(x, context, condition, t, SIZE)
     for name, parameter in decoder.transformer.named_parameters():
         kept = parameter.clone()
         parameter.fill_(torch.nan)
-        reached = bool(decoder(x, condition, t, SIZE).isnan().any())
+        reached = bool(decoder(x, context, condition, t, SIZE).isnan().any())
         assert reached != of_text_stream(name), name
         parameter.copy_(kept)
-    assert torch.equal(before, decoder(x, condition, t, SIZE))
+    assert torch.equal(before, decoder(x, context, condition, t, SIZE))
 
 
 def test_a_bundle_round_trips(tmp_path):
@@ -172,6 +176,6 @@ def test_the_published_shape_fits_the_card():
     }
     card = DecoderCard(base="x", base_config=config, tokenizer="x", codebook="x", code_dim=8, width=128)
     with torch.device("meta"):
-        decoder = DistributionConditionedDecoder(FluxTransformer2DModel(**config), card)
+        decoder = DistributionConditionedDecoder.build(card)
     assert sum(p.numel() for p in decoder.transformer.parameters()) == pytest.approx(11.90e9, rel=1e-3)
     assert decoder.adapter.fuse.out_features == 3072

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 
+from dcdd_core.models.backbones.flux_fill.backbone import FluxFill
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.training.batches import Batches, Share
-from dcdd_pico.build_context import Recipe, Workshop
+from dcdd_pico.build_context import Recipe, BuildContext
 from dcdd_pico.image_losses import reconstruction_loss
 from dcdd_pico.reader import SceneReader
 from dcdd_pico.scene_cache import Encodings, SceneEncodings
@@ -64,7 +65,7 @@ def test_codes_move_to_their_features_and_unused_ones_to_where_they_are_needed()
 def test_a_fresh_decoder_answers_zero():
     transformer = FluxTransformer2DModel(**tiny_flux_config())
     _start_as_identity(transformer)
-    decoder = DistributionConditionedDecoder(transformer, tiny_card())
+    decoder = DistributionConditionedDecoder(FluxFill(transformer), tiny_card())
     x = torch.randn(1, 16, transformer.config.in_channels)
     condition = decoder.condition_tokens(tiny_condition(1), (8, 8))
     assert not decoder(x, condition, torch.tensor([0.5]), (8, 8)).any()
@@ -83,19 +84,19 @@ def test_the_reconstruction_loss_is_zero_for_itself_and_sees_colour_and_edges():
 
 
 def test_the_scenes_of_a_step_are_those_of_its_number(tmp_path):
-    shop = Workshop(folder=tmp_path, device=torch.device("cpu"), recipe=Recipe(train_scenes=20, seed=3))
+    context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=Recipe(train_scenes=20, seed=3))
     numbers = np.arange(20, dtype=np.float16)
     encodings = Encodings(features=numbers[:, None, None], latents=numbers[:, None, None, None] + 100)
-    source = SceneEncodings(shop, encodings, 4, 3)
+    source = SceneEncodings(context, encodings, 4, 3)
     batches = Batches(source, size=3)
     found = [batch for _, batch in zip(range(3), batches)]
     for step, batch in enumerate(found):
-        drawn = shop.batch(4, step, 3)
+        drawn = context.batch(4, step, 3)
         assert batch.features.flatten().tolist() == drawn.tolist()
         assert batch.latents.flatten().tolist() == (drawn + 100).tolist()
-        assert torch.equal(batch.pixels, scene_pixels(shop.train_images[drawn]))
+        assert torch.equal(batch.pixels, scene_pixels(context.train_images[drawn]))
     again = Batches(source, size=3)
     again.load_state_dict(json.loads(json.dumps({**batches.state_dict(), "consumed": 6})))
     assert torch.equal(next(iter(again)).features, found[2].features)
     halves = [[int(e.key) for e in islice(source.entries(Share(rank=k, world=2), 0), 3)] for k in (0, 1)]
-    assert [key for pair in zip(*halves) for key in pair] == [*shop.batch(4, 0, 3), *shop.batch(4, 1, 3)]
+    assert [key for pair in zip(*halves) for key in pair] == [*context.batch(4, 0, 3), *context.batch(4, 1, 3)]

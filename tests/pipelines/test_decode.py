@@ -33,7 +33,7 @@ def test_a_batch_is_its_singles(models):
     assert (batch[0] - decode(*models, one(condition, 0), seeds=[9]).pixels[0]).abs().max() > 0.01
 
 
-def test_pictures_go_through_the_autoencoder_one_by_one(models):
+def test_images_go_through_the_autoencoder_one_by_one(models):
     decoder, vae = models
     sizes = []
 
@@ -45,6 +45,8 @@ def test_pictures_go_through_the_autoencoder_one_by_one(models):
         def decode(self, latents):
             sizes.append(len(latents))
             return vae.decode(latents)
+
+        normalize, denormalize = vae.normalize, vae.denormalize
 
     image, mask = torch.zeros(3, 3, 16, 16), torch.ones(1, 1, 16, 16)
     decode(decoder, Watched(), tiny_condition(3), seeds=[5, 6, 7], steps=1, image=image, mask=mask)
@@ -119,24 +121,26 @@ def test_the_masked_picture_reaches_the_model_blank_where_it_is_painted(models, 
     seen = []
     forward = type(decoder).forward
 
-    def watch(packed, *rest):
-        seen.append(packed)
-        return forward(decoder, packed, *rest)
+    def watch(packed, context, *rest):
+        seen.append(context)
+        return forward(decoder, packed, context, *rest)
 
     monkeypatch.setattr(decoder, "forward", watch)
     decode(decoder, vae, tiny_condition(1), seeds=[0], steps=1, image=image, mask=mask)
     decode(decoder, vae, tiny_condition(1), seeds=[0], steps=1)
-    for packed, area, canvas in zip(seen, (mask, torch.ones_like(mask)), (image * (1 - mask), torch.zeros_like(image))):
+    for context, area, canvas in zip(
+        seen, (mask, torch.ones_like(mask)), (image * (1 - mask), torch.zeros_like(image))
+    ):
         given = pack(scale_latents(vae.encode(canvas), 0.1, 0.5))
-        torch.testing.assert_close(packed[..., 64:128], given)
-        torch.testing.assert_close(packed[..., 128:], pack_mask(area, 2))
+        torch.testing.assert_close(context[..., :64], given)
+        torch.testing.assert_close(context[..., 64:], pack_mask(area, 2))
 
 
 def test_what_does_not_fit_is_refused(models):
     condition = tiny_condition(2)
     image, mask = torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
     for arguments, words in (
-        ({"seeds": [1]}, "1 seeds for 2 pictures"),
+        ({"seeds": [1]}, "1 seeds for 2 images"),
         ({"seeds": [1, 2], "image": image}, "both, or neither"),
         ({"seeds": [1, 2], "image": image, "mask": mask[..., :8]}, r"expected \[2 or 1, 1, 16, 16\]"),
         ({"seeds": [1, 2], "steps": 0}, "steps must be at least 1"),

@@ -9,6 +9,7 @@ from dcdd_core.models.janus.token_loop import TokenLoop
 from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.decode import decode, decode_tokens
+from dcdd_core.pipelines.host import Host
 from dcdd_core.pipelines.oom import in_parts
 from dcdd_core.pipelines.sample import sample
 from dcdd_core.types import DCDDWarning, TokenLogits
@@ -38,12 +39,17 @@ def fails_above(most, error):
 )
 def test_every_allocators_failure_halves_the_batch(error):
     sizes = []
-    assert in_parts(fails_above(2, error), 7, on_split=sizes.append) == [[0, 2], [2, 4], [4, 6], [6, 7]]
+
+    class Told(Host):
+        def on_split(self, size):
+            sizes.append(size)
+
+    assert in_parts(fails_above(2, error), 7, Told()) == [[0, 2], [2, 4], [4, 6], [6, 7]]
     assert sizes == [4, 2]
 
 
 def test_a_single_item_that_does_not_fit_is_told_with_the_remedy():
-    with pytest.raises(RuntimeError, match=r"even for a single picture: buy some"), pytest.warns(DCDDWarning):
+    with pytest.raises(RuntimeError, match=r"even for a single image: buy some"), pytest.warns(DCDDWarning):
         in_parts(fails_above(0, torch.OutOfMemoryError()), 2, remedy="buy some")
 
 
@@ -54,14 +60,14 @@ def test_other_errors_pass(error):
 
 
 def scarce(monkeypatch, kind, name, most=1):
-    """For more than so many pictures there is no memory, the second time that it is asked for; what was tried."""
+    """For more than so many images there is no memory, the second time that it is asked for; what was tried."""
     step, tried = getattr(kind, name), []
 
-    def limited(self, pictures, *rest):
-        tried.append(len(pictures))
-        if len(pictures) > most and tried.count(len(pictures)) > 1:
+    def limited(self, images, *rest):
+        tried.append(len(images))
+        if len(images) > most and tried.count(len(images)) > 1:
             raise torch.OutOfMemoryError
-        return step(self, pictures, *rest)
+        return step(self, images, *rest)
 
     monkeypatch.setattr(kind, name, limited)
     return tried
@@ -73,7 +79,7 @@ def test_painting_in_parts_gives_the_batch(monkeypatch):
     part = {"image": torch.rand(3, 3, 16, 16, generator=draw), "mask": torch.ones(1, 1, 16, 16)}
     whole = decode(*models, condition, seeds=[5, 6, 7], **part)
     tried, told = scarce(monkeypatch, DistributionConditionedDecoder, "forward"), []
-    with pytest.warns(DCDDWarning, match="going on with 1 pictures at a time"):
+    with pytest.warns(DCDDWarning, match="continuing with 1 images at a time"):
         split = decode(*models, condition, seeds=[5, 6, 7], on_step=lambda i, n, z: told.append((i, len(z))), **part)
     assert tried == [3, 3, 2, 2, *[1] * 9]
     assert told == [(1, 3), (1, 2), *[(i, 1) for i in (1, 2, 3)] * 3]
@@ -90,7 +96,7 @@ def test_sampling_in_parts_gives_the_batch(monkeypatch):
     options = {"guidance": 2.0, "temperature": 0.9, "top_k": 20}
     whole = sample(sampler, prompts, seeds=seeds, **options)
     tried = scarce(monkeypatch, TokenLoop, "_embed", most=2)
-    with pytest.warns(DCDDWarning, match="going on with 2 pictures"):
+    with pytest.warns(DCDDWarning, match="continuing with 2 images"):
         split = sample(sampler, prompts, seeds=seeds, **options)
     assert tried[:2] == [3, 3] and set(tried[2:]) == {1, 2}
     assert torch.equal(split.tokens, whole.tokens)

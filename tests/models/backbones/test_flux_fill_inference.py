@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from dcdd_core.method.flow import timesteps
+from dcdd_core.models import bundle as bundles
 from dcdd_core.models import checkpoints
-from dcdd_core.models import decoder as flux
+from dcdd_core.models.backbones.flux_fill.backbone import FluxFill
 from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG
 from dcdd_core.models.backbones.flux_fill.inference import drop_text, fold_modulations, of_text_stream
 from dcdd_core.models.bundle import DecoderOptions, load_decoder, save_bundle
@@ -54,10 +55,15 @@ tiny_condition = cache(tiny_condition)
 
 @torch.no_grad()
 def velocity(decoder, t, dtype=torch.float32):
-    channels = decoder.transformer.config.in_channels
-    packed = torch.randn(2, 16, channels, generator=torch.Generator().manual_seed(1)).to(dtype)
+    packed, context = (part.to(dtype) for part in inputs(decoder, 16, torch.Generator().manual_seed(1)))
     t = torch.tensor(t if isinstance(t, list) else [t, t])
-    return decoder(packed, decoder.condition_tokens(tiny_condition(), SIZE), t, SIZE)
+    return decoder(packed, context, decoder.condition_tokens(tiny_condition(), SIZE), t, SIZE)
+
+
+def inputs(decoder, count, generator=None):
+    """Random latents [2, count, F] and context [2, count, G] of the backbone's input channels."""
+    channels = decoder.transformer.config.in_channels
+    return torch.randn(2, count, channels, generator=generator).split([64, channels - 64], dim=2)
 
 
 def test_a_full_disk_is_said_and_the_old_bundle_stays(tmp_path, whole):
@@ -158,26 +164,26 @@ def test_positions_are_embedded_once_a_size_and_also_for_a_training_that_follows
         first = velocity(decoder, 0.5)
         velocity(decoder, 0.25)
     assert sizes == [16]
-    packed = torch.randn(2, 32, decoder.transformer.config.in_channels)
-    decoder(packed, torch.zeros(2, 32, decoder.transformer.inner_dim), torch.ones(2), (16, 8))
+    packed, context = inputs(decoder, 32)
+    decoder(packed, context, torch.zeros(2, 32, decoder.transformer.inner_dim), torch.ones(2), (16, 8))
     assert sizes == [16, 32]
     assert torch.equal(velocity(decoder, 0.5), first)
     decoder.requires_grad_(True)
     with torch.inference_mode():
         velocity(decoder, 0.5)
     condition = decoder.condition_tokens(tiny_condition(), SIZE)
-    decoder(packed[:, :16], condition, torch.ones(2), SIZE).sum().backward()
+    decoder(packed[:, :16], context[:, :16], condition, torch.ones(2), SIZE).sum().backward()
     assert sizes == [16, 32, 16]
 
 
-def test_guidance_is_read_from_the_card_at_every_step(whole, bundle):
-    small = load_decoder(bundle)
-    before = velocity(small, 0.5)
-    small.card = tiny_card(base_config=whole.card.base_config, guidance=30.0)
-    changed = DistributionConditionedDecoder(whole.transformer, small.card)
+def test_guidance_comes_from_the_card(tmp_path, whole, bundle):
+    card = tiny_card(base_config=whole.card.base_config, guidance=30.0)
+    changed = DistributionConditionedDecoder(FluxFill(whole.transformer, guidance=30.0), card)
     changed.adapter = whole.adapter
+    save_bundle(tmp_path / "guided.safetensors", changed, dtype=torch.float32)
+    small = load_decoder(tmp_path / "guided.safetensors")
     torch.testing.assert_close(velocity(small, 0.5), velocity(changed, 0.5), rtol=1e-5, atol=1e-5)
-    assert (velocity(small, 0.5) - before).abs().max() > 0.01
+    assert (velocity(small, 0.5) - velocity(load_decoder(bundle), 0.5)).abs().max() > 0.01
 
 
 def test_the_picture_is_the_same(whole, bundle):
@@ -304,9 +310,8 @@ def test_a_base_may_lack_the_text(split, whole):
 
 def test_a_released_bundle_can_be_trained_further(tmp_path, whole, bundle):
     decoder = load_decoder(bundle, options=DecoderOptions(fold=False)).requires_grad_(True)
-    packed = torch.randn(2, 16, decoder.transformer.config.in_channels)
     condition = decoder.condition_tokens(tiny_condition(), SIZE)
-    decoder(packed, condition, torch.tensor([0.2, 0.7]), SIZE).square().mean().backward()
+    decoder(*inputs(decoder, 16), condition, torch.tensor([0.2, 0.7]), SIZE).square().mean().backward()
     unreached = [name for name, parameter in decoder.named_parameters() if parameter.grad is None]
     assert not unreached
     assert set(dict(decoder.named_parameters())) < set(dict(whole.named_parameters()))
@@ -336,7 +341,7 @@ def test_eight_bits_hold_the_layers_in_half_and_paint_nearly_the_same(bundle):
 
 def test_blocks_are_rounded_one_by_one_as_they_come(bundle, reads, monkeypatch):
     """There is never more than one of them as it was."""
-    monkeypatch.setattr(flux, "store_in_int8", lambda block, device: reads.names.append(f"{device}: rounded"))
+    monkeypatch.setattr(bundles, "store_in_int8", lambda block, device: reads.names.append(f"{device}: rounded"))
     load_decoder(bundle, options=DecoderOptions(eight_bit=True))
     came = [name.rpartition("_blocks.")[2].partition(".")[0] for name in reads.names]
     rounded = ["0", "cpu: rounded", "1", "cpu: rounded", "0", "cpu: rounded", "1", "cpu: rounded", "2", "cpu: rounded"]
@@ -344,7 +349,7 @@ def test_blocks_are_rounded_one_by_one_as_they_come(bundle, reads, monkeypatch):
 
 
 def test_an_older_diffusers_cannot_stream_them(bundle, monkeypatch):
-    monkeypatch.setattr(flux.diffusers, "__version__", "0.37.1")
+    monkeypatch.setattr(bundles.diffusers, "__version__", "0.37.1")
     with pytest.raises(ValueError, match=r"diffusers 0.38 or newer, this is 0.37.1: upgrade it"):
         load_decoder(bundle, options=DecoderOptions(eight_bit=True, streamed=True))
 
@@ -361,7 +366,7 @@ def test_eight_bits_compile_too(traced_only, compiling, bundle):
 def test_a_bundle_that_is_replaced_while_it_is_read_is_noticed(tmp_path, bundle, monkeypatch):
     path = tmp_path / "d.safetensors"
     path.write_bytes(bundle.read_bytes())
-    monkeypatch.setattr(flux, "store_in_int8", lambda block, device: path.write_bytes(bundle.read_bytes() + b" "))
+    monkeypatch.setattr(bundles, "store_in_int8", lambda block, device: path.write_bytes(bundle.read_bytes() + b" "))
     with pytest.raises(ValueError, match=r"d.safetensors was changed or taken away after it was opened"):
         load_decoder(path, options=DecoderOptions(eight_bit=True))
 
@@ -382,9 +387,9 @@ def test_streamed_blocks_come_and_go_and_the_rest_stays(bundle, whole, monkeypat
     "ways",
     [{"eight_bit": True, "fold": False}, {"streamed": True, "fold": False}, {"streamed": True, "compiled": True}],
 )
-def test_ways_that_exclude_each_other_are_refused(bundle, ways):
-    with pytest.raises(ValueError, match="in 8 bits cannot be trained, and weights that change place"):
-        load_decoder(bundle, **ways)
+def test_ways_that_exclude_each_other_are_refused(ways):
+    with pytest.raises(ValueError, match="in 8 bits cannot be trained, and streamed weights"):
+        DecoderOptions(**ways)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from dcdd_core.models.fused_linear import Together
 from dcdd_core.models.janus import sampler as janus
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.models.janus.token_loop import LlamaReader
-from dcdd_core.protocols import SamplingOptions
+from dcdd_core.protocols import Progress, SamplingOptions
 from dcdd_core.types import Codebook, TokenLogits
 from tests.models.janus.make_golden_janus import GOLDEN, GUIDANCE, PROMPTS, deepseek_loop, template_ids
 from tests.tiny import save_janus, tiny_janus
@@ -278,35 +278,65 @@ def test_a_picture_is_edited_by_its_calibrated_proxies(sampler: JanusSampler, ru
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def test_on_step_sees_every_position(sampler: JanusSampler, run: TokenLogits):
+def test_progress_names_every_position(sampler: JanusSampler, run: TokenLogits):
     seen = []
-    sampler.sample(PROMPTS, seeds=SEEDS, on_step=lambda step, total, tokens: seen.append((step, total, tokens.clone())))
-    assert [(step, total) for step, total, _ in seen] == [(i + 1, N) for i in range(N)]
-    assert all(torch.equal(tokens, run.tokens[:, :step]) for step, _, tokens in seen)
+    sampler.sample(
+        PROMPTS, seeds=SEEDS, on_progress=lambda p: seen.append((p.done, p.total, p.tokens.clone(), p.known.clone()))
+    )
+    assert [(done, total) for done, total, _, _ in seen] == [(i + 1, N) for i in range(N)]
+    for done, _, tokens, known in seen:
+        assert torch.equal(known, (torch.arange(N) < done).expand(2, N))
+        assert torch.equal(tokens[known], run.tokens[known])
     seen.clear()
     resample = (torch.arange(N) == 3) | (torch.arange(N) == 6)
-    sampler.sample(PROMPTS, seeds=SEEDS, previous=run, resample=resample, on_step=lambda step, *_: seen.append(step))
-    assert seen == [4, 5, 6, 7]
+    sampler.sample(
+        PROMPTS,
+        seeds=SEEDS,
+        previous=run,
+        resample=resample,
+        on_progress=lambda p: seen.append((p.done, p.known[0].tolist())),
+    )
+    assert [done for done, _ in seen] == [4, 5, 6, 7]
+    kept = [(~resample | (torch.arange(N) < done)).tolist() for done, _ in seen]
+    assert [known for _, known in seen] == kept, "what an edit keeps is known from the start"
 
 
-def test_on_step_may_stop_the_run(sampler: JanusSampler, run: TokenLogits):
+def test_progress_may_stop_the_run(sampler: JanusSampler, run: TokenLogits):
     class Stop(Exception):
         pass
 
     steps = []
 
-    def stop(step: int, total: int, tokens: torch.Tensor) -> None:
-        steps.append(step)
-        if step == 3:
+    def stop(progress: Progress) -> None:
+        steps.append(progress.done)
+        if progress.done == 3:
             raise Stop
 
     with pytest.raises(Stop):
-        sampler.sample(PROMPTS, seeds=SEEDS, on_step=stop)
+        sampler.sample(PROMPTS, seeds=SEEDS, on_progress=stop)
     assert steps == [1, 2, 3]
     assert same(sampler.sample(PROMPTS, seeds=SEEDS), run)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"temperature": -0.5}, "temperature must be a finite number >= 0, got -0.5"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"guidance": float("inf")}, "guidance must be a finite number, got inf"),
+        ({"guidance": "5"}, "guidance"),
+        ({"top_k": -1}, "top_k must be a whole number >= 0, got -1"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"top_p": 0.0}, "top_p"),
+    ],
+)
+def test_options_out_of_range_are_refused(values: dict, match: str):
+    with pytest.raises(ValueError, match=match):
+        SamplingOptions(**values)
 
 
 @pytest.mark.parametrize(
@@ -316,11 +346,6 @@ def test_on_step_may_stop_the_run(sampler: JanusSampler, run: TokenLogits):
         ({"prompts": "red", "seeds": [1, 2, 3]}, "list"),
         ({"prompts": ["red", "green"], "seeds": [1]}, "2 prompts came with 1 seeds"),
         ({"prompts": [" \n"], "seeds": [1]}, "blank"),
-        ({"prompts": ["red"], "seeds": [1], "temperature": -0.5}, "temperature"),
-        ({"prompts": ["red"], "seeds": [1], "temperature": float("nan")}, "temperature"),
-        ({"prompts": ["red"], "seeds": [1], "guidance": float("inf")}, "guidance"),
-        ({"prompts": ["red"], "seeds": [1], "top_k": -1}, "top_k"),
-        ({"prompts": ["red"], "seeds": [1], "top_p": 1.5}, "top_p"),
     ],
 )
 def test_request_that_makes_no_sense_is_refused(sampler: JanusSampler, arguments: dict, match: str):
@@ -394,7 +419,7 @@ def test_a_host_says_whether_its_layers_must_be_called(folder: Path, resident: b
     layers = [part for part in sampler.model.model.language_model.modules() if type(part) is torch.nn.Linear]
     for layer in layers:
         layer.__class__ = Own
-    sampler.sample(["red"], seeds=[0], resident=resident)
+    sampler.sample(["red"], seeds=[0], weights_resident=resident)
     assert set(called) == (set() if resident else set(layers))
 
 

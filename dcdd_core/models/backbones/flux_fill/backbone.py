@@ -39,7 +39,7 @@ class FluxFill:
         self.token_width = model.inner_dim
         self.latent_channels = model.out_channels // self.patch**2
         self.guidance = guidance if model.config.guidance_embeds else None
-        self._table: ModulationTable | None = None
+        self.table: ModulationTable | None = None
         self._rotary: tuple[tuple, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
@@ -50,7 +50,7 @@ class FluxFill:
     @property
     def folded(self) -> bool:
         """Whether `fold` was called."""
-        return self._table is not None
+        return self.table is not None
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """See `method.latents.pack`."""
@@ -85,8 +85,8 @@ class FluxFill:
 
     def prepare(self, times: Sequence[float], like: torch.Tensor, on_layer: OnLayer | None = None) -> None:
         """Computes the modulations of a new schedule, if they come from a table."""
-        if self._table is not None:
-            self._table.prepare(times, guidance=self.guidance, like=like, on_layer=on_layer)
+        if self.table is not None:
+            self.table.prepare(times, guidance=self.guidance, like=like, on_layer=on_layer)
 
     def default_shift(self, tokens: int, steps: int) -> float:
         """FLUX.1's, by the number of tokens alone."""
@@ -120,7 +120,7 @@ class FluxFill:
     def fold(self, weights: StoredWeights) -> None:
         """Takes out the modulation layers (2.2 of 11.9 billion parameters), which depend on the time alone: their
         results are tables, computed from the files whenever a schedule is new."""
-        self._table = fold_modulations(self.model, weights)
+        self.table = fold_modulations(self.model, weights)
 
     def stream(self, device: torch.device) -> None:
         """diffusers' group offloading, a block at a time, none fetched ahead (that hangs on a forward pass that is not
@@ -149,8 +149,8 @@ class FluxFill:
 
     def _modulations(self, t: torch.Tensor, hidden: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
         """What each modulated norm takes: its own modulation from the table, or the embedding to compute it from."""
-        if self._table is not None:
-            return self._table.at(t, guidance=self.guidance, like=hidden)
+        if self.table is not None:
+            return self.table.at(t, guidance=self.guidance, like=hidden)
         pooled = hidden.new_zeros(len(hidden), self.model.config.pooled_projection_dim)
         t = t.to(hidden.device)
         return [embed_time(self.model.time_text_embed, t, guidance=self.guidance, pooled=pooled)] * count

@@ -1,0 +1,69 @@
+"""`dcdd calibrate`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.results_store import hold_to
+from ..evaluation.tables import statistics_table
+from ..pipelines.calibrate import KeptSamples, Proxies, calibrate_to, compared, verdict
+from ..pipelines.distributed import processes
+from . import common
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    groups = common.model_options, common.sampling_options, common.material_options(count=100)
+    command = common.add_command(commands, "calibrate", run, *groups, help="fit a calibration to a VLM")
+    command.add_argument("--out", type=Path, default=Path("out/calibration.safetensors"))
+    command.add_argument("--fit-anchor", action="store_true", help="fit the anchor too (beyond the paper)")
+    command.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FOLDER",
+        help="where to keep what the VLM samples, to resume from: 38 MB an image of Janus-Pro (default: beside --out)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fits a calibration: what the VLM samples for prompts, against the tokenizer's features of images. It is the first
+    step of training a decoder. Run the same command again to resume a stopped run from the samples it kept;
+    `accelerate launch` or `torchrun` share the sampling between processes.
+    """
+    with processes(args.device) as crew:
+        args.device = crew.device
+        prompts, files = common.calibration_material(args)
+        models = common.load(args)
+        sampler, options = models.sampler, common.sampling_of(models, args)
+        folder = args.samples or args.out.with_name(f"{args.out.stem}-samples")
+        names = ("temperature", "top_k", "top_p", "seed")
+        given = {name: getattr(args, name) for name in names}
+        hold_to({"vlm": sampler.fingerprint, "guidance": options.guidance, **given}, folder, write=crew.first)
+        crew.wait()
+        if crew.first:
+            common.warn_of_unknown_words(models, prompts)
+        proxies = Proxies(models.tokenizer, common.material_pixels(models, files, args)) if crew.first else None
+        samples = KeptSamples(folder, prompts, seed=args.seed, device=models.tokenizer.device)
+        if crew.first and samples.missing < len(prompts):
+            print(f"resuming: {len(prompts) - samples.missing} of {len(prompts)} samples are in {folder}")
+        samples.fill(
+            lambda texts, seeds: common.sample_tokens(models, texts, seeds, args),
+            crew,
+            batch=args.batch,
+            bytes_each=4 * math.prod(sampler.grid) * sampler.codebook.size,
+        )
+        if crew.first:
+            calibration = calibrate_to(
+                samples,
+                proxies,
+                vlm=sampler.name,
+                guidance=options.guidance,
+                temperature=args.temperature,
+                with_anchor=args.fit_anchor,
+            )
+            calibration.save(args.out)
+            print(statistics_table(compared(sampler.name, samples, proxies, calibration)))
+            print(f"\n{verdict(calibration)}\nwrote {args.out}; the samples stay in {folder}")

@@ -1,0 +1,322 @@
+"""What the commands share: groups of options, models from them, sampling and painting under a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dcdd_pico.models import load_pico
+from dcdd_pico.scenes import render_scene, scene_facts, scene_pixels
+
+from ..evaluation.decoding import Decoders
+from ..evaluation.figures import save_image, to_image
+from ..evaluation.image_folder import ImageFile, list_images, read_pixels
+from ..evaluation.prompts import read_prompts
+from ..method.flow import timesteps
+from ..models.card import READINGS, DecoderCard
+from ..pipelines.calibrate import PROMPTS
+from ..pipelines.condition import condition_for, serving
+from ..pipelines.decode import decode
+from ..pipelines.load import LoadOptions, ModelPaths, Models, load_models
+from ..pipelines.sample import sample
+from ..protocols import Progress, SamplingOptions
+from ..types import Calibration, Condition, TokenLogits
+
+#: Options that choose real models, and those that say how they are held.
+OF_REAL = ("decoder", "vae", "base", "dtype")
+HELD = ("janus_int8", "decoder_8bit", "stream", "compile")
+#: Options that say how the diffusion decoder paints.
+PAINTING = ("steps", "shift", "calibration", "anchor", "reads")
+#: Options that say what is sampled, and how.
+SAMPLING = ("calibration", "prompts", "images", "count", "batch", "guidance", "temperature", "top_k", "top_p", "seed")
+
+Parser = argparse.ArgumentParser
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], *groups: Callable[[Parser], None], help: str
+) -> Parser:
+    """A command's parser, described by its function's docstring.
+
+    Args:
+        commands: what `add_subparsers` returned.
+        run: is called with what was parsed, which has it as `run`, and as `default_of` the default of each option.
+        groups: add options, in this order.
+    """
+    command = commands.add_parser(name, help=help, description=run.__doc__)
+    command.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
+    command.add_argument("--seed", type=int, default=0, help="the images' own seeds count up from it (default: 0)")
+    for add in groups:
+        add(command)
+    command.set_defaults(run=run, default_of=command.get_default)
+    return command
+
+
+def model_options(parser: Parser) -> None:
+    """Which models, and how they are held."""
+    group = parser.add_argument_group("models (the embedded ones without --janus)")
+    group.add_argument(
+        "--janus", type=Path, metavar="FOLDER", help="Janus or Janus-Pro, transformers' or DeepSeek's layout"
+    )
+    group.add_argument("--decoder", type=Path, metavar="BUNDLE", help="decoder bundle; without it, only the VQ path")
+    group.add_argument("--vae", type=Path, metavar="PATH", help="the decoder's autoencoder, file or folder")
+    group.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it, file or folder")
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    group.add_argument("--janus-int8", action="store_true", help="hold the language model's layers in 8 bits (torchao)")
+    group.add_argument(
+        "--decoder-8bit", action="store_true", help="hold the diffusion decoder's layers in 8 bits (torchao)"
+    )
+    group.add_argument(
+        "--stream", action="store_true", help="keep the diffusion decoder in RAM, one block at a time on the device"
+    )
+    group.add_argument("--compile", action="store_true", help="compile the diffusion decoder's blocks")
+
+
+def sampling_options(parser: Parser) -> None:
+    """How tokens are sampled."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--guidance", type=float, help="classifier-free guidance (default: the decoder's, or the VLM's)")
+    group.add_argument("--temperature", type=float, default=1.0)
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--top-p", type=float)
+
+
+def decoding_options(parser: Parser) -> None:
+    """How the diffusion decoder paints."""
+    parser.add_argument("--steps", type=int, help="Euler steps of the decoder (default: the bundle's)")
+    parser.add_argument(
+        "--shift",
+        type=float,
+        metavar="MU",
+        help="time shift; a higher one spends more steps near the noise (default: the bundle's)",
+    )
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
+    parser.add_argument("--anchor", type=float, metavar="BETA", help="read logits anchored by this much")
+    parser.add_argument("--reads", choices=READINGS, help="what of the VLM's output the decoder is served")
+
+
+def material_options(count: int) -> Callable[[Parser], None]:
+    """What a VLM is measured on, at most `count` of each by default."""
+
+    def add(parser: Parser) -> None:
+        parser.add_argument(
+            "--prompts",
+            type=Path,
+            metavar="FILE",
+            help="a prompt a line, or JSON (default: 300 built-in ones; for the embedded models, captions of scenes)",
+        )
+        parser.add_argument(
+            "--images", type=Path, metavar="FOLDER", help="images for the proxies, in sub-folders or not"
+        )
+        parser.add_argument("--count", type=int, default=count, help=f"how many of each at most (default: {count})")
+        parser.add_argument("--batch", type=int, default=8, help="prompts sampled at once (default: 8)")
+
+    return add
+
+
+def given(args: argparse.Namespace, *options: str) -> str:
+    """Those of the options that differ from their defaults, as they are typed: "--top-k, --seed"."""
+    differ = [name for name in options if getattr(args, name) != args.default_of(name)]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in differ)
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device asked for.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    try:
+        return torch.zeros(1, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {args.device} cannot be used here ({reason}); try --device cpu") from error
+
+
+def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
+    """The models asked for.
+
+    Raises:
+        ValueError: for options that do nothing with the embedded models, and as the loaders.
+    """
+    device = device_of(args)
+    if args.janus is None:
+        idle = given(args, *OF_REAL, *HELD)
+        if idle:
+            raise ValueError(f"{idle} goes with --janus; without it the embedded models are used")
+        return load_pico(device=device, with_sampler=with_sampler)
+    options = LoadOptions(
+        device=device,
+        dtype=getattr(torch, args.dtype or "float32"),
+        sampler_int8=args.janus_int8,
+        eight_bit=args.decoder_8bit,
+        streamed=args.stream,
+        compiled=args.compile,
+    )
+    paths = ModelPaths(vlm=args.janus, decoder=args.decoder, vae=args.vae, base=args.base)
+    return load_models(paths, options, with_sampler=with_sampler)
+
+
+def check_painting(models: Models, args: argparse.Namespace, *others: str) -> None:
+    """Before anything is sampled: refuses options that do nothing without a decoder, and schedules that are none.
+
+    Raises:
+        ValueError: naming them.
+    """
+    idle = given(args, *PAINTING, *others)
+    if models.decoder is None and idle:
+        raise ValueError(f"{idle} would do nothing without a decoder: give --decoder and --vae as well")
+    timesteps(1 if args.steps is None else args.steps, shift=args.shift or 0.0)
+
+
+def card_of(models: Models, args: argparse.Namespace) -> DecoderCard:
+    """The decoder's card, with what was asked for in place of its own."""
+    calibration = Calibration.load(args.calibration) if args.calibration is not None else None
+    return serving(models.decoder.card, calibration=calibration, anchor=args.anchor, reads=args.reads)
+
+
+def decoders_of(models: Models, args: argparse.Namespace) -> Decoders:
+    """Both decoders, as asked for."""
+    check_painting(models, args)
+    card = card_of(models, args) if models.decoder is not None else None
+    return Decoders(models=models, card=card, steps=args.steps, shift=args.shift)
+
+
+def seeds_of(args: argparse.Namespace, count: int) -> list[int]:
+    """One seed an image."""
+    return [args.seed + i for i in range(count)]
+
+
+def sampling_of(models: Models, args: argparse.Namespace) -> SamplingOptions:
+    """As asked for; the guidance by default that of the decoder's calibration, or the VLM's own."""
+    calibration = models.decoder.card.calibration if models.decoder is not None else None
+    guidance = args.guidance
+    if guidance is None and calibration is not None:
+        guidance = calibration.guidance
+    return SamplingOptions(
+        guidance=models.sampler.default_guidance if guidance is None else guidance,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+    )
+
+
+def warn_of_unknown_words(models: Models, prompts: Sequence[str]) -> None:
+    """Names the words of each prompt that mean nothing to the sampler."""
+    for prompt in prompts:
+        unknown = models.sampler.unknown_words(prompt)
+        if unknown:
+            print(
+                f"dcdd: {models.sampler.name} does not know {', '.join(unknown)} (in: {prompt}); it knows "
+                f"{', '.join(models.sampler.known_words())}",
+                file=sys.stderr,
+            )
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, to be called with (done, total)."""
+    with tqdm(desc=label, unit="step", leave=False, disable=None) as shown:
+
+        def step(done: int, total: int) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield step
+
+
+def sample_tokens(
+    models: Models, prompts: Sequence[str], seeds: Sequence[int], args: argparse.Namespace
+) -> TokenLogits:
+    """Token logits of the prompts, under a progress bar."""
+    with bar("tokens") as step:
+
+        def on_progress(progress: Progress) -> None:
+            step(progress.done, progress.total)
+
+        return sample(models.sampler, prompts, seeds=seeds, options=sampling_of(models, args), on_progress=on_progress)
+
+
+def paint(models: Models, condition: Condition, seeds: Sequence[int], args: argparse.Namespace) -> torch.Tensor:
+    """The decoder's images [B, 3, H, W] in -1..1, under a progress bar."""
+    with bar("decoder") as step:
+        painted = decode(
+            models.decoder,
+            models.codec,
+            condition,
+            seeds=seeds,
+            steps=args.steps,
+            shift=args.shift,
+            on_step=lambda done, total, _: step(done, total),
+        )
+    return painted.pixels
+
+
+def condition_of(models: Models, token_logits: TokenLogits, args: argparse.Namespace) -> Condition:
+    """The condition for the decoder, as it is served."""
+    return condition_for(card_of(models, args), token_logits, models.tokenizer.codebook)
+
+
+def calibration_material(args: argparse.Namespace) -> tuple[list[str], list[ImageFile] | None]:
+    """Prompts and image files; for the embedded models captions, and None for rendered scenes, if none are given.
+
+    Any other VLM gets the package's prompts. From a folder, whose sub-folders may be classes, images are taken evenly.
+
+    Raises:
+        ValueError: for counts below 1, and for a VLM of your own without images.
+    """
+    count, embedded = args.count, args.janus is None
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, best 100; got {count}")
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    if args.prompts is None and embedded:
+        prompts = [facts.caption() for facts in scene_facts("calibration", count)]
+    else:
+        prompts = [prompt.text for prompt in read_prompts(args.prompts or PROMPTS)[:count]]
+    if args.images is not None:
+        found = list_images(args.images)
+        count = min(count, len(found))
+        return prompts, [found[i * len(found) // count] for i in range(count)]
+    if embedded:
+        return prompts, None
+    raise ValueError(
+        "a VLM of your own needs real images: what its tokenizer sees in them is calibrated to what the VLM says. Give "
+        "--images FOLDER, about 100 of the kind that the decoder will be trained on"
+    )
+
+
+def material_pixels(
+    models: Models, files: Sequence[ImageFile] | None, args: argparse.Namespace
+) -> Iterator[torch.Tensor]:
+    """The images [1, 3, S, S] one by one, as squares of the size that the VLM paints; scenes if there are no files."""
+    tokenizer, size = models.tokenizer, Decoders(models=models).size
+    for one in tqdm(files or range(args.count), desc="features", unit="image", disable=None):
+        if files is None:
+            yield scene_pixels(render_scene("calibration", one).image[None], tokenizer.device)
+        else:
+            yield read_pixels([one], size, tokenizer.device)
+
+
+def check_png(path: Path) -> None:
+    """Refuses another suffix.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out {path}: images are written as PNG, give a name that ends in .png")
+
+
+def write_images(images: torch.Tensor, out: Path, suffix: str) -> None:
+    """One image under the given name, several numbered."""
+    for i, pixels in enumerate(images):
+        number = f"-{i + 1}" if len(images) > 1 else ""
+        print(f"wrote {save_image(to_image(pixels), out.with_name(f'{out.stem}{number}{suffix}.png'))}")

@@ -1,0 +1,41 @@
+"""`dcdd generate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..pipelines.decode import decode_tokens
+from . import common
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    groups = common.model_options, common.sampling_options, common.decoding_options
+    command = common.add_command(commands, "generate", run, *groups, help="prompts to images")
+    command.add_argument("prompt", nargs="+")
+    command.add_argument("--out", type=Path, default=Path("out/generated.png"))
+    command.add_argument("--compare", action="store_true", help="write the VQ-VAE's image as well")
+    command.add_argument("--logits", type=Path, metavar="FILE", help="save the token logits")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prompts to images."""
+    common.check_png(args.out)
+    models = common.load(args)
+    common.check_painting(models, args, "compare")
+    common.warn_of_unknown_words(models, args.prompt)
+    seeds = common.seeds_of(args, len(args.prompt))
+    token_logits = common.sample_tokens(models, args.prompt, seeds, args)
+    if args.logits is not None:
+        token_logits.save(args.logits)
+        print(f"wrote {args.logits}")
+    by_vq = decode_tokens(models.tokenizer, token_logits)
+    if models.decoder is None:
+        common.write_images(by_vq, args.out, "")
+        return
+    condition = common.condition_of(models, token_logits, args)
+    common.write_images(common.paint(models, condition, seeds, args), args.out, "")
+    if args.compare:
+        common.write_images(by_vq, args.out, "-vq")

@@ -1,0 +1,55 @@
+"""`dcdd inspect`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.figures import save_image, top_curve
+from ..evaluation.tables import statistics_table
+from ..method.statistics import describe_logits
+from ..pipelines.calibrate import Proxies, compared
+from ..pipelines.load import Models
+from ..types import Calibration, TokenLogits
+from . import common
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    groups = common.model_options, common.sampling_options, common.material_options(count=25)
+    command = common.add_command(commands, "inspect", run, *groups, help="Table 1 and Figure 6 for a VLM")
+    command.add_argument(
+        "--logits", nargs="+", type=Path, metavar="FILE", help="saved token logits to describe instead"
+    )
+    command.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
+    command.add_argument("--out", type=Path, default=Path("out/top-30.png"))
+
+
+def run(args: argparse.Namespace) -> None:
+    """The paper's Table 1 as text and its Figure 6 as an image."""
+    common.check_png(args.out)
+    if args.logits:
+        idle = common.given(args, *common.OF_REAL, *common.HELD, *common.SAMPLING)
+        if idle:
+            raise ValueError(f"{idle} would do nothing: --logits are described as they were saved; leave it out")
+        codebook = common.load(args, with_sampler=False).tokenizer.codebook
+        columns = {str(path): describe_logits(TokenLogits.load(path), codebook) for path in args.logits}
+    else:
+        prompts, files = common.calibration_material(args)
+        models = common.load(args)
+        calibration = models.decoder.card.calibration if models.decoder is not None else None
+        if args.calibration is not None:
+            calibration = Calibration.load(args.calibration)
+        proxies = Proxies(models.tokenizer, common.material_pixels(models, files, args))
+        columns = compared(models.sampler.name, _sampled(models, prompts, args), proxies, calibration)
+    print(statistics_table(columns))
+    print(f"wrote {save_image(top_curve(columns), args.out)}")
+
+
+def _sampled(models: Models, prompts: Sequence[str], args: argparse.Namespace) -> Iterator[TokenLogits]:
+    """Token logits of many prompts, a batch at a time."""
+    seeds = common.seeds_of(args, len(prompts))
+    for k in range(0, len(prompts), args.batch):
+        yield common.sample_tokens(models, prompts[k : k + args.batch], seeds[k : k + args.batch], args)

@@ -1,0 +1,68 @@
+"""`dcdd reconstruct`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..evaluation.figures import save_image, to_image
+from ..evaluation.image_folder import open_image
+from ..pipelines.decode import decode_tokens
+from ..pipelines.encode import encode
+from ..pipelines.images import to_pixels, to_tensor
+from ..protocols import ImageTokenizer
+from . import common
+
+_MOST_TOKENS = 64 * 64
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    groups = common.model_options, common.decoding_options
+    command = common.add_command(commands, "reconstruct", run, *groups, help="images through the tokenizer and back")
+    command.add_argument("image", nargs="+", type=Path)
+    command.add_argument("--side", type=int, metavar="PIXELS", help="shrink images whose longer side is more than this")
+    command.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Images through the tokenizer and back, by both decoders."""
+    names = [path.stem for path in args.image]
+    if len(set(names)) < len(names):
+        raise ValueError("two of the images have the same name: their results would overwrite each other; run one each")
+    if args.side is not None and args.side < 1:
+        raise ValueError(f"--side must be at least 1 pixel, best the VLM's own size; got {args.side}")
+    models = common.load(args, with_sampler=False)
+    common.check_painting(models, args)
+    for path in args.image:
+        proxies = encode(models.tokenizer, _read(path, models.tokenizer, args.side))
+        results = {"vq": decode_tokens(models.tokenizer, proxies)}
+        if models.decoder is not None:
+            condition = common.condition_of(models, proxies, args)
+            results["dcdd"] = common.paint(models, condition, common.seeds_of(args, 1), args)
+        for suffix, pixels in results.items():
+            print(f"wrote {save_image(to_image(pixels[0]), args.out / f'{path.stem}-{suffix}.png')}")
+
+
+def _read(path: Path, tokenizer: ImageTokenizer, side: int | None = None) -> torch.Tensor:
+    """An image file as pixels [1, 3, H, W], centre-cropped to a multiple of the tokenizer's factor.
+
+    Args:
+        side: larger images are shrunk until their longer side has this many pixels.
+    """
+    image = open_image(path)
+    if side is not None:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    f = tokenizer.factor
+    h, w = image.height // f, image.width // f
+    if h == 0 or w == 0:
+        raise ValueError(f"{path} is {image.width} x {image.height}, smaller than one {f}-pixel token: enlarge it")
+    if h * w > _MOST_TOKENS:
+        raise ValueError(f"{path} would be {h} x {w} tokens, more than {_MOST_TOKENS}: shrink it with --side PIXELS")
+    left, top = (image.width - w * f) // 2, (image.height - h * f) // 2
+    cropped = image.crop((left, top, left + w * f, top + h * f))
+    return to_pixels(to_tensor(cropped)[None], tokenizer.device)
