@@ -232,6 +232,8 @@ class Progress:
         Args:
             preview: a picture, or pixels [B, 3, H, W] in -1..1.
         """
+        # ComfyUI's bar leaves out reports that come too soon, and with them its check.
+        comfy.model_management.throw_exception_if_processing_interrupted()
         picture = _sheet(preview) if isinstance(preview, torch.Tensor) else preview
         self._bar.update_absolute(done, total, None if picture is None else ("JPEG", picture, _PREVIEW_SIZE))
 
