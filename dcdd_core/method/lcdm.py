@@ -86,8 +86,8 @@ def uncertainty_features(probabilities: torch.Tensor, ln_p: LogRows | None = Non
 
     Args:
         probabilities: [..., K] float32, K >= 2, one chunk: two more arrays of this size are made.
-        ln_p: ln p [m, K] of the rows that a mask [...] selects, see `calibration.Chunk`. H_tail of a tail too small for
-            float32 is computed from it in the log domain; without it, such a tail counts as one without mass.
+        ln_p: ln p [m, K] of the rows that a mask [...] selects, see `calibration.Chunk`: H_tail of a tail too small for
+            float32 is computed from it, in the log domain. Without it ln p is the logarithm of what float32 holds.
 
     Returns:
         [..., 4] in 0..1.
@@ -108,17 +108,16 @@ def features_and_entropy(probabilities: torch.Tensor, ln_p: LogRows | None = Non
     mass = top.cumsum(-1).gather(-1, k - 1).clamp(max=1)
 
     # The tail is summed on its own, with the head set to zero: 1 - mass would cancel where the tail is tiny.
-    beyond = torch.arange(top.shape[-1], device=top.device) >= k
+    beyond = _beyond(top, k)
     tail_mass = probabilities.scatter(-1, index, top * beyond).sum(-1, keepdim=True)
     tail = surprise.scatter_(-1, index, surprise.gather(-1, index) * beyond).sum(-1, keepdim=True)
     del surprise
     # With q = p / m, -sum q ln q = (-sum p ln p) / m + ln m: no second pass over the tail.
-    some = torch.where(tail_mass > 0, tail_mass, 1)
-    tail_entropy = tail / some + some.log()
-    if ln_p is not None:
-        tiny = underflows(tail_mass / codes).squeeze(-1)
-        if bool(tiny.any()):
-            tail_entropy[tiny] = _log_domain_tail_entropy(ln_p(tiny), k[tiny])
+    tail_entropy = tail / tail_mass + tail_mass.log()
+    tiny = underflows(tail_mass / codes).squeeze(-1)
+    if bool(tiny.any()):
+        ln_p_of_tiny = probabilities[tiny].log() if ln_p is None else ln_p(tiny)
+        tail_entropy[tiny] = _log_domain_tail_entropy(ln_p_of_tiny, k[tiny])
     bound = (codes - k).float().log()
     tail_entropy = tail_entropy / torch.where(bound > 0, bound, torch.inf)
     u = torch.cat([top[..., :1], top[..., :1] - top[..., 1:2], mass, tail_entropy.clamp(0, 1)], dim=-1)
@@ -131,10 +130,14 @@ def _log_domain_tail_entropy(ln_p: torch.Tensor, k: torch.Tensor) -> torch.Tenso
     Writes into ln p.
     """
     top, index = ln_p.topk(int(k.max()))
-    head = torch.arange(top.shape[-1], device=top.device) < k
-    ln_q = ln_p.scatter_(-1, index, top.masked_fill(head, -torch.inf)).log_softmax(-1)
-    # A barred code has q ln q = 0; a row of nothing else is NaN throughout.
-    return ln_q.exp().mul_(ln_q.clamp_min_(-104)).sum(-1, keepdim=True).neg().nan_to_num_(0)
+    ln_q = ln_p.scatter_(-1, index, top.where(_beyond(top, k), -torch.inf)).log_softmax(-1)
+    # A row of nothing but barred codes is NaN throughout.
+    return neg_p_ln_p(ln_q.exp_()).sum(-1, keepdim=True).nan_to_num_()
+
+
+def _beyond(top: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Which of the largest values, in descending order [..., most], are not among the first k [..., 1]."""
+    return torch.arange(top.shape[-1], device=top.device) >= k
 
 
 def check_probabilities(part: torch.Tensor) -> torch.Tensor:

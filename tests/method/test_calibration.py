@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import optimize
 
 from benchmarks.peak import Peak
 from dcdd_core.method import calibration as method
@@ -153,6 +155,65 @@ def test_fit_finds_what_made_the_target(sharpness, smoothing):
     assert_near(found.achieved, statistics_of(calibrated(found.scale * found.affine_scale, found.smoothing)), 1e-5)
     assert (found.vlm, found.guidance, found.temperature) == ("janus", 5.0, 1.0)
     assert found.codebook == CODEBOOK.fingerprint and found.target == target
+
+
+def test_the_search_is_the_papers():
+    """Section 5.2: s in 10..60 to 0.02 of the mean entropy, small grids of eps around 0 and of a around 1."""
+    assert method.SCALES == (10, 60) and method.TOLERANCE == 0.02
+    assert method.SMOOTHINGS == (0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+    assert method.AFFINE_STEPS == (0.94, 0.96, 0.98, 0.99, 1, 1.01, 1.02, 1.04, 1.06)
+    # Ours: Eq. 16 with the mean entropy heaviest, a finer end of the bisection, and where the anchor is measured.
+    assert list(method.WEIGHTS.values()) == [1, 0.25, 0.5, 0.5] and method.FINE_TOLERANCE == 0.001
+    assert (method.ANCHORS[0], len(method.ANCHORS)) == (0, 26)
+    np.testing.assert_allclose(method.ANCHORS[1:], 0.25 * 256 ** (np.arange(25) / 24))
+
+
+def plain_fit(target: CalibrationStatistics) -> tuple[float, float, float]:
+    """(s, eps, a) of Eqs. 13-16 over FEATURES in float64, with SciPy's root finder."""
+
+    @functools.cache
+    def statistics(sharpness: float, smoothing: float) -> CalibrationStatistics:
+        return statistics_of(calibrated(sharpness, smoothing))
+
+    def objective(trial: tuple[float, float]) -> float:
+        found = statistics(*trial)
+        if abs(found.mean_entropy - target.mean_entropy) > 0.02:
+            return math.inf
+        differences = [abs(x - y) for x, y in zip(dataclasses.astuple(found), dataclasses.astuple(target))]
+        return float(np.dot([1.0, 0.25, 0.5, 0.5], differences))
+
+    def tuned(low: float, high: float, smoothing: float) -> float:
+        excess = [statistics(s, smoothing).mean_entropy - target.mean_entropy for s in (low, high)]
+        if np.prod(excess) > 0:
+            return low if excess[0] < 0 else high
+        return optimize.brentq(lambda s: statistics(s, smoothing).mean_entropy - target.mean_entropy, low, high)
+
+    scale = tuned(10, 60, 0.0)
+    tries = [(scale, 0.0)]
+    for eps in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05):
+        tries.append((tuned(tries[-1][0], 1.25 * tries[-1][0], eps), eps))
+    sharpness, smoothing = min(tries, key=objective)
+    steps = [(sharpness * a, smoothing) for a in (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)]
+    return scale, smoothing, min(steps, key=objective)[0] / scale
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "smoothing", "moved"),
+    [
+        (30.0, 0.02, {}),
+        (45.0, 0.05, {}),
+        (20.0, 0.0, {"confidence_95": 0.09, "mean_confidence": 0.06}),
+        (20.0, 0.0, {"confidence_95": -0.12, "mean_confidence": -0.05, "entropy_95": 0.08}),
+        (25.0, 0.01, {"entropy_95": -0.15}),
+    ],
+)
+def test_fit_is_a_plain_search_in_float64(sharpness, smoothing, moved):
+    base = statistics_of(calibrated(sharpness, smoothing))
+    target = dataclasses.replace(base, **{name: getattr(base, name) + by for name, by in moved.items()})
+    found = fit_calibration(FEATURES, CODEBOOK, target)
+    scale, eps, a = plain_fit(target)
+    assert found.scale == pytest.approx(scale, rel=0.01) and found.smoothing == eps
+    assert found.affine_scale == pytest.approx(a, rel=0.012)
 
 
 def test_smoothing_is_found_where_the_others_cannot_stand_in():

@@ -7,11 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, training_utils
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from scipy import stats
 
+from dcdd_core.method import flow
 from dcdd_core.method.flow import (
     euler_step,
     interpolate,
@@ -57,6 +58,12 @@ def test_a_time_of_another_shape_is_refused():
             recover_clean(CLEAN, NOISE, time)
     # One time of a batch of one serves any batch.
     assert torch.equal(interpolate(CLEAN, NOISE, torch.tensor([0.25])), interpolate(CLEAN, NOISE, 0.25))
+
+
+def test_times_go_to_the_device_of_the_latents():
+    there = CLEAN.to("meta")
+    for found in (interpolate(there, there, 0.3), recover_clean(there, there, 0.3), euler_step(there, there, 0.3, 0.1)):
+        assert found.device.type == "meta" and found.shape == CLEAN.shape
 
 
 def test_path_ends_and_velocity():
@@ -120,6 +127,14 @@ def test_shift_reaches_its_bounds():
     assert resolution_shift(1) == pytest.approx(0.5 - 255 * 0.65 / 3840)
 
 
+def test_times_are_drawn_on_the_device_of_the_generator(monkeypatch):
+    asked, generator = {}, torch.Generator()
+    monkeypatch.setattr(training_utils, "compute_density_for_timestep_sampling", lambda *a, **kw: asked.update(kw))
+    monkeypatch.setattr(flow, "shift_time", lambda time, shift: time)
+    sample_times(4, generator=generator)
+    assert asked["device"] == generator.device and asked["generator"] is generator
+
+
 def test_default_times_are_unshifted_and_logit_normal():
     logits = sample_times(20000, generator=torch.Generator().manual_seed(0)).double().logit().numpy()
     assert stats.kstest(logits, "norm").pvalue > 0.001
@@ -132,7 +147,7 @@ def test_schedule():
     torch.testing.assert_close(timesteps(4, shift=0.0), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
     with pytest.raises(ValueError, match="steps"):
         timesteps(0, shift=0.0)
-    for shift in (float("nan"), float("inf"), -1000.0):
+    for shift in (float("nan"), float("inf"), -1000.0, -100.5, 100.5):
         with pytest.raises(ValueError, match="shift must be a number in -100..100"):
             timesteps(4, shift=shift)
     with pytest.raises(ValueError, match="image_tokens"):

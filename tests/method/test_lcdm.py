@@ -11,9 +11,9 @@ from scipy import special
 
 from benchmarks.peak import Peak
 from dcdd_core.method import calibration as method
-from dcdd_core.method import chunks
+from dcdd_core.method import chunks, lcdm
 from dcdd_core.method.calibration import apply_calibration, to_log_probabilities, to_probabilities
-from dcdd_core.method.lcdm import map_logits, map_probabilities, uncertainty_features
+from dcdd_core.method.lcdm import features_and_entropy, map_logits, map_probabilities, uncertainty_features
 from dcdd_core.method.statistics import describe_logits
 from dcdd_core.types import Calibration, Codebook, TokenLogits
 
@@ -41,13 +41,13 @@ def plain(p: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return p @ vectors, np.array([ordered[0], ordered[0] - ordered[1], ordered[:k].sum(), tail_entropy])
 
 
-@pytest.mark.parametrize("codes", [2, 3, 8, 9, 40, 64, 65, 300])
+@pytest.mark.parametrize("codes", [2, 3, 8, 9, 10, 11, 40, 64, 65, 66, 300])
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 4.0, 30.0])
 def test_agrees_with_numpy(codes, sharpness):
     codebook = Codebook(rand(codes, 5))
     p = (sharpness * rand(12, codes, seed=1)).double().softmax(-1)
     c, u = map_probabilities(p, codebook)
-    for row, *found in zip(p.numpy(), c.numpy(), u.numpy()):
+    for row, *found in zip(p.float().double().numpy(), c.numpy(), u.numpy()):
         for value, expected in zip(found, plain(row, codebook.vectors.double().numpy())):
             np.testing.assert_allclose(value, expected, atol=2e-5)
 
@@ -198,7 +198,13 @@ def test_features_stay_in_range():
     uniform = torch.full((1, 16384), 1 / 16384)
     # Eight codes whose half-precision values sum to a little more than 1.
     rounded = torch.cat([torch.full((1, 8), 0.1256), torch.zeros(1, 92)], dim=1)
-    for p in (uniform, rounded, torch.full((1, 2), 0.5)):
+    # Rounding puts the entropy of a uniform tail above its bound, and that of a single code below 0.
+    single = [
+        torch.cat([torch.full((8,), (1 - x) / 8), torch.tensor([x]), torch.zeros(61)])
+        for x in 10 ** -(1 + rand(500).abs())
+    ]
+    tails = [torch.full((1, codes), 1 / codes) for codes in range(70, 100)]
+    for p in (uniform, rounded, torch.full((1, 2), 0.5), torch.stack(single), *tails):
         _, u = map_probabilities(p, Codebook(rand(p.shape[1], 2)))
         assert u.min() >= 0 and u.max() <= 1
 
@@ -280,6 +286,32 @@ def test_shapes_follow():
 def test_what_is_no_distribution_is_refused(row, says):
     with pytest.raises(ValueError, match=says):
         map_probabilities(torch.tensor([[0.2, 0.3, 0.5][: len(row)], row]), Codebook(rand(3, 2)))
+
+
+def test_features_come_with_the_entropy_they_are_made_with():
+    p = (3 * rand(6, 70)).softmax(-1)
+    u, entropy = features_and_entropy(p)
+    assert torch.equal(u, uncertainty_features(p)) and entropy.shape == (6,)
+    np.testing.assert_allclose(entropy.numpy(), special.entr(p.double().numpy()).sum(-1), rtol=1e-5)
+
+
+def test_features_need_no_gradient_and_stay_where_the_distribution_is():
+    assert not uncertainty_features(rand(2, 70).softmax(-1).requires_grad_()).requires_grad
+    top, k = torch.ones(2, 8, device="meta"), torch.ones(2, 1, device="meta")
+    assert lcdm._beyond(top, k).device.type == "meta"
+
+
+def test_a_lone_number_is_no_distribution():
+    with pytest.raises(ValueError, match="do not fit a codebook of 3"):
+        map_probabilities(torch.tensor(1.0), Codebook(rand(3, 2)))
+
+
+@pytest.mark.parametrize("total", [0.9901, 1.0099])
+def test_rounding_of_half_precision_passes(total):
+    p = torch.full((1, 40), total / 40)
+    assert map_probabilities(p, Codebook(rand(40, 2)))[1][0, 2] <= 1
+    with pytest.raises(ValueError, match="sum to 1"):
+        map_probabilities(p + (0.0005 if total > 1 else -0.0005) / 40, Codebook(rand(40, 2)))
 
 
 def test_mismatched_codebooks_are_refused():
