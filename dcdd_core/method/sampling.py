@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 NOT_FINITE = "logits hold NaN or +inf, or bar every code"
-"""Of a draw whose largest value is not finite."""
+"""Message for a draw whose largest value is not finite."""
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
@@ -84,7 +84,7 @@ def top_p(logits: torch.Tensor, p: float | None) -> torch.Tensor:
     logits = logits.float()
     if p is None or p == 1:
         return logits.clone()
-    mass, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    mass, order = logits.softmax(-1).sort(descending=True, stable=True)
     barred = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass.cumsum(-1) - mass >= p)
     return logits.masked_fill(barred, -torch.inf)
 

@@ -15,7 +15,7 @@ from skimage.filters import threshold_otsu
 
 from ..types import Calibration, Codebook
 from .calibration import probability_chunks
-from .chunks import Grids, chunks, float32_maths
+from .chunks import Grids, chunks
 from .lcdm import LogRows, check_probabilities, features_and_entropy
 
 CURVE = 30
@@ -92,7 +92,6 @@ def _describe(parts: Iterable[tuple[torch.Tensor, LogRows | None]]) -> TokenStat
     )
 
 
-@float32_maths
 def _sums(probabilities: torch.Tensor, ln_p: LogRows | None) -> torch.Tensor:
     """[K + 2] float64, on the CPU since MPS has none: sums over n tokens of the sorted p, of H and of H_tail."""
     u, entropy = features_and_entropy(probabilities, ln_p)

@@ -54,10 +54,9 @@ def grow_mask(mask: torch.Tensor, tokens: int) -> torch.Tensor:
 
     The square is cut off at the border of the grid: nothing outside counts.
     """
-    if tokens == 0:
-        return mask
-    sign = 1 if tokens > 0 else -1
-    return sign * F.max_pool2d(sign * mask, 2 * abs(tokens) + 1, stride=1, padding=abs(tokens))
+    if tokens < 0:
+        return -grow_mask(-mask, -tokens)
+    return F.max_pool2d(mask, 2 * tokens + 1, stride=1, padding=tokens)
 
 
 def mask_to_pixels(mask: torch.Tensor, size: tuple[int, int], *, blur: float = 0.0) -> torch.Tensor:
@@ -73,7 +72,7 @@ def mask_to_pixels(mask: torch.Tensor, size: tuple[int, int], *, blur: float = 0
     if not blur:
         return pixels
     sigma = (0, blur * size[0] / h, blur * size[1] / w)
-    return torch.from_numpy(gaussian(pixels[:, 0].cpu().numpy(), sigma=sigma))[:, None].clamp(0, 1)
+    return torch.from_numpy(gaussian(pixels.squeeze(1).cpu().numpy(), sigma=sigma)).unsqueeze(1)
 
 
 def tokens_under_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -91,5 +90,5 @@ def tokens_under_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor
 def crop_to_aspect(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The largest part of [B, C, H, W] with the aspect ratio height : width, at the centre (to a pixel)."""
     h, w = pixels.shape[2:]
-    top, left = round(max(0, h - w * height / width) / 2), round(max(0, w - h * width / height) / 2)
+    top, left = round((h - min(h, w * height / width)) / 2), round((w - min(w, h * width / height)) / 2)
     return pixels[:, :, top : h - top, left : w - left]

@@ -41,8 +41,9 @@ def test_guidance():
 
 
 def test_guidance_keeps_barred_codes_barred():
-    found = guide(torch.tensor([0.0, -INF, 1.0, -INF]), torch.tensor([0.0, 1.0, -INF, -INF]), 5.0)
-    assert found.tolist() == [0.0, -INF, -INF, -INF]
+    for g in (5.0, 1.0, 0.0, -1.0):
+        found = guide(torch.tensor([0.0, -INF, 1.0, -INF]), torch.tensor([0.0, 1.0, -INF, -INF]), g)
+        assert found.tolist() == [0.0, -INF, -INF, -INF]
 
 
 def test_guidance_and_temperature_are_numpys():
@@ -75,11 +76,18 @@ def test_top_p_is_numpys(p):
         order = np.argsort(-share)
         needed = int(np.searchsorted(np.cumsum(share[order]), p)) + 1
         assert set(np.flatnonzero(np.isfinite(row))) == set(order[:needed])
-        np.testing.assert_array_equal(row[order[:needed]], before[order[:needed]].astype(np.float32))
+        expected = np.full(40, -np.inf, np.float32)
+        expected[order[:needed]] = before[order[:needed]]
+        np.testing.assert_array_equal(row, expected)
 
 
-def test_top_p_keeps_the_first_of_equal_codes():
-    assert kept(top_p(torch.zeros(1, 40), 0.5)) == [list(range(20))]
+def test_top_p_keeps_the_first_of_equal_codes_and_no_more_than_needed():
+    assert kept(top_p(torch.zeros(1, 32), 0.5)) == [list(range(16))]
+
+
+def test_one_is_all_codes_however_small():
+    logits = torch.tensor([[50.0, 0.0, -50.0]])
+    assert torch.equal(top_p(logits, 1), logits) and torch.equal(top_p(logits, 1.0), logits)
 
 
 def test_temperature():
@@ -169,6 +177,10 @@ def test_noise_is_a_function_of_seed_and_position_only():
     assert len(noises) == 7 * 20
     found = gumbel_noise_grid([7, 8], [0, 3, 5], 50)
     assert found.shape == (2, 3, 50) and torch.equal(found[0, 1], first)
+
+
+def test_noise_of_one_code_at_the_first_position():
+    assert gumbel_noise(0, 0, 1).isfinite().tolist() == [True]
 
 
 def test_noise_stays_what_it_was():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from skimage.filters import threshold_otsu
 
-from dcdd_core.method import chunks
+from dcdd_core.method import chunks, statistics
 from dcdd_core.method.calibration import proxy_logits, to_probabilities
-from dcdd_core.method.lcdm import map_probabilities
+from dcdd_core.method.lcdm import features_and_entropy, map_probabilities
 from dcdd_core.method.statistics import describe, describe_logits
 from dcdd_core.types import Calibration, Codebook, TokenLogits
 from tests.mps import WithoutFloat64
@@ -44,13 +44,14 @@ def test_every_row_against_numpy():
     q = p.double().reshape(60, 100).numpy()
     means = np.sort(q)[:, ::-1].mean(0)
     threshold = threshold_otsu(means)
-    assert found.top_1 == pytest.approx(means[0]) and found.top_2 == pytest.approx(means[1])
+    # Sums are taken in float64, so the means are exact.
+    assert (found.top_1, found.top_2) == pytest.approx((means[0], means[1]), rel=1e-12)
     assert found.entropy == pytest.approx(-(q * np.log(q)).sum(-1).mean() / math.log(100))
     assert found.tail_entropy == pytest.approx(map_probabilities(p, Codebook(rand(100, 2)))[1][..., 3].mean().item())
     assert found.otsu_threshold == pytest.approx(threshold)
     assert found.rank == (means > threshold).sum() > 0
     assert found.head_mass == pytest.approx(means[means > threshold].sum())
-    assert found.curve == pytest.approx(means[:30])
+    assert found.curve == pytest.approx(means[:30], rel=1e-12) and found.tokens == 60
 
 
 def test_chunked_and_streamed_is_whole(monkeypatch):
@@ -64,9 +65,34 @@ def test_chunked_and_streamed_is_whole(monkeypatch):
         assert parts[name] == pytest.approx(value, rel=1e-6), name
 
 
-def test_a_device_without_float64_will_do():
+class Elsewhere(WithoutFloat64):
+    """Says that it is not on the CPU, where NumPy cannot read it."""
+
+    @property
+    def device(self):
+        return torch.device("mps")
+
+    def numpy(self):
+        raise TypeError("can't convert a device tensor to numpy")
+
+
+def test_a_device_without_float64_will_do(monkeypatch):
     p = rand(2, 30, 100).softmax(-1)
-    assert describe(p.as_subclass(WithoutFloat64)) == describe(p)
+    expected, sorted_by_numpy = describe(p), []
+    monkeypatch.setattr(np, "sort", lambda rows, own=np.sort: sorted_by_numpy.append(rows.shape) or own(rows))
+    assert describe(p.as_subclass(WithoutFloat64)) == expected
+    # Four times as fast as torch, so a CPU's rows go there.
+    assert sorted_by_numpy == [(60, 100)]
+    sums, there = statistics._sums(p[0], None), p[0].as_subclass(Elsewhere)
+    monkeypatch.setattr(
+        statistics, "features_and_entropy", lambda p, _: features_and_entropy(p.as_subclass(torch.Tensor))
+    )
+    assert torch.equal(statistics._sums(there, None), sums) and sorted_by_numpy[1:] == [(30, 100)]
+
+
+def test_one_distribution_alone():
+    p = rand(100).softmax(-1)
+    assert describe(p) == describe(p[None]) and describe(p).tokens == 1
 
 
 def test_edges():
@@ -82,6 +108,7 @@ def test_edges():
     [
         (torch.empty(0, 5), "at least one"),
         (torch.ones(5, 1), "K >= 2"),
+        (torch.tensor(1.0), "K >= 2"),
         (torch.full((2, 5), torch.nan), "finite"),
         (torch.ones(2, 5), "sum to 1"),
     ],

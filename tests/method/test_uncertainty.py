@@ -90,8 +90,9 @@ def test_blur_is_a_gaussian_in_tokens_over_each_image_alone():
 
 
 def test_blur_stays_within_a_mask():
-    found = mask_to_pixels(torch.ones(1, 1, 3, 3), (48, 48), blur=2.0)
-    assert found.min() >= 0 and found.max() <= 1
+    for blur in (0.3, 1.0, 2.0):
+        found = mask_to_pixels(torch.ones(1, 1, 3, 3), (48, 48), blur=blur)
+        assert found.min() >= 0 and found.max() <= 1
 
 
 def test_a_token_is_under_the_mask_if_any_of_its_pixels_is():
