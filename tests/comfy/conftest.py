@@ -46,22 +46,24 @@ def prepare(base: Path) -> Path:
     models/janus/cut        the same with the beginning of its weights alone
     elsewhere/models/tiny   another Janus altogether: 4 x 4 tokens of 64 codes; in a folder of extra_model_paths.yaml
     models/dcdd             pico's decoder as bundle.safetensors; cut.safetensors, half of it; damaged.safetensors, the
-                            JSON in its header spoilt
+                            JSON in its header spoilt; uncalibrated.safetensors, without its calibration
     models/dcdd/calibrations    good.safetensors, and damaged in the same two ways
     models/diffusers/pico/vae   pico's autoencoder
     """
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    from dcdd_core.models.flux import read_card
+    from dcdd_core.types import Calibration
     from tests.tiny import random_pico, save_janus
 
     pack = copy_pack(base / "custom_nodes")
-    weights = pack / "dcdd_core" / "pico" / "weights"
+    weights = pack / "dcdd_pico" / "weights"
     if not (weights / "decoder.safetensors").is_file():
         random_pico(weights)
     tools = base / "custom_nodes" / "dcdd_test_tools"
     tools.mkdir()
     shutil.copy(Path(__file__).with_name("tools_pack.py"), tools / "__init__.py")
+    shutil.copy(Path(__file__).with_name("tools_nodes.py"), tools)
 
     models = base / "models"
     another = models / "janus" / "another"
@@ -80,9 +82,12 @@ def prepare(base: Path) -> Path:
     (models / "dcdd" / "bundle.safetensors").write_bytes(bundle)
     (models / "dcdd" / "cut.safetensors").write_bytes(bundle[: len(bundle) // 2])
     (models / "dcdd" / "damaged.safetensors").write_bytes(bundle.replace(rb'"{\"base', rb'"[\"base', 1))
-    calibration = read_card(weights / "decoder.safetensors").calibration
-    assert calibration is not None, "pico's decoder has no calibration to test with"
-    calibration.save(calibrations / "good.safetensors")
+    with safe_open(weights / "decoder.safetensors", "pt") as file:
+        header = file.metadata()
+    card = json.loads(header["card"])
+    Calibration.from_dict(card["calibration"]).save(calibrations / "good.safetensors")
+    header["card"] = json.dumps(card | {"calibration": None})
+    save_file(load_file(weights / "decoder.safetensors"), models / "dcdd" / "uncalibrated.safetensors", header)
     good = (calibrations / "good.safetensors").read_bytes()
     (calibrations / "cut.safetensors").write_bytes(good[: len(good) // 2])
     (calibrations / "damaged.safetensors").write_bytes(good.replace(rb'"{\"scale', rb'"[\"scale'))

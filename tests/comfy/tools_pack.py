@@ -1,5 +1,6 @@
-"""A custom node pack for tests alone: pictures and masks as no node makes them, results in files, and a switch for
-running out of memory. The fixture copies it into the test server's custom_nodes; nothing else imports it.
+"""A custom node pack for tests alone: what the tests ask of ComfyUI's process, and the nodes of tools_nodes.py.
+
+The fixture copies both into the test server's custom_nodes; nothing else imports this one.
 """
 
 from __future__ import annotations
@@ -11,149 +12,18 @@ import threading
 import time
 import warnings
 from collections import Counter
-from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
-import folder_paths
-import numpy as np
 import torch
 from aiohttp import web
 from server import PromptServer
 
 import nodes
 
+from .tools_nodes import NODE_CLASS_MAPPINGS
 
-class Anything(str):
-    """A socket type that fits every other."""
-
-    def __ne__(self, other: object) -> bool:
-        return False
-
-
-ANY = Anything("*")
-
-
-class Picture:
-    """Noise, or one number everywhere, in any shape; NaN too."""
-
-    RETURN_TYPES = ("IMAGE",)
-    FUNCTION = "make"
-    CATEGORY = "test"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        numbers = {"batch": 1, "height": 96, "width": 96, "channels": 3, "seed": 0}
-        return {"required": {k: ("INT", {"default": v}) for k, v in numbers.items()} | {"fill": ("STRING", {})}}
-
-    def make(self, batch, height, width, channels, seed, fill):
-        draw = torch.Generator().manual_seed(seed)
-        # From float64, so that small numbers have bits that a way through -1..1 would lose.
-        image = torch.rand(batch, height, width, channels, generator=draw, dtype=torch.float64).float()
-        return (image if fill == "noise" else torch.full_like(image, float(fill)),)
-
-
-class Mask:
-    """A rectangle of a value in a mask of zeros."""
-
-    RETURN_TYPES = ("MASK",)
-    FUNCTION = "make"
-    CATEGORY = "test"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        numbers = {"batch": 1, "height": 96, "width": 96, "top": 0, "left": 0, "bottom": 0, "right": 0}
-        return {"required": {k: ("INT", {"default": v}) for k, v in numbers.items()} | {"value": ("FLOAT", {})}}
-
-    def make(self, batch, height, width, top, left, bottom, right, value):
-        mask = torch.zeros(batch, height, width)
-        mask[:, top:bottom, left:right] = value
-        return (mask,)
-
-
-class One:
-    """One picture of a batch: of a tensor, of token logits, of a condition."""
-
-    RETURN_TYPES = (ANY,)
-    FUNCTION = "take"
-    CATEGORY = "test"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"value": (ANY, {}), "index": ("INT", {"default": 0})}}
-
-    def take(self, value, index):
-        if isinstance(value, torch.Tensor):
-            return (value[index : index + 1],)
-        return (replace(value, **{k: v[index : index + 1] for k, v in _tensors(value).items()}),)
-
-
-class Save:
-    """Every tensor of a value, bit by bit, in output/NAME.npz."""
-
-    RETURN_TYPES = ()
-    FUNCTION = "save"
-    OUTPUT_NODE = True
-    CATEGORY = "test"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"value": (ANY, {}), "name": ("STRING", {})}}
-
-    def save(self, value, name):
-        arrays = {k: v.cpu().numpy() for k, v in _tensors(value).items()}
-        np.savez(Path(folder_paths.get_output_directory()) / f"{name}.npz", **arrays)
-        return {"ui": {"text": [name]}}
-
-
-class Hold:
-    """An end for what is not to be seen, so that its nodes run."""
-
-    RETURN_TYPES = ()
-    FUNCTION = "hold"
-    OUTPUT_NODE = True
-    CATEGORY = "test"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"value": (ANY, {})}}
-
-    def hold(self, value):
-        return ()
-
-
-class RandomVAE:
-    """ComfyUI's own VAE of random weights, with so many latent channels and pixels a latent."""
-
-    RETURN_TYPES = ("VAE",)
-    FUNCTION = "make"
-    CATEGORY = "test"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"channels": ("INT", {"default": 16}), "factor": ("INT", {"default": 4})}}
-
-    def make(self, channels, factor):
-        shape = {"double_z": True, "z_channels": channels, "resolution": 96, "in_channels": 3, "out_ch": 3, "ch": 32}
-        shape |= {"ch_mult": [1] * factor.bit_length(), "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
-        vae = comfy.sd.VAE(sd={}, config={"params": {"ddconfig": shape, "embed_dim": channels}})
-        draw = torch.Generator().manual_seed(0)
-        for weight in vae.first_stage_model.parameters():
-            weight.data = torch.randn(weight.shape, generator=draw) / weight[0].numel() ** 0.5
-        vae.latent_channels, vae.downscale_ratio, vae.upscale_ratio = channels, factor, factor
-        return (vae,)
-
-
-NODE_CLASS_MAPPINGS = {f"TEST_{node.__name__}": node for node in (Picture, Mask, One, Save, Hold, RandomVAE)}
-
-
-def _tensors(value) -> dict[str, torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return {"value": value}
-    found = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else value
-    return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
-
+__all__ = ["NODE_CLASS_MAPPINGS"]
 
 # --- what the tests ask of the process --------------------------------------------------------------------------------
 
@@ -181,8 +51,8 @@ def _limited(step):
 @PromptServer.instance.routes.post("/test/out_of_memory")
 async def out_of_memory(request):
     """From now on, steps with more than `above` pictures run out of memory (null: none does); says how many did."""
-    decoder = _pack_module("dcdd_core.models.flux").DistributionConditionedDecoder
-    loop = _pack_module("dcdd_core.models.janus_step").TokenLoop
+    decoder = _pack_module("dcdd_core.models.decoder").DistributionConditionedDecoder
+    loop = _pack_module("dcdd_core.models.janus.token_loop").TokenLoop
     if decoder.forward.__name__ != "limited":
         decoder.forward, loop._embed = _limited(decoder.forward), _limited(loop._embed)
     raised = _memory["raised"]
@@ -275,7 +145,7 @@ async def freeing(request):
 @PromptServer.instance.routes.get("/test/alive")
 async def alive(request):
     """How many of the pack's models are in memory, by class."""
-    classes = {"JanusSampler", "VQTokenizer", "KLAutoencoder", "Managed"}
+    classes = {"JanusSampler", "VQTokenizer", "KLCodec", "Managed"}
     gc.collect()
     return web.json_response(Counter(name for o in gc.get_objects() if (name := type(o).__name__) in classes))
 

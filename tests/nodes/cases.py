@@ -1,0 +1,1155 @@
+"""What every node has to do, as data: a node, its inputs, and what must come of it or what the user must read.
+
+The same cases run in the double (tests/nodes) and in the real ComfyUI (tests/comfy/test_cases.py). The node that a case
+is about is called "it"; nodes that it needs are taken from `PARTS` by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from tests.comfy.graphs import Graph, Link, options
+from tests.comfy.server import PACK, Run
+from tests.comfy.snapshot import SNAPSHOT
+from tests.comfy.workflows import opened, to_prompt
+from tests.shipped import ROOT
+
+Values = dict[str, Any]
+Node = tuple[str, Values]
+Arrays = dict[str, np.ndarray]
+
+PICO, FACTOR, GRID = "pico (built in)", 8, 12
+SIDE, TOKENS = FACTOR * GRID, GRID * GRID
+
+
+class Host(Protocol):
+    """A ComfyServer or the double."""
+
+    base: Path
+
+    def run(self, prompt: Values) -> Run: ...
+    def saved(self, name: str) -> Arrays: ...
+
+
+def of(name: str, index: int = 0) -> Link:
+    """A link to a node's output."""
+    return name, index
+
+
+IT = of("it")
+
+#: The nodes that cases build on, two images in each batch.
+PARTS: dict[str, Node] = {
+    "janus": ("DCDD_LoadJanus", {}),
+    "vq": ("DCDD_LoadVQVAE", {}),
+    "decoder": ("DCDD_LoadDecoder", {}),
+    "bare": ("DCDD_LoadDecoder", {"bundle": "bundle.safetensors"}),
+    "uncalibrated": ("DCDD_LoadDecoder", {"bundle": "uncalibrated.safetensors", "vae": "pico/"}),
+    "scenes": ("DCDD_PicoScene", {"seed": 3, "batch_size": 2}),
+    "noise": ("TEST_Picture", {"fill": "noise", "batch": 2}),
+    "three": ("TEST_Picture", {"fill": "noise", "batch": 3}),
+    "nan image": ("TEST_Picture", {"fill": "nan"}),
+    "two channels": ("TEST_Picture", {"fill": "noise", "channels": 2}),
+    "wide": ("TEST_Picture", {"fill": "noise", "height": 128}),
+    "proxies": ("DCDD_VQVAEEncode", {"vq_vae": of("vq"), "image": of("scenes")}),
+    "sampled": ("DCDD_JanusLogitSampler", {"janus": of("janus"), "seed": 11, "guidance": 3.0, "batch_size": 2}),
+    "calibration": ("DCDD_LoadCalibration", {"file": "good.safetensors"}),
+    "calibrated": (
+        "DCDD_LogitCalibrator",
+        {"token_logits": of("proxies"), "vq_vae": of("vq"), "calibration": of("calibration")},
+    ),
+    "condition": (
+        "DCDD_LCDMEncoder",
+        {"token_logits": of("proxies"), "vq_vae": of("vq"), "decoder": of("decoder")},
+    ),
+    "first condition": ("TEST_One", {"value": of("condition")}),
+    "first proxies": ("TEST_One", {"value": of("proxies")}),
+    "mask": ("TEST_Mask", {"top": 17, "left": 24, "bottom": 64, "right": 70, "value": 1.0}),
+    "three masks": ("TEST_Mask", {"batch": 3, "bottom": 48, "right": 48, "value": 1.0}),
+    "nan mask": ("TEST_Mask", {"bottom": 48, "right": 48, "value": "nan"}),
+    "empty mask": ("TEST_Mask", {"value": 0.0}),
+    "other vq": ("DCDD_LoadVQVAE", {"model": "another"}),
+    "other proxies": ("DCDD_VQVAEEncode", {"vq_vae": of("other vq"), "image": of("scenes")}),
+    "small scene": ("DCDD_PicoScene", {"size": 64}),
+    "small proxies": ("DCDD_VQVAEEncode", {"vq_vae": of("vq"), "image": of("small scene")}),
+    "small calibrated": (
+        "DCDD_LogitCalibrator",
+        {"token_logits": of("small proxies"), "vq_vae": of("vq"), "calibration": of("calibration")},
+    ),
+    "core vae": ("TEST_RandomVAE", {}),
+    "coarse vae": ("TEST_RandomVAE", {"channels": 4, "factor": 8}),
+}
+
+PROXIES = {"token_logits": of("proxies"), "vq_vae": of("vq")}
+DRAW = {"janus": of("janus"), "guidance": 1.0}
+PAINT = {"decoder": of("decoder"), "condition": of("condition"), "steps": 2}
+DOUBT = {"condition": of("condition"), "threshold": 0.3, "token_size": FACTOR}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of a case."""
+
+    run: Run
+    arrays: dict[str, Arrays]
+    base: Path
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A value that is one array."""
+        return self.arrays[name]["value"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A node that has to work.
+
+    Attributes:
+        keep: what is looked at; written to a file each.
+        more: further nodes of this case.
+        check: raises AssertionError for what is not right.
+        reports: what the progress bar has to show, and `previews` how many images.
+        notice: what a line on the node says.
+        loose: names of `keep` of which the double can know the shapes alone.
+        there: a file in the base directory that is there meanwhile.
+    """
+
+    name: str
+    node: str
+    inputs: Values = field(default_factory=dict)
+    keep: dict[str, Link] = field(default_factory=lambda: {"it": IT})
+    more: dict[str, Node] = field(default_factory=dict)
+    check: Callable[[Found], None]
+    reports: list[tuple[int, int]] | None = None
+    previews: int | None = None
+    notice: str | None = None
+    loose: tuple[str, ...] = ()
+    there: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Inputs that a node has to refuse.
+
+    Attributes:
+        says: patterns of what the user reads: what came, what was expected, and the way out.
+        listed: whether newer servers refuse it themselves, as no value of the list.
+        away: a file or folder in the base directory that is not there meanwhile.
+    """
+
+    name: str
+    node: str
+    inputs: Values = field(default_factory=dict)
+    more: dict[str, Node] = field(default_factory=dict)
+    says: tuple[str, ...]
+    listed: bool = False
+    away: str | None = None
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """A node that has to stop after its report of this number."""
+
+    node: str
+    inputs: Values
+    armed: str  # the input by way of which the interrupt is armed
+    report: int = 1
+
+
+def built(info: Values, node: str, inputs: Values, more: dict[str, Node], wanted: Iterable[str] = ()) -> Graph:
+    """The prompt of "it" with all that it needs, and with further nodes of `more` and `PARTS`."""
+    graph, known = Graph(info), {**PARTS, **more, "it": (node, inputs)}
+
+    def add(name: str) -> None:
+        kind, values = known[name]
+        for value in values.values():
+            if isinstance(value, tuple) and value[0] not in graph.prompt:
+                add(value[0])
+        graph.add(name, kind, **values)
+
+    for name in ("it", *more, *wanted):
+        if name not in graph.prompt:
+            add(name)
+    return graph
+
+
+def run_case(case: Case, host: Host, info: Values) -> Found:
+    graph = built(info, case.node, case.inputs, case.more, wanted=[name for name, _ in case.keep.values()])
+    for name, link in case.keep.items():
+        graph.keep(link, name)
+    file = None if case.there is None else host.base / case.there
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    try:
+        run = host.run(graph.prompt)
+    finally:
+        if file is not None:
+            file.unlink()
+    assert run.status == "success", f"node {run.node}: {run.error_type} {run.error}"
+    return Found(run, {name: host.saved(name) for name in case.keep}, host.base)
+
+
+def run_refusal(case: Refusal, host: Host, info: Values) -> Run:
+    graph = built(info, case.node, case.inputs, case.more)
+    graph.add("end", "TEST_Hold", value=IT)
+    if case.away is None:
+        return host.run(graph.prompt)
+    there = host.base / case.away
+    hidden = there.with_name(f"{there.name} away")
+    there.rename(hidden)
+    try:
+        return host.run(graph.prompt)
+    finally:
+        hidden.rename(there)
+
+
+def run_interruption(case: Interruption, host: Host, info: Values) -> Run:
+    arm = {"value": case.inputs[case.armed], "node": "it", "report": case.report}
+    inputs = case.inputs | {case.armed: of("arm")}
+    graph = built(info, case.node, inputs, {"arm": ("TEST_Interrupt", arm)})
+    graph.add("end", "TEST_Hold", value=IT)
+    return host.run(graph.prompt)
+
+
+def assert_reported(told: list[tuple[int, int]], expected: list[tuple[int, int]]) -> None:
+    """Newer versions of ComfyUI leave out some that come soon after another; the first and the last they never do.
+
+    Reports that nothing is done yet do not count: there are some while a schedule is read for the first time.
+    """
+    told = [step for step in told if step[0] > 0]
+    assert told[:1] + told[-1:] == expected[:1] + expected[-1:], told
+    assert told == [step for step in expected if step in set(told)], told
+
+
+def check(case: Case, found: Found) -> None:
+    """All that is said of a case that ran."""
+    case.check(found)
+    run = found.run
+    assert "it" in run.executed
+    if case.reports is not None:
+        assert_reported(run.progress["it"], case.reports)
+    if case.previews is not None:
+        assert run.previews["it"] == case.previews
+    told = run.notices["it"]
+    assert any(case.notice in text for text in told) if case.notice else not told, told
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def psnr(image: np.ndarray, other: np.ndarray) -> float:
+    return float(-10 * np.log10(((image - other) ** 2).mean()))
+
+
+def same(a: np.ndarray, b: np.ndarray) -> None:
+    np.testing.assert_array_equal(a, b)
+
+
+def batch_is_its_singles(found: Found) -> None:
+    """Each array of "it" is those of "first" and "second", one below the other, and these differ."""
+    for name, whole in found.arrays["it"].items():
+        parts = [found.arrays[one][name] for one in ("first", "second")]
+        same(whole, np.concatenate(parts))
+        assert not np.array_equal(*parts), f"{name}: both are the same"
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def tokens_as_pixels(values: np.ndarray) -> np.ndarray:
+    """[B, N] -> [B, H, W], a square for each token."""
+    return np.kron(values.reshape(-1, GRID, GRID), np.ones((1, FACTOR, FACTOR)))
+
+
+def scene_is_drawn(found: Found) -> None:
+    assert found["it"].shape == (2, 64, 64, 3)
+    same(found["it"][1:], found["second"])
+    assert not np.array_equal(found["it"][:1], found["second"])
+    lines = str(found["caption"]).splitlines()
+    assert len(lines) == 2 and lines[1] == str(found["caption of second"])
+
+
+def most_likely_tokens(found: Found) -> None:
+    cold, one = found.arrays["it"], found.arrays["top 1"]
+    same(cold["tokens"], cold["logits"].argmax(-1))
+    same(cold["tokens"], one["tokens"])
+    assert cold["logits"].shape == (1, TOKENS, 1024) and cold["logits"].dtype == np.float32
+
+
+def prompt_and_guidance_matter(found: Found) -> None:
+    """At the first position, which no seed has a part in."""
+    other, plain, guided = (found.arrays[name]["logits"][0, 0] for name in ("it", "first", "guided"))
+    assert np.abs(other - plain).mean() > 0.1 and np.abs(guided - plain).mean() > 0.1
+
+
+def lines_are_prompts(found: Found) -> None:
+    """Close, for a shorter prompt is padded beside a longer one."""
+    whole, parts = found.arrays["it"], [found.arrays[name] for name in ("first", "second")]
+    same(whole["tokens"], np.concatenate([part["tokens"] for part in parts]))
+    np.testing.assert_allclose(whole["logits"], np.concatenate([part["logits"] for part in parts]), atol=1e-3)
+
+
+def edit_keeps_the_rest(found: Found) -> None:
+    """The mask's rows 17..64 touch tokens 2..7, its columns 24..70 tokens 3..8."""
+    inside = np.zeros((GRID, GRID), bool)
+    inside[2:8, 3:9] = True
+    inside = inside.ravel()
+    before, after = found.arrays["given"], found.arrays["it"]
+    for name in ("tokens", "logits"):
+        same(after[name][:, ~inside], before[name][:, ~inside])
+    assert (after["tokens"] != before["tokens"])[:, inside].mean() > 0.25
+
+
+def empty_mask_keeps_tokens(found: Found) -> None:
+    same(found.arrays["it"]["tokens"], found.arrays["given"]["tokens"])
+
+
+def image_is_tokenized(found: Found) -> None:
+    """Its tokens are the nearest codes, and decoded they are the image again, and not its mirror image."""
+    np.testing.assert_allclose(found["resized"], found["given"], atol=1e-6)
+    same(found.arrays["it"]["tokens"], found.arrays["it"]["logits"].argmax(-1))
+    close, mirrored = psnr(found["decoded"], found["given"]), psnr(found["decoded"], found["given"][:, :, ::-1])
+    assert close > 18 and close > mirrored + 3, (close, mirrored)
+
+
+def image_is_cropped(found: Found) -> None:
+    """50 x 131 pixels at a longest side of 96 are 36.6 x 96, and 40 x 96 whole tokens."""
+    assert found["resized"].shape == (1, 40, 96, 3)
+    assert found.arrays["it"]["tokens"].shape == (1, 5 * 12)
+
+
+def calibrations_agree(found: Found) -> None:
+    same(found.arrays["it"]["logits"], found.arrays["by file"]["logits"])
+    assert not np.array_equal(found.arrays["it"]["logits"], found.arrays["given"]["logits"])
+
+
+def fit_matches_the_reference(found: Found) -> None:
+    def entropy(name: str) -> float:
+        p = softmax(found.arrays[name]["logits"])
+        return float(-(p * np.log(p + 1e-300)).sum(-1).mean())
+
+    gap, before = abs(entropy("it") - entropy("reference")), abs(entropy("given") - entropy("reference"))
+    assert gap < 0.3 * before, (gap, before)
+
+
+def calibration_is_read_again(found: Found) -> None:
+    path = Path(str(found["it"]))
+    assert path.parent == found.base / "models" / "dcdd" / "calibrations" and path.is_file()
+    path.unlink()
+    assert path.name == "kept.safetensors"
+
+
+def lcdm_is_that_of_the_paper(found: Found) -> None:
+    """The mean code under the distribution, its confidence and its margin, computed anew in float64."""
+    weights = load_file(found.base / "custom_nodes" / PACK / "dcdd_pico" / "weights" / "janus" / "model.safetensors")
+    (codes,) = (value.astype(np.float64) for key, value in weights.items() if key.endswith("quantize.embedding.weight"))
+    codes /= np.linalg.norm(codes, axis=1, keepdims=True)
+    p = softmax(found.arrays["given"]["logits"])
+    top = np.sort(p, -1)[..., ::-1]
+    np.testing.assert_allclose(found.arrays["it"]["code_vectors"], p @ codes, atol=1e-5)
+    np.testing.assert_allclose(found.arrays["it"]["uncertainty"][..., 0], top[..., 0], atol=1e-5)
+    np.testing.assert_allclose(found.arrays["it"]["uncertainty"][..., 1], top[..., 0] - top[..., 1], atol=1e-5)
+
+
+def reading_matters(found: Found) -> None:
+    assert not np.array_equal(found.arrays["it"]["code_vectors"], found.arrays["tokens alone"]["code_vectors"])
+
+
+def doubt(found: Found, feature: int = 0) -> np.ndarray:
+    return 1 - found.arrays["condition"]["uncertainty"][..., feature]
+
+
+def white_where_unsure(found: Found) -> None:
+    white = tokens_as_pixels(doubt(found) > 0.3)
+    assert 0.02 < white.mean() < 0.98, "the images are to hold both, for the test to tell"
+    same(found["it"], white.astype(np.float32))
+    bright = found["heat map"].mean(-1)
+    assert bright[white > 0].mean() > bright[white == 0].mean() + 0.1, "unsure is bright"
+
+
+def grey_by_doubt(found: Found) -> None:
+    unsure = doubt(found, feature=1)
+    np.testing.assert_allclose(found["it"], tokens_as_pixels(np.where(unsure > 0.3, unsure, 0)), atol=1e-6)
+
+
+def grown_by_a_token(found: Found) -> None:
+    white = (doubt(found) > 0.3).reshape(-1, GRID, GRID)
+    padded = np.pad(white, ((0, 0), (1, 1), (1, 1)))
+    around = [padded[:, r : r + GRID, c : c + GRID] for r in range(3) for c in range(3)]
+    same(found["it"], tokens_as_pixels(np.any(around, 0)).astype(np.float32))
+
+
+def mask_has_the_images_size(found: Found) -> None:
+    assert found["it"].shape == (2, 128, 96) and found["heat map"].shape == (2, 128, 96, 3)
+
+
+def blurred_mask(found: Found) -> None:
+    assert ((found["it"] > 0.01) & (found["it"] < 0.99)).mean() > 0.05
+    np.testing.assert_allclose(found["it"].mean(), (doubt(found) > 0.3).mean(), atol=0.03)
+
+
+def decoded_is_the_scene(found: Found) -> None:
+    batch_is_its_singles(found)
+    assert psnr(found["it"], found["given"]) > 18
+
+
+def softly_decoded_is_the_scene(found: Found) -> None:
+    assert psnr(found["it"], found["given"]) > 15
+    assert not np.array_equal(found["it"], found["hard"])
+
+
+def painted_is_the_scene(found: Found) -> None:
+    assert found.arrays["latent"]["samples"].shape == (2, 16, 24, 24)
+    assert "noise_mask" not in found.arrays["latent"], "a whole image has no mask"
+    close, mirrored = psnr(found["it"], found["given"]), psnr(found["it"], found["given"][:, :, ::-1])
+    assert close > 18 and close > mirrored + 3, (close, mirrored)
+
+
+def painted_batch_is_its_singles(found: Found) -> None:
+    batch_is_its_singles(found)
+    same(found.arrays["latent"]["samples"][1:], found.arrays["latent of second"]["samples"])
+    assert not np.array_equal(found["second"], found["second by another seed"])
+
+
+def painted_under_the_mask(found: Found) -> None:
+    """The rest to the last bit; and the mask goes on with the latents."""
+    inside = np.zeros((SIDE, SIDE), bool)
+    inside[17:64, 24:70] = True
+    same(found["it"][:, ~inside], found["given"][:, ~inside])
+    assert (found["it"] != found["given"])[:, inside].mean() > 0.9
+    latent = found.arrays["latent"]
+    assert latent["samples"].shape == (2, 16, 24, 24)
+    same(latent["noise_mask"], np.broadcast_to(inside.astype(np.float32), latent["noise_mask"].shape))
+
+
+def nothing_painted(found: Found) -> None:
+    same(found["it"], found["given"])
+
+
+def schedules_differ(found: Found) -> None:
+    latents = [found.arrays[name]["samples"] for name in ("it", "by resolution", "uniform")]
+    assert all(not np.array_equal(a, b) for a, b in zip(latents, latents[1:] + latents[:1]))
+
+
+def stored_is_close(found: Found) -> None:
+    exact = found.arrays["exact"]["samples"]
+    for name, share in (("it", 0.25), ("streamed", 0.25), ("half", 0.05), ("file", 0.0)):
+        off = np.abs(found.arrays[name]["samples"] - exact).mean()
+        assert off <= share * np.abs(exact).mean(), (name, off)
+    assert not np.array_equal(found.arrays["it"]["samples"], exact), "8-bit is as if nothing was stored in it"
+
+
+def half_is_close(found: Found) -> None:
+    exact, half = found.arrays["exact"]["logits"], found.arrays["it"]["logits"]
+    assert half.dtype == np.float32 and not np.array_equal(half[:, 0], exact[:, 0])
+    # The first position alone: from the first token that differs on, the two say different things.
+    assert np.abs(half[:, 0] - exact[:, 0]).mean() < 0.05 * np.abs(exact[:, 0]).mean()
+
+
+def statistics_are_told(found: Found) -> None:
+    table = str(found["table"])
+    assert "one" in table and "two" in table and found["it"].shape[0] == 1
+    assert found["it"].std() > 0.05
+
+
+def black_left_of_white(found: Found) -> None:
+    sheet = found["it"][0].mean(-1)
+    left, right = np.split(sheet[sheet.shape[0] // 2], 2)
+    assert np.median(left) == 0 and np.median(right) == 1
+
+
+def file_is_told(found: Found) -> None:
+    assert Path(str(found["it"])) == found.base / "models" / "vae" / "ae.safetensors"
+
+
+def scene(seed: int) -> Node:
+    return "DCDD_PicoScene", {"seed": seed, "size": 64}
+
+
+def one_of(name: str, index: int) -> Node:
+    return "TEST_One", {"value": of(name), "index": index}
+
+
+def painter(condition: str, seed: int, **values: Any) -> Node:
+    return "DCDD_FluxDecoder", {**PAINT, "condition": of(condition), "seed": seed, **values}
+
+
+HEART = "a large striped red heart in the centre on a wavy sky ground"  # the sampler's default
+LINES = f"{HEART}\n\na small red ring on a plain ground"
+COMBINED = {"image": of("noise"), "mask": of("mask")}
+AUTOENCODER = "autoencoder"
+SCHEMAS = json.loads(SNAPSHOT.read_text("utf-8"))
+DOWNLOADED = next(
+    one for one in options(SCHEMAS["DCDD_DownloadModel"]["input"]["required"]["model"]) if AUTOENCODER in one
+)
+
+
+CASES = [
+    Case(
+        name="scenes",
+        node="DCDD_PicoScene",
+        inputs={"seed": 5, "size": 64, "batch_size": 2},
+        more={"second": scene(6)},
+        keep={
+            "it": IT,
+            "second": of("second"),
+            "caption": of("it", 1),
+            "caption of second": of("second", 1),
+        },
+        check=scene_is_drawn,
+        reports=[(1, 2), (2, 2)],
+    ),
+    Case(
+        name="sampled batch",
+        node="DCDD_JanusLogitSampler",
+        inputs={**DRAW, "seed": 7, "batch_size": 2},
+        more={
+            "first": ("DCDD_JanusLogitSampler", {**DRAW, "seed": 7}),
+            "second": ("DCDD_JanusLogitSampler", {**DRAW, "seed": 8}),
+        },
+        keep={"it": IT, "first": of("first"), "second": of("second")},
+        check=batch_is_its_singles,
+        reports=[(k, TOKENS) for k in range(1, TOKENS + 1)],
+        previews=GRID,
+    ),
+    Case(
+        name="a line an image",
+        node="DCDD_JanusLogitSampler",
+        inputs={**DRAW, "seed": 7, "prompt": LINES, "prompt_per_line": True},
+        more={
+            "first": ("DCDD_JanusLogitSampler", {**DRAW, "seed": 7, "prompt": LINES.splitlines()[0]}),
+            "second": ("DCDD_JanusLogitSampler", {**DRAW, "seed": 8, "prompt": LINES.splitlines()[2]}),
+        },
+        keep={"it": IT, "first": of("first"), "second": of("second")},
+        check=lines_are_prompts,
+    ),
+    Case(
+        name="temperature 0",
+        node="DCDD_JanusLogitSampler",
+        inputs={**DRAW, "temperature": 0.0},
+        more={"top 1": ("DCDD_JanusLogitSampler", {**DRAW, "top_k": 1})},
+        keep={"it": IT, "top 1": of("top 1")},
+        check=most_likely_tokens,
+    ),
+    Case(
+        name="guidance and unknown words",
+        node="DCDD_JanusLogitSampler",
+        inputs={**DRAW, "prompt": "a red zebra"},
+        more={"first": ("DCDD_JanusLogitSampler", {**DRAW, "seed": 7})},
+        keep={"it": IT, "first": of("first"), "guided": of("sampled")},
+        check=prompt_and_guidance_matter,
+        notice="does not know zebra",
+    ),
+    Case(
+        name="edit",
+        node="DCDD_JanusLogitSampler",
+        inputs={**DRAW, "token_logits": of("calibrated"), "mask": of("mask"), "seed": 77},
+        keep={"it": IT, "given": of("calibrated")},
+        check=edit_keeps_the_rest,
+    ),
+    Case(
+        name="edit of nothing",
+        node="DCDD_JanusLogitSampler",
+        inputs={**DRAW, "token_logits": of("calibrated"), "mask": of("empty mask")},
+        keep={"it": IT, "given": of("calibrated")},
+        check=empty_mask_keeps_tokens,
+        notice="mask is empty",
+    ),
+    Case(
+        name="Janus in bfloat16",
+        node="DCDD_JanusLogitSampler",
+        inputs={**DRAW, "janus": of("half"), "seed": 7},
+        more={
+            "half": ("DCDD_LoadJanus", {"dtype": "bfloat16", "placement": "CPU"}),
+            "exact": ("DCDD_JanusLogitSampler", {**DRAW, "seed": 7}),
+        },
+        keep={"it": IT, "exact": of("exact")},
+        check=half_is_close,
+        loose=("it",),
+    ),
+    Case(
+        name="tokens of scenes",
+        node="DCDD_VQVAEEncode",
+        inputs={"vq_vae": of("vq"), "image": of("scenes")},
+        more={"decoded": ("DCDD_VQVAEDecode", {"token_logits": IT, "vq_vae": of("vq")})},
+        keep={"it": IT, "resized": of("it", 1), "given": of("scenes"), "decoded": of("decoded")},
+        check=image_is_tokenized,
+        reports=[(1, 2), (2, 2)],
+        previews=2,
+    ),
+    Case(
+        name="tokens of an odd image",
+        node="DCDD_VQVAEEncode",
+        inputs={"vq_vae": of("vq"), "image": of("odd"), "longest_side": 96},
+        more={"odd": ("TEST_Picture", {"fill": "noise", "height": 50, "width": 131, "channels": 4})},
+        keep={"it": IT, "resized": of("it", 1)},
+        check=image_is_cropped,
+    ),
+    Case(
+        name="calibrated by a decoder",
+        node="DCDD_LogitCalibrator",
+        inputs={**PROXIES, "decoder": of("decoder")},
+        more={"by file": PARTS["calibrated"]},
+        keep={"it": IT, "by file": of("by file"), "given": of("proxies")},
+        check=calibrations_agree,
+    ),
+    Case(
+        name="fitted calibration",
+        node="DCDD_LogitCalibrator",
+        inputs={**PROXIES, "reference": of("sampled"), "anchored": True},
+        keep={"it": IT, "given": of("proxies"), "reference": of("sampled")},
+        check=fit_matches_the_reference,
+        notice="mean entropy",
+    ),
+    Case(
+        name="saved calibration",
+        node="DCDD_SaveCalibration",
+        inputs={"calibration": of("calibration"), "name": "kept"},
+        check=calibration_is_read_again,
+        notice="saved kept.safetensors: scale",
+        loose=("it",),
+    ),
+    Case(
+        name="mapped without a decoder",
+        node="DCDD_LCDMEncoder",
+        inputs={"token_logits": of("sampled"), "vq_vae": of("vq")},
+        keep={"it": IT, "given": of("sampled")},
+        check=lcdm_is_that_of_the_paper,
+        reports=[(1, 2), (2, 2)],
+    ),
+    Case(
+        name="mapped batch",
+        node="DCDD_LCDMEncoder",
+        inputs={**PROXIES, "decoder": of("decoder")},
+        more={
+            name: ("DCDD_LCDMEncoder", {**PROXIES, "token_logits": of(f"{name} one"), "decoder": of("decoder")})
+            for name in ("first", "second")
+        }
+        | {"first one": one_of("proxies", 0), "second one": one_of("proxies", 1)},
+        keep={"it": IT, "first": of("first"), "second": of("second")},
+        check=batch_is_its_singles,
+        reports=[(1, 2), (2, 2)],
+    ),
+    Case(
+        name="mapped from the tokens alone",
+        node="DCDD_LCDMEncoder",
+        inputs={"token_logits": of("sampled"), "vq_vae": of("vq"), "decoder": of("decoder")},
+        more={
+            "tokens alone": (
+                "DCDD_LCDMEncoder",
+                {
+                    "token_logits": of("sampled"),
+                    "vq_vae": of("vq"),
+                    "decoder": of("decoder"),
+                    "reads": "sampled tokens alone",
+                },
+            )
+        },
+        keep={"it": IT, "tokens alone": of("tokens alone")},
+        check=reading_matters,
+    ),
+    Case(
+        name="mask of doubt",
+        node="DCDD_UncertaintyMask",
+        inputs=DOUBT,
+        keep={"it": IT, "heat map": of("it", 1), "condition": of("condition")},
+        check=white_where_unsure,
+    ),
+    Case(
+        name="soft mask of a narrow choice",
+        node="DCDD_UncertaintyMask",
+        inputs={**DOUBT, "feature": "narrow choice: 1 - margin", "edge": "soft"},
+        keep={"it": IT, "condition": of("condition")},
+        check=grey_by_doubt,
+    ),
+    Case(
+        name="grown mask",
+        node="DCDD_UncertaintyMask",
+        inputs={**DOUBT, "grow": 1},
+        keep={"it": IT, "condition": of("condition")},
+        check=grown_by_a_token,
+    ),
+    Case(
+        name="mask of an image's size",
+        node="DCDD_UncertaintyMask",
+        inputs={**DOUBT, "image": of("wide")},
+        keep={"it": IT, "heat map": of("it", 1)},
+        check=mask_has_the_images_size,
+    ),
+    Case(
+        name="blurred mask",
+        node="DCDD_UncertaintyMask",
+        inputs={**DOUBT, "blur": 0.5},
+        keep={"it": IT, "condition": of("condition")},
+        check=blurred_mask,
+    ),
+    Case(
+        name="decoded batch",
+        node="DCDD_VQVAEDecode",
+        inputs=PROXIES,
+        more={
+            name: ("DCDD_VQVAEDecode", {**PROXIES, "token_logits": of(f"{name} one")}) for name in ("first", "second")
+        }
+        | {"first one": one_of("proxies", 0), "second one": one_of("proxies", 1)},
+        keep={"it": IT, "first": of("first"), "second": of("second"), "given": of("scenes")},
+        check=decoded_is_the_scene,
+        reports=[(1, 2), (2, 2)],
+        previews=2,
+    ),
+    Case(
+        name="decoded softly",
+        node="DCDD_VQVAEDecode",
+        inputs={"token_logits": of("calibrated"), "vq_vae": of("vq"), "codes": "soft: the expected codes"},
+        more={"hard": ("DCDD_VQVAEDecode", {"token_logits": of("calibrated"), "vq_vae": of("vq")})},
+        keep={"it": IT, "hard": of("hard"), "given": of("scenes")},
+        check=softly_decoded_is_the_scene,
+    ),
+    Case(
+        name="painted scenes",
+        node="DCDD_FluxDecoder",
+        inputs={**PAINT, "steps": 3},
+        keep={"it": IT, "latent": of("it", 1), "given": of("scenes")},
+        check=painted_is_the_scene,
+        reports=[(1, 3), (2, 3), (3, 3)],
+        previews=3,
+    ),
+    Case(
+        name="painted batch",
+        node="DCDD_FluxDecoder",
+        inputs={**PAINT, "seed": 40},
+        more={
+            "first one": one_of("condition", 0),
+            "second one": one_of("condition", 1),
+            "first": painter("first one", 40),
+            "second": painter("second one", 41),
+            "second by another seed": painter("second one", 42),
+        },
+        keep={
+            "it": IT,
+            "first": of("first"),
+            "second": of("second"),
+            "second by another seed": of("second by another seed"),
+            "latent": of("it", 1),
+            "latent of second": of("second", 1),
+        },
+        check=painted_batch_is_its_singles,
+    ),
+    Case(
+        name="painted under a mask",
+        node="DCDD_FluxDecoder",
+        inputs={**PAINT, **COMBINED},
+        keep={"it": IT, "latent": of("it", 1), "given": of("noise")},
+        check=painted_under_the_mask,
+        previews=2,
+    ),
+    Case(
+        name="painted under a mask with ComfyUI's VAE",
+        node="DCDD_FluxDecoder",
+        inputs={**PAINT, **COMBINED, "vae": of("core vae")},
+        keep={"it": IT, "latent": of("it", 1), "given": of("noise")},
+        check=painted_under_the_mask,
+        previews=2,
+        loose=("it", "latent"),
+    ),
+    Case(
+        name="painted under nothing",
+        node="DCDD_FluxDecoder",
+        inputs={**PAINT, "steps": 1, "image": of("noise"), "mask": of("empty mask")},
+        keep={"it": IT, "given": of("noise")},
+        check=nothing_painted,
+        notice="mask is empty",
+    ),
+    Case(
+        name="schedules",
+        node="DCDD_FluxDecoder",
+        inputs={**PAINT, "condition": of("first condition")},
+        more={
+            "by resolution": painter("first condition", 0, schedule="FLUX: by resolution"),
+            "uniform": painter("first condition", 0, schedule="uniform"),
+        },
+        keep={"it": of("it", 1), "by resolution": of("by resolution", 1), "uniform": of("uniform", 1)},
+        check=schedules_differ,
+    ),
+    Case(
+        name="storage",
+        node="DCDD_FluxDecoder",
+        inputs={**PAINT, "condition": of("first condition"), "decoder": of("8-bit")},
+        more={
+            "8-bit": ("DCDD_LoadDecoder", {"storage": "8-bit"}),
+            "8-bit streamed": ("DCDD_LoadDecoder", {"storage": "8-bit", "placement": "low VRAM"}),
+            "bfloat16": ("DCDD_LoadDecoder", {"storage": "bfloat16", "placement": "CPU"}),
+            "from a file": ("DCDD_LoadDecoder", {"bundle": "bundle.safetensors", "vae": "pico/"}),
+            "exact": painter("first condition", 0),
+            "streamed": painter("first condition", 0, decoder=of("8-bit streamed")),
+            "half": painter("first condition", 0, decoder=of("bfloat16")),
+            "file": painter("first condition", 0, decoder=of("from a file")),
+        },
+        keep={"it": of("it", 1), **{name: of(name, 1) for name in ("exact", "streamed", "half", "file")}},
+        check=stored_is_close,
+        loose=("it", "streamed", "half"),
+    ),
+    Case(
+        name="pico takes no other autoencoder",
+        node="DCDD_LoadDecoder",
+        inputs={"vae": "pico/"},
+        more={"painted": painter("first condition", 0, decoder=IT), "usual": painter("first condition", 0)},
+        keep={"it": of("painted"), "given": of("usual")},
+        check=nothing_painted,
+        notice="base_model and vae are not used",
+    ),
+    Case(
+        name="statistics",
+        node="DCDD_LogitStatistics",
+        inputs={"token_logits": of("sampled"), "token_logits_b": of("proxies"), "names": "one, two"},
+        keep={"it": IT, "table": of("it", 1)},
+        check=statistics_are_told,
+        reports=[(1, 2), (2, 2)],
+    ),
+    Case(
+        name="comparison",
+        node="DCDD_CompareDecoders",
+        inputs={"image_a": of("black"), "image_b": of("white"), "side": 96},
+        more={"black": ("TEST_Picture", {"fill": "0"}), "white": ("TEST_Picture", {"fill": "1"})},
+        check=black_left_of_white,
+    ),
+    Case(
+        name="download that is there",
+        node="DCDD_DownloadModel",
+        inputs={"model": DOWNLOADED},
+        check=file_is_told,
+        notice="models/vae/ae.safetensors",
+        there="models/vae/ae.safetensors",
+        loose=("it",),
+    ),
+]
+
+
+def _refusals() -> list[Refusal]:
+    missing = "gone.safetensors"
+    numbers = [
+        Refusal(
+            name=f"{name} that is no number",
+            node=node,
+            inputs={**inputs, name: "nan"},
+            says=("nan", "finite number", name),
+        )
+        for node, inputs, names in (
+            ("DCDD_JanusLogitSampler", DRAW, ("guidance", "temperature", "top_p")),
+            ("DCDD_UncertaintyMask", DOUBT, ("threshold", "blur")),
+        )
+        for name in names
+    ]
+    sockets = [
+        Refusal(
+            name=f"{value!r} as {name} of {node}",
+            node=node,
+            inputs={**inputs, name: value},
+            says=(f"{name} got {type(value).__name__} '?{value}", "connect|choose"),
+        )
+        for node, inputs, names in (
+            ("DCDD_JanusLogitSampler", DRAW, ("janus",)),
+            ("DCDD_VQVAEEncode", {"vq_vae": of("vq"), "image": of("noise")}, ("vq_vae",)),
+            ("DCDD_LogitCalibrator", {**PROXIES, "decoder": of("decoder")}, ("token_logits", "vq_vae", "decoder")),
+            ("DCDD_SaveCalibration", {"calibration": of("calibration")}, ("calibration",)),
+            ("DCDD_LCDMEncoder", {**PROXIES, "decoder": of("decoder")}, ("token_logits", "vq_vae", "decoder")),
+            ("DCDD_UncertaintyMask", DOUBT, ("condition",)),
+            ("DCDD_VQVAEDecode", PROXIES, ("token_logits", "vq_vae")),
+            ("DCDD_FluxDecoder", PAINT, ("decoder", "condition")),
+            ("DCDD_LogitStatistics", {"token_logits": of("proxies")}, ("token_logits",)),
+        )
+        for name in names
+        for value in (5, "text")
+    ]
+    choices = [
+        Refusal(
+            name=f"{name} of {node} that is not offered",
+            node=node,
+            inputs={**inputs, name: "odd"},
+            says=("odd", says),
+            listed=True,
+        )
+        for node, inputs, name, says in (
+            ("DCDD_LoadJanus", {}, "dtype", "bfloat16"),
+            ("DCDD_LoadJanus", {}, "placement", "low VRAM"),
+            ("DCDD_LoadDecoder", {}, "storage", "8-bit"),
+            ("DCDD_VQVAEDecode", PROXIES, "codes", "soft: the expected codes"),
+            ("DCDD_FluxDecoder", PAINT, "schedule", "uniform"),
+            ("DCDD_LCDMEncoder", PROXIES, "reads", "sampled tokens alone"),
+            ("DCDD_UncertaintyMask", DOUBT, "feature", "choose|tail entropy"),
+            ("DCDD_UncertaintyMask", DOUBT, "edge", "choose|soft"),
+            ("DCDD_DownloadModel", {}, "model", AUTOENCODER),
+        )
+    ]
+    files = [
+        Refusal(
+            name=f"{name} of {node} that is not there",
+            node=node,
+            inputs={**inputs, name: missing},
+            says=(missing, "is not in .*models", "press R"),
+            listed=True,
+        )
+        for node, inputs, name in (
+            ("DCDD_LoadJanus", {}, "model"),
+            ("DCDD_LoadVQVAE", {}, "model"),
+            ("DCDD_LoadDecoder", {}, "bundle"),
+            ("DCDD_LoadDecoder", {"bundle": "bundle.safetensors"}, "base_model"),
+            ("DCDD_LoadDecoder", {"bundle": "bundle.safetensors"}, "vae"),
+            ("DCDD_LoadCalibration", {}, "file"),
+        )
+    ]
+    images = [
+        Refusal(name=f"{what} at {node}", node=node, inputs={**inputs, name: of(what)}, says=says)
+        for what, says in (
+            ("nan image", ("NaN", "earlier node")),
+            ("two channels", (r"\[1, 96, 96, 2\]", "IMAGE", "connect")),
+        )
+        for node, inputs, name in (
+            ("DCDD_VQVAEEncode", {"vq_vae": of("vq")}, "image"),
+            ("DCDD_FluxDecoder", {**PAINT, "mask": of("mask")}, "image"),
+            ("DCDD_UncertaintyMask", DOUBT, "image"),
+            ("DCDD_CompareDecoders", {"image_b": of("noise")}, "image_a"),
+        )
+    ]
+    edit = {**DRAW, "token_logits": of("calibrated")}
+    masks = [
+        Refusal(name=f"{what} at {node}", node=node, inputs={**inputs, "mask": of(what)}, says=says)
+        for what, says in (
+            ("nan mask", ("mask", "NaN", "earlier node")),
+            ("three masks", ("3", "2", "mask", "connect one")),
+        )
+        for node, inputs in (
+            ("DCDD_FluxDecoder", {**PAINT, "image": of("noise")}),
+            ("DCDD_JanusLogitSampler", edit),
+        )
+    ]
+    return [
+        *numbers,
+        *sockets,
+        *choices,
+        *files,
+        *images,
+        *masks,
+        Refusal(
+            name="text as a mask",
+            node="DCDD_FluxDecoder",
+            inputs={**PAINT, "image": of("noise"), "mask": "text"},
+            says=("str", "MASK", "connect"),
+        ),
+        Refusal(
+            name="blank prompt",
+            node="DCDD_JanusLogitSampler",
+            inputs={**DRAW, "prompt": " \n "},
+            says=("prompt is blank", "say what to draw"),
+        ),
+        Refusal(
+            name="tokens without a mask",
+            node="DCDD_JanusLogitSampler",
+            inputs=edit,
+            says=("token_logits and a mask", "connect both"),
+        ),
+        Refusal(
+            name="lines that do not come out even",
+            node="DCDD_JanusLogitSampler",
+            inputs={**edit, "mask": of("mask"), "prompt": "red\nblue\ngreen", "prompt_per_line": True},
+            says=("3 lines", "2 (images|pictures)", "write one"),
+        ),
+        Refusal(
+            name="edit of uncalibrated tokens",
+            node="DCDD_JanusLogitSampler",
+            inputs={**DRAW, "token_logits": of("proxies"), "mask": of("mask")},
+            says=("cosine similarities", "calibrate them first"),
+        ),
+        Refusal(
+            name="edit of another grid",
+            node="DCDD_JanusLogitSampler",
+            inputs={**DRAW, "token_logits": of("small calibrated"), "mask": of("mask")},
+            says=("8 x 8", "12 x 12"),
+        ),
+        *(
+            Refusal(
+                name=f"tokens of another codebook at {node}",
+                node=node,
+                inputs={"token_logits": of("other proxies"), **inputs},
+                says=("codebook",),
+            )
+            for node, inputs in (
+                ("DCDD_LCDMEncoder", {"vq_vae": of("vq")}),
+                ("DCDD_VQVAEDecode", {"vq_vae": of("vq")}),
+                ("DCDD_LogitCalibrator", {"vq_vae": of("other vq"), "decoder": of("decoder")}),
+            )
+        ),
+        Refusal(
+            name="no calibration",
+            node="DCDD_LogitCalibrator",
+            inputs=PROXIES,
+            says=("none", "decoder, calibration and reference", "connect exactly one"),
+        ),
+        Refusal(
+            name="two calibrations",
+            node="DCDD_LogitCalibrator",
+            inputs={**PROXIES, "decoder": of("decoder"), "calibration": of("calibration")},
+            says=("2 of", "decoder, calibration and reference", "connect exactly one"),
+        ),
+        Refusal(
+            name="decoder without a calibration",
+            node="DCDD_LogitCalibrator",
+            inputs={**PROXIES, "decoder": of("uncalibrated")},
+            says=("without a calibration", "connect one from a file"),
+        ),
+        *(
+            Refusal(
+                name=f"calibration called {name!r}",
+                node="DCDD_SaveCalibration",
+                inputs={"calibration": of("calibration"), "name": name},
+                says=("no name for a file|not a (valid )?file name", "letters"),
+            )
+            for name in ("", "../outside", ".hidden")
+        ),
+        Refusal(
+            name="calibration of an empty list",
+            node="DCDD_LoadCalibration",
+            inputs={"file": "none yet: fit one and save it"},
+            says=("no calibration", "Logit Calibrator", "press R"),
+            listed=True,
+        ),
+        Refusal(
+            name="half a calibration",
+            node="DCDD_LoadCalibration",
+            inputs={"file": "cut.safetensors"},
+            says=("cut.safetensors", "whole safetensors file"),
+        ),
+        Refusal(
+            name="half a bundle",
+            node="DCDD_LoadDecoder",
+            inputs={"bundle": "cut.safetensors", "vae": "pico/"},
+            says=("cut.safetensors", "download it again"),
+        ),
+        Refusal(
+            name="pico that is not there",
+            node="DCDD_LoadJanus",
+            inputs={"dtype": "float32"},
+            says=("pico", "weights", "again"),
+            away=f"custom_nodes/{PACK}/dcdd_pico/weights",
+        ),
+        Refusal(
+            name="download without a network",
+            node="DCDD_DownloadModel",
+            inputs={"model": DOWNLOADED},
+            says=("OFFLINE", "unset"),
+        ),
+        *(
+            Refusal(
+                name=f"{given} alone",
+                node="DCDD_FluxDecoder",
+                inputs={**PAINT, given: COMBINED[given]},
+                says=("image and a mask", "connect both"),
+            )
+            for given in COMBINED
+        ),
+        Refusal(
+            name="another number of images",
+            node="DCDD_FluxDecoder",
+            inputs={**PAINT, "image": of("three"), "mask": of("mask")},
+            says=("image is a batch of 3", "one of 2", "connect one for all"),
+        ),
+        Refusal(
+            name="image of another size",
+            node="DCDD_FluxDecoder",
+            inputs={**PAINT, "image": of("wide"), "mask": of("mask")},
+            says=("128", "96", "resize"),
+        ),
+        Refusal(
+            name="no autoencoder",
+            node="DCDD_FluxDecoder",
+            inputs={**PAINT, "decoder": of("bare")},
+            says=("without an autoencoder", "choose one .*connect a FLUX VAE"),
+        ),
+        Refusal(
+            name="text as a VAE",
+            node="DCDD_FluxDecoder",
+            inputs={**PAINT, "vae": "text"},
+            says=("str", "FLUX VAE", "connect"),
+        ),
+        Refusal(
+            name="VAE of another kind",
+            node="DCDD_FluxDecoder",
+            inputs={**PAINT, "vae": of("coarse vae")},
+            says=("4 channels at 1/8", "16 at 1/4", "connect"),
+        ),
+        Refusal(
+            name="two columns of one name",
+            node="DCDD_LogitStatistics",
+            inputs={"token_logits": of("proxies"), "token_logits_b": of("proxies"), "names": "same, same"},
+            says=("same", "name of its own"),
+        ),
+        Refusal(
+            name="batches that do not fit side by side",
+            node="DCDD_CompareDecoders",
+            inputs={"image_a": of("noise"), "image_b": of("three")},
+            says=("2, 3", "side by side", "connect"),
+        ),
+    ]
+
+
+REFUSALS = _refusals()
+
+INTERRUPTIONS = [
+    Interruption("DCDD_PicoScene", {"batch_size": 3, "seed": 1}, armed="seed"),
+    Interruption("DCDD_JanusLogitSampler", DRAW, armed="janus", report=30),
+    Interruption("DCDD_VQVAEEncode", {"vq_vae": of("vq"), "image": of("three")}, armed="image"),
+    Interruption("DCDD_LogitCalibrator", {**PROXIES, "reference": of("sampled")}, armed="reference", report=3),
+    Interruption("DCDD_LCDMEncoder", PROXIES, armed="token_logits"),
+    Interruption("DCDD_VQVAEDecode", PROXIES, armed="token_logits"),
+    Interruption("DCDD_FluxDecoder", {**PAINT, "steps": 8}, armed="condition", report=3),
+    Interruption(
+        "DCDD_LogitStatistics",
+        {"token_logits": of("sampled"), "token_logits_b": of("proxies")},
+        armed="token_logits",
+    ),
+]
+
+# --- workflows --------------------------------------------------------------------------------------------------------
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+#: It needs the user's FLUX files: its graph is checked, and not run.
+WITHOUT_DECODER = ROOT / "workflows" / "7 FLUX img2img without a trained decoder.json"
+SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
+RUNNABLE = [path for path in WORKFLOWS if path != WITHOUT_DECODER] + SUBGRAPHS
+
+
+def workflow_prompt(path: Path, info: Values) -> tuple[Values, list[str]]:
+    """A workflow's or blueprint's prompt, of two steps and images at most, and the names that its ends are kept by."""
+    graph = Graph(info)
+    saved = json.loads(path.read_text("utf-8"))
+    if path in SUBGRAPHS:
+        janus = graph.add("janus", "DCDD_LoadJanus")
+        given = {"janus": janus, "vq_vae": of("janus", 1), "decoder": graph.add("decoder", "DCDD_LoadDecoder")}
+        inside, outputs = opened(saved, info, given)
+        graph.prompt |= inside
+    else:
+        graph.prompt = to_prompt(saved, info)
+        outputs = {
+            f"{kind} {name}": value
+            for name, node in graph.prompt.items()
+            if (kind := node["class_type"]) in ("SaveImage", "PreviewImage", "MaskPreview")
+            for value in node["inputs"].values()
+            if isinstance(value, tuple)
+        }
+    for node in graph.prompt.values():
+        inputs = node["inputs"]
+        inputs |= {"steps": 2} if node["class_type"] == "DCDD_FluxDecoder" else {}
+        inputs |= {"batch_size": min(2, inputs["batch_size"])} if "batch_size" in inputs else {}
+    names = []
+    for name, link in outputs.items():
+        names.append(f"{path.stem} {name}")
+        graph.keep(link, names[-1])
+    return graph.prompt, names

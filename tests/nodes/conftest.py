@@ -1,0 +1,3 @@
+from tests.fake_comfy.fixture import double
+
+__all__ = ["double"]

@@ -1,0 +1,116 @@
+"""Every node's work, in the double of ComfyUI: results, progress, refusals, interrupts."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+
+from tests.comfy.server import PACK, Run
+from tests.nodes.cases import (
+    CASES,
+    INTERRUPTIONS,
+    REFUSALS,
+    SCHEMAS,
+    Case,
+    Interruption,
+    Refusal,
+    built,
+    check,
+    of,
+    run_case,
+    run_interruption,
+    run_refusal,
+)
+
+by_name = {"ids": lambda case: case.name}
+
+
+@pytest.fixture(scope="session")
+def info(double) -> dict:
+    return double.get("/object_info")
+
+
+@pytest.mark.parametrize("case", CASES, **by_name)
+def test_node(case: Case, double, info):
+    found = run_case(case, double, info)
+    check(case, found)
+    if case.reports is not None:
+        assert [told for told in found.run.progress["it"] if told[0] > 0] == case.reports
+
+
+def test_every_node_has_a_case():
+    assert {case.node for case in CASES} | {"DCDD_LoadJanus", "DCDD_LoadVQVAE", "DCDD_LoadCalibration"} == set(SCHEMAS)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def refused(double, info) -> Callable[[Refusal], tuple[Run, set[tuple[str, int]]]]:
+    """Runs each refusal once: how it ended, and the lines that its exception came through."""
+
+    @cache
+    def run(number: int) -> tuple[Run, set[tuple[str, int]]]:
+        double.raised_at = set()
+        return run_refusal(REFUSALS[number], double, info), double.raised_at
+
+    return lambda case: run(REFUSALS.index(case))
+
+
+@pytest.mark.parametrize("case", REFUSALS, **by_name)
+def test_refusal(case: Refusal, refused):
+    run, _ = refused(case)
+    assert (run.status, run.node, run.error_type) == ("error", "it", "ValueError"), (run.status, run.error)
+    for pattern in case.says:
+        assert re.search(pattern, run.error, re.IGNORECASE), f"{pattern!r} is not in: {run.error}"
+
+
+def test_every_refusal_of_the_nodes_has_a_case(refused, double):
+    reached = set().union(*(refused(case)[1] for case in REFUSALS))
+    nodes = double.base / "custom_nodes" / PACK / "nodes"
+    missed = [
+        f"{file.name}:{statement.lineno}"
+        for file in sorted(nodes.glob("*.py"))
+        for statement in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(statement, ast.Raise)
+        and not any((str(file), line) in reached for line in range(statement.lineno, statement.end_lineno + 1))
+    ]
+    assert not missed, f"write a Refusal for what is raised at {missed}"
+
+
+# --- interrupts and previews ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", INTERRUPTIONS, ids=lambda case: case.node)
+def test_interrupt_stops_the_node(case: Interruption, double, info):
+    run = run_interruption(case, double, info)
+    assert (run.status, run.node) == ("interrupted", "it"), (run.status, run.error)
+    assert len([told for told in run.progress["it"] if told[0] > 0]) == case.report
+
+
+def test_previews_show_what_is_made(double, info):
+    """The last one is the image, the right way round; a sampler's is dark where no token is yet."""
+    scenes = built(info, "DCDD_VQVAEDecode", {"token_logits": of("proxies"), "vq_vae": of("vq")}, {})
+    scenes.keep(("it", 0), "decoded")
+    assert double.run(scenes.prompt).status == "success"
+    for shown, image in zip(double.shown["it"], double.saved("decoded")["value"], strict=True):
+        np.testing.assert_allclose(np.asarray(shown) / 255, image, atol=0.01)
+
+    drawn = built(info, "DCDD_JanusLogitSampler", {"janus": of("janus"), "guidance": 1.0}, {})
+    drawn.add("end", "DCDD_VQVAEDecode", token_logits=("it", 0), vq_vae=of("janus", 1))
+    drawn.keep(("end", 0), "drawn")
+    assert double.run(drawn.prompt).status == "success"
+    first, *_, last = (np.asarray(image) / 255 for image in double.shown["it"])
+    np.testing.assert_allclose(last, double.saved("drawn")["value"][0], atol=0.01)
+    assert (first[16:] < 0.15).all() and first[:8].std() > 0.01
+
+    painted = built(info, "DCDD_FluxDecoder", {"decoder": of("decoder"), "condition": of("condition"), "steps": 3}, {})
+    painted.keep(("it", 0), "painted")
+    assert double.run(painted.prompt).status == "success"
+    both = np.concatenate(double.saved("painted")["value"], axis=1)
+    np.testing.assert_allclose(np.asarray(double.shown["it"][-1]) / 255, both, atol=0.02)
