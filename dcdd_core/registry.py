@@ -85,7 +85,7 @@ def backbone_family(config: dict[str, Any]) -> BackboneFamily:
     known = backbones()
     wanted = config.get("_class_name")
     if wanted is None:
-        return _all(BackboneFamily, _BACKBONES)[0]
+        return _listed(_BACKBONES)[0]
     for family in known:
         if family.class_name == wanted:
             return family
@@ -111,8 +111,11 @@ def build_backbone(config: dict[str, Any], *, guidance: float = 1.0) -> Backbone
 
 
 def _all(protocol: type, listed: tuple[tuple[str, str], ...]) -> list[Any]:
-    own = [getattr(import_module(module, __package__), name) for module, name in listed]
-    return [*(family for family in _ADDED.get() if isinstance(family, protocol)), *own]
+    return [*(family for family in _ADDED.get() if isinstance(family, protocol)), *_listed(listed)]
+
+
+def _listed(listed: tuple[tuple[str, str], ...]) -> list[Any]:
+    return [getattr(import_module(module, __package__), name) for module, name in listed]
 
 
 def _reader(path: str | Path, families: list[Any], what: str) -> Any:
@@ -126,6 +129,9 @@ def _found(path: Path) -> str:
     """What is at a path, in words."""
     if not path.exists():
         return "does not exist"
+    if path.is_dir() and not (path / "config.json").is_file():
+        held = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
+        return f"has no config.json (it holds {held})"
     config = _config(path)
     kind = config.get("model_type") or config.get("_class_name")
     return f"holds a {kind!r}" if kind else "holds no known model"

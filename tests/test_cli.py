@@ -234,7 +234,7 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["generate", PROMPT, "--anchor", "1", "--reads", "tokens"], "exclude"),
         (["generate", PROMPT, "--device", "cuda:99"], "--device cuda:99"),
         (["demo", "--device", "abacus"], "--device abacus"),
-        (["reconstruct", "a/x.png", "b/x.png"], "one name"),
+        (["reconstruct", "a/x.png", "b/x.png"], "the same name"),
         (["generate", PROMPT, "--calibration", "/nowhere"], "/nowhere"),
         (["reconstruct", "/nowhere.png"], "nowhere.png"),
         (["reconstruct", "a.png", "--side", "0"], "--side must be at least 1"),
@@ -245,7 +245,7 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["inspect", "--logits", "l", "--images", "i", "--top-k", "5"], "--images, --top-k would do nothing: --logits"),
         (["inspect", "--logits", "l", "--calibration", "c", "--seed", "1"], "--calibration, --seed would do nothing"),
         (["evaluate", "reconstruction", "--images", "/nowhere", "--out", "o"], "/nowhere is not a folder"),
-        (["evaluate", "reconstruction", "--images", ".", "--out", "o"], "holds no pictures"),
+        (["evaluate", "reconstruction", "--images", ".", "--out", "o"], "hold no images"),
         (
             ["evaluate", "reconstruction", "--images", ".", "--out", "o", "--limit", "2", "--statistics", "s"],
             "make it without --limit",

@@ -221,7 +221,7 @@ def test_loading_says_what_it_found(tmp_path):
     with pytest.raises(ValueError, match="no known kind.*expected a codebook"):
         Codebook.load(path)
     save_file({"vectors": rand(3, 2)}, path, metadata={"format": "dcdd", "kind": "codebook", "dcdd": "{"})
-    with pytest.raises(ValueError, match="damaged.*no JSON"):
+    with pytest.raises(ValueError, match="damaged.*not JSON"):
         Codebook.load(path)
     for description in ("5", "null", "[]", '"vectors"'):
         save_file({"vectors": rand(3, 2)}, path, metadata={"format": "dcdd", "kind": "codebook", "dcdd": description})

@@ -119,7 +119,9 @@ class KLFamily:
     def reads(self, path: str) -> bool:
         """Any file, and a folder whose configuration is of this class."""
         found = layouts.component(path, "vae")
-        return found.is_file() or (found.is_dir() and read_config(found).get("_class_name") == "AutoencoderKL")
+        return found.is_file() or (
+            (found / "config.json").is_file() and read_config(found).get("_class_name") == "AutoencoderKL"
+        )
 
     def load(self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> KLCodec:
         """See `load_vae`."""

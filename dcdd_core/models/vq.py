@@ -29,7 +29,9 @@ class VQTokenizer:
 
     def __init__(self, model: JanusVQVAE, *, name: str = ""):
         self.model = model.eval().requires_grad_(False)
-        self.codebook = Codebook(model.quantize.embedding.weight)
+        weight = model.quantize.embedding.weight
+        if not weight.is_meta:  # of shapes alone there is no codebook
+            self.codebook = Codebook(weight)
         self.factor = 2 ** (len(model.config.channel_multiplier) - 1)
         self.grid = (model.config.num_patches,) * 2
         self.name = name

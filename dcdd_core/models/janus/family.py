@@ -24,7 +24,7 @@ class JanusFamily:
     def reads(self, path: str) -> bool:
         """A folder whose config.json is of a Janus model, or of its VQ-VAE alone."""
         kinds = ("janus", "janus_vqgan", deepseek.MODEL_TYPE)
-        return Path(path).is_dir() and read_config(path).get("model_type") in kinds
+        return (Path(path) / "config.json").is_file() and read_config(path).get("model_type") in kinds
 
     def load_sampler(
         self,

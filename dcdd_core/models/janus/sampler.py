@@ -21,8 +21,9 @@ from torch import nn
 from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ...protocols import DEFAULT_SAMPLING, OnProgress, Progress, SamplingOptions
-from ...types import Codebook, TokenLogits, same_codebook
+from ...types import Codebook, TokenLogits
 from ..checkpoints import fingerprint_of
+from ..edits import check_edit, check_request
 from ..fused_linear import lay_side_by_side
 from ..int8 import store_in_int8
 from . import deepseek
@@ -220,7 +221,7 @@ class JanusSampler:
         Raises:
             ValueError: for arguments that do not fit each other or the model, and for logits that are not finite.
         """
-        _check_request(prompts, seeds)
+        check_request(prompts, seeds)
         language = self.model.model.language_model
         device = language.device
         batch, count, codes = len(prompts), self.grid[0] * self.grid[1], self.codebook.size
@@ -229,7 +230,7 @@ class JanusSampler:
         known = torch.zeros(batch, count, dtype=torch.bool)
         first, last, anew = 0, count - 1, None
         if previous is not None or resample is not None:
-            anew = self._check_edit(previous, resample, batch)
+            anew = check_edit(self, previous, resample, batch)
             if not bool(anew.any()):
                 return previous
             logits.copy_(previous.logits)
@@ -281,48 +282,6 @@ class JanusSampler:
         padded = [(0,) * pad + ids for pad, ids in zip(padding, unique)]
         return torch.tensor(padded), torch.tensor(padding), torch.tensor([unique[ids] for ids in rows])
 
-    def _check_edit(self, previous: TokenLogits | None, resample: torch.Tensor | None, batch: int) -> torch.Tensor:
-        """-> bool [B, N] on the CPU, True where to sample anew."""
-        if previous is None or resample is None:
-            absent = "previous" if previous is None else "resample"
-            raise ValueError(f"an edit needs both `previous` and `resample`, {absent} is missing: give both or none")
-        if previous.grid != self.grid:
-            raise ValueError(
-                f"the kept tokens are a grid of {_by(previous.grid)}, {self.name or 'this model'} makes "
-                f"{_by(self.grid)}: edit with the model that sampled them"
-            )
-        if previous.logits.shape[2] != self.codebook.size or not same_codebook(
-            previous.codebook, self.codebook.fingerprint
-        ):
-            raise ValueError(
-                f"the kept tokens are of another codebook ({previous.logits.shape[2]} codes, made by "
-                f"{previous.model or 'an unnamed model'}) than this model's ({self.codebook.size} codes): "
-                "edit with the model that sampled them"
-            )
-        if previous.source == "proxy" and not previous.calibrated:
-            raise ValueError(
-                "the kept logits are cosine similarities, which cannot share a grid with a language model's: "
-                "calibrate them first, so that they look like this model's"
-            )
-        if previous.source == "vlm" and previous.calibrated:
-            raise ValueError("the kept logits are calibrated already: give them as they were sampled")
-        if previous.logits.shape[0] != batch:
-            raise ValueError(
-                f"{batch} prompts cannot edit {previous.logits.shape[0]} samples: give one prompt a sample"
-            )
-        shape = tuple(previous.tokens.shape)
-        if (
-            not isinstance(resample, torch.Tensor)
-            or resample.dtype != torch.bool
-            or tuple(resample.shape) not in (shape, shape[1:])
-        ):
-            got = f"{resample.dtype} {list(resample.shape)}" if isinstance(resample, torch.Tensor) else repr(resample)
-            raise ValueError(
-                f"resample must be a bool tensor {list(shape[1:])} or {list(shape)}, got {got}: "
-                "one value for each token of the grid, row by row"
-            )
-        return resample.cpu().expand(shape)
-
 
 def _templated(prompt: str) -> str:
     return f"<|User|>: {prompt.strip()}\n\n<|Assistant|>:{_IMAGE_START}"
@@ -344,15 +303,6 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
         f"the tokenizer has no pad token, which the unconditional row is made of: name one as pad_token in its "
         f"tokenizer_config.json (DeepSeek's is {_DEEPSEEK_PAD})"
     )
-
-
-def _check_request(prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    if isinstance(prompts, str):
-        raise ValueError("prompts is one text, expected a list of them: write [prompt]")
-    if len(prompts) == 0:
-        raise ValueError("prompts is empty: give at least one")
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds: give one seed for each prompt")
 
 
 def _load_transformers(folder: Path, dtype: torch.dtype) -> JanusForConditionalGeneration:
@@ -427,10 +377,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "with a Janus or Janus-Pro model"
         )
     return config
-
-
-def _by(grid: tuple[int, int]) -> str:
-    return f"{grid[0]} x {grid[1]}"
 
 
 def _some(names: list[str]) -> str:
