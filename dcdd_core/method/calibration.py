@@ -108,8 +108,8 @@ def to_log_probabilities(
     ln_q = _scores(logits, calibration, source, codebook, tokens).log_softmax(-1)
     if calibration is None or calibration.smoothing == 0:
         return ln_q
-    share = torch.tensor(calibration.smoothing / ln_q.shape[-1], device=ln_q.device)
-    return torch.logaddexp(ln_q + math.log(1 - calibration.smoothing), share.log())
+    ln_share = ln_q.new_tensor(math.log(calibration.smoothing / ln_q.shape[-1]))
+    return torch.logaddexp(ln_q + math.log(1 - calibration.smoothing), ln_share)
 
 
 def _scores(
@@ -375,7 +375,7 @@ def fit_anchor(
             )
         if on_chunk is not None:
             on_chunk(0)
-    betas = np.interp(np.arange(0, len(ANCHORS) - 1 + 1e-9, 1 / 64), np.arange(len(ANCHORS)), ANCHORS)
+    betas = np.interp(np.arange(64 * (len(ANCHORS) - 1) + 1) / 64, np.arange(len(ANCHORS)), ANCHORS)
     length, alignment = (np.interp(betas, ANCHORS, sums[:, i] / sums[:, 0]) for i in (1, 2))
     beta = float(betas[np.argmin((length - target.length) ** 2 + (alignment - target.alignment) ** 2)])
     if beta == ANCHORS[-1]:

@@ -24,6 +24,7 @@ from dcdd_core.method.calibration import (
     fit_calibration,
     proxy_logits,
     target_statistics,
+    to_log_probabilities,
     to_probabilities,
 )
 from dcdd_core.method.lcdm import map_logits
@@ -72,10 +73,12 @@ def test_proxy_logits_are_cosines():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert found.dtype == torch.float32
     assert torch.equal(proxy_logits(torch.zeros(2, 6), CODEBOOK), torch.zeros(2, 128))
+    assert torch.equal(proxy_logits(FEATURES[0, 0], CODEBOOK), proxy_logits(FEATURES[0, :1], CODEBOOK)[0])
 
 
 @pytest.mark.parametrize(
-    ("features", "says"), [(torch.ones(4, 5), "dimension 6"), (torch.full((4, 6), torch.nan), "NaN")]
+    ("features", "says"),
+    [(torch.ones(4, 5), "dimension 6"), (torch.tensor(1.0), "dimension 6"), (torch.full((4, 6), torch.nan), "NaN")],
 )
 def test_features_that_do_not_fit(features, says):
     with pytest.raises(ValueError, match=says):
@@ -120,6 +123,41 @@ def test_smoothing_gives_barred_codes_their_share():
     logits = torch.tensor([[0.0, -torch.inf]])
     found = to_probabilities(logits, Calibration(scale=20, smoothing=0.1), source="vlm")
     torch.testing.assert_close(found, torch.tensor([[0.95, 0.05]]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.03, 0.6])
+@pytest.mark.parametrize("source", ["vlm", "proxy"])
+def test_log_probabilities_are_the_logarithm_of_equation_15(source, smoothing):
+    logits, tokens = 40 * rand(2, 5, 128), rand(2, 5, 128, seed=1).argmax(-1)
+    calibration = Calibration(scale=2, affine_scale=1.1, smoothing=smoothing, anchor=4.0)
+    vectors = CODEBOOK.vectors.double()
+    scores = 2.2 * logits.double() if source == "proxy" else logits.double() + 4 * vectors[tokens] @ vectors.T
+    ln_q = scores.log_softmax(-1).numpy()
+    expected = np.logaddexp(ln_q + math.log(1 - smoothing), math.log(smoothing / 128) if smoothing else -np.inf)
+    found = to_log_probabilities(logits, calibration, source=source, codebook=CODEBOOK, tokens=tokens)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=2e-5)
+    assert found.dtype == torch.float32
+    plain = to_log_probabilities(logits, None, source=source)
+    np.testing.assert_allclose(plain.numpy(), logits.double().log_softmax(-1).numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_calibrated_logits_keep_what_float32_cannot_hold_as_a_probability(monkeypatch, chunk):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 128 * 4 * chunk)
+    raw = grid(torch.cat([40 * rand(2, 2, 128), rand(2, 5, 128, seed=2)], dim=1))
+    made = apply_calibration(raw, CODEBOOK, Calibration(scale=20)).logits
+    assert raw.logits.softmax(-1).min() == 0
+    np.testing.assert_allclose(made.numpy(), raw.logits.double().log_softmax(-1).numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", [10.0, 60.0])
+def test_a_target_at_an_end_of_the_range_needs_no_other(end):
+    for beyond in (0.0, 0.0005, -0.0005):
+        target = statistics_of(calibrated(end, 0))
+        target = dataclasses.replace(target, mean_entropy=target.mean_entropy + beyond)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert fit_calibration(FEATURES, CODEBOOK, target).scale == pytest.approx(end, rel=0.03)
 
 
 def test_target_statistics(monkeypatch):

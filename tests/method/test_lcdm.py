@@ -12,7 +12,7 @@ from scipy import special
 from benchmarks.peak import Peak
 from dcdd_core.method import calibration as method
 from dcdd_core.method import chunks, lcdm
-from dcdd_core.method.calibration import apply_calibration, to_log_probabilities, to_probabilities
+from dcdd_core.method.calibration import apply_calibration, to_probabilities
 from dcdd_core.method.lcdm import features_and_entropy, map_logits, map_probabilities, uncertainty_features
 from dcdd_core.method.statistics import describe_logits
 from dcdd_core.types import Calibration, Codebook, TokenLogits
@@ -178,20 +178,6 @@ def test_only_vanishing_tails_are_computed_again():
     found = uncertainty_features(logits.softmax(-1), ln_p)
     assert asked == [[False] * 4 + [True] * 4]
     assert torch.equal(found[:4], uncertainty_features(logits[:4].softmax(-1)))
-
-
-def test_log_probabilities_are_equation_15():
-    codebook, logits = Codebook(rand(70, 3)), far_tails(70, 200.0)
-    for calibration in (None, Calibration(scale=20.0), Calibration(scale=20.0, smoothing=0.02, anchor=2.0)):
-        beta, eps = (calibration.anchor, calibration.smoothing) if calibration else (0.0, 0.0)
-        tokens = logits.argmax(-1)
-        vectors = codebook.vectors.double().numpy()
-        scores = logits.double().numpy() + beta * vectors[tokens.numpy()] @ vectors.T
-        ln_q = scores - special.logsumexp(scores, axis=-1, keepdims=True)
-        expected = np.logaddexp(ln_q + math.log(1 - eps), math.log(eps / 70) if eps else -np.inf)
-        found = to_log_probabilities(logits, calibration, source="vlm", codebook=codebook, tokens=tokens)
-        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-5)
-        assert found.dtype == torch.float32
 
 
 def test_features_stay_in_range():
