@@ -78,7 +78,11 @@ def test_proxy_logits_are_cosines():
 
 @pytest.mark.parametrize(
     ("features", "says"),
-    [(torch.ones(4, 5), "dimension 6"), (torch.tensor(1.0), "dimension 6"), (torch.full((4, 6), torch.nan), "NaN")],
+    [
+        (torch.ones(4, 5), "dimension 6"),
+        (torch.tensor(1.0), "dimension 6"),
+        (torch.full((4, 6), torch.nan), "NaN"),
+    ],
 )
 def test_features_that_do_not_fit(features, says):
     with pytest.raises(ValueError, match=says):
