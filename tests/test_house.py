@@ -34,7 +34,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "dcdd_core.types": ("dcdd_core.files",),
     "dcdd_core.protocols": ("dcdd_core.types",),
     "dcdd_core.method": FOUNDATION,
-    "dcdd_core.models": MODELS,
+    "dcdd_core.models": ("dcdd_core.registry", "dcdd_core.method", *FOUNDATION),
     "dcdd_core.registry": FOUNDATION,  # it finds the families by name, when they are asked for
     "dcdd_core.pipelines": MODELS,
     "dcdd_core.training": ("dcdd_core.pipelines", *MODELS),
@@ -141,6 +141,31 @@ def test_imports_point_one_way():
                 doors = ", ".join(ROOMS[room]) or "nothing else"
                 wrong.append(f"{path}:{line}: imports {target}, but {room or 'the root'} may import {doors}")
     assert not wrong, "\n".join(wrong)
+
+
+# A family's own classes -> the modules that may name them. Everything else asks the registry.
+FAMILIES = {
+    "FluxTransformer2DModel": ("dcdd_core.models.backbones.flux_fill",),
+    "FluxFill": ("dcdd_core.models.backbones.flux_fill",),
+    "AutoencoderKL": ("dcdd_core.models.vae",),
+    "KLCodec": ("dcdd_core.models.vae",),
+    "JanusForConditionalGeneration": ("dcdd_core.models.janus",),
+    "JanusSampler": ("dcdd_core.models.janus",),
+    "JanusVQVAE": ("dcdd_core.models.janus", "dcdd_core.models.vq"),
+    "VQTokenizer": ("dcdd_core.models.janus", "dcdd_core.models.vq"),
+}
+
+
+def test_no_family_is_named_outside_its_module():
+    wrong = [
+        f"{MODULES[module]}:{node.lineno}: {name}"
+        for module, tree in TREES.items()
+        if not within(module, "dcdd_pico")  # which makes one model of each family
+        for node in ast.walk(tree)
+        for name in [node.id if isinstance(node, ast.Name) else node.name if isinstance(node, ast.alias) else ""]
+        if name in FAMILIES and not any(within(module, home) for home in FAMILIES[name])
+    ]
+    assert not wrong, "\n".join(["a second family would have to change these too; ask the registry:", *wrong])
 
 
 def test_own_code_is_imported_relatively():

@@ -93,6 +93,11 @@ def logit_chunks(
 
 
 def check_codebooks(grid: TokenLogits, codebook: Codebook | None, calibration: Calibration | None) -> None:
+    """Refuses logits, a codebook and a calibration that are not of one tokenizer; what is None fits any.
+
+    Raises:
+        ValueError: naming the codebooks of both.
+    """
     if codebook is not None and grid.logits.shape[-1] != codebook.size:
         raise ValueError(
             f"logits over {grid.logits.shape[-1]} codes do not fit a codebook of {codebook.size}: "
