@@ -1,4 +1,4 @@
-"""Logit calibration: proxy logits made to look like a VLM's (Eqs. 10-16), and the anchor.
+"""Logit calibration: fits the statistics of proxy logits to a VLM's (Eqs. 10-16), and the anchor.
 
 Logits are read chunk by chunk (`chunks.CHUNK_BYTES`), so a hundred images of 576 x 16384 never sit in memory.
 Everything is float32 and without gradient.
@@ -24,26 +24,26 @@ from .chunks import Grids, chunk_rows, float32_maths, logit_chunks, neg_p_ln_p, 
 TOLERANCE = 0.02
 """On the mean entropy (paper, 5.2); decides `converged`."""
 FINE_TOLERANCE = 0.001
-"""Where the bisection stops: our choice, a few passes more."""
+"""On the mean entropy, where the bisection stops: our choice, at the cost of a few passes."""
 SCALES = (10.0, 60.0)
 """Range of the cosine scale s (paper, 5.2)."""
 WIDENINGS, BISECTIONS = 8, 20
-"""Halvings or doublings of an end of that range, and halvings within it, at most."""
+"""How often that range is widened (each time by a factor of 2) and bisected, at most."""
 SMOOTHINGS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 """Values of eps that are tried ("a small grid around zero", paper, 5.2)."""
 AFFINE_STEPS = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)
 """Factors on the affine scale a that are tried ("a narrow neighbourhood of 1", paper, 5.2)."""
 PASSES = 70
-"""Over the features in a `fit_calibration`, about: for progress bars."""
+"""About how often `fit_calibration` passes over the features: for progress bars."""
 WEIGHTS = {"mean_entropy": 1.0, "entropy_95": 0.25, "mean_confidence": 0.5, "confidence_95": 0.5}
-"""Of Eq. 16. The paper's numbers are not known: our choice, mean entropy heaviest as it says."""
+"""Weights of Eq. 16: our choice. The paper gives no numbers, only that the mean entropy weighs most."""
 ANCHORS = (0.0, *np.geomspace(0.25, 64, 25).tolist())
 """Values of beta at which the anchor is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorStatistics:
-    """How close the expected code is to the token t that was picked: mean |c| and mean cos(c, e_t)."""
+    """How close the expected code c is to the sampled token t: mean |c| and mean cos(c, e_t)."""
 
     length: float
     alignment: float
@@ -144,7 +144,7 @@ class Chunk:
 
     Attributes:
         probabilities: p [n, K] float32 (Eq. 15).
-        tokens: [n], the token picked at each position.
+        tokens: [n], the token sampled at each position.
         ln_p: ln p [m, K] of the rows that a boolean mask [n] selects, computed anew from their logits, so that it is
             exact where p itself is too small for float32.
     """
@@ -220,7 +220,7 @@ def _least_squares(logits: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 
 
 def proxy_features(token_logits: Grids, codebook: Codebook) -> torch.Tensor:
-    """The unit features [M, D] that proxy logits were made of: cos = E f (Eq. 10), solved for f by least squares.
+    """The unit features [M, D] behind proxy logits: cos = E f (Eq. 10), solved for f by least squares.
 
     Exact to rounding where the codebook spans all D dimensions.
 
@@ -254,8 +254,8 @@ def fit_calibration(
         features: VQ-encoder features before quantisation, [..., D], or an iterable of such.
         target: from `target_statistics`.
         vlm, guidance, temperature: what the target was measured on; kept in the result.
-        on_chunk: called after each chunk of a pass over the features, with the number of passes that are done, of about
-            `PASSES`; may raise to stop.
+        on_chunk: called after each chunk with the number of completed passes over the features, about `PASSES` in the
+            end; may raise to stop.
 
     Returns:
         Calibration with `achieved` and `converged`; where the target is out of reach, the nearest s with
@@ -331,7 +331,7 @@ def fit_calibration(
 def anchor_statistics(
     token_logits: Grids, codebook: Codebook, calibration: Calibration | None = None
 ) -> AnchorStatistics:
-    """Mean |c| and mean cos(c, e_t) over all tokens, t the token that was picked; of VLM or (calibrated) proxy logits.
+    """Mean |c| and mean cos(c, e_t) over all tokens, t the sampled token, of VLM or (calibrated) proxy logits.
 
     Raises:
         ValueError: as `probability_chunks`.
@@ -353,7 +353,7 @@ def fit_anchor(
     """Finds the anchor beta >= 0 whose mean |c| and cos(c, e_t) come closest to the proxies' (our choice).
 
     Both are measured at `ANCHORS` in one pass over the logits and interpolated between them; the sum of the two squared
-    differences is minimised. beta = 0, the paper, is the answer where anchoring only leads away.
+    differences is minimised. The result is beta = 0, the paper, if any anchor only adds to them.
 
     Args:
         token_logits: the VLM's, one grid or an iterable, read once.

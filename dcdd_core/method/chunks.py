@@ -1,4 +1,4 @@
-"""Working through [..., K] tensors and grids of token logits a bounded piece at a time, in float32.
+"""Reads [..., K] tensors and grids of token logits in chunks of bounded size, in float32.
 
 Shapes: n tokens of one chunk, K codes.
 """
@@ -39,7 +39,7 @@ def chunks(values: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def float32_maths(function: Callable) -> Callable:
-    """Runs a function of a tensor without gradients and without autocast, whatever loop it is called from."""
+    """Runs a function of a tensor without gradients and without autocast, whatever the caller has switched on."""
 
     @wraps(function)
     def exact(tensor: torch.Tensor, *args, **kwargs):
@@ -51,7 +51,7 @@ def float32_maths(function: Callable) -> Callable:
 
 def neg_p_ln_p(probabilities: torch.Tensor) -> torch.Tensor:
     """-p ln p of float32 p >= 0, 0 where p is 0: `torch.special.entr`, in two thirds of its time."""
-    # ln of the smallest number that float32 knows is -103.3: so 0 ln 0 is 0, and every other p is left as it is.
+    # The smallest float32 has ln p = -103.3: the clamp turns 0 ln 0 into 0 and changes no other p.
     return probabilities.log().clamp_min_(-104).mul_(probabilities).neg_()
 
 

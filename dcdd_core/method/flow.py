@@ -65,7 +65,7 @@ def resolution_shift(image_tokens: int) -> float:
 def shift_time(time: torch.Tensor, shift: float) -> torch.Tensor:
     """t' = e^mu / (e^mu + 1/t - 1), mu = `shift`: more of the time near the noise; 0 and 1 stay."""
     shifted = math.exp(shift) * time / (math.exp(shift) * time + 1 - time)
-    # At t = 1 a very negative mu is lost beside the 1: 0 / 0.
+    # At t = 1 a very negative mu rounds the denominator to 0.
     return torch.where(time == 1, time, shifted)
 
 
@@ -93,7 +93,7 @@ def sample_times(
     density: str = "logit_normal",
     shift: float = 0.0,
 ) -> torch.Tensor:
-    """Times to train at, [count] float32 in 0..1: one of diffusers' densities, then shifted by mu = `shift`.
+    """Training times, [count] float32 in 0..1, from one of diffusers' densities, then shifted by mu = `shift`.
 
     The densities' parameters are the defaults of diffusers' own trainings. Drawn from `generator`, on its device.
 

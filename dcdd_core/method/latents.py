@@ -11,12 +11,12 @@ from einops import rearrange
 
 
 def scale_latents(latents: torch.Tensor, shift: float, scale: float) -> torch.Tensor:
-    """What the transformer wants of raw VAE latents: (z - shift) scale."""
+    """Raw VAE latents -> the transformer's: (z - shift) scale."""
     return (latents - shift) * scale
 
 
 def unscale_latents(latents: torch.Tensor, shift: float, scale: float) -> torch.Tensor:
-    """Raw VAE latents again: z / scale + shift."""
+    """The transformer's latents -> raw VAE latents: z / scale + shift."""
     return latents / scale + shift
 
 

@@ -1,6 +1,6 @@
 """Logit-to-Code Distributional Mapping: image-token distributions -> condition (Eqs. 4-8).
 
-No gradient flows through the mapping: what it maps is data. Beside input and result it holds at most four float32
+No gradient flows through the mapping. Besides input and result it holds at most four float32
 arrays of `chunks.CHUNK_BYTES` (16 MiB together), however large the input, which may be of half precision and in any
 memory layout.
 
