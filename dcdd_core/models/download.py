@@ -1,8 +1,8 @@
 """Downloads of models from the Hugging Face hub: only when asked for, and only the files that this library reads.
 
-The hub's own `snapshot_download` starts a file again from nothing when the program was closed or the connection was
-away for longer than a few seconds. FLUX.1-Fill has one file of 24 GB: here what has come stays beside the file as
-`NAME.HASH.part`, and the next download goes on from there.
+The hub's own `snapshot_download` restarts a file from zero if the program was closed or the connection was lost for more
+than a few seconds. FLUX.1-Fill has one file of 24 GB: here an incomplete download is kept beside its target as
+`NAME.HASH.part`, and the next download resumes it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-#: Called with (bytes that are there, bytes in all), at the start and whenever some have come; may raise to stop.
+#: Called with (bytes present, bytes in all), at the start and whenever some have arrived; may raise to stop.
 OnProgress = Callable[[int, int], None]
 
 _READABLE = (".json", ".safetensors")
-_PATIENCE = 30.0  # seconds for the hub's answer to the first request
+_TIMEOUT = 30.0  # seconds, for the hub's answer to the first request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class KnownModel:
         repository: on the hub.
         files: what is needed of it.
         folder: where it belongs below ComfyUI's `models`.
-        gigabytes: about how much comes, in 10^9 bytes.
+        gigabytes: size of the download, in 10^9 bytes.
         licence: of the weights, by name.
         gated: whether its page asks to accept the licence first.
     """
@@ -106,16 +106,16 @@ def download(
     endpoint: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Brings files of a hub repository into a folder, each under its own name only once it is whole.
+    """Downloads files of a hub repository into a folder; each gets its name only when it is complete.
 
-    A file that is there with the right size is left as it is, and one of another size is never written over. Call it
-    again after an interruption: it goes on where the last one stopped. Files that the hub has a SHA-256 of, as of all
-    weights, are compared with it. Without a connection, files that are there are enough if `files` names each.
+    A file that is present with the right size is left alone, and one of another size is never overwritten. Call it again
+    after an interruption to resume. Files that the hub has a SHA-256 for, as for all weights, are verified. Without a
+    connection, files that are present are enough if `files` names each.
 
     Args:
         repository: such as "black-forest-labs/FLUX.1-Fill-dev".
         folder: made if it is not there; the repository's own folders are kept below it.
-        files: names or patterns of names (`*.json`); of these, what is no `.safetensors` or `.json` is left out.
+        files: names or patterns of names (`*.json`); only `.safetensors` and `.json` files are downloaded.
         token: of the user's account; None takes HF_TOKEN or what `hf auth login` stored.
         endpoint: the hub's address; None takes HF_ENDPOINT or huggingface.co.
         on_progress: may raise to stop the download; its exception comes through, unless it is an OSError.
@@ -126,14 +126,14 @@ def download(
     Raises:
         ValueError: if the repository does not exist, wants its licence accepted or another token, or has no such file;
             if the hub cannot be reached, the connection breaks, or the disk is full; if a file of the same name but
-            another size is there. Says what to do.
+            another size is present. Says what to do.
     """
     folder = Path(folder)
     api = HfApi(endpoint=endpoint, token=token)
     with _explained(repository, folder, api.endpoint):
         # One commit for all files, though the repository may change while they come.
         try:
-            info = api.model_info(repository, files_metadata=True, timeout=_PATIENCE)
+            info = api.model_info(repository, files_metadata=True, timeout=_TIMEOUT)
         except (OSError, HTTPError) as error:
             there = [folder / name for name in files]  # A pattern is no file's name.
             if isinstance(error, HfHubHTTPError) or not all(path.is_file() for path in there):
@@ -173,7 +173,7 @@ def download(
 
 
 def _choose(repository: str, held: list[str], patterns: Sequence[str]) -> list[str]:
-    """The readable names that the patterns mean."""
+    """The readable names that match the patterns."""
     readable = [name for name in held if PurePosixPath(name).suffix in _READABLE]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in readable):
@@ -186,7 +186,7 @@ def _choose(repository: str, held: list[str], patterns: Sequence[str]) -> list[s
 
 
 class _Part:
-    """One file on its way: what is there of it, and where."""
+    """One file's download: how much of it is present, and where."""
 
     def __init__(self, file, folder: Path):
         """

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dcdd_core.models import fused_linear as columns
-from dcdd_core.models.fused_linear import Together, lay_side_by_side
+from dcdd_core.models.fused_linear import FusedLinear, fuse_weights
 
 CPU = torch.device("cpu")
 
@@ -35,12 +35,12 @@ def test_they_give_what_each_gives(threads, sizes, rows):
     plain = layers(*sizes)
     x, before = torch.randn(rows, 48), [layer.weight.clone() for layer in plain]
     expected = [layer(x) for layer in plain]
-    lay_side_by_side(plain)
+    fuse_weights(plain)
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(plain, before))
-    together = Together(plain, resident=False, device=CPU)
+    together = FusedLinear(plain, resident=False, device=CPU)
     parts, inputs, each = together.parts.shape
     assert parts <= threads and inputs == 48 and parts * each == sum(sizes)
-    assert parts == 1 or each >= columns.LEAST
+    assert parts == 1 or each >= columns.MIN_COLUMNS
     for made, wanted in zip(together(x), expected, strict=True):
         torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5)
     storages = {layer.weight.untyped_storage().data_ptr() for layer in plain}
@@ -49,30 +49,30 @@ def test_they_give_what_each_gives(threads, sizes, rows):
 
 def test_every_thread_takes_a_part(threads):
     group = layers(1024)
-    lay_side_by_side(group)
-    assert len(Together(group, resident=False, device=CPU).parts) == {1: 1, 2: 2, 3: 2, 16: 16}[threads]
+    fuse_weights(group)
+    assert len(FusedLinear(group, resident=False, device=CPU).parts) == {1: 1, 2: 2, 3: 2, 16: 16}[threads]
 
 
 def test_without_mkl_there_is_one(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     group = layers(1024)
-    lay_side_by_side(group)
-    assert len(Together(group, resident=False, device=CPU).parts) == 1
+    fuse_weights(group)
+    assert len(FusedLinear(group, resident=False, device=CPU).parts) == 1
 
 
 def test_rows_elsewhere_are_for_the_layers():
     """Such as those of a host that fetches its weights from the CPU for each call."""
     group = layers(64, 64, kind=Own)
-    lay_side_by_side(group)
-    assert Together(group, resident=True, device=torch.device("meta")).parts is None
+    fuse_weights(group)
+    assert FusedLinear(group, resident=True, device=torch.device("meta")).parts is None
 
 
 @torch.no_grad()
 def test_weights_that_change_are_seen():
     group, x = layers(64, 64), torch.randn(2, 48)
-    lay_side_by_side(group)
-    together = Together(group, resident=False, device=CPU)
+    fuse_weights(group)
+    together = FusedLinear(group, resident=False, device=CPU)
     group[1].weight.mul_(2)
     torch.testing.assert_close(together(x)[1], group[1](x), rtol=1e-5, atol=1e-5)
 
@@ -93,23 +93,23 @@ def elsewhere(group):
 @pytest.mark.parametrize("change", [moved, swapped, elsewhere, lambda group: group.pop(0)])
 def test_others_are_called_by_themselves(change):
     group = layers(64, 64, 64)
-    lay_side_by_side(group)
+    fuse_weights(group)
     change(group)
-    assert Together(group, resident=False, device=CPU).parts is None
+    assert FusedLinear(group, resident=False, device=CPU).parts is None
 
 
 def test_copies_and_biased_ones_too():
     group = layers(64, 64)
-    lay_side_by_side(group)
-    assert Together(copy.deepcopy(group), resident=False, device=CPU).parts is None
+    fuse_weights(group)
+    assert FusedLinear(copy.deepcopy(group), resident=False, device=CPU).parts is None
     group = layers(64, 64, bias=True)
-    lay_side_by_side(group)
-    assert Together(group, resident=False, device=CPU).parts is None
+    fuse_weights(group)
+    assert FusedLinear(group, resident=False, device=CPU).parts is None
 
 
 def test_a_host_s_layers_are_called_unless_it_says_that_they_are_torch_s():
     group = layers(64, 64, kind=Own)
-    lay_side_by_side(group)
-    assert Together(group, resident=False, device=CPU).parts is None
-    assert Together(group, resident=True, device=CPU).parts is not None
-    assert Together([nn.Identity()], resident=True, device=CPU).parts is None
+    fuse_weights(group)
+    assert FusedLinear(group, resident=False, device=CPU).parts is None
+    assert FusedLinear(group, resident=True, device=CPU).parts is not None
+    assert FusedLinear([nn.Identity()], resident=True, device=CPU).parts is None

@@ -24,7 +24,7 @@ from ...protocols import DEFAULT_SAMPLING, OnProgress, Progress, SamplingOptions
 from ...types import Codebook, TokenLogits
 from ..checkpoints import fingerprint_of
 from ..edits import check_edit, check_request
-from ..fused_linear import lay_side_by_side
+from ..fused_linear import fuse_weights
 from ..int8 import store_in_int8
 from . import deepseek
 from .token_loop import TokenLoop, check_language, groups_of
@@ -356,7 +356,7 @@ def _store_by_columns(model: JanusForConditionalGeneration) -> None:
     grouped = {layer for group in together for layer in group}
     others = (layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in grouped)
     for group in [*together, *((layer,) for layer in others)]:
-        lay_side_by_side(group)
+        fuse_weights(group)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

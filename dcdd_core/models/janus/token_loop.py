@@ -21,7 +21,7 @@ from transformers import JanusForConditionalGeneration, LlamaModel
 
 from ...method import sampling
 from ...protocols import SamplingOptions
-from ..fused_linear import Together
+from ..fused_linear import FusedLinear
 
 # Their frequencies change with the length that was read, so there is no table of them.
 _ROTARY_BY_LENGTH = ("dynamic", "longrope")
@@ -261,7 +261,7 @@ def groups_of(layer: nn.Module) -> tuple[tuple[nn.Linear, ...], ...]:
 
 def _parts(layer: nn.Module, device: torch.device, resident: bool) -> tuple[Callable, ...]:
     groups = groups_of(layer)
-    to_qkv, to_out, to_gated, from_gated = (Together(group, device=device, resident=resident) for group in groups)
+    to_qkv, to_out, to_gated, from_gated = (FusedLinear(group, device=device, resident=resident) for group in groups)
     norms = layer.input_layernorm, layer.post_attention_layernorm
     return norms[0], to_qkv, to_out, norms[1], to_gated, layer.mlp.act_fn, from_gated
 

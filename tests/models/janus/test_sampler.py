@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from dcdd_core.method.sampling import gumbel_noise_grid
-from dcdd_core.models.fused_linear import Together
+from dcdd_core.models.fused_linear import FusedLinear
 from dcdd_core.models.janus import sampler as janus
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.models.janus.token_loop import LlamaReader
@@ -392,7 +392,7 @@ def test_on_a_cpu_the_layers_share_threads_and_what_they_read(folder: Path):
     sampler = JanusSampler.load(folder)
     language = sampler.model.model.language_model
     reader = LlamaReader(language, torch.zeros(1, dtype=torch.int64), 4)
-    together = [part for parts in reader.layers for part in parts if isinstance(part, Together)]
+    together = [part for parts in reader.layers for part in parts if isinstance(part, FusedLinear)]
     assert len(together) == 4 * len(language.layers)
     assert all(part.parts is not None for part in together)
     assert [len(part.layers) for part in together[:4]] == [3, 1, 2, 1]
