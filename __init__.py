@@ -12,7 +12,7 @@ async def comfy_entrypoint():
     import logging
 
     try:
-        from .nodes.extension import extension
+        from .nodes import extension
 
         return extension()
     except Exception:

@@ -62,12 +62,14 @@ class Progress:
         done, total: units of work, such as positions of a row-by-row sampler or passes of a parallel one.
         tokens: [B, N] int64, a view to read; what is not `known` yet is meaningless.
         known: bool [B, N], True where a token is decided.
+        first: number of the first of these images among all that are sampled: `pipelines.sample` splits batches.
     """
 
     done: int
     total: int
     tokens: torch.Tensor
     known: torch.Tensor
+    first: int = 0
 
 
 #: Guidance 5, temperature 1, no filter: what DeepSeek samples Janus with.

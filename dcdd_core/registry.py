@@ -93,6 +93,12 @@ def backbone_family(config: dict[str, Any]) -> BackboneFamily:
     raise ValueError(f"the decoder's network is a {wanted!r}; known are {names}: update ComfyUI-DCDD")
 
 
+def codec_of(config: dict[str, Any]) -> CodecFamily:
+    """The family of the latents that a network of this configuration paints."""
+    name = backbone_family(config).codec
+    return next(family for family in codecs() if family.name == name)
+
+
 def base_family(path: str | Path) -> BackboneFamily:
     """The family of a base model's files: by the config.json of a folder; a single file is the first family's.
 

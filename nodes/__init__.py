@@ -1,1 +1,22 @@
-"""The ComfyUI nodes: they convert, call dcdd_core once, and convert back. The only room that imports ComfyUI."""
+"""The ComfyUI nodes: they convert, call a function of `dcdd_core.pipelines`, and convert back. No other module imports
+ComfyUI."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import calibrate, condition, decode, inspect, load, model_folders, tokens
+
+
+class DCDDExtension(ComfyExtension):
+    """Every node of the pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        modules = (load, tokens, calibrate, condition, decode, inspect)
+        return [node for module in modules for node in module.NODES]
+
+
+def extension() -> DCDDExtension:
+    """Makes the pack's model folders known to ComfyUI, and gives the nodes."""
+    model_folders.add_model_folders()
+    return DCDDExtension()

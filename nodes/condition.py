@@ -1,24 +1,31 @@
-"""From logits to the decoder's condition, and from the condition to a mask of doubt."""
+"""From logits to the decoder's condition, and from the condition to a mask of uncertainty."""
 
 from __future__ import annotations
 
 import comfy.model_management
 import torch
-import torch.nn.functional as F
 from comfy_api.latest import io
-from einops import rearrange
-from skimage.filters import gaussian
 
 from ..dcdd_core.evaluation.figures import heat_map
-from ..dcdd_core.method.lcdm import map_logits
+from ..dcdd_core.method.uncertainty import Feature, doubt_map, grow_mask, mask_to_pixels, threshold_doubt
 from ..dcdd_core.models.card import DecoderCard
-from ..dcdd_core.models.vq import VQTokenizer
-from ..dcdd_core.pipelines.condition import condition_for, serving
+from ..dcdd_core.pipelines.condition import condition, serving
+from ..dcdd_core.protocols import ImageTokenizer
 from ..dcdd_core.types import Condition, TokenLogits
 from . import host
-from .host import Managed, Progress
-from .sockets import ConditionSocket, Decoder, DecoderSocket, TokenLogitsSocket, VQVAESocket, expect, schema
-from .tokens import CONNECT_LOGITS, CONNECT_VQ
+from .convert import check_finite, image_of, pixels_of
+from .host import Managed
+from .sockets import (
+    CONNECT_LOGITS,
+    CONNECT_VQ,
+    ConditionSocket,
+    Decoder,
+    DecoderSocket,
+    TokenLogitsSocket,
+    VQVAESocket,
+    expect,
+    schema,
+)
 
 AS_TRAINED = "as measured best for the decoder"
 READS = {
@@ -27,11 +34,11 @@ READS = {
     "logits anchored to the sampled tokens": "anchored",
     "sampled tokens alone": "tokens",
 }
-FEATURES = {
-    "doubt: 1 - confidence": lambda u: 1 - u[..., 0],
-    "narrow choice: 1 - margin": lambda u: 1 - u[..., 1],
-    "spread: 1 - mass of the top k": lambda u: 1 - u[..., 2],
-    "tail entropy": lambda u: u[..., 3],
+DOUBTS: dict[str, Feature] = {
+    "doubt: 1 - confidence": "confidence",
+    "narrow choice: 1 - margin": "margin",
+    "spread: 1 - mass of the top k": "head_mass",
+    "tail entropy": "tail_entropy",
 }
 
 
@@ -77,34 +84,24 @@ class LCDMEncoder(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, token_logits: TokenLogits, vq_vae: Managed[VQTokenizer], reads: str, decoder: Decoder | None = None
+        cls, token_logits: TokenLogits, vq_vae: Managed[ImageTokenizer], reads: str, decoder: Decoder | None = None
     ) -> io.NodeOutput:
         expect(token_logits, TokenLogits, "token_logits", CONNECT_LOGITS)
         expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
         if reads not in READS:
             raise ValueError(f"reads must be one of {', '.join(READS)}, got {reads!r}")
-        codebook, card = vq_vae.idle.codebook, _card(decoder, READS[reads])
-        device = comfy.model_management.get_torch_device()
-
-        def run(k: int) -> Condition:
-            part = host.moved(token_logits.part(k, k + 1), device)
-            mapped = map_logits(part, codebook) if card is None else condition_for(card, part, codebook)
-            return mapped.to(comfy.model_management.intermediate_device())
-
         count = len(token_logits.tokens)
-        progress, parts = Progress(count), []
+        progress = host.Progress(count)
         with host.noticed():
-            for part in host.one_by_one(run, count):
-                parts.append(part)
-                progress.step(len(parts), count)
-        return io.NodeOutput(
-            Condition(
-                torch.cat([part.code_vectors for part in parts]),
-                torch.cat([part.uncertainty for part in parts]),
-                token_logits.grid,
-                codebook=parts[0].codebook,
+            mapped = condition(
+                _card(decoder, READS[reads]),
+                token_logits,
+                vq_vae.idle.codebook,
+                device=comfy.model_management.get_torch_device(),
+                on_image=lambda done: progress.step(done, count),
+                host=host.ComfyHost(),
             )
-        )
+        return io.NodeOutput(mapped)
 
 
 class UncertaintyMask(io.ComfyNode):
@@ -126,8 +123,8 @@ class UncertaintyMask(io.ComfyNode):
                 ConditionSocket.Input("condition", tooltip="From the LCDM Encoder."),
                 io.Combo.Input(
                     "feature",
-                    options=list(FEATURES),
-                    default=next(iter(FEATURES)),
+                    options=list(DOUBTS),
+                    default=next(iter(DOUBTS)),
                     tooltip="Which of the four uncertainty features; 1 always means unsure.",
                 ),
                 io.Combo.Input("edge", options=["hard", "soft"], default="hard", tooltip="Threshold it, or keep grey."),
@@ -177,21 +174,16 @@ class UncertaintyMask(io.ComfyNode):
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         expect(condition, Condition, "condition", "connect the condition of an LCDM Encoder")
-        host.check_finite(threshold=threshold, blur=blur)
-        if feature not in FEATURES or edge not in ("hard", "soft"):
-            raise ValueError(f"feature {feature!r} with edge {edge!r} is not in the lists: choose from them again")
+        check_finite(threshold=threshold, blur=blur)
+        if feature not in DOUBTS or edge not in ("hard", "soft"):
+            raise ValueError(f"unknown feature {feature!r} or edge {edge!r}: choose both from their lists again")
         h, w = condition.grid
-        size = (h * token_size, w * token_size) if image is None else host.pixels_of(image).shape[2:]
-        doubt = rearrange(FEATURES[feature](condition.uncertainty), "b (h w) -> b 1 h w", h=h).float().cpu()
-        mask = (doubt > threshold).float() * (1 if edge == "hard" else doubt)
-        mask = _grown(mask, grow)
-        mask = F.interpolate(mask, size=size, mode="nearest")
-        if blur:
-            sigma = (blur * size[0] / h, blur * size[1] / w)
-            mask = torch.from_numpy(gaussian(mask[:, 0].numpy(), sigma=(0, *sigma)))[:, None].clamp(0, 1)
+        size = (h * token_size, w * token_size) if image is None else tuple(pixels_of(image).shape[2:])
+        doubt = doubt_map(condition.uncertainty, DOUBTS[feature], condition.grid).cpu()
+        chosen = grow_mask(threshold_doubt(doubt, threshold, soft=edge == "soft"), grow)
+        mask = mask_to_pixels(chosen, size, blur=blur)[:, 0].contiguous()
         heat = torch.stack([heat_map(one[0], size) for one in doubt])
-        device = comfy.model_management.intermediate_device()
-        return io.NodeOutput(mask[:, 0].contiguous().to(device), host.image_of(heat))
+        return io.NodeOutput(mask.to(comfy.model_management.intermediate_device()), image_of(heat))
 
 
 NODES = [LCDMEncoder, UncertaintyMask]
@@ -202,11 +194,3 @@ def _card(decoder: Decoder | None, reads: str | None) -> DecoderCard | None:
         return None
     expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")
     return serving(decoder.decoder.idle.card, reads=reads)
-
-
-def _grown(mask: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Grey dilation of [B, 1, h, w] by a square, erosion for a negative number; beyond the edge nothing counts."""
-    if tokens == 0:
-        return mask
-    sign = 1 if tokens > 0 else -1
-    return sign * F.max_pool2d(sign * mask, 2 * abs(tokens) + 1, stride=1, padding=abs(tokens))

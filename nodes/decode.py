@@ -1,6 +1,6 @@
-"""From tokens and conditions to pictures: the VQ-VAE's own decoder, and the diffusion decoder.
+"""From tokens and conditions to images: the VQ-VAE's own decoder, and the diffusion decoder.
 
-Shapes: B batch, h w token grid, H W pixels, h' w' latent grid, C latent channels.
+Shapes: B batch, H W pixels, h' w' latent grid, C latent channels.
 """
 
 from __future__ import annotations
@@ -10,33 +10,40 @@ import time
 from collections.abc import Callable
 
 import comfy.latent_formats
-import comfy.model_management
 import comfy.sd
 import latent_preview
 import torch
 from comfy_api.latest import io
 from einops import rearrange
 
-from ..dcdd_core.method.flow import resolution_shift
-from ..dcdd_core.method.latents import scale_latents
-from ..dcdd_core.method.lcdm import map_logits
-from ..dcdd_core.models.backbones.flux_fill.inference import OnLayer
-from ..dcdd_core.models.card import DecoderCard
-from ..dcdd_core.models.vae import Autoencoder
-from ..dcdd_core.models.vq import VQTokenizer
-from ..dcdd_core.pipelines.decode import Canvas, canvas_of, paint, pixels_of
+from ..dcdd_core import registry
+from ..dcdd_core.method.latents import scale_latents, unscale_latents
+from ..dcdd_core.models.decoder import DistributionConditionedDecoder
+from ..dcdd_core.pipelines.decode import decode, decode_tokens
+from ..dcdd_core.pipelines.load import check_codec
+from ..dcdd_core.protocols import ImageTokenizer, LatentCodec, OnLayer
 from ..dcdd_core.types import Condition, TokenLogits
 from . import host
-from .host import Managed, Progress
-from .sockets import ConditionSocket, Decoder, DecoderSocket, TokenLogitsSocket, VQVAESocket, expect, schema
-from .tokens import CONNECT_LOGITS, CONNECT_VQ, vq_memory
+from .convert import image_of, mask_of, pixels_of, resized
+from .host import Managed, ManagedCodec
+from .sockets import (
+    CONNECT_LOGITS,
+    CONNECT_VQ,
+    ConditionSocket,
+    Decoder,
+    DecoderSocket,
+    TokenLogitsSocket,
+    VQVAESocket,
+    expect,
+    schema,
+)
 
 HARD, SOFT = "hard: the tokens", "soft: the expected codes"
 AS_MEASURED, BY_RESOLUTION, UNIFORM = "as measured best for the decoder", "FLUX: by resolution", "uniform"
 SCHEDULES = (AS_MEASURED, BY_RESOLUTION, UNIFORM)
-#: Seconds after which the node says that a new schedule is being read.
+#: Seconds after which the node says that weights for a new schedule are being loaded.
 _LONG = 1.0
-_TILES = "connect a VAE from ComfyUI's own Load VAE, which goes on in tiles, or choose a smaller picture"
+_TILES = "connect a VAE from ComfyUI's Load VAE, which falls back to tiles, or use a smaller image"
 
 
 class VQVAEDecode(io.ComfyNode):
@@ -70,26 +77,22 @@ class VQVAEDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, token_logits: TokenLogits, vq_vae: Managed[VQTokenizer], codes: str) -> io.NodeOutput:
+    def execute(cls, token_logits: TokenLogits, vq_vae: Managed[ImageTokenizer], codes: str) -> io.NodeOutput:
         expect(token_logits, TokenLogits, "token_logits", CONNECT_LOGITS)
         expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
         if codes not in (HARD, SOFT):
             raise ValueError(f"codes must be {HARD!r} or {SOFT!r}, got {codes!r}")
-        count, memory = len(token_logits.tokens), vq_memory(vq_vae.idle, token_logits.grid)
-
-        def run(k: int) -> torch.Tensor:
-            vq, part = vq_vae.ready(memory), token_logits.part(k, k + 1)
-            # Mapped for the hard tokens too: it is where another tokenizer's logits are refused.
-            mapped = map_logits(part, vq.codebook)
-            if codes == SOFT:
-                return vq.decode_vectors(mapped.code_vectors, part.grid)
-            return vq.decode_tokens(part.tokens, part.grid)
-
-        progress, decoded = Progress(count), []
-        for pixels in host.one_by_one(run, count):
-            decoded.append(host.image_of(pixels))
-            progress.step(len(decoded), count, pixels)
-        return io.NodeOutput(torch.cat(decoded))
+        count = len(token_logits.tokens)
+        progress = host.Progress(count)
+        pixels = decode_tokens(
+            vq_vae.idle,
+            token_logits,
+            soft=codes == SOFT,
+            at_once=1,
+            on_images=lambda done, last: progress.step(done, count, last),
+            host=host.ComfyHost(vq_vae, convolutional=True),
+        )
+        return io.NodeOutput(image_of(pixels))
 
 
 class FluxDecoder(io.ComfyNode):
@@ -164,53 +167,38 @@ class FluxDecoder(io.ComfyNode):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if (image is None) != (mask is None):
             raise ValueError("painting a part needs an image and a mask: connect both, or neither to paint everything")
-        card, batch = decoder.decoder.idle.card, len(condition.code_vectors)
+        model, batch = decoder.decoder.idle, len(condition.code_vectors)
         given = area = None
         if image is not None:
-            given, area = host.pixels_of(image), host.mask_of(mask)
+            given, area = pixels_of(image), mask_of(mask)
             for name, value in (("image", given), ("mask", area)):
                 if len(value) not in (1, batch):
                     raise ValueError(
                         f"{name} is a batch of {len(value)}, the condition one of {batch}: connect one for all, or "
                         f"{batch}"
                     )
-            area = host.resized(area, *given.shape[2:]).clamp(0, 1)
+            area = resized(area, *given.shape[2:]).clamp(0, 1)
             if not bool(area.any()):
-                host.notice("the mask is empty: there is nothing to paint, the picture stays as it is")
-        autoencoder, draws = _autoencoder(decoder, vae)
-        (canvas,) = host.one_by_one(lambda _: canvas_of(autoencoder, card, condition, given, area), 1, remedy=_TILES)
-        steps, shift = steps or card.steps, _shift(schedule, canvas)
-
-        def run(first: int, last: int) -> torch.Tensor:
-            progress = Progress(steps)
-            memory = _working_memory(card, last - first, condition.grid)
-            if draws:
-                host.bring(decoder.decoder, decoder.vae.managed, memory=memory + decoder.vae.memory(canvas.given))
-                preview = decoder.vae.preview
-            else:
-                host.bring(decoder.decoder, memory=memory)
-                preview = _linear_preview(card)
-            return paint(
-                decoder.decoder.idle,
-                condition.part(first, last),
-                canvas.part(first, last),
-                seeds=[seed + k for k in range(first, last)],
-                steps=steps,
-                shift=shift,
-                on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
-                on_prepare=_reading(progress, steps),
-            )
-
-        latents = torch.cat(host.in_parts(run, batch))
-
-        def show(k: int) -> torch.Tensor:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            part = (x if x is None or len(x) == 1 else x[k : k + 1] for x in (given, area))
-            return host.image_of(pixels_of(autoencoder, latents[k : k + 1], *part))
-
-        # Apart from the steps: what the autoencoder has no memory for must not have these made again.
-        painted = torch.cat(list(host.one_by_one(show, batch, remedy=_TILES)))
-        latent = {"samples": latents.to(painted.device)}
+                host.notice("the mask is empty: nothing is painted, the image stays unchanged")
+        codec = _codec(decoder, vae)
+        steps = steps or model.card.steps
+        progress, preview = host.Progress(steps), _preview(codec)
+        decoded = decode(
+            model,
+            codec,
+            condition,
+            seeds=[seed + k for k in range(batch)],
+            steps=steps,
+            shift=_shift(schedule, model, condition, steps),
+            image=given,
+            mask=area,
+            on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
+            on_prepare=_on_layer(progress, steps),
+            host=_host(decoder, codec, condition),
+            codec_remedy=_TILES,
+        )
+        painted = image_of(decoded.pixels)
+        latent = {"samples": decoded.latents.to(painted.device)}
         if image is not None:
             # Again on the IMAGE itself: on its way through -1..1 it would lose its last bit.
             keep = rearrange(area == 0, "b 1 h w -> b h w 1").to(painted.device)
@@ -222,79 +210,114 @@ class FluxDecoder(io.ComfyNode):
 NODES = [VQVAEDecode, FluxDecoder]
 
 
-def _shift(schedule: str, canvas: Canvas) -> float | None:
+def _shift(schedule: str, model: DistributionConditionedDecoder, condition: Condition, steps: int) -> float | None:
     """Mu of the time shift; None for the decoder's own."""
-    packed = math.prod(canvas.given.shape[2:]) // 4
-    return {AS_MEASURED: None, BY_RESOLUTION: resolution_shift(packed), UNIFORM: 0.0}[schedule]
+    if schedule != BY_RESOLUTION:
+        return {AS_MEASURED: None, UNIFORM: 0.0}[schedule]
+    unit = model.card.vae_factor * model.backbone.patch
+    tokens = math.prod(side // unit for side in model.painted_size(condition.grid))
+    return model.backbone.default_shift(tokens, steps)
 
 
-def _working_memory(card: DecoderCard, batch: int, grid: tuple[int, int]) -> int:
-    """Bytes that a step takes besides weights: an estimate, 64 float32 arrays of all tokens."""
-    width = card.base_config["num_attention_heads"] * card.base_config["attention_head_dim"]
-    packed = math.prod(side // (2 * card.vae_factor) for side in card.painted_size(grid))
-    return 64 * 4 * batch * packed * width
-
-
-def _reading(progress: Progress, steps: int) -> OnLayer:
-    """What to do while a new schedule's modulations are read: nothing of the steps is done, and it may take long."""
+def _on_layer(progress: host.Progress, steps: int) -> OnLayer:
+    """What happens while weights for a new schedule are loaded, before the first step; this may take long."""
     began = time.monotonic()
 
     def on_layer(done: int, layers: int) -> None:
         progress.step(0, steps)
         if time.monotonic() - began > _LONG:
             host.tell(
-                f"reading the modulations of a new schedule: {done} of {layers}"
+                f"loading modulation weights for a new schedule: {done} of {layers}"
                 if done < layers
-                else "the modulations of the new schedule are read"
+                else "modulation weights loaded"
             )
 
     return on_layer
 
 
-class _CoreAutoencoder:
-    """ComfyUI's VAE as an `Autoencoder`: it looks after its memory, and tiles where that is short."""
+class _CoreCodec:
+    """ComfyUI's VAE as a `LatentCodec`: it manages its own memory, and falls back to tiles.
 
-    def __init__(self, vae: comfy.sd.VAE):
-        self._vae = vae
+    It does not say how its latents are normalised: that is taken from the decoder's card.
+    """
+
+    model = None
+
+    def __init__(self, vae: comfy.sd.VAE, decoder: DistributionConditionedDecoder):
+        card, self._vae = decoder.card, vae
+        self.factor, self.channels = vae.downscale_ratio, vae.latent_channels
+        # Plain latents, which `check_codec` refuses where the decoder needs others.
+        self.shift = 0.0 if card.vae_shift is None else card.vae_shift
+        self.scale = 1.0 if card.vae_scale is None else card.vae_scale
+        self.comfy_format = registry.codec_of(card.base_config).published().comfy_format
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._vae.encode(host.image_of(pixels)).float()
+        """See `LatentCodec.encode`."""
+        return self._vae.encode(image_of(pixels)).float()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return host.pixels_of(self._vae.decode(latents))
+        """See `LatentCodec.decode`."""
+        return pixels_of(self._vae.decode(latents))
+
+    def normalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """See `LatentCodec.normalize`."""
+        return scale_latents(latents, self.shift, self.scale)
+
+    def denormalize(self, z: torch.Tensor) -> torch.Tensor:
+        """See `LatentCodec.denormalize`."""
+        return unscale_latents(z, self.shift, self.scale)
+
+    def preview(self, latents: torch.Tensor) -> None:
+        """It is not cheap."""
+
+    def working_memory(self, height: int, width: int) -> int:
+        """ComfyUI's own concern."""
+        return 0
 
 
-def _autoencoder(decoder: Decoder, vae: comfy.sd.VAE | None) -> tuple[Autoencoder, bool]:
-    """The autoencoder to use, and whether it draws the previews too.
+def _codec(decoder: Decoder, vae: comfy.sd.VAE | None) -> LatentCodec:
+    """The codec to use: the connected VAE, or the decoder's own.
 
     Raises:
-        ValueError: if there is none, or one of another kind.
+        ValueError: if there is none, or one that does not fit.
     """
     if vae is not None:
-        _check_core_vae(vae, decoder.decoder.idle.card)
-        return _CoreAutoencoder(vae), False
-    if decoder.vae is None:
+        expect(vae, comfy.sd.VAE, "vae", "connect a FLUX VAE from Load VAE")
+        codec = _CoreCodec(vae, decoder.decoder.idle)
+        check_codec(
+            codec,
+            decoder.decoder.idle,
+            remedy="connect the VAE that the decoder was trained with (for FLUX.1-Fill: ae.safetensors), or none",
+        )
+        return codec
+    if decoder.codec is None:
         raise ValueError(
             "this decoder was loaded without an autoencoder: choose one in Load DCDD Decoder, or connect a FLUX VAE "
             "(ae.safetensors) from Load VAE"
         )
-    return decoder.vae, decoder.vae.is_small
+    return decoder.codec
 
 
-def _linear_preview(card: DecoderCard) -> Callable[[torch.Tensor], host.Preview]:
-    """ComfyUI's own estimate of FLUX latents' colours."""
-    flux = comfy.latent_formats.Flux()
-    previewer = latent_preview.Latent2RGBPreviewer(flux.latent_rgb_factors, flux.latent_rgb_factors_bias)
-    return lambda latents: previewer.decode_latent_to_preview(scale_latents(latents, card.vae_shift, card.vae_scale))
+def _draws_previews(codec: LatentCodec) -> bool:
+    return isinstance(codec, ManagedCodec) and codec.draws_previews
 
 
-def _check_core_vae(vae: comfy.sd.VAE, card: DecoderCard) -> None:
-    if not isinstance(vae, comfy.sd.VAE):
-        raise ValueError(f"vae got {type(vae).__name__}: connect a FLUX VAE from Load VAE")
-    factor, channels = vae.downscale_ratio, vae.latent_channels
-    if factor != card.vae_factor or channels != 16:
-        raise ValueError(
-            f"this VAE has {channels} channels at 1/{factor} of the size, the decoder paints 16 at "
-            f"1/{card.vae_factor}: connect the autoencoder that the decoder was trained with "
-            "(for FLUX.1-Fill, ae.safetensors), or none"
-        )
+def _host(decoder: Decoder, codec: LatentCodec, condition: Condition) -> host.ComfyHost:
+    """The decoder, together with the codec if that draws the previews."""
+    if not _draws_previews(codec):
+        return host.ComfyHost(decoder.decoder)
+    size = decoder.decoder.idle.painted_size(condition.grid)
+    return host.ComfyHost(decoder.decoder, codec.managed, besides=codec.working_memory(*size))
+
+
+def _preview(codec: LatentCodec) -> Callable[[torch.Tensor], host.Preview]:
+    """What shows raw latents: the codec, or else ComfyUI's own estimate of their colours, if it has one."""
+    if _draws_previews(codec):
+        return lambda latents: codec.preview(latents[:4])
+    if not codec.comfy_format:
+        return lambda latents: None
+    latents_format = getattr(comfy.latent_formats, codec.comfy_format)()
+    previewer = latent_preview.Latent2RGBPreviewer(
+        latents_format.latent_rgb_factors, latents_format.latent_rgb_factors_bias
+    )
+    return lambda latents: previewer.decode_latent_to_preview(codec.normalize(latents))

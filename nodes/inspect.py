@@ -1,4 +1,4 @@
-"""Looking: scenes to try things on, statistics of logits, and pictures side by side."""
+"""Scenes to try things on, statistics of logits, and images side by side."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from ..dcdd_core.method.statistics import describe_logits
 from ..dcdd_core.types import TokenLogits
 from ..dcdd_pico.scenes import SPLIT_SIZE, render_scene, scene_pixels
 from . import host
-from .host import Progress
-from .sockets import TokenLogitsSocket, expect, schema
-from .tokens import CONNECT_LOGITS
+from .convert import from_pil, image_of, pixels_of, resized
+from .sockets import CONNECT_LOGITS, TokenLogitsSocket, expect, schema
 
 _ALL = ("a", "b", "c", "d")
 
@@ -26,7 +25,7 @@ class PicoScene(io.ComfyNode):
         return schema(
             "PicoScene",
             "Pico Scene",
-            category="look",
+            category="inspect",
             description=(
                 "Draws a scene of the small world that the pico models know, and says what is in it: a picture to try "
                 "workflows on without a file. None of them was seen in training."
@@ -61,16 +60,16 @@ class PicoScene(io.ComfyNode):
 
     @classmethod
     def execute(cls, seed: int, size: int, batch_size: int) -> io.NodeOutput:
-        progress, scenes = Progress(batch_size), []
+        progress, scenes = host.Progress(batch_size), []
         for k in range(batch_size):
             scenes.append(render_scene("test", (seed + k) % SPLIT_SIZE, size=size))
             progress.step(k + 1, batch_size)
         pixels = torch.cat([scene_pixels(scene.image[None], torch.device("cpu")) for scene in scenes])
-        return io.NodeOutput(host.image_of(pixels), "\n".join(scene.caption for scene in scenes))
+        return io.NodeOutput(image_of(pixels), "\n".join(scene.caption for scene in scenes))
 
 
 class LogitStatistics(io.ComfyNode):
-    """The paper's Table 1 and Figure 6 of logits at hand."""
+    """The paper's Table 1 and Figure 6 of the connected logits."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -80,7 +79,7 @@ class LogitStatistics(io.ComfyNode):
         return schema(
             "LogitStatistics",
             "Logit Statistics",
-            category="look",
+            category="inspect",
             description=(
                 "How sure the model is: the paper's Table 1 beside the curve of its Figure 6. Connect Janus' logits, a "
                 "picture's proxies and the calibrated ones to see what calibration does."
@@ -110,15 +109,15 @@ class LogitStatistics(io.ComfyNode):
         for value in columns:
             expect(value, TokenLogits, "token_logits", CONNECT_LOGITS)
         labels = column_names(columns, [name.strip() for name in names.split(",") if name.strip()])
-        found, progress = {}, Progress(len(columns))
+        found, progress = {}, host.Progress(len(columns))
         for label, value in zip(labels, columns):
             found[label] = describe_logits(value)
             progress.step(len(found), len(columns))
-        return io.NodeOutput(host.from_pil(statistics_sheet(found)), statistics_table(found))
+        return io.NodeOutput(from_pil(statistics_sheet(found)), statistics_table(found))
 
 
 class CompareDecoders(io.ComfyNode):
-    """Pictures side by side, labelled."""
+    """Images side by side, labelled."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -131,7 +130,7 @@ class CompareDecoders(io.ComfyNode):
         return schema(
             "CompareDecoders",
             "Compare Decoders",
-            category="look",
+            category="inspect",
             description="Puts up to four pictures (or batches of them) side by side on one labelled sheet.",
             search_aliases=["side by side", "grid", "contact sheet", "concat images"],
             inputs=[
@@ -150,19 +149,19 @@ class CompareDecoders(io.ComfyNode):
     @classmethod
     def execute(cls, captions: str, side: int, **given) -> io.NodeOutput:
         used = [x for x in _ALL if given.get(f"image_{x}") is not None]
-        columns = [host.pixels_of(given[f"image_{x}"]).cpu() for x in used]
+        columns = [pixels_of(given[f"image_{x}"]).cpu() for x in used]
         rows = max(map(len, columns))
         if any(len(column) not in (1, rows) for column in columns):
             raise ValueError(
-                f"batches of {', '.join(str(len(column)) for column in columns)} pictures do not fit side by side: "
-                "connect batches of one size, or single pictures"
+                f"batches of {', '.join(str(len(column)) for column in columns)} images do not fit side by side: "
+                "connect batches of the same size, or single images"
             )
         height, width = columns[0].shape[2:]
-        columns = [host.resized(column, height, width).expand(rows, -1, -1, -1) for column in columns]
+        columns = [resized(column, height, width).expand(rows, -1, -1, -1) for column in columns]
         lines = [*captions.splitlines()[:rows], *[""] * rows][:rows]
         labels = [given.get(f"label_{x}") or "" for x in used]
         sheet = labelled_grid(list(zip(*columns)), columns=labels, captions=lines, side=side)
-        return io.NodeOutput(host.from_pil(sheet))
+        return io.NodeOutput(from_pil(sheet))
 
 
 NODES = [PicoScene, LogitStatistics, CompareDecoders]

@@ -8,16 +8,14 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..dcdd_core.models.bundle import load_decoder
-from ..dcdd_core.models.decoder import DistributionConditionedDecoder
+from ..dcdd_core import registry
+from ..dcdd_core.models.bundle import DecoderOptions, load_decoder
 from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download
-from ..dcdd_core.models.janus.sampler import JanusSampler
-from ..dcdd_core.models.janus.tokenizer import load_tokenizer
-from ..dcdd_core.models.vae import load_vae
-from ..dcdd_core.models.vq import VQTokenizer
-from ..dcdd_pico.embedded import model_paths
-from . import host
-from .host import Managed, ManagedAutoencoder, Progress
+from ..dcdd_core.pipelines.load import check_codec
+from ..dcdd_core.protocols import ImageTokenizer
+from ..dcdd_pico.embedded import NAME, model_paths
+from . import host, model_folders
+from .host import Managed, ManagedCodec
 from .sockets import Decoder, DecoderSocket, JanusModel, JanusModelSocket, VQVAESocket, schema
 
 PICO = "pico (built in)"
@@ -59,15 +57,13 @@ class LoadJanus(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str, dtype: str, placement: str) -> io.NodeOutput:
-        folder = _folder(model)
-        torch_dtype = _torch_dtype(dtype, model, placement)
-        sampler = JanusSampler.load(folder, dtype=torch_dtype, computes_on=host.device_of(placement))
+        folder, torch_dtype = _folder(model), _torch_dtype(dtype, model, placement)
+        family = registry.sampler_family(folder)
+        sampler = family.load_sampler(str(folder), dtype=torch_dtype, computes_on=host.device_of(placement))
         if model == PICO:
-            sampler.name = "pico"
-        vq = _vq(folder, model, placement)
-        # As a whole: the language model reads the codebook that stayed in the VQ model.
-        managed = Managed(sampler, sampler.model, placement=placement)
-        return io.NodeOutput(JanusModel(sampler=managed, vq=vq), vq)
+            sampler.name = NAME
+        vq = _tokenizer(folder, model, placement)
+        return io.NodeOutput(JanusModel(sampler=Managed(sampler, placement=placement), vq=vq), vq)
 
 
 class LoadVQVAE(io.ComfyNode):
@@ -94,7 +90,7 @@ class LoadVQVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str, placement: str) -> io.NodeOutput:
-        return io.NodeOutput(_vq(_folder(model), model, placement))
+        return io.NodeOutput(_tokenizer(_folder(model), model, placement))
 
 
 class LoadDecoder(io.ComfyNode):
@@ -114,13 +110,13 @@ class LoadDecoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "bundle",
-                    options=[PICO, *host.bundles()],
+                    options=[PICO, *model_folders.bundles()],
                     default=PICO,
                     tooltip="The trained decoder, a .safetensors file in models/dcdd. It was made for one tokenizer.",
                 ),
                 io.Combo.Input(
                     "base_model",
-                    options=[HELD, *host.transformers()],
+                    options=[HELD, *model_folders.transformers()],
                     default=HELD,
                     tooltip=(
                         "The FLUX.1-Fill transformer, where the bundle holds only what training changed: a file in "
@@ -129,7 +125,7 @@ class LoadDecoder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "vae",
-                    options=[CONNECTED, *host.autoencoders()],
+                    options=[CONNECTED, *model_folders.autoencoders()],
                     default=CONNECTED,
                     tooltip=(
                         "The FLUX autoencoder (ae.safetensors in models/vae, or a diffusers folder). pico brings its "
@@ -157,11 +153,11 @@ class LoadDecoder(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, bundle: str, base_model: str, vae: str, **_) -> str:
         if bundle == PICO:
-            return host.state_of(model_paths()["decoder"].parent)
-        chosen = [host.path_of(host.BUNDLES, bundle)]
-        chosen += [] if base_model == HELD else [host.transformer_path(base_model)]
-        chosen += [] if vae == CONNECTED else [host.autoencoder_path(vae)]
-        return "|".join(map(host.state_of, chosen))
+            return model_folders.state_of(model_paths()["decoder"].parent)
+        chosen = [model_folders.path_of(model_folders.BUNDLES, bundle)]
+        chosen += [] if base_model == HELD else [model_folders.transformer_path(base_model)]
+        chosen += [] if vae == CONNECTED else [model_folders.autoencoder_path(vae)]
+        return "|".join(map(model_folders.state_of, chosen))
 
     @classmethod
     def execute(cls, bundle: str, base_model: str, vae: str, storage: str, placement: str) -> io.NodeOutput:
@@ -171,27 +167,25 @@ class LoadDecoder(io.ComfyNode):
             pico = model_paths()
             path, base, autoencoder = pico["decoder"], None, pico["vae"]
             if base_model != HELD or vae != CONNECTED:
-                host.notice(
-                    "pico holds all its weights and brings its own autoencoder: base_model and vae are not used"
-                )
+                host.notice("the pico bundle has all its weights and its own VAE: base_model and vae are not used")
         else:
-            path = host.path_of(host.BUNDLES, bundle)
-            base = None if base_model == HELD else host.transformer_path(base_model)
-            autoencoder = None if vae == CONNECTED else host.autoencoder_path(vae)
+            path = model_folders.path_of(model_folders.BUNDLES, bundle)
+            base = None if base_model == HELD else model_folders.transformer_path(base_model)
+            autoencoder = None if vae == CONNECTED else model_folders.autoencoder_path(vae)
         compute = _torch_dtype("auto" if storage == "8-bit" else storage, bundle, placement)
-        decoder = load_decoder(path, base, dtype=compute)
-        blocks = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
-        managed = Managed[DistributionConditionedDecoder](
-            decoder, decoder, placement=placement, eight_bit=blocks if storage == "8-bit" else ()
-        )
-        loaded = None
+        decoder = load_decoder(path, base, DecoderOptions(dtype=compute))
+        codec = None
         if autoencoder is not None:
-            loaded = ManagedAutoencoder(load_vae(autoencoder, dtype=torch.float32), placement=placement)
-        return io.NodeOutput(Decoder(decoder=managed, vae=loaded))
+            codec = registry.load_codec(autoencoder, dtype=torch.float32)
+            check_codec(codec, decoder, remedy="choose the VAE that the decoder was trained with")
+            codec = ManagedCodec(codec, placement=placement)
+        blocks = tuple(f"transformer.{name}" for name in decoder.backbone.block_names)
+        managed = Managed(decoder, placement=placement, eight_bit=blocks if storage == "8-bit" else ())
+        return io.NodeOutput(Decoder(decoder=managed, codec=codec))
 
 
 class DownloadModel(io.ComfyNode):
-    """The one node that goes to the network, and only when it is run."""
+    """The only node that uses the network, and only when it runs."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -219,12 +213,12 @@ class DownloadModel(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model: str) -> str:
         path = _offer(model)[2]
-        return host.state_of(path) if path.exists() else ""
+        return model_folders.state_of(path) if path.exists() else ""
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
         known, folder, path = _offer(model)
-        progress = Progress(1000)
+        progress = host.Progress(1000)
 
         def on_progress(there: int, whole: int) -> None:
             progress.step(round(1000 * there / max(1, whole)), 1000)
@@ -236,14 +230,14 @@ class DownloadModel(io.ComfyNode):
 
 NODES = [LoadJanus, LoadVQVAE, LoadDecoder, DownloadModel]
 
-#: What the combo shows -> the model.
+#: Combo value -> model.
 _OFFERED = {f"{name} ({model.gigabytes:g} GB)": model for name, model in KNOWN_MODELS.items()}
 
 
 def _model() -> io.Combo.Input:
     return io.Combo.Input(
         "model",
-        options=[PICO, *host.folders(host.JANUS, holding="config.json")],
+        options=[PICO, *model_folders.folders(model_folders.JANUS, holding="config.json")],
         default=PICO,
         tooltip="A folder in models/janus with a Janus or Janus-Pro model, or the tiny one that comes with the pack.",
     )
@@ -274,23 +268,23 @@ def _placement() -> io.Combo.Input:
 
 
 def _folder(model: str) -> Path:
-    return model_paths()["vlm"] if model == PICO else host.path_of(host.JANUS, model)
+    return model_paths()["vlm"] if model == PICO else model_folders.path_of(model_folders.JANUS, model)
 
 
 def _state(model: str) -> str:
-    return host.state_of(_folder(model))
+    return model_folders.state_of(_folder(model))
 
 
-def _vq(folder: Path, model: str, placement: str) -> Managed[VQTokenizer]:
-    """In float32: its features decide which token a patch is."""
-    vq = load_tokenizer(folder, dtype=torch.float32)
+def _tokenizer(folder: Path, model: str, placement: str) -> Managed[ImageTokenizer]:
+    """In float32: its features decide which token a patch becomes."""
+    tokenizer = registry.sampler_family(folder).load_tokenizer(str(folder), dtype=torch.float32)
     if model == PICO:
-        vq.name = "pico"
-    return Managed(vq, vq.model, placement=placement)
+        tokenizer.name = NAME
+    return Managed(tokenizer, placement=placement)
 
 
 def _torch_dtype(name: str, model: str, placement: str) -> torch.dtype:
-    """What a combo's dtype means on this machine, for a model that works there.
+    """What a combo's dtype means on this machine, for a model of that placement.
 
     Raises:
         ValueError: for an unknown name.
@@ -306,7 +300,7 @@ def _torch_dtype(name: str, model: str, placement: str) -> torch.dtype:
 
 
 def _offer(model: str) -> tuple[KnownModel, Path, Path]:
-    """The model of a combo's name, the folder that it belongs into, and the file or folder that is its own there.
+    """The model of a combo's name, the folder that it goes into, and its own file or folder there.
 
     Raises:
         ValueError: for another name.
@@ -315,5 +309,5 @@ def _offer(model: str) -> tuple[KnownModel, Path, Path]:
         raise ValueError(f"model must be one of {', '.join(_OFFERED)}, got {model!r}")
     known = _OFFERED[model]
     key, *below = known.folder.split("/")
-    folder = host.model_folder(key).joinpath(*below)
+    folder = model_folders.model_folder(key).joinpath(*below)
     return known, folder, folder / known.files[0] if len(known.files) == 1 else folder

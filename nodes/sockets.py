@@ -1,4 +1,4 @@
-"""What flows between the nodes: the socket types, and what goes through those that carry models.
+"""The socket types, and the values of those that carry models.
 
 TOKEN_LOGITS, DCDD_CONDITION and CALIBRATION carry dcdd_core's TokenLogits, Condition and Calibration themselves, on
 ComfyUI's intermediate device.
@@ -12,11 +12,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..dcdd_core.models.decoder import DistributionConditionedDecoder
-from ..dcdd_core.models.janus.sampler import JanusSampler
-from ..dcdd_core.models.vq import VQTokenizer
-from .host import Managed, ManagedAutoencoder
+from ..dcdd_core.protocols import ImageTokenizer, TokenSampler
+from .host import Managed, ManagedCodec
 
 CATEGORY = "DCDD"
+CONNECT_LOGITS = "connect the token_logits of a Janus Logit Sampler or a VQ-VAE Encode"
+CONNECT_VQ = "connect the vq_vae of a Load Janus or Load VQ-VAE"
 
 JanusModelSocket = io.Custom("JANUS_MODEL")
 VQVAESocket = io.Custom("VQ_VAE")
@@ -28,22 +29,22 @@ CalibrationSocket = io.Custom("CALIBRATION")
 
 @dataclass(frozen=True, kw_only=True)
 class JanusModel:
-    """What JANUS_MODEL carries: the sampler, and the tokenizer that its previews are drawn with."""
+    """What JANUS_MODEL carries: the sampler, and the tokenizer that decodes its previews."""
 
-    sampler: Managed[JanusSampler]
-    vq: Managed[VQTokenizer]
+    sampler: Managed[TokenSampler]
+    vq: Managed[ImageTokenizer]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """What DCDD_DECODER carries: the decoder, and its autoencoder unless one is to be connected."""
+    """What DCDD_DECODER carries: the decoder, and its own codec, or None if a VAE is to be connected."""
 
     decoder: Managed[DistributionConditionedDecoder]
-    vae: ManagedAutoencoder | None
+    codec: ManagedCodec | None
 
 
 def schema(name: str, display_name: str, *, category: str, search_aliases: list[str], **values: Any) -> io.Schema:
-    """A node's schema; ComfyUI versions that know no search aliases go without."""
+    """A node's schema; search aliases are left out where ComfyUI does not support them."""
     known = {field.name for field in fields(io.Schema)}
     if "search_aliases" in known:
         values["search_aliases"] = search_aliases
@@ -51,10 +52,10 @@ def schema(name: str, display_name: str, *, category: str, search_aliases: list[
 
 
 def expect(value: Any, kind: type, socket: str, remedy: str) -> None:
-    """Refuses what is no `kind`: ComfyUI lets literals and other packs' values into custom sockets.
+    """Refuses a value that is not a `kind`: ComfyUI lets literals and other packs' values into custom sockets.
 
     Raises:
-        ValueError: saying what came, and `remedy`.
+        ValueError: with what came, and `remedy`.
     """
     if not isinstance(value, kind):
         raise ValueError(f"{socket} got {type(value).__name__} {str(value)[:60]!r}: {remedy}")

@@ -40,7 +40,7 @@ latest.io.ComfyNode, latest.io.Schema = type("ComfyNode", (), {}), Schema
 pack = types.ModuleType("pack")
 pack.__path__ = [folder]
 sys.modules["pack"] = pack
-extension = importlib.import_module("pack.nodes.extension").DCDDExtension()
+extension = importlib.import_module("pack.nodes").DCDDExtension()
 schemas = [node.define_schema() for node in asyncio.run(extension.get_node_list())]
 print(json.dumps({schema.node_id: getattr(schema, "search_aliases", None) for schema in schemas}))
 """

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..evaluation.generation import Sample
 from ..method.calibration import (
+    PASSES,
     TOLERANCE,
     anchor_statistics,
     fit_anchor,
     fit_calibration,
+    proxy_features,
     proxy_logits,
     target_statistics,
 )
@@ -152,14 +155,58 @@ def calibrate_to(
         samples: can be read more than once.
         with_anchor: fit the anchor too (`method.calibration.fit_anchor`).
     """
-    codebook = proxies.vq.codebook
-    target = target_statistics(samples)
-    calibration = fit_calibration(
-        proxies.features, codebook, target, vlm=vlm, guidance=guidance, temperature=temperature
-    )
-    if with_anchor:
-        calibration = fit_anchor(samples, codebook, anchor_statistics(proxies, codebook, calibration), calibration)
+    measured_on = {"vlm": vlm, "guidance": guidance, "temperature": temperature}
+    return _fitted(samples, proxies, proxies.features, proxies.vq.codebook, measured_on, anchored=with_anchor)
+
+
+def fit_to(
+    proxies: TokenLogits,
+    reference: TokenLogits,
+    codebook: Codebook,
+    *,
+    anchored: bool = False,
+    on_pass: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """`calibrate_to` for logits at hand: fits a calibration of proxy logits to a VLM's.
+
+    Args:
+        anchored: fit the anchor too.
+        on_pass: called with (passes over the proxies done, about how many there are), several times a pass; may raise
+            to stop.
+
+    Raises:
+        ValueError: for logits of the wrong source or of another codebook.
+    """
+
+    def on_chunk(passes: int) -> None:
+        if on_pass is not None:
+            on_pass(min(passes, PASSES - 1), PASSES)
+
+    measured_on = {name: getattr(reference, name) for name in ("guidance", "temperature")} | {"vlm": reference.model}
+    features = proxy_features(proxies, codebook)
+    calibration = _fitted(reference, proxies, features, codebook, measured_on, anchored=anchored, on_chunk=on_chunk)
+    if on_pass is not None:
+        on_pass(PASSES, PASSES)
     return calibration
+
+
+def _fitted(
+    reference: Iterable[TokenLogits] | TokenLogits,
+    proxies: Iterable[TokenLogits] | TokenLogits,
+    features: torch.Tensor | Sequence[torch.Tensor],
+    codebook: Codebook,
+    measured_on: dict[str, Any],
+    *,
+    anchored: bool,
+    on_chunk: Callable[[int], None] | None = None,
+) -> Calibration:
+    target = target_statistics(reference)
+    calibration = fit_calibration(features, codebook, target, on_chunk=on_chunk, **measured_on)
+    if not anchored:
+        return calibration
+    wanted = anchor_statistics(proxies, codebook, calibration)
+    last = None if on_chunk is None else lambda _: on_chunk(PASSES)
+    return fit_anchor(reference, codebook, wanted, calibration, on_chunk=last)
 
 
 def compared(

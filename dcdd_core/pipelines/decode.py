@@ -107,7 +107,7 @@ def decode(
 
     def show(k: int) -> torch.Tensor:
         own = (x if x is None or len(x) == 1 else x[k : k + 1] for x in (image, mask))
-        return pixels_of(codec, latents[k : k + 1], *own)
+        return host.keep(pixels_of(codec, latents[k : k + 1], *own))
 
     # Apart from the steps, which must not be repeated when the codec runs out of memory.
     pixels = torch.cat(list(one_by_one(show, batch, host, remedy=codec_remedy)))
@@ -144,9 +144,10 @@ def decode_tokens(
             host.bring(memory * (end - begin))
             own = part.part(begin, end)
             if soft:
-                return tokenizer.decode_vectors(map_logits(own, tokenizer.codebook).code_vectors, own.grid)
+                mapped = map_logits(own, tokenizer.codebook)
+                return host.keep(tokenizer.decode_vectors(mapped.code_vectors, own.grid))
             check_codebooks(own, tokenizer.codebook, None)
-            return tokenizer.decode_tokens(own.tokens, own.grid)
+            return host.keep(tokenizer.decode_tokens(own.tokens, own.grid))
 
         images += in_parts(run, len(part.tokens), host)
         if on_images is not None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import TypeVar
 
+import torch
+
 from ..types import Calibration, Codebook, Condition, DCDDWarning, TokenLogits
 
-T = TypeVar("T", TokenLogits, Condition, Calibration, Codebook)
+Result = TypeVar("Result", TokenLogits, Condition, Calibration, Codebook, torch.Tensor)
 
 
 class Host:
@@ -41,7 +43,7 @@ class Host:
         """
         warnings.warn(f"out of memory: continuing with {size} images at a time", DCDDWarning, stacklevel=4)
 
-    def keep(self, result: T) -> T:
+    def keep(self, result: Result) -> Result:
         """Moves a finished part to where results wait."""
         return result
 

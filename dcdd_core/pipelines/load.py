@@ -83,25 +83,27 @@ class Models:
         check_codec(self.codec, self.decoder)
 
 
-def check_codec(codec: LatentCodec, decoder: DistributionConditionedDecoder) -> None:
+def check_codec(
+    codec: LatentCodec,
+    decoder: DistributionConditionedDecoder,
+    *,
+    remedy: str = "use the autoencoder that the decoder was trained with (for FLUX.1-Fill, ae.safetensors)",
+) -> None:
     """Refuses an autoencoder whose latents are not those the decoder paints.
+
+    Args:
+        remedy: the way out, in the words of the caller's user.
 
     Raises:
         ValueError: naming the values of both.
     """
     card = decoder.card
-    wanted = {
-        "pixels a latent": card.vae_factor,
-        "channels": decoder.backbone.latent_channels,
-        "shift": card.vae_shift,
-        "scale": card.vae_scale,
-    }
-    found = dict(zip(wanted, (codec.factor, codec.channels, codec.shift, codec.scale)))
-    differ = [f"{name} {found[name]}, expected {value}" for name, value in wanted.items() if found[name] != value]
-    if differ:
+    found = (codec.channels, codec.factor, codec.shift, codec.scale)
+    needed = (decoder.backbone.latent_channels, card.vae_factor, card.vae_shift, card.vae_scale)
+    if found != needed:
         raise ValueError(
-            f"this autoencoder's latents are not those the decoder paints ({'; '.join(differ)}): use the autoencoder "
-            "that the decoder was trained with (for FLUX.1-Fill, ae.safetensors)"
+            "this autoencoder's latents are not those the decoder paints ({} channels at 1/{} of the image size, shift "
+            "{}, scale {}; expected {} at 1/{}, shift {}, scale {}): {}".format(*found, *needed, remedy)
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,9 @@ from ..protocols import DEFAULT_SAMPLING, OnProgress, SamplingOptions, TokenSamp
 from ..types import TokenLogits
 from .host import PLAIN, Host
 from .oom import in_parts
+
+#: Prompts and one seed for each -> their tokens and logits.
+Sample = Callable[[Sequence[str], Sequence[int]], TokenLogits]
 
 
 def sample(
@@ -28,7 +32,8 @@ def sample(
 
     Args:
         resample: bool [N] or [B, N].
-        on_progress: as the sampler's; with several parts it is called for each from its first position on.
+        on_progress: as the sampler's; of several parts, each starts from the beginning, and `Progress.first` tells
+            them apart.
 
     Raises:
         ValueError: as the sampler.
@@ -47,7 +52,7 @@ def sample(
             options=options,
             previous=previous if previous is None or whole else previous.part(first, last),
             resample=resample if resample is None or whole or resample.ndim == 1 else resample[first:last],
-            on_progress=on_progress,
+            on_progress=None if on_progress is None else lambda now: on_progress(replace(now, first=first)),
             weights_resident=host.weights_resident,
         )
         return host.keep(sampled)

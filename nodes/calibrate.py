@@ -1,0 +1,177 @@
+"""Calibrations: fitted, applied, and kept in files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ..dcdd_core.method.calibration import PASSES, apply_calibration
+from ..dcdd_core.pipelines.calibrate import fit_to
+from ..dcdd_core.protocols import ImageTokenizer
+from ..dcdd_core.types import Calibration, TokenLogits
+from . import host, model_folders
+from .host import Managed
+from .sockets import (
+    CONNECT_LOGITS,
+    CONNECT_VQ,
+    CalibrationSocket,
+    Decoder,
+    DecoderSocket,
+    TokenLogitsSocket,
+    VQVAESocket,
+    expect,
+    schema,
+)
+
+
+class LogitCalibrator(io.ComfyNode):
+    """Applies a calibration, or fits one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "LogitCalibrator",
+            "Logit Calibrator",
+            category="tokens",
+            description=(
+                "Makes the proxy logits of a picture as sure and as doubtful as the language model's own, as the "
+                "decoder was trained on them. Takes the calibration of a decoder, of a file, or fits one: connect "
+                "exactly one of decoder, calibration and reference. The LCDM Encoder does it by itself when a decoder "
+                "is connected to it; use this node to look inside, to fit, or to edit pictures of your own."
+            ),
+            search_aliases=["calibration", "temperature scaling", "fit calibration", "LC"],
+            inputs=[
+                TokenLogitsSocket.Input(
+                    "token_logits", tooltip="What to calibrate: a picture's proxies, or Janus' own."
+                ),
+                VQVAESocket.Input("vq_vae", tooltip="The tokenizer of these logits."),
+                DecoderSocket.Input("decoder", optional=True, tooltip="Takes the calibration that is in its bundle."),
+                CalibrationSocket.Input("calibration", optional=True, tooltip="From Load Calibration, or another one."),
+                TokenLogitsSocket.Input(
+                    "reference",
+                    optional=True,
+                    tooltip=(
+                        "Fits a calibration: token_logits of many sampled pictures (the paper: 100), which the "
+                        "proxies in token_logits are to look like."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "anchored",
+                    default=False,
+                    tooltip=(
+                        "For Janus' own logits: pulls each distribution towards the token that was sampled, as "
+                        "strongly as the calibration says. When fitting, that strength is fitted too. Off is the paper."
+                    ),
+                ),
+            ],
+            outputs=[
+                TokenLogitsSocket.Output("calibrated", display_name="token_logits", tooltip="The calibrated logits."),
+                CalibrationSocket.Output(
+                    "used", display_name="calibration", tooltip="What was used: to Save Calibration."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        token_logits: TokenLogits,
+        vq_vae: Managed[ImageTokenizer],
+        anchored: bool,
+        decoder: Decoder | None = None,
+        calibration: Calibration | None = None,
+        reference: TokenLogits | None = None,
+    ) -> io.NodeOutput:
+        expect(token_logits, TokenLogits, "token_logits", CONNECT_LOGITS)
+        expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
+        given = [value for value in (decoder, calibration, reference) if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"{len(given) or 'none'} of decoder, calibration and reference are connected: connect exactly one, a "
+                "decoder or a calibration to apply its values, or a reference to fit new ones"
+            )
+        codebook = vq_vae.idle.codebook
+        with host.noticed():
+            if reference is not None:
+                expect(reference, TokenLogits, "reference", "connect the token_logits of a Janus Logit Sampler")
+                progress = host.Progress(PASSES)
+                calibration = fit_to(token_logits, reference, codebook, anchored=anchored, on_pass=progress.step)
+            elif decoder is not None:
+                expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")
+                calibration = decoder.decoder.idle.card.calibration
+                if calibration is None:
+                    raise ValueError("this decoder was trained without a calibration: connect one from a file instead")
+            expect(calibration, Calibration, "calibration", "connect a Load Calibration")
+            used = calibration if anchored else replace(calibration, anchor=0.0)
+            return io.NodeOutput(apply_calibration(token_logits, codebook, used), calibration)
+
+
+class SaveCalibration(io.ComfyNode):
+    """CALIBRATION -> file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "SaveCalibration",
+            "Save Calibration",
+            category="tokens",
+            description="Keeps a calibration in models/dcdd/calibrations. An earlier file is never overwritten.",
+            search_aliases=["export calibration"],
+            is_output_node=True,
+            inputs=[
+                CalibrationSocket.Input("calibration", tooltip="From a Logit Calibrator."),
+                io.String.Input("name", default="calibration", tooltip="Of the file; a number is added if it exists."),
+            ],
+            outputs=[io.String.Output("path", display_name="path", tooltip="Where it was written.")],
+        )
+
+    @classmethod
+    def execute(cls, calibration: Calibration, name: str) -> io.NodeOutput:
+        expect(calibration, Calibration, "calibration", "connect the calibration of a Logit Calibrator")
+        path = model_folders.new_calibration(name)
+        calibration.save(path)
+        host.tell(f"saved {path.name}: {_in_words(calibration)}")
+        return io.NodeOutput(str(path))
+
+
+class LoadCalibration(io.ComfyNode):
+    """File -> CALIBRATION."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "LoadCalibration",
+            "Load Calibration",
+            category="tokens",
+            description="Reads a calibration from models/dcdd/calibrations.",
+            search_aliases=["import calibration"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=model_folders.calibrations() or [model_folders.NO_CALIBRATION],
+                    tooltip="A file that Save Calibration or `dcdd calibrate` wrote. Press R after adding one.",
+                )
+            ],
+            outputs=[
+                CalibrationSocket.Output("calibration", display_name="calibration", tooltip="To a Logit Calibrator.")
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        return model_folders.state_of(model_folders.calibration_path(file))
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(Calibration.load(model_folders.calibration_path(file)))
+
+
+NODES = [LogitCalibrator, SaveCalibration, LoadCalibration]
+
+
+def _in_words(calibration: Calibration) -> str:
+    return (
+        f"scale {calibration.scale * calibration.affine_scale:.3f}, smoothing {calibration.smoothing:.4f}, "
+        f"anchor {calibration.anchor:.2f}"
+    )

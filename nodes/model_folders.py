@@ -1,0 +1,125 @@
+"""Model files and folders as ComfyUI lists and finds them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+BUNDLES = "dcdd"
+JANUS = "janus"
+
+
+def add_model_folders() -> None:
+    """Makes models/janus and models/dcdd known, behind what extra_model_paths.yaml names for them."""
+    for key in (JANUS, BUNDLES):
+        folder_paths.add_model_folder_path(key, os.path.join(folder_paths.models_dir, key))
+    # Only bundles are single files; a key without extensions would list everything there is.
+    folder_paths.folder_names_and_paths[BUNDLES][1].add(".safetensors")
+
+
+def model_folder(key: str) -> Path:
+    """Where new files of a kind go: the folder that is called like it, among those that are searched."""
+    paths = [Path(path) for path in folder_paths.get_folder_paths(key)]
+    return next((path for path in paths if path.name == key), paths[0])
+
+
+def files(key: str) -> list[str]:
+    """Names of the model files of a kind, as combos list them."""
+    return folder_paths.get_filename_list(key)
+
+
+def folders(key: str, *, holding: str) -> list[str]:
+    """Names of the folders of a kind that hold a file or folder of that name."""
+    found = (
+        child.name
+        for root in map(Path, folder_paths.get_folder_paths(key))
+        if root.is_dir()
+        for child in root.iterdir()
+        if (child / holding).exists()
+    )
+    return sorted(dict.fromkeys(found))
+
+
+def transformers() -> list[str]:
+    """What may hold a FLUX transformer: model files, and diffusers folders marked by a slash at their end."""
+    return [*files("diffusion_models"), *(f"{name}/" for name in folders("diffusers", holding="transformer"))]
+
+
+def autoencoders() -> list[str]:
+    """What may hold a FLUX autoencoder: VAE files, and diffusers folders marked by a slash at their end."""
+    return [*files("vae"), *(f"{name}/" for name in folders("diffusers", holding="vae"))]
+
+
+def transformer_path(name: str) -> Path:
+    """The file or folder of a name from `transformers`."""
+    return path_of("diffusers", name) / "transformer" if name.endswith("/") else path_of("diffusion_models", name)
+
+
+def autoencoder_path(name: str) -> Path:
+    """The file or folder of a name from `autoencoders`."""
+    return path_of("diffusers", name) / "vae" if name.endswith("/") else path_of("vae", name)
+
+
+def path_of(key: str, name: str) -> Path:
+    """The file or folder that a combo's name stands for.
+
+    Raises:
+        ValueError: if it is not there (any more), or points out of its folder.
+    """
+    for root in map(Path, folder_paths.get_folder_paths(key)):
+        path = root / name
+        if name and path.exists() and path.resolve() != root.resolve() and ".." not in Path(name).parts:
+            return path
+    where = " or ".join(folder_paths.get_folder_paths(key))
+    raise ValueError(f"{name!r} is not in {where}: put it there, press R to refresh the lists, and choose it again")
+
+
+CALIBRATIONS = "calibrations"
+#: What a combo shows where there is none.
+NO_CALIBRATION = "none yet: fit one and save it"
+
+
+def bundles() -> list[str]:
+    """Decoder bundles in models/dcdd; calibrations lie in a folder of their own there."""
+    return [name for name in files(BUNDLES) if Path(name).parts[0] != CALIBRATIONS]
+
+
+def calibrations() -> list[str]:
+    """Calibration files, by name below their folder."""
+    names = (Path(name) for name in files(BUNDLES))
+    return [name.relative_to(CALIBRATIONS).as_posix() for name in names if name.parts[0] == CALIBRATIONS]
+
+
+def calibration_path(name: str) -> Path:
+    """The file of a name from `calibrations`.
+
+    Raises:
+        ValueError: if it is not there, or none is.
+    """
+    if name == NO_CALIBRATION:
+        raise ValueError(
+            "no calibration was saved yet: fit one with a Logit Calibrator, save it, press R and choose it"
+        )
+    return path_of(BUNDLES, f"{CALIBRATIONS}/{name}")
+
+
+def new_calibration(name: str) -> Path:
+    """A path for a calibration that does not exist yet.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    name = name.strip().removesuffix(".safetensors")
+    if not name or name.startswith(".") or any(sign in name for sign in '/\\:*?"<>|'):
+        raise ValueError(f"{name!r} is no name for a file: use letters, digits, spaces, - and _")
+    folder = model_folder(BUNDLES) / CALIBRATIONS
+    numbered = (folder / f"{name}{suffix}.safetensors" for suffix in ("", *(f"_{k}" for k in range(2, 10_000))))
+    return next(path for path in numbered if not path.exists())
+
+
+def state_of(path: Path) -> str:
+    """Changes when a model file, or a file in a model folder, does: loaders run again then, and only then."""
+    parts = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return "|".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in parts if p.is_file())
