@@ -1,7 +1,7 @@
 """Downloads of models from the Hugging Face hub: only when asked for, and only the files that this library reads.
 
-The hub's own `snapshot_download` restarts a file from zero if the program was closed or the connection was lost for more
-than a few seconds. FLUX.1-Fill has one file of 24 GB: here an incomplete download is kept beside its target as
+The hub's own `snapshot_download` restarts a file from zero if the program was closed or the connection was lost for
+more than a few seconds. FLUX.1-Fill has one file of 24 GB: here an incomplete download is kept beside its target as
 `NAME.HASH.part`, and the next download resumes it.
 """
 
@@ -108,9 +108,9 @@ def download(
 ) -> Path:
     """Downloads files of a hub repository into a folder; each gets its name only when it is complete.
 
-    A file that is present with the right size is left alone, and one of another size is never overwritten. Call it again
-    after an interruption to resume. Files that the hub has a SHA-256 for, as for all weights, are verified. Without a
-    connection, files that are present are enough if `files` names each.
+    A file that is present with the right size is left alone, and one of another size is never overwritten. Call it
+    again after an interruption to resume. Files that the hub has a SHA-256 for, as for all weights, are verified.
+    Without a connection, files that are present are enough if `files` names each.
 
     Args:
         repository: such as "black-forest-labs/FLUX.1-Fill-dev".

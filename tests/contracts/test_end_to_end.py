@@ -62,12 +62,10 @@ def world(request, tmp_path_factory):
     Calibration(scale=20.0, converged=True).save(folder / "calibration.safetensors")
     paths = {name: str(folder / name) for name in ("vlm", "vae", "base", "images")}
     with registry.added(toy_vlm.ToyVLM(), toy_codec.ToyCodecFamily(), toy_backbone.ToyBackboneFamily()):
-        trained = main(
-            ["train", "--vlm", paths["vlm"], "--vae", paths["vae"], "--base", paths["base"]]
-            + ["--data", paths["images"], "--calibration", str(folder / "calibration.safetensors")]
-            + ["--out", str(folder / "run"), "--steps", "10", "--batch", "2", "--warmup", "1"]
-            + ["--samples", "1", "--sample-every", "10", "--save-every", "10", "--width", "16", "--cpu"]
-        )
+        own = [f"--{name}={paths[name]}" for name in ("vlm", "vae", "base")]
+        data = [f"--data={paths['images']}", f"--calibration={folder / 'calibration.safetensors'}"]
+        length = ["--steps=10", "--batch=2", "--warmup=1", "--save-every=10", "--width=16", "--cpu"]
+        trained = main(["train", *own, *data, *length, "--samples=1", "--sample-every=10", f"--out={folder / 'run'}"])
     assert trained == 0
     return folder
 
