@@ -43,7 +43,7 @@ def read_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors of one file, or of all in a folder, whose names start with `prefix` (then cut off).
 
-    Only these are read from disk: the VQ-VAE of a 14 GB checkpoint costs its own size.
+    Only these are read from disk: the VQ-VAE of a 14 GB checkpoint costs 0.3 GB.
 
     Raises:
         ValueError: as `read_wanted` does, and if nothing has the prefix.
@@ -63,8 +63,8 @@ def read_wanted(
 ) -> dict[str, torch.Tensor]:
     """The tensors of one file, or of all in a folder, whose names are `wanted`, under these names.
 
-    A folder's files are its *.safetensors or, without any, its pytorch_model*.bin; they are read one after the other.
-    No code in a .bin is run.
+    A folder's files are its *.safetensors or, if there are none, its pytorch_model*.bin, read one after the other. No
+    code in a .bin is run.
 
     Args:
         dtype: of floating-point tensors; None for the file's.
@@ -113,7 +113,7 @@ def _read_bin(
     file: Path, wanted: Callable[[str], bool], device: torch.device | str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     try:
-        # Mapped, so that only what is wanted comes off the disk.
+        # Memory-mapped, so that only what is wanted is read.
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError) as error:
         raise ValueError(
@@ -121,7 +121,7 @@ def _read_bin(
             "torch 1.6, download it again or take safetensors"
         ) from error
     except Exception as error:
-        # An UnpicklingError, mostly. Not chained: torch's message goes on to say how to run the code.
+        # An UnpicklingError, mostly. Not chained: torch's message explains how to run the code.
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"{file} holds {named[1] if named else 'something'} besides tensors, which could run code on loading; none "
@@ -137,19 +137,19 @@ def _read_bin(
                 raise ValueError(
                     f"{file} holds a {type(tensor).__name__} as {name}, expected a tensor: take the model's own weights"
                 )
-            # Copied off the mapping: a file that is replaced later must not change the model.
+            # Copied: a file that is replaced later must not change the model through its mapping.
             yield name, tensor.to(device, copy=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a tensor lies on a disk: rows of a tensor of a safetensors file.
+    """Where a tensor is stored: rows of a tensor in a safetensors file.
 
     Attributes:
-        source: the name that the file has for it.
+        source: its name in the file.
         rows: the first of its rows and the one after the last.
         shape: of the tensor that they become.
-        roll: by how many rows they are rolled on the way.
+        roll: rows to roll them by when they are read.
     """
 
     file: Path
@@ -160,12 +160,12 @@ class Place:
 
 
 class StoredTensors:
-    """Tensors by name that stay on the disk until they are read; only what is asked for comes off it."""
+    """Tensors by name that stay on disk until they are read; only what is asked for is read."""
 
     def __init__(self, places: Mapping[str, Place], stamps: Mapping[Path, tuple[int, int] | None] | None = None):
         """
         Args:
-            stamps: what the files were like when they were opened; None for now.
+            stamps: size and modification time of the files when they were opened; None for those of now.
         """
         self._places = dict(places)
         self._stamps = stamps or {place.file: _stamp(place.file) for place in self._places.values()}
@@ -174,7 +174,7 @@ class StoredTensors:
         return name in self._places
 
     def __or__(self, other: StoredTensors) -> StoredTensors:
-        """Both; what both have, from `other`."""
+        """The union; names in both come from `other`."""
         return StoredTensors(self._places | other._places, other._stamps | self._stamps)
 
     def within(self, prefix: str) -> StoredTensors:
@@ -183,7 +183,7 @@ class StoredTensors:
         return StoredTensors(inside, self._stamps)
 
     def below(self, prefix: str) -> StoredTensors:
-        """The same, with `prefix` before every name."""
+        """The same tensors, with `prefix` before every name."""
         return StoredTensors({prefix + name: place for name, place in self._places.items()}, self._stamps)
 
     def read(
@@ -195,15 +195,15 @@ class StoredTensors:
     ) -> dict[str, torch.Tensor]:
         """The tensors called `names`, all by default.
 
-        Peak memory: what is returned and one tensor more. Where neither type nor device changes, they stay mapped from
+        Peak memory: what is returned plus one tensor. If neither dtype nor device changes, the tensors stay mapped from
         their file and take no memory of their own.
 
         Args:
-            dtype: to convert to; None keeps the stored types, except that float8, in which nothing can be computed,
-                becomes bfloat16.
+            dtype: to convert to; None keeps the stored dtypes, except that float8, which has no arithmetic, becomes
+                bfloat16.
 
         Raises:
-            ValueError: if a file was changed, or is gone.
+            ValueError: if a file was changed or removed.
         """
         tensors = {}
         with ExitStack() as stack:
@@ -212,12 +212,12 @@ class StoredTensors:
                 place = self._places[name]
                 if place.file not in opened:
                     if _stamp(place.file) != self._stamps[place.file]:
-                        raise ValueError(f"{place.file} was changed or taken away after it was opened: load it again")
+                        raise ValueError(f"{place.file} was changed or removed after it was opened: load it again")
                     opened[place.file] = stack.enter_context(safe_open(place.file, framework="pt"))
                 part = opened[place.file].get_slice(place.source)[slice(*place.rows)].reshape(place.shape)
                 part = part.roll(place.roll, 0) if place.roll else part
                 stored = torch.bfloat16 if part.dtype.itemsize == 1 else part.dtype
-                # Two steps: some devices have no float8 to receive.
+                # In two steps: some devices have no float8.
                 tensors[name] = part.to(dtype or stored).to(device)
         return tensors
 
@@ -257,7 +257,7 @@ def find_tensors(file: str | Path, expected: Mapping[str, torch.Size], what: str
 def load_strictly(
     module: nn.Module, tensors: Mapping[str, torch.Tensor], what: str, *, unused: Iterable[str] = ()
 ) -> None:
-    """Puts `tensors` in the place of all the module's parameters and persistent buffers (which may be on "meta").
+    """Assigns `tensors` to all of the module's parameters and persistent buffers (which may be on "meta").
 
     Args:
         what: names the file in errors.
@@ -282,7 +282,7 @@ def load_strictly(
 def fingerprint_of(tensors: Mapping[str, torch.Tensor], most: int = 1024) -> str:
     """16 hexadecimal digits of the names, shapes and up to `most` values, evenly spread, of each tensor.
 
-    A training changes all values, so these tell two apart, and 14 GB on a GPU need not come back. Tensors on "meta" do
+    Training changes all values, so a sample tells two models apart without moving 14 GB off a GPU. Tensors on "meta" do
     not count.
     """
     digest = hashlib.sha256()
@@ -295,7 +295,7 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor], most: int = 1024) -> str
 
 
 def misfits(*, missing: Sequence[str] = (), unexpected: Sequence[str] = (), wrong: Sequence[str] = ()) -> str:
-    """The tensors that do not fit, the first few of each kind by name; empty if there are none."""
+    """Describes tensors that do not fit, the first few of each kind by name; empty if there are none."""
     kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
     return "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds if names)
 

@@ -1,4 +1,4 @@
-"""Linear weights in 8 bits."""
+"""Linear weights in 8 bits, by torchao."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import nn
 
 
 def store_in_int8(module: nn.Module, device: torch.device | str) -> None:
-    """Moves a module to the device layer by layer, and there rounds its linear weights to int8, one scale a row.
+    """Moves a module to the device layer by layer and rounds its linear weights to int8 there, with one scale a row.
 
-    They are lifted for their turn, inside the product; what else it holds stays as it is.
+    They are dequantised inside each product; everything else in the module stays as it is.
 
     Raises:
         ValueError: without torchao.
@@ -21,5 +21,5 @@ def store_in_int8(module: nn.Module, device: torch.device | str) -> None:
             f"weights in 8 bits need torchao ({error}): pip install torchao, or load without --janus-int8 and "
             "--decoder-8bit (int8, eight_bit)"
         ) from error
-    # Its advice on compiling would be set for the whole process; older ones also lower float32's precision by it.
+    # torchao would change inductor's settings for the whole process; older versions also lower float32's precision.
     quantize_(module, Int8WeightOnlyConfig(set_inductor_config=False), device=device)

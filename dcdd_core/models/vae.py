@@ -94,7 +94,7 @@ class KLCodec:
         return self.model.decode(latents.to(self.model.device, self.model.dtype)).sample.float().clamp(-1, 1)
 
     def normalize(self, latents: torch.Tensor) -> torch.Tensor:
-        """(z - shift) scale (Eq. 17)."""
+        """z0 = (z - shift) scale (Eq. 17)."""
         return scale_latents(latents, self.shift, self.scale)
 
     def denormalize(self, z: torch.Tensor) -> torch.Tensor:

@@ -16,12 +16,12 @@ from ..types import Codebook, TokenLogits
 class VQTokenizer:
     """A frozen `JanusVQVAE` (also LlamaGen's VQ-16) with its normalised codebook.
 
-    transformers' own `quantize.forward` normalises neither features nor codebook; the released models do both, and so
-    does this class.
+    transformers' own `quantize.forward` normalises neither features nor codebook; the released models normalise both,
+    and so does this class.
 
     Attributes:
         model: the network.
-        codebook: [K, D], unit rows; it stays where it was loaded when the network is moved.
+        codebook: [K, D], unit rows; it keeps its device when the network is moved.
         factor: pixels per token side, f.
         grid: (h, w) of the images that the VLM paints.
         name: for messages and records.
@@ -47,7 +47,7 @@ class VQTokenizer:
         return self.model.post_quant_conv.weight.dtype
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """The token grid (h, w) of a picture.
+        """The token grid (h, w) of an image.
 
         Raises:
             ValueError: if a side is no multiple of the factor.
@@ -55,9 +55,7 @@ class VQTokenizer:
         f = self.factor
         if height < f or width < f or height % f or width % f:
             fits = f"{max(f, round(height / f) * f)} x {max(f, round(width / f) * f)}"
-            raise ValueError(
-                f"a picture of {height} x {width} pixels has no whole grid of {f}-pixel tokens: use {fits}"
-            )
+            raise ValueError(f"an image of {height} x {width} pixels has no whole grid of {f}-pixel tokens: use {fits}")
         return height // f, width // f
 
     @torch.no_grad()
@@ -82,7 +80,7 @@ class VQTokenizer:
         return proxy_logits(features, self.codebook).argmax(dim=-1)
 
     def encode(self, pixels: torch.Tensor) -> TokenLogits:
-        """Proxy logits (Eqs. 9-10) and tokens of pictures [B, 3, H, W] in -1..1, any multiple of the factor in size.
+        """Proxy logits (Eqs. 9-10) and tokens of images [B, 3, H, W] in -1..1, any multiple of the factor in size.
 
         Raises:
             ValueError: as `features`.

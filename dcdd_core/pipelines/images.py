@@ -1,4 +1,4 @@
-"""Picture files: how one is read, and cut to a square. What is trained on and what is measured see the same pixels.
+"""Image files: how one is read and cropped to a square. Training and evaluation see the same pixels.
 
 Shapes: B batch, H W pixels.
 """
@@ -14,34 +14,34 @@ import PIL.ImageOps
 import torch
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# What Pillow reads by itself: others, such as EPS, would start programs of this machine.
+# What Pillow decodes itself; others, such as EPS, would start programs.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
-class UnreadablePicture(ValueError):
-    """A single picture that cannot be used: it is skipped, with a warning that names it."""
+class UnreadableImage(ValueError):
+    """An image that cannot be used: it is skipped, with a warning that names it."""
 
 
 def read_rgb(content: bytes | Path) -> PIL.Image.Image:
-    """An image file's first picture as RGB of 8 bits, upright.
+    """The first frame of an image file as upright 8-bit RGB.
 
-    EXIF orientation is obeyed, transparency becomes white [choice], 16 bits are rounded to 8, colour profiles are
+    EXIF orientation is applied, transparency becomes white [choice], 16 bits are rounded to 8, colour profiles are
     ignored.
 
     Raises:
-        UnreadablePicture: for whatever is wrong with it.
+        UnreadableImage: if it cannot be read.
     """
     try:
         with PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
             return _to_rgb(PIL.ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow raises nearly every kind of error for damaged files.
-        raise UnreadablePicture(f"{type(error).__name__}: {error}") from error
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
 def square(image: PIL.Image.Image, side: int) -> torch.Tensor:
-    """The middle square of an RGB picture at side x side pixels, uint8 [3, side, side].
+    """The central square of an RGB image at side x side pixels, uint8 [3, side, side].
 
-    Same as resizing the shorter side and then cropping the centre; bicubic, antialiased.
+    The same as resizing the shorter side and then cropping the centre; bicubic, antialiased.
     """
     width, height = image.size
     edge = min(width, height)
@@ -51,7 +51,7 @@ def square(image: PIL.Image.Image, side: int) -> torch.Tensor:
 
 
 def to_tensor(image: PIL.Image.Image) -> torch.Tensor:
-    """An RGB picture as it is, uint8 [3, H, W]."""
+    """An RGB image as it is, uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -64,7 +64,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which older Pillows open as 32
         values = np.asarray(image).astype(np.float64)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"whole numbers of {values.min():g}..{values.max():g} are no 16-bit grey levels")
+            raise ValueError(f"whole numbers of {values.min():g}..{values.max():g} are not 16-bit grey levels")
         return PIL.Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point grey levels have no known white")

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..method.sampling import keyed_generator
-from ..pipelines.images import UnreadablePicture
+from ..pipelines.images import UnreadableImage
 from ..types import DCDDWarning
 from .settings import require_at_least
 
@@ -82,7 +82,7 @@ class Source(Protocol[Item, Batch]):
         """The share's entries of an epoch from position `start` on; `mark`, of an entry near there, saves reading."""
 
     def load(self, entry: Entry) -> Item:
-        """Raises UnreadablePicture."""
+        """Raises UnreadableImage."""
 
     def collate(self, items: Sequence[Item]) -> Batch: ...
 
@@ -249,7 +249,7 @@ class _Loading(Dataset):
     def __getitem__(self, entry: Entry) -> Any:
         try:
             return self.source.load(entry)
-        except UnreadablePicture as error:
+        except UnreadableImage as error:
             return Unreadable(entry.key, str(error))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..pipelines.images import SUFFIXES, UnreadablePicture, read_rgb, square
+from ..pipelines.images import SUFFIXES, UnreadableImage, read_rgb, square
 from .batches import Entry, Mark, Share
 from .image_batch import Geometry, Picture, PictureBatch
 
@@ -31,7 +31,7 @@ class Pictures:
         """Decodes a picture and cuts it to size.
 
         Raises:
-            UnreadablePicture: for whatever is wrong with it.
+            UnreadableImage: for whatever is wrong with it.
         """
         image = read_rgb(_encoded(self.content(entry)))
         pixels = square(image, self.geometry.resolution)
@@ -111,8 +111,8 @@ def _encoded(value: Any) -> bytes | Path:
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str):
         if "://" in value:
-            raise UnreadablePicture(f"it is at {value}, and nothing is downloaded")
+            raise UnreadableImage(f"it is at {value}, and nothing is downloaded")
         return Path(value)
     if not isinstance(value, bytes | Path):
-        raise UnreadablePicture(f"there is no picture, but {type(value).__name__}")
+        raise UnreadableImage(f"there is no picture, but {type(value).__name__}")
     return value

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 import torch
 
-from dcdd_core.pipelines.images import UnreadablePicture, read_rgb, square, to_pixels
+from dcdd_core.pipelines.images import UnreadableImage, read_rgb, square, to_pixels
 from dcdd_core.training import folders
 from dcdd_core.training.batches import Batches, Share
 from dcdd_core.training.folders import ImageFolder
@@ -244,7 +244,7 @@ def test_a_picture_stored_as_an_address_is_not_fetched(tmp_path):
     rows = {"image": [{"bytes": None, "path": "https://example.com/a.png"}]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
     pictures = open_pictures(tmp_path, SIZES)
-    with pytest.raises(UnreadablePicture, match="nothing is downloaded"):
+    with pytest.raises(UnreadableImage, match="nothing is downloaded"):
         pictures.load(next(pictures.entries(share(), 0)))
 
 
@@ -334,7 +334,7 @@ def test_columns_are_found_or_named(tmp_path, paths):
         with pytest.raises(ValueError, match="has no column 'up'; it has n, left, right"):
             open_pictures(path, SIZES, column="up")
         pictures = open_pictures(path, SIZES, column="n")
-        with pytest.raises(UnreadablePicture, match="there is no picture, but int"):
+        with pytest.raises(UnreadableImage, match="there is no picture, but int"):
             pictures.load(next(pictures.entries(share(), 0)))
     datasets.Dataset.from_dict({"n": [1]}).to_parquet(tmp_path / "none.parquet")
     with pytest.raises(ValueError, match="has no column of pictures; name the one to use, of n"):
@@ -494,12 +494,12 @@ def test_rotation_in_exif_is_obeyed():
     ],
 )
 def test_what_cannot_be_read_says_why(content, words):
-    with pytest.raises(UnreadablePicture, match=words):
+    with pytest.raises(UnreadableImage, match=words):
         read_rgb(content)
 
 
 def test_a_file_that_went_away_is_unreadable(tmp_path):
-    with pytest.raises(UnreadablePicture, match="FileNotFoundError"):
+    with pytest.raises(UnreadableImage, match="FileNotFoundError"):
         read_rgb(tmp_path / "gone.png")
 
 

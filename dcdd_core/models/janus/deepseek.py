@@ -1,7 +1,7 @@
 """Janus and Janus-Pro as DeepSeek publishes them: their config.json and tensor names, for transformers' classes.
 
 DeepSeek's names are those of the modules in github.com/deepseek-ai/Janus (`modeling_vlm.py`, `vq_model.py` and
-`projector.py` in janus/models). What their config.json leaves to the code that reads it stands here as constants.
+`projector.py` in janus/models). Values that their config.json leaves to their code are constants here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MODEL_TYPE = "multi_modality"
 
 _REMEDY = "choose a folder with a Janus or Janus-Pro model, or fetch its config.json again"
 
-# transformers 4.33's LlamaConfig, by which these models were written: their language_config states only what differs.
+# transformers 4.33's LlamaConfig, which these models were written with: language_config states only what differs.
 _LLAMA: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 32000,
@@ -52,7 +52,7 @@ _VQ_16: Mapping[str, Any] = MappingProxyType(
     }
 )
 
-# The pixels of a side in generation_inference.py, for a vision_config that does not say.
+# Side in pixels in generation_inference.py, for a vision_config without one.
 _SIDE = 384
 
 # Modules outside of the VQ model, in transformers' names and in DeepSeek's.
@@ -67,12 +67,12 @@ _MODULES: Mapping[str, str] = MappingProxyType(
 )
 _DEEPER_ALIGNER = re.compile(r"model\.generation_aligner\.hidden_layers\.(\d+)\.")
 
-# Steps of a path within the VQ model. Both count the decoder's levels as they run, from the lowest resolution up.
+# Parts of a name within the VQ model. Both number the decoder's levels in order of use, from the lowest resolution.
 _VQ_STEPS: Mapping[str, str] = MappingProxyType(
     {"down": "conv_blocks", "up": "conv_blocks", "block": "res", "block_1": "0", "attn_1": "1", "block_2": "2"}
 )
 
-# A model reads the parts that it has something of, and these whole; the others are passed over.
+# A module reads the parts that it has weights of, completely; the others are skipped.
 _PARTS = (
     "language_model.model.",
     "language_model.lm_head.",
@@ -88,15 +88,15 @@ _PARTS = (
     "gen_vision_model.decoder.",
 )
 
-# The training's count of used codes.
+# Training statistics: how often codes were used.
 _BOOKKEEPING = "gen_vision_model.quantize.codebook_used"
 
 
 def janus_config(config: Mapping[str, Any], what: str) -> JanusConfig:
     """DeepSeek's config.json as transformers' configuration.
 
-    The grid of image tokens is the vision tower's picture divided by the VQ model's factor, 384 / 16 in all that is
-    published. Of the vision tower nothing else is taken over, since nothing here reads it.
+    The grid of image tokens is the vision tower's image size divided by the VQ model's factor: 384 / 16 in every
+    published model. Nothing else of the vision tower is used here.
 
     Args:
         what: names the folder in errors.
@@ -140,7 +140,7 @@ def janus_config(config: Mapping[str, Any], what: str) -> JanusConfig:
 
 
 def deepseek_name(name: str) -> str:
-    """DeepSeek's name of a tensor in transformers' `JanusForConditionalGeneration`, if it serves images that are drawn.
+    """DeepSeek's name of a tensor in transformers' `JanusForConditionalGeneration`, if image generation uses it.
 
     Raises:
         ValueError: for the vision tower, its aligner and the text head.
@@ -149,7 +149,7 @@ def deepseek_name(name: str) -> str:
         steps = name.removeprefix("model.vqmodel.").split(".")
         return ".".join(["gen_vision_model", *(_VQ_STEPS.get(step, step) for step in steps)])
     if deeper := _DEEPER_ALIGNER.match(name):
-        # Every other layer there is an activation.
+        # Every second layer there is an activation.
         return f"gen_aligner.layers.{2 * int(deeper[1]) + 2}.{name[deeper.end() :]}"
     for ours, theirs in _MODULES.items():
         if name.startswith(ours):
@@ -165,11 +165,11 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Fills a module, which may be on "meta", from a folder in DeepSeek's layout, and reads nothing else.
+    """Loads a module, which may be on "meta", from a folder in DeepSeek's layout; reads nothing else.
 
     Args:
-        prefix: what stands before the module's names in a `JanusForConditionalGeneration`.
-        dtype: of the loaded weights; None for the file's.
+        prefix: of the module's names in a `JanusForConditionalGeneration`.
+        dtype: of the loaded weights; None for the files'.
 
     Raises:
         ValueError: naming, by DeepSeek's names, tensors that are missing, unexpected in the parts that the module is

@@ -1,8 +1,8 @@
 """Janus and Janus-Pro as samplers of image tokens (Chen et al. 2025, arXiv 2501.17811), on transformers' classes.
 
-What is computed is DeepSeek's released image loop: its template, its unconditional row, guidance 5, temperature 1, no
-filter. What is ours: every step's logits are kept, the noise of a draw depends on sample seed and position alone, and
-guidance and everything after the last hidden state run in float32.
+It computes DeepSeek's released image loop: its template, its unconditional row, guidance 5, temperature 1, no filter.
+Ours are: every step's logits are kept, the noise of a draw depends only on sample seed and position, and guidance and
+everything after the last hidden state run in float32.
 
 Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dim, L prompt length, U different rows,
 R rows of the language model ([conditional ; unconditional], 2 B, or B without guidance).
@@ -30,7 +30,7 @@ from . import deepseek
 from .token_loop import TokenLoop, check_language, groups_of
 
 CHECK_EVERY = 8
-"""Positions after which the host looks at the logits, and waits for the device."""
+"""Positions between the checks for finite logits, each of which waits for the device."""
 
 _IMAGE_START = "<begin_of_image>"
 _DEEPSEEK_PAD = "<｜▁pad▁｜>"
@@ -47,7 +47,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         ValueError: for a blank prompt, or a tokenizer without a BOS or begin-of-image token.
     """
     if not prompt.strip():
-        raise ValueError("the prompt is blank: say what to draw (for a picture without a prompt, use guidance 0)")
+        raise ValueError("the prompt is blank: say what to draw (for an image without a prompt, use guidance 0)")
     if tokenizer.bos_token_id is None:
         raise ValueError("the tokenizer names no BOS token: add bos_token to its tokenizer_config.json")
     ids = tokenizer(_templated(prompt), add_special_tokens=False)["input_ids"]
@@ -60,9 +60,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def unconditional_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The guidance's other row for `ids` [L]: all but the first and the last become the pad token, which is attended.
+    """The unconditional row for `ids` [L]: all but the first and the last become the pad token, which is attended.
 
-    Training drops captions by the same function, or the unconditional row would be a sequence never seen.
+    Training drops captions with the same function; otherwise the unconditional row would be a sequence never seen.
 
     Raises:
         ValueError: if the tokenizer has no pad token.
@@ -81,7 +81,7 @@ class JanusSampler:
         codebook: the VQ model's, in unit rows; a model in half precision gives it rounded to that.
 
     Args:
-        fingerprint: where the model's weights do not say any more what they were (int8).
+        fingerprint: of the original weights, if the model's have been changed (int8).
 
     Raises:
         ValueError: if the tokenizer has more words than the model.
@@ -113,7 +113,7 @@ class JanusSampler:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights: what samples depend on, besides what `sample` is told."""
+        """Of the weights: what samples depend on besides the arguments of `sample`."""
         return self._fingerprint or fingerprint_of(self.model.state_dict())
 
     @classmethod
@@ -128,17 +128,16 @@ class JanusSampler:
     ) -> JanusSampler:
         """A folder in the transformers layout (config.json, safetensors) or in DeepSeek's own (.bin or safetensors).
 
-        Either with its tokenizer.json; nothing is downloaded. What sampling has no use for never reaches the device:
-        the vision tower with its aligner, the text head, and the VQ model's networks (not its codebook). In the
-        transformers layout these are read and checked too, in DeepSeek's they are passed over.
+        Both need tokenizer.json; nothing is downloaded. What sampling does not use never reaches the device: the vision
+        tower with its aligner, the text head, and the VQ model's networks (not its codebook). The transformers layout
+        has these read and checked too; DeepSeek's has them skipped.
 
         Args:
             int8: the layers' linear weights in 8 bits (torchao, one scale a row), a quarter of float32. Each is rounded
-                on the device as it comes, which never holds more. What that does to the logits:
-                `python -m benchmarks int8`.
-            computes_on: where it will compute, if that is not `device`: a host may take it there later. For a CPU and
-                float32, weights that read the same input share one storage (`columns`): the model is for sampling, not
-                for being saved.
+                as it reaches the device, which never holds more. `python -m benchmarks int8` measures what that does to
+                the logits.
+            computes_on: where it will compute, if a host moves it from `device` later. For a CPU and float32, weights
+                that read the same input share one storage (`fused_linear`): the model is for sampling, not for saving.
 
         Raises:
             ValueError: for int8 without torchao, for a folder that is missing, incomplete or of another model, with
@@ -163,7 +162,7 @@ class JanusSampler:
         return cls(model.eval(), tokenizer, name=folder.resolve().name, fingerprint=fingerprint)
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that the tokenizer lacks, each once, in order; byte-level ones know them all."""
+        """Words of the prompt that the tokenizer lacks, each once, in order; byte-level tokenizers lack none."""
         unknown = self.tokenizer.unk_token_id
         if unknown is None:
             return []
@@ -172,7 +171,7 @@ class JanusSampler:
         return list(dict.fromkeys(prompt[start:end] for word, (start, end) in spans if word == unknown))
 
     def known_words(self) -> list[str]:
-        """The tokenizer's words in alphabetical order, without special tokens and signs; empty for byte-level ones."""
+        """The tokenizer's words, sorted, without special tokens and punctuation; empty if it is byte-level."""
         if self.tokenizer.unk_token_id is None:
             return []
         words = set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens)
@@ -272,13 +271,13 @@ class JanusSampler:
         )
 
     def _rows(self, prompts: Sequence[str], guided: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Prompts -> different ids [U, L] padded on the left, the padding of each [U], and whose each row is [R]."""
+        """Prompts -> unique ids [U, L] padded on the left, the padding of each [U], and which one each row has [R]."""
         rows = [tuple(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
         if guided:
             rows += [tuple(unconditional_ids(ids, self.tokenizer)) for ids in rows]
         unique = {ids: i for i, ids in enumerate(dict.fromkeys(rows))}
         padding = [max(map(len, unique)) - len(ids) for ids in unique]
-        # Nothing sees the padding, so that any id will do.
+        # The padding is never attended, so any id will do.
         padded = [(0,) * pad + ids for pad, ids in zip(padding, unique)]
         return torch.tensor(padded), torch.tensor(padding), torch.tensor([unique[ids] for ids in rows])
 
@@ -288,13 +287,13 @@ def _templated(prompt: str) -> str:
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:
-    """None for a token that the tokenizer lacks; asked back, since an unknown token is the unknown word's id."""
+    """None for a token that the tokenizer lacks. Converted back, since a missing token gets the unknown word's id."""
     found = None if token is None else tokenizer.convert_tokens_to_ids(token)
     return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """DeepSeek's own pad token first: that is what its loop takes, whatever the tokenizer's configuration names."""
+    """DeepSeek's own pad token first: its loop uses that one, whatever the tokenizer's configuration names."""
     for token in (_DEEPSEEK_PAD, tokenizer.pad_token):
         found = _token_id(tokenizer, token)
         if found is not None:
@@ -313,7 +312,7 @@ def _load_transformers(folder: Path, dtype: torch.dtype) -> JanusForConditionalG
             attn_implementation="sdpa",
             local_files_only=True,
             use_safetensors=True,
-            # Reported, and refused below: transformers' own refusal does not say which.
+            # Reported and refused below: transformers' own error does not name them.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -337,21 +336,21 @@ def _load_deepseek(
         model = JanusForConditionalGeneration(deepseek.janus_config(config, str(folder)))
     _drop_unused(model)
     deepseek.load(model, folder, dtype=dtype, device=device)
-    # The one buffer, which no checkpoint holds.
+    # The only buffer, which no checkpoint holds.
     language = model.model.language_model
     language.rotary_emb = type(language.rotary_emb)(language.config)
     return model
 
 
 def _drop_unused(model: JanusForConditionalGeneration) -> None:
-    """Takes away what sampling has no use for."""
+    """Removes what sampling does not use."""
     del model.lm_head, model.model.vision_model, model.model.aligner
     vq = model.model.vqmodel
     del vq.encoder, vq.decoder, vq.quant_conv, vq.post_quant_conv
 
 
 def _store_by_columns(model: JanusForConditionalGeneration) -> None:
-    """As a CPU multiplies the few rows of a step fastest."""
+    """Stores the weights in the layout in which a CPU multiplies few rows fastest."""
     together = [group for layer in model.model.language_model.layers for group in groups_of(layer)]
     grouped = {layer for group in together for layer in group}
     others = (layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in grouped)

@@ -269,7 +269,7 @@ def test_files_that_change_after_loading_are_refused(split):
     (stored,) = base.glob("*.safetensors")
     save_file(load_file(stored) | {"more": torch.zeros(1)}, stored)
     small.prepare(TIMES)
-    with pytest.raises(ValueError, match=r"was changed or taken away after it was opened: load it again"):
+    with pytest.raises(ValueError, match=r"was changed or removed after it was opened: load it again"):
         small.prepare(TIMES[:2])
     stored.unlink()
     with pytest.raises(ValueError, match=r"was changed or taken away"):
@@ -367,7 +367,7 @@ def test_a_bundle_that_is_replaced_while_it_is_read_is_noticed(tmp_path, bundle,
     path = tmp_path / "d.safetensors"
     path.write_bytes(bundle.read_bytes())
     monkeypatch.setattr(bundles, "store_in_int8", lambda block, device: path.write_bytes(bundle.read_bytes() + b" "))
-    with pytest.raises(ValueError, match=r"d.safetensors was changed or taken away after it was opened"):
+    with pytest.raises(ValueError, match=r"d.safetensors was changed or removed after it was opened"):
         load_decoder(path, options=DecoderOptions(eight_bit=True))
 
 

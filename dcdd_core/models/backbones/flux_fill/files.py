@@ -139,10 +139,10 @@ def find_transformer(
 
 
 def fill_config(path: str | Path | None = None) -> dict[str, Any]:
-    """FLUX.1-Fill's configuration, and in its place what the config.json of a transformer's folder says.
+    """FLUX.1-Fill's configuration, with the values that the config.json of a transformer's folder has instead.
 
     Args:
-        path: what `find_transformer` reads; a single file says nothing of its configuration. None for FLUX.1-Fill's.
+        path: as for `find_transformer`; a single file does not state its configuration. None for FLUX.1-Fill's.
 
     Raises:
         ValueError: if nothing is there, or a folder without a configuration.

@@ -1,7 +1,7 @@
-"""What painting needs of a FLUX transformer: no text stream, and its modulations as tables.
+"""A FLUX transformer reduced to what painting needs: no text stream, and modulations from tables.
 
-Both work on diffusers' own modules, whose forward passes stay as they are: what is taken out has the identity, or
-nothing, in its place. The names of the weights that remain do not change.
+Both reductions work on diffusers' own modules, whose forward passes stay as they are: what is taken out is replaced by
+the identity or by nothing. The names of the remaining weights do not change.
 
 Shapes: B batch, S times of a schedule, M inner width, P width of the pooled text embedding, R numbers in all the
 modulations of one time (FLUX.1-Fill: 706,560).
@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from ...checkpoints import StoredTensors
 
-#: Schedules whose tables are kept; one of FLUX.1-Fill's 30 steps takes 42 MB in bfloat16.
+#: Schedules whose tables are kept; one of 30 steps takes 42 MB in bfloat16 for FLUX.1-Fill.
 _KEPT = 3
 _EMBEDDER = "time_text_embed."
 #: Called with (layers done, layers); may raise to stop.
@@ -29,24 +29,24 @@ OnLayer = Callable[[int, int], None]
 
 
 def of_text_stream(name: str) -> bool:
-    """Whether a transformer parameter of this name is of the text stream: with no text, it cannot reach the output."""
+    """Whether a parameter of this name belongs to the text stream, which cannot reach the output without text."""
     return any(part in name for part in ("context", ".add_", "_add_", "norm_added"))
 
 
 def drop_text(transformer: FluxTransformer2DModel) -> None:
-    """Takes out the text stream, all that `of_text_stream` names: blocks go on taking a text, but only of no tokens."""
+    """Removes all that `of_text_stream` names: blocks still take a text, but only one of zero tokens."""
     transformer.context_embedder = nn.Identity()
     for block in transformer.transformer_blocks:
         block.norm1_context = _NoText()
         block.ff_context = nn.Identity()
-        block.attn.added_kv_proj_dim = None  # What the attention processor asks, to see whether there is a text.
+        block.attn.added_kv_proj_dim = None  # The attention processor reads it to see whether there is a text.
         for name in ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"):
             delattr(block.attn, name)
         block.attn.to_add_out = nn.Identity()
 
 
 class _NoText(nn.Module):
-    """In the place of the text's adaptive norm: the empty text [B, 0, M] as it is, and what modulates nothing."""
+    """Replaces the text's adaptive norm: returns the empty text [B, 0, M] unchanged, and zero modulations."""
 
     def forward(self, text: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return text, *[text.new_zeros(len(text), text.shape[2])] * 4
@@ -66,7 +66,7 @@ def embed_time(
         guidance: of distilled guidance; None for a model that has none.
         pooled: [B, P] zeros, the pooled text embedding of no text; gives the dtype.
     """
-    # In float32 whatever the model's type: bfloat16 would round 1000 t to multiples of 4.
+    # In float32 whatever the model's dtype: bfloat16 would round 1000 t to multiples of 4.
     times = (t.float() * 1000,)
     if guidance is not None:
         times += (torch.full_like(times[0], guidance * 1000),)
@@ -75,7 +75,7 @@ def embed_time(
 
 @dataclass(frozen=True, kw_only=True)
 class _Schedule:
-    """The modulations [S, R] at some times, in RAM."""
+    """The modulations [S, R] at the times of one schedule, in RAM."""
 
     times: tuple[float, ...]
     guidance: float | None
@@ -85,10 +85,10 @@ class _Schedule:
 class ModulationTable:
     """The AdaLN modulations of whole schedules, in place of the layers that compute them.
 
-    They depend on time, guidance and a pooled text embedding of zeros alone. So of the embedders and the modulation
-    layers (FLUX.1-Fill: 2.2 of its 11.9 billion parameters) nothing is held, but the tables of the last three
-    schedules, in RAM: 1.4 MB a step in bfloat16, of which a step brings its row to the device. When a schedule is new,
-    these layers are read from their files again, one at a time, and let go: 4.4 GB in bfloat16, once a schedule.
+    They depend only on time, guidance and a pooled text embedding of zeros. So the embedders and modulation layers
+    (FLUX.1-Fill: 2.2 of 11.9 billion parameters) are not held, only the tables of the last three schedules, in RAM: 1.4
+    MB a step in bfloat16, of which each step copies its row to the device. For a new schedule these layers are read
+    from their files again, one at a time, and released: 4.4 GB in bfloat16, once a schedule.
 
     Args:
         transformer: says which modulations there are and how time is embedded; may be on "meta".
@@ -106,7 +106,7 @@ class ModulationTable:
 
     @property
     def nbytes(self) -> int:
-        """Of the tables that are held, in RAM."""
+        """Bytes of the tables in RAM."""
         return sum(schedule.table.nbytes for schedule in self._schedules.values())
 
     def prepare(
@@ -124,14 +124,14 @@ class ModulationTable:
             on_layer: called with (layers done, layers) after every layer that was read; may raise to stop.
 
         Raises:
-            ValueError: if the files that the weights were found in were changed, or are gone.
+            ValueError: if the files of the weights were changed or removed.
         """
         self._schedule(tuple(times), guidance, like, on_layer)
 
     def at(self, t: torch.Tensor, *, guidance: float | None, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What every modulated norm takes for its embedding at the times t [B], in order, each [B or 1, 2, 3 or 6 M].
+        """The modulations of every modulated norm at the times t [B], in order of use, each [B or 1, 2, 3 or 6 M].
 
-        Times that no table holds cost what a new schedule costs, now: `prepare` them together.
+        Times that no table holds cost as much as a new schedule: `prepare` them together.
         """
         wanted = t.tolist()
         for schedule in reversed(self._schedules.values()):
@@ -187,10 +187,10 @@ class ModulationTable:
 
 
 def fold_modulations(transformer: FluxTransformer2DModel, weights: StoredTensors) -> ModulationTable:
-    """Takes out what depends on the time alone: the norms then take their modulations, which the table has.
+    """Removes what depends on the time alone; the norms then take their modulations from the returned table.
 
     Args:
-        weights: of what is taken out.
+        weights: of what is removed.
     """
     table = ModulationTable(transformer, weights)
     for norm in _modulated_norms(transformer).values():
@@ -200,7 +200,7 @@ def fold_modulations(transformer: FluxTransformer2DModel, weights: StoredTensors
 
 
 def _modulated_norms(transformer: FluxTransformer2DModel) -> dict[str, nn.Module]:
-    """By name, in the order of use; not those of the text."""
+    """The modulated norms by name, in order of use, without those of the text."""
     blocks = {f"transformer_blocks.{i}.norm1": block.norm1 for i, block in enumerate(transformer.transformer_blocks)}
     singles = transformer.single_transformer_blocks
     blocks |= {f"single_transformer_blocks.{i}.norm": block.norm for i, block in enumerate(singles)}
