@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help check format test test-all comfy-test demo table variants report bench pico
+.PHONY: help check format test test-all comfy-test ui-test demo table variants report bench pico mutants
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,14 @@ test-all: $(READY) ## all tests, with the optional torchao
 comfy-test: $(READY) ## the nodes in a real ComfyUI: COMFYUI_DIR=/path/to/it, COMFYUI_PYTHON=/its/python
 	$(RUN) -m pytest tests/comfy -m "" -rs
 
+# The newest page is a package of the environment. A second version of it cannot be one: ComfyUI v0.8.0's lies beside them.
+FRONTEND := $(VENV)/frontend-v0.8.0
+
+ui-test: $(READY) ## workflows, help and search in ComfyUI's own page, in /usr/bin/chromium; screenshots in out/ui
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[ui]'
+	test -f $(FRONTEND)/comfyui_frontend_package/static/index.html || $(RUN) -m pip install --quiet --no-deps --target $(FRONTEND) comfyui-frontend-package==1.35.9
+	$(RUN) -m pytest tests/ui -m ui
+
 demo: $(READY) ## a prompt becomes a picture with the embedded models: out/demo.png
 	$(RUN) -m dcdd_core.cli demo --out out/demo.png
 
@@ -45,6 +53,10 @@ report: variants ## the paper's tables measured on the embedded models, after `m
 bench: $(READY) ## speed and memory against the plain ways: docs/bench.md, docs/growth.png; with the optional torchao
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[int8]'
 	$(RUN) -m benchmarks --out docs/bench.md
+
+mutants: $(READY) ## mutation testing: docs/mutants.md; hours, MODULES="method/lcdm frechet" takes some of them; with the optional cosmic-ray
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[mutants]'
+	nice -n 15 $(RUN) tools/mutants.py $(MODULES)
 
 pico: $(READY) ## train the embedded models again, from nothing, and measure them
 	$(RUN) -m dcdd_pico.build --compile

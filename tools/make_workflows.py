@@ -154,11 +154,24 @@ def read_fields(definition: dict[str, Any]) -> list[Field]:
 
 
 def least_height(node: Node) -> int:
-    """What the page gives a node whose widgets are as small as they get."""
-    height = 6 + 20 * max(len(node.sockets), len(node.outputs))
+    """What the page gives a node whose widgets are as small as they get: the larger of its two renderers."""
+    rows = max(len(node.sockets), len(node.outputs))
+    return max(_height_on_canvas(node, rows), _height_in_vue(node, rows))
+
+
+def _height_on_canvas(node: Node, rows: int) -> int:
     extras = len(node.widget_values()) - len(node.widgets)
     tall = sum(bool(widget.options.get("multiline")) for widget in node.widgets)
-    return height + (8 + 24 * (len(node.widgets) + extras) + 30 * tall if node.widgets else 0)
+    return 6 + 20 * rows + (8 + 24 * (len(node.widgets) + extras) + 30 * tall if node.widgets else 0)
+
+
+def _height_in_vue(node: Node, rows: int) -> int:
+    """Nodes 2.0 of frontend 1.58: each widget has a frame, and the badge of a node's pack is a row of its own."""
+    widgets = sum(
+        28 if widget.type != "STRING" else 68 if widget.options.get("multiline") else 36 for widget in node.widgets
+    )
+    badge = 24 if node.kind.startswith("DCDD_") else 0
+    return 14 + 20 * rows + widgets + badge
 
 
 @dataclass(eq=False)
@@ -199,6 +212,7 @@ class Graph:
         wide: int = 0,
         tall: int = 0,
         room: int = 0,
+        preview: bool = False,
         first: bool = False,
         **given: Output | Any,
     ) -> Node:
@@ -206,6 +220,7 @@ class Graph:
         Args:
             wide, tall: at least; what the widgets need is known.
             room: to leave below it, for it to grow.
+            preview: whether the page draws an image on it.
             first: whether this is what to change first: it is drawn in green.
             given: links from outputs, and values of widgets; other widgets keep their defaults.
         """
@@ -215,7 +230,8 @@ class Graph:
         outputs = list(zip(definition["output_name"], definition["output"]))
         node = Node(len(self.nodes) + 1, kind, read_fields(definition), outputs, given, title, FIRST if first else {})
         _check(node, whole=not self.inside)
-        node.width, node.height, node.room = max(wide, 210), max(tall, least_height(node)), room
+        least = least_height(node) + (PREVIEW if preview else 0)
+        node.width, node.height, node.room = max(wide, 210), max(tall, least), room
         self.nodes.append(node)
         return node
 
@@ -350,8 +366,9 @@ def _node_json(node: Node, links: list[tuple[int, Output, Node, int]]) -> dict[s
 # --- layout -----------------------------------------------------------------------------------------------------------
 
 GUTTER, PAD, BETWEEN, TITLE, HEAD = 40, 20, 28, 30, 44
-#: What the page adds to a node at least: for a preview, which is better kept free on it, and for a notice below it.
-PREVIEW, NOTICE = 230, 60
+#: What the page adds to a node at least, measured with Nodes 2.0: for a preview, which is better kept free on it, and
+#: for a notice below it.
+PREVIEW, NOTICE = 232, 70
 
 
 def _nodes_in(part: Group | Node) -> list[Node]:
@@ -408,13 +425,15 @@ def _unwrapped(text: str) -> str:
 
 
 def _text_height(text: str, width: int) -> int:
-    """Of unwrapped Markdown in a note, whose letters are 10 pixels tall and about 5 wide."""
+    """Of unwrapped Markdown in a note: as Nodes 2.0 of frontend 1.35 sets it, which is larger than all others."""
     height = 60
     for line in text.splitlines():
-        size = 20 if line.startswith("# ") else 15 if line.startswith("## ") else 10
-        indent = 40 if line.startswith("- ") else 0
-        rows = math.ceil(len(line) * size * 0.5 / (width - 40 - indent))
-        height += round(1.2 * size * rows) + (14 if size == 20 else 26 if size == 15 else 0 if line else 10)
+        size, space = (18, 14) if line.startswith("# ") else (14, 26) if line.startswith("## ") else (11, 0)
+        indent = 0
+        if line.startswith("- "):
+            indent, space = 40, 8
+        rows = math.ceil(len(line) * size * 0.48 / (width - 40 - indent))
+        height += round(1.6 * size * rows) + (space if line else 10)
     return height
 
 
@@ -600,9 +619,9 @@ def load_decoder(graph: Graph) -> Node:
 
 
 def sampler(graph: Graph, janus: Node, **given: Any) -> Node:
-    """With room for the picture that grows on it."""
+    """With room for the image on it; below it too, as a prompt in Nodes 2.0 gives none of its own room away."""
     given = {"prompt": PROMPT, "seed": 1, "guidance": GUIDANCE, "first": True, **given}
-    return graph.node("DCDD_JanusLogitSampler", janus=janus["janus"], wide=400, tall=604, **given)
+    return graph.node("DCDD_JanusLogitSampler", janus=janus["janus"], wide=400, preview=True, room=PREVIEW, **given)
 
 
 def lcdm(graph: Graph, logits: Output, vq_vae: Output, decoder: Node | None = None) -> Node:
@@ -616,11 +635,11 @@ def doubt_mask(graph: Graph, condition: Node, **given: Any) -> Node:
 
 
 def encode(graph: Graph, vq_vae: Output, image: Output, **given: Any) -> Node:
-    return graph.node("DCDD_VQVAEEncode", wide=310, tall=78 + PREVIEW, vq_vae=vq_vae, image=image, **given)
+    return graph.node("DCDD_VQVAEEncode", wide=310, preview=True, vq_vae=vq_vae, image=image, **given)
 
 
 def vq_decode(graph: Graph, logits: Output, vq_vae: Output, **given: Any) -> Node:
-    given = {"wide": 340, "tall": 78 + PREVIEW, **given}
+    given = {"wide": 340, "preview": True, **given}
     return graph.node("DCDD_VQVAEDecode", token_logits=logits, vq_vae=vq_vae, **given)
 
 
@@ -628,7 +647,7 @@ def paint(graph: Graph, decoder: Node, condition: Node, **given: Any) -> Node:
     return graph.node(
         "DCDD_FluxDecoder",
         wide=340,
-        tall=210 + PREVIEW,
+        preview=True,
         decoder=decoder["decoder"],
         condition=condition["condition"],
         **given,
@@ -642,11 +661,12 @@ def compare(graph: Graph, captions: str | Output = "", **pictures: Output | str)
 
 
 def save(graph: Graph, image: Output, name: str, title: str, wide: int = 340, tall: int = 330) -> Node:
-    return graph.node("SaveImage", title=title, wide=wide, tall=tall, images=image, filename_prefix=f"DCDD/{name}")
+    given = {"images": image, "filename_prefix": f"DCDD/{name}"}
+    return graph.node("SaveImage", title=title, wide=wide, tall=tall, preview=True, **given)
 
 
 def look(graph: Graph, image: Output, title: str, wide: int = 310, tall: int = 300) -> Node:
-    return graph.node("PreviewImage", title=title, wide=wide, tall=tall, images=image)
+    return graph.node("PreviewImage", title=title, wide=wide, tall=tall, preview=True, images=image)
 
 
 def both_decoders(graph: Graph) -> None:
@@ -681,7 +701,7 @@ def both_decoders(graph: Graph) -> None:
         c=mask["heat_map"],
         label_c="where Janus was unsure (bright)",
     )
-    pictures = save(graph, painted["image"], "picture", "Save the pictures", tall=290)
+    pictures = save(graph, painted["image"], "picture", "Save the pictures")
     graph.thumbnail = save(graph, sheet["image"], "both decoders", "Save the comparison", wide=800, tall=700)
     graph.columns(
         [note, group("Models", MODELS, [janus, decoder])],
@@ -902,7 +922,7 @@ def edit(graph: Graph) -> None:
     mask = graph.node(
         "MaskComposite", wide=225, destination=black["MASK"], source=white["MASK"], x=64, y=64, operation="add"
     )
-    shown = graph.node("MaskPreview", title="Sampled anew (white)", wide=225, tall=260, mask=mask["MASK"])
+    shown = graph.node("MaskPreview", title="Sampled anew (white)", wide=225, preview=True, mask=mask["MASK"])
     first = sampler(graph, janus, batch_size=2, first=False)
     second = sampler(
         graph,
@@ -990,7 +1010,7 @@ def without_decoder(graph: Graph) -> None:
     refined = graph.node(
         "KSampler",
         wide=310,
-        tall=262 + PREVIEW,
+        preview=True,
         first=True,
         model=model["MODEL"],
         positive=positive["CONDITIONING"],
@@ -1031,9 +1051,9 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
 def janus_to_dcdd(definitions: dict[str, Any]) -> dict[str, Any]:
     """The three nodes in the middle of every workflow, as one."""
     graph = Graph(definitions, "Janus to DCDD", inside=True)
-    sampled = graph.node("DCDD_JanusLogitSampler", wide=400, tall=604, prompt=PROMPT, guidance=GUIDANCE)
+    sampled = graph.node("DCDD_JanusLogitSampler", wide=400, preview=True, prompt=PROMPT, guidance=GUIDANCE)
     condition = graph.node("DCDD_LCDMEncoder", wide=310, token_logits=sampled["token_logits"])
-    painted = graph.node("DCDD_FluxDecoder", wide=340, tall=210 + PREVIEW, condition=condition["condition"])
+    painted = graph.node("DCDD_FluxDecoder", wide=340, preview=True, condition=condition["condition"])
     graph.columns([sampled], [condition], [painted])
     return blueprint(
         graph,
