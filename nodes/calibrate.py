@@ -35,40 +35,47 @@ class LogitCalibrator(io.ComfyNode):
             "Logit Calibrator",
             category="tokens",
             description=(
-                "Makes the proxy logits of a picture as sure and as doubtful as the language model's own, as the "
-                "decoder was trained on them. Takes the calibration of a decoder, of a file, or fits one: connect "
-                "exactly one of decoder, calibration and reference. The LCDM Encoder does it by itself when a decoder "
-                "is connected to it; use this node to look inside, to fit, or to edit pictures of your own."
+                "Makes the proxy logits of an image as confident, or as uncertain, as the language model's own: "
+                "the decoder was trained on such logits. Takes the calibration from a decoder or a file, or fits a "
+                "new one: connect exactly one of decoder, calibration and reference. An LCDM Encoder with a "
+                "decoder connected calibrates by itself; use this node to inspect or fit a calibration, or to edit "
+                "an image of your own."
             ),
             search_aliases=["calibration", "temperature scaling", "fit calibration", "LC"],
             inputs=[
                 TokenLogitsSocket.Input(
-                    "token_logits", tooltip="What to calibrate: a picture's proxies, or Janus' own."
+                    "token_logits", tooltip="The logits to calibrate: proxy logits of an image, or Janus' own."
                 ),
-                VQVAESocket.Input("vq_vae", tooltip="The tokenizer of these logits."),
-                DecoderSocket.Input("decoder", optional=True, tooltip="Takes the calibration that is in its bundle."),
-                CalibrationSocket.Input("calibration", optional=True, tooltip="From Load Calibration, or another one."),
+                VQVAESocket.Input("vq_vae", tooltip="The tokenizer that these logits belong to."),
+                DecoderSocket.Input(
+                    "decoder", optional=True, tooltip="Uses the calibration that is stored in the decoder's bundle."
+                ),
+                CalibrationSocket.Input(
+                    "calibration", optional=True, tooltip="From Load Calibration, or from another Logit Calibrator."
+                ),
                 TokenLogitsSocket.Input(
                     "reference",
                     optional=True,
                     tooltip=(
-                        "Fits a calibration: token_logits of many sampled pictures (the paper: 100), which the "
-                        "proxies in token_logits are to look like."
+                        "To fit a calibration: token_logits of many sampled images (100 in the paper). The proxy "
+                        "logits in token_logits are fitted to these."
                     ),
                 ),
                 io.Boolean.Input(
                     "anchored",
                     default=False,
                     tooltip=(
-                        "For Janus' own logits: pulls each distribution towards the token that was sampled, as "
-                        "strongly as the calibration says. When fitting, that strength is fitted too. Off is the paper."
+                        "For Janus' own logits: pulls each distribution towards the sampled token, as strongly as "
+                        "the calibration says. When fitting, this strength is fitted too. Off matches the paper."
                     ),
                 ),
             ],
             outputs=[
                 TokenLogitsSocket.Output("calibrated", display_name="token_logits", tooltip="The calibrated logits."),
                 CalibrationSocket.Output(
-                    "used", display_name="calibration", tooltip="What was used: to Save Calibration."
+                    "used",
+                    display_name="calibration",
+                    tooltip="The calibration that was used. Connect to Save Calibration.",
                 ),
             ],
         )
@@ -101,7 +108,10 @@ class LogitCalibrator(io.ComfyNode):
                 expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")
                 calibration = decoder.decoder.idle.card.calibration
                 if calibration is None:
-                    raise ValueError("this decoder was trained without a calibration: connect one from a file instead")
+                    raise ValueError(
+                        "this decoder was trained without a calibration: connect one from a file instead, by Load "
+                        "Calibration"
+                    )
             expect(calibration, Calibration, "calibration", "connect a Load Calibration")
             used = calibration if anchored else replace(calibration, anchor=0.0)
             return io.NodeOutput(apply_calibration(token_logits, codebook, used), calibration)
@@ -116,14 +126,16 @@ class SaveCalibration(io.ComfyNode):
             "SaveCalibration",
             "Save Calibration",
             category="tokens",
-            description="Keeps a calibration in models/dcdd/calibrations. An earlier file is never overwritten.",
+            description="Saves a calibration in models/dcdd/calibrations. Existing files are never overwritten.",
             search_aliases=["export calibration"],
             is_output_node=True,
             inputs=[
                 CalibrationSocket.Input("calibration", tooltip="From a Logit Calibrator."),
-                io.String.Input("name", default="calibration", tooltip="Of the file; a number is added if it exists."),
+                io.String.Input(
+                    "name", default="calibration", tooltip="File name; a number is added if the file exists."
+                ),
             ],
-            outputs=[io.String.Output("path", display_name="path", tooltip="Where it was written.")],
+            outputs=[io.String.Output("path", display_name="path", tooltip="Path of the saved file.")],
         )
 
     @classmethod
@@ -144,17 +156,19 @@ class LoadCalibration(io.ComfyNode):
             "LoadCalibration",
             "Load Calibration",
             category="tokens",
-            description="Reads a calibration from models/dcdd/calibrations.",
+            description="Loads a calibration from models/dcdd/calibrations.",
             search_aliases=["import calibration"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=model_folders.calibrations() or [model_folders.NO_CALIBRATION],
-                    tooltip="A file that Save Calibration or `dcdd calibrate` wrote. Press R after adding one.",
+                    tooltip="A file written by Save Calibration or `dcdd calibrate`. Press R after adding one.",
                 )
             ],
             outputs=[
-                CalibrationSocket.Output("calibration", display_name="calibration", tooltip="To a Logit Calibrator.")
+                CalibrationSocket.Output(
+                    "calibration", display_name="calibration", tooltip="Connect to a Logit Calibrator."
+                )
             ],
         )
 

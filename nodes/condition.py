@@ -52,24 +52,31 @@ class LCDMEncoder(io.ComfyNode):
             "LCDM Encoder",
             category="condition",
             description=(
-                "Logit-to-Code Distributional Mapping: at each position the mean code vector under the whole "
-                "distribution, and four measures of how unsure it is. With the decoder connected, the logits are first "
-                "calibrated as it was trained; logits from a Logit Calibrator are taken as they are."
+                "Logit-to-Code Distributional Mapping: for each position, the expected code vector under the whole "
+                "distribution, and four features that measure its uncertainty. With a decoder connected, the "
+                "logits are first calibrated as in its training; logits from a Logit Calibrator are used as they "
+                "are."
             ),
             search_aliases=["distributional mapping", "expected code", "uncertainty", "condition"],
             inputs=[
-                TokenLogitsSocket.Input("token_logits", tooltip="From the sampler, a VQ-VAE Encode, or a calibrator."),
-                VQVAESocket.Input("vq_vae", tooltip="The tokenizer of these logits: its codebook is mapped to."),
+                TokenLogitsSocket.Input(
+                    "token_logits", tooltip="From a Janus Logit Sampler, VQ-VAE Encode or Logit Calibrator."
+                ),
+                VQVAESocket.Input(
+                    "vq_vae", tooltip="The tokenizer that these logits belong to; its codebook gives the code vectors."
+                ),
                 DecoderSocket.Input(
-                    "decoder", optional=True, tooltip="The decoder that will paint: its calibration is applied."
+                    "decoder",
+                    optional=True,
+                    tooltip="The decoder that will decode the condition; its calibration is applied.",
                 ),
                 io.Combo.Input(
                     "reads",
                     options=list(READS),
                     default=AS_TRAINED,
                     tooltip=(
-                        "What of Janus' output the decoder gets to see. It changes nothing for logits of a picture, "
-                        "and without a decoder."
+                        "Which form of Janus' output the decoder gets. It has no effect on the logits of an "
+                        "encoded image, or without a decoder."
                     ),
                 ),
             ],
@@ -77,7 +84,7 @@ class LCDMEncoder(io.ComfyNode):
                 ConditionSocket.Output(
                     "condition",
                     display_name="condition",
-                    tooltip="To a Distribution-Conditioned FLUX Decoder and the Uncertainty Mask.",
+                    tooltip="Connect to a Distribution-Conditioned FLUX Decoder or an Uncertainty Mask.",
                 )
             ],
         )
@@ -105,7 +112,7 @@ class LCDMEncoder(io.ComfyNode):
 
 
 class UncertaintyMask(io.ComfyNode):
-    """Condition -> mask of what the model was unsure of."""
+    """Condition -> mask of where the model was uncertain."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -114,9 +121,9 @@ class UncertaintyMask(io.ComfyNode):
             "Uncertainty Mask",
             category="condition",
             description=(
-                "A mask of where Janus was unsure, as the decoder gets to read it, for inpainting nodes to repaint "
-                "just that, and a heat map to look at. 'hard' is white above the threshold; 'soft' keeps the doubt "
-                "itself as grey."
+                "Makes a mask of where Janus was uncertain, as the condition describes it, so that an inpainting "
+                "node repaints only there, and a heat map to look at. 'hard' is white above the threshold; 'soft' "
+                "keeps the uncertainty as grey values."
             ),
             search_aliases=["heat map", "confidence", "entropy", "auto mask", "inpaint mask"],
             inputs=[
@@ -125,39 +132,51 @@ class UncertaintyMask(io.ComfyNode):
                     "feature",
                     options=list(DOUBTS),
                     default=next(iter(DOUBTS)),
-                    tooltip="Which of the four uncertainty features; 1 always means unsure.",
+                    tooltip="Which of the four uncertainty features to use; 1 always means uncertain.",
                 ),
-                io.Combo.Input("edge", options=["hard", "soft"], default="hard", tooltip="Threshold it, or keep grey."),
+                io.Combo.Input(
+                    "edge",
+                    options=["hard", "soft"],
+                    default="hard",
+                    tooltip="'hard' applies the threshold; 'soft' keeps grey values.",
+                ),
                 io.Float.Input(
                     "threshold",
                     default=0.7,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="White above this. With 'soft', what lies below becomes black.",
+                    tooltip="White above this value. With 'soft', values below it become black.",
                 ),
                 io.Int.Input(
                     "grow",
                     default=0,
                     min=-16,
                     max=16,
-                    tooltip="Widens the mask by this many tokens, or narrows it if negative.",
+                    tooltip="Grows the mask by this many tokens; a negative number shrinks it.",
                 ),
                 io.Float.Input(
-                    "blur", default=0.0, min=0.0, max=8.0, step=0.1, tooltip="Softens the edge: a Gaussian, in tokens."
+                    "blur",
+                    default=0.0,
+                    min=0.0,
+                    max=8.0,
+                    step=0.1,
+                    tooltip="Softens the edge with a Gaussian blur; the unit is tokens.",
                 ),
                 io.Int.Input(
                     "token_size",
                     default=16,
                     min=1,
                     max=64,
-                    tooltip="Pixels a token, where no image is connected (Janus: 16, pico: 8).",
+                    tooltip="Pixels per token, used if no image is connected (Janus: 16, pico: 8).",
                 ),
-                io.Image.Input("image", optional=True, tooltip="The picture to mask: gives the mask its size."),
+                io.Image.Input("image", optional=True, tooltip="The image to mask; the mask gets its size."),
             ],
             outputs=[
-                io.Mask.Output("mask", display_name="mask", tooltip="White where the model was unsure."),
-                io.Image.Output("heat_map", display_name="heat_map", tooltip="The feature in colours, dark for sure."),
+                io.Mask.Output("mask", display_name="mask", tooltip="White where the model was uncertain."),
+                io.Image.Output(
+                    "heat_map", display_name="heat_map", tooltip="The feature in colours; dark means certain."
+                ),
             ],
         )
 

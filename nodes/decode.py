@@ -47,7 +47,7 @@ _TILES = "connect a VAE from ComfyUI's Load VAE, which falls back to tiles, or u
 
 
 class VQVAEDecode(io.ComfyNode):
-    """Tokens -> picture, by the VLM's own decoder."""
+    """Tokens -> image, by the VLM's own decoder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -56,24 +56,25 @@ class VQVAEDecode(io.ComfyNode):
             "VQ-VAE Decode",
             category="decode",
             description=(
-                "The picture as Janus itself would show it: its tokens through the VQ-VAE decoder. 'soft' decodes the "
-                "expected code of each position instead, which keeps some of what a single token loses."
+                "Decodes tokens with Janus' own VQ-VAE decoder: the image that you get without this pack. 'soft' "
+                "decodes the expected code vector of each position instead, which keeps some of what a single "
+                "token loses."
             ),
             search_aliases=["detokenize", "tokens to image", "vqgan decode", "janus decode"],
             inputs=[
-                TokenLogitsSocket.Input("token_logits", tooltip="From the sampler or a VQ-VAE Encode."),
-                VQVAESocket.Input("vq_vae", tooltip="The tokenizer of these tokens."),
+                TokenLogitsSocket.Input("token_logits", tooltip="From a Janus Logit Sampler or VQ-VAE Encode."),
+                VQVAESocket.Input("vq_vae", tooltip="The tokenizer that these tokens belong to."),
                 io.Combo.Input(
                     "codes",
                     options=[HARD, SOFT],
                     default=HARD,
                     tooltip=(
-                        "What is decoded: 'soft' washes colours out where the model was unsure. A picture's proxy "
-                        "logits must be calibrated first for it, or all is a grey mean."
+                        "What is decoded. 'soft' fades colours where the model was uncertain. Calibrate the proxy "
+                        "logits of an encoded image before you use it, or the result is a uniform grey."
                     ),
                 ),
             ],
-            outputs=[io.Image.Output("image", display_name="image", tooltip="The decoded picture.")],
+            outputs=[io.Image.Output("image", display_name="image", tooltip="The decoded image.")],
         )
 
     @classmethod
@@ -96,7 +97,7 @@ class VQVAEDecode(io.ComfyNode):
 
 
 class FluxDecoder(io.ComfyNode):
-    """Condition -> picture, by the diffusion decoder."""
+    """Condition -> image, by the diffusion decoder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -105,8 +106,9 @@ class FluxDecoder(io.ComfyNode):
             "Distribution-Conditioned FLUX Decoder",
             category="decode",
             description=(
-                "Paints the picture from the condition: everything Janus knew, not only the tokens it picked. With an "
-                "image and a mask only what is under the mask is painted, and the rest stays as it is to the last bit."
+                "Decodes the condition into an image with a diffusion model: it uses everything that Janus "
+                "predicted, not only the tokens that were sampled. With an image and a mask, only the area under "
+                "the mask is painted; all other pixels stay exactly as they are."
             ),
             search_aliases=["dcdd", "diffusion decoder", "flux fill", "decode", "inpaint"],
             inputs=[
@@ -118,33 +120,38 @@ class FluxDecoder(io.ComfyNode):
                     min=0,
                     max=2**63 - 1,
                     control_after_generate=True,
-                    tooltip="Of the noise that the first picture starts from; the next ones of the batch count on.",
+                    tooltip="Seed of the noise for the first image; each further image of the batch adds 1.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=0,
                     min=0,
                     max=100,
-                    tooltip="Euler steps; 0 takes the number that the decoder was made for. 10 give a good picture.",
+                    tooltip="Number of Euler steps; 0 uses the decoder's own number. 10 is enough for a good image.",
                 ),
                 io.Combo.Input(
                     "schedule",
                     options=list(SCHEDULES),
                     default=AS_MEASURED,
-                    tooltip="How the steps lie between noise and picture: as measured, FLUX's way, or evenly.",
+                    tooltip=(
+                        "How the steps are spaced between noise and image: as measured best for the decoder, "
+                        "as FLUX does by resolution, or uniformly."
+                    ),
                 ),
                 io.Image.Input(
-                    "image", optional=True, tooltip="To paint only a part: the picture to keep the rest of."
+                    "image", optional=True, tooltip="To paint only a part: the image to keep outside the mask."
                 ),
-                io.Mask.Input("mask", optional=True, tooltip="To paint only a part: where to paint (white)."),
+                io.Mask.Input("mask", optional=True, tooltip="To paint only a part: white where to paint."),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="A FLUX VAE from ComfyUI's own loader, in place of the decoder's."
+                    "vae",
+                    optional=True,
+                    tooltip="A FLUX VAE from ComfyUI's Load VAE, used in place of the decoder's own.",
                 ),
             ],
             outputs=[
-                io.Image.Output("painted", display_name="image", tooltip="The painted picture."),
+                io.Image.Output("painted", display_name="image", tooltip="The decoded image."),
                 io.Latent.Output(
-                    "latent", display_name="latent", tooltip="Its latents, for further sampling with FLUX in ComfyUI."
+                    "latent", display_name="latent", tooltip="Its latent, for further sampling with FLUX in ComfyUI."
                 ),
             ],
         )

@@ -27,10 +27,10 @@ class PicoScene(io.ComfyNode):
             "Pico Scene",
             category="inspect",
             description=(
-                "Draws a scene of the small world that the pico models know, and says what is in it: a picture to try "
-                "workflows on without a file. None of them was seen in training."
+                "Renders a scene of the small world that the pico models know, with a caption: an input for trying "
+                "workflows without a file. These scenes were held out from training."
             ),
-            search_aliases=["test image", "demo input", "sample picture", "caption"],
+            search_aliases=["test image", "demo input", "sample image", "caption"],
             inputs=[
                 io.Int.Input(
                     "seed",
@@ -38,7 +38,7 @@ class PicoScene(io.ComfyNode):
                     min=0,
                     max=SPLIT_SIZE - 1,
                     control_after_generate=True,
-                    tooltip="Which scene; the next ones of the batch count on.",
+                    tooltip="Which scene; each further scene of the batch adds 1.",
                 ),
                 io.Int.Input(
                     "size",
@@ -46,14 +46,16 @@ class PicoScene(io.ComfyNode):
                     min=32,
                     max=1024,
                     step=8,
-                    tooltip="Side in pixels. pico was trained at 96; other multiples of 8 work too.",
+                    tooltip="Side length in pixels. pico was trained at 96; other multiples of 8 work too.",
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="How many scenes."),
+                io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="Number of scenes."),
             ],
             outputs=[
-                io.Image.Output("image", display_name="image", tooltip="The scene."),
+                io.Image.Output("image", display_name="image", tooltip="The rendered scene."),
                 io.String.Output(
-                    "caption", display_name="caption", tooltip="What is in it, one line a scene, as a prompt for pico."
+                    "caption",
+                    display_name="caption",
+                    tooltip="What each scene shows, one line per scene; a prompt for pico.",
                 ),
             ],
         )
@@ -74,15 +76,16 @@ class LogitStatistics(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         others = [
-            TokenLogitsSocket.Input(f"token_logits_{x}", optional=True, tooltip="A further column.") for x in _ALL[1:]
+            TokenLogitsSocket.Input(f"token_logits_{x}", optional=True, tooltip="Another column.") for x in _ALL[1:]
         ]
         return schema(
             "LogitStatistics",
             "Logit Statistics",
             category="inspect",
             description=(
-                "How sure the model is: the paper's Table 1 beside the curve of its Figure 6. Connect Janus' logits, a "
-                "picture's proxies and the calibrated ones to see what calibration does."
+                "Shows how certain the model is: the statistics of the paper's Table 1 and the curve of its Figure "
+                "6. Connect Janus' logits, an image's proxy logits and the calibrated ones to see what calibration "
+                "does."
             ),
             search_aliases=["entropy", "confidence", "table", "histogram", "inspect logits"],
             inputs=[
@@ -92,13 +95,13 @@ class LogitStatistics(io.ComfyNode):
                     "names",
                     default="",
                     tooltip=(
-                        "What the columns are called, with commas between, in the order of the connected sockets. "
-                        "Those without a name are called by what they hold: sampled, proxies, calibrated."
+                        "Names of the columns, separated by commas, in the order of the connected sockets. A "
+                        "column without a name is called by what it holds: sampled, proxies or calibrated."
                     ),
                 ),
             ],
             outputs=[
-                io.Image.Output("image", display_name="image", tooltip="Table and curve, to a Preview Image."),
+                io.Image.Output("image", display_name="image", tooltip="Table and curve. Connect to Preview Image."),
                 io.String.Output("table", display_name="table", tooltip="The table as text."),
             ],
         )
@@ -124,14 +127,16 @@ class CompareDecoders(io.ComfyNode):
         inputs = []
         for x, label in zip(_ALL, ("VQ-VAE decode", "DCDD decode", "", "")):
             inputs += [
-                io.Image.Input(f"image_{x}", optional=x not in "ab", tooltip="A column; a batch gives a row each."),
-                io.String.Input(f"label_{x}", default=label, tooltip="What stands above it."),
+                io.Image.Input(
+                    f"image_{x}", optional=x not in "ab", tooltip="One column; a batch gives one row per image."
+                ),
+                io.String.Input(f"label_{x}", default=label, tooltip="Text above this column."),
             ]
         return schema(
             "CompareDecoders",
             "Compare Decoders",
             category="inspect",
-            description="Puts up to four pictures (or batches of them) side by side on one labelled sheet.",
+            description="Arranges up to four images, or batches of images, side by side on one labelled sheet.",
             search_aliases=["side by side", "grid", "contact sheet", "concat images"],
             inputs=[
                 *inputs,
@@ -139,9 +144,11 @@ class CompareDecoders(io.ComfyNode):
                     "captions",
                     default="",
                     multiline=True,
-                    tooltip="A line under each row; fewer lines leave some bare.",
+                    tooltip="One line of text below each row; rows without a line get none.",
                 ),
-                io.Int.Input("side", default=320, min=64, max=1024, tooltip="Height of each picture on the sheet."),
+                io.Int.Input(
+                    "side", default=320, min=64, max=1024, tooltip="Height of each image on the sheet, in pixels."
+                ),
             ],
             outputs=[io.Image.Output("image", display_name="image", tooltip="The sheet.")],
         )

@@ -35,9 +35,10 @@ class LoadJanus(io.ComfyNode):
             "Load Janus",
             category="loaders",
             description=(
-                "Loads Janus or Janus-Pro, the model that turns a prompt into image tokens, and the VQ-VAE that "
-                "belongs to it. Put a model's whole folder into models/janus (transformers' layout or DeepSeek's own). "
-                "'pico' comes with the pack: tiny, for trying every workflow without a download."
+                "Loads a Janus or Janus-Pro model, which turns a prompt into image tokens, together with its "
+                "VQ-VAE. Put the model's whole folder into models/janus (the transformers or the DeepSeek layout). "
+                "'pico' is a tiny model that comes with the pack, so every workflow can be tried without a "
+                "download."
             ),
             search_aliases=["janus pro", "deepseek", "vlm", "autoregressive", "llm loader"],
             inputs=[
@@ -46,8 +47,8 @@ class LoadJanus(io.ComfyNode):
                 _placement(),
             ],
             outputs=[
-                JanusModelSocket.Output("janus", display_name="janus", tooltip="Goes into the Janus Logit Sampler."),
-                VQVAESocket.Output("vq_vae", display_name="vq_vae", tooltip="Tokens to pictures and back."),
+                JanusModelSocket.Output("janus", display_name="janus", tooltip="Connect to a Janus Logit Sampler."),
+                VQVAESocket.Output("vq_vae", display_name="vq_vae", tooltip="Converts between images and tokens."),
             ],
         )
 
@@ -76,12 +77,14 @@ class LoadVQVAE(io.ComfyNode):
             "Load VQ-VAE",
             category="loaders",
             description=(
-                "Loads only the tokenizer (VQ-VAE) of a Janus folder in models/janus: all that reconstructing a "
-                "picture needs, without the language model's gigabytes."
+                "Loads only the image tokenizer (VQ-VAE) of a Janus folder in models/janus. Reconstructing an "
+                "image needs nothing else, so the language model, several gigabytes, is not loaded."
             ),
             search_aliases=["tokenizer", "vqgan", "vq-16", "janus vae"],
             inputs=[_model(), _placement()],
-            outputs=[VQVAESocket.Output("vq_vae", display_name="vq_vae", tooltip="Tokens to pictures and back.")],
+            outputs=[
+                VQVAESocket.Output("vq_vae", display_name="vq_vae", tooltip="Converts between images and tokens.")
+            ],
         )
 
     @classmethod
@@ -103,8 +106,8 @@ class LoadDecoder(io.ComfyNode):
             "Load DCDD Decoder",
             category="loaders",
             description=(
-                "Loads a Distribution-Conditioned Diffusion Decoder: a bundle from models/dcdd over the FLUX.1-Fill "
-                "transformer that it was trained on, and the FLUX autoencoder. 'pico' comes with the pack."
+                "Loads a Distribution-Conditioned Diffusion Decoder (DCDD): a bundle from models/dcdd, the "
+                "FLUX.1-Fill transformer that it was trained on, and the FLUX VAE. 'pico' comes with the pack."
             ),
             search_aliases=["dcdd", "flux fill", "diffusion decoder", "bundle"],
             inputs=[
@@ -112,15 +115,19 @@ class LoadDecoder(io.ComfyNode):
                     "bundle",
                     options=[PICO, *model_folders.bundles()],
                     default=PICO,
-                    tooltip="The trained decoder, a .safetensors file in models/dcdd. It was made for one tokenizer.",
+                    tooltip=(
+                        "The trained decoder: a .safetensors file in models/dcdd. A bundle works with one "
+                        "tokenizer only."
+                    ),
                 ),
                 io.Combo.Input(
                     "base_model",
                     options=[HELD, *model_folders.transformers()],
                     default=HELD,
                     tooltip=(
-                        "The FLUX.1-Fill transformer, where the bundle holds only what training changed: a file in "
-                        "models/diffusion_models or models/unet, or a diffusers folder in models/diffusers."
+                        "The FLUX.1-Fill transformer, needed if the bundle holds only the weights that training "
+                        "changed: a file in models/diffusion_models or models/unet, or a diffusers folder in "
+                        "models/diffusers."
                     ),
                 ),
                 io.Combo.Input(
@@ -128,8 +135,8 @@ class LoadDecoder(io.ComfyNode):
                     options=[CONNECTED, *model_folders.autoencoders()],
                     default=CONNECTED,
                     tooltip=(
-                        "The FLUX autoencoder (ae.safetensors in models/vae, or a diffusers folder). pico brings its "
-                        "own. Otherwise choose one, or connect a VAE from ComfyUI's own loader to the decoder node."
+                        "The FLUX VAE (ae.safetensors in models/vae, or a diffusers folder). pico has its own. "
+                        "Otherwise choose one here, or connect a VAE from ComfyUI's Load VAE to the decoder node."
                     ),
                 ),
                 io.Combo.Input(
@@ -137,15 +144,16 @@ class LoadDecoder(io.ComfyNode):
                     options=list(STORAGE),
                     default="auto",
                     tooltip=(
-                        "How the transformer is kept in memory. '8-bit' halves what bfloat16 needs, at a small loss. "
-                        "'auto' is bfloat16 on a GPU that has it, else float16, and float32 on a CPU and for pico."
+                        "Precision in which the transformer is kept in memory. '8-bit' needs half the memory of "
+                        "bfloat16, at a small loss of quality. 'auto' uses bfloat16 on a GPU that supports it, "
+                        "otherwise float16; on a CPU, and for pico, it uses float32."
                     ),
                 ),
                 _placement(),
             ],
             outputs=[
                 DecoderSocket.Output(
-                    "decoder", display_name="decoder", tooltip="Goes into the Distribution-Conditioned FLUX Decoder."
+                    "decoder", display_name="decoder", tooltip="Connect to a Distribution-Conditioned FLUX Decoder."
                 )
             ],
         )
@@ -194,9 +202,9 @@ class DownloadModel(io.ComfyNode):
             "Download Model",
             category="loaders",
             description=(
-                "Brings a published model into the right folder of ComfyUI, from the Hugging Face hub. Nothing else in "
-                "this pack goes to the network. An interrupted download goes on where it stopped. For FLUX.1-Fill, "
-                "accept the licence on its page first, and log in with `hf auth login` or HF_TOKEN."
+                "Downloads a published model from Hugging Face into the right ComfyUI folder. No other node of "
+                "this pack uses the network. An interrupted download resumes. For FLUX.1-Fill, first accept the "
+                "licence on its page, then log in with `hf auth login` or set HF_TOKEN."
             ),
             search_aliases=["hugging face", "hub", "get model", "fetch weights"],
             is_output_node=True,
@@ -204,10 +212,10 @@ class DownloadModel(io.ComfyNode):
                 io.Combo.Input(
                     "model",
                     options=list(_OFFERED),
-                    tooltip="What to bring. Afterwards press R, and choose it in its loader.",
+                    tooltip="The model to download. Afterwards press R and choose it in its loader.",
                 ),
             ],
-            outputs=[io.String.Output("path", display_name="path", tooltip="The file or folder that was put there.")],
+            outputs=[io.String.Output("path", display_name="path", tooltip="The downloaded file or folder.")],
         )
 
     @classmethod
@@ -239,7 +247,7 @@ def _model() -> io.Combo.Input:
         "model",
         options=[PICO, *model_folders.folders(model_folders.JANUS, holding="config.json")],
         default=PICO,
-        tooltip="A folder in models/janus with a Janus or Janus-Pro model, or the tiny one that comes with the pack.",
+        tooltip="A folder in models/janus that holds a Janus or Janus-Pro model, or the tiny built-in model.",
     )
 
 
@@ -249,8 +257,8 @@ def _dtype() -> io.Combo.Input:
         options=list(DTYPES),
         default="auto",
         tooltip=(
-            "Type of the weights. 'auto' is bfloat16 on a GPU that has it, else float16, and float32 on a CPU and for "
-            "pico."
+            "Precision of the weights. 'auto' uses bfloat16 on a GPU that supports it, otherwise float16; on a "
+            "CPU, and for pico, it uses float32."
         ),
     )
 
@@ -261,8 +269,8 @@ def _placement() -> io.Combo.Input:
         options=list(host.PLACEMENTS),
         default="auto",
         tooltip=(
-            "Where the model works. 'auto' leaves it to ComfyUI's memory manager; 'low VRAM' keeps the layers in RAM "
-            "and streams them to the GPU, slower; 'CPU' needs no GPU at all."
+            "Where the model runs. 'auto' leaves this to ComfyUI's memory manager. 'low VRAM' keeps the layers in "
+            "RAM and streams them to the GPU, which is slower. 'CPU' does not use the GPU."
         ),
     )
 

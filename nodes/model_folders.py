@@ -12,7 +12,7 @@ JANUS = "janus"
 
 
 def add_model_folders() -> None:
-    """Makes models/janus and models/dcdd known, behind what extra_model_paths.yaml names for them."""
+    """Adds models/janus and models/dcdd to ComfyUI's folders, after those that extra_model_paths.yaml names."""
     for key in (JANUS, BUNDLES):
         folder_paths.add_model_folder_path(key, os.path.join(folder_paths.models_dir, key))
     # Only bundles are single files; a key without extensions would list everything there is.
@@ -20,7 +20,7 @@ def add_model_folders() -> None:
 
 
 def model_folder(key: str) -> Path:
-    """Where new files of a kind go: the folder that is called like it, among those that are searched."""
+    """Where new files of a kind go: the folder of that name, among those that are searched."""
     paths = [Path(path) for path in folder_paths.get_folder_paths(key)]
     return next((path for path in paths if path.name == key), paths[0])
 
@@ -43,12 +43,12 @@ def folders(key: str, *, holding: str) -> list[str]:
 
 
 def transformers() -> list[str]:
-    """What may hold a FLUX transformer: model files, and diffusers folders marked by a slash at their end."""
+    """What may hold a diffusion transformer: model files, and diffusers folders, which end in a slash."""
     return [*files("diffusion_models"), *(f"{name}/" for name in folders("diffusers", holding="transformer"))]
 
 
 def autoencoders() -> list[str]:
-    """What may hold a FLUX autoencoder: VAE files, and diffusers folders marked by a slash at their end."""
+    """What may hold an autoencoder: VAE files, and diffusers folders, which end in a slash."""
     return [*files("vae"), *(f"{name}/" for name in folders("diffusers", holding="vae"))]
 
 
@@ -66,7 +66,7 @@ def path_of(key: str, name: str) -> Path:
     """The file or folder that a combo's name stands for.
 
     Raises:
-        ValueError: if it is not there (any more), or points out of its folder.
+        ValueError: if it does not exist (any more), or leads out of its folder.
     """
     for root in map(Path, folder_paths.get_folder_paths(key)):
         path = root / name
@@ -77,7 +77,7 @@ def path_of(key: str, name: str) -> Path:
 
 
 CALIBRATIONS = "calibrations"
-#: What a combo shows where there is none.
+#: The combo value that stands for an empty list.
 NO_CALIBRATION = "none yet: fit one and save it"
 
 
@@ -96,12 +96,10 @@ def calibration_path(name: str) -> Path:
     """The file of a name from `calibrations`.
 
     Raises:
-        ValueError: if it is not there, or none is.
+        ValueError: if it does not exist, or no calibration does.
     """
     if name == NO_CALIBRATION:
-        raise ValueError(
-            "no calibration was saved yet: fit one with a Logit Calibrator, save it, press R and choose it"
-        )
+        raise ValueError("no calibration is saved yet: fit one with a Logit Calibrator, save it, press R and choose it")
     return path_of(BUNDLES, f"{CALIBRATIONS}/{name}")
 
 
@@ -109,17 +107,17 @@ def new_calibration(name: str) -> Path:
     """A path for a calibration that does not exist yet.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for a name that a file cannot have.
     """
     name = name.strip().removesuffix(".safetensors")
     if not name or name.startswith(".") or any(sign in name for sign in '/\\:*?"<>|'):
-        raise ValueError(f"{name!r} is no name for a file: use letters, digits, spaces, - and _")
+        raise ValueError(f"{name!r} is not a valid file name: use letters, digits, spaces, - and _")
     folder = model_folder(BUNDLES) / CALIBRATIONS
     numbered = (folder / f"{name}{suffix}.safetensors" for suffix in ("", *(f"_{k}" for k in range(2, 10_000))))
     return next(path for path in numbered if not path.exists())
 
 
 def state_of(path: Path) -> str:
-    """Changes when a model file, or a file in a model folder, does: loaders run again then, and only then."""
+    """Changes when a model file, or any file in a model folder, changes: only then do loaders run again."""
     parts = sorted(path.rglob("*")) if path.is_dir() else [path]
     return "|".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in parts if p.is_file())

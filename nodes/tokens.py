@@ -39,9 +39,9 @@ class JanusLogitSampler(io.ComfyNode):
             "Janus Logit Sampler",
             category="tokens",
             description=(
-                "Janus paints a prompt token by token. Kept is not only the token it picked at every position but its "
-                "whole distribution over the codebook, from which the decoder paints. To edit, connect the "
-                "token_logits of an earlier picture and a mask: only tokens under the mask are sampled anew."
+                "Samples an image from a prompt, token by token. At every position it keeps the whole distribution "
+                "over the codebook, not only the sampled token; the decoder works from these distributions. To "
+                "edit an image, connect its token_logits and a mask: only tokens under the mask are sampled again."
             ),
             search_aliases=["text to image", "generate", "janus sampler", "autoregressive sampler", "edit tokens"],
             inputs=[
@@ -51,7 +51,10 @@ class JanusLogitSampler(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="a large striped red heart in the centre on a wavy sky ground",
-                    tooltip="What to paint. pico knows the words of its own small world, and names the others.",
+                    tooltip=(
+                        "What the image should show. pico knows only the words of its own small world; the "
+                        "node lists the words that it does not know."
+                    ),
                 ),
                 io.Int.Input(
                     "seed",
@@ -59,7 +62,10 @@ class JanusLogitSampler(io.ComfyNode):
                     min=0,
                     max=2**63 - 1,
                     control_after_generate=True,
-                    tooltip="Of the first picture; the next ones of the batch count on. A batch equals its singles.",
+                    tooltip=(
+                        "Seed of the first image; each further image of the batch adds 1. An image comes out "
+                        "the same in a batch and alone."
+                    ),
                 ),
                 io.Float.Input(
                     "guidance",
@@ -68,8 +74,8 @@ class JanusLogitSampler(io.ComfyNode):
                     max=20.0,
                     step=0.1,
                     tooltip=(
-                        "How strictly the prompt is followed (classifier-free guidance). 5 is Janus-Pro's; for pico, "
-                        "the built-in model, set 3. 1 is the prompt alone and takes half the time."
+                        "How closely the prompt is followed (classifier-free guidance). Use 5 for Janus-Pro and 3 "
+                        "for pico, the built-in model. 1 turns guidance off and takes half the time."
                     ),
                 ),
                 io.Float.Input(
@@ -78,14 +84,17 @@ class JanusLogitSampler(io.ComfyNode):
                     min=0.0,
                     max=4.0,
                     step=0.05,
-                    tooltip="Below 1 the choice is safer, above 1 wilder; 0 always takes the most likely token.",
+                    tooltip="Below 1, sampling is safer; above 1, more varied. 0 always takes the most likely token.",
                 ),
                 io.Int.Input(
                     "top_k",
                     default=0,
                     min=0,
                     max=65536,
-                    tooltip="Draws from the k most likely tokens only; 0 from all. The kept logits stay whole.",
+                    tooltip=(
+                        "Samples only from the k most likely tokens; 0 means all. The logits that are kept are "
+                        "always complete."
+                    ),
                 ),
                 io.Float.Input(
                     "top_p",
@@ -93,35 +102,42 @@ class JanusLogitSampler(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="Draws from the most likely tokens that hold this share of the probability; 1 from all.",
+                    tooltip=(
+                        "Samples only from the most likely tokens whose probabilities add up to this value; 1 "
+                        "means all."
+                    ),
                 ),
                 io.Int.Input(
                     "batch_size",
                     default=1,
                     min=1,
                     max=256,
-                    tooltip="How many pictures. When editing, the batch of the connected token_logits counts instead.",
+                    tooltip=(
+                        "Number of images. In an edit, the batch size of the connected token_logits is used instead."
+                    ),
                 ),
                 io.Boolean.Input(
                     "prompt_per_line",
                     default=False,
-                    tooltip="Each line of the prompt becomes a picture of its own, and batch_size counts for each.",
+                    tooltip="Treats each line of the prompt as a prompt of its own, with batch_size images for each.",
                 ),
                 TokenLogitsSocket.Input(
                     "token_logits",
                     optional=True,
                     tooltip=(
-                        "To edit: the tokens to keep outside the mask, of this sampler, or of a picture by way of "
-                        "VQ-VAE Encode and a Logit Calibrator."
+                        "For an edit: the tokens to keep outside the mask, from this sampler, or from an image of "
+                        "your own through VQ-VAE Encode and Logit Calibrator."
                     ),
                 ),
-                io.Mask.Input("mask", optional=True, tooltip="To edit: where to sample anew (white)."),
+                io.Mask.Input("mask", optional=True, tooltip="For an edit: white where tokens are sampled again."),
             ],
             outputs=[
                 TokenLogitsSocket.Output(
                     "sampled",
                     display_name="token_logits",
-                    tooltip="Tokens with their distributions: to the LCDM Encoder, a VQ-VAE Decode, Logit Statistics.",
+                    tooltip=(
+                        "Tokens with their distributions. Connect to LCDM Encoder, VQ-VAE Decode or Logit Statistics."
+                    ),
                 )
             ],
         )
@@ -158,11 +174,10 @@ class JanusLogitSampler(io.ComfyNode):
         progress = host.Progress(math.prod(sampler.grid))
 
         def on_progress(now: SamplingProgress) -> None:
-            rows = now.done * sampler.grid[0]
-            another_row = rows // now.total > (rows - sampler.grid[0]) // now.total
-            progress.step(
-                now.done, now.total, _so_far(tokenizer, sampler.grid, now, token_logits) if another_row else None
-            )
+            # A preview for each row of tokens, or for each step that is worth more than a row.
+            rows, before = (done * sampler.grid[0] // now.total for done in (now.done, now.done - 1))
+            preview = _so_far(tokenizer, sampler.grid, now, token_logits) if rows > before else None
+            progress.step(now.done, now.total, preview)
 
         with host.noticed():
             sampled = sample(
@@ -188,7 +203,7 @@ class JanusLogitSampler(io.ComfyNode):
 
 
 class VQVAEEncode(io.ComfyNode):
-    """Picture -> tokens with proxy logits."""
+    """Image -> tokens with proxy logits."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -197,30 +212,32 @@ class VQVAEEncode(io.ComfyNode):
             "VQ-VAE Encode",
             category="tokens",
             description=(
-                "Turns a picture into tokens, with proxy logits: how close every patch is to every code. The way into "
-                "reconstruction, and into edits of your own pictures. Sides that are no multiple of the token size are "
-                "resized and cropped at the centre."
+                "Turns an image into tokens with proxy logits: how close each patch is to every code of the "
+                "codebook. Start here to reconstruct an image, or to edit an image of your own. If a side is not a "
+                "multiple of the token size, the image is resized and cropped at the centre."
             ),
             search_aliases=["image to tokens", "tokenize", "reconstruct", "vqgan encode"],
             inputs=[
                 VQVAESocket.Input("vq_vae", tooltip="From Load Janus or Load VQ-VAE."),
-                io.Image.Input("image", tooltip="The picture; a batch passes through."),
+                io.Image.Input("image", tooltip="The image, or batch of images, to encode."),
                 io.Int.Input(
                     "longest_side",
                     default=0,
                     min=0,
                     max=4096,
                     tooltip=(
-                        "Shrinks larger pictures until their longer side has this many pixels; 0 keeps the size. "
-                        "Decoders work best near the size they were trained on (Janus: 384, pico: 96)."
+                        "Shrinks larger images until the longer side has this many pixels; 0 keeps the size. "
+                        "Decoders work best near the size that they were trained on (Janus: 384, pico: 96)."
                     ),
                 ),
             ],
             outputs=[
                 TokenLogitsSocket.Output(
-                    "token_logits", display_name="token_logits", tooltip="Tokens with proxy logits, uncalibrated."
+                    "token_logits", display_name="token_logits", tooltip="Tokens with uncalibrated proxy logits."
                 ),
-                io.Image.Output("resized", display_name="image", tooltip="The picture as it was encoded."),
+                io.Image.Output(
+                    "resized", display_name="image", tooltip="The image as it was encoded, after resizing and cropping."
+                ),
             ],
         )
 

@@ -40,7 +40,7 @@ def test_batch_that_does_not_fit_is_split(server, graph, scarce):
     run = server.run(graph.prompt)
     assert run.status == "success", run.error
     assert scarce() == 2, "three pictures, then two, did not fit"
-    assert "going on with 1 pictures at a time" in server.log()
+    assert "continuing with 1 images at a time" in server.log()
     batch, latents = server.saved("batch")["value"], server.saved("batch_latent")["samples"]
     for k in range(3):
         one = {
@@ -64,7 +64,7 @@ def test_single_picture_that_does_not_fit_is_told(server, graph):
     finally:
         server.post("/test/out_of_memory", {"above": None})
     assert (run.status, run.node, run.error_type) == ("error", "paint", "RuntimeError")
-    assert "even for a single picture" in run.error and "low VRAM" in run.error
+    assert "even for a single image" in run.error and "low VRAM" in run.error
     again = server.run(graph.prompt)
     assert again.status == "success" and "paint" in again.executed
 
@@ -95,7 +95,7 @@ def test_steps_are_not_made_again_where_the_autoencoder_runs_out(server, graph):
     finally:
         server.post("/test/autoencoder_out_of_memory", {"fails": False})
     assert (run.status, run.node, run.error_type) == ("error", "paint", "RuntimeError")
-    assert "even for a single picture" in run.error and "Load VAE" in run.error
+    assert "even for a single image" in run.error and "Load VAE" in run.error
     assert [done for done, _ in run.progress["paint"] if done] == [1, 2]
 
 
@@ -138,7 +138,7 @@ def alive(server, wanted, seconds=60):
     return found
 
 
-ONE_EACH = {"JanusSampler": 1, "VQTokenizer": 1, "Managed": 4, "KLAutoencoder": 1}
+ONE_EACH = {"JanusSampler": 1, "VQTokenizer": 1, "Managed": 4, "KLCodec": 1}
 
 
 def test_free_lets_every_model_go(server, graph):

@@ -190,8 +190,8 @@ def test_schedule_that_takes_long_to_read_is_told(server, graph):
         server.post("/test/patience", {"seconds": usual})
     assert run.status == "success", run.error
     told = run.notices["long"]
-    assert "reading the modulations of a new schedule: 1 of " in told[0]
-    assert told[-1] == "the modulations of the new schedule are read"
+    assert "loading modulation weights for a new schedule: 1 of " in told[0]
+    assert told[-1] == "modulation weights loaded"
     layers = int(told[0].rpartition(" ")[2])
     assert layers > 1
     assert_reported(run.progress["long"], [(1, 2), (2, 2)])

@@ -66,7 +66,7 @@ _autoencoder = {"fails": False}
 @PromptServer.instance.routes.post("/test/autoencoder_out_of_memory")
 async def autoencoder_out_of_memory(request):
     """Whether from now on decoding the painted latents runs out of memory."""
-    kind = _pack_module("nodes.host").ManagedAutoencoder
+    kind = _pack_module("nodes.host").ManagedCodec
     if kind.decode.__name__ != "failing":
         decode = kind.decode
 
