@@ -29,6 +29,8 @@ SETTINGS = {
     "Comfy.Notification.ShowVersionUpdates": False,
     "Comfy.InstalledVersion": "1.58.1",
     "Comfy.Validation.Workflows": True,
+    # Words on nodes also where a graph is seen whole.
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 #: The kind of a binary message that carries a notice.
 _TEXT = 3
