@@ -12,6 +12,7 @@ from dcdd_core.pipelines.decode import decode, decode_tokens
 from dcdd_core.pipelines.host import Host
 from dcdd_core.pipelines.oom import in_parts
 from dcdd_core.pipelines.sample import sample
+from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import DCDDWarning, TokenLogits
 from tests.tiny import tiny_condition, tiny_decoder, tiny_janus, tiny_vae
 
@@ -93,11 +94,11 @@ def test_sampling_in_parts_gives_the_batch(monkeypatch):
         ["a red circle", "blue", "a green square on the left"],
         [3, 4, 5],
     )
-    options = {"guidance": 2.0, "temperature": 0.9, "top_k": 20}
-    whole = sample(sampler, prompts, seeds=seeds, **options)
+    options = SamplingOptions(guidance=2.0, temperature=0.9, top_k=20)
+    whole = sample(sampler, prompts, seeds=seeds, options=options)
     tried = scarce(monkeypatch, TokenLoop, "_embed", most=2)
     with pytest.warns(DCDDWarning, match="continuing with 2 images"):
-        split = sample(sampler, prompts, seeds=seeds, **options)
+        split = sample(sampler, prompts, seeds=seeds, options=options)
     assert tried[:2] == [3, 3] and set(tried[2:]) == {1, 2}
     assert torch.equal(split.tokens, whole.tokens)
     torch.testing.assert_close(split.logits, whole.logits, rtol=1e-4, atol=1e-4)

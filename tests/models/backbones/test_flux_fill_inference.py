@@ -272,7 +272,7 @@ def test_files_that_change_after_loading_are_refused(split):
     with pytest.raises(ValueError, match=r"was changed or removed after it was opened: load it again"):
         small.prepare(TIMES[:2])
     stored.unlink()
-    with pytest.raises(ValueError, match=r"was changed or taken away"):
+    with pytest.raises(ValueError, match=r"was changed or removed"):
         velocity(small, 0.123)
 
 
