@@ -286,8 +286,8 @@ def fit_calibration(
         passes += 1
         return found
 
-    def mismatch(sharpness: float, smoothing: float) -> float:
-        return abs(statistics(sharpness, smoothing).mean_entropy - target.mean_entropy)
+    def fits(sharpness: float, smoothing: float) -> bool:
+        return abs(statistics(sharpness, smoothing).mean_entropy - target.mean_entropy) <= TOLERANCE
 
     def objective(sharpness: float, smoothing: float) -> float:
         found, wanted = asdict(statistics(sharpness, smoothing)), asdict(target)
@@ -298,14 +298,14 @@ def fit_calibration(
 
     scale = tuned(*_widened(lambda x: statistics(x, 0.0).mean_entropy, target.mean_entropy), 0.0)
     sharpness, smoothing = scale, 0.0
-    converged = mismatch(scale, 0.0) <= TOLERANCE
+    converged = fits(scale, 0.0)
     if converged:
         tries = [(scale, 0.0)]
         for eps in SMOOTHINGS[1:]:
             tries.append((tuned(tries[-1][0], 1.25 * tries[-1][0], eps), eps))
-        _, smoothing = best = min((t for t in tries if mismatch(*t) <= TOLERANCE), key=lambda t: objective(*t))
+        _, smoothing = best = min((t for t in tries if fits(*t)), key=lambda t: objective(*t))
         steps = [(best[0] * step, smoothing) for step in AFFINE_STEPS]
-        sharpness, _ = min((t for t in steps if mismatch(*t) <= TOLERANCE), key=lambda t: objective(*t))
+        sharpness, _ = min((t for t in steps if fits(*t)), key=lambda t: objective(*t))
     else:
         warnings.warn(
             f"calibration did not converge: the nearest to a mean entropy of {target.mean_entropy:.3f} is "

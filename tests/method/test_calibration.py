@@ -119,6 +119,9 @@ def test_anchor_weighs_with_the_sampled_token_before_the_smoothing():
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-4)
     with pytest.raises(ValueError, match="give the codebook and the tokens"):
         to_probabilities(logits, calibration, source="vlm")
+    for half in ({"codebook": CODEBOOK}, {"tokens": tokens}):
+        with pytest.raises(ValueError, match="give the codebook and the tokens"):
+            to_probabilities(logits, calibration, source="vlm", **half)
     with pytest.raises(ValueError, match="'vlm' or 'proxy'"):
         to_probabilities(logits, calibration, source="encoder")
 
@@ -206,6 +209,7 @@ def test_the_search_is_the_papers():
     assert method.AFFINE_STEPS == (0.94, 0.96, 0.98, 0.99, 1, 1.01, 1.02, 1.04, 1.06)
     # Ours: Eq. 16 with the mean entropy heaviest, a finer end of the bisection, and where the anchor is measured.
     assert list(method.WEIGHTS.values()) == [1, 0.25, 0.5, 0.5] and method.FINE_TOLERANCE == 0.001
+    assert (method.WIDENINGS, method.BISECTIONS, method.PASSES) == (8, 20, 70)
     assert (method.ANCHORS[0], len(method.ANCHORS)) == (0, 26)
     np.testing.assert_allclose(method.ANCHORS[1:], 0.25 * 256 ** (np.arange(25) / 24))
 
@@ -243,6 +247,8 @@ def plain_fit(target: CalibrationStatistics) -> tuple[float, float, float]:
     ("sharpness", "smoothing", "moved"),
     [
         (30.0, 0.02, {}),
+        (40.0, 0.001, {}),
+        (40.0, 0.002, {}),
         (45.0, 0.05, {}),
         (20.0, 0.0, {"confidence_95": 0.09, "mean_confidence": 0.06}),
         (20.0, 0.0, {"confidence_95": -0.12, "mean_confidence": -0.05, "entropy_95": 0.08}),
@@ -433,10 +439,27 @@ def test_every_evaluation_reads_each_feature_once_a_bounded_chunk_at_a_time(monk
     assert limit < peak.peak < 4 * limit + 2 * features.nbytes < 4 * len(features) * codebook.size
 
 
+@pytest.mark.parametrize(("sharpness", "smoothing", "passes"), [(25.0, 0.005, 41), (45.0, 0.05, 58)])
+def test_each_smoothing_is_searched_in_a_narrow_bracket(sharpness, smoothing, passes):
+    """From the s of the smoothing before to 1.25 times that: a wider one takes more passes than these, measured."""
+    told = []
+    fit_calibration(FEATURES, CODEBOOK, statistics_of(calibrated(sharpness, smoothing)), on_chunk=told.append)
+    assert told[-1] <= passes
+
+
+def test_fit_anchor_tells_of_each_chunk_of_its_one_pass(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 128 * 4 * 50)
+    logits, tokens = vlm_logits(1.3)
+    told = []
+    target = AnchorStatistics(length=0.9, alignment=0.9)
+    fit_anchor(grid(logits, tokens), CODEBOOK, target, Calibration(scale=20), on_chunk=told.append)
+    assert told == [0, 0, 0]
+
+
 def test_fit_tells_its_passes_and_can_be_stopped(monkeypatch):
     target, told = statistics_of(calibrated(25.0, 0.005)), []
     fit_calibration(FEATURES, CODEBOOK, target, on_chunk=told.append)
-    assert told[0] == 0 and told == sorted(told) and 10 < told[-1] < 2 * method.PASSES
+    assert told == list(range(told[-1] + 1)) and 10 < told[-1] < 2 * method.PASSES  # one chunk a pass
 
     def stop(passes):
         if passes == 2:
