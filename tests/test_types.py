@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_loading_says_what_it_found(tmp_path):
         Codebook.load(path)
     for description in ("5", "null", "[]", '"vectors"'):
         save_file({"vectors": rand(3, 2)}, path, metadata={"format": "dcdd", "kind": "codebook", "dcdd": description})
-        with pytest.raises(ValueError, match="damaged.*no object; make it again"):
+        with pytest.raises(ValueError, match="damaged.*expected an object; make it again"):
             Codebook.load(path)
     CALIBRATION.save(path)
     with pytest.raises(ValueError, match="holds calibration.*expected a codebook"):
@@ -247,3 +248,57 @@ def test_a_condition_moves_as_a_whole():
     moved = condition(codebook="5x3:+0.1").to("cpu", torch.float16)
     assert moved.code_vectors.dtype == moved.uncertainty.dtype == torch.float16
     assert moved.grid == (2, 3) and moved.codebook == "5x3:+0.1"
+
+
+# --- what all four types have -----------------------------------------------------------------------------------------
+
+
+def of_each_type():
+    codebook = Codebook(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)))
+    logits = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1))
+    grid = TokenLogits(logits, logits.argmax(-1), (2, 2), guidance=2.0, codebook=codebook.fingerprint)
+    condition = Condition(torch.rand(3, 4, 3), torch.rand(3, 4, 4), (2, 2), codebook=codebook.fingerprint)
+    return codebook, grid, condition, Calibration(scale=20.0, smoothing=0.1)
+
+
+def tensors(value):
+    return {name: found for name, found in vars(value).items() if isinstance(found, torch.Tensor)}
+
+
+@pytest.mark.parametrize("value", of_each_type(), ids=lambda value: type(value).__name__)
+def test_parts_join_to_the_whole_and_survive_moves_and_files(value, tmp_path):
+    kind = type(value)
+    value.save(tmp_path / "value.safetensors")
+    parts = [value.part(0, 1), value.part(1, 3)]
+    for again in (kind.joined(parts), kind.joined([value]), value.to("cpu"), kind.load(tmp_path / "value.safetensors")):
+        assert type(again) is kind and tensors(again).keys() == tensors(value).keys()
+        for name, found in tensors(value).items():
+            assert torch.equal(getattr(again, name), found)
+
+
+def test_a_part_is_the_images_that_were_asked_for():
+    _, grid, condition, _ = of_each_type()
+    assert torch.equal(grid.part(1, 3).logits, grid.logits[1:]) and torch.equal(grid.part(1, 3).tokens, grid.tokens[1:])
+    assert torch.equal(condition.part(0, 1).uncertainty, condition.uncertainty[:1])
+    assert grid.part(1, 2).guidance == 2.0 and condition.part(1, 2).codebook == condition.codebook
+
+
+def test_moving_to_another_dtype_leaves_whole_numbers_alone():
+    _, grid, condition, _ = of_each_type()
+    assert grid.to("cpu", torch.bfloat16).logits.dtype == torch.bfloat16
+    assert grid.to("cpu", torch.bfloat16).tokens.dtype == torch.int64
+    assert condition.to("cpu", torch.bfloat16).uncertainty.dtype == torch.bfloat16
+
+
+def test_what_does_not_belong_together_is_not_joined():
+    codebook, grid, condition, calibration = of_each_type()
+    other = Codebook(torch.randn(6, 3, generator=torch.Generator().manual_seed(9)))
+    for kind, parts, words in (
+        (TokenLogits, [grid, replace(grid, guidance=3.0)], "different guidance cannot be joined"),
+        (TokenLogits, [grid, replace(grid, codebook=other.fingerprint)], "different codebook cannot be joined"),
+        (Condition, [condition, replace(condition, grid=(1, 4))], "different grid cannot be joined"),
+        (Codebook, [codebook, other], "different codebooks cannot be joined"),
+        (Calibration, [calibration, replace(calibration, scale=9.0)], "different calibrations cannot be joined"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            kind.joined(parts)
