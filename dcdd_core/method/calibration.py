@@ -39,6 +39,8 @@ WEIGHTS = {"mean_entropy": 1.0, "entropy_95": 0.25, "mean_confidence": 0.5, "con
 """Weights of Eq. 16: our choice. The paper gives no numbers, only that the mean entropy weighs most."""
 ANCHORS = (0.0, *np.geomspace(0.25, 64, 25).tolist())
 """Values of beta at which the anchor is measured."""
+ANCHOR_STEPS = 64
+"""Values that are tried from one of these to the next, interpolating what was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,7 +377,8 @@ def fit_anchor(
             )
         if on_chunk is not None:
             on_chunk(0)
-    betas = np.interp(np.arange(64 * (len(ANCHORS) - 1) + 1) / 64, np.arange(len(ANCHORS)), ANCHORS)
+    # Steps beyond the last anchor repeat it.
+    betas = np.interp(np.arange(ANCHOR_STEPS * len(ANCHORS)) / ANCHOR_STEPS, np.arange(len(ANCHORS)), ANCHORS)
     length, alignment = (np.interp(betas, ANCHORS, sums[:, i] / sums[:, 0]) for i in (1, 2))
     beta = float(betas[np.argmin((length - target.length) ** 2 + (alignment - target.alignment) ** 2)])
     if beta == ANCHORS[-1]:
@@ -395,7 +398,6 @@ def _check_features(features: torch.Tensor, codebook: Codebook) -> None:
         raise ValueError("features hold NaN or infinity: run the VQ encoder in float32")
 
 
-@float32_maths
 def _entropy_and_confidence(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     entropy = neg_p_ln_p(probabilities).sum(-1) / math.log(probabilities.shape[-1])
     return entropy, probabilities.amax(-1)
@@ -410,7 +412,7 @@ def _summarise(parts: Iterable[torch.Tensor]) -> CalibrationStatistics:
         raise ValueError(
             f"the grids have codebooks of different sizes, {sorted(sizes)}: calibrate one tokenizer at a time"
         )
-    entropy, confidence = (np.concatenate(values).clip(0, 1) for values in zip(*pairs))
+    entropy, confidence = (np.concatenate(values).clip(max=1) for values in zip(*pairs))
     return CalibrationStatistics(
         mean_entropy=float(entropy.mean()),
         entropy_95=float(np.percentile(entropy, 95)),

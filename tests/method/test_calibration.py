@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import warnings
 
 import numpy as np
@@ -167,6 +168,27 @@ def test_a_target_at_an_end_of_the_range_needs_no_other(end):
             assert fit_calibration(FEATURES, CODEBOOK, target).scale == pytest.approx(end, rel=0.03)
 
 
+def test_neither_autocast_nor_gradients_reach_the_equations():
+    logits, tokens = vlm_logits(3.0)
+    proxies = proxy_logits(FEATURES, CODEBOOK)
+    anchored = {"source": "vlm", "codebook": CODEBOOK, "tokens": tokens}
+
+    def everything(features: torch.Tensor, logits: torch.Tensor, proxies: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            proxy_logits(features, CODEBOOK),
+            to_probabilities(logits, Calibration(scale=20, anchor=3.0), **anchored),
+            to_log_probabilities(logits, Calibration(scale=20, anchor=3.0), **anchored),
+            method.proxy_features(grid(proxies, source="proxy"), CODEBOOK),
+            torch.tensor(dataclasses.astuple(anchor_statistics(grid(logits, tokens), CODEBOOK))),
+        ]
+
+    expected = everything(FEATURES, logits, proxies)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = everything(*(x.clone().requires_grad_() for x in (FEATURES, logits, proxies)))
+    for ours, plain in zip(found, expected):
+        assert torch.equal(ours, plain) and not ours.requires_grad
+
+
 def test_target_statistics(monkeypatch):
     logits = 2 * rand(4, 25, 128)
     expected = statistics_of(logits.softmax(-1))
@@ -210,7 +232,7 @@ def test_the_search_is_the_papers():
     # Ours: Eq. 16 with the mean entropy heaviest, a finer end of the bisection, and where the anchor is measured.
     assert list(method.WEIGHTS.values()) == [1, 0.25, 0.5, 0.5] and method.FINE_TOLERANCE == 0.001
     assert (method.WIDENINGS, method.BISECTIONS, method.PASSES) == (8, 20, 70)
-    assert (method.ANCHORS[0], len(method.ANCHORS)) == (0, 26)
+    assert (method.ANCHORS[0], len(method.ANCHORS), method.ANCHOR_STEPS) == (0, 26, 64)
     np.testing.assert_allclose(method.ANCHORS[1:], 0.25 * 256 ** (np.arange(25) / 24))
 
 
@@ -290,10 +312,10 @@ def test_fit_reads_any_features_alike(monkeypatch):
         assert found.scale == pytest.approx(whole.scale, rel=1e-3) and found.smoothing == whole.smoothing
 
 
-@pytest.mark.parametrize(("sharpness", "side"), [(3.0, "low"), (150.0, "high")])
-def test_range_widens_and_says_so(sharpness, side):
+@pytest.mark.parametrize(("sharpness", "side", "range_"), [(3.0, "low", "2.5..5"), (150.0, "high", "120..240")])
+def test_range_widens_and_says_so(sharpness, side, range_):
     target = statistics_of(calibrated(sharpness, 0))
-    with pytest.warns(UserWarning, match=r"not reached with a scale in 10\.\.60"):
+    with pytest.warns(UserWarning, match=rf"not reached with a scale in 10\.\.60: searching {re.escape(range_)}"):
         found = fit_calibration(FEATURES, CODEBOOK, target)
     assert found.converged and (found.scale < 10) == (side == "low")
     assert found.scale * found.affine_scale == pytest.approx(sharpness, rel=0.1)
@@ -309,6 +331,11 @@ def test_target_out_of_reach_ends_and_says_so(monkeypatch):
     assert not found.converged and found.smoothing == 0 and found.affine_scale == 1
     assert found.achieved.mean_entropy == pytest.approx(math.log(2) / math.log(128), abs=0.01)
     assert len(passes) < 50
+
+
+def test_fit_to_one_feature():
+    one = FEATURES[0, 0]
+    assert fit_calibration(one, CODEBOOK, statistics_of(calibrated(20, 0, one))).scale == pytest.approx(20, rel=0.02)
 
 
 def test_fit_without_features():
@@ -396,6 +423,15 @@ def test_calibrated_logits_hold_the_calibrated_distribution(source):
     torch.testing.assert_close(mapped.uncertainty, whole.uncertainty, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.half, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)])
+def test_calibrated_logits_are_float32_in_any_layout(change):
+    raw = grid(change(rand(2, 9, 128)))
+    made = apply_calibration(raw, CODEBOOK, Calibration(scale=12, smoothing=0.01)).logits
+    expected = to_probabilities(raw.logits, Calibration(scale=12, smoothing=0.01), source="vlm").log()
+    assert made.dtype == torch.float32 and made.is_contiguous()
+    torch.testing.assert_close(made, expected)
+
+
 def test_nothing_is_calibrated_twice():
     calibration = Calibration(scale=12)
     made = apply_calibration(grid(rand(1, 4, 128)), CODEBOOK, calibration)
@@ -410,6 +446,9 @@ def test_features_are_found_again_in_their_proxies():
     torch.testing.assert_close(found, F.normalize(FEATURES, dim=-1).flatten(0, 1), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="proxy logits"):
         method.proxy_features(grid(rand(1, 4, 128)), CODEBOOK)
+    with pytest.raises(ValueError, match="logits and codebook do not belong together"):
+        other = Codebook(rand(128, 6, seed=9)).fingerprint
+        method.proxy_features(grid(rand(1, 4, 128), source="proxy", codebook=other), CODEBOOK)
 
 
 def test_every_evaluation_reads_each_feature_once_a_bounded_chunk_at_a_time(monkeypatch):
