@@ -124,7 +124,7 @@ def test_fit_to_what_no_model_said(server, parts):
 def test_two_columns_of_one_name(server, parts):
     found = {"token_logits": parts.proxies, "token_logits_b": parts.proxies, "names": "same, same"}
     parts.keep("DCDD_LogitStatistics", **found)
-    refuse(server, parts.graph, "same", "name of its own")
+    refuse(server, parts.graph, "same", "give each")
 
 
 @pytest.mark.parametrize("name", ["", "../outside", "a/b", ".hidden"])
