@@ -409,6 +409,9 @@ def test_fit_anchor_at_its_ends():
         fit_anchor(grid(logits, source="proxy"), CODEBOOK, nearer, calibration)
     with pytest.raises(ValueError, match="no token logits"):
         fit_anchor([], CODEBOOK, nearer, calibration)
+    elsewhere = dataclasses.replace(calibration, codebook=Codebook(rand(128, 6, seed=9)).fingerprint)
+    with pytest.raises(ValueError, match="codebook and calibration do not belong together"):
+        fit_anchor(grid(logits, tokens), CODEBOOK, nearer, elsewhere)
 
 
 @pytest.mark.parametrize("source", ["vlm", "proxy"])
