@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help check format test test-all comfy-test ui-test demo table variants report bench pico mutants
+.PHONY: help check format test test-all comfy-test ui-test demo table stale ablation report bench pico mutants
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,14 +40,17 @@ ui-test: $(READY) ## workflows, help and search in ComfyUI's own page, in /usr/b
 demo: $(READY) ## a prompt becomes a picture with the embedded models: out/demo.png
 	$(RUN) -m dcdd_core.cli demo --out out/demo.png
 
-# In bfloat16 and with torch.compile, which needs a C++ compiler: as the README's numbers were taken.
-table: $(READY) ## measure the embedded models anew where they changed: the tables of the README and of their card
-	$(RUN) -m dcdd_pico.results_table --bf16 --compile --into README.md dcdd_pico/weights/README.md
+# In bfloat16 and with torch.compile, which needs a C++ compiler: as the published numbers were measured.
+table: $(READY) ## measure the embedded models where code or weights changed: docs/results.md and their card
+	$(RUN) -m dcdd_pico.results_table --bf16 --compile --into docs/results.md dcdd_pico/weights/README.md
 
-variants: $(READY) ## train the nine decoders of the ablation, for `make table` and `make report`
+stale: $(READY) ## list the published tables that were measured with other code or weights; fails if there are any
+	$(RUN) -m dcdd_pico.results_table --stale
+
+ablation: $(READY) ## train the nine decoders of Table 4, for `make table` and `make report`
 	$(RUN) -m dcdd_pico.ablation --compile
 
-report: variants ## the paper's tables measured on the embedded models, after `make variants`: docs/report.md
+report: ablation ## the paper's tables on the embedded models, with plots: docs/report.md
 	$(RUN) -m dcdd_pico.paper_report --bf16 --compile
 
 bench: $(READY) ## speed and memory against the plain ways: docs/bench.md, docs/growth.png; with the optional torchao

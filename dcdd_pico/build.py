@@ -1,8 +1,8 @@
-"""Builds the embedded world from nothing: `python -m dcdd_pico.build`.
+"""Trains the embedded models from scratch: `python -m dcdd_pico.build`.
 
-Every stage goes on from its own checkpoint, logs to its own folder, and draws all its randomness from the seed (on a
-GPU some sums still depend on their order); a finished stage is only restored. The weights are written at the end, by
-`export`, and the table of what they show is measured (`table`; `variants` trains the decoders of its ablation).
+Each stage has its own folder with a log and a checkpoint, from which it resumes; a finished stage is only restored. All
+randomness comes from the seed (on a GPU some sums still depend on their order). `export` writes the weights at the end,
+and `results_table` measures them (`ablation` trains the decoders of Table 4).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from dcdd_core.evaluation.figures import save_image, training_curves
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.log import read_log
 
-from .build_context import WORK, Recipe, Workshop
+from .build_context import WORK, BuildContext, Recipe
 from .embedded import WEIGHTS
 from .export import export
-from .results_table import table
+from .results_table import results_markdown
 from .scene_cache import encode_scenes
-from .sections import Choice
+from .sections import TableOptions
 from .serving import choose_serving
 from .train_autoencoder import train_autoencoder, train_vae_decoder
-from .train_calibration import calibrate
+from .train_calibration import fit_pico_calibration
 from .train_decoder import train_pico_decoder
 from .train_janus import save_janus, train_janus
 from .train_reader import train_reader
 from .train_tokenizer import train_tokenizer, train_vq_decoder
 
-#: The trainings whose held-out curves are drawn, and the quantity.
+#: Training -> the held-out metric that is plotted.
 HELD_OUT = {
     "tokenizer": "eval/ssim",
     "vq-decoder": "eval/perceptual",
@@ -53,7 +53,7 @@ STAGES = (
 )
 
 
-def build(shop: Workshop, *, until: str = "export", weights: Path = WEIGHTS) -> None:
+def build(context: BuildContext, *, until: str = "export", weights: Path = WEIGHTS) -> None:
     """Runs the stages up to and including `until`.
 
     Raises:
@@ -66,40 +66,47 @@ def build(shop: Workshop, *, until: str = "export", weights: Path = WEIGHTS) -> 
     def reached(stage: str) -> bool:
         return last >= STAGES.index(stage)
 
-    reader = train_reader(shop, "reader", shop.recipe.seed + 101)
-    loss_reader = train_reader(shop, "loss-reader", shop.recipe.seed + 102)
+    reader = train_reader(context, "reader", context.recipe.seed + 101)
+    loss_reader = train_reader(context, "loss-reader", context.recipe.seed + 102)
     if not reached("tokenizer"):
         return
-    network = train_tokenizer(shop, loss_reader)
+    network = train_tokenizer(context, loss_reader)
     vq = VQTokenizer(network, name="pico")
     if not reached("autoencoder"):
         return
-    vae = train_autoencoder(shop, loss_reader)
-    encodings = encode_scenes(shop, "train", shop.train_images, vq, vae)
-    held_out = encode_scenes(shop, "held-out", shop.held_out_images, vq, vae)
+    vae = train_autoencoder(context, loss_reader)
+    encodings = encode_scenes(context, "train", context.train_images, vq, vae)
+    held_out = encode_scenes(context, "held-out", context.held_out_images, vq, vae)
     if not reached("janus"):
         return
-    janus, words = train_janus(shop, network, encodings.tokens(vq), held_out.tokens(vq))
-    sampler = save_janus(shop.folder / "model" / "janus", janus, words, device=shop.device)
+    janus, words = train_janus(context, network, encodings.tokens(vq), held_out.tokens(vq))
+    sampler = save_janus(context.folder / "model" / "janus", janus, words, device=context.device)
     if not reached("calibration"):
         return
-    calibration = calibrate(shop, sampler, vq, encodings)
+    calibration = fit_pico_calibration(context, sampler, vq, encodings)
     if not reached("decoder"):
         return
-    decoder = train_pico_decoder(shop, "decoder", "lcdm+lc", encodings, vq, vae, calibration, loss_reader)
+    decoder = train_pico_decoder(context, "decoder", "lcdm+lc", encodings, vq, vae, calibration, loss_reader)
     if not reached("vq-decoder"):
         return
-    train_vq_decoder(shop, network, loss_reader)
+    train_vq_decoder(context, network, loss_reader)
     if not reached("vae-decoder"):
         return
-    polished = train_vae_decoder(shop, vae, loss_reader)
+    finetuned = train_vae_decoder(context, vae, loss_reader)
     if not reached("export"):
         return
-    logs = {stage: read_log(shop.folder / stage) for stage in HELD_OUT}
-    save_image(training_curves(logs, HELD_OUT), shop.folder / "curves.png")
-    decoder.card = choose_serving(shop, sampler, vq, polished, decoder, loss_reader)
+    logs = {stage: read_log(context.folder / stage) for stage in HELD_OUT}
+    save_image(training_curves(logs, HELD_OUT), context.folder / "curves.png")
+    decoder.card = choose_serving(context, sampler, vq, finetuned, decoder, loss_reader)
     export(
-        weights, janus=janus, words=words, vq=network, vae=polished, decoder=decoder, reader=reader, recipe=shop.recipe
+        weights,
+        janus=janus,
+        words=words,
+        vq=network,
+        vae=finetuned,
+        decoder=decoder,
+        reader=reader,
+        recipe=context.recipe,
     )
 
 
@@ -114,11 +121,11 @@ def main() -> None:
     parser.add_argument("--no-table", action="store_true", help="do not measure the weights afterwards")
     chosen = parser.parse_args()
     recipe = replace(Recipe(), seed=chosen.seed, compiled=chosen.compile)
-    shop = Workshop(folder=chosen.folder, device=torch.device(chosen.device), recipe=recipe)
-    build(shop, until=chosen.until, weights=chosen.weights)
+    context = BuildContext(folder=chosen.folder, device=torch.device(chosen.device), recipe=recipe)
+    build(context, until=chosen.until, weights=chosen.weights)
     if chosen.until == "export" and not chosen.no_table:
-        of = {"weights": chosen.weights, "out": shop.folder / "table", "device": chosen.device}
-        print(table(Choice(**of, bf16=True, compiled=chosen.compile)))
+        where = {"weights": chosen.weights, "out": context.folder / "table", "device": chosen.device}
+        print(results_markdown(TableOptions(**where, bf16=True, compiled=chosen.compile)))
 
 
 if __name__ == "__main__":

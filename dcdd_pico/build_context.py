@@ -1,4 +1,4 @@
-"""What every stage of the pico build shares: where it works, on which device, and its recipe."""
+"""What all stages of the build share: work folder, device, recipe and scenes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from dcdd_core.method.sampling import keyed_generator
 from .scene_arrays import scene_images
 from .scenes import SceneFacts, scene_facts
 
-#: Where a build works, and where what is measured but not shipped is looked for.
+#: Default work folder of a build. The ablation's decoders, which are not shipped, are looked for here.
 WORK = Path.home() / ".cache" / "dcdd" / "pico"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Numbers of the build. The defaults make the models to ship; tests shrink them.
+    """Hyperparameters of the build. The defaults are those of the shipped models; tests use smaller ones.
 
     Attributes:
         compiled: see `training.recipe.DecoderTraining`.
@@ -59,25 +59,25 @@ class Recipe:
     seed: int = 0
 
     def save(self, folder: Path) -> None:
-        """Writes what made the weights of a folder beside them."""
+        """Writes the recipe into the folder of the weights that it made."""
         write_text(folder / "recipe.json", json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Recipe:
-        """The recipe of the weights in a folder.
+        """Reads the recipe of the weights in a folder.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if it is missing or damaged.
         """
         try:
             return cls(**json.loads((folder / "recipe.json").read_text("utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{folder} holds no recipe of a build ({error}): `make pico` writes one") from error
+            raise ValueError(f"{folder} holds no readable recipe.json ({error}): `make pico` writes one") from error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workshop:
-    """One build: its folder, device and recipe, and the scenes they imply."""
+class BuildContext:
+    """A build: its work folder, device and recipe, and the scenes that follow from them."""
 
     folder: Path
     device: torch.device
@@ -93,7 +93,7 @@ class Workshop:
 
     @cached_property
     def held_out_images(self) -> np.ndarray:
-        """Calibration scenes: held out from training, and not the test scenes that the tables are made of."""
+        """Scenes of the calibration split: used neither for training nor for the tables."""
         return scene_images(self.folder, "calibration", self.recipe.held_out_scenes, size=self.recipe.size)
 
     @cached_property
@@ -101,12 +101,12 @@ class Workshop:
         return scene_facts("calibration", self.recipe.held_out_scenes)
 
     def settings(self, *names: str, **more: Any) -> dict[str, Any]:
-        """What a stage's result depends on, for its checkpoint: numbers of the recipe by name, and whatever else."""
+        """Everything a stage's result depends on, for its checkpoint: fields of the recipe by name, and `more`."""
         common = ("size", "train_scenes", "seed")
         return {name: getattr(self.recipe, name) for name in (*common, *names)} | more
 
     def batch(self, stage: int, step: int, size: int) -> np.ndarray:
-        """Sorted indices [size] of the training scenes of one step, a function of (seed, stage, step)."""
+        """Sorted indices [size] of the training scenes of a step; they depend on (seed, stage, step) alone."""
         drawn = torch.randint(
             self.recipe.train_scenes, (size,), generator=keyed_generator(self.recipe.seed, stage, step)
         )
@@ -114,14 +114,14 @@ class Workshop:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """bfloat16 autocast, and on a CPU the plain attention: for such short sequences it is the faster one there."""
+        """bfloat16 autocast; on a CPU also PyTorch's math attention, which is faster there for such short sequences."""
         attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
         with torch.autocast(self.device.type, dtype=torch.bfloat16), attention:
             yield
 
 
 def digest(module: nn.Module) -> str:
-    """Twelve hexadecimal digits of a module's weights: names what was made with them."""
+    """Twelve hexadecimal digits of a hash of a module's weights, for names of files made with them."""
     found = hashlib.sha256()
     for name, value in module.state_dict().items():
         found.update(name.encode())

@@ -1,4 +1,4 @@
-"""Where the embedded models lie. Imports nothing of the library, so that the ComfyUI nodes can use it too."""
+"""Paths of the embedded models. Imports nothing of the library, so that the ComfyUI nodes can use it too."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ NAME = "pico"
 
 
 def model_paths(weights: Path | None = None) -> dict[str, Path]:
-    """The paths of the embedded models, by the names of `dcdd_core.pipelines.load.ModelPaths`.
+    """The paths of the embedded models, keyed as the fields of `dcdd_core.pipelines.load.ModelPaths`.
 
     Args:
-        weights: their folder, if it is not the one that is shipped.
+        weights: their folder; the shipped one by default.
 
     Raises:
         ValueError: if the folder is missing.

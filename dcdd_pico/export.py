@@ -1,4 +1,4 @@
-"""Writes the shipped weights: half precision, the layouts of the real models."""
+"""Writes the weights that are shipped: half precision, in the file layouts of the full-size models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dcdd_core.models.decoder import DistributionConditionedDecoder
 from .build_context import Recipe
 from .train_janus import save_janus
 
-#: Git keeps every copy for ever.
+#: The weights are in git, which keeps every version.
 MOST_BYTES = 48 * 10**6
 
 
@@ -34,12 +34,12 @@ def export(
     reader: nn.Module,
     recipe: Recipe,
 ) -> None:
-    """Writes everything that `load_pico` and the table read, beside the folder first and then in its place.
+    """Writes all weights that `load_pico` and `load_reader` read, into a temporary folder that then replaces `weights`.
 
-    The decoder's text stream stays behind; with `load_decoder(fold=False)` it can be trained further all the same.
+    The decoder's text stream is left out; with `load_decoder(fold=False)` the decoder can still be trained further.
 
     Raises:
-        ValueError: if that is more than 48 MB; what was there before stays.
+        ValueError: if the weights take more than 48 MB; the previous weights are then kept.
     """
     fresh = weights.with_name(weights.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)

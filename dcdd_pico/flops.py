@@ -1,9 +1,10 @@
-"""What the trainings of pico's decoders computed: `python -m dcdd_pico.flops`.
+"""Training FLOPs of pico's decoders: `python -m dcdd_pico.flops`.
 
-The VQ-VAE's decoder is to have had at least as much as the diffusion decoder. That one paints latents, which the
-autoencoder's decoder makes pixels of: in the paper FLUX's, which came ready, here trained too. Counted are matrix
-products, convolutions and attention, 2 operations for each multiply-add, of forward and backward passes of the decoders
-themselves (`torch.utils.flop_counter`): not the networks that judge pictures, nor the encoders.
+The VQ-VAE decoder is the baseline of the diffusion decoder and should have had at least as many training FLOPs. The
+diffusion decoder generates latents, which the autoencoder's decoder turns into pixels. The paper takes that decoder
+from FLUX; here it was trained as well, and is listed separately. Counted are the matrix products, convolutions and
+attention of the decoders' forward and backward passes, with 2 FLOPs per multiply-add (`torch.utils.flop_counter`).
+Encoders, discriminators and perceptual networks are not counted.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from .build_context import Recipe
 from .embedded import WEIGHTS
 
 
-def vq_operations(vq: JanusVQVAE) -> int:
-    """Of one picture in the training of the VQ-VAE's decoder."""
+def vq_flops(vq: JanusVQVAE) -> int:
+    """Training FLOPs of the VQ-VAE decoder for one image."""
     decoding = copy.deepcopy(vq).requires_grad_(True)
     side, width = vq.config.num_patches, vq.quantize.embedding.weight.shape[1]
     codes = torch.zeros(1, width, side, side)
     return _counted(lambda: decoding.decoder(decoding.post_quant_conv(codes)).sum())
 
 
-def dcdd_operations(decoder: DistributionConditionedDecoder) -> int:
-    """Of one picture in the training of a decoder that holds its modulation layers (`load_decoder`, fold=False)."""
+def dcdd_flops(decoder: DistributionConditionedDecoder) -> int:
+    """Training FLOPs of the diffusion decoder for one image; it must be unfolded (`load_decoder`, fold=False)."""
     card, decoder = decoder.card, copy.deepcopy(decoder).requires_grad_(True)
     side, h = card.resolution // card.vae_factor, round(card.resolution / card.pixels_per_token)
     condition = Condition(
@@ -55,49 +56,47 @@ def dcdd_operations(decoder: DistributionConditionedDecoder) -> int:
     return _counted(loss)
 
 
-def vae_operations(vae: AutoencoderKL, size: int) -> int:
-    """Of one picture, `size` pixels a side, in the training of the autoencoder's decoder."""
+def vae_flops(vae: AutoencoderKL, size: int) -> int:
+    """Training FLOPs of the autoencoder's decoder for one image of `size` x `size` pixels."""
     decoding = copy.deepcopy(vae).requires_grad_(True)
     side = size // 2 ** (len(vae.config.block_out_channels) - 1)
     return _counted(lambda: decoding.decode(torch.zeros(1, vae.config.latent_channels, side, side)).sample.sum())
 
 
-def training_operations(
-    vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae: AutoencoderKL, recipe: Recipe
-) -> str:
-    """A Markdown table: operations of a picture, pictures, and their product."""
+def training_flops(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae: AutoencoderKL, recipe: Recipe) -> str:
+    """A Markdown table of FLOPs per image, number of images, and their product; then the ratios to the baseline."""
     rows = {
-        "VQ-VAE's decoder": (
-            vq_operations(vq),
+        "VQ-VAE decoder": (
+            vq_flops(vq),
             recipe.tokenizer_batch * (recipe.tokenizer_steps + recipe.vq_decoder_steps),
         ),
-        "diffusion decoder": (dcdd_operations(decoder), recipe.decoder_batch * recipe.decoder_steps),
+        "diffusion decoder": (dcdd_flops(decoder), recipe.decoder_batch * recipe.decoder_steps),
         "autoencoder's decoder": (
-            vae_operations(vae, recipe.size),
+            vae_flops(vae, recipe.size),
             recipe.autoencoder_batch * (recipe.autoencoder_steps + recipe.vae_decoder_steps),
         ),
     }
     cells = [[name, f"{each:.3g}", f"{count:,}", f"{each * count:.3g}"] for name, (each, count) in rows.items()]
-    theirs, ours, latents = map(math.prod, rows.values())
+    baseline, ours, latents = map(math.prod, rows.values())
     return (
-        markdown_table([["training of", "operations a picture", "pictures", "operations"], *cells])
-        + f"\n\nThe VQ-VAE's decoder had {theirs / ours:.2f} times the diffusion decoder's, and "
-        f"{theirs / (ours + latents):.2f} times what that and the autoencoder's decoder had together.\n"
+        markdown_table([["training of", "FLOPs per image", "images", "FLOPs"], *cells])
+        + f"\n\nThe VQ-VAE decoder had {baseline / ours:.2f} times the training FLOPs of the diffusion decoder, and "
+        f"{baseline / (ours + latents):.2f} times those of that decoder and the autoencoder's decoder together.\n"
     )
 
 
-def operations_of(weights: Path) -> str:
-    """`training_operations` of shipped models."""
+def flops_of(weights: Path) -> str:
+    """`training_flops` of the models in a folder."""
     vq = load_tokenizer(weights / "janus", dtype=torch.float32)
     decoder = load_decoder(weights / "decoder.safetensors", options=DecoderOptions(dtype=torch.float32, fold=False))
-    return training_operations(vq.model, decoder, AutoencoderKL.from_pretrained(weights / "vae"), Recipe.load(weights))
+    return training_flops(vq.model, decoder, AutoencoderKL.from_pretrained(weights / "vae"), Recipe.load(weights))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     chosen = parser.parse_args()
-    print(operations_of(chosen.weights))
+    print(flops_of(chosen.weights))
 
 
 def _counted(loss: Callable[[], torch.Tensor]) -> int:

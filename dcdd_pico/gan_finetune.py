@@ -1,6 +1,7 @@
-"""Trains a decoder on, its encoder frozen, with an adversarial loss: the VQ-VAE's and the autoencoder's alike.
+"""GAN fine-tuning of a decoder with its encoder frozen, for the VQ-VAE and the autoencoder.
 
-VQGAN's loss: hinge, PatchGAN, weight from the ratio of gradients at the last layer (Esser et al. 2021, Eqs. 6-7).
+The losses are VQGAN's: hinge loss, PatchGAN discriminator, and an adaptive weight from the ratio of gradient norms at
+the decoder's last layer (Esser et al. 2021, arXiv 2012.09841, Eqs. 6-7).
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from torch import nn
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.training.simple_loop import moving_average, set_learning_rate, train, warmup_cosine
 
-from .build_context import Workshop
+from .build_context import BuildContext
 from .image_losses import reconstruction_loss
 from .reader import SceneReader
 from .scenes import scene_pixels
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017) with three strided convolutions: pixels [B, 3, H, W] -> scores [B, 1, H/8, W/8]."""
+    """PatchGAN (Isola et al. 2017), three strided convolutions: pixels [B, 3, H, W] -> logits [B, 1, H/8, W/8]."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -39,8 +40,35 @@ class PatchDiscriminator(nn.Module):
         return self.layers(pixels)
 
 
-def polish(
-    shop: Workshop,
+def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Hinge loss of the discriminator's logits for real and decoded images: mean max(0, 1 - r) + mean max(0, 1 + f)."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def generator_loss(fake: torch.Tensor) -> torch.Tensor:
+    """Hinge loss of the decoder: minus the mean of the discriminator's logits for its images."""
+    return -fake.mean()
+
+
+def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, last: nn.Parameter) -> torch.Tensor:
+    """Weight of the adversarial loss: |d reconstruction / d last| / (|d adversarial / d last| + 1e-6), at most 1000.
+
+    Args:
+        reconstruction, adversarial: the two losses; their graphs are kept.
+        last: weight of the decoder's last layer.
+    """
+    (fidelity_gradient,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
+    (adversarial_gradient,) = torch.autograd.grad(adversarial, last, retain_graph=True)
+    return (fidelity_gradient.norm() / (adversarial_gradient.norm() + 1e-6)).clamp(0, 1e3)
+
+
+def adversarial_ramp(step: int, steps: int) -> float:
+    """Factor of the adaptive weight at a step: rises linearly over the first 5 % of the steps to 0.25."""
+    return 0.25 * min(1.0, step / max(1, int(0.05 * steps)))
+
+
+def finetune_with_gan(
+    context: BuildContext,
     name: str,
     stage: int,
     decoder: nn.Module,
@@ -54,62 +82,59 @@ def polish(
     loss_reader: SceneReader,
     evaluate: Callable[[nn.Module], dict[str, float]],
 ) -> nn.Module:
-    """Trains (or restores) `decoder` in the folder called `name`; returns the moving average of its weights.
+    """Fine-tunes (or restores) `decoder` in the folder called `name`; returns the EMA of its weights.
 
     Args:
-        stage: the number that its randomness is drawn under.
-        last: the weight of its last layer.
-        encode: pixels [B, 3, H, W] in -1..1 and a generator -> what is decoded; run without gradients.
-        decode: the decoder and what is decoded -> pixels.
-        evaluate: of the averaged decoder.
+        stage: number of the training, which its random numbers depend on.
+        last: weight of the decoder's last layer.
+        encode: pixels [B, 3, H, W] in -1..1 and a generator -> input of the decoder; run without gradients.
+        decode: decoder and its input -> pixels.
+        evaluate: metrics of the EMA decoder.
     """
-    device = shop.device
-    ramp = max(1, int(0.05 * steps))
+    device = context.device
     with torch.random.fork_rng():
-        torch.manual_seed(shop.recipe.seed + stage)
-        adversary = PatchDiscriminator().to(device)
+        torch.manual_seed(context.recipe.seed + stage)
+        discriminator = PatchDiscriminator().to(device)
     decoder.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4)
-    adversary_optimizer = torch.optim.AdamW(adversary.parameters(), lr=3e-4, betas=(0.5, 0.9))
+    discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=3e-4, betas=(0.5, 0.9))
     average = moving_average(decoder, 0.998)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         set_learning_rate(optimizer, warmup_cosine(i, steps, peak=4e-4, warmup=100))
-        pixels = scene_pixels(shop.train_images[shop.batch(stage, i, batch)], device)
+        pixels = scene_pixels(context.train_images[context.batch(stage, i, batch)], device)
         with torch.no_grad():
-            encoded = encode(pixels, keyed_generator(shop.recipe.seed, stage, i))
-        with shop.autocast():
+            encoded = encode(pixels, keyed_generator(context.recipe.seed, stage, i))
+        with context.autocast():
             decoded = decode(decoder, encoded).float()
-            fooling = -adversary(decoded).float().mean()
-        faithful, parts = reconstruction_loss(pixels, decoded, loss_reader, shop.autocast)
-        (of_faithful,) = torch.autograd.grad(faithful, last, retain_graph=True)
-        (of_fooling,) = torch.autograd.grad(fooling, last, retain_graph=True)
-        ratio = (of_faithful.norm() / (of_fooling.norm() + 1e-6)).clamp(0, 1e3)
-        loss = faithful + 0.25 * min(1.0, i / ramp) * ratio * fooling
+            adversarial = generator_loss(discriminator(decoded).float())
+        reconstruction, parts = reconstruction_loss(pixels, decoded, loss_reader, context.autocast)
+        ratio = adaptive_weight(reconstruction, adversarial, last)
+        loss = reconstruction + adversarial_ramp(i, steps) * ratio * adversarial
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(decoder)
-        with shop.autocast():
-            real, fake = adversary(pixels).float(), adversary(decoded.detach()).float()
-        judged = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        adversary_optimizer.zero_grad(set_to_none=True)
-        judged.backward()
-        adversary_optimizer.step()
-        return parts | {"fooling": fooling.detach(), "adversary": judged.detach()}
+        with context.autocast():
+            real, fake = discriminator(pixels).float(), discriminator(decoded.detach()).float()
+        hinge = discriminator_loss(real, fake)
+        discriminator_optimizer.zero_grad(set_to_none=True)
+        hinge.backward()
+        discriminator_optimizer.step()
+        return parts | {"fooling": adversarial.detach(), "adversary": hinge.detach()}
 
     train(
-        shop.folder / name,
+        context.folder / name,
         settings=settings,
         steps=steps,
         step=step,
-        state={
+        state={  # under these names, also those of the log, in the checkpoints of builds
             "model": decoder,
-            "adversary": adversary,
+            "adversary": discriminator,
             "average": average,
             "optimizer": optimizer,
-            "adversary_optimizer": adversary_optimizer,
+            "adversary_optimizer": discriminator_optimizer,
         },
         evaluate=lambda _: evaluate(average.module),
         evaluate_every=500,

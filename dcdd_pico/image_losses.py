@@ -1,4 +1,4 @@
-"""What the tokenizer and the autoencoder are trained for, and the numbers that their training logs."""
+"""Reconstruction loss of the tokenizer and the autoencoder, and the held-out metrics that their trainings log."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ def reconstruction_loss(
     loss_reader: SceneReader,
     autocast: Callable[[], AbstractContextManager],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """L1 + MSE + L1 of 8 x 8 means + half the L1 of gradients + a twentieth of the perceptual distance; its parts too.
+    """L1 + MSE + L1 of 8 x 8 means + 0.5 L1 of image gradients + 0.05 perceptual distance.
 
-    The means carry colour: without them the networks, whose group norms take a plane's mean away, learn it last.
+    The 8 x 8 means carry colour. Without them it is learned last, since group norms remove a channel's mean.
+
+    Args:
+        pixels, decoded: [B, 3, H, W] in -1..1.
+        loss_reader: network of the perceptual distance, which runs under `autocast`.
+
+    Returns:
+        The loss; and its parts, detached, for the log.
     """
     l1 = (decoded - pixels).abs().mean()
     squared = (decoded - pixels).square().mean()
@@ -35,7 +42,7 @@ def reconstruction_loss(
 
 @torch.no_grad()
 def fidelity(pixels: torch.Tensor, decoded: torch.Tensor, loss_reader: SceneReader) -> dict[str, float]:
-    """PSNR (dB), SSIM and the loss reader's perceptual distance, means over a batch of pixels in -1..1."""
+    """PSNR (dB), SSIM and the loss reader's perceptual distance; means over images [B, 3, H, W] in -1..1."""
     return {
         "psnr": float(psnr(pixels, decoded).mean()),
         "ssim": float(ssim(pixels, decoded).mean()),

@@ -1,4 +1,4 @@
-"""The embedded models, loaded: the generation pipeline's, and the scene reader that measures."""
+"""Loads the embedded models: those of the generation pipeline, and the scene reader as a metric network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_pico(
     """The embedded models, in float32.
 
     Args:
-        weights: their folder, if it is not the one that is shipped.
+        weights: their folder; the shipped one by default.
         with_sampler, compiled: see `load_models`.
 
     Raises:
@@ -39,7 +39,7 @@ def load_pico(
 
 
 def load_reader(*, device: torch.device | str = "cpu", weights: Path | None = None) -> SceneReader:
-    """The scene reader: reads facts, gives Frechet features and perceptual distances.
+    """The scene reader: classifies facts of scenes, and gives Frechet features and perceptual distances.
 
     Raises:
         ValueError: if its weights are missing.

@@ -1,7 +1,7 @@
-"""The report on the embedded models, in the shape of the paper's tables: `python -m dcdd_pico.paper_report`.
+"""The report on the embedded models, in the order of the paper's tables: `python -m dcdd_pico.paper_report`.
 
-It writes `report.md`, plots and picture grids into `--docs`, from the sections of `measures` (kept in `--out`, and
-measured where they are not there yet). What people think of the numbers is in `<docs>/causes.md`, taken over as it is.
+Writes `report.md`, plots and image grids into `--docs`, from measured sections (`sections`, kept in `--out`). The
+discussion of the results is hand-written: `<docs>/causes.md` is included as it is.
 """
 
 from __future__ import annotations
@@ -26,31 +26,33 @@ from dcdd_core.types import TokenLogits
 from .build_context import Recipe
 from .scenes import scene_facts, scene_pixels
 from .sections import (
-    ABLATION,
+    ABLATION_SCORES,
     BY_LOGITS,
+    DCDD,
     READ,
     SCORES,
     SECTIONS,
     SERVED,
     STEP_COUNTS,
-    Bench,
-    Choice,
+    VQ,
+    EvalSetup,
+    Measured,
     Rows,
-    measured,
+    TableOptions,
+    measure,
     parse,
     token_statistics,
 )
 
 _SCORES = dict(zip(SCORES, ("rFID ↓", "SSIM ↑", "perceptual distance ↓"), strict=True))
-_ABLATION = dict(zip(ABLATION, (*_SCORES.values(), "gFID ↓"), strict=True))
-#: What a section needs first.
-_HOW = {"variants": "python -m dcdd_pico.ablation"}
-_VQ, _OURS = "VQ-VAE decode", "DCDD (LCDM + LC)"
+_ABLATION_HEADS = dict(zip(ABLATION_SCORES, (*_SCORES.values(), "gFID ↓"), strict=True))
+#: Command that a section needs first.
+_HOW = {"ablation": "python -m dcdd_pico.ablation"}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A comparison that the paper makes: its words, its two figures, and where ours are (section, row, column)."""
+    """A comparison in the paper: its name, the paper's two values, and the places of ours (section, row, column)."""
 
     words: str
     theirs: tuple[float, float]
@@ -64,11 +66,11 @@ def _claim(words: str, theirs: tuple[float, float], section: str, rows: tuple[st
 
 #: arXiv 2603.13389, its Tables 2 (ImageNet), 3, 4 and 6.
 CLAIMS = (
-    _claim("rFID, DCDD to VQ-VAE", (0.7535, 2.8511), "reconstruction", (_OURS, _VQ), "frechet"),
-    _claim("SSIM, DCDD to VQ-VAE", (0.5957, 0.5786), "reconstruction", (_OURS, _VQ), "ssim"),
-    _claim("perceptual, DCDD to VQ-VAE", (0.1374, 0.1541), "reconstruction", (_OURS, _VQ), "perceptual"),
-    _claim("gFID, DCDD to VQ-VAE", (9.4160, 14.2888), "text", (BY_LOGITS, _VQ), "frechet"),
-    _claim("the same, DCDD as it is served", (9.4160, 14.2888), "text", (SERVED, _VQ), "frechet"),
+    _claim("rFID, DCDD to VQ-VAE", (0.7535, 2.8511), "reconstruction", (DCDD, VQ), "frechet"),
+    _claim("SSIM, DCDD to VQ-VAE", (0.5957, 0.5786), "reconstruction", (DCDD, VQ), "ssim"),
+    _claim("perceptual, DCDD to VQ-VAE", (0.1374, 0.1541), "reconstruction", (DCDD, VQ), "perceptual"),
+    _claim("gFID, DCDD to VQ-VAE", (9.4160, 14.2888), "text", (BY_LOGITS, VQ), "frechet"),
+    _claim("gFID, DCDD as served to VQ-VAE", (9.4160, 14.2888), "text", (SERVED, VQ), "frechet"),
     _claim("rFID, LCDM to discrete", (31.2049, 33.5081), "means", ("lcdm", "discrete"), "frechet"),
     _claim("SSIM, LCDM to discrete", (0.4275, 0.4244), "means", ("lcdm", "discrete"), "ssim"),
     _claim("perceptual, LCDM to discrete", (0.4009, 0.4132), "means", ("lcdm", "discrete"), "perceptual"),
@@ -81,7 +83,7 @@ CLAIMS = (
 
 
 def agreement(results: Mapping[str, Rows]) -> str:
-    """The paper's ratios beside ours, those that are measured, and whether they point the same way."""
+    """A Markdown table of the paper's ratios beside ours, and whether both are on the same side of 1."""
     lines = [["", "paper", "pico", ""]]
     for claim in CLAIMS:
         try:
@@ -90,128 +92,129 @@ def agreement(results: Mapping[str, Rows]) -> str:
             lines.append([claim.words, f"{claim.theirs[0] / claim.theirs[1]:.3f}", "not measured", ""])
             continue
         paper, pico = claim.theirs[0] / claim.theirs[1], ours[0] / ours[1]
-        verdict = "as in the paper" if (paper - 1) * (pico - 1) > 0 else "**the other way**"
+        verdict = "same direction" if (paper - 1) * (pico - 1) > 0 else "**opposite direction**"
         (section, first, column), (_, second, _) = claim.ours
         if section == "means" and _overlap(results[section][first], results[section][second], column):
-            verdict += ", within the seeds' spread"
+            verdict += ", within the spread of seeds"
         lines.append([claim.words, f"{paper:.3f}", f"{pico:.3f}", verdict])
     return markdown_table(lines)
 
 
-def report(results: Mapping[str, Rows], *, choice: Choice, causes: str) -> str:
-    """The Markdown of the report; its pictures are those of `draw`.
+def report_markdown(results: Measured, *, options: TableOptions, causes: str) -> str:
+    """The Markdown of the report; `draw` makes its plots and images.
 
     Args:
-        results: section -> rows, of those sections that were measured (`measures.measured`).
-        causes: what is thought of the numbers, as Markdown.
+        causes: the discussion of the results, as Markdown.
     """
-    recipe = Recipe.load(choice.weights)
+    recipe, measured = Recipe.load(options.weights), results.rows
     parts = [
-        "# What the embedded models show, table by table",
+        "# The paper's tables on the embedded models",
         "The tables of *High-Fidelity Text-to-Image Generation from Pre-Trained Vision-Language Models via "
         "Distribution-Conditioned Diffusion Decoding* (arXiv 2603.13389), measured on pico: "
-        f"{choice.scenes:,} held-out scenes of 96 x 96 pixels, {choice.steps} Euler steps where nothing else is said. "
-        "Frechet distances (rFID, gFID) and perceptual distances are those of the scene reader, which took no part in "
-        "any training: they compare with each other, not with Inception's and LPIPS'.",
-        "## Beside the paper",
-        "Ratios, so that two worlds can be compared. The last column says only whether both lie on the same side of 1, "
-        "not whether they are equally far from it.",
-        agreement(results),
+        f"{options.scenes:,} held-out scenes of 96 x 96 pixels, {options.steps} Euler steps unless stated otherwise. "
+        "Frechet distances (rFID, gFID) and perceptual distances use the features of the scene reader, which took no "
+        "part in any training. They can be compared with each other, but not with distances by Inception or LPIPS.",
+        "## Comparison with the paper",
+        "Ratios, since absolute values of the two data sets cannot be compared. The last column only says whether both "
+        "ratios are on the same side of 1, not whether they are equally large.",
+        agreement(measured),
         causes.strip(),
     ]
 
     def section(title: str, name: str, *blocks: str, besides: Sequence[str] = ()) -> None:
-        if name in results:
-            parts.append("\n\n".join([f"## {title}", *blocks, f"Measured by `{choice.command(name, *besides)}`."]))
+        if name in measured:
+            sources = dict.fromkeys(str(results.provenance[one]) for one in (name, *besides))
+            command = f"Measured by `{options.command(name, *besides)}`."
+            parts.append("\n\n".join([f"## {title}", *blocks, command, "\n\n".join(sources)]))
         else:
-            parts.append(f"## {title}\n\nNot measured: `{_HOW.get(name, choice.command(name))}`.")
+            parts.append(f"## {title}\n\nNot measured: `{_HOW.get(name, options.command(name))}`.")
 
-    rows = results.get("calibration", {})
+    rows = measured.get("calibration", {})
     section(
         "Table 1 and Figure 6: the VLM's distributions, raw and calibrated proxies",
         "calibration",
-        "Of the first 100 captions and scenes.",
+        "For the first 100 captions and scenes.",
         markdown_table(statistics_rows({name: token_statistics(row) for name, row in rows.items()})),
         "![Table 1 and Figure 6](report/table-1.png)",
     )
     section(
         "Table 2: reconstruction",
         "reconstruction",
-        _scores(results.get("reconstruction", {})),
+        _scores(measured.get("reconstruction", {})),
         "![Held-out scenes, reconstructed](report/table-2.png)",
     )
-    rows = results.get("text", {})
+    rows = measured.get("text", {})
     details = [name for name in next(iter(rows.values()), {}) if name.startswith("frechet: ")]
     heads = ["gFID ↓", *(f"F1 {fact} ↑" for fact in READ)]
-    chance = {name: row for name, row in results.get("reader", {}).items() if "frechet" in row}
+    chance = {name: row for name, row in measured.get("reader", {}).items() if "frechet" in row}
     rows = rows | chance
     shapes = [name.removeprefix("frechet: ") for name in details]
     section(
         "Table 3: text to image",
         "text",
-        "All decoders' rows from the same sampled tokens and logits. The facts that the reader finds in the pictures "
-        "stand in for GenEval."
-        + (" The last row is chance: the renderer's own pictures of the same facts." if chance else ""),
+        "The rows of all decoders are from the same sampled tokens and logits. The F1 of the facts that the reader "
+        "finds in the images takes the place of GenEval."
+        + (" The last row is the chance level: other renderings of the same facts." if chance else ""),
         _table(heads, {name: [row["frechet"], *(row[f"F1 {fact}"] for fact in READ)] for name, row in rows.items()}),
         "gFID by shape:",
         _table(shapes, {name: [row[detail] for detail in details] for name, row in rows.items()}),
-        "![Captions, painted](report/table-3.png)",
+        "![Images of captions](report/table-3.png)",
         besides=["reader"] if chance else [],
     )
-    rows = results.get("means", {})
+    rows = measured.get("means", {})
     section(
         "Table 4: what the decoder is conditioned on",
-        "variants",
-        f"Decoders trained from nothing, all for {recipe.variant_steps:,} steps (the shipped one: "
-        f"{recipe.decoder_steps:,}), each variant from {len(results.get('variants', {})) // len(VARIANTS)} seeds "
-        "(`python -m dcdd_pico.ablation`). "
-        "The mean, and the lowest and highest of the seeds. gFID is of the captions' pictures, from the logits as the "
-        "VLM gave them (beta = 0); the rest is reconstruction, as in the paper.",
+        "ablation",
+        f"Decoders trained from scratch for {recipe.variant_steps:,} steps each (the shipped decoder: "
+        f"{recipe.decoder_steps:,}), with {len(measured.get('ablation', {})) // len(VARIANTS)} seeds per variant "
+        "(`python -m dcdd_pico.ablation`). The mean over seeds, with the lowest and highest value. The first three "
+        "columns are reconstruction, as in the paper. gFID is of images of captions, decoded from the logits as the "
+        "VLM gave them (beta = 0).",
         markdown_table(
             [
-                ["", *_ABLATION.values()],
-                *([name, *(_spread(row, column) for column in _ABLATION)] for name, row in rows.items()),
+                ["", *_ABLATION_HEADS.values()],
+                *([name, *(_spread(row, column) for column in _ABLATION_HEADS)] for name, row in rows.items()),
             ]
         ),
         "![Every seed](report/table-4.png)",
-        "![Scenes, reconstructed by the first seed's decoders](report/table-4-pictures.png)",
-        "![Captions, painted by them from the same tokens and logits](report/table-4-captions.png)",
+        "![Scenes, reconstructed by the decoders of the first seed](report/table-4-pictures.png)",
+        "![Images of captions by the same decoders, from the same tokens and logits](report/table-4-captions.png)",
     )
-    latency = _latency(results["latency"], results["text"]) if {"latency", "text"} <= set(results) else ""
-    section("Table 5: where the time goes", "latency", latency, besides=["text"])
+    latency = _latency(measured["latency"], measured["text"]) if {"latency", "text"} <= set(measured) else ""
+    section("Table 5: latency", "latency", latency, besides=["text"] if "text" in measured else [])
     section(
         "Table 6: the number of steps",
         "steps",
-        "On the first 512 scenes, all with the time shift that the decoder is served with (chosen at ten steps).",
-        _scores(results.get("steps", {})),
+        "On the first 512 scenes, with the time shift that the decoder is served with, which was chosen at ten steps.",
+        _scores(measured.get("steps", {})),
         "![By number of steps](report/table-6.png)",
     )
     return "\n\n".join(parts) + "\n"
 
 
-def draw(bench: Bench, results: Mapping[str, Rows], folder: Path, *, scenes: int = 5) -> None:
-    """Writes the plots and picture grids of the sections that were measured."""
+def draw(setup: EvalSetup, results: Mapping[str, Rows], folder: Path, *, scenes: int = 5) -> None:
+    """Writes the plots and image grids of the measured sections into a folder."""
     captions = [facts.caption() for facts in scene_facts("test", scenes)]
-    sampled = bench.pico.sampler.sample(captions, seeds=range(scenes), options=SamplingOptions(guidance=bench.guidance))
+    sampled = setup.pico.sampler.sample(captions, seeds=range(scenes), options=SamplingOptions(guidance=setup.guidance))
     if "calibration" in results:
         columns = {name: token_statistics(row) for name, row in results["calibration"].items()}
         save_image(statistics_sheet(columns), folder / "table-1.png")
     if "reconstruction" in results:
-        save_image(_reconstructions(bench, scenes), folder / "table-2.png")
+        save_image(_reconstructions(setup, scenes), folder / "table-2.png")
     if "text" in results:
-        save_image(_generations(bench, sampled, scenes), folder / "table-3.png")
-    if "variants" in results:
+        save_image(_generations(setup, sampled, scenes), folder / "table-3.png")
+    if "ablation" in results:
         by_seed = {name: [] for name in VARIANTS}
-        for name, row in results["variants"].items():
+        for name, row in results["ablation"].items():
             by_seed[name.partition(", ")[0]].append(row)
         panels = {
             head: {
                 f"seed {k}": [by_seed[name][k][column] for name in VARIANTS] for k in range(len(by_seed[VARIANTS[0]]))
             }
-            for column, head in _ABLATION.items()
+            for column, head in _ABLATION_HEADS.items()
         }
         save_image(score_lines(panels, along=VARIANTS), folder / "table-4.png")
-        reconstructed, painted = _by_variants(bench, sampled, scenes)
+        reconstructed, painted = _ablation_grids(setup, sampled, scenes)
         save_image(reconstructed, folder / "table-4-pictures.png")
         save_image(painted, folder / "table-4-captions.png")
     if "steps" in results:
@@ -219,7 +222,7 @@ def draw(bench: Bench, results: Mapping[str, Rows], folder: Path, *, scenes: int
         panels = {
             head: {
                 "DCDD": [rows[f"DCDD, {count} steps"][column] for count in STEP_COUNTS],
-                _VQ: [rows[_VQ][column]] * len(STEP_COUNTS),
+                VQ: [rows[VQ][column]] * len(STEP_COUNTS),
             }
             for column, head in _SCORES.items()
         }
@@ -231,41 +234,41 @@ def _overlap(first: Mapping[str, float], second: Mapping[str, float], column: st
     return a <= d and c <= b
 
 
-def _reconstructions(bench: Bench, count: int) -> Image.Image:
-    pico, part = bench.pico, slice(0, count)
-    pixels = scene_pixels(bench.images[part], pico.tokenizer.device)
+def _reconstructions(setup: EvalSetup, count: int) -> Image.Image:
+    pico, part = setup.pico, slice(0, count)
+    pixels = scene_pixels(setup.images[part], pico.tokenizer.device)
     grid = pico.tokenizer.encode(pixels)
     condition = condition_for(pico.decoder.card, grid, pico.tokenizer.codebook)
     columns = {
         "scene": pixels,
-        _VQ: pico.tokenizer.decode_tokens(grid.tokens, grid.grid),
-        "DCDD": bench.paint(pico.decoder, condition, part),
+        VQ: pico.tokenizer.decode_tokens(grid.tokens, grid.grid),
+        "DCDD": setup.paint(pico.decoder, condition, part),
     }
     return _grid(columns, count)
 
 
-def _generations(bench: Bench, sampled: TokenLogits, count: int) -> Image.Image:
-    pico = bench.pico
+def _generations(setup: EvalSetup, sampled: TokenLogits, count: int) -> Image.Image:
+    pico = setup.pico
     condition = condition_for(pico.decoder.card, sampled, pico.tokenizer.codebook)
     columns = {
-        _VQ: pico.tokenizer.decode_tokens(sampled.tokens, sampled.grid),
-        "DCDD": bench.paint(pico.decoder, condition, slice(0, count)),
+        VQ: pico.tokenizer.decode_tokens(sampled.tokens, sampled.grid),
+        "DCDD": setup.paint(pico.decoder, condition, slice(0, count)),
     }
     return _grid(columns, count)
 
 
-def _by_variants(bench: Bench, sampled: TokenLogits, count: int) -> tuple[Image.Image, Image.Image]:
-    """Reconstructions by the decoders of each variant's first seed, and what they paint of captions."""
-    vq = bench.pico.tokenizer
-    pixels = scene_pixels(bench.images[:count], vq.device)
+def _ablation_grids(setup: EvalSetup, sampled: TokenLogits, count: int) -> tuple[Image.Image, Image.Image]:
+    """Reconstructions, and images of captions, by the first seed's decoder of each variant."""
+    vq = setup.pico.tokenizer
+    pixels = scene_pixels(setup.images[:count], vq.device)
     scenes = {"scene": pixels}
-    captions = {_VQ: vq.decode_tokens(sampled.tokens, sampled.grid)}
+    captions = {VQ: vq.decode_tokens(sampled.tokens, sampled.grid)}
     for variant in VARIANTS:
-        path = next(path for name, path in bench.variants.items() if name.startswith(f"{variant}, "))
-        decoder = load_decoder(path, options=DecoderOptions(device=vq.device, dtype=bench.pico.decoder.dtype))
+        path = next(path for name, path in setup.ablation.items() if name.startswith(f"{variant}, "))
+        decoder = load_decoder(path, options=DecoderOptions(device=vq.device, dtype=setup.pico.decoder.dtype))
         for columns, grid in ((scenes, vq.encode(pixels)), (captions, sampled)):
             condition = condition_for(decoder.card, grid, vq.codebook)
-            columns[variant] = bench.paint(decoder, condition, slice(0, count))
+            columns[variant] = setup.paint(decoder, condition, slice(0, count))
     return _grid(scenes, count), _grid(captions, count)
 
 
@@ -285,22 +288,21 @@ def _spread(row: Mapping[str, float], column: str) -> str:
 
 def _latency(stages: Rows, text: Rows) -> str:
     seconds = {name: row["seconds"] for name, row in stages.items()}
-    plain = seconds["Janus"] + seconds[_VQ]
-    ours = sum(value for name, value in seconds.items() if name != _VQ)
+    plain = seconds["Janus"] + seconds[VQ]
+    ours = sum(value for name, value in seconds.items() if name != VQ)
     split = _table(["seconds"], {name: [value] for name, value in seconds.items()})
     trade = markdown_table(
         [
             ["", "gFID ↓", "seconds ↓"],
-            ["Janus + VQ-VAE", f"{text[_VQ]['frechet']:.4g}", f"{plain:.4g}"],
+            ["Janus + VQ-VAE", f"{text[VQ]['frechet']:.4g}", f"{plain:.4g}"],
             ["Janus + DCDD", f"{text[SERVED]['frechet']:.4g}", f"{ours:.4g}"],
-            ["change", f"{text[SERVED]['frechet'] / text[_VQ]['frechet'] - 1:+.1%}", f"{ours / plain - 1:+.1%}"],
+            ["change", f"{text[SERVED]['frechet'] / text[VQ]['frechet'] - 1:+.1%}", f"{ours / plain - 1:+.1%}"],
         ]
     )
     words = (
-        "One picture at a time, the median of seven, on the machine that wrote this report. In the paper (Janus-Pro 7B "
-        "and FLUX.1-Fill on a GPU): 11.86 s with the VQ-VAE, 15.56 s with the decoder, +31.2 %. pico's language model "
-        "is some thousand times smaller than its namesake, and so is its decoder: how the two share the time says "
-        "nothing of the real ones."
+        "One image at a time; median of seven, on the machine that wrote this report. In the paper (Janus-Pro 7B and "
+        "FLUX.1-Fill on a GPU): 11.86 s with the VQ-VAE, 15.56 s with the decoder, +31.2 %. pico's VLM and decoder are "
+        "about a thousand times smaller, so its shares of the time say nothing about those of the real models."
     )
     return f"{words}\n\n{split}\n\n{trade}"
 
@@ -313,17 +315,13 @@ def _table(heads: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the report is written")
-    chosen, choice = parse(parser)
-    sections = [name for name in SECTIONS if name != "variants" or choice.variants]
-    bench, results = measured(choice, sections)
+    chosen, options = parse(parser)
+    sections = [name for name in SECTIONS if name != "ablation" or options.ablation]
+    setup, results = measure(options, sections)
     with torch.no_grad():
-        draw(bench, results, chosen.docs / "report")
+        draw(setup, results.rows, chosen.docs / "report")
     causes = chosen.docs / "causes.md"
-    text = report(
-        results,
-        choice=choice,
-        causes=causes.read_text("utf-8") if causes.exists() else "",
-    )
+    text = report_markdown(results, options=options, causes=causes.read_text("utf-8") if causes.exists() else "")
     write_text(chosen.docs / "report.md", text)
     print(text)
 

@@ -1,8 +1,8 @@
-"""The scene reader: a small convolutional network that reads a scene's facts off its pixels.
+"""The scene reader: a small convolutional classifier of a scene's facts.
 
-Trained twice from different seeds. One copy measures (facts, Frechet features, perceptual distance) and never takes
-part in any training; the other is the perceptual loss of the VQ-VAE and the autoencoder, so that no model is trained on
-the ruler it is measured with.
+It is trained twice, from different seeds. One copy is the metric network (facts, Frechet features, perceptual distance)
+and takes no part in any other training. The other is the perceptual loss of the VQ-VAE and the autoencoder. So no model
+is trained on the metric that it is evaluated with.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .scenes import (
     SceneFacts,
 )
 
-#: Fact -> its possible answers, in the order of the head's outputs.
+#: Fact -> its possible answers, in the order of the classifier's outputs.
 FACTS: dict[str, tuple[str | None, ...]] = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
@@ -38,7 +38,7 @@ _WIDTHS = (32, 64, 128, 192)
 
 
 class SceneReader(nn.Module):
-    """Four stages of two convolutions, each halving the side; heads on the flattened 6 x 6 map of a 96-pixel scene."""
+    """Four stages of two convolutions, each halving the side, then a linear head per fact on the 6 x 6 feature map."""
 
     def __init__(self):
         super().__init__()
@@ -76,10 +76,10 @@ class SceneReader(nn.Module):
         return torch.cat([m.mean(dim=(2, 3)) for m in maps[-2:]], dim=1)
 
     def perceptual_distance(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """LPIPS' recipe without its learned weights: [B], 0 for equal pictures.
+        """LPIPS without learned weights (Zhang et al. 2018, Eq. 1 with w = 1): [B], 0 for equal images.
 
-        At each stage the channel vectors are normalised to unit length; their squared differences are summed over
-        channels, averaged over positions, and added up over stages (Zhang et al. 2018, Eq. 1 with w = 1).
+        At each stage channel vectors are normalised to unit length. Their squared differences are summed over channels,
+        averaged over positions, and summed over stages.
         """
         total = first.new_zeros(first.shape[0], dtype=torch.float32)
         for a, b in zip(self.stage_maps(first), self.stage_maps(second)):
@@ -89,5 +89,5 @@ class SceneReader(nn.Module):
 
 
 def fact_labels(facts: list[SceneFacts]) -> dict[str, torch.Tensor]:
-    """Facts -> fact name -> answer indices [B]."""
+    """Name of each fact -> indices [B] of the scenes' answers in `FACTS`."""
     return {name: torch.tensor([answers.index(getattr(f, name)) for f in facts]) for name, answers in FACTS.items()}

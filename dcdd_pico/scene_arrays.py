@@ -1,4 +1,4 @@
-"""Scenes by the ten thousand: rendered once, kept as one memory-mapped array."""
+"""Rendered scenes as one memory-mapped array on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .scenes import Split, render_scene
 def scene_images(folder: Path, split: Split, count: int, *, size: int = 96) -> np.ndarray:
     """The first `count` scenes of a split as a read-only memory map [count, size, size, 3] uint8.
 
-    Rendered on all cores the first time, into `folder`.
+    The first call renders them into `folder`, on all cores.
     """
     path = folder / f"scenes-{split}-{count}-{size}.npy"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Features and latents of many scenes, computed once: what Janus and the decoder are trained on."""
+"""Cached VQ features and VAE latents of scenes, which Janus and the decoder are trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.batches import Entry, Mark, Share
 from dcdd_core.training.encoded_batch import EncodedBatch
 
-from .build_context import Workshop, digest
+from .build_context import BuildContext, digest
 from .scenes import scene_pixels
 from .train_tokenizer import tokens_digest
 
@@ -27,7 +27,7 @@ _BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Encodings:
-    """Of M scenes: VQ features [M, N, D] and scaled VAE latents [M, 16, h, w], both float16 memory maps."""
+    """VQ features [M, N, D] and scaled VAE latents [M, 16, h, w] of M scenes, both float16 memory maps."""
 
     features: np.ndarray
     latents: np.ndarray
@@ -39,27 +39,28 @@ class Encodings:
 
 
 class SceneEncodings:
-    """The training scenes' encodings as an endless `Source`: the scenes of a step are drawn by its number.
+    """The encodings of the training scenes as an endless `Source`; the scenes of a step depend on its number alone.
 
     Args:
-        stage, size: of the training, and of its batches.
+        stage: number of the training.
+        size: batch size over all processes.
     """
 
-    def __init__(self, shop: Workshop, encodings: Encodings, stage: int, size: int):
+    def __init__(self, context: BuildContext, encodings: Encodings, stage: int, size: int):
         self.name = "the training scenes"
         self.fingerprint = f"{len(encodings.features)} scenes"
-        self.shop, self.encodings, self.stage, self.size = shop, encodings, stage, size
+        self.context, self.encodings, self.stage, self.size = context, encodings, stage, size
 
     def entries(self, share: Share, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """See `Source.entries`."""
         for position in count(start * share.world + share.rank, share.world):
             step, place = divmod(position, self.size)
-            index = int(self.shop.batch(self.stage, step, self.size)[place])
+            index = int(self.context.batch(self.stage, step, self.size)[place])
             yield Entry(str(index), index)
 
     def load(self, entry: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One scene's features, latents and pixels."""
-        arrays = (self.encodings.features, self.encodings.latents, self.shop.train_images)
+        """Features, latents and image of a scene."""
+        arrays = (self.encodings.features, self.encodings.latents, self.context.train_images)
         return tuple(np.array(array[entry.data]) for array in arrays)
 
     def collate(self, items: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> EncodedBatch:
@@ -71,28 +72,32 @@ class SceneEncodings:
         )
 
 
-def encode_scenes(shop: Workshop, name: str, images: np.ndarray, vq: VQTokenizer, vae: AutoencoderKL) -> Encodings:
-    """Encodes images [M, H, W, 3] uint8 into the folder the first time, and maps the result.
+def encode_scenes(
+    context: BuildContext, name: str, images: np.ndarray, vq: VQTokenizer, vae: AutoencoderKL
+) -> Encodings:
+    """Encodes images [M, H, W, 3] uint8 into files in the work folder, if they are not there yet, and maps them.
 
-    The files are named by the weights that made them: other weights make other files.
+    File names contain a hash of the weights, so other weights use other files.
     """
     paths = {
-        "features": shop.folder / f"{name}-{len(images)}-features-{tokens_digest(vq.model)}.npy",
-        "latents": shop.folder / f"{name}-{len(images)}-latents-{digest(vae)}.npy",
+        "features": context.folder / f"{name}-{len(images)}-features-{tokens_digest(vq.model)}.npy",
+        "latents": context.folder / f"{name}-{len(images)}-latents-{digest(vae)}.npy",
     }
     if not all(path.exists() for path in paths.values()):
-        _write(paths, images, vq, vae, shop)
+        _write(paths, images, vq, vae, context)
     return Encodings(**{part: np.load(path, mmap_mode="r") for part, path in paths.items()})
 
 
 @torch.no_grad()
-def _write(paths: dict[str, Path], images: np.ndarray, vq: VQTokenizer, vae: AutoencoderKL, shop: Workshop) -> None:
+def _write(
+    paths: dict[str, Path], images: np.ndarray, vq: VQTokenizer, vae: AutoencoderKL, context: BuildContext
+) -> None:
     arrays: dict[str, np.ndarray] = {}
     with ExitStack() as files:
         temporary = {part: files.enter_context(whole_file(path)) for part, path in paths.items()}
         for start in range(0, len(images), _BATCH):
-            pixels = scene_pixels(images[start : start + _BATCH], shop.device)
-            with shop.autocast():
+            pixels = scene_pixels(images[start : start + _BATCH], context.device)
+            with context.autocast():
                 features = vq.features(pixels)
                 latents = vae.encode(pixels).latent_dist.mean.float()
             latents = scale_latents(latents, vae.config.shift_factor, vae.config.scaling_factor)

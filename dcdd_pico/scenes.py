@@ -1,10 +1,10 @@
-"""Captioned scenes: the embedded world's endless, seeded supply of pictures.
+"""Captioned scenes, rendered from a seed: the data that the embedded models are trained and evaluated on.
 
-A scene is one main object on a textured ground, often with a small accent object and a word of thin lettering: just
-what one token's patch smears (crisp edges, stripes, dots, thin strokes, small things on busy grounds). Everything is
-drawn from signed distances, so that the same scene can be rendered at any size with the same antialiasing.
+A scene has a main object on a textured ground, often a small accent object and a word in thin letters. Such details
+(sharp edges, stripes, dots, thin strokes, small objects on busy grounds) are what a VQ-VAE blurs within a token.
+Everything is drawn from signed distances, so that a scene can be rendered at any size with the same antialiasing.
 
-Shapes in comments: S picture side in pixels, [S, S] one value a pixel. Coordinates run 0..1, x right and y down.
+Shapes in comments: S image side in pixels, [S, S] one value per pixel. Coordinates run from 0 to 1, x right and y down.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 Split = Literal["test", "calibration", "train"]
 
-#: First seed of every split; a split ends where the next one begins, so that the splits never share a scene.
+#: First seed of each split. A split ends where the next begins, so that no two splits share a scene.
 SPLIT_START: dict[str, int] = {"test": 0, "calibration": 1_000_000, "train": 2_000_000}
 SPLIT_SIZE = 1_000_000
 
@@ -57,7 +57,7 @@ PLACES: dict[str, tuple[float, float]] = {
 }
 WRITING_PLACES = ("at the top", "at the bottom")
 
-# Letters as strokes on a box 2 wide and 3 high, y down.
+# Letters as strokes (x0, y0, x1, y1) in a box 2 wide and 3 high, y down.
 _LETTERS: tuple[tuple[tuple[float, float, float, float], ...], ...] = (
     ((0, 3, 1, 0), (1, 0, 2, 3), (0.5, 2, 1.5, 2)),  # A
     ((0, 0, 0, 3), (0, 0, 2, 0), (0, 1.5, 1.6, 1.5), (0, 3, 2, 3)),  # E
@@ -83,7 +83,7 @@ class Accent:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneFacts:
-    """What a scene shows, and all that its caption says. Everything else (tilt, tone, exact spot) is jitter."""
+    """What a scene shows and its caption says. Everything else (tilt, tone, exact position) is random jitter."""
 
     shape: str
     colour: str
@@ -96,8 +96,8 @@ class SceneFacts:
     writing: str | None = None
 
     def caption(self) -> str:
-        """The facts as one sentence of the scene grammar, such as "a large dotted red star at the top on a woven navy
-        ground with a small white ring on the left and writing at the bottom"."""
+        """The facts as a sentence, such as "a large dotted red star at the top on a woven navy ground with a small
+        white ring on the left and writing at the bottom"."""
         text = (
             f"a {self.size} {self.texture} {self.colour} {self.shape} {self.place} "
             f"on a {self.ground_texture} {self.ground_colour} ground"
@@ -116,8 +116,8 @@ class Scene:
 
     Attributes:
         image: [S, S, 3] uint8, sRGB.
-        caption: the sentence that describes it.
-        facts: the same, as data.
+        caption: its caption.
+        facts: what the caption says, as data.
     """
 
     image: np.ndarray
@@ -126,7 +126,7 @@ class Scene:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """All the words that a caption can hold, sorted."""
+    """All words that captions use, sorted."""
     words = {"a", "on", "ground", "with", "and", "writing"}
     for group in (COLOURS, GROUND_COLOURS, SHAPES, TEXTURES, GROUND_TEXTURES, SIZES, PLACES):
         for entry in group:
@@ -139,11 +139,11 @@ def render_scene(split: Split, index: int, *, size: int = 96) -> Scene:
 
     Args:
         split: "train", "calibration" or "test"; their scenes are disjoint.
-        index: 0 .. 999 999.
-        size: picture side in pixels; facts and composition do not depend on it.
+        index: 0..999999.
+        size: image side in pixels; facts and composition do not depend on it.
 
     Raises:
-        ValueError: for an unknown split or an index outside of it.
+        ValueError: for an unknown split, and an index out of range.
     """
     if split not in SPLIT_START:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLIT_START)}")
@@ -155,7 +155,7 @@ def render_scene(split: Split, index: int, *, size: int = 96) -> Scene:
 
 
 def sample_facts(rng: np.random.Generator) -> SceneFacts:
-    """Draws the facts of a scene; the accent never shares the main object's place, writing never covers it."""
+    """Draws the facts of a scene. The accent keeps its distance from the main object; writing covers neither."""
 
     def pick(options):
         options = list(options)
@@ -186,7 +186,7 @@ def sample_facts(rng: np.random.Generator) -> SceneFacts:
 
 
 def scene_facts(split: Split, count: int) -> list[SceneFacts]:
-    """The facts of the first `count` scenes of a split, without drawing them."""
+    """The facts of the first `count` scenes of a split, without rendering them."""
     return [sample_facts(np.random.default_rng(SPLIT_START[split] + index)) for index in range(count)]
 
 
@@ -216,7 +216,7 @@ def draw(facts: SceneFacts, rng: np.random.Generator, *, size: int = 96) -> np.n
 
 
 def _object(image, shape, colour, texture, place, radius, x, y, pixel, rng):
-    """Paints one object over the image: body, texture in a second tone, sometimes a thin outline."""
+    """Draws an object over the image: body, texture in a second tone, sometimes a thin outline."""
     cx, cy = PLACES[place]
     cx, cy = cx + rng.uniform(-0.025, 0.025), cy + rng.uniform(-0.025, 0.025)
     tilt = rng.uniform(-0.2, 0.2)
@@ -240,7 +240,7 @@ def _blend(image, paint, coverage):
 
 
 def _coverage(distance, pixel):
-    """Share of each pixel that lies inside a signed distance (negative inside)."""
+    """Share of each pixel that lies inside a shape, from its signed distance (negative inside)."""
     return np.clip(0.5 - distance / pixel, 0, 1).astype(np.float32)
 
 
@@ -249,7 +249,7 @@ def _jitter(colour, rng):
 
 
 def _bars(position, period, width):
-    """Signed distance to bars of `width` every `period` along `position`."""
+    """Signed distance to bars of `width`, one every `period` along `position`."""
     return np.abs((position / period) % 1.0 - 0.5) * period - width / 2
 
 
@@ -338,7 +338,7 @@ def _box(u, v, half_u, half_v):
 
 
 def _heart(u, v):
-    """Two lobes over a wedge; exact enough at the edge for antialiasing."""
+    """Two lobes over a wedge; the distance is accurate near the edge only, which is enough for antialiasing."""
     u = np.abs(u)
     lobe = np.hypot(u - 0.45, v + 0.32) - 0.52
     wedge = np.maximum((u * 0.97 + v * 0.80) / np.hypot(0.97, 0.80) - 0.62, -(v + 0.32))

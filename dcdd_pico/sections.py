@@ -1,13 +1,11 @@
-"""What is measured of the embedded models on held-out scenes: the sections of the README's table and of the report.
+"""Measures the embedded models on held-out scenes, in sections: one for each table of docs/results.md and the report.
 
-What measures is the scene reader that took no part in any training.
+The metric network is the scene reader that took no part in any training.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import inspect
 import json
 import platform
 import statistics
@@ -15,8 +13,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,45 +41,51 @@ from .models import load_pico, load_reader
 from .reader import FACTS, SceneReader, fact_labels
 from .scene_arrays import scene_images
 from .scenes import draw, scene_facts, scene_pixels
+from .section_keys import Provenance, code_hash, current_commit, files_hash
 
 #: Row -> column -> value. A column with a colon ("frechet: heart") is a detail of the column before the colon.
 Rows = dict[str, dict[str, float]]
 
 SERVED = "DCDD as served"
 BY_LOGITS = "DCDD, the VLM's logits (beta = 0)"
+VQ = "VQ-VAE decode"
+DCDD = "DCDD (LCDM + LC)"
+RERENDERED = "the same facts, rendered again"
 SCORES = ("frechet", "ssim", "perceptual")
-#: Those of the ablation.
-ABLATION = (*SCORES, "text frechet")
+#: Scores of the ablation.
+ABLATION_SCORES = (*SCORES, "text frechet")
+#: Facts whose F1 is reported.
 READ = ("shape", "colour", "texture", "place")
-#: Of the jitter of scenes that are drawn a second time.
-_ANEW = 1
+#: Seed of the jitter of scenes that are rendered a second time.
+_RERENDERED = 1
 STEP_COUNTS = (5, 10, 15, 20, 25, 30, 35)
 T = TypeVar("T")
 
 
 @dataclass
-class Tally:
-    """What is kept of one row's pictures."""
+class RowMetrics:
+    """What is collected of the images of one table row, batch by batch."""
 
     features: list[torch.Tensor] = field(default_factory=list)
     answers: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {name: [] for name in FACTS})
     scores: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"ssim": [], "psnr": [], "perceptual": []})
 
-    def add(self, reader: SceneReader, pictures: torch.Tensor, truth: torch.Tensor | None) -> None:
-        """Pictures [B, 3, S, S] in -1..1, with the pictures they reconstruct, or None."""
-        self.features.append(features_of(pictures, reader.frechet_features))
-        for name, logits in reader(pictures).items():
+    def add(self, reader: SceneReader, images: torch.Tensor, truth: torch.Tensor | None) -> None:
+        """Adds images [B, 3, S, S] in -1..1, and the originals that they reconstruct, if any."""
+        self.features.append(features_of(images, reader.frechet_features))
+        for name, logits in reader(images).items():
             self.answers[name].append(logits.argmax(1).cpu())
         if truth is not None:
-            self.scores["ssim"].append(ssim(truth, pictures))
-            self.scores["psnr"].append(psnr(truth, pictures).cpu())
-            self.scores["perceptual"].append(reader.perceptual_distance(truth, pictures).cpu())
+            self.scores["ssim"].append(ssim(truth, images))
+            self.scores["psnr"].append(psnr(truth, images).cpu())
+            self.scores["perceptual"].append(reader.perceptual_distance(truth, images).cpu())
 
     def row(self, real: torch.Tensor, labels: dict[str, torch.Tensor], *, by: str | None = None) -> dict[str, float]:
-        """Frechet distance to features `real` [M, F], mean scores, and the macro F1 of the facts read off the pictures.
+        """The row: Frechet distance to features `real` [M, F], mean scores, macro F1 of the facts read from the images.
 
         Args:
-            by: a fact, to have the Frechet distances of its answers too, where there are two pictures to measure.
+            labels: the true facts, as `fact_labels`.
+            by: a fact: adds the Frechet distance for each of its answers that has at least two images.
         """
         made = torch.cat(self.features)
         row = {"frechet": _distance(real, made)}
@@ -98,16 +103,18 @@ class Tally:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """The models, the held-out scenes, and how to run.
+class EvalSetup:
+    """Models, metric network, held-out scenes and options of a measurement.
 
     Attributes:
-        variants: name -> bundle of the ablation's decoders.
+        ablation: name -> bundle of the ablation's decoders.
+        images: [M, S, S, 3] uint8, the test scenes.
+        steps: Euler steps.
     """
 
     pico: Models
     reader: SceneReader
-    variants: Mapping[str, Path] = field(default_factory=dict)
+    ablation: Mapping[str, Path] = field(default_factory=dict)
     compiled: bool = False
     images: np.ndarray
     batch: int
@@ -115,18 +122,18 @@ class Bench:
     guidance: float
 
     def parts(self, what: str, count: int | None = None) -> Iterator[slice]:
-        """The batches of the scenes, or of the first of them, with a progress bar that says what is done."""
+        """Batches of all scenes, or of the first `count`, under a progress bar called `what`."""
         total = len(self.images) if count is None else min(count, len(self.images))
         for start in tqdm(range(0, total, self.batch), desc=what, unit="batch", disable=None):
             yield slice(start, min(total, start + self.batch))
 
     def scenes(self, what: str, count: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Slices of the scenes and their pixels."""
+        """Batches of scenes with their pixels."""
         for part in self.parts(what, count):
             yield part, scene_pixels(self.images[part], self.pico.tokenizer.device)
 
     def sampled(self, what: str, count: int | None = None) -> Iterator[tuple[slice, TokenLogits]]:
-        """Slices of the scenes and what the VLM gives of their captions."""
+        """Batches of scenes with what the VLM samples for their captions."""
         captions = [facts.caption() for facts in scene_facts("test", len(self.images))]
         for part in self.parts(what, count):
             seeds = range(part.start, part.stop)
@@ -138,7 +145,7 @@ class Bench:
     def paint(
         self, decoder: DistributionConditionedDecoder, condition: Condition, part: slice, steps: int | None = None
     ) -> torch.Tensor:
-        """Pixels [B, 3, S, S] in -1..1, by any decoder with the schedule of the shipped one."""
+        """Decodes a condition: pixels [B, 3, S, S] in -1..1. Every decoder uses the time shift of the shipped one."""
         seeds, shift = range(part.start, part.stop), self.pico.decoder.card.shift
         return decode(decoder, self.pico.codec, condition, seeds=seeds, steps=steps or self.steps, shift=shift).pixels
 
@@ -150,44 +157,77 @@ class Bench:
         return fact_labels(scene_facts("test", count or len(self.images)))
 
 
-def measure_reader(bench: Bench) -> Rows:
-    """How well the measuring network reads real scenes; its distances mean little below F1 .9.
+def load_setup(
+    *,
+    out: Path,
+    weights: Path,
+    scenes: int,
+    steps: int,
+    batch: int,
+    bf16: bool,
+    compiled: bool,
+    device: str,
+    ablation: Mapping[str, Path],
+) -> EvalSetup:
+    """Loads models and test scenes, which are rendered into `out`.
 
-    And how far from them it sees other drawings of the same facts: so much of text to image's distances is chance.
+    Raises:
+        ValueError: as the loaders.
     """
-    facts, size = scene_facts("test", len(bench.images)), bench.images.shape[1]
-    scenes, anew = Tally(), Tally()
-    for part, pixels in bench.scenes("reader"):
-        scenes.add(bench.reader, pixels, None)
-        drawn = [draw(facts[k], np.random.default_rng([_ANEW, k]), size=size) for k in range(part.start, part.stop)]
-        anew.add(bench.reader, scene_pixels(np.stack(drawn), pixels.device), None)
-    real, labels = torch.cat(scenes.features), bench.labels()
+    pico = load_pico(device=device, weights=weights, compiled=compiled)
+    pico.decoder.to(torch.bfloat16 if bf16 else torch.float32)
+    return EvalSetup(
+        pico=pico,
+        reader=load_reader(device=device, weights=weights),
+        ablation=ablation,
+        compiled=compiled,
+        images=scene_images(out, "test", scenes),
+        batch=batch,
+        steps=steps,
+        guidance=pico.decoder.card.calibration.guidance,
+    )
+
+
+def measure_reader(setup: EvalSetup) -> Rows:
+    """How well the metric network reads real scenes; its distances mean little below an F1 of 0.9.
+
+    Also the distance of other renderings of the same facts, which is the chance level of text to image.
+    """
+    facts, size = scene_facts("test", len(setup.images)), setup.images.shape[1]
+    scenes, rerendered = RowMetrics(), RowMetrics()
+    for part, pixels in setup.scenes("reader"):
+        scenes.add(setup.reader, pixels, None)
+        drawn = [
+            draw(facts[k], np.random.default_rng([_RERENDERED, k]), size=size) for k in range(part.start, part.stop)
+        ]
+        rerendered.add(setup.reader, scene_pixels(np.stack(drawn), pixels.device), None)
+    real, labels = torch.cat(scenes.features), setup.labels()
     read = {name: value for name, value in scenes.row(real, labels).items() if name != "frechet"}
-    return {"real scenes": read, "the same facts, drawn anew": anew.row(real, labels, by="shape")}
+    return {"real scenes": read, RERENDERED: rerendered.row(real, labels, by="shape")}
 
 
-def measure_reconstruction(bench: Bench) -> Rows:
-    """The paper's Table 2."""
-    pico, tallies = bench.pico, {}
-    for part, pixels in bench.scenes("reconstruction"):
+def measure_reconstruction(setup: EvalSetup) -> Rows:
+    """The paper's Table 2: held-out scenes, encoded and decoded again."""
+    pico, metrics = setup.pico, {}
+    for part, pixels in setup.scenes("reconstruction"):
         grid = pico.tokenizer.encode(pixels)
         condition = condition_for(pico.decoder.card, grid, pico.tokenizer.codebook)
-        pictures = {
-            "VQ-VAE decode": pico.tokenizer.decode_tokens(grid.tokens, grid.grid),
+        images = {
+            VQ: pico.tokenizer.decode_tokens(grid.tokens, grid.grid),
             "VQ-VAE decode of expected codes": pico.tokenizer.decode_vectors(condition.code_vectors, grid.grid),
-            "DCDD (LCDM + LC)": bench.paint(pico.decoder, condition, part),
+            DCDD: setup.paint(pico.decoder, condition, part),
         }
-        for name, made in pictures.items():
-            tallies.setdefault(name, Tally()).add(bench.reader, made, pixels)
-    return _rows(bench, tallies)
+        for name, made in images.items():
+            metrics.setdefault(name, RowMetrics()).add(setup.reader, made, pixels)
+    return _rows(setup, metrics)
 
 
-def measure_text(bench: Bench) -> Rows:
-    """The paper's Table 3: captions of the scenes to pictures, all rows from the same sampled tokens and logits."""
-    pico, tallies = bench.pico, {}
-    for part, grid in bench.sampled("text to image"):
+def measure_text(setup: EvalSetup) -> Rows:
+    """The paper's Table 3: images of the scenes' captions, all rows from the same sampled tokens and logits."""
+    pico, metrics = setup.pico, {}
+    for part, grid in setup.sampled("text to image"):
         card, codebook = pico.decoder.card, pico.tokenizer.codebook
-        pictures = {"VQ-VAE decode": pico.tokenizer.decode_tokens(grid.tokens, grid.grid)}
+        images = {VQ: pico.tokenizer.decode_tokens(grid.tokens, grid.grid)}
         ways = {
             BY_LOGITS: "logits",
             f"DCDD, anchored logits (beta = {card.calibration.anchor:.3g})": "anchored",
@@ -195,56 +235,57 @@ def measure_text(bench: Bench) -> Rows:
         }
         for name, reads in ways.items():
             condition = condition_for(serving(card, reads=reads), grid, codebook)
-            pictures[name] = bench.paint(pico.decoder, condition, part)
+            images[name] = setup.paint(pico.decoder, condition, part)
             if reads == card.reads:
-                pictures[SERVED] = pictures[name]
-        for name, made in pictures.items():
-            tallies.setdefault(name, Tally()).add(bench.reader, made, None)
-    return _rows(bench, tallies, by="shape")
+                images[SERVED] = images[name]
+        for name, made in images.items():
+            metrics.setdefault(name, RowMetrics()).add(setup.reader, made, None)
+    return _rows(setup, metrics, by="shape")
 
 
-def measure_steps(bench: Bench, count: int = 512) -> Rows:
-    """The paper's Table 6, on the first scenes: the number of Euler steps."""
-    pico, tallies = bench.pico, {}
-    for part, pixels in bench.scenes("steps", count):
+def measure_steps(setup: EvalSetup, count: int = 512) -> Rows:
+    """The paper's Table 6: the number of Euler steps, on the first `count` scenes."""
+    pico, metrics = setup.pico, {}
+    for part, pixels in setup.scenes("steps", count):
         grid = pico.tokenizer.encode(pixels)
         condition = condition_for(pico.decoder.card, grid, pico.tokenizer.codebook)
-        tallies.setdefault("VQ-VAE decode", Tally()).add(
-            bench.reader, pico.tokenizer.decode_tokens(grid.tokens, grid.grid), pixels
+        metrics.setdefault(VQ, RowMetrics()).add(
+            setup.reader, pico.tokenizer.decode_tokens(grid.tokens, grid.grid), pixels
         )
         for steps in STEP_COUNTS:
-            made = bench.paint(pico.decoder, condition, part, steps)
-            tallies.setdefault(f"DCDD, {steps} steps", Tally()).add(bench.reader, made, pixels)
-    return _rows(bench, tallies, count)
+            made = setup.paint(pico.decoder, condition, part, steps)
+            metrics.setdefault(f"DCDD, {steps} steps", RowMetrics()).add(setup.reader, made, pixels)
+    return _rows(setup, metrics, count)
 
 
-def measure_variants(bench: Bench) -> Rows:
-    """The paper's Table 4: what a decoder is conditioned on, a row each of `bench.variants`.
+def measure_ablation(setup: EvalSetup) -> Rows:
+    """The paper's Table 4: what a decoder is conditioned on, one row for each of `setup.ablation`.
 
-    Reconstruction, and as "text frechet" what it paints of captions: from the same tokens and logits for all, the
-    logits as the VLM gave them (beta = 0).
+    The scores are those of reconstruction. "text frechet" is the distance of images of the scenes' captions, decoded
+    from the same tokens and logits in every row, with the logits as the VLM gave them (beta = 0).
     """
-    pico, rows = bench.pico, {}
-    real, labels = bench.real_features(), bench.labels()
-    grids = [grid for _, grid in bench.sampled("captions")]
-    for name, path in bench.variants.items():
+    pico, rows = setup.pico, {}
+    real, labels = setup.real_features(), setup.labels()
+    grids = [grid for _, grid in setup.sampled("captions")]
+    for name, path in setup.ablation.items():
         decoder = load_decoder(
             path,
-            options=DecoderOptions(device=pico.tokenizer.device, dtype=pico.decoder.dtype, compiled=bench.compiled),
+            options=DecoderOptions(device=pico.tokenizer.device, dtype=pico.decoder.dtype, compiled=setup.compiled),
         )
-        scenes, texts = Tally(), Tally()
-        for (part, pixels), grid in zip(bench.scenes(name), grids, strict=True):
-            for tally, given, truth in ((scenes, pico.tokenizer.encode(pixels), pixels), (texts, grid, None)):
+        scenes, texts = RowMetrics(), RowMetrics()
+        for (part, pixels), grid in zip(setup.scenes(name), grids, strict=True):
+            for row_metrics, given, truth in ((scenes, pico.tokenizer.encode(pixels), pixels), (texts, grid, None)):
                 condition = condition_for(decoder.card, given, pico.tokenizer.codebook)
-                tally.add(bench.reader, bench.paint(decoder, condition, part), truth)
+                row_metrics.add(setup.reader, setup.paint(decoder, condition, part), truth)
         rows[name] = scenes.row(real, labels) | {"text frechet": texts.row(real, labels)["frechet"]}
     return rows
 
 
-def measure_latency(bench: Bench, rounds: int = 7) -> Rows:
-    """The paper's Table 5, one picture at a time: the median seconds of each stage, after one that is not counted."""
-    pico, card = bench.pico, bench.pico.decoder.card
+def measure_latency(setup: EvalSetup, rounds: int = 7) -> Rows:
+    """The paper's Table 5: median seconds of each stage for a single image, over `rounds` images after a warm-up."""
+    pico, card = setup.pico, setup.pico.decoder.card
     captions = [facts.caption() for facts in scene_facts("test", rounds + 1)]
+    options = SamplingOptions(guidance=setup.guidance)
     seconds: dict[str, list[float]] = {}
 
     def timed(stage: str, work: Callable[[], T]) -> T:
@@ -256,20 +297,18 @@ def measure_latency(bench: Bench, rounds: int = 7) -> Rows:
         return made
 
     for k, caption in enumerate(captions):
-        grid = timed(
-            "Janus", lambda: pico.sampler.sample([caption], seeds=[k], options=SamplingOptions(guidance=bench.guidance))
-        )  # noqa: B023
-        timed("VQ-VAE decode", lambda: pico.tokenizer.decode_tokens(grid.tokens, grid.grid))  # noqa: B023
-        condition = timed("LCDM", lambda: condition_for(card, grid, pico.tokenizer.codebook))  # noqa: B023
-        timed(f"DCDD, {bench.steps} steps", lambda: bench.paint(pico.decoder, condition, slice(k, k + 1)))  # noqa: B023
+        grid = timed("Janus", partial(pico.sampler.sample, [caption], seeds=[k], options=options))
+        timed(VQ, partial(pico.tokenizer.decode_tokens, grid.tokens, grid.grid))
+        condition = timed("LCDM", partial(condition_for, card, grid, pico.tokenizer.codebook))
+        timed(f"DCDD, {setup.steps} steps", partial(setup.paint, pico.decoder, condition, slice(k, k + 1)))
     return {stage: {"seconds": statistics.median(times[1:])} for stage, times in seconds.items()}
 
 
-def measure_calibration(bench: Bench, count: int = 100) -> Rows:
-    """The paper's Table 1: the VLM beside raw and calibrated proxies, on captions it was not fitted on."""
-    pico = bench.pico
-    sampled = [grid for _, grid in bench.sampled("captions", count)]
-    proxies = [pico.tokenizer.encode(pixels) for _, pixels in bench.scenes("calibration", count)]
+def measure_calibration(setup: EvalSetup, count: int = 100) -> Rows:
+    """The paper's Table 1: statistics of the VLM's logits, raw and calibrated proxies; none were used in the fit."""
+    pico = setup.pico
+    sampled = [grid for _, grid in setup.sampled("captions", count)]
+    proxies = [pico.tokenizer.encode(pixels) for _, pixels in setup.scenes("calibration", count)]
     columns = {
         "Janus": describe_logits(sampled, pico.tokenizer.codebook),
         "raw proxies": describe_logits(proxies, pico.tokenizer.codebook),
@@ -287,43 +326,53 @@ def _statistics_row(found: TokenStatistics) -> dict[str, float]:
 
 
 def token_statistics(row: Mapping[str, float]) -> TokenStatistics:
-    """What `measure_calibration` wrote of one column, to be drawn; how many tokens were read it does not say."""
+    """Statistics from a row of `measure_calibration`, for tables and plots; the number of tokens is not known (0)."""
     curve = tuple(value for name, value in row.items() if name.startswith("curve: "))
     single = {name: row[name] for name in _SINGLE} | {"rank": round(row["rank"])}
     return TokenStatistics(**single, curve=curve, tokens=0)
 
 
-def _rows(bench: Bench, tallies: dict[str, Tally], count: int | None = None, *, by: str | None = None) -> Rows:
-    real, labels = bench.real_features(count), bench.labels(count)
-    return {name: tally.row(real, labels, by=by) for name, tally in tallies.items()}
+def _rows(setup: EvalSetup, metrics: dict[str, RowMetrics], count: int | None = None, *, by: str | None = None) -> Rows:
+    real, labels = setup.real_features(count), setup.labels(count)
+    return {name: row_metrics.row(real, labels, by=by) for name, row_metrics in metrics.items()}
 
 
 def _distance(real: torch.Tensor, made: torch.Tensor) -> float:
     return frechet_distance(FrechetStatistics.of([real]), FrechetStatistics.of([made]))
 
 
-SECTIONS: dict[str, Callable[[Bench], Rows]] = {
+SECTIONS: dict[str, Callable[[EvalSetup], Rows]] = {
     "reader": measure_reader,
     "calibration": measure_calibration,
     "reconstruction": measure_reconstruction,
     "text": measure_text,
     "steps": measure_steps,
-    "variants": measure_variants,
+    "ablation": measure_ablation,
     "latency": measure_latency,
 }
+#: Section -> what it reads of the weights folder.
+_WEIGHTS_READ: dict[str, tuple[str, ...]] = {
+    "reader": ("reader.safetensors",),
+    "calibration": ("janus", "decoder.safetensors"),
+    "reconstruction": ("janus", "vae", "decoder.safetensors", "reader.safetensors"),
+    "text": ("janus", "vae", "decoder.safetensors", "reader.safetensors"),
+    "steps": ("janus", "vae", "decoder.safetensors", "reader.safetensors"),
+    "ablation": ("janus", "vae", "decoder.safetensors", "reader.safetensors"),
+    "latency": ("janus", "vae", "decoder.safetensors"),
+}
 TITLES = {
-    "reader": "What the measuring network sees in real held-out scenes, and in others with the same facts",
-    "calibration": "Distributions, of the first 100 captions and scenes (the paper's Table 1)",
+    "reader": "The metric network on real held-out scenes, and on other renderings of the same facts",
+    "calibration": "Distributions, for the first 100 captions and scenes (the paper's Table 1)",
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
     "steps": "Number of Euler steps, on the first 512 scenes (the paper's Table 6)",
-    "means": "What the decoder is conditioned on: means of the seeds (the paper's Table 4)",
-    "latency": "Where the time goes (the paper's Table 5)",
+    "means": "What the decoder is conditioned on, mean over seeds (the paper's Table 4)",
+    "latency": "Latency by stage (the paper's Table 5)",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class TableOptions:
     """What is measured, how, and where the results are kept."""
 
     out: Path
@@ -334,45 +383,32 @@ class Choice:
     bf16: bool = False
     compiled: bool = False
     device: str = "cpu"
-    variants: Mapping[str, Path] = field(default_factory=dict)
+    ablation: Mapping[str, Path] = field(default_factory=dict)
 
-    def bench(self) -> Bench:
-        """The models and scenes, loaded.
+    def setup(self) -> EvalSetup:
+        """`load_setup` with these options."""
+        chosen = {one.name: getattr(self, one.name) for one in fields(self)}
+        return load_setup(**chosen)
 
-        Raises:
-            ValueError: as the loaders.
-        """
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        pico = load_pico(device=self.device, weights=self.weights, compiled=self.compiled)
-        pico.decoder.to(dtype)
-        return Bench(
-            pico=pico,
-            reader=load_reader(device=self.device, weights=self.weights),
-            variants=self.variants,
-            compiled=self.compiled,
-            images=scene_images(self.out, "test", self.scenes),
-            batch=self.batch,
-            steps=self.steps,
-            guidance=pico.decoder.card.calibration.guidance,
-        )
+    def key(self, section: str) -> str:
+        """Today's key of a section: hashes of code, of shipped weights and, for the ablation, of its bundles."""
+        weights = [self.weights / name for name in _WEIGHTS_READ[section]]
+        key = f"{code_hash(SECTIONS[section], load_setup)}-{files_hash(weights)}"
+        if section == "ablation" and self.ablation:
+            key += f"-{files_hash(self.ablation.values())}"
+        return key
 
-    def fingerprint(self, section: str) -> str:
-        """Of what a section's numbers depend on: how it measures, the weights, the settings, for times the machine."""
-        digest = hashlib.sha256(inspect.getsource(SECTIONS[section]).encode())
-        bundles = self.variants.values() if section == "variants" else ()
-        for path in [*sorted(self.weights.rglob("*.safetensors")), *bundles]:
-            digest.update(path.read_bytes())
-        machine = (platform.node(), torch.get_num_threads()) if section == "latency" else ()
-        settings = (self.scenes, self.steps, self.bf16, self.compiled, self.device)
-        digest.update(repr((*settings, machine)).encode())
-        return digest.hexdigest()
+    def settings(self, section: str) -> list[Any]:
+        """The options that a section's numbers depend on besides its key; for latency, the machine too."""
+        machine = [platform.node(), torch.get_num_threads()] if section == "latency" else []
+        return [self.scenes, self.steps, self.bf16, self.compiled, self.device, *machine]
 
     def command(self, *sections: str) -> str:
-        """What measures sections as this does."""
+        """The command line that measures sections with these options."""
         words = {
             name: getattr(self, name)
             for name in ("scenes", "steps", "weights")
-            if getattr(self, name) != getattr(Choice, name)
+            if getattr(self, name) != getattr(TableOptions, name)
         }
         words["device"] = self.device
         words |= {flag: "" for flag, chosen in (("bf16", self.bf16), ("compile", self.compiled)) if chosen}
@@ -380,42 +416,55 @@ class Choice:
         return f"python -m dcdd_pico.results_table --sections {' '.join(sections)}{options}"
 
 
-def measured(choice: Choice, sections: Sequence[str]) -> tuple[Bench, dict[str, Rows]]:
-    """The sections' rows, measured now or, while `Choice.fingerprint` stays the same, read from `<out>/<section>.json`.
+@dataclass(frozen=True)
+class Measured:
+    """Results of sections.
 
-    "variants" brings "means" with it, of its seeds.
+    Attributes:
+        rows: section -> rows; "ablation" comes with "means" over its seeds.
+        provenance: section -> where its numbers come from.
     """
-    bench, results = choice.bench(), {}
+
+    rows: dict[str, Rows] = field(default_factory=dict)
+    provenance: dict[str, Provenance] = field(default_factory=dict)
+
+
+def measure(options: TableOptions, sections: Sequence[str]) -> tuple[EvalSetup, Measured]:
+    """Measures sections, or reads them from `<out>/<section>.json` if neither key nor settings have changed."""
+    setup, results, commit = options.setup(), Measured(), current_commit()
     for section in sections:
-        path, key = choice.out / f"{section}.json", choice.fingerprint(section)
+        path, key = options.out / f"{section}.json", options.key(section)
         stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        if stored.get("key") != key:
+        if (stored.get("key"), stored.get("settings")) != (key, options.settings(section)):
             with torch.no_grad():
-                stored = {"key": key, "rows": SECTIONS[section](bench)}
+                rows = SECTIONS[section](setup)
+            stored = {"key": key, "settings": options.settings(section), "commit": commit, "rows": rows}
             write_text(path, json.dumps(stored, indent=1) + "\n")
-        results[section] = stored["rows"]
-    if "variants" in results:
-        results["means"] = variant_means(results["variants"])
-    return bench, results
+        results.rows[section] = stored["rows"]
+        results.provenance[section] = Provenance(section, stored["commit"], stored["key"])
+    if "ablation" in results.rows:
+        results.rows["means"] = ablation_means(results.rows["ablation"])
+        results.provenance["means"] = results.provenance["ablation"]
+    return setup, results
 
 
-def variant_means(rows: Rows) -> Rows:
-    """Of the seeds' rows: variant -> mean of each score, and the lowest and highest as its details."""
+def ablation_means(rows: Rows) -> Rows:
+    """Statistics over seeds: variant -> mean of each score, with its lowest and highest value as details."""
     means: Rows = {}
     for variant in VARIANTS:
         of = [row for name, row in rows.items() if name.startswith(f"{variant}, ")]
         means[variant] = {}
-        for column in ABLATION:
+        for column in ABLATION_SCORES:
             values = [row[column] for row in of]
             spread = {f"{column}: lowest": min(values), f"{column}: highest": max(values)}
             means[variant] |= {column: sum(values) / len(values)} | spread
     return means
 
 
-def variant_files(folder: Path) -> dict[str, Path]:
-    """The ablation's bundles in a folder, "<variant>-<seed>.safetensors", by the name of their row: seed by seed.
+def ablation_files(folder: Path) -> dict[str, Path]:
+    """The ablation's bundles in a folder, "<variant>-<seed>.safetensors", by the name of their row, seed by seed.
 
-    Warns of seeds that not all variants have; these are left out.
+    Seeds that some variant lacks are left out, with a warning.
     """
     seeds = {
         name: {int(path.stem.rpartition("-")[2]): path for path in folder.glob(f"{name}-*.safetensors")}
@@ -425,27 +474,34 @@ def variant_files(folder: Path) -> dict[str, Path]:
     if any(len(found) != len(whole) for found in seeds.values()):
         held = {name: sorted(found) for name, found in seeds.items()}
         warnings.warn(
-            f"{folder} holds the seeds {held}: those that not all variants have are left out. "
-            "`python -m dcdd_pico.ablation` trains the others",
+            f"{folder} holds the seeds {held}: seeds that some variant lacks are left out. "
+            "`python -m dcdd_pico.ablation` trains the missing ones",
             DCDDWarning,
             stacklevel=2,
         )
     return {f"{name}, seed {seed}": seeds[name][seed] for seed in whole for name in VARIANTS}
 
 
-def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Choice]:
-    """Adds to a command's options those that say what is measured, and reads them: first the command's own."""
-    parser.add_argument("--out", type=Path, default=Path("out/table"), help="where the measurements are kept")
-    parser.add_argument("--scenes", type=int, default=Choice.scenes)
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, TableOptions]:
+    """Adds the options of `TableOptions` to a command's own and parses them: the namespace, and the options."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/table"),
+        help="folder for measurements, reused while code and weights stay the same",
+    )
+    parser.add_argument("--scenes", type=int, default=TableOptions.scenes)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument(
-        "--work", type=Path, default=WORK, help="of the build, with the decoders that are measured but not shipped"
+        "--work", type=Path, default=WORK, help="work folder of the build, with the ablation's decoders"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=Choice.steps)
-    parser.add_argument("--batch", type=int, default=Choice.batch)
+    parser.add_argument("--steps", type=int, default=TableOptions.steps)
+    parser.add_argument("--batch", type=int, default=TableOptions.batch)
     parser.add_argument("--bf16", action="store_true", help="run the diffusion transformers in bfloat16")
-    parser.add_argument("--compile", dest="compiled", action="store_true", help="compile their blocks")
+    parser.add_argument(
+        "--compile", dest="compiled", action="store_true", help="compile their blocks (needs a C++ compiler)"
+    )
     chosen = parser.parse_args()
-    own = {one.name: getattr(chosen, one.name) for one in fields(Choice) if hasattr(chosen, one.name)}
-    return chosen, Choice(**own, variants=variant_files(chosen.work / "variants"))
+    own = {one.name: getattr(chosen, one.name) for one in fields(TableOptions) if hasattr(chosen, one.name)}
+    return chosen, TableOptions(**own, ablation=ablation_files(chosen.work / "variants"))

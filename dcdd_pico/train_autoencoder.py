@@ -1,8 +1,8 @@
-"""Trains the KL autoencoder whose latents the diffusion decoder paints (FLUX's VAE in small: 16 channels).
+"""Trains the KL autoencoder whose latents the diffusion decoder generates (like FLUX's VAE, 16 channels).
 
-In two stages, so that whoever learns its latents need not wait for its decoder's last polish:
-1. `train_autoencoder`: all of it;
-2. `train_vae_decoder`: the encoder frozen, and with it the latents; the decoder trained on with an adversarial loss.
+There are two stages, so that the diffusion decoder can be trained before the second has finished:
+1. `train_autoencoder` trains encoder and decoder;
+2. `train_vae_decoder` fine-tunes the decoder with a GAN loss; encoder and latents are frozen.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.training.simple_loop import moving_average, set_learning_rate, train, warmup_cosine
 
-from .build_context import Workshop, digest
-from .gan_finetune import polish
+from .build_context import BuildContext, digest
+from .gan_finetune import finetune_with_gan
 from .image_losses import fidelity, reconstruction_loss
 from .reader import SceneReader
 from .scenes import scene_pixels
@@ -26,7 +26,7 @@ _STAGE, _DECODER_STAGE = 2, 7
 
 
 def autoencoder_config() -> dict:
-    """f = 4, 16 latent channels: two packed latents a side of every 8-pixel token."""
+    """f = 4, 16 latent channels: one packed 2 x 2 latent per 8-pixel token."""
     return {
         "in_channels": 3,
         "out_channels": 3,
@@ -43,10 +43,12 @@ def autoencoder_config() -> dict:
     }
 
 
-def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL:
-    """Trains (or restores) the autoencoder; returns it in evaluation mode, its shift and scale set so that latents have
-    mean 0 and standard deviation 1 over training scenes."""
-    recipe, device = shop.recipe, shop.device
+def train_autoencoder(context: BuildContext, loss_reader: SceneReader) -> AutoencoderKL:
+    """Trains (or restores) the autoencoder and returns it in evaluation mode.
+
+    Its shift and scale are set so that latents of training scenes have mean 0 and standard deviation 1.
+    """
+    recipe, device = context.recipe, context.device
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + _STAGE)
         vae = AutoencoderKL(**autoencoder_config()).train().to(device)
@@ -56,15 +58,15 @@ def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL
     def step(i: int) -> dict[str, torch.Tensor]:
         draw = keyed_generator(recipe.seed, _STAGE, i)
         set_learning_rate(optimizer, warmup_cosine(i, recipe.autoencoder_steps, peak=1e-3, warmup=200))
-        pixels = scene_pixels(shop.train_images[shop.batch(_STAGE, i, recipe.autoencoder_batch)], device)
-        with shop.autocast():
+        pixels = scene_pixels(context.train_images[context.batch(_STAGE, i, recipe.autoencoder_batch)], device)
+        with context.autocast():
             posterior = vae.encode(pixels).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float().clamp(-20, 10)
         noise = torch.randn(mean.shape, generator=draw).to(device)
-        with shop.autocast():
+        with context.autocast():
             decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
-        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        loss, parts = reconstruction_loss(pixels, decoded, loss_reader, shop.autocast)
+        divergence = kl_divergence(mean, log_variance)
+        loss, parts = reconstruction_loss(pixels, decoded, loss_reader, context.autocast)
         loss = loss + 2e-3 * divergence
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -74,12 +76,14 @@ def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL
         return parts | {"divergence": divergence.detach()}
 
     train(
-        shop.folder / "autoencoder",
-        settings=shop.settings("autoencoder_batch", architecture=autoencoder_config(), loss_reader=digest(loss_reader)),
+        context.folder / "autoencoder",
+        settings=context.settings(
+            "autoencoder_batch", architecture=autoencoder_config(), loss_reader=digest(loss_reader)
+        ),
         steps=recipe.autoencoder_steps,
         step=step,
         state={"model": vae, "average": average, "optimizer": optimizer},
-        evaluate=lambda _: _evaluate(shop, average.module, average.module.decoder, loss_reader),
+        evaluate=lambda _: _evaluate(context, average.module, average.module.decoder, loss_reader),
         evaluate_every=500,
         save_every=500,
     )
@@ -87,7 +91,7 @@ def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL
     with torch.no_grad():
         latents = torch.cat(
             [
-                vae.encode(scene_pixels(shop.train_images[i : i + 32], device)).latent_dist.mean
+                vae.encode(scene_pixels(context.train_images[i : i + 32], device)).latent_dist.mean
                 for i in range(0, min(512, recipe.train_scenes), 32)
             ]
         )
@@ -95,39 +99,46 @@ def train_autoencoder(shop: Workshop, loss_reader: SceneReader) -> AutoencoderKL
     return vae
 
 
-def train_vae_decoder(shop: Workshop, vae: AutoencoderKL, loss_reader: SceneReader) -> AutoencoderKL:
-    """Trains (or restores) the decoder on; returns an autoencoder of the same latents, `vae` stays as it is."""
-    polished = copy.deepcopy(vae)
+def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """KL divergence of N(mean, exp(log_variance)) from N(0, 1) in nats, mean over all elements."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+
+
+def train_vae_decoder(context: BuildContext, vae: AutoencoderKL, loss_reader: SceneReader) -> AutoencoderKL:
+    """Fine-tunes (or restores) the decoder; returns an autoencoder with the same latents. `vae` is not changed."""
+    finetuned = copy.deepcopy(vae)
 
     def encode(pixels: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        with shop.autocast():
+        with context.autocast():
             posterior = vae.encode(pixels).latent_dist
         mean, deviation = posterior.mean.float(), (0.5 * posterior.logvar.float().clamp(-20, 10)).exp()
         return mean + deviation * torch.randn(mean.shape, generator=draw).to(mean.device)
 
-    averaged = polish(
-        shop,
+    averaged = finetune_with_gan(
+        context,
         "vae-decoder",
         _DECODER_STAGE,
-        polished.decoder,
-        last=polished.decoder.conv_out.weight,
+        finetuned.decoder,
+        last=finetuned.decoder.conv_out.weight,
         encode=encode,
         decode=lambda decoder, latents: decoder(latents),
-        steps=shop.recipe.vae_decoder_steps,
-        batch=shop.recipe.autoencoder_batch,
-        settings=shop.settings("autoencoder_batch", autoencoder=digest(vae), loss_reader=digest(loss_reader)),
+        steps=context.recipe.vae_decoder_steps,
+        batch=context.recipe.autoencoder_batch,
+        settings=context.settings("autoencoder_batch", autoencoder=digest(vae), loss_reader=digest(loss_reader)),
         loss_reader=loss_reader,
-        evaluate=lambda decoder: _evaluate(shop, vae, decoder, loss_reader),
+        evaluate=lambda decoder: _evaluate(context, vae, decoder, loss_reader),
     )
-    polished.decoder.load_state_dict(averaged.state_dict())
-    return polished.eval().requires_grad_(False)
+    finetuned.decoder.load_state_dict(averaged.state_dict())
+    return finetuned.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def _evaluate(shop: Workshop, vae: AutoencoderKL, decoder: nn.Module, loss_reader: SceneReader) -> dict[str, float]:
-    pixels = scene_pixels(shop.held_out_images, shop.device)
+def _evaluate(
+    context: BuildContext, vae: AutoencoderKL, decoder: nn.Module, loss_reader: SceneReader
+) -> dict[str, float]:
+    pixels = scene_pixels(context.held_out_images, context.device)
     decoded = []
     for part in pixels.split(32):
-        with shop.autocast():
+        with context.autocast():
             decoded.append(decoder(vae.encode(part).latent_dist.mean).float().clamp(-1, 1))
     return fidelity(pixels, torch.cat(decoded), loss_reader)

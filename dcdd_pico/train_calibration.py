@@ -1,4 +1,4 @@
-"""Measures the pico Janus and calibrates the proxies to it (Eqs. 11-16), then fits the anchor."""
+"""Fits the calibration of pico's proxies to its Janus (Eqs. 11-16), then the anchor."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Calibration, TokenLogits
 
-from .build_context import Workshop, digest
+from .build_context import BuildContext, digest
 from .scene_cache import Encodings
 from .scenes import scene_facts
 
 _BATCH = 25
 
 
-def calibrate(shop: Workshop, sampler: JanusSampler, vq: VQTokenizer, encodings: Encodings) -> Calibration:
-    """Calibration for the recipe's guidance, from pictures of calibration captions and features of training scenes.
+def fit_pico_calibration(
+    context: BuildContext, sampler: JanusSampler, vq: VQTokenizer, encodings: Encodings
+) -> Calibration:
+    """Fits (or restores) the calibration, from samples of calibration captions and features of training scenes.
 
-    `encodings` are of the training scenes. The result is kept in the folder, under a name of what it belongs to, and
-    restored from it.
+    The result is kept in the work folder, under a name with the hash of the sampler's weights.
+
+    Args:
+        encodings: of the training scenes.
     """
-    count, guidance = shop.recipe.calibration_images, shop.recipe.guidance
-    path = shop.folder / f"calibration-{digest(sampler.model)}-{guidance:g}-{count}.safetensors"
+    count, guidance = context.recipe.calibration_images, context.recipe.guidance
+    path = context.folder / f"calibration-{digest(sampler.model)}-{guidance:g}-{count}.safetensors"
     if path.exists():
         return Calibration.load(path)
     features = torch.from_numpy(encodings.features[:count].copy()).float()
-    grids = sample_captions(sampler, shop, count)
+    grids = sample_captions(sampler, context, count)
     target = target_statistics(grids)
     calibration = fit_calibration(
         features,
@@ -48,14 +52,14 @@ def calibrate(shop: Workshop, sampler: JanusSampler, vq: VQTokenizer, encodings:
     return calibration
 
 
-def sample_captions(sampler: JanusSampler, shop: Workshop, count: int) -> list[TokenLogits]:
-    """Token logits of the first `count` calibration captions, in batches."""
+def sample_captions(sampler: JanusSampler, context: BuildContext, count: int) -> list[TokenLogits]:
+    """Token logits sampled for the first `count` calibration captions, in batches."""
     captions = [facts.caption() for facts in scene_facts("calibration", count)]
     return [
         sampler.sample(
             captions[k : k + _BATCH],
             seeds=range(k, min(count, k + _BATCH)),
-            options=SamplingOptions(guidance=shop.recipe.guidance),
+            options=SamplingOptions(guidance=context.recipe.guidance),
         )
         for k in range(0, count, _BATCH)
     ]

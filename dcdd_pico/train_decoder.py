@@ -1,4 +1,4 @@
-"""Trains the pico decoder, and the shorter trained ones of the ablation."""
+"""Trains pico's diffusion decoder, and the decoders of the ablation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dcdd_core.training.recipe import DecoderTraining
 from dcdd_core.training.trainer import Evaluation, train_decoder
 from dcdd_core.types import Calibration
 
-from .build_context import Workshop, digest
+from .build_context import BuildContext, digest
 from .reader import SceneReader
 from .scene_cache import Encodings, SceneEncodings
 from .scenes import scene_pixels
@@ -32,7 +32,7 @@ _EVALUATED = 64
 
 
 def transformer_config(vae_factor: int) -> dict:
-    """FLUX.1-Fill in small: 2 double and 6 single blocks of width 256."""
+    """FLUX.1-Fill's configuration with 2 double and 6 single blocks of width 256."""
     return {
         "patch_size": 1,
         "in_channels": 128 + 4 * vae_factor**2,
@@ -49,7 +49,7 @@ def transformer_config(vae_factor: int) -> dict:
 
 
 def train_pico_decoder(
-    shop: Workshop,
+    context: BuildContext,
     name: str,
     variant: str,
     encodings: Encodings,
@@ -58,11 +58,11 @@ def train_pico_decoder(
     calibration: Calibration,
     reader: SceneReader,
 ) -> DistributionConditionedDecoder:
-    """Trains (or restores) the decoder called `name` on the proxy conditions of one variant.
+    """Trains (or restores) the decoder called `name` on one variant's conditions from proxies.
 
-    A fifth of the pictures learn localised decoding: a box is to be painted, the rest is given.
+    A fifth of the images train localised decoding, where a box is painted and the rest of the image is given.
     """
-    recipe, device = shop.recipe, shop.device
+    recipe, device = context.recipe, context.device
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     card = DecoderCard(
         base="pico FLUX.1-Fill (trained from nothing, all weights in this file)",
@@ -89,11 +89,11 @@ def train_pico_decoder(
         weight.requires_grad_(not of_text_stream(weight_name))
     decoder.to(device)
     geometry = geometry_for(vq, vae, resolution=recipe.size, token_resolution=recipe.size)
-    held_out = scene_pixels(shop.held_out_images[:_EVALUATED], device)
+    held_out = scene_pixels(context.held_out_images[:_EVALUATED], device)
     held_out_condition = proxy_condition(vq.features(held_out), card, vq.codebook, geometry.grid)
 
     def evaluate(current: DistributionConditionedDecoder) -> Evaluation:
-        with shop.autocast():
+        with context.autocast():
             painted = decode(current, KLCodec(vae), held_out_condition, seeds=range(len(held_out)), steps=10).pixels
         return Evaluation(
             numbers={
@@ -104,9 +104,9 @@ def train_pico_decoder(
         )
 
     return train_decoder(
-        shop.folder / name,
+        context.folder / name,
         decoder,
-        Batches(SceneEncodings(shop, encodings, _STAGE, recipe.decoder_batch), size=recipe.decoder_batch),
+        Batches(SceneEncodings(context, encodings, _STAGE, recipe.decoder_batch), size=recipe.decoder_batch),
         ExampleMaker(card, vq, vae, geometry, localised=_LOCALISED),
         DecoderTraining(
             steps=recipe.decoder_steps,
@@ -117,15 +117,15 @@ def train_pico_decoder(
             compiled=recipe.compiled,
         ),
         accelerator=Accelerator(cpu=device.type == "cpu", mixed_precision="no"),
-        settings=shop.settings(tokenizer=tokens_digest(vq.model), autoencoder=digest(vae)),
-        autocast=shop.autocast,
+        settings=context.settings(tokenizer=tokens_digest(vq.model), autoencoder=digest(vae)),
+        autocast=context.autocast,
         evaluate=evaluate,
         evaluate_every=1000,
     )
 
 
 def _start_as_identity(transformer: FluxTransformer2DModel) -> None:
-    """Zero modulations and output (Peebles & Xie 2023, adaLN-Zero): every block starts as the identity."""
+    """Zeroes modulations and output, so that every block starts as the identity (adaLN-Zero, Peebles & Xie 2023)."""
     layers = [
         getattr(block, norm).linear
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)

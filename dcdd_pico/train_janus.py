@@ -1,4 +1,4 @@
-"""Trains the pico Janus: caption -> image tokens, with captions dropped as guidance needs it."""
+"""Trains pico's Janus: caption -> image tokens. Some captions are dropped, for classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, uncondition
 from dcdd_core.training.optimizers import adamw_with_muon
 from dcdd_core.training.simple_loop import moving_average, set_learning_rate, train, warmup_cosine
 
-from .build_context import Workshop
+from .build_context import BuildContext
 from .scenes import SceneFacts, vocabulary
 from .train_tokenizer import tokens_digest
 
@@ -37,7 +37,7 @@ _SPECIAL = ("<|begin_of_sentence|>", "<pad>", "<unk>", "<|User|>", "<|Assistant|
 
 
 def pico_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer over the scene grammar; anything else is <unk>."""
+    """Word-level text tokenizer over the vocabulary of captions; other words become <unk>."""
     words = {word: i for i, word in enumerate((*_SPECIAL, ":", ",", ".", *vocabulary()))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -51,7 +51,7 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def janus_config(vq: JanusVQVAE, tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
-    """A Llama of 6 layers of width 256; the vision tower, which generation never uses, is kept small."""
+    """A Llama with 6 layers of width 256. The vision tower, which generation does not use, is kept small."""
     vq_config = vq.config.to_dict() | {
         "projection_dim": _WIDTH,
         "image_token_embed_dim": _WIDTH,
@@ -86,16 +86,16 @@ def janus_config(vq: JanusVQVAE, tokenizer: PreTrainedTokenizerFast) -> JanusCon
 
 
 def train_janus(
-    shop: Workshop, vq: JanusVQVAE, tokens: torch.Tensor, held_out_tokens: torch.Tensor
+    context: BuildContext, vq: JanusVQVAE, tokens: torch.Tensor, held_out_tokens: torch.Tensor
 ) -> tuple[JanusForConditionalGeneration, PreTrainedTokenizerFast]:
     """Trains (or restores) the language model on the tokens [M, N] of the training scenes and their captions."""
-    recipe, device = shop.recipe, shop.device
+    recipe, device = context.recipe, context.device
     tokenizer = pico_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + _STAGE)
         janus = JanusForConditionalGeneration(janus_config(vq, tokenizer))
     janus.model.vqmodel.load_state_dict(vq.state_dict())
-    with torch.no_grad():  # Codes that look alike start alike.
+    with torch.no_grad():  # similar codes start with similar embeddings
         codebook = vq.quantize.embedding.weight
         janus.model.generation_embeddings.weight.copy_(codebook * codebook.shape[1] ** 0.5)
     janus.to(device).train()
@@ -104,19 +104,19 @@ def train_janus(
     weights = {name: p for name, p in janus.named_parameters() if p.requires_grad}
     matrices = [name for name, p in weights.items() if ".layers." in name and p.ndim == 2]
     optimizers = adamw_with_muon(weights, matrices, betas=(0.9, 0.95), weight_decay=0.05)
-    prompts = _all_prompts(shop.train_facts, tokenizer)
-    held_out_prompts = _all_prompts(shop.held_out_facts, tokenizer)
+    prompts = _all_prompts(context.train_facts, tokenizer)
+    held_out_prompts = _all_prompts(context.held_out_facts, tokenizer)
     average = moving_average(janus, 0.998)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         rate = warmup_cosine(i, recipe.janus_steps, peak=_RATE, warmup=150)
-        index = shop.batch(_STAGE, i, recipe.janus_batch)
+        index = context.batch(_STAGE, i, recipe.janus_batch)
         dropped = torch.rand(len(index), generator=keyed_generator(recipe.seed, _STAGE, i, 1)) < _DROPPED
         rows = [
             unconditional_ids(prompts[k], tokenizer) if drop else prompts[k]
             for k, drop in zip(index, dropped, strict=True)
         ]
-        with shop.autocast():
+        with context.autocast():
             loss = next_token_loss(janus, rows, tokens[index].to(device)).mean()
         janus.zero_grad(set_to_none=True)
         loss.backward()
@@ -129,7 +129,7 @@ def train_janus(
 
     @torch.no_grad()
     def evaluate(_: int) -> dict[str, float]:
-        with shop.autocast():
+        with context.autocast():
             losses = torch.cat(
                 [
                     next_token_loss(
@@ -141,8 +141,8 @@ def train_janus(
         return {"loss": float(losses.mean())}
 
     train(
-        shop.folder / "janus",
-        settings=shop.settings(
+        context.folder / "janus",
+        settings=context.settings(
             "janus_batch", tokenizer=tokens_digest(vq), layers=janus.config.text_config.num_hidden_layers
         ),
         steps=recipe.janus_steps,
@@ -158,9 +158,9 @@ def train_janus(
 def next_token_loss(
     janus: JanusForConditionalGeneration, prompts: list[list[int]], tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Cross entropy, in nats, of every image token given prompt and earlier tokens: tokens [B, N] -> [B, N].
+    """Cross-entropy in nats of each image token given the prompt and earlier tokens: tokens [B, N] -> [B, N].
 
-    Rows are padded at their end, where causal attention never looks, so positions are those of sampling.
+    Rows are padded at the end, where causal attention does not reach, so positions are the same as in sampling.
     """
     embed = janus.get_input_embeddings()
     device = tokens.device
@@ -188,10 +188,10 @@ def save_janus(
     *,
     device: torch.device | str = "cpu",
 ) -> JanusSampler:
-    """Writes the model in the transformers layout (float16), and returns it as read back: as it is shipped."""
+    """Writes the model in the transformers layout (float16), and returns the model read back from these files."""
     janus = copy.deepcopy(janus).half()
     janus.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     sampler = JanusSampler.load(folder, device=device)
-    sampler.name = "pico"  # As `load_pico` calls it: a calibration belongs to it by name.
+    sampler.name = "pico"  # as `load_pico` does: a calibration belongs to a VLM by name
     return sampler

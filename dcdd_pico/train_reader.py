@@ -1,4 +1,4 @@
-"""Trains the two scene readers (see `reader.py`)."""
+"""Trains the two scene readers (`reader.py`)."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import torch.nn.functional as F
 
 from dcdd_core.training.simple_loop import set_learning_rate, train, warmup_cosine
 
-from .build_context import Workshop
+from .build_context import BuildContext
 from .reader import SceneReader, fact_labels
 from .scenes import scene_pixels
 
 _BATCH = 128
 
 
-def train_reader(shop: Workshop, name: str, seed: int) -> SceneReader:
+def train_reader(context: BuildContext, name: str, seed: int) -> SceneReader:
     """Trains (or restores) the reader called `name` and returns it in evaluation mode.
 
-    Its log carries the accuracy of every fact on held-out scenes.
+    Its log has the accuracy of each fact on held-out scenes.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         reader = SceneReader()
-    reader = reader.to(shop.device, memory_format=torch.channels_last)
+    reader = reader.to(context.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=0.0, weight_decay=0.02)
-    labels = {fact: label.to(shop.device) for fact, label in fact_labels(shop.train_facts).items()}
-    held_out = scene_pixels(shop.held_out_images, shop.device)
-    held_out_labels = {fact: label.to(shop.device) for fact, label in fact_labels(shop.held_out_facts).items()}
+    labels = {fact: label.to(context.device) for fact, label in fact_labels(context.train_facts).items()}
+    held_out = scene_pixels(context.held_out_images, context.device)
+    held_out_labels = {fact: label.to(context.device) for fact, label in fact_labels(context.held_out_facts).items()}
 
     def step(i: int) -> dict[str, torch.Tensor]:
         reader.train()
-        set_learning_rate(optimizer, warmup_cosine(i, shop.recipe.reader_steps, peak=2e-3, warmup=50))
-        index = shop.batch(seed, i, _BATCH)
-        pixels = scene_pixels(shop.train_images[index], shop.device)
-        with torch.random.fork_rng(), shop.autocast():
+        set_learning_rate(optimizer, warmup_cosine(i, context.recipe.reader_steps, peak=2e-3, warmup=50))
+        index = context.batch(seed, i, _BATCH)
+        pixels = scene_pixels(context.train_images[index], context.device)
+        with torch.random.fork_rng(), context.autocast():
             torch.manual_seed(seed * 1_000_003 + i)  # for the dropout
             answers = reader(pixels)
         loss = sum(F.cross_entropy(answers[fact].float(), labels[fact][index]) for fact in answers)
@@ -51,9 +51,9 @@ def train_reader(shop: Workshop, name: str, seed: int) -> SceneReader:
         }
 
     train(
-        shop.folder / name,
-        settings=shop.settings(seed=seed, batch=_BATCH),
-        steps=shop.recipe.reader_steps,
+        context.folder / name,
+        settings=context.settings(seed=seed, batch=_BATCH),
+        steps=context.recipe.reader_steps,
         step=step,
         state={"model": reader, "optimizer": optimizer},
         evaluate=evaluate,

@@ -1,11 +1,10 @@
-"""Trains the VQ-VAE: the tokenizer that everything speaks through, and the opponent that the decoder is held against.
+"""Trains the VQ-VAE: pico's tokenizer, and with its decoder the baseline of the diffusion decoder.
 
-Two stages, so that what learns the tokens' language need not wait for the decoder's last polish:
-1. `train_tokenizer`: encoder, codebook and decoder. At first unquantised: they learn with the unit-length features
-   themselves, spread by a uniformity loss; then k-means gives the codebook its first entries, moving averages move
-   them, and entries that nobody uses are moved onto features that need one (a plain start leaves most of the codebook
-   dead).
-2. `train_vq_decoder`: encoder and codebook frozen, the decoder trained on with an adversarial loss.
+There are two stages, so that the models that use the tokens can be trained before the second has finished:
+1. `train_tokenizer` trains encoder, codebook and decoder. The first fifth of the steps decodes unquantised unit-length
+   features, with a uniformity loss. Then k-means initialises the codebook, which is updated by EMA, and dead codes are
+   restarted at current features (without all this most of the codebook stays dead).
+2. `train_vq_decoder` fine-tunes the decoder with a GAN loss; encoder and codebook are frozen.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.training.simple_loop import moving_average, set_learning_rate, train, warmup_cosine
 
-from .build_context import Workshop, digest
-from .gan_finetune import polish
+from .build_context import BuildContext, digest
+from .gan_finetune import finetune_with_gan
 from .image_losses import fidelity, reconstruction_loss
 from .reader import SceneReader
 from .scenes import scene_pixels
@@ -32,7 +31,7 @@ _CODES = 1024
 
 
 class CodeUse(nn.Module):
-    """Moving averages of how often each code is used and of the features assigned to it."""
+    """EMA statistics of the codebook: how often each code is used, and the sum of the features assigned to it."""
 
     def __init__(self, codes: int, dim: int):
         super().__init__()
@@ -46,7 +45,7 @@ class CodeUse(nn.Module):
 
     @torch.no_grad()
     def update(self, features: torch.Tensor, tokens: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        """features [M, D] unit length, tokens [M] -> the new codebook [K, D]; rarely used codes move onto features."""
+        """Unit-length features [M, D] and their tokens [M] -> new codebook [K, D]; dead codes restart at features."""
         codes = self.counts.shape[0]
         counts = torch.bincount(tokens, minlength=codes).to(features.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, tokens, features)
@@ -62,10 +61,11 @@ class CodeUse(nn.Module):
 
 
 def tokenizer_config(grid: int = 12, codes: int = _CODES) -> JanusVQVAEConfig:
-    """The pico tokenizer: f = 8, `codes` 8-dimensional codes; 96 pixels -> 12 x 12 tokens.
+    """The configuration of pico's tokenizer: f = 8, `codes` codes of 8 dimensions; 96 pixels -> 12 x 12 tokens.
 
-    Width 64 everywhere: the class normalises in 32 groups, and groups of a single channel would wipe out a picture's
-    colours at every layer. No residual blocks before the middle: a linear patch encoder costs little and learns fast.
+    The width is at least 64, since the class normalises in 32 groups: groups of a single channel would remove an
+    image's colours at every layer. There are no residual blocks before the middle; a linear patch encoder is cheap and
+    learns fast.
     """
     return JanusVQVAEConfig(
         embed_dim=8,
@@ -78,9 +78,9 @@ def tokenizer_config(grid: int = 12, codes: int = _CODES) -> JanusVQVAEConfig:
     )
 
 
-def train_tokenizer(shop: Workshop, loss_reader: SceneReader) -> JanusVQVAE:
-    """Trains (or restores) the tokenizer and returns it in evaluation mode, its codebook of unit length."""
-    recipe, device = shop.recipe, shop.device
+def train_tokenizer(context: BuildContext, loss_reader: SceneReader) -> JanusVQVAE:
+    """Trains (or restores) the tokenizer and returns it in evaluation mode; its code vectors have unit length."""
+    recipe, device = context.recipe, context.device
     steps, batch = recipe.tokenizer_steps, recipe.tokenizer_batch
     quantise_from = int(0.2 * steps)
     with torch.random.fork_rng():
@@ -97,16 +97,16 @@ def train_tokenizer(shop: Workshop, loss_reader: SceneReader) -> JanusVQVAE:
     def step(i: int) -> dict[str, torch.Tensor]:
         draw = keyed_generator(recipe.seed, _STAGE, i)
         set_learning_rate(optimizer, warmup_cosine(i, steps, peak=8e-4, warmup=200))
-        pixels = scene_pixels(shop.train_images[shop.batch(_STAGE, i, batch)], device)
-        features = _encode(vq, pixels, shop)
+        pixels = scene_pixels(context.train_images[context.batch(_STAGE, i, batch)], device)
+        features = _encode(vq, pixels, context)
         flat = rearrange(features, "b d h w -> (b h w) d")
         logs: dict[str, torch.Tensor] = {}
         if i == quantise_from:
-            vectors = _kmeans(shop, vq)
+            vectors = _kmeans(context, vq)
             codebook.copy_(vectors)
             use.restart(vectors)
         some = flat[torch.randperm(len(flat), generator=draw)[:512].to(device)]
-        extra = 0.02 * (4.0 * (some @ some.T - 1.0)).exp().mean().log()
+        extra = 0.02 * uniformity_loss(some)
         vectors = features
         if i >= quantise_from:
             tokens, chosen = _quantise(features, codebook)
@@ -115,9 +115,9 @@ def train_tokenizer(shop: Workshop, loss_reader: SceneReader) -> JanusVQVAE:
             vectors = features + (chosen - features).detach()
             codebook.copy_(use.update(flat.detach(), tokens, draw))
             logs["commitment"] = commitment.detach()
-        with shop.autocast():
+        with context.autocast():
             decoded = vq.decoder(vq.post_quant_conv(vectors)).float()
-        loss, parts = reconstruction_loss(pixels, decoded, loss_reader, shop.autocast)
+        loss, parts = reconstruction_loss(pixels, decoded, loss_reader, context.autocast)
         optimizer.zero_grad(set_to_none=True)
         (loss + extra).backward()
         nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
@@ -126,8 +126,8 @@ def train_tokenizer(shop: Workshop, loss_reader: SceneReader) -> JanusVQVAE:
         return logs | parts
 
     train(
-        shop.folder / "tokenizer",
-        settings=shop.settings(
+        context.folder / "tokenizer",
+        settings=context.settings(
             "tokenizer_batch",
             architecture=_architecture(vq),
             loss_reader=digest(loss_reader),
@@ -136,35 +136,41 @@ def train_tokenizer(shop: Workshop, loss_reader: SceneReader) -> JanusVQVAE:
         steps=steps,
         step=step,
         state={"model": vq, "use": use, "average": average, "optimizer": optimizer},
-        evaluate=lambda i: _evaluate(shop, vq, average.module, loss_reader, quantised=i > quantise_from),
+        evaluate=lambda i: _evaluate(context, vq, average.module, loss_reader, quantised=i > quantise_from),
         evaluate_every=500,
         save_every=250,
     )
     return _settle(vq, average.module)
 
 
-def train_vq_decoder(shop: Workshop, vq: JanusVQVAE, loss_reader: SceneReader) -> JanusVQVAE:
-    """Trains the decoder on, encoder and codebook frozen, with an adversarial loss; returns the tokenizer."""
+def uniformity_loss(features: torch.Tensor) -> torch.Tensor:
+    """Uniformity of unit vectors [M, D] on the sphere (Wang & Isola 2020): log mean exp(-2 |f_i - f_j|^2), pairs i = j
+    included; lower is more uniform."""
+    return (4.0 * (features @ features.T - 1.0)).exp().mean().log()
+
+
+def train_vq_decoder(context: BuildContext, vq: JanusVQVAE, loss_reader: SceneReader) -> JanusVQVAE:
+    """Fine-tunes (or restores) the decoder of `vq` with a GAN loss, encoder and codebook frozen; returns `vq`."""
     decoder = nn.ModuleList([vq.post_quant_conv, vq.decoder])
-    averaged = polish(
-        shop,
+    averaged = finetune_with_gan(
+        context,
         "vq-decoder",
         _DECODER_STAGE,
         decoder,
         last=vq.decoder.conv_out.weight,
-        encode=lambda pixels, _: _quantise(_encode(vq, pixels, shop), vq.quantize.embedding.weight)[1],
+        encode=lambda pixels, _: _quantise(_encode(vq, pixels, context), vq.quantize.embedding.weight)[1],
         decode=lambda parts, vectors: parts[1](parts[0](vectors)),
-        steps=shop.recipe.vq_decoder_steps,
-        batch=shop.recipe.tokenizer_batch,
-        settings=shop.settings("tokenizer_batch", tokenizer=digest(vq), loss_reader=digest(loss_reader)),
+        steps=context.recipe.vq_decoder_steps,
+        batch=context.recipe.tokenizer_batch,
+        settings=context.settings("tokenizer_batch", tokenizer=digest(vq), loss_reader=digest(loss_reader)),
         loss_reader=loss_reader,
-        evaluate=lambda parts: _evaluate(shop, vq, parts, loss_reader, quantised=True),
+        evaluate=lambda parts: _evaluate(context, vq, parts, loss_reader, quantised=True),
     )
     return _settle(vq, averaged)
 
 
 def tokens_digest(vq: JanusVQVAE) -> str:
-    """Names the language that a tokenizer speaks: encoder and codebook, without the decoder."""
+    """Hash of what a tokenizer's tokens depend on: encoder and codebook, without the decoder."""
     return digest(nn.ModuleList([vq.encoder, vq.quant_conv, vq.quantize]))
 
 
@@ -174,47 +180,47 @@ def _architecture(vq: JanusVQVAE) -> list:
 
 
 def _settle(vq: JanusVQVAE, averaged: nn.ModuleList) -> JanusVQVAE:
-    """Puts the averaged decoder in place and freezes everything."""
+    """Loads the EMA decoder into `vq` and freezes it."""
     vq.post_quant_conv.load_state_dict(averaged[0].state_dict())
     vq.decoder.load_state_dict(averaged[1].state_dict())
     return vq.eval().requires_grad_(False)
 
 
-def _encode(vq: JanusVQVAE, pixels: torch.Tensor, shop: Workshop) -> torch.Tensor:
+def _encode(vq: JanusVQVAE, pixels: torch.Tensor, context: BuildContext) -> torch.Tensor:
     """Unit-length features [B, D, h, w]."""
-    with shop.autocast():
+    with context.autocast():
         features = vq.quant_conv(vq.encoder(pixels))
     return F.normalize(features.float(), dim=1)
 
 
 def _quantise(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit features [B, D, h, w] -> nearest tokens [B h w] and their code vectors [B, D, h, w]."""
+    """Unit-length features [B, D, h, w] -> nearest tokens [B h w] and their code vectors [B, D, h, w]."""
     tokens = (rearrange(features.detach(), "b d h w -> (b h w) d") @ codebook.T).argmax(1)
     return tokens, rearrange(codebook[tokens], "(b h w) d -> b d h w", b=len(features), h=features.shape[2])
 
 
 @torch.no_grad()
 def _evaluate(
-    shop: Workshop, vq: JanusVQVAE, decoding: nn.ModuleList, loss_reader: SceneReader, *, quantised: bool
+    context: BuildContext, vq: JanusVQVAE, decoding: nn.ModuleList, loss_reader: SceneReader, *, quantised: bool
 ) -> dict[str, float]:
-    pixels = scene_pixels(shop.held_out_images, shop.device)
-    features = torch.cat([_encode(vq, part, shop) for part in pixels.split(32)])
+    pixels = scene_pixels(context.held_out_images, context.device)
+    features = torch.cat([_encode(vq, part, context) for part in pixels.split(32)])
     tokens, chosen = _quantise(features, vq.quantize.embedding.weight)
     post_quant_conv, decoder = decoding
     decoded = []
     for part in (chosen if quantised else features).split(32):
-        with shop.autocast():
+        with context.autocast():
             decoded.append(decoder(post_quant_conv(part)).float().clamp(-1, 1))
     used = float(len(tokens.unique()) / _CODES)
     return fidelity(pixels, torch.cat(decoded), loss_reader) | {"codes_used": used}
 
 
 @torch.no_grad()
-def _kmeans(shop: Workshop, vq: JanusVQVAE, *, scenes: int = 256, rounds: int = 20) -> torch.Tensor:
-    """Spherical k-means over the features of a few hundred scenes -> [K, D]."""
-    pixels = scene_pixels(shop.train_images[:scenes], shop.device)
-    flat = rearrange(torch.cat([_encode(vq, part, shop) for part in pixels.split(32)]), "b d h w -> (b h w) d")
-    order = torch.randperm(len(flat), generator=keyed_generator(shop.recipe.seed, _STAGE, 1 << 40))
+def _kmeans(context: BuildContext, vq: JanusVQVAE, *, scenes: int = 256, rounds: int = 20) -> torch.Tensor:
+    """Spherical k-means over the features of training scenes -> code vectors [K, D]."""
+    pixels = scene_pixels(context.train_images[:scenes], context.device)
+    flat = rearrange(torch.cat([_encode(vq, part, context) for part in pixels.split(32)]), "b d h w -> (b h w) d")
+    order = torch.randperm(len(flat), generator=keyed_generator(context.recipe.seed, _STAGE, 1 << 40))
     vectors = flat[order[:_CODES].to(flat.device)]
     for _ in range(rounds):
         tokens = (flat @ vectors.T).argmax(1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..evaluation.results_store import hold_to
 from ..evaluation.tables import statistics_table
-from ..pipelines.calibrate import KeptSamples, Proxies, calibrate_to, compared, verdict
+from ..pipelines.calibrate import KeptSamples, Proxies, compared, fit_to_samples, verdict
 from ..pipelines.distributed import processes
 from . import common
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
             bytes_each=4 * math.prod(sampler.grid) * sampler.codebook.size,
         )
         if crew.first:
-            calibration = calibrate_to(
+            calibration = fit_to_samples(
                 samples,
                 proxies,
                 vlm=sampler.name,

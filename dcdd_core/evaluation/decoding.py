@@ -1,4 +1,4 @@
-"""From token logits to pictures on both paths: the VLM's own decoder, and the diffusion decoder where there is one."""
+"""Token logits to images with both decoders: the VLM's own (VQ-VAE), and the diffusion decoder if there is one."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ..pipelines.decode import decode, decode_tokens
 from ..pipelines.load import Models
 from ..types import TokenLogits
 
-#: Path, as files and JSON name it -> as tables do.
+#: Decoder path, as named in files and JSON -> its row in tables.
 PATHS = {"vq": "VQ-VAE decode", "dcdd": "DCDD decode"}
 
-#: What painting reads of a card besides.
-_OF_CARD = ("guidance", "resolution", "pixels_per_token", "vae_factor", "vae_shift", "vae_scale")
+#: Further fields of the card that decoding depends on.
+_CARD_FIELDS = ("guidance", "resolution", "pixels_per_token", "vae_factor", "vae_shift", "vae_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoders:
-    """What turns tokens and logits into pictures.
+    """The decoders under evaluation.
 
     Attributes:
-        models: with a tokenizer, and for the path "dcdd" a decoder and its autoencoder.
+        models: with a tokenizer, and for the path "dcdd" a decoder and its codec.
         card: the decoder's, as served; None without a decoder.
-        steps: of the decoder; the bundle's own number by default.
-        shift: mu of their time shift; the bundle's own by default.
+        steps: Euler steps of the decoder; the bundle's default if None.
+        shift: mu of the time shift; the bundle's default if None.
     """
 
     models: Models
@@ -41,32 +41,29 @@ class Decoders:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Those that can be gone, in the tables' order."""
+        """The available decoder paths, in the tables' order."""
         return tuple(PATHS) if self.card is not None else ("vq",)
 
     @property
     def size(self) -> int:
-        """Side in pixels of the pictures that the VLM's tokenizer reads and paints."""
-        vq = self.models.tokenizer
-        return vq.model.config.num_patches * vq.factor
+        """Side in pixels of the VLM's own images, which its tokenizer reads and decodes."""
+        return self.models.tokenizer.grid[0] * self.models.tokenizer.factor
 
     @property
     def painted(self) -> dict[str, int]:
-        """Path -> side in pixels of what is painted from the VLM's own grid of tokens."""
+        """Path -> side in pixels of the images decoded from the VLM's token grid."""
         sides = {"vq": self.size}
         if self.card is not None:
-            sides["dcdd"], _ = self.models.decoder.card.painted_size(
-                (self.models.tokenizer.model.config.num_patches,) * 2
-            )
+            sides["dcdd"], _ = self.models.decoder.card.painted_size(self.models.tokenizer.grid)
         return sides
 
     @property
     def measured(self) -> int:
-        """Side in pixels at which pictures are compared by default: what the decoder paints, or else the tokenizer."""
+        """Default side in pixels for comparisons: that of the diffusion decoder's images, or else the VQ-VAE's."""
         return self.painted[self.paths[-1]]
 
     def paint(self, token_logits: TokenLogits, seeds: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Path -> pictures [B, 3, H, W] in -1..1, all from the same tokens and logits."""
+        """Path -> images [B, 3, H, W] in -1..1, decoded from the same tokens and logits."""
         models = self.models
         painted = {"vq": decode_tokens(models.tokenizer, token_logits)}
         if self.card is not None:
@@ -76,7 +73,7 @@ class Decoders:
         return painted
 
     def settings(self) -> dict[str, Any]:
-        """Of all that the pictures depend on besides tokens and seeds, as plain JSON values."""
+        """Everything besides tokens and seeds that the images depend on, as plain JSON values."""
         models, card = self.models, self.card
         settings: dict[str, Any] = {"tokenizer": fingerprint_of(models.tokenizer.model.state_dict())}
         if card is not None:
@@ -91,11 +88,11 @@ class Decoders:
                 "calibration": calibration and {name: getattr(calibration, name) for name in served},
                 "steps": card.steps if self.steps is None else self.steps,
                 "shift": models.decoder.card.shift if self.shift is None else self.shift,
-                **{name: getattr(models.decoder.card, name) for name in _OF_CARD},
+                **{name: getattr(models.decoder.card, name) for name in _CARD_FIELDS},
             }
         return settings
 
 
 def seed_of(seed: int, name: str) -> int:
-    """The seed of one picture, 48 bits: it depends on its name, not on which others are in the list."""
+    """A 48-bit seed for one image, derived from its name, so that it does not depend on the other images."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6], "big")

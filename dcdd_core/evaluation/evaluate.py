@@ -1,7 +1,7 @@
-"""`dcdd evaluate`: a folder of pictures, or a file of prompts, to a report in the shape of the paper's tables.
+"""`dcdd evaluate`: evaluates both decoders on a folder of images or a file of prompts, as in the paper's tables.
 
-`--out` holds the results (results.json, report.md, plots), the settings they were made under, what was generated
-(`pictures/`, `geneval/`) and what was measured (`measured/`). A stopped run that is started again goes on.
+The output folder holds the results (results.json, report.md, plots), the settings (settings.json), generated images
+(`pictures/`, `geneval/`) and measurements of single images (`measured/`). Starting a stopped run again resumes it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from ..pipelines.distributed import Processes
 from .decoding import PATHS, Decoders
 from .frechet import FrechetStatistics, load_statistics, save_statistics
-from .generation import Sample, finish_geneval, generate_all, geneval_jobs, made_pictures, prompt_jobs
-from .image_folder import Picture, check_categories, pictures_in
+from .generation import Sample, finish_geneval, generate_all, generated_images, geneval_jobs, prompt_jobs
+from .image_folder import ImageFile, check_categories, list_images
 from .measuring import chosen_statistics, distances, measure_features, statistics_of
 from .networks import FeatureNetwork, PerceptualNetwork
 from .prompts import Prompt
@@ -24,19 +24,19 @@ from .report import results_of, write_report
 from .results_store import Measurements, hold_to
 
 _SMALLEST = 32
-"""Pixels a side; of less than 31 LPIPS' AlexNet pools nothing."""
+"""Pixels per side. LPIPS' AlexNet needs at least 31: below that its last pooling layer has no output."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What both evaluations are told.
+class EvaluationRun:
+    """Options that both evaluations share.
 
     Attributes:
-        out: folder of everything.
-        seed: with a picture's name, of its randomness.
-        batch: pictures at once; results depend on it by rounding alone.
-        statistics: file of the reference's Frechet statistics: read if it is there, else written.
-        command: as typed, for the report.
+        out: output folder.
+        seed: combined with an image's name into the seed of that image.
+        batch: images per batch; it changes results by rounding only.
+        statistics: file with the reference images' Frechet statistics: read if it exists, written otherwise.
+        command: the command line, for the report.
     """
 
     out: Path
@@ -47,25 +47,25 @@ class Run:
     command: str = ""
 
     def hold_to(self, settings: Mapping[str, Any]) -> None:
-        """See `kept.hold_to`; returns when the first process has written them."""
+        """`results_store.hold_to` for all processes; returns once the first process has written the settings."""
         hold_to(settings, self.out, write=self.processes.first)
         self.processes.wait()
 
     def known_statistics(self, network: FeatureNetwork, size: int) -> dict[str, FrechetStatistics] | None:
-        """Those of the file, if it is there: the same answer for every process."""
+        """The statistics in the file, if it exists; every process gets the same answer."""
         there = self.statistics is not None and self.statistics.exists()
         known = load_statistics(self.statistics, network=network.fingerprint, size=size) if there else None
         self.processes.wait()
         return known
 
     def measurements(self, fingerprint: str, what: str, names: Sequence[str]) -> Measurements:
-        """Those kept of one kind, of the networks of this fingerprint."""
+        """The stored measurements of one kind, made by the networks with this fingerprint."""
         return Measurements(self.out / "measured" / fingerprint / what, names)
 
 
 def evaluate_reconstruction(
-    run: Run,
-    pictures: Sequence[Picture],
+    run: EvaluationRun,
+    images: Sequence[ImageFile],
     decoders: Decoders,
     *,
     features: FeatureNetwork,
@@ -76,31 +76,30 @@ def evaluate_reconstruction(
     """rFID (or the Frechet distance of another network), SSIM, PSNR and LPIPS of both decoders.
 
     Args:
-        size: side in pixels of the squares that are compared; `Decoders.measured` by default.
-        keep_pictures: write the decoded pictures as well.
+        size: side in pixels at which images are compared; `Decoders.measured` by default.
+        keep_pictures: write the decoded images as well.
 
     Returns:
-        The report, for the first process; None for the others.
+        The report on the first process; None on the others.
 
     Raises:
-        ValueError: for settings other than those of the results in `run.out`, a category of one picture, a picture that
-            cannot be read, a size that is too small to be measured, and statistics of another network, size or set of
-            categories.
+        ValueError: if `run.out` holds results made with other settings; for a category with a single image, an
+            unreadable image, a size below 32 pixels, and statistics of another network, size or set of categories.
     """
-    check_categories([picture.category for picture in pictures])
+    check_categories([image.category for image in images])
     size = decoders.measured if size is None else size
     if size < _SMALLEST:
-        raise ValueError(f"pictures are measured at {_SMALLEST} pixels a side or more, got --size {size}")
+        raise ValueError(f"--size must be at least {_SMALLEST} pixels, which LPIPS needs; got {size}")
     settings = {"evaluation": "reconstruction", "seed": run.seed, "size": size, **decoders.settings()}
     known = run.known_statistics(features, size)
     if known is not None:
-        categories = sorted({picture.category for picture in pictures})
+        categories = sorted({image.category for image in images})
         known = chosen_statistics(known, categories, f"--statistics {run.statistics}")
     run.hold_to(settings)
     network = f"{features.fingerprint}+{perceptual.fingerprint}"
     kept = run.measurements(network, "reconstruction", needed(decoders.paths, with_real=known is None))
     reconstruct_all(
-        pictures,
+        images,
         decoders,
         kept,
         run.processes,
@@ -113,10 +112,10 @@ def evaluate_reconstruction(
     )
     if not run.processes.first:
         return None
-    real = real_statistics(pictures, kept, features) if known is None else known
+    real = real_statistics(images, kept, features) if known is None else known
     if known is None and run.statistics is not None:
         save_statistics(run.statistics, real, size=size)
-    scopes, singles = reconstruction_scopes(pictures, decoders.paths, kept, features, real)
+    scopes, singles = reconstruction_scopes(images, decoders.paths, kept, features, real)
     names = {
         "frechet": f"{features.name}, {features.fingerprint}",
         "ssim": "scikit-image, 7-pixel window",
@@ -124,7 +123,7 @@ def evaluate_reconstruction(
     }
     results = results_of(
         scopes,
-        pictures=pictures,
+        images=images,
         real=real,
         settings=settings,
         networks=names,
@@ -136,7 +135,7 @@ def evaluate_reconstruction(
 
 
 def evaluate_text(
-    run: Run,
+    run: EvaluationRun,
     prompts: Sequence[Prompt],
     decoders: Decoders,
     sample: Sample,
@@ -146,23 +145,24 @@ def evaluate_text(
     references: Path | None,
     by_category: bool = False,
 ) -> str | None:
-    """gFID (or the Frechet distance of another network) of both decoders, from the same tokens and logits, at
-    `Decoders.measured`.
+    """gFID (or the Frechet distance of another network) of both decoders, from the same tokens and logits.
+
+    Images are compared at `Decoders.measured` pixels.
 
     Args:
         sampling: what `sample` depends on besides prompts and seeds, as plain JSON values.
-        references: folder of the pictures to be like, all of which count; not needed where statistics are known.
-        by_category: also by the prompts' categories, which are the references' sub-folders.
+        references: folder of real images, all of which are used; not needed if `run.statistics` exists.
+        by_category: report each category too; the references need one sub-folder per category.
 
     Returns:
-        See `evaluate_reconstruction`.
+        The report on the first process; None on the others.
 
     Raises:
-        ValueError: as `evaluate_reconstruction`, and without references.
+        ValueError: as `evaluate_reconstruction`; also if there are neither references nor statistics.
     """
     categories = [prompt.category if by_category else "" for prompt in prompts]
     if by_category and "" in categories:
-        raise ValueError("the prompts name no categories to measure by: leave --by-category out")
+        raise ValueError("some prompts have no category: leave out --by-category")
     check_categories(categories)
     size = decoders.measured
     settings = _text_settings(run, decoders, sampling)
@@ -170,19 +170,19 @@ def evaluate_text(
     if known is not None:
         known = chosen_statistics(known, categories, f"--statistics {run.statistics}")
     else:
-        real_pictures = _references(run, references, categories, by_category=by_category)
+        real_images = _references(run, references, categories, by_category=by_category)
     run.hold_to(settings)
 
     folder = run.out / "pictures"
     jobs = prompt_jobs(prompts, folder, decoders.paths)
     generate_all(jobs, sample, decoders, run.processes, seed=run.seed, batch=run.batch, label="pictures")
-    made = {path: made_pictures(prompts, folder, path, by_category=by_category) for path in decoders.paths}
+    made = {path: generated_images(prompts, folder, path, by_category=by_category) for path in decoders.paths}
     todo = {path: (made[path], run.measurements(features.fingerprint, path, ["features"])) for path in made}
     if known is None:
-        todo["references"] = (real_pictures, run.measurements(features.fingerprint, "references", ["features"]))
-    for label, (pictures, kept) in todo.items():
+        todo["references"] = (real_images, run.measurements(features.fingerprint, "references", ["features"]))
+    for label, (images, kept) in todo.items():
         measure_features(
-            pictures,
+            images,
             "features",
             kept,
             run.processes,
@@ -203,7 +203,7 @@ def evaluate_text(
     scopes = {scope: {PATHS[path]: {"frechet": found[path][scope]} for path in decoders.paths} for scope in found["vq"]}
     results = results_of(
         scopes,
-        pictures=made["vq"],
+        images=made["vq"],
         real=known,
         settings=settings,
         networks={"frechet": f"{features.name}, {features.fingerprint}"},
@@ -215,12 +215,12 @@ def evaluate_text(
 
 
 def generate_geneval(
-    run: Run, prompts: Sequence[Prompt], decoders: Decoders, sample: Sample, *, sampling: Mapping[str, Any]
+    run: EvaluationRun, prompts: Sequence[Prompt], decoders: Decoders, sample: Sample, *, sampling: Mapping[str, Any]
 ) -> list[Path]:
-    """GenEval's folders of four pictures a prompt, one for each path; returns them.
+    """Writes GenEval's folders, four images per prompt, one folder per decoder path; returns the folders.
 
     Raises:
-        ValueError: for settings other than those of what is in `run.out`.
+        ValueError: if `run.out` holds images made with other settings.
     """
     run.hold_to(_text_settings(run, decoders, sampling))
     folder = run.out / "geneval"
@@ -230,21 +230,23 @@ def generate_geneval(
     return [folder / path for path in decoders.paths]
 
 
-def _references(run: Run, folder: Path | None, categories: Sequence[str], *, by_category: bool) -> list[Picture]:
-    """The pictures to be like, of which there must be enough in every category that is asked for."""
+def _references(
+    run: EvaluationRun, folder: Path | None, categories: Sequence[str], *, by_category: bool
+) -> list[ImageFile]:
+    """The reference images, checked to cover every requested category."""
     if folder is None:
         where = f": {run.statistics} does not exist yet" if run.statistics is not None else ""
-        raise ValueError(f"nothing to compare with{where}; give --references FOLDER, or statistics made of one")
-    pictures = pictures_in(folder, by_category=by_category)
-    check_categories([picture.category for picture in pictures])
-    if absent := sorted(set(categories) - {picture.category for picture in pictures}):
-        raise ValueError(f"--references {folder} has no sub-folder {', '.join(absent[:5])} with pictures: add it")
-    return pictures
+        raise ValueError(f"there is nothing to compare with{where}; give --references FOLDER, or existing --statistics")
+    images = list_images(folder, by_category=by_category)
+    check_categories([image.category for image in images])
+    if absent := sorted(set(categories) - {image.category for image in images}):
+        raise ValueError(f"--references {folder} has no sub-folder with images for {', '.join(absent[:5])}: add it")
+    return images
 
 
 def _painted(decoders: Decoders) -> dict[str, int]:
     return {PATHS[path]: side for path, side in decoders.painted.items()}
 
 
-def _text_settings(run: Run, decoders: Decoders, sampling: Mapping[str, Any]) -> dict[str, Any]:
+def _text_settings(run: EvaluationRun, decoders: Decoders, sampling: Mapping[str, Any]) -> dict[str, Any]:
     return {"evaluation": "text", "seed": run.seed, **sampling, **decoders.settings()}

@@ -1,4 +1,4 @@
-"""Pictures of pictures: labelled grids, uncertainty maps, the paper's Figure 6.
+"""Figures: labelled image grids, heat maps, plots of scores, the paper's Figure 6.
 
 Shapes: H W pixels, h w token grid.
 """
@@ -23,12 +23,12 @@ from ..files import whole_file
 from ..method.statistics import TokenStatistics
 from .tables import statistics_rows
 
-_TEXT = "prompt"  # where many programs keep it, and show it
+_TEXT = "prompt"  # the PNG text chunk that other image generators use for it
 _INK, _PAPER = (24, 24, 28), (250, 249, 246)
 
 
 def to_image(pixels: torch.Tensor, side: int | None = None) -> Image.Image:
-    """Pixels [3, H, W] in -1..1 as a PIL picture, enlarged without blur so that its height is `side`."""
+    """Pixels [3, H, W] in -1..1 as a PIL image, resized to height `side` by nearest neighbour."""
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
     image = Image.fromarray(rearrange(array, "c h w -> h w c").numpy())
     if side is None or side == image.height:
@@ -37,7 +37,7 @@ def to_image(pixels: torch.Tensor, side: int | None = None) -> Image.Image:
 
 
 def heat_map(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Values [h, w] in 0..1 as colours, dark for 0: pixels [3, H, W] in -1..1, each value a block."""
+    """Values [h, w] in 0..1 as blocks of colour, dark at 0: pixels [3, H, W] in -1..1."""
     colours = matplotlib.colormaps["inferno"](values.clamp(0, 1).cpu().numpy())[..., :3]
     pixels = torch.from_numpy(rearrange(colours, "h w c -> 1 c h w")).float() * 2 - 1
     return torch.nn.functional.interpolate(pixels, size=size, mode="nearest")[0]
@@ -51,18 +51,19 @@ def labelled_grid(
     title: str = "",
     side: int = 240,
 ) -> Image.Image:
-    """A grid of pictures with a title, a name over every column and a caption under every row.
+    """A grid of images with a title, a name above each column and a caption below each row.
 
     Args:
-        rows: pixels [3, H, W] in -1..1, as many in each row as there are columns.
-        side: height of each picture on the sheet.
+        rows: pixels [3, H, W] in -1..1, one image per column in each row.
+        side: height in pixels of each image in the grid.
 
     Raises:
-        ValueError: for rows of another length, or other than one caption a row.
+        ValueError: if a row does not have one image per column, or there is not one caption per row.
     """
     if any(len(row) != len(columns) for row in rows) or len(captions) != len(rows):
         raise ValueError(
-            f"{len(columns)} columns and {len(captions)} captions do not fit rows of {[len(row) for row in rows]}"
+            f"expected {len(columns)} images in each of {len(captions)} rows (one per column name, one row per "
+            f"caption), got rows of {[len(row) for row in rows]}"
         )
     font, bold = ImageFont.load_default(size=15), ImageFont.load_default(size=20)
     gap, head, line = 12, 66 if title else 34, 26
@@ -81,7 +82,7 @@ def labelled_grid(
 
 
 def beside(*sheets: Image.Image) -> Image.Image:
-    """Sheets side by side, tops aligned."""
+    """Images side by side, tops aligned."""
     joined = Image.new("RGB", (sum(s.width for s in sheets), max(s.height for s in sheets)), _PAPER)
     left = 0
     for sheet in sheets:
@@ -91,7 +92,7 @@ def beside(*sheets: Image.Image) -> Image.Image:
 
 
 def top_curve(columns: Mapping[str, TokenStatistics]) -> Image.Image:
-    """The paper's Figure 6: the mean of the thirty largest probabilities, one curve for each kind of logits."""
+    """The paper's Figure 6: mean of the 30 largest probabilities, one curve for each kind of logits."""
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     _draw_curves(figure.subplots(), columns)
     return _drawn(figure)
@@ -126,11 +127,11 @@ def _draw_curves(axes: Axes, columns: Mapping[str, TokenStatistics]) -> None:
 
 
 def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], quantities: Mapping[str, str]) -> Image.Image:
-    """Held-out curves, a panel for each training.
+    """Held-out metrics over steps, one panel per training.
 
     Args:
-        logs: name -> lines of its log, each with a step.
-        quantities: name -> the key to draw.
+        logs: name of the training -> lines of its log, each with a "step".
+        quantities: name of the training -> key of the metric to draw.
     """
     figure = Figure(figsize=(3.6 * len(logs), 3.0), dpi=110, layout="constrained")
     for axes, (name, lines) in zip(np.ravel(figure.subplots(1, len(logs))), logs.items()):
@@ -144,7 +145,7 @@ def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], quantitie
 
 
 def grouped_bars(groups: Mapping[str, Mapping[str, float]], *, title: str) -> Image.Image:
-    """Bars side by side: group (along the axis) -> row (by colour) -> value."""
+    """A grouped bar chart: group (along the axis) -> row (by colour) -> value."""
     names, rows = list(groups), list(next(iter(groups.values())))
     width = 0.8 / len(rows)
     figure = Figure(figsize=(max(4.0, 1.6 + 0.9 * len(names)), 3.4), dpi=120, layout="constrained")
@@ -163,7 +164,7 @@ def grouped_bars(groups: Mapping[str, Mapping[str, float]], *, title: str) -> Im
 def score_lines(
     panels: Mapping[str, Mapping[str, Sequence[float]]], *, along: Sequence[str | float], label: str = ""
 ) -> Image.Image:
-    """Lines of points, a panel for each score: score -> row (by colour) -> a value for each place along the axis."""
+    """Line charts, one panel per score: score -> row (by colour) -> a value for each position in `along`."""
     figure = Figure(figsize=(3.8 * len(panels), 3.2), dpi=120, layout="constrained")
     for axes, (score, rows) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items()):
         for (row, values), marker in zip(rows.items(), cycle("osv^D")):
@@ -176,7 +177,7 @@ def score_lines(
 
 
 def histograms(panels: Mapping[str, Mapping[str, torch.Tensor]]) -> Image.Image:
-    """Distributions over pictures, a panel for each score: score -> row -> values [M]; infinite ones are left out."""
+    """Histograms over images, one panel per score: score -> row -> values [M]; infinite values are left out."""
     figure = Figure(figsize=(3.6 * len(panels), 3.0), dpi=110, layout="constrained")
     for axes, (score, rows) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items()):
         finite = {row: values[values.isfinite()].cpu().numpy() for row, values in rows.items()}
@@ -190,10 +191,10 @@ def histograms(panels: Mapping[str, Mapping[str, torch.Tensor]]) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: str | Path, *, text: str = "") -> Path:
-    """Writes a PNG by way of a temporary file; makes the folder.
+    """Writes a PNG atomically and creates its folder.
 
     Args:
-        text: what it is a picture of, kept in the file (`text_of`).
+        text: the prompt, stored in the file; `text_of` reads it back.
     """
     path, told = Path(path), PngInfo()
     if text:
@@ -204,7 +205,7 @@ def save_image(image: Image.Image, path: str | Path, *, text: str = "") -> Path:
 
 
 def text_of(path: Path) -> str | None:
-    """What a PNG that `save_image` wrote is a picture of, "" if it does not say; None if there is no such picture."""
+    """The prompt stored in a PNG by `save_image`, "" if there is none; None if the file is missing or damaged."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return image.info.get(_TEXT, "")

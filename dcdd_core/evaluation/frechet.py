@@ -1,7 +1,7 @@
-"""Frechet distance between two sets of pictures, on the features of one fixed network.
+"""Frechet distance between two sets of images, on the features of one fixed network.
 
-What is kept of a set is the sum of its features and of their products, in float64: sets are merged by adding, so a set
-that several processes measured gives the number that one process gives.
+A set is represented by the sums of its features and of their outer products in float64. Sets are merged by adding these
+sums, so several processes get the same distance as one.
 
 Shapes: B batch, F features, C categories.
 """
@@ -21,13 +21,13 @@ _KIND = "Frechet statistics"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FrechetStatistics:
-    """What a Frechet distance needs to know of a set of pictures.
+    """Sufficient statistics of a set of images for a Frechet distance.
 
     Attributes:
-        count: of the pictures.
-        total: [F] float64, the sum of their features.
-        products: [F, F] float64, the sum of their features' outer products.
-        network: fingerprint of the network that gave the features; empty if it does not matter.
+        count: number of images.
+        total: [F] float64, sum of their features.
+        products: [F, F] float64, sum of the outer products of their features.
+        network: fingerprint of the feature network; empty if it is not checked.
 
     Raises:
         ValueError: for tensors of another shape or dtype.
@@ -49,10 +49,10 @@ class FrechetStatistics:
 
     @classmethod
     def of(cls, parts: Iterable[torch.Tensor], *, network: str = "") -> FrechetStatistics:
-        """Of features [B, F] in any number of parts, added in the order they come in.
+        """The statistics of features [B, F], given in any number of parts, which are added in order.
 
         Raises:
-            ValueError: if there are none, or parts of different F.
+            ValueError: if there are no parts, or parts with different F.
         """
         count, total, products = 0, None, None
         for part in parts:
@@ -61,16 +61,16 @@ class FrechetStatistics:
                 total = features.new_zeros(features.shape[1])
                 products = features.new_zeros(features.shape[1], features.shape[1])
             if features.ndim != 2 or features.shape[1] != len(total):
-                raise ValueError(f"features must be [B, {len(total)}] like those before, got {list(features.shape)}")
+                raise ValueError(f"features must be [B, {len(total)}] like the first ones, got {list(features.shape)}")
             count += len(features)
             total += features.sum(dim=0)
             products += features.T @ features
         if total is None:
-            raise ValueError("there are no pictures to take statistics of: a Frechet distance needs at least two")
+            raise ValueError("got no images; a Frechet distance needs at least two")
         return cls(count=count, total=total, products=products, network=network)
 
     def __add__(self, other: FrechetStatistics) -> FrechetStatistics:
-        """Of both sets together.
+        """The statistics of the union of both sets.
 
         Raises:
             ValueError: for statistics of another network.
@@ -85,29 +85,28 @@ class FrechetStatistics:
 
     @property
     def mean(self) -> torch.Tensor:
-        """[F]"""
+        """Mean feature, [F] float64."""
         return self.total / self.count
 
     @property
     def covariance(self) -> torch.Tensor:
-        """[F, F], unbiased."""
+        """Unbiased covariance, [F, F] float64."""
         return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
 def frechet_distance(real: FrechetStatistics, made: FrechetStatistics) -> float:
     """|m_r - m_m|^2 + tr(S_r + S_m - 2 (S_r S_m)^(1/2)) (Heusel et al. 2017), in float64.
 
-    The trace of the root is the sum of the roots of the eigenvalues of S_r^(1/2) S_m S_r^(1/2), which is symmetric:
-    with fewer pictures than features, where the product S_r S_m is singular, rounding makes no complex numbers of them.
+    The trace of the matrix square root is computed as the sum of the square roots of the eigenvalues of
+    S_r^(1/2) S_m S_r^(1/2). That matrix is symmetric, so the result stays real even if S_r S_m is singular, as it is
+    with fewer images than features.
 
     Raises:
-        ValueError: for fewer than two pictures on a side, and for statistics of different networks.
+        ValueError: for fewer than two images in a set, and for statistics of different networks.
     """
     _check_same(real, made)
     if real.count < 2 or made.count < 2:
-        raise ValueError(
-            f"a Frechet distance needs at least two pictures on either side, got {real.count} and {made.count}"
-        )
+        raise ValueError(f"a Frechet distance needs at least two images in each set, got {real.count} and {made.count}")
     values, vectors = torch.linalg.eigh(real.covariance)
     root = vectors * _roots(values) @ vectors.T
     shared = _roots(torch.linalg.eigvalsh(root @ made.covariance @ root)).sum()
@@ -116,7 +115,7 @@ def frechet_distance(real: FrechetStatistics, made: FrechetStatistics) -> float:
 
 
 def _roots(eigenvalues: torch.Tensor) -> torch.Tensor:
-    """Of [F] eigenvalues that are >= 0 but for rounding; what is rounding alone counts as 0."""
+    """Square roots of the eigenvalues [F] of a positive semi-definite matrix; those within rounding error become 0."""
     noise = len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues.abs().max()
     return torch.where(eigenvalues > noise, eigenvalues, 0).sqrt()
 
@@ -124,17 +123,17 @@ def _roots(eigenvalues: torch.Tensor) -> torch.Tensor:
 def _check_same(first: FrechetStatistics, second: FrechetStatistics) -> None:
     if first.network != second.network or first.total.shape != second.total.shape:
         raise ValueError(
-            f"one side was measured by network {first.network or 'unknown'} ({len(first.total)} features), the other "
-            f"by {second.network or 'unknown'} ({len(second.total)}): measure both with one network"
+            f"the first set was measured by network {first.network or 'unknown'} ({len(first.total)} features), the "
+            f"second by {second.network or 'unknown'} ({len(second.total)}): measure both with the same network"
         )
 
 
 def save_statistics(path: str | Path, sets: Mapping[str, FrechetStatistics], *, size: int) -> None:
-    """Writes the statistics of one or more categories that one network measured, for later runs.
+    """Writes the statistics of one or more categories, measured by one network, for later runs.
 
     Args:
-        sets: category -> its statistics; the empty name for pictures without categories.
-        size: side in pixels of the pictures that were measured.
+        sets: category -> its statistics; the empty name for images without categories.
+        size: side in pixels at which the images were measured.
     """
     parts = list(sets.values())
     tensors = {
@@ -151,16 +150,16 @@ def save_statistics(path: str | Path, sets: Mapping[str, FrechetStatistics], *, 
 
 
 def load_statistics(path: str | Path, *, network: str, size: int) -> dict[str, FrechetStatistics]:
-    """What `save_statistics` wrote: category -> statistics.
+    """Reads a file that `save_statistics` wrote: category -> statistics.
 
     Raises:
-        ValueError: for a file of another kind, another network or another size of pictures.
+        ValueError: for a file of another kind, another network or another image size.
     """
     tensors, meta = read_record(path, _KIND, ("total", "products"), ("categories", "counts", "network", "size"))
     if meta["network"] != network or meta["size"] != size:
         raise ValueError(
-            f"{path} was measured by {meta['network']} on pictures of {meta['size']} pixels, here it is {network} on "
-            f"{size}: the numbers cannot be compared; name another --statistics file"
+            f"{path} was measured by {meta['network']} at {meta['size']} pixels, this run measures with {network} at "
+            f"{size}: they cannot be compared; give another --statistics file"
         )
     return {
         name: FrechetStatistics(count=count, total=total, products=products, network=network)
@@ -171,8 +170,6 @@ def load_statistics(path: str | Path, *, network: str, size: int) -> dict[str, F
 
 
 @torch.no_grad()
-def features_of(
-    pictures: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor], batch: int = 64
-) -> torch.Tensor:
-    """Features [M, F] of pictures [M, 3, H, W], a batch at a time."""
-    return torch.cat([network(part) for part in pictures.split(batch)])
+def features_of(images: torch.Tensor, network: Callable[[torch.Tensor], torch.Tensor], batch: int = 64) -> torch.Tensor:
+    """Features [M, F] of images [M, 3, H, W], computed in batches."""
+    return torch.cat([network(part) for part in images.split(batch)])

@@ -1,13 +1,13 @@
-"""Text to image: pictures of a list of prompts by both decoders, and GenEval's folders of them (the paper's Table 3).
+"""Text to image: generates images for a list of prompts with both decoders, also in GenEval's folder layout (Table 3).
 
-GenEval's own scorer (github.com/djghosh13/geneval, `evaluation/evaluate_images.py`) reads, for each prompt,
-`<folder>/<00000>/metadata.jsonl` and every picture in `samples/`; `grid.png` is for people. One such tree is written
-for each path.
+GenEval's scorer (github.com/djghosh13/geneval, `evaluation/evaluate_images.py`) reads `<folder>/<00000>/metadata.jsonl`
+and the images in `<folder>/<00000>/samples/` for each prompt; `grid.png` is for viewing. There is one such folder for
+each decoder path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,28 +15,25 @@ from PIL import Image
 
 from ..files import write_text
 from ..pipelines.distributed import Processes
-from ..types import TokenLogits
+from ..pipelines.sample import Sample
 from .decoding import Decoders, seed_of
 from .figures import save_image, text_of, to_image
-from .image_folder import Picture, open_picture
+from .image_folder import ImageFile, open_image
 from .prompts import Prompt
 
-#: Pictures of each GenEval prompt.
+#: Images per GenEval prompt.
 SAMPLES = 4
 _METADATA = "metadata.jsonl"
-
-#: Prompts and a seed for each -> tokens and logits.
-Sample = Callable[[Sequence[str], Sequence[int]], TokenLogits]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One sample to draw and both pictures to write.
+    """One sample to draw, and the images to write from it.
 
     Attributes:
         text: the prompt.
-        name: of the sample, which its seed follows from.
-        files: path ("vq", "dcdd") -> PNG file.
+        name: of the sample; its seed is derived from it.
+        files: decoder path ("vq", "dcdd") -> PNG file.
     """
 
     text: str
@@ -45,7 +42,7 @@ class Job:
 
 
 def prompt_jobs(prompts: Sequence[Prompt], folder: Path, paths: Sequence[str]) -> list[Job]:
-    """One picture a prompt and path, in MJHQ-30K's layout: "<folder>/<path>/<category>/<name>.png"."""
+    """One image per prompt and decoder path, in MJHQ-30K's layout: "<folder>/<path>/<category>/<name>.png"."""
     return [
         Job(
             text=prompt.text,
@@ -57,7 +54,7 @@ def prompt_jobs(prompts: Sequence[Prompt], folder: Path, paths: Sequence[str]) -
 
 
 def geneval_jobs(prompts: Sequence[Prompt], folder: Path, paths: Sequence[str]) -> list[Job]:
-    """Four pictures a prompt and path, in GenEval's layout: "<folder>/<path>/<00000>/samples/<0000>.png"."""
+    """Four images per prompt and decoder path, in GenEval's layout: "<folder>/<path>/<00000>/samples/<0000>.png"."""
     return [
         Job(
             text=prompt.text,
@@ -72,7 +69,7 @@ def geneval_jobs(prompts: Sequence[Prompt], folder: Path, paths: Sequence[str]) 
 def generate_all(
     jobs: Sequence[Job], sample: Sample, decoders: Decoders, processes: Processes, *, seed: int, batch: int, label: str
 ) -> None:
-    """Writes every picture that is not there yet, or is of another text."""
+    """Writes all images that are missing or were generated from another prompt."""
     for part in processes.batches(jobs, batch, done=_is_made, label=label):
         seeds = [seed_of(seed, job.name) for job in part]
         painted = decoders.paint(sample([job.text for job in part], seeds), seeds)
@@ -82,25 +79,25 @@ def generate_all(
                     save_image(to_image(painted[path][i]), file, text=job.text)
 
 
-def made_pictures(prompts: Sequence[Prompt], folder: Path, path: str, *, by_category: bool) -> list[Picture]:
-    """The pictures of `prompt_jobs` on one path."""
+def generated_images(prompts: Sequence[Prompt], folder: Path, path: str, *, by_category: bool) -> list[ImageFile]:
+    """The images that `prompt_jobs` lists for one decoder path."""
     return [
-        Picture.at(job.files[path], folder / path, prompt.category if by_category else "")
+        ImageFile.at(job.files[path], folder / path, prompt.category if by_category else "")
         for prompt, job in zip(prompts, prompt_jobs(prompts, folder, [path]))
     ]
 
 
 def finish_geneval(prompts: Sequence[Prompt], folder: Path, paths: Sequence[str], processes: Processes) -> None:
-    """Writes each prompt's metadata and, of its four pictures, the grid, where they are not there or of another."""
+    """Writes each prompt's metadata and the grid of its four images, if missing or of another prompt."""
     homes = [(prompt, folder / path / prompt.name) for path in paths for prompt in prompts]
     for part in processes.batches(homes, 1, done=_is_finished, label="GenEval grids"):
         for prompt, home in part:
             write_text(home / _METADATA, prompt.metadata + "\n")
-            pictures = [open_picture(home / "samples" / f"{k:04}.png") for k in range(SAMPLES)]
-            width, height = pictures[0].size
+            images = [open_image(home / "samples" / f"{k:04}.png") for k in range(SAMPLES)]
+            width, height = images[0].size
             grid = Image.new("RGB", (2 * width, 2 * height))
-            for k, picture in enumerate(pictures):
-                grid.paste(picture, (k % 2 * width, k // 2 * height))
+            for k, image in enumerate(images):
+                grid.paste(image, (k % 2 * width, k // 2 * height))
             save_image(grid, home / "grid.png", text=prompt.text)
 
 

@@ -1,4 +1,4 @@
-"""Folders of pictures: ImageNet's validation set, MJHQ-30K with a sub-folder for each category, or any other.
+"""Folders of image files, such as ImageNet's validation set or MJHQ-30K with its sub-folder per category.
 
 Shapes: B batch, S side in pixels.
 """
@@ -16,15 +16,15 @@ from typing import Protocol, TypeVar
 import torch
 from PIL import Image
 
-from ..pipelines.images import SUFFIXES, UnreadablePicture, read_rgb, square, to_pixels
+from ..pipelines.images import SUFFIXES, UnreadableImage, read_rgb, square, to_pixels
 from .figures import to_image
 
-#: Scope of all pictures together, beside the categories.
+#: Name of the scope that covers all categories.
 OVERALL = "overall"
 
 
 class Categorised(Protocol):
-    """What may belong to a category: a picture or a prompt."""
+    """Anything with a category: an image file or a prompt."""
 
     @property
     def category(self) -> str: ...
@@ -34,13 +34,13 @@ T = TypeVar("T", bound=Categorised)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A picture file of a set.
+class ImageFile:
+    """An image file in a folder of images.
 
     Attributes:
         path: where it is.
-        name: its path inside the set, "animals/a.jpg", on every machine the same.
-        category: empty where there are none.
+        name: its path relative to the folder, such as "animals/a.jpg"; the same on every machine.
+        category: empty if there are no categories.
     """
 
     path: Path
@@ -48,47 +48,48 @@ class Picture:
     category: str
 
     @classmethod
-    def at(cls, path: Path, root: Path, category: str = "") -> Picture:
-        """The file at `path` in the set at `root`."""
+    def at(cls, path: Path, root: Path, category: str = "") -> ImageFile:
+        """The file at `path` in the folder `root`."""
         return cls(path=path, name=path.relative_to(root).as_posix(), category=category)
 
     @cached_property
     def key(self) -> str:
-        """Its name and a hash of its bytes, by which its measurements are kept: a replaced file is measured anew.
+        """Its name and a hash of its content, under which measurements are stored: a replaced file is measured again.
 
-        The file is read when this is first asked for.
+        Reads the file on first access.
         """
         return f"{self.name} {hashlib.blake2b(self.path.read_bytes(), digest_size=16).hexdigest()}"
 
 
-def pictures_in(folder: Path, *, by_category: bool = False, limit: int | None = None) -> list[Picture]:
-    """The pictures in a folder and its sub-folders, in the order of their names.
+def list_images(folder: Path, *, by_category: bool = False, limit: int | None = None) -> list[ImageFile]:
+    """The image files in a folder and its sub-folders, sorted by name.
 
     Args:
-        by_category: take the sub-folders as categories.
+        by_category: treat sub-folders as categories.
         limit: see `at_most`.
 
     Raises:
-        ValueError: for a folder that is absent or has no pictures, and for pictures outside of any category.
+        ValueError: if the folder is missing or has no images; with `by_category`, for an image outside any sub-folder.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; expected one with pictures ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{folder} is not a folder; expected a folder of images ({', '.join(SUFFIXES)})")
     found = []
     for path in folder.rglob("*"):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file():
             parts = path.relative_to(folder).parts
             if by_category and len(parts) == 1:
                 raise ValueError(
-                    f"{path} lies in no sub-folder, and with --by-category each is a category: move it into one"
+                    f"{path} is not in a sub-folder, but --by-category takes each sub-folder as a category: move it "
+                    "into one, or leave out --by-category"
                 )
-            found.append(Picture.at(path, folder, parts[0] if by_category else ""))
+            found.append(ImageFile.at(path, folder, parts[0] if by_category else ""))
     if not found:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}), in its sub-folders neither")
-    return at_most(sorted(found, key=lambda picture: picture.name), limit, by_category=by_category)
+        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}), and neither do its sub-folders")
+    return at_most(sorted(found, key=lambda image: image.name), limit, by_category=by_category)
 
 
 def at_most(items: Sequence[T], limit: int | None, *, by_category: bool) -> list[T]:
-    """The first `limit` of each category, or of all; everything for None.
+    """The first `limit` items, with `by_category` of each category; all items if `limit` is None.
 
     Raises:
         ValueError: for a limit below 1.
@@ -106,47 +107,50 @@ def at_most(items: Sequence[T], limit: int | None, *, by_category: bool) -> list
 
 
 def check_categories(categories: Sequence[str]) -> None:
-    """Before hours of work: whether a Frechet distance can be taken of every category, given that of each picture.
+    """Checks before hours of work that every category can have a Frechet distance.
+
+    Args:
+        categories: the category of each image.
 
     Raises:
-        ValueError: for a category of a single picture, and for one that is called like all of them together.
+        ValueError: for a category with a single image, and for one with the reserved name "overall".
     """
     counts = Counter(categories)
     alone = sorted(category for category, count in counts.items() if count < 2)
     if alone:
         where = f" in {', '.join(alone[:5])}" if any(alone) else ""
         raise ValueError(
-            f"a Frechet distance needs at least two pictures, got one{where}: give more, or measure without "
-            "--by-category"
+            f"a Frechet distance needs at least two images, got one{where}: add images, or leave out --by-category"
         )
     if OVERALL in counts:
-        raise ValueError(f"a category called {OVERALL} would be taken for all pictures together: rename it")
+        raise ValueError(f"a category cannot be called {OVERALL!r}, which stands for all images: rename it")
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture file, as `read_rgb` reads it.
+def open_image(path: Path) -> Image.Image:
+    """Reads an image file with `read_rgb`.
 
     Raises:
-        ValueError: naming a file that is no picture, or a damaged one.
+        ValueError: if the file is not an image or is damaged; the message names it.
     """
     try:
         return read_rgb(path)
-    except UnreadablePicture as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error})") from error
+    except UnreadableImage as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
 
 
-def read_pixels(pictures: Sequence[Picture], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The pictures as squares, [B, 3, S, S] in -1..1.
+def read_pixels(images: Sequence[ImageFile], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The images cropped and resized to squares, [B, 3, S, S] in -1..1.
 
     Raises:
-        ValueError: naming a picture that cannot be read.
+        ValueError: for an unreadable image; the message names it.
     """
-    return to_pixels(torch.stack([square(open_picture(picture.path), size) for picture in pictures]), device)
+    return to_pixels(torch.stack([square(open_image(image.path), size) for image in images]), device)
 
 
 def as_measured(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """Pixels [B, 3, H, W] in -1..1 as a file would hold them, in 8 bits and as squares: [B, 3, S, S] in -1..1.
+    """Pixels [B, 3, H, W] in -1..1 rounded to 8 bits and resized to squares: [B, 3, S, S] in -1..1.
 
-    A decoder may paint larger than the tokenizer's pictures; all are measured at one size [choice].
+    Files hold 8 bits, so real and decoded images are treated alike. A decoder may paint larger images than the
+    tokenizer; all are measured at one size [choice].
     """
-    return to_pixels(torch.stack([square(to_image(picture), size) for picture in pixels]), pixels.device)
+    return to_pixels(torch.stack([square(to_image(image), size) for image in pixels]), pixels.device)

@@ -1,6 +1,6 @@
-"""Features of folders of pictures, and Frechet distances overall and by category.
+"""Features of image files, and their Frechet distances overall and by category.
 
-Shapes: M pictures, F features.
+Shapes: M images, F features.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from operator import add
 
 from ..pipelines.distributed import Processes
 from .frechet import FrechetStatistics, frechet_distance
-from .image_folder import OVERALL, Picture, read_pixels
+from .image_folder import OVERALL, ImageFile, read_pixels
 from .networks import FeatureNetwork
 from .results_store import Measurements
 
@@ -19,12 +19,12 @@ _ROWS = 1024
 
 
 def tensor_name(what: str, path: str) -> str:
-    """How measurements of a path are filed: "ssim/vq"."""
+    """Name of a stored tensor, such as "ssim/vq" for the SSIM of the decoder path "vq"."""
     return f"{what}/{path}"
 
 
 def measure_features(
-    pictures: Sequence[Picture],
+    images: Sequence[ImageFile],
     name: str,
     kept: Measurements,
     processes: Processes,
@@ -34,29 +34,29 @@ def measure_features(
     network: FeatureNetwork,
     label: str,
 ) -> None:
-    """Measures the features of every picture that `kept` lacks, as squares of `size` pixels.
+    """Measures the features of all images that are not in `kept` yet, as squares of `size` pixels.
 
     Raises:
-        ValueError: naming a picture that cannot be read.
+        ValueError: for an unreadable image; the message names it.
     """
     done = kept.done()
-    for part in processes.batches(pictures, batch, done=lambda picture: picture.key in done, label=label):
+    for part in processes.batches(images, batch, done=lambda image: image.key in done, label=label):
         features = network.features(read_pixels(part, size, processes.device))
-        kept.add([picture.key for picture in part], {name: features})
+        kept.add([image.key for image in part], {name: features})
 
 
 def statistics_of(
-    pictures: Sequence[Picture], kept: Measurements, name: str, network: FeatureNetwork
+    images: Sequence[ImageFile], kept: Measurements, name: str, network: FeatureNetwork
 ) -> dict[str, FrechetStatistics]:
-    """Category -> statistics, added up in the order of the pictures whoever measured them.
+    """Category -> statistics. Features are added in the order of `images`, whichever process measured them.
 
     Raises:
-        ValueError: if a picture is not measured.
+        ValueError: if an image has not been measured.
     """
-    features = kept.gather([picture.key for picture in pictures], name)
+    features = kept.gather([image.key for image in images], name)
     rows: dict[str, list[int]] = {}
-    for i, picture in enumerate(pictures):
-        rows.setdefault(picture.category, []).append(i)
+    for i, image in enumerate(images):
+        rows.setdefault(image.category, []).append(i)
     return {
         category: FrechetStatistics.of(features[rows[category]].split(_ROWS), network=network.fingerprint)
         for category in sorted(rows)
@@ -66,23 +66,26 @@ def statistics_of(
 def chosen_statistics(
     known: Mapping[str, FrechetStatistics], categories: Sequence[str], what: str
 ) -> dict[str, FrechetStatistics]:
-    """Of the reference statistics, those of the categories in question; without categories, all together.
+    """The reference statistics of the given categories; of the whole set if there are no categories.
+
+    Args:
+        what: the source of the statistics, for error messages.
 
     Raises:
-        ValueError: naming categories that the reference lacks.
+        ValueError: if the reference lacks a category; the message names it.
     """
     if set(categories) == {""}:
         return {"": reduce(add, known.values())}
     if missing := sorted(set(categories) - set(known)):
         has = ", ".join(name for name in sorted(known) if name) or "no categories"
         raise ValueError(
-            f"{what} has no pictures of {', '.join(missing)} (it has {has}): measure without --by-category, or give "
-            "references with a sub-folder for each category"
+            f"{what} has no images of {', '.join(missing)} (it has {has}): leave out --by-category, or give references "
+            "with a sub-folder for each category"
         )
     return {category: known[category] for category in categories}
 
 
 def distances(real: Mapping[str, FrechetStatistics], made: Mapping[str, FrechetStatistics]) -> dict[str, float]:
-    """Scope -> Frechet distance: "overall" of all categories together, then of each."""
+    """Scope -> Frechet distance: "overall" for the whole set, then one for each category."""
     found = {OVERALL: frechet_distance(reduce(add, real.values()), reduce(add, made.values()))}
     return found | {category: frechet_distance(real[category], made[category]) for category in made if category}

@@ -1,4 +1,4 @@
-"""Fidelity of pictures against pictures, one number each.
+"""Image fidelity metrics, one value per image.
 
 Shapes: B batch, H x W pixels.
 """
@@ -11,13 +11,19 @@ from skimage.metrics import structural_similarity
 
 
 def psnr(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of pixels [B, 3, H, W] in -1..1 -> [B], on the CPU; infinite where equal."""
+    """Peak signal-to-noise ratio in dB, 10 log10(2^2 / MSE): pixels [B, 3, H, W] in -1..1 -> [B] float64 on the CPU.
+
+    Equal images give infinity.
+    """
     a, b = (x.cpu().double() for x in (first, second))  # MPS has no float64
     return 10 * torch.log10(4.0 / (a - b).square().mean(dim=(1, 2, 3)))
 
 
 def ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al. 2004; scikit-image, 7-pixel window, mean over channels) -> [B], at most 1."""
+    """Structural similarity (Wang et al. 2004) of pixels [B, 3, H, W] in -1..1 -> [B], at most 1.
+
+    scikit-image's, with a uniform 7-pixel window, averaged over channels.
+    """
     a, b = (rearrange(x, "b c h w -> b h w c").float().cpu().numpy() for x in (first, second))
     return torch.tensor(
         [structural_similarity(p, q, channel_axis=2, data_range=2.0) for p, q in zip(a, b, strict=True)]

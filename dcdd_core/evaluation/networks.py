@@ -1,8 +1,8 @@
-"""The fixed networks that measure: torchmetrics' Inception and LPIPS, from weight files.
+"""Metric networks: torchmetrics' Inception and LPIPS, from weight files.
 
-Nothing is downloaded, and no code in a weight file is run: it is read as tensors by name (safetensors, or torch.save's
-format under `weights_only`), which the network must take strictly. torchmetrics builds its two networks out of other
-packages' layers, Inception out of torch-fidelity's and LPIPS out of torchvision's; neither is among our requirements.
+Nothing is downloaded, and no code in a weight file is run: tensors are read by name (safetensors, or torch.save's
+format with `weights_only`) and loaded strictly. torchmetrics takes Inception's layers from torch-fidelity and LPIPS'
+backbone from torchvision; neither package is among our requirements.
 
 Shapes: B batch, F features, H W pixels.
 """
@@ -23,20 +23,20 @@ _INCEPTION = (
     "github.com/toshas/torch-fidelity"
 )
 _LPIPS = (
-    "AlexNet or VGG-16 as torchvision trained them, the file that its AlexNet_Weights or VGG16_Weights names "
+    "torchvision's AlexNet or VGG-16, the file that its AlexNet_Weights or VGG16_Weights names "
     "(alexnet-owt-7be5be79.pth, vgg16-397923af.pth)"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureNetwork:
-    """Features for Frechet distances.
+    """A network that computes features for Frechet distances.
 
     Attributes:
-        measure: what its distance is called in tables.
-        name: in words.
-        fingerprint: of network and weights; what another one measured cannot be compared.
-        features: pixels [B, 3, H, W] in -1..1, in steps of 8 bits -> [B, F].
+        measure: name of the distance in tables.
+        name: full name, for reports.
+        fingerprint: of architecture and weights; distances of different fingerprints cannot be compared.
+        features: pixels [B, 3, H, W] in -1..1, quantised to 8 bits -> [B, F].
     """
 
     measure: str
@@ -47,11 +47,11 @@ class FeatureNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualNetwork:
-    """A perceptual distance.
+    """A network that computes perceptual distances.
 
     Attributes:
         measure, name, fingerprint: see `FeatureNetwork`.
-        distance: two times pixels [B, 3, H, W] in -1..1 -> [B], 0 for equal pictures.
+        distance: two batches of pixels [B, 3, H, W] in -1..1 -> [B], 0 for equal images.
     """
 
     measure: str
@@ -61,10 +61,10 @@ class PerceptualNetwork:
 
 
 def feature_network(path: Path | None, *, device: torch.device | str = "cpu") -> FeatureNetwork:
-    """Inception from a file.
+    """Inception with weights from a file.
 
     Raises:
-        ValueError: without a file, for a file of other weights, and if torch-fidelity is missing.
+        ValueError: without a file, if its weights do not fit, and if torch-fidelity is missing.
     """
     if path is None:
         raise ValueError(f"--inception FILE is needed for a Frechet distance: {_INCEPTION}")
@@ -72,10 +72,10 @@ def feature_network(path: Path | None, *, device: torch.device | str = "cpu") ->
 
 
 def perceptual_network(path: Path | None, *, device: torch.device | str = "cpu") -> PerceptualNetwork:
-    """LPIPS with its backbone from a file.
+    """LPIPS with backbone weights from a file.
 
     Raises:
-        ValueError: without a file, for a file of other weights, and if torchvision is missing.
+        ValueError: without a file, if its weights do not fit, and if torchvision is missing.
     """
     if path is None:
         raise ValueError(f"--lpips FILE is needed for LPIPS: {_LPIPS}")
@@ -83,11 +83,11 @@ def perceptual_network(path: Path | None, *, device: torch.device | str = "cpu")
 
 
 def _inception(path: Path, device: torch.device | str) -> FeatureNetwork:
-    """torchmetrics' network at its 2048 features, resizing as TensorFlow 1 did for the first FIDs."""
+    """torchmetrics' network up to its 2048 features, with TensorFlow 1's resizing as in the original FID."""
     tensors = _read_weights(path, _INCEPTION)
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    # torch-fidelity unpickles the file that it is given: it gets one of plain tensors that we have just written.
+    # torch-fidelity unpickles the file it is given, so it gets a file of plain tensors that we have just written.
     with tempfile.TemporaryDirectory() as folder:
         checked = Path(folder) / "inception.pth"
         torch.save(tensors, checked)
@@ -113,9 +113,9 @@ def _inception(path: Path, device: torch.device | str) -> FeatureNetwork:
 
 
 def _lpips(path: Path, device: torch.device | str) -> PerceptualNetwork:
-    """torchmetrics' LPIPS, with the linear layers that come with it and a backbone from a file."""
+    """torchmetrics' LPIPS, with the linear layers that it ships and a backbone from a file."""
     tensors = _read_weights(path, _LPIPS)
-    # Not torchmetrics' public class, which cannot be kept from downloading the backbone.
+    # torchmetrics' public class always downloads the backbone, so the private one is used.
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
     kind = "vgg" if "features.28.weight" in tensors else "alex"
@@ -140,8 +140,10 @@ def _lpips(path: Path, device: torch.device | str) -> PerceptualNetwork:
 
 
 def _read_weights(path: Path, expected: str) -> dict[str, torch.Tensor]:
-    """Tensors by name from safetensors or from what torch.save wrote, also before torch 1.6 (`models.checkpoints` maps
-    files and cannot); nothing in the file is run."""
+    """Tensors by name from a safetensors or torch.save file; nothing in the file is run.
+
+    Files from before torch 1.6 are read too, which `models.checkpoints` cannot do since it maps files.
+    """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected {expected}")
     if path.suffix == ".safetensors":
@@ -149,12 +151,12 @@ def _read_weights(path: Path, expected: str) -> dict[str, torch.Tensor]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # Not chained: torch's message goes on to say how to run the code in the file.
+        # Not chained, since torch's message explains how to run the code in the file.
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as tensors alone ({reason}); expected {expected}") from None
+        raise ValueError(f"{path} cannot be read as plain tensors ({reason}); expected {expected}") from None
     if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
         raise ValueError(
-            f"{path} holds other things than tensors by name (a TorchScript archive is code, and is not run); "
-            f"expected {expected}"
+            f"{path} holds something other than tensors by name (TorchScript archives contain code and are not "
+            f"loaded); expected {expected}"
         )
     return dict(held)

@@ -1,4 +1,4 @@
-"""Files of prompts: MJHQ-30K's meta_data.json, JSON lines, plain lines, and GenEval's evaluation_metadata.jsonl."""
+"""Prompt files: MJHQ-30K's meta_data.json, JSON lines, plain lines, and GenEval's evaluation_metadata.jsonl."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Prompt:
     """A prompt of a benchmark.
 
     Attributes:
-        name: of its pictures' files, without suffix; each is there once.
-        text: what to draw.
-        category: the sub-folder of its pictures; empty where there are none.
-        metadata: its line as it stood in the file, for GenEval's scorer; empty elsewhere.
+        name: file name of its images, without suffix; unique.
+        text: the prompt itself.
+        category: sub-folder of its images; empty if there are no categories.
+        metadata: its original line, for GenEval's scorer; empty for other benchmarks.
 
     Raises:
-        ValueError: for a blank text, and for a name or category that is no plain file name.
+        ValueError: for an empty text, and for a name or category that is not a valid file name.
     """
 
     name: str
@@ -30,23 +30,23 @@ class Prompt:
 
     def __post_init__(self):
         if not self.text.strip():
-            raise ValueError(f"prompt {self.name} is blank: say what to draw")
+            raise ValueError(f"prompt {self.name} is empty: write a text, or remove it")
         for what, value in (("name", self.name), ("category", self.category or "none")):
             if not value or value in (".", "..") or set(value) & set('/\\:*?"<>|\0\n'):
-                raise ValueError(f"{value!r} cannot be the {what} of a prompt: it becomes a file's name")
+                raise ValueError(f"{value!r} cannot be the {what} of a prompt, since it becomes a file name")
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts in the file's order.
+    """The prompts of a file, in its order.
 
     - .json: MJHQ-30K's layout, {id: {"prompt": ..., "category": ...}};
-    - .jsonl: a JSON object a line with "prompt", and if there are any "id" and "category";
-    - else a prompt a line; blank lines do not count.
+    - .jsonl: one JSON object per line with "prompt" and optionally "id" and "category";
+    - otherwise one prompt per line; blank lines are skipped.
 
-    Prompts without an id are called by their number, "00000".
+    Prompts without an id are named by their number, such as "00000".
 
     Raises:
-        ValueError: for a file that is missing, empty or of another layout, and for an id that comes twice.
+        ValueError: for a file that is missing, empty or in another layout, and for a repeated id.
     """
     if path.suffix.lower() == ".json":
         held = _json(_read(path), f"{path}")
@@ -62,15 +62,18 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise ValueError(f"{path} holds no prompts")
     twice = [name for name, count in Counter(prompt.name for prompt in prompts).items() if count > 1]
     if twice:
-        raise ValueError(f"{path} has {', '.join(twice[:5])} more than once: their pictures would overwrite each other")
+        raise ValueError(
+            f"{path} has the ids {', '.join(twice[:5])} more than once: their images would overwrite each other, give "
+            "each prompt its own id"
+        )
     return prompts
 
 
 def read_geneval(path: Path) -> list[Prompt]:
-    """GenEval's evaluation_metadata.jsonl: a prompt a line, called by its number, of the category its tag names.
+    """GenEval's evaluation_metadata.jsonl: one prompt per line, named by its number, with its tag as category.
 
     Raises:
-        ValueError: for a file that is missing or empty, and for a line without "prompt" and "tag".
+        ValueError: for a file that is missing or empty, and for a line without "prompt" or "tag".
     """
     prompts = []
     for i, line in enumerate(_lines(path)):
@@ -95,7 +98,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error}); expected a file of prompts") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}); expected a file of prompts") from error
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,6 +1,6 @@
-"""Reconstruction: pictures through the tokenizer and back by both decoders (the paper's Tables 2, 4 and 6).
+"""Reconstruction: images encoded by the tokenizer and decoded by both decoders (the paper's Tables 2, 4 and 6).
 
-Shapes: B batch, M pictures, F features, S side in pixels.
+Shapes: B batch, M images, F features, S side in pixels.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from ..pipelines.distributed import Processes
 from .decoding import PATHS, Decoders, seed_of
 from .figures import save_image, to_image
 from .frechet import FrechetStatistics
-from .image_folder import OVERALL, Picture, as_measured, read_pixels
+from .image_folder import OVERALL, ImageFile, as_measured, read_pixels
 from .measuring import distances, statistics_of, tensor_name
 from .metrics import psnr, ssim
 from .networks import FeatureNetwork, PerceptualNetwork
 from .results_store import Measurements
 
-#: Scores of each picture against the one that it reconstructs.
+#: Per-image scores of a reconstruction against its original.
 SCORES = ("ssim", "psnr", "perceptual")
 _REAL = "real"
 
 
 def needed(paths: Sequence[str], *, with_real: bool) -> list[str]:
-    """Names of the tensors that a measured picture has; `with_real` for the features of the picture itself too."""
+    """Names of the tensors stored for a measured image; with `with_real`, the original image's features too."""
     names = [tensor_name("features", path) for path in (*paths, *([_REAL] if with_real else []))]
     return names + [tensor_name(score, path) for path in paths for score in SCORES]
 
 
 def reconstruct_all(
-    pictures: Sequence[Picture],
+    images: Sequence[ImageFile],
     decoders: Decoders,
     kept: Measurements,
     processes: Processes,
@@ -44,23 +44,23 @@ def reconstruct_all(
     perceptual: PerceptualNetwork,
     folder: Path | None = None,
 ) -> None:
-    """Measures every picture that `kept` lacks.
+    """Measures all images that are not in `kept` yet.
 
     Args:
-        size: S, of the squares that are compared: pictures are resized to it by their shorter side and cut, decoded
-            ones as well. The tokenizer sees them at its own size.
-        seed: with a picture's name, of its noise.
-        folder: for the decoded pictures, "<folder>/<path>/<name>.png"; None to keep only the numbers.
+        size: S, the side of the squares that are compared. Originals and reconstructions are resized by their shorter
+            side and cropped. The tokenizer sees the images at its own size.
+        seed: combined with an image's name into the seed of its noise.
+        folder: where to write the decoded images as "<folder>/<path>/<name>.png"; None to keep only the scores.
 
     Raises:
-        ValueError: naming a picture that cannot be read.
+        ValueError: for an unreadable image; the message names it.
     """
     vq = decoders.models.tokenizer
     done = kept.done()
-    for part in processes.batches(pictures, batch, done=lambda picture: picture.key in done, label="reconstruction"):
+    for part in processes.batches(images, batch, done=lambda image: image.key in done, label="reconstruction"):
         truth = read_pixels(part, size, vq.device)
         seen = truth if size == decoders.size else read_pixels(part, decoders.size, vq.device)
-        painted = decoders.paint(vq.encode(seen), [seed_of(seed, picture.name) for picture in part])
+        painted = decoders.paint(vq.encode(seen), [seed_of(seed, image.name) for image in part])
         values = {}
         if tensor_name("features", _REAL) in kept.needed:
             values[tensor_name("features", _REAL)] = features.features(truth)
@@ -73,38 +73,41 @@ def reconstruct_all(
                 tensor_name("perceptual", path): perceptual.distance(truth, made),
             }
             if folder is not None:
-                for picture, pixels in zip(part, decoded):
-                    save_image(to_image(pixels), folder / path / f"{picture.name}.png")
-        kept.add([picture.key for picture in part], values)
+                for image, pixels in zip(part, decoded):
+                    save_image(to_image(pixels), folder / path / f"{image.name}.png")
+        kept.add([image.key for image in part], values)
 
 
 def real_statistics(
-    pictures: Sequence[Picture], kept: Measurements, features: FeatureNetwork
+    images: Sequence[ImageFile], kept: Measurements, features: FeatureNetwork
 ) -> dict[str, FrechetStatistics]:
-    """Category -> statistics of the pictures as they are."""
-    return statistics_of(pictures, kept, tensor_name("features", _REAL), features)
+    """Category -> statistics of the original images."""
+    return statistics_of(images, kept, tensor_name("features", _REAL), features)
 
 
 def reconstruction_scopes(
-    pictures: Sequence[Picture],
+    images: Sequence[ImageFile],
     paths: Sequence[str],
     kept: Measurements,
     features: FeatureNetwork,
     real: Mapping[str, FrechetStatistics],
 ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, torch.Tensor]]]:
-    """The numbers of the tables: scope (overall or a category) -> row -> column -> value; and for plots, score ->
-    row -> values [M] of the single pictures."""
-    categories = sorted({picture.category for picture in pictures if picture.category})
-    keys = [picture.key for picture in pictures]
+    """The values of the tables: scope ("overall" or a category) -> row -> column -> value.
+
+    Returns:
+        The scopes; and for plots, score -> row -> values [M], one per image.
+    """
+    categories = sorted({image.category for image in images if image.category})
+    keys = [image.key for image in images]
     scopes: dict[str, dict[str, dict[str, float]]] = {scope: {} for scope in (OVERALL, *categories)}
     singles: dict[str, dict[str, torch.Tensor]] = {score: {} for score in SCORES}
     for path in paths:
-        made = statistics_of(pictures, kept, tensor_name("features", path), features)
+        made = statistics_of(images, kept, tensor_name("features", path), features)
         frechet = distances(real, made)
         for score in SCORES:
             singles[score][PATHS[path]] = kept.gather(keys, tensor_name(score, path)).double()
         for scope, rows in scopes.items():
-            chosen = torch.tensor([scope in (OVERALL, picture.category) for picture in pictures])
+            chosen = torch.tensor([scope in (OVERALL, image.category) for image in images])
             means = {score: float(singles[score][PATHS[path]][chosen].mean()) for score in SCORES}
             rows[PATHS[path]] = {"frechet": frechet[scope], **means}
     return scopes, singles

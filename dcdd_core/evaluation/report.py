@@ -1,4 +1,4 @@
-"""The results of an evaluation as JSON, as Markdown in the shape of the paper's tables, and as plots."""
+"""The results of an evaluation as JSON, as Markdown tables like the paper's, and as plots."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from ..files import write_text
 from .figures import grouped_bars, histograms, save_image
 from .frechet import FrechetStatistics
-from .image_folder import OVERALL, Picture
+from .image_folder import OVERALL, ImageFile
 from .tables import markdown_table
 
-#: Scope ("overall" or a category) -> row (a decoder) -> column (a measure) -> value.
+#: Scope ("overall" or a category) -> row (a decoder) -> column (a metric) -> value.
 Scopes = Mapping[str, Mapping[str, Mapping[str, float]]]
 _BETTER = {"frechet": "↓", "ssim": "↑", "psnr": "↑", "perceptual": "↓"}
 
@@ -25,26 +25,26 @@ _BETTER = {"frechet": "↓", "ssim": "↑", "psnr": "↑", "perceptual": "↓"}
 def results_of(
     scopes: Scopes,
     *,
-    pictures: Sequence[Picture],
+    images: Sequence[ImageFile],
     real: Mapping[str, FrechetStatistics],
     settings: Mapping[str, Any],
     networks: Mapping[str, str],
     size: int,
     painted: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Everything that `results.json` says: the numbers and what they depend on, neither times nor places.
+    """The content of `results.json`: the values and what they depend on, without times or paths.
 
     Args:
-        real: category -> the statistics held against.
-        networks: column -> the network that measured it, in words.
-        size: side in pixels at which pictures were compared.
-        painted: row -> side in pixels of its pictures before they were resized to that.
+        real: category -> statistics of the reference images.
+        networks: column -> name of the network that measured it.
+        size: side in pixels at which images were compared.
+        painted: row -> side in pixels of its images before resizing.
     """
-    held = Counter(picture.category for picture in pictures)
+    held = Counter(image.category for image in images)
     return {
         "size": size,
         "painted": dict(painted),
-        "pictures": {OVERALL: len(pictures)} | {name: held[name] for name in scopes if name != OVERALL},
+        "pictures": {OVERALL: len(images)} | {name: held[name] for name in scopes if name != OVERALL},
         "references": {OVERALL: sum(part.count for part in real.values())}
         | {name: real[name].count for name in scopes if name != OVERALL},
         "networks": dict(networks),
@@ -57,19 +57,19 @@ def results_of(
 
 
 def markdown(results: Mapping[str, Any], *, title: str, heads: Mapping[str, str], command: str) -> str:
-    """A table over all pictures, and one over the categories for each column.
+    """One table over all images, and for each column a table by category.
 
     Args:
         results: see `results_of`.
-        heads: column -> how it is called, "rFID".
-        command: what made the results.
+        heads: column -> its heading, such as "rFID".
+        command: the command line that made the results.
     """
     scopes = results["scopes"]
-    counts = f"{results['pictures'][OVERALL]} pictures against {results['references'][OVERALL]}"
+    counts = f"{results['pictures'][OVERALL]} images against {results['references'][OVERALL]} references"
     lines = [f"# {title}", "", f"{counts}, measured at {results['size']} x {results['size']} pixels.", ""]
     resized = [f"{row} ({side} pixels)" for row, side in results["painted"].items() if side != results["size"]]
     if resized:
-        lines += [f"Resized to that, bicubic and antialiased: {', '.join(resized)}.", ""]
+        lines += [f"Resized to that size (bicubic, antialiased): {', '.join(resized)}.", ""]
     lines += [f"- {heads[column]}: {name}" for column, name in results["networks"].items()]
     lines += ["", f"`{command}`", ""]
     named = {column: f"{heads[column]} {_BETTER[column]}" for column in next(iter(scopes[OVERALL].values()))}
@@ -79,7 +79,7 @@ def markdown(results: Mapping[str, Any], *, title: str, heads: Mapping[str, str]
         for column, head in named.items():
             by_row = {row: [scopes[scope][row][column] for scope in scopes] for row in rows}
             lines += ["", f"## {head} by category", "", *_table([_capital(scope) for scope in scopes], by_row)]
-        counted = {"pictures": list(results["pictures"].values()), "references": list(results["references"].values())}
+        counted = {"images": list(results["pictures"].values()), "references": list(results["references"].values())}
         lines += ["", "## Counts", "", *_table([_capital(scope) for scope in scopes], counted)]
     return "\n".join(lines) + "\n"
 
@@ -93,10 +93,10 @@ def write_report(
     command: str,
     singles: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> str:
-    """Writes results.json, report.md, frechet.png and, of scores of single pictures, scores.png; returns the Markdown.
+    """Writes results.json, report.md, frechet.png and, if `singles` is given, scores.png; returns the Markdown.
 
     Args:
-        singles: column -> row -> values [M].
+        singles: column -> row -> values [M], one per image.
     """
     write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     text = markdown(results, title=title, heads=heads, command=command)
@@ -109,13 +109,13 @@ def write_report(
     if singles:
         panels = {heads[column]: rows for column, rows in singles.items()}
         save_image(histograms(panels), folder / "scores.png")
-        text += "\n![Scores of the single pictures](scores.png)\n"
+        text += "\n![Scores of individual images](scores.png)\n"
     write_text(folder / "report.md", text)
     return text
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity, the signal-to-noise ratio of equal pictures."""
+    """None for infinity, the PSNR of equal images, which JSON cannot represent."""
     return value if math.isfinite(value) else None
 
 

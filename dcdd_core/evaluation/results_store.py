@@ -1,4 +1,4 @@
-"""What an evaluation keeps while it runs, so that a stopped one goes on: settings, and numbers of every picture."""
+"""Settings and per-image measurements of an evaluation on disk, so that a stopped run can be resumed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _KIND = "measurements"
 
 
 def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True) -> None:
-    """Writes `settings.json` into a folder that has none; one that has must say the same.
+    """Writes `settings.json` into a folder, or checks that the one there holds the same settings.
 
     Args:
-        settings: everything besides the list of pictures that the numbers depend on, as plain JSON values.
+        settings: everything besides the list of images that the results depend on, as plain JSON values.
         write: False for all processes but the first.
 
     Raises:
-        ValueError: naming the settings that differ.
+        ValueError: if they differ; the message names the settings.
     """
     path = folder / "settings.json"
     now = json.loads(json.dumps(settings))
@@ -34,19 +34,19 @@ def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True) ->
         if differ:
             changes = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differ)
             raise ValueError(
-                f"{folder} holds results made under other settings ({changes}): name another --out, or go back to "
-                "those settings to go on"
+                f"{folder} holds results made with other settings ({changes}): give another --out, or use those "
+                "settings to resume"
             )
     elif write:
         write_text(path, json.dumps(now, indent=1) + "\n")
 
 
 class Measurements:
-    """Numbers by picture, in a folder of small files that are only ever added to.
+    """Per-image measurements in a folder of small files; files are added, never changed.
 
     Args:
         folder: need not exist.
-        needed: names of the tensors that a picture must have to count as measured.
+        needed: names of the tensors that an image must have to count as measured.
     """
 
     def __init__(self, folder: Path, needed: Sequence[str]):
@@ -54,19 +54,19 @@ class Measurements:
         self.needed = frozenset(needed)
 
     def add(self, keys: Sequence[str], values: Mapping[str, torch.Tensor]) -> None:
-        """Keeps tensors [B, ...] of B pictures, in one file, whole or not at all."""
+        """Stores tensors [B, ...] of B images in one file, written atomically."""
         name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24]
         write_record(self.folder / f"{name}.safetensors", _KIND, dict(values), {"keys": list(keys)})
 
     def done(self) -> set[str]:
-        """The keys of the pictures that are measured."""
+        """Keys of the images that have been measured."""
         return {key for _, keys in self._files() for key in keys}
 
     def gather(self, keys: Sequence[str], name: str) -> torch.Tensor:
-        """The tensor of that name, [M, ...], in the order of the keys.
+        """The tensor called `name`, [M, ...], in the order of the keys.
 
         Raises:
-            ValueError: if a picture is not measured.
+            ValueError: if an image has not been measured.
         """
         row = {key: i for i, key in enumerate(keys)}
         gathered, missing = None, set(row)
@@ -82,13 +82,13 @@ class Measurements:
             missing -= {held[i] for i in wanted}
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(keys)} pictures have no {name} in {self.folder}, such as {min(missing)}: "
-                "start the same command again to measure the rest"
+                f"{len(missing)} of {len(keys)} images have no {name} in {self.folder}, such as {min(missing)}: "
+                "run the same command again to measure them"
             )
         return gathered
 
     def _files(self) -> list[tuple[Path, list[str]]]:
-        """The files that have everything needed, with their keys; one cut short by a crash counts as absent."""
+        """The files with all needed tensors, and their keys; a damaged file counts as missing."""
         found = []
         for path in sorted(self.folder.glob("*.safetensors")):
             try:

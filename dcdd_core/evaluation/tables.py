@@ -1,4 +1,4 @@
-"""Tables for the terminal, and as Markdown."""
+"""Tables as Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS = {
     "head mass": ("head_mass", "{:.6f}"),
 }
 
-#: By source, and whether they are calibrated.
+#: (source, calibrated) -> column name.
 _KINDS = {
     ("vlm", False): "sampled",
     ("vlm", True): "sampled, calibrated",
@@ -27,14 +27,14 @@ _KINDS = {
 
 
 def column_names(columns: Sequence[TokenLogits], given: Sequence[str] = ()) -> list[str]:
-    """Names for columns of logits: the given ones first, the others by what they hold, numbered where that repeats.
+    """Names for columns of logits: the given names first, then names by kind of logits, numbered if repeated.
 
     Raises:
         ValueError: if two of the given names are the same.
     """
     names = list(given[: len(columns)])
     if len(set(names)) < len(names):
-        raise ValueError(f"two columns are called the same ({', '.join(names)}): give each a name of its own")
+        raise ValueError(f"two columns have the same name ({', '.join(names)}): give each its own")
     for value in columns[len(names) :]:
         kind, number = _KINDS[value.source, value.calibrated], 1
         while (name := kind if number == 1 else f"{kind} {number}") in names:
@@ -44,7 +44,7 @@ def column_names(columns: Sequence[TokenLogits], given: Sequence[str] = ()) -> l
 
 
 def statistics_rows(columns: Mapping[str, TokenStatistics]) -> list[list[str]]:
-    """The cells of the paper's Table 1, names and heads included: a row a statistic, a column each kind of logits."""
+    """The cells of the paper's Table 1 with headings: one row per statistic, one column per kind of logits."""
     rows = [
         [row, *(form.format(getattr(found, name)) for found in columns.values())] for row, (name, form) in _ROWS.items()
     ]
@@ -52,13 +52,13 @@ def statistics_rows(columns: Mapping[str, TokenStatistics]) -> list[list[str]]:
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of its head and its rows."""
+    """A Markdown table; the first row of cells is its heading."""
     head, *rows = ("| " + " | ".join(row) + " |" for row in cells)
     return "\n".join([head, "|---" * len(cells[0]) + "|", *rows])
 
 
 def statistics_table(columns: Mapping[str, TokenStatistics]) -> str:
-    """The paper's Table 1: a row for each statistic, a column for each kind of logits."""
+    """The paper's Table 1 as aligned text: one row per statistic, one column per kind of logits."""
     lines = statistics_rows(columns)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(

@@ -1,7 +1,8 @@
-"""A VLM measured, and a tokenizer's proxies calibrated to it: the first step of a decoder's training (Eqs. 9-16).
+"""Fits a calibration: samples a VLM, and fits the tokenizer's proxy logits to its statistics (Eqs. 9-16).
 
-What the VLM samples is kept, a file a prompt: a stopped run goes on, and the files are read one at a time, as often as
-they are needed. A hundred pictures of Janus-Pro, 576 x 16384 logits each, are 3.8 GB on the disk and 38 MB in memory.
+It is the first step of training a decoder. Samples are kept on disk, one file per prompt, so that a stopped run can be
+resumed, and are read one at a time. A hundred images of Janus-Pro, 576 x 16384 logits each, take 3.8 GB on disk and
+38 MB of memory.
 
 Shapes: B batch, N tokens, K codes, D code dimension.
 """
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 
-from ..evaluation.generation import Sample
 from ..method.calibration import (
     PASSES,
     TOLERANCE,
@@ -32,16 +32,17 @@ from ..method.statistics import TokenStatistics, describe_logits
 from ..models.vq import VQTokenizer
 from ..types import Calibration, Codebook, TokenLogits
 from .distributed import Processes
+from .sample import Sample
 
-#: Neutral subjects of many kinds, one a line, mixed so that any first part of them is varied.
+#: Neutral prompts on many subjects, one per line, shuffled so that any first part of the list is varied.
 PROMPTS = Path(__file__).with_name("calibration_prompts.txt")
 
 _REMEDIES = """\
-What to do, the likeliest first:
-1. Sample as you will serve: --guidance and --temperature decide the VLM's entropy more than anything else.
-2. Give --images that the tokenizer is meant for, about 100 of the kind that the decoder will be trained on.
-3. Take the tokenizer of this very VLM: another one's codebook has the right size and the wrong meaning.
-4. Give more prompts and pictures (--count), if there were only a few."""
+What to do, most likely cause first:
+1. Sample with the settings you will generate with: --guidance and --temperature affect the VLM's entropy most.
+2. Give --images that suit the tokenizer, about 100 of the kind that the decoder will be trained on.
+3. Use this VLM's own tokenizer: another codebook of the same size has other meanings.
+4. Use more prompts and images (--count), if there were only a few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +53,18 @@ class _Sampled:
 
 
 class KeptSamples:
-    """What a VLM samples for prompts, a file of token logits each; iterating reads them one by one, in their order.
+    """A VLM's samples for prompts, one file of token logits each; iterating reads them one by one, in order.
 
     Args:
-        folder: of the files; need not exist. It belongs to one VLM and one way of sampling (see `kept.hold_to`).
-        seed: the i-th prompt is sampled with seed + i.
-        device: where the logits come to.
+        folder: of the files; need not exist. It belongs to one VLM and one set of sampling options.
+        seed: prompt i is sampled with seed + i.
+        device: where logits are moved when read.
     """
 
     def __init__(self, folder: Path, prompts: Sequence[str], *, seed: int = 0, device: torch.device | str = "cpu"):
         self.folder = folder
         self.device = device
-        # By number and words: with more prompts the first ones stay, and a prompt that was rewritten is sampled anew.
+        # Files are named by number and prompt: adding prompts keeps the first ones, a changed prompt is sampled again.
         names = [hashlib.sha256(prompt.encode()).hexdigest()[:12] for prompt in prompts]
         self._all = [
             _Sampled(prompt=prompt, seed=seed + i, file=folder / f"{i:05}-{names[i]}.safetensors")
@@ -78,24 +79,24 @@ class KeptSamples:
 
     @property
     def missing(self) -> int:
-        """How many are still to be sampled."""
+        """Number of prompts that have not been sampled yet."""
         return sum(not one.file.exists() for one in self._all)
 
     def fill(self, sample: Sample, processes: Processes, *, batch: int, bytes_each: int) -> None:
-        """Samples what is not there yet, `batch` prompts at once; what is done is kept even if it is stopped then.
+        """Samples the missing prompts, `batch` at once; every finished batch is on disk, so it can be stopped.
 
         Args:
             bytes_each: size of one file.
 
         Raises:
-            ValueError: before anything is sampled, if the disk has no room for it.
+            ValueError: before sampling, if the disk does not have enough space.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         needed, free = self.missing * bytes_each, shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
-                f"{self.missing} samples need {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB left: "
-                "name a folder on another disk with --samples, or take fewer with --count"
+                f"{self.missing} samples need {needed / 1e9:.1f} GB, but {self.folder} has {free / 1e9:.1f} GB left: "
+                "give a folder on another disk with --samples, or take fewer with --count"
             )
         for part in processes.batches(self._all, batch, done=lambda one: one.file.exists(), label="samples"):
             grid = sample([one.prompt for one in part], [one.seed for one in part])
@@ -105,26 +106,26 @@ class KeptSamples:
 
 
 class Proxies:
-    """Proxy logits of pictures (Eqs. 9-10) of one size; iterating makes them one picture at a time.
+    """Proxy logits (Eqs. 9-10) of images of one size; iterating computes them one image at a time.
 
     Attributes:
-        features: a tensor [1, N, D] a picture: 18 KB for 576 tokens, so these are kept and the logits are not.
+        features: one tensor [1, N, D] per image. They are kept instead of the logits: 18 KB for 576 tokens.
 
     Args:
-        pictures: pixels [1, 3, H, W] in -1..1, read once.
+        images: pixels [1, 3, H, W] in -1..1, iterated once.
 
     Raises:
-        ValueError: without any picture.
+        ValueError: if there are no images.
     """
 
-    def __init__(self, vq: VQTokenizer, pictures: Iterable[torch.Tensor]):
+    def __init__(self, vq: VQTokenizer, images: Iterable[torch.Tensor]):
         self.vq = vq
         self.features, self._grid = [], (0, 0)
-        for pixels in pictures:
+        for pixels in images:
             self.features.append(vq.features(pixels))
             self._grid = vq.grid_of(*pixels.shape[2:])
         if not self.features:
-            raise ValueError("got no pictures; expected about 100 that the decoder is to be trained on")
+            raise ValueError("got no images; expected about 100 of the kind that the decoder will be trained on")
 
     def __iter__(self) -> Iterator[TokenLogits]:
         codebook = self.vq.codebook
@@ -140,7 +141,7 @@ class Proxies:
             )
 
 
-def calibrate_to(
+def fit_to_samples(
     samples: Iterable[TokenLogits],
     proxies: Proxies,
     *,
@@ -149,10 +150,10 @@ def calibrate_to(
     temperature: float,
     with_anchor: bool = False,
 ) -> Calibration:
-    """The calibration of these proxies to what this VLM sampled, see `method.calibration.fit_calibration`.
+    """Fits a calibration of the proxies to a VLM's samples (`method.calibration.fit_calibration`).
 
     Args:
-        samples: can be read more than once.
+        samples: iterated more than once.
         with_anchor: fit the anchor too (`method.calibration.fit_anchor`).
     """
     measured_on = {"vlm": vlm, "guidance": guidance, "temperature": temperature}
@@ -167,7 +168,7 @@ def fit_to(
     anchored: bool = False,
     on_pass: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """`calibrate_to` for logits at hand: fits a calibration of proxy logits to a VLM's.
+    """`fit_to_samples` for logits at hand: fits a calibration of proxy logits to a VLM's.
 
     Args:
         anchored: fit the anchor too.
@@ -212,7 +213,7 @@ def _fitted(
 def compared(
     vlm: str, samples: Iterable[TokenLogits], proxies: Proxies, calibration: Calibration | None
 ) -> dict[str, TokenStatistics]:
-    """The columns of the paper's Table 1: the VLM, raw proxies and, with a calibration, calibrated ones."""
+    """The columns of the paper's Table 1: the VLM, raw proxies and, given a calibration, calibrated proxies."""
     codebook: Codebook = proxies.vq.codebook
     columns = {vlm: describe_logits(samples, codebook), "raw proxies": describe_logits(proxies, codebook)}
     if calibration is not None:
@@ -221,7 +222,7 @@ def compared(
 
 
 def verdict(calibration: Calibration) -> str:
-    """The parameters, achieved beside target (Eq. 12), and whether to go on; if not, what to do."""
+    """Target and achieved statistics (Eq. 12), the parameters, and whether the fit converged; if not, remedies."""
     found, target = asdict(calibration.achieved), asdict(calibration.target)
     rows = [f"{'':<24}{'VLM':>10}{'calibrated':>12}{'difference':>12}"]
     rows += [
@@ -237,8 +238,8 @@ def verdict(calibration: Calibration) -> str:
         end = f"converged: the mean entropy is within {TOLERANCE:g} of the VLM's"
     else:
         end = (
-            f"NOT converged: the mean entropy should come within {TOLERANCE:g} of the VLM's. A decoder trained on this "
-            f"reads distributions that the VLM never gives.\n{_REMEDIES}"
+            f"NOT converged: the mean entropy is not within {TOLERANCE:g} of the VLM's. A decoder trained with this "
+            f"calibration would see distributions that the VLM never gives.\n{_REMEDIES}"
         )
     parameters = (
         f"scale {calibration.scale:.3f} x {calibration.affine_scale:.3f}, smoothing {calibration.smoothing:.4f}, "

@@ -1,8 +1,7 @@
-"""Several processes over one list of work, through accelerate.
+"""Splits a list of work between processes, through accelerate.
 
-Every process sees the whole list, takes its share of batches and writes into one folder; the first sums up. Which
-pictures share a batch depends on the list alone, so any number of processes, and a run that was stopped and started
-again, computes the same.
+Every process has the whole list, takes its share of the batches and writes into one folder; the first process reports.
+Batches depend on the list alone, so results do not depend on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """This process among those that do one list of work; alone unless told otherwise.
+    """This process's place among those that share a list of work; by default it is the only one.
 
     Attributes:
-        index, count: which of how many.
-        device: the one that this process works on.
-        wait: returns when every process has come to it.
+        index: rank of this process.
+        count: world size.
+        device: device of this process.
+        wait: barrier: returns when every process has called it.
     """
 
     index: int = 0
@@ -36,16 +36,16 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that reports and writes what is written once."""
+        """Whether this process reports, and writes what must be written once."""
         return self.index == 0
 
     def batches(self, work: Sequence[T], batch: int, *, done: Callable[[T], bool], label: str) -> Iterator[Sequence[T]]:
-        """This process's share of the batches in which anything is left to do, under a progress bar of the first.
+        """This process's share of the batches that still have work; the first process shows a progress bar.
 
-        All processes look at what is done before any of them changes it, and leave together.
+        All processes check what is done before any of them starts, and return together.
 
         Raises:
-            ValueError: for a batch below 1.
+            ValueError: for a batch size below 1.
         """
         if batch < 1:
             raise ValueError(f"--batch must be at least 1, got {batch}")
@@ -59,13 +59,13 @@ class Processes:
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """The processes that `accelerate launch` or `torchrun` started, connected; without these, one.
+    """Connects the processes that `accelerate launch` or `torchrun` started; otherwise there is one process.
 
     Args:
-        device: as asked for; "cuda" becomes this process's own.
+        device: the requested device; "cuda" becomes the GPU of this process.
 
     Raises:
-        ValueError: if there are several and accelerate is not installed.
+        ValueError: if there are several processes and accelerate is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Processes(device=device)
@@ -73,9 +73,9 @@ def processes(device: str) -> Iterator[Processes]:
     try:
         from accelerate import PartialState
     except ImportError as error:
-        raise ValueError("several processes work together through accelerate: install it, or start one") from error
-    # Whoever is done first waits for the others, for days where the list is long; torch's own limit is half an hour.
+        raise ValueError("several processes need accelerate: install it, or start a single process") from error
+    # The first to finish waits for the others, for days if the list is long; torch's default timeout is 30 minutes.
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
     own = f"{device}:{state.local_process_index}" if device == "cuda" else device
     yield Processes(index=state.process_index, count=state.num_processes, device=own, wait=state.wait_for_everyone)
-    state.destroy_process_group()  # not after an error: the others, who still wait, are ended by whoever started them
+    state.destroy_process_group()  # not after an error: the launcher then ends the processes that still wait

@@ -20,10 +20,10 @@ from PIL import Image
 
 from dcdd_core.evaluation import decoding
 from dcdd_core.evaluation.decoding import Decoders, seed_of
-from dcdd_core.evaluation.evaluate import Run, evaluate_reconstruction, evaluate_text, generate_geneval
+from dcdd_core.evaluation.evaluate import EvaluationRun, evaluate_reconstruction, evaluate_text, generate_geneval
 from dcdd_core.evaluation.figures import text_of
 from dcdd_core.evaluation.frechet import FrechetStatistics, frechet_distance
-from dcdd_core.evaluation.image_folder import as_measured, pictures_in, read_pixels
+from dcdd_core.evaluation.image_folder import as_measured, list_images, read_pixels
 from dcdd_core.evaluation.metrics import psnr, ssim
 from dcdd_core.evaluation.networks import FeatureNetwork
 from dcdd_core.evaluation.prompts import Prompt, read_geneval
@@ -57,7 +57,7 @@ def networks(weights):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """MJHQ-30K's layout: three pictures of animals and four of plants, one of another size."""
+    """MJHQ-30K's layout: three images of animals and four of plants, one of another size."""
     folder = tmp_path_factory.mktemp("images")
     for i in range(7):
         path = folder / ("animals" if i < 3 else "plants") / f"{i}.png"
@@ -67,9 +67,11 @@ def images(tmp_path_factory):
 
 
 def reconstruct(out, images, decoders, networks, *, by_category=True, processes=None, limit=None, **options):
-    run = Run(out=out, processes=processes or Processes(), batch=2, statistics=options.pop("statistics", None))
-    pictures = pictures_in(images, by_category=by_category, limit=limit)
-    return evaluate_reconstruction(run, pictures, decoders, **networks, **options)
+    run = EvaluationRun(
+        out=out, processes=processes or Processes(), batch=2, statistics=options.pop("statistics", None)
+    )
+    files = list_images(images, by_category=by_category, limit=limit)
+    return evaluate_reconstruction(run, files, decoders, **networks, **options)
 
 
 def results(out):
@@ -85,11 +87,9 @@ def whole(tmp_path_factory, images, decoders, networks):
 
 
 def test_the_numbers_are_those_of_a_direct_computation(whole, images, decoders, networks):
-    pictures = pictures_in(images)
-    truth = read_pixels(pictures, 96)
-    painted = decoders.paint(
-        decoders.models.tokenizer.encode(truth), [seed_of(0, picture.name) for picture in pictures]
-    )
+    images = list_images(images)
+    truth = read_pixels(images, 96)
+    painted = decoders.paint(decoders.models.tokenizer.encode(truth), [seed_of(0, image.name) for image in images])
     features, distance = networks["features"].features, networks["perceptual"].distance
     found = results(whole)["scopes"]
     for path, name in decoding.PATHS.items():
@@ -115,12 +115,12 @@ def test_the_report_says_all_of_it(whole):
 
 
 def test_decoded_pictures_are_kept_on_demand(whole, images, decoders):
-    (picture,) = [p for p in pictures_in(images) if p.name == "plants/4.png"]
+    (image,) = [p for p in list_images(images) if p.name == "plants/4.png"]
     for path in decoders.paths:
         assert Image.open(whole / "pictures" / path / "plants" / "4.png.png").size == (96, 96)
-    grid = decoders.models.tokenizer.encode(read_pixels([picture], 96))
+    grid = decoders.models.tokenizer.encode(read_pixels([image], 96))
     by_vq = as_measured(decoders.models.tokenizer.decode_tokens(grid.tokens, grid.grid), 96)
-    kept = read_pixels(pictures_in(whole / "pictures" / "vq" / "plants", limit=2)[1:], 96)
+    kept = read_pixels(list_images(whole / "pictures" / "vq" / "plants", limit=2)[1:], 96)
     assert (by_vq - kept).abs().max() <= 2 / 255 + 1e-6
 
 
@@ -201,7 +201,7 @@ def test_a_decoder_that_is_served_otherwise_is_another(decoders):
     assert replace(decoders, shift=2.0).settings() == settings | {"shift": 2.0}
 
 
-def test_known_statistics_take_the_place_of_the_pictures(whole, tmp_path, images, decoders, networks):
+def test_known_statistics_take_the_place_of_the_images(whole, tmp_path, images, decoders, networks):
     counted = []
 
     def features(pixels):
@@ -210,12 +210,12 @@ def test_known_statistics_take_the_place_of_the_pictures(whole, tmp_path, images
 
     same = FeatureNetwork(**{**vars(networks["features"]), "features": features})
     reconstruct(tmp_path, images, decoders, networks | {"features": same}, statistics=whole / "real.safetensors")
-    assert sum(counted) == 2 * 7  # the decoded pictures of both paths alone
+    assert sum(counted) == 2 * 7  # the decoded images of both paths alone
     assert results(tmp_path)["scopes"] == results(whole)["scopes"]
     flat = reconstruct(tmp_path, images, decoders, networks, by_category=False, statistics=whole / "real.safetensors")
-    assert "7 pictures against 7" in flat
+    assert "7 images against 7 references" in flat
     another = FeatureNetwork(**{**vars(networks["features"]), "fingerprint": "inception-v3-0"})
-    with pytest.raises(ValueError, match=r"measured by scene-reader-.* here it is inception-v3-0"):
+    with pytest.raises(ValueError, match=r"measured by scene-reader-.* this run measures with inception-v3-0"):
         reconstruct(tmp_path, images, decoders, networks | {"features": another}, statistics=whole / "real.safetensors")
 
 
@@ -223,7 +223,7 @@ def test_statistics_without_the_categories_are_refused(tmp_path, images, decoder
     path = tmp_path / "flat.safetensors"
     arguments = (images, decoders, networks)
     reconstruct(tmp_path / "a", *arguments, by_category=False, limit=2, statistics=path)
-    with pytest.raises(ValueError, match=r"no pictures of animals, plants \(it has no categories\)"):
+    with pytest.raises(ValueError, match=r"no images of animals, plants \(it has no categories\)"):
         reconstruct(tmp_path / "b", *arguments, statistics=path)
 
 
@@ -233,7 +233,7 @@ def test_a_damaged_picture_ends_it_and_loses_nothing(tmp_path, images, decoders,
         folder.mkdir(exist_ok=True)
         (folder / f"{i}.png").write_bytes(path.read_bytes())
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"3.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"3.png cannot be read as an image"):
         reconstruct(tmp_path / "out", folder, decoders, networks, by_category=False)
     (folder / "3.png").unlink()
     reconstruct(tmp_path / "out", folder, decoders, networks, by_category=False)
@@ -241,12 +241,12 @@ def test_a_damaged_picture_ends_it_and_loses_nothing(tmp_path, images, decoders,
 
 
 def test_one_picture_is_too_few(tmp_path, images, decoders, networks):
-    with pytest.raises(ValueError, match="at least two pictures, got one in animals, plants"):
+    with pytest.raises(ValueError, match="at least two images, got one in animals, plants"):
         reconstruct(tmp_path, images, decoders, networks, limit=1)
 
 
 def test_a_size_that_cannot_be_measured_is_refused(tmp_path, images, decoders, networks):
-    with pytest.raises(ValueError, match="32 pixels a side or more, got --size 31"):
+    with pytest.raises(ValueError, match="--size must be at least 32 pixels.*got 31"):
         reconstruct(tmp_path, images, decoders, networks, size=31)
 
 
@@ -263,17 +263,17 @@ def larger(decoders):
 @pytest.mark.parametrize("size", [None, 50])
 def test_a_decoder_that_paints_larger_is_measured_at_its_size(tmp_path, images, larger, networks, size):
     text = reconstruct(tmp_path, images, larger, networks, by_category=False, limit=3, size=size, keep_pictures=True)
-    pictures, measured = pictures_in(images, limit=3), size or 128
+    images, measured = list_images(images, limit=3), size or 128
     assert results(tmp_path)["size"] == measured and "VQ-VAE decode (96 pixels)" in text
-    truth = read_pixels(pictures, measured)
-    seeds = [seed_of(0, picture.name) for picture in pictures]
-    for path, painted in larger.paint(larger.models.tokenizer.encode(read_pixels(pictures, 96)), seeds).items():
+    truth = read_pixels(images, measured)
+    seeds = [seed_of(0, image.name) for image in images]
+    for path, painted in larger.paint(larger.models.tokenizer.encode(read_pixels(images, 96)), seeds).items():
         made = as_measured(painted, measured)
         found = results(tmp_path)["scopes"]["overall"][decoding.PATHS[path]]
         assert found["ssim"] == pytest.approx(float(ssim(truth, made).mean()), abs=2e-5)
         assert found["psnr"] == pytest.approx(float(psnr(truth, made).mean()), rel=1e-4)
         side = {"vq": 96, "dcdd": 128}[path]
-        assert Image.open(tmp_path / "pictures" / path / f"{pictures[0].name}.png").size == (side, side)
+        assert Image.open(tmp_path / "pictures" / path / f"{images[0].name}.png").size == (side, side)
 
 
 def test_without_a_decoder_there_is_the_vq_path_alone(tmp_path, images, decoders, networks):
@@ -296,7 +296,7 @@ PROMPTS = [Prompt(name=f"p{i}", text=f"scene {i}", category="animals" if i < 2 e
 
 
 def draw(out, images, decoders, networks, *, prompts=PROMPTS, by_category=True, processes=None, statistics=None):
-    run = Run(out=out, processes=processes or Processes(), batch=2, statistics=statistics)
+    run = EvaluationRun(out=out, processes=processes or Processes(), batch=2, statistics=statistics)
     return evaluate_text(
         run,
         prompts,
@@ -321,10 +321,10 @@ def test_both_paths_are_drawn_from_the_same_tokens(drawn, images, decoders, netw
     seeds = [seed_of(0, f"{prompt.category}/{prompt.name}") for prompt in PROMPTS]
     painted = decoders.paint(sample([], seeds), seeds)
     features = networks["features"].features
-    real = FrechetStatistics.of([features(read_pixels(pictures_in(images), 96))])
+    real = FrechetStatistics.of([features(read_pixels(list_images(images), 96))])
     for path, name in decoding.PATHS.items():
         files = [drawn / "pictures" / path / prompt.category / f"{prompt.name}.png" for prompt in PROMPTS]
-        kept = read_pixels(pictures_in(drawn / "pictures" / path), 96)
+        kept = read_pixels(list_images(drawn / "pictures" / path), 96)
         assert all(file.is_file() for file in files) and len(kept) == 5
         made = as_measured(painted[path], 96)
         assert (kept - made).abs().max() <= 2 / 255 + 1e-6
@@ -340,7 +340,7 @@ def test_what_is_painted_larger_is_measured_at_its_size(tmp_path, images, larger
     assert results(tmp_path)["size"] == 128
     features = networks["features"].features
     made, real = (
-        FrechetStatistics.of([features(read_pixels(pictures_in(folder), 128))])
+        FrechetStatistics.of([features(read_pixels(list_images(folder), 128))])
         for folder in (tmp_path / "pictures" / "dcdd", images)
     )
     found = results(tmp_path)["scopes"]["overall"]["DCDD decode"]["frechet"]
@@ -379,9 +379,9 @@ def test_text_statistics_serve_again(drawn, tmp_path, decoders, networks):
 
 def test_categories_must_be_on_both_sides(tmp_path, images, decoders, networks):
     others = [Prompt(name=name, text="x", category="logo") for name in "ab"]
-    with pytest.raises(ValueError, match="no sub-folder logo"):
+    with pytest.raises(ValueError, match="no sub-folder with images for logo"):
         draw(tmp_path, images, decoders, networks, prompts=others)
-    with pytest.raises(ValueError, match="leave --by-category out"):
+    with pytest.raises(ValueError, match="leave out --by-category"):
         draw(tmp_path, images, decoders, networks, prompts=[Prompt(name="a", text="x")])
 
 
@@ -392,7 +392,7 @@ GENEVAL = [
 
 
 def scored(folder):
-    """What evaluation/evaluate_images.py of GenEval finds in a folder: picture -> metadata."""
+    """What evaluation/evaluate_images.py of GenEval finds in a folder: image -> metadata."""
     found = {}
     for home in os.listdir(folder):
         if not os.path.isdir(os.path.join(folder, home)) or not home.isdigit():
@@ -412,17 +412,17 @@ def test_geneval_s_folders_are_what_its_scorer_reads(tmp_path, decoders, monkeyp
     write = partial(generate_geneval, prompts=prompts, decoders=decoders, sample=sample, sampling={})
     monkeypatch.setattr(decoding, "decode", fails_after(2))
     with pytest.raises(KeyboardInterrupt):
-        write(Run(out=out, processes=Processes(), batch=3))
+        write(EvaluationRun(out=out, processes=Processes(), batch=3))
     monkeypatch.setattr(decoding, "decode", fails_after(1))
-    folders = write(Run(out=out, processes=Processes(), batch=3))
+    folders = write(EvaluationRun(out=out, processes=Processes(), batch=3))
     assert [folder.name for folder in folders] == ["vq", "dcdd"]
     expected = {f"{i:05}/{k:04}.png": json.loads(GENEVAL[i]) for i in range(2) for k in range(4)}
     for folder in folders:
         assert scored(folder) == expected
         assert sorted(path.name for path in folder.iterdir()) == ["00000", "00001"]
         assert {path.name for path in (folder / "00000").iterdir()} == {"grid.png", "metadata.jsonl", "samples"}
-        pictures = [(folder / name[:6] / "samples" / name[6:]).read_bytes() for name in expected]
-        assert len(set(pictures)) == 8  # four different pictures of each
+        images = [(folder / name[:6] / "samples" / name[6:]).read_bytes() for name in expected]
+        assert len(set(images)) == 8  # four different images of each
         assert Image.open(folder / "00001" / "grid.png").size == (192, 192)
         corner = Image.open(folder / "00001" / "grid.png").crop((96, 96, 192, 192))
         assert corner.tobytes() == Image.open(folder / "00001" / "samples" / "0003.png").convert("RGB").tobytes()
@@ -431,7 +431,7 @@ def test_geneval_s_folders_are_what_its_scorer_reads(tmp_path, decoders, monkeyp
     (tmp_path / "g.jsonl").write_text("\n".join(edited) + "\n")
     monkeypatch.setattr(decoding, "decode", real_decode)
     generate_geneval(
-        Run(out=out, processes=Processes()), read_geneval(tmp_path / "g.jsonl"), decoders, sample, sampling={}
+        EvaluationRun(out=out, processes=Processes()), read_geneval(tmp_path / "g.jsonl"), decoders, sample, sampling={}
     )
     for folder in folders:
         assert scored(folder) == {f"{i:05}/{k:04}.png": json.loads(edited[i]) for i in range(2) for k in range(4)}

@@ -37,7 +37,7 @@ def test_a_sheet_holds_every_picture():
     sheet = np.asarray(labelled_grid([row, row[::-1]], columns=("a", "b"), captions=("x" * 500, "y"), side=40))
     dark, light = ((sheet == value).all(-1).sum() for value in (64, 191))
     assert dark == light == 2 * 40 * 40
-    with pytest.raises(ValueError, match="columns"):
+    with pytest.raises(ValueError, match="one per column name"):
         labelled_grid([row], columns=("a",), captions=("x",))
 
 
@@ -78,5 +78,5 @@ def test_columns_without_a_name_are_called_by_what_they_hold():
     assert column_names([*columns, columns[0]], ["mine"]) == ["mine", "proxies", "calibrated", "sampled"]
     assert column_names([columns[1]] * 3) == ["proxies", "proxies 2", "proxies 3"]
     assert column_names(columns[:1], ["a", "b"]) == ["a"]
-    with pytest.raises(ValueError, match="same, same.*name of its own"):
+    with pytest.raises(ValueError, match="same, same.*give each its own"):
         column_names(columns, ["same", "same"])

@@ -1,6 +1,8 @@
 """Frechet distances: the closed form, torchmetrics' number, and statistics that are added, kept and refused."""
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -22,6 +24,27 @@ def test_of_gaussians_it_is_the_closed_form():
     assert found == pytest.approx(4 * 0.5**2 + 4 * (2 - 1) ** 2, rel=0.05)
 
 
+def test_of_two_points_each_it_is_the_number_by_hand():
+    real = torch.tensor([[0.0, 1.0], [2.0, 1.0]])  # mean (1, 1), covariance diag(2, 0)
+    made = torch.tensor([[3.0, 0.0], [3.0, 4.0]])  # mean (3, 2), covariance diag(0, 8)
+    assert distance([real], [made]) == pytest.approx(4 + 1 + 2 + 8)
+    made = torch.tensor([[0.0, 1.0], [4.0, 1.0]])  # mean (2, 1), covariance diag(8, 0), whose root with 2 is 4
+    assert distance([real], [made]) == pytest.approx(1 + 2 + 8 - 2 * 4)
+
+
+@pytest.mark.parametrize("count", [12, 200])  # fewer images than features, and more
+def test_it_is_the_formula_with_scipy_s_square_root(count):
+    mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    a, b = gaussian(0.0, 1.0, 0, count, 24) @ mixing, gaussian(0.3, 1.5, 1, 2 * count, 24)
+    (ma, sa), (mb, sb) = ((x.mean(0).numpy(), np.cov(x.numpy(), rowvar=False)) for x in (a, b))
+    # of a symmetric matrix, since scipy's root of a singular product is inaccurate
+    values, vectors = scipy.linalg.eigh(sa)
+    root = vectors @ np.diag(np.sqrt(values.clip(0))) @ vectors.T
+    shared = scipy.linalg.sqrtm(root @ sb @ root + 1e-13 * np.eye(24)).real.trace()
+    expected = ((ma - mb) ** 2).sum() + sa.trace() + sb.trace() - 2 * shared
+    assert distance([a], [b]) == pytest.approx(expected, rel=1e-5)
+
+
 class AsGiven(nn.Module):
     num_features = 24
 
@@ -29,7 +52,7 @@ class AsGiven(nn.Module):
         return features
 
 
-@pytest.mark.parametrize("count", [12, 200])  # fewer pictures than features, and more
+@pytest.mark.parametrize("count", [12, 200])  # fewer images than features, and more
 def test_it_is_the_number_of_torchmetrics(count):
     mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     a, b = gaussian(0.0, 1.0, 0, count, 24) @ mixing, gaussian(0.3, 1.5, 1, count + 5, 24)
@@ -65,7 +88,7 @@ def test_three_parts_added_are_the_whole():
     [
         ([gaussian(0, 1, 0)], [gaussian(0, 1, 0)[:1]], "at least two"),
         ([], [], "at least two"),
-        ([gaussian(0, 1, 0)], [gaussian(0, 1, 0)[:, :3]], "one network"),
+        ([gaussian(0, 1, 0)], [gaussian(0, 1, 0)[:, :3]], "the same network"),
         ([gaussian(0, 1, 0), gaussian(0, 1, 0)[:, :3]], [gaussian(0, 1, 0)], r"\[B, 4\]"),
     ],
 )

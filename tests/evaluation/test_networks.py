@@ -23,7 +23,7 @@ from dcdd_pico.reader import SceneReader
 from tests.tiny import fill
 
 
-def pictures(seed=0, size=96):
+def random_images(seed=0, size=96):
     return (torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 255).round() / 127.5 - 1
 
 
@@ -31,9 +31,9 @@ def test_pico_measures_with_its_scene_reader(monkeypatch):
     reader = fill(SceneReader())
     monkeypatch.setattr(pico_models, "load_reader", lambda *, device: reader)
     frechet, perceptual = pico_models.feature_network(), pico_models.perceptual_network()
-    assert torch.equal(frechet.features(pictures()), reader.frechet_features(pictures()))
-    assert not frechet.features(pictures()).requires_grad
-    assert torch.equal(perceptual.distance(pictures(), pictures()), torch.zeros(2))
+    assert torch.equal(frechet.features(random_images()), reader.frechet_features(random_images()))
+    assert not frechet.features(random_images()).requires_grad
+    assert torch.equal(perceptual.distance(random_images(), random_images()), torch.zeros(2))
     assert frechet.fingerprint == perceptual.fingerprint == f"scene-reader-{fingerprint_of(reader.state_dict())}"
 
 
@@ -58,7 +58,12 @@ class Code:
 @pytest.mark.parametrize("make", [feature_network, perceptual_network])
 @pytest.mark.parametrize(
     ("held", "words"),
-    [(Code(), "tensors alone"), ([torch.zeros(1)], "other things"), ({"a": 1}, "other things"), (b"", "tensors alone")],
+    [
+        (Code(), "plain tensors"),
+        ([torch.zeros(1)], "something other"),
+        ({"a": 1}, "something other"),
+        (b"", "plain tensors"),
+    ],
 )
 def test_code_and_other_files_are_not_loaded(tmp_path, capsys, make, held, words):
     path = tmp_path / "x.pth"
@@ -71,7 +76,7 @@ def test_code_and_other_files_are_not_loaded(tmp_path, capsys, make, held, words
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_torchscript_archive_is_not_run(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "x.pt"))
-    with pytest.raises(ValueError, match=r"x.pt cannot be read as tensors alone|TorchScript"):
+    with pytest.raises(ValueError, match=r"x.pt cannot be read as plain tensors|TorchScript"):
         feature_network(tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"none.pth does not exist; expected Inception"):
         feature_network(tmp_path / "none.pth")
@@ -128,7 +133,7 @@ def torch_fidelity(monkeypatch):
 @pytest.mark.parametrize("legacy", [False, True])  # torch-fidelity's file is older than torch 1.6's format
 def test_inception_gets_the_file_s_tensors_and_the_pictures_bytes(tmp_path, torch_fidelity, legacy):
     original = fill(Extractor())
-    weights, path, images = original.state_dict(), tmp_path / "w.pth", pictures(0, 384)
+    weights, path, images = original.state_dict(), tmp_path / "w.pth", random_images(0, 384)
     torch.save(dict(weights), path, _use_new_zipfile_serialization=not legacy)
     network = feature_network(path)
     expected = (resized((images + 1) * 127.5, (299, 299), False) - 128) / 128  # shrunk without a filter
@@ -208,7 +213,7 @@ def lpips(backbone, kind, *images):
 def test_lpips_takes_torchvision_s_file_and_no_other(tmp_path, torchvision, kind):
     backbone = fill(BACKBONES[kind]())
     weights = {f"features.{name}": value for name, value in backbone.state_dict().items()}
-    path, images = tmp_path / "w.pth", (pictures(0, 64), pictures(1, 64))
+    path, images = tmp_path / "w.pth", (random_images(0, 64), random_images(1, 64))
     torch.save(weights | {"classifier.1.weight": torch.zeros(1)}, path)
     network = perceptual_network(path)
     found = network.distance(*images)
@@ -251,5 +256,5 @@ def test_inception_is_torch_fidelity_s(tmp_path):
     path = tmp_path / "w.pth"
     torch.save(original.state_dict(), path)
     network = feature_network(path)
-    images = ((pictures(0, 384) + 1) * 127.5).round().byte()
-    assert torch.equal(network.features(pictures(0, 384)), original(images)[0])
+    images = ((random_images(0, 384) + 1) * 127.5).round().byte()
+    assert torch.equal(network.features(random_images(0, 384)), original(images)[0])

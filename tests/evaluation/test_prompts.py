@@ -45,7 +45,7 @@ def test_geneval_lines_are_kept_as_they_stand(tmp_path):
         ("p.json", "[1]", "holds a list"),
         ("p.json", "{", "is not JSON"),
         ("p.json", '{"a": "x"}', 'p.json, a: expected an object with "prompt"'),
-        ("p.json", '{"a": {"prompt": "  "}}', "blank"),
+        ("p.json", '{"a": {"prompt": "  "}}', "is empty"),
         ("p.json", '{"../a": {"prompt": "x"}}', "cannot be the name"),
         ("p.json", '{"a": {"prompt": "x", "category": ".."}}', "cannot be the category"),
         ("p.jsonl", '{"prompt": "x", "id": 1}\n{"prompt": "y", "id": 1}', "more than once"),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dcdd_core.evaluation.figures import grouped_bars, histograms
 from dcdd_core.evaluation.frechet import FrechetStatistics
-from dcdd_core.evaluation.image_folder import Picture
+from dcdd_core.evaluation.image_folder import ImageFile
 from dcdd_core.evaluation.report import results_of, write_report
 
 HEADS = {"frechet": "rFID", "psnr": "PSNR"}
@@ -17,10 +17,10 @@ HEADS = {"frechet": "rFID", "psnr": "PSNR"}
 
 def made(scopes, folder, **options):
     names = [name for name in scopes if name != "overall"] or [""]
-    pictures = [Picture(path=folder, name=f"{i}", category=names[i % len(names)]) for i in range(4)]
+    images = [ImageFile(path=folder, name=f"{i}", category=names[i % len(names)]) for i in range(4)]
     real = {name: FrechetStatistics.of([torch.rand(2, 3)]) for name in names}
     told = {"settings": {"steps": 3}, "networks": {"frechet": "I"}, "size": 9, "painted": {"VQ": 6, "DCDD": 9}}
-    results = results_of(scopes, pictures=pictures, real=real, **told)
+    results = results_of(scopes, images=images, real=real, **told)
     return results, write_report(folder, results, title="T", heads=HEADS, command="dcdd x", **options)
 
 
@@ -30,8 +30,8 @@ def test_a_report_without_categories(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["scopes"]["overall"]["VQ"] == {"frechet": 2.8511, "psnr": None}  # JSON has no infinity
     assert "|  | rFID ↓ | PSNR ↑ |\n|---|---|---|\n| VQ | 2.8511 | ∞ |\n| DCDD | 0.7535 | 20 |" in text
-    assert "- rFID: I" in text and "`dcdd x`" in text and "4 pictures against 2, measured at 9 x 9" in text
-    assert "Resized to that, bicubic and antialiased: VQ (6 pixels)." in text
+    assert "- rFID: I" in text and "`dcdd x`" in text and "4 images against 2 references, measured at 9 x 9" in text
+    assert "Resized to that size (bicubic, antialiased): VQ (6 pixels)." in text
     assert "by category" not in text and not (tmp_path / "scores.png").exists()
 
 

@@ -18,7 +18,7 @@ def test_numbers_come_back_in_the_order_that_is_asked_for(tmp_path):
     assert kept.done() == {"a", "b", "c"}
     assert torch.equal(kept.gather(["a", "b", "c"], "x"), torch.tensor([[1.0], [2.0], [3.0]]))
     assert torch.equal(kept.gather(["c"], "x"), torch.tensor([[3.0]]))
-    with pytest.raises(ValueError, match=r"1 of 2 pictures have no x .* such as d"):
+    with pytest.raises(ValueError, match=r"1 of 2 images have no x .* such as d"):
         kept.gather(["d", "a"], "x")
 
 

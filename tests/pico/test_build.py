@@ -9,11 +9,11 @@ from dcdd_core.models.card import VARIANTS
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.protocols import SamplingOptions
-from dcdd_pico.ablation import train_variants
+from dcdd_pico.ablation import train_ablation
 from dcdd_pico.build import build
-from dcdd_pico.build_context import Recipe, Workshop
+from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.models import load_pico, load_reader
-from dcdd_pico.sections import variant_files
+from dcdd_pico.sections import ablation_files
 
 SMALL = Recipe(
     train_scenes=64,
@@ -39,11 +39,11 @@ SMALL = Recipe(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*")
 def test_the_whole_build_in_small(tmp_path):
-    shop = Workshop(folder=tmp_path / "work", device=torch.device("cpu"), recipe=SMALL)
-    build(shop, until="autoencoder", weights=tmp_path / "weights")
+    context = BuildContext(folder=tmp_path / "work", device=torch.device("cpu"), recipe=SMALL)
+    build(context, until="autoencoder", weights=tmp_path / "weights")
     assert not (tmp_path / "weights").exists() and not (tmp_path / "work" / "janus").exists()
     tokenizer = (tmp_path / "work" / "tokenizer" / "checkpoint.pt").stat().st_mtime_ns
-    build(shop, weights=tmp_path / "weights")
+    build(context, weights=tmp_path / "weights")
     assert (tmp_path / "work" / "tokenizer" / "checkpoint.pt").stat().st_mtime_ns == tokenizer
     assert Recipe.load(tmp_path / "weights") == SMALL
     models = load_pico(weights=tmp_path / "weights")
@@ -54,8 +54,8 @@ def test_the_whole_build_in_small(tmp_path):
     condition = condition_for(models.decoder.card, grid, models.tokenizer.codebook)
     painted = decode(models.decoder, models.codec, condition, seeds=[0], steps=2).pixels
     assert painted.shape == (1, 3, 96, 96) and torch.isfinite(painted).all()
-    train_variants(shop, tmp_path / "weights")
-    found = variant_files(tmp_path / "work" / "variants")
+    train_ablation(context, tmp_path / "weights")
+    found = ablation_files(tmp_path / "work" / "variants")
     assert len(found) == 2 * len(VARIANTS)
     assert {read_card(path).variant for path in found.values()} == set(VARIANTS)
     first, second = (load_file(found[f"lcdm, seed {seed}"]) for seed in (0, 1))
@@ -63,6 +63,6 @@ def test_the_whole_build_in_small(tmp_path):
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
-    shop = Workshop(folder=tmp_path, device=torch.device("cpu"), recipe=SMALL)
+    context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=SMALL)
     with pytest.raises(ValueError, match="unknown stage"):
-        build(shop, until="tea")
+        build(context, until="tea")

@@ -1,6 +1,7 @@
 """The report on a handful of scenes and made-up numbers: every table is there, and says what was measured."""
 
 import argparse
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +12,28 @@ import torch
 from dcdd_core.models.bundle import DecoderOptions, load_decoder, save_bundle
 from dcdd_core.models.card import VARIANTS
 from dcdd_core.types import DCDDWarning
-from dcdd_pico import paper_report as pico_report
-from dcdd_pico import sections as measures
-from dcdd_pico.paper_report import CLAIMS, agreement, report
+from dcdd_pico import paper_report
+from dcdd_pico import sections as measured_sections
+from dcdd_pico.paper_report import CLAIMS, agreement, report_markdown
+from dcdd_pico.section_keys import Provenance
 from dcdd_pico.sections import (
-    ABLATION,
+    ABLATION_SCORES,
+    BY_LOGITS,
+    DCDD,
+    READ,
+    RERENDERED,
     SCORES,
     SECTIONS,
-    Choice,
+    SERVED,
+    STEP_COUNTS,
+    VQ,
+    Measured,
+    TableOptions,
+    ablation_files,
+    ablation_means,
+    measure,
     parse,
     token_statistics,
-    variant_files,
-    variant_means,
 )
 from tests.tiny import random_pico
 
@@ -31,7 +42,7 @@ def seeds(**of):
     """Rows of two seeds: a variant's scores, and the same and a tenth more."""
     return {
         f"{name}, seed {seed}": {
-            column: value * (1 + seed / 10) for column, value in zip(ABLATION, (*values, 1), strict=True)
+            column: value * (1 + seed / 10) for column, value in zip(ABLATION_SCORES, (*values, 1), strict=True)
         }
         for seed in range(2)
         for name, values in of.items()
@@ -39,7 +50,7 @@ def seeds(**of):
 
 
 def test_means_and_spread_are_those_of_the_seeds():
-    means = variant_means(seeds(**{"discrete": (2, 1, 4), "lcdm": (1, 1, 1), "lcdm+lc": (3, 1, 1)}))
+    means = ablation_means(seeds(**{"discrete": (2, 1, 4), "lcdm": (1, 1, 1), "lcdm+lc": (3, 1, 1)}))
     assert list(means) == list(VARIANTS)
     row = means["discrete"]
     assert (row["frechet"], row["frechet: lowest"], row["frechet: highest"]) == pytest.approx((2.1, 2, 2.2))
@@ -50,34 +61,120 @@ def test_agreement_compares_directions():
     rows = {"DCDD (LCDM + LC)": dict.fromkeys(SCORES, 0.5), "VQ-VAE decode": dict.fromkeys(SCORES, 1.0)}
     lines = agreement({"reconstruction": rows}).splitlines()[2:]
     assert len(lines) == len(CLAIMS)
-    assert lines[0].endswith("| 0.264 | 0.500 | as in the paper |")
-    assert lines[1].endswith("| 1.030 | 0.500 | **the other way** |")
+    assert lines[0].endswith("| 0.264 | 0.500 | same direction |")
+    assert lines[1].endswith("| 1.030 | 0.500 | **opposite direction** |")
     assert lines[3].endswith("| 0.659 | not measured |  |")
 
 
 def test_agreement_says_where_seeds_differ_more_than_variants():
     rows = {"discrete": (2, 1, 4), "lcdm": (1.9, 1.3, 1), "lcdm+lc": (1, 1.2, 1)}
-    lines = agreement({"means": variant_means(seeds(**rows))}).splitlines()[7:]
-    assert lines[0].endswith("| 0.950 | as in the paper, within the seeds' spread |")
-    assert lines[1].endswith("| 1.300 | as in the paper |")
-    assert lines[4].endswith("| 0.923 | **the other way**, within the seeds' spread |")
+    lines = agreement({"means": ablation_means(seeds(**rows))}).splitlines()[7:]
+    assert lines[0].endswith("| 0.950 | same direction, within the spread of seeds |")
+    assert lines[1].endswith("| 1.300 | same direction |")
+    assert lines[4].endswith("| 0.923 | **opposite direction**, within the spread of seeds |")
+
+
+def test_each_claim_compares_the_rows_and_the_column_that_it_names():
+    rows = {
+        ("DCDD", "rFID"): ("reconstruction", DCDD),
+        ("VQ-VAE", "rFID"): ("reconstruction", VQ),
+        ("DCDD", "gFID"): ("text", BY_LOGITS),
+        ("DCDD as served", "gFID"): ("text", SERVED),
+        ("VQ-VAE", "gFID"): ("text", VQ),
+        **{(name, "rFID"): ("means", name.lower().replace(" + ", "+")) for name in ("LCDM", "LCDM + LC", "discrete")},
+        **{(f"{count} steps", "rFID"): ("steps", f"DCDD, {count} steps") for count in (10, 30)},
+    }
+    columns = {"rFID": "frechet", "gFID": "frechet", "SSIM": "ssim", "perceptual": "perceptual"}
+    # arXiv 2603.13389: Tables 2, 3 (twice), 4 and 6
+    paper = (0.264, 1.030, 0.892, 0.659, 0.659, 0.931, 1.007, 0.970, 0.980, 1.020, 0.967, 1.180, 1.007)
+    for claim, ratio in zip(CLAIMS, paper, strict=True):
+        metric, _, both = claim.words.partition(", ")
+        first, second = both.replace("to 30", "to 30 steps").split(" to ")
+        kind = "gFID" if metric == "gFID" else "rFID"
+        named = [rows[name, kind] for name in (first, second)]
+        assert claim.ours == tuple((*place, columns[metric]) for place in named)
+        results = {section: {} for section, _ in named}
+        for (section, row), value in zip(named, (3.0, 2.0)):
+            spread = {f"{columns[metric]}: lowest": value, f"{columns[metric]}: highest": value}
+            results[section][row] = {columns[metric]: value} | spread
+        line = next(line for line in agreement(results).splitlines() if line.startswith(f"| {claim.words} |"))
+        assert line.startswith(f"| {claim.words} | {ratio:.3f} | 1.500 | ")
+        assert line.endswith("| same direction |") == (ratio > 1)
+
+
+def everything():
+    """Results of all sections, no two numbers the same."""
+    numbers = itertools.count(1)
+
+    def row(*columns):
+        return {column: next(numbers) + 0.5 for column in columns}
+
+    facts = [f"F1 {fact}" for fact in READ]
+    rows = {
+        "reconstruction": {name: row(*SCORES) for name in (VQ, DCDD)},
+        "text": {name: row("frechet", "frechet: heart", *facts) for name in (VQ, BY_LOGITS, SERVED)},
+        "reader": {"real scenes": row(*facts), RERENDERED: row("frechet", "frechet: heart", *facts)},
+        "steps": {name: row(*SCORES) for name in (VQ, *(f"DCDD, {count} steps" for count in STEP_COUNTS))},
+        "ablation": {f"{name}, seed 0": row(*ABLATION_SCORES) for name in VARIANTS},
+        "latency": {name: row("seconds") for name in ("Janus", VQ, "LCDM", "DCDD, 10 steps")},
+    }
+    rows["means"] = ablation_means(rows["ablation"])
+    return Measured(rows, {name: Provenance(name, "abc1234", f"key-{name}") for name in rows})
+
+
+def test_each_table_shows_its_own_section():
+    results = everything()
+    text = report_markdown(results, options=TableOptions(out=Path()), causes="")
+    parts = {part[:7]: part for part in text.split("\n## ")}
+
+    def lines(rows, columns):
+        return [" | ".join([f"| {name}", *(f"{row[column]:.4g}" for column in columns)]) + " |" for name, row in rows]
+
+    rows = results.rows
+    facts = ["frechet", *(f"F1 {fact}" for fact in READ)]
+    chance = (RERENDERED, rows["reader"][RERENDERED])
+    expected = {
+        "Table 2": lines(rows["reconstruction"].items(), SCORES),
+        "Table 3": lines([*rows["text"].items(), chance], facts)
+        + lines([*rows["text"].items(), chance], ["frechet: heart"]),
+        "Table 5": lines(rows["latency"].items(), ["seconds"]),
+        "Table 6": lines(rows["steps"].items(), SCORES),
+    }
+    for table, shown in expected.items():
+        assert all(line in parts[table].splitlines() for line in shown), table
+    for name, row in rows["means"].items():
+        cells = [f"{row[c]:.4g} ({row[c]:.4g} to {row[c]:.4g})" for c in ABLATION_SCORES]
+        assert " | ".join([f"| {name}", *cells]) + " |" in parts["Table 4"].splitlines()
+    sources = {"Table 2": "reconstruction", "Table 3": "text", "Table 4": "ablation", "Table 6": "steps"}
+    assert all(str(results.provenance[section]) in parts[table] for table, section in sources.items())
+    assert "real scenes" not in text
+
+
+def test_table_5_sums_the_stages_of_each_path():
+    results = everything()
+    seconds = {"Janus": 0.5, VQ: 0.1, "LCDM": 0.05, "DCDD, 10 steps": 0.25}
+    results.rows["latency"] = {name: {"seconds": value} for name, value in seconds.items()}
+    results.rows["text"][VQ]["frechet"], results.rows["text"][SERVED]["frechet"] = 0.2, 0.15
+    text = report_markdown(results, options=TableOptions(out=Path()), causes="")
+    for line in ("| Janus + VQ-VAE | 0.2 | 0.6 |", "| Janus + DCDD | 0.15 | 0.8 |", "| change | -25.0% | +33.3% |"):
+        assert line in text.splitlines()
 
 
 def test_variants_are_found_seed_by_seed(tmp_path):
-    assert variant_files(tmp_path) == {}
+    assert ablation_files(tmp_path) == {}
     for seed in (1, 0):
         for name in VARIANTS:
             (tmp_path / f"{name}-{seed}.safetensors").touch()
-    found = variant_files(tmp_path)
+    found = ablation_files(tmp_path)
     assert list(found) == [f"{name}, seed {seed}" for seed in (0, 1) for name in VARIANTS]
     assert found["lcdm+lc, seed 1"] == tmp_path / "lcdm+lc-1.safetensors"
     (tmp_path / "lcdm-0.safetensors").unlink()
-    with pytest.warns(DCDDWarning, match="not all variants have.*pico.variants"):
-        assert list(variant_files(tmp_path)) == [f"{name}, seed 1" for name in VARIANTS]
+    with pytest.warns(DCDDWarning, match="some variant lacks.*pico.ablation"):
+        assert list(ablation_files(tmp_path)) == [f"{name}, seed 1" for name in VARIANTS]
 
 
 def test_what_was_not_measured_has_no_table():
-    text = report({}, choice=Choice(out=Path()), causes="Because.")
+    text = report_markdown(Measured(), options=TableOptions(out=Path()), causes="Because.")
     assert (
         "Because." in text
         and text.count("not measured") == len(CLAIMS)
@@ -87,38 +184,47 @@ def test_what_was_not_measured_has_no_table():
 
 def test_the_causes_that_are_written_down_are_a_section_of_the_report():
     causes = (Path(__file__).parents[2] / "docs" / "causes.md").read_text("utf-8")
-    lines = report({}, choice=Choice(out=Path()), causes=causes).splitlines()
+    lines = report_markdown(Measured(), options=TableOptions(out=Path()), causes=causes).splitlines()
     heads = [line for line in lines if line.startswith("#")]
-    assert heads[1] == "## Beside the paper" and heads[2] == causes.splitlines()[0]
+    assert heads[1] == "## Comparison with the paper" and heads[2] == causes.splitlines()[0]
     assert heads[3].startswith("## Table 1") and [head for head in heads if head.startswith("# ")] == heads[:1]
 
 
 def test_a_section_is_measured_again_when_what_it_depends_on_changed(tmp_path, monkeypatch):
-    for name in ("weights/a", "variant"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).with_suffix(".safetensors").write_text(name)
-    plain = Choice(out=tmp_path, weights=tmp_path / "weights")
-    more = replace(plain, variants={"one": tmp_path / "variant.safetensors"})
-    changed = {section for section in SECTIONS if plain.fingerprint(section) != more.fingerprint(section)}
-    assert changed == {"variants"}
-    assert all(plain.fingerprint(name) != replace(plain, steps=11).fingerprint(name) for name in SECTIONS)
-    before = {section: plain.fingerprint(section) for section in SECTIONS}
-    (tmp_path / "weights" / "a.safetensors").write_text("others")
-    assert all(plain.fingerprint(section) != before[section] for section in SECTIONS)
-    before = {section: plain.fingerprint(section) for section in SECTIONS}
-    monkeypatch.setitem(SECTIONS, "reader", measures.measure_text)  # as if it measured otherwise than before
-    assert {section for section in SECTIONS if plain.fingerprint(section) != before[section]} == {"reader"}
+    measured = []
+    section = "calibration"
+    monkeypatch.setattr(TableOptions, "setup", lambda self: self)
+    monkeypatch.setattr(TableOptions, "key", lambda self, name: f"key of {name}")
+    monkeypatch.setitem(SECTIONS, section, lambda setup: measured.append(setup.steps) or {"row": {"top_1": 0.5}})
+    plain = TableOptions(out=tmp_path)
+    _, first = measure(plain, [section])
+    _, again = measure(plain, [section])
+    assert measured == [10] and first == again and first.rows == {section: {"row": {"top_1": 0.5}}}
+    assert first.provenance[section].key == "key of calibration"
+    measure(replace(plain, steps=11), [section])
+    monkeypatch.setattr(TableOptions, "key", lambda self, name: "another key")
+    _, other = measure(replace(plain, steps=11), [section])
+    assert measured == [10, 11, 11] and other.provenance[section].key == "another key"
+
+
+def test_times_belong_to_a_machine(monkeypatch):
+    options = TableOptions(out=Path())
+    before = {name: options.settings(name) for name in SECTIONS}
+    monkeypatch.setattr(measured_sections.platform, "node", lambda: "another machine")
+    assert {name for name in SECTIONS if options.settings(name) != before[name]} == {"latency"}
+    changes = ({"scenes": 1}, {"steps": 1}, {"bf16": True}, {"compiled": True}, {"device": "cuda"})
+    assert all(replace(options, **change).settings("text") != before["text"] for change in changes)
 
 
 def test_the_printed_command_measures_the_same(tmp_path, monkeypatch):
-    choice = Choice(out=Path("out/table"), weights=Path("mine"), scenes=64, steps=3, bf16=True, compiled=True)
-    monkeypatch.setattr(sys, "argv", [*choice.command("steps", "text").split()[2:], "--work", str(tmp_path)])
+    options = TableOptions(out=Path("out/table"), weights=Path("mine"), scenes=64, steps=3, bf16=True, compiled=True)
+    monkeypatch.setattr(sys, "argv", [*options.command("steps", "text").split()[2:], "--work", str(tmp_path)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # The device is named, whatever machine reads it.
     parser = argparse.ArgumentParser()
     parser.add_argument("--sections", nargs="+")
     chosen, found = parse(parser)
     assert chosen.sections == ["steps", "text"]
-    assert found == choice
+    assert found == options
 
 
 @pytest.mark.slow
@@ -127,20 +233,20 @@ def test_the_whole_report_in_small(tmp_path, monkeypatch):
     decoder = load_decoder(weights / "decoder.safetensors", options=DecoderOptions(dtype=torch.float32, fold=False))
     for name in VARIANTS:
         save_bundle(tmp_path / "variants" / f"{name}-0.safetensors", decoder, dtype=torch.float16)
-    monkeypatch.setattr(measures, "STEP_COUNTS", (1, 10, 30))
-    monkeypatch.setattr(pico_report, "STEP_COUNTS", (1, 10, 30))
+    monkeypatch.setattr(measured_sections, "STEP_COUNTS", (1, 10, 30))
+    monkeypatch.setattr(paper_report, "STEP_COUNTS", (1, 10, 30))
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "causes.md").write_text("Random weights agree with nothing.")
     folders = ["--docs", docs, "--out", tmp_path / "out", "--weights", weights, "--work", tmp_path]
     arguments = [*map(str, folders), "--scenes", "5", "--steps", "1", "--batch", "3"]
     monkeypatch.setattr(sys, "argv", ["report", *arguments])
-    pico_report.main()
+    paper_report.main()
     text = (docs / "report.md").read_text()
     assert all(f"## Table {k}" in text for k in range(1, 7)) and "Random weights agree" in text
-    assert "not measured" not in text and "nan" not in text and text.count("drawn anew |") == 2
-    pictures = {path.name for path in (docs / "report").iterdir()}
-    assert all(f"report/{name}" in text for name in pictures) and len(pictures) == 7
+    assert "not measured" not in text and "nan" not in text and text.count("rendered again |") == 2
+    images = {path.name for path in (docs / "report").iterdir()}
+    assert all(f"report/{name}" in text for name in images) and len(images) == 7
 
 
 def test_token_statistics_come_back_from_a_row():

@@ -34,7 +34,7 @@ def facts(**changes):
     return SceneFacts(**(plain | changes))
 
 
-def picture(size=96, seed=0, **changes):
+def image(size=96, seed=0, **changes):
     return draw(facts(**changes), np.random.default_rng(seed), size=size).astype(float) / 255
 
 
@@ -59,27 +59,27 @@ def test_facts_without_drawing_are_those_drawn():
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_the_object_has_its_colour(colour):
-    middle = picture(colour=colour)[44:52, 44:52].mean((0, 1))
+    middle = image(colour=colour)[44:52, 44:52].mean((0, 1))
     nearest = min(COLOURS, key=lambda name: np.abs(np.array(COLOURS[name]) - middle).sum())
     assert nearest == colour
 
 
 @pytest.mark.parametrize("ground", GROUND_COLOURS)
 def test_the_ground_has_its_colour(ground):
-    border = picture(ground_colour=ground)[:6].mean((0, 1))
+    border = image(ground_colour=ground)[:6].mean((0, 1))
     assert min(GROUND_COLOURS, key=lambda name: np.abs(np.array(GROUND_COLOURS[name]) - border).sum()) == ground
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_object_is_at_its_place(place):
-    red = picture(place=place)[..., 0] > 0.6
+    red = image(place=place)[..., 0] > 0.6
     y, x = np.nonzero(red)
     assert np.abs(x.mean() / 96 - PLACES[place][0]) < 0.05 and np.abs(y.mean() / 96 - PLACES[place][1]) < 0.05
 
 
 def test_stripes_run_the_way_they_are_called():
     def roughness(texture):
-        middle = picture(texture=texture, shape="square", seed=3)[36:60, 36:60, 0]
+        middle = image(texture=texture, shape="square", seed=3)[36:60, 36:60, 0]
         return np.abs(np.diff(middle, axis=0)).mean(), np.abs(np.diff(middle, axis=1)).mean()
 
     down, across = roughness("striped")
@@ -89,14 +89,14 @@ def test_stripes_run_the_way_they_are_called():
 
 
 def test_shapes_differ_and_none_is_empty():
-    areas = {shape: picture(shape=shape)[..., 0] > 0.6 for shape in SHAPES}
+    areas = {shape: image(shape=shape)[..., 0] > 0.6 for shape in SHAPES}
     assert all(0.03 < area.mean() < 0.3 for area in areas.values())
     for a in SHAPES:
         assert all(np.logical_xor(areas[a], areas[b]).mean() > 0.01 for b in SHAPES if b != a)
 
 
 def test_edges_are_antialiased_and_composition_does_not_depend_on_size():
-    small, large = picture(size=48), picture(size=192)
+    small, large = image(size=48), image(size=192)
     shrunk = large.reshape(48, 4, 48, 4, 3).mean((1, 3))
     assert np.abs(small - shrunk).mean() < 0.01
     assert len(np.unique(small[..., 0])) > 20

@@ -1,4 +1,4 @@
-"""What the decoder is served with: the distance that sees whether a picture shows what its caption says."""
+"""What the decoder is served with: the distance that sees whether a image shows what its caption says."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from dcdd_core.evaluation.frechet import FrechetStatistics, frechet_distance
 from dcdd_pico.reader import FACTS, fact_labels
 from dcdd_pico.scenes import scene_facts
-from dcdd_pico.serving import climb, said_beside
+from dcdd_pico.serving import fact_features, search_serving
 from tests.tiny import tiny_card
 
 
@@ -15,7 +15,7 @@ def test_pictures_of_other_captions_are_farther_off():
     shapes = fact_labels(facts)["shape"]
     features = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
     features[:, 0] += shapes
-    said = said_beside(features, facts)
+    said = fact_features(features, facts)
     assert said.shape == (600, sum(map(len, FACTS.values())))
     assert float(said.norm(dim=1).mean()) == pytest.approx(float(features.norm(dim=1).mean()))
 
@@ -35,9 +35,9 @@ def test_the_shift_grows_as_long_as_that_is_better_and_each_reading_is_tried_wit
         tried.append((card.shift, card.reads))
         return {"anchored": 0.5, "logits": 0.4, "tokens": 0.6}[card.reads] + abs((card.shift or 0.0) - 2.2)
 
-    by_shift, by_reading = climb(tiny_card(reads="anchored"), distance)
+    by_shift, by_reading = search_serving(tiny_card(reads="anchored"), distance)
     assert list(by_shift) == [None, 1.0, 1.5, 2.0, 2.5] and min(by_shift, key=by_shift.get) == 2.0
     assert by_reading == pytest.approx({"anchored": 0.7, "logits": 0.6, "tokens": 0.8})
     assert tried[-2:] == [(2.0, "logits"), (2.0, "tokens")] and len(tried) == 7
-    by_shift, _ = climb(tiny_card(reads="anchored"), lambda card: card.shift or 0.0)
+    by_shift, _ = search_serving(tiny_card(reads="anchored"), lambda card: card.shift or 0.0)
     assert list(by_shift) == [None, 1.0]

@@ -88,7 +88,7 @@ def test_a_sentence_becomes_its_picture(models, reader):
 
 @torch.no_grad()
 def test_localised_decoding_paints_the_box_like_its_surroundings(models):
-    """The picture's own tokens, half of it given: the painted half must be nearer to the truth than its mean colour."""
+    """The image's own tokens, half of it given: the painted half must be nearer to the truth than its mean colour."""
     truth = pixels(6)
     mask = torch.zeros(1, 1, 96, 96)
     mask[..., 24:72, 24:72] = 1

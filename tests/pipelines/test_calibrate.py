@@ -14,7 +14,7 @@ import torch
 from dcdd_core.evaluation.prompts import read_prompts
 from dcdd_core.method.calibration import fit_calibration, target_statistics
 from dcdd_core.models.vq import VQTokenizer
-from dcdd_core.pipelines.calibrate import PROMPTS, KeptSamples, Proxies, calibrate_to, compared, verdict
+from dcdd_core.pipelines.calibrate import PROMPTS, KeptSamples, Proxies, compared, fit_to_samples, verdict
 from dcdd_core.pipelines.distributed import Processes
 from dcdd_core.types import Calibration, CalibrationStatistics, TokenLogits
 from tests.tiny import tiny_vq
@@ -101,7 +101,7 @@ def test_processes_share_the_sampling(tmp_path, vq):
 
 def test_a_full_disk_is_told_before_anything_is_sampled(tmp_path, vq):
     sampler = Sampler(vq.codebook)
-    with pytest.raises(ValueError, match=r"7 samples need 7000000000\.0 GB .* --samples"):
+    with pytest.raises(ValueError, match=r"7 samples need 7000000000\.0 GB, .* --samples"):
         KeptSamples(tmp_path, PROMPTED).fill(sampler, Processes(), batch=3, bytes_each=10**18)
     assert not sampler.asked
 
@@ -125,14 +125,14 @@ def test_proxies_are_what_the_tokenizer_encodes(vq):
         theirs.model,
         theirs.codebook,
     )
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         Proxies(vq, [])
 
 
 def test_the_streams_give_the_calibration_of_all_at_once(tmp_path, vq, proxies):
     samples = KeptSamples(tmp_path, PROMPTED)
     samples.fill(Sampler(vq.codebook), Processes(), **ALONE)
-    ours = calibrate_to(samples, proxies, vlm="v", guidance=5.0, temperature=1.0)
+    ours = fit_to_samples(samples, proxies, vlm="v", guidance=5.0, temperature=1.0)
     at_once = Sampler(vq.codebook)(PROMPTED, range(7))
     assert ours == fit_calibration(
         torch.cat(proxies.features),
@@ -143,14 +143,14 @@ def test_the_streams_give_the_calibration_of_all_at_once(tmp_path, vq, proxies):
         temperature=1.0,
     )
     assert ours.converged and ours.anchor == 0 and ours.codebook == vq.codebook.fingerprint
-    anchored = calibrate_to(samples, proxies, vlm="", guidance=5.0, temperature=1.0, with_anchor=True)
+    anchored = fit_to_samples(samples, proxies, vlm="", guidance=5.0, temperature=1.0, with_anchor=True)
     assert replace(anchored, anchor=0.0, vlm="v") == ours and anchored.anchor > 0
 
 
 def test_the_columns_show_what_calibration_does(tmp_path, vq, proxies):
     samples = KeptSamples(tmp_path, PROMPTED)
     samples.fill(Sampler(vq.codebook), Processes(), **ALONE)
-    calibration = calibrate_to(samples, proxies, vlm="", guidance=5.0, temperature=1.0)
+    calibration = fit_to_samples(samples, proxies, vlm="", guidance=5.0, temperature=1.0)
     columns = compared("v", samples, proxies, calibration)
     vlm, raw, calibrated = columns.values()
     assert list(columns) == ["v", "raw proxies", "calibrated proxies"]
@@ -190,4 +190,4 @@ def test_a_wheel_carries_the_prompts(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as held:
-        assert held.read(f"dcdd_core/evaluation/{PROMPTS.name}") == PROMPTS.read_bytes()
+        assert held.read(f"dcdd_core/pipelines/{PROMPTS.name}") == PROMPTS.read_bytes()

@@ -1,0 +1,261 @@
+"""Every row of the tables measures the images that it names: fake models decode to constant images.
+
+The scenes are constant images too, each of another grey. Each decoder adds its own offset d to them. So the scores of a
+row are known: PSNR 10 log10(4 / d^2), perceptual distance |d|, Frechet distance d^2 (the stub's feature is the mean of
+an image), and SSIM by its formula for constant images. Rows that were swapped would have each other's numbers.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dcdd_core.method.statistics import TokenStatistics
+from dcdd_core.models.card import VARIANTS
+from dcdd_core.protocols import SamplingOptions
+from dcdd_core.types import Calibration
+from dcdd_pico import sections
+from dcdd_pico.reader import FACTS, fact_labels
+from dcdd_pico.scenes import scene_facts
+from dcdd_pico.sections import BY_LOGITS, DCDD, READ, RERENDERED, SERVED, VQ, EvalSetup, RowMetrics
+from tests.tiny import tiny_card
+
+GREYS = np.array([60, 90, 140, 200, 120, 80], dtype=np.uint8)
+COUNT = len(GREYS)
+SCENES = torch.from_numpy(GREYS).float() / 127.5 - 1
+BETA = 7.0
+ANCHORED = "DCDD, anchored logits (beta = 7)"
+TOKENS = "DCDD, the sampled tokens alone"
+OFFSETS = {
+    "vq": 0.1,
+    "expected": 0.15,
+    "proxy": 0.2,
+    "logits": 0.25,
+    "anchored": 0.3,
+    "tokens": 0.35,
+    "discrete": 0.4,
+    "lcdm": 0.45,
+    "lcdm+lc": 0.5,
+    "rerendered": 0.05,
+}
+
+
+class StubReader:
+    """Feature, perceptual distance and answers follow from the mean of an image; it answers 0 to every question."""
+
+    def frechet_features(self, images):
+        return images.mean((2, 3))[:, :1]
+
+    def perceptual_distance(self, first, second):
+        return (first - second).abs().mean((1, 2, 3))
+
+    def __call__(self, images):
+        return {name: torch.eye(len(answers))[:1].expand(len(images), -1) for name, answers in FACTS.items()}
+
+
+class StubTokenizer:
+    """Tokens are the images themselves."""
+
+    device, codebook = "cpu", "the codebook"
+
+    def encode(self, pixels):
+        return SimpleNamespace(tokens=pixels, grid=(1, 1), source="proxy")
+
+    def decode_tokens(self, tokens, grid):
+        return tokens + OFFSETS["vq"]
+
+    def decode_vectors(self, vectors, grid):
+        return vectors + OFFSETS["expected"]
+
+
+class StubSampler:
+    """Samples a scene's own image for its caption; refuses another caption, seed or guidance."""
+
+    def sample(self, captions, *, seeds, options):
+        facts = scene_facts("test", COUNT)
+        assert list(captions) == [facts[k].caption() for k in seeds]
+        assert options == SamplingOptions(guidance=3.0)
+        return SimpleNamespace(tokens=pixels(list(seeds)), grid=(1, 1), source="vlm")
+
+
+def pixels(scenes):
+    return SCENES[list(scenes)][:, None, None, None].expand(-1, 3, 16, 16)
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    calibration = Calibration(scale=25.0, anchor=BETA, guidance=3.0)
+    card = tiny_card(calibration=calibration, reads="anchored", shift=1.5)
+    decoder = SimpleNamespace(card=card, dtype=torch.float32)
+
+    def condition_for(card, grid, codebook):
+        assert codebook == "the codebook"
+        trained = card.variant if card is not decoder.card and card.base != decoder.card.base else None
+        read = trained or ("proxy" if grid.source == "proxy" else card.reads)
+        return SimpleNamespace(code_vectors=grid.tokens, pixels=grid.tokens, read=read)
+
+    def decode(_, codec, condition, *, seeds, steps, shift):
+        assert codec == "the codec" and shift == 1.5
+        assert torch.equal(condition.pixels, pixels(list(seeds)))
+        return SimpleNamespace(pixels=condition.pixels + OFFSETS[condition.read] + (steps - 10) / 1000)
+
+    monkeypatch.setattr(sections, "condition_for", condition_for)
+    monkeypatch.setattr(sections, "decode", decode)
+    return EvalSetup(
+        pico=SimpleNamespace(tokenizer=StubTokenizer(), sampler=StubSampler(), decoder=decoder, codec="the codec"),
+        reader=StubReader(),
+        images=np.broadcast_to(GREYS[:, None, None, None], (COUNT, 16, 16, 3)),
+        batch=4,
+        steps=10,
+        guidance=3.0,
+    )
+
+
+def scores(offset, count=COUNT):
+    """What a row with this offset must say, worked out by hand."""
+    x = SCENES[:count].double().numpy()
+    y, c1 = x + offset, (0.01 * 2) ** 2
+    return {
+        "frechet": offset**2,
+        "ssim": float(((2 * x * y + c1) / (x * x + y * y + c1)).mean()),
+        "psnr": 10 * np.log10(4 / offset**2),
+        "perceptual": offset,
+    }
+
+
+def assert_row(row, expected):
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_table_2_names_the_images_that_it_measures(setup):
+    rows = sections.measure_reconstruction(setup)
+    assert list(rows) == [VQ, "VQ-VAE decode of expected codes", DCDD]
+    for name, offset in zip(rows, ("vq", "expected", "proxy")):
+        assert_row(rows[name], scores(OFFSETS[offset]))
+
+
+def test_table_3_names_the_images_that_it_measures(setup):
+    rows = sections.measure_text(setup)
+    expected = {VQ: "vq", BY_LOGITS: "logits", ANCHORED: "anchored", SERVED: "anchored", TOKENS: "tokens"}
+    assert rows.keys() == expected.keys()
+    shapes = fact_labels(scene_facts("test", COUNT))["shape"]
+    for name, offset in expected.items():
+        assert_row(rows[name], {"frechet": OFFSETS[offset] ** 2})
+        assert "ssim" not in rows[name] and "psnr" not in rows[name]
+        details = {key for key in rows[name] if key.startswith("frechet: ")}
+        assert details == {f"frechet: {FACTS['shape'][k]}" for k in set(shapes.tolist()) if (shapes == k).sum() > 1}
+
+
+def test_what_is_served_is_the_card_s_reading(setup):
+    setup.pico.decoder.card = tiny_card(calibration=setup.pico.decoder.card.calibration, reads="tokens", shift=1.5)
+    rows = sections.measure_text(setup)
+    assert rows[SERVED] == rows[TOKENS] != rows[ANCHORED]
+
+
+def test_table_6_names_the_steps_that_it_measures(setup):
+    rows = sections.measure_steps(setup, count=4)
+    assert list(rows) == [VQ, *(f"DCDD, {steps} steps" for steps in (5, 10, 15, 20, 25, 30, 35))]
+    assert_row(rows[VQ], scores(OFFSETS["vq"], 4))
+    for steps in (5, 10, 15, 20, 25, 30, 35):
+        assert_row(rows[f"DCDD, {steps} steps"], scores(OFFSETS["proxy"] + (steps - 10) / 1000, 4))
+
+
+def test_table_4_names_the_decoders_that_it_measures(setup, monkeypatch):
+    def load_decoder(path, *, options):
+        return SimpleNamespace(card=tiny_card(base="of the ablation", variant=path, reads="logits", calibration=None))
+
+    monkeypatch.setattr(sections, "load_decoder", load_decoder)
+    monkeypatch.setattr(sections, "DecoderOptions", lambda **options: options)
+    object.__setattr__(setup, "ablation", {f"{variant}, seed 0": variant for variant in VARIANTS})
+    rows = sections.measure_ablation(setup)
+    assert list(rows) == list(setup.ablation)
+    for name, variant in setup.ablation.items():
+        assert_row(rows[name], scores(OFFSETS[variant]) | {"text frechet": OFFSETS[variant] ** 2})
+
+
+def test_the_chance_level_is_that_of_other_renderings(setup, monkeypatch):
+    seen = []
+
+    def draw(facts, rng, *, size):
+        seen.append((facts, rng.integers(1000)))
+        k = len(seen) - 1
+        return np.full((size, size, 3), GREYS[k] + 10, np.uint8)
+
+    monkeypatch.setattr(sections, "draw", draw)
+    rows = sections.measure_reader(setup)
+    assert list(rows) == ["real scenes", RERENDERED] and "frechet" not in rows["real scenes"]
+    assert_row(rows[RERENDERED], {"frechet": (10 / 127.5) ** 2})
+    assert [facts for facts, _ in seen] == scene_facts("test", COUNT)
+    assert len({number for _, number in seen}) == COUNT  # each with jitter of its own
+
+
+def test_table_1_names_the_logits_that_it_describes(setup, monkeypatch):
+    def describe_logits(grids, codebook, calibration=None):
+        grids = list(grids)
+        assert codebook == "the codebook" and sum(len(grid.tokens) for grid in grids) == 5
+        (source,) = {grid.source for grid in grids}
+        entropy = {"vlm": 0.1, "proxy": 0.9}[source] if calibration is None else 0.2
+        assert calibration in (None, setup.pico.decoder.card.calibration)
+        return TokenStatistics(
+            top_1=0.5, top_2=0.2, entropy=entropy, tail_entropy=0.3, otsu_threshold=0.1, rank=2, head_mass=0.7,
+            curve=(0.5, 0.2), tokens=5,
+        )  # fmt: skip
+
+    monkeypatch.setattr(sections, "describe_logits", describe_logits)
+    rows = sections.measure_calibration(setup, count=5)
+    assert {name: row["entropy"] for name, row in rows.items()} == {
+        "Janus": 0.1,
+        "raw proxies": 0.9,
+        "calibrated proxies": 0.2,
+    }
+    row = rows["Janus"]
+    assert [row[name] for name in ("top_1", "top_2", "tail_entropy", "rank", "curve: 1")] == [0.5, 0.2, 0.3, 2, 0.2]
+
+
+def test_table_5_gives_each_stage_its_own_time(setup, monkeypatch):
+    clock = SimpleNamespace(now=0.0, calls=0)
+
+    def takes(seconds, made):
+        def work(*_, **__):
+            clock.calls += 1
+            clock.now += 100 if clock.calls <= 4 else seconds  # the first image, which does not count
+            return made
+
+        return work
+
+    monkeypatch.setattr(sections.time, "perf_counter", lambda: clock.now)
+    grid = SimpleNamespace(tokens=None, grid=None)
+    setup.pico.sampler = SimpleNamespace(sample=takes(5.0, grid))
+    setup.pico.tokenizer = SimpleNamespace(decode_tokens=takes(2.0, None), codebook=None)
+    monkeypatch.setattr(sections, "condition_for", takes(1.0, None))
+    monkeypatch.setattr(sections, "decode", takes(3.0, SimpleNamespace(pixels=None)))
+    rows = sections.measure_latency(setup, rounds=3)
+    assert {stage: row["seconds"] for stage, row in rows.items()} == {
+        "Janus": 5.0,
+        VQ: 2.0,
+        "LCDM": 1.0,
+        "DCDD, 10 steps": 3.0,
+    }
+
+
+def test_f1_by_hand():
+    """Three of four shapes are read right: per class 2 TP / (2 TP + FP + FN), mean over the classes that occur."""
+    metrics = RowMetrics()
+    metrics.features = [torch.zeros(4, 1)]
+    metrics.answers = {name: [torch.tensor([0, 0]), torch.tensor([1, 2])] for name in READ}
+    labels = {name: torch.tensor([0, 1, 1, 2]) for name in READ}
+    row = metrics.row(torch.zeros(4, 1), labels)
+    expected = (2 / 3 + 2 / 3 + 1) / 3
+    assert [row[f"F1 {name}"] for name in READ] == pytest.approx([expected] * 4)
+
+
+def test_details_are_the_distances_of_the_images_with_that_fact():
+    metrics = RowMetrics()
+    metrics.features = [torch.tensor([[0.0], [1.0], [10.0], [11.0], [5.0]])]
+    metrics.answers = {name: [torch.zeros(5, dtype=torch.int64)] for name in READ}
+    labels = {name: torch.tensor([0, 0, 1, 1, 2]) for name in READ}
+    row = metrics.row(torch.tensor([[2.0], [3.0], [10.5], [11.5], [0.0]]), labels, by="shape")
+    first, second, third = FACTS["shape"][:3]
+    assert row[f"frechet: {first}"] == pytest.approx(4) and row[f"frechet: {second}"] == pytest.approx(0.25)
+    assert f"frechet: {third}" not in row  # one image has no covariance
