@@ -192,12 +192,12 @@ def apply_calibration(token_logits: TokenLogits, codebook: Codebook, calibration
     logits = torch.empty_like(token_logits.logits, dtype=torch.float32, memory_format=torch.contiguous_format)
     rows, done = logits.flatten(0, 1), 0
     for chunk in probability_chunks(token_logits, codebook, calibration):
-        ln_p = rows[done : done + len(chunk.tokens)]
-        torch.log(chunk.probabilities, out=ln_p)
+        ln_p = chunk.probabilities.log()
         underflown = underflows(chunk.probabilities.amin(-1))
         if bool(underflown.any()):
             exact = chunk.ln_p(underflown)
             ln_p[underflown] = torch.where(underflows(chunk.probabilities[underflown]), exact, ln_p[underflown])
+        rows[done : done + len(ln_p)] = ln_p
         done += len(ln_p)
     return replace(token_logits, logits=logits, calibrated=True)
 

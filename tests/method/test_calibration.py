@@ -275,6 +275,9 @@ def plain_fit(target: CalibrationStatistics) -> tuple[float, float, float]:
         (20.0, 0.0, {"confidence_95": 0.09, "mean_confidence": 0.06}),
         (20.0, 0.0, {"confidence_95": -0.12, "mean_confidence": -0.05, "entropy_95": 0.08}),
         (25.0, 0.01, {"entropy_95": -0.15}),
+        # With equal weights these two would end elsewhere: at a = .94, and at eps = .02.
+        (20.0, 0.0, {"entropy_95": 0.08, "confidence_95": -0.03}),
+        (35.0, 0.02, {"entropy_95": 0.03, "mean_confidence": -0.01, "confidence_95": -0.06}),
     ],
 )
 def test_fit_is_a_plain_search_in_float64(sharpness, smoothing, moved):
