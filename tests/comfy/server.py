@@ -201,9 +201,16 @@ class ComfyServer:
 
         A prompt that is queued too early is run first. So this waits, which takes the test-only pack.
         """
-        self.post("/free", {"unload_models": True, "free_memory": True})
+        asked = self._ask_to_free()
         while self.get("/test/freeing"):
             time.sleep(0.05)
+            # Asked while a prompt was just ending, ComfyUI's worker may sleep on.
+            if time.monotonic() - asked > 1:
+                asked = self._ask_to_free()
+
+    def _ask_to_free(self) -> float:
+        self.post("/free", {"unload_models": True, "free_memory": True})
+        return time.monotonic()
 
     def waiting(self) -> list[tuple[str, dict[str, Any]]]:
         """The events that have come and that `run` has not read yet."""
