@@ -114,7 +114,7 @@ def features_and_entropy(probabilities: torch.Tensor, ln_p: LogRows | None = Non
     del surprise
     # With q = p / m, -sum q ln q = (-sum p ln p) / m + ln m: no second pass over the tail.
     tail_entropy = tail / tail_mass + tail_mass.log()
-    tiny = underflows(tail_mass / codes).squeeze(-1)
+    tiny = underflows(tail_mass).squeeze(-1)
     if bool(tiny.any()):
         ln_p_of_tiny = probabilities[tiny].log() if ln_p is None else ln_p(tiny)
         tail_entropy[tiny] = _log_domain_tail_entropy(ln_p_of_tiny, k[tiny])
