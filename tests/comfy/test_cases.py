@@ -99,7 +99,8 @@ def test_workflow_becomes_the_same_prompt(path: Path, info, told):
     prompt = to_prompt(workflow, info)
     assert prompt == to_prompt(workflow, told)
     for kind in {node["class_type"] for node in prompt.values()}:
-        assert told[kind]["output"] == info[kind]["output"], kind
+        outputs = told[kind]["output"]
+        assert outputs == info[kind]["output"][: len(outputs)], kind
         for name, spec in inputs(told[kind]).items():
             real = inputs(info[kind])[name]
             assert _type(spec) == _type(real), f"{kind}.{name}"

@@ -226,7 +226,7 @@ def assert_reported(told: list[tuple[int, int]], expected: list[tuple[int, int]]
     told = list(dict.fromkeys(step for step in told if step[0] > 0))
     expected = list(dict.fromkeys(expected))
     full = [step for step in expected if step[0] == step[1]]
-    assert told and [step for step in told if step[0] == step[1]] == full, told
+    assert bool(told) == bool(expected) and [step for step in told if step[0] == step[1]] == full, told
     assert told == [step for step in expected if step in set(told)], told
 
 
