@@ -6,6 +6,7 @@ The fixture copies both into the test server's custom_nodes; nothing else import
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 import threading
@@ -31,7 +32,8 @@ _memory = {"above": None, "raised": 0, "steps": 0}
 
 
 def _pack_module(name: str):
-    return next(module for key, module in list(sys.modules.items()) if key.endswith(f"ComfyUI-DCDD.{name}"))
+    pack = next(key for key in sys.modules if key.endswith("ComfyUI-DCDD"))
+    return importlib.import_module(f"{pack}.{name}")
 
 
 def _limited(step):
