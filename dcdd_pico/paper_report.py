@@ -121,10 +121,10 @@ def report_markdown(results: Measured, *, options: TableOptions, causes: str) ->
         causes.strip(),
     ]
 
-    def section(title: str, name: str, *blocks: str, besides: Sequence[str] = ()) -> None:
+    def section(title: str, name: str, *blocks: str, also: Sequence[str] = ()) -> None:
         if name in measured:
-            sources = dict.fromkeys(str(results.provenance[one]) for one in (name, *besides))
-            command = f"Measured by `{options.command(name, *besides)}`."
+            sources = dict.fromkeys(str(results.provenance[one]) for one in (name, *also))
+            command = f"Measured by `{options.command(name, *also)}`."
             parts.append("\n\n".join([f"## {title}", *blocks, command, "\n\n".join(sources)]))
         else:
             parts.append(f"## {title}\n\nNot measured: `{_HOW.get(name, options.command(name))}`.")
@@ -159,7 +159,7 @@ def report_markdown(results: Measured, *, options: TableOptions, causes: str) ->
         "gFID by shape:",
         _table(shapes, {name: [row[detail] for detail in details] for name, row in rows.items()}),
         "![Images of captions](report/table-3.png)",
-        besides=["reader"] if chance else [],
+        also=["reader"] if chance else [],
     )
     rows = measured.get("means", {})
     section(
@@ -181,7 +181,7 @@ def report_markdown(results: Measured, *, options: TableOptions, causes: str) ->
         "![Images of captions by the same decoders, from the same tokens and logits](report/table-4-captions.png)",
     )
     latency = _latency(measured["latency"], measured["text"]) if {"latency", "text"} <= set(measured) else ""
-    section("Table 5: latency", "latency", latency, besides=["text"] if "text" in measured else [])
+    section("Table 5: latency", "latency", latency, also=["text"] if "text" in measured else [])
     section(
         "Table 6: the number of steps",
         "steps",

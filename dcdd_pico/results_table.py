@@ -159,7 +159,7 @@ def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:
             elif compared != today:
                 of = "before keys were recorded" if found.key == NO_KEY else f"with key {found.key}, today {today}"
                 lines.append(f"{path}: {found.section}: measured at {found.commit} {of}")
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def main() -> None:
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--stale", action="store_true", help="list the published sections to measure again; 1 if any")
     chosen, options = parse(parser)
     if chosen.stale:
-        lines = stale(options, {path: path.read_text("utf-8") for path in PUBLISHED})
+        lines = stale(options, {path.relative_to(ROOT): path.read_text("utf-8") for path in PUBLISHED})
         print("\n".join(lines) or "every published section was measured with today's code and weights")
         sys.exit(1 if lines else 0)
     if "ablation" in (chosen.sections or ()) and not options.ablation:

@@ -399,7 +399,7 @@ class TableOptions:
         return key
 
     def settings(self, section: str) -> list[Any]:
-        """The options that a section's numbers depend on besides its key; for latency, the machine too."""
+        """The options that a section's numbers depend on in addition to its key; for latency, the machine too."""
         machine = [platform.node(), torch.get_num_threads()] if section == "latency" else []
         return [self.scenes, self.steps, self.bf16, self.compiled, self.device, *machine]
 

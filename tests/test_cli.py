@@ -207,7 +207,9 @@ def test_evaluate_text_draws_measures_and_fills_geneval_s_folders(tmp_path, scen
     arguments += ["--geneval", str(tmp_path / "g.jsonl"), "--statistics", str(tmp_path / "s.safetensors")]
     assert main(["evaluate", "text", *arguments, "--steps", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "gFrechet ↓" in printed and "2 images against 4 references" in printed and (tmp_path / "s.safetensors").exists()
+    assert (
+        "gFrechet ↓" in printed and "2 images against 4 references" in printed and (tmp_path / "s.safetensors").exists()
+    )
     for path in ("vq", "dcdd"):
         assert size(out / "pictures" / path / "animals" / "1.png") == (96, 96)
         assert len(list((out / "geneval" / path / "00000" / "samples").iterdir())) == 4

@@ -67,7 +67,11 @@ MODULES = {
     "dcdd_core/evaluation/report.py": ("tests/evaluation/test_report.py",),
     "dcdd_core/evaluation/tables.py": ("tests/evaluation", "tests/pico"),
     "dcdd_pico/results_table.py": ("tests/pico/test_results_table.py",),
-    "dcdd_pico/sections.py": ("tests/pico/test_results_table.py", "tests/pico/test_paper_report.py"),
+    "dcdd_pico/sections.py": (
+        "tests/pico/test_sections.py",
+        "tests/pico/test_results_table.py",
+        "tests/pico/test_paper_report.py",
+    ),
     "dcdd_pico/paper_report.py": ("tests/pico/test_paper_report.py",),
 }
 """Each module, and the tests that have to hold it."""

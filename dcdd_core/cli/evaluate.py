@@ -80,7 +80,7 @@ def reconstruction(args: argparse.Namespace) -> None:
             features=_feature_network(args, device),
             perceptual=_perceptual_network(args, device),
             size=args.size,
-            keep_pictures=args.keep_pictures,
+            keep_images=args.keep_pictures,
         )
         _tell(report, args)
 

@@ -71,13 +71,13 @@ def evaluate_reconstruction(
     features: FeatureNetwork,
     perceptual: PerceptualNetwork,
     size: int | None = None,
-    keep_pictures: bool = False,
+    keep_images: bool = False,
 ) -> str | None:
     """rFID (or the Frechet distance of another network), SSIM, PSNR and LPIPS of both decoders.
 
     Args:
         size: side in pixels at which images are compared; `Decoders.measured` by default.
-        keep_pictures: write the decoded images as well.
+        keep_images: write the decoded images as well.
 
     Returns:
         The report on the first process; None on the others.
@@ -108,7 +108,7 @@ def evaluate_reconstruction(
         batch=run.batch,
         features=features,
         perceptual=perceptual,
-        folder=run.out / "pictures" if keep_pictures else None,
+        folder=run.out / "pictures" if keep_images else None,
     )
     if not run.processes.first:
         return None

@@ -1,6 +1,6 @@
-"""Both evaluations on the embedded models' shapes with random weights: numbers, categories, going on, sharing.
+"""Both evaluations on the embedded models' shapes with random weights: values, categories, resuming, several processes.
 
-The sampler is a stand-in, fast and exact: what is tested here is what happens to its tokens and logits.
+The sampler is a fast fake, since only what happens to its tokens and logits is tested here.
 """
 
 import json
@@ -80,9 +80,9 @@ def results(out):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, images, decoders, networks):
-    """A reconstruction that nothing interrupted."""
+    """An uninterrupted reconstruction."""
     out = tmp_path_factory.mktemp("whole")
-    reconstruct(out, images, decoders, networks, statistics=out / "real.safetensors", keep_pictures=True)
+    reconstruct(out, images, decoders, networks, statistics=out / "real.safetensors", keep_images=True)
     return out
 
 
@@ -114,7 +114,23 @@ def test_the_report_says_all_of_it(whole):
     assert all(Image.open(whole / name).width > 200 for name in ("frechet.png", "scores.png"))
 
 
-def test_decoded_pictures_are_kept_on_demand(whole, images, decoders):
+def test_files_keep_their_names_and_keys(whole):
+    """A run that was stopped under an earlier version must be resumed, and scripts read results.json."""
+    held = results(whole)
+    assert set(held) == {"size", "painted", "pictures", "references", "networks", "settings", "scopes"}
+    assert json.loads((whole / "settings.json").read_text()) == held["settings"]
+    assert set(held["settings"]) == {
+        *("evaluation", "seed", "size", "tokenizer", "decoder", "decoder dtype", "autoencoder", "variant", "reads"),
+        *("calibration", "steps", "shift", "guidance", "resolution", "pixels_per_token"),
+        *("vae_factor", "vae_shift", "vae_scale"),
+    }
+    assert set(held["settings"]["calibration"]) == {"scale", "affine_scale", "smoothing", "anchor"}
+    (network,) = (whole / "measured").iterdir()
+    assert [folder.name for folder in network.iterdir()] == ["reconstruction"]
+    assert {folder.name for folder in (whole / "pictures").iterdir()} == {"vq", "dcdd"}
+
+
+def test_decoded_images_are_kept_on_demand(whole, images, decoders):
     (image,) = [p for p in list_images(images) if p.name == "plants/4.png"]
     for path in decoders.paths:
         assert Image.open(whole / "pictures" / path / "plants" / "4.png.png").size == (96, 96)
@@ -125,7 +141,7 @@ def test_decoded_pictures_are_kept_on_demand(whole, images, decoders):
 
 
 def fails_after(calls):
-    """A decoder that is interrupted at one of its calls."""
+    """`decode`, interrupted after this many calls."""
     left = iter(range(calls))
 
     def decode(*arguments, **options):
@@ -153,7 +169,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(whole, tmp_path, images,
 
 
 def together(work, count=3):
-    """Runs `work(processes)` in threads that wait for each other; what the first returns."""
+    """Runs `work(processes)` in threads that share a barrier; returns what the first one returns."""
     barrier, returned = threading.Barrier(count, timeout=120), [None] * count
 
     def one(index):
@@ -174,7 +190,7 @@ def test_three_share_the_work_and_give_the_same_numbers(whole, tmp_path, images,
     assert (tmp_path / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 
-def test_more_pictures_and_other_scopes_go_on_from_what_is_there(whole, tmp_path, images, decoders, networks):
+def test_more_images_and_other_scopes_go_on_from_what_is_there(whole, tmp_path, images, decoders, networks):
     reconstruct(tmp_path, images, decoders, networks, limit=2)
     assert results(tmp_path)["pictures"] == {"overall": 4, "animals": 2, "plants": 2}
     reconstruct(tmp_path, images, decoders, networks, by_category=False)
@@ -227,7 +243,7 @@ def test_statistics_without_the_categories_are_refused(tmp_path, images, decoder
         reconstruct(tmp_path / "b", *arguments, statistics=path)
 
 
-def test_a_damaged_picture_ends_it_and_loses_nothing(tmp_path, images, decoders, networks):
+def test_a_damaged_image_ends_it_and_loses_nothing(tmp_path, images, decoders, networks):
     folder = tmp_path / "images"
     for i, path in enumerate(sorted(images.rglob("*.png"))[:4]):
         folder.mkdir(exist_ok=True)
@@ -240,7 +256,7 @@ def test_a_damaged_picture_ends_it_and_loses_nothing(tmp_path, images, decoders,
     assert results(tmp_path / "out")["pictures"] == {"overall": 3}
 
 
-def test_one_picture_is_too_few(tmp_path, images, decoders, networks):
+def test_one_image_is_too_few(tmp_path, images, decoders, networks):
     with pytest.raises(ValueError, match="at least two images, got one in animals, plants"):
         reconstruct(tmp_path, images, decoders, networks, limit=1)
 
@@ -252,7 +268,7 @@ def test_a_size_that_cannot_be_measured_is_refused(tmp_path, images, decoders, n
 
 @pytest.fixture
 def larger(decoders):
-    """The same decoder, painting 128 pixels from the tokens of 96."""
+    """The same decoder, decoding tokens of a 96-pixel image to 128 pixels."""
     decoder = decoders.models.decoder
     card = decoder.card
     decoder.card = replace(card, resolution=128, pixels_per_token=128 / 12)
@@ -262,7 +278,7 @@ def larger(decoders):
 
 @pytest.mark.parametrize("size", [None, 50])
 def test_a_decoder_that_paints_larger_is_measured_at_its_size(tmp_path, images, larger, networks, size):
-    text = reconstruct(tmp_path, images, larger, networks, by_category=False, limit=3, size=size, keep_pictures=True)
+    text = reconstruct(tmp_path, images, larger, networks, by_category=False, limit=3, size=size, keep_images=True)
     images, measured = list_images(images, limit=3), size or 128
     assert results(tmp_path)["size"] == measured and "VQ-VAE decode (96 pixels)" in text
     truth = read_pixels(images, measured)
@@ -360,7 +376,7 @@ def test_a_stopped_drawing_goes_on_and_three_share_it(drawn, tmp_path, images, d
     assert kept.stat().st_mtime_ns == written
 
 
-def test_pictures_of_a_rewritten_prompt_are_drawn_again(drawn, tmp_path, images, decoders, networks):
+def test_images_of_a_rewritten_prompt_are_drawn_again(drawn, tmp_path, images, decoders, networks):
     out = Path(shutil.copytree(drawn, tmp_path / "out"))
     files = sorted((out / "pictures").rglob("*.png"))
     before = {file: file.stat().st_mtime_ns for file in files}
@@ -392,7 +408,7 @@ GENEVAL = [
 
 
 def scored(folder):
-    """What evaluation/evaluate_images.py of GenEval finds in a folder: image -> metadata."""
+    """What GenEval's evaluation/evaluate_images.py finds in a folder: image -> metadata."""
     found = {}
     for home in os.listdir(folder):
         if not os.path.isdir(os.path.join(folder, home)) or not home.isdigit():

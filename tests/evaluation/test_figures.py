@@ -1,4 +1,4 @@
-"""Sheets and plots: right size, right pixels, nothing lost."""
+"""Image grids and plots: sizes, pixels and labels."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_a_heat_map_brightens_with_its_values():
     assert torch.equal(found[:, 0, 0], found[:, 3, 3])
 
 
-def test_a_sheet_holds_every_picture():
+def test_a_sheet_holds_every_image():
     row = [torch.full((3, 4, 4), value) for value in (-0.5, 0.5)]
     sheet = np.asarray(labelled_grid([row, row[::-1]], columns=("a", "b"), captions=("x" * 500, "y"), side=40))
     dark, light = ((sheet == value).all(-1).sum() for value in (64, 191))

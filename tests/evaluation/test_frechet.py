@@ -1,4 +1,4 @@
-"""Frechet distances: the closed form, torchmetrics' number, and statistics that are added, kept and refused."""
+"""Frechet distances against reference values, and statistics that are merged, stored and refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Folders of images: what counts, in which order and category, and squares of any file."""
+"""Image folders: which files count, their order and categories, and how files become squares."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_pictures_come_in_the_order_of_their_names(folder):
+def test_images_come_in_the_order_of_their_names(folder):
     found = list_images(folder)
     assert [p.name for p in found] == ["a/1.jpg", "a/deep/3.webp", "b/1.JPEG", "b/2.png"]
     assert {p.category for p in found} == {""} and len({p.key for p in found}) == 4
@@ -51,7 +51,7 @@ def test_sub_folders_are_categories_on_demand(folder):
         list_images(folder, by_category=True)
 
 
-def test_a_replaced_picture_has_another_key(folder):
+def test_a_replaced_image_has_another_key(folder):
     def key_and_size(colour):
         path = draw(folder / "a" / "0.bmp", colour=colour)
         return list_images(folder)[0].key, path.stat().st_size
@@ -76,7 +76,7 @@ def test_a_file_is_read_once_and_only_for_its_key(folder, monkeypatch):
         (lambda p: p.write_text("a file"), "is not a folder"),
     ],
 )
-def test_no_pictures_are_explained(tmp_path, make, words):
+def test_no_images_are_explained(tmp_path, make, words):
     make(tmp_path / "x")
     with pytest.raises(ValueError, match=words):
         list_images(tmp_path / "x")
@@ -92,7 +92,7 @@ def test_limits_and_categories_are_checked():
     check_categories(["", ""])
 
 
-def test_pictures_of_many_sizes_make_one_batch(tmp_path):
+def test_images_of_many_sizes_make_one_batch(tmp_path):
     for i, size in enumerate([(10, 30), (64, 64), (200, 90)]):
         draw(tmp_path / f"{i}.png", size, colour=(255, 0, 0))
     pixels = read_pixels(list_images(tmp_path), 16)
@@ -100,7 +100,7 @@ def test_pictures_of_many_sizes_make_one_batch(tmp_path):
     assert torch.equal(pixels, torch.tensor([1.0, -1.0, -1.0])[None, :, None, None].expand_as(pixels))
 
 
-def test_pictures_stand_upright_and_in_rgb(tmp_path):
+def test_images_stand_upright_and_in_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     assert open_image(draw(tmp_path / "a.jpg", (20, 10), exif=exif)).size == (10, 20)
@@ -119,7 +119,7 @@ def test_they_are_read_as_training_reads_them(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0, 20, 300])
-def test_a_damaged_picture_is_named(tmp_path, cut):
+def test_a_damaged_image_is_named(tmp_path, cut):
     path = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:cut])

@@ -1,8 +1,8 @@
-"""The networks that measure: from files, safely, and explained where they are missing.
+"""Metric networks: loaded safely from files, with clear errors if something is missing.
 
-torch-fidelity and torchvision, whose layers torchmetrics puts together, are not among our requirements. Stand-ins take
-their places here: torchvision's two backbones in full, of torch-fidelity's Inception the names of its layers. The files
-are laid out as the published ones, with random weights.
+torchmetrics builds its networks from layers of torch-fidelity and torchvision, which are not among our requirements.
+Fakes replace them here: torchvision's two backbones in full, and torch-fidelity's Inception with its layer names only.
+Weight files have the published layout and random weights.
 """
 
 import sys
@@ -95,7 +95,7 @@ INCEPTION += tuple(f"Mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6
 
 
 class Extractor(nn.Module):
-    """torch-fidelity's class: its layers under their names, each cut down to three channels; a file, read strictly."""
+    """A fake of torch-fidelity's class: its layer names, each layer with three channels; loads a file strictly."""
 
     INPUT_IMAGE_SIZE = 299
 
@@ -115,7 +115,7 @@ def resized(images, size, align_corners):
 
 @pytest.fixture
 def torch_fidelity(monkeypatch):
-    """In its place what torchmetrics imports of it; torchmetrics' own module is imported anew."""
+    """Replaces what torchmetrics imports from torch-fidelity, and makes torchmetrics import it again."""
     fid = import_module("torchmetrics.image.fid")
     parts = {
         "feature_extractor_inceptionv3": {"FeatureExtractorInceptionV3": Extractor},
@@ -126,12 +126,12 @@ def torch_fidelity(monkeypatch):
     for name, held in parts.items():
         monkeypatch.setitem(sys.modules, f"torch_fidelity.{name}", SimpleNamespace(**held))
     monkeypatch.setattr("torchmetrics.utilities.imports._TORCH_FIDELITY_AVAILABLE", True)
-    monkeypatch.setattr(sys.modules["torchmetrics.image"], "fid", fid)  # what importing it anew sets is undone
+    monkeypatch.setattr(sys.modules["torchmetrics.image"], "fid", fid)  # undone after the test
     monkeypatch.delitem(sys.modules, "torchmetrics.image.fid")
 
 
 @pytest.mark.parametrize("legacy", [False, True])  # torch-fidelity's file is older than torch 1.6's format
-def test_inception_gets_the_file_s_tensors_and_the_pictures_bytes(tmp_path, torch_fidelity, legacy):
+def test_inception_gets_the_file_s_tensors_and_the_images_bytes(tmp_path, torch_fidelity, legacy):
     original = fill(Extractor())
     weights, path, images = original.state_dict(), tmp_path / "w.pth", random_images(0, 384)
     torch.save(dict(weights), path, _use_new_zipfile_serialization=not legacy)
@@ -183,7 +183,7 @@ TAPS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}  # Zhang et al. 201
 
 @pytest.fixture
 def torchvision(monkeypatch):
-    """In its place its two backbones."""
+    """Replaces torchvision by its two backbones."""
     made = {name: lambda weights, make=make: SimpleNamespace(features=make()) for name, make in BACKBONES.items()}
     models = SimpleNamespace(alexnet=made["alex"], vgg16=made["vgg"])
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
@@ -191,7 +191,7 @@ def torchvision(monkeypatch):
 
 
 def lpips(backbone, kind, *images):
-    """By hand, with the linear layers that torchmetrics carries."""
+    """LPIPS by hand, with the linear layers that torchmetrics ships."""
     shift, scale = (torch.tensor(v)[None, :, None, None] for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
     stages = []
     for image in images:

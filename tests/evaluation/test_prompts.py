@@ -1,4 +1,4 @@
-"""Files of prompts: every layout, and what is wrong with one."""
+"""Prompt files: every layout, and errors for files that do not fit."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a stopped evaluation leaves behind, and the sharing of work."""
+"""Stored measurements, with which a stopped evaluation is resumed, and the sharing of work between processes."""
 
 import sys
 import threading
@@ -22,7 +22,7 @@ def test_numbers_come_back_in_the_order_that_is_asked_for(tmp_path):
         kept.gather(["d", "a"], "x")
 
 
-def test_a_picture_without_everything_needed_is_not_done(tmp_path):
+def test_a_image_without_everything_needed_is_not_done(tmp_path):
     Measurements(tmp_path, ["x"]).add(["a"], {"x": torch.zeros(1)})
     kept = Measurements(tmp_path, ["x", "y"])
     assert kept.done() == set()
@@ -51,7 +51,7 @@ def test_settings_hold(tmp_path):
 
 
 def batches(done, count=1, batch=2):
-    """What each of so many processes is given of ten things."""
+    """The batches that each of several processes gets of ten items."""
     barrier = threading.Barrier(count)
     given = [None] * count
 

@@ -1,4 +1,4 @@
-"""The build, shrunk to minutes: every stage runs, resumes, and ends in weights that load and paint."""
+"""A small build: every stage runs and resumes, and the weights can be loaded and used."""
 
 import pytest
 import torch

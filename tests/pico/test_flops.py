@@ -1,4 +1,4 @@
-"""The count of what the two decoders' trainings computed."""
+"""Training FLOPs of the decoders."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def decoder(**changes):
     return DistributionConditionedDecoder.build(card)
 
 
-def test_a_picture_costs_three_times_its_linear_layers():
+def test_a_image_costs_three_times_its_linear_layers():
     """2 FLOPs per weight and token forward, twice as many backward; attention and modulations are small here."""
     small = decoder()
     card, blocks = small.card, small.transformer.single_transformer_blocks

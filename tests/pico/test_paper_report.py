@@ -1,4 +1,4 @@
-"""The report on a handful of scenes and made-up numbers: every table is there, and says what was measured."""
+"""The report on a few scenes and made-up numbers: every table shows the rows of its own section."""
 
 import argparse
 import itertools
@@ -39,7 +39,7 @@ from tests.tiny import random_pico
 
 
 def seeds(**of):
-    """Rows of two seeds: a variant's scores, and the same and a tenth more."""
+    """Rows of two seeds: a variant's scores, and 1.1 times these."""
     return {
         f"{name}, seed {seed}": {
             column: value * (1 + seed / 10) for column, value in zip(ABLATION_SCORES, (*values, 1), strict=True)
@@ -219,7 +219,9 @@ def test_times_belong_to_a_machine(monkeypatch):
 def test_the_printed_command_measures_the_same(tmp_path, monkeypatch):
     options = TableOptions(out=Path("out/table"), weights=Path("mine"), scenes=64, steps=3, bf16=True, compiled=True)
     monkeypatch.setattr(sys, "argv", [*options.command("steps", "text").split()[2:], "--work", str(tmp_path)])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # The device is named, whatever machine reads it.
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: True
+    )  # the command names the device, so it does not depend on the machine
     parser = argparse.ArgumentParser()
     parser.add_argument("--sections", nargs="+")
     chosen, found = parse(parser)

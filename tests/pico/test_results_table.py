@@ -1,4 +1,4 @@
-"""The tables on a handful of scenes: every section runs, and the verdicts say what the numbers say."""
+"""The tables on a few scenes: every section runs, and the verdicts follow from the numbers."""
 
 import json
 import sys
@@ -14,8 +14,19 @@ from dcdd_pico.reader import SceneReader, fact_labels
 from dcdd_pico.results_table import MARKS, TABLE, TARGETS, put_between, section_tables, verdicts
 from dcdd_pico.scene_arrays import scene_images
 from dcdd_pico.scenes import SHAPES, render_scene, scene_pixels
-from dcdd_pico.section_keys import Provenance
-from dcdd_pico.sections import DCDD, RERENDERED, SERVED, TITLES, VQ, EvalSetup, Measured, RowMetrics, measure_reader
+from dcdd_pico.section_keys import NO_KEY, Provenance
+from dcdd_pico.sections import (
+    DCDD,
+    RERENDERED,
+    SERVED,
+    TITLES,
+    VQ,
+    EvalSetup,
+    Measured,
+    RowMetrics,
+    TableOptions,
+    measure_reader,
+)
 from tests.tiny import random_pico
 
 
@@ -62,7 +73,7 @@ def test_a_tally_is_the_numbers_of_its_images():
 
 
 @torch.no_grad()
-def test_details_are_the_distances_of_the_pictures_with_that_fact():
+def test_details_are_the_distances_of_the_images_with_that_fact():
     reader, row_metrics = SceneReader().eval(), RowMetrics()
     images = torch.rand(12, 3, 96, 96) * 2 - 1
     row_metrics.add(reader, images.flip(-1) * 0.5, None)
@@ -136,6 +147,21 @@ def test_markdown_holds_every_number():
     ways = {"tokens": {"frechet": 0.2}, "anchored": {"frechet": 0.1}, SERVED: {"frechet": 0.1}}
     assert tables(text=ways).splitlines()[4:6] == ["| tokens | 0.2 |", "| anchored (served) | 0.1 |"]
     assert "seed 0" not in tables(ablation={"lcdm, seed 0": {"frechet": 1.0}})
+
+
+def test_make_stale_fails_while_a_published_section_is_stale(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "results.md"
+    monkeypatch.setattr(results_table, "ROOT", tmp_path)
+    monkeypatch.setattr(results_table, "PUBLISHED", (page,))
+    monkeypatch.setattr(sys, "argv", ["results_table", "--stale", "--work", str(tmp_path)])
+    for key, status, words in (
+        (NO_KEY, 1, "results.md: reader: measured at abc1234 before keys were recorded"),
+        (TableOptions(out=tmp_path).key("reader"), 0, "every published section"),
+    ):
+        page.write_text(f"{Provenance('reader', 'abc1234', key)}\n")
+        with pytest.raises(SystemExit) as ended:
+            results_table.main()
+        assert ended.value.code == status and words in capsys.readouterr().out
 
 
 def test_a_text_gets_the_table_between_its_marks():

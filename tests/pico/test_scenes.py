@@ -1,4 +1,4 @@
-"""Scenes: the same everywhere, disjoint by split, and just as their captions say."""
+"""Scenes: reproducible, disjoint between splits, and as their captions say."""
 
 import numpy as np
 import pytest

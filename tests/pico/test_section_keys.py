@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dcdd_pico import flops, sections
-from dcdd_pico.results_table import stale
+from dcdd_pico.results_table import MARKS, PUBLISHED, TABLE, stale
 from dcdd_pico.section_keys import NO_KEY, ROOT, Provenance, code_hash, files_hash, imported_modules
 from dcdd_pico.sections import SECTIONS, TableOptions
 
@@ -135,3 +135,19 @@ def test_the_ablation_is_compared_without_its_bundles_where_they_are_missing(wei
 
 def test_the_flops_have_a_key():
     assert code_hash(flops.flops_of) != code_hash(sections.measure_reader)
+
+
+def test_every_published_table_says_where_it_is_from():
+    results, report, card = (path.read_text("utf-8") for path in PUBLISHED)
+    block, same = (text.partition(MARKS[0])[2].partition(MARKS[1])[0] for text in (results, card))
+    assert block == same
+    tables = [part for part in block.split("\n### ")[1:] if not part.startswith("Targets")]
+    assert [found.section for table in tables for found in Provenance.all_in(table)] == [*_shown(TABLE), "flops"]
+    parts = [part for part in report.split("\n## ") if part.startswith("Table ")]
+    assert len(parts) == 6 and all(Provenance.all_in(part) for part in parts)
+    assert {found.section for found in Provenance.all_in(report)} == set(SECTIONS)
+
+
+def _shown(names):
+    """The order of the tables: the ablation's means come last."""
+    return sorted(names, key=lambda name: name == "ablation")

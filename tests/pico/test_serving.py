@@ -1,4 +1,4 @@
-"""What the decoder is served with: the distance that sees whether a image shows what its caption says."""
+"""Choosing the serving options: the joint distance of images and captions, and the search."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from dcdd_pico.serving import fact_features, search_serving
 from tests.tiny import tiny_card
 
 
-def test_pictures_of_other_captions_are_farther_off():
+def test_images_of_other_captions_are_farther_off():
     facts = scene_facts("calibration", 600)
     shapes = fact_labels(facts)["shape"]
     features = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The pieces of the build that have an answer of their own."""
+"""Parts of the build with known results."""
 
 import json
 from itertools import islice
@@ -26,7 +26,7 @@ from tests.tiny import tiny_card, tiny_condition, tiny_flux_config, tiny_janus
 @pytest.mark.parametrize("guidance", [1.0, 0.0])
 @torch.no_grad()
 def test_the_loss_reads_the_very_logits_that_sampling_draws_from(guidance):
-    """Guidance 1 is the prompt alone, guidance 0 the unconditional row that captions are dropped to."""
+    """Guidance 1 is the prompt alone; guidance 0 is the unconditional row that replaces dropped captions."""
     janus, tokenizer = tiny_janus()
     prompts = ["a red circle on the left", "a blue square"]
     rows = [prompt_ids(tokenizer, p) for p in prompts]
@@ -54,7 +54,7 @@ def test_codes_move_to_their_features_and_unused_ones_to_where_they_are_needed()
     for _ in range(300):
         vectors = use.update(features, (features @ vectors.T).argmax(1), draw)
     assert (features @ vectors.T).amax(1).mean() > 0.995
-    assert (vectors @ torch.tensor([1.0, 0.0, 0.0]) > 0.98).all()  # the far one was brought over
+    assert (vectors @ torch.tensor([1.0, 0.0, 0.0]) > 0.98).all()  # the dead code was restarted
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
 
 

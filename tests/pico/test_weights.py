@@ -1,4 +1,4 @@
-"""The shipped weights: what they must show on a few held-out scenes before anybody quotes the table."""
+"""The shipped weights on a few held-out scenes: minimum quality of every part."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_both_decoders_reconstruct_and_the_diffusion_decoder_is_nearer(models, r
 
 
 @torch.no_grad()
-def test_a_sentence_becomes_its_picture(models, reader):
+def test_a_sentence_becomes_its_image(models, reader):
     facts = [scene.facts for scene in SCENES[:12]]
     grid = models.sampler.sample(
         [f.caption() for f in facts],
@@ -88,7 +88,7 @@ def test_a_sentence_becomes_its_picture(models, reader):
 
 @torch.no_grad()
 def test_localised_decoding_paints_the_box_like_its_surroundings(models):
-    """The image's own tokens, half of it given: the painted half must be nearer to the truth than its mean colour."""
+    """From the image's own tokens, with the surroundings given: the box must be nearer to the truth than its mean."""
     truth = pixels(6)
     mask = torch.zeros(1, 1, 96, 96)
     mask[..., 24:72, 24:72] = 1

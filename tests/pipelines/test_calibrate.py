@@ -1,4 +1,4 @@
-"""Calibration as a training's first step: samples that are kept, what is fitted to them, and what is said of it."""
+"""Calibration as the first step of a training: stored samples, the fit, and the verdict."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ ALONE = {"batch": 3, "bytes_each": 4 * 16 * 64}
 
 
 class Sampler:
-    """Logits that follow from the seed alone; counts what it is asked for, and can be stopped."""
+    """Logits that depend on the seed alone; records its calls, and can be interrupted."""
 
     def __init__(self, codebook, stop_after=99):
         self.codebook, self.stop_after, self.asked = codebook, stop_after, []
@@ -68,7 +68,7 @@ def test_samples_depend_on_their_prompt_and_number_alone(tmp_path, vq):
     more = [*PROMPTED[:2], "rewritten", *PROMPTED[3:], PROMPTED[0]]
     sampler, samples = Sampler(vq.codebook), KeptSamples(tmp_path, more)
     samples.fill(sampler, Processes(), batch=1, bytes_each=1)
-    assert sampler.asked == ["rewritten", *PROMPTED[4:], PROMPTED[0]]  # the same words at another place count anew
+    assert sampler.asked == ["rewritten", *PROMPTED[4:], PROMPTED[0]]  # a prompt at another position is sampled again
     first, *_, last = samples
     assert not torch.equal(first.logits, last.logits)
 
@@ -93,7 +93,7 @@ def test_processes_share_the_sampling(tmp_path, vq):
     asked = []
     for index in range(2):
         sampler = Sampler(vq.codebook)
-        # Both look at an empty folder, as they do when they start together.
+        # both see an empty folder, as when they start together
         KeptSamples(tmp_path / f"{index}", PROMPTED).fill(sampler, Processes(index=index, count=2), **ALONE)
         asked.append(sampler.asked)
     assert asked == [[*PROMPTED[:3], PROMPTED[6]], PROMPTED[3:6]]
@@ -173,14 +173,14 @@ def test_the_shipped_prompts_are_many_different_and_mixed():
     prompts = [prompt.text for prompt in read_prompts(PROMPTS)]
     assert len(prompts) == len({prompt.casefold() for prompt in prompts}) == 300
     assert all(4 <= len(prompt.split()) <= 40 and prompt.isprintable() for prompt in prompts)
-    # Any first part is varied: no noun comes more than a few times among the hundred that are used by default.
+    # Any first part is varied: no noun occurs more than a few times in the first hundred, which are the default.
     words = [word.strip(",.").casefold() for prompt in prompts[:100] for word in set(prompt.split(",")[0].split())]
     often = {word: words.count(word) for word in set(words) if len(word) > 4 and words.count(word) > 8}
     assert not often, often
 
 
 def test_a_wheel_carries_the_prompts(tmp_path):
-    """Built from a copy: setuptools leaves folders of its own beside what it builds."""
+    """Built from a copy, since setuptools writes folders beside the source."""
     source, kept = tmp_path / "source", shutil.ignore_patterns("weights", "__pycache__")
     shutil.copytree(ROOT / "dcdd_core", source / "dcdd_core", ignore=kept)
     for name in ("pyproject.toml", "LICENSE"):
