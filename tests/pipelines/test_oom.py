@@ -96,10 +96,17 @@ def test_sampling_in_parts_gives_the_batch(monkeypatch):
     )
     options = SamplingOptions(guidance=2.0, temperature=0.9, top_k=20)
     whole = sample(sampler, prompts, seeds=seeds, options=options)
-    tried = scarce(monkeypatch, TokenLoop, "_embed", most=2)
+    tried, told = scarce(monkeypatch, TokenLoop, "_embed", most=2), []
     with pytest.warns(DCDDWarning, match="continuing with 2 images"):
-        split = sample(sampler, prompts, seeds=seeds, options=options)
+        split = sample(
+            sampler,
+            prompts,
+            seeds=seeds,
+            options=options,
+            on_progress=lambda now: told.append((now.first, len(now.tokens))),
+        )
     assert tried[:2] == [3, 3] and set(tried[2:]) == {1, 2}
+    assert list(dict.fromkeys(told)) == [(0, 3), (0, 2), (2, 1)], "which images each part of the batch is"
     assert torch.equal(split.tokens, whole.tokens)
     torch.testing.assert_close(split.logits, whole.logits, rtol=1e-4, atol=1e-4)
     assert (split.guidance, split.temperature, split.grid) == (2.0, 0.9, whole.grid)
