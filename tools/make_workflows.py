@@ -1,19 +1,20 @@
 """Writes the shipped workflows, their thumbnails, and the subgraph blueprint.
 
     export COMFYUI_DIR=~/ComfyUI COMFYUI_PYTHON=~/comfy-env/bin/python
-    python tools/make_workflows.py                             # after a change of a node or of a graph
-    python tools/make_workflows.py --thumbnails [--only TEXT]  # after a change of the embedded weights
+    python tools/make_workflows.py                             # after a change to a node or a graph
+    python tools/make_workflows.py --thumbnails [--only TEXT]  # after a change to the embedded weights
 
-The graphs are the functions at the end of this file. Which sockets and widgets a node has, in which order and with
-which defaults, comes from a running ComfyUI (0.8.0 or newer; it is started here, on a CPU and an empty base directory,
-with this pack linked in): after a change of a node's schema, running this again is all there is to do. Links of the
-wrong type, unknown inputs, and values that a list or a range does not hold are refused.
+The graphs are the functions at the end of this file. The sockets and widgets of each node, their order and their
+defaults come from a running ComfyUI (0.8.0 or newer), which this script starts on the CPU in an empty base directory
+with a link to this pack. So after a change to a node's schema, running this again is enough. Links of the wrong type,
+unknown inputs, and values outside a list or range are errors.
 
-`--thumbnails` also runs every graph that it writes, and keeps the picture that the graph names as its thumbnail.
-`--object-info FILE` takes the nodes from a saved /object_info and needs no ComfyUI. `--pack DIR` links another copy of
-the pack in, such as one with other weights. Needs Pillow, and nothing else beyond Python.
+`--thumbnails` also runs each graph, and saves the image of the node that the graph names as its thumbnail.
+`--object-info FILE` reads the nodes from a saved /object_info; no ComfyUI is needed then. `--pack DIR` links another
+copy of the pack instead, for example one with other weights. The only dependency is Pillow.
 
-Sizes and places are in the canvas' pixels, x to the right and y down; a node's place is below its title bar.
+Sizes and positions are in canvas pixels, x to the right and y down. A node's position is its top left corner, below the
+title bar.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from typing import Any
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-#: By which ComfyUI's manager finds the packs that a graph's nodes come from: name, and a version that holds them.
+#: Name and version: ComfyUI's manager uses them to find the packs that a graph needs.
 PACK = re.findall(r'^(?:name|version) = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[
     :2
 ]
@@ -51,14 +52,14 @@ _NAMESPACE = uuid.UUID("5f2a3b0e-6c1d-4b52-9d0e-2603133890aa")
 # --- nodes and links --------------------------------------------------------------------------------------------------
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-#: As the page adds them behind a widget of its own.
+#: Widgets that the frontend adds after a widget with this option, and their values.
 _EXTRA_WIDGETS = {"control_after_generate": "fixed", "image_upload": "image"}
 FIRST = {"color": "#232", "bgcolor": "#353"}
 NOTE = {"color": "#432", "bgcolor": "#653"}
 
 
 class Own(str):
-    """The name of a file that the user brings: not expected in ComfyUI's lists."""
+    """A file that the user has to provide: it need not be in ComfyUI's lists."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Output:
 
 @dataclass(eq=False)
 class Node:
-    """A node on the canvas; `node["image"]` is its output of that name."""
+    """A node on the canvas; `node["image"]` is its output called image."""
 
     id: int
     kind: str
@@ -104,7 +105,7 @@ class Node:
     outputs: list[tuple[str, str]]
     given: dict[str, Any]
     title: str | None = None
-    look: dict[str, str] = field(default_factory=dict)
+    colors: dict[str, str] = field(default_factory=dict)
     width: int = 0
     height: int = 0
     room: int = 0
@@ -126,7 +127,7 @@ class Node:
 
     @property
     def slots(self) -> list[Field]:
-        """As the page numbers them: sockets, then the sockets of widgets."""
+        """In the frontend's order: sockets, then the sockets of widgets."""
         return [*self.sockets, *self.widgets]
 
     def value(self, widget: Field) -> Any:
@@ -154,7 +155,7 @@ def read_fields(definition: dict[str, Any]) -> list[Field]:
 
 
 def least_height(node: Node) -> int:
-    """What the page gives a node whose widgets are as small as they get: the larger of its two renderers."""
+    """The height of a node with its widgets at their smallest, in the renderer that needs more."""
     rows = max(len(node.sockets), len(node.outputs))
     return max(_height_on_canvas(node, rows), _height_in_vue(node, rows))
 
@@ -166,7 +167,7 @@ def _height_on_canvas(node: Node, rows: int) -> int:
 
 
 def _height_in_vue(node: Node, rows: int) -> int:
-    """Nodes 2.0 of frontend 1.58: each widget has a frame, and the badge of a node's pack is a row of its own."""
+    """Nodes 2.0 of frontend 1.58: widgets have frames, and the badge with the pack's name takes a row."""
     widgets = sum(
         28 if widget.type != "STRING" else 68 if widget.options.get("multiline") else 36 for widget in node.widgets
     )
@@ -176,7 +177,7 @@ def _height_in_vue(node: Node, rows: int) -> int:
 
 @dataclass(eq=False)
 class Group:
-    """A coloured frame around stacks of nodes that stand side by side."""
+    """A coloured frame around vertical stacks of nodes, which are placed side by side."""
 
     title: str
     colour: str
@@ -195,12 +196,12 @@ class Graph:
     def __init__(self, definitions: dict[str, Any], name: str, *, inside: bool = False):
         """
         Args:
-            inside: whether it is to become a subgraph, whose sockets may be left open for now.
+            inside: whether it will become a subgraph. Its required sockets may then be unconnected.
         """
         self.definitions, self.name, self.inside = definitions, name, inside
         self.nodes: list[Node] = []
         self.groups: list[Group] = []
-        #: What shows the final picture, and how much of that, from the left, a thumbnail leaves out.
+        #: The node with the final image, and the fraction of its width that the thumbnail crops from the left.
         self.thumbnail: Node | None = None
         self.thumbnail_cut = 0.0
 
@@ -218,11 +219,11 @@ class Graph:
     ) -> Node:
         """
         Args:
-            wide, tall: at least; what the widgets need is known.
-            room: to leave below it, for it to grow.
-            preview: whether the page draws an image on it.
-            first: whether this is what to change first: it is drawn in green.
-            given: links from outputs, and values of widgets; other widgets keep their defaults.
+            wide, tall: minimum size; the node gets more if its widgets need it.
+            room: free space below the node, in pixels, for when it grows.
+            preview: whether the frontend shows an image on it.
+            first: whether users should change this node first. It is drawn in green.
+            given: links (outputs) and widget values; other widgets keep their defaults.
         """
         if kind not in self.definitions:
             raise KeyError(f"this ComfyUI has no node {kind}")
@@ -236,7 +237,7 @@ class Graph:
         return node
 
     def note(self, text: str, wide: int = 360) -> Node:
-        """A MarkdownNote, as tall as its text."""
+        """A MarkdownNote that is as tall as its text."""
         text = _unwrapped(text)
         node = Node(len(self.nodes) + 1, "MarkdownNote", [], [], {"text": text}, "About this workflow", NOTE)
         node.width, node.height = wide, _text_height(text, wide)
@@ -244,7 +245,7 @@ class Graph:
         return node
 
     def columns(self, *columns: list[Group | Node]) -> None:
-        """Lays the graph out: columns from left to right, in each of them groups and single nodes from the top."""
+        """Lays out the graph: columns from left to right, each with groups and single nodes from top to bottom."""
         x = 0
         for column in columns:
             frames = [part if isinstance(part, Group) else Group("", "", [[part]]) for part in column]
@@ -258,12 +259,12 @@ class Graph:
         placed = {node.id for column in columns for part in column for node in _nodes_in(part)}
         lost = [node.kind for node in self.nodes if node.id not in placed]
         if lost:
-            raise ValueError(f"{self.name}: {', '.join(lost)} stand in no column")
+            raise ValueError(f"{self.name}: {', '.join(lost)} are in no column")
 
-    # -- as files
+    # -- file formats
 
     def links(self) -> list[tuple[int, Output, Node, int]]:
-        """(id, from, to, slot)."""
+        """(link id, source output, target node, target slot)."""
         ends = (
             (node.given[slot.name], node, number)
             for node in self.nodes
@@ -273,7 +274,7 @@ class Graph:
         return [(k + 1, *end) for k, end in enumerate(ends)]
 
     def workflow(self) -> dict[str, Any]:
-        """In the page's own format."""
+        """The graph in the frontend's format."""
         links = self.links()
         return {
             "id": _uuid(self.name),
@@ -289,7 +290,7 @@ class Graph:
         }
 
     def prompt(self, target: Node) -> dict[str, Any]:
-        """What it takes to run as far as one node, in the server's format."""
+        """The nodes that `target` depends on, in the server's API format."""
         wanted, todo = set(), [target]
         while todo:
             node = todo.pop()
@@ -306,7 +307,7 @@ class Graph:
 
 
 def _check(node: Node, whole: bool) -> None:
-    """Refuses what would not run."""
+    """Raises if the node would not run: unknown inputs, wrong types, values out of range, missing links."""
     known = {f.name: f for f in node.fields}
     for name, value in node.given.items():
         if name not in known:
@@ -335,7 +336,7 @@ def _node_json(node: Node, links: list[tuple[int, Output, Node, int]]) -> dict[s
     inputs = []
     for number, f in enumerate(node.slots):
         entry: dict[str, Any] = {"name": f.name, "type": f.type, "link": into.get((node.id, number))}
-        entry |= {} if f.required or f.is_widget else {"shape": 7}  # a ring: optional
+        entry |= {} if f.required or f.is_widget else {"shape": 7}  # drawn as a ring: an optional socket
         inputs.append(entry | ({"widget": {"name": f.name}} if f.is_widget else {}))
     outputs = [
         {"name": name, "type": kind, "links": [k for k, out, _, _ in links if (out.node, out.slot) == (node, slot)]}
@@ -347,7 +348,7 @@ def _node_json(node: Node, links: list[tuple[int, Output, Node, int]]) -> dict[s
         "pos": list(node.place),
         "size": [node.width, node.height],
         "flags": {},
-        "order": node.id - 1,  # a node is made after those that it links from
+        "order": node.id - 1,  # nodes are created after the nodes that they link from
         "mode": 0,
         "inputs": inputs,
         "outputs": outputs,
@@ -360,14 +361,13 @@ def _node_json(node: Node, links: list[tuple[int, Output, Node, int]]) -> dict[s
         pack, version = PACK if node.kind.startswith("DCDD_") else CORE
         written["properties"] = {"cnr_id": pack, "ver": version, "Node name for S&R": node.kind}
         written["widgets_values"] = node.widget_values()
-    return written | node.look
+    return written | node.colors
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------
 
 GUTTER, PAD, BETWEEN, TITLE, HEAD = 40, 20, 28, 30, 44
-#: What the page adds to a node at least, measured with Nodes 2.0: for a preview, which is better kept free on it, and
-#: for a notice below it.
+#: Minimum height in pixels, measured with Nodes 2.0, of a preview (reserved on the node) and of a notice (below it).
 PREVIEW, NOTICE = 232, 70
 
 
@@ -376,7 +376,7 @@ def _nodes_in(part: Group | Node) -> list[Node]:
 
 
 def _inset(frame: Group) -> tuple[int, int]:
-    """What the frame needs at its sides, and above its first title bar."""
+    """Padding of the frame: at its sides, and above the first title bar."""
     return (PAD, HEAD) if frame.title else (0, HEAD)
 
 
@@ -388,7 +388,7 @@ def _extent(frame: Group) -> tuple[int, int]:
 
 
 def _settle(frame: Group) -> None:
-    """Places a frame's nodes; those of a stack are made equally wide, and the last stack takes what is over."""
+    """Places a frame's nodes. All nodes of a stack get the same width, and the last stack gets the remaining width."""
     side, head = _inset(frame)
     x = frame.place[0] + side
     for k, stack in enumerate(frame.stacks):
@@ -425,7 +425,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _text_height(text: str, width: int) -> int:
-    """Of unwrapped Markdown in a note: as Nodes 2.0 of frontend 1.35 sets it, which is larger than all others."""
+    """Height of unwrapped Markdown in a note, in Nodes 2.0 of frontend 1.35: the largest of the tested renderers."""
     height = 60
     for line in text.splitlines():
         size, space = (18, 14) if line.startswith("# ") else (14, 26) if line.startswith("## ") else (11, 0)
@@ -445,12 +445,12 @@ _INSIDE_IN, _INSIDE_OUT = -10, -20
 def blueprint(
     graph: Graph, description: str, sockets: dict[str, list[tuple[Node, str]]], results: dict[str, Output], shown: list
 ) -> dict[str, Any]:
-    """A graph as a node of its own.
+    """Wraps a graph in a single node.
 
     Args:
-        sockets: its inputs, each with the inputs inside that it leads to.
+        sockets: its inputs, each with the (node, input) pairs inside that it connects to.
         results: its outputs.
-        shown: (node, widget) of the widgets to show on it.
+        shown: (node, widget) pairs of the widgets to show on it.
     """
     inner = graph.workflow()
     links = [
@@ -502,7 +502,7 @@ def blueprint(
         "id": 1,
         "type": definition["id"],
         "pos": [0, 0],
-        "size": [400, 620],  # with room for the preview
+        "size": [400, 620],  # has room for the preview
         "flags": {},
         "order": 0,
         "mode": 0,
@@ -534,7 +534,7 @@ def blueprint(
 
 @contextmanager
 def running(comfyui: Path, python: str, pack: Path) -> Iterator[str]:
-    """A ComfyUI on a base directory of its own: its address."""
+    """Starts ComfyUI in a temporary base directory and yields its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -563,7 +563,7 @@ def running(comfyui: Path, python: str, pack: Path) -> Iterator[str]:
 
 
 def ask(url: str, path: str, body: Any = None) -> Any:
-    """GET, or POST of JSON; JSON is read, anything else given as bytes."""
+    """GET, or POST if there is a body. Decodes a JSON answer and returns any other as bytes."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
@@ -571,11 +571,11 @@ def ask(url: str, path: str, body: Any = None) -> Any:
         return json.loads(raw) if "json" in answer.headers.get("Content-Type", "") else raw
 
 
-def picture_of(url: str, graph: Graph) -> Image.Image:
-    """Runs a graph as far as its thumbnail.
+def result_of(url: str, graph: Graph) -> Image.Image:
+    """Runs a graph up to its thumbnail node and returns the image.
 
     Raises:
-        RuntimeError: with what ComfyUI said, if it fails.
+        RuntimeError: the run fails; with ComfyUI's message.
     """
     assert graph.thumbnail is not None
     try:
@@ -592,21 +592,21 @@ def picture_of(url: str, graph: Graph) -> Image.Image:
     return Image.open(io.BytesIO(ask(url, f"/view?{query}"))).convert("RGB")
 
 
-def thumbnail(picture: Image.Image, cut: float, side: int = 400) -> Image.Image:
-    """A square: small pictures enlarged, long ones on paper of the sheets' own colour."""
-    picture = picture.crop((round(cut * picture.width), 0, *picture.size))
-    scale = side / max(picture.size)
-    size = [round(length * scale) for length in picture.size]
+def thumbnail(image: Image.Image, cut: float, side: int = 400) -> Image.Image:
+    """Scales an image to fit a square, on the background colour of the comparison sheets."""
+    image = image.crop((round(cut * image.width), 0, *image.size))
+    scale = side / max(image.size)
+    size = [round(length * scale) for length in image.size]
     square = Image.new("RGB", (side, side), (250, 249, 246))
-    square.paste(picture.resize(size, Image.Resampling.LANCZOS), ((side - size[0]) // 2, (side - size[1]) // 2))
+    square.paste(image.resize(size, Image.Resampling.LANCZOS), ((side - size[0]) // 2, (side - size[1]) // 2))
     return square
 
 
 # --- the workflows ----------------------------------------------------------------------------------------------------
 
-MODELS, PICTURE, TOKENS, CONDITION, DECODE, LOOK = "#3f789e", "#b58b2a", "#a1309b", "#8A8", "#b06634", "#8AA"
+MODELS, IMAGE, TOKENS, CONDITION, DECODE, COMPARE = "#3f789e", "#b58b2a", "#a1309b", "#8A8", "#b06634", "#8AA"
 PROMPT = "a large striped red heart in the centre on a wavy sky ground"
-#: Of the built-in models: how strictly a prompt is followed best, pixels a token, and a side in pixels.
+#: Of the embedded models: the best guidance scale, pixels per token, and image side in pixels.
 GUIDANCE, TOKEN, SIDE = 3.0, 8, 96
 
 
@@ -619,7 +619,7 @@ def load_decoder(graph: Graph) -> Node:
 
 
 def sampler(graph: Graph, janus: Node, **given: Any) -> Node:
-    """With room for the image on it; below it too, as a prompt in Nodes 2.0 gives none of its own room away."""
+    """Leaves room for the preview on and below it: in Nodes 2.0 the prompt widget does not shrink for a preview."""
     given = {"prompt": PROMPT, "seed": 1, "guidance": GUIDANCE, "first": True, **given}
     return graph.node("DCDD_JanusLogitSampler", janus=janus["janus"], wide=400, preview=True, room=PREVIEW, **given)
 
@@ -629,7 +629,7 @@ def lcdm(graph: Graph, logits: Output, vq_vae: Output, decoder: Node | None = No
     return graph.node("DCDD_LCDMEncoder", wide=310, room=NOTICE, token_logits=logits, vq_vae=vq_vae, **linked)
 
 
-def doubt_mask(graph: Graph, condition: Node, **given: Any) -> Node:
+def uncertainty_mask(graph: Graph, condition: Node, **given: Any) -> Node:
     given = {"token_size": TOKEN, **given}
     return graph.node("DCDD_UncertaintyMask", wide=310, condition=condition["condition"], **given)
 
@@ -654,9 +654,9 @@ def paint(graph: Graph, decoder: Node, condition: Node, **given: Any) -> Node:
     )
 
 
-def compare(graph: Graph, captions: str | Output = "", **pictures: Output | str) -> Node:
-    """Pictures by the letters of their columns, and labels by label_ and letter."""
-    given = {f"image_{key}" if len(key) == 1 else key: value for key, value in pictures.items()}
+def compare(graph: Graph, captions: str | Output = "", **images: Output | str) -> Node:
+    """Images by the letter of their column, and labels as label_LETTER."""
+    given = {f"image_{key}" if len(key) == 1 else key: value for key, value in images.items()}
     return graph.node("DCDD_CompareDecoders", wide=420, captions=captions, **given)
 
 
@@ -665,24 +665,24 @@ def save(graph: Graph, image: Output, name: str, title: str, wide: int = 340, ta
     return graph.node("SaveImage", title=title, wide=wide, tall=tall, preview=True, **given)
 
 
-def look(graph: Graph, image: Output, title: str, wide: int = 310, tall: int = 300) -> Node:
+def preview(graph: Graph, image: Output, title: str, wide: int = 310, tall: int = 300) -> Node:
     return graph.node("PreviewImage", title=title, wide=wide, tall=tall, preview=True, images=image)
 
 
 def both_decoders(graph: Graph) -> None:
     note = graph.note("""
         # Text to image, both decoders
-        Janus paints a prompt token by token. Its own **VQ-VAE** decoder knows only the one token that was picked at
-        every place. The **FLUX decoder** also sees how sure Janus was, and of which other tokens it thought. Here are
-        both, from the same tokens.
+        Janus samples an image token by token. Its own **VQ-VAE** decoder gets only the sampled tokens. The **FLUX
+        decoder** also gets how certain Janus was at each position, and which other tokens it considered. This workflow
+        decodes the same tokens with both.
 
         Press **Run**: it works as it is, with *pico*, the tiny models that come with the pack.
         ## Change first
         - the **prompt** (green). pico knows the words of one small world: shapes, colours, patterns, places, grounds
-        - the sampler's **seed**, for another picture
-        - the decoder's **seed**, for another painting of the same tokens
+        - the sampler's **seed**, for another image
+        - the decoder's **seed**, for other details from the same tokens
         ## With real models
-        - *Load Janus*: Janus-Pro, in models/janus (the node *Download Model* brings it there)
+        - *Load Janus*: Janus-Pro, in models/janus (the node *Download Model* fetches it)
         - *Janus Logit Sampler*: guidance 5
         - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
         - *Uncertainty Mask*: token_size 16
@@ -690,7 +690,7 @@ def both_decoders(graph: Graph) -> None:
     janus, decoder = load_janus(graph), load_decoder(graph)
     sampled = sampler(graph, janus, batch_size=2)
     condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
-    mask = doubt_mask(graph, condition)
+    mask = uncertainty_mask(graph, condition)
     by_vq = vq_decode(graph, sampled["token_logits"], janus["vq_vae"])
     painted = paint(graph, decoder, condition)
     sheet = compare(
@@ -701,29 +701,29 @@ def both_decoders(graph: Graph) -> None:
         c=mask["heat_map"],
         label_c="where Janus was unsure (bright)",
     )
-    pictures = save(graph, painted["image"], "picture", "Save the pictures")
+    images = save(graph, painted["image"], "picture", "Save the images")
     graph.thumbnail = save(graph, sheet["image"], "both decoders", "Save the comparison", wide=800, tall=700)
     graph.columns(
         [note, group("Models", MODELS, [janus, decoder])],
         [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition, mask])],
-        [group("Decode", DECODE, [by_vq, painted, pictures])],
-        [group("Look", LOOK, [sheet, graph.thumbnail])],
+        [group("Decode", DECODE, [by_vq, painted, images])],
+        [group("Compare", COMPARE, [sheet, graph.thumbnail])],
     )
 
 
 def reconstruct(graph: Graph) -> None:
     note = graph.note("""
-        # Reconstruct a picture
-        A picture becomes tokens and back, by both decoders, with the truth beside them: what a decoder loses, you see
-        here without any prompt.
+        # Reconstruct an image
+        An image is turned into tokens and decoded by both decoders, beside the original. It shows what each decoder
+        loses, without any prompt.
 
-        **Pico Scene** draws three pictures that no model has seen in training, so that this runs without a file.
+        **Pico Scene** renders three images that were held out from training, so no file is needed.
         ## Change first
-        - **your own picture**: add a *Load Image*, drag its IMAGE onto *image* of **VQ-VAE Encode**, delete *Pico
+        - **your own image**: add a *Load Image*, connect its IMAGE to *image* of **VQ-VAE Encode**, delete *Pico
         Scene*, and set *longest_side* to the size that the decoder was trained at (pico: 96, Janus: 384)
-        - the scene's **seed** (green), for other pictures
+        - the scene's **seed** (green), for other images
         ## With real models
-        - *Load VQ-VAE*: the folder of Janus-Pro; its language model stays on the disk
+        - *Load VQ-VAE*: the folder of Janus-Pro; its language model is not loaded
         - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
     """)
     scene = graph.node("DCDD_PicoScene", wide=310, seed=4, size=SIDE, batch_size=3, first=True)
@@ -746,28 +746,29 @@ def reconstruct(graph: Graph) -> None:
     graph.thumbnail = save(graph, sheet["image"], "reconstructed", "Save the comparison", wide=720, tall=840)
     graph.columns(
         [note],
-        [group("Picture", PICTURE, [scene]), group("Models", MODELS, [vq_vae, decoder])],
+        [group("Image", IMAGE, [scene]), group("Models", MODELS, [vq_vae, decoder])],
         [group("Tokens", TOKENS, [tokens]), group("Condition", CONDITION, [condition])],
         [group("Decode", DECODE, [by_vq, painted])],
-        [group("Look", LOOK, [sheet, graph.thumbnail])],
+        [group("Compare", COMPARE, [sheet, graph.thumbnail])],
     )
 
 
 def upscale(graph: Graph) -> None:
     note = graph.note("""
         # Decode, then upscale
-        The FLUX decoder's picture goes on into ComfyUI's own nodes like any other: here it is enlarged six times and
-        sharpened, beside the VQ-VAE's picture treated the same.
+        The FLUX decoder's image goes on into ComfyUI's own nodes like any other: here it is enlarged six times and
+        sharpened, beside the VQ-VAE's image with the same treatment.
 
-        Enlarging shows what a decoder made of edges and stripes: blur stays blur.
+        Enlarging shows how each decoder renders edges and stripes: blur stays blur.
         ## Change first
         - the **prompt** and **scale_by** (green)
-        - with an upscale model in models/upscale_models: put *Upscale Image (using Model)* in the place of both nodes
-        - the decoder's *latent* output is a FLUX latent: *Upscale Latent* and a *KSampler* work on it too
+        - with an upscale model in models/upscale_models: replace both nodes with *Upscale Image (using Model)*
+        - the decoder's *latent* output is a FLUX latent (not with pico): *Upscale Latent* and a *KSampler* work on it
+        too
         ## With real models
         - *Load Janus*: Janus-Pro; *Janus Logit Sampler*: guidance 5
         - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
-        - *scale_by* 2 makes 768 pixels of Janus' 384
+        - *scale_by* 2 gives 768 pixels from Janus' 384
     """)
     janus, decoder = load_janus(graph), load_decoder(graph)
     sampled = sampler(graph, janus, prompt="a large checked blue star in the centre on a lined cream ground", seed=3)
@@ -780,31 +781,31 @@ def upscale(graph: Graph) -> None:
     sharp = graph.node("ImageSharpen", image=large["IMAGE"], **sharpening)
     large_vq = graph.node("ImageScaleBy", title="Upscale Image By (VQ-VAE)", image=by_vq["image"], **enlarging)
     sharp_vq = graph.node("ImageSharpen", title="Image Sharpen (VQ-VAE)", image=large_vq["IMAGE"], **sharpening)
-    graph.thumbnail = save(graph, sharp["IMAGE"], "upscaled", "Save the FLUX decoder's", wide=600, tall=660)
-    beside = look(graph, sharp_vq["IMAGE"], "The VQ-VAE's, to compare", tall=460)
+    graph.thumbnail = save(graph, sharp["IMAGE"], "upscaled", "Save the FLUX decoder's image", wide=600, tall=660)
+    beside = preview(graph, sharp_vq["IMAGE"], "The VQ-VAE's image, to compare", tall=460)
     graph.columns(
         [note, group("Models", MODELS, [janus, decoder])],
         [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition])],
         [group("Decode", DECODE, [painted, by_vq])],
-        [group("Upscale", PICTURE, [large, sharp, large_vq, sharp_vq])],
-        [group("Look", LOOK, [graph.thumbnail, beside])],
+        [group("Upscale", IMAGE, [large, sharp, large_vq, sharp_vq])],
+        [group("Compare", COMPARE, [graph.thumbnail, beside])],
     )
 
 
 def repaint(graph: Graph) -> None:
     note = graph.note("""
-        # Repaint where Janus was unsure
-        The **Uncertainty Mask** is white where Janus was torn between many tokens. There the FLUX decoder paints once
-        more, from other noise, and everything else stays as it is to the last bit.
+        # Repaint where Janus was uncertain
+        The **Uncertainty Mask** is white where Janus hesitated between many tokens. There the FLUX decoder paints again
+        from other noise; all other pixels stay exactly as they are.
         ## Change first
-        - **threshold** (green): lower repaints more
-        - the **second decoder's seed**: another attempt at the unsure parts
-        - *grow* and *blur*: how far, and how softly the new parts blend in
-        - any other mask works as well: draw one on the picture with *Open in MaskEditor*
+        - **threshold** (green): a lower value repaints more
+        - the **second decoder's seed**: another attempt at the uncertain parts
+        - *grow* and *blur*: how far the new parts reach, and how softly they blend in
+        - any other mask works too: draw one on the image with *Open in MaskEditor*
         ## With real models
         - *Load Janus*: Janus-Pro; *Janus Logit Sampler*: guidance 5
         - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
-        - *threshold* about 0.85: Janus-Pro is less sure than pico
+        - *threshold* about 0.85: Janus-Pro is less certain than pico
     """)
     janus, decoder = load_janus(graph), load_decoder(graph)
     sampled = sampler(
@@ -816,14 +817,14 @@ def repaint(graph: Graph) -> None:
         first=False,
     )
     condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
-    before = paint(graph, decoder, condition, title="First painting", seed=0)
-    mask = doubt_mask(graph, condition, image=before["image"], edge="hard", threshold=0.6, blur=0.3, first=True)
+    before = paint(graph, decoder, condition, title="First decode", seed=0)
+    mask = uncertainty_mask(graph, condition, image=before["image"], edge="hard", threshold=0.6, blur=0.3, first=True)
     shown = graph.node("MaskToImage", mask=mask["mask"])
     after = paint(
         graph,
         decoder,
         condition,
-        title="Second painting, under the mask",
+        title="Second decode, under the mask",
         seed=1,
         image=before["image"],
         mask=mask["mask"],
@@ -841,31 +842,31 @@ def repaint(graph: Graph) -> None:
     graph.columns(
         [note, group("Models", MODELS, [janus, decoder])],
         [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition])],
-        [group("Paint", DECODE, [before]), group("Mask", PICTURE, [mask, shown])],
-        [group("Paint again", DECODE, [after])],
-        [group("Look", LOOK, [sheet, graph.thumbnail])],
+        [group("Decode", DECODE, [before]), group("Mask", IMAGE, [mask, shown])],
+        [group("Decode again", DECODE, [after])],
+        [group("Compare", COMPARE, [sheet, graph.thumbnail])],
     )
 
 
 def look_inside(graph: Graph) -> None:
     note = graph.note("""
         # Look inside: logits and their calibration
-        The decoder is trained on pictures, not on Janus' output. A picture's **proxy logits** (how close each patch is
-        to each code) are almost flat; **calibrated** they are about as sure and as doubtful as Janus itself. The sheet
-        is the paper's Table 1 and Figure 6 for four kinds of logits:
+        The decoder is trained on images, not on Janus' output. An image's **proxy logits** (how close each patch is to
+        each code) are almost uniform; after **calibration** they are about as confident as Janus' own. The sheet shows
+        the paper's Table 1 and Figure 6 for four sets of logits:
         - **Janus**: sampled from the prompt
-        - **proxies**: of Pico Scenes, as they come
-        - **decoder's**: calibrated as the decoder was trained
-        - **fitted here**: a calibration fitted to these very pictures, and saved
+        - **proxies**: of Pico Scenes, uncalibrated
+        - **decoder's**: calibrated as in the decoder's training
+        - **fitted here**: a calibration fitted to these very images, and saved
 
-        The proxies lie flat on the ground of the curve; calibrated they rise to about Janus' own.
+        The uncalibrated proxies give a flat line; calibrated they come close to Janus' curve.
         ## Change first
-        - **batch_size** of both (green): 100 pictures make a good calibration, 16 a quick one
-        - the **prompt**: a calibration belongs to pictures of its kind, best many prompts
-        - the **name** of the file; *Load Calibration* reads it again
+        - **batch_size** of both (green): 100 images give a good calibration, 16 a quick one
+        - the **prompt**: a calibration holds for images of its kind; many different prompts are best
+        - the **name** of the file; *Load Calibration* loads it again
         ## With real models
         - *Load Janus*: Janus-Pro; *Janus Logit Sampler*: guidance 5
-        - your own pictures in the place of *Pico Scene*
+        - your own images in place of *Pico Scene*
         - *Load DCDD Decoder*: your bundle
     """)
     janus, decoder = load_janus(graph), load_decoder(graph)
@@ -888,41 +889,41 @@ def look_inside(graph: Graph) -> None:
         names="Janus, proxies, decoder's, fitted here",
     )
     graph.thumbnail = save(graph, sheet["image"], "logits", "Save the sheet", wide=900, tall=420)
-    graph.thumbnail_cut = 0.535  # the curve alone: the table is too small to read
+    graph.thumbnail_cut = 0.535  # only the curve: the table would be too small to read
     graph.columns(
         [note],
-        [group("Models", MODELS, [janus, decoder]), group("Picture", PICTURE, [scenes])],
+        [group("Models", MODELS, [janus, decoder]), group("Image", IMAGE, [scenes])],
         [group("Tokens", TOKENS, [sampled, proxies])],
         [
             group("Calibrate", CONDITION, [known, fitted], [saved]),
-            group("Look", LOOK, [sheet, graph.thumbnail]),
+            group("Compare", COMPARE, [sheet, graph.thumbnail]),
         ],
     )
 
 
 def edit(graph: Graph) -> None:
     note = graph.note("""
-        # Edit: keep tokens, sample the rest anew
-        The second sampler keeps every token outside the mask and paints the rest from **another prompt**. Janus reads
-        what is kept on its way, so the new part fits the old ground.
+        # Edit: keep tokens, sample the rest again
+        The second sampler keeps every token outside the mask and samples the others from **another prompt**. Janus
+        reads the kept tokens as it goes, so the new part fits its surroundings.
         ## Change first
         - the **second prompt** (green)
         - its **seed**, for another attempt
-        - the **mask**: *x*, *y* and the size of the white box. Every token that it touches is sampled anew
-        - to edit a picture of your own: *Load Image*, *Upscale Image* to the model's size (pico: 96 x 96, Janus-Pro:
-        384 x 384; crop *center*), *VQ-VAE Encode*, *Logit Calibrator* into *token_logits*, and the mask that you draw
-        with *Open in MaskEditor*; it is cropped as the picture is
+        - the **mask**: *x*, *y* and the size of the white box. Every token that it touches is sampled again
+        - to edit an image of your own: *Load Image*, *Upscale Image* to the model's size (pico: 96 x 96, Janus-Pro: 384
+        x 384; crop *center*), *VQ-VAE Encode*, *Logit Calibrator* into *token_logits*, and the mask that you draw with
+        *Open in MaskEditor*; it is cropped as the image is
         ## With real models
         - *Load Janus*: Janus-Pro; both samplers: guidance 5
         - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
     """)
     janus, decoder = load_janus(graph), load_decoder(graph)
-    black = graph.node("SolidMask", title="All is kept (black)", wide=225, value=0.0, width=384, height=384)
-    white = graph.node("SolidMask", title="but this box (white)", wide=225, value=1.0, width=256, height=256)
+    black = graph.node("SolidMask", title="Keep everything (black)", wide=225, value=0.0, width=384, height=384)
+    white = graph.node("SolidMask", title="except this box (white)", wide=225, value=1.0, width=256, height=256)
     mask = graph.node(
         "MaskComposite", wide=225, destination=black["MASK"], source=white["MASK"], x=64, y=64, operation="add"
     )
-    shown = graph.node("MaskPreview", title="Sampled anew (white)", wide=225, preview=True, mask=mask["MASK"])
+    shown = graph.node("MaskPreview", title="Sampled again (white)", wide=225, preview=True, mask=mask["MASK"])
     first = sampler(graph, janus, batch_size=2, first=False)
     second = sampler(
         graph,
@@ -934,7 +935,7 @@ def edit(graph: Graph) -> None:
         mask=mask["MASK"],
     )
     conditions = [lcdm(graph, s["token_logits"], janus["vq_vae"], decoder) for s in (first, second)]
-    titles = ("Paint the first picture", "Paint the edit")
+    titles = ("Decode the first image", "Decode the edit")
     before, after = (paint(graph, decoder, condition, title=title) for condition, title in zip(conditions, titles))
     sheet = compare(
         graph, a=before["image"], b=after["image"], label_a="the first prompt", label_b="the second, under the mask"
@@ -943,32 +944,32 @@ def edit(graph: Graph) -> None:
     graph.columns(
         [note, group("Models", MODELS, [janus, decoder])],
         [
-            group("First picture", TOKENS, [first]),
-            group("Where to edit", PICTURE, [black, white], [mask, shown]),
+            group("First image", TOKENS, [first]),
+            group("Where to edit", IMAGE, [black, white], [mask, shown]),
         ],
         [group("The edit", TOKENS, [second]), group("Condition", CONDITION, conditions)],
         [group("Decode", DECODE, [before, after])],
-        [group("Look", LOOK, [sheet, graph.thumbnail])],
+        [group("Compare", COMPARE, [sheet, graph.thumbnail])],
     )
 
 
 def without_decoder(graph: Graph) -> None:
     note = graph.note("""
         # FLUX repaints Janus, without a trained decoder
-        For public weights only: the VQ-VAE decodes the *expected* codes (**soft**), and plain **FLUX.1-dev** paints
-        over it, most where Janus was unsure (**Differential Diffusion** under the soft **Uncertainty Mask**).
+        For public weights only: the VQ-VAE decodes the *expected* codes (**soft**), and plain **FLUX.1-dev** repaints
+        the result, most where Janus was uncertain (**Differential Diffusion** under the soft **Uncertainty Mask**).
 
-        It needs FLUX.1-dev (about 24 GB, or an fp8 file); nothing is downloaded by itself:
+        It needs FLUX.1-dev (about 24 GB, or an fp8 file); nothing is downloaded automatically:
         - models/diffusion_models: [flux1-dev.safetensors](https://huggingface.co/black-forest-labs/FLUX.1-dev)
         - models/vae: [ae.safetensors](https://huggingface.co/black-forest-labs/FLUX.1-schnell)
         - models/text_encoders: [clip_l and t5xxl](https://huggingface.co/comfyanonymous/flux_text_encoders)
 
-        Your files have other names? Choose them in the three loaders.
+        Do your files have other names? Choose them in the three loaders.
         ## Change first
-        - *Load Janus*: **Janus-Pro** in models/janus (*Download Model* brings it), guidance 5, token_size 16. pico only
-        shows the way
+        - *Load Janus*: **Janus-Pro** in models/janus (*Download Model* fetches it), guidance 5, token_size 16. pico
+        only demonstrates the graph
         - the **prompt**, for Janus and for FLUX (green)
-        - **denoise**: low keeps Janus' picture, high lets FLUX paint its own
+        - **denoise**: low keeps Janus' image, high lets FLUX change more
     """)
     janus = load_janus(graph)
     unet = graph.node("UNETLoader", wide=310, unet_name=Own("flux1-dev.safetensors"))
@@ -993,7 +994,7 @@ def without_decoder(graph: Graph) -> None:
     condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"])
     soft = vq_decode(graph, sampled["token_logits"], janus["vq_vae"], codes="soft: the expected codes")
     large = graph.node("ImageScale", wide=340, image=soft["image"], upscale_method="lanczos", width=1024, height=1024)
-    mask = doubt_mask(graph, condition, image=large["IMAGE"], edge="soft", threshold=0.0, blur=0.5)
+    mask = uncertainty_mask(graph, condition, image=large["IMAGE"], edge="soft", threshold=0.0, blur=0.5)
     before = compare(
         graph,
         a=large["IMAGE"],
@@ -1001,7 +1002,7 @@ def without_decoder(graph: Graph) -> None:
         label_a="what FLUX starts from",
         label_b="bright: where it may change more",
     )
-    graph.thumbnail = look(graph, before["image"], "Before FLUX", wide=420, tall=330)
+    graph.thumbnail = preview(graph, before["image"], "Before FLUX", wide=420, tall=330)
     latent = graph.node("VAEEncode", wide=310, pixels=large["IMAGE"], vae=vae["VAE"])
     masked = graph.node("SetLatentNoiseMask", wide=310, samples=latent["LATENT"], mask=mask["mask"])
     model = graph.node("DifferentialDiffusion", wide=310, model=unet["MODEL"])
@@ -1024,15 +1025,15 @@ def without_decoder(graph: Graph) -> None:
         denoise=0.6,
     )
     decoded = graph.node("VAEDecode", wide=310, samples=refined["LATENT"], vae=vae["VAE"])
-    saved = save(graph, decoded["IMAGE"], "by FLUX", "Save the picture", wide=640, tall=720)
+    saved = save(graph, decoded["IMAGE"], "by FLUX", "Save the image", wide=640, tall=720)
     graph.columns(
         [note, group("Models", MODELS, [janus, unet, clip, vae])],
-        [group("Tokens", TOKENS, [sampled]), group("Prompt for FLUX", PICTURE, [text])],
+        [group("Tokens", TOKENS, [sampled]), group("Prompt for FLUX", IMAGE, [text])],
         [group("Condition", CONDITION, [condition, mask]), group("Decode", DECODE, [soft, large])],
-        [group("What FLUX gets", LOOK, [before, graph.thumbnail])],
+        [group("What FLUX gets", COMPARE, [before, graph.thumbnail])],
         [
             group("FLUX", DECODE, [latent, masked, model, positive, negative], [refined, decoded]),
-            group("Look", LOOK, [saved]),
+            group("Result", COMPARE, [saved]),
         ],
     )
 
@@ -1049,7 +1050,7 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
 
 
 def janus_to_dcdd(definitions: dict[str, Any]) -> dict[str, Any]:
-    """The three nodes in the middle of every workflow, as one."""
+    """The three nodes in the middle of every workflow, as one node."""
     graph = Graph(definitions, "Janus to DCDD", inside=True)
     sampled = graph.node("DCDD_JanusLogitSampler", wide=400, preview=True, prompt=PROMPT, guidance=GUIDANCE)
     condition = graph.node("DCDD_LCDMEncoder", wide=310, token_logits=sampled["token_logits"])
@@ -1057,7 +1058,7 @@ def janus_to_dcdd(definitions: dict[str, Any]) -> dict[str, Any]:
     graph.columns([sampled], [condition], [painted])
     return blueprint(
         graph,
-        "Prompt to picture: Janus Logit Sampler, LCDM Encoder and FLUX Decoder in one node. Connect Load Janus and "
+        "Prompt to image: Janus Logit Sampler, LCDM Encoder and FLUX Decoder in one node. Connect Load Janus and "
         "Load DCDD Decoder.",
         sockets={
             "janus": [(sampled, "janus")],
@@ -1079,10 +1080,10 @@ def janus_to_dcdd(definitions: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--only", default="", help="only the workflows with this in their name")
-    arguments.add_argument("--thumbnails", action="store_true", help="run them too, and keep their pictures")
-    arguments.add_argument("--object-info", type=Path, help="a saved /object_info, in place of a running ComfyUI's")
-    arguments.add_argument("--pack", type=Path, default=ROOT, help="the copy of the pack that ComfyUI runs")
+    arguments.add_argument("--only", default="", help="only workflows with this text in their names")
+    arguments.add_argument("--thumbnails", action="store_true", help="also run them, and save their images")
+    arguments.add_argument("--object-info", type=Path, help="a saved /object_info; no ComfyUI is started")
+    arguments.add_argument("--pack", type=Path, default=ROOT, help="the copy of the pack that ComfyUI loads")
     given = arguments.parse_args()
     if given.object_info:
         if given.thumbnails:
@@ -1097,14 +1098,14 @@ def main() -> None:
 
 
 def make(definitions: dict[str, Any], only: str, url: str | None) -> None:
-    """Writes the files; with a server also the thumbnails."""
+    """Writes the files, and with a server also the thumbnails."""
     for name, build in WORKFLOWS.items():
         if only.lower() in name.lower():
             graph = Graph(definitions, name)
             build(graph)
             write(ROOT / "workflows" / f"{name}.json", graph.workflow())
             if url is not None:
-                thumbnail(picture_of(url, graph), graph.thumbnail_cut).save(
+                thumbnail(result_of(url, graph), graph.thumbnail_cut).save(
                     ROOT / "workflows" / f"{name}.jpg", quality=88
                 )
     if not only:
