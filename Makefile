@@ -40,9 +40,12 @@ ui-test: $(READY) ## workflows, help and search in ComfyUI's own page, in /usr/b
 demo: $(READY) ## a prompt becomes a picture with the embedded models: out/demo.png
 	$(RUN) -m dcdd_core.cli demo --out out/demo.png
 
+# Published tables name the commit that they were measured at.
+COMMIT = --commit $$(git describe --always --dirty --abbrev=7 --exclude="*")
+
 # In bfloat16 and with torch.compile, which needs a C++ compiler: as the published numbers were measured.
 table: $(READY) ## measure the embedded models where code or weights changed: docs/results.md and their card
-	$(RUN) -m dcdd_pico.results_table --bf16 --compile --into docs/results.md dcdd_pico/weights/README.md
+	$(RUN) -m dcdd_pico.results_table --bf16 --compile $(COMMIT) --into docs/results.md dcdd_pico/weights/README.md
 
 stale: $(READY) ## list the published tables that were measured with other code or weights; fails if there are any
 	$(RUN) -m dcdd_pico.results_table --stale
@@ -51,7 +54,7 @@ ablation: $(READY) ## train the nine decoders of Table 4, for `make table` and `
 	$(RUN) -m dcdd_pico.ablation --compile
 
 report: ablation ## the paper's tables on the embedded models, with plots: docs/report.md
-	$(RUN) -m dcdd_pico.paper_report --bf16 --compile
+	$(RUN) -m dcdd_pico.paper_report --bf16 --compile $(COMMIT)
 
 bench: $(READY) ## speed and memory against the plain ways: docs/bench.md, docs/growth.png; with the optional torchao
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[int8]'

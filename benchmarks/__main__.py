@@ -1,7 +1,7 @@
-"""Runs every benchmark of this folder and prints Markdown: `make bench`, or `python -m benchmarks lcdm sampler`.
+"""Runs the benchmarks of this folder and prints Markdown: `make bench`, or `python -m benchmarks lcdm sampler`.
 
-A benchmark is a module with `HEAD`, the names of its columns, and `rows()`, whose items are as long as HEAD. Its
-docstring's first line is its title. What it is held to stands in `TARGETS`, if anything.
+A benchmark is a module with `HEAD`, the names of its columns, and `rows()`, which returns rows of that length. The
+first line of its docstring is its title. `TARGETS`, if it has any, are bounds on its numbers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ FOLDER = Path(__file__).resolve().parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of a benchmark; all of them by default")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write it there too, with what measured it")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables there too")
     chosen = parser.parse_args()
     clock = ["DCDD_BENCH_CLOCK=cpu"] if CPU_CLOCK else []
     parts = [f"# Benchmarks\n\n`{' '.join([*clock, 'python -m benchmarks', *chosen.names])}` on {machine()}.\n"]
@@ -32,7 +32,7 @@ def main() -> None:
     def say(title: str, text: str) -> None:
         parts.append(f"### {title}\n\n{text}\n")
         print(parts[-1], flush=True)
-        if chosen.out is not None:  # After every part: what comes next may fail.
+        if chosen.out is not None:  # after every benchmark, since the next one may fail
             write_text(chosen.out, "\n".join(parts))
 
     found = []

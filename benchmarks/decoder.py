@@ -1,14 +1,13 @@
-"""Decoding: a picture of 576 image tokens, against diffusers' FluxFillPipeline with 512 text tokens
+"""Decoding: one image of 576 image tokens, against diffusers' FluxFillPipeline with 512 text tokens
 
-`python benchmarks/decoder.py` takes options of the shape and the device.
+`python benchmarks/decoder.py` has options for shape and device.
 
-The weights are random and the same for both. On a CPU the shape is FLUX.1-Fill's in small: one joint block to two
-single ones, heads of 128 channels; in small attention is a larger part of the arithmetic, which favours the shorter
-sequence. On a GPU it is the published one. Theirs is the pipeline's own call, from embeddings of the text to latents:
-its text encoders do not run, and in the place of its autoencoder, which has a grey picture to encode, there is one of
-four channels. Ours is `pipelines.decode`, without an autoencoder; the schedule's table is there from the first,
-uncounted picture. Both take turns in one run. Peak memory is that of the weights, the table's too, and the most that a
-picture takes besides.
+Both use the same random weights. On a CPU the shape is a small FLUX.1-Fill: one joint block to two single blocks, heads
+of 128 channels. At that size attention is a larger part of the FLOPs, which favours our shorter sequence. On a GPU the
+shape is the published one. The baseline is the pipeline's own call from text embeddings to latents: text encoders do
+not run, and its autoencoder, which encodes the blank image, is replaced by one of four channels. Ours is
+`pipelines.decode` without an autoencoder; its table of modulations is computed in the warm-up round. Both alternate in
+one run. Peak memory is that of the weights (and of the table) plus the peak of decoding one image.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ from dcdd_core.pipelines.decode import decode
 from dcdd_core.types import Condition
 
 HEAD = ("what", "who", "seconds", "times ours", "peak memory, GB", "times ours")
-#: Operations a second in bfloat16 that an H100 (SXM) gives dense matrices.
-H100_OPERATIONS = 989e12
+#: FLOP/s of an H100 (SXM) in bfloat16 for dense matrices.
+H100_FLOPS = 989e12
 _STEPS = 30
-_LIMIT = (f"{_STEPS} steps of FLUX.1-Fill's shape", "an H100's arithmetic alone")
-_COUNTED = "a step of FLUX.1-Fill's shape, counted"
+_LIMIT = (f"{_STEPS} steps of FLUX.1-Fill's shape", "limit by an H100's FLOP/s")
+_COUNTED = "one step at FLUX.1-Fill's shape, counted"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A FLUX.1-Fill with this many heads and joint blocks, and twice as many single ones, and how it is run."""
+    """A FLUX.1-Fill with this many heads, joint blocks and twice as many single blocks, and how it is run."""
 
     heads: int = 8
     joint: int = 1
@@ -72,16 +71,16 @@ TARGETS = (
         column="times ours",
         relation="at least",
         bound=1.8,
-        source="about the ratio of operations at the published shape, counted above",
+        source="about the ratio of FLOPs at the published shape, counted above",
     ),
     *(
         Target(
             row=(str(real), "ours"),
             column="seconds",
-            rival=_LIMIT,
+            baseline=_LIMIT,
             relation="at most",
             bound=2.0,
-            source="chosen: the limit is the operations at the GPU's peak",
+            source="chosen: the limit is all FLOPs at the GPU's peak rate",
         )
         for real in _REAL
     ),
@@ -89,10 +88,10 @@ TARGETS = (
         Target(
             row=(what, "ours"),
             column="peak memory, GB",
-            rival=(what, "diffusers"),
+            baseline=(what, "diffusers"),
             relation="at most",
             bound=0.56,
-            source="6.46 of 11.90 G weights remain, and activations",
+            source="6.46 of 11.90 B parameters remain, plus activations",
         )
         for what in (str(Shape()), str(_REAL[0]), _COUNTED)
     ),
@@ -100,7 +99,7 @@ TARGETS = (
 
 
 class NoAutoencoder:
-    """Latents of zeros, and latents for pixels: what is timed is the transformer."""
+    """A codec that encodes to zeros and decodes to the latents themselves, since only the transformer is timed."""
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels.new_zeros(len(pixels), 16, *SIZE)
@@ -116,7 +115,7 @@ class NoAutoencoder:
 
 
 def pipeline_of(transformer: FluxTransformer2DModel) -> FluxFillPipeline:
-    """diffusers' pipeline with FLUX.1-Fill's scheduler, without text encoders, and with next to no autoencoder."""
+    """diffusers' pipeline with FLUX.1-Fill's scheduler, without text encoders, and with a minimal autoencoder."""
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
@@ -132,7 +131,7 @@ def pipeline_of(transformer: FluxTransformer2DModel) -> FluxFillPipeline:
     )
     pipeline = FluxFillPipeline(
         scheduler=scheduler,
-        vae=nn.Module.to(vae, transformer.device, transformer.dtype),  # ModelMixin's own warns whatever the type.
+        vae=nn.Module.to(vae, transformer.device, transformer.dtype),  # ModelMixin.to warns about every dtype.
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,
@@ -168,14 +167,14 @@ def by_diffusers(transformer: FluxTransformer2DModel, steps: int) -> Callable[[]
 
 
 def held(model: nn.Module) -> int:
-    """Bytes of its weights, and of a decoder's tables."""
+    """Bytes of a model's weights, and of a decoder's table of modulations."""
     table = model.backbone.table if isinstance(model, DistributionConditionedDecoder) else None
     tables = 0 if table is None else table.nbytes
     return tables + sum(weight.nbytes for weight in model.state_dict().values())
 
 
 def contest(shape: Shape, *, rounds: int = 5) -> list[tuple[str, ...]]:
-    """Rows of a shape, with random weights."""
+    """Rows for a shape, measured with random weights."""
     joint, heads = shape.joint, shape.heads
     config = {**FLUX_FILL_CONFIG, "num_layers": joint, "num_single_layers": 2 * joint, "num_attention_heads": heads}
     kind = {"device": shape.device, "dtype": shape.dtype}
@@ -195,10 +194,10 @@ def contest(shape: Shape, *, rounds: int = 5) -> list[tuple[str, ...]]:
 
 
 def counted() -> list[tuple[str, ...]]:
-    """Rows of the published shape, counted and not run."""
+    """Rows for the published shape, counted without running it."""
     sizes, found = flux_sizes(), published_steps()
     most = {
-        "ours": sizes["to paint, bfloat16"] + found["ours"].activations,
+        "ours": sizes["for inference, bfloat16"] + found["ours"].activations,
         "diffusers": sizes["as published"] + found["diffusers"].activations,
     }
     return [
@@ -215,8 +214,8 @@ def counted() -> list[tuple[str, ...]]:
 
 
 def on_gpu() -> list[tuple[str, ...]]:
-    """Rows of the published shape on a GPU, with an H100's limit."""
-    limit = _STEPS * published_steps()["ours"].tera * 1e12 / H100_OPERATIONS
+    """Rows for the published shape on a GPU, and the limit of an H100."""
+    limit = _STEPS * published_steps()["ours"].tera * 1e12 / H100_FLOPS
     limits = [(*_LIMIT, f"{limit:.3g}", "-", "-", "-")]
     if not torch.cuda.is_available():
         return [(f"{_LIMIT[0]} (GPU, bfloat16)", "both", NOT_MEASURED, "-", "-", "-"), *limits]
@@ -230,13 +229,15 @@ def rows() -> list[tuple[str, ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--heads", type=int, default=8, help="of 128 channels (default: 8; FLUX.1: 24)")
-    parser.add_argument("--joint", type=int, default=1, help="joint blocks, and half the single ones (default: 1)")
+    parser.add_argument("--heads", type=int, default=8, help="number of heads of 128 channels (default: 8; FLUX.1: 24)")
+    parser.add_argument(
+        "--joint", type=int, default=1, help="joint blocks; there are twice as many single blocks (default: 1)"
+    )
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compiled", action="store_true", help="both run their blocks compiled")
+    parser.add_argument("--compiled", action="store_true", help="compile the blocks of both")
     chosen = parser.parse_args()
     options = vars(chosen) | {"dtype": getattr(torch, chosen.dtype)}
     found = contest(rounds=options.pop("rounds"), shape=Shape(**options))

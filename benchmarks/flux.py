@@ -1,4 +1,4 @@
-"""FLUX.1-Fill's published shape without its files: random weights, and what a step takes, on the meta device."""
+"""FLUX.1-Fill's published shape with random weights, and the FLOPs and memory of a step, on the meta device."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dcdd_core.models.bundle import DecoderOptions, fill_decoder
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 
-#: Text tokens, and the token grid and the latents of a picture of 384 pixels.
+#: Number of text tokens; token grid and latent size of an image of 384 x 384 pixels.
 TEXT, GRID, SIZE = 512, (24, 24), (48, 48)
 IMAGE = GRID[0] * GRID[1]
 
 
 class RandomTensors:
-    """In the place of a model's files: weights of its shapes, drawn in bfloat16 whenever they are read.
+    """Stands for a model's files: random weights, drawn in bfloat16 each time they are read.
 
     Args:
         shapes: name -> shape.
-        prefix: before every name, when it is drawn: a weight's values depend on its whole name alone.
+        prefix: prepended to names for the seed, so that a weight's values depend on its full name alone.
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size], prefix: str = ""):
@@ -55,7 +55,7 @@ def card_of(config: dict) -> DecoderCard:
 
 
 def random_decoder(card: DecoderCard, **ways) -> DistributionConditionedDecoder:
-    """Ours, held as `DecoderOptions` says."""
+    """Our decoder with random weights; `ways` are fields of `DecoderOptions`."""
     with torch.device("meta"):
         decoder = DistributionConditionedDecoder.build(card)
     stored = RandomTensors({name: weight.shape for name, weight in decoder.state_dict().items()})
@@ -63,7 +63,7 @@ def random_decoder(card: DecoderCard, **ways) -> DistributionConditionedDecoder:
 
 
 def random_transformer(config: dict, *, device: torch.device | str, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """diffusers' whole one, of the weights that `random_decoder` has."""
+    """diffusers' full transformer with the same weights as `random_decoder`."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(**config)
     shapes = {name: weight.shape for name, weight in transformer.state_dict().items()}
@@ -74,14 +74,15 @@ def random_transformer(config: dict, *, device: torch.device | str, dtype: torch
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step of one picture takes: tera floating-point operations, and bytes besides the weights in bfloat16."""
+    """Cost of one step for one image: TFLOP, and bytes of activations in bfloat16."""
 
     tera: float
     activations: int
 
 
 def published_steps() -> dict[str, Step]:
-    """A step at FLUX.1-Fill's shape: diffusers', with 512 text tokens, and ours. Attention counts as a matrix."""
+    """The cost of a step at FLUX.1-Fill's shape: diffusers' with 512 text tokens, and ours. Attention scores count as a
+    full matrix."""
     with torch.device("meta"), torch.no_grad():
         transformer = FluxTransformer2DModel(**FLUX_FILL_CONFIG)
         decoder = DistributionConditionedDecoder(FluxFill(transformer), card_of(dict(FLUX_FILL_CONFIG)))

@@ -1,4 +1,4 @@
-"""Growth: seconds against batch, grid and codebook (random weights); drawn in [growth.png](growth.png)"""
+"""Growth: seconds against batch, grid and codebook (random weights); plotted in [growth.png](growth.png)"""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dcdd_core.types import Codebook, TokenLogits
 from tests.tiny import fill
 
 HEAD = ("what grows", "size", "seconds", "each")
-PICTURE = Path(__file__).resolve().parents[1] / "docs" / "growth.png"
+PLOT = Path(__file__).resolve().parents[1] / "docs" / "growth.png"
 BATCHES, SIDES, CODES = (1, 2, 4, 8, 16), (16, 24, 32, 48, 64), (1024, 4096, 16384, 65536)
 
 
 def narrow(side: int) -> JanusSampler:
-    """Two layers of width 64 on a grid of side x side tokens, small enough for 64 x 64 on a CPU."""
+    """A sampler with two layers of width 64 on a grid of side x side tokens, small enough for 64 x 64 on a CPU."""
     model, words = pico(side)
     config = model.config.to_dict()
     config["text_config"] |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
@@ -60,12 +60,12 @@ def codebooks(sizes: tuple[int, ...], rounds: int) -> dict[int, float]:
 
 
 def draw(panels: list[tuple[str, str, dict[int, float]]], path: Path) -> None:
-    """Each panel: what is measured, what grows, seconds by size."""
+    """Plots panels of (title, name of the size, size -> seconds)."""
     figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
     for axis, (title, name, seconds) in zip(figure.subplots(1, len(panels)), panels):
         sizes, values = list(seconds), list(seconds.values())
         axis.loglog(sizes, values, "o-", label="measured")
-        axis.loglog(sizes, [values[0] * size / sizes[0] for size in sizes], "--", color="0.6", label="in proportion")
+        axis.loglog(sizes, [values[0] * size / sizes[0] for size in sizes], "--", color="0.6", label="proportional")
         axis.legend(frameon=False)
         axis.set(title=title, xlabel=name, ylabel="processor seconds, one thread" if CPU_CLOCK else "seconds")
         axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
@@ -82,11 +82,11 @@ def rows(
     by_batch, by_side, by_codes = batches(batch, rounds), grids(sides, rounds), codebooks(codes, rounds)
     by_tokens = {side**2: seconds for side, seconds in by_side.items()}
     panels = [
-        ("pico's shape, 144 tokens", "pictures in a batch", by_batch),
-        ("2 layers of width 64", "tokens of a picture", by_tokens),
+        ("pico's shape, 144 tokens", "images per batch", by_batch),
+        ("2 layers of width 64", "tokens per image", by_tokens),
         ("LCDM, 144 tokens", "codes", by_codes),
     ]
-    draw(panels, PICTURE)
+    draw(panels, PLOT)
     return [
         (f"{title}: {name}", str(size), f"{taken:.3g}", f"{taken / size:.2g}")
         for title, name, seconds in panels

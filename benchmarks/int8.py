@@ -1,8 +1,7 @@
-"""8-bit weights: what they do to the logits' statistics, to a velocity, and to the seconds
+"""8-bit weights: effect on statistics of the logits, on the velocity, and on speed
 
-`python -m benchmarks int8` takes pico's Janus and its decoder; DCDD_BENCH_JANUS names the folder of a Janus model of
-your own, DCDD_BENCH_DEVICE where they compute. The decoder's layers are held in float8 too, by diffusers' layerwise
-casting.
+`python -m benchmarks int8` measures pico's Janus and decoder. DCDD_BENCH_JANUS is the folder of another Janus model,
+DCDD_BENCH_DEVICE the device. The decoder is also measured with float8 layers, by diffusers' layerwise casting.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SHOWN = ("top_1", "top_2", "entropy", "tail_entropy", "rank", "head_mass")
 
 
 def compare(before: JanusSampler, after: JanusSampler, own: TokenLogits) -> list[tuple[str, str, str, str]]:
-    """Statistics of the same pictures' logits, the second model reading the tokens that the first one sampled."""
+    """Statistics of both models' logits for the same images; the second reads the tokens that the first sampled."""
     read = reread(after, own, [PROMPT] * len(own.tokens))
     one, two = asdict(describe_logits(own)), asdict(describe_logits(read))
     found = [(f"Janus: {name}", f"{one[name]:.4g}", f"{two[name]:.4g}", "-") for name in SHOWN]
@@ -42,13 +41,13 @@ def compare(before: JanusSampler, after: JanusSampler, own: TokenLogits) -> list
     )
     return [
         *found,
-        ("Janus: KL to it, nats a token", "0", f"{divergence:.3g}", "-"),
-        ("Janus: seconds a picture", *(f"{statistics.median(taken):.3g}" for taken in seconds.values()), "-"),
+        ("Janus: KL divergence from the loaded model, nats per token", "0", f"{divergence:.3g}", "-"),
+        ("Janus: seconds per image", *(f"{statistics.median(taken):.3g}" for taken in seconds.values()), "-"),
     ]
 
 
 def reread(sampler: JanusSampler, own: TokenLogits, prompts: list[str]) -> TokenLogits:
-    """The logits that a sampler gives where it reads tokens drawn by another: each position an edit of its own."""
+    """The logits that a sampler gives for tokens drawn by another; each position is an edit of its own."""
     logits, steps = own.logits.clone(), own.tokens.shape[1]
     for i in range(steps):
         here = torch.arange(steps) == i
@@ -57,7 +56,7 @@ def reread(sampler: JanusSampler, own: TokenLogits, prompts: list[str]) -> Token
 
 
 def cast_by_layer(decoder: DistributionConditionedDecoder) -> DistributionConditionedDecoder:
-    """The layers of the blocks in float8, lifted for their turn by diffusers."""
+    """Stores the layers of the blocks in float8; diffusers casts each to the compute dtype when it runs."""
     left = ("norm", "^x_embedder$", "^proj_out$")
     decoder.transformer.enable_layerwise_casting(compute_dtype=decoder.dtype, skip_modules_pattern=left)
     return decoder
@@ -67,7 +66,7 @@ def cast_by_layer(decoder: DistributionConditionedDecoder) -> DistributionCondit
 def compare_decoders(
     held: list[DistributionConditionedDecoder], condition: Condition, t: float = 0.5
 ) -> list[tuple[str, ...]]:
-    """Decoders of the same weights: how far their velocities at time t are from the first one's, and a step's time."""
+    """Rows for decoders with the same weights: deviation of the velocity at time t from the first one's, and speed."""
     first = held[0]
     height, width = (side // first.card.vae_factor for side in first.card.painted_size(condition.grid))
     size, batch = (height, width), len(condition.code_vectors)
@@ -82,8 +81,8 @@ def compare_decoders(
     velocities = [step() for step in steps.values()]
     errors = [(velocity - velocities[0]).std() / velocities[0].std() for velocity in velocities]
     return [
-        ("decoder: error of a velocity, of its deviation", *(f"{float(error):.2g}" for error in errors)),
-        ("decoder: seconds a step", *(f"{statistics.median(taken):.3g}" for taken in alternating(steps).values())),
+        ("decoder: error of the velocity / its standard deviation", *(f"{float(error):.2g}" for error in errors)),
+        ("decoder: seconds per step", *(f"{statistics.median(taken):.3g}" for taken in alternating(steps).values())),
     ]
 
 

@@ -1,6 +1,6 @@
-"""LCDM: seconds and extra memory for 4 pictures of 576 tokens over 16384 codes
+"""LCDM: seconds and extra memory for 4 images of 576 tokens over 16384 codes
 
-Against the equations as they are written: softmax, full sort, matrix product, over all tokens at once.
+Compared with the equations as written: softmax, full sort and matrix product over all tokens at once.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dcdd_core.method.lcdm import map_logits
 from dcdd_core.method.statistics import describe_logits
 from dcdd_core.types import Codebook, TokenLogits
 
-HEAD = ("what", "seconds", "times ours", "extra memory, of the logits'")
+HEAD = ("what", "seconds", "times ours", "extra memory / logits")
 TARGETS = tuple(
     Target(row=(f"{who} ({device})",), column=column, relation=relation, bound=bound, source="chosen")
     for device in ("cpu", "cuda")
     for who, column, relation, bound in (
         ("as written", "times ours", "at least", 3.0),
-        ("ours: c and u", "extra memory, of the logits'", "at most", 0.25),
+        ("ours: c and u", "extra memory / logits", "at most", 0.25),
     )
 )
 
 
 def plain(logits: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eqs. 5-8 over logits [B, N, K], without a thought for time or memory."""
+    """Eqs. 5-8 over logits [B, N, K] as written, not optimised for time or memory."""
     p = logits.softmax(-1)
     ordered = p.sort(-1, descending=True).values
     k = torch.special.entr(p).sum(-1, keepdim=True).exp().round().clamp(8, 64).long()

@@ -1,8 +1,8 @@
-"""Memory: GB that the published models take, computed from their shapes, and measured where there is a GPU
+"""Memory: GB of the published models, computed from their shapes, and measured where there is a GPU
 
-`python benchmarks/memory.py` prints it alone. Nothing is loaded: the networks are built on the meta device. What the
-driver takes comes on top, and activations too but for the rows of a step (ComfyUI keeps about 1 GB free for them), and
-for int8 the scales of its rows, 6 MB. What is measured are random weights of the published shape.
+`python benchmarks/memory.py` prints this table alone. Nothing is loaded: networks are built on the meta device. Not
+included are memory of the driver, activations except in the rows of a step (ComfyUI keeps about 1 GB free for them),
+and the 6 MB of int8's row scales. Measurements use random weights of the published shape.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dcdd_core.models.vae import FLUX_VAE_CONFIG
 from dcdd_core.types import Condition
 
 HEAD = ("model", "weights", "GB, computed", "GB, measured")
-#: Of Janus-Pro's language models: width, inner width, layers, heads.
+#: Width, MLP width, layers and heads of Janus-Pro's language models.
 JANUS_PRO = {"Janus-Pro-1B": (2048, 5632, 24, 16), "Janus-Pro-7B": (4096, 11008, 30, 32)}
 _NOT_LOADED = ("lm_head", "model.vision_model", "model.aligner", "model.vqmodel")
 _PROMPT, _CODES, _STEPS = 64, 16384, 30
@@ -43,12 +43,12 @@ _WAYS["8-bit, streamed"] = _WAYS["8-bit"] | _WAYS["streamed"]
 
 
 def size(module: nn.Module, bytes_of: Callable[[str], int]) -> int:
-    """Bytes of a module's weights, `bytes_of` a weight by name."""
+    """Bytes of a module's weights; `bytes_of` gives the bytes per element of a weight by its name."""
     return sum(bytes_of(name) * weight.numel() for name, weight in module.state_dict().items())
 
 
 def janus(name: str) -> JanusForConditionalGeneration:
-    """The published shape."""
+    """A Janus-Pro of the published shape, on the meta device."""
     width, inner, layers, heads = JANUS_PRO[name]
     params = {
         "cls": "vision_head",
@@ -76,7 +76,7 @@ def janus(name: str) -> JanusForConditionalGeneration:
 
 
 def flux_sizes() -> dict[str, int]:
-    """Bytes of FLUX.1-Fill's transformer in every way that it can be held, and of parts of it."""
+    """Bytes of FLUX.1-Fill's transformer in each way of storing it, and of parts of it."""
     with torch.device("meta"):
         flux = FluxTransformer2DModel(**FLUX_FILL_CONFIG)
     found = {"as published": size(flux, lambda _: 2)}
@@ -92,7 +92,7 @@ def flux_sizes() -> dict[str, int]:
         ("bfloat16", 2, lambda _: 2),
         ("8-bit", 1, lambda name: 1 if name in eight_bit else 2),
     ):
-        found[f"to paint, {weights}"] = size(flux, bytes_of)
+        found[f"for inference, {weights}"] = size(flux, bytes_of)
         found[f"largest block, {weights}"] = size(flux, lambda name, of=bytes_of: name.startswith(_LARGEST) * of(name))
         found[f"largest layer, {weights}"] = width * max(layers)
         found[f"ends, {weights}"] = size(flux, lambda name, of=bytes_of: 0 if "_blocks." in name else of(name))
@@ -103,11 +103,11 @@ def flux_rows() -> list[tuple[str, str, str, str]]:
     sizes = flux_sizes()
     rows = [
         ("FLUX.1-Fill transformer, as published", "bfloat16", sizes["as published"]),
-        ("FLUX.1-Fill transformer without text, to be trained", "bfloat16", sizes["without text"]),
+        ("FLUX.1-Fill transformer without text, for training", "bfloat16", sizes["without text"]),
     ]
     for weights in ("bfloat16", "8-bit"):
         rows += [
-            ("FLUX.1-Fill transformer, to paint", weights, sizes[f"to paint, {weights}"]),
+            ("FLUX.1-Fill transformer, for inference", weights, sizes[f"for inference, {weights}"]),
             ("the same streamed block by block: its largest block", weights, sizes[f"largest block, {weights}"]),
             ("the same with placement 'low VRAM': its largest layer", weights, sizes[f"largest layer, {weights}"]),
         ]
@@ -116,21 +116,26 @@ def flux_rows() -> list[tuple[str, str, str, str]]:
 
 
 def step_rows() -> list[tuple[str, str, str, str]]:
-    """The most that one step of one 24 x 24 picture takes on the GPU, by how the weights are held.
+    """Peak GPU memory of one step for one image of 24 x 24 tokens, by the way of storing the weights.
 
-    Measured with random weights, made on the device: the modulations are drawn and computed there too.
+    Measured with random weights that are created on the device, where the modulations are computed too.
     """
     sizes, activations = flux_sizes(), published_steps()["ours"].activations
-    # A layer that is stored in 8 bits is lifted for its turn.
+    # A layer stored in 8 bits is cast to bfloat16 while it runs.
     lifted = 2 * sizes["largest layer, 8-bit"]
     computed = {
-        "bfloat16": sizes["to paint, bfloat16"],
-        "8-bit": sizes["to paint, 8-bit"] + lifted,
+        "bfloat16": sizes["for inference, bfloat16"],
+        "8-bit": sizes["for inference, 8-bit"] + lifted,
         "streamed": sizes["ends, bfloat16"] + sizes["largest block, bfloat16"],
         "8-bit, streamed": sizes["ends, 8-bit"] + sizes["largest block, 8-bit"] + lifted,
     }
     return [
-        ("FLUX.1-Fill's shape, a step of a picture: peak", way, _gigabytes(weights + activations), measured(_WAYS[way]))
+        (
+            "FLUX.1-Fill's shape, one step for one image: peak",
+            way,
+            _gigabytes(weights + activations),
+            measured(_WAYS[way]),
+        )
         for way, weights in computed.items()
     ]
 
@@ -141,7 +146,7 @@ def measured(ways: dict[str, bool]) -> str:
         return NOT_MEASURED
     if ways.get("eight_bit") and not find_spec("torchao"):
         return NO_TORCHAO
-    gc.collect()  # Models with hooks, and compiled ones, are cycles: the last one may still be there.
+    gc.collect()  # models with hooks and compiled models are reference cycles, so the last one may still be alive
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -152,7 +157,7 @@ def measured(ways: dict[str, bool]) -> str:
 
 @torch.no_grad()
 def step(decoder: nn.Module) -> torch.Tensor:
-    """Of noise, for a condition of noise."""
+    """One step on random noise and a random condition."""
     like = {"device": decoder.device, "dtype": decoder.dtype}
     codes, doubt = torch.randn(1, IMAGE, decoder.card.code_dim, **like), torch.rand(1, IMAGE, 4, **like)
     packed = torch.randn(1, IMAGE, decoder.transformer.config.in_channels, **like)
@@ -166,12 +171,10 @@ def rows() -> list[tuple[str, str, str, str]]:
     for name, (width, _, layers, _) in JANUS_PRO.items():
         model = janus(name)
         weights = size(model, lambda key: 0 if key.startswith(_NOT_LOADED) else 2)
-        # Keys and values of a guided picture: two rows, all layers, bfloat16.
+        # KV cache of an image with guidance: two rows, all layers, bfloat16
         cache = 2 * 2 * 2 * layers * width * (IMAGE + _PROMPT)
         found.append((f"{name}, sampling", "bfloat16", _gigabytes(weights), "-"))
-        found.append(
-            (f"{name}, a picture on top: keys and values, logits", "", _gigabytes(cache + 4 * IMAGE * _CODES), "-")
-        )
+        found.append((f"{name}, plus per image: KV cache and logits", "", _gigabytes(cache + 4 * IMAGE * _CODES), "-"))
     found.append(("Janus-Pro's VQ-VAE", "float32", _gigabytes(size(model.model.vqmodel, lambda _: 4)), "-"))
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(dict(FLUX_VAE_CONFIG))

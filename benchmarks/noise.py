@@ -1,7 +1,7 @@
-"""The draw's noise: the host's milliseconds a step for 16384 codes, and their share of the shortest step
+"""The draw's noise: the host's milliseconds per step for 16384 codes, and their share of the shortest step
 
-The shortest step is that of Janus-Pro-7B's shape on an H100, by its memory's bandwidth. Noise is drawn while the GPU
-works on a step: below 1 it costs no time.
+The shortest possible step is that of Janus-Pro-7B's shape on an H100, limited by memory bandwidth. Noise is drawn while
+the GPU computes a step, so a share below 1 costs no time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks.sampler import step_limit
 from benchmarks.timing import alternating
 from dcdd_core.method.sampling import gumbel_noise_grid
 
-HEAD = ("pictures in a batch", "ms a step", "of an H100's step")
+HEAD = ("images per batch", "ms per step", "share of an H100's step")
 
 
 def rows(batches: tuple[int, ...] = (1, 16), rounds: int = 100) -> list[tuple[str, str, str]]:

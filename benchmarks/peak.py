@@ -1,4 +1,4 @@
-"""The most bytes that are held at once, on a GPU, a CPU or the meta device."""
+"""Peak memory on a GPU, a CPU or the meta device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak(function: Callable[[], object], on_gpu: bool) -> int:
-    """The most bytes that were held at once beyond what was held before."""
+    """Peak bytes allocated by a function, beyond those allocated before it."""
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -29,9 +29,9 @@ def peak(function: Callable[[], object], on_gpu: bool) -> int:
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made inside were alive at once; on the meta device, which allocates nothing, too.
+    """Peak bytes of the tensors created inside; works on the meta device too, which allocates nothing.
 
-    What an operation holds only while it runs is not seen.
+    Temporary memory within a single operator is not counted.
     """
 
     def __init__(self):

@@ -1,7 +1,7 @@
-"""Image tokens: seconds a call, random weights
+"""Image tokens: seconds per call, random weights
 
-Ours against transformers' `generate` and against the shape of DeepSeek's published loop (a cache that grows, eager
-attention, a draw by multinomial), same weights and number of tokens.
+Compared with transformers' `generate`, and with a loop like DeepSeek's published one (growing cache, eager attention,
+multinomial sampling). All use the same weights and number of tokens.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from tests.tiny import fill
 HEAD = ("model, batch", "who", "seconds", "times ours")
 PROMPT = "a large striped red heart in the centre on a wavy sky ground"
 GUIDANCE = 5.0
-#: Bytes a second that its memory gives an H100 (SXM); the step of a large model can be no faster than reading weights.
+#: Memory bandwidth of an H100 (SXM) in bytes/s. A step of a large model cannot be faster than reading its weights.
 H100_BYTES = 3.35e12
-_OURS, _GENERATE, _LIMIT = "ours, with all logits kept", "transformers' generate", "an H100's memory bandwidth alone"
+_OURS, _GENERATE, _LIMIT = "ours, with all logits kept", "transformers' generate", "limit by an H100's memory bandwidth"
 _PICO, _LARGE = "pico (CPU, float32)", "Janus-Pro-7B's shape (GPU, bfloat16)"
 TARGETS = (
     *(
@@ -47,27 +47,27 @@ TARGETS = (
         column="times ours",
         relation="at least",
         bound=3.0,
-        source="chosen: the paper's 11.86 s a picture are 5.5 times the limit",
+        source="chosen: the paper's 11.86 s per image are 5.5 times the limit",
     ),
     Target(
         row=(f"{_LARGE}, 1", _OURS),
         column="seconds",
-        rival=(f"{_LARGE}, 1", _LIMIT),
+        baseline=(f"{_LARGE}, 1", _LIMIT),
         relation="at most",
         bound=1.6,
-        source="chosen: the limit is reading all weights once a token",
+        source="chosen: the limit is reading all weights once per token",
     ),
 )
 
 
 def pico(grid: int = 12) -> tuple[JanusForConditionalGeneration, PreTrainedTokenizerFast]:
-    """pico's shape with random weights."""
+    """A Janus of pico's shape with random weights."""
     words = pico_tokenizer()
     return fill(JanusForConditionalGeneration(janus_config(JanusVQVAE(tokenizer_config(grid)), words))), words
 
 
 def as_loaded(model: JanusForConditionalGeneration, words: PreTrainedTokenizerFast) -> JanusSampler:
-    """The same weights in a sampler that read them from a folder."""
+    """A sampler with these weights, loaded from a folder as usual."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         words.save_pretrained(folder)
@@ -75,7 +75,7 @@ def as_loaded(model: JanusForConditionalGeneration, words: PreTrainedTokenizerFa
 
 
 def generate(model: JanusForConditionalGeneration, ids: torch.Tensor, pad: int) -> Callable[[], torch.Tensor]:
-    """transformers' own image loop for prompts ids [B, L]."""
+    """transformers' own image generation for prompts with ids [B, L]."""
     config = copy.deepcopy(model.generation_config)
     config.bos_token_id, config.pad_token_id = int(ids[0, 0]), pad
     config.generation_kwargs = {"boi_token_id": int(ids[0, -1])}
@@ -93,7 +93,7 @@ def generate(model: JanusForConditionalGeneration, ids: torch.Tensor, pad: int) 
 def deepseek(
     model: JanusForConditionalGeneration, ids: torch.Tensor, pad: int, count: int
 ) -> Callable[[], torch.Tensor]:
-    """The shape of DeepSeek's published loop for prompts ids [B, L]."""
+    """A loop like DeepSeek's published one for prompts with ids [B, L]."""
     model = copy.deepcopy(model)
     language = model.model.language_model
     language.set_attn_implementation("eager")
@@ -129,7 +129,7 @@ def contest(
 
 
 def seven_billion() -> tuple[JanusForConditionalGeneration, JanusSampler]:
-    """Janus-Pro-7B's shape in bfloat16 on the GPU, random weights."""
+    """A model and sampler of Janus-Pro-7B's shape in bfloat16 on the GPU, with random weights."""
     model = janus("Janus-Pro-7B").to(torch.bfloat16).to_empty(device="cuda").eval()
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.02)
@@ -139,7 +139,7 @@ def seven_billion() -> tuple[JanusForConditionalGeneration, JanusSampler]:
 
 
 def step_limit(model: JanusForConditionalGeneration) -> float:
-    """Seconds in which an H100 reads what a step needs: the layers in bfloat16, the head in float32."""
+    """Seconds an H100 needs to read the weights of a step: layers in bfloat16, generation head in float32."""
     language, head = model.model.language_model, model.model.generation_head
     read = sum(2 * w.numel() for w in language.layers.parameters()) + sum(4 * w.numel() for w in head.parameters())
     return read / H100_BYTES

@@ -1,4 +1,4 @@
-"""What the benchmarks are held to, and whether their rows keep it."""
+"""Bounds on the numbers of benchmarks, and whether they are met."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Rows = Sequence[Sequence[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A bound on what a benchmark measures.
+    """A bound on a number of a benchmark.
 
     Attributes:
-        row: its first cells.
-        column: the first of this name in HEAD.
-        rival: the first cells of the row that it is divided by; None for the cell as it is.
+        row: first cells of the row.
+        column: name of the column; if HEAD has it twice, the first.
+        baseline: first cells of the row whose value it is divided by; None to compare the value itself.
         relation: "at least" or "at most".
-        source: where the bound is from.
+        source: where the bound comes from.
     """
 
     row: tuple[str, ...]
@@ -28,13 +28,13 @@ class Target:
     relation: str
     bound: float
     source: str
-    rival: tuple[str, ...] | None = None
+    baseline: tuple[str, ...] | None = None
 
     def measured(self, head: Sequence[str], rows: Rows) -> float | None:
-        """None for what the rows do not hold as a number."""
+        """The value to compare, or None if the rows have no such number."""
         column = head.index(self.column)
         ours = _cell(rows, self.row, column)
-        theirs = 1.0 if self.rival is None else _cell(rows, self.rival, column)
+        theirs = 1.0 if self.baseline is None else _cell(rows, self.baseline, column)
         return None if ours is None or theirs is None else ours / theirs
 
     def kept(self, value: float) -> bool:
@@ -42,23 +42,23 @@ class Target:
 
 
 def verdicts(found: Iterable[tuple[ModuleType, Rows]]) -> str:
-    """A Markdown table of the targets of benchmarks, given with their rows; empty where these have none."""
+    """A Markdown table of the benchmarks' targets: met, MISSED or not measured; empty if there are no targets."""
     lines = []
     for benchmark, rows in found:
         for target in getattr(benchmark, "TARGETS", ()):
             value = target.measured(benchmark.HEAD, rows)
-            rival = "" if target.rival is None else f" / {target.rival[-1]}"
+            baseline = "" if target.baseline is None else f" / {target.baseline[-1]}"
             lines.append(
                 (
                     ", ".join(target.row),
-                    target.column + rival,
+                    target.column + baseline,
                     f"{target.relation} {target.bound:g}",
                     "" if value is None else f"{value:.3g}",
                     "not measured" if value is None else "met" if target.kept(value) else "MISSED",
                     target.source,
                 )
             )
-    return markdown_table([("of", "what", "target", "measured", "", "the bound is"), *lines]) if lines else ""
+    return markdown_table([("row", "column", "target", "measured", "", "source of the bound"), *lines]) if lines else ""
 
 
 def _cell(rows: Rows, start: tuple[str, ...], column: int) -> float | None:

@@ -1,4 +1,4 @@
-"""Times things against each other, in turn, so that what else a machine does meets all of them alike."""
+"""Times functions in alternation, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 NOT_MEASURED = "not measured (no GPU here)"
 NO_TORCHAO = "not measured (torchao is not installed)"
 
-#: DCDD_BENCH_CLOCK=cpu counts one thread's processor time: for a machine that is busy otherwise.
+#: DCDD_BENCH_CLOCK=cpu measures the CPU time of a single thread, for machines with other load.
 CPU_CLOCK = os.environ.get("DCDD_BENCH_CLOCK") == "cpu"
 if CPU_CLOCK:
     torch.set_num_threads(1)
 
 
 def machine() -> str:
-    """What measures: processor, GPU, threads, torch."""
+    """Processor, GPU, number of threads and torch version of this machine."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text("utf-8").splitlines() if about.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -31,19 +31,19 @@ def machine() -> str:
 
 
 def is_h100() -> bool:
-    """Whether the GPU here is the one (SXM) that the benchmarks' limits are computed for."""
+    """Whether the GPU is an H100 SXM, which the benchmarks' limits are computed for."""
     return torch.cuda.is_available() and torch.cuda.get_device_name() == "NVIDIA H100 80GB HBM3"
 
 
 def clock() -> float:
-    """Seconds, when all that was asked of a GPU is done."""
+    """Current time in seconds, after the GPU has finished all pending work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.thread_time() if CPU_CLOCK else time.perf_counter()
 
 
 def alternating(functions: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of each function in each round, after one round that is not counted."""
+    """Seconds of each function in each round, after a warm-up round."""
     seconds = {name: [] for name in functions}
     for i in range(rounds + 1):
         for name, function in functions.items():
@@ -57,7 +57,7 @@ def alternating(functions: Mapping[str, Callable[[], object]], rounds: int = 5) 
 def compared(
     what: str, functions: Mapping[str, Callable[[], object]], rounds: int = 5
 ) -> list[tuple[str, str, str, str]]:
-    """Rows (what, who, seconds, how many times ours) of several ways, the first being ours; medians over the rounds."""
+    """Rows (what, who, median seconds, median ratio to ours) of several functions, of which the first is ours."""
     seconds = alternating(functions, rounds)
     ours = next(iter(seconds.values()))
     return [

@@ -17,7 +17,7 @@ from dcdd_core.files import write_text
 
 from .embedded import WEIGHTS
 from .flops import flops_of
-from .section_keys import NO_KEY, ROOT, Provenance, code_hash, current_commit, files_hash
+from .section_keys import NO_KEY, ROOT, Provenance, code_hash, files_hash
 from .sections import DCDD, READ, SECTIONS, SERVED, TITLES, VQ, Measured, Rows, TableOptions, measure, parse
 from .sections import token_statistics as statistics_of_row
 
@@ -129,7 +129,7 @@ def results_markdown(options: TableOptions, sections: Sequence[str] | None = Non
         sections: of `SECTIONS`; by default those of docs/results.md.
     """
     _, results = measure(options, sections or [name for name in TABLE if name != "ablation" or options.ablation])
-    flops = Provenance("flops", current_commit(), flops_key(options.weights))
+    flops = Provenance("flops", options.commit, flops_key(options.weights))
     text = all_tables(results, flops_of(options.weights), flops)
     write_text(options.out / "table.md", text)
     return text

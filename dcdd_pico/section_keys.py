@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,7 +30,7 @@ class Provenance:
 
     Attributes:
         section: name of the section.
-        commit: the commit they were measured at.
+        commit: the commit they were measured at, as `git describe` names it.
         key: the section's key at that time (`TableOptions.key`).
     """
 
@@ -80,22 +79,6 @@ def files_hash(paths: Iterable[Path]) -> str:
                 name = file.relative_to(path.parent).as_posix()
                 digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:_DIGITS]
-
-
-def current_commit(root: Path = ROOT) -> str:
-    """The commit of the checkout, with "+edits" if the packages differ from it; "unknown" outside a checkout."""
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "--short=7", "HEAD")
-    if not commit:
-        return "unknown"
-    return commit + ("+edits" if git("status", "--porcelain", "--", *PACKAGES) else "")
 
 
 def _path(module: str, root: Path) -> Path | None:

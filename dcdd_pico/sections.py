@@ -41,7 +41,7 @@ from .models import load_pico, load_reader
 from .reader import FACTS, SceneReader, fact_labels
 from .scene_arrays import scene_images
 from .scenes import draw, scene_facts, scene_pixels
-from .section_keys import Provenance, code_hash, current_commit, files_hash
+from .section_keys import Provenance, code_hash, files_hash
 
 #: Row -> column -> value. A column with a colon ("frechet: heart") is a detail of the column before the colon.
 Rows = dict[str, dict[str, float]]
@@ -373,7 +373,11 @@ TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """What is measured, how, and where the results are kept."""
+    """What is measured, how, and where the results are kept.
+
+    Attributes:
+        commit: name of the code's commit, recorded with what is measured.
+    """
 
     out: Path
     weights: Path = WEIGHTS
@@ -384,10 +388,11 @@ class TableOptions:
     compiled: bool = False
     device: str = "cpu"
     ablation: Mapping[str, Path] = field(default_factory=dict)
+    commit: str = "unknown"
 
     def setup(self) -> EvalSetup:
         """`load_setup` with these options."""
-        chosen = {one.name: getattr(self, one.name) for one in fields(self)}
+        chosen = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "commit"}
         return load_setup(**chosen)
 
     def key(self, section: str) -> str:
@@ -431,14 +436,14 @@ class Measured:
 
 def measure(options: TableOptions, sections: Sequence[str]) -> tuple[EvalSetup, Measured]:
     """Measures sections, or reads them from `<out>/<section>.json` if neither key nor settings have changed."""
-    setup, results, commit = options.setup(), Measured(), current_commit()
+    setup, results = options.setup(), Measured()
     for section in sections:
         path, key = options.out / f"{section}.json", options.key(section)
         stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
         if (stored.get("key"), stored.get("settings")) != (key, options.settings(section)):
             with torch.no_grad():
                 rows = SECTIONS[section](setup)
-            stored = {"key": key, "settings": options.settings(section), "commit": commit, "rows": rows}
+            stored = {"key": key, "settings": options.settings(section), "commit": options.commit, "rows": rows}
             write_text(path, json.dumps(stored, indent=1) + "\n")
         results.rows[section] = stored["rows"]
         results.provenance[section] = Provenance(section, stored["commit"], stored["key"])
@@ -498,6 +503,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, TableOpt
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=TableOptions.steps)
     parser.add_argument("--batch", type=int, default=TableOptions.batch)
+    parser.add_argument("--commit", default=TableOptions.commit, help="commit to record with what is measured")
     parser.add_argument("--bf16", action="store_true", help="run the diffusion transformers in bfloat16")
     parser.add_argument(
         "--compile", dest="compiled", action="store_true", help="compile their blocks (needs a C++ compiler)"

@@ -29,7 +29,7 @@ from ..method.calibration import (
     target_statistics,
 )
 from ..method.statistics import TokenStatistics, describe_logits
-from ..models.vq import VQTokenizer
+from ..protocols import ImageTokenizer
 from ..types import Calibration, Codebook, TokenLogits
 from .distributed import Processes
 from .sample import Sample
@@ -118,17 +118,17 @@ class Proxies:
         ValueError: if there are no images.
     """
 
-    def __init__(self, vq: VQTokenizer, images: Iterable[torch.Tensor]):
-        self.vq = vq
+    def __init__(self, tokenizer: ImageTokenizer, images: Iterable[torch.Tensor]):
+        self.tokenizer = tokenizer
         self.features, self._grid = [], (0, 0)
         for pixels in images:
-            self.features.append(vq.features(pixels))
-            self._grid = vq.grid_of(*pixels.shape[2:])
+            self.features.append(tokenizer.features(pixels))
+            self._grid = tokenizer.grid_of(*pixels.shape[2:])
         if not self.features:
             raise ValueError("got no images; expected about 100 of the kind that the decoder will be trained on")
 
     def __iter__(self) -> Iterator[TokenLogits]:
-        codebook = self.vq.codebook
+        codebook = self.tokenizer.codebook
         for features in self.features:
             logits = proxy_logits(features, codebook)
             yield TokenLogits(
@@ -136,7 +136,7 @@ class Proxies:
                 logits.argmax(-1),
                 self._grid,
                 source="proxy",
-                model=self.vq.name,
+                model=self.tokenizer.name,
                 codebook=codebook.fingerprint,
             )
 
@@ -157,7 +157,7 @@ def fit_to_samples(
         with_anchor: fit the anchor too (`method.calibration.fit_anchor`).
     """
     measured_on = {"vlm": vlm, "guidance": guidance, "temperature": temperature}
-    return _fitted(samples, proxies, proxies.features, proxies.vq.codebook, measured_on, anchored=with_anchor)
+    return _fitted(samples, proxies, proxies.features, proxies.tokenizer.codebook, measured_on, anchored=with_anchor)
 
 
 def fit_to(
@@ -214,7 +214,7 @@ def compared(
     vlm: str, samples: Iterable[TokenLogits], proxies: Proxies, calibration: Calibration | None
 ) -> dict[str, TokenStatistics]:
     """The columns of the paper's Table 1: the VLM, raw proxies and, given a calibration, calibrated proxies."""
-    codebook: Codebook = proxies.vq.codebook
+    codebook: Codebook = proxies.tokenizer.codebook
     columns = {vlm: describe_logits(samples, codebook), "raw proxies": describe_logits(proxies, codebook)}
     if calibration is not None:
         columns["calibrated proxies"] = describe_logits(proxies, codebook, calibration)

@@ -111,7 +111,7 @@ def test_decoder_contest_runs():
     assert found[0][3] == found[0][5] == "1.00" and float(found[1][5]) > 1  # ours holds no text stream
 
 
-def test_the_opponent_is_diffusers_pipeline_with_512_text_tokens_and_our_times():
+def test_the_baseline_is_diffusers_pipeline_with_512_text_tokens_and_our_times():
     config = {**flux.FLUX_FILL_CONFIG, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
     transformer = flux.random_transformer(config, device="cpu", dtype=torch.float32)
     seen = []
@@ -161,8 +161,8 @@ def test_memory_s_rows_are_a_table_of_its_own(capsys: pytest.CaptureFixture, mon
     printed = capsys.readouterr().out.splitlines()
     assert printed[2] == "| model | weights | GB, computed | GB, measured |"
     assert "| Janus-Pro-1B, sampling | bfloat16 | 3.0 | - |" in printed
-    assert "| FLUX.1-Fill transformer, to paint | bfloat16 | 12.9 | - |" in printed
-    steps = [row for row in memory.step_rows() if "a step" in row[0]]
+    assert "| FLUX.1-Fill transformer, for inference | bfloat16 | 12.9 | - |" in printed
+    steps = [row for row in memory.step_rows() if "one step" in row[0]]
     computed = {way: float(size) for _, way, size, _ in steps}
     assert 12.9 < computed["bfloat16"] < 13.5 and 6.5 < computed["8-bit"] < 7.2
     assert computed["8-bit, streamed"] < computed["streamed"] < 1
@@ -212,7 +212,9 @@ def test_the_file_holds_what_was_printed_and_what_measured_it(
 )
 def test_verdicts_follow_the_numbers(cells: tuple[str, ...], verdict: list[str]):
     faster = Target(row=("a", "theirs"), column="times ours", relation="at least", bound=3.0, source="chosen")
-    near = Target(row=("a", "ours"), column="seconds", rival=("a", "limit"), relation="at most", bound=0.5, source="b")
+    near = Target(
+        row=("a", "ours"), column="seconds", baseline=("a", "limit"), relation="at most", bound=0.5, source="b"
+    )
     benchmark = SimpleNamespace(HEAD=("what", "who", "seconds", "times ours"), TARGETS=(faster, near))
     rows = [("a", "ours", cells[1], "1.00"), ("a", "theirs", "9", cells[0]), ("a", "limit", cells[2], "-")]
     lines = verdicts([(benchmark, rows), (SimpleNamespace(HEAD=("x",)), [("1",)])]).splitlines()[2:]

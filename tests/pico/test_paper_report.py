@@ -196,11 +196,11 @@ def test_a_section_is_measured_again_when_what_it_depends_on_changed(tmp_path, m
     monkeypatch.setattr(TableOptions, "setup", lambda self: self)
     monkeypatch.setattr(TableOptions, "key", lambda self, name: f"key of {name}")
     monkeypatch.setitem(SECTIONS, section, lambda setup: measured.append(setup.steps) or {"row": {"top_1": 0.5}})
-    plain = TableOptions(out=tmp_path)
+    plain = TableOptions(out=tmp_path, commit="abc1234")
     _, first = measure(plain, [section])
-    _, again = measure(plain, [section])
+    _, again = measure(replace(plain, commit="later"), [section])
     assert measured == [10] and first == again and first.rows == {section: {"row": {"top_1": 0.5}}}
-    assert first.provenance[section].key == "key of calibration"
+    assert first.provenance[section] == Provenance(section, "abc1234", "key of calibration")
     measure(replace(plain, steps=11), [section])
     monkeypatch.setattr(TableOptions, "key", lambda self, name: "another key")
     _, other = measure(replace(plain, steps=11), [section])
