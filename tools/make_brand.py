@@ -1,6 +1,6 @@
 """Draws the pack's icon and banner from scenes of the embedded world: `python tools/make_brand.py`.
 
-Both show what the pack does: on the left the grid of tokens, on the right the picture that they stand for.
+Both show what the pack does: on the left the grid of tokens, on the right the image that they encode.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PAPER, INK = (250, 249, 246), (24, 24, 28)
 
 
 def emblem(facts: SceneFacts, side: int, *, tokens: int = 12, seed: int = 7) -> Image.Image:
-    """The middle of a scene, of which the left half is still its token grid."""
+    """The middle of a scene, with the left half as its token grid."""
     whole = Image.fromarray(draw(facts, np.random.default_rng(seed), size=round(1.7 * side)))
     edge = (whole.width - side) // 2
     fine = whole.crop((edge, edge, edge + side, edge + side))
@@ -63,7 +63,7 @@ def emblem(facts: SceneFacts, side: int, *, tokens: int = 12, seed: int = 7) -> 
 
 
 def banner(width: int = 1680, height: int = 720) -> Image.Image:
-    """21:9: three emblems and the name."""
+    """Three emblems and the name, 21:9."""
     sheet = Image.new("RGB", (width, height), PAPER)
     side, gap = height // 2, height // 14
     left = (width - 3 * side - 2 * gap) // 2
@@ -72,7 +72,7 @@ def banner(width: int = 1680, height: int = 720) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for text, size, top in (
         ("ComfyUI-DCDD", height // 8, 0.645),
-        ("pictures from everything the language model knew, not only from the tokens it picked", height // 24, 0.82),
+        ("images from full token distributions, not only from the sampled tokens", height // 24, 0.82),
     ):
         font = ImageFont.load_default(size=size)
         pen.text(((width - font.getlength(text)) / 2, height * top), text, fill=INK, font=font)

@@ -68,7 +68,7 @@ def leaves(words: Words, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def differences(english: Words, other: Words) -> list[str]:
-    """What the other language lacks, and what it has that English does not; a blank text counts as lacking."""
+    """What the other language lacks, and what it has but English lacks; a blank text counts as lacking."""
     wanted, found = dict(leaves(english)), dict(leaves(other))
     lacking = [f"lacks {key}: {text}" for key, text in wanted.items() if text and not found.get(key, "").strip()]
     return lacking + [f"has too much: {key}" for key in found if key not in wanted]
@@ -99,7 +99,7 @@ def main() -> int:
         write(LOCALES / "en" / file, words)
         theirs = LOCALES / "zh" / file
         lacking += [f"zh/{file} {line}" for line in differences(words, read(theirs) if theirs.is_file() else {})]
-    print("\n".join(lacking) or "zh has every word")
+    print("\n".join(lacking) or "zh is complete")
     return bool(lacking)
 
 

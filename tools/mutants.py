@@ -1,15 +1,16 @@
-"""Mutation testing: small changes to the code that holds the science, each of which some test has to notice.
+"""Mutation testing: makes small changes to the scientific code, each of which should make a test fail.
 
     python tools/mutants.py                     every module of MODULES, then docs/mutants.md
-    python tools/mutants.py method/lcdm sections  those whose path contains one of the words
+    python tools/mutants.py method/lcdm sections  modules whose path contains one of the words
     python tools/mutants.py --report            docs/mutants.md from the last results alone
     python tools/mutants.py --show method/lcdm  the survivors of the last run
 
-Most mutations are cosmic-ray's; `own_mutations` adds what it does not have. A copy of the tree is mutated, never the
-tree itself. A server process imports torch, diffusers and the like once and forks for each mutant, and the tests that
-killed earlier mutants go first. Results are kept in out/mutants/results.json: an interrupted run goes on where it was,
-survivors are tried again, and a module whose source changed starts anew. Docstrings, annotations and the text of errors
-and warnings are left alone. equivalent_mutants.toml, beside this file, says why the survivors change nothing.
+Most mutations are cosmic-ray's; `own_mutations` adds others. A copy of the tree is mutated, never the tree itself. A
+server process imports torch, diffusers and other libraries once and forks for each mutant. The tests that killed
+earlier mutants run first. Results are kept in out/mutants/results.json: an interrupted run continues where it stopped,
+survivors are run again, and a module whose source changed starts over. Docstrings, annotations and the texts of errors
+and warnings are not mutated. equivalent_mutants.toml, beside this file, gives the reason why each survivor is
+equivalent to the original.
 """
 
 from __future__ import annotations
@@ -74,12 +75,12 @@ MODULES = {
     ),
     "dcdd_pico/paper_report.py": ("tests/pico/test_paper_report.py",),
 }
-"""Each module, and the tests that have to hold it."""
+"""Each module, and the tests that should kill its mutants."""
 
 FUNCTIONS = {"dcdd_core/training/simple_loop.py": ("warmup_cosine", "set_learning_rate")}
-"""Where only a part of a module is mutated."""
+"""The functions to mutate, in modules that are not mutated as a whole."""
 
-# Of the replacements that cosmic-ray has for an operator, those whose result still computes something.
+# Those of cosmic-ray's operator replacements after which the code still computes something.
 OPERATORS = (
     *(
         f"core/ReplaceBinaryOperator_{pair}"
@@ -104,10 +105,10 @@ OTHER_CHOICE = {
     **{"bilinear": "nearest", "nearest": "bilinear", "vlm": "proxy", "proxy": "vlm", "mean": "sum", "sum": "mean"},
     **{"reflect": "constant", "constant": "reflect", "ij": "xy"},
 }
-"""A string that chooses between two ways, and the other one."""
+"""A string argument that selects an option, and the other option."""
 
 DEFAULTS = ("mode='nearest'", "align_corners=False", "indexing='ij'")
-"""Arguments that say what is the default anyway: dropping one changes nothing."""
+"""Arguments equal to the default: dropping one changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,9 @@ def span(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def left_alone(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Places (line, column) that no test has to hold: annotations, messages, what only says how a class prints.
+    """Spans of (line, column) that are not mutated: annotations, messages, class decorators.
 
-    -1 is among them for its sign alone: the last dimension of a matrix is dimension 1.
+    The sign of -1 is among them: the last dimension of a matrix is dimension 1.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
@@ -194,7 +195,7 @@ def cosmic_ray_mutations(source: str, silent: list) -> Iterator[str]:
         places = Places(operator)
         places.walk(cosmic_ray.ast.get_ast(source))
         for occurrence, start in enumerate(places.found):
-            star = lines[start[0] - 1][start[1] : start[1] + 2] == "*,"  # a signature's
+            star = lines[start[0] - 1][start[1] : start[1] + 2] == "*,"  # the `*` of a signature
             if not star and not any(first <= start < last for first, last in silent):
                 mutated = cosmic_ray.mutating.mutate_code(source, operator, occurrence)
                 if mutated is not None:
@@ -202,7 +203,7 @@ def cosmic_ray_mutations(source: str, silent: list) -> Iterator[str]:
 
 
 def own_mutations(source: str, silent: list) -> Iterator[str]:
-    """Drops arguments, statements and sides of sums and products, forces `if` expressions, swaps choices by string."""
+    """Drops arguments, statements and operands, forces branches of `if` expressions, and swaps string options."""
     lines = [line.encode() for line in source.splitlines(keepends=True)]
     starts = [0]
     for line in lines:
@@ -242,22 +243,22 @@ def own_mutations(source: str, silent: list) -> Iterator[str]:
 
 
 class Server:
-    """Runs tests in forks of this process, which has imported what the tests import from outside the project."""
+    """Runs tests in forks of this process, which has already imported the third-party modules that they need."""
 
     def __init__(self, tests: tuple[str, ...]):
         self.tests, self.kills, self.seconds = tests, Counter(), {}
-        # Torch imports much of itself at the first call of a function: so the tests are run, not only collected.
+        # Torch imports many of its modules at the first call of a function, so the tests are run, not only collected.
         for name in self._call(lambda: self._tests() and self._outside(), 3600) or ():
             try:
                 importlib.import_module(name)
-            except Exception:  # an optional part of a library, or one that is imported under conditions
+            except Exception:  # optional or conditional imports of a library
                 continue
-        # Collections in the forks would touch, and so copy, all that was imported here.
+        # A garbage collection in a fork would write to, and so copy, all memory of the imported modules.
         gc.collect()
         gc.freeze()
 
     def run(self, limit: float) -> dict:
-        """Exit code, the test that failed first and seconds for each test; code None after `limit` seconds."""
+        """Exit code, the first test that failed, and the seconds of each test. The code is None after a timeout."""
         return self._call(self._tests, limit) or {"code": None, "failed": None, "seconds": {}}
 
     def _outside(self) -> list[str]:
@@ -315,12 +316,12 @@ class Server:
         os.waitpid(child, 0)
         try:
             return json.loads(b"".join(parts))
-        except json.JSONDecodeError:  # killed while it wrote
+        except json.JSONDecodeError:  # killed while writing
             return None
 
 
 def digest(*paths: Path) -> str:
-    """Of the code in these files and folders, whatever its comments, docstrings and layout."""
+    """Hash of the code in these files and folders, without comments, docstrings and formatting."""
     files = sorted(f for path in paths for f in (path.rglob("*.py") if path.is_dir() else [path]))
     trees = [ast.parse(file.read_text("utf-8")) for file in files]
     for tree in trees:
@@ -350,7 +351,7 @@ def copy_tree() -> None:
 def run(module: str, tests: tuple[str, ...], results: dict) -> None:
     missing = [name for name in (module, *tests) if not (TREE / name).exists()]
     if missing:
-        raise SystemExit(f"{module}: there is no {' and no '.join(missing)}: correct MODULES in tools/mutants.py")
+        raise SystemExit(f"{module}: there is no {' and no '.join(missing)}: update MODULES in tools/mutants.py")
     path = TREE / module
     source = path.read_text("utf-8")
     state = {"source": digest(path), "tests": digest(*(TREE / test for test in tests))}
@@ -379,7 +380,7 @@ def run(module: str, tests: tuple[str, ...], results: dict) -> None:
     for mutant in mutants:
         if mutant.key in entry["mutants"]:
             continue
-        # Python takes a cached module for current if the second and the size agree.
+        # Python reuses a cached module if its size and its modification time in seconds are unchanged.
         for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
             cached.unlink()
         path.write_text(mutant.source, "utf-8")
@@ -409,7 +410,7 @@ def commit() -> dict:
 
 
 def equivalents() -> dict[tuple[str, str, str], str]:
-    """(module, line before, line after) -> why no test can tell the two apart."""
+    """(module, line before, line after) -> why the two are equivalent."""
     listed = tomllib.loads(EQUIVALENT.read_text("utf-8")) if EQUIVALENT.exists() else {}
     return {
         (module, before, after): reason["why"]
@@ -420,7 +421,7 @@ def equivalents() -> dict[tuple[str, str, str], str]:
 
 
 def report(results: dict) -> bool:
-    """Writes docs/mutants.md; False where survivors are too many or unexplained."""
+    """Writes docs/mutants.md. Returns whether survivors are few enough and all explained."""
     known, rows, survivors, fine = equivalents(), [], [], True
     for module in MODULES:
         entry = results.get(module)
@@ -467,7 +468,7 @@ def report(results: dict) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("words", nargs="*", help="run the modules whose path contains one of these; all without any")
+    parser.add_argument("words", nargs="*", help="run only modules whose path contains one of these words")
     parser.add_argument("--report", action="store_true", help="write docs/mutants.md from the last results alone")
     parser.add_argument("--show", action="store_true", help="print the survivors of the last run")
     chosen = parser.parse_args()
@@ -483,7 +484,7 @@ def main() -> None:
                     print(f"{module}\n  - {before}\n  + {after}")
         return
     if not chosen.report:
-        # One thread: forks of a process with a pool of threads hang, and two mutants at once would disturb each other.
+        # One thread: forks of a process with a thread pool can hang. Mutants share a tree, so they run one by one.
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
         WORK.mkdir(parents=True, exist_ok=True)
         copy_tree()

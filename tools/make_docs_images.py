@@ -1,13 +1,13 @@
-"""Draws the pictures of the help pages, web/docs/images/<NodeId>.jpg, from what the nodes really do.
+"""Draws the images of the help pages, web/docs/images/<NodeId>.jpg, from real results of the nodes.
 
-    COMFYUI_DIR=~/ComfyUI ~/comfy-env/bin/python tools/make_docs_pictures.py
+    COMFYUI_DIR=~/ComfyUI ~/comfy-env/bin/python tools/make_docs_images.py
 
-Runs on the Python that ComfyUI runs on. Starts ComfyUI on the CPU, in a temporary folder, with this pack in it; runs
-two small graphs on the built-in pico models that use every node but the download; and turns previews and results into
-one picture a node. To be run again whenever the embedded weights change.
+Run it with the Python that runs ComfyUI. It starts ComfyUI on the CPU in a temporary folder with this pack, runs two
+small graphs on the embedded pico models (they use every node except the download), and combines previews and results
+into one image per node. Run it again when the embedded weights change.
 
-`--results DIR` keeps the raw results in DIR, and draws from there if they are there already. `--pack DIR` runs another
-copy of the pack, such as one with other weights.
+`--results DIR` keeps the raw results in DIR, and reuses them if they are already there. `--pack DIR` runs another copy
+of the pack, for example one with other weights.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ PROMPT = "a large striped red heart in the centre on a wavy sky ground"
 SEED, SCENE = 8, 0
 CALIBRATION = "my calibration"
 TOKENS_A_SIDE = 12  # pico's
-#: No picture is larger: the pages load quickly, and the pack stays small.
+#: Largest size of an image, so that pages load quickly and the pack stays small.
 MOST_BYTES = 60_000
 
-# --- what is run ------------------------------------------------------------------------------------------------------
+# --- graphs to run ----------------------------------------------------------------------------------------------------
 
 Graph = dict[str, dict[str, Any]]
 
 PICO, HARD, SOFT = "pico (built in)", "hard: the tokens", "soft: the expected codes"
 FEATURES = ("doubt: 1 - confidence", "narrow choice: 1 - margin", "spread: 1 - mass of the top k", "tail entropy")
-#: What stands in the widgets, unless a graph says otherwise.
+#: Widget values, unless a graph gives others.
 WIDGETS: dict[str, dict[str, Any]] = {
     "DCDD_LoadJanus": {"model": PICO, "dtype": "auto", "placement": "auto"},
     "DCDD_LoadVQVAE": {"model": PICO, "placement": "auto"},
@@ -95,7 +95,7 @@ class Building:
     def add(self, name: str, kind: str, /, *, saved: bool = False, output: int = 0, **inputs: Any) -> None:
         """
         Args:
-            saved: whether to keep the picture of that output, as NAME.
+            saved: whether to save the image of that output as NAME.
         """
         links = {key: self._link(value) for key, value in inputs.items()}
         self.graph[name] = {"class_type": kind, "inputs": WIDGETS.get(kind, {}) | links}
@@ -113,28 +113,28 @@ class Building:
 
 
 def first_graph() -> Graph:
-    """All nodes but Load Calibration, whose file the graph writes, and the download."""
+    """All nodes except Download Model, and Load Calibration, which needs the file that this graph writes."""
     b = Building()
     b.add("janus", "DCDD_LoadJanus")
     b.add("vq", "DCDD_LoadVQVAE")
     b.add("decoder", "DCDD_LoadDecoder")
-    # Text to picture.
+    # Text to image.
     b.add("sampled", "DCDD_JanusLogitSampler", janus="janus")
     b.add("by_vq", "DCDD_VQVAEDecode", token_logits="sampled", vq_vae="janus.1", saved=True)
     b.add("by_vq_soft", "DCDD_VQVAEDecode", token_logits="sampled", vq_vae="janus.1", codes=SOFT, saved=True)
     b.add("condition", "DCDD_LCDMEncoder", token_logits="sampled", vq_vae="janus.1", decoder="decoder")
     b.add("painted", "DCDD_FluxDecoder", decoder="decoder", condition="condition", saved=True)
-    # Without the decoder: what Janus itself was unsure of.
-    b.add("unsure", "DCDD_LCDMEncoder", token_logits="sampled", vq_vae="janus.1")
+    # Without the decoder: the uncertainty of Janus itself.
+    b.add("uncertain", "DCDD_LCDMEncoder", token_logits="sampled", vq_vae="janus.1")
     for k, feature in enumerate(FEATURES):
         name = f"heat_{k}"
-        b.add(name, "DCDD_UncertaintyMask", condition="unsure", image="by_vq", feature=feature, saved=True, output=1)
-    b.add("soft", "DCDD_UncertaintyMask", condition="unsure", image="by_vq", edge="soft", grow=1, blur=0.7)
+        b.add(name, "DCDD_UncertaintyMask", condition="uncertain", image="by_vq", feature=feature, saved=True, output=1)
+    b.add("soft", "DCDD_UncertaintyMask", condition="uncertain", image="by_vq", edge="soft", grow=1, blur=0.7)
     b.add("hard_mask", "MaskToImage", mask="heat_0", saved=True)
     b.add("soft_mask", "MaskToImage", mask="soft", saved=True)
     repaint = {"image": "by_vq", "mask": "heat_0"}
     b.add("repainted", "DCDD_FluxDecoder", decoder="decoder", condition="condition", saved=True, **repaint)
-    # Picture to picture.
+    # Image to image.
     b.add("scenes", "DCDD_PicoScene", batch_size=2, saved=True)
     b.add("captions", "PreviewAny", source="scenes.1")
     b.add("scene", "ImageFromBatch", image="scenes", batch_index=0, length=1, saved=True)
@@ -143,17 +143,17 @@ def first_graph() -> Graph:
     b.add("raw_soft", "DCDD_VQVAEDecode", token_logits="encoded", vq_vae="vq", codes=SOFT, saved=True)
     b.add("seen", "DCDD_LCDMEncoder", token_logits="encoded", vq_vae="vq", decoder="decoder")
     b.add("rebuilt", "DCDD_FluxDecoder", decoder="decoder", condition="seen")
-    labels = {"label_a": "the picture", "label_b": "VQ-VAE decode", "label_c": "DCDD decode"}
-    pictures = {"image_a": "scene", "image_b": "again", "image_c": "rebuilt"}
+    labels = {"label_a": "the image", "label_b": "VQ-VAE decode", "label_c": "DCDD decode"}
+    images = {"image_a": "scene", "image_b": "again", "image_c": "rebuilt"}
     b.add(
         "compared",
         "DCDD_CompareDecoders",
         captions="encoded, and decoded in two ways",
         saved=True,
         **labels,
-        **pictures,
+        **images,
     )
-    # A calibration, fitted as an artist would, but to fewer pictures.
+    # A calibration, fitted as an artist would do it, but to fewer images.
     b.add("reference", "DCDD_JanusLogitSampler", janus="janus", seed=100, batch_size=16)
     b.add("many", "DCDD_PicoScene", seed=1000, batch_size=16)
     b.add("proxies", "DCDD_VQVAEEncode", vq_vae="vq", image="many")
@@ -166,7 +166,7 @@ def first_graph() -> Graph:
 
 
 def second_graph() -> Graph:
-    """Load Calibration, and what the calibration does to one picture."""
+    """Load Calibration, and the effect of the calibration on one image."""
     b = Building()
     b.add("vq", "DCDD_LoadVQVAE")
     b.add("scene", "DCDD_PicoScene")
@@ -182,8 +182,8 @@ def second_graph() -> Graph:
 
 @contextmanager
 def comfyui(folder: Path, pack: Path) -> Iterator[str]:
-    """A ComfyUI server on the CPU in a temporary folder; gives its address, and ends it."""
-    with tempfile.TemporaryDirectory(prefix="dcdd_pictures_") as temporary:
+    """Starts ComfyUI on the CPU in a temporary folder, yields its URL, and stops it at the end."""
+    with tempfile.TemporaryDirectory(prefix="dcdd_images_") as temporary:
         base = Path(temporary)
         for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
             (base / name).mkdir()
@@ -193,7 +193,7 @@ def comfyui(folder: Path, pack: Path) -> Iterator[str]:
             port = free.getsockname()[1]
         command = [sys.executable, str(folder / "main.py"), "--cpu", "--base-directory", str(base)]
         command += ["--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"]
-        command += ["--database-url", "sqlite:///:memory:"]  # by default it lies in ComfyUI's own folder
+        command += ["--database-url", "sqlite:///:memory:"]  # by default it is in ComfyUI's own folder
         log = base / "comfyui.log"
         with log.open("wb") as file:
             server = subprocess.Popen(command, cwd=base, stdout=file, stderr=subprocess.STDOUT)
@@ -208,18 +208,18 @@ def comfyui(folder: Path, pack: Path) -> Iterator[str]:
 
 
 async def collect(address: str, results: Path) -> None:
-    """Runs the graphs, and puts into `results` pictures NAME.K.png, previews NODE.preview_K.jpg, and words.json."""
+    """Runs the graphs, and writes images NAME.K.png, previews NODE.preview_K.jpg and texts.json into `results`."""
     async with aiohttp.ClientSession(address) as session:
         await _wait_for(session)
-        words: dict[str, str] = {}
+        texts: dict[str, str] = {}
         for graph in (first_graph(), second_graph()):
             for name, output in (await _run(session, graph, results)).items():
                 if "text" in output:
-                    words[name] = output["text"][0]
+                    texts[name] = output["text"][0]
                 for k, image in enumerate(output.get("images", [])):
                     async with session.get("/view", params=image) as answer:
                         (results / f"{name.removesuffix(' saved')}.{k}.png").write_bytes(await answer.read())
-        (results / "words.json").write_text(json.dumps(words, indent=1), "utf-8")
+        (results / "texts.json").write_text(json.dumps(texts, indent=1), "utf-8")
 
 
 async def _wait_for(session: aiohttp.ClientSession) -> None:
@@ -235,10 +235,10 @@ async def _wait_for(session: aiohttp.ClientSession) -> None:
 
 
 async def _run(session: aiohttp.ClientSession, graph: Graph, results: Path) -> dict[str, Any]:
-    """Queues a graph, keeps its previews, and gives the outputs by node; without one, the line that it showed."""
-    client, counts, told = uuid.uuid4().hex, dict.fromkeys(graph, 0), {}
+    """Runs a graph and saves its previews. Returns each node's outputs, or else the text that the node displayed."""
+    client, counts, displayed = uuid.uuid4().hex, dict.fromkeys(graph, 0), {}
     async with session.ws_connect("/ws", params={"clientId": client}, max_msg_size=0) as events:
-        # Asks for previews that say whose they are.
+        # Asks for previews with the id of their node.
         await events.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
         async with session.post("/prompt", json={"prompt": graph, "client_id": client}) as answer:
             queued = await answer.json()
@@ -247,31 +247,31 @@ async def _run(session: aiohttp.ClientSession, graph: Graph, results: Path) -> d
         async for message in events:
             if message.type == aiohttp.WSMsgType.BINARY:
                 kind, size = struct.unpack(">II", message.data[:8])
-                if kind == 4:  # a preview, behind a JSON that names its node
+                if kind == 4:  # a preview, after JSON with the id of its node
                     name = json.loads(message.data[8 : 8 + size])["node_id"]
                     (results / f"{name}.preview_{counts[name]:03d}.jpg").write_bytes(message.data[8 + size :])
                     counts[name] += 1
-                elif kind == 3:  # a line on a node, behind the node's name
-                    told[message.data[8 : 8 + size].decode()] = message.data[8 + size :].decode()
+                elif kind == 3:  # a text on a node, after the node's id
+                    displayed[message.data[8 : 8 + size].decode()] = message.data[8 + size :].decode()
                 continue
             event = json.loads(message.data)
             if event["type"] == "execution_error":
                 raise RuntimeError(f"{event['data']['node_id']}: {event['data']['exception_message']}")
             if event["type"] == "executing" and event["data"]["node"] is None:
-                break  # Only now the history has it.
+                break  # the history has the outputs from now on
     async with session.get(f"/history/{queued['prompt_id']}") as answer:
         outputs = (await answer.json())[queued["prompt_id"]]["outputs"]
-    return {name: {"text": [told[name]]} if name in told else {} for name in graph} | outputs
+    return {name: {"text": [displayed[name]]} if name in displayed else {} for name in graph} | outputs
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
-#: The page's panel is 275 pixels wide when it is first opened: what is written here is then half as large.
+#: In pixels. The help panel is 275 pixels wide at first, so that text appears at about half this size.
 WIDTH, GAP, TEXT, SMALL = 520, 14, 21, 19
 PAPER, INK, FAINT = (250, 249, 246), (24, 24, 28), (104, 104, 112)
 NODE, NODE_TITLE, NODE_INK, LINE = (53, 53, 58), (36, 36, 40), (226, 226, 230), (190, 190, 196)
 ACCENT = (214, 92, 40)
-CURVES = ((31, 119, 180), (255, 127, 14), (44, 160, 44))  # matplotlib's first three
+CURVES = ((31, 119, 180), (255, 127, 14), (44, 160, 44))  # the first three of matplotlib's default colours
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -284,7 +284,7 @@ def blank(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 def wrapped(text: str, size: int, width: int) -> list[str]:
-    """Lines no wider than that many pixels."""
+    """Splits a text into lines of at most `width` pixels."""
     lines, measure = [""], font(size)
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -296,15 +296,15 @@ def wrapped(text: str, size: int, width: int) -> list[str]:
 
 
 def tiles(*rows: Sequence[tuple[str, Image.Image]], size: int = TEXT) -> Image.Image:
-    """Pictures in rows, all of one row equally wide, each with its label below."""
+    """Images in rows, of equal width within a row, each with its label below."""
     strips = []
     for row in rows:
         side, line = (WIDTH - GAP * (len(row) + 1)) // len(row), round(size * 1.25)
         labels = [wrapped(label, size, side) if label else [] for label, _ in row]
         strip, pen = blank(side + 6 + line * max(map(len, labels)))
-        for k, (_, picture) in enumerate(row):
+        for k, (_, image) in enumerate(row):
             left = GAP + k * (side + GAP)
-            strip.paste(enlarged(picture, side), (left, 0))
+            strip.paste(enlarged(image, side), (left, 0))
             for n, text in enumerate(labels[k]):
                 pen.text((left, side + 4 + n * line), text, fill=INK, font=font(size))
         strips.append(strip)
@@ -312,7 +312,7 @@ def tiles(*rows: Sequence[tuple[str, Image.Image]], size: int = TEXT) -> Image.I
 
 
 def stacked(*strips: Image.Image) -> Image.Image:
-    """Pictures below each other, scaled to one width, with room between them."""
+    """Images from top to bottom, scaled to one width, with gaps between them."""
     fitted = [s if s.width == WIDTH else s.resize((WIDTH, round(s.height * WIDTH / s.width))) for s in strips]
     sheet, _ = blank(sum(s.height for s in fitted) + GAP * (len(fitted) + 1))
     top = GAP
@@ -322,17 +322,17 @@ def stacked(*strips: Image.Image) -> Image.Image:
     return sheet
 
 
-def enlarged(picture: Image.Image, side: int) -> Image.Image:
-    """Its pixels as blocks: what is small shall look small, not soft."""
-    whole = picture.convert("RGB")
+def enlarged(image: Image.Image, side: int) -> Image.Image:
+    """Enlarges without smoothing, so that a small image is recognisable as one."""
+    whole = image.convert("RGB")
     times = max(1, -(-side // whole.width))
     blocks = whole.resize((whole.width * times, whole.height * times), Image.Resampling.NEAREST)
     return blocks.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def gridded(picture: Image.Image) -> Image.Image:
-    """The picture under its grid of tokens."""
-    large = enlarged(picture, 48 * TOKENS_A_SIDE)
+def gridded(image: Image.Image) -> Image.Image:
+    """The image with its token grid drawn over it."""
+    large = enlarged(image, 48 * TOKENS_A_SIDE)
     pen = ImageDraw.Draw(large)
     for k in range(48, large.width, 48):
         pen.line([(k, 0), (k, large.height)], fill=PAPER, width=3)
@@ -340,9 +340,9 @@ def gridded(picture: Image.Image) -> Image.Image:
     return large
 
 
-def outlined(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """The picture, darker where the mask is black, with a line along the mask's edge."""
-    large, area = enlarged(picture, 480), mask.convert("L").resize((480, 480), Image.Resampling.NEAREST)
+def outlined(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """The image, darkened where the mask is black, with a line along the mask's edge."""
+    large, area = enlarged(image, 480), mask.convert("L").resize((480, 480), Image.Resampling.NEAREST)
     area = area.point(lambda value: 255 if value > 127 else 0)
     dimmed = Image.blend(large, Image.new("RGB", large.size, INK), 0.55)
     edge = ImageChops.difference(area.filter(ImageFilter.MaxFilter(5)), area.filter(ImageFilter.MinFilter(5)))
@@ -350,19 +350,19 @@ def outlined(picture: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def scale() -> Image.Image:
-    """The colours of the heat maps, 0 at the bottom and 1 at the top."""
+    """The colour scale of the heat maps, from 0 at the bottom to 1 at the top."""
     sheet = Image.new("RGB", (256, 256), PAPER)
     for k in range(256):
         colour = tuple(round(255 * c) for c in matplotlib.colormaps["inferno"](k / 255)[:3])
         sheet.paste(colour, (0, 255 - k, 64, 256 - k))
     pen = ImageDraw.Draw(sheet)
-    for text, y, anchor in (("1  unsure", 2, "la"), ("0  sure", 254, "ld")):
+    for text, y, anchor in (("1  uncertain", 2, "la"), ("0  certain", 254, "ld")):
         pen.text((80, y), text, fill=INK, font=font(24), anchor=anchor)
     return sheet
 
 
 def curve_of(sheet: Image.Image) -> Image.Image:
-    """The right part of a Logit Statistics picture, behind the widest empty column of its middle."""
+    """The plot of a Logit Statistics image: the part to the right of the widest gap near its middle."""
     ink = ImageOps.invert(sheet.convert("L")).point(lambda value: 255 if value > 8 else 0)
     gaps, start = [(0, 0)], None
     for x in range(round(0.2 * ink.width), round(0.8 * ink.width)):
@@ -376,7 +376,7 @@ def curve_of(sheet: Image.Image) -> Image.Image:
 
 
 def legend(*names: str) -> Image.Image:
-    """The curves' names, larger than the node writes them."""
+    """The names of the curves, larger than the node draws them."""
     strip, pen = blank(28)
     left = GAP
     for name, colour in zip(names, CURVES):
@@ -387,7 +387,7 @@ def legend(*names: str) -> Image.Image:
 
 
 def table_of(text: str) -> Image.Image:
-    """A table as Logit Statistics writes it, larger."""
+    """Draws the text table of Logit Statistics, larger than the node does."""
     head, *rows = [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
     sheet, pen = blank(34 * (len(rows) + 1))
     for r, cells in enumerate([["", *head], *rows]):
@@ -399,7 +399,7 @@ def table_of(text: str) -> Image.Image:
 
 
 class Diagram:
-    """What goes where, from top to bottom: files and steps, the node, the nodes that its outputs go to."""
+    """Shows from top to bottom: files or steps, the node, and the nodes that its outputs connect to."""
 
     NODE_WIDTH = 266
 
@@ -407,7 +407,7 @@ class Diagram:
         self._strips: list[Image.Image] = []
 
     def files(self, root: str, *entries: tuple[str, str]) -> Diagram:
-        """A folder, and what lies in it: (path, what it is)."""
+        """A folder and its (path, description) entries."""
         sheet, pen = blank(42 + 60 * len(entries))
         pen.rounded_rectangle([GAP, 4, GAP + 18, 16], 4, fill=(224, 178, 84))
         pen.rounded_rectangle([GAP, 9, GAP + 38, 34], 5, fill=(238, 196, 104))
@@ -421,7 +421,7 @@ class Diagram:
         return self
 
     def steps(self, *lines: str) -> Diagram:
-        """Numbered things to do."""
+        """Numbered instructions."""
         rows = [wrapped(line, TEXT, WIDTH - 2 * GAP - 46) for line in lines]
         sheet, pen = blank(sum(max(34, 27 * len(row)) + 12 for row in rows))
         top = 0
@@ -444,7 +444,7 @@ class Diagram:
         return self
 
     def node(self, title: str, *rows: str, outputs: Sequence[tuple[str, tuple[str, ...]]] = ()) -> Diagram:
-        """A node with its widgets, and its outputs, each with the nodes that it goes to."""
+        """A node with its widgets, and its outputs, each with the nodes that it connects to."""
         lines = len(rows) + sum(max(1, len(nodes)) for _, nodes in outputs)
         sheet, pen = blank(52 + 36 * lines)
         right = self.NODE_WIDTH if outputs else WIDTH - GAP
@@ -469,18 +469,18 @@ class Diagram:
         return stacked(*self._strips)
 
 
-# --- the pictures -----------------------------------------------------------------------------------------------------
+# --- the images -------------------------------------------------------------------------------------------------------
 
-_JANUS_FILES = ("config.json, tokenizer.json", "what the model is, and its words")
+_JANUS_FILES = ("config.json, tokenizer.json", "architecture and vocabulary")
 _MODEL = "model:  Janus-Pro-1B"
 
 
 def diagrams(saved: str) -> Iterator[tuple[str, Image.Image]]:
-    """(node id, picture) for the nodes about files; `saved` is what Save Calibration said."""
+    """(node id, image) for the nodes that handle files; `saved` is the text that Save Calibration displayed."""
     d = Diagram().steps(
         "Choose a model: the list says how large it is.",
         "FLUX.1-Fill-dev only: accept its licence on its page, and log in (hf auth login, or HF_TOKEN).",
-        "Press Run. Interrupted, it goes on where it stopped.",
+        "Press Run. An interrupted download continues where it stopped.",
     )
     d.node("Download Model", "Janus-Pro-1B (4.2 GB)", outputs=[("path", ("its folder",))]).arrow("then press R")
     yield "DCDD_DownloadModel", d.node("Load Janus", _MODEL, outputs=[("janus", ()), ("vq_vae", ())]).drawn()
@@ -490,13 +490,13 @@ def diagrams(saved: str) -> Iterator[tuple[str, Image.Image]]:
     d.arrow().node("Load Janus", _MODEL, outputs=[("janus", ("Janus Logit Sampler",)), vq])
     yield "DCDD_LoadJanus", d.drawn()
 
-    d = Diagram().files("models/janus/Janus-Pro-1B", _JANUS_FILES, ("the weights", "of these only the VQ-VAE's part"))
+    d = Diagram().files("models/janus/Janus-Pro-1B", _JANUS_FILES, ("the weights", "only the VQ-VAE is loaded"))
     yield "DCDD_LoadVQVAE", d.arrow().node("Load VQ-VAE", _MODEL, outputs=[vq]).drawn()
 
     d = Diagram().files(
         "ComfyUI/models",
-        ("dcdd/my decoder.safetensors", "bundle: what the training changed"),
-        ("diffusion_models/flux1-fill-dev.safetensors", "base_model: the FLUX.1-Fill it was trained on"),
+        ("dcdd/my decoder.safetensors", "bundle: the weights that training changed"),
+        ("diffusion_models/flux1-fill-dev.safetensors", "base_model: the FLUX.1-Fill of the training"),
         ("vae/ae.safetensors", "vae: the FLUX autoencoder"),
     )
     to = ("FLUX Decoder", "LCDM Encoder", "Logit Calibrator")
@@ -505,7 +505,7 @@ def diagrams(saved: str) -> Iterator[tuple[str, Image.Image]]:
     file, _, numbers = saved.removeprefix("saved ").partition(": ")
     d = Diagram().node("Logit Calibrator", outputs=[("calibration", ())]).arrow()
     d.node("Save Calibration", f"name:  {CALIBRATION}", numbers).arrow()
-    another = (f"{CALIBRATION}_2.safetensors", "the next one gets a number")
+    another = (f"{CALIBRATION}_2.safetensors", "the next file gets a number")
     d.files("models/dcdd/calibrations", (file, "an earlier file is never overwritten:"), another)
     yield "DCDD_SaveCalibration", d.drawn()
 
@@ -515,25 +515,25 @@ def diagrams(saved: str) -> Iterator[tuple[str, Image.Image]]:
 
 
 def drawings(results: Path) -> Iterator[tuple[str, Image.Image]]:
-    """(node id, picture) for every node."""
+    """(node id, image) for every node."""
 
     def result(name: str, k: int = 0) -> Image.Image:
         return Image.open(results / f"{name}.{k}.png").convert("RGB")
 
-    words = json.loads((results / "words.json").read_text("utf-8"))
-    yield from diagrams(words["kept"])
+    texts = json.loads((results / "texts.json").read_text("utf-8"))
+    yield from diagrams(texts["kept"])
 
     grown = [Image.open(path).convert("RGB") for path in sorted(results.glob("sampled.preview_*.jpg"))]
     stages = [(f"{share} %", grown[len(grown) * share // 100 - 1]) for share in (25, 50, 75, 100)]
     yield "DCDD_JanusLogitSampler", tiles(stages[:2], stages[2:])
 
-    picture = ("the picture", result("scene"))
+    original = ("the image", result("scene"))
     tokens = (f"{TOKENS_A_SIDE} x {TOKENS_A_SIDE} tokens", gridded(result("scene")))
-    yield "DCDD_VQVAEEncode", tiles([picture, tokens, ("decoded again", result("again"))], size=SMALL)
+    yield "DCDD_VQVAEEncode", tiles([original, tokens, ("decoded again", result("again"))], size=SMALL)
 
     curve = curve_of(result("statistics"))
-    yield "DCDD_LogitStatistics", stacked(table_of(words["table"]), legend("Janus", "before", "after"), curve)
-    soft = [picture, ("soft decode before", result("raw_soft")), ("and after", result("calibrated_soft"))]
+    yield "DCDD_LogitStatistics", stacked(table_of(texts["table"]), legend("Janus", "before", "after"), curve)
+    soft = [original, ("soft decode before", result("raw_soft")), ("and after", result("calibrated_soft"))]
     names = legend("Janus", "before calibration", "after")
     yield "DCDD_LogitCalibrator", stacked(names, curve, tiles(soft, size=SMALL))
 
@@ -541,7 +541,7 @@ def drawings(results: Path) -> Iterator[tuple[str, Image.Image]]:
     yield (
         "DCDD_LCDMEncoder",
         tiles(
-            [("the tokens' picture", by_vq), ("", scale())],
+            [("the tokens, decoded", by_vq), ("", scale())],
             [("doubt", result("heat_0")), ("narrow choice", result("heat_1"))],
             [("spread", result("heat_2")), ("tail entropy", result("heat_3"))],
         ),
@@ -549,7 +549,7 @@ def drawings(results: Path) -> Iterator[tuple[str, Image.Image]]:
     yield (
         "DCDD_UncertaintyMask",
         tiles(
-            [("the picture", by_vq), ("heat_map", result("heat_0"))],
+            [("the image", by_vq), ("heat_map", result("heat_0"))],
             [("hard", result("hard_mask")), ("soft, grow 1, blur 0.7", result("soft_mask"))],
         ),
     )
@@ -558,43 +558,43 @@ def drawings(results: Path) -> Iterator[tuple[str, Image.Image]]:
         "DCDD_FluxDecoder",
         tiles(
             [("VQ-VAE Decode", by_vq), ("this node", result("painted"))],
-            [("image and mask", outlined(by_vq, result("hard_mask"))), ("only that painted", result("repainted"))],
+            [("image and mask", outlined(by_vq, result("hard_mask"))), ("painted under the mask", result("repainted"))],
         ),
     )
-    captions = words["captions"].splitlines()
+    captions = texts["captions"].splitlines()
     yield "DCDD_PicoScene", tiles([(captions[k], result("scenes", k)) for k in (0, 1)], size=SMALL)
     yield "DCDD_CompareDecoders", stacked(result("compared"))
 
 
-def write(picture: Image.Image, path: Path) -> None:
-    """As a JPEG, of the best quality that keeps it small enough."""
+def write(image: Image.Image, path: Path) -> None:
+    """Saves a JPEG at the highest quality that keeps it within MOST_BYTES."""
     for quality in range(90, 40, -5):
         data = io.BytesIO()
-        picture.save(data, "JPEG", quality=quality, optimize=True, subsampling=0)
+        image.save(data, "JPEG", quality=quality, optimize=True, subsampling=0)
         if data.tell() <= MOST_BYTES:
             break
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.getvalue())
-    print(f"{path.name}: {picture.width} x {picture.height}, {data.tell() / 1000:.0f} kB at quality {quality}")
+    print(f"{path.name}: {image.width} x {image.height}, {data.tell() / 1000:.0f} kB at quality {quality}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_DIR"), help="default: COMFYUI_DIR")
-    parser.add_argument("--pack", type=Path, default=ROOT, help="the pack to run, with its weights; default: this one")
-    parser.add_argument("--results", type=Path, help="folder to keep the raw results in, or to take them from")
+    parser.add_argument("--pack", type=Path, default=ROOT, help="the copy of the pack to run; default: this one")
+    parser.add_argument("--results", type=Path, help="folder for the raw results; they are reused if present")
     parser.add_argument("--out", type=Path, default=ROOT / "web" / "docs" / "images")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dcdd_results_") as temporary:
         results = given.results or Path(temporary)
-        if not (results / "words.json").is_file():
+        if not (results / "texts.json").is_file():
             if given.comfyui is None:
-                parser.error("say where ComfyUI is: --comfyui, or COMFYUI_DIR")
+                parser.error("ComfyUI's folder is unknown: give --comfyui, or set COMFYUI_DIR")
             results.mkdir(parents=True, exist_ok=True)
             with comfyui(Path(given.comfyui).expanduser().resolve(), given.pack.resolve()) as address:
                 asyncio.run(collect(address, results))
-        for name, picture in drawings(results):
-            write(picture, given.out / f"{name}.jpg")
+        for name, image in drawings(results):
+            write(image, given.out / f"{name}.jpg")
 
 
 if __name__ == "__main__":
