@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 _WEIGHTS = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"}
-_KINDS = {name: _WEIGHTS for name in ("checkpoints", "diffusion_models", "text_encoders", "vae")}
-
+#: Kind -> folders below the base directory.
+_FOLDERS = {
+    "checkpoints": ("models/checkpoints", "output/checkpoints"),
+    "diffusion_models": ("models/unet", "models/diffusion_models", "output/diffusion_models"),
+    "vae": ("models/vae", "output/vae"),
+    "diffusers": ("models/diffusers",),
+}
 folder_names_and_paths: dict[str, tuple[list[str], set[str]]] = {}
 base_path = models_dir = ""
 
@@ -17,8 +22,9 @@ def set_base_directory(base: Path) -> None:
     global base_path, models_dir
     base_path, models_dir = str(base), str(base / "models")
     folder_names_and_paths.clear()
-    for kind, extensions in {**_KINDS, "diffusers": {"folder"}}.items():
-        folder_names_and_paths[kind] = ([os.path.join(models_dir, kind)], set(extensions))
+    for kind, folders in _FOLDERS.items():
+        extensions = {"folder"} if kind == "diffusers" else set(_WEIGHTS)
+        folder_names_and_paths[kind] = ([os.path.join(base_path, folder) for folder in folders], extensions)
 
 
 def add_model_folder_path(folder_name: str, full_folder_path: str) -> None:
