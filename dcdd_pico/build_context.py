@@ -31,7 +31,7 @@ class Recipe:
     """Hyperparameters of the build. The defaults are those of the shipped models; tests use smaller ones.
 
     Attributes:
-        compiled: see `training.recipe.DecoderTraining`.
+        compiled: see `training.config.OptimizationConfig.compile`.
     """
 
     size: int = 96

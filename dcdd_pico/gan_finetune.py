@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.training.simple_loop import moving_average, set_learning_rate, train, warmup_cosine
+from dcdd_core.training.ema import EMA
+from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
+from dcdd_core.training.trainable import trained_weights
 
 from .build_context import BuildContext
 from .image_losses import reconstruction_loss
 from .reader import SceneReader
 from .scenes import scene_pixels
+from .training_loop import train
 
 
 class PatchDiscriminator(nn.Module):
@@ -81,8 +84,8 @@ def finetune_with_gan(
     settings: dict[str, Any],
     loss_reader: SceneReader,
     evaluate: Callable[[nn.Module], dict[str, float]],
-) -> nn.Module:
-    """Fine-tunes (or restores) `decoder` in the folder called `name`; returns the EMA of its weights.
+) -> None:
+    """Fine-tunes (or restores) `decoder` in the folder called `name`; its weights are their EMA afterwards.
 
     Args:
         stage: number of the training, which its random numbers depend on.
@@ -98,7 +101,7 @@ def finetune_with_gan(
     decoder.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4)
     discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=3e-4, betas=(0.5, 0.9))
-    average = moving_average(decoder, 0.998)
+    ema = EMA(trained_weights(decoder), 0.998)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         set_learning_rate(optimizer, warmup_cosine(i, steps, peak=4e-4, warmup=100))
@@ -115,7 +118,7 @@ def finetune_with_gan(
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
-        average.update_parameters(decoder)
+        ema.update()
         with context.autocast():
             real, fake = discriminator(pixels).float(), discriminator(decoded.detach()).float()
         hinge = discriminator_loss(real, fake)
@@ -123,6 +126,10 @@ def finetune_with_gan(
         hinge.backward()
         discriminator_optimizer.step()
         return parts | {"fooling": adversarial.detach(), "adversary": hinge.detach()}
+
+    def evaluate_ema(_: int) -> dict[str, float]:
+        with ema.swapped_in():
+            return evaluate(decoder)
 
     train(
         context.folder / name,
@@ -132,12 +139,12 @@ def finetune_with_gan(
         state={  # under these names, also those of the log, in the checkpoints of builds
             "model": decoder,
             "adversary": discriminator,
-            "average": average,
+            "ema": ema,
             "optimizer": optimizer,
             "adversary_optimizer": discriminator_optimizer,
         },
-        evaluate=lambda _: evaluate(average.module),
+        evaluate=evaluate_ema,
         evaluate_every=500,
         save_every=250,
     )
-    return average.module
+    ema.apply()

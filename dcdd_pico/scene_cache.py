@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from dcdd_core.files import whole_file
 from dcdd_core.method.latents import scale_latents
 from dcdd_core.models.vq import VQTokenizer
-from dcdd_core.training.batches import Entry, Mark, Share
+from dcdd_core.training.batches import DataShard, Entry, Mark
 from dcdd_core.training.encoded_batch import EncodedBatch
 
 from .build_context import BuildContext, digest
@@ -51,9 +51,9 @@ class SceneEncodings:
         self.fingerprint = f"{len(encodings.features)} scenes"
         self.context, self.encodings, self.stage, self.size = context, encodings, stage, size
 
-    def entries(self, share: Share, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
+    def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """See `Source.entries`."""
-        for position in count(start * share.world + share.rank, share.world):
+        for position in count(start * shard.world + shard.rank, shard.world):
             step, place = divmod(position, self.size)
             index = int(self.context.batch(self.stage, step, self.size)[place])
             yield Entry(str(index), index)

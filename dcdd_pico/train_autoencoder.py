@@ -14,13 +14,16 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.training.simple_loop import moving_average, set_learning_rate, train, warmup_cosine
+from dcdd_core.training.ema import EMA
+from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
+from dcdd_core.training.trainable import trained_weights
 
 from .build_context import BuildContext, digest
 from .gan_finetune import finetune_with_gan
 from .image_losses import fidelity, reconstruction_loss
 from .reader import SceneReader
 from .scenes import scene_pixels
+from .training_loop import train
 
 _STAGE, _DECODER_STAGE = 2, 7
 
@@ -53,7 +56,7 @@ def train_autoencoder(context: BuildContext, loss_reader: SceneReader) -> Autoen
         torch.manual_seed(recipe.seed + _STAGE)
         vae = AutoencoderKL(**autoencoder_config()).train().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4)
-    average = moving_average(vae, 0.998)
+    ema = EMA(trained_weights(vae), 0.998)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         draw = keyed_generator(recipe.seed, _STAGE, i)
@@ -72,8 +75,12 @@ def train_autoencoder(context: BuildContext, loss_reader: SceneReader) -> Autoen
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        average.update_parameters(vae)
+        ema.update()
         return parts | {"divergence": divergence.detach()}
+
+    def evaluate(_: int) -> dict[str, float]:
+        with ema.swapped_in():
+            return _evaluate(context, vae, vae.decoder, loss_reader)
 
     train(
         context.folder / "autoencoder",
@@ -82,12 +89,13 @@ def train_autoencoder(context: BuildContext, loss_reader: SceneReader) -> Autoen
         ),
         steps=recipe.autoencoder_steps,
         step=step,
-        state={"model": vae, "average": average, "optimizer": optimizer},
-        evaluate=lambda _: _evaluate(context, average.module, average.module.decoder, loss_reader),
+        state={"model": vae, "ema": ema, "optimizer": optimizer},
+        evaluate=evaluate,
         evaluate_every=500,
         save_every=500,
     )
-    vae = average.module.eval().requires_grad_(False)
+    ema.apply()
+    vae.eval().requires_grad_(False)
     with torch.no_grad():
         latents = torch.cat(
             [
@@ -114,7 +122,7 @@ def train_vae_decoder(context: BuildContext, vae: AutoencoderKL, loss_reader: Sc
         mean, deviation = posterior.mean.float(), (0.5 * posterior.logvar.float().clamp(-20, 10)).exp()
         return mean + deviation * torch.randn(mean.shape, generator=draw).to(mean.device)
 
-    averaged = finetune_with_gan(
+    finetune_with_gan(
         context,
         "vae-decoder",
         _DECODER_STAGE,
@@ -128,7 +136,6 @@ def train_vae_decoder(context: BuildContext, vae: AutoencoderKL, loss_reader: Sc
         loss_reader=loss_reader,
         evaluate=lambda decoder: _evaluate(context, vae, decoder, loss_reader),
     )
-    finetuned.decoder.load_state_dict(averaged.state_dict())
     return finetuned.eval().requires_grad_(False)
 
 

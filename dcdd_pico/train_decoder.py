@@ -7,17 +7,17 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from dcdd_core.evaluation.metrics import psnr, ssim
-from dcdd_core.models.backbones.flux_fill.inference import of_text_stream
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.training.batches import Batches
+from dcdd_core.training.config import OptimizationConfig, RunConfig
 from dcdd_core.training.encoded_batch import geometry_for
 from dcdd_core.training.examples import ExampleMaker, proxy_condition
-from dcdd_core.training.recipe import DecoderTraining
-from dcdd_core.training.trainer import Evaluation, train_decoder
+from dcdd_core.training.trainable import choose_trained
+from dcdd_core.training.trainer import Evaluation, Trainer
 from dcdd_core.types import Calibration
 
 from .build_context import BuildContext, digest
@@ -85,16 +85,18 @@ def train_pico_decoder(
         torch.manual_seed(recipe.seed + _STAGE)
         decoder = DistributionConditionedDecoder.build(card)
     _start_as_identity(decoder.transformer)
-    for weight_name, weight in decoder.transformer.named_parameters():
-        weight.requires_grad_(not of_text_stream(weight_name))
+    choose_trained(decoder, "all")
     decoder.to(device)
-    geometry = geometry_for(vq, vae, resolution=recipe.size, token_resolution=recipe.size)
+    codec = KLCodec(vae)
+    geometry = geometry_for(
+        vq, codec, patch=decoder.backbone.patch, resolution=recipe.size, token_resolution=recipe.size
+    )
     held_out = scene_pixels(context.held_out_images[:_EVALUATED], device)
     held_out_condition = proxy_condition(vq.features(held_out), card, vq.codebook, geometry.grid)
 
     def evaluate(current: DistributionConditionedDecoder) -> Evaluation:
         with context.autocast():
-            painted = decode(current, KLCodec(vae), held_out_condition, seeds=range(len(held_out)), steps=10).pixels
+            painted = decode(current, codec, held_out_condition, seeds=range(len(held_out)), steps=10).pixels
         return Evaluation(
             numbers={
                 "psnr": float(psnr(held_out, painted).mean()),
@@ -103,25 +105,25 @@ def train_pico_decoder(
             }
         )
 
-    return train_decoder(
+    return Trainer(
         context.folder / name,
         decoder,
         Batches(SceneEncodings(context, encodings, _STAGE, recipe.decoder_batch), size=recipe.decoder_batch),
-        ExampleMaker(card, vq, vae, geometry, localised=_LOCALISED),
-        DecoderTraining(
+        ExampleMaker(card, vq, codec, geometry, localised=_LOCALISED),
+        OptimizationConfig(
             steps=recipe.decoder_steps,
             learning_rate=recipe.decoder_learning_rate,
             optimizer="muon",
             shift=recipe.decoder_shift,
             seed=recipe.seed,
-            compiled=recipe.compiled,
+            compile=recipe.compiled,
         ),
         accelerator=Accelerator(cpu=device.type == "cpu", mixed_precision="no"),
         settings=context.settings(tokenizer=tokens_digest(vq.model), autoencoder=digest(vae)),
         autocast=context.autocast,
+        run=RunConfig(sample_every=1000, save_every=250, log_every=50),
         evaluate=evaluate,
-        evaluate_every=1000,
-    )
+    ).train()
 
 
 def _start_as_identity(transformer: FluxTransformer2DModel) -> None:

@@ -22,12 +22,14 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
+from dcdd_core.training.ema import EMA
 from dcdd_core.training.optimizers import adamw_with_muon
-from dcdd_core.training.simple_loop import moving_average, set_learning_rate, train, warmup_cosine
+from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 
 from .build_context import BuildContext
 from .scenes import SceneFacts, vocabulary
 from .train_tokenizer import tokens_digest
+from .training_loop import train
 
 _STAGE = 3
 _WIDTH = 256
@@ -106,7 +108,7 @@ def train_janus(
     optimizers = adamw_with_muon(weights, matrices, betas=(0.9, 0.95), weight_decay=0.05)
     prompts = _all_prompts(context.train_facts, tokenizer)
     held_out_prompts = _all_prompts(context.held_out_facts, tokenizer)
-    average = moving_average(janus, 0.998)
+    ema = EMA(weights, 0.998)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         rate = warmup_cosine(i, recipe.janus_steps, peak=_RATE, warmup=150)
@@ -124,17 +126,15 @@ def train_janus(
         for optimizer in optimizers.values():
             set_learning_rate(optimizer, rate)
             optimizer.step()
-        average.update_parameters(janus)
+        ema.update()
         return {"loss": loss.detach()}
 
     @torch.no_grad()
     def evaluate(_: int) -> dict[str, float]:
-        with context.autocast():
+        with ema.swapped_in(), context.autocast():
             losses = torch.cat(
                 [
-                    next_token_loss(
-                        average.module, held_out_prompts[k : k + 32], held_out_tokens[k : k + 32].to(device)
-                    )
+                    next_token_loss(janus, held_out_prompts[k : k + 32], held_out_tokens[k : k + 32].to(device))
                     for k in range(0, len(held_out_prompts), 32)
                 ]
             )
@@ -147,12 +147,13 @@ def train_janus(
         ),
         steps=recipe.janus_steps,
         step=step,
-        state={"model": janus, "average": average, **optimizers},
+        state={"model": janus, "ema": ema, **optimizers},
         evaluate=evaluate,
         evaluate_every=500,
         save_every=250,
     )
-    return average.module.eval().requires_grad_(False), tokenizer
+    ema.apply()
+    return janus.eval().requires_grad_(False), tokenizer
 
 
 def next_token_loss(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dcdd_core.training.simple_loop import set_learning_rate, train, warmup_cosine
+from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 
 from .build_context import BuildContext
 from .reader import SceneReader, fact_labels
 from .scenes import scene_pixels
+from .training_loop import train
 
 _BATCH = 128
 

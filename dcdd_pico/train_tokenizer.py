@@ -17,13 +17,16 @@ from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.training.simple_loop import moving_average, set_learning_rate, train, warmup_cosine
+from dcdd_core.training.ema import EMA
+from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
+from dcdd_core.training.trainable import trained_weights
 
 from .build_context import BuildContext, digest
 from .gan_finetune import finetune_with_gan
 from .image_losses import fidelity, reconstruction_loss
 from .reader import SceneReader
 from .scenes import scene_pixels
+from .training_loop import train
 
 _STAGE, _DECODER_STAGE = 1, 6
 _DECAY = 0.98
@@ -92,7 +95,7 @@ def train_tokenizer(context: BuildContext, loss_reader: SceneReader) -> JanusVQV
         [p for p in vq.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4
     )
     decoding = nn.ModuleList([vq.post_quant_conv, vq.decoder])
-    average = moving_average(decoding, 0.998)
+    ema = EMA(trained_weights(decoding), 0.998)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         draw = keyed_generator(recipe.seed, _STAGE, i)
@@ -122,8 +125,12 @@ def train_tokenizer(context: BuildContext, loss_reader: SceneReader) -> JanusVQV
         (loss + extra).backward()
         nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
         optimizer.step()
-        average.update_parameters(decoding)
+        ema.update()
         return logs | parts
+
+    def evaluate(i: int) -> dict[str, float]:
+        with ema.swapped_in():
+            return _evaluate(context, vq, loss_reader, quantised=i > quantise_from)
 
     train(
         context.folder / "tokenizer",
@@ -135,12 +142,13 @@ def train_tokenizer(context: BuildContext, loss_reader: SceneReader) -> JanusVQV
         ),
         steps=steps,
         step=step,
-        state={"model": vq, "use": use, "average": average, "optimizer": optimizer},
-        evaluate=lambda i: _evaluate(context, vq, average.module, loss_reader, quantised=i > quantise_from),
+        state={"model": vq, "use": use, "ema": ema, "optimizer": optimizer},
+        evaluate=evaluate,
         evaluate_every=500,
         save_every=250,
     )
-    return _settle(vq, average.module)
+    ema.apply()
+    return vq.eval().requires_grad_(False)
 
 
 def uniformity_loss(features: torch.Tensor) -> torch.Tensor:
@@ -152,7 +160,7 @@ def uniformity_loss(features: torch.Tensor) -> torch.Tensor:
 def train_vq_decoder(context: BuildContext, vq: JanusVQVAE, loss_reader: SceneReader) -> JanusVQVAE:
     """Fine-tunes (or restores) the decoder of `vq` with a GAN loss, encoder and codebook frozen; returns `vq`."""
     decoder = nn.ModuleList([vq.post_quant_conv, vq.decoder])
-    averaged = finetune_with_gan(
+    finetune_with_gan(
         context,
         "vq-decoder",
         _DECODER_STAGE,
@@ -164,9 +172,9 @@ def train_vq_decoder(context: BuildContext, vq: JanusVQVAE, loss_reader: SceneRe
         batch=context.recipe.tokenizer_batch,
         settings=context.settings("tokenizer_batch", tokenizer=digest(vq), loss_reader=digest(loss_reader)),
         loss_reader=loss_reader,
-        evaluate=lambda parts: _evaluate(context, vq, parts, loss_reader, quantised=True),
+        evaluate=lambda _: _evaluate(context, vq, loss_reader, quantised=True),
     )
-    return _settle(vq, averaged)
+    return vq.eval().requires_grad_(False)
 
 
 def tokens_digest(vq: JanusVQVAE) -> str:
@@ -177,13 +185,6 @@ def tokens_digest(vq: JanusVQVAE) -> str:
 def _architecture(vq: JanusVQVAE) -> list:
     config = vq.config
     return [config.num_embeddings, config.base_channels, *config.channel_multiplier, config.num_res_blocks]
-
-
-def _settle(vq: JanusVQVAE, averaged: nn.ModuleList) -> JanusVQVAE:
-    """Loads the EMA decoder into `vq` and freezes it."""
-    vq.post_quant_conv.load_state_dict(averaged[0].state_dict())
-    vq.decoder.load_state_dict(averaged[1].state_dict())
-    return vq.eval().requires_grad_(False)
 
 
 def _encode(vq: JanusVQVAE, pixels: torch.Tensor, context: BuildContext) -> torch.Tensor:
@@ -200,17 +201,14 @@ def _quantise(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def _evaluate(
-    context: BuildContext, vq: JanusVQVAE, decoding: nn.ModuleList, loss_reader: SceneReader, *, quantised: bool
-) -> dict[str, float]:
+def _evaluate(context: BuildContext, vq: JanusVQVAE, loss_reader: SceneReader, *, quantised: bool) -> dict[str, float]:
     pixels = scene_pixels(context.held_out_images, context.device)
     features = torch.cat([_encode(vq, part, context) for part in pixels.split(32)])
     tokens, chosen = _quantise(features, vq.quantize.embedding.weight)
-    post_quant_conv, decoder = decoding
     decoded = []
     for part in (chosen if quantised else features).split(32):
         with context.autocast():
-            decoded.append(decoder(post_quant_conv(part)).float().clamp(-1, 1))
+            decoded.append(vq.decoder(vq.post_quant_conv(part)).float().clamp(-1, 1))
     used = float(len(tokens.unique()) / _CODES)
     return fidelity(pixels, torch.cat(decoded), loss_reader) | {"codes_used": used}
 

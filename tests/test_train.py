@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dcdd_core.cli import train as cli
 from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
@@ -109,7 +110,7 @@ def test_a_run_that_is_not_at_its_end_has_a_bundle_too(run, tmp_path, capsys):
     average.write_bytes(average.read_bytes()[:-50])
     assert run("--bundle-now") == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "step-00000002 is damaged (average.safetensors, SafetensorError" in said and "delete it to go on" in said
+    assert "step-00000002 is damaged (average.safetensors, SafetensorError" in said and "delete it to resume" in said
     assert not now.exists()
 
 
@@ -158,7 +159,7 @@ def test_out_of_memory_is_one_line_on_every_device(run, capsys, monkeypatch, err
     def full(*args, **options):
         raise error
 
-    monkeypatch.setitem(main.__globals__, "run_training", full)
+    monkeypatch.setattr(cli, "run_training", full)
     assert run() == 1
     said = capsys.readouterr().err
     assert said.startswith("train.py: out of memory: ") and said.count("\n") == 1
@@ -228,7 +229,7 @@ def test_another_frozen_base_is_not_gone_on_over(run, pico, tmp_path, capsys):
     assert run() == 0
     for words in ((), ("--bundle-now",)):
         assert run(*words, bundle=other) == 1
-        assert "made under other settings (frozen " in capsys.readouterr().err
+        assert "made with other settings (frozen " in capsys.readouterr().err
 
 
 def test_a_cache_without_pixels_cannot_be_masked(run, tmp_path, capsys):
@@ -272,7 +273,7 @@ def test_over_a_base_only_what_changed_is_kept(run, pico, tmp_path):
         ({"data": "nowhere"}, "there is no file nowhere"),
         ({"resolution": 100}, "use 96 or 104"),
         ({"tracker": "nobody"}, "the tracker 'nobody' is not installed"),
-        ({"vlm": "nowhere", "vae": "nowhere"}, "nowhere is not a folder"),
+        ({"vlm": "nowhere", "vae": "nowhere"}, "nowhere does not exist; expected a VLM"),
         ({"vlm": "nowhere"}, "give --vae"),
         ({"variant": "discrete", "calibration": "c.safetensors"}, "takes no calibration"),
         ({"calibration": "c.safetensors"}, "c.safetensors does not exist"),
@@ -340,7 +341,7 @@ def test_what_is_missing_is_said(run, pico, capsys, tmp_path):
     assert run(**own, base=tmp_path / "base") == 1
     assert "make one for this VLM with `dcdd calibrate`" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert run(data=tmp_path / "empty") == 1 and "holds no image" in capsys.readouterr().err
+    assert run(data=tmp_path / "empty") == 1 and "holds no images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("converged", [False, True])

@@ -20,8 +20,13 @@ _LESS_MEMORY = "use a smaller image, --dtype bfloat16, --janus-int8, --decoder-8
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for a failure that is explained, 130 when interrupted."""
-    args = parser().parse_args(arguments)
-    args.command = shlex.join(["dcdd", *(sys.argv[1:] if arguments is None else arguments)])
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["train"]:
+        from .train import main as train  # Its imports take seconds, and no other command needs them.
+
+        return train(words[1:], prog="dcdd train")
+    args = parser().parse_args(words)
+    args.command = shlex.join(["dcdd", *words])
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -54,4 +59,6 @@ def parser() -> argparse.ArgumentParser:
     commands = found.add_subparsers(required=True, metavar="command")
     for command in COMMANDS:
         command.add(commands)
+    # For the help text: `main` passes its words on.
+    commands.add_parser("train", add_help=False, help="train a decoder, encode its images, estimate what it takes")
     return found

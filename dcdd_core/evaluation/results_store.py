@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files import write_record, write_text
+from ..settings import require_same_settings
 
 _KIND = "measurements"
 
@@ -27,18 +28,12 @@ def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True) ->
         ValueError: if they differ; the message names the settings.
     """
     path = folder / "settings.json"
-    now = json.loads(json.dumps(settings))
     if path.exists():
         before = json.loads(path.read_text("utf-8"))
-        differ = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        if differ:
-            changes = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differ)
-            raise ValueError(
-                f"{folder} holds results made with other settings ({changes}): give another --out, or use those "
-                "settings to resume"
-            )
+        remedy = "give another --out, or use those settings to resume"
+        require_same_settings(f"{folder} holds results", before, settings, remedy=remedy)
     elif write:
-        write_text(path, json.dumps(now, indent=1) + "\n")
+        write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
 class Measurements:

@@ -1,7 +1,7 @@
-"""In which order training sees its examples: shares of processes, endless batches, exact resume.
+"""The order in which training sees its examples: per-process shards, endless batches, exact resume.
 
-A source tells the order of an epoch without decoding anything; loading a picture is a function of its entry alone. So
-the order does not depend on the number of workers, and a position is resumed without decoding what went before it.
+A source says the order of an epoch without decoding anything, and loading an image is a function of its entry alone. So
+the order does not depend on the number of workers, and a position is resumed without decoding what came before it.
 """
 
 from __future__ import annotations
@@ -18,28 +18,31 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..method.sampling import keyed_generator
 from ..pipelines.images import UnreadableImage
+from ..settings import require_at_least
 from ..types import DCDDWarning
-from .settings import require_at_least
 
-UNREADABLE_SHARE, UNREADABLE_FROM = 0.01, 100
+MAX_UNREADABLE, MIN_READ = 0.01, 100
 
-_ORDER = 41  # sets the draws of an order apart from others with the same seed
+_ORDER = 41  # keeps the draws of an order apart from others with the same seed
 _CHUNK = 8  # entries that a worker is given at a time
 
-# Where a stream can be entered: [position in the epoch, number of the file in the epoch's order, row in the file].
+# Where to enter a stream: [position in the epoch, number of the file in the epoch's order, row in the file].
 Mark = Sequence[int]
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which pictures a process gets, and in which order.
+class DataShard:
+    """Which images a process gets, and in which order.
 
     Attributes:
-        seed: of the order, new in every epoch; None for the order in which the pictures are stored.
-        rank, world: this is process `rank` of `world`; no picture goes to two of them, and none is left out.
-        window: of streams, which cannot be read anywhere: so many pictures at a time are read, undecoded, and shuffled.
+        seed: of the order, which is new in every epoch; None for the order in which the images are stored.
+        rank, world: this process's rank and the world size; every image goes to exactly one process.
+        window: for streams, which have no random access: this many images at a time are read, undecoded, and shuffled.
+
+    Raises:
+        ValueError: for a rank outside the world, and an empty window.
     """
 
     seed: int | None = 0
@@ -53,19 +56,19 @@ class Share:
             raise ValueError(f"rank must lie in 0..{self.world - 1} of {self.world} processes, got {self.rank}")
 
     def permutation(self, count: int, *key: int) -> list[int]:
-        """A permutation of range(count), the same in all processes, a function of the seed and the key."""
+        """A permutation of range(count): a function of the seed and the key, the same in all processes."""
         if self.seed is None:
             return list(range(count))
         return torch.randperm(count, generator=keyed_generator(self.seed, _ORDER, *key)).tolist()
 
     def indices(self, count: int, epoch: int, start: int) -> list[int]:
-        """This process's of range(count) in an epoch, from position `start` on: of a source that is read anywhere."""
+        """This process's indices of range(count) in an epoch from position `start` on, for random access."""
         return self.permutation(count, epoch)[self.rank :: self.world][start:]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture that was not read yet: its name, what its source needs to load it, and where to enter a stream."""
+    """An image that is not loaded yet: its name, what its source needs to load it, and where to enter a stream."""
 
     key: str
     data: Any
@@ -73,13 +76,18 @@ class Entry:
 
 
 class Source(Protocol[Item, Batch]):
-    """Where training examples come from: pictures, or a cache of their encodings."""
+    """Where training examples come from: images, or a cache of their encodings.
+
+    Attributes:
+        name: for messages.
+        fingerprint: changes when entries are added, removed or renamed.
+    """
 
     name: str
-    fingerprint: str  # changes when entries are added, taken away or renamed
+    fingerprint: str
 
-    def entries(self, share: Share, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
-        """The share's entries of an epoch from position `start` on; `mark`, of an entry near there, saves reading."""
+    def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
+        """The shard's entries of an epoch from position `start` on; `mark`, of an entry near there, saves reading."""
 
     def load(self, entry: Entry) -> Item:
         """Raises UnreadableImage."""
@@ -87,11 +95,11 @@ class Source(Protocol[Item, Batch]):
     def collate(self, items: Sequence[Item]) -> Batch: ...
 
 
-class Tally:
-    """Counts what was read; warns of each unreadable picture, and stops when they are too many.
+class ReadCounter:
+    """Counts what was read; warns of each unreadable image, and stops when there are too many.
 
     Attributes:
-        read, unreadable: so far; the second is part of the first.
+        read, unreadable: so far; `read` includes the unreadable ones.
     """
 
     def __init__(self, read: int = 0, unreadable: int = 0):
@@ -99,21 +107,21 @@ class Tally:
         self.unreadable = unreadable
 
     def admit(self, item: Any, source: str) -> bool:
-        """Whether the item was read.
+        """Counts an item; returns whether it could be read.
 
         Raises:
-            ValueError: at an unreadable item, if more than 1 % of at least 100 were unreadable.
+            ValueError: at an unreadable item, if more than 1 % of at least 100 items were unreadable.
         """
         self.read += 1
         if not isinstance(item, Unreadable):
             return True
         self.unreadable += 1
         warnings.warn(f"{item.key} of {source} is skipped: {item.reason}", DCDDWarning, stacklevel=2)
-        if self.read >= UNREADABLE_FROM and self.unreadable > UNREADABLE_SHARE * self.read:
+        if self.read >= MIN_READ and self.unreadable > MAX_UNREADABLE * self.read:
             raise ValueError(
-                f"{self.unreadable} of {self.read} pictures of {source} could not be read, the last one {item.key} "
-                f"({item.reason}); more than {UNREADABLE_SHARE:.0%} is more than chance: check the disk and the files, "
-                "or take the bad ones out"
+                f"{self.unreadable} of {self.read} images of {source} could not be read, the last one {item.key} "
+                f"({item.reason}). More than {MAX_UNREADABLE:.0%} is unlikely to be chance: check the disk and the "
+                "files, or remove the bad ones"
             )
         return False
 
@@ -142,9 +150,9 @@ def load_in_order(
     loader = DataLoader(
         _Loading(source),
         batch_sampler=chunks(),
-        collate_fn=_as_they_are,
+        collate_fn=_unchanged,
         num_workers=workers,
-        generator=torch.Generator(),  # or it would draw from the global one
+        generator=torch.Generator(),  # Without one, it draws from the global generator.
     )
     for items in loader:
         for item in items:
@@ -152,44 +160,44 @@ def load_in_order(
 
 
 class Batches(Generic[Batch]):
-    """Endless batches of one process's share, epoch after epoch, from a position that can be saved and resumed.
+    """Endless batches of one process's shard, epoch after epoch, from a position that can be saved and resumed.
 
-    Every batch is full: an unreadable picture's place is taken by the one after it, and a batch may span two epochs.
-    What comes does not depend on `workers`.
+    Every batch is full: an unreadable image is replaced by the next one, and a batch may span two epochs. The batches
+    do not depend on `workers`.
 
     The state says how far the batches that were handed out reach, not what was read ahead. It is JSON and belongs to
-    one process: with several, each needs its own back (accelerate's `register_for_checkpointing` keeps only that of
-    the main process).
+    one process. With several, each must get its own back; accelerate's `register_for_checkpointing` keeps only that of
+    the main process.
 
     Args:
         source: see `Source`.
         size: B.
-        share: seed, and the process's place among the others.
+        shard: the seed, and the process's rank.
         workers: processes that decode; 0 for this one.
 
     Raises:
-        ValueError: while iterating, if the share is empty or too much is unreadable.
+        ValueError: while iterating, if the shard is empty or too many images are unreadable.
     """
 
-    def __init__(self, source: Source[Any, Batch], *, size: int, share: Share | None = None, workers: int = 0):
+    def __init__(self, source: Source[Any, Batch], *, size: int, shard: DataShard | None = None, workers: int = 0):
         if size < 1:
             raise ValueError(f"a batch needs a size of at least 1, got {size}")
         self.source = source
         self.size = size
-        self.share = share or Share()
+        self.shard = shard or DataShard()
         self.workers = workers
-        self.tally = Tally()
+        self.counter = ReadCounter()
         self._at: tuple[int, int, Mark | None] = (0, 0, None)
 
     @property
     def epoch(self) -> int:
-        """Of the last picture that was handed out."""
+        """Of the last image that was handed out."""
         return self._at[0]
 
     def __iter__(self) -> Iterator[Batch]:
         items = []
         for at, item in load_in_order(self.source, self._entries(), workers=self.workers):
-            if self.tally.admit(item, self.source.name):
+            if self.counter.admit(item, self.source.name):
                 items.append(item)
             if len(items) == self.size:
                 self._at = at
@@ -200,44 +208,44 @@ class Batches(Generic[Batch]):
         epoch, start, mark = self._at
         while True:
             end = start
-            for end, entry in enumerate(self.source.entries(self.share, epoch, start, mark), start + 1):
+            for end, entry in enumerate(self.source.entries(self.shard, epoch, start, mark), start + 1):
                 yield (epoch, end, entry.mark), entry
             if end == 0:
                 raise ValueError(
-                    f"{self.source.name} has no picture for process {self.share.rank} of {self.share.world}: use fewer "
-                    "processes, or more pictures"
+                    f"{self.source.name} has no image for process {self.shard.rank} of {self.shard.world}: use fewer "
+                    "processes, or more images"
                 )
             epoch, start, mark = epoch + 1, 0, None
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch, as JSON."""
+        """The position after the last batch, as JSON values."""
         epoch, consumed, mark = self._at
         return {
             "source": self.source.fingerprint,
-            **asdict(self.share),
+            **asdict(self.shard),
             "epoch": epoch,
             "consumed": consumed,
             "mark": None if mark is None else list(mark),
-            "read": self.tally.read,
-            "unreadable": self.tally.unreadable,
+            "read": self.counter.read,
+            "unreadable": self.counter.unreadable,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a position; an iterator that runs already does not notice.
+        """Continues from a position; iterators that exist already do not.
 
         Raises:
             ValueError: if it is of another source, seed, or number of processes.
         """
-        own = {"source": self.source.fingerprint, **asdict(self.share)}
+        own = {"source": self.source.fingerprint, **asdict(self.shard)}
         differ = [f"{name} {state.get(name)!r} -> {value!r}" for name, value in own.items() if state.get(name) != value]
         if differ:
             raise ValueError(
-                f"this position was saved from other data ({', '.join(differ)}): resume with the same pictures, seed "
-                "and number of processes, or start afresh"
+                f"this position was saved from other data ({', '.join(differ)}): resume with the same images, seed and "
+                "number of processes, or start afresh"
             )
         mark = state["mark"]
         self._at = (state["epoch"], state["consumed"], mark if mark is None else tuple(mark))
-        self.tally = Tally(state["read"], state["unreadable"])
+        self.counter = ReadCounter(state["read"], state["unreadable"])
 
 
 class _Loading(Dataset):
@@ -253,5 +261,5 @@ class _Loading(Dataset):
             return Unreadable(entry.key, str(error))
 
 
-def _as_they_are(items: list[Any]) -> list[Any]:
+def _unchanged(items: list[Any]) -> list[Any]:
     return items

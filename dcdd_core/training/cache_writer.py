@@ -1,4 +1,4 @@
-"""Writes a cache of encodings, by any number of processes and runs; `cache` says what it looks like."""
+"""Writes a cache of encodings, with any number of processes and runs; `cache` describes its files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL
 
-from ..models.vq import VQTokenizer
+from ..protocols import ImageTokenizer, LatentCodec
+from ..settings import require_at_least
 from ..types import DCDDWarning
-from .batches import Entry, Mark, Share, Tally, load_in_order
+from .batches import DataShard, Entry, Mark, ReadCounter, load_in_order
 from .cache import FORMAT, CacheCard, read_manifest, sha256
 from .encoded_batch import Autocast, EncodedBatch, encode
-from .folders import Pictures
-from .image_batch import Picture
-from .settings import require_at_least
+from .folders import ImageSource
+from .image_batch import TrainingImage
 
 _SHARDS = "shards"
 _END = "end.json"
@@ -33,9 +32,9 @@ _END = "end.json"
 
 def write_cache(
     folder: str | Path,
-    source: Pictures,
-    vq: VQTokenizer,
-    vae: AutoencoderKL,
+    source: ImageSource,
+    tokenizer: ImageTokenizer,
+    codec: LatentCodec,
     *,
     shard_size: int = 1024,
     batch_size: int = 16,
@@ -46,49 +45,49 @@ def write_cache(
     autocast: Autocast = nullcontext,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Encodes all pictures of a source into a cache, going on with what the folder already holds.
+    """Encodes all images of a source into a cache, continuing from what the folder already holds.
 
-    Shard s is made of the pictures s * shard_size and following in the stored order, whoever writes it: a run may be
-    killed at any point and gone on with, by any number of processes, and on the same device with deterministic kernels
-    the files come out the same to the byte. Shards that are there are compared with their checksums first.
+    Shard s holds the images from s * shard_size on, in the stored order, whichever process writes it. A run may be
+    killed at any point and continued with any number of processes; on the same device, with deterministic kernels, the
+    files are the same to the byte. Existing shards are compared with their checksums first.
 
     Args:
-        source: pictures, with the geometry that they are cut to; see `sources.open_pictures`.
-        shard_size: pictures of a shard, before unreadable ones are skipped.
-        keep_pixels: for localised training, which encodes masked pictures; a multiple of the space.
-        rank, world: this process writes every `world`-th shard, from `rank` on; the cache is complete when all are
-            done.
-        workers: processes that decode the pictures.
+        source: the images, with their sizes; see `sources.open_images`.
+        shard_size: images per shard, before unreadable ones are skipped.
+        keep_pixels: for localised training, which encodes masked images; takes several times the space.
+        rank, world: this process writes every `world`-th shard, from `rank` on; the cache is complete when all
+            processes are done.
+        workers: processes that decode images.
 
     Raises:
-        ValueError: if the folder holds a cache of other networks, sizes or pictures; if too many pictures are
+        ValueError: if the folder holds a cache of other networks, sizes or images; if too many images are
             unreadable, or none is readable; if an encoding is not finite.
-        OSError: if the disk is full; what is finished is kept.
+        OSError: if the disk is full; finished shards are kept.
     """
     require_at_least(1, shard_size=shard_size, batch_size=batch_size)
-    card = CacheCard.of(vq, vae, source.geometry, pixels=keep_pixels)
-    writer = _Writer(Path(folder), card, source, shard_size, Share(seed=None, rank=rank, world=world))
+    card = CacheCard.of(tokenizer, codec, source.geometry, pixels=keep_pixels)
+    writer = _Writer(Path(folder), card, source, shard_size, DataShard(seed=None, rank=rank, world=world))
     finished = writer.begin()
     own = [line for number, line in finished.items() if number % world == rank]
     if own:
-        report(f"{folder}: {len(own)} finished shards are kept")
-    tally = Tally(sum(line["read"] for line in own), sum(len(line["unreadable"]) for line in own))
+        report(f"{folder}: keeping {len(own)} finished shards")
+    counter = ReadCounter(sum(line["read"] for line in own), sum(len(line["unreadable"]) for line in own))
     marks: dict[int, Mark | None] = {}
     position = 0
 
     def missing() -> Iterator[tuple[tuple[int, str], Entry]]:
         nonlocal position
-        position, mark = writer.entrance(finished)
-        for entry in source.entries(Share(seed=None), 0, position, mark):
+        position, mark = writer.entry_point(finished)
+        for entry in source.entries(DataShard(seed=None), 0, position, mark):
             number = position // shard_size
             if number % world == rank and number not in finished:
                 marks.setdefault(number, entry.mark)
                 yield (number, entry.key), entry
             position += 1
 
-    def readable(loaded: Iterator, keys: list[str], unreadable: list[str]) -> Iterator[Picture]:
+    def readable(loaded: Iterator, keys: list[str], unreadable: list[str]) -> Iterator[TrainingImage]:
         for (_, key), item in loaded:
-            admitted = tally.admit(item, source.name)
+            admitted = counter.admit(item, source.name)
             (keys if admitted else unreadable).append(key)
             if admitted:
                 yield item
@@ -97,66 +96,73 @@ def write_cache(
     for number, loaded in shards:
         keys: list[str] = []
         unreadable: list[str] = []
-        pictures = readable(loaded, keys, unreadable)
+        images = readable(loaded, keys, unreadable)
         parts = []
-        while batch := list(islice(pictures, batch_size)):
-            parts.append(_stored(batch, encode(source.collate(batch), vq, vae, autocast=autocast), keep_pixels))
+        while batch := list(islice(images, batch_size)):
+            parts.append(
+                _stored(batch, encode(source.collate(batch), tokenizer, codec, autocast=autocast), keep_pixels)
+            )
         writer.write(number, parts, keys=keys, unreadable=unreadable, mark=marks.pop(number))
-        report(f"{folder}: shard {number} with {len(keys)} pictures")
+        report(f"{folder}: shard {number} with {len(keys)} images")
     writer.finish(position)
 
 
 class _Writer:
-    """The files of a cache that is being written."""
+    """Writes the files of a cache.
 
-    def __init__(self, folder: Path, card: CacheCard, source: Pictures, shard_size: int, mine: Share):
+    A shard's line is what the manifest says of it, in a file of its own.
+    """
+
+    def __init__(self, folder: Path, card: CacheCard, source: ImageSource, shard_size: int, shard: DataShard):
         self.folder = folder
         self.card = card
         self.source = source
-        self.mine = mine
+        self.shard = shard
         self.shard_size = shard_size
-        self._lines: dict[str, tuple[int, dict[str, Any]]] = {}  # file -> when it was written, what it says
+        self._lines: dict[str, tuple[int, dict[str, Any]]] = {}  # file -> (modification time, content)
 
     def begin(self) -> dict[int, dict[str, Any]]:
-        """Makes the folder, or compares what is there; returns the lines of the finished shards by number.
+        """Makes the folder, or checks what it holds; returns the lines of the finished shards by number.
 
-        This process's own shards are compared with their checksums, and damaged ones are given up.
+        Of this process's own shards, those that do not match their checksums are discarded.
         """
-        begun = bool(self._read_lines())  # Before the manifest, which other processes write first.
+        begun = bool(self._read_lines())  # Before the manifest is read: other processes write that first.
         if (self.folder / "manifest.json").exists():
             self._compare(read_manifest(self.folder))
         elif self.folder.is_dir():
-            ours = ("manifest.json", _SHARDS)  # Another process may be just as far.
+            ours = ("manifest.json", _SHARDS)  # Another process may have made these just now.
             if begun:
                 raise ValueError(
-                    f"{self.folder} holds shards without their manifest.json, so that nothing says what made them: put "
-                    "it back, or choose a new folder"
+                    f"{self.folder} holds shards without their manifest.json, which says how they were made: put it "
+                    "back, or choose a new folder"
                 )
             if others := [path.name for path in self.folder.iterdir() if not path.name.startswith(ours)]:
-                raise ValueError(f"{self.folder} is no cache and not empty (it holds {others[0]}): choose a new folder")
+                raise ValueError(
+                    f"{self.folder} is not empty and not a cache (it holds {others[0]}): choose a new folder"
+                )
         (self.folder / _SHARDS).mkdir(parents=True, exist_ok=True)
         for number, line in self._read_lines().items():
             path = self.folder / line["file"]
-            if number % self.mine.world == self.mine.rank and not (path.is_file() and sha256(path) == line["sha256"]):
-                warnings.warn(f"{path} is missing or damaged, and is made again", DCDDWarning, stacklevel=3)
+            if number % self.shard.world == self.shard.rank and not (path.is_file() and sha256(path) == line["sha256"]):
+                warnings.warn(f"{path} is missing or damaged; it is made again", DCDDWarning, stacklevel=3)
                 (self.folder / _SHARDS / f"{number:05}.json").unlink()
         self._write_manifest()
         return self._read_lines()
 
-    def entrance(self, finished: Mapping[int, Mapping[str, Any]]) -> tuple[int, Mark | None]:
+    def entry_point(self, finished: Mapping[int, Mapping[str, Any]]) -> tuple[int, Mark | None]:
         """Position and mark from which the source has to be read: the last finished shard before a missing one."""
-        number = self.mine.rank
+        number = self.shard.rank
         while number in finished:
-            number += self.mine.world
+            number += self.shard.world
         before = max((n for n in finished if n < number), default=None)
         return (0, None) if before is None else (before * self.shard_size, finished[before]["mark"])
 
     def write(
         self, number: int, parts: list[dict], *, keys: list[str], unreadable: list[str], mark: Mark | None
     ) -> None:
-        """A shard, then its line, then the manifest: what is killed in between is made again, the same."""
+        """Writes a shard, then its line, then the manifest: if killed in between, the shard is made again."""
         tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in (parts[0] if parts else ())}
-        # One entry: safetensors keeps several in no fixed order.
+        # One entry: safetensors writes several in no fixed order.
         header = {"dcdd": json.dumps({"format": FORMAT, "card": asdict(self.card), "keys": keys})}
         data = safetensors.torch.save(tensors, metadata=header)
         name = f"{_SHARDS}/{number:05}.safetensors"
@@ -174,27 +180,27 @@ class _Writer:
         self._write_manifest()
 
     def finish(self, positions: int) -> None:
-        """Notes the end of the source.
+        """Records the end of the source.
 
         Raises:
-            ValueError: if it has no picture that could be read.
+            ValueError: if it has no readable image.
         """
         if positions == 0:
-            raise ValueError(f"{self.source.name} has no picture to encode: give one that has")
+            raise ValueError(f"{self.source.name} has no images to encode")
         self._put(f"{_SHARDS}/{_END}", _json({"positions": positions}))
         manifest = self._write_manifest()
         if manifest["complete"]:
-            # What killed runs left; other processes may still be writing files that are no shards.
-            for left in self.folder.rglob("*.tmp" if self.mine.world == 1 else "[0-9]*.tmp"):
+            # Leftovers of killed runs; other processes may still be writing files other than shards.
+            for left in self.folder.rglob("*.tmp" if self.shard.world == 1 else "[0-9]*.tmp"):
                 left.unlink(missing_ok=True)
             if manifest["items"] == 0:
-                raise ValueError(f"none of the {positions} pictures of {self.source.name} could be read")
+                raise ValueError(f"none of the {positions} images of {self.source.name} could be read")
 
     def _compare(self, manifest: Mapping[str, Any]) -> None:
         card = CacheCard.from_dict(manifest["card"])
         misfits = card.misfits(self.card) + (["it keeps the pixels"] if card.pixels and not self.card.pixels else [])
         if manifest["source"]["fingerprint"] != self.source.fingerprint:
-            misfits.append(f"it is of other pictures, those of {manifest['source']['name']} at the time")
+            misfits.append(f"it is of other images: those of {manifest['source']['name']} when it was written")
         if manifest["shard_size"] != self.shard_size:
             misfits.append(f"its shard size is {manifest['shard_size']}, expected {self.shard_size}")
         if misfits:
@@ -204,10 +210,10 @@ class _Writer:
             )
 
     def _read_lines(self) -> dict[int, dict[str, Any]]:
-        """Lines of the finished shards, by number and in its order."""
+        """The lines of the finished shards, by number, in increasing order."""
         found = {}
         for path in (self.folder / _SHARDS).glob("[0-9]*.json"):
-            with suppress(FileNotFoundError):  # Its process may give it up just now.
+            with suppress(FileNotFoundError):  # Its process may be discarding it just now.
                 changed = path.stat().st_mtime_ns
                 if path.name not in self._lines or self._lines[path.name][0] != changed:
                     self._lines[path.name] = changed, json.loads(path.read_text("utf-8"))
@@ -215,14 +221,14 @@ class _Writer:
         return dict(sorted(found.items()))
 
     def _read_end(self) -> int | None:
-        """How many pictures the source has, readable or not, if a process has come to its end."""
+        """How many images the source has, readable or not, if a process has reached its end."""
         path = self.folder / _SHARDS / _END
         return json.loads(path.read_text("utf-8"))["positions"] if path.is_file() else None
 
     def _write_manifest(self) -> dict[str, Any]:
-        """Writes the manifest from the lines that are there, until no other process has added one meanwhile.
+        """Writes the manifest from the existing lines, until no other process has added one meanwhile.
 
-        Whoever replaces it last looks again afterwards, so that no line stays out of it, without a lock.
+        The process that replaces it last checks again afterwards: so no line is missed, without a lock.
         """
         while True:
             lines, end = self._read_lines(), self._read_end()
@@ -242,9 +248,9 @@ class _Writer:
                 return manifest
 
     def _put(self, name: str, data: bytes) -> None:
-        """Writes a file so that it is there whole or not at all."""
+        """Writes a file whole or not at all."""
         path = self.folder / name
-        temporary = path.with_name(f"{path.name}.{self.mine.rank}.{os.getpid()}.tmp")
+        temporary = path.with_name(f"{path.name}.{self.shard.rank}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -258,22 +264,22 @@ class _Writer:
             raise OSError(
                 error.errno,
                 f"the disk is full: {len(data) / 1e6:.0f} MB more are needed for {name}. The {len(self._read_lines())} "
-                "shards that are finished are kept; make room and run the same again to go on",
+                "finished shards are kept; free some space and run the same command again to continue",
                 str(self.folder),
             ) from error
 
 
-def _stored(pictures: Sequence[Picture], batch: EncodedBatch, keep_pixels: bool) -> dict[str, torch.Tensor]:
-    """What a shard keeps of a batch: float16 encodings, and the uint8 pixels if wanted."""
+def _stored(images: Sequence[TrainingImage], batch: EncodedBatch, keep_pixels: bool) -> dict[str, torch.Tensor]:
+    """What a shard stores of a batch: float16 encodings, and uint8 pixels if wanted."""
     stored = {name: getattr(batch, name).half().cpu() for name in ("features", "latents")}
     for name, values in stored.items():
         finite = values.flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
             raise ValueError(
-                f"the {name} of {pictures[int(finite.int().argmin())].key} hold NaN or numbers beyond float16: run the "
-                "networks in float32 or bfloat16"
+                f"the {name} of {images[int(finite.int().argmin())].key} hold NaN or numbers beyond float16's range: "
+                "run the networks in float32 or bfloat16"
             )
-    return stored | ({"pixels": torch.stack([picture.pixels for picture in pictures])} if keep_pixels else {})
+    return stored | ({"pixels": torch.stack([image.pixels for image in images])} if keep_pixels else {})
 
 
 def _json(value: Any) -> bytes:

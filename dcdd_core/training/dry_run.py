@@ -1,11 +1,11 @@
-"""A training step on shapes alone: how many bytes it holds at its worst moment, and how many operations it does.
+"""A dry run of a training step, on shapes alone: its peak memory and its FLOPs.
 
-The real networks, loss, autograd and optimisers run on the meta device, where tensors have shapes and no memory; what
-is counted is every tensor that they make, for as long as it lives. Nothing is a formula here but PyTorch's own of
-operations (`torch.utils.flop_counter`: 2 for each multiply-add of matrix products, convolutions and attention).
+The real networks, loss, autograd and optimisers run on the meta device, where tensors have shapes but no memory, and
+every tensor counts for as long as it lives. FLOPs are PyTorch's own (`torch.utils.flop_counter`: 2 for each
+multiply-add of matrix products, convolutions and attention).
 
-Left out: what a device's libraries take for themselves (contexts, workspaces), and fragmentation. The rules of a CPU
-agree with PyTorch's profiler within 1 % (`tests/training/test_cost.py`); those of a GPU have not been measured on one.
+Not counted: the memory of a device's libraries (contexts, workspaces), and fragmentation. The rules for a CPU agree
+with PyTorch's profiler within 1 % (`tests/training/test_cost.py`); those for a GPU were not compared with a GPU.
 """
 
 from __future__ import annotations
@@ -26,56 +26,58 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-#: What autocast computes in the lower type on every device, of what a decoder calls (ATen/autocast_mode.h).
-LOWER = frozenset({F.linear, F.conv2d, torch.matmul, torch.bmm, F.scaled_dot_product_attention})
-#: And what it computes in float32 on a GPU; on a CPU nothing of this.
+#: The functions a decoder calls that autocast runs in the lower precision on every device (ATen/autocast_mode.h).
+LOWER_PRECISION = frozenset({F.linear, F.conv2d, torch.matmul, torch.bmm, F.scaled_dot_product_attention})
+#: Those that it runs in float32 on a GPU, but not on a CPU.
 FLOAT32 = frozenset({F.layer_norm, F.rms_norm, F.group_norm, F.interpolate})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replayed:
-    """What a step makes, on top of the weights and whatever else was there before.
+class DryRun:
+    """What a step takes, in addition to the weights and whatever else existed before it.
 
     Attributes:
-        peak: bytes at the worst moment, gradients included.
-        peak_beside_gradients: bytes of all but finished gradients at the worst moment for these.
-        saved: bytes that the forward pass leaves for the backward pass, the activations.
-        gradients: bytes that are left at the end.
-        forward_operations, operations: of the forward pass, and of the whole step with what is recomputed.
+        peak: bytes, gradients included.
+        peak_without_gradients: the peak of all bytes except finished gradients.
+        activations: bytes that the forward pass stores for the backward pass.
+        gradients: bytes that remain at the end.
+        forward_flops, flops: of the forward pass, and of the whole step with its recomputation.
     """
 
     peak: int
-    peak_beside_gradients: int
-    saved: int
+    peak_without_gradients: int
+    activations: int
     gradients: int
-    forward_operations: int
-    operations: int
+    forward_flops: int
+    flops: int
 
 
-def replay(
+def dry_run(
     loss: Callable[[], torch.Tensor],
     trained: Iterable[nn.Parameter],
     *,
     checkpointed: Iterable[nn.Module] = (),
     autocast: torch.dtype | None = None,
     on_gpu: bool = True,
-) -> Replayed:
-    """Forward and backward pass of a loss over meta tensors, from weights without gradients; afterwards they have them.
+) -> DryRun:
+    """Runs the forward and backward pass of a loss of meta tensors; the weights have gradients afterwards, not before.
 
-    Attention is counted as flash attention: it keeps its inputs, its output and one number a row.
+    Attention is counted as flash attention: it stores its inputs, its output and one number a row.
 
     Args:
         trained: the weights that receive gradients.
-        checkpointed: modules that keep nothing but their input, and compute the rest again in the backward pass.
-        autocast: the lower type that `loss` runs in, as under `torch.autocast`, which does not know the meta device.
+        checkpointed: modules that store their input alone, and recompute their activations in the backward pass.
+        autocast: the dtype of mixed precision; `torch.autocast` itself does not support the meta device.
         on_gpu: autocast's rules and the fused kernels of a GPU; False for those of a CPU.
     """
     device, meter = _Device(autocast, on_gpu), Meter()
     with ExitStack() as stack:
         for module in checkpointed:
-            # Autograd runs a recomputation outside of function modes, so it enters this one by itself.
-            again = partial(checkpoint, module.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), device))
-            module.forward = partial(again, preserve_rng_state=False)
+            # Autograd recomputes outside of function modes, so the recomputation enters this one itself.
+            recomputed = partial(
+                checkpoint, module.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), device)
+            )
+            module.forward = partial(recomputed, preserve_rng_state=False)
             stack.callback(delattr, module, "forward")
         for weight in trained:
             weight.grad = None
@@ -85,54 +87,54 @@ def replay(
         stack.enter_context(meter)
         value = loss()
         device.end_forward()
-        saved, forward_operations = meter.now, meter.operations
+        activations, forward_flops = meter.now, meter.flops
         value.backward()
-    return Replayed(
+    return DryRun(
         peak=meter.peak,
-        peak_beside_gradients=meter.peak_beside,
-        saved=saved,
+        peak_without_gradients=meter.peak_without_apart,
+        activations=activations,
         gradients=meter.apart,
-        forward_operations=forward_operations,
-        operations=meter.operations,
+        forward_flops=forward_flops,
+        flops=meter.flops,
     )
 
 
 @torch.no_grad()
-def replay_peak(work: Callable[[], object]) -> int:
-    """Bytes that work over meta tensors makes at its worst moment, without gradients and autocast."""
+def dry_run_peak(work: Callable[[], object]) -> int:
+    """The peak bytes of work on meta tensors, without gradients and autocast."""
     with _Device(None, on_gpu=True), Meter() as meter:
         work()
     return meter.peak
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the meta tensors that were made inside and still live, and operations that were done.
+    """Counts the bytes of meta tensors that are created within it, while they live, and FLOPs.
 
     Attributes:
         now, peak: bytes of all of them.
-        peak_beside, apart: the highest without those that were set apart, and the bytes of these.
-        operations: 2 for each multiply-add of matrix products, convolutions and attention.
+        apart, peak_without_apart: bytes of those that were set apart, and the peak of all others.
+        flops: 2 for each multiply-add of matrix products, convolutions and attention.
     """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = self.peak_beside = self.apart = self.operations = 0
+        self.now = self.peak = self.peak_without_apart = self.apart = self.flops = 0
         self._sizes = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
-        # A result that shares its storage with an argument, a view or an update in place, is nothing new.
+        # A result that shares its storage with an argument (a view, an in-place update) takes no memory of its own.
         known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         made = func(*args, **(kwargs or {}))
-        # Not FlopCounterMode: its bookkeeping keeps tensors alive until Python's next collection of cycles.
+        # Not FlopCounterMode, which keeps tensors alive until Python's next garbage collection.
         if func._overloadpacket in flop_registry:
-            self.operations += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=made)
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=made)
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 self._count(tensor.untyped_storage(), known)
         return made
 
     def set_apart(self, tensor: torch.Tensor) -> None:
-        """Takes a tensor that was made inside out of `peak_beside` from now on."""
+        """Leaves a tensor that was created within it out of `peak_without_apart` from now on."""
         self.apart += self._sizes[tensor.untyped_storage()]
 
     def _count(self, storage: torch.UntypedStorage, known: set[int]) -> None:
@@ -142,14 +144,14 @@ class Meter(TorchDispatchMode):
         weakref.finalize(storage, self._free, size)
         self.now += size
         self.peak = max(self.peak, self.now)
-        self.peak_beside = max(self.peak_beside, self.now - self.apart)
+        self.peak_without_apart = max(self.peak_without_apart, self.now - self.apart)
 
     def _free(self, size: int) -> None:
         self.now -= size
 
 
 class _Device(TorchFunctionMode):
-    """What the device would do with the calls: autocast's conversions, and kernels that keep less than their parts."""
+    """What a device does with the calls: autocast's conversions, and fused kernels that store less."""
 
     def __init__(self, autocast: torch.dtype | None, on_gpu: bool):
         super().__init__()
@@ -158,7 +160,7 @@ class _Device(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
-        if self.autocast is not None and func in LOWER:
+        if self.autocast is not None and func in LOWER_PRECISION:
             args, kwargs = tree_map(partial(self._to, dtype=self.autocast), (args, kwargs))
         elif self.autocast is not None and self.on_gpu and func in FLOAT32:
             args, kwargs = tree_map(partial(self._to, dtype=torch.float32), (args, kwargs))
@@ -169,7 +171,7 @@ class _Device(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def end_forward(self) -> None:
-        """Autocast keeps its copies of trained weights until its context is left, and those of a recomputation not."""
+        """Autocast caches its copies of trained weights until its context ends; a recomputation's are not cached."""
         self._converted = None
 
     def _to(self, value: Any, dtype: torch.dtype) -> Any:
@@ -198,5 +200,5 @@ def _attention(
 def _rms_norm(
     input: torch.Tensor, normalized_shape: list[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
-    """The fused kernel keeps its input and a number a row; layer normalisation keeps one number a row more."""
+    """The fused kernel stores its input and one number a row; layer norm, in its place, stores one number more."""
     return F.layer_norm(input, normalized_shape, weight, None, eps or 1e-6)

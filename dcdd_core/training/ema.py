@@ -1,71 +1,81 @@
-"""The moving average of the weights that are trained."""
+"""The exponential moving average (EMA) of trained weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .sharding import local, whole
+from .sharding import full_tensor, local_tensor
 
 
-class MovingAverage:
-    """diffusers' average, in float32; the n-th update decays by min(decay, n / (9 + n)), the first one copies.
+class EMA:
+    """The EMA of weights, in float32, by diffusers' `EMAModel`.
 
-    With the full decay from the start, a run not much longer than 1 / (1 - decay) steps would keep a large share of its
-    first, untrained weights.
+    After its first update it is a copy of the weights. Update n + 1 keeps min(decay, (1 + n) / (10 + n)) of it: with
+    the full decay from the start, a run not much longer than 1 / (1 - decay) updates would keep a large part of its
+    untrained weights.
 
     Args:
-        weights: by name, prepared: each process may hold a part of them.
-        decay: of a long run.
+        weights: by name; where they are sharded, each process averages its own shards.
+        decay: of a long run, in [0, 1).
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], decay: float):
         self.weights = weights
-        self._average = EMAModel(weights.values(), decay=decay)
-        self._average.to(dtype=torch.float32)
+        self._ema = EMAModel(weights.values(), decay=decay)
+        self._ema.to(dtype=torch.float32)
 
     def update(self) -> None:
-        """Takes the weights in; once a step."""
-        self._average.step(self.weights.values())
+        """Adds the weights to the average; call it once after each update of theirs."""
+        self._ema.step(self.weights.values())
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Within it the weights are their averages."""
-        self._average.store(self.weights.values())
-        self.put_in_place()
+        self._ema.store(self.weights.values())
+        self.apply()
         try:
             yield
         finally:
-            self._average.restore(self.weights.values())
+            self._ema.restore(self.weights.values())
 
-    def put_in_place(self) -> None:
-        """The weights become their averages."""
-        self._average.copy_to(self.weights.values())
+    def apply(self) -> None:
+        """Replaces the weights by their averages."""
+        self._ema.copy_to(self.weights.values())
 
-    def parts(self) -> list[torch.Tensor]:
-        """What this process holds."""
-        return [local(part) for part in self._average.shadow_params]
+    def shards(self) -> list[torch.Tensor]:
+        """What this process holds of the average."""
+        return [local_tensor(shard) for shard in self._ema.shadow_params]
 
-    def whole(self) -> dict[str, torch.Tensor]:
-        """The average by name, on the CPU; all processes call this together."""
-        parts = zip(self.weights, self._average.shadow_params)
-        return {name: whole(part).detach().to("cpu", copy=True) for name, part in parts}
+    def full(self) -> dict[str, torch.Tensor]:
+        """The average by name, unsharded, on the CPU; all processes call this together."""
+        named = zip(self.weights, self._ema.shadow_params)
+        return {name: full_tensor(shard).detach().to("cpu", copy=True) for name, shard in named}
 
-    def load(self, values: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Goes on from what `whole` gave after so many updates."""
-        self._average.optimization_step = updates
-        for name, part in zip(self.weights, self._average.shadow_params):
-            value = values[name].to(part.device)
-            part.copy_(
-                distribute_tensor(value, part.device_mesh, part.placements) if isinstance(part, DTensor) else value
-            )
+    def load(self, average: Mapping[str, torch.Tensor], updates: int) -> None:
+        """Continues from what `full` gave after that many updates."""
+        self._ema.optimization_step = updates
+        for name, shard in zip(self.weights, self._ema.shadow_params):
+            value = average[name].to(shard.device)
+            if isinstance(shard, DTensor):
+                value = distribute_tensor(value, shard.device_mesh, shard.placements)
+            shard.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average and the number of updates, for checkpoints of loops that keep them together."""
+        return {"updates": self._ema.optimization_step, "average": self.full()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave."""
+        self.load(state["average"], state["updates"])
 
 
-def all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether this process's parts hold no NaN or infinity."""
-    return bool(torch.stack([local(tensor).isfinite().all() for tensor in tensors]).all())
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether this process's shards of the tensors hold no NaN or infinity."""
+    return bool(torch.stack([local_tensor(tensor).isfinite().all() for tensor in tensors]).all())

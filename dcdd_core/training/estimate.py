@@ -1,6 +1,6 @@
-"""`train.py estimate`: memory and time of a decoder's training before anyone waits for it.
+"""`train.py estimate`: memory and time of a decoder's training, before it is started.
 
-G stands for 10^9 bytes, T for 10^12 operations; a multiply-add is two.
+G stands for 10^9, T for 10^12; a multiply-add counts as two FLOPs.
 """
 
 from __future__ import annotations
@@ -8,25 +8,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .. import registry
 from ..files import write_text
-from ..models.backbones.flux_fill.files import fill_config
-from .cost import SHARDINGS, Cost, Setup, cost_of
+from .cost import SHARDINGS, Cost, TrainingSetup, cost_of
 from .optimizers import OPTIMIZERS
 from .trainable import TRAINED
 
-_ROOM = 0.92
-"""Share of a GPU's memory that a training may be estimated at and still be said to fit: our choice, for what is left
-out."""
+_USABLE = 0.92
+"""A training fits up to this fraction of a GPU's memory [choice]: the rest is for what is not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPU:
-    """A GPU as its maker publishes it: peak in T operations a second (bfloat16, dense, summed in float32), memory in
-    GiB."""
+    """A GPU's published numbers: peak in TFLOP/s (bfloat16, dense, accumulated in float32), memory in GiB."""
 
     teraflops: float
     memory: float
@@ -51,15 +50,16 @@ GPUS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """A training of so many pictures, on GPUs that reach the share `utilisation` of their peak.
+class Duration:
+    """How long a training takes on GPUs that reach the fraction `utilisation` of their peak.
 
     Attributes:
-        pictures: seen in all, an epoch's times the epochs.
-        seconds: of an update.
+        images: seen in total: images per epoch times epochs.
+        batch: images per update, of all GPUs.
+        seconds: per update.
     """
 
-    pictures: int
+    images: int
     batch: int
     updates: int
     teraflops: float
@@ -68,21 +68,21 @@ class Run:
     hours: float
 
 
-def run_of(setup: Setup, cost: Cost, *, pictures: int, teraflops: float, utilisation: float) -> Run:
-    """The time that the operations take; waiting for data and other GPUs is in `utilisation` or not at all.
+def duration_of(setup: TrainingSetup, cost: Cost, *, images: int, teraflops: float, utilisation: float) -> Duration:
+    """The time that the FLOPs take; waiting for data and other GPUs is part of `utilisation` or not counted.
 
     Raises:
-        ValueError: for no pictures, a peak of nothing, or a utilisation outside 0..1.
+        ValueError: for less than one image, a peak that is not positive, or a utilisation outside (0, 1].
     """
-    if pictures < 1 or not teraflops > 0 or not 0 < utilisation <= 1:
+    if images < 1 or not teraflops > 0 or not 0 < utilisation <= 1:
         raise ValueError(
-            "an estimate needs pictures, a peak above 0 and a utilisation in (0, 1], got "
-            f"{pictures}, {teraflops} and {utilisation}"
+            "an estimate needs at least one image, a peak above 0 and a utilisation in (0, 1], got "
+            f"{images}, {teraflops} and {utilisation}"
         )
     batch = setup.batch * setup.accumulate * setup.gpus
-    updates, seconds = math.ceil(pictures / batch), cost.operations / (1e12 * teraflops * utilisation)
-    return Run(
-        pictures=pictures,
+    updates, seconds = math.ceil(images / batch), cost.flops / (1e12 * teraflops * utilisation)
+    return Duration(
+        images=images,
         batch=batch,
         updates=updates,
         teraflops=teraflops,
@@ -93,112 +93,139 @@ def run_of(setup: Setup, cost: Cost, *, pictures: int, teraflops: float, utilisa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options; those that training has are called as there."""
-    default = {item.name: item.default for item in fields(Setup)}
+    """Adds the options; those that training has too have the same names."""
+    default = {item.name: item.default for item in fields(TrainingSetup)}
     parser.add_argument(
-        "--base", type=Path, help="a diffusers folder whose config.json says the shapes; FLUX.1-Fill's by default"
+        "--base", type=Path, help="a diffusers folder; its config.json has the shapes (default: FLUX.1-Fill's)"
     )
-    parser.add_argument("--train", default=default["train"], choices=TRAINED, help="what is trained, with the adapter")
-    parser.add_argument("--rank", type=int, default=default["rank"], help="of --train lora")
-    parser.add_argument("--width", type=int, default=default["width"], help="of the adapter")
-    parser.add_argument("--resolution", type=int, default=default["resolution"], help="pixels a side to paint")
-    parser.add_argument("--grid", type=int, default=default["grid"], help="tokens a side of the VLM's pictures")
     parser.add_argument(
-        "--localised", type=float, default=default["localised"], help="share of the pictures with only a box to paint"
+        "--train", default=default["train"], choices=TRAINED, help="what is trained, besides the adapter"
     )
-    parser.add_argument("--cached", action="store_true", help="the pictures come encoded, from a cache")
-    parser.add_argument("--batch", type=int, default=default["batch"], help="pictures of a GPU at a time")
-    parser.add_argument("--accumulate", type=int, default=default["accumulate"], help="batches of an update")
+    parser.add_argument("--rank", type=int, default=default["rank"], help="rank of --train lora")
+    parser.add_argument("--width", type=int, default=default["width"], help="width of the adapter")
+    parser.add_argument("--resolution", type=int, default=default["resolution"], help="side of the images in pixels")
+    parser.add_argument("--grid", type=int, default=default["grid"], help="side of the VLM's token grid")
+    parser.add_argument(
+        "--localised", type=float, default=default["localised"], help="fraction of images that train localised decoding"
+    )
+    parser.add_argument("--cached", action="store_true", help="the images come encoded, from a cache")
+    parser.add_argument("--batch", type=int, default=default["batch"], help="images per GPU and micro-batch")
+    parser.add_argument("--accumulate", type=int, default=default["accumulate"], help="micro-batches per update")
     parser.add_argument("--optimizer", default=default["optimizer"], choices=OPTIMIZERS)
     parser.add_argument("--precision", default=default["precision"], choices=("bf16", "no"), help="mixed precision")
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations twice, do not keep them")
-    parser.add_argument("--no-average", action="store_true", help="without the moving average of the trained weights")
-    parser.add_argument("--sharding", default=default["sharding"], choices=SHARDINGS, help="what the GPUs share")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--no-average", action="store_true", help="without the EMA of the trained weights")
+    parser.add_argument(
+        "--sharding", default=default["sharding"], choices=SHARDINGS, help="what is sharded over the GPUs"
+    )
     parser.add_argument("--gpus", type=int, default=default["gpus"])
     parser.add_argument("--gpu", default="a100-80gb", choices=GPUS)
-    parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU, in place of the published one")
-    parser.add_argument("--tflops", type=float, help="peak of a GPU, in place of the published one (bfloat16)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a GPU (default: the published)")
     parser.add_argument(
-        "--utilisation", type=float, default=0.35, help="share of the peak that is reached; the default is a guess"
+        "--tflops", type=float, help="peak of a GPU in TFLOP/s (default: the published one, of bfloat16)"
     )
-    parser.add_argument("--pictures", type=int, default=1_600_000, help="seen in all; by default as in the paper")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON too")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.35, help="fraction of the peak that is reached; the default is a guess"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=1_600_000, help="images seen in total; the default is the paper's"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
 
 
 def run(chosen: argparse.Namespace) -> None:
-    """Prints the estimate for parsed options.
+    """Prints the estimate for the parsed options.
 
     Raises:
-        ValueError: for options that are out of range or do not go together.
+        ValueError: for options that are out of range or exclude each other.
         OSError: if the JSON cannot be written, such as on a full disk.
     """
     if chosen.precision == "no" and chosen.tflops is None:
-        raise ValueError("the published peaks are of bfloat16: give --tflops for training without mixed precision")
-    named = {name: getattr(chosen, name) for name in Setup.__dataclass_fields__ if hasattr(chosen, name)}
-    setup = Setup(config=fill_config(chosen.base), average=not chosen.no_average, **named)
+        raise ValueError("the published peaks are for bfloat16: give --tflops for training without mixed precision")
+    named = {name: getattr(chosen, name) for name in TrainingSetup.__dataclass_fields__ if hasattr(chosen, name)}
+    if chosen.base is not None:
+        named["config"] = registry.base_family(chosen.base).config_of(str(chosen.base))
+    setup = TrainingSetup(average=not chosen.no_average, **named)
     cost, gpu = cost_of(setup), GPUS[chosen.gpu]
-    course = run_of(
+    duration = duration_of(
         setup,
         cost,
-        pictures=chosen.pictures,
+        images=chosen.pictures,
         teraflops=gpu.teraflops if chosen.tflops is None else chosen.tflops,
         utilisation=chosen.utilisation,
     )
     memory = int((gpu.memory if chosen.memory is None else chosen.memory) * 2**30)
-    print(table(setup, cost, course, memory))
+    print(table(setup, cost, duration, memory))
     if chosen.json is not None:
-        write_text(chosen.json, json.dumps(numbers(setup, cost, course, memory), indent=1) + "\n")
+        write_text(chosen.json, json.dumps(numbers(setup, cost, duration, memory), indent=1) + "\n")
         print(f"wrote {chosen.json}")
 
 
-def numbers(setup: Setup, cost: Cost, course: Run, memory: int) -> dict[str, Any]:
-    """Everything as plain JSON values; bytes and operations are those of one GPU."""
-    values = {"setup": asdict(setup), **asdict(cost), "peak": cost.peak, "run": asdict(course)}
+def numbers(setup: TrainingSetup, cost: Cost, duration: Duration, memory: int) -> dict[str, Any]:
+    """The estimate as plain JSON values; bytes and FLOPs are those of one GPU."""
+    costs = _renamed(asdict(cost))
+    costs["memory"] = _renamed(cost.memory)
+    values = {"setup": asdict(setup), **costs, "peak": cost.peak, "run": _renamed(asdict(duration))}
     return values | {"gpu_memory": memory, "fits": _fits(cost, memory)}
 
 
-def table(setup: Setup, cost: Cost, course: Run, memory: int) -> str:
-    """The estimate in words and columns."""
+def table(setup: TrainingSetup, cost: Cost, duration: Duration, memory: int) -> str:
+    """The estimate as text."""
     weights = {name: f"{count / 1e9:.2f}" for name, count in cost.weights.items()}
-    shared = "" if setup.gpus == 1 else f", {setup.sharding}"
+    sharding = "" if setup.gpus == 1 else f", {setup.sharding}"
     how = [f"precision {setup.precision}", setup.optimizer, *(["checkpointing"] if setup.checkpointing else [])]
     rows = [(name, count) for name, count in cost.memory.items() if count]
     rows += [
         ("encoding a batch", cost.encoding),
         ("or forward and backward pass", cost.step),
-        ("  kept for the backward pass", cost.kept),
-        ("  gradients at its end", cost.gradients),
+        ("  of it, activations", cost.activations),
+        ("  of it, gradients at the end", cost.gradients),
         ("or optimiser's step, with gradients", cost.optimizer_step),
-        ("at the worst moment", cost.peak),
+        ("peak", cost.peak),
     ]
     verdict = "fits" if _fits(cost, memory) else f"does NOT fit: {_advice(setup)}"
     return "\n".join(
         [
             f"{weights['all']} G weights, trained: {weights['trained']} ({setup.train})",
-            f"{setup.batch} pictures x {setup.accumulate} x {setup.gpus} GPU{shared}; {setup.resolution} pixels, "
-            f"{(setup.resolution // 16) ** 2} latent tokens; {', '.join(how)}",
+            f"{setup.batch} images x {setup.accumulate} x {setup.gpus} GPU{sharding}; {setup.resolution} pixels, "
+            f"{cost.latent_tokens} latent tokens; {', '.join(how)}",
             "",
             f"{'each GPU':<40}{'GB':>8}",
             *(f"{name:<40}{count / 1e9:>8.2f}" for name, count in rows),
-            f"{'there are':<40}{memory / 1e9:>8.2f}  {verdict}",
+            f"{'available':<40}{memory / 1e9:>8.2f}  {verdict}",
             "",
-            f"{'operations of an update, T':<40}{cost.operations / 1e12:>8.1f}",
-            f"{'  of a forward pass':<40}{cost.forward_operations / 1e12:>8.1f}",
-            f"{'seconds an update':<40}{course.seconds:>8.2f}  at {course.utilisation:.0%} of {course.teraflops:g} T/s",
-            f"{'updates':<40}{course.updates:>8}  of {course.batch} pictures",
-            f"{'hours':<40}{course.hours:>8.1f}",
+            f"{'TFLOPs per update':<40}{cost.flops / 1e12:>8.1f}",
+            f"{'  of a forward pass':<40}{cost.forward_flops / 1e12:>8.1f}",
+            f"{'seconds per update':<40}{duration.seconds:>8.2f}  at {duration.utilisation:.0%} of "
+            f"{duration.teraflops:g} TFLOP/s",
+            f"{'updates':<40}{duration.updates:>8}  of {duration.batch} images",
+            f"{'hours':<40}{duration.hours:>8.1f}",
             "",
-            "Not in it: the GPU's context and libraries, fragmentation, the sample sheets;",
-            "in time also encoding pictures, and waiting for data and GPUs.",
+            "Memory not counted: the GPU's context and libraries, fragmentation, the sample sheets;",
+            "time not counted: encoding images, and waiting for data and other GPUs.",
         ]
     )
 
 
+#: Names in the JSON file, where they differ from the attributes.
+_IN_JSON = {
+    "activations": "kept",
+    "forward_flops": "forward_operations",
+    "flops": "operations",
+    "images": "pictures",
+    "EMA": "moving average",
+}
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {_IN_JSON.get(name, name): value for name, value in values.items()}
+
+
 def _fits(cost: Cost, memory: int) -> bool:
-    return cost.peak <= _ROOM * memory
+    return cost.peak <= _USABLE * memory
 
 
-def _advice(setup: Setup) -> str:
+def _advice(setup: TrainingSetup) -> str:
     options = {
         "--checkpointing": not setup.checkpointing,
         "a smaller --batch with more --accumulate": setup.batch > 1,
@@ -207,4 +234,4 @@ def _advice(setup: Setup) -> str:
         "--train lora": setup.train in ("attention", "all"),
     }
     left = [option for option, open_ in options.items() if open_]
-    return f"try {', '.join(left)}" if left else "take larger GPUs, or more of them"
+    return f"try {', '.join(left)}" if left else "use larger GPUs, or more of them"

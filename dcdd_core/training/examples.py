@@ -1,4 +1,4 @@
-"""From encodings to what the decoder learns from: the condition, and what is to be painted.
+"""From encodings to training examples: the condition, the latents to paint, and the mask.
 
 Shapes: B batch, N tokens, D code dimension, C latent channels, h' w' latent grid, R resolution.
 """
@@ -8,27 +8,26 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import AutoencoderKL
 
 from ..method.calibration import proxy_logits
 from ..models.card import DecoderCard
-from ..models.vq import VQTokenizer
 from ..pipelines.condition import condition_for
+from ..protocols import ImageTokenizer, LatentCodec
 from ..types import Codebook, Condition, TokenLogits
-from .encoded_batch import EncodedBatch, encode, scaled_latents
-from .image_batch import Geometry, PictureBatch
+from .encoded_batch import EncodedBatch, device_of, encode, normalized_latents
+from .image_batch import Geometry, ImageBatch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One batch to learn from.
+    """One batch of training examples.
 
     Attributes:
-        latents: [B, C, h', w'], scaled.
-        condition: of the same pictures.
-        masked_latents: [B, C, h', w'], scaled latents of the pictures with the masked part blank; [1, C, h', w'] of a
-            blank picture where everything is to be painted.
-        mask: [B or 1, 1, R, R], 1 where to paint.
+        latents: [B, C, h', w'], normalised.
+        condition: of the same images.
+        masked_latents: [B, C, h', w'], normalised latents of the images, blank where the mask is 1; [1, C, h', w'] of a
+            blank image if every mask is 1 everywhere.
+        mask: [B or 1, 1, R, R], 1 where the decoder paints.
     """
 
     latents: torch.Tensor
@@ -41,65 +40,81 @@ class ExampleMaker:
     """Makes a decoder's examples from batches of a `Source`.
 
     Args:
-        card: of the decoder; its variant and calibration say which conditions it learns from.
-        vq, vae: the encoders; the examples are made on the autoencoder's device.
+        card: of the decoder; its variant and calibration say what the condition is made of.
+        tokenizer, codec: the encoders; the examples are made on the codec's device.
         geometry: the sizes of the batches.
-        localised: share of the pictures that learn localised decoding: a box is to be painted, the rest is given. Needs
-            the pictures' pixels.
+        localised: fraction of the images that train localised decoding: the decoder paints a box and is given the rest.
+            Needs the images' pixels.
 
     Raises:
-        ValueError: for a share outside 0..1.
+        ValueError: for a fraction outside 0..1.
     """
 
     def __init__(
-        self, card: DecoderCard, vq: VQTokenizer, vae: AutoencoderKL, geometry: Geometry, *, localised: float = 0.0
+        self,
+        card: DecoderCard,
+        tokenizer: ImageTokenizer,
+        codec: LatentCodec,
+        geometry: Geometry,
+        *,
+        localised: float = 0.0,
     ):
         if not 0 <= localised <= 1:
-            raise ValueError(f"the share of localised pictures must lie in 0..1, got {localised!r}")
+            raise ValueError(f"the fraction of localised images must lie in 0..1, got {localised!r}")
         self.card = card
-        self.vq = vq
-        self.vae = vae
+        self.tokenizer = tokenizer
+        self.codec = codec
         self.geometry = geometry
         self.localised = localised
-        side = geometry.resolution
-        self._blank = scaled_latents(vae, torch.zeros(1, 3, side, side, device=vae.device))
-        self._everything = torch.ones(1, 1, side, side, device=vae.device)
+        side, device = geometry.resolution, device_of(codec)
+        self._blank = normalized_latents(codec, torch.zeros(1, 3, side, side, device=device))
+        self._everywhere = torch.ones(1, 1, side, side, device=device)
 
-    def __call__(self, batch: PictureBatch | EncodedBatch, draw: torch.Generator) -> Example:
-        """The example of a batch; what is painted of it comes from `draw`."""
-        encoded = encode(batch, self.vq, self.vae)
-        condition = proxy_condition(encoded.features, self.card, self.vq.codebook, self.geometry.grid)
+    def __call__(self, batch: ImageBatch | EncodedBatch, generator: torch.Generator) -> Example:
+        """The example of a batch.
+
+        Args:
+            generator: draws which images are localised, and their boxes.
+
+        Raises:
+            ValueError: if an image is to be localised and the batch has no pixels.
+        """
+        encoded = encode(batch, self.tokenizer, self.codec)
+        condition = proxy_condition(encoded.features, self.card, self.tokenizer.codebook, self.geometry.grid)
         example = Example(
-            latents=encoded.latents, condition=condition, masked_latents=self._blank, mask=self._everything
+            latents=encoded.latents, condition=condition, masked_latents=self._blank, mask=self._everywhere
         )
-        return self._localise(example, encoded.pixels, draw) if self.localised else example
+        return self._localise(example, encoded.pixels, generator) if self.localised else example
 
-    def _localise(self, example: Example, pixels: torch.Tensor | None, draw: torch.Generator) -> Example:
+    def _localise(self, example: Example, pixels: torch.Tensor | None, generator: torch.Generator) -> Example:
         count = len(example.latents)
-        local = (torch.rand(count, generator=draw) < self.localised).nonzero().squeeze(1)
+        local = (torch.rand(count, generator=generator) < self.localised).nonzero().squeeze(1)
         if not len(local):
             return example
         if pixels is None:
             raise ValueError(
-                "localised training masks the pictures: take a cache that keeps their pixels, or a share of 0"
+                "localised training masks the images: use a cache that keeps their pixels, or --localised 0"
             )
         masked, mask = (part.repeat(count, 1, 1, 1) for part in (example.masked_latents, example.mask))
-        mask[local] = boxes(len(local), self.geometry.resolution, draw).to(mask)
-        masked[local] = scaled_latents(self.vae, pixels[local], mask[local])
+        mask[local] = boxes(len(local), self.geometry.resolution, generator).to(mask)
+        masked[local] = normalized_latents(self.codec, pixels[local], mask[local])
         return replace(example, masked_latents=masked, mask=mask)
 
 
 def proxy_condition(features: torch.Tensor, card: DecoderCard, codebook: Codebook, grid: tuple[int, int]) -> Condition:
-    """The training condition of features [B, N, D] (Eqs. 9-15): what serving makes of the same proxies."""
+    """The training condition of features [B, N, D] (Eqs. 9-15), by the code that serves proxies at inference."""
     logits = proxy_logits(features, codebook)
     proxies = TokenLogits(logits, logits.argmax(-1), grid, source="proxy", codebook=card.codebook)
     return condition_for(card, proxies, codebook)
 
 
-def boxes(count: int, size: int, draw: torch.Generator) -> torch.Tensor:
-    """Masks [count, 1, size, size] of boxes with sides of a quarter to three quarters of the picture."""
-    sides = (size * (0.25 + 0.5 * torch.rand(count, 2, generator=draw))).long()
-    corners = ((size - sides) * torch.rand(count, 2, generator=draw)).long()
+def boxes(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Masks [count, 1, size, size], 1 inside a box, 0 outside.
+
+    Height and width are uniform in a quarter to three quarters of the image, the place is uniform within it.
+    """
+    sides = (size * (0.25 + 0.5 * torch.rand(count, 2, generator=generator))).long()
+    corners = ((size - sides) * torch.rand(count, 2, generator=generator)).long()
     line = torch.arange(size)
     inside = [(line >= corners[:, k, None]) & (line < corners[:, k, None] + sides[:, k, None]) for k in (0, 1)]
     return (inside[0][:, :, None] & inside[1][:, None, :]).float()[:, None]

@@ -1,4 +1,4 @@
-"""Pictures that lie in folders as files of their own, and what all sources of pictures have in common."""
+"""Images in folders, and what all sources of images have in common."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from typing import Any
 import torch
 
 from ..pipelines.images import SUFFIXES, UnreadableImage, read_rgb, square
-from .batches import Entry, Mark, Share
-from .image_batch import Geometry, Picture, PictureBatch
+from .batches import DataShard, Entry, Mark
+from .image_batch import Geometry, ImageBatch, TrainingImage
 
 
-class Pictures:
-    """What sources of pictures have in common: a `Source` of `Picture`s cut to `geometry`."""
+class ImageSource:
+    """What sources of images have in common: a `Source` of `TrainingImage`s of the sizes of `geometry`."""
 
     def __init__(self, name: str, geometry: Geometry):
         self.name = name
         self.geometry = geometry
 
     def content(self, entry: Entry) -> Any:
-        """The picture as it is stored: bytes, a path, or a mapping with either."""
+        """The image as it is stored: bytes, a path, or a mapping with either."""
         return entry.data
 
-    def load(self, entry: Entry) -> Picture:
-        """Decodes a picture and cuts it to size.
+    def load(self, entry: Entry) -> TrainingImage:
+        """Decodes an image, crops it to a square and resizes it.
 
         Raises:
-            UnreadableImage: for whatever is wrong with it.
+            UnreadableImage: if it cannot be decoded, for whatever reason.
         """
         image = read_rgb(_encoded(self.content(entry)))
         pixels = square(image, self.geometry.resolution)
         same = self.geometry.token_resolution == self.geometry.resolution
         token_pixels = pixels if same else square(image, self.geometry.token_resolution)
-        return Picture(key=entry.key, pixels=pixels, token_pixels=token_pixels)
+        return TrainingImage(key=entry.key, pixels=pixels, token_pixels=token_pixels)
 
-    def collate(self, items: Sequence[Picture]) -> PictureBatch:
+    def collate(self, items: Sequence[TrainingImage]) -> ImageBatch:
         """Items of `load` as a batch."""
         pixels = torch.stack([item.pixels for item in items])
         same = self.geometry.token_resolution == self.geometry.resolution
-        return PictureBatch(
+        return ImageBatch(
             keys=tuple(item.key for item in items),
             pixels=pixels,
             token_pixels=pixels if same else torch.stack([item.token_pixels for item in items]),
         )
 
 
-class ImageFolder(Pictures):
-    """The images in a folder and its sub-folders, whatever these are called; hidden files are left out.
+class ImageFolder(ImageSource):
+    """The images in a folder and its sub-folders, whatever their names; hidden files are left out.
 
-    `load_dataset("imagefolder")` is not used: it takes sub-folders called "test" or "dev" away as splits, and copies
-    its list into a cache.
+    `load_dataset("imagefolder")` is not used: it treats sub-folders called "test" or "dev" as splits of their own, and
+    writes its list to a cache.
 
     Attributes:
         names: relative paths, sorted.
 
     Raises:
-        ValueError: if there is no image.
+        ValueError: if there are no images.
     """
 
     def __init__(self, folder: str | Path, geometry: Geometry):
@@ -70,9 +70,9 @@ class ImageFolder(Pictures):
         files = file_names(self.folder)
         self.names = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
         if not self.names:
-            found = f"{len(files)} other files, such as {files[0]}" if files else "no file at all"
+            found = f"{len(files)} other files, such as {files[0]}" if files else "no files at all"
             raise ValueError(
-                f"{folder} holds no image, but {found}; give a folder with {', '.join(SUFFIXES)} in it or in "
+                f"{folder} holds no images, but {found}; give a folder with {', '.join(SUFFIXES)} in it or in "
                 "its sub-folders"
             )
         super().__init__(str(folder), geometry)
@@ -82,13 +82,13 @@ class ImageFolder(Pictures):
         """Of the names."""
         return digest(self.names)
 
-    def entries(self, share: Share, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
+    def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """See `Source.entries`."""
-        return (Entry(self.names[i], self.folder / self.names[i]) for i in share.indices(len(self.names), epoch, start))
+        return (Entry(self.names[i], self.folder / self.names[i]) for i in shard.indices(len(self.names), epoch, start))
 
 
 def file_names(folder: Path) -> list[str]:
-    """Relative paths of all files but hidden ones, sorted; links to folders are not followed."""
+    """The relative paths of all files except hidden ones, sorted; symbolic links to folders are not followed."""
     return sorted(
         os.path.relpath(os.path.join(where, name), folder)
         for where, _, names in os.walk(folder)
@@ -98,7 +98,7 @@ def file_names(folder: Path) -> list[str]:
 
 
 def digest(lines: Iterable[str]) -> str:
-    """16 hexadecimal digits of their SHA-256."""
+    """The first 16 hexadecimal digits of the SHA-256 of the lines."""
     found = hashlib.sha256()
     for line in lines:
         found.update(os.fsencode(line) + b"\n")
@@ -106,7 +106,7 @@ def digest(lines: Iterable[str]) -> str:
 
 
 def _encoded(value: Any) -> bytes | Path:
-    """An image file's bytes or path, of the forms in which datasets store them."""
+    """An image file's bytes or path, from the forms in which datasets store them."""
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str):
@@ -114,5 +114,5 @@ def _encoded(value: Any) -> bytes | Path:
             raise UnreadableImage(f"it is at {value}, and nothing is downloaded")
         return Path(value)
     if not isinstance(value, bytes | Path):
-        raise UnreadableImage(f"there is no picture, but {type(value).__name__}")
+        raise UnreadableImage(f"expected an image, got {type(value).__name__}")
     return value

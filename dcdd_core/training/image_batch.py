@@ -1,36 +1,38 @@
-"""Pictures cut to the two sizes that training needs.
+"""Training images, cropped and resized to the two sizes that training needs.
 
-Shapes: B batch, R resolution (pixels a side that the decoder paints), T token resolution (pixels a side that the VQ
-encoder sees).
+Shapes: B batch, R resolution (pixels a side that the decoder paints), T token resolution (pixels a side that the
+tokenizer's encoder sees).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 
 import torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """The two sizes that a picture is cut to; both show the same square of it.
+    """The two sizes of a training image; both show the same square of it.
 
     Attributes:
-        resolution: R, what the decoder learns to paint.
-        token_resolution: T, the VLM's own, what the VQ encoder sees.
-        token_factor: pixels of T a token side (`VQTokenizer.factor`).
-        vae_factor: pixels of R a latent.
+        resolution: R, which the decoder learns to paint.
+        token_resolution: T, the VLM's own, which the tokenizer's encoder sees.
+        token_factor: pixels of T a token side (`ImageTokenizer.factor`).
+        vae_factor: pixels of R a latent side (`LatentCodec.factor`).
+        patch: latents a side of one of the backbone's tokens (`Backbone.patch`); checked, not kept.
 
     Raises:
-        ValueError: unless T divides into whole tokens, and R into whole packed latents.
+        ValueError: unless T is a whole number of tokens, and R a whole number of the backbone's tokens.
     """
 
     resolution: int
     token_resolution: int
     token_factor: int
     vae_factor: int
+    patch: InitVar[int] = 1
 
-    def __post_init__(self):
+    def __post_init__(self, patch: int):
         for name, value in asdict(self).items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of pixels >= 1, got {value!r}")
@@ -39,11 +41,11 @@ class Geometry:
                 f"a token resolution of {self.token_resolution} has no whole number of {self.token_factor}-pixel "
                 f"tokens: use {_multiples(self.token_resolution, self.token_factor)}"
             )
-        unit = 2 * self.vae_factor  # FLUX packs latents 2 x 2.
+        unit = patch * self.vae_factor
         if self.resolution % unit:
             raise ValueError(
-                f"a resolution of {self.resolution} has no even number of latents of {self.vae_factor} pixels a side: "
-                f"use {_multiples(self.resolution, unit)}"
+                f"a resolution of {self.resolution} is not a multiple of {unit} pixels, the size of one of the "
+                f"diffusion transformer's tokens: use {_multiples(self.resolution, unit)}"
             )
 
     @property
@@ -53,14 +55,14 @@ class Geometry:
 
     @property
     def pixels_per_token(self) -> float:
-        """Pixels of R a token side, for the decoder's card; a whole number as an int."""
+        """Pixels of R a token side, for the decoder's card; an int if it is a whole number."""
         side = self.grid[0]
         return self.resolution / side if self.resolution % side else self.resolution // side
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Picture:
-    """pixels [3, R, R] and token_pixels [3, T, T], both uint8."""
+class TrainingImage:
+    """One image: pixels [3, R, R] and token_pixels [3, T, T], both uint8; `key` names it."""
 
     key: str
     pixels: torch.Tensor
@@ -68,8 +70,8 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PictureBatch:
-    """pixels [B, 3, R, R] and token_pixels [B, 3, T, T], both uint8, of the pictures called keys."""
+class ImageBatch:
+    """A batch of images: pixels [B, 3, R, R] and token_pixels [B, 3, T, T], both uint8; `keys` name them."""
 
     keys: tuple[str, ...]
     pixels: torch.Tensor

@@ -1,4 +1,4 @@
-"""A training's log: one JSON object a line with the step, the seconds, and means since the last line."""
+"""A training's log, `log.jsonl`: one JSON object a line with the step, the seconds, and means since the last line."""
 
 from __future__ import annotations
 
@@ -9,62 +9,66 @@ from pathlib import Path
 import torch
 
 from ..files import write_text
-from .disk import unlogged
+from .write_errors import log_error
 
 _NAME = "log.jsonl"
 
 
-class Means:
-    """Means of numbers by name, each over the times that it was added since they were last taken."""
+class RunningMeans:
+    """Means of numbers by name, over the steps since they were last taken."""
 
     def __init__(self):
         self._sums: dict[str, torch.Tensor | float] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, torch.Tensor | float]) -> None:
-        """A tensor stays on its device until it is taken."""
+        """Adds one step's numbers; tensors stay on their device until the means are taken."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def take(self, together: Callable[[torch.Tensor | float], torch.Tensor | float] = float) -> dict[str, float]:
-        """The means, and starts afresh; `together` makes of this process's sum that of all."""
-        means = {name: float(together(total)) / self._counts[name] for name, total in self._sums.items()}
+    def take(self, reduce: Callable[[torch.Tensor | float], torch.Tensor | float] = float) -> dict[str, float]:
+        """The means; the sums start again from zero.
+
+        Args:
+            reduce: this process's sum -> the mean of all processes' sums.
+        """
+        means = {name: float(reduce(total)) / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
 
     def state_dict(self) -> dict[str, tuple[float, int]]:
-        """What was added since, as JSON; exact for float32."""
+        """(sum, count) by name, as JSON values; exact for float32."""
         return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, tuple[float, int]]) -> None:
-        """Goes on from what `state_dict` gave."""
+        """Continues from what `state_dict` gave."""
         self._sums = {name: total for name, (total, _) in state.items()}
         self._counts = {name: count for name, (_, count) in state.items()}
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The lines of a training's log; none if it has not begun."""
+    """The lines of a training's log; none if there is no log yet."""
     path = folder / _NAME
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def append_to_log(folder: Path, line: Mapping[str, float]) -> None:
-    """One more line; the folder is there.
+    """Appends a line; the folder exists.
 
     Raises:
-        OSError: if it cannot be written, such as on a full disk; what it left of a line `cut_log` drops.
+        OSError: if it cannot be written, such as on a full disk; `truncate_log` drops a partial line.
     """
     path = folder / _NAME
     try:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
     except OSError as error:
-        raise unlogged(path, error) from error
+        raise log_error(path, error) from error
 
 
-def cut_log(folder: Path, step: int) -> None:
-    """Drops what a run logged after the step that another run goes on from; also a line that was cut short."""
+def truncate_log(folder: Path, step: int) -> None:
+    """Drops the lines after the step that a run resumes from, and a partial last line."""
     path = folder / _NAME
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors import safe_open
 
 from .. import registry
-from ..models.bundle import DecoderOptions, load_decoder, save_bundle
+from ..models.bundle import DecoderOptions, load_decoder, read_card, save_bundle
 from ..models.card import DecoderCard
 from ..models.checkpoints import load_strictly
 from ..models.decoder import DistributionConditionedDecoder
-from ..models.janus.tokenizer import load_tokenizer
-from ..models.vae import load_vae
-from ..models.vq import VQTokenizer
+from ..protocols import ImageTokenizer, LatentCodec
+from ..settings import require_at_least
 from ..types import Calibration, DCDDWarning, same_codebook
 from .encoded_batch import geometry_for
 from .image_batch import Geometry
-from .settings import require_at_least
 from .trainable import changed_by_training, choose_trained, merge_lora
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """The two frozen networks that pictures go through, and the sizes at which they do."""
+    """The two frozen networks that encode training images, and the sizes of these images."""
 
-    vq: VQTokenizer
-    vae: AutoencoderKL
+    tokenizer: ImageTokenizer
+    codec: LatentCodec
     geometry: Geometry
 
 
@@ -39,16 +38,16 @@ class Plan:
     """What a decoder is made from.
 
     Attributes:
-        vlm: a folder that `VQTokenizer.load` reads.
-        vae: what `load_vae` reads.
-        base: what `flux_files.find_transformer` reads: FLUX.1-Fill. None where `bundle` holds a whole transformer.
-        bundle: a decoder to go on from; None for a new adapter on the base.
-        calibration: a file of `Calibration.save`, for the variant "lcdm+lc"; None takes that of `bundle`.
-        variant: the conditions to learn from, of the paper's Table 4 (`DecoderCard.variant`).
-        resolution: R; None for the size of the VLM's own pictures.
+        vlm: files of a VLM (`registry.sampler_family`); only its image tokenizer is read.
+        vae: files of a latent codec (`registry.codec_family`).
+        base: files of a diffusion transformer (`registry.base_family`); None if `bundle` holds all of its weights.
+        bundle: a decoder to start from; None for a new adapter on the base.
+        calibration: a file of `Calibration.save`, for the variant "lcdm+lc"; None for that of `bundle`.
+        variant: the kind of condition, as in the paper's Table 4 (`DecoderCard.variant`).
+        resolution: R, pixels a side; None for the VLM's own.
         width: of a new adapter [choice].
         trained, rank: see `choose_trained`.
-        seed: of what starts at random: a new adapter and low-rank changes.
+        seed: of what starts at random: a new adapter and low-rank updates.
         licence: of the result; None for that of what it starts from.
 
     Raises:
@@ -73,45 +72,64 @@ class Plan:
         require_at_least(1, **sizes, width=self.width, rank=self.rank)
 
     def encoders(self, device: torch.device | str) -> Encoders:
-        """The encoders in float32, and the sizes.
+        """Loads the encoders, in float32.
 
         Raises:
-            ValueError: for files of another kind, and a resolution that does not fit the VLM's grid.
+            ValueError: for files of another kind, a token grid that is not square, and a resolution that does not fit.
         """
-        vq = load_tokenizer(self.vlm, device=device, dtype=torch.float32)
-        vae = load_vae(self.vae, device=device, dtype=torch.float32)
-        own = vq.model.config.num_patches * vq.factor
-        geometry = geometry_for(vq, vae, resolution=self.resolution or own, token_resolution=own)
-        return Encoders(vq=vq, vae=vae, geometry=geometry)
+        options = {"device": device, "dtype": torch.float32}
+        tokenizer = registry.sampler_family(self.vlm).load_tokenizer(str(self.vlm), **options)
+        codec = registry.load_codec(self.vae, **options)
+        rows, columns = tokenizer.grid
+        if rows != columns:
+            raise ValueError(f"{self.vlm} paints {rows} x {columns} tokens; training needs a square grid")
+        own = rows * tokenizer.factor
+        resolution = self.resolution or own
+        geometry = geometry_for(tokenizer, codec, patch=self._patch(), resolution=resolution, token_resolution=own)
+        return Encoders(tokenizer=tokenizer, codec=codec, geometry=geometry)
 
     def decoder(self, encoders: Encoders, *, dtype: torch.dtype = torch.float32) -> DistributionConditionedDecoder:
-        """The decoder to train, on the CPU without its text stream; what is trained requires a gradient, in float32.
+        """Loads the decoder to train, on the CPU, without unused weights; trained weights require a gradient.
 
         Args:
-            dtype: of what is frozen.
+            dtype: of the frozen weights; trained ones are float32.
 
         Raises:
-            ValueError: for files of another kind, a calibration or a bundle of another tokenizer, and without any base.
+            ValueError: for files of another kind, a calibration or a bundle for another tokenizer, and if there is
+                neither a base nor a bundle.
         """
         if self.base is None and self.bundle is None:
             raise ValueError(
                 "there is nothing to train: give the base (FLUX.1-Fill), or a decoder bundle to start from"
             )
-        decoder = self._new(encoders, dtype) if self.bundle is None else self._started(encoders, dtype)
+        decoder = self._new(encoders, dtype) if self.bundle is None else self._from_bundle(encoders, dtype)
         choose_trained(decoder, self.trained, rank=self.rank, seed=self.seed)
         return decoder
 
-    def save(self, path: Path, decoder: DistributionConditionedDecoder, average: dict[str, torch.Tensor]) -> None:
-        """Writes the bundle of what training made of a decoder: the weights that it changed, and the card.
+    def save(self, path: Path, decoder: DistributionConditionedDecoder, trained: Mapping[str, torch.Tensor]) -> None:
+        """Writes a bundle: the weights that training changed, and the card.
 
         Args:
-            decoder: of `decoder`, as it is before training; it receives the average.
-            average: the trained weights by name (`checkpoint.load_average`).
+            decoder: as `decoder` returns it; it receives the trained weights.
+            trained: by name (`checkpoints.load_ema`).
         """
-        changed = changed_by_training(decoder) | (set() if self.bundle is None else _transformer_names(self.bundle))
-        load_strictly(decoder, {**decoder.state_dict(), **average}, "the training's average")
+        changed = set(changed_by_training(decoder))
+        if self.bundle is not None:
+            changed |= _transformer_names(self.bundle)
+        load_strictly(decoder, {**decoder.state_dict(), **trained}, "the EMA of the training")
         merge_lora(decoder)
         save_bundle(path, decoder, trained=lambda name: name in changed)
+
+    def _patch(self) -> int:
+        """Latents a side of one token of the backbone; without a base or a bundle, of the first family's."""
+        if self.bundle is not None:
+            config = read_card(self.bundle).base_config
+        elif self.base is not None:
+            config = registry.base_family(self.base).config_of(str(self.base))
+        else:
+            config = registry.backbones()[0].config_of(None)
+        with torch.device("meta"):
+            return registry.build_backbone(config).patch
 
     def _new(self, encoders: Encoders, dtype: torch.dtype) -> DistributionConditionedDecoder:
         family = registry.base_family(self.base)
@@ -124,58 +142,64 @@ class Plan:
         unused = {name for name in backbone.model.state_dict() if backbone.unused(name)}
         stored = family.find(str(self.base), backbone, needs=name, without=unused)
         backbone.drop_unused()
-        load_strictly(backbone.model, stored.read(dtype=dtype), str(self.base))
+        load_strictly(backbone.model, stored.read(backbone.model.state_dict(), dtype=dtype), str(self.base))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return DistributionConditionedDecoder(backbone, card)
 
-    def _started(self, encoders: Encoders, dtype: torch.dtype) -> DistributionConditionedDecoder:
+    def _from_bundle(self, encoders: Encoders, dtype: torch.dtype) -> DistributionConditionedDecoder:
         decoder = load_decoder(self.bundle, self.base, DecoderOptions(dtype=dtype, fold=False))
-        if decoder.card.code_dim != encoders.vq.codebook.dim or decoder.card.vae_factor != encoders.geometry.vae_factor:
+        found = (decoder.card.code_dim, decoder.card.vae_factor)
+        expected = (encoders.tokenizer.codebook.dim, encoders.codec.factor)
+        if found != expected:
             raise ValueError(
-                f"{self.bundle} reads {decoder.card.code_dim}-dimensional code vectors and paints latents of "
-                f"{decoder.card.vae_factor} pixels, the tokenizer and the autoencoder have {encoders.vq.codebook.dim} "
-                f"and {encoders.geometry.vae_factor}: start from a bundle made with networks like them"
+                f"{self.bundle} reads code vectors of dimension {found[0]} and paints latents of {found[1]} pixels, "
+                f"but the tokenizer's and the autoencoder's are of {expected[0]} and {expected[1]}: start from a "
+                "bundle that was made with these networks"
             )
         decoder.card = replace(decoder.card, **self._card_of(encoders, decoder.card.calibration))
         return decoder
 
-    def _card_of(self, encoders: Encoders, calibration: Calibration | None) -> dict:
+    def _card_of(self, encoders: Encoders, calibration: Calibration | None) -> dict[str, Any]:
         """What the card says of the encoders and the conditions."""
-        vq, vae = encoders.vq, encoders.vae
-        if self.calibration is not None and self.variant != "lcdm+lc":
-            raise ValueError(f"the variant {self.variant!r} takes no calibration: leave it out, or take 'lcdm+lc'")
+        tokenizer, codec = encoders.tokenizer, encoders.codec
+        return {
+            "tokenizer": tokenizer.name,
+            "codebook": tokenizer.codebook.fingerprint,
+            "code_dim": tokenizer.codebook.dim,
+            "variant": self.variant,
+            "calibration": self._calibration(tokenizer, calibration),
+            "resolution": encoders.geometry.resolution,
+            "pixels_per_token": encoders.geometry.pixels_per_token,
+            "vae_factor": codec.factor,
+            "vae_shift": codec.shift,
+            "vae_scale": codec.scale,
+            **({} if self.licence is None else {"licence": self.licence}),
+        }
+
+    def _calibration(self, tokenizer: ImageTokenizer, calibration: Calibration | None) -> Calibration | None:
+        """The calibration of the conditions: the plan's own, or else the given one of the bundle."""
+        if self.variant != "lcdm+lc":
+            if self.calibration is not None:
+                raise ValueError(f"the variant {self.variant!r} takes no calibration: leave it out, or use 'lcdm+lc'")
+            return None
         if self.calibration is not None:
             calibration = Calibration.load(self.calibration)
-        if self.variant != "lcdm+lc":
-            calibration = None
-        elif calibration is None:
+        if calibration is None:
             raise ValueError("the variant 'lcdm+lc' needs a calibration: make one for this VLM with `dcdd calibrate`")
-        elif not same_codebook(calibration.codebook, vq.codebook.fingerprint):
+        if not same_codebook(calibration.codebook, tokenizer.codebook.fingerprint):
             raise ValueError(
-                f"the calibration is of another tokenizer ({calibration.codebook}, expected "
-                f"{vq.codebook.fingerprint}): make one for this VLM with `dcdd calibrate`"
+                f"the calibration is for another tokenizer (codebook {calibration.codebook}, expected "
+                f"{tokenizer.codebook.fingerprint}): make one for this VLM with `dcdd calibrate`"
             )
-        if calibration is not None and not calibration.converged:
+        if not calibration.converged:
             warnings.warn(
-                f"the calibration of {self.calibration or self.bundle} did not converge: a decoder trained on it reads "
-                "distributions that the VLM never gives. Make another with `dcdd calibrate`, which says what to do",
+                f"the calibration of {self.calibration or self.bundle} did not converge: its conditions differ from "
+                "those that the VLM gives at inference. Make another one with `dcdd calibrate`, which says what to do",
                 DCDDWarning,
                 stacklevel=2,
             )
-        return {
-            "tokenizer": vq.name,
-            "codebook": vq.codebook.fingerprint,
-            "code_dim": vq.codebook.dim,
-            "variant": self.variant,
-            "calibration": calibration,
-            "resolution": encoders.geometry.resolution,
-            "pixels_per_token": encoders.geometry.pixels_per_token,
-            "vae_factor": encoders.geometry.vae_factor,
-            "vae_shift": vae.config.shift_factor,
-            "vae_scale": vae.config.scaling_factor,
-            **({} if self.licence is None else {"licence": self.licence}),
-        }
+        return calibration
 
 
 def _transformer_names(bundle: Path) -> set[str]:

@@ -1,6 +1,7 @@
-"""Weights that lie in parts on many devices (FSDP2): made whole, put back in parts, kept and read again.
+"""Weights sharded over devices (FSDP2): gathering, resharding, and checkpoints of them.
 
-What is kept is what is trained. accelerate's own `save_state` would keep the frozen base too, of FLUX.1-Fill 17 GB.
+Checkpoints hold the trained weights alone. accelerate's `save_state` would write the frozen base too: 17 GB for
+FLUX.1-Fill.
 """
 
 from __future__ import annotations
@@ -16,49 +17,53 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-_KEPT = StateDictOptions(ignore_frozen_params=True)
-_READ = StateDictOptions(ignore_frozen_params=True, strict=False)
+_TRAINED = StateDictOptions(ignore_frozen_params=True)
+_TRAINED_NOT_STRICT = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or all processes' parts of it together; then all of them call this."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The unsharded tensor; for a sharded one, all processes call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or this process's part of it."""
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of the tensor; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def take_apart(model: nn.Module) -> None:
-    """Frees what a forward pass without a backward one left whole: the next pass would go on with those values."""
+def reshard(model: nn.Module) -> None:
+    """Frees gathered weights after a forward pass without a backward pass: the next pass would use those values."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def save_parts(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Writes the trained weights and the optimisers' state, each process its parts.
+def save_sharded(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Writes the trained weights and the optimisers' states, each process its shards.
 
     Raises:
         CheckpointException: in all processes, if one of them cannot write.
     """
-    distributed.save(_state(model, optimizers, _KEPT), checkpoint_id=folder)
+    distributed.save(_state(model, optimizers), checkpoint_id=folder)
 
 
-def load_parts(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Puts back what `save_parts` wrote, by as many processes or not.
+def load_sharded(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Reads what `save_sharded` wrote, whatever the number of processes then.
 
     Raises:
         CheckpointException: in all processes, if one of them cannot read.
     """
-    state = _state(model, optimizers, _KEPT)
+    state = _state(model, optimizers)
     distributed.load(state, checkpoint_id=folder)
     set_state_dict(
-        model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_READ
+        model,
+        optimizers,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=_TRAINED_NOT_STRICT,
     )
 
 
-def _state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], options: StateDictOptions) -> dict[str, Any]:
-    weights, moments = get_state_dict(model, optimizers, options=options)
-    return {"model": weights, "optimizer": moments}
+def _state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    weights, optimizer_states = get_state_dict(model, optimizers, options=_TRAINED)
+    return {"model": weights, "optimizer": optimizer_states}

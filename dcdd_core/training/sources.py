@@ -1,4 +1,4 @@
-"""The pictures at a path, whatever kind of files it holds."""
+"""The images at a path, in whatever kind of files."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import re
 from pathlib import Path
 
 from ..pipelines.images import SUFFIXES
-from .folders import ImageFolder, Pictures, file_names
+from .folders import ImageFolder, ImageSource, file_names
 from .image_batch import Geometry
 from .tabular import SavedDataset, ShardStream
 
 
-def open_pictures(path: str | Path, geometry: Geometry, *, column: str | None = None) -> Pictures:
-    """The pictures at a path of this machine; nothing is downloaded.
+def open_images(path: str | Path, geometry: Geometry, *, column: str | None = None) -> ImageSource:
+    """The images at a local path; nothing is downloaded.
 
     Args:
         path: a folder of images (at any depth), of parquet files or of webdataset shards; a folder that
             `Dataset.save_to_disk` wrote; or a pattern such as "shards/{000..127}.tar" or "data/train-*.parquet".
-        column: of a dataset or of webdataset shards ("jpg"); None for the one column of pictures.
+        column: the column of images in a dataset or in webdataset shards ("jpg"); None if there is only one.
 
     Raises:
-        ValueError: if there are no pictures, or several kinds of files.
+        ValueError: if there are no images, or several kinds of files.
     """
     text = os.fspath(path)
     if "://" in text:
-        raise ValueError(f"{text} is not on this machine, and nothing is downloaded here: give the path of a copy")
+        raise ValueError(f"{text} is not a local path, and nothing is downloaded here: give the path of a copy")
     folder = Path(text)
     if not folder.is_dir():
         return ShardStream(_expand(text), geometry, column=column)
@@ -38,14 +38,14 @@ def open_pictures(path: str | Path, geometry: Geometry, *, column: str | None = 
         return ImageFolder(folder, geometry)
     if any(Path(name).suffix.lower() in SUFFIXES for name in names):
         raise ValueError(
-            f"{folder} holds pictures and {shards[0].name}: give the sub-folder of the pictures, or a pattern such as "
-            f"{folder / '**' / ('*' + shards[0].suffix)} for the others"
+            f"{folder} holds both images and {shards[0].name}: give the sub-folder of the images, or a pattern such as "
+            f"{folder / '**' / ('*' + shards[0].suffix)} for the other files"
         )
     return ShardStream(shards, geometry, column=column)
 
 
 def _expand(pattern: str) -> list[Path]:
-    """Files of a pattern with {000..127} ranges and the usual wildcards, sorted within each range."""
+    """The files that match a pattern with {000..127} ranges and the usual wildcards, sorted within each range."""
     if os.path.isfile(pattern):
         return [Path(pattern)]
     if braces := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
@@ -54,5 +54,5 @@ def _expand(pattern: str) -> list[Path]:
         return [file for n in numbers for file in _expand(pattern[: braces.start()] + n + pattern[braces.end() :])]
     found = sorted(glob.glob(pattern, recursive=True))
     if not found:
-        raise ValueError(f"there is no file {pattern}: give a folder, a file or a pattern that exists on this machine")
+        raise ValueError(f"there is no file {pattern}: give an existing folder, file or pattern")
     return [Path(file) for file in found]

@@ -1,67 +1,86 @@
-"""Which of a decoder's weights are trained, and how they come back into plain ones."""
+"""Which of a decoder's weights are trained, by which optimiser, and how low-rank updates are merged."""
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import torch
 from torch import nn
 
-from ..models.backbones.flux_fill.inference import of_text_stream
 from ..models.decoder import DistributionConditionedDecoder
+from .config import OptimizationConfig
+from .optimizers import adamw_8bit, adamw_with_muon
 
 TRAINED = ("attention", "adapter", "lora", "all")
 
 
-def choose_trained(decoder: DistributionConditionedDecoder, what: str, *, rank: int = 16, seed: int = 0) -> None:
-    """Freezes all that is not trained, and holds what is in float32.
-
-    The text stream is always frozen: it cannot reach the output.
+def choose_trained(decoder: DistributionConditionedDecoder, mode: str, *, rank: int = 16, seed: int = 0) -> None:
+    """Freezes what is not trained, and converts what is to float32.
 
     Args:
-        what: "attention": the transformer's attention (its projections and norms) and the adapter, as in the paper;
-            "adapter" alone; "lora": low-rank changes of the attention's projections (peft), and the adapter; "all".
-            A single block's projection out of attention and MLP together counts as its MLP's [choice].
-        rank, seed: of the low-rank changes, which start as none.
+        mode: "attention": the adapter and the backbone's attention, as in the paper; "adapter" alone; "lora": the
+            adapter and low-rank updates (peft) of the backbone's `lora_layers`; "all".
+        rank, seed: of the low-rank updates, which start at zero.
 
     Raises:
-        ValueError: for another `what`, or "lora" without peft.
+        ValueError: for another mode, or "lora" without peft.
     """
-    if what not in TRAINED:
-        raise ValueError(f"what is trained must be one of {', '.join(TRAINED)}, got {what!r}")
-    transformer = decoder.transformer
+    if mode not in TRAINED:
+        raise ValueError(f"what is trained must be one of {', '.join(TRAINED)}, got {mode!r}")
     decoder.requires_grad_(False)
     decoder.adapter.requires_grad_(True)
-    if what == "lora":
+    if mode == "lora":
         _add_lora(decoder, rank, seed)
-    else:
-        for name, weight in transformer.named_parameters():
-            wanted = {"attention": ".attn." in name, "adapter": False, "all": True}[what]
-            weight.requires_grad_(wanted and not of_text_stream(name))
+    elif mode != "adapter":
+        trained = set(decoder.backbone.trained_names(mode))
+        for name, weight in decoder.transformer.named_parameters():
+            weight.requires_grad_(name in trained)
     for weight in decoder.parameters():
         if weight.requires_grad:
-            # A copy: what was read may still be the file itself, mapped.
+            # A copy: the weight may be a memory map of the file that it was read from.
             weight.data = weight.data.to(torch.float32, copy=True)
 
 
-def trained_weights(decoder: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by name."""
-    return {name: weight for name, weight in decoder.named_parameters() if weight.requires_grad}
+def trained_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained weights by name."""
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
-def frozen_weights(decoder: nn.Module) -> dict[str, nn.Parameter]:
-    """What is not trained, by name."""
-    return {name: weight for name, weight in decoder.named_parameters() if not weight.requires_grad}
+def frozen_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The frozen weights by name."""
+    return {name: weight for name, weight in module.named_parameters() if not weight.requires_grad}
+
+
+def decoder_optimizers(
+    decoder: DistributionConditionedDecoder, config: OptimizationConfig, *, sharded: bool = False
+) -> list[torch.optim.Optimizer]:
+    """The optimisers of a decoder's trained weights, each weight in exactly one; `sharded` as for `adamw_8bit`."""
+    weights = trained_weights(decoder)
+    options = {"betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw8bit":
+        return [adamw_8bit(weights.values(), **options, sharded=sharded)]
+    matrices = muon_matrices(decoder) if config.optimizer == "muon" else []
+    return list(adamw_with_muon(weights, matrices, **options).values())
+
+
+def muon_matrices(decoder: DistributionConditionedDecoder) -> Sequence[str]:
+    """The names of the trained weights that Muon updates: the matrices inside the backbone's blocks.
+
+    Not those of norms (AdaLN's modulations): their only input is the time, and they start at zero.
+    """
+    blocks = tuple(f"transformer.{name}." for name in decoder.backbone.block_names)
+    weights = trained_weights(decoder).items()
+    return [name for name, weight in weights if name.startswith(blocks) and weight.ndim == 2 and ".norm" not in name]
 
 
 def changed_by_training(decoder: DistributionConditionedDecoder) -> Set[str]:
-    """The names of the transformer's weights that training changes, as they are after `merge_lora`."""
+    """The names of the backbone's weights that training changes, as they are after `merge_lora`."""
     names = trained_weights(decoder.transformer)
     return {f"{name.split('.lora_')[0]}.weight" if ".lora_" in name else name for name in names}
 
 
 def merge_lora(decoder: DistributionConditionedDecoder) -> None:
-    """Adds low-rank changes, if there are any, to the weights that they change; plain layers remain."""
+    """Adds low-rank updates, if there are any, to the weights they belong to; plain layers remain."""
     if getattr(decoder.transformer, "peft_config", None):
         decoder.transformer.fuse_lora()
         decoder.transformer.unload_lora()
@@ -71,12 +90,8 @@ def _add_lora(decoder: DistributionConditionedDecoder, rank: int, seed: int) -> 
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError("training by LoRA needs peft: install the 'train' extra, or train 'attention'") from error
-    layers = [
-        name
-        for name, module in decoder.transformer.named_modules()
-        if isinstance(module, nn.Linear) and ".attn." in name and not of_text_stream(name)
-    ]
+        raise ValueError("LoRA training needs peft: install the 'train' extra, or train 'attention'") from error
+    layers = list(decoder.backbone.lora_layers())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers))

@@ -1,7 +1,8 @@
-"""Training the diffusion decoder on pairs of latents and conditions, on one process or many.
+"""Trains the diffusion decoder on pairs of latents and conditions, in one process or many.
 
-A step is a function of its number: what it draws comes from generators keyed by the numbers of its batches, and the
-data's position is part of a checkpoint, so a run that was killed and resumed sees just what an uninterrupted one would.
+An update is a function of its number: its random draws come from generators keyed by the numbers of its micro-batches,
+and checkpoints hold the position in the data. So a run that was killed and resumed computes exactly what an
+uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -25,39 +26,37 @@ from ..files import whole_file
 from ..method.sampling import keyed_generator
 from ..models.decoder import DistributionConditionedDecoder
 from .batches import Batches
-from .ema import MovingAverage, all_finite
+from .checkpoints import Checkpoints, TrainingState
+from .config import OptimizationConfig, RunConfig
+from .ema import EMA, all_finite
 from .examples import Example
-from .log import Means, append_to_log, cut_log
-from .recipe import DecoderTraining, decoder_loss, decoder_optimizers
-from .run_state import Checkpoints, Kept
-from .sharding import take_apart, whole
-from .simple_loop import set_learning_rate, warmup_cosine
-from .trainable import trained_weights
+from .log import RunningMeans, append_to_log, truncate_log
+from .loss import decoder_loss
+from .schedules import set_learning_rate, warmup_cosine
+from .sharding import full_tensor, reshard
+from .trainable import decoder_optimizers, trained_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-#: What a recipe says of how steps are computed, not of what they are: a run may go on with other choices.
-_HOW = ("compiled", "recomputed")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How good a decoder is at some point: numbers for the log by name, and a picture of its pictures."""
+    """How good a decoder is at some point: numbers for the log by name, and a sample sheet."""
 
     numbers: Mapping[str, float] = field(default_factory=dict)
     sheet: Image.Image | None = None
 
 
-class Workpiece(nn.Module):
-    """A decoder whose every use is a forward pass of this module: `workpiece(work)` is `work(decoder)`.
+class ForwardProxy(nn.Module):
+    """Routes every use of a decoder through one forward pass: `proxy(work)` returns `work(decoder)`.
 
-    What wraps a module to train it on many devices (DDP, FSDP, DeepSpeed, autocast) acts on forward passes alone; the
-    decoder's use has two (`condition_tokens`, `forward`), and its painting many.
+    DDP, FSDP, DeepSpeed and autocast hook into a module's forward pass alone. A decoder's use in training has two
+    (`condition_tokens`, `forward`), and sampling has many.
 
     Args:
-        precision: entered in every pass. accelerate does so by itself, but not for FSDP2 and DeepSpeed; and the latter
-            leaves what was entered outside of its own forward pass.
+        precision: entered in every pass. accelerate does so by itself except for FSDP2 and DeepSpeed, and the latter
+            leaves an autocast that was entered outside its own forward pass.
     """
 
     def __init__(
@@ -68,205 +67,250 @@ class Workpiece(nn.Module):
         self.precision = precision
 
     def forward(self, work: Callable[[DistributionConditionedDecoder], Any]) -> Any:
-        """What `work` gives of the decoder."""
+        """The result of `work` on the decoder."""
         with self.precision():
             return work(self.decoder)
 
 
-def train_decoder(
-    folder: Path,
-    decoder: DistributionConditionedDecoder,
-    batches: Batches,
-    examples: Callable[[Any, torch.Generator], Example],
-    recipe: DecoderTraining,
-    *,
-    accelerator: Accelerator,
-    settings: Mapping[str, Any],
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-    evaluate: Callable[[DistributionConditionedDecoder], Evaluation] | None = None,
-    evaluate_every: int = 500,
-    save_every: int = 250,
-    log_every: int = 50,
-    report: Callable[[str], None] = print,
-) -> DistributionConditionedDecoder:
-    """Trains (or restores) a decoder's weights that require a gradient; returns it with their averages.
-
-    Everything is the same whether the run was interrupted or not. With several processes, all call this.
+class Trainer:
+    """Trains the weights of a decoder that require a gradient. `train` is the whole of it.
 
     Args:
-        folder: of the run; receives `log.jsonl`, `checkpoints` (see `Checkpoints`) and the sheets of `evaluate`.
+        folder: of the run; receives `log.jsonl`, `checkpoints` (see `Checkpoints`) and the sample sheets of `evaluate`.
         batches: this process's.
-        examples: an example of a batch; what it draws comes from the generator it is given.
-        accelerator: one that has prepared nothing yet; its trackers get what the log gets.
-        settings: what the examples depend on; the recipe and the card are added.
-        autocast: entered around the loss, besides the accelerator's own mixed precision.
-        evaluate: looks at the averaged decoder.
-
-    Raises:
-        ValueError: if the newest checkpoint was made under other settings, or the optimiser or the way that weights are
-            cut into parts does not fit.
-        FloatingPointError: if the loss or a weight stops being finite; the last checkpoint is left as it was.
-        OSError: if a checkpoint, a sheet or the log cannot be written; the checkpoint before is left as it was.
+        examples: the example of a batch; its random draws come from the generator that it is given.
+        config: how the weights are updated.
+        accelerator: one that has prepared nothing yet; its trackers get the numbers of the log.
+        settings: what the examples depend on; those of `config` and the decoder's card are added.
+        run: how often there are checkpoints, lines of the log and evaluations.
+        autocast: entered around the loss, besides the accelerator's mixed precision.
+        evaluate: evaluates the decoder with averaged weights; None for no evaluation.
+        report: gets the lines to print.
     """
-    _require_whole_average(accelerator)
-    if recipe.optimizer == "muon" and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        raise ValueError("Muon needs whole matrices, and here each process holds parts of them: take 'adamw'")
-    accelerator.gradient_accumulation_steps = recipe.accumulation
-    if accelerator.distributed_type == "DEEPSPEED":  # which does this by itself, and is given no data loader to ask
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": batches.size,
-            "gradient_accumulation_steps": recipe.accumulation,
-            "gradient_clipping": recipe.clip,
-        }
-    folder.mkdir(parents=True, exist_ok=True)
-    decoder.train()
-    optimizers = decoder_optimizers(decoder, recipe, sharded=accelerator.distributed_type == "FSDP")
-    with _blocks(decoder.backbone.blocks, recipe):
-        model, *optimizers = accelerator.prepare(Workpiece(decoder, _precision(accelerator)), *optimizers)
-        average = MovingAverage(trained_weights(decoder), recipe.average_decay)
-        checkpoints = Checkpoints(
-            folder,
+
+    def __init__(
+        self,
+        folder: Path,
+        decoder: DistributionConditionedDecoder,
+        batches: Batches,
+        examples: Callable[[Any, torch.Generator], Example],
+        config: OptimizationConfig,
+        *,
+        accelerator: Accelerator,
+        settings: Mapping[str, Any],
+        run: RunConfig,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        evaluate: Callable[[DistributionConditionedDecoder], Evaluation] | None = None,
+        report: Callable[[str], None] = print,
+    ):
+        self.folder = folder
+        self.decoder = decoder
+        self.batches = batches
+        self.examples = examples
+        self.config = config
+        self.accelerator = accelerator
+        self.run = run
+        self.autocast = autocast
+        self.evaluate = evaluate
+        self.report = report
+        self.settings = settings
+
+    def train(self) -> DistributionConditionedDecoder:
+        """Trains from the newest checkpoint, or from the start, to the last update; all processes call this together.
+
+        Returns:
+            The decoder with the EMA of its weights, frozen, in evaluation mode.
+
+        Raises:
+            ValueError: if the newest checkpoint was made under other settings, or the optimiser does not support the
+                way that weights are sharded.
+            FloatingPointError: if the loss or a weight is no longer finite; the last checkpoint stays as it is.
+            OSError: if a checkpoint, a sample sheet or the log cannot be written; the last checkpoint stays as it is.
+        """
+        self._check_sharding()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._wrapped_blocks():
+            self._prepare()
+            self._resume()
+            stream = iter(self.batches)
+            while self.step < self.config.steps:
+                self.means.add(self._update(stream))
+                self.step += 1
+                self._log()
+                if self._is_due(self.run.save_every):
+                    self._save()
+            self.ema.apply()
+        return self.decoder.eval().requires_grad_(False)
+
+    def _check_sharding(self) -> None:
+        """Refuses ways of sharding that the EMA, the checkpoints or Muon do not support."""
+        kind, state = self.accelerator.distributed_type, self.accelerator.state
+        supported = "FSDP2 and DeepSpeed up to stage 2 are supported (configs/accelerate has both)"
+        if kind == "FSDP" and state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(f"accelerate is configured for FSDP1: {supported}; set fsdp_version: 2")
+        if kind == "DEEPSPEED" and (stage := state.deepspeed_plugin.zero_stage) > 2:
+            raise ValueError(
+                f"accelerate is configured for DeepSpeed's stage {stage}: {supported}; set zero_stage: 2, or FSDP2"
+            )
+        if self.config.optimizer == "muon" and kind in ("FSDP", "DEEPSPEED"):
+            raise ValueError("Muon needs whole matrices, but each process holds shards of them: take 'adamw'")
+
+    @contextmanager
+    def _wrapped_blocks(self) -> Iterator[None]:
+        """Within it the backbone's blocks are compiled and checkpointed as configured."""
+        blocks = self.decoder.backbone.blocks
+        for block in blocks:
+            if self.config.compile:
+                block.forward = torch.compile(block.forward, fullgraph=True)
+            if self.config.activation_checkpointing:
+                # Not diffusers' own switch: it acts on the network's forward pass, which the backbone does not use.
+                # Outside the compiled function: torch does not compile what is called inside a checkpoint within it.
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+
+    def _prepare(self) -> None:
+        """The model and the optimisers as accelerate wraps them, the EMA and the checkpoints."""
+        accelerator, config = self.accelerator, self.config
+        accelerator.gradient_accumulation_steps = config.accumulation
+        if accelerator.distributed_type == "DEEPSPEED":  # It accumulates by itself, and has no data loader to ask.
+            accelerator.state.deepspeed_plugin.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": self.batches.size,
+                "gradient_accumulation_steps": config.accumulation,
+                "gradient_clipping": config.clip,
+            }
+        self.decoder.train()
+        optimizers = decoder_optimizers(self.decoder, config, sharded=accelerator.distributed_type == "FSDP")
+        proxy = ForwardProxy(self.decoder, _autocast(accelerator))
+        self.model, *self.optimizers = accelerator.prepare(proxy, *optimizers)
+        self.ema = EMA(trained_weights(self.decoder), config.ema_decay)
+        self.means = RunningMeans()
+        self.checkpoints = Checkpoints(
+            self.folder,
             accelerator,
-            model=model,
-            optimizers=optimizers,
+            model=self.model,
+            optimizers=self.optimizers,
             settings={
-                **settings,
-                "recipe": {name: value for name, value in asdict(recipe).items() if name not in _HOW},
-                "card": asdict(decoder.card),
-                "batch": batches.size,
+                **self.settings,
+                "recipe": config.settings(),
+                "card": asdict(self.decoder.card),
+                "batch": self.batches.size,
                 "processes": accelerator.num_processes,
             },
         )
-        done, spent, means = 0, 0.0, Means()
-        if (kept := checkpoints.load()) is not None:
-            done, spent = kept.step, kept.seconds
-            average.load(kept.average, done)
-            batches.load_state_dict(kept.position)
-            means.load_state_dict(kept.means)
-        if accelerator.is_main_process:
-            cut_log(folder, done)
-            if done:
-                report(f"{folder.name}: going on from step {done} of {recipe.steps}")
-        started, stream = time.monotonic() - spent, iter(batches)
 
-        def step(i: int) -> dict[str, torch.Tensor]:
-            """One update; the loss is this process's."""
-            for optimizer in optimizers:
-                rate = warmup_cosine(i, recipe.steps, peak=recipe.learning_rate, warmup=recipe.warmup)
-                set_learning_rate(optimizer, rate)
-            losses = []
-            for k in range(recipe.accumulation):
-                # The number of the batch among all batches of all processes.
-                number = (i * recipe.accumulation + k) * accelerator.num_processes + accelerator.process_index
-                draw = keyed_generator(recipe.seed, number)
-                example = examples(next(stream), draw)
-                with accelerator.accumulate(model):
-                    with autocast():
-                        loss = model(partial(decoder_loss, example=example, draw=draw, recipe=recipe))
-                    accelerator.backward(loss)
-                    losses.append(loss.detach())
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
-                    for optimizer in optimizers:
-                        optimizer.step()
-                        optimizer.zero_grad()
-            average.update()
-            found = {"loss": torch.stack(losses).mean()}
-            if norm is not None:  # as with DeepSpeed before its first update
-                found["gradient_norm"] = whole(torch.as_tensor(norm)).to(accelerator.device)
-            return found
+    def _resume(self) -> None:
+        """Restores the newest checkpoint, if there is one."""
+        self.step, seconds = 0, 0.0
+        if (state := self.checkpoints.load()) is not None:
+            self.step, seconds = state.step, state.seconds
+            self.ema.load(state.ema, updates=self.step)
+            self.batches.load_state_dict(state.position)
+            self.means.load_state_dict(state.means)
+        if self.accelerator.is_main_process:
+            truncate_log(self.folder, self.step)
+            if self.step:
+                self.report(f"{self.folder.name}: resuming from step {self.step} of {self.config.steps}")
+        self.started = time.monotonic() - seconds
 
-        def look(step: int) -> dict[str, float]:
-            decoder.eval()
-            with average.in_place(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                found = model(evaluate)
-                take_apart(model)
-            decoder.train()
-            if found.sheet is not None and accelerator.is_main_process:
-                _show(accelerator, folder / "samples" / f"step-{step:08}.png", found.sheet, step)
-            return {f"eval/{name}": float(value) for name, value in found.numbers.items()}
+    def _update(self, stream: Iterator[Any]) -> dict[str, torch.Tensor]:
+        """One update of the weights; the loss is the mean over this process's micro-batches."""
+        accelerator, config = self.accelerator, self.config
+        rate = warmup_cosine(self.step, config.steps, peak=config.learning_rate, warmup=config.warmup)
+        for optimizer in self.optimizers:
+            set_learning_rate(optimizer, rate)
+        losses = []
+        for k in range(config.accumulation):
+            # Counts the micro-batches of all processes.
+            number = (self.step * config.accumulation + k) * accelerator.num_processes + accelerator.process_index
+            generator = keyed_generator(config.seed, number)
+            example = self.examples(next(stream), generator)
+            with accelerator.accumulate(self.model):
+                with self.autocast():
+                    loss = self.model(partial(decoder_loss, example=example, generator=generator, config=config))
+                accelerator.backward(loss)
+                losses.append(loss.detach())
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        self.ema.update()
+        numbers = {"loss": torch.stack(losses).mean()}
+        if norm is not None:  # DeepSpeed has none before its first update.
+            numbers["gradient_norm"] = full_tensor(torch.as_tensor(norm)).to(accelerator.device)
+        return numbers
 
-        def together(total: torch.Tensor | float) -> torch.Tensor:
-            return accelerator.reduce(torch.as_tensor(total, device=accelerator.device), "mean")
+    def _log(self) -> None:
+        """Evaluates and writes a line of the log, each if it is due."""
+        line: dict[str, float] = {}
+        if self._is_due(self.run.log_every):
+            line = self.means.take(self._mean_of_processes)
+            self._require_finite({name: math.isfinite(value) for name, value in line.items()})
+        if self.evaluate is not None and self._is_due(self.run.sample_every):
+            line |= self._evaluate()
+        if line and self.accelerator.is_main_process:
+            line = {"step": self.step, "seconds": round(time.monotonic() - self.started, 1)} | line
+            append_to_log(self.folder, line)
+            self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=self.step)
+            self.report(f"{self.folder.name} " + " ".join(f"{name}={value:.4g}" for name, value in line.items()))
 
-        while done < recipe.steps:
-            means.add(step(done))
-            done += 1
-            last = done == recipe.steps
-            line: dict[str, float] = {}
-            if done % log_every == 0 or last:
-                line = means.take(together)
-                _require_finite({name: math.isfinite(value) for name, value in line.items()}, done, folder)
-            if evaluate is not None and (done % evaluate_every == 0 or last):
-                line |= look(done)
-            if line and accelerator.is_main_process:
-                line = {"step": done, "seconds": round(time.monotonic() - started, 1)} | line
-                append_to_log(folder, line)
-                accelerator.log({name: value for name, value in line.items() if name != "step"}, step=done)
-                report(f"{folder.name} " + " ".join(f"{k}={v:.4g}" for k, v in line.items()))
-            if done % save_every == 0 or last:
-                finite = all_finite([*average.weights.values(), *average.parts()])
-                everywhere = accelerator.reduce(torch.tensor(float(finite), device=accelerator.device), "mean")
-                _require_finite({"a weight": bool(everywhere == 1)}, done, folder)
-                checkpoints.save(
-                    Kept(
-                        step=done,
-                        seconds=time.monotonic() - started,
-                        average=average.whole(),
-                        position=batches.state_dict(),
-                        means=means.state_dict(),
-                    )
-                )
-        average.put_in_place()
-    return decoder.eval().requires_grad_(False)
+    def _evaluate(self) -> dict[str, float]:
+        """The numbers of an evaluation of the averaged weights; its sheet is written."""
+        self.decoder.eval()
+        with self.ema.swapped_in(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            found = self.model(self.evaluate)
+            reshard(self.model)
+        self.decoder.train()
+        if found.sheet is not None and self.accelerator.is_main_process:
+            self._write_sheet(found.sheet)
+        return {f"eval/{name}": float(value) for name, value in found.numbers.items()}
+
+    def _write_sheet(self, sheet: Image.Image) -> None:
+        """Writes a sample sheet to its file, and to the trackers that take images."""
+        with whole_file(self.folder / "samples" / f"step-{self.step:08}.png") as temporary:
+            sheet.save(temporary, format="PNG")
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(sheet)[None]}, step=self.step, **options)
+
+    def _save(self) -> None:
+        """Writes a checkpoint, unless a weight is not finite."""
+        finite = all_finite([*self.ema.weights.values(), *self.ema.shards()])
+        everywhere = self._mean_of_processes(float(finite))
+        self._require_finite({"a weight": bool(everywhere == 1)})
+        self.checkpoints.save(
+            TrainingState(
+                step=self.step,
+                seconds=time.monotonic() - self.started,
+                ema=self.ema.full(),
+                position=self.batches.state_dict(),
+                means=self.means.state_dict(),
+            )
+        )
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _mean_of_processes(self, number: torch.Tensor | float) -> torch.Tensor:
+        return self.accelerator.reduce(torch.as_tensor(number, device=self.accelerator.device), "mean")
+
+    def _require_finite(self, finite: Mapping[str, bool]) -> None:
+        if bad := [name for name, is_finite in finite.items() if not is_finite]:
+            raise FloatingPointError(
+                f"{self.folder.name}: {', '.join(bad)} stopped being finite before step {self.step}. The last "
+                f"checkpoint is intact ({self.folder / 'checkpoints'}): make a bundle of it (`train.py --bundle-now`, "
+                "with the options of this run), and start another run from that bundle (--bundle) with a lower "
+                "learning rate"
+            )
 
 
-def _precision(accelerator: Accelerator) -> Callable[[], AbstractContextManager]:
-    """What the accelerator's mixed precision enters around a forward pass."""
+def _autocast(accelerator: Accelerator) -> Callable[[], AbstractContextManager]:
+    """The autocast of the accelerator's mixed precision."""
     if accelerator.mixed_precision == "bf16":
         return partial(torch.autocast, accelerator.device.type, torch.bfloat16)
     return nullcontext
-
-
-@contextmanager
-def _blocks(blocks: tuple[nn.Module, ...], recipe: DecoderTraining) -> Iterator[None]:
-    """Within it the transformer's blocks are compiled or recomputed, as the recipe says."""
-    for block in blocks:
-        if recipe.compiled:
-            block.forward = torch.compile(block.forward, fullgraph=True)
-        if recipe.recomputed:  # The transformer's own switch acts on its forward pass, which the decoder does not use.
-            # Around what is compiled: torch compiles nothing of what is called inside of a checkpoint that it compiles.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
-
-
-def _show(accelerator: Accelerator, path: Path, sheet: Image.Image, step: int) -> None:
-    """A sheet into a file, and to the trackers that take pictures."""
-    with whole_file(path) as temporary:
-        sheet.save(temporary, format="PNG")
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.asarray(sheet)[None]}, step=step, **options)
-
-
-def _require_whole_average(accelerator: Accelerator) -> None:
-    """Refuses the ways to cut weights into parts that the moving average and the checkpoints do not know."""
-    known = "FSDP2 and DeepSpeed up to stage 2 are known here (configs/accelerate has both)"
-    if accelerator.distributed_type == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise ValueError(f"accelerate was told to cut the weights up with FSDP1: {known}; set fsdp_version: 2")
-    if accelerator.distributed_type == "DEEPSPEED" and (stage := accelerator.state.deepspeed_plugin.zero_stage) > 2:
-        raise ValueError(f"accelerate was told to take DeepSpeed's stage {stage}: {known}; set zero_stage: 2, or FSDP2")
-
-
-def _require_finite(found: Mapping[str, bool], step: int, folder: Path) -> None:
-    if bad := [name for name, finite in found.items() if not finite]:
-        raise FloatingPointError(
-            f"{folder.name}: {', '.join(bad)} stopped being finite before step {step}. The last checkpoint is "
-            f"untouched ({folder / 'checkpoints'}): make a bundle of it (`train.py --bundle-now`, with the options of "
-            "this run), and begin another run from that one (--bundle) with a lower learning rate"
-        )

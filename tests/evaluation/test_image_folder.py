@@ -16,7 +16,7 @@ from dcdd_core.evaluation.image_folder import (
     read_pixels,
 )
 from dcdd_core.pipelines.images import to_pixels
-from dcdd_core.training.batches import Share
+from dcdd_core.training.batches import DataShard
 from dcdd_core.training.folders import ImageFolder
 from dcdd_core.training.image_batch import Geometry
 
@@ -114,7 +114,7 @@ def test_they_are_read_as_training_reads_them(tmp_path):
     Image.new("P", (16, 16)).save(tmp_path / "other.gif")
     geometry = Geometry(resolution=16, token_resolution=16, token_factor=4, vae_factor=2)
     trained = ImageFolder(tmp_path, geometry)
-    items = [trained.load(entry) for entry in trained.entries(Share(seed=None), 0)]
+    items = [trained.load(entry) for entry in trained.entries(DataShard(seed=None), 0)]
     assert torch.equal(read_pixels(list_images(tmp_path), 16), to_pixels(trained.collate(items).pixels, "cpu"))
 
 

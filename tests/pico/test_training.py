@@ -13,7 +13,7 @@ from dcdd_core.models.backbones.flux_fill.backbone import FluxFill
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.protocols import SamplingOptions
-from dcdd_core.training.batches import Batches, Share
+from dcdd_core.training.batches import Batches, DataShard
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.scene_cache import Encodings, SceneEncodings
 from dcdd_pico.scenes import scene_facts, scene_pixels
@@ -85,5 +85,5 @@ def test_the_scenes_of_a_step_are_those_of_its_number(tmp_path):
     again = Batches(source, size=3)
     again.load_state_dict(json.loads(json.dumps({**batches.state_dict(), "consumed": 6})))
     assert torch.equal(next(iter(again)).features, found[2].features)
-    halves = [[int(e.key) for e in islice(source.entries(Share(rank=k, world=2), 0), 3)] for k in (0, 1)]
+    halves = [[int(e.key) for e in islice(source.entries(DataShard(rank=k, world=2), 0), 3)] for k in (0, 1)]
     assert [key for pair in zip(*halves) for key in pair] == [*context.batch(4, 0, 3), *context.batch(4, 1, 3)]

@@ -1,4 +1,4 @@
-"""Trainings of the tiny decoder on pictures, in this process or in forked ones that may be killed."""
+"""Trainings of the tiny decoder on images, in this process or in forked ones that may be killed."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL
 
+from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
-from dcdd_core.training.batches import Batches, Share
+from dcdd_core.training.batches import Batches, DataShard
+from dcdd_core.training.config import OptimizationConfig, RunConfig
 from dcdd_core.training.encoded_batch import geometry_for
 from dcdd_core.training.examples import Example, ExampleMaker
 from dcdd_core.training.image_batch import Geometry
 from dcdd_core.training.log import read_log
-from dcdd_core.training.recipe import DecoderTraining
-from dcdd_core.training.sources import open_pictures
+from dcdd_core.training.sources import open_images
 from dcdd_core.training.trainable import choose_trained
-from dcdd_core.training.trainer import train_decoder
+from dcdd_core.training.trainer import Trainer
 from tests.tiny import tiny_condition, tiny_decoder, tiny_vae, tiny_vq
 
-RECIPE = {"learning_rate": 3e-3, "warmup": 2, "average_decay": 0.9}
+RECIPE = {"learning_rate": 3e-3, "warmup": 2, "ema_decay": 0.9}
 
 
 def png_folder(folder: Path, count: int = 7, side: int = 20) -> Path:
@@ -44,9 +44,9 @@ def png_folder(folder: Path, count: int = 7, side: int = 20) -> Path:
 
 
 @cache
-def encoders() -> tuple[VQTokenizer, AutoencoderKL, Geometry]:
-    vq, vae = VQTokenizer(tiny_vq(), name="tiny"), tiny_vae()
-    return vq, vae, geometry_for(vq, vae, resolution=16, token_resolution=16)
+def encoders() -> tuple[VQTokenizer, KLCodec, Geometry]:
+    tokenizer, codec = VQTokenizer(tiny_vq(), name="tiny"), KLCodec(tiny_vae())
+    return tokenizer, codec, geometry_for(tokenizer, codec, patch=2, resolution=16, token_resolution=16)
 
 
 def example(batch: int = 2) -> Example:
@@ -69,31 +69,34 @@ def run(
     folder: Path, pictures: Path, *, steps: int = 8, decoder=None, what="all", batch: int = 2, on_batch=None, **changes
 ):
     """Trains `what` of the tiny decoder, or the one given; `on_batch(k)` is called before the k-th batch is used."""
-    vq, vae, geometry = encoders()
+    tokenizer, codec, geometry = encoders()
     if decoder is None:
         decoder = tiny_decoder()
         choose_trained(decoder, what, rank=2)
-    options = {"save_every": 3, "log_every": 1, "report": lambda _: None}
-    options |= {name: changes.pop(name) for name in (*options, "evaluate", "evaluate_every") if name in changes}
+    every = {"save_every": 3, "log_every": 1}
+    every |= {name: changes.pop(name) for name in ("save_every", "log_every", "sample_every") if name in changes}
+    evaluate = changes.pop("evaluate", None)
     workers = accelerator()
-    make, seen = ExampleMaker(decoder.card, vq, vae, geometry, localised=0.3), iter(range(10**6))
+    make, seen = ExampleMaker(decoder.card, tokenizer, codec, geometry, localised=0.3), iter(range(10**6))
 
-    def examples(pictures, draw):
+    def examples(batch, generator):
         if on_batch is not None:
             on_batch(next(seen))
-        return make(pictures, draw)
+        return make(batch, generator)
 
-    share = Share(rank=workers.process_index, world=workers.num_processes)
-    return train_decoder(
+    shard = DataShard(rank=workers.process_index, world=workers.num_processes)
+    return Trainer(
         folder,
         decoder,
-        Batches(open_pictures(pictures, geometry), size=batch, share=share),
+        Batches(open_images(pictures, geometry), size=batch, shard=shard),
         examples,
-        DecoderTraining(steps=steps, **RECIPE | changes),
+        OptimizationConfig(steps=steps, **RECIPE | changes),
         accelerator=workers,
         settings={},
-        **options,
-    )
+        run=RunConfig(**every),
+        evaluate=evaluate,
+        report=lambda _: None,
+    ).train()
 
 
 def forked(target, *, world: int = 1, clean: bool = False) -> list[int]:

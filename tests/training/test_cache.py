@@ -18,14 +18,15 @@ import PIL.Image
 import pytest
 import torch
 
+from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.images import to_pixels
 from dcdd_core.training import cache_writer
-from dcdd_core.training.batches import Batches, Share
+from dcdd_core.training.batches import Batches, DataShard
 from dcdd_core.training.cache import CacheCard, EncodingCache
 from dcdd_core.training.cache_writer import write_cache
-from dcdd_core.training.encoded_batch import encode, geometry_for, scaled_latents
-from dcdd_core.training.sources import open_pictures
+from dcdd_core.training.encoded_batch import encode, geometry_for, normalized_latents
+from dcdd_core.training.sources import open_images
 from tests.tiny import tiny_vae, tiny_vq
 
 COUNT = 11
@@ -33,12 +34,12 @@ COUNT = 11
 
 @pytest.fixture(scope="module")
 def networks():
-    return {"vq": VQTokenizer(tiny_vq(), name="tiny"), "vae": tiny_vae()}
+    return {"tokenizer": VQTokenizer(tiny_vq(), name="tiny"), "codec": KLCodec(tiny_vae())}
 
 
 @pytest.fixture(scope="module")
 def geometry(networks):
-    return geometry_for(**networks, resolution=32, token_resolution=16)
+    return geometry_for(**networks, patch=2, resolution=32, token_resolution=16)
 
 
 def png(number, side=20):
@@ -57,7 +58,7 @@ def folder_of(path, count=COUNT, bad=()):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory, geometry):
-    return open_pictures(folder_of(tmp_path_factory.mktemp("pictures") / "folder"), geometry)
+    return open_images(folder_of(tmp_path_factory.mktemp("pictures") / "folder"), geometry)
 
 
 def write(folder, source, networks, **options):
@@ -75,8 +76,8 @@ def whole(tmp_path_factory, pictures, networks):
     return write(tmp_path_factory.mktemp("whole") / "cache", pictures, networks)
 
 
-def together(source, share=None, count=1, size=COUNT):
-    return list(islice(Batches(source, size=size, share=share or Share(seed=None)), count))
+def together(source, shard=None, count=1, size=COUNT):
+    return list(islice(Batches(source, size=size, shard=shard or DataShard(seed=None)), count))
 
 
 def test_cached_is_on_the_fly_rounded_to_half(whole, pictures, networks):
@@ -92,8 +93,8 @@ def test_cached_is_on_the_fly_rounded_to_half(whole, pictures, networks):
         torch.testing.assert_close(of_cache, of_pixels, rtol=2e-3, atol=2e-3)
         assert float(of_pixels.std()) > 0.1
     # Both come of their own size of the picture.
-    torch.testing.assert_close(fresh.features, networks["vq"].features(to_pixels(pixels.token_pixels, "cpu")))
-    raw = networks["vae"].encode(to_pixels(pixels.pixels, "cpu")).latent_dist.mean
+    torch.testing.assert_close(fresh.features, networks["tokenizer"].features(to_pixels(pixels.token_pixels, "cpu")))
+    raw = networks["codec"].model.encode(to_pixels(pixels.pixels, "cpu")).latent_dist.mean
     torch.testing.assert_close(fresh.latents, (raw - 0.1) * 0.5)
     torch.testing.assert_close(fresh.pixels, to_pixels(pixels.pixels, "cpu"))
     assert cached.pixels is None
@@ -113,8 +114,8 @@ def test_pixels_are_kept_where_localised_training_needs_them(tmp_path, pictures,
     assert torch.equal(batch.pixels, fresh.pixels)
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., 8:20, 4:30] = 1
-    masked = scaled_latents(networks["vae"], batch.pixels, mask)
-    torch.testing.assert_close(masked, scaled_latents(networks["vae"], fresh.pixels * (1 - mask)))
+    masked = normalized_latents(networks["codec"], batch.pixels, mask)
+    torch.testing.assert_close(masked, normalized_latents(networks["codec"], fresh.pixels * (1 - mask)))
     assert not torch.allclose(masked, batch.latents, atol=1e-2)
     encodings.require(CacheCard.of(**networks, geometry=geometry, pixels=True))
     with pytest.raises(ValueError, match="holds another cache: it keeps the pixels"):
@@ -138,17 +139,20 @@ def test_any_item_is_read_alone(whole):
 def test_a_cache_is_shuffled_shared_and_resumed_as_pictures_are(whole, pictures, world):
     encodings = EncodingCache(whole)
     orders = [
-        [[entry.data for entry in encodings.entries(Share(seed=4, rank=rank, world=world), epoch)] for epoch in (0, 1)]
+        [
+            [entry.data for entry in encodings.entries(DataShard(seed=4, rank=rank, world=world), epoch)]
+            for epoch in (0, 1)
+        ]
         for rank in range(world)
     ]
     for epoch in (0, 1):
         assert sorted(chain(*(order[epoch] for order in orders))) == list(range(COUNT))
     assert orders[0][0] != orders[0][1] and orders[0][0] != sorted(orders[0][0])
-    names = [entry.key for entry in pictures.entries(Share(seed=4, rank=0, world=world), 1)]
+    names = [entry.key for entry in pictures.entries(DataShard(seed=4, rank=0, world=world), 1)]
     assert names == [encodings.keys[i] for i in orders[0][1]]  # training can take either
 
     def batches(**options):
-        return Batches(EncodingCache(whole), size=3, share=Share(seed=4, rank=world - 1, world=world), **options)
+        return Batches(EncodingCache(whole), size=3, shard=DataShard(seed=4, rank=world - 1, world=world), **options)
 
     running, states = batches(), []
     expected = []
@@ -170,7 +174,7 @@ def test_a_cache_may_be_moved(tmp_path, whole, pictures, networks, geometry):
         (moved / name).write_bytes(content)
     assert len(EncodingCache(moved)) == COUNT
     folder_of(tmp_path / "pictures")
-    write(moved, open_pictures(tmp_path / "pictures", geometry), networks)
+    write(moved, open_images(tmp_path / "pictures", geometry), networks)
     assert {k: v for k, v in files(moved).items() if k != "manifest.json"} == {
         k: v for k, v in files(whole).items() if k != "manifest.json"
     }
@@ -182,7 +186,7 @@ def test_a_finished_cache_is_left_as_it_is(tmp_path, pictures, networks, monkeyp
     monkeypatch.setattr(cache_writer, "encode", None)
     reported = []
     write(folder, pictures, networks, report=reported.append)
-    assert files(folder) == before and reported == [f"{folder}: 3 finished shards are kept"]
+    assert files(folder) == before and reported == [f"{folder}: keeping 3 finished shards"]
 
 
 def test_workers_write_the_same(tmp_path, whole, pictures, networks):
@@ -253,7 +257,7 @@ def test_killed_at_any_write_it_is_gone_on_with_to_the_same_bytes(tmp_path, pict
 
 @needs_fork
 def test_killed_at_any_time_it_is_gone_on_with_to_the_same_bytes(tmp_path, geometry, networks):
-    source = open_pictures(folder_of(tmp_path / "pictures", 24), geometry)
+    source = open_images(folder_of(tmp_path / "pictures", 24), geometry)
 
     real = os.fsync
 
@@ -330,7 +334,7 @@ def test_the_manifest_misses_no_shard_that_another_process_writes_meanwhile(tmp_
 
 
 def test_shards_stay_in_order_when_their_numbers_grow_longer(tmp_path):
-    writer = cache_writer._Writer(tmp_path, None, None, 1, Share())
+    writer = cache_writer._Writer(tmp_path, None, None, 1, DataShard())
     (tmp_path / "shards").mkdir()
     for number in (100_000, 99_999, 3):
         (tmp_path / f"shards/{number:05}.json").write_text("{}")
@@ -349,7 +353,7 @@ def test_a_stream_is_entered_where_the_cache_ends(tmp_path, geometry, networks, 
                 info = tarfile.TarInfo(f"{i}-{j}.png")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    source = open_pictures(tars, geometry)
+    source = open_images(tars, geometry)
     expected = files(write(tmp_path / "expected", source, networks))
     stopped = tmp_path / "stopped"
 
@@ -377,12 +381,12 @@ def test_a_damaged_shard_is_found_and_made_again(tmp_path, whole, pictures, netw
     folder = write(tmp_path / "cache", pictures, networks)
     damage(folder / "shards/00001.safetensors")
     encodings = EncodingCache(folder)
-    with pytest.raises(ValueError, match="1 of 3 shards .* damaged.*: shards/00001.safetensors. Copy"):
+    with pytest.raises(ValueError, match="1 of 3 shards .* damaged.*shards/00001.safetensors.*Copy"):
         encodings.verify()
-    encodings.verify(rank=0, world=2)  # the other process's share has it
+    encodings.verify(rank=0, world=2)  # the other process checks it
     with pytest.raises(ValueError, match="1 of 1 shards"):
         encodings.verify(rank=1, world=2)
-    with pytest.warns(UserWarning, match="00001.safetensors is missing or damaged, and is made again"):
+    with pytest.warns(UserWarning, match="00001.safetensors is missing or damaged; it is made again"):
         write(folder, pictures, networks)
     assert files(folder) == files(whole)
     EncodingCache(folder).verify()
@@ -403,25 +407,28 @@ def test_a_foreign_cache_is_refused(whole, networks, geometry):
     wanted = CacheCard.of(**networks, geometry=geometry)
     encodings.require(wanted)
     # Weights in another type are the same weights.
-    half = {"vq": VQTokenizer(tiny_vq().bfloat16()), "vae": tiny_vae().bfloat16()}
+    half = {"tokenizer": VQTokenizer(tiny_vq().bfloat16()), "codec": KLCodec(tiny_vae().bfloat16())}
     encodings.require(CacheCard.of(**half, geometry=geometry))
     # What the encodings do not depend on may differ.
     painter = tiny_vae()
     torch.nn.init.zeros_(painter.decoder.conv_out.weight)
-    encodings.require(CacheCard.of(vq=networks["vq"], vae=painter, geometry=geometry))
+    encodings.require(CacheCard.of(networks["tokenizer"], KLCodec(painter), geometry))
 
     tuned = tiny_vq()
     torch.nn.init.zeros_(tuned.quant_conv.weight)
     scaled = tiny_vae()
     scaled.register_to_config(scaling_factor=0.6)
-    other = geometry_for(**networks, resolution=64, token_resolution=16)
+    other = geometry_for(**networks, patch=2, resolution=64, token_resolution=16)
     for card, words in (
-        (CacheCard.of(VQTokenizer(tiny_vq(1)), networks["vae"], geometry), "its tokenizer has another codebook"),
-        (CacheCard.of(VQTokenizer(tuned), networks["vae"], geometry), "its tokenizer has another encoder"),
-        (CacheCard.of(networks["vq"], tiny_vae(1), geometry), "its autoencoder is another one"),
-        (CacheCard.of(networks["vq"], scaled, geometry), r"another shift and scale \(0.1, 0.5, expected 0.1, 0.6\)"),
-        (CacheCard.of(**networks, geometry=other), "does not fit: its resolution is 32, expected 64. Give"),
-        (CacheCard.of(**networks, geometry=geometry, pixels=True), "does not keep the pictures' pixels"),
+        (CacheCard.of(VQTokenizer(tiny_vq(1)), networks["codec"], geometry), "its tokenizer has another codebook"),
+        (CacheCard.of(VQTokenizer(tuned), networks["codec"], geometry), "its tokenizer has another encoder"),
+        (CacheCard.of(networks["tokenizer"], KLCodec(tiny_vae(1)), geometry), "it was made with another autoencoder"),
+        (
+            CacheCard.of(networks["tokenizer"], KLCodec(scaled), geometry),
+            r"another shift and scale \(0.1, 0.5, expected 0.1, 0.6\)",
+        ),
+        (CacheCard.of(**networks, geometry=other), "does not fit: its resolution is 32, expected 64. Use"),
+        (CacheCard.of(**networks, geometry=geometry, pixels=True), "does not keep the images' pixels"),
     ):
         with pytest.raises(ValueError, match=words):
             encodings.require(card)
@@ -430,12 +437,12 @@ def test_a_foreign_cache_is_refused(whole, networks, geometry):
 def test_another_cache_is_not_written_over(tmp_path, whole, pictures, networks, geometry):
     folder = write(tmp_path / "cache", pictures, networks)
     before = files(folder)
-    fewer = open_pictures(folder_of(tmp_path / "fewer", 3), geometry)
-    larger = open_pictures(pictures.folder, geometry_for(**networks, resolution=64, token_resolution=16))
+    fewer = open_images(folder_of(tmp_path / "fewer", 3), geometry)
+    larger = open_images(pictures.folder, geometry_for(**networks, patch=2, resolution=64, token_resolution=16))
     for source, changed, options, words in (
-        (fewer, {}, {}, "it is of other pictures, those of .*folder at the time"),
+        (fewer, {}, {}, "it is of other images: those of .*folder when it was written"),
         (pictures, {}, {"shard_size": 5}, "its shard size is 4, expected 5"),
-        (pictures, {"vae": tiny_vae(1)}, {}, "its autoencoder is another one"),
+        (pictures, {"codec": KLCodec(tiny_vae(1))}, {}, "it was made with another autoencoder"),
         (larger, {}, {}, "its resolution is 32, expected 64"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -444,12 +451,12 @@ def test_another_cache_is_not_written_over(tmp_path, whole, pictures, networks, 
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="shards without their manifest"):
         write(folder, pictures, networks)
-    with pytest.raises(ValueError, match=r"is no cache and not empty \(it holds 00\d.png\): choose a new folder"):
+    with pytest.raises(ValueError, match=r"is not empty and not a cache \(it holds 00\d.png\): choose a new folder"):
         write(tmp_path / "fewer", pictures, networks)
     with pytest.raises(ValueError, match="holds no cache of encodings"):
         EncodingCache(tmp_path / "fewer")
     (tmp_path / "fewer" / "manifest.json").write_text('{"format": "dcdd encodings 0"}')
-    with pytest.raises(ValueError, match="of the format 'dcdd encodings 0', expected 'dcdd encodings 1'"):
+    with pytest.raises(ValueError, match="has the format 'dcdd encodings 0', expected 'dcdd encodings 1'"):
         EncodingCache(tmp_path / "fewer")
     (tmp_path / "fewer" / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -472,9 +479,7 @@ def test_a_full_disk_loses_nothing_that_is_finished(tmp_path, whole, pictures, n
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", open_path)
-        with pytest.raises(
-            OSError, match="the disk is full: 0 MB more .*The 1 shards that are finished are kept"
-        ) as caught:
+        with pytest.raises(OSError, match="the disk is full: 0 MB more .*The 1 finished shards are kept") as caught:
             write(folder, pictures, networks)
     assert caught.value.errno == errno.ENOSPC
     assert not list(folder.rglob("*.tmp"))
@@ -485,7 +490,7 @@ def test_a_full_disk_loses_nothing_that_is_finished(tmp_path, whole, pictures, n
 
 
 def test_unreadable_pictures_are_left_out_and_counted(tmp_path, networks, geometry):
-    source = open_pictures(folder_of(tmp_path / "some", 10, bad=(2, 4, 5, 6, 7)), geometry)
+    source = open_images(folder_of(tmp_path / "some", 10, bad=(2, 4, 5, 6, 7)), geometry)
     with pytest.warns(UserWarning, match="002.png of .*some is skipped: UnidentifiedImageError"):
         folder = write(tmp_path / "cache", source, networks)
     encodings = EncodingCache(folder)
@@ -493,20 +498,20 @@ def test_unreadable_pictures_are_left_out_and_counted(tmp_path, networks, geomet
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["items"], manifest["unreadable"]) == (5, 5)
     assert [shard["items"] for shard in manifest["shards"]] == [3, 0, 2]
-    good = open_pictures(tmp_path / "some", geometry)
+    good = open_images(tmp_path / "some", geometry)
     for i in range(len(encodings)):
-        (entry,) = [e for e in good.entries(Share(seed=None), 0) if e.key == encodings.keys[i]]
+        (entry,) = [e for e in good.entries(DataShard(seed=None), 0) if e.key == encodings.keys[i]]
         fresh = encode(good.collate([good.load(entry)]), **networks)
         torch.testing.assert_close(encodings.batch([i]).features, fresh.features, rtol=2e-3, atol=2e-3)
-    none = open_pictures(folder_of(tmp_path / "none", 2, bad=(0, 1)), geometry)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2 pictures of .*none could be read"):
+    none = open_images(folder_of(tmp_path / "none", 2, bad=(0, 1)), geometry)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2 images of .*none could be read"):
         write(tmp_path / "nothing", none, networks)
 
 
 def test_too_many_unreadable_pictures_stop_the_writing_also_when_it_is_resumed(tmp_path, networks, geometry):
-    source = open_pictures(folder_of(tmp_path / "many", 110, bad=(10, 20, 106)), geometry)
+    source = open_images(folder_of(tmp_path / "many", 110, bad=(10, 20, 106)), geometry)
     for named in (["010.png", "020.png", "106.png"], ["106.png"]):  # the others are in the shards that are kept
-        with pytest.warns(UserWarning) as warned, pytest.raises(ValueError, match=r"3 of 107 pictures .* 106.png"):
+        with pytest.warns(UserWarning) as warned, pytest.raises(ValueError, match=r"3 of 107 images .* 106.png"):
             write(tmp_path / "cache", source, networks, shard_size=15, batch_size=15)
         assert [str(warning.message).split(" ")[0] for warning in warned] == named
 
@@ -515,9 +520,9 @@ def test_encodings_that_are_not_finite_are_not_stored(tmp_path, pictures, networ
     broken = tiny_vae()
     broken.encoder.conv_out.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match="the latents of 000.png hold NaN"):
-        write(tmp_path / "cache", pictures, networks | {"vae": broken})
+        write(tmp_path / "cache", pictures, networks | {"codec": KLCodec(broken)})
 
 
 def test_networks_that_do_not_fit_the_sizes_are_refused(networks):
-    with pytest.raises(ValueError, match="even number of latents.*use"):
-        geometry_for(**networks, resolution=30, token_resolution=16)
+    with pytest.raises(ValueError, match="not a multiple of 4 pixels.*use 28 or 32"):
+        geometry_for(**networks, patch=2, resolution=30, token_resolution=16)

@@ -17,16 +17,25 @@ from benchmarks.memory import janus
 from dcdd_core.models.backbones.flux_fill.inference import drop_text
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
-from dcdd_core.models.vae import FLUX_VAE_CONFIG
+from dcdd_core.models.vae import FLUX_VAE_CONFIG, KLCodec
 from dcdd_core.models.vq import VQTokenizer
-from dcdd_core.training.cost import Setup, cost_of, encoders, encoding_peak, optimizer_cost, replayed, shaped
+from dcdd_core.training.config import OptimizationConfig
+from dcdd_core.training.cost import (
+    TrainingSetup,
+    cost_of,
+    encoders,
+    encoding_peak,
+    meta_decoder,
+    optimizer_cost,
+    step_dry_run,
+)
 from dcdd_core.training.encoded_batch import EncodedBatch, geometry_for
-from dcdd_core.training.estimate import run_of
+from dcdd_core.training.estimate import duration_of
 from dcdd_core.training.examples import Example, ExampleMaker
-from dcdd_core.training.image_batch import PictureBatch
+from dcdd_core.training.image_batch import ImageBatch
+from dcdd_core.training.loss import decoder_loss
 from dcdd_core.training.optimizers import muon
-from dcdd_core.training.recipe import DecoderTraining, decoder_loss, decoder_optimizers
-from dcdd_core.training.trainable import choose_trained, trained_weights
+from dcdd_core.training.trainable import choose_trained, decoder_optimizers, muon_matrices, trained_weights
 from tests.tiny import tiny_card, tiny_condition, tiny_vq
 
 CONFIG = {
@@ -47,7 +56,7 @@ SMALL = {"config": CONFIG, "width": 32, "resolution": 256, "grid": 16, "batch": 
 
 @cache
 def cost(**choice):
-    return cost_of(Setup(**SMALL | choice))
+    return cost_of(TrainingSetup(**SMALL | choice))
 
 
 def profiled(work):
@@ -91,14 +100,14 @@ def real(setup):
 def test_two_steps_of_a_training_take_what_was_estimated(choice):
     if choice.get("train") == "lora":
         pytest.importorskip("peft")
-    setup = Setup(**SMALL | choice)
+    setup = TrainingSetup(**SMALL | choice)
     decoder, example = real(setup)
     trained = trained_weights(decoder)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, fused=True)
 
     def forward_and_backward():
         with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision == "bf16"):
-            loss = decoder_loss(decoder, example, torch.Generator().manual_seed(1), DecoderTraining(steps=2))
+            loss = decoder_loss(decoder, example, torch.Generator().manual_seed(1), OptimizationConfig(steps=2))
         loss.backward()
 
     forward_and_backward()
@@ -107,7 +116,7 @@ def test_two_steps_of_a_training_take_what_was_estimated(choice):
     peak = profiled(forward_and_backward)
     gradients = sum(weight.grad.nbytes for weight in trained.values())
     optimizer.step()
-    estimated = replayed(shaped(setup), setup, on_gpu=False)
+    estimated = step_dry_run(meta_decoder(setup), setup, on_gpu=False)
     assert estimated.peak == pytest.approx(peak, rel=0.01)
     assert estimated.gradients == gradients
     expected = cost(**choice)
@@ -122,7 +131,7 @@ def test_two_steps_of_a_training_take_what_was_estimated(choice):
 
 
 def test_operations_of_a_forward_pass_are_those_of_its_layers():
-    setup = Setup(**SMALL, precision="no")
+    setup = TrainingSetup(**SMALL, precision="no")
     decoder, example = real(setup)
     counted = []
 
@@ -133,24 +142,24 @@ def test_operations_of_a_forward_pass_are_those_of_its_layers():
     for part in decoder.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             part.register_forward_hook(count)
-    decoder_loss(decoder, example, torch.Generator(), DecoderTraining(steps=1))
+    decoder_loss(decoder, example, torch.Generator(), OptimizationConfig(steps=1))
     latents, inner = (256 // 16) ** 2, 4 * 32
     attention = 2 * 2 * 2 * setup.batch * latents**2 * inner  # in each block q k^T and its product with v
-    assert replayed(shaped(setup), setup).forward_operations == sum(counted) + attention
+    assert step_dry_run(meta_decoder(setup), setup).forward_flops == sum(counted) + attention
 
 
 @pytest.mark.parametrize(
     "choice", [{}, {"train": "all", "checkpointing": True}], ids=["attention", "all-checkpointing"]
 )
 def test_operations_of_a_step_are_those_that_pytorch_counts_of_the_real_one(choice):
-    setup = Setup(**SMALL | choice, precision="no")
+    setup = TrainingSetup(**SMALL | choice, precision="no")
     decoder, example = real(setup)
     # Of attention it counts the plain kernel, whose backward pass keeps the scores that flash attention computes again.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        decoder_loss(decoder, example, torch.Generator(), DecoderTraining(steps=1)).backward()
+        decoder_loss(decoder, example, torch.Generator(), OptimizationConfig(steps=1)).backward()
     latents, inner, blocks = (setup.resolution // 16) ** 2, 4 * 32, len(decoder.backbone.blocks)
     again = blocks * 2 * setup.batch * latents**2 * inner
-    assert cost(**choice, precision="no").operations == counter.get_total_flops() + again
+    assert cost(**choice, precision="no").flops == counter.get_total_flops() + again
 
 
 @pytest.mark.slow
@@ -162,20 +171,20 @@ def test_the_time_of_one_training_foretells_that_of_another():
         spent = []
         for _ in range(3):
             start = time.process_time()
-            decoder_loss(decoder, example, torch.Generator(), DecoderTraining(steps=1)).backward()
+            decoder_loss(decoder, example, torch.Generator(), OptimizationConfig(steps=1)).backward()
             spent.append(time.process_time() - start)
         return min(spent)
 
     small = {"precision": "no", "resolution": 512, "batch": 4}
     large = {"precision": "no", "resolution": 768, "train": "all", "checkpointing": True}
-    reached = cost(**small).operations / processor_seconds(Setup(**SMALL | small))
-    setup = Setup(**SMALL | large)
-    foretold = run_of(setup, cost(**large), pictures=1, teraflops=reached / 1e12, utilisation=1.0).seconds
+    reached = cost(**small).flops / processor_seconds(TrainingSetup(**SMALL | small))
+    setup = TrainingSetup(**SMALL | large)
+    foretold = duration_of(setup, cost(**large), images=1, teraflops=reached / 1e12, utilisation=1.0).seconds
     assert processor_seconds(setup) == pytest.approx(foretold, rel=1 / 3)
 
 
 def test_flux_fill_is_counted_as_published_without_its_text_stream():
-    decoder = shaped(Setup())
+    decoder = meta_decoder(TrainingSetup())
     width, blocks, double = 3072, 19 + 38, 19
     published = 11_901_408_320 + (384 - 64) * width  # FLUX.1-dev's, and more input channels
     # Of each joint block its modulation of the text, four projections, two norms, and the MLP; once the embedder.
@@ -196,7 +205,7 @@ def test_muon_s_states_and_temporaries_are_those_of_its_step():
     shapes |= {"x.weight": (70, 70), "_blocks.0.a.bias": (96,)}
     trained = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
     matrices = [trained["_blocks.0.a.weight"], trained["_blocks.1.b.weight"]]
-    states, beside, operations = optimizer_cost(trained, "muon")
+    states, beside, flops = optimizer_cost(trained, "muon", ["_blocks.0.a.weight", "_blocks.1.b.weight"])
     others = sum(weight.numel() for weight in trained.values()) - sum(weight.numel() for weight in matrices)
     assert states == 4 * sum(weight.numel() for weight in matrices) + 8 * others
     stepped = muon(matrices, weight_decay=0.01)
@@ -206,14 +215,14 @@ def test_muon_s_states_and_temporaries_are_those_of_its_step():
         peak = profiled(stepped.step)
     assert beside == pytest.approx(peak, rel=0.04)  # a CPU's product in bfloat16 takes 0.13 MB for itself
     # Newton and Schulz, five times: A = X X^T, A A and (A A) X, for the smaller side first.
-    assert operations == sum(5 * (4 * m * m * n + 2 * m**3) for m, n in ((512, 768), (64, 256)))
+    assert flops == sum(5 * (4 * m * m * n + 2 * m**3) for m, n in ((512, 768), (64, 256)))
 
 
 def test_muon_s_states_are_those_of_the_training_s_optimisers():
-    decoder, _ = real(Setup(**SMALL, train="all"))
+    decoder, _ = real(TrainingSetup(**SMALL, train="all"))
     trained = trained_weights(decoder)
-    states, _, _ = optimizer_cost(trained, "muon")
-    optimizers = decoder_optimizers(decoder, DecoderTraining(steps=1, optimizer="muon"))
+    states, _, _ = optimizer_cost(trained, "muon", muon_matrices(decoder))
+    optimizers = decoder_optimizers(decoder, OptimizationConfig(steps=1, optimizer="muon"))
     for weight in trained.values():
         weight.grad = torch.ones_like(weight)
     held = 0
@@ -242,23 +251,23 @@ def test_zero_divides_what_its_paper_says(sharding, of_one, of_all):
 def test_ddp_holds_gradients_twice_and_fsdp_gathers_two_blocks():
     ddp, fsdp = cost(gpus=2), cost(gpus=2, sharding="fsdp")
     assert ddp.memory["communication"] == ddp.gradients == 4 * ddp.weights["trained"]
-    largest = shaped(Setup(**SMALL)).transformer.transformer_blocks[0]
+    largest = meta_decoder(TrainingSetup(**SMALL)).transformer.transformer_blocks[0]
     gathered = 2 * 2 * sum(weight.numel() for weight in largest.parameters())
     whole = 4 * sum(weight.numel() for weight in largest.parameters() if weight.requires_grad)
     assert fsdp.memory["communication"] == gathered + whole
-    assert fsdp.memory["moving average"] == -(-4 * fsdp.weights["trained"] // 2)
+    assert fsdp.memory["EMA"] == -(-4 * fsdp.weights["trained"] // 2)
     assert sum(fsdp.memory.values()) < sum(ddp.memory.values())
 
 
 def test_accumulated_gradients_are_there_while_activations_are():
     once, twice = cost(), cost(accumulate=2)
     assert once.step < twice.step <= once.step + once.gradients
-    assert twice.operations == 2 * once.operations and twice.memory == once.memory
+    assert twice.flops == 2 * once.flops and twice.memory == once.memory
 
 
 @pytest.fixture(scope="module")
 def autoencoder():
-    return AutoencoderKL.from_config(dict(FLUX_VAE_CONFIG)).eval().requires_grad_(False)
+    return KLCodec(AutoencoderKL.from_config(dict(FLUX_VAE_CONFIG)).eval().requires_grad_(False))
 
 
 @pytest.mark.parametrize(
@@ -267,9 +276,9 @@ def autoencoder():
     ids=["localised", "whole", "localised-cached"],
 )
 def test_encoding_a_batch_takes_what_was_estimated(choice, autoencoder):
-    setup = Setup(**SMALL | {"resolution": 64, "grid": 8} | choice)
+    setup = TrainingSetup(**SMALL | {"resolution": 64, "grid": 8} | choice)
     vq = VQTokenizer(tiny_vq())
-    geometry = geometry_for(vq, autoencoder, resolution=64, token_resolution=32)
+    geometry = geometry_for(vq, autoencoder, patch=2, resolution=64, token_resolution=32)
     make = ExampleMaker(tiny_card(), vq, autoencoder, geometry, localised=setup.localised)
 
     def encode_and_mask():
@@ -279,10 +288,12 @@ def test_encoding_a_batch_takes_what_was_estimated(choice, autoencoder):
         else:
             sizes = {"pixels": 64, "token_pixels": 32}
             pixels = {name: torch.zeros(2, 3, side, side, dtype=torch.uint8) for name, side in sizes.items()}
-            batch = PictureBatch(keys=("a", "b"), **pixels)
+            batch = ImageBatch(keys=("a", "b"), **pixels)
         make(batch, torch.Generator().manual_seed(0))
 
-    estimated = encoding_peak(setup, copy.deepcopy(vq.model).to("meta"), encoders()[1])
+    on_meta = copy.deepcopy(vq)
+    on_meta.model.to("meta")
+    estimated = encoding_peak(setup, on_meta, encoders(setup)[1])
     reordered = 4 * 128 * 128 * 3 * 3  # a CPU's convolution copies its weights into another order
     assert estimated + reordered == pytest.approx(profiled(encode_and_mask), rel=0.01)
 
@@ -298,12 +309,12 @@ def test_pictures_are_encoded_before_the_step_and_need_not_be():
 
 
 def test_the_encoders_are_janus_pro_s_and_flux_s():
-    vq, vae = encoders()
+    tokenizer, codec = encoders(TrainingSetup())
     published = janus("Janus-Pro-1B").model.vqmodel.state_dict()
-    assert {name: weight.shape for name, weight in vq.state_dict().items()} == {
+    assert {name: weight.shape for name, weight in tokenizer.model.state_dict().items()} == {
         name: weight.shape for name, weight in published.items()
     }
-    assert sum(weight.numel() for weight in vae.parameters()) == 83_819_683
+    assert sum(weight.numel() for weight in codec.model.parameters()) == 83_819_683
     memory = cost().memory
     assert memory["autoencoder, in float32"] == 4 * 83_819_683
     assert memory["tokenizer, in float32"] == 4 * sum(weight.numel() for weight in published.values())
@@ -311,8 +322,8 @@ def test_the_encoders_are_janus_pro_s_and_flux_s():
 
 def test_the_average_and_the_batch_are_counted():
     assert cost().peak - cost(average=False).peak == 4 * cost().weights["trained"]
-    assert cost(batch=4).kept == pytest.approx(2 * cost().kept, rel=0.05)
-    assert cost(batch=4).operations == pytest.approx(2 * cost().operations, rel=0.01)
+    assert cost(batch=4).activations == pytest.approx(2 * cost().activations, rel=0.05)
+    assert cost(batch=4).flops == pytest.approx(2 * cost().flops, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -320,12 +331,16 @@ def test_the_average_and_the_batch_are_counted():
     [
         ({"train": "most"}, "train must be one of attention"),
         ({"sharding": "zero3"}, "sharding must be one of ddp"),
-        ({"localised": 1.5}, "localised must be a share"),
+        ({"localised": 1.5}, "localised must be a fraction"),
         ({"batch": 0}, "batch must be at least 1"),
-        ({"resolution": 250}, "multiple of 16 pixels, one packed latent"),
-        ({"optimizer": "muon", "sharding": "fsdp"}, "muon works on whole matrices"),
+        ({"optimizer": "muon", "sharding": "fsdp"}, "muon needs whole matrices"),
     ],
 )
 def test_what_does_not_go_together_is_refused(choice, words):
     with pytest.raises(ValueError, match=words):
-        Setup(**choice)
+        TrainingSetup(**choice)
+
+
+def test_a_resolution_that_does_not_fit_the_networks_is_refused():
+    with pytest.raises(ValueError, match="resolution of 250 .* must be a multiple of 16 pixels"):
+        cost(resolution=250)

@@ -15,10 +15,10 @@ import torch
 
 from dcdd_core.pipelines.images import UnreadableImage, read_rgb, square, to_pixels
 from dcdd_core.training import folders
-from dcdd_core.training.batches import Batches, Share
+from dcdd_core.training.batches import Batches, DataShard
 from dcdd_core.training.folders import ImageFolder
 from dcdd_core.training.image_batch import Geometry
-from dcdd_core.training.sources import open_pictures
+from dcdd_core.training.sources import open_images
 from dcdd_core.training.tabular import SavedDataset, ShardStream
 from tests.tiny import tiny_card
 
@@ -46,7 +46,7 @@ def number_of(pixels):
 
 
 def write(kind, folder, pictures, files=3):
-    """Stores the pictures (bytes by name) and returns the path for `open_pictures`."""
+    """Stores the pictures (bytes by name) and returns the path for `open_images`."""
     folder.mkdir(parents=True)
     names = sorted(pictures)
     parts = [names[i::files] for i in range(files)]
@@ -85,11 +85,11 @@ def paths(tmp_path_factory):
 
 
 def source(paths, kind):
-    return open_pictures(paths[kind], SIZES)
+    return open_images(paths[kind], SIZES)
 
 
-def share(**options):
-    return Share(**{"window": 5} | options)
+def shard(**options):
+    return DataShard(**{"window": 5} | options)
 
 
 def epoch(pictures, part, number, start=0, mark=None):
@@ -103,18 +103,18 @@ def take(batches, count):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_holds_every_picture_once_and_has_an_order_of_its_own(paths, kind):
     pictures = source(paths, kind)
-    orders = [epoch(pictures, share(seed=seed), number) for seed in (0, 1) for number in (0, 1)]
+    orders = [epoch(pictures, shard(seed=seed), number) for seed in (0, 1) for number in (0, 1)]
     assert all(sorted(order) == list(range(COUNT)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
-    assert epoch(source(paths, kind), share(seed=1), 1) == orders[3]
-    stored = epoch(pictures, share(seed=None), 0)
-    assert stored == epoch(pictures, share(seed=None), 7) and sorted(stored) == list(range(COUNT))
-    assert len({entry.key for entry in pictures.entries(share(), 0)}) == COUNT
+    assert epoch(source(paths, kind), shard(seed=1), 1) == orders[3]
+    stored = epoch(pictures, shard(seed=None), 0)
+    assert stored == epoch(pictures, shard(seed=None), 7) and sorted(stored) == list(range(COUNT))
+    assert len({entry.key for entry in pictures.entries(shard(), 0)}) == COUNT
 
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])
 def test_an_epoch_of_a_stream_has_its_own_order_of_files(paths, kind):
-    first = [epoch(source(paths, kind), share(window=1), number)[0] % 3 for number in range(8)]
+    first = [epoch(source(paths, kind), shard(window=1), number)[0] % 3 for number in range(8)]
     assert set(first) == {0, 1, 2}  # a picture's number modulo 3 is that of its file
 
 
@@ -122,7 +122,7 @@ def test_an_epoch_of_a_stream_has_its_own_order_of_files(paths, kind):
 @pytest.mark.parametrize("world", [2, 3])  # 3 files: by rows in turn, and by files
 @pytest.mark.parametrize("seed", [0, None])
 def test_processes_share_an_epoch_without_overlap_or_gap(paths, kind, world, seed):
-    shares = [epoch(source(paths, kind), share(seed=seed, rank=rank, world=world), 3) for rank in range(world)]
+    shares = [epoch(source(paths, kind), shard(seed=seed, rank=rank, world=world), 3) for rank in range(world)]
     assert sorted(chain(*shares)) == list(range(COUNT))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -131,7 +131,7 @@ def test_processes_share_an_epoch_without_overlap_or_gap(paths, kind, world, see
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2), (2, 3)])
 def test_resumed_is_uninterrupted(paths, kind, rank, world):
     def batches():
-        return Batches(source(paths, kind), size=4, share=share(seed=5, rank=rank, world=world))
+        return Batches(source(paths, kind), size=4, shard=shard(seed=5, rank=rank, world=world))
 
     count = -(-5 * COUNT // (2 * world * 4))  # two and a half epochs
     running = batches()
@@ -154,7 +154,7 @@ def test_resumed_is_uninterrupted(paths, kind, rank, world):
 @pytest.mark.parametrize("seed", [3, None])
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2), (0, 3)])
 def test_a_stream_goes_on_the_same_with_and_without_its_mark(paths, kind, seed, rank, world):
-    pictures, part = source(paths, kind), share(seed=seed, rank=rank, world=world)
+    pictures, part = source(paths, kind), shard(seed=seed, rank=rank, world=world)
     entries = list(pictures.entries(part, 1))
     for start in range(len(entries)):
         rest = [entry.key for entry in entries[start:]]
@@ -165,15 +165,15 @@ def test_a_stream_goes_on_the_same_with_and_without_its_mark(paths, kind, seed, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_decodes_nothing_again_and_opens_no_file_again(paths, kind, monkeypatch):
-    running = Batches(source(paths, kind), size=4, share=share())
+    running = Batches(source(paths, kind), size=4, shard=shard())
     take(running, 5)
     decoded, opened = [], []
     read, open_file = folders.read_rgb, ShardStream._open
     monkeypatch.setattr(folders, "read_rgb", lambda content: decoded.append(content) or read(content))
-    resumed = Batches(source(paths, kind), size=4, share=share())
+    resumed = Batches(source(paths, kind), size=4, shard=shard())
     monkeypatch.setattr(ShardStream, "_open", lambda self, file: opened.append(file.name) or open_file(self, file))
     resumed.load_state_dict(running.state_dict())
-    expected = epoch(resumed.source, share(), 0)[20:]
+    expected = epoch(resumed.source, shard(), 0)[20:]
     decoded.clear(), opened.clear()
     assert take(resumed, 1)[0][:3] == expected
     assert len(decoded) <= 8  # a chunk
@@ -184,7 +184,7 @@ def test_resuming_decodes_nothing_again_and_opens_no_file_again(paths, kind, mon
 def test_workers_change_nothing(paths, kind):
     expected, state = None, None
     for workers in (0, 2):
-        batches = Batches(source(paths, kind), size=3, share=share(), workers=workers)
+        batches = Batches(source(paths, kind), size=3, shard=shard(), workers=workers)
         found = take(batches, 9)
         pickle.loads(pickle.dumps(batches.source))  # as for workers that are not forked
         assert expected in (None, found) and state in (None, batches.state_dict())
@@ -198,12 +198,12 @@ def test_the_global_generator_is_left_alone(paths):
 
 
 def test_a_position_of_other_data_is_refused(paths):
-    state = Batches(source(paths, "folder"), size=4, share=share(seed=1)).state_dict()
+    state = Batches(source(paths, "folder"), size=4, shard=shard(seed=1)).state_dict()
     for other, words in (
-        (Batches(source(paths, "folder"), size=4, share=share(seed=2)), "seed 1 -> 2"),
-        (Batches(source(paths, "folder"), size=4, share=share(seed=1, rank=1, world=2)), "rank 0 -> 1, world 1 -> 2"),
-        (Batches(source(paths, "folder"), size=4, share=share(seed=1, window=6)), "window 5 -> 6"),
-        (Batches(source(paths, "saved"), size=4, share=share(seed=1)), "source '"),
+        (Batches(source(paths, "folder"), size=4, shard=shard(seed=2)), "seed 1 -> 2"),
+        (Batches(source(paths, "folder"), size=4, shard=shard(seed=1, rank=1, world=2)), "rank 0 -> 1, world 1 -> 2"),
+        (Batches(source(paths, "folder"), size=4, shard=shard(seed=1, window=6)), "window 5 -> 6"),
+        (Batches(source(paths, "saved"), size=4, shard=shard(seed=1)), "source '"),
     ):
         with pytest.raises(ValueError, match=words):
             other.load_state_dict(state)
@@ -213,10 +213,10 @@ def test_nothing_is_asked_of_the_network(paths, monkeypatch):
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args) or [][0])
     for kind in KINDS:
-        epoch(source(paths, kind), share(), 0)
+        epoch(source(paths, kind), shard(), 0)
     assert not asked
     with pytest.raises(ValueError, match="nothing is downloaded"):
-        open_pictures("https://example.com/shard.tar", SIZES)
+        open_images("https://example.com/shard.tar", SIZES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -228,7 +228,7 @@ def test_reading_writes_nothing(tmp_path, kind, monkeypatch):
         return {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
 
     before = found()
-    assert len(epoch(open_pictures(path, SIZES), share(), 0)) == 5
+    assert len(epoch(open_images(path, SIZES), shard(), 0)) == 5
     assert found() == before and not (tmp_path / "unwanted").exists()
 
 
@@ -237,15 +237,15 @@ def test_files_of_the_same_names_in_the_working_directory_are_not_read(paths, tm
     for i in range(COUNT):
         (tmp_path / f"{i:03}.png").write_bytes(png(200))
     monkeypatch.chdir(tmp_path)
-    assert sorted(epoch(source(paths, kind), share(), 0)) == list(range(COUNT))
+    assert sorted(epoch(source(paths, kind), shard(), 0)) == list(range(COUNT))
 
 
 def test_a_picture_stored_as_an_address_is_not_fetched(tmp_path):
     rows = {"image": [{"bytes": None, "path": "https://example.com/a.png"}]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
-    pictures = open_pictures(tmp_path, SIZES)
+    pictures = open_images(tmp_path, SIZES)
     with pytest.raises(UnreadableImage, match="nothing is downloaded"):
-        pictures.load(next(pictures.entries(share(), 0)))
+        pictures.load(next(pictures.entries(shard(), 0)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -254,7 +254,7 @@ def test_unreadable_pictures_are_skipped_and_named(tmp_path, kind):
     path = write(kind, tmp_path / kind, contents)
 
     def batches():
-        return Batches(open_pictures(path, SIZES), size=4, share=share(window=4))
+        return Batches(open_images(path, SIZES), size=4, shard=shard(window=4))
 
     def quiet(batches, count):
         with warnings.catch_warnings():
@@ -265,7 +265,7 @@ def test_unreadable_pictures_are_skipped_and_named(tmp_path, kind):
         whole = take(running := batches(), 4)
     assert [len(batch) for batch in whole] == [4, 4, 4, 4]
     assert sorted(chain(*whole[:2])) == [0, 1, 2, 3, 5, 6, 8, 9]
-    assert running.tally.unreadable in (3, 4)
+    assert running.counter.unreadable in (3, 4)
     for done in range(4):
         resumed = batches()
         first = batches()
@@ -278,47 +278,47 @@ def test_unreadable_pictures_are_skipped_and_named(tmp_path, kind):
 def test_too_many_unreadable_pictures_stop_the_run(tmp_path):
     def batches(count, bad, folder):
         contents = {f"{i:03}": b"" if i in bad else png(i % 200, (4, 4)) for i in range(count)}
-        return Batches(open_pictures(write("folder", folder, contents), SIZES), size=1, share=share(seed=None))
+        return Batches(open_images(write("folder", folder, contents), SIZES), size=1, shard=shard(seed=None))
 
     # Sub-folder by sub-folder, 299 is the 200th picture: 1 % exactly.
     with pytest.warns(UserWarning):
         assert len(take(batches(300, {3, 299}, tmp_path / "few"), 298)) == 298
     with pytest.warns(UserWarning):
         assert len(take(batches(99, {1, 2, 3}, tmp_path / "small"), 96)) == 96
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="3 of 270 pictures .*208.png.* more than 1%"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="3 of 270 images .*208.png.* More than 1%"):
         take(batches(300, {1, 150, 208}, tmp_path / "many"), 297)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="100 of 100 pictures"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="100 of 100 images"):
         take(batches(2, {0, 1}, tmp_path / "none"), 1)
 
 
 def test_there_have_to_be_pictures(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no image, but no file at all"):
-        open_pictures(tmp_path / "empty", SIZES)
+    with pytest.raises(ValueError, match="holds no images, but no files at all"):
+        open_images(tmp_path / "empty", SIZES)
     (tmp_path / "empty" / "notes.txt").write_text("")
     (tmp_path / "empty" / ".hidden.png").write_bytes(png(0))
     with pytest.raises(ValueError, match=r"1 other files, such as notes.txt; give a folder with .bmp"):
-        open_pictures(tmp_path / "empty", SIZES)
+        open_images(tmp_path / "empty", SIZES)
     with pytest.raises(ValueError, match="is not a folder"):
         ImageFolder(tmp_path / "nowhere", SIZES)
     with pytest.raises(ValueError, match="there is no file .*nowhere"):
-        open_pictures(tmp_path / "nowhere", SIZES)
+        open_images(tmp_path / "nowhere", SIZES)
     with pytest.raises(ValueError, match=r"expected .tar shards or .parquet files, got 1 files ending in \['.txt'\]"):
-        open_pictures(tmp_path / "empty" / "notes.txt", SIZES)
-    with pytest.raises(ValueError, match="no picture for process 30 of 40"):
+        open_images(tmp_path / "empty" / "notes.txt", SIZES)
+    with pytest.raises(ValueError, match="no image for process 30 of 40"):
         next(
             iter(
                 Batches(
                     ImageFolder(write("folder", tmp_path / "few", {"a": png(1)}), SIZES),
                     size=1,
-                    share=share(rank=30, world=40),
+                    shard=shard(rank=30, world=40),
                 )
             )
         )
     (tmp_path / "halfway").mkdir()
     (tmp_path / "halfway" / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="halfway cannot be read as a saved dataset"):
-        open_pictures(tmp_path / "halfway", SIZES)
+        open_images(tmp_path / "halfway", SIZES)
 
 
 def test_columns_are_found_or_named(tmp_path, paths):
@@ -328,56 +328,56 @@ def test_columns_are_found_or_named(tmp_path, paths):
     two.save_to_disk(tmp_path / "saved")
     two.to_parquet(tmp_path / "two.parquet")
     for path in (tmp_path / "saved", tmp_path / "two.parquet"):
-        with pytest.raises(ValueError, match=r"several columns of pictures \(left, right\); name the one to use"):
-            open_pictures(path, SIZES)
-        assert epoch(open_pictures(path, SIZES, column="right"), share(), 0) == [2]
+        with pytest.raises(ValueError, match=r"several columns of images \(left, right\); name the one to use"):
+            open_images(path, SIZES)
+        assert epoch(open_images(path, SIZES, column="right"), shard(), 0) == [2]
         with pytest.raises(ValueError, match="has no column 'up'; it has n, left, right"):
-            open_pictures(path, SIZES, column="up")
-        pictures = open_pictures(path, SIZES, column="n")
-        with pytest.raises(UnreadableImage, match="there is no picture, but int"):
-            pictures.load(next(pictures.entries(share(), 0)))
+            open_images(path, SIZES, column="up")
+        pictures = open_images(path, SIZES, column="n")
+        with pytest.raises(UnreadableImage, match="expected an image, got int"):
+            pictures.load(next(pictures.entries(shard(), 0)))
     datasets.Dataset.from_dict({"n": [1]}).to_parquet(tmp_path / "none.parquet")
-    with pytest.raises(ValueError, match="has no column of pictures; name the one to use, of n"):
-        open_pictures(tmp_path / "none.parquet", SIZES)
+    with pytest.raises(ValueError, match="has no column of images; name the one to use, of n"):
+        open_images(tmp_path / "none.parquet", SIZES)
     with pytest.raises(ValueError, match="has no column 'jpg'; it has .*png, json"):
-        open_pictures(paths["webdataset"], SIZES, column="jpg")
+        open_images(paths["webdataset"], SIZES, column="jpg")
     # Written without datasets: plain bytes, or bytes and path.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     for name, column in (("plain", [png(3)]), ("struct", [{"bytes": png(3), "path": "3.png"}])):
         pq.write_table(pa.table({"n": [1], "picture": column}), tmp_path / f"{name}.parquet")
-        assert epoch(open_pictures(tmp_path / f"{name}.parquet", SIZES), share(), 0) == [3]
+        assert epoch(open_images(tmp_path / f"{name}.parquet", SIZES), shard(), 0) == [3]
 
 
 def test_splits_are_not_mixed(tmp_path, paths):
     parquet = write("parquet", tmp_path / "splits", {f"{i}": png(i) for i in range(6)})
     (parquet / "train-00002.parquet").rename(parquet / "test-00000.parquet")
     with pytest.raises(
-        ValueError, match=r"several splits \(test, train\): choose one by a pattern, such as .*train\*.parquet"
+        ValueError, match=r"several splits \(test, train\): choose one with a pattern, such as .*train\*.parquet"
     ):
-        open_pictures(parquet, SIZES)
-    assert sorted(epoch(open_pictures(f"{parquet}/train-*.parquet", SIZES), share(), 0)) == [0, 1, 3, 4]
+        open_images(parquet, SIZES)
+    assert sorted(epoch(open_images(f"{parquet}/train-*.parquet", SIZES), shard(), 0)) == [0, 1, 3, 4]
     saved = datasets.load_from_disk(paths["saved"])
     datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(tmp_path / "dict")
-    assert len(epoch(open_pictures(tmp_path / "dict", SIZES), share(), 0)) == COUNT
+    assert len(epoch(open_images(tmp_path / "dict", SIZES), shard(), 0)) == COUNT
     datasets.DatasetDict({"a": saved}).save_to_disk(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"splits \['a'\] and no 'train'"):
+    with pytest.raises(ValueError, match=r"splits \['a'\], but no 'train'"):
         SavedDataset(tmp_path / "other", SIZES)
 
 
 def test_patterns(tmp_path, paths):
     tars = paths["webdataset"]
-    files = [file.name for file in open_pictures(f"{tars}/shard-{{000..002}}.tar", SIZES).files]
+    files = [file.name for file in open_images(f"{tars}/shard-{{000..002}}.tar", SIZES).files]
     assert files == ["shard-000.tar", "shard-001.tar", "shard-002.tar"]
-    assert [file.name for file in open_pictures(f"{tars}/*1.tar", SIZES).files] == ["shard-001.tar"]
+    assert [file.name for file in open_images(f"{tars}/*1.tar", SIZES).files] == ["shard-001.tar"]
     with pytest.raises(ValueError, match="there is no file .*shard-003.tar"):
-        open_pictures(f"{tars}/shard-{{000..003}}.tar", SIZES)
+        open_images(f"{tars}/shard-{{000..003}}.tar", SIZES)
     odd = write("webdataset", tmp_path / "set [1]*", {"a": png(9)}, files=1)
-    assert epoch(open_pictures(odd, SIZES), share(), 0) == [9]
+    assert epoch(open_images(odd, SIZES), shard(), 0) == [9]
     (odd / "b.png").write_bytes(png(1))
-    with pytest.raises(ValueError, match=r"holds pictures and shard-000.tar: give the sub-folder"):
-        open_pictures(odd, SIZES)
+    with pytest.raises(ValueError, match=r"holds both images and shard-000.tar: give the sub-folder"):
+        open_images(odd, SIZES)
 
 
 def test_a_damaged_shard_is_named(tmp_path):
@@ -389,15 +389,15 @@ def test_a_damaged_shard_is_named(tmp_path):
     broken.write_bytes(whole[: members[14].offset_data + 100])  # in a picture
     with (
         pytest.warns(UserWarning, match="shard-001.tar has no end"),
-        pytest.raises(ValueError, match=r"shard-001.tar cannot be read beyond its row 7 .*: it is damaged or"),
+        pytest.raises(ValueError, match=r"shard-001.tar cannot be read beyond row 7 .*: it is damaged or"),
     ):
-        epoch(open_pictures(path, SIZES), share(seed=None), 0)
+        epoch(open_images(path, SIZES), shard(seed=None), 0)
     broken.write_bytes(whole[: members[14].offset + 100])  # between two: tarfile takes that for the end
     with pytest.warns(UserWarning, match="shard-001.tar has no end"):
-        assert len(epoch(open_pictures(path, SIZES), share(seed=None), 0)) == 40 - 6
+        assert len(epoch(open_images(path, SIZES), shard(seed=None), 0)) == 40 - 6
     broken.write_bytes(b"x" * 5000)
     with pytest.raises(ValueError, match=r"shard-001.tar cannot be read as a webdataset shard"):
-        epoch(open_pictures(path, SIZES), share(seed=None), 0)
+        epoch(open_images(path, SIZES), shard(seed=None), 0)
     (path / "shard-002.tar").unlink()
     with pytest.raises(ValueError, match="does not exist"):
         ShardStream([path / "shard-002.tar"], SIZES)
@@ -407,8 +407,8 @@ def test_both_sizes_show_the_same_square_of_the_picture(tmp_path):
     values = np.zeros((60, 100, 3), np.uint8)
     values[:, :20], values[:, 80:], values[:30, 20:50] = (255, 0, 0), (0, 0, 255), 255
     (tmp_path / "a.png").write_bytes(encoded(PIL.Image.fromarray(values), "PNG"))
-    pictures = open_pictures(tmp_path, SIZES)
-    batch = pictures.collate([pictures.load(entry) for entry in pictures.entries(share(), 0)])
+    pictures = open_images(tmp_path, SIZES)
+    batch = pictures.collate([pictures.load(entry) for entry in pictures.entries(shard(), 0)])
     assert batch.keys == ("a.png",)
     for pixels, side in ((batch.pixels, 32), (batch.token_pixels, 16)):
         assert pixels.shape == (1, 3, side, side) and pixels.dtype == torch.uint8
@@ -416,8 +416,8 @@ def test_both_sizes_show_the_same_square_of_the_picture(tmp_path):
         assert bool((pixels[0, :, :quarter, 2:quarter] == 255).all()) and bool(
             (pixels[0, :, -quarter:, 2:-2] == 0).all()
         )
-    same = open_pictures(tmp_path, Geometry(resolution=16, token_resolution=16, token_factor=4, vae_factor=2))
-    picture = same.load(next(same.entries(share(), 0)))
+    same = open_images(tmp_path, Geometry(resolution=16, token_resolution=16, token_factor=4, vae_factor=2))
+    picture = same.load(next(same.entries(shard(), 0)))
     assert torch.equal(picture.pixels, batch.token_pixels[0]) and torch.equal(picture.pixels, picture.token_pixels)
 
 
@@ -490,7 +490,7 @@ def test_rotation_in_exif_is_obeyed():
         (encoded(PIL.Image.new("RGB", (64, 64)), "JPEG")[:400], "[Tt]runcated"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "UnidentifiedImageError"),  # would start Ghostscript
         (encoded(PIL.Image.new("F", (2, 2), 0.5), "TIFF"), "no known white"),
-        (encoded(PIL.Image.new("I", (2, 2), 70_000), "TIFF"), "no 16-bit grey levels"),
+        (encoded(PIL.Image.new("I", (2, 2), 70_000), "TIFF"), "not 16-bit grey levels"),
     ],
 )
 def test_what_cannot_be_read_says_why(content, words):
@@ -507,10 +507,10 @@ def test_a_file_that_went_away_is_unreadable(tmp_path):
     ("changes", "words"),
     [
         ({"token_resolution": 390}, "16-pixel tokens: use 384 or 400"),
-        ({"resolution": 500}, "even number of latents of 8 pixels a side: use 496 or 512"),
+        ({"resolution": 500}, "not a multiple of 16 pixels, .* use 496 or 512"),
         ({"resolution": 0}, "resolution must be a whole number of pixels >= 1, got 0"),
         ({"vae_factor": 8.0}, "vae_factor must be a whole number"),
-        ({"resolution": 8}, "even number of latents .* use 16"),
+        ({"resolution": 8}, "not a multiple of 16 pixels, .* use 16"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do(changes, words):
@@ -522,12 +522,12 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(changes, words):
         card = tiny_card(resolution=resolution, pixels_per_token=shown.pixels_per_token, vae_factor=8)
         assert card.painted_size(shown.grid) == (resolution, resolution)
     with pytest.raises(ValueError, match=words):
-        Geometry(**janus | changes)
+        Geometry(**janus | changes, patch=2)
 
 
 @pytest.mark.parametrize(("rank", "world"), [(1, 1), (-1, 2), (0, 0)])
-def test_a_share_is_one_of_the_world(rank, world):
+def test_a_shard_has_a_rank_in_the_world(rank, world):
     with pytest.raises(ValueError, match="rank must lie in"):
-        Share(rank=rank, world=world)
+        DataShard(rank=rank, world=world)
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
-        Share(window=0)
+        DataShard(window=0)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dcdd_core.training.dry_run import Meter, replay, replay_peak
+from dcdd_core.training.dry_run import Meter, dry_run, dry_run_peak
 
 B, N, M = 2, 64, 128
 X = 4 * B * N * M
@@ -22,20 +22,20 @@ def linear(**options):
 
 def test_two_layers_by_hand():
     first, second, x = linear(), linear(), tokens()
-    made = replay(lambda: second(F.relu(first(x))).sum(), [first.weight, second.weight])
+    made = dry_run(lambda: second(F.relu(first(x))).sum(), [first.weight, second.weight])
     product = 2 * B * N * M * M
-    assert made.forward_operations == 2 * product
-    assert made.operations == 5 * product  # the gradient for x is not asked for
+    assert made.forward_flops == 2 * product
+    assert made.flops == 5 * product  # the gradient for x is not asked for
     assert made.gradients == 2 * 4 * M * M
-    assert made.saved == X + 4  # relu's result serves both it and the next layer; the loss is one number
+    assert made.activations == X + 4  # relu's result serves both it and the next layer; the loss is one number
     assert first.weight.grad.is_meta and first.weight.grad.shape == (M, M)
 
 
 def test_frozen_weights_take_no_gradient_and_keep_no_input():
     first, second, x = linear(), linear().requires_grad_(False), tokens()
-    made = replay(lambda: second(first(x)).sum(), [first.weight])
-    assert made.gradients == 4 * M * M and made.saved == 4
-    assert made.operations == 4 * 2 * B * N * M * M
+    made = dry_run(lambda: second(first(x)).sum(), [first.weight])
+    assert made.gradients == 4 * M * M and made.activations == 4
+    assert made.flops == 4 * 2 * B * N * M * M
 
 
 def test_what_is_freed_does_not_count():
@@ -47,12 +47,12 @@ def test_what_is_freed_does_not_count():
             x = weight(x)
         return x.sum()
 
-    assert replay(loss, []).peak <= 3 * X + 8
+    assert dry_run(loss, []).peak <= 3 * X + 8
 
 
 def test_without_gradients_only_the_work_at_hand_is_held():
     first, second = linear(), linear()
-    assert replay_peak(lambda: second(F.relu(first(tokens())))) == 2 * X
+    assert dry_run_peak(lambda: second(F.relu(first(tokens())))) == 2 * X
 
 
 def test_checkpointing_trades_memory_for_operations():
@@ -66,26 +66,28 @@ def test_checkpointing_trades_memory_for_operations():
 
     net = nn.Sequential(*[Block() for _ in range(4)])
     plain, again = (
-        replay(lambda: net(tokens()).sum(), net.parameters(), checkpointed=blocks) for blocks in ((), list(net))
+        dry_run(lambda: net(tokens()).sum(), net.parameters(), checkpointed=blocks) for blocks in ((), list(net))
     )
-    assert again.saved == 4 * X + 4 < plain.saved / 3  # a block keeps its input, the first one's comes from outside
+    assert (
+        again.activations == 4 * X + 4 < plain.activations / 3
+    )  # a block keeps its input, the first one's comes from outside
     assert again.gradients == plain.gradients and again.peak < plain.peak
     # Of each block's three products the last one is not needed again: its result is known outside.
-    assert again.operations == plain.operations + plain.forward_operations * 2 // 3
+    assert again.flops == plain.flops + plain.forward_flops * 2 // 3
     assert all("forward" not in vars(block) for block in net)
 
 
 def test_gradients_are_set_apart_when_they_are_finished():
     net = nn.Sequential(*[linear() for _ in range(6)])
-    made = replay(lambda: net(tokens()).sum(), net.parameters())
-    assert made.peak <= made.peak_beside_gradients + made.gradients
-    assert made.peak_beside_gradients < made.peak
+    made = dry_run(lambda: net(tokens()).sum(), net.parameters())
+    assert made.peak <= made.peak_without_gradients + made.gradients
+    assert made.peak_without_gradients < made.peak
 
 
 def test_attention_keeps_no_matrix():
     def saved(count):
         q, k, v = (torch.empty(1, 2, count, 32, device="meta").requires_grad_() for _ in range(3))
-        return replay(lambda: F.scaled_dot_product_attention(q, k, v).sum(), []).saved
+        return dry_run(lambda: F.scaled_dot_product_attention(q, k, v).sum(), []).activations
 
     assert saved(2048) == 4 * 2048 * 2 * (32 + 1) + 4 + (saved(1024) - 4 * 1024 * 2 * (32 + 1) - 4)
     assert saved(2048) < 4 * 2048 * 2048
@@ -101,7 +103,7 @@ def test_autocast_follows_the_device(on_gpu, size):
         return made[0].sum()
 
     weight = nn.Parameter(torch.empty(M, M, device="meta"))
-    replay(loss, [weight], autocast=torch.bfloat16, on_gpu=on_gpu)
+    dry_run(loss, [weight], autocast=torch.bfloat16, on_gpu=on_gpu)
     assert made[0].element_size() == size and weight.grad.dtype == torch.float32
 
 
@@ -114,13 +116,13 @@ def test_autocast_copies_trained_weights_once_and_until_the_end_of_the_forward_p
         return frozen(F.linear(once, weight)).float().sum()
 
     # The copy; x and the first result in bfloat16, which the weight's gradient needs; the loss.
-    assert replay(loss, [weight], autocast=torch.bfloat16).saved == 2 * M * M + X + 4
+    assert dry_run(loss, [weight], autocast=torch.bfloat16).activations == 2 * M * M + X + 4
 
 
 def test_autocast_s_copies_are_gone_after_the_forward_pass_where_nothing_needs_them():
     layer = linear()
-    made = replay(lambda: layer(tokens()).float().sum(), [layer.weight], checkpointed=[layer], autocast=torch.bfloat16)
-    assert made.saved == X + 4  # the layer's input, and the loss
+    made = dry_run(lambda: layer(tokens()).float().sum(), [layer.weight], checkpointed=[layer], autocast=torch.bfloat16)
+    assert made.activations == X + 4  # the layer's input, and the loss
 
 
 def test_the_meter_sees_views_and_updates_in_place_as_nothing_new():

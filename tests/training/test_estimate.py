@@ -7,8 +7,8 @@ import re
 import pytest
 
 from dcdd_core.training import estimate
-from dcdd_core.training.cost import Setup, cost_of
-from dcdd_core.training.estimate import GPUS, Run, add_arguments, run, run_of, table
+from dcdd_core.training.cost import TrainingSetup, cost_of
+from dcdd_core.training.estimate import GPUS, Duration, add_arguments, duration_of, run, table
 from tests.training.runs import files_of_at_most
 from tests.training.test_cost import CONFIG, SMALL
 
@@ -23,13 +23,15 @@ def said(*options):
 
 @pytest.fixture(scope="module")
 def cost():
-    return cost_of(Setup(**SMALL))
+    return cost_of(TrainingSetup(**SMALL))
 
 
 @pytest.fixture
 def base(tmp_path):
     (tmp_path / "transformer").mkdir()
-    (tmp_path / "transformer" / "config.json").write_text(json.dumps(CONFIG | {"_class_name": "Any"}))
+    (tmp_path / "transformer" / "config.json").write_text(
+        json.dumps(CONFIG | {"_class_name": "FluxTransformer2DModel"})
+    )
     return ["--base", str(tmp_path)]
 
 
@@ -37,17 +39,20 @@ def test_it_prints_a_table_and_writes_the_same_as_json(tmp_path, base, cost, cap
     file = tmp_path / "out" / "e.json"
     said(*base, *SIZES, "--pictures", "1000", "--gpu", "h100", "--json", str(file))
     printed, written = capsys.readouterr().out, json.loads(file.read_text())
-    assert written["peak"] == cost.peak and written["memory"] == cost.memory and written["fits"]
+    assert written["peak"] == cost.peak and sum(written["memory"].values()) == sum(cost.memory.values())
+    assert written["fits"] and written["memory"]["trained weights"] == cost.memory["trained weights"]
     assert written["setup"]["config"] == CONFIG and written["setup"]["train"] == "attention"
     assert written["run"]["updates"] == 500 and written["gpu_memory"] == 80 * 2**30
-    assert written["encoding"] == cost.encoding
+    assert (written["encoding"], written["kept"]) == (cost.encoding, cost.activations)
+    assert (written["operations"], written["forward_operations"]) == (cost.flops, cost.forward_flops)
+    assert written["memory"]["moving average"] == cost.memory["EMA"] and written["run"]["pictures"] == 1000
     for words in (
         "optimiser's states",
         "autoencoder, in float32",
         "encoding a batch",
         f"{cost.peak / 1e9:>8.2f}",
         "fits",
-        "35% of 989 T/s",
+        "35% of 989 TFLOP/s",
         f"wrote {file}",
     ):
         assert words in printed
@@ -63,11 +68,11 @@ def test_a_full_disk_is_said_and_the_old_json_stays(tmp_path, base, capsys):  # 
 
 
 def test_time_follows_from_operations_peak_and_utilisation(cost):
-    setup = Setup(**SMALL, accumulate=2, gpus=4)
-    found = run_of(setup, cost, pictures=1601, teraflops=100.0, utilisation=0.5)
-    seconds = cost.operations / 50e12
-    assert found == Run(
-        pictures=1601,
+    setup = TrainingSetup(**SMALL, accumulate=2, gpus=4)
+    found = duration_of(setup, cost, images=1601, teraflops=100.0, utilisation=0.5)
+    seconds = cost.flops / 50e12
+    assert found == Duration(
+        images=1601,
         batch=16,
         updates=101,
         teraflops=100.0,
@@ -78,12 +83,14 @@ def test_time_follows_from_operations_peak_and_utilisation(cost):
 
 
 def test_what_does_not_fit_is_told_with_what_is_left_to_try(cost):
-    course = run_of(Setup(**SMALL), cost, pictures=1, teraflops=1.0, utilisation=1.0)
-    text = table(Setup(**SMALL, gpus=2), cost, course, memory=cost.peak)  # no room is left for what is not counted
+    duration = duration_of(TrainingSetup(**SMALL), cost, images=1, teraflops=1.0, utilisation=1.0)
+    text = table(
+        TrainingSetup(**SMALL, gpus=2), cost, duration, memory=cost.peak
+    )  # no room is left for what is not counted
     assert "does NOT fit" in text and "--checkpointing" in text and "--sharding fsdp" in text
-    least = Setup(**SMALL | {"batch": 1}, checkpointing=True, optimizer="adamw8bit", train="lora")
-    assert "larger GPUs" in table(least, cost, course, memory=cost.peak)
-    assert "NOT" not in table(least, cost, course, memory=2 * cost.peak)
+    least = TrainingSetup(**SMALL | {"batch": 1}, checkpointing=True, optimizer="adamw8bit", train="lora")
+    assert "larger GPUs" in table(least, cost, duration, memory=cost.peak)
+    assert "NOT" not in table(least, cost, duration, memory=2 * cost.peak)
 
 
 def test_every_option_reaches_the_setup(base, monkeypatch, capsys):
@@ -94,8 +101,8 @@ def test_every_option_reaches_the_setup(base, monkeypatch, capsys):
     said(*base, *SIZES, *options.split())
     wanted = {"rank": 3, "train": "all", "precision": "no", "checkpointing": True, "accumulate": 3, "gpus": 2}
     wanted |= {"optimizer": "adamw8bit", "average": False, "localised": 0.5, "cached": True, "sharding": "zero2"}
-    assert seen == [Setup(**SMALL, **wanted)]
-    assert "50% of 9 T/s" in capsys.readouterr().out
+    assert seen == [TrainingSetup(**SMALL, **wanted)]
+    assert "50% of 9 TFLOP/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dcdd_core.pipelines.images import to_pixels
-from dcdd_core.training.batches import Batches, Share
-from dcdd_core.training.encoded_batch import encode, scaled_latents
+from dcdd_core.training.batches import Batches, DataShard
+from dcdd_core.training.encoded_batch import encode, normalized_latents
 from dcdd_core.training.examples import ExampleMaker, boxes, proxy_condition
-from dcdd_core.training.sources import open_pictures
+from dcdd_core.training.sources import open_images
 from dcdd_core.types import Calibration, Codebook
 from tests.tiny import tiny_card
 from tests.training.runs import encoders, png_folder
@@ -40,14 +40,13 @@ def test_the_variants_of_table_4():
 
 
 def maker(localised):
-    vq, vae, geometry = encoders()
-    return ExampleMaker(tiny_card(), vq, vae, geometry, localised=localised)
+    return ExampleMaker(tiny_card(), *encoders(), localised=localised)
 
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
-    source = open_pictures(png_folder(tmp_path_factory.mktemp("pictures") / "folder"), encoders()[2])
-    return next(iter(Batches(source, size=7, share=Share(seed=None))))
+    source = open_images(png_folder(tmp_path_factory.mktemp("pictures") / "folder"), encoders()[2])
+    return next(iter(Batches(source, size=7, shard=DataShard(seed=None))))
 
 
 def test_a_share_of_the_pictures_has_a_box_to_paint_and_the_rest_given(batch):
@@ -59,13 +58,13 @@ def test_a_share_of_the_pictures_has_a_box_to_paint_and_the_rest_given(batch):
     assert torch.equal(some.latents, whole.latents)
     torch.testing.assert_close(some.masked_latents[~boxed], whole.masked_latents.expand_as(some.latents)[~boxed])
     given = to_pixels(batch.pixels, "cpu") * (1 - some.mask)
-    torch.testing.assert_close(some.masked_latents, scaled_latents(encoders()[1], given))
+    torch.testing.assert_close(some.masked_latents, normalized_latents(encoders()[1], given))
 
 
 def test_what_cannot_be_masked_is_refused(batch):
     encoded = replace(encode(batch, *encoders()[:2]), pixels=None)
     assert maker(0.0)(encoded, torch.Generator()).latents.shape == (7, 16, 8, 8)
-    with pytest.raises(ValueError, match="take a cache that keeps their pixels, or a share of 0"):
+    with pytest.raises(ValueError, match="use a cache that keeps their pixels, or --localised 0"):
         maker(1.0)(encoded, torch.Generator())
     with pytest.raises(ValueError, match="must lie in 0..1, got 2"):
         maker(2)

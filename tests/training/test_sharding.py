@@ -11,7 +11,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.checkpoint import FileSystemReader
 
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.training.recipe import DecoderTraining, decoder_loss
+from dcdd_core.training.config import OptimizationConfig
+from dcdd_core.training.loss import decoder_loss
 from dcdd_core.training.trainable import choose_trained, trained_weights
 from dcdd_core.training.trainer import Evaluation
 from tests.tiny import tiny_decoder
@@ -52,13 +53,13 @@ def in_parts(precision="no"):
 def train(folder, pictures, dtype=torch.float32, what="attention", **changes):
     decoder = tiny_decoder().to(dtype)
     choose_trained(decoder, what)
-    data, recipe = example(), DecoderTraining(steps=1)
+    data, recipe = example(), OptimizationConfig(steps=1)
 
     def look(decoder):
         return Evaluation(numbers={"loss": float(decoder_loss(decoder, data, keyed_generator(1), recipe))})
 
     # No look in a saving step, which puts the weights back in parts too.
-    options = {"steps": 5, "save_every": 2, "evaluate_every": 3, "evaluate": look}
+    options = {"steps": 5, "save_every": 2, "sample_every": 3, "evaluate": look}
     return run(folder, pictures, decoder=decoder, **options | changes)
 
 
@@ -86,7 +87,7 @@ def test_they_are_trained_looked_at_and_kept_as_whole_ones_are(tmp_path, picture
         file.unlink()
 
     def refused():
-        with pytest.raises(ValueError, match="is damaged .*delete it to go on from the one before it"):
+        with pytest.raises(ValueError, match="is damaged .*delete it to resume from the one before it"):
             train(tmp_path / "cut", pictures)
 
     assert forked(refused, world=2) == [0, 0]
@@ -102,7 +103,7 @@ def test_a_full_disk_is_said(tmp_path, pictures, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))  # bytes a file; writing more fails
 
     def full():
-        with pytest.raises(OSError, match="step 4 could not be written .*step-00000002, is whole"):
+        with pytest.raises(OSError, match="step 4 could not be written .*step-00000002, is intact"):
             train(tmp_path, pictures, on_batch=fill, evaluate=None)
 
     assert forked(full, world=2) == [0, 0]

@@ -25,7 +25,8 @@ def test_what_is_trained_is_float32_gets_a_gradient_and_is_named_after_what_chan
     assert bool(others) and all(weight.dtype == torch.bfloat16 for weight in others)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         condition = decoder.condition_tokens(tiny_condition(), (8, 8))
-        out = decoder(torch.randn(2, 16, 144), condition, torch.tensor([0.3, 0.7]), (8, 8))
+        packed, context = torch.randn(2, 16, 64), torch.randn(2, 16, 80)
+        out = decoder(packed, context, condition, torch.tensor([0.3, 0.7]), (8, 8))
     out.square().mean().backward()
     assert all(weight.grad is not None for weight in weights.values())  # or DDP would wait for ever
     own = {
@@ -44,18 +45,18 @@ def test_what_is_trained_is_float32_gets_a_gradient_and_is_named_after_what_chan
 def test_merged_low_rank_changes_paint_the_same():
     decoder = choose("lora", rank=3, seed=5)
     condition = decoder.condition_tokens(tiny_condition(), (8, 8))
-    packed, t = torch.randn(2, 16, 144), torch.tensor([0.3, 0.7])
+    packed, context, t = torch.randn(2, 16, 64), torch.randn(2, 16, 80), torch.tensor([0.3, 0.7])
     with torch.no_grad():
-        plain = tiny_decoder()(packed, condition, t, (8, 8))
-        torch.testing.assert_close(decoder(packed, condition, t, (8, 8)), plain)  # they start as none
+        plain = tiny_decoder()(packed, context, condition, t, (8, 8))
+        torch.testing.assert_close(decoder(packed, context, condition, t, (8, 8)), plain)  # they start as none
         for name, weight in trained_weights(decoder).items():
             if "lora_B" in name:
                 assert weight.shape[1] == 3
                 weight.normal_(generator=torch.Generator().manual_seed(0))
-        trained = decoder(packed, condition, t, (8, 8))
+        trained = decoder(packed, context, condition, t, (8, 8))
         assert not torch.allclose(trained, plain, atol=1e-2)
         merge_lora(decoder)
-        torch.testing.assert_close(decoder(packed, condition, t, (8, 8)), trained)
+        torch.testing.assert_close(decoder(packed, context, condition, t, (8, 8)), trained)
     assert set(decoder.state_dict()) == set(tiny_decoder().state_dict())
 
 

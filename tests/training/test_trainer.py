@@ -18,17 +18,17 @@ from safetensors import safe_open
 from dcdd_core.method.flow import interpolate, shift_time, velocity
 from dcdd_core.method.latents import pack
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.training import run_state as checkpoint
-from dcdd_core.training.batches import Batches, Share
-from dcdd_core.training.ema import MovingAverage
+from dcdd_core.training import checkpoints
+from dcdd_core.training.batches import Batches, DataShard
+from dcdd_core.training.config import OptimizationConfig, RunConfig
+from dcdd_core.training.ema import EMA
 from dcdd_core.training.examples import ExampleMaker
 from dcdd_core.training.log import read_log
+from dcdd_core.training.loss import decoder_loss
 from dcdd_core.training.optimizers import adamw_8bit
-from dcdd_core.training.recipe import DecoderTraining, decoder_loss
-from dcdd_core.training.simple_loop import moving_average
-from dcdd_core.training.sources import open_pictures
+from dcdd_core.training.sources import open_images
 from dcdd_core.training.trainable import choose_trained
-from dcdd_core.training.trainer import Evaluation, train_decoder
+from dcdd_core.training.trainer import Evaluation, Trainer
 from tests.tiny import tiny_decoder
 from tests.training import runs
 from tests.training.runs import encoders, example, files_of_at_most, forked, kill_at, losses, png_folder, run
@@ -49,41 +49,41 @@ def whole(tmp_path_factory, pictures):
     return folder, run(folder, pictures)
 
 
-def by_hand(decoder, pictures, share, numbers, *, seed=0):
-    """The losses of a share's first batches, which have these numbers among those of all processes."""
-    vq, vae, geometry = encoders()
-    make, recipe = ExampleMaker(decoder.card, vq, vae, geometry, localised=0.3), DecoderTraining(steps=1)
-    stream = iter(Batches(open_pictures(pictures, geometry), size=2, share=share))
+def by_hand(decoder, pictures, shard, numbers, *, seed=0):
+    """The losses of a shard's first batches, which have these numbers among those of all processes."""
+    tokenizer, codec, geometry = encoders()
+    make, config = ExampleMaker(decoder.card, tokenizer, codec, geometry, localised=0.3), OptimizationConfig(steps=1)
+    stream = iter(Batches(open_images(pictures, geometry), size=2, shard=shard))
     found = []
     for number in numbers:
-        draw = keyed_generator(seed, number)
-        found.append(decoder_loss(decoder, make(next(stream), draw), draw, recipe))
+        generator = keyed_generator(seed, number)
+        found.append(decoder_loss(decoder, make(next(stream), generator), generator, config))
     return torch.stack(found)
 
 
 def test_the_loss_is_zero_for_the_true_velocity_and_its_square_for_none(monkeypatch):
-    decoder, data, recipe = tiny_decoder(), example(), DecoderTraining(steps=1)
+    decoder, data, recipe = tiny_decoder(), example(), OptimizationConfig(steps=1)
     seen = {}
 
-    def truth(packed, condition, t, size):
+    def truth(packed, context, condition, t, size):
         # z_t and z0 give the noise: n = (z_t - (1 - t) z0) / t
-        z0, z_t, t = pack(data.latents), packed[..., :64], t[:, None, None]
+        z0, z_t, t = pack(data.latents), packed, t[:, None, None]
         noise = (z_t - (1 - t) * z0) / t
         seen["target"] = noise - z0
         return seen["target"]
 
     monkeypatch.setattr(decoder, "forward", truth)
     assert float(decoder_loss(decoder, data, keyed_generator(1), recipe)) < 1e-8
-    monkeypatch.setattr(decoder, "forward", lambda packed, *rest: torch.zeros_like(packed[..., :64]))
+    monkeypatch.setattr(decoder, "forward", lambda packed, *rest: torch.zeros_like(packed))
     zero = float(decoder_loss(decoder, data, keyed_generator(1), recipe))
     assert zero == pytest.approx(float(seen["target"].square().mean()), rel=1e-5)
 
 
 def test_a_shift_moves_the_times_that_are_drawn(monkeypatch):
     decoder, data, seen = tiny_decoder(), example(), []
-    monkeypatch.setattr(decoder, "forward", lambda packed, condition, t, size: (seen.append(t), packed[..., :64])[1])
+    monkeypatch.setattr(decoder, "forward", lambda packed, context, condition, t, size: (seen.append(t), packed)[1])
     for shift in (0.0, 1.5):
-        decoder_loss(decoder, data, keyed_generator(1), DecoderTraining(steps=1, shift=shift))
+        decoder_loss(decoder, data, keyed_generator(1), OptimizationConfig(steps=1, shift=shift))
     torch.testing.assert_close(seen[1], shift_time(seen[0], 1.5))
 
 
@@ -132,9 +132,9 @@ def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, pictures):
     assert -9 in together(partial(run, tmp_path / "cut", pictures, on_batch=kill_at(at)))
     assert together(partial(run, tmp_path / "cut", pictures)) == [0, 0]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 8
-    firsts = [by_hand(tiny_decoder(), pictures, Share(rank=k, world=2), [k]) for k in (0, 1)]
+    firsts = [by_hand(tiny_decoder(), pictures, DataShard(rank=k, world=2), [k]) for k in (0, 1)]
     assert losses(tmp_path / "whole")[0][1] == pytest.approx(float(torch.cat(firsts).detach().mean()), rel=1e-4)
-    average = [checkpoint.load_average(tmp_path / name / "checkpoints" / "step-00000008") for name in ("cut", "whole")]
+    average = [checkpoints.load_ema(tmp_path / name / "checkpoints" / "step-00000008") for name in ("cut", "whole")]
     assert all(torch.equal(value, average[1][name]) for name, value in average[0].items())
     # Their batches are not those of one process, and its checkpoints not theirs.
     with pytest.raises(ValueError, match="processes 2 -> 1"):
@@ -144,7 +144,7 @@ def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, pictures):
 @needs_fork
 @pytest.mark.parametrize("moment", ["written", "renamed"])
 def test_killed_within_a_save_one_checkpoint_stays(tmp_path, pictures, whole, monkeypatch, moment):
-    replace, kill = checkpoint.os.replace, kill_at(0)
+    replace, kill = checkpoints.os.replace, kill_at(0)
 
     def dying(source, target):
         if "step-00000006" in str(target):
@@ -154,7 +154,7 @@ def test_killed_within_a_save_one_checkpoint_stays(tmp_path, pictures, whole, mo
         replace(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.os, "replace", dying)
+        patched.setattr(checkpoints.os, "replace", dying)
         assert forked(lambda: run(tmp_path / "cut", pictures)) == [-9]
     left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert left == ["step-00000003", "step-00000006" + (".tmp" if moment == "written" else "")]
@@ -167,7 +167,7 @@ def test_killed_within_a_save_one_checkpoint_stays(tmp_path, pictures, whole, mo
 def test_a_step_is_the_mean_of_its_batches_each_with_draws_of_its_number(tmp_path, pictures):
     run(tmp_path, pictures, steps=2, accumulation=2, learning_rate=1e-12, seed=3)
     decoder = tiny_decoder()
-    found = by_hand(decoder, pictures, Share(), range(4), seed=3)
+    found = by_hand(decoder, pictures, DataShard(), range(4), seed=3)
     logged = [line["loss"] for line in read_log(tmp_path)]
     assert logged == pytest.approx(found.detach().reshape(2, 2).mean(dim=1).tolist(), rel=1e-4)
     decoder.zero_grad()
@@ -196,7 +196,7 @@ def test_activations_computed_again_change_nothing(tmp_path, pictures):
     block = decoder.transformer.transformer_blocks[0]
     forward = block.forward
     block.forward = lambda *args: calls.append(1) or forward(*args)
-    again = run(tmp_path / "again", pictures, steps=2, decoder=decoder, recomputed=True)
+    again = run(tmp_path / "again", pictures, steps=2, decoder=decoder, activation_checkpointing=True)
     assert len(calls) == 4  # twice a step
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, msg=name)
@@ -204,10 +204,12 @@ def test_activations_computed_again_change_nothing(tmp_path, pictures):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile wants a C++ compiler on a CPU")
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_compiled_training_is_the_plain_one_to_rounding(tmp_path, pictures, recomputed):
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_compiled_training_is_the_plain_one_to_rounding(tmp_path, pictures, activation_checkpointing):
     plain = run(tmp_path / "plain", pictures, steps=6).state_dict()
-    compiled = run(tmp_path / "compiled", pictures, steps=6, compiled=True, recomputed=recomputed).state_dict()
+    compiled = run(
+        tmp_path / "compiled", pictures, steps=6, compile=True, activation_checkpointing=activation_checkpointing
+    ).state_dict()
     assert list(plain) == list(compiled)  # Names of a checkpoint do not depend on it.
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=2e-4, msg=name)
@@ -264,7 +266,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(t
 
 
 def test_a_weight_that_turns_nan_in_a_saving_step_is_not_saved(tmp_path, pictures, monkeypatch):
-    decoder, update = tiny_decoder(), MovingAverage.update
+    decoder, update = tiny_decoder(), EMA.update
     steps = iter(range(100))
 
     def poisoned(self):
@@ -273,14 +275,14 @@ def test_a_weight_that_turns_nan_in_a_saving_step_is_not_saved(tmp_path, picture
                 decoder.adapter.fuse.bias.fill_(torch.nan)
         update(self)
 
-    monkeypatch.setattr(MovingAverage, "update", poisoned)
+    monkeypatch.setattr(EMA, "update", poisoned)
     with pytest.raises(FloatingPointError, match="a weight stopped being finite before step 6"):
         run(tmp_path, pictures, decoder=decoder)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, pictures, whole):
-    words = r"step 6 could not be written .*the one before it, .*step-00000003, is whole"
+    words = r"step 6 could not be written .*the previous one, .*step-00000003, is intact"
     with files_of_at_most() as limit, pytest.raises(OSError, match=words):
         run(tmp_path / "full", pictures, on_batch=lambda k: limit(20_000) if k == 4 else None)
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003"]
@@ -290,7 +292,9 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, pictures, w
 
 def test_a_log_on_a_full_disk_is_said_and_gone_on_with(tmp_path, pictures, whole):
     log = tmp_path / "log.jsonl"
-    words = r"log\.jsonl could not be written \(OSError: .*GB are free at .*The last checkpoint, if there is one, stays"
+    words = (
+        r"log\.jsonl could not be written \(OSError: .*GB are free at .*The last checkpoint, if there is one, is intact"
+    )
     with files_of_at_most() as limit, pytest.raises(OSError, match=words):
         run(tmp_path, pictures, on_batch=lambda k: limit(log.stat().st_size + 10) if k == 4 else None)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
@@ -300,7 +304,7 @@ def test_a_log_on_a_full_disk_is_said_and_gone_on_with(tmp_path, pictures, whole
 
 def test_a_sheet_is_whole_or_a_full_disk_is_said(tmp_path, pictures):
     noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(3 * 64 * 64))
-    options = {"evaluate": lambda _: Evaluation(sheet=noise), "evaluate_every": 4}
+    options = {"evaluate": lambda _: Evaluation(sheet=noise), "sample_every": 4}
     words = r"step-00000004\.png could not be written .*GB are free there; make room and do the same again"
     with files_of_at_most() as limit, pytest.raises(OSError, match=words):
         run(tmp_path, pictures, on_batch=lambda k: limit(5_000) if k == 3 else None, **options)
@@ -325,7 +329,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):
         run(tmp_path, other, steps=3)
     newest = tmp_path / "checkpoints" / "step-00000003"
     for name in ("average.safetensors", "optimizer.bin"):
-        whole, words = (newest / name).read_bytes(), "is damaged .*delete it to go on from the one before it"
+        whole, words = (newest / name).read_bytes(), "is damaged .*delete it to resume from the one before it"
         for broken in (b"", b"cut short", whole[:-50]):
             (newest / name).write_bytes(broken)
             with pytest.raises(ValueError, match=words):
@@ -333,7 +337,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):
         (newest / name).write_bytes(whole)
     for told in ('{"format": "dcdd trai', '{"format": "another"}'):
         (newest / "training.json").write_text(told)
-        with pytest.raises(ValueError, match="step-00000003 is no checkpoint of a training .*delete it to go on"):
+        with pytest.raises(ValueError, match="step-00000003 is not a training checkpoint .*delete it to resume"):
             run(tmp_path, pictures, steps=3)
 
 
@@ -344,7 +348,7 @@ def test_how_a_step_is_computed_may_change_on_the_way(tmp_path, pictures, whole)
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, pictures, on_batch=stop)
-    run(tmp_path, pictures, recomputed=True)
+    run(tmp_path, pictures, activation_checkpointing=True)
     for found, expected in zip(losses(tmp_path), losses(whole[0]), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
 
@@ -359,9 +363,16 @@ def test_how_a_step_is_computed_may_change_on_the_way(tmp_path, pictures, whole)
 def test_weights_cut_up_in_ways_that_are_not_known_are_refused(tmp_path, kind, plugin, words):
     workers = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(**plugin))
     with pytest.raises(ValueError, match=words):
-        train_decoder(
-            tmp_path / "run", tiny_decoder(), None, None, DecoderTraining(steps=1), accelerator=workers, settings={}
-        )
+        Trainer(
+            tmp_path / "run",
+            tiny_decoder(),
+            None,
+            None,
+            OptimizationConfig(steps=1),
+            accelerator=workers,
+            settings={},
+            run=RunConfig(),
+        ).train()
     assert not (tmp_path / "run").exists()
 
 
@@ -378,7 +389,7 @@ def test_the_average_is_what_is_looked_at_and_what_comes_out(tmp_path, pictures,
         seen.append({name: value.clone() for name, value in decoder.state_dict().items()})
         return Evaluation(numbers={"looks": len(seen)})
 
-    looked = run(tmp_path / "looked", pictures, evaluate=evaluate, evaluate_every=4)
+    looked = run(tmp_path / "looked", pictures, evaluate=evaluate, sample_every=4)
     assert [line["eval/looks"] for line in read_log(tmp_path / "looked") if "eval/looks" in line] == [1, 2]
     for name, value in whole[1].state_dict().items():  # Looking changes nothing.
         assert torch.equal(looked.state_dict()[name], value) and torch.equal(seen[1][name], value), name
@@ -391,20 +402,10 @@ def test_weights_in_parts_are_updated_by_torchao_alone(monkeypatch):
     other = SimpleNamespace(AdamW8bit=lambda *args, **options: "bitsandbytes")
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=other))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", other)
-    assert adamw_8bit(weights, **options) == {"optimizer": "bitsandbytes"}
-    assert type(adamw_8bit(weights, **options, sharded=True)["optimizer"]).__module__.startswith("torchao.")
+    assert adamw_8bit(weights.values(), **options) == "bitsandbytes"
+    assert type(adamw_8bit(weights.values(), **options, sharded=True)).__module__.startswith("torchao.")
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(ValueError, match=r"parts \(FSDP\) needs torchao: install it, or take the optimiser 'adamw'"):
-        adamw_8bit(weights, **options, sharded=True)
-
-
-def test_the_average_is_that_of_the_other_trainings():
-    module = torch.nn.Linear(3, 1)
-    weights = dict(module.named_parameters())
-    ours, other = MovingAverage(weights, 0.9), moving_average(module, 0.9)
-    for _ in range(30):
-        with torch.no_grad():
-            module.weight.add_(torch.randn(1, 3))
-        ours.update()
-        other.update_parameters(module)
-    torch.testing.assert_close(ours.whole()["weight"], other.module.weight.data)
+    with pytest.raises(
+        ValueError, match=r"sharded weights \(FSDP\) needs torchao: install it, or take the optimiser 'adamw'"
+    ):
+        adamw_8bit(weights.values(), **options, sharded=True)

@@ -47,4 +47,12 @@ class JanusFamily:
     def published_tokenizer(self) -> VQTokenizer:
         """Janus-Pro's: transformers' own defaults."""
         with torch.device("meta"):
-            return VQTokenizer(JanusVQVAE(JanusVQVAEConfig()))
+            model = JanusVQVAE(JanusVQVAEConfig())
+        # A codebook's values are checked, so it needs some: these are random.
+        weight = model.quantize.embedding.weight
+        model.quantize.embedding.weight = torch.nn.Parameter(
+            torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        )
+        tokenizer = VQTokenizer(model)
+        model.to("meta")
+        return tokenizer

@@ -1,4 +1,4 @@
-"""The loop: exact resume, an honest log, and a stop at the first number that is not one."""
+"""Pico's training loop: exact resume, a correct log, and a stop at the first number that is not finite."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ import torch
 
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.training.log import read_log
-from dcdd_core.training.simple_loop import moving_average, train, warmup_cosine
+from dcdd_pico.training_loop import train
 
 SETTINGS = {"seed": 7, "sizes": [1, 2]}
 
@@ -79,14 +79,14 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", full)
-        with pytest.raises(OSError, match=r"step 5 could not be written .* GB are free .*there is none before it"):
+        with pytest.raises(OSError, match=r"step 5 could not be written .* GB are free .*there is no previous one"):
             run(tmp_path / "cut", 10)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", 10, stop_at=7)
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", full)
         with pytest.raises(
-            OSError, match=r"step 10 could not .*the one before it, .*checkpoint.pt, is whole: make room"
+            OSError, match=r"step 10 could not .*the previous one, .*checkpoint.pt, is intact: free some space"
         ):
             run(tmp_path / "cut", 10)
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["checkpoint.pt", "log.jsonl"]
@@ -117,24 +117,3 @@ def test_a_damaged_checkpoint_is_said(tmp_path):
         checkpoint.write_bytes(broken)
         with pytest.raises(ValueError, match="checkpoint.pt is damaged .*move it away"):
             run(tmp_path, 10)
-
-
-def test_the_schedule_rises_and_falls():
-    rates = [warmup_cosine(i, 100, peak=1.0, warmup=10) for i in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0)
-    assert rates[-1] < 0.03 and rates[10:] == sorted(rates[10:], reverse=True)
-
-
-def test_the_moving_average_forgets_its_start_and_then_keeps_its_decay():
-    module = torch.nn.Linear(1, 1, bias=False)
-    average = moving_average(module, 0.999)
-
-    def averaged_after(weights):
-        for weight in weights:
-            torch.nn.init.constant_(module.weight, weight)
-            average.update_parameters(module)
-        return float(average.module.weight.detach())
-
-    assert averaged_after([100.0] + [1.0] * 300) == pytest.approx(1.0, abs=0.01)  # with .999 throughout: 74
-    averaged_after([1.0] * 10_000)
-    assert averaged_after([2.0]) == pytest.approx(1.001, abs=1e-4)

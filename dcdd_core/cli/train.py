@@ -1,0 +1,260 @@
+"""`dcdd train`: trains a decoder for a VLM on images; encodes images in advance; estimates what a training takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from dcdd_pico.embedded import model_paths
+
+from ..method.flow import DENSITIES, WEIGHTINGS
+from ..models.card import VARIANTS
+from ..pipelines.oom import is_out_of_memory
+from ..training import estimate
+from ..training.config import DataConfig, OptimizationConfig, RunConfig
+from ..training.optimizers import OPTIMIZERS
+from ..training.plan import Plan
+from ..training.run import make_accelerator, run_bundle, run_cache, run_training
+from ..training.trainable import TRAINED
+
+COMMANDS = ("train", "cache", "estimate")
+_PICO = "pico"
+_LESS_MEMORY = (
+    "out of memory: resume the run with --checkpointing, or start a new one with a smaller --batch and more "
+    "--accumulate, --optimizer adamw8bit, --train lora, or FSDP (configs/accelerate)"
+)
+
+
+def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
+    """Runs one of `COMMANDS`, "train" if none is named.
+
+    Args:
+        arguments: None for those of the process.
+        prog: the name in usage texts and messages.
+
+    Returns:
+        The exit status: 0, 1 for a failure that is explained, 130 if interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] not in (*COMMANDS, "-h", "--help"):
+        words.insert(0, "train")
+    args = parser(prog).parse_args(words)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = lambda message, *_: print(f"{prog}: {message}", file=sys.stderr)
+            args.run(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{prog}: {_LESS_MEMORY}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; run the same command again to resume from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains a decoder, or resumes; with --bundle-now writes a bundle of the newest checkpoint instead."""
+    optimization = OptimizationConfig(
+        steps=args.steps,
+        accumulation=args.accumulate,
+        learning_rate=args.learning_rate,
+        warmup=args.warmup,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        ema_decay=args.average_decay,
+        density=args.density,
+        shift=args.shift,
+        weighting=args.weighting,
+        seed=args.seed,
+        optimizer=args.optimizer,
+        compile=args.compile,
+        activation_checkpointing=args.checkpointing,
+    )
+    plan = _plan(
+        args,
+        calibration=args.calibration,
+        variant=args.variant,
+        trained=args.train,
+        rank=args.rank,
+        seed=args.seed,
+        licence=args.licence,
+        **{name: getattr(args, name) for name in ("base", "bundle", "width") if getattr(args, name) is not None},
+    )
+    data = DataConfig(
+        images=args.data,
+        column=args.column,
+        cache=args.cache,
+        verify=args.verify,
+        batch=args.batch,
+        window=args.window,
+        workers=args.workers,
+        localised=args.localised,
+    )
+    run = RunConfig(
+        samples=args.samples,
+        sample_every=args.sample_every,
+        save_every=args.save_every,
+        log_every=args.log_every,
+    )
+    accelerator = make_accelerator(args.out, cpu=args.cpu, precision=args.precision, tracker=args.tracker)
+    if args.bundle_now:
+        run_bundle(args.out, plan, accelerator=accelerator, report=accelerator.print)
+    else:
+        run_training(args.out, plan, optimization, data, run, accelerator=accelerator, report=accelerator.print)
+
+
+def cache(args: argparse.Namespace) -> None:
+    """Encodes images once, for any number of trainings."""
+    run_cache(
+        args.out,
+        _plan(args),
+        accelerator=make_accelerator(cpu=args.cpu),
+        images=args.data,
+        column=args.column,
+        batch=args.batch,
+        shard_size=args.shard_size,
+        workers=args.workers,
+        keep_pixels=args.keep_pixels,
+    )
+
+
+def _plan(args: argparse.Namespace, **options) -> Plan:
+    if args.vlm == _PICO:
+        pico = model_paths()
+        options = {"vae": pico["vae"], "bundle": pico["decoder"]} | options
+        return Plan(vlm=pico["vlm"], resolution=args.resolution, **options)
+    if args.vae is None:
+        raise ValueError("give --vae, the autoencoder whose latents the decoder paints: only pico has its own")
+    return Plan(vlm=Path(args.vlm), vae=args.vae, resolution=args.resolution, **options)
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of the three commands."""
+    top = argparse.ArgumentParser(prog=prog, description=__doc__)
+    commands = top.add_subparsers(required=True, metavar=f"{{{','.join(COMMANDS)}}}")
+    _add_train(commands, prog)
+    _add_cache(commands)
+    command = commands.add_parser(
+        "estimate",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="estimate the memory and time of a training",
+        description="Estimates the memory and time of a training. No weights are loaded: shapes are enough.",
+    )
+    command.set_defaults(run=estimate.run)
+    estimate.add_arguments(command)
+    return top
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--vlm", required=True, help="folder of a VLM (only its image tokenizer is read), or 'pico', the embedded one"
+    )
+    command.add_argument("--vae", type=Path, help="FLUX's autoencoder: a diffusers folder, or ae.safetensors")
+    command.add_argument("--column", help="column of the images, in a dataset or in webdataset shards")
+    command.add_argument("--resolution", type=int, help="side of the images in pixels (default: the VLM's own)")
+    command.add_argument("--workers", type=int, default=0, help="processes that decode images, per device")
+    command.add_argument("--out", type=Path, required=True, help="folder to write to; a run there is resumed")
+    command.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+
+
+def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
+    command = commands.add_parser(
+        "train",
+        prog=prog,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="train a decoder (the default)",
+        description="Trains a decoder and writes its bundle, OUT/decoder.safetensors. The same command resumes a run "
+        "that was stopped.",
+    )
+    command.set_defaults(run=train)
+    _add_common(command)
+    group = command.add_argument_group("starting point")
+    group.add_argument("--base", type=Path, help="FLUX.1-Fill's transformer: a diffusers folder, or a single file")
+    group.add_argument("--bundle", type=Path, help="a decoder bundle to start from, instead of a new adapter")
+    group.add_argument("--calibration", type=Path, help="a file of `dcdd calibrate` (default: that of --bundle)")
+    group.add_argument("--width", type=int, help="width of a new adapter (default: 128)")
+    group.add_argument("--licence", help="licence of the result (default: that of the starting point)")
+
+    group = command.add_argument_group("data")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--data", help="a folder of images, parquet files or webdataset shards, a saved dataset, or a file pattern"
+    )
+    source.add_argument("--cache", type=Path, help="a folder that `train.py cache` wrote")
+    data = {field.name: field.default for field in fields(DataConfig)}
+    group.add_argument("--verify", action="store_true", help="first compare the whole --cache with its checksums")
+    group.add_argument("--variant", default="lcdm+lc", choices=VARIANTS, help="kind of condition")
+    group.add_argument(
+        "--localised", type=float, default=data["localised"], help="fraction of images that train localised decoding"
+    )
+    group.add_argument(
+        "--window", type=int, default=data["window"], help="images of a stream that are shuffled at a time"
+    )
+
+    group = command.add_argument_group("optimisation")
+    default = {field.name: field.default for field in fields(OptimizationConfig)}
+    group.add_argument("--train", default="attention", choices=TRAINED, help="what is trained, besides the adapter")
+    group.add_argument("--rank", type=int, default=16, help="rank of --train lora")
+    group.add_argument("--steps", type=int, default=50_000, help="updates of the weights")
+    group.add_argument("--batch", type=int, default=data["batch"], help="images per device and micro-batch")
+    group.add_argument("--accumulate", type=int, default=default["accumulation"], help="micro-batches per update")
+    group.add_argument("--learning-rate", type=float, default=1e-4, help="the peak, after the warm-up; then a cosine")
+    group.add_argument("--warmup", type=int, default=500, help="updates of linear warm-up")
+    group.add_argument("--weight-decay", type=float, default=default["weight_decay"], help="of the optimiser")
+    group.add_argument("--clip", type=float, default=default["clip"], help="largest gradient norm")
+    group.add_argument("--average-decay", type=float, default=0.9999, help="decay of the weights' EMA")
+    group.add_argument("--density", default=default["density"], choices=DENSITIES, help="of the sampled times")
+    group.add_argument(
+        "--shift", type=float, default=default["shift"], help="mu of the time shift; positive means more noise"
+    )
+    group.add_argument("--weighting", default=default["weighting"], choices=WEIGHTINGS, help="of the loss over time")
+    group.add_argument("--optimizer", default=default["optimizer"], choices=OPTIMIZERS, help="optimiser")
+    group.add_argument(
+        "--precision",
+        choices=("bf16", "no"),
+        help="mixed precision (default: the launcher's, or else bf16 on a GPU and no on a CPU)",
+    )
+    group.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
+    group.add_argument("--seed", type=int, default=default["seed"], help="of all random draws")
+
+    group = command.add_argument_group("logging and checkpoints")
+    run = {field.name: field.default for field in fields(RunConfig)}
+    group.add_argument("--tracker", help="one of accelerate's, such as tensorboard; log.jsonl is written anyway")
+    group.add_argument("--samples", type=int, default=run["samples"], help="images on a sample sheet")
+    group.add_argument("--sample-every", type=int, default=run["sample_every"], help="updates between sample sheets")
+    group.add_argument("--save-every", type=int, default=run["save_every"], help="updates between checkpoints")
+    group.add_argument("--log-every", type=int, default=run["log_every"], help="updates between lines of the log")
+    group.add_argument(
+        "--bundle-now",
+        action="store_true",
+        help="only write a bundle of the newest checkpoint, OUT/decoder-step-N.safetensors; the run may still be going",
+    )
+
+
+def _add_cache(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "cache",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="encode images once, for any number of trainings",
+        description="Encodes all images once, for any number of trainings (--cache). The same command continues an "
+        "unfinished cache.",
+    )
+    command.set_defaults(run=cache)
+    _add_common(command)
+    command.add_argument("--data", required=True, help="images, as for training")
+    command.add_argument("--batch", type=int, default=16, help="images encoded at a time")
+    command.add_argument("--shard-size", type=int, default=1024, help="images per file")
+    command.add_argument(
+        "--keep-pixels", action="store_true", help="for training with --localised; takes several times the space"
+    )

@@ -1,0 +1,32 @@
+"""The decoder's training loss (Eqs. 17-26)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..method.flow import interpolate, loss_weight, sample_times, velocity
+from ..models.decoder import DistributionConditionedDecoder
+from .config import OptimizationConfig
+from .examples import Example
+
+
+def decoder_loss(
+    decoder: DistributionConditionedDecoder, example: Example, generator: torch.Generator, config: OptimizationConfig
+) -> torch.Tensor:
+    """Mean over the batch of w(t) |v - (n - z0)|^2 (Eq. 26), a scalar in float32.
+
+    |.|^2 is the mean over a latent's elements.
+
+    Args:
+        generator: draws the times t and the noise n.
+    """
+    z0 = example.latents
+    t = sample_times(len(z0), generator=generator, density=config.density, shift=config.shift).to(z0.device)
+    noise = torch.randn(z0.shape, generator=generator).to(z0)
+    size = (z0.shape[2], z0.shape[3])
+    backbone = decoder.backbone
+    context = backbone.context(example.masked_latents, example.mask, decoder.card.vae_factor)
+    condition = decoder.condition_tokens(example.condition, size)
+    predicted = decoder(backbone.pack(interpolate(z0, noise, t)), context, condition, t, size).float()
+    error = (predicted - backbone.pack(velocity(z0, noise))).square().mean(dim=(1, 2))
+    return (loss_weight(t, config.weighting) * error).mean()
