@@ -247,7 +247,7 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["inspect", "--logits", "l", "--images", "i", "--top-k", "5"], "--images, --top-k would do nothing: --logits"),
         (["inspect", "--logits", "l", "--calibration", "c", "--seed", "1"], "--calibration, --seed would do nothing"),
         (["evaluate", "reconstruction", "--images", "/nowhere", "--out", "o"], "/nowhere is not a folder"),
-        (["evaluate", "reconstruction", "--images", ".", "--out", "o"], "hold no images"),
+        (["evaluate", "reconstruction", "--images", ".", "--out", "o"], "holds no images"),
         (
             ["evaluate", "reconstruction", "--images", ".", "--out", "o", "--limit", "2", "--statistics", "s"],
             "make it without --limit",

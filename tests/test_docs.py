@@ -24,8 +24,8 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def commands(text: str) -> Iterator[list[str]]:
     """Words of the command lines in fenced blocks without a language, and of inline code that begins like a command."""
     lines = []
-    for block in re.findall(r"^```\n(.*?)^```$", text, re.M | re.S):
-        lines += block.replace("\\\n", " ").splitlines()
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
+        lines += [] if language else block.replace("\\\n", " ").splitlines()
     lines += re.findall(r"(?<!`)`((?:make|python|pytest|dcdd|train\.py) [^`]+)`(?!`)", text)
     for line in lines:
         words = shlex.split(line, comments=True)
