@@ -15,7 +15,6 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
-from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -378,10 +377,7 @@ def test_accelerate_reads_the_configs_that_are_shipped(path):
     known = {action.dest for action in launch_command_parser()._actions}
     for name in {**(config.fsdp_config or {}), **(config.deepspeed_config or {})}:
         assert name in known, name
-    blocks = {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
-    if config.fsdp_config:
-        assert set(config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")) == blocks
-    assert set(FluxTransformer2DModel._no_split_modules) == blocks
+    assert "fsdp_transformer_layer_cls_to_wrap" not in (config.fsdp_config or {}), "the backbone says which"
 
 
 def test_tensorboard_gets_the_numbers_and_the_sheets(run, tmp_path, monkeypatch):

@@ -182,6 +182,9 @@ class Trainer:
                 "gradient_accumulation_steps": config.accumulation,
                 "gradient_clipping": config.clip,
             }
+        if accelerator.distributed_type == "FSDP":  # It shards the backbone's blocks, of whatever class they are.
+            kinds = sorted({type(block).__name__ for block in self.decoder.backbone.blocks})
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = kinds
         self.decoder.train()
         optimizers = decoder_optimizers(self.decoder, config, sharded=accelerator.distributed_type == "FSDP")
         proxy = ForwardProxy(self.decoder, _autocast(accelerator))

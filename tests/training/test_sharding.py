@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.fsdp import FSDPModule
 
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.training.config import OptimizationConfig
@@ -31,6 +32,9 @@ def pictures(tmp_path_factory):
     return png_folder(tmp_path_factory.mktemp("pictures") / "folder")
 
 
+WHOLE = runs.accelerator
+
+
 def in_parts(precision="no"):
     """An accelerator that is told, after the fact, that it was launched for FSDP."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -38,7 +42,7 @@ def in_parts(precision="no"):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["FluxTransformerBlock", "FluxSingleTransformerBlock"],
+        transformer_cls_names_to_wrap=["NoSuchBlock"],  # the backbone says which
         reshard_after_forward=True,
         state_dict_type="SHARDED_STATE_DICT",
         cpu_ram_efficient_loading=False,
@@ -56,6 +60,9 @@ def train(folder, pictures, dtype=torch.float32, what="attention", **changes):
     data, recipe = example(), OptimizationConfig(steps=1)
 
     def look(decoder):
+        sharded = [isinstance(block, FSDPModule) for block in decoder.backbone.blocks]
+        assert all(sharded) or not any(sharded), sharded
+        assert any(sharded) == (runs.accelerator is not WHOLE)
         return Evaluation(numbers={"loss": float(decoder_loss(decoder, data, keyed_generator(1), recipe))})
 
     # No look in a saving step, which puts the weights back in parts too.
