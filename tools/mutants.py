@@ -61,8 +61,9 @@ MODULES = {
     "dcdd_core/method/statistics.py": ("tests/method/test_statistics.py", "tests/method/test_lcdm.py"),
     "dcdd_core/method/uncertainty.py": ("tests/method/test_uncertainty.py",),
     "dcdd_core/models/adapter.py": ("tests/models/test_adapter_reference.py", "tests/models/test_adapter.py"),
-    "dcdd_core/training/recipe.py": ("tests/training/test_trainer.py",),
-    "dcdd_core/training/simple_loop.py": ("tests/training/test_simple_loop.py",),
+    "dcdd_core/training/loss.py": ("tests/training/test_loss.py",),
+    "dcdd_core/training/schedules.py": ("tests/training/test_schedules.py",),
+    "dcdd_core/training/ema.py": ("tests/training/test_ema.py",),
     "dcdd_core/evaluation/metrics.py": ("tests/evaluation/test_metrics.py",),
     "dcdd_core/evaluation/frechet.py": ("tests/evaluation/test_frechet.py",),
     "dcdd_core/evaluation/report.py": ("tests/evaluation/test_report.py",),
@@ -76,9 +77,6 @@ MODULES = {
     "dcdd_pico/paper_report.py": ("tests/pico/test_paper_report.py",),
 }
 """Each module, and the tests that should kill its mutants."""
-
-FUNCTIONS = {"dcdd_core/training/simple_loop.py": ("warmup_cosine", "set_learning_rate")}
-"""The functions to mutate, in modules that are not mutated as a whole."""
 
 # Those of cosmic-ray's operator replacements after which the code still computes something.
 OPERATORS = (
@@ -126,11 +124,8 @@ class Mutant:
         return json.dumps([self.before, self.after, self.ordinal])
 
 
-def mutants_of(source: str, only: tuple[str, ...] = ()) -> list[Mutant]:
+def mutants_of(source: str) -> list[Mutant]:
     silent = list(left_alone(source))
-    if only:
-        parts = ast.parse(source).body
-        silent += [span(part) for part in parts if getattr(part, "name", None) not in only]
     seen, counts, found = {source}, Counter(), []
     for mutated in (*cosmic_ray_mutations(source, silent), *own_mutations(source, silent)):
         if mutated in seen:
@@ -356,7 +351,7 @@ def run(module: str, tests: tuple[str, ...], results: dict) -> None:
     source = path.read_text("utf-8")
     state = {"source": digest(path), "tests": digest(*(TREE / test for test in tests))}
     entry = results.get(module, {})
-    mutants = mutants_of(source, FUNCTIONS.get(module, ()))
+    mutants = mutants_of(source)
     if entry.get("source") != state["source"]:
         entry = {"mutants": {}}
     elif entry.get("tests") == state["tests"] and len(entry["mutants"]) == len(mutants):

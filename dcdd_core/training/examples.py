@@ -111,7 +111,8 @@ def proxy_condition(features: torch.Tensor, card: DecoderCard, codebook: Codeboo
 def boxes(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
     """Masks [count, 1, size, size], 1 inside a box, 0 outside.
 
-    Height and width are uniform in a quarter to three quarters of the image, the place is uniform within it.
+    Height and width are uniform in a quarter to three quarters of the image. The place is uniform within it, but never
+    touches the last row and column: positions are rounded down.
     """
     sides = (size * (0.25 + 0.5 * torch.rand(count, 2, generator=generator))).long()
     corners = ((size - sides) * torch.rand(count, 2, generator=generator)).long()

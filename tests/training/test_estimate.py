@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import math
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from dcdd_core.training import estimate
 from dcdd_core.training.cost import TrainingSetup, cost_of
-from dcdd_core.training.estimate import GPUS, Duration, add_arguments, duration_of, run, table
+from dcdd_core.training.estimate import GPUS, Duration, add_arguments, duration_of, numbers, run, table
 from tests.training.runs import files_of_at_most
 from tests.training.test_cost import CONFIG, SMALL
 
@@ -80,6 +82,22 @@ def test_time_follows_from_operations_peak_and_utilisation(cost):
         seconds=seconds,
         hours=101 * seconds / 3600,
     )
+
+
+def test_an_hour_by_hand():
+    """35 TFLOPs at 35 % of 100 TFLOP/s take a second; 57,617 images, 16 at a time, are 3,602 updates."""
+    setup = TrainingSetup(**SMALL | {"batch": 2}, accumulate=2, gpus=4)
+    found = duration_of(setup, SimpleNamespace(flops=35e12), images=57_617, teraflops=100.0, utilisation=0.35)
+    assert (found.batch, found.updates) == (16, 3602)
+    assert found.seconds == pytest.approx(1.0) and found.hours == pytest.approx(3602 / 3600)
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
+def test_a_training_may_take_92_percent_of_the_memory(cost, spare, fits):
+    memory = math.ceil(cost.peak / 0.92) + 1 + spare * 10
+    duration = duration_of(TrainingSetup(**SMALL), cost, images=1, teraflops=1.0, utilisation=1.0)
+    assert ("does NOT fit" not in table(TrainingSetup(**SMALL), cost, duration, memory)) is fits
+    assert numbers(TrainingSetup(**SMALL), cost, duration, memory)["fits"] is fits
 
 
 def test_what_does_not_fit_is_told_with_what_is_left_to_try(cost):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,18 @@ def test_boxes_are_boxes():
     for mask in masks[:, 0]:
         rows, columns = mask.any(1).sum(), mask.any(0).sum()
         assert mask.sum() == rows * columns and 24 <= rows <= 72 and 24 <= columns <= 72
+
+
+def test_boxes_are_those_of_their_draws():
+    size, masks = 96, boxes(20, 96, torch.Generator().manual_seed(4))
+    draw = torch.Generator().manual_seed(4)
+    lengths, places = (torch.rand(20, 2, generator=draw).double().numpy() for _ in range(2))
+    for k, mask in enumerate(masks[:, 0].numpy()):
+        expected = np.zeros((size, size))
+        height, width = (int(size / 4 + size / 2 * u) for u in lengths[k])
+        top, left = int((size - height) * places[k, 0]), int((size - width) * places[k, 1])
+        expected[top : top + height, left : left + width] = 1
+        np.testing.assert_array_equal(mask, expected)
 
 
 def test_the_variants_of_table_4():

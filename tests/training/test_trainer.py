@@ -1,5 +1,6 @@
 """The decoder's loss and its training: what is trained, how steps are made, and what is kept of them."""
 
+import math
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -174,6 +176,37 @@ def test_a_step_is_the_mean_of_its_batches_each_with_draws_of_its_number(tmp_pat
     found[:2].mean().backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in decoder.parameters() if p.grad is not None])
     assert read_log(tmp_path)[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_each_update_has_the_rate_of_its_number_and_clips_the_gradient(tmp_path, pictures, monkeypatch):
+    rates, clips = [], []
+    step, clip = torch.optim.AdamW.step, Accelerator.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *args: rates.append(self.param_groups[0]["lr"]) or step(self, *args)
+    )
+    monkeypatch.setattr(
+        Accelerator, "clip_grad_norm_", lambda self, weights, norm: clips.append(norm) or clip(self, weights, norm)
+    )
+    run(tmp_path, pictures, steps=6, learning_rate=0.01, warmup=2, clip=0.25, accumulation=1)
+    cosine = [0.01 * (0.02 + 0.49 * (1 + math.cos(math.pi * k / 4))) for k in range(4)]
+    assert rates == pytest.approx([0.005, 0.01, *cosine]) and clips == [0.25] * 6
+
+
+def test_the_result_is_the_ema_of_the_weights(tmp_path, pictures, monkeypatch):
+    """After n updates of averaging by n / (9 + n), here never more than the decay of .9."""
+    seen, update = [], EMA.update
+
+    def watch(self):
+        update(self)
+        seen.append(self.weights["adapter.fuse.weight"].detach().double().numpy().copy())
+
+    monkeypatch.setattr(EMA, "update", watch)
+    trained = run(tmp_path, pictures, steps=4)
+    expected = seen[0]
+    for n, weight in enumerate(seen[1:], 1):
+        kept = (1 + n) / (10 + n)
+        expected = kept * expected + (1 - kept) * weight
+    np.testing.assert_allclose(trained.adapter.fuse.weight.double().numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_frozen_weights_stay_and_are_not_saved(tmp_path, pictures):
