@@ -131,7 +131,7 @@ def test_two_columns_of_one_name(server, parts):
 def test_calibrations_name_that_is_none(name, server, graph):
     found = graph.add("load", "DCDD_LoadCalibration", file="good.safetensors")
     graph.add("save", "DCDD_SaveCalibration", calibration=found, name=name)
-    refuse(server, graph, "no name for a file")
+    refuse(server, graph, "not a valid file name")
     assert not list(server.base.glob("models/**/outside*"))
 
 

@@ -175,7 +175,7 @@ def test_every_schedule_paints_what_the_library_paints_with_its_shift(server, gr
     saved = {name: torch.from_numpy(value) for name, value in server.saved("condition").items()}
     known = Condition(**saved, grid=(12, 12), codebook=pico.decoder.card.codebook)
     for k, shift in enumerate((None, resolution_shift(144), 0.0)):
-        expected = decode(pico.decoder, pico.vae, known, seeds=[4], steps=3, shift=shift).latents.numpy()
+        expected = decode(pico.decoder, pico.codec, known, seeds=[4], steps=3, shift=shift).latents.numpy()
         found = server.saved(f"painted_{k}")["samples"]
         assert np.abs(found - expected).mean() < 0.02 * np.abs(expected).mean(), schedules[k]
 

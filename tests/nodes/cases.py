@@ -1017,7 +1017,7 @@ def _refusals() -> list[Refusal]:
                 name=f"calibration called {name!r}",
                 node="DCDD_SaveCalibration",
                 inputs={"calibration": of("calibration"), "name": name},
-                says=("no name for a file|not a (valid )?file name", "letters"),
+                says=("not a valid file name", "letters"),
             )
             for name in ("", "../outside", ".hidden")
         ),
