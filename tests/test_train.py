@@ -1,4 +1,4 @@
-"""train.py on models of the embedded shapes: from a folder of pictures to a bundle that paints."""
+"""train.py on models of the embedded shapes: from a folder of images to a bundle that decodes."""
 
 import json
 import os
@@ -45,18 +45,18 @@ def pico(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return png_folder(tmp_path_factory.mktemp("pictures") / "folder", count=12)
+def images(tmp_path_factory):
+    return png_folder(tmp_path_factory.mktemp("images") / "folder", count=12)
 
 
 @pytest.fixture
-def run(pico, pictures, tmp_path, monkeypatch):
+def run(pico, images, tmp_path, monkeypatch):
     """`train.py` on the embedded models; a None takes an option's default away."""
     monkeypatch.setattr(embedded, "WEIGHTS", pico)
 
     def call(*words, **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
-        options = {"vlm": "pico", "data": pictures, "out": tmp_path / "run"}
+        options = {"vlm": "pico", "data": images, "out": tmp_path / "run"}
         if words[:1] != ("cache",):
             options |= {"steps": 2, "batch": 2, "log-every": 1, "samples": 0, "precision": "no"}
         options = {name: value for name, value in (options | changes).items() if value is not None}
@@ -66,7 +66,7 @@ def run(pico, pictures, tmp_path, monkeypatch):
     return call
 
 
-def test_a_folder_of_pictures_becomes_a_bundle_that_paints(run, pico, tmp_path, capsys):
+def test_a_folder_of_images_becomes_a_bundle_that_paints(run, pico, tmp_path, capsys):
     assert run(samples=2, **{"sample-every": 2}) == 0
     assert "wrote" in capsys.readouterr().out
     bundle = tmp_path / "run" / "decoder.safetensors"
@@ -113,7 +113,7 @@ def test_a_run_that_is_not_at_its_end_has_a_bundle_too(run, tmp_path, capsys):
     assert not now.exists()
 
 
-def test_a_run_goes_on_from_a_bundle_with_other_numbers(run, tmp_path):
+def test_a_run_starts_from_a_bundle_with_other_numbers(run, tmp_path):
     assert run() == 0 and run("--bundle-now") == 0
     bundle = tmp_path / "run" / "decoder-step-00000002.safetensors"
     assert run(out=tmp_path / "again", bundle=bundle, **{"learning-rate": 1e-9}) == 0
@@ -175,7 +175,7 @@ sys.exit(runpy.run_path(script)["main"]())
 
 
 @pytest.mark.slow
-def test_two_launched_processes_cache_and_train(pico, pictures, tmp_path):
+def test_two_launched_processes_cache_and_train(pico, images, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     surroundings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -186,11 +186,11 @@ def test_two_launched_processes_cache_and_train(pico, pictures, tmp_path):
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=surroundings)
         assert done.returncode == 0, done.stderr
 
-    launched("cache", "--data", pictures, "--out", tmp_path / "cache", "--keep-pixels")
+    launched("cache", "--data", images, "--out", tmp_path / "cache", "--keep-pixels")
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
     assert manifest["complete"] and manifest["items"] == 12
     options = ["--steps", 2, "--batch", 2, "--log-every", 1, "--samples", 2, "--sample-every", 2, "--precision", "no"]
-    for name, data in (("direct", ["--data", pictures]), ("cached", ["--cache", tmp_path / "cache"])):
+    for name, data in (("direct", ["--data", images]), ("cached", ["--cache", tmp_path / "cache"])):
         launched("train", *data, "--out", tmp_path / name, *options)
         assert (tmp_path / name / "checkpoints" / "step-00000002" / "position-1.json").exists()
         assert len(list((tmp_path / name / "samples").iterdir())) == 1
@@ -199,7 +199,7 @@ def test_two_launched_processes_cache_and_train(pico, pictures, tmp_path):
     assert len(direct) == 2 and cached == pytest.approx(direct, rel=1e-2)
 
 
-def test_from_a_cache_as_from_the_pictures(run, tmp_path):
+def test_from_a_cache_as_from_the_images(run, tmp_path):
     assert run("cache", out=tmp_path / "cache") == 0
     assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["items"] == 12
     for name, options in (("direct", {}), ("cached", {"data": None, "cache": tmp_path / "cache"})):
@@ -219,7 +219,7 @@ def test_a_damaged_cache_is_found_on_demand(run, tmp_path, capsys):
     assert run("train", "--verify") == 1 and "leave --verify out" in capsys.readouterr().err
 
 
-def test_another_frozen_base_is_not_gone_on_over(run, pico, tmp_path, capsys):
+def test_a_run_is_not_resumed_on_another_frozen_base(run, pico, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     weights = load_file(pico / "decoder.safetensors")
     weights["transformer.single_transformer_blocks.0.proj_mlp.weight"] += 1
@@ -237,7 +237,7 @@ def test_a_cache_without_pixels_cannot_be_masked(run, tmp_path, capsys):
     assert "which localised training needs" in capsys.readouterr().err
 
 
-def test_low_rank_changes_come_merged(run, pico, tmp_path):
+def test_low_rank_updates_are_merged(run, pico, tmp_path):
     assert run("--checkpointing", train="lora", rank=2, precision="bf16", optimizer="muon", **{"learning-rate": 1}) == 0
     names = load_decoder(tmp_path / "run" / "decoder.safetensors").state_dict()
     before = load_decoder(pico / "decoder.safetensors", options=DecoderOptions(dtype=torch.bfloat16)).state_dict()
@@ -321,7 +321,7 @@ def test_eight_bit_moments_need_a_library_that_is_named(run, capsys, monkeypatch
     assert "needs bitsandbytes or torchao: install one of them" in capsys.readouterr().err
 
 
-def test_an_estimate_needs_no_pictures_and_no_models(tmp_path, capsys):
+def test_an_estimate_needs_no_images_and_no_models(tmp_path, capsys):
     small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 32}
     (tmp_path / "config.json").write_text(json.dumps(small))
     words = ["estimate", "--base", str(tmp_path), "--resolution", "256", "--grid", "16"]
@@ -363,9 +363,9 @@ def test_any_size_is_painted_from_the_vlm_s_own_grid(run, pico, tmp_path):
         assert sheet.size == (3 * 64, 64)
 
 
-def test_an_unreadable_picture_is_skipped_and_named(run, pictures, tmp_path, capsys):
+def test_an_unreadable_image_is_skipped_and_named(run, images, tmp_path, capsys):
     folder = png_folder(tmp_path / "some", count=3)
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     assert run(data=folder, steps=4) == 0
     assert "broken.png of" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""One thread for trainings that are compared: a forked process has no other, and each takes memory for itself."""
+"""One thread for trainings that are compared: a forked process has one, and each thread takes memory."""
 
 import pytest
 import torch

@@ -35,7 +35,7 @@ RECIPE = {"learning_rate": 3e-3, "warmup": 2, "ema_decay": 0.9}
 
 
 def png_folder(folder: Path, count: int = 7, side: int = 20) -> Path:
-    """Pictures of noise."""
+    """Images of noise."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         noise = random.Random(i).randbytes(3 * side * side)
@@ -66,7 +66,7 @@ def accelerator() -> Accelerator:
 
 
 def run(
-    folder: Path, pictures: Path, *, steps: int = 8, decoder=None, what="all", batch: int = 2, on_batch=None, **changes
+    folder: Path, images: Path, *, steps: int = 8, decoder=None, what="all", batch: int = 2, on_batch=None, **changes
 ):
     """Trains `what` of the tiny decoder, or the one given; `on_batch(k)` is called before the k-th batch is used."""
     tokenizer, codec, geometry = encoders()
@@ -88,7 +88,7 @@ def run(
     return Trainer(
         folder,
         decoder,
-        Batches(open_images(pictures, geometry), size=batch, shard=shard),
+        Batches(open_images(images, geometry), size=batch, shard=shard),
         examples,
         OptimizationConfig(steps=steps, **RECIPE | changes),
         accelerator=workers,

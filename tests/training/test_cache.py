@@ -1,4 +1,4 @@
-"""The cache of encodings: the same as on the fly, resumed to the byte, refused where it is foreign or damaged."""
+"""The cache of encodings: equal to encoding on the fly, resumed to the byte, refused if it does not fit."""
 
 import builtins
 import errno
@@ -52,13 +52,13 @@ def png(number, side=20):
 def folder_of(path, count=COUNT, bad=()):
     path.mkdir()
     for i in range(count):
-        (path / f"{i:03}.png").write_bytes(b"no picture" if i in bad else png(i))
+        (path / f"{i:03}.png").write_bytes(b"no image" if i in bad else png(i))
     return path
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory, geometry):
-    return open_images(folder_of(tmp_path_factory.mktemp("pictures") / "folder"), geometry)
+def images(tmp_path_factory, geometry):
+    return open_images(folder_of(tmp_path_factory.mktemp("images") / "folder"), geometry)
 
 
 def write(folder, source, networks, **options):
@@ -71,19 +71,19 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, pictures, networks):
+def whole(tmp_path_factory, images, networks):
     """A finished cache of 3 shards. Tests do not write to it."""
-    return write(tmp_path_factory.mktemp("whole") / "cache", pictures, networks)
+    return write(tmp_path_factory.mktemp("whole") / "cache", images, networks)
 
 
 def together(source, shard=None, count=1, size=COUNT):
     return list(islice(Batches(source, size=size, shard=shard or DataShard(seed=None)), count))
 
 
-def test_cached_is_on_the_fly_rounded_to_half(whole, pictures, networks):
+def test_cached_is_on_the_fly_rounded_to_half(whole, images, networks):
     encodings = EncodingCache(whole)
-    assert len(encodings) == COUNT and encodings.keys == pictures.names
-    pixels = together(pictures)[0]
+    assert len(encodings) == COUNT and encodings.keys == images.names
+    pixels = together(images)[0]
     fresh = encode(pixels, **networks)
     cached = encode(together(encodings)[0], **networks)
     assert cached.features.shape == (COUNT, 16, 8) and cached.latents.shape == (COUNT, 16, 16, 16)
@@ -92,7 +92,7 @@ def test_cached_is_on_the_fly_rounded_to_half(whole, pictures, networks):
         assert of_cache.dtype == of_pixels.dtype == torch.float32
         torch.testing.assert_close(of_cache, of_pixels, rtol=2e-3, atol=2e-3)
         assert float(of_pixels.std()) > 0.1
-    # Both come of their own size of the picture.
+    # Both come of their own size of the image.
     torch.testing.assert_close(fresh.features, networks["tokenizer"].features(to_pixels(pixels.token_pixels, "cpu")))
     raw = networks["codec"].model.encode(to_pixels(pixels.pixels, "cpu")).latent_dist.mean
     torch.testing.assert_close(fresh.latents, (raw - 0.1) * 0.5)
@@ -100,17 +100,17 @@ def test_cached_is_on_the_fly_rounded_to_half(whole, pictures, networks):
     assert cached.pixels is None
 
 
-def test_batches_of_writing_do_not_matter(tmp_path, whole, pictures, networks):
-    other = EncodingCache(write(tmp_path / "other", pictures, networks, shard_size=7, batch_size=1))
+def test_batches_of_writing_do_not_matter(tmp_path, whole, images, networks):
+    other = EncodingCache(write(tmp_path / "other", images, networks, shard_size=7, batch_size=1))
     for name in ("features", "latents"):
         first, second = (getattr(together(c)[0], name) for c in (EncodingCache(whole), other))
         torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-3)
 
 
-def test_pixels_are_kept_where_localised_training_needs_them(tmp_path, pictures, networks, geometry):
-    encodings = EncodingCache(write(tmp_path / "cache", pictures, networks, keep_pixels=True))
+def test_pixels_are_kept_where_localised_training_needs_them(tmp_path, images, networks, geometry):
+    encodings = EncodingCache(write(tmp_path / "cache", images, networks, keep_pixels=True))
     batch = together(encodings)[0]
-    fresh = encode(together(pictures)[0], **networks)
+    fresh = encode(together(images)[0], **networks)
     assert torch.equal(batch.pixels, fresh.pixels)
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., 8:20, 4:30] = 1
@@ -119,7 +119,7 @@ def test_pixels_are_kept_where_localised_training_needs_them(tmp_path, pictures,
     assert not torch.allclose(masked, batch.latents, atol=1e-2)
     encodings.require(CacheCard.of(**networks, geometry=geometry, pixels=True))
     with pytest.raises(ValueError, match="holds another cache: it keeps the pixels"):
-        write(tmp_path / "cache", pictures, networks)
+        write(tmp_path / "cache", images, networks)
 
 
 def test_any_item_is_read_alone(whole):
@@ -136,7 +136,7 @@ def test_any_item_is_read_alone(whole):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_cache_is_shuffled_shared_and_resumed_as_pictures_are(whole, pictures, world):
+def test_a_cache_is_shuffled_shared_and_resumed_as_images_are(whole, images, world):
     encodings = EncodingCache(whole)
     orders = [
         [
@@ -148,7 +148,7 @@ def test_a_cache_is_shuffled_shared_and_resumed_as_pictures_are(whole, pictures,
     for epoch in (0, 1):
         assert sorted(chain(*(order[epoch] for order in orders))) == list(range(COUNT))
     assert orders[0][0] != orders[0][1] and orders[0][0] != sorted(orders[0][0])
-    names = [entry.key for entry in pictures.entries(DataShard(seed=4, rank=0, world=world), 1)]
+    names = [entry.key for entry in images.entries(DataShard(seed=4, rank=0, world=world), 1)]
     assert names == [encodings.keys[i] for i in orders[0][1]]  # training can take either
 
     def batches(**options):
@@ -166,31 +166,31 @@ def test_a_cache_is_shuffled_shared_and_resumed_as_pictures_are(whole, pictures,
         assert torch.equal(batch.features, features)
 
 
-def test_a_cache_may_be_moved(tmp_path, whole, pictures, networks, geometry):
+def test_a_cache_may_be_moved(tmp_path, whole, images, networks, geometry):
     moved = tmp_path / "moved"
     moved.mkdir()
     for name, content in files(whole).items():
         (moved / name).parent.mkdir(exist_ok=True)
         (moved / name).write_bytes(content)
     assert len(EncodingCache(moved)) == COUNT
-    folder_of(tmp_path / "pictures")
-    write(moved, open_images(tmp_path / "pictures", geometry), networks)
+    folder_of(tmp_path / "images")
+    write(moved, open_images(tmp_path / "images", geometry), networks)
     assert {k: v for k, v in files(moved).items() if k != "manifest.json"} == {
         k: v for k, v in files(whole).items() if k != "manifest.json"
     }
 
 
-def test_a_finished_cache_is_left_as_it_is(tmp_path, pictures, networks, monkeypatch):
-    folder = write(tmp_path / "cache", pictures, networks)
+def test_a_finished_cache_is_left_as_it_is(tmp_path, images, networks, monkeypatch):
+    folder = write(tmp_path / "cache", images, networks)
     before = files(folder)
     monkeypatch.setattr(cache_writer, "encode", None)
     reported = []
-    write(folder, pictures, networks, report=reported.append)
+    write(folder, images, networks, report=reported.append)
     assert files(folder) == before and reported == [f"{folder}: keeping 3 finished shards"]
 
 
-def test_workers_write_the_same(tmp_path, whole, pictures, networks):
-    assert files(write(tmp_path / "cache", pictures, networks, workers=2)) == files(whole)
+def test_workers_write_the_same(tmp_path, whole, images, networks):
+    assert files(write(tmp_path / "cache", images, networks, workers=2)) == files(whole)
 
 
 def in_a_process(work):
@@ -210,7 +210,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked pr
 
 
 @needs_fork
-def test_killed_at_any_write_it_is_gone_on_with_to_the_same_bytes(tmp_path, pictures, networks):
+def test_killed_at_any_write_it_resumes_to_the_same_bytes(tmp_path, images, networks):
     def run(folder, until=None):
         calls = 0
 
@@ -226,7 +226,7 @@ def test_killed_at_any_write_it_is_gone_on_with_to_the_same_bytes(tmp_path, pict
 
         def work():
             os.fsync, os.replace = counted(os.fsync), counted(os.replace)
-            write(folder, pictures, networks)
+            write(folder, images, networks)
 
         process = in_a_process(work)
         process.join()
@@ -256,8 +256,8 @@ def test_killed_at_any_write_it_is_gone_on_with_to_the_same_bytes(tmp_path, pict
 
 
 @needs_fork
-def test_killed_at_any_time_it_is_gone_on_with_to_the_same_bytes(tmp_path, geometry, networks):
-    source = open_images(folder_of(tmp_path / "pictures", 24), geometry)
+def test_killed_at_any_time_it_resumes_to_the_same_bytes(tmp_path, geometry, networks):
+    source = open_images(folder_of(tmp_path / "images", 24), geometry)
 
     real = os.fsync
 
@@ -287,49 +287,48 @@ def test_killed_at_any_time_it_is_gone_on_with_to_the_same_bytes(tmp_path, geome
 
 
 @needs_fork
-def test_several_processes_write_one_cache(tmp_path, pictures, networks):
+def test_several_processes_write_one_cache(tmp_path, images, networks):
     folder = tmp_path / "cache"
     processes = [
-        in_a_process(lambda r=rank: write(folder, pictures, networks, shard_size=1, rank=r, world=3))
-        for rank in range(3)
+        in_a_process(lambda r=rank: write(folder, images, networks, shard_size=1, rank=r, world=3)) for rank in range(3)
     ]
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    alone = in_a_process(lambda: write(tmp_path / "alone", pictures, networks, shard_size=1))
+    alone = in_a_process(lambda: write(tmp_path / "alone", images, networks, shard_size=1))
     alone.join()
     assert files(folder) == files(tmp_path / "alone")
-    assert EncodingCache(folder).keys == pictures.names
+    assert EncodingCache(folder).keys == images.names
 
 
-def test_the_number_of_processes_may_change(tmp_path, pictures, networks):
+def test_the_number_of_processes_may_change(tmp_path, images, networks):
     folder = tmp_path / "cache"
-    write(folder, pictures, networks, rank=1, world=2)
+    write(folder, images, networks, rank=1, world=2)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert [shard["file"] for shard in manifest["shards"]] == ["shards/00001.safetensors"]
     with pytest.raises(ValueError, match="is not finished, it has 1 shards so far"):
         EncodingCache(folder)
     kept = (folder / "shards/00001.safetensors").stat().st_mtime_ns
-    write(folder, pictures, networks)
+    write(folder, images, networks)
     assert (folder / "shards/00001.safetensors").stat().st_mtime_ns == kept
-    assert files(folder) == files(write(tmp_path / "alone", pictures, networks))
+    assert files(folder) == files(write(tmp_path / "alone", images, networks))
 
 
-def test_the_manifest_misses_no_shard_that_another_process_writes_meanwhile(tmp_path, pictures, networks, monkeypatch):
+def test_the_manifest_misses_no_shard_that_another_process_writes_meanwhile(tmp_path, images, networks, monkeypatch):
     """While one process replaces the manifest, another finishes its shard, and is done."""
-    alone = files(write(tmp_path / "alone", pictures, networks))
+    alone = files(write(tmp_path / "alone", images, networks))
     folder, real, others = tmp_path / "cache", os.replace, []
 
     def replace(source, target):
         # Shards 0 and 2 are there, and the end is known: this manifest would be the last.
         if Path(target).name == "manifest.json" and (folder / "shards/end.json").exists() and not others:
             others.append(target)
-            write(folder, pictures, networks, rank=1, world=2)
+            write(folder, images, networks, rank=1, world=2)
             assert json.loads((folder / "manifest.json").read_text())["complete"]
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    write(folder, pictures, networks, rank=0, world=2)
+    write(folder, images, networks, rank=0, world=2)
     assert others and files(folder) == alone
 
 
@@ -367,7 +366,7 @@ def test_a_stream_is_entered_where_the_cache_ends(tmp_path, geometry, networks, 
     monkeypatch.setattr(type(source), "_open", lambda self, file: opened.append(file.name) or real(self, file))
     write(stopped, source, networks)
     assert files(stopped) == expected
-    assert opened == ["2.tar", "3.tar", "4.tar"]  # shard 2 began at picture 8
+    assert opened == ["2.tar", "3.tar", "4.tar"]  # shard 2 began at image 8
     assert EncodingCache(stopped).keys[4] == "1.tar:1-1.png"
 
 
@@ -377,8 +376,8 @@ def damage(path):
     path.write_bytes(content)
 
 
-def test_a_damaged_shard_is_found_and_made_again(tmp_path, whole, pictures, networks):
-    folder = write(tmp_path / "cache", pictures, networks)
+def test_a_damaged_shard_is_found_and_made_again(tmp_path, whole, images, networks):
+    folder = write(tmp_path / "cache", images, networks)
     damage(folder / "shards/00001.safetensors")
     encodings = EncodingCache(folder)
     with pytest.raises(ValueError, match="1 of 3 shards .* damaged.*shards/00001.safetensors.*Copy"):
@@ -387,7 +386,7 @@ def test_a_damaged_shard_is_found_and_made_again(tmp_path, whole, pictures, netw
     with pytest.raises(ValueError, match="1 of 1 shards"):
         encodings.verify(rank=1, world=2)
     with pytest.warns(UserWarning, match="00001.safetensors is missing or damaged; it is made again"):
-        write(folder, pictures, networks)
+        write(folder, images, networks)
     assert files(folder) == files(whole)
     EncodingCache(folder).verify()
     for change, words in (
@@ -398,7 +397,7 @@ def test_a_damaged_shard_is_found_and_made_again(tmp_path, whole, pictures, netw
         with pytest.raises(ValueError, match=f"00000.safetensors .*{words}"):
             EncodingCache(folder)
         with pytest.warns(UserWarning, match="made again"):
-            write(folder, pictures, networks)
+            write(folder, images, networks)
         assert files(folder) == files(whole)
 
 
@@ -434,15 +433,15 @@ def test_a_foreign_cache_is_refused(whole, networks, geometry):
             encodings.require(card)
 
 
-def test_another_cache_is_not_written_over(tmp_path, whole, pictures, networks, geometry):
-    folder = write(tmp_path / "cache", pictures, networks)
+def test_another_cache_is_not_written_over(tmp_path, whole, images, networks, geometry):
+    folder = write(tmp_path / "cache", images, networks)
     before = files(folder)
     fewer = open_images(folder_of(tmp_path / "fewer", 3), geometry)
-    larger = open_images(pictures.folder, geometry_for(**networks, patch=2, resolution=64, token_resolution=16))
+    larger = open_images(images.folder, geometry_for(**networks, patch=2, resolution=64, token_resolution=16))
     for source, changed, options, words in (
         (fewer, {}, {}, "it is of other images: those of .*folder when it was written"),
-        (pictures, {}, {"shard_size": 5}, "its shard size is 4, expected 5"),
-        (pictures, {"codec": KLCodec(tiny_vae(1))}, {}, "it was made with another autoencoder"),
+        (images, {}, {"shard_size": 5}, "its shard size is 4, expected 5"),
+        (images, {"codec": KLCodec(tiny_vae(1))}, {}, "it was made with another autoencoder"),
         (larger, {}, {}, "its resolution is 32, expected 64"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -450,9 +449,9 @@ def test_another_cache_is_not_written_over(tmp_path, whole, pictures, networks, 
     assert files(folder) == before
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match="shards without their manifest"):
-        write(folder, pictures, networks)
+        write(folder, images, networks)
     with pytest.raises(ValueError, match=r"is not empty and not a cache \(it holds 00\d.png\): choose a new folder"):
-        write(tmp_path / "fewer", pictures, networks)
+        write(tmp_path / "fewer", images, networks)
     with pytest.raises(ValueError, match="holds no cache of encodings"):
         EncodingCache(tmp_path / "fewer")
     (tmp_path / "fewer" / "manifest.json").write_text('{"format": "dcdd encodings 0"}')
@@ -463,7 +462,7 @@ def test_another_cache_is_not_written_over(tmp_path, whole, pictures, networks, 
         EncodingCache(tmp_path / "fewer")
 
 
-def test_a_full_disk_loses_nothing_that_is_finished(tmp_path, whole, pictures, networks, monkeypatch):
+def test_a_full_disk_loses_nothing_that_is_finished(tmp_path, whole, images, networks, monkeypatch):
     folder = tmp_path / "cache"
     real = builtins.open
 
@@ -480,16 +479,16 @@ def test_a_full_disk_loses_nothing_that_is_finished(tmp_path, whole, pictures, n
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", open_path)
         with pytest.raises(OSError, match="the disk is full: 0 MB more .*The 1 finished shards are kept") as caught:
-            write(folder, pictures, networks)
+            write(folder, images, networks)
     assert caught.value.errno == errno.ENOSPC
     assert not list(folder.rglob("*.tmp"))
     assert (folder / "shards/00000.safetensors").read_bytes() == (whole / "shards/00000.safetensors").read_bytes()
     kept = (folder / "shards/00000.safetensors").stat().st_mtime_ns
-    assert files(write(folder, pictures, networks)) == files(whole)
+    assert files(write(folder, images, networks)) == files(whole)
     assert (folder / "shards/00000.safetensors").stat().st_mtime_ns == kept
 
 
-def test_unreadable_pictures_are_left_out_and_counted(tmp_path, networks, geometry):
+def test_unreadable_images_are_left_out_and_counted(tmp_path, networks, geometry):
     source = open_images(folder_of(tmp_path / "some", 10, bad=(2, 4, 5, 6, 7)), geometry)
     with pytest.warns(UserWarning, match="002.png of .*some is skipped: UnidentifiedImageError"):
         folder = write(tmp_path / "cache", source, networks)
@@ -508,7 +507,7 @@ def test_unreadable_pictures_are_left_out_and_counted(tmp_path, networks, geomet
         write(tmp_path / "nothing", none, networks)
 
 
-def test_too_many_unreadable_pictures_stop_the_writing_also_when_it_is_resumed(tmp_path, networks, geometry):
+def test_too_many_unreadable_images_stop_the_writing_also_when_it_is_resumed(tmp_path, networks, geometry):
     source = open_images(folder_of(tmp_path / "many", 110, bad=(10, 20, 106)), geometry)
     for named in (["010.png", "020.png", "106.png"], ["106.png"]):  # the others are in the shards that are kept
         with pytest.warns(UserWarning) as warned, pytest.raises(ValueError, match=r"3 of 107 images .* 106.png"):
@@ -516,11 +515,11 @@ def test_too_many_unreadable_pictures_stop_the_writing_also_when_it_is_resumed(t
         assert [str(warning.message).split(" ")[0] for warning in warned] == named
 
 
-def test_encodings_that_are_not_finite_are_not_stored(tmp_path, pictures, networks):
+def test_encodings_that_are_not_finite_are_not_stored(tmp_path, images, networks):
     broken = tiny_vae()
     broken.encoder.conv_out.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match="the latents of 000.png hold NaN"):
-        write(tmp_path / "cache", pictures, networks | {"codec": KLCodec(broken)})
+        write(tmp_path / "cache", images, networks | {"codec": KLCodec(broken)})
 
 
 def test_networks_that_do_not_fit_the_sizes_are_refused(networks):

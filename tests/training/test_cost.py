@@ -1,4 +1,4 @@
-"""What a training is said to take, against a training that runs: exact where nothing is temporary, within 1 % else."""
+"""Estimated costs against real trainings: equal where nothing is temporary, within 1 % elsewhere."""
 
 import copy
 import itertools
@@ -130,7 +130,7 @@ def test_two_steps_of_a_training_take_what_was_estimated(choice):
     assert expected.memory["communication"] == 0
 
 
-def test_operations_of_a_forward_pass_are_those_of_its_layers():
+def test_the_flops_of_a_forward_pass_are_those_of_its_layers():
     setup = TrainingSetup(**SMALL, precision="no")
     decoder, example = real(setup)
     counted = []
@@ -151,7 +151,7 @@ def test_operations_of_a_forward_pass_are_those_of_its_layers():
 @pytest.mark.parametrize(
     "choice", [{}, {"train": "all", "checkpointing": True}], ids=["attention", "all-checkpointing"]
 )
-def test_operations_of_a_step_are_those_that_pytorch_counts_of_the_real_one(choice):
+def test_the_flops_of_a_step_are_those_that_pytorch_counts_of_the_real_one(choice):
     setup = TrainingSetup(**SMALL | choice, precision="no")
     decoder, example = real(setup)
     # Of attention it counts the plain kernel, whose backward pass keeps the scores that flash attention computes again.
@@ -163,8 +163,8 @@ def test_operations_of_a_step_are_those_that_pytorch_counts_of_the_real_one(choi
 
 
 @pytest.mark.slow
-def test_the_time_of_one_training_foretells_that_of_another():
-    """Which share of its peak a device reaches has to be given; measured in one step, it holds for a larger one."""
+def test_the_time_of_one_training_predicts_that_of_another():
+    """The utilisation of a device, measured on one step, predicts the time of a larger one."""
 
     def processor_seconds(setup):
         decoder, example = real(setup)
@@ -298,7 +298,7 @@ def test_encoding_a_batch_takes_what_was_estimated(choice, autoencoder):
     assert estimated + reordered == pytest.approx(profiled(encode_and_mask), rel=0.01)
 
 
-def test_pictures_are_encoded_before_the_step_and_need_not_be():
+def test_images_are_encoded_before_the_step_and_need_not_be():
     found = cost()
     assert found.encoding > found.step  # the small transformer's, beside FLUX's own autoencoder
     assert found.peak == sum(found.memory.values()) + found.encoding

@@ -1,4 +1,4 @@
-"""Pictures to train on: every one once an epoch, the same order again, exact resume, all kinds of files."""
+"""Sources of images: each image once an epoch, reproducible order, exact resume, all kinds of files."""
 
 import io
 import json
@@ -30,7 +30,7 @@ KINDS = ("folder", "saved", "parquet", "webdataset")
 
 
 def png(number, size=(20, 18)):
-    """A picture of one colour, which says its number."""
+    """A image of one colour, which says its number."""
     return encoded(PIL.Image.new("RGB", size, (number, 2 * number, 255 - number)), "PNG")
 
 
@@ -45,22 +45,22 @@ def number_of(pixels):
     return int(pixels[0, 0, 0])
 
 
-def write(kind, folder, pictures, files=3):
-    """Stores the pictures (bytes by name) and returns the path for `open_images`."""
+def write(kind, folder, images, files=3):
+    """Stores the images (bytes by name) and returns the path for `open_images`."""
     folder.mkdir(parents=True)
-    names = sorted(pictures)
+    names = sorted(images)
     parts = [names[i::files] for i in range(files)]
     if kind == "folder":
         for i, name in enumerate(names):
             (folder / ("a", "test", "b/c")[i % 3]).mkdir(parents=True, exist_ok=True)
-            (folder / ("a", "test", "b/c")[i % 3] / f"{name}.png").write_bytes(pictures[name])
+            (folder / ("a", "test", "b/c")[i % 3] / f"{name}.png").write_bytes(images[name])
     elif kind == "saved":
-        rows = {"n": list(range(len(names))), "image": [{"bytes": pictures[n], "path": None} for n in names]}
+        rows = {"n": list(range(len(names))), "image": [{"bytes": images[n], "path": None} for n in names]}
         features = datasets.Features({"n": datasets.Value("int64"), "image": datasets.Image()})
         datasets.Dataset.from_dict(rows, features=features).save_to_disk(folder)
     elif kind == "parquet":
         for i, part in enumerate(parts):
-            rows = {"n": list(range(len(part))), "image": [{"bytes": pictures[n], "path": f"{n}.png"} for n in part]}
+            rows = {"n": list(range(len(part))), "image": [{"bytes": images[n], "path": f"{n}.png"} for n in part]}
             features = datasets.Features({"n": datasets.Value("int64"), "image": datasets.Image()})
             datasets.Dataset.from_dict(rows, features=features).to_parquet(
                 folder / f"train-{i:05}.parquet", batch_size=3
@@ -69,7 +69,7 @@ def write(kind, folder, pictures, files=3):
         for i, part in enumerate(parts):
             with tarfile.open(folder / f"shard-{i:03}.tar", "w") as tar:
                 for name in part:
-                    for suffix, content in (("png", pictures[name]), ("json", b'{"n": 1}')):
+                    for suffix, content in (("png", images[name]), ("json", b'{"n": 1}')):
                         info = tarfile.TarInfo(f"{name}.{suffix}")
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))
@@ -78,10 +78,10 @@ def write(kind, folder, pictures, files=3):
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """All kinds of the same COUNT pictures; streams in 3 files."""
+    """All kinds of the same COUNT images; streams in 3 files."""
     top = tmp_path_factory.mktemp("sources")
-    pictures = {f"{i:03}": png(i) for i in range(COUNT)}
-    return {kind: write(kind, top / kind, pictures) for kind in KINDS}
+    images = {f"{i:03}": png(i) for i in range(COUNT)}
+    return {kind: write(kind, top / kind, images) for kind in KINDS}
 
 
 def source(paths, kind):
@@ -92,8 +92,8 @@ def shard(**options):
     return DataShard(**{"window": 5} | options)
 
 
-def epoch(pictures, part, number, start=0, mark=None):
-    return [number_of(pictures.load(e).pixels) for e in pictures.entries(part, number, start, mark)]
+def epoch(images, part, number, start=0, mark=None):
+    return [number_of(images.load(e).pixels) for e in images.entries(part, number, start, mark)]
 
 
 def take(batches, count):
@@ -101,21 +101,21 @@ def take(batches, count):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_epoch_holds_every_picture_once_and_has_an_order_of_its_own(paths, kind):
-    pictures = source(paths, kind)
-    orders = [epoch(pictures, shard(seed=seed), number) for seed in (0, 1) for number in (0, 1)]
+def test_an_epoch_holds_every_image_once_and_has_an_order_of_its_own(paths, kind):
+    images = source(paths, kind)
+    orders = [epoch(images, shard(seed=seed), number) for seed in (0, 1) for number in (0, 1)]
     assert all(sorted(order) == list(range(COUNT)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
     assert epoch(source(paths, kind), shard(seed=1), 1) == orders[3]
-    stored = epoch(pictures, shard(seed=None), 0)
-    assert stored == epoch(pictures, shard(seed=None), 7) and sorted(stored) == list(range(COUNT))
-    assert len({entry.key for entry in pictures.entries(shard(), 0)}) == COUNT
+    stored = epoch(images, shard(seed=None), 0)
+    assert stored == epoch(images, shard(seed=None), 7) and sorted(stored) == list(range(COUNT))
+    assert len({entry.key for entry in images.entries(shard(), 0)}) == COUNT
 
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])
 def test_an_epoch_of_a_stream_has_its_own_order_of_files(paths, kind):
     first = [epoch(source(paths, kind), shard(window=1), number)[0] % 3 for number in range(8)]
-    assert set(first) == {0, 1, 2}  # a picture's number modulo 3 is that of its file
+    assert set(first) == {0, 1, 2}  # a image's number modulo 3 is that of its file
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,14 +153,14 @@ def test_resumed_is_uninterrupted(paths, kind, rank, world):
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])
 @pytest.mark.parametrize("seed", [3, None])
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2), (0, 3)])
-def test_a_stream_goes_on_the_same_with_and_without_its_mark(paths, kind, seed, rank, world):
-    pictures, part = source(paths, kind), shard(seed=seed, rank=rank, world=world)
-    entries = list(pictures.entries(part, 1))
+def test_a_stream_continues_the_same_with_and_without_its_mark(paths, kind, seed, rank, world):
+    images, part = source(paths, kind), shard(seed=seed, rank=rank, world=world)
+    entries = list(images.entries(part, 1))
     for start in range(len(entries)):
         rest = [entry.key for entry in entries[start:]]
-        assert [entry.key for entry in pictures.entries(part, 1, start)] == rest
+        assert [entry.key for entry in images.entries(part, 1, start)] == rest
         for mark in (entries[start].mark, entries[max(0, start - 1)].mark):
-            assert [entry.key for entry in pictures.entries(part, 1, start, mark)] == rest
+            assert [entry.key for entry in images.entries(part, 1, start, mark)] == rest
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,17 +240,17 @@ def test_files_of_the_same_names_in_the_working_directory_are_not_read(paths, tm
     assert sorted(epoch(source(paths, kind), shard(), 0)) == list(range(COUNT))
 
 
-def test_a_picture_stored_as_an_address_is_not_fetched(tmp_path):
+def test_a_image_stored_as_an_address_is_not_fetched(tmp_path):
     rows = {"image": [{"bytes": None, "path": "https://example.com/a.png"}]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
-    pictures = open_images(tmp_path, SIZES)
+    images = open_images(tmp_path, SIZES)
     with pytest.raises(UnreadableImage, match="nothing is downloaded"):
-        pictures.load(next(pictures.entries(shard(), 0)))
+        images.load(next(images.entries(shard(), 0)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unreadable_pictures_are_skipped_and_named(tmp_path, kind):
-    contents = {f"{i:03}": png(i) for i in range(10)} | {"004": png(4)[:60], "007": b"no picture"}
+def test_unreadable_images_are_skipped_and_named(tmp_path, kind):
+    contents = {f"{i:03}": png(i) for i in range(10)} | {"004": png(4)[:60], "007": b"no image"}
     path = write(kind, tmp_path / kind, contents)
 
     def batches():
@@ -275,12 +275,12 @@ def test_unreadable_pictures_are_skipped_and_named(tmp_path, kind):
         assert resumed.state_dict() == running.state_dict()
 
 
-def test_too_many_unreadable_pictures_stop_the_run(tmp_path):
+def test_too_many_unreadable_images_stop_the_run(tmp_path):
     def batches(count, bad, folder):
         contents = {f"{i:03}": b"" if i in bad else png(i % 200, (4, 4)) for i in range(count)}
         return Batches(open_images(write("folder", folder, contents), SIZES), size=1, shard=shard(seed=None))
 
-    # Sub-folder by sub-folder, 299 is the 200th picture: 1 % exactly.
+    # Sub-folder by sub-folder, 299 is the 200th image: 1 % exactly.
     with pytest.warns(UserWarning):
         assert len(take(batches(300, {3, 299}, tmp_path / "few"), 298)) == 298
     with pytest.warns(UserWarning):
@@ -291,7 +291,7 @@ def test_too_many_unreadable_pictures_stop_the_run(tmp_path):
         take(batches(2, {0, 1}, tmp_path / "none"), 1)
 
 
-def test_there_have_to_be_pictures(tmp_path):
+def test_there_have_to_be_images(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images, but no files at all"):
         open_images(tmp_path / "empty", SIZES)
@@ -333,9 +333,9 @@ def test_columns_are_found_or_named(tmp_path, paths):
         assert epoch(open_images(path, SIZES, column="right"), shard(), 0) == [2]
         with pytest.raises(ValueError, match="has no column 'up'; it has n, left, right"):
             open_images(path, SIZES, column="up")
-        pictures = open_images(path, SIZES, column="n")
+        images = open_images(path, SIZES, column="n")
         with pytest.raises(UnreadableImage, match="expected an image, got int"):
-            pictures.load(next(pictures.entries(shard(), 0)))
+            images.load(next(images.entries(shard(), 0)))
     datasets.Dataset.from_dict({"n": [1]}).to_parquet(tmp_path / "none.parquet")
     with pytest.raises(ValueError, match="has no column of images; name the one to use, of n"):
         open_images(tmp_path / "none.parquet", SIZES)
@@ -346,7 +346,7 @@ def test_columns_are_found_or_named(tmp_path, paths):
     import pyarrow.parquet as pq
 
     for name, column in (("plain", [png(3)]), ("struct", [{"bytes": png(3), "path": "3.png"}])):
-        pq.write_table(pa.table({"n": [1], "picture": column}), tmp_path / f"{name}.parquet")
+        pq.write_table(pa.table({"n": [1], "image": column}), tmp_path / f"{name}.parquet")
         assert epoch(open_images(tmp_path / f"{name}.parquet", SIZES), shard(), 0) == [3]
 
 
@@ -386,7 +386,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     whole = broken.read_bytes()
     with tarfile.open(broken) as tar:
         members = tar.getmembers()
-    broken.write_bytes(whole[: members[14].offset_data + 100])  # in a picture
+    broken.write_bytes(whole[: members[14].offset_data + 100])  # in a image
     with (
         pytest.warns(UserWarning, match="shard-001.tar has no end"),
         pytest.raises(ValueError, match=r"shard-001.tar cannot be read beyond row 7 .*: it is damaged or"),
@@ -403,12 +403,12 @@ def test_a_damaged_shard_is_named(tmp_path):
         ShardStream([path / "shard-002.tar"], SIZES)
 
 
-def test_both_sizes_show_the_same_square_of_the_picture(tmp_path):
+def test_both_sizes_show_the_same_square_of_the_image(tmp_path):
     values = np.zeros((60, 100, 3), np.uint8)
     values[:, :20], values[:, 80:], values[:30, 20:50] = (255, 0, 0), (0, 0, 255), 255
     (tmp_path / "a.png").write_bytes(encoded(PIL.Image.fromarray(values), "PNG"))
-    pictures = open_images(tmp_path, SIZES)
-    batch = pictures.collate([pictures.load(entry) for entry in pictures.entries(shard(), 0)])
+    images = open_images(tmp_path, SIZES)
+    batch = images.collate([images.load(entry) for entry in images.entries(shard(), 0)])
     assert batch.keys == ("a.png",)
     for pixels, side in ((batch.pixels, 32), (batch.token_pixels, 16)):
         assert pixels.shape == (1, 3, side, side) and pixels.dtype == torch.uint8
@@ -417,11 +417,11 @@ def test_both_sizes_show_the_same_square_of_the_picture(tmp_path):
             (pixels[0, :, -quarter:, 2:-2] == 0).all()
         )
     same = open_images(tmp_path, Geometry(resolution=16, token_resolution=16, token_factor=4, vae_factor=2))
-    picture = same.load(next(same.entries(shard(), 0)))
-    assert torch.equal(picture.pixels, batch.token_pixels[0]) and torch.equal(picture.pixels, picture.token_pixels)
+    image = same.load(next(same.entries(shard(), 0)))
+    assert torch.equal(image.pixels, batch.token_pixels[0]) and torch.equal(image.pixels, image.token_pixels)
 
 
-def test_pictures_of_the_right_size_are_not_touched():
+def test_images_of_the_right_size_are_not_touched():
     values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     assert np.array_equal(square(PIL.Image.fromarray(values), 16).permute(1, 2, 0).numpy(), values)
     wide = np.concatenate([values[:, :2], values, values[:, :1]], axis=1)  # an odd margin: no half pixels

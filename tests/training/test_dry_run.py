@@ -1,4 +1,4 @@
-"""A step on shapes: bytes and operations of networks small enough to count by hand."""
+"""Dry runs: bytes and FLOPs of networks small enough to count by hand."""
 
 import pytest
 import torch
@@ -50,12 +50,12 @@ def test_what_is_freed_does_not_count():
     assert dry_run(loss, []).peak <= 3 * X + 8
 
 
-def test_without_gradients_only_the_work_at_hand_is_held():
+def test_without_gradients_only_two_activations_are_held():
     first, second = linear(), linear()
     assert dry_run_peak(lambda: second(F.relu(first(tokens())))) == 2 * X
 
 
-def test_checkpointing_trades_memory_for_operations():
+def test_checkpointing_trades_memory_for_flops():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()

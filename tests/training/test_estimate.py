@@ -60,7 +60,7 @@ def test_it_prints_a_table_and_writes_the_same_as_json(tmp_path, base, cost, cap
         assert words in printed
 
 
-def test_a_full_disk_is_said_and_the_old_json_stays(tmp_path, base, capsys):  # capsys: prints go into no file
+def test_a_full_disk_is_reported_and_the_old_json_stays(tmp_path, base, capsys):  # capsys: prints go into no file
     file = tmp_path / "e.json"
     file.write_text("before")
     with files_of_at_most() as limit, pytest.raises(OSError, match=r"e\.json could not be written .*; make room"):
@@ -69,7 +69,7 @@ def test_a_full_disk_is_said_and_the_old_json_stays(tmp_path, base, capsys):  # 
     assert file.read_text() == "before" and list(tmp_path.glob("e.json*")) == [file]
 
 
-def test_time_follows_from_operations_peak_and_utilisation(cost):
+def test_time_follows_from_flops_peak_and_utilisation(cost):
     setup = TrainingSetup(**SMALL, accumulate=2, gpus=4)
     found = duration_of(setup, cost, images=1601, teraflops=100.0, utilisation=0.5)
     seconds = cost.flops / 50e12

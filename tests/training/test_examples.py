@@ -1,4 +1,4 @@
-"""Examples: the conditions of each variant, and what is to be painted."""
+"""Training examples: the conditions of each variant, latents and masks."""
 
 from dataclasses import replace
 
@@ -58,11 +58,11 @@ def maker(localised):
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
-    source = open_images(png_folder(tmp_path_factory.mktemp("pictures") / "folder"), encoders()[2])
+    source = open_images(png_folder(tmp_path_factory.mktemp("images") / "folder"), encoders()[2])
     return next(iter(Batches(source, size=7, shard=DataShard(seed=None))))
 
 
-def test_a_share_of_the_pictures_has_a_box_to_paint_and_the_rest_given(batch):
+def test_a_fraction_of_the_images_has_a_box_to_paint_and_the_rest_given(batch):
     whole = maker(0.0)(batch, torch.Generator().manual_seed(0))
     assert whole.mask.shape == (1, 1, 16, 16) and bool((whole.mask == 1).all())
     some = maker(0.5)(batch, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Weights in parts on several processes: FSDP2 by accelerate's own way, on the CPU, where accelerate refuses it."""
+"""Weights sharded over processes: accelerate's FSDP2 on a CPU, where accelerate itself refuses it."""
 
 import os
 from importlib.util import find_spec
@@ -28,14 +28,14 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return png_folder(tmp_path_factory.mktemp("pictures") / "folder")
+def images(tmp_path_factory):
+    return png_folder(tmp_path_factory.mktemp("images") / "folder")
 
 
 WHOLE = runs.accelerator
 
 
-def in_parts(precision="no"):
+def sharded_accelerator(precision="no"):
     """An accelerator that is told, after the fact, that it was launched for FSDP."""
     AcceleratorState._reset_state(reset_partial_state=True)
     found = Accelerator(cpu=True, mixed_precision=precision)
@@ -54,7 +54,7 @@ def in_parts(precision="no"):
     return found
 
 
-def train(folder, pictures, dtype=torch.float32, what="attention", **changes):
+def train(folder, images, dtype=torch.float32, what="attention", **changes):
     decoder = tiny_decoder().to(dtype)
     choose_trained(decoder, what)
     data, recipe = example(), OptimizationConfig(steps=1)
@@ -67,20 +67,20 @@ def train(folder, pictures, dtype=torch.float32, what="attention", **changes):
 
     # No look in a saving step, which puts the weights back in parts too.
     options = {"steps": 5, "save_every": 2, "sample_every": 3, "evaluate": look}
-    return run(folder, pictures, decoder=decoder, **options | changes)
+    return run(folder, images, decoder=decoder, **options | changes)
 
 
-def test_they_are_trained_looked_at_and_kept_as_whole_ones_are(tmp_path, pictures, monkeypatch):
-    assert forked(lambda: train(tmp_path / "whole", pictures), world=2) == [0, 0]
-    monkeypatch.setattr(runs, "accelerator", in_parts)
-    assert forked(lambda: train(tmp_path / "parts", pictures), world=2) == [0, 0]
+def test_they_are_trained_evaluated_and_saved_as_unsharded_ones_are(tmp_path, images, monkeypatch):
+    assert forked(lambda: train(tmp_path / "whole", images), world=2) == [0, 0]
+    monkeypatch.setattr(runs, "accelerator", sharded_accelerator)
+    assert forked(lambda: train(tmp_path / "parts", images), world=2) == [0, 0]
     # After a look, the next step would take the average for the weights.
     found, expected = losses(tmp_path / "parts"), losses(tmp_path / "whole")
     assert len(found) == 5 and len(found[2]) == 4
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
-    assert -9 in forked(lambda: train(tmp_path / "cut", pictures, on_batch=kill_at(3)), world=2)
-    assert forked(lambda: train(tmp_path / "cut", pictures), world=2) == [0, 0]
+    assert -9 in forked(lambda: train(tmp_path / "cut", images, on_batch=kill_at(3)), world=2)
+    assert forked(lambda: train(tmp_path / "cut", images), world=2) == [0, 0]
     assert losses(tmp_path / "cut") == found
 
     newest = tmp_path / "cut" / "checkpoints" / "step-00000005"
@@ -95,14 +95,14 @@ def test_they_are_trained_looked_at_and_kept_as_whole_ones_are(tmp_path, picture
 
     def refused():
         with pytest.raises(ValueError, match="is damaged .*delete it to resume from the one before it"):
-            train(tmp_path / "cut", pictures)
+            train(tmp_path / "cut", images)
 
     assert forked(refused, world=2) == [0, 0]
 
 
-def test_a_full_disk_is_said(tmp_path, pictures, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, images, monkeypatch):
     resource = pytest.importorskip("resource", reason="limits the size of files")
-    monkeypatch.setattr(runs, "accelerator", in_parts)
+    monkeypatch.setattr(runs, "accelerator", sharded_accelerator)
 
     def fill(k):
         if k == 2:
@@ -111,25 +111,25 @@ def test_a_full_disk_is_said(tmp_path, pictures, monkeypatch):
 
     def full():
         with pytest.raises(OSError, match="step 4 could not be written .*step-00000002, is intact"):
-            train(tmp_path, pictures, on_batch=fill, evaluate=None)
+            train(tmp_path, images, on_batch=fill, evaluate=None)
 
     assert forked(full, world=2) == [0, 0]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_a_frozen_base_in_half_precision_is_trained_in_mixed(tmp_path, pictures, monkeypatch):
-    monkeypatch.setattr(runs, "accelerator", lambda: in_parts("bf16"))
-    assert forked(lambda: train(tmp_path, pictures, torch.bfloat16, steps=2), world=2) == [0, 0]
+def test_a_frozen_base_in_half_precision_is_trained_in_mixed(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(runs, "accelerator", lambda: sharded_accelerator("bf16"))
+    assert forked(lambda: train(tmp_path, images, torch.bfloat16, steps=2), world=2) == [0, 0]
     assert len(losses(tmp_path)) == 2
 
 
 @pytest.mark.skipif(find_spec("torchao") is None, reason="an optional optimiser")
-def test_moments_of_eight_bits_are_kept_too(tmp_path, pictures, monkeypatch):
-    monkeypatch.setattr(runs, "accelerator", in_parts)
+def test_8_bit_moments_are_saved_too(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(runs, "accelerator", sharded_accelerator)
     options = {"steps": 3, "save_every": 1, "evaluate": None, "optimizer": "adamw8bit", "what": "all"}
     with torch.compiler.set_stance("force_eager"):  # torchao would compile its update for each shape, for minutes
-        assert forked(lambda: train(tmp_path / "whole", pictures, **options), world=2) == [0, 0]
+        assert forked(lambda: train(tmp_path / "whole", images, **options), world=2) == [0, 0]
         stopped = options | {"on_batch": kill_at(2)}
-        assert -9 in forked(lambda: train(tmp_path / "cut", pictures, **stopped), world=2)
-        assert forked(lambda: train(tmp_path / "cut", pictures, **options), world=2) == [0, 0]
+        assert -9 in forked(lambda: train(tmp_path / "cut", images, **stopped), world=2)
+        assert forked(lambda: train(tmp_path / "cut", images, **options), world=2) == [0, 0]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 3

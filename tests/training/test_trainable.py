@@ -1,4 +1,4 @@
-"""What is trained, and how low-rank changes come back into plain weights."""
+"""Which weights are trained, and how low-rank updates are merged."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_what_is_trained_is_float32_gets_a_gradient_and_is_named_after_what_chan
     assert what == "all" or not any("proj_mlp" in name or ".norm." in name for name in changed)
 
 
-def test_merged_low_rank_changes_paint_the_same():
+def test_merged_low_rank_updates_predict_the_same():
     decoder = choose("lora", rank=3, seed=5)
     condition = decoder.condition_tokens(tiny_condition(), (8, 8))
     packed, context, t = torch.randn(2, 16, 64), torch.randn(2, 16, 80), torch.tensor([0.3, 0.7])
@@ -60,7 +60,7 @@ def test_merged_low_rank_changes_paint_the_same():
     assert set(decoder.state_dict()) == set(tiny_decoder().state_dict())
 
 
-def test_low_rank_changes_start_the_same_for_every_process_and_leave_the_global_seed():
+def test_low_rank_updates_start_the_same_in_every_process_and_leave_the_global_seed():
     decoders = [tiny_decoder() for _ in range(3)]
     before = torch.get_rng_state()
     for decoder, seed in zip(decoders, (1, 1, 2)):

@@ -1,4 +1,4 @@
-"""The decoder's loss and its training: what is trained, how steps are made, and what is kept of them."""
+"""Training the decoder: its updates, its log and its checkpoints."""
 
 import math
 import os
@@ -40,22 +40,22 @@ needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="an opti
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return png_folder(tmp_path_factory.mktemp("pictures") / "folder")
+def images(tmp_path_factory):
+    return png_folder(tmp_path_factory.mktemp("images") / "folder")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, pictures):
+def whole(tmp_path_factory, images):
     """An uninterrupted run of 8 steps, which tests do not write to, and the decoder it gave."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, run(folder, pictures)
+    return folder, run(folder, images)
 
 
-def by_hand(decoder, pictures, shard, numbers, *, seed=0):
+def by_hand(decoder, images, shard, numbers, *, seed=0):
     """The losses of a shard's first batches, which have these numbers among those of all processes."""
     tokenizer, codec, geometry = encoders()
     make, config = ExampleMaker(decoder.card, tokenizer, codec, geometry, localised=0.3), OptimizationConfig(steps=1)
-    stream = iter(Batches(open_images(pictures, geometry), size=2, shard=shard))
+    stream = iter(Batches(open_images(images, geometry), size=2, shard=shard))
     found = []
     for number in numbers:
         generator = keyed_generator(seed, number)
@@ -114,38 +114,38 @@ def test_training_lowers_the_loss(tmp_path, optimizer):
         pytest.param({"optimizer": "adamw8bit"}, marks=needs_torchao),
     ],
 )
-def test_killed_and_resumed_it_is_the_uninterrupted_run(tmp_path, pictures, changes):
+def test_killed_and_resumed_it_is_the_uninterrupted_run(tmp_path, images, changes):
     at = random.randrange(2, 8 * changes.get("accumulation", 1))
     folder = tmp_path / f"killed-at-{at}"
     with torch.compiler.set_stance("force_eager"):  # torchao would compile its update for each shape, for minutes
-        whole = run(tmp_path / "whole", pictures, **changes)
-        assert forked(lambda: run(folder, pictures, on_batch=kill_at(at), **changes)) == [-9]
-        resumed = run(folder, pictures, **changes)
+        whole = run(tmp_path / "whole", images, **changes)
+        assert forked(lambda: run(folder, images, on_batch=kill_at(at), **changes)) == [-9]
+        resumed = run(folder, images, **changes)
     assert losses(folder) == losses(tmp_path / "whole")
     for name, value in resumed.state_dict().items():
         assert torch.equal(value, whole.state_dict()[name]), name
 
 
 @needs_fork
-def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, pictures):
+def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, images):
     at = random.randrange(1, 8)
     together = partial(forked, world=2, clean=True)
-    assert together(partial(run, tmp_path / "whole", pictures)) == [0, 0]
-    assert -9 in together(partial(run, tmp_path / "cut", pictures, on_batch=kill_at(at)))
-    assert together(partial(run, tmp_path / "cut", pictures)) == [0, 0]
+    assert together(partial(run, tmp_path / "whole", images)) == [0, 0]
+    assert -9 in together(partial(run, tmp_path / "cut", images, on_batch=kill_at(at)))
+    assert together(partial(run, tmp_path / "cut", images)) == [0, 0]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 8
-    firsts = [by_hand(tiny_decoder(), pictures, DataShard(rank=k, world=2), [k]) for k in (0, 1)]
+    firsts = [by_hand(tiny_decoder(), images, DataShard(rank=k, world=2), [k]) for k in (0, 1)]
     assert losses(tmp_path / "whole")[0][1] == pytest.approx(float(torch.cat(firsts).detach().mean()), rel=1e-4)
     average = [checkpoints.load_ema(tmp_path / name / "checkpoints" / "step-00000008") for name in ("cut", "whole")]
     assert all(torch.equal(value, average[1][name]) for name, value in average[0].items())
     # Their batches are not those of one process, and its checkpoints not theirs.
     with pytest.raises(ValueError, match="processes 2 -> 1"):
-        run(tmp_path / "cut", pictures)
+        run(tmp_path / "cut", images)
 
 
 @needs_fork
 @pytest.mark.parametrize("moment", ["written", "renamed"])
-def test_killed_within_a_save_one_checkpoint_stays(tmp_path, pictures, whole, monkeypatch, moment):
+def test_killed_within_a_save_one_checkpoint_stays(tmp_path, images, whole, monkeypatch, moment):
     replace, kill = checkpoints.os.replace, kill_at(0)
 
     def dying(source, target):
@@ -157,19 +157,19 @@ def test_killed_within_a_save_one_checkpoint_stays(tmp_path, pictures, whole, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints.os, "replace", dying)
-        assert forked(lambda: run(tmp_path / "cut", pictures)) == [-9]
+        assert forked(lambda: run(tmp_path / "cut", images)) == [-9]
     left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert left == ["step-00000003", "step-00000006" + (".tmp" if moment == "written" else "")]
-    run(tmp_path / "cut", pictures)
+    run(tmp_path / "cut", images)
     assert losses(tmp_path / "cut") == losses(whole[0])
     left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert left == ["step-00000006", "step-00000008"]
 
 
-def test_a_step_is_the_mean_of_its_batches_each_with_draws_of_its_number(tmp_path, pictures):
-    run(tmp_path, pictures, steps=2, accumulation=2, learning_rate=1e-12, seed=3)
+def test_a_step_is_the_mean_of_its_batches_each_with_draws_of_its_number(tmp_path, images):
+    run(tmp_path, images, steps=2, accumulation=2, learning_rate=1e-12, seed=3)
     decoder = tiny_decoder()
-    found = by_hand(decoder, pictures, DataShard(), range(4), seed=3)
+    found = by_hand(decoder, images, DataShard(), range(4), seed=3)
     logged = [line["loss"] for line in read_log(tmp_path)]
     assert logged == pytest.approx(found.detach().reshape(2, 2).mean(dim=1).tolist(), rel=1e-4)
     decoder.zero_grad()
@@ -178,7 +178,7 @@ def test_a_step_is_the_mean_of_its_batches_each_with_draws_of_its_number(tmp_pat
     assert read_log(tmp_path)[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
-def test_each_update_has_the_rate_of_its_number_and_clips_the_gradient(tmp_path, pictures, monkeypatch):
+def test_each_update_has_the_rate_of_its_number_and_clips_the_gradient(tmp_path, images, monkeypatch):
     rates, clips = [], []
     step, clip = torch.optim.AdamW.step, Accelerator.clip_grad_norm_
     monkeypatch.setattr(
@@ -187,12 +187,12 @@ def test_each_update_has_the_rate_of_its_number_and_clips_the_gradient(tmp_path,
     monkeypatch.setattr(
         Accelerator, "clip_grad_norm_", lambda self, weights, norm: clips.append(norm) or clip(self, weights, norm)
     )
-    run(tmp_path, pictures, steps=6, learning_rate=0.01, warmup=2, clip=0.25, accumulation=1)
+    run(tmp_path, images, steps=6, learning_rate=0.01, warmup=2, clip=0.25, accumulation=1)
     cosine = [0.01 * (0.02 + 0.49 * (1 + math.cos(math.pi * k / 4))) for k in range(4)]
     assert rates == pytest.approx([0.005, 0.01, *cosine]) and clips == [0.25] * 6
 
 
-def test_the_result_is_the_ema_of_the_weights(tmp_path, pictures, monkeypatch):
+def test_the_result_is_the_ema_of_the_weights(tmp_path, images, monkeypatch):
     """After n updates of averaging by n / (9 + n), here never more than the decay of .9."""
     seen, update = [], EMA.update
 
@@ -201,7 +201,7 @@ def test_the_result_is_the_ema_of_the_weights(tmp_path, pictures, monkeypatch):
         seen.append(self.weights["adapter.fuse.weight"].detach().double().numpy().copy())
 
     monkeypatch.setattr(EMA, "update", watch)
-    trained = run(tmp_path, pictures, steps=4)
+    trained = run(tmp_path, images, steps=4)
     expected = seen[0]
     for n, weight in enumerate(seen[1:], 1):
         kept = (1 + n) / (10 + n)
@@ -209,27 +209,27 @@ def test_the_result_is_the_ema_of_the_weights(tmp_path, pictures, monkeypatch):
     np.testing.assert_allclose(trained.adapter.fuse.weight.double().numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_frozen_weights_stay_and_are_not_saved(tmp_path, pictures):
+def test_frozen_weights_stay_and_are_not_saved(tmp_path, images):
     decoder = tiny_decoder()
     decoder.requires_grad_(False)
     decoder.adapter.requires_grad_(True)
     before = {k: v.clone() for k, v in decoder.state_dict().items()}
-    trained = run(tmp_path, pictures, steps=2, decoder=decoder)
+    trained = run(tmp_path, images, steps=2, decoder=decoder)
     moved = {k for k, v in trained.state_dict().items() if not torch.equal(v, before[k])}
     assert moved and all(name.startswith("adapter.") for name in moved)
     with safe_open(tmp_path / "checkpoints" / "step-00000002" / "model.safetensors", "pt") as file:
         assert set(file.keys()) == {f"decoder.{name}" for name in before if name.startswith("adapter.")}
 
 
-def test_activations_computed_again_change_nothing(tmp_path, pictures):
+def test_activation_checkpointing_changes_nothing(tmp_path, images):
     calls = []
-    plain = run(tmp_path / "plain", pictures, steps=2)
+    plain = run(tmp_path / "plain", images, steps=2)
     decoder = tiny_decoder()
     choose_trained(decoder, "all")
     block = decoder.transformer.transformer_blocks[0]
     forward = block.forward
     block.forward = lambda *args: calls.append(1) or forward(*args)
-    again = run(tmp_path / "again", pictures, steps=2, decoder=decoder, activation_checkpointing=True)
+    again = run(tmp_path / "again", images, steps=2, decoder=decoder, activation_checkpointing=True)
     assert len(calls) == 4  # twice a step
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, msg=name)
@@ -238,17 +238,17 @@ def test_activations_computed_again_change_nothing(tmp_path, pictures):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile wants a C++ compiler on a CPU")
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_compiled_training_is_the_plain_one_to_rounding(tmp_path, pictures, activation_checkpointing):
-    plain = run(tmp_path / "plain", pictures, steps=6).state_dict()
+def test_compiled_training_is_the_plain_one_to_rounding(tmp_path, images, activation_checkpointing):
+    plain = run(tmp_path / "plain", images, steps=6).state_dict()
     compiled = run(
-        tmp_path / "compiled", pictures, steps=6, compile=True, activation_checkpointing=activation_checkpointing
+        tmp_path / "compiled", images, steps=6, compile=True, activation_checkpointing=activation_checkpointing
     ).state_dict()
     assert list(plain) == list(compiled)  # Names of a checkpoint do not depend on it.
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=2e-4, msg=name)
 
 
-def test_mixed_precision_is_entered_where_accelerate_does_not(tmp_path, pictures, monkeypatch):
+def test_mixed_precision_is_entered_where_accelerate_does_not(tmp_path, images, monkeypatch):
     def half():
         AcceleratorState._reset_state(reset_partial_state=True)
         found = Accelerator(cpu=True, mixed_precision="bf16")
@@ -258,31 +258,31 @@ def test_mixed_precision_is_entered_where_accelerate_does_not(tmp_path, pictures
     monkeypatch.setattr(runs, "accelerator", half)
     decoder = tiny_decoder().bfloat16()
     choose_trained(decoder, "adapter")
-    run(tmp_path, pictures, decoder=decoder, steps=1)
+    run(tmp_path, images, decoder=decoder, steps=1)
     assert len(losses(tmp_path)) == 1
 
 
-def test_the_gradient_may_have_no_length_or_a_plain_number(tmp_path, pictures, monkeypatch):
+def test_the_gradient_norm_may_be_absent_or_a_plain_number(tmp_path, images, monkeypatch):
     found = iter([None, 2.0, torch.tensor(4.0)])
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: next(found))
-    run(tmp_path, pictures, steps=3, log_every=3)
+    run(tmp_path, images, steps=3, log_every=3)
     assert [line["gradient_norm"] for line in read_log(tmp_path)] == [3.0]
 
 
-def test_what_was_not_logged_yet_is_kept(tmp_path, pictures):
+def test_what_was_not_logged_yet_is_kept(tmp_path, images):
     def stop(k):
         if k == 4:
             raise KeyboardInterrupt
 
     options = {"steps": 6, "save_every": 3, "log_every": 2}
-    run(tmp_path / "whole", pictures, **options)
+    run(tmp_path / "whole", images, **options)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", pictures, on_batch=stop, **options)
-    run(tmp_path / "cut", pictures, **options)
+        run(tmp_path / "cut", images, on_batch=stop, **options)
+    run(tmp_path / "cut", images, **options)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(tmp_path, pictures):
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(tmp_path, images):
     decoder = tiny_decoder()
 
     def poison(k):
@@ -293,12 +293,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(t
     with pytest.raises(
         FloatingPointError, match="loss, gradient_norm stopped being finite before step 5.*--bundle-now"
     ):
-        run(tmp_path, pictures, decoder=decoder, on_batch=poison)
+        run(tmp_path, images, decoder=decoder, on_batch=poison)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     assert len(losses(tmp_path)) == 4
 
 
-def test_a_weight_that_turns_nan_in_a_saving_step_is_not_saved(tmp_path, pictures, monkeypatch):
+def test_a_weight_that_turns_nan_in_a_saving_step_is_not_saved(tmp_path, images, monkeypatch):
     decoder, update = tiny_decoder(), EMA.update
     steps = iter(range(100))
 
@@ -310,45 +310,45 @@ def test_a_weight_that_turns_nan_in_a_saving_step_is_not_saved(tmp_path, picture
 
     monkeypatch.setattr(EMA, "update", poisoned)
     with pytest.raises(FloatingPointError, match="a weight stopped being finite before step 6"):
-        run(tmp_path, pictures, decoder=decoder)
+        run(tmp_path, images, decoder=decoder)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
-def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, pictures, whole):
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path, images, whole):
     words = r"step 6 could not be written .*the previous one, .*step-00000003, is intact"
     with files_of_at_most() as limit, pytest.raises(OSError, match=words):
-        run(tmp_path / "full", pictures, on_batch=lambda k: limit(20_000) if k == 4 else None)
+        run(tmp_path / "full", images, on_batch=lambda k: limit(20_000) if k == 4 else None)
     assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003"]
-    run(tmp_path / "full", pictures)
+    run(tmp_path / "full", images)
     assert losses(tmp_path / "full") == losses(whole[0])
 
 
-def test_a_log_on_a_full_disk_is_said_and_gone_on_with(tmp_path, pictures, whole):
+def test_a_log_on_a_full_disk_is_reported_and_resumed(tmp_path, images, whole):
     log = tmp_path / "log.jsonl"
     words = (
         r"log\.jsonl could not be written \(OSError: .*GB are free at .*The last checkpoint, if there is one, is intact"
     )
     with files_of_at_most() as limit, pytest.raises(OSError, match=words):
-        run(tmp_path, pictures, on_batch=lambda k: limit(log.stat().st_size + 10) if k == 4 else None)
+        run(tmp_path, images, on_batch=lambda k: limit(log.stat().st_size + 10) if k == 4 else None)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
-    run(tmp_path, pictures)
+    run(tmp_path, images)
     assert losses(tmp_path) == losses(whole[0])
 
 
-def test_a_sheet_is_whole_or_a_full_disk_is_said(tmp_path, pictures):
+def test_a_sheet_is_complete_or_a_full_disk_is_reported(tmp_path, images):
     noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(3 * 64 * 64))
     options = {"evaluate": lambda _: Evaluation(sheet=noise), "sample_every": 4}
     words = r"step-00000004\.png could not be written .*GB are free there; make room and do the same again"
     with files_of_at_most() as limit, pytest.raises(OSError, match=words):
-        run(tmp_path, pictures, on_batch=lambda k: limit(5_000) if k == 3 else None, **options)
+        run(tmp_path, images, on_batch=lambda k: limit(5_000) if k == 3 else None, **options)
     assert not list((tmp_path / "samples").iterdir())
-    run(tmp_path, pictures, **options)
+    run(tmp_path, images, **options)
     with Image.open(tmp_path / "samples" / "step-00000004.png") as sheet:
         assert sheet.tobytes() == noise.tobytes()
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):
-    run(tmp_path, pictures, steps=3)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, images):
+    run(tmp_path, images, steps=3)
     for changes, words in (
         ({"steps": 4}, "recipe.steps 3 -> 4"),
         ({"steps": 3, "optimizer": "muon"}, "recipe.optimizer 'adamw' -> 'muon'"),
@@ -356,7 +356,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):
         ({"steps": 3, "decoder": tiny_decoder(variant="lcdm", calibration=None)}, "card.variant 'lcdm.lc' -> 'lcdm'"),
     ):
         with pytest.raises(ValueError, match=words):
-            run(tmp_path, pictures, **changes)
+            run(tmp_path, images, **changes)
     other = png_folder(tmp_path / "other", count=5)
     with pytest.raises(ValueError, match="saved from other data"):
         run(tmp_path, other, steps=3)
@@ -366,22 +366,22 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, pictures):
         for broken in (b"", b"cut short", whole[:-50]):
             (newest / name).write_bytes(broken)
             with pytest.raises(ValueError, match=words):
-                run(tmp_path, pictures, steps=3)
+                run(tmp_path, images, steps=3)
         (newest / name).write_bytes(whole)
     for told in ('{"format": "dcdd trai', '{"format": "another"}'):
         (newest / "training.json").write_text(told)
         with pytest.raises(ValueError, match="step-00000003 is not a training checkpoint .*delete it to resume"):
-            run(tmp_path, pictures, steps=3)
+            run(tmp_path, images, steps=3)
 
 
-def test_how_a_step_is_computed_may_change_on_the_way(tmp_path, pictures, whole):
+def test_how_a_step_is_computed_may_change_on_the_way(tmp_path, images, whole):
     def stop(k):
         if k == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, pictures, on_batch=stop)
-    run(tmp_path, pictures, activation_checkpointing=True)
+        run(tmp_path, images, on_batch=stop)
+    run(tmp_path, images, activation_checkpointing=True)
     for found, expected in zip(losses(tmp_path), losses(whole[0]), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
 
@@ -393,7 +393,7 @@ def test_how_a_step_is_computed_may_change_on_the_way(tmp_path, pictures, whole)
         ("DEEPSPEED", {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, "stage 3: .* set zero_stage: 2"),
     ],
 )
-def test_weights_cut_up_in_ways_that_are_not_known_are_refused(tmp_path, kind, plugin, words):
+def test_unsupported_kinds_of_sharding_are_refused(tmp_path, kind, plugin, words):
     workers = SimpleNamespace(distributed_type=kind, state=SimpleNamespace(**plugin))
     with pytest.raises(ValueError, match=words):
         Trainer(
@@ -409,20 +409,20 @@ def test_weights_cut_up_in_ways_that_are_not_known_are_refused(tmp_path, kind, p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_is_only_restored(tmp_path, pictures):
-    first, seen = run(tmp_path, pictures, steps=3).state_dict(), []
-    again = run(tmp_path, pictures, steps=3, on_batch=seen.append).state_dict()
+def test_a_finished_run_is_only_restored(tmp_path, images):
+    first, seen = run(tmp_path, images, steps=3).state_dict(), []
+    again = run(tmp_path, images, steps=3, on_batch=seen.append).state_dict()
     assert not seen and all(torch.equal(first[name], value) for name, value in again.items())
 
 
-def test_the_average_is_what_is_looked_at_and_what_comes_out(tmp_path, pictures, whole):
+def test_the_ema_is_what_is_evaluated_and_returned(tmp_path, images, whole):
     seen = []
 
     def evaluate(decoder):
         seen.append({name: value.clone() for name, value in decoder.state_dict().items()})
         return Evaluation(numbers={"looks": len(seen)})
 
-    looked = run(tmp_path / "looked", pictures, evaluate=evaluate, sample_every=4)
+    looked = run(tmp_path / "looked", images, evaluate=evaluate, sample_every=4)
     assert [line["eval/looks"] for line in read_log(tmp_path / "looked") if "eval/looks" in line] == [1, 2]
     for name, value in whole[1].state_dict().items():  # Looking changes nothing.
         assert torch.equal(looked.state_dict()[name], value) and torch.equal(seen[1][name], value), name
@@ -430,7 +430,7 @@ def test_the_average_is_what_is_looked_at_and_what_comes_out(tmp_path, pictures,
 
 
 @needs_torchao
-def test_weights_in_parts_are_updated_by_torchao_alone(monkeypatch):
+def test_sharded_weights_need_torchao_s_8_bit_adamw(monkeypatch):
     weights, options = {"w": torch.nn.Parameter(torch.zeros(4))}, {"betas": (0.9, 0.99), "weight_decay": 0.0}
     other = SimpleNamespace(AdamW8bit=lambda *args, **options: "bitsandbytes")
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=other))
