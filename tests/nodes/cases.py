@@ -254,12 +254,20 @@ def same(a: np.ndarray, b: np.ndarray) -> None:
     np.testing.assert_array_equal(a, b)
 
 
+def close(a: np.ndarray, b: np.ndarray) -> None:
+    """Whole numbers the same, others but for rounding: how a product is summed depends on the batch and the threads."""
+    if a.dtype.kind == "f":
+        np.testing.assert_allclose(a, b, atol=1e-3)
+    else:
+        same(a, b)
+
+
 def batch_is_its_singles(found: Found) -> None:
     """Each array of "it" is those of "first" and "second", one below the other, and these differ."""
     for name, whole in found.arrays["it"].items():
         parts = [found.arrays[one][name] for one in ("first", "second")]
-        same(whole, np.concatenate(parts))
-        assert not np.array_equal(*parts), f"{name}: both are the same"
+        close(whole, np.concatenate(parts))
+        assert np.abs(parts[0] - parts[1]).max() > 0.01, f"{name}: both are the same"
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -293,13 +301,6 @@ def prompt_and_guidance_matter(found: Found) -> None:
     assert np.abs(other - plain).mean() > 0.1 and np.abs(guided - plain).mean() > 0.1
 
 
-def lines_are_prompts(found: Found) -> None:
-    """Close, for a shorter prompt is padded beside a longer one."""
-    whole, parts = found.arrays["it"], [found.arrays[name] for name in ("first", "second")]
-    same(whole["tokens"], np.concatenate([part["tokens"] for part in parts]))
-    np.testing.assert_allclose(whole["logits"], np.concatenate([part["logits"] for part in parts]), atol=1e-3)
-
-
 def edit_keeps_the_rest(found: Found) -> None:
     """The mask's rows 17..64 touch tokens 2..7, its columns 24..70 tokens 3..8."""
     inside = np.zeros((GRID, GRID), bool)
@@ -319,8 +320,8 @@ def image_is_tokenized(found: Found) -> None:
     """Its tokens are the nearest codes, and decoded they are the image again, and not its mirror image."""
     np.testing.assert_allclose(found["resized"], found["given"], atol=1e-6)
     same(found.arrays["it"]["tokens"], found.arrays["it"]["logits"].argmax(-1))
-    close, mirrored = psnr(found["decoded"], found["given"]), psnr(found["decoded"], found["given"][:, :, ::-1])
-    assert close > 18 and close > mirrored + 3, (close, mirrored)
+    near, mirrored = psnr(found["decoded"], found["given"]), psnr(found["decoded"], found["given"][:, :, ::-1])
+    assert near > 18 and near > mirrored + 3, (near, mirrored)
 
 
 def image_is_cropped(found: Found) -> None:
@@ -414,14 +415,14 @@ def softly_decoded_is_the_scene(found: Found) -> None:
 def painted_is_the_scene(found: Found) -> None:
     assert found.arrays["latent"]["samples"].shape == (2, 16, 24, 24)
     assert "noise_mask" not in found.arrays["latent"], "a whole image has no mask"
-    close, mirrored = psnr(found["it"], found["given"]), psnr(found["it"], found["given"][:, :, ::-1])
-    assert close > 18 and close > mirrored + 3, (close, mirrored)
+    near, mirrored = psnr(found["it"], found["given"]), psnr(found["it"], found["given"][:, :, ::-1])
+    assert near > 18 and near > mirrored + 3, (near, mirrored)
 
 
 def painted_batch_is_its_singles(found: Found) -> None:
     batch_is_its_singles(found)
-    same(found.arrays["latent"]["samples"][1:], found.arrays["latent of second"]["samples"])
-    assert not np.array_equal(found["second"], found["second by another seed"])
+    close(found.arrays["latent"]["samples"][1:], found.arrays["latent of second"]["samples"])
+    assert np.abs(found["second"] - found["second by another seed"]).max() > 0.01
 
 
 def painted_under_the_mask(found: Found) -> None:
@@ -534,7 +535,7 @@ CASES = [
             "second": ("DCDD_JanusLogitSampler", {**DRAW, "seed": 8, "prompt": LINES.splitlines()[2]}),
         },
         keep={"it": IT, "first": of("first"), "second": of("second")},
-        check=lines_are_prompts,
+        check=batch_is_its_singles,
     ),
     Case(
         name="temperature 0",
