@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from dcdd_core.evaluation.frechet import FrechetStatistics, frechet_distance, load_statistics, save_statistics
+from dcdd_core.evaluation.frechet import (
+    FrechetStatistics,
+    _roots,
+    features_of,
+    frechet_distance,
+    load_statistics,
+    save_statistics,
+)
 
 
 def gaussian(mean, std, seed, count=4000, features=4):
@@ -43,6 +50,24 @@ def test_it_is_the_formula_with_scipy_s_square_root(count):
     shared = scipy.linalg.sqrtm(root @ sb @ root + 1e-13 * np.eye(24)).real.trace()
     expected = ((ma - mb) ** 2).sum() + sa.trace() + sb.trace() - 2 * shared
     assert distance([a], [b]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_it_scales_with_the_square_of_the_features_even_if_they_lie_on_a_line(scale):
+    """All but one of the eigenvalues are rounding errors, at any scale."""
+    direction = gaussian(0.0, 1.0, 5, 1, 24)
+    a, b = (gaussian(0.0, 1.0, k, 12, 1) @ direction for k in (0, 1))
+    spread = float((a.std(0) - b.std(0)).square().sum())
+    expected = float((a.mean(0) - b.mean(0)).square().sum()) + spread
+    assert distance([scale * a], [scale * b]) == pytest.approx(scale**2 * expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 1.0, 2.0**20])
+def test_eigenvalues_within_the_rounding_error_of_the_largest_have_no_root(scale):
+    eps = 2.0**-52
+    values = scale * torch.tensor([-3 * eps, 3 * eps, 5 * eps, 1.0], dtype=torch.float64)  # the error is 4 eps
+    expected = scale**0.5 * torch.tensor([0.0, 0.0, (5 * eps) ** 0.5, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(_roots(values), expected, rtol=1e-14, atol=0)
 
 
 class AsGiven(nn.Module):
@@ -87,6 +112,7 @@ def test_three_parts_added_are_the_whole():
     ("real", "made", "words"),
     [
         ([gaussian(0, 1, 0)], [gaussian(0, 1, 0)[:1]], "at least two"),
+        ([gaussian(0, 1, 0)[:1]], [gaussian(0, 1, 0)], "at least two"),
         ([], [], "at least two"),
         ([gaussian(0, 1, 0)], [gaussian(0, 1, 0)[:, :3]], "the same network"),
         ([gaussian(0, 1, 0), gaussian(0, 1, 0)[:, :3]], [gaussian(0, 1, 0)], r"\[B, 4\]"),
@@ -117,3 +143,36 @@ def test_a_file_gives_back_every_bit_and_keeps_to_its_network_and_size(tmp_path)
             load_statistics(path, network=network, size=size)
     with pytest.raises(ValueError, match="does not exist"):
         load_statistics(tmp_path / "none", network="a", size=96)
+
+
+@pytest.mark.parametrize(
+    ("total", "products", "words"),
+    [
+        (torch.zeros(1, 2), torch.zeros(2, 2), r"expected a sum \[F\]"),
+        (torch.zeros(2), torch.zeros(2, 3), r"expected a sum \[F\]"),
+        (torch.zeros(2).double(), torch.zeros(2, 2), "float64"),
+        (torch.zeros(2), torch.zeros(2, 2).double(), "float64"),
+    ],
+)
+def test_sums_of_another_shape_or_type_are_refused(total, products, words):
+    with pytest.raises(ValueError, match=words):
+        FrechetStatistics(count=2, total=total, products=products)
+
+
+def test_statistics_keep_their_network_when_added_and_read(tmp_path):
+    one = FrechetStatistics.of([gaussian(0, 1, 0)], network="a")
+    assert (one + one).network == "a"
+    save_statistics(tmp_path / "s.safetensors", {"": one}, size=96)
+    assert load_statistics(tmp_path / "s.safetensors", network="a", size=96)[""].network == "a"
+
+
+def test_features_are_computed_without_gradients_64_at_a_time():
+    weight, sizes = torch.ones(3, requires_grad=True), []
+    images = torch.arange(129.0).reshape(129, 1, 1, 1).expand(129, 3, 2, 2)
+
+    def network(part):
+        sizes.append(len(part))
+        return part.mean((2, 3)) * weight
+
+    found = features_of(images, network)
+    assert sizes == [64, 64, 1] and not found.requires_grad and torch.equal(found[:, 0], torch.arange(129.0))

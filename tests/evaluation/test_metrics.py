@@ -72,6 +72,11 @@ def test_each_image_has_its_own_scores():
     assert torch.isinf(psnr(a, b)[[0, 2]]).all() and torch.isfinite(psnr(a, b)[1])
 
 
+def test_as_many_images_are_needed_of_both():
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        ssim(random_images()[:2], random_images())
+
+
 def test_a_device_without_float64_will_do():
     a, b = random_images(0), random_images(1)
     for score in (psnr, ssim):

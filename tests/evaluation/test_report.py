@@ -45,6 +45,31 @@ def test_a_report_with_categories_and_single_scores(tmp_path):
     assert (tmp_path / "report.md").read_text("utf-8") == text and Image.open(tmp_path / "scores.png").width > 200
 
 
+def test_one_category_has_tables_too_and_the_report_shows_its_plots(tmp_path):
+    values = {"VQ": {"frechet": 1.0, "psnr": 2.0}}
+    results, text = made({"overall": values, "art": values}, tmp_path, singles={"psnr": {"VQ": torch.rand(4)}})
+    assert "## PSNR ↑ by category\n\n|  | Overall | Art |\n|---|---|---|\n| VQ | 2 | 2 |\n" in text
+    assert "\n## Counts\n\n|  | Overall | Art |\n|---|---|---|\n| images | 4 | 4 |\n| references | 2 | 2 |\n" in text
+    assert text.endswith("\n\n![rFID](frechet.png)\n\n![Scores of individual images](scores.png)\n")
+    assert Image.open(tmp_path / "frechet.png").width > 200
+    assert (tmp_path / "results.json").read_text("utf-8") == json.dumps(results, indent=1) + "\n"
+
+
+def test_counts_are_written_in_full(tmp_path):
+    values = {"VQ": {"frechet": 123456.0, "psnr": 2.0}}
+    results, _ = made({"overall": values, "art": values}, tmp_path)
+    results["pictures"] = {"overall": 1234567, "art": 1234567}
+    text = write_report(tmp_path, results, title="T", heads=HEADS, command="dcdd x")
+    assert "| images | 1234567 | 1234567 |" in text and "| VQ | 1.2346e+05 | 2 |" in text
+
+
+def test_a_report_of_numbers_that_json_cannot_hold_is_refused(tmp_path):
+    results, _ = made({"overall": {"VQ": {"frechet": 1.0, "psnr": 2.0}}}, tmp_path)
+    results["settings"] = {"guidance": float("nan")}
+    with pytest.raises(ValueError, match="JSON"):
+        write_report(tmp_path, results, title="T", heads=HEADS, command="dcdd x")
+
+
 @pytest.mark.parametrize(
     "plot",
     [

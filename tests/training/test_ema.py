@@ -105,6 +105,16 @@ def test_a_restored_one_continues_exactly():
         assert not held.requires_grad
 
 
+def test_what_was_taken_from_it_does_not_follow_later_updates():
+    weights = weights_of([1.0])
+    ema = EMA(weights, 0.0)
+    ema.update()
+    taken = ema.full()["w0"]
+    set_to(weights, 5.0)
+    ema.update()
+    assert float(taken) == 1 and float(ema.full()["w0"]) == 5
+
+
 @pytest.mark.parametrize(("bad", "finite"), [(1.0, True), (float("nan"), False), (float("-inf"), False)])
 def test_one_number_that_is_not_finite_is_found(bad, finite):
     assert all_finite([torch.zeros(3), torch.tensor([[0.0, bad]])]) is finite

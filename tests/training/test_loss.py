@@ -1,5 +1,7 @@
 """Eq. 26 against float64 NumPy: the path, the target, the weights, and what the network is given."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -117,3 +119,24 @@ def test_the_error_of_a_prediction_in_bfloat16_is_computed_in_float32(monkeypatc
     monkeypatch.setattr(decoder, "forward", lambda packed, *rest: torch.zeros_like(packed))
     assert loss.dtype == torch.float32
     assert torch.equal(loss, decoder_loss(decoder, example, keyed_generator(1), OptimizationConfig(steps=1)))
+
+
+def test_times_are_shifted_as_configured(monkeypatch, example):
+    t, shifted = (
+        observed(monkeypatch, example, density="uniform", shift=s)[1]["t"].double() for s in (0.0, math.log(3))
+    )
+    torch.testing.assert_close(shifted, 3 * t / (1 + 2 * t), rtol=1e-6, atol=0)
+
+
+def test_the_network_is_told_height_and_width_in_this_order(monkeypatch):
+    decoder, seen = tiny_decoder(), []
+    wide = Example(
+        latents=torch.zeros(1, CHANNELS, 4, 8),
+        condition=tiny_condition(1, grid=(2, 4)),
+        masked_latents=torch.zeros(1, CHANNELS, 4, 8),
+        mask=torch.ones(1, 1, 4 * FACTOR, 8 * FACTOR),
+    )
+    condition_tokens = decoder.condition_tokens
+    monkeypatch.setattr(decoder, "condition_tokens", lambda c, size: seen.append(size) or condition_tokens(c, size))
+    decoder_loss(decoder, wide, keyed_generator(1), OptimizationConfig(steps=1))
+    assert seen == [(4, 8)]

@@ -32,6 +32,7 @@ def test_the_floor_and_the_warm_up_may_be_nothing_or_all():
     assert warmup_cosine(50, 100, peak=1.0, warmup=0, floor=0.5) == pytest.approx(0.75)
     assert warmup_cosine(3, 4, peak=1.0, warmup=8) == 0.5
     assert warmup_cosine(8, 8, peak=1.0, warmup=8) == 1.0
+    assert warmup_cosine(9, 9, peak=1.0, warmup=8) == pytest.approx(0.02)  # a decay of one update
 
 
 def test_a_rate_is_set_in_every_group_and_a_tensor_stays_the_same_one():
