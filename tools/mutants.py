@@ -489,7 +489,7 @@ def main() -> None:
             run(module, MODULES[module], results)
     if not report(results):
         raise SystemExit(
-            f"mutants not run, survivors not explained, or more than {100 * ALLOWED:g} %: see {REPORT.relative_to(ROOT)}"
+            f"mutants not run or survivors not explained, or over {100 * ALLOWED:g} %: see {REPORT.relative_to(ROOT)}"
         )
 
 

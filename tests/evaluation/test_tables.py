@@ -68,3 +68,8 @@ def test_table_1_as_aligned_text():
 def test_a_markdown_table():
     cells = [["", "a", "b"], ["x", "1", "2"], ["y", "", "3"]]
     assert markdown_table(cells) == "|  | a | b |\n|---|---|---|\n| x | 1 | 2 |\n| y |  | 3 |"
+
+
+def test_a_markdown_table_is_as_wide_as_its_heading():
+    assert markdown_table([["", "a"]]) == "|  | a |\n|---|---|"
+    assert markdown_table([["", "a"], ["x"]]) == "|  | a |\n|---|---|\n| x |"

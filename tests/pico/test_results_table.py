@@ -149,6 +149,130 @@ def test_markdown_holds_every_number():
     assert "seed 0" not in tables(ablation={"lcdm, seed 0": {"frechet": 1.0}})
 
 
+def test_the_targets_are_those_of_the_paper_s_tables():
+    served = [("text", SERVED, f"F1 {fact}", VQ, "at least", 1.0) for fact in ("shape", "colour", "texture", "place")]
+    assert list(TARGETS) == [
+        ("reconstruction", DCDD, "frechet", VQ, "at most", 0.4),
+        ("reconstruction", DCDD, "ssim", VQ, "at least", 1.03),
+        ("reconstruction", DCDD, "perceptual", VQ, "at most", 0.89),
+        ("means", "lcdm+lc", "frechet", "discrete", "at most", 1),
+        ("means", "lcdm+lc", "ssim", "discrete", "at least", 1),
+        ("means", "lcdm+lc", "perceptual", "discrete", "at most", 1),
+        ("steps", "DCDD, 10 steps", "frechet", VQ, "at most", 1),
+        ("steps", "DCDD, 10 steps", "perceptual", VQ, "at most", 1),
+        ("steps", "DCDD, 10 steps", "ssim", VQ, "at least", 1),
+        ("text", SERVED, "frechet", VQ, "at most", 0.66),
+        *served,
+    ]
+
+
+def test_the_calibrated_entropy_may_be_off_by_two_hundredths():
+    for entropy, words in ((0.02, "0.0200 | met |"), (0.021, "0.0210 | MISSED |")):
+        columns = {"Janus": {"entropy": 0.0}, "calibrated proxies": {"entropy": entropy}}
+        assert verdicts({"calibration": columns}).rstrip().endswith(words)
+    assert "entropy" not in verdicts({})
+
+
+def test_a_baseline_of_nothing_has_no_ratio():
+    rows = {VQ: {c: 0.0 for _, _, c, _, _, _ in TARGETS}, SERVED: {c: 0.12345 for _, _, c, _, _, _ in TARGETS}}
+    lines = verdicts({"text": rows}).splitlines()
+    assert f"| text to image, {SERVED}: frechet | {VQ} | at most 0.66 | 0.123 to 0 | MISSED |" in lines
+    assert f"| text to image, {SERVED}: F1 shape | {VQ} | at least 1 | 0.123 to 0 | met |" in lines
+    assert verdicts({"text": {SERVED: rows[SERVED]}}) == verdicts({"text": {VQ: rows[VQ]}}) == verdicts({})
+
+
+def test_headings_say_which_way_is_better():
+    row = {name: 1.0 for name in ("frechet", "ssim", "psnr", "perceptual", "text frechet", "F1 place", "other")}
+    heads = "|  | frechet ↓ | ssim ↑ | psnr ↑ | perceptual ↓ | text frechet ↓ | F1 place ↑ | other |"
+    assert tables(reconstruction={"a": row}).splitlines()[2] == heads
+
+
+def test_tables_of_distributions_have_table_1_s_rows():
+    row = {"top_1": 0.5, "top_2": 0.25, "entropy": 0.125, "tail_entropy": 0.0625, "otsu_threshold": 0.001}
+    row |= {"rank": 7, "head_mass": 0.75, "curve": [0.5, 0.25], "tokens": 3}
+    text = tables(calibration={"Janus": row})
+    assert "|  | Janus |\n|---|---|\n| top-1 probability | 0.500000 |\n" in text
+    assert f"### {TITLES['calibration']}\n\n|" in text
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """The command on given results; the sections that it asked for."""
+    asked = []
+
+    def measure(options, sections):
+        asked.append(list(sections))
+        rows = {"reader": {"real scenes": {"F1 shape": 0.5}}}
+        return None, Measured(rows, {"reader": Provenance("reader", options.commit, "k-w")})
+
+    monkeypatch.setattr(results_table, "measure", measure)
+    monkeypatch.setattr(results_table, "flops_of", lambda weights: f"FLOPs of {weights}")
+    monkeypatch.setattr(results_table, "flops_key", lambda weights: "f-w")
+    return asked
+
+
+def run_table(monkeypatch, folder, *words):
+    arguments = ["--out", str(folder), "--work", str(folder / "work"), "--weights", "w", "--commit", "abc1234"]
+    monkeypatch.setattr(sys, "argv", ["results_table", *arguments, *words])
+    results_table.main()
+
+
+def test_the_command_prints_the_tables_and_writes_them_into_files(tmp_path, monkeypatch, capsys, measured):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table -->\n<!-- end of the table -->\n")
+    run_table(monkeypatch, tmp_path, "--into", str(page))
+    rows = {"reader": {"real scenes": {"F1 shape": 0.5}}}
+    expected = (
+        f"### {TITLES['reader']}\n\n|  | F1 shape ↑ |\n|---|---|\n| real scenes | 0.5 |\n\n"
+        f"Section `reader`, measured at commit `abc1234`, key `k-w`.\n\n{verdicts(rows)}\n"
+        "### Training FLOPs\n\nFLOPs of w\nSection `flops`, measured at commit `abc1234`, key `f-w`.\n"
+    )
+    assert (tmp_path / "table.md").read_text("utf-8") == expected and capsys.readouterr().out == expected + "\n"
+    assert page.read_text("utf-8") == f"<!-- table -->\n\n{expected.strip()}\n\n<!-- end of the table -->\n"
+    assert measured == [[name for name in TABLE if name != "ablation"]]
+
+
+def test_the_command_measures_the_ablation_if_its_decoders_are_there(tmp_path, monkeypatch, capsys, measured):
+    run_table(monkeypatch, tmp_path, "--sections", "text", "reader")
+    with pytest.raises(SystemExit):
+        run_table(monkeypatch, tmp_path, "--sections", "ablation")
+    assert "holds no decoders of the ablation" in capsys.readouterr().err
+    monkeypatch.setattr(measured_sections, "ablation_files", lambda folder: {"lcdm": folder})
+    run_table(monkeypatch, tmp_path, "--sections", "ablation")
+    run_table(monkeypatch, tmp_path)
+    assert measured == [["text", "reader"], ["ablation"], list(TABLE)]
+
+
+def test_the_key_of_the_flops_follows_each_file_that_they_are_counted_from(tmp_path):
+    names = ("janus/a", "vae/a", "decoder.safetensors", "recipe.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    keys = [results_table.flops_key(tmp_path)]
+    for name in names:
+        (tmp_path / name).write_text("2")
+        keys.append(results_table.flops_key(tmp_path))
+    assert len(set(keys)) == 5 and len({key.split("-")[0] for key in keys}) == 1 and keys[0].count("-") == 1
+
+
+def test_stale_sections_are_listed_once_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(TableOptions, "key", lambda options, section: "c-w-d" if options.ablation else "c-w")
+    monkeypatch.setattr(results_table, "flops_key", lambda weights: "f-w")
+    found = [("reader", "c-w"), ("text", "old-w"), ("text", "old-w"), ("flops", "f-w"), ("flops", "f-x")]
+    found += [("gone", "c-w"), ("steps", NO_KEY), ("ablation", "c-w-d"), ("ablation", "c-x-d")]
+    text = "\n".join(f"{Provenance(name, 'abc', key)}\n" for name, key in found)
+    assert results_table.stale(TableOptions(out=tmp_path), {"p": text}) == [
+        "p: text: measured at abc with key old-w, today c-w",
+        "p: flops: measured at abc with key f-x, today f-w",
+        "p: gone: there is no such section any more",
+        "p: steps: measured at abc before keys were recorded",
+        "p: ablation: measured at abc with key c-x-d, today c-w",
+    ]
+    decoders = TableOptions(out=tmp_path, ablation={"lcdm": tmp_path})
+    own = f"{Provenance('ablation', 'abc', 'c-w-d')}\n{Provenance('ablation', 'abc', 'c-w-e')}\n"
+    assert results_table.stale(decoders, {"p": own}) == ["p: ablation: measured at abc with key c-w-e, today c-w-d"]
+
+
 def test_make_stale_fails_while_a_published_section_is_stale(tmp_path, monkeypatch, capsys):
     page = tmp_path / "results.md"
     monkeypatch.setattr(results_table, "ROOT", tmp_path)
