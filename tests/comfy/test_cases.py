@@ -24,6 +24,7 @@ from tests.nodes.cases import (
     Refusal,
     assert_reported,
     check,
+    notices,
     run_case,
     run_interruption,
     run_refusal,
@@ -57,9 +58,7 @@ def test_node_does_the_same(case: Case, server, info, double, told):
     there = run_case(case, server, info)
     check(case, there)
     here = run_case(case, double, told)
-    assert here.run.notices["it"] == [
-        text.replace(str(server.base), str(double.base)) for text in there.run.notices["it"]
-    ]
+    assert notices(here.run) == [text.replace(str(server.base), str(double.base)) for text in notices(there.run)]
     assert here.run.previews["it"] == there.run.previews["it"]
     assert_reported(there.run.progress["it"], [step for step in here.run.progress["it"] if step[0] > 0])
     for name, arrays in here.arrays.items():

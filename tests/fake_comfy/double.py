@@ -100,7 +100,7 @@ class Double:
         """Runs a prompt in the API format; on the first fault it ends."""
         self._run, self.shown = Run(), {}
         run = self._run
-        with self._modules.installed(), torch.inference_mode(), _offline():
+        with self._modules.installed(), torch.inference_mode(), _offline(), _one_thread():
             faults = [fault for name in prompt for fault in self._faults(name, prompt)]
             if faults:
                 run.status, run.error = "rejected", "\n".join(faults)
@@ -309,6 +309,17 @@ def load(path: Path) -> ModuleType:
 def _offline() -> Iterator[None]:
     with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
         yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For models this small, threads waiting for each other cost more than they bring, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _is_link(value: Any) -> bool:
