@@ -60,7 +60,7 @@ def markdown_table(cells: Sequence[Sequence[str]]) -> str:
 def statistics_table(columns: Mapping[str, TokenStatistics]) -> str:
     """The paper's Table 1 as aligned text: one row per statistic, one column per kind of logits."""
     lines = statistics_rows(columns)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
         for line in lines
