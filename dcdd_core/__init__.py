@@ -1,5 +1,5 @@
 """Distribution-conditioned diffusion decoding: keep the distribution that a VLM predicts for every image token, and
-paint the picture from it."""
+paint the image from it."""
 
 from .types import Calibration, CalibrationStatistics, Codebook, Condition, TokenLogits
 

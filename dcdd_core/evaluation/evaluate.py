@@ -175,7 +175,7 @@ def evaluate_text(
 
     folder = run.out / "pictures"
     jobs = prompt_jobs(prompts, folder, decoders.paths)
-    generate_all(jobs, sample, decoders, run.processes, seed=run.seed, batch=run.batch, label="pictures")
+    generate_all(jobs, sample, decoders, run.processes, seed=run.seed, batch=run.batch, label="images")
     made = {path: generated_images(prompts, folder, path, by_category=by_category) for path in decoders.paths}
     todo = {path: (made[path], run.measurements(features.fingerprint, path, ["features"])) for path in made}
     if known is None:

@@ -184,7 +184,7 @@ def histograms(panels: Mapping[str, Mapping[str, torch.Tensor]]) -> Image.Image:
         edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), bins=30)
         for row, values in finite.items():
             axes.hist(values, edges, histtype="stepfilled", alpha=0.5, label=row)
-        axes.set(title=score, ylabel="pictures")
+        axes.set(title=score, ylabel="images")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     return _drawn(figure)
