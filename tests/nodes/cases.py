@@ -1123,6 +1123,8 @@ INTERRUPTIONS = [
     Interruption("DCDD_LCDMEncoder", PROXIES, armed="token_logits"),
     Interruption("DCDD_VQVAEDecode", PROXIES, armed="token_logits"),
     Interruption("DCDD_FluxDecoder", {**PAINT, "steps": 8}, armed="condition", report=3),
+    # After its last step, while the autoencoder has the images still to decode.
+    Interruption("DCDD_FluxDecoder", PAINT, armed="condition", report=2),
     Interruption(
         "DCDD_LogitStatistics",
         {"token_logits": of("sampled"), "token_logits_b": of("proxies")},
