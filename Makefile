@@ -37,7 +37,7 @@ ui-test: $(READY) ## workflows, help and search in ComfyUI's own page, in /usr/b
 	test -f $(FRONTEND)/comfyui_frontend_package/static/index.html || $(RUN) -m pip install --quiet --no-deps --target $(FRONTEND) comfyui-frontend-package==1.35.9
 	$(RUN) -m pytest tests/ui -m ui
 
-demo: $(READY) ## a prompt becomes a picture with the embedded models: out/demo.png
+demo: $(READY) ## prompts become images with the embedded models: out/demo.png
 	$(RUN) -m dcdd_core.cli demo --out out/demo.png
 
 # Published tables name the commit that they were measured at.

@@ -55,7 +55,7 @@ def sampler_family(path: str | Path) -> SamplerFamily:
     Raises:
         ValueError: if there is nothing, or nothing that a family reads.
     """
-    return _reader(path, samplers(), "VLM")
+    return _reader(path, samplers(), "a VLM")
 
 
 def codec_family(path: str | Path) -> CodecFamily:
@@ -64,7 +64,7 @@ def codec_family(path: str | Path) -> CodecFamily:
     Raises:
         ValueError: if there is nothing, or nothing that a family reads.
     """
-    return _reader(path, codecs(), "autoencoder")
+    return _reader(path, codecs(), "an autoencoder")
 
 
 def load_codec(path: str | Path, **options: Any) -> LatentCodec:
@@ -94,18 +94,30 @@ def backbone_family(config: dict[str, Any]) -> BackboneFamily:
 
 
 def codec_of(config: dict[str, Any]) -> CodecFamily:
-    """The family of the latents that a network of this configuration paints."""
-    name = backbone_family(config).codec
-    return next(family for family in codecs() if family.name == name)
+    """The family of the latents that a network of this configuration paints.
+
+    Raises:
+        ValueError: for a codec that is not known.
+    """
+    backbone, known = backbone_family(config), {family.name: family for family in codecs()}
+    if backbone.codec not in known:
+        raise ValueError(
+            f"the backbone {backbone.name!r} paints latents of the codec {backbone.codec!r}; known are "
+            f"{', '.join(map(repr, known))}: register that codec too"
+        )
+    return known[backbone.codec]
 
 
 def base_family(path: str | Path) -> BackboneFamily:
-    """The family of a base model's files: by the config.json of a folder; a single file is the first family's.
+    """The family of a base model's files: by the config.json of a folder; a single file is the first family's, whose
+    loader checks what is in it.
 
     Raises:
-        ValueError: for a class that no family builds.
+        ValueError: if nothing is there, and for a class that no family builds.
     """
     folder = Path(path)
+    if not folder.exists():
+        raise ValueError(f"{path} does not exist: give the folder or file of the decoder's base model")
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config = _config(folder)
     return backbone_family(config if "_class_name" in config else {})
@@ -128,7 +140,7 @@ def _reader(path: str | Path, families: list[Any], what: str) -> Any:
     for family in families:
         if family.reads(str(path)):
             return family
-    raise ValueError(f"{path} {_found(Path(path))}; expected a {what}: {'; or '.join(f.expected for f in families)}")
+    raise ValueError(f"{path} {_found(Path(path))}; expected {what}: {'; or '.join(f.expected for f in families)}")
 
 
 def _found(path: Path) -> str:

@@ -102,7 +102,7 @@ class LogitCalibrator(io.ComfyNode):
         with host.noticed():
             if reference is not None:
                 expect(reference, TokenLogits, "reference", "connect the token_logits of a Janus Logit Sampler")
-                progress = host.Progress(PASSES)
+                progress = host.NodeProgress(PASSES)
                 calibration = fit_to(token_logits, reference, codebook, anchored=anchored, on_pass=progress.step)
             elif decoder is not None:
                 expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")

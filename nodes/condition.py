@@ -98,7 +98,7 @@ class LCDMEncoder(io.ComfyNode):
         if reads not in READS:
             raise ValueError(f"reads must be one of {', '.join(READS)}, got {reads!r}")
         count = len(token_logits.tokens)
-        progress = host.Progress(count)
+        progress = host.NodeProgress(count)
         with host.noticed():
             mapped = condition(
                 _card(decoder, READS[reads]),

@@ -84,7 +84,7 @@ class VQVAEDecode(io.ComfyNode):
         if codes not in (HARD, SOFT):
             raise ValueError(f"codes must be {HARD!r} or {SOFT!r}, got {codes!r}")
         count = len(token_logits.tokens)
-        progress = host.Progress(count)
+        progress = host.NodeProgress(count)
         pixels = decode_tokens(
             vq_vae.idle,
             token_logits,
@@ -189,7 +189,7 @@ class FluxDecoder(io.ComfyNode):
                 host.notice("the mask is empty: nothing is painted, the image stays unchanged")
         codec = _codec(decoder, vae)
         steps = steps or model.card.steps
-        progress, preview = host.Progress(steps), _preview(codec)
+        progress, preview = host.NodeProgress(steps), _preview(codec)
         decoded = decode(
             model,
             codec,
@@ -226,7 +226,7 @@ def _shift(schedule: str, model: DistributionConditionedDecoder, condition: Cond
     return model.backbone.default_shift(tokens, steps)
 
 
-def _on_layer(progress: host.Progress, steps: int) -> OnLayer:
+def _on_layer(progress: host.NodeProgress, steps: int) -> OnLayer:
     """What happens while weights for a new schedule are loaded, before the first step; this may take long."""
     began = time.monotonic()
 

@@ -229,7 +229,7 @@ def _use_comfy_linears(module: nn.Module, kind: type[nn.Linear], storage: torch.
 # --- progress and notices ---------------------------------------------------------------------------------------------
 
 
-class Progress:
+class NodeProgress:
     """A node's progress bar with a preview; each step is also where an interrupt stops the node."""
 
     def __init__(self, total: int):

@@ -62,7 +62,7 @@ class PicoScene(io.ComfyNode):
 
     @classmethod
     def execute(cls, seed: int, size: int, batch_size: int) -> io.NodeOutput:
-        progress, scenes = host.Progress(batch_size), []
+        progress, scenes = host.NodeProgress(batch_size), []
         for k in range(batch_size):
             scenes.append(render_scene("test", (seed + k) % SPLIT_SIZE, size=size))
             progress.step(k + 1, batch_size)
@@ -112,7 +112,7 @@ class LogitStatistics(io.ComfyNode):
         for value in columns:
             expect(value, TokenLogits, "token_logits", CONNECT_LOGITS)
         labels = column_names(columns, [name.strip() for name in names.split(",") if name.strip()])
-        found, progress = {}, host.Progress(len(columns))
+        found, progress = {}, host.NodeProgress(len(columns))
         for label, value in zip(labels, columns):
             found[label] = describe_logits(value)
             progress.step(len(found), len(columns))

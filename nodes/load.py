@@ -226,7 +226,7 @@ class DownloadModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
         known, folder, path = _offer(model)
-        progress = host.Progress(1000)
+        progress = host.NodeProgress(1000)
 
         def on_progress(there: int, whole: int) -> None:
             progress.step(round(1000 * there / max(1, whole)), 1000)

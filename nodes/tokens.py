@@ -11,8 +11,7 @@ from einops import repeat
 from ..dcdd_core.method.uncertainty import tokens_under_mask
 from ..dcdd_core.pipelines.encode import encode, fitting_size
 from ..dcdd_core.pipelines.sample import edit_prompts, partial_tokens, sample
-from ..dcdd_core.protocols import ImageTokenizer, SamplingOptions, TokenSampler
-from ..dcdd_core.protocols import Progress as SamplingProgress
+from ..dcdd_core.protocols import ImageTokenizer, Progress, SamplingOptions, TokenSampler
 from ..dcdd_core.types import TokenLogits
 from . import host
 from .convert import check_finite, image_of, mask_of, pixels_of, resized
@@ -171,9 +170,9 @@ class JanusLogitSampler(io.ComfyNode):
             prompts = edit_prompts(lines, len(token_logits.tokens))
             resample = _under_mask(mask, token_logits)
         _name_unknown_words(sampler, "\n".join(lines))
-        progress = host.Progress(math.prod(sampler.grid))
+        progress = host.NodeProgress(math.prod(sampler.grid))
 
-        def on_progress(now: SamplingProgress) -> None:
+        def on_progress(now: Progress) -> None:
             # A preview for each row of tokens, or for each step that is worth more than a row.
             rows, before = (done * sampler.grid[0] // now.total for done in (now.done, now.done - 1))
             preview = _so_far(tokenizer, sampler.grid, now, token_logits) if rows > before else None
@@ -248,7 +247,7 @@ class VQVAEEncode(io.ComfyNode):
         height, width = pixels.shape[2:]
         size = fitting_size((height, width), tokenizer.factor, longest_side or None)
         pixels = resized(pixels, *size).clamp(-1, 1)
-        progress = host.Progress(len(pixels))
+        progress = host.NodeProgress(len(pixels))
         encoded = encode(
             tokenizer,
             pixels,
@@ -280,7 +279,7 @@ def _name_unknown_words(sampler: TokenSampler, prompt: str) -> None:
 
 
 def _so_far(
-    tokenizer: ImageTokenizer, grid: tuple[int, int], now: SamplingProgress, previous: TokenLogits | None
+    tokenizer: ImageTokenizer, grid: tuple[int, int], now: Progress, previous: TokenLogits | None
 ) -> torch.Tensor:
     """Up to four images while they are sampled: tokens that are not known yet are dark, or in an edit as before."""
     before = None if previous is None else previous.part(now.first, now.first + len(now.tokens))

@@ -181,3 +181,20 @@ def test_the_published_configuration_builds_on_meta(family):
 def test_an_unknown_network_is_named():
     with pytest.raises(ValueError, match=r"'Somebody'; known are .*FluxTransformer2DModel"):
         registry.backbone_family({"_class_name": "Somebody"})
+
+
+def test_a_base_is_found_by_its_configuration(family, files, name, tmp_path):
+    assert registry.base_family(files(name)) is family
+    with pytest.raises(ValueError, match="none does not exist: give the folder or file"):
+        registry.base_family(tmp_path / "none")
+    (tmp_path / "config.json").write_text('{"_class_name": "Somebody"}')
+    with pytest.raises(ValueError, match="'Somebody'; known are"):
+        registry.base_family(tmp_path)
+
+
+def test_the_codec_of_a_backbone_must_be_known(family, monkeypatch):
+    config = family.config_of(None)
+    assert registry.codec_of(config).name == family.codec
+    monkeypatch.setattr(type(family), "codec", "nobody's")
+    with pytest.raises(ValueError, match="codec \"nobody's\"; known are .*'kl'"):
+        registry.codec_of(config)

@@ -66,7 +66,7 @@ def test_only_its_own_files_are_read(name, files, tmp_path):
     for other in names(registry.codecs):
         assert family.reads(str(files(other))) == (other == name)
     (tmp_path / "config.json").write_text('{"_class_name": "Somebody"}')
-    with pytest.raises(ValueError, match=f"{tmp_path} holds a 'Somebody'; expected a autoencoder|holds a 'Somebody'"):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds a 'Somebody'; expected an autoencoder"):
         registry.codec_family(tmp_path)
 
 
