@@ -255,6 +255,21 @@ def test_the_key_of_the_flops_follows_each_file_that_they_are_counted_from(tmp_p
     assert len(set(keys)) == 5 and len({key.split("-")[0] for key in keys}) == 1 and keys[0].count("-") == 1
 
 
+def test_the_key_of_the_flops_ignores_other_files(tmp_path):
+    for name in ("janus", "vae", "decoder.safetensors", "recipe.json"):
+        (tmp_path / name).write_text(name)
+    before = results_table.flops_key(tmp_path)
+    (tmp_path / "reader.safetensors").write_text("measures, and was not counted")
+    assert results_table.flops_key(tmp_path) == before
+
+
+def test_a_section_that_there_is_not_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["results_table", "--sections", "nothing"])
+    with pytest.raises(SystemExit) as stopped:
+        results_table.main()
+    assert stopped.value.code == 2 and "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
 def test_stale_sections_are_listed_once_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(TableOptions, "key", lambda options, section: "c-w-d" if options.ablation else "c-w")
     monkeypatch.setattr(results_table, "flops_key", lambda weights: "f-w")
