@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read back strictly."""
+"""Files that are written whole or not at all, and read strictly: what is wrong with one is said in one line."""
 
 from __future__ import annotations
 
@@ -37,6 +37,80 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(path: str | Path, expected: str, remedy: str = "download it again") -> Iterator[None]:
+    """Turns what other libraries raise in the block, where they read `path`, into one ValueError that names it.
+
+    It belongs around calls into other libraries alone: the errors of this package's functions say more.
+
+    Args:
+        expected: what the file should be, with its article.
+        remedy: what the user can do.
+
+    Raises:
+        ValueError: for any Exception of the block, except for memory that ran out.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200] or "no reason given"
+        raise ValueError(f"{path} cannot be read as {expected} ({type(error).__name__}: {said}): {remedy}") from error
+
+
+def regular_file(path: str | Path, expected: str) -> Path:
+    """The path of a file that can be read from end to end, as a FIFO, a device or a folder cannot.
+
+    Raises:
+        ValueError: if there is none, saying what is there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; expected {expected}")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device, pipe or socket"
+        raise ValueError(f"{path} is {kind}; expected {expected}")
+    return path
+
+
+MOST_JSON = 256 * 2**20
+"""Bytes of the largest JSON file that is read. The largest known, tokenizers of 256,000 words, are below 40 MB."""
+
+
+def read_json(path: str | Path, expected: str, remedy: str = "download it again") -> dict[str, Any]:
+    """The object in a JSON file, which may begin with a byte order mark.
+
+    Args:
+        expected, remedy: as `reading`.
+
+    Raises:
+        ValueError: naming the file, and what it holds instead, such as a Git LFS pointer or an HTML page.
+    """
+    path = regular_file(path, expected)
+    if (size := path.stat().st_size) > MOST_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, expected {expected} of at most {MOST_JSON:,}: {remedy}")
+    with reading(path, expected, remedy):
+        content = path.read_bytes()
+    if other := _not_json(content):
+        raise ValueError(f"{path} is {other}, expected {expected}: {remedy}")
+    with reading(path, expected, remedy):
+        value = json.loads(content.decode("utf-8-sig"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected {expected}, a JSON object: {remedy}")
+    return value
+
+
+def _not_json(content: bytes) -> str | None:
+    """What downloads leave in the place of a file, in words."""
+    start = content[:512].lstrip().lower()
+    if not start:
+        return "empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, which stands for a file that was not fetched (git lfs pull)"
+    return "an HTML page" if start.startswith((b"<!doctype", b"<html")) else None
 
 
 def write_text(path: Path, text: str) -> Path:
