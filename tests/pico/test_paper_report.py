@@ -254,4 +254,4 @@ def test_the_whole_report_in_small(tmp_path, monkeypatch):
 def test_token_statistics_come_back_from_a_row():
     single = dict.fromkeys(("top_1", "top_2", "entropy", "tail_entropy", "otsu_threshold", "head_mass"), 0.25)
     found = token_statistics(single | {"rank": 2.0, "curve: 0": 0.25, "curve: 1": 0.125})
-    assert (found.top_1, found.rank, found.curve) == (0.25, 2, (0.25, 0.125))
+    assert (found.top_1, found.rank, found.curve, found.tokens) == (0.25, 2, (0.25, 0.125), 0)

@@ -5,6 +5,10 @@ row are known: PSNR 10 log10(4 / d^2), perceptual distance |d|, Frechet distance
 an image), and SSIM by its formula for constant images. Rows that were swapped would have each other's numbers.
 """
 
+import argparse
+import inspect
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +22,7 @@ from dcdd_core.types import Calibration
 from dcdd_pico import sections
 from dcdd_pico.reader import FACTS, fact_labels
 from dcdd_pico.scenes import scene_facts
-from dcdd_pico.sections import BY_LOGITS, DCDD, READ, RERENDERED, SERVED, VQ, EvalSetup, RowMetrics
+from dcdd_pico.sections import BY_LOGITS, DCDD, READ, RERENDERED, SERVED, VQ, EvalSetup, RowMetrics, TableOptions, parse
 from tests.tiny import tiny_card
 
 GREYS = np.array([60, 90, 140, 200, 120, 80], dtype=np.uint8)
@@ -187,7 +191,7 @@ def test_the_chance_level_is_that_of_other_renderings(setup, monkeypatch):
     assert list(rows) == ["real scenes", RERENDERED] and "frechet" not in rows["real scenes"]
     assert_row(rows[RERENDERED], {"frechet": (10 / 127.5) ** 2})
     assert [facts for facts, _ in seen] == scene_facts("test", COUNT)
-    assert len({number for _, number in seen}) == COUNT  # each with jitter of its own
+    assert [number for _, number in seen] == [np.random.default_rng([1, k]).integers(1000) for k in range(COUNT)]
 
 
 def test_table_1_names_the_logits_that_it_describes(setup, monkeypatch):
@@ -214,29 +218,92 @@ def test_table_1_names_the_logits_that_it_describes(setup, monkeypatch):
 
 
 def test_table_5_gives_each_stage_its_own_time(setup, monkeypatch):
-    clock = SimpleNamespace(now=0.0, calls=0)
+    clock = SimpleNamespace(now=0.0, calls=0, image=0)
 
-    def takes(seconds, made):
-        def work(*_, **__):
+    def takes(seconds, made, seeds_of=lambda options: [clock.image]):
+        def work(*_, **options):
+            assert list(seeds_of(options)) == [clock.image]
+            # The first image, which does not count, is the slowest; each one after it takes longer than the one before.
+            clock.now += 100 if clock.image == 0 else seconds * clock.image
             clock.calls += 1
-            clock.now += 100 if clock.calls <= 4 else seconds  # the first image, which does not count
+            clock.image = clock.calls // 4
             return made
 
         return work
 
     monkeypatch.setattr(sections.time, "perf_counter", lambda: clock.now)
     grid = SimpleNamespace(tokens=None, grid=None)
-    setup.pico.sampler = SimpleNamespace(sample=takes(5.0, grid))
+    setup.pico.sampler = SimpleNamespace(sample=takes(5.0, grid, lambda options: options["seeds"]))
     setup.pico.tokenizer = SimpleNamespace(decode_tokens=takes(2.0, None), codebook=None)
     monkeypatch.setattr(sections, "condition_for", takes(1.0, None))
-    monkeypatch.setattr(sections, "decode", takes(3.0, SimpleNamespace(pixels=None)))
+    painted = takes(3.0, SimpleNamespace(pixels=None), lambda options: options["seeds"])
+    monkeypatch.setattr(sections, "decode", painted)
     rows = sections.measure_latency(setup, rounds=3)
+    assert clock.image == 4
     assert {stage: row["seconds"] for stage, row in rows.items()} == {
-        "Janus": 5.0,
-        VQ: 2.0,
-        "LCDM": 1.0,
-        "DCDD, 10 steps": 3.0,
+        "Janus": 10.0,
+        VQ: 4.0,
+        "LCDM": 2.0,
+        "DCDD, 10 steps": 6.0,
     }
+
+
+def test_the_tables_sizes_are_those_that_their_titles_name():
+    """The report says the first 512 scenes, the first 100 captions, the median of seven."""
+    default = {
+        measure: {name: one.default for name, one in inspect.signature(measure).parameters.items() if name != "setup"}
+        for measure in (sections.measure_steps, sections.measure_calibration, sections.measure_latency)
+    }
+    assert list(default.values()) == [{"count": 512}, {"count": 100}, {"rounds": 7}]
+    options = TableOptions(out=Path())
+    assert (options.scenes, options.steps, options.batch) == (2048, 10, 64)
+    assert not options.bf16 and not options.compiled and options.ablation == {}
+
+
+@pytest.mark.parametrize("bf16, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_models_are_loaded_as_the_options_say(tmp_path, monkeypatch, bf16, dtype):
+    """The decoder is cast, and what the options say of everything else arrives."""
+    asked = {}
+    decoder = SimpleNamespace(
+        card=tiny_card(calibration=Calibration(scale=25.0, guidance=4.0)), to=lambda to: asked.update(to=to)
+    )
+    monkeypatch.setattr(
+        sections, "load_pico", lambda **options: asked.update(pico=options) or SimpleNamespace(decoder=decoder)
+    )
+    monkeypatch.setattr(sections, "load_reader", lambda **options: asked.update(reader=options) or "the reader")
+    monkeypatch.setattr(sections, "scene_images", lambda *what: ("the images", what))
+    options = TableOptions(
+        out=tmp_path, weights=Path("w"), scenes=7, steps=3, batch=2, bf16=bf16, compiled=True, device="meta",
+        ablation={"a": Path("b")}, commit="abc1234",
+    )  # fmt: skip
+    found = options.setup()
+    assert asked == {
+        "pico": {"device": "meta", "weights": Path("w"), "compiled": True},
+        "reader": {"device": "meta", "weights": Path("w")},
+        "to": dtype,
+    }
+    assert (found.reader, found.images) == ("the reader", ("the images", (tmp_path, "test", 7)))
+    assert (found.batch, found.steps, found.guidance, found.compiled) == (2, 3, 4.0, True)
+    assert found.ablation == {"a": Path("b")}
+
+
+@pytest.mark.parametrize("cuda, device", [(False, "cpu"), (True, "cuda")])
+def test_options_have_the_published_values_unless_given(tmp_path, monkeypatch, cuda, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(sys, "argv", ["table", "--work", str(tmp_path)])
+    _, found = parse(argparse.ArgumentParser())
+    assert found == TableOptions(out=Path("out/table"), device=device)
+
+
+def test_only_the_ablation_s_key_follows_its_bundles(tmp_path):
+    (tmp_path / "lcdm-0.safetensors").write_bytes(b"one")
+    ablation = {"lcdm, seed 0": tmp_path / "lcdm-0.safetensors"}
+    without, with_it = TableOptions(out=Path()), TableOptions(out=Path(), ablation=ablation)
+    changed = {name for name in sections.SECTIONS if without.key(name) != with_it.key(name)}
+    assert changed == {"ablation"}
+    before = with_it.key("ablation")
+    (tmp_path / "lcdm-0.safetensors").write_bytes(b"two")
+    assert with_it.key("ablation") != before
 
 
 def test_f1_by_hand():
