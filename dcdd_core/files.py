@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
+import zlib
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +20,62 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+#: What the system says of a disk that is full: no space, no quota, no larger file.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A temporary path to write to, in the folder of `path`, which is made; when the block ends it becomes `path`.
 
-    Where the block fails, what it wrote is removed, and what was at `path` stays.
+    Where the block fails, what it wrote is removed, and what was at `path` stays. The permissions are the umask's,
+    whatever the block gave. Writers of one path at once do not meet: the last to end counts.
 
     Raises:
-        OSError: if the block cannot write, such as on a full disk.
+        OSError: if the block cannot write, such as on a full disk; says what to do.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    # A name of its own for each writer: two that shared one would mix what they write.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has its name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The system applies the umask, and a folder's default permissions, to a file that is made in this way alone.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(stat.S_IMODE(mode))
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(path.parent).free / 1e9
-        raise OSError(
-            f"{path} could not be written ({error}): {free:.1f} GB are free there; make room and do the same again"
-        ) from error
+        raise OSError(f"{path} could not be written ({error}): {_way_out(error, path)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _way_out(error: Exception, path: Path) -> str:
+    """What to do about a file that could not be written."""
+    # safetensors writes the system's number into its text.
+    said = re.search(r"os error (\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(said[1]) if said else None)
+    if number in _FULL:
+        with suppress(OSError):
+            free = shutil.disk_usage(path.parent).free / 1e9
+            return f"{free:.1f} GB are free there; make room and do the same again"
+        return "make room and do the same again"
+    if number == errno.EROFS:
+        return "its disk is read-only; choose a folder on another one"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"you may not write there; change the permissions of {path.parent}, or choose another folder"
+    if number == errno.EISDIR:
+        return "a folder lies in the file's place; choose another name, or move that folder"
+    if number in (errno.ENOTDIR, errno.EEXIST):
+        return "a file lies where its folder should be; choose another folder, or move that file"
+    if number == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    return "check the disk, or choose another folder"
 
 
 @contextmanager
@@ -47,7 +86,7 @@ def reading(path: str | Path, expected: str, remedy: str = "download it again") 
 
     Args:
         expected: what the file should be, with its article.
-        remedy: what the user can do.
+        remedy: what the user can do about its content.
 
     Raises:
         ValueError: for any Exception of the block, except for memory that ran out.
@@ -58,7 +97,20 @@ def reading(path: str | Path, expected: str, remedy: str = "download it again") 
         raise
     except Exception as error:
         said = " ".join(str(error).split())[:200] or "no reason given"
+        if isinstance(error, PermissionError):
+            remedy = "you may not read it; change its permissions"
+        elif isinstance(error, OSError) and error.errno is not None:
+            remedy = "check its disk and the connection to it, and try again"
         raise ValueError(f"{path} cannot be read as {expected} ({type(error).__name__}: {said}): {remedy}") from error
+
+
+@contextmanager
+def in_file(path: str | Path) -> Iterator[None]:
+    """Names the file in the ValueErrors of the block, which checks what was read from it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def regular_file(path: str | Path, expected: str) -> Path:
@@ -68,16 +120,25 @@ def regular_file(path: str | Path, expected: str) -> Path:
         ValueError: if there is none, saying what is there.
     """
     path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; expected {expected}")
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "a device, pipe or socket"
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist; expected {expected}"
+            ) from error
+        raise ValueError(f"{path} does not exist; expected {expected}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be opened ({error}); expected {expected}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
         raise ValueError(f"{path} is {kind}; expected {expected}")
     return path
 
 
-MOST_JSON = 256 * 2**20
-"""Bytes of the largest JSON file that is read. The largest known, tokenizers of 256,000 words, are below 40 MB."""
+MOST_JSON = 64 * 2**20
+"""Bytes of the largest JSON file that is read. The largest known, tokenizers of 256,000 words, are below 40 MB; parsed,
+the worst takes 20 times its size."""
 
 
 def read_json(path: str | Path, expected: str, remedy: str = "download it again") -> dict[str, Any]:
@@ -94,23 +155,104 @@ def read_json(path: str | Path, expected: str, remedy: str = "download it again"
         raise ValueError(f"{path} has {size:,} bytes, expected {expected} of at most {MOST_JSON:,}: {remedy}")
     with reading(path, expected, remedy):
         content = path.read_bytes()
-    if other := _not_json(content):
+    if other := _stand_in(content):
         raise ValueError(f"{path} is {other}, expected {expected}: {remedy}")
+    return json_object(content, path, expected, remedy)
+
+
+def json_object(
+    content: bytes | str, path: str | Path, expected: str, remedy: str = "download it again"
+) -> dict[str, Any]:
+    """The JSON object that `path` holds as text, such as in a header.
+
+    Args:
+        expected, remedy: as `reading`.
+
+    Raises:
+        ValueError: naming the file.
+    """
     with reading(path, expected, remedy):
-        value = json.loads(content.decode("utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected {expected}, a JSON object: {remedy}")
     return value
 
 
-def _not_json(content: bytes) -> str | None:
+#: Beginnings of files that are often taken for others, in lower case, and what they are.
+_STAND_INS = (
+    (b"version https://git-lfs", "a Git LFS pointer, which stands for a file that was not fetched (git lfs pull)"),
+    (b"<!doctype", "an HTML page"),
+    (b"<html", "an HTML page"),
+    (b"<?xml", "an XML page"),
+)
+
+
+def _stand_in(content: bytes) -> str | None:
     """What downloads leave in the place of a file, in words."""
-    start = content[:512].lstrip().lower()
+    start = content[:512].removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if not start:
-        return "empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, which stands for a file that was not fetched (git lfs pull)"
-    return "an HTML page" if start.startswith((b"<!doctype", b"<html")) else None
+        return "blank" if content else "empty"
+    return next((kind for sign, kind in _STAND_INS if start.startswith(sign)), None)
+
+
+@contextmanager
+def open_tensors(path: str | Path, expected: str, remedy: str = "download it again") -> Iterator[Any]:
+    """An open safetensors file; none of its tensors has been read.
+
+    Args:
+        expected, remedy: as `reading`, which belongs around what is then read.
+
+    Raises:
+        ValueError: naming the file, and what it is instead.
+    """
+    path = regular_file(path, expected)
+    with reading(path, expected, remedy), path.open("rb") as raw:
+        start = raw.read(512)
+    if other := _stand_in(start):
+        raise ValueError(f"{path} is {other}, expected {expected}: {remedy}")
+    with ExitStack() as stack:
+        with reading(path, expected, remedy):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        yield file
+
+
+_CHECKSUMS = "checksums"
+
+
+def tensor_checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """A checksum of each tensor's type, shape and content, on any device: "crc32:" and eight hexadecimal digits.
+
+    It shows damage, every flipped bit among it, not intent.
+    """
+    return {name: _checksum(tensor) for name, tensor in tensors.items()}
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    kind = f"{tensor.dtype} {list(tensor.shape)}".encode()
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"crc32:{zlib.crc32(content, zlib.crc32(kind)):08x}"
+
+
+def require_checksums(path: str | Path, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, str]) -> None:
+    """Compares tensors that were read from `path` with the checksums of when they were written.
+
+    Args:
+        tensors: all of the file, or some.
+        expected: by name, from `tensor_checksums`; of more tensors, perhaps. Empty for a file without: nothing is
+            compared.
+
+    Raises:
+        ValueError: naming the file and the tensors that differ.
+    """
+    if not expected:
+        return
+    damaged = [name for name, found in tensor_checksums(tensors).items() if expected.get(name) != found]
+    if damaged:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise ValueError(
+            f"{path} is damaged: {', '.join(damaged[:3])}{more} is not what was written (its checksum differs): "
+            "take another copy of the file"
+        )
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -124,20 +266,37 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, checksums: bool = False
+) -> None:
     """Writes a safetensors file whole or not at all; makes its folder. The same content gives the same bytes.
 
     Args:
         tensors: on any device, of any layout; each with a storage of its own.
+        checksums: adds those of the tensors to the metadata, for `stored_checksums`.
 
     Raises:
         OSError: as `whole_file`.
         RuntimeError: from safetensors, for tensors that share a storage.
     """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stated = dict(metadata) | ({_CHECKSUMS: json.dumps(tensor_checksums(held))} if checksums else {})
     with whole_file(path) as temporary:
-        save_file(held, temporary, metadata=dict(metadata))
+        save_file(held, temporary, metadata=stated)
         _sort_metadata(temporary)
+
+
+def stored_checksums(path: str | Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The checksums that `write_tensors` put into a file's metadata; empty for a file without.
+
+    Raises:
+        ValueError: naming the file, if they are damaged.
+    """
+    return json_object(metadata.get(_CHECKSUMS, "{}"), path, "a file with checksums", "take another copy of the file")
+
+
+#: What to do about a record: only this package writes them.
+_AGAIN = "it is damaged or something else; make it again"
 
 
 def write_record(path: str | Path, kind: str, tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any]) -> None:
@@ -163,26 +322,16 @@ def read_record(
     Raises:
         ValueError: naming a file that is absent, damaged or of another kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected a file with a {kind}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); expected a {kind}") from error
+    expected = f"a file with a {kind}"
+    with open_tensors(path, expected, _AGAIN) as file, reading(path, expected, _AGAIN):
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if header.get("format") != "dcdd" or header.get("kind") != kind or set(tensors) != set(names):
         raise ValueError(
             f"{path} holds {header.get('kind', 'no known kind of thing')} with tensors {sorted(tensors)}; "
             f"expected a {kind} with {sorted(names)}"
         )
-    try:
-        meta = json.loads(header.get("dcdd", "{}"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: its description is not JSON ({error}); make it again") from error
-    if not isinstance(meta, dict):
-        raise ValueError(f"{path} is damaged: its description is {meta!r}, expected an object; make it again")
+    meta = json_object(header.get("dcdd", "{}"), path, f"a description of a {kind}", _AGAIN)
     if set(meta) != set(fields):
         raise ValueError(
             f"{path} describes its {kind} by {sorted(meta)}, expected {sorted(fields)}: it was written by another "
