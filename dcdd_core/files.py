@@ -155,7 +155,7 @@ def read_json(path: str | Path, expected: str, remedy: str = "download it again"
         raise ValueError(f"{path} has {size:,} bytes, expected {expected} of at most {MOST_JSON:,}: {remedy}")
     with reading(path, expected, remedy):
         content = path.read_bytes()
-    if other := _stand_in(content):
+    if other := stand_in(content):
         raise ValueError(f"{path} is {other}, expected {expected}: {remedy}")
     return json_object(content, path, expected, remedy)
 
@@ -187,7 +187,7 @@ _STAND_INS = (
 )
 
 
-def _stand_in(content: bytes) -> str | None:
+def stand_in(content: bytes) -> str | None:
     """What downloads leave in the place of a file, in words."""
     start = content[:512].removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if not start:
@@ -208,7 +208,7 @@ def open_tensors(path: str | Path, expected: str, remedy: str = "download it aga
     path = regular_file(path, expected)
     with reading(path, expected, remedy), path.open("rb") as raw:
         start = raw.read(512)
-    if other := _stand_in(start):
+    if other := stand_in(start):
         raise ValueError(f"{path} is {other}, expected {expected}: {remedy}")
     with ExitStack() as stack:
         with reading(path, expected, remedy):
