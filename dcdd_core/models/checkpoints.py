@@ -1,41 +1,237 @@
-"""Reading checkpoints strictly: files and folders of shards, configs, and modules that get exactly their tensors."""
+"""Reading checkpoints strictly: which files count, what is in them, and modules that get exactly their tensors.
+
+Sizes are compared before anything is read: a safetensors header, or the records of a .bin, tell names and shapes.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from ..files import open_tensors, read_json, reading, regular_file, stand_in
+
+# Names of a model's weights without their ending, by that ending, as transformers and diffusers write them.
+_CANONICAL: Mapping[str, tuple[str, ...]] = {
+    ".safetensors": ("model", "diffusion_pytorch_model"),
+    ".bin": ("pytorch_model", "diffusion_pytorch_model"),
+}
+
+_Entry = TypeVar("_Entry")
+
+_WEIGHTS = "a file with a model's weights"
+_DAMAGED = "it is cut short or damaged, download it again"
+
+# What a file begins with that is not in the format of its name.
+_OTHER_FORMATS = (
+    (b"GGUF", "a GGUF file"),
+    (b"PK\x03\x04", "a PyTorch checkpoint (.pt, .ckpt, .bin)"),
+    (b"\x80", "a pickled PyTorch checkpoint (.pt, .ckpt, .bin)"),
+)
+
+_MAPPED_AND_CHECKED = 2**30
+"""Bytes of the largest file whose tensors are checked for NaN although they stay mapped: a check reads all of them,
+which takes 0.1 s a GB from memory, but minutes from a slow disk for a transformer that a host streams."""
+
+
+_SPELLINGS: Mapping[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+FLOATS = frozenset(_SPELLINGS.values())
+"""The dtypes, as safetensors spells them, of weights that are not quantised."""
 
 
 def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
     """A model folder's JSON configuration.
 
     Raises:
-        ValueError: if the folder or the file is missing, or not JSON.
+        ValueError: if the folder or the file is missing, or not a JSON object.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; expected a model folder with {name} and *.safetensors in it")
     path = folder / name
-    if not path.is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{folder} has no {name} (it holds {found}); give the folder that the model was saved into")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, expected an object; download it again")
-    return config
+    if not path.exists():
+        raise ValueError(f"{folder} has no {name} (it holds {_held(folder)}); give the folder of a saved model")
+    return read_json(path, "a model's configuration")
+
+
+def _held(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return _some(names, 8) or "nothing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """The files that hold a model's weights.
+
+    Attributes:
+        files: one, or the shards that an index names.
+        placed: the index: which file holds which tensor; empty without one.
+        index: for messages.
+    """
+
+    files: tuple[Path, ...]
+    placed: Mapping[str, Path] = field(default_factory=dict)
+    index: Path | None = None
+
+    def for_(self, wanted: Callable[[str], bool]) -> list[Path]:
+        """Those to open for tensors of these names.
+
+        Raises:
+            ValueError: naming those that are absent, or are no files.
+        """
+        needed = sorted({file for name, file in self.placed.items() if wanted(name)}) if self.index else self.files
+        if self.index is not None and (absent := [file.name for file in needed if not file.exists()]):
+            raise ValueError(
+                f"{self.index.parent} lacks {_some(absent)}, which {self.index.name} names: its download has not "
+                "finished, download the rest of it"
+            )
+        return [regular_file(file, _WEIGHTS) for file in needed]
+
+    def collect(
+        self, read: Callable[[Path], Iterable[tuple[str, _Entry]]], wanted: Callable[[str], bool] = lambda name: True
+    ) -> dict[str, _Entry]:
+        """What `read` finds in the files under the `wanted` names; where the index places a name, it is taken there.
+
+        Raises:
+            ValueError: as `for_`; for a name that two files hold, and for one that is not where the index places it.
+        """
+        found: dict[str, _Entry] = {}
+        holder: dict[str, Path] = {}
+        for file in self.for_(wanted):
+            for name, entry in read(file):
+                if not wanted(name) or self.placed.get(name, file) != file:
+                    continue
+                if name in found:
+                    raise ValueError(
+                        f"{holder[name]} and {file.name} both hold {name}, and {self.index.name} does not say which "
+                        "counts: download the model again"
+                    )
+                found[name], holder[name] = entry, file
+        if absent := sorted(name for name in self.placed if wanted(name) and name not in found):
+            shards = sorted({self.placed[name].name for name in absent})
+            raise ValueError(
+                f"{self.index} places {_some(absent)} in {_some(shards)}, which has no such tensor: the files do not "
+                "belong together, download all of them again"
+            )
+        return found
+
+
+def weight_files(
+    source: str | Path, *, remedy: str = "give a model folder that does", endings: Sequence[str] = tuple(_CANONICAL)
+) -> WeightFiles:
+    """The files of a model's weights: the one rule for every loader.
+
+    For a folder: of each ending in turn, the shards of the canonical index (such as model.safetensors.index.json), or
+    the file of the canonical name; then the only index, or the only safetensors file, of another name. Other weights
+    beside these are not read. Anything else is refused, since nothing says which file is meant.
+
+    Args:
+        source: a file, which is taken as it is, or a folder.
+        remedy: what to do where there are none.
+        endings: of the formats that the caller reads.
+
+    Raises:
+        ValueError: if nothing is there, for several files of which none is meant more than another, and for an index
+            that names no files, or files outside of its folder.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        if not source.exists():
+            raise ValueError(f"{source} does not exist: {remedy}")
+        return WeightFiles(files=(regular_file(source, _WEIGHTS),))
+    unread: list[Path] = []
+    for ending, stems in _CANONICAL.items():
+        indexes = [path for stem in stems if (path := source / f"{stem}{ending}.index.json").exists()]
+        files = [path for stem in stems if (path := source / f"{stem}{ending}").exists()]
+        if ending not in endings:
+            unread += indexes or files
+        elif len(indexes or files) > 1:
+            raise ValueError(_unclear(source, indexes or files, remedy))
+        elif indexes:
+            return _sharded(indexes[0])
+        elif files:
+            return WeightFiles(files=(regular_file(files[0], _WEIGHTS),))
+    others = _visible(source, "*.safetensors.index.json") or _visible(source, "*.safetensors")
+    if len(others) == 1 and not unread:
+        return _sharded(others[0]) if others[0].suffix == ".json" else WeightFiles(files=(others[0],))
+    if others:
+        raise ValueError(_unclear(source, [*unread, *others], remedy))
+    accepted = " or ".join("one .safetensors file" if e == ".safetensors" else f"pytorch_model{e}" for e in endings)
+    raise ValueError(f"{source} holds {_held(source)}; expected {accepted}, or shards with one index: {remedy}")
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
+def _unclear(folder: Path, files: Sequence[Path], remedy: str) -> str:
+    return (
+        f"{folder} holds {_some([file.name for file in files])}, and nothing says which is the model: name one of its "
+        f"{len(files)} files model.safetensors and move the rest away, or add the index of the shards "
+        f"(model.safetensors.index.json); or {remedy}"
+    )
+
+
+def _sharded(index: Path) -> WeightFiles:
+    shards = read_json(index, "the index of a model's weights").get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index} has no weight_map, or one that names no shards: download it again")
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or not shard:
+            raise ValueError(f"{index} places {name} in {shard!r}, expected a file's name: download it again")
+        # Names and not what links lead to: the hub's cache keeps every file elsewhere.
+        for path in (PurePosixPath(shard), PureWindowsPath(shard)):
+            if path.is_absolute() or path.drive or path.root or ".." in path.parts:
+                raise ValueError(
+                    f"{index} places {name} in {shard!r}, outside of its folder, which is not read: download the "
+                    "model again, from its author"
+                )
+    placed = {name: index.parent / shard for name, shard in shards.items()}
+    return WeightFiles(files=tuple(sorted(set(placed.values()))), placed=placed, index=index)
+
+
+class Header(NamedTuple):
+    """What a file says of a tensor: where it is, its shape, and its dtype as safetensors spells it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(source: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Header]:
+    """Names, shapes and dtypes of the tensors that `read_wanted` reads; no values.
+
+    Raises:
+        ValueError: as `read_wanted`.
+    """
+    return weight_files(source).collect(lambda file: _headers(file, wanted), wanted)
+
+
+def _headers(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Header]]:
+    if file.suffix == ".bin":
+        for name, tensor in _mapped(file, wanted).items():
+            yield name, Header(file, tuple(tensor.shape), _SPELLINGS.get(tensor.dtype, str(tensor.dtype)))
+        return
+    with open_safetensors(file) as opened:
+        for name in opened.keys():
+            if wanted(name):
+                part = opened.get_slice(name)
+                yield name, Header(file, tuple(part.get_shape()), part.get_dtype())
 
 
 def read_tensors(
@@ -61,64 +257,100 @@ def read_wanted(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one file, or of all in a folder, whose names are `wanted`, under these names.
+    """The tensors of a model, in the files that `weight_files` chooses, whose names are `wanted`, under these names.
 
-    A folder's files are its *.safetensors or, if there are none, its pytorch_model*.bin, read one after the other. No
-    code in a .bin is run.
+    The files are read one after the other. No code in a .bin is run.
 
     Args:
         dtype: of floating-point tensors; None for the file's.
 
     Raises:
-        ValueError: if there is no file, an index names one that is absent and holds what is wanted, or a file is cut
-            short, damaged, or holds more than tensors.
+        ValueError: as `weight_files`; if the index names a file that is absent and holds what is wanted, a file is cut
+            short, damaged, or holds more than tensors, or a tensor holds NaN or infinity.
     """
-    source = Path(source)
+    found = read_headers(source, wanted)
     tensors: dict[str, torch.Tensor] = {}
-    for file in [source] if source.is_file() else _shards(source, wanted):
+    for file in dict.fromkeys(header.file for header in found.values()):
+        here = {name for name, header in found.items() if header.file == file}
         read = _read_bin if file.suffix == ".bin" else _read_safetensors
-        for name, tensor in read(file, wanted, device):
+        for name, tensor in read(file, here, device):
             cast = dtype is not None and tensor.is_floating_point()
             tensors[name] = tensor.to(dtype) if cast else tensor
+            check_finite(tensors[name], name, file)
     return tensors
 
 
-def _shards(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        for index in sorted(folder.glob(f"{pattern}.index.json")):
-            shards = read_config(folder, index.name).get("weight_map")
-            if not isinstance(shards, dict):
-                raise ValueError(f"{index} has no weight_map, which says where the weights are: download it again")
-            needed = {str(shard) for name, shard in shards.items() if wanted(name)}
-            if absent := sorted(shard for shard in needed if not (folder / shard).is_file()):
-                raise ValueError(f"{folder} lacks {_some(absent)}, which {index.name} names: download the rest of it")
-        if files := sorted(folder.glob(pattern)):
-            return files
-    raise ValueError(f"{folder} holds no .safetensors file and no pytorch_model*.bin; give a model folder that does")
+def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
+    """Raises a ValueError for NaN or infinity. `aminmax` makes no copy: 0.1 s a GB, and isfinite().all() 2 to 4."""
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return
+    values = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
+    if not all(bool(end.isfinite()) for end in torch.aminmax(values)):
+        raise ValueError(
+            f"{file} holds values of {name} that are not finite in {str(tensor.dtype).removeprefix('torch.')}: the "
+            "file is damaged or its training diverged, download it again (a value beyond float16 needs bfloat16 or "
+            "float32)"
+        )
+
+
+@contextmanager
+def open_safetensors(file: Path, remedy: str = "take the safetensors file of the model") -> Iterator[Any]:
+    """An open safetensors file, for what may be anything.
+
+    Args:
+        remedy: for a file in another format.
+
+    Raises:
+        ValueError: saying what is there instead.
+    """
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(open_tensors(file, "a safetensors file", _DAMAGED))
+        except ValueError as error:
+            # Asked last: a header of 128 bytes begins like a pickle.
+            if (kind := _other_format(file)) is None:
+                raise
+            raise ValueError(f"{file} is {kind}; only safetensors files are read: {remedy}") from error
+        yield opened
+
+
+def _other_format(file: Path) -> str | None:
+    """What a file is whose name says otherwise, in words."""
+    if not file.is_file():
+        return None
+    with reading(file, _WEIGHTS), file.open("rb") as raw:
+        start = raw.read(32)
+    return next((kind for sign, kind in _OTHER_FORMATS if start.startswith(sign)), None)
 
 
 def _read_safetensors(
-    file: Path, wanted: Callable[[str], bool], device: torch.device | str
+    file: Path, names: Collection[str], device: torch.device | str
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as opened:
-            for name in opened.keys():
-                if wanted(name):
-                    yield name, opened.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read ({error}): it is cut short or damaged, download it again") from error
+    with open_safetensors(file) as opened:
+        for name in names:
+            with reading(file, "a safetensors file", _DAMAGED):
+                tensor = opened.get_tensor(name)
+            yield name, tensor.to(device)
 
 
-def _read_bin(
-    file: Path, wanted: Callable[[str], bool], device: torch.device | str
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_bin(file: Path, names: Collection[str], device: torch.device | str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in _mapped(file, names.__contains__).items():
+        # Copied: a file that is replaced later must not change the model through its mapping.
+        yield name, tensor.to(device, copy=True)
+
+
+def _mapped(file: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The tensors of a file that torch.save wrote, memory-mapped, so that only what is used is read."""
+    with reading(regular_file(file, _WEIGHTS), _WEIGHTS), file.open("rb") as raw:
+        start = raw.read(512)
+    if other := stand_in(start):
+        raise ValueError(f"{file} cannot be read as weights that torch.save wrote, it is {other}: {_DAMAGED}")
     try:
-        # Memory-mapped, so that only what is wanted is read.
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{file} cannot be read as weights that torch.save wrote ({error}): it is cut short, damaged or older than "
-            "torch 1.6, download it again or take safetensors"
+            f"{file} cannot be read as weights that torch.save wrote ({_first_line(error)}): it is cut short, damaged "
+            "or older than torch 1.6, download it again or take safetensors"
         ) from error
     except Exception as error:
         # An UnpicklingError, mostly. Not chained: torch's message explains how to run the code.
@@ -131,14 +363,112 @@ def _read_bin(
         raise ValueError(
             f"{file} holds a {type(held).__name__}, expected tensors by name: take the model's own weights"
         )
-    for name, tensor in held.items():
-        if wanted(name):
-            if not isinstance(tensor, torch.Tensor):
-                raise ValueError(
-                    f"{file} holds a {type(tensor).__name__} as {name}, expected a tensor: take the model's own weights"
-                )
-            # Copied: a file that is replaced later must not change the model through its mapping.
-            yield name, tensor.to(device, copy=True)
+    chosen = {str(name): tensor for name, tensor in held.items() if wanted(str(name))}
+    for name, tensor in chosen.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"{file} holds a {type(tensor).__name__} as {name}, expected a tensor: take the model's own weights"
+            )
+    return chosen
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# Parts of names, between dots or colons, that only this way of quantising writes, the most telling first.
+_QUANTISED: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state"}), "bitsandbytes, 4 bits"),
+    (frozenset({"SCB", "weight_format"}), "bitsandbytes, 8 bits"),
+    (frozenset({"g_idx"}), "GPTQ"),
+    (frozenset({"qweight", "qzeros"}), "AWQ or GPTQ"),
+    (frozenset({"W_q"}), "HQQ"),
+    (frozenset({"qdata", "_weight_qdata", "_weight_scale", "tensor_impl"}), "torchao"),
+    (frozenset({"_data", "_scale"}), "quanto"),
+    (frozenset({"weight_packed", "weight_zero_point", "weight_shape"}), "compressed-tensors"),
+    (frozenset({"scaled_fp8", "scale_weight"}), "scaled float8"),
+    (frozenset({"weight_scale", "weight_scale_inv", "scales"}), "values with scales"),
+)
+
+
+def quantised(dtypes: Mapping[str, str], unexpected: Collection[str] = ()) -> str | None:
+    """How weights are quantised, after a tensor that shows it; None if they are not.
+
+    Whole parts of names count, and dtypes: a layer that is called quant_conv is none.
+
+    Args:
+        dtypes: of the tensors that the original model has too, as safetensors spells them, by name.
+        unexpected: names that it lacks.
+    """
+    parts = {name: set(re.split("[.:]", name)) for name in unexpected}
+    for signs, how in _QUANTISED:
+        for name, its in parts.items():
+            if its & signs:
+                return f"(it has {name}): {how}"
+    for name, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            return f"(it has {name}): {dtype} without scales"
+    return None
+
+
+def whole_number(
+    values: Mapping[str, Any], name: str, what: str, *, usual: int | None = None, least: int = 1, remedy: str
+) -> int:
+    """An entry of a config.json.
+
+    Args:
+        what: names the folder in errors.
+        usual: where it is absent.
+
+    Raises:
+        ValueError: if it is no whole number, or below `least`.
+    """
+    value = values.get(name, usual)
+    if type(value) is not int or value < least:
+        raise ValueError(
+            f"{what} has {name} {value!r} in its config.json, expected a whole number from {least}: {remedy}"
+        )
+    return value
+
+
+def check_count(
+    path: Path, setting: str, declared: int, names: Iterable[str], beginning: str, *, besides: int = 0
+) -> None:
+    """Refuses a configuration that declares more layers than the weights have, before they are built.
+
+    Args:
+        path, setting: of the configuration.
+        beginning: of the layers' names, before their number.
+        besides: layers of other names.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    number = re.compile(re.escape(beginning) + r"(\d+)\.")
+    found = besides + len({match[1] for name in names if (match := number.match(name))})
+    if declared > found:
+        raise ValueError(
+            f"{path} says {setting} {declared:,}, and the weights have {found:,} (missing: {beginning}{found}.* and "
+            "on): they do not belong together, download the whole model again"
+        )
+
+
+def check_size(path: Path, setting: str, declared: int, headers: Mapping[str, Header], name: str, axis: int) -> None:
+    """Refuses a configuration that declares another size than a tensor has, before the network is built.
+
+    Args:
+        path, setting: of the configuration.
+        name, axis: of the tensor, which may be absent.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    shape = headers[name].shape if name in headers else ()
+    if len(shape) > axis and shape[axis] != declared:
+        raise ValueError(
+            f"{path} says {setting} {declared:,}, and the weights have {shape[axis]:,} ({name} is {list(shape)}): they "
+            "do not belong together, download the whole model again"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +533,8 @@ class StoredTensors:
                 bfloat16.
 
         Raises:
-            ValueError: if a file was changed or removed.
+            ValueError: if a file was changed or removed, and for NaN or infinity in tensors that are copied, or that
+                stay mapped from a file of at most 1 GiB. Larger files that stay mapped are not read through for it.
         """
         tensors = {}
         with ExitStack() as stack:
@@ -213,12 +544,15 @@ class StoredTensors:
                 if place.file not in opened:
                     if _stamp(place.file) != self._stamps[place.file]:
                         raise ValueError(f"{place.file} was changed or removed after it was opened: load it again")
-                    opened[place.file] = stack.enter_context(safe_open(place.file, framework="pt"))
+                    opened[place.file] = stack.enter_context(open_safetensors(place.file))
                 part = opened[place.file].get_slice(place.source)[slice(*place.rows)].reshape(place.shape)
                 part = part.roll(place.roll, 0) if place.roll else part
                 stored = torch.bfloat16 if part.dtype.itemsize == 1 else part.dtype
                 # In two steps: some devices have no float8.
                 tensors[name] = part.to(dtype or stored).to(device)
+                size, _ = self._stamps[place.file]
+                if tensors[name].data_ptr() != part.data_ptr() or size <= _MAPPED_AND_CHECKED:
+                    check_finite(tensors[name], place.source, place.file)
         return tensors
 
 
@@ -240,8 +574,7 @@ def find_tensors(file: str | Path, expected: Mapping[str, torch.Size], what: str
         ValueError: naming unexpected tensors, and shapes that do not fit.
     """
     file = Path(file)
-    with safe_open(file, framework="pt") as opened:
-        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    shapes = {name: header.shape for name, header in _headers(file, lambda name: True)}
     wrong = [
         f"{name} is {list(shape)}, expected {list(expected[name])}"
         for name, shape in shapes.items()

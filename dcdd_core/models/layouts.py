@@ -7,26 +7,14 @@ the way and never held twice. Nothing is fetched.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .checkpoints import Place, StoredTensors, misfits, read_config
-
-_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_SIGN_OF_QUANTISATION = re.compile(r"scaled_fp8|scale_weight|weight_scale|absmax|quant|qweight")
-_OTHER_FORMATS = (
-    (b"GGUF", "a GGUF file"),
-    (b"PK\x03\x04", "a PyTorch checkpoint (.pt, .ckpt, .bin)"),
-    (b"\x80", "a pickled PyTorch checkpoint (.pt, .ckpt, .bin)"),
-    (b"version https://git-lfs", "a git-lfs pointer instead of the file it stands for"),
-    (b"<", "a web page instead of the file"),
-)
+from .checkpoints import Place, StoredTensors, misfits, open_safetensors, quantised, weight_files
 
 
 def component(path: str | Path, name: str) -> Path:
@@ -45,34 +33,6 @@ def remedy(needs: str) -> str:
     return f"give the diffusers folder or the .safetensors file of {needs}"
 
 
-def _files(path: Path, needs: str) -> list[Path]:
-    """The one safetensors file that `path` is or holds, or the shards that the one index in it names."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path} does not exist: {remedy(needs)}")
-    files, indexes = sorted(path.glob("*.safetensors")), sorted(path.glob("*.safetensors.index.json"))
-    if len(indexes) == 1:
-        shards = read_config(path, indexes[0].name).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ValueError(f"{indexes[0]} names no shards: download it again")
-        files = [path / name for name in sorted(set(map(str, shards.values())))]
-        absent = [file.name for file in files if not file.is_file()]
-        if absent:
-            raise ValueError(
-                f"{path} lacks {', '.join(absent)}, which {indexes[0].name} names: its download has not finished, "
-                "start it again"
-            )
-        return files
-    if len(files) != 1:
-        held = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise ValueError(
-            f"{path} holds {held}; expected one .safetensors file, or shards with one index: "
-            + (f"name one of its {len(files)} files" if files else remedy(needs))
-        )
-    return files
-
-
 class Found(NamedTuple):
     """A tensor of a file, by the name that it has there, as a safetensors slice, which reads when it is indexed."""
 
@@ -83,25 +43,20 @@ class Found(NamedTuple):
 
 @contextmanager
 def opened(path: Path, needs: str) -> Iterator[dict[str, Found]]:
-    """Every tensor of `path` by its name."""
+    """Every tensor of the safetensors files of `path` (see `checkpoints.weight_files`) by its name.
+
+    Raises:
+        ValueError: as `weight_files` and `open_safetensors`.
+    """
+    way_out = remedy(needs)
+    chosen = weight_files(path, remedy=way_out, endings=(".safetensors",))
     with ExitStack() as stack:
-        found = {}
-        for file in _files(path, needs):
-            try:
-                opened = stack.enter_context(safe_open(file, framework="pt"))
-            except SafetensorError as error:
-                with file.open("rb") as raw:
-                    start = raw.read(32)
-                for sign, kind in _OTHER_FORMATS:
-                    if start.startswith(sign):
-                        raise ValueError(
-                            f"{file} is {kind}; only safetensors files are read: {remedy(needs)}"
-                        ) from error
-                raise ValueError(
-                    f"{file} cannot be read ({error}): it is cut short or damaged, download it again"
-                ) from error
-            found |= {name: Found(file, name, opened.get_slice(name)) for name in opened.keys()}
-        yield found
+
+        def entries(file: Path) -> Iterator[tuple[str, Found]]:
+            handle = stack.enter_context(open_safetensors(file, remedy=way_out))
+            return ((name, Found(file, name, handle.get_slice(name))) for name in handle.keys())
+
+        yield chosen.collect(entries)
 
 
 def within(
@@ -143,12 +98,10 @@ def find(
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     wanted = {source: names for source, names in layout.items() if not set(names) <= set(without)}
     unexpected = sorted(set(found) - set(layout))
-    scales = [name for name in unexpected if _SIGN_OF_QUANTISATION.search(name)]
-    scales += [name for name in wanted if name in found and found[name].part.get_dtype() not in _FLOATS]
-    if scales:
+    dtypes = {name: found[name].part.get_dtype() for name in wanted if name in found}
+    if how := quantised(dtypes, unexpected):
         raise ValueError(
-            f"{path} is quantised (it has {scales[0]}), which is not read; plain bfloat16, float16 and float8 are: "
-            + remedy(needs)
+            f"{path} is quantised {how}, which is not read; plain bfloat16, float16 and float8 are: {remedy(needs)}"
         )
     wrong = []
     for source, names in wanted.items():

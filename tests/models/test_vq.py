@@ -81,11 +81,14 @@ def test_loading_reads_only_the_vq_part(tmp_path, monkeypatch):
         def keys(self):
             return self.opened.keys()
 
+        def get_slice(self, name):
+            return self.opened.get_slice(name)
+
         def get_tensor(self, name):
             read.append(name)
             return self.opened.get_tensor(name)
 
-    monkeypatch.setattr("dcdd_core.models.checkpoints.safe_open", lambda *a, **k: Watched(safe_open(*a, **k)))
+    monkeypatch.setattr("dcdd_core.files.safe_open", lambda *a, **k: Watched(safe_open(*a, **k)))
     vq = load_tokenizer(folder)
     assert read and all(name.startswith("model.vqmodel.") for name in read)
     assert torch.equal(vq.features(pixels()), VQTokenizer(tiny_janus()[0].model.vqmodel).features(pixels()))
@@ -100,7 +103,7 @@ def test_a_vq_folder_of_its_own_loads(tmp_path, vq):
 
 def test_other_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="'llama' model; expected 'janus'"):
+    with pytest.raises(ValueError, match="of type 'llama', expected 'janus'"):
         load_tokenizer(tmp_path)
 
 

@@ -6,17 +6,17 @@ DeepSeek's names are those of the modules in github.com/deepseek-ai/Janus (`mode
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-from ..checkpoints import misfits, read_wanted
+from ...files import reading
+from ..checkpoints import whole_number
 
 #: The model_type of their config.json. JanusFlow and DeepSeek-VL have it too, and are refused by what they lack.
 MODEL_TYPE = "multi_modality"
@@ -72,24 +72,26 @@ _VQ_STEPS: Mapping[str, str] = MappingProxyType(
     {"down": "conv_blocks", "up": "conv_blocks", "block": "res", "block_1": "0", "attn_1": "1", "block_2": "2"}
 )
 
-# A module reads the parts that it has weights of, completely; the others are skipped.
-_PARTS = (
-    "language_model.model.",
-    "language_model.lm_head.",
-    "vision_model.",
-    "aligner.",
-    "gen_embed.",
-    "gen_aligner.",
-    "gen_head.",
-    "gen_vision_model.encoder.",
-    "gen_vision_model.quant_conv.",
-    "gen_vision_model.quantize.",
-    "gen_vision_model.post_quant_conv.",
-    "gen_vision_model.decoder.",
+#: Beginnings of names of each part, by those of transformers.
+PARTS: Mapping[str, str] = MappingProxyType(
+    {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_model.": "vision_model.",
+        "model.aligner.": "aligner.",
+        "model.generation_embeddings.": "gen_embed.",
+        "model.generation_aligner.": "gen_aligner.",
+        "model.generation_head.": "gen_head.",
+        "model.vqmodel.encoder.": "gen_vision_model.encoder.",
+        "model.vqmodel.quant_conv.": "gen_vision_model.quant_conv.",
+        "model.vqmodel.quantize.": "gen_vision_model.quantize.",
+        "model.vqmodel.post_quant_conv.": "gen_vision_model.post_quant_conv.",
+        "model.vqmodel.decoder.": "gen_vision_model.decoder.",
+    }
 )
 
-# Training statistics: how often codes were used.
-_BOOKKEEPING = "gen_vision_model.quantize.codebook_used"
+#: Training statistics: how often codes were used.
+BOOKKEEPING = "gen_vision_model.quantize.codebook_used"
 
 
 def janus_config(config: Mapping[str, Any], what: str) -> JanusConfig:
@@ -109,10 +111,18 @@ def janus_config(config: Mapping[str, Any], what: str) -> JanusConfig:
         raise ValueError(f"{what} has a language model of type {language['model_type']!r}, expected 'llama': {_REMEDY}")
     language = {**_LLAMA, **language}
     for name, usual in _LLAMA.items():
-        if not isinstance(language[name], (int, float) if isinstance(usual, float) else type(usual)):
+        value = language[name]
+        if isinstance(usual, int):
+            whole_number(language, name, what, remedy=_REMEDY)
+        elif not (
+            isinstance(value, str) if isinstance(usual, str) else type(value) in (int, float) and math.isfinite(value)
+        ):
             raise ValueError(
-                f"{what} has {name} {language[name]!r} in its language_config, expected one like {usual!r}: {_REMEDY}"
+                f"{what} has {name} {value!r} in its language_config, expected one like {usual!r}: {_REMEDY}"
             )
+    for name in ("num_key_value_heads", "head_dim"):
+        if language.get(name) is not None:
+            whole_number(language, name, what, remedy=_REMEDY)
     vision = _params(config, "vision_config", "CLIPVisionTower", what)
     codes = _params(config, "gen_vision_config", "VQ-16", what)
     aligner = _params(config, "gen_aligner_config", "MlpProjector", what)
@@ -123,20 +133,22 @@ def janus_config(config: Mapping[str, Any], what: str) -> JanusConfig:
             f"'mlp_gelu': {_REMEDY}"
         )
     factor = 2 ** (len(_VQ_16["channel_multiplier"]) - 1)
-    return JanusConfig(
-        text_config=LlamaConfig.from_dict(language),
-        vision_config=JanusVisionConfig(image_size=_whole(vision, "image_size", what, _SIDE), patch_size=factor),
-        vq_config=JanusVQVAEConfig(
-            **_VQ_16,
-            embed_dim=_whole(codes, "n_embed", what),
-            num_embeddings=_whole(codes, "image_token_size", what),
-            projection_dim=_whole(aligner, "n_embed", what),
-            # Linear layers of the aligner, the first one included; projector.py takes one where none is said.
-            num_hidden_layers=_whole(aligner, "depth", what, 1),
-            image_token_embed_dim=_whole(head, "n_embed", what),
-        ),
-        attn_implementation="sdpa",
-    )
+    side = whole_number(vision, "image_size", what, usual=_SIDE, least=factor, remedy=_REMEDY)
+    codes_of_image = {
+        "embed_dim": whole_number(codes, "n_embed", what, remedy=_REMEDY),
+        "num_embeddings": whole_number(codes, "image_token_size", what, remedy=_REMEDY),
+        "projection_dim": whole_number(aligner, "n_embed", what, remedy=_REMEDY),
+        # Linear layers of the aligner, the first one included; projector.py takes one where none is said.
+        "num_hidden_layers": whole_number(aligner, "depth", what, usual=1, remedy=_REMEDY),
+        "image_token_embed_dim": whole_number(head, "n_embed", what, remedy=_REMEDY),
+    }
+    with reading(Path(what) / "config.json", "the configuration of a Janus model", _REMEDY):
+        return JanusConfig(
+            text_config=LlamaConfig.from_dict(language),
+            vision_config=JanusVisionConfig(image_size=side, patch_size=factor, num_hidden_layers=1),
+            vq_config=JanusVQVAEConfig(**_VQ_16, **codes_of_image),
+            attn_implementation="sdpa",
+        )
 
 
 def deepseek_name(name: str) -> str:
@@ -157,45 +169,6 @@ def deepseek_name(name: str) -> str:
     raise ValueError(f"{name} has no DeepSeek name here, expected a part of what samples or tokenises images")
 
 
-def load(
-    module: nn.Module,
-    folder: str | Path,
-    *,
-    prefix: str = "",
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Loads a module, which may be on "meta", from a folder in DeepSeek's layout; reads nothing else.
-
-    Args:
-        prefix: of the module's names in a `JanusForConditionalGeneration`.
-        dtype: of the loaded weights; None for the files'.
-
-    Raises:
-        ValueError: naming, by DeepSeek's names, tensors that are missing, unexpected in the parts that the module is
-            of, in no part of Janus, or of a wrong shape; and for files that cannot be read.
-    """
-    expected = {deepseek_name(prefix + name): (name, value.shape) for name, value in module.state_dict().items()}
-    parts = {_part(name) for name in expected} | {None}
-    found = read_wanted(folder, lambda name: name != _BOOKKEEPING and _part(name) in parts, dtype=dtype, device=device)
-    misfit = misfits(
-        missing=sorted(set(expected) - set(found)),
-        unexpected=sorted(set(found) - set(expected)),
-        wrong=[
-            f"{name} is {list(found[name].shape)}, expected {list(shape)}"
-            for name, (_, shape) in expected.items()
-            if name in found and found[name].shape != shape
-        ],
-    )
-    if misfit:
-        raise ValueError(f"the weights in {folder} do not fit its config.json; {misfit}: fetch the whole model again")
-    module.load_state_dict({name: found[theirs] for theirs, (name, _) in expected.items()}, assign=True)
-
-
-def _part(name: str) -> str | None:
-    return next((part for part in _PARTS if name.startswith(part)), None)
-
-
 def _section(config: Mapping[str, Any], name: str, what: str) -> Mapping[str, Any]:
     section = config.get(name)
     if not isinstance(section, dict):
@@ -209,10 +182,3 @@ def _params(config: Mapping[str, Any], name: str, kind: str, what: str) -> Mappi
     if section.get("cls") != kind:
         raise ValueError(f"{what} has a {name} of class {section.get('cls')!r}, expected {kind!r}: {_REMEDY}")
     return _section(section, "params", what)
-
-
-def _whole(params: Mapping[str, Any], name: str, what: str, usual: int | None = None) -> int:
-    value = params.get(name, usual)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{what} has {name} {value!r} in its config.json, expected a whole number from 1: {_REMEDY}")
-    return value

@@ -10,7 +10,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..checkpoints import read_config
 from ..vq import VQTokenizer
-from . import deepseek
+from .files import KINDS
 from .sampler import JanusSampler
 from .tokenizer import load_tokenizer
 
@@ -23,8 +23,7 @@ class JanusFamily:
 
     def reads(self, path: str) -> bool:
         """A folder whose config.json is of a Janus model, or of its VQ-VAE alone."""
-        kinds = ("janus", "janus_vqgan", deepseek.MODEL_TYPE)
-        return (Path(path) / "config.json").is_file() and read_config(path).get("model_type") in kinds
+        return (Path(path) / "config.json").exists() and read_config(path).get("model_type") in KINDS
 
     def load_sampler(
         self,

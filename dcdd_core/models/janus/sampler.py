@@ -10,15 +10,12 @@ R rows of the language model ([conditional ; unconditional], 2 B, or B without g
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase
 
 from ...protocols import DEFAULT_SAMPLING, OnProgress, Progress, SamplingOptions
 from ...types import Codebook, TokenLogits
@@ -26,7 +23,7 @@ from ..checkpoints import fingerprint_of
 from ..edits import check_edit, check_request
 from ..fused_linear import fuse_weights
 from ..int8 import store_in_int8
-from . import deepseek
+from .files import SAMPLERS, JanusFolder
 from .token_loop import TokenLoop, check_language, groups_of
 
 CHECK_EVERY = 8
@@ -126,11 +123,10 @@ class JanusSampler:
         int8: bool = False,
         computes_on: torch.device | str | None = None,
     ) -> JanusSampler:
-        """A folder in the transformers layout (config.json, safetensors) or in DeepSeek's own (.bin or safetensors).
+        """A folder in the transformers layout or in DeepSeek's own, with safetensors or .bin files.
 
-        Both need tokenizer.json; nothing is downloaded. What sampling does not use never reaches the device: the vision
-        tower with its aligner, the text head, and the VQ model's networks (not its codebook). The transformers layout
-        has these read and checked too; DeepSeek's has them skipped.
+        Both need tokenizer.json; nothing is downloaded. What sampling does not use is neither read nor checked: the
+        vision tower with its aligner, the text head, and the VQ model's networks (not its codebook).
 
         Args:
             int8: the layers' linear weights in 8 bits (torchao, one scale a row), a quarter of float32. Each is rounded
@@ -140,15 +136,12 @@ class JanusSampler:
                 that read the same input share one storage (`fused_linear`): the model is for sampling, not for saving.
 
         Raises:
-            ValueError: for int8 without torchao, for a folder that is missing, incomplete or of another model, with
-                missing, unexpected or misshapen weights by name, and for a .bin that holds code.
+            ValueError: for int8 without torchao, for a tokenizer that does not belong to the model, and as
+                `JanusFolder` and its `words` and `sampler`.
         """
-        folder = Path(folder)
-        config = _read_config(folder)
-        if config["model_type"] == deepseek.MODEL_TYPE:
-            model = _load_deepseek(folder, config, "cpu" if int8 else device, dtype)
-        else:
-            model = _load_transformers(folder, dtype)
+        found = JanusFolder(folder, SAMPLERS)
+        tokenizer = found.words()
+        model = found.sampler(dtype=dtype, device="cpu" if int8 else device)
         fingerprint = None
         if int8:
             fingerprint = f"{fingerprint_of(model.state_dict())} in int8"
@@ -156,10 +149,7 @@ class JanusSampler:
         model.to(device)
         if not int8 and torch.device(computes_on or device).type == "cpu" and dtype == torch.float32:
             _store_by_columns(model)
-        # Not AutoTokenizer: in transformers 5 its Llama class overwrites the byte-level rules of DeepSeek's
-        # tokenizer.json, and the spaces of a prompt are lost (huggingface/transformers#45488).
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return cls(model.eval(), tokenizer, name=folder.resolve().name, fingerprint=fingerprint)
+        return cls(model, tokenizer, name=found.name, fingerprint=fingerprint)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the tokenizer lacks, each once, in order; byte-level tokenizers lack none."""
@@ -304,51 +294,6 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def _load_transformers(folder: Path, dtype: torch.dtype) -> JanusForConditionalGeneration:
-    try:
-        model, report = JanusForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            use_safetensors=True,
-            # Reported and refused below: transformers' own error does not name them.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the weights in {folder} do not load ({error}): fetch the model again") from error
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    misshapen = sorted(f"{name} {list(found)} for {list(wanted)}" for name, found, wanted in report["mismatched_keys"])
-    if missing or unexpected or misshapen:
-        raise ValueError(
-            f"the weights in {folder} do not fit its config.json: missing {_some(missing)}, "
-            f"unexpected {_some(unexpected)}, of another shape {_some(misshapen)}; fetch the model again"
-        )
-    _drop_unused(model)
-    return model
-
-
-def _load_deepseek(
-    folder: Path, config: dict[str, Any], device: torch.device | str, dtype: torch.dtype
-) -> JanusForConditionalGeneration:
-    with torch.device("meta"):
-        model = JanusForConditionalGeneration(deepseek.janus_config(config, str(folder)))
-    _drop_unused(model)
-    deepseek.load(model, folder, dtype=dtype, device=device)
-    # The only buffer, which no checkpoint holds.
-    language = model.model.language_model
-    language.rotary_emb = type(language.rotary_emb)(language.config)
-    return model
-
-
-def _drop_unused(model: JanusForConditionalGeneration) -> None:
-    """Removes what sampling does not use."""
-    del model.lm_head, model.model.vision_model, model.model.aligner
-    vq = model.model.vqmodel
-    del vq.encoder, vq.decoder, vq.quant_conv, vq.post_quant_conv
-
-
 def _store_by_columns(model: JanusForConditionalGeneration) -> None:
     """Stores the weights in the layout in which a CPU multiplies few rows fastest."""
     together = [group for layer in model.model.language_model.layers for group in groups_of(layer)]
@@ -356,27 +301,3 @@ def _store_by_columns(model: JanusForConditionalGeneration) -> None:
     others = (layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in grouped)
     for group in [*together, *((layer,) for layer in others)]:
         fuse_weights(group)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder that holds a Janus model and its tokenizer."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist: give the folder of a Janus or Janus-Pro model")
-    absent = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if absent:
-        raise ValueError(f"{folder} has no {' and no '.join(absent)}: fetch the whole model again")
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}): fetch it again") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in ("janus", deepseek.MODEL_TYPE):
-        raise ValueError(
-            f"{folder} holds a model of type {kind!r}, expected 'janus' or {deepseek.MODEL_TYPE!r}: choose a folder "
-            "with a Janus or Janus-Pro model"
-        )
-    return config
-
-
-def _some(names: list[str]) -> str:
-    return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing"

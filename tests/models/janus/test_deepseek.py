@@ -467,7 +467,7 @@ def test_a_file_cut_short_is_refused(folder, weights, kind, kept):
     (file,) = write_weights(folder, weights, kind)
     whole = file.read_bytes()
     file.write_bytes(whole[: int(kept * len(whole))])
-    refused(folder, rf"model\{kind} cannot be read .*cut short")
+    refused(folder, rf"model\{kind} (cannot be read|is empty).*cut short")
 
 
 class Intruder:
@@ -507,7 +507,7 @@ def test_other_things_in_a_file_are_refused(folder, weights):
 def test_a_shard_that_the_index_names_must_be_there(folder, weights, kind):
     _, second = write_weights(folder, weights, kind, shards=2)
     second.unlink()
-    refused(folder, rf"lacks \S+-00002-of-00002\{kind}, which \S+\{kind}\.index\.json names: download")
+    refused(folder, rf"lacks \S+-00002-of-00002\{kind}, which \S+\{kind}\.index\.json names: its download has not")
 
 
 def test_the_tokenizer_does_without_shards_of_other_parts(folder, weights):
@@ -522,12 +522,12 @@ def test_the_tokenizer_does_without_shards_of_other_parts(folder, weights):
 
 
 def test_files_must_be_there(folder, weights):
-    refused(folder, r"no \.safetensors file and no pytorch_model\*\.bin")
+    refused(folder, r"expected one \.safetensors file or pytorch_model\.bin, or shards")
     write_weights(folder, weights)
     (folder / "tokenizer.json").unlink()
-    refused(folder, r"no tokenizer\.json", by=(JanusSampler.load,))
+    refused(folder, r"tokenizer\.json does not exist", by=(JanusSampler.load,))
     shutil.rmtree(folder)
-    refused(folder, "does not exist|not a folder")
+    refused(folder, "not a folder")
 
 
 def test_other_models_of_the_same_type_are_refused(folder):

@@ -455,29 +455,29 @@ def test_loader_names_missing_and_unexpected_weights(folder: Path, tmp_path: Pat
     weights["model.stray.weight"] = weights.pop("model.generation_head.proj_out.weight")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"missing model\.generation_head\.proj_out\.weight, unexpected model\.stray\.weight"
+        ValueError, match=r"missing: model\.generation_head\.proj_out\.weight; unexpected: model\.stray\.weight"
     ):
         JanusSampler.load(broken)
     weights["model.generation_head.proj_out.weight"] = weights.pop("model.stray.weight")[:5].clone()
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"of another shape model\.generation_head\.proj_out\.weight \[5, 32\] for \[32, 32\]"
+        ValueError, match=r"wrong shape: model\.generation_head\.proj_out\.weight is \[5, 32\], expected \[32, 32\]"
     ):
         JanusSampler.load(broken)
     (broken / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="do not load"):
+    with pytest.raises(ValueError, match="expected one .safetensors file or pytorch_model.bin"):
         JanusSampler.load(broken)
 
 
 def test_loader_refuses_other_folders(folder: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         JanusSampler.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"no config\.json and no tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         JanusSampler.load(tmp_path)
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="'llama', expected 'janus' or 'multi_modality': choose a folder"):
         JanusSampler.load(other)
     (other / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json cannot be read as a model's configuration"):
         JanusSampler.load(other)

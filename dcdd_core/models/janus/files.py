@@ -1,0 +1,423 @@
+"""A Janus folder: its layout, its configuration, its words and its weights, each checked before the next is read.
+
+All layouts are read in one way. A network is built without weights, in the sizes that config.json declares and the
+weights' headers confirm; its tensors are then looked up under the layout's names, and only those it uses are read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import copy
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import (
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from ...files import read_json, reading, regular_file
+from ..checkpoints import (
+    Header,
+    check_count,
+    check_size,
+    misfits,
+    quantised,
+    read_config,
+    read_headers,
+    read_wanted,
+    whole_number,
+)
+from . import deepseek
+
+TRANSFORMERS = "janus"
+"""model_type of a whole model in transformers' layout."""
+TOKENIZER = "janus_vqgan"
+"""model_type of a VQ-VAE alone, in transformers' layout."""
+
+_CONFIG = "the configuration of a Janus model"
+_AGAIN = "choose a folder with a Janus or Janus-Pro model, or fetch its config.json again"
+_WORDS = "what a Janus model's tokenizer is made from"
+
+_SAMPLER_PARTS = (
+    "model.language_model.",
+    "model.generation_embeddings.",
+    "model.generation_aligner.",
+    "model.generation_head.",
+    "model.vqmodel.quantize.",
+)
+_TOKENIZER_PARTS = (
+    "model.vqmodel.encoder.",
+    "model.vqmodel.quant_conv.",
+    "model.vqmodel.quantize.",
+    "model.vqmodel.post_quant_conv.",
+    "model.vqmodel.decoder.",
+)
+_UNUSED_PARTS = ("lm_head.", "model.vision_model.", "model.aligner.")
+_VQ = "model.vqmodel."
+
+# Entries of config.json: the least of a whole number, or the type. Absent ones have transformers' own values.
+_TEXT: Mapping[str, int | type] = MappingProxyType(
+    {
+        "vocab_size": 1,
+        "hidden_size": 1,
+        "intermediate_size": 1,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "max_position_embeddings": 1,
+        "rms_norm_eps": float,
+        "hidden_act": str,
+        "attention_bias": bool,
+        "mlp_bias": bool,
+    }
+)
+_CODES: Mapping[str, int | type] = MappingProxyType(
+    {
+        "embed_dim": 1,
+        "num_embeddings": 1,
+        "latent_channels": 1,
+        "in_channels": 1,
+        "out_channels": 1,
+        "base_channels": 1,
+        "channel_multiplier": list,
+        "num_res_blocks": 0,
+        "num_patches": 1,
+        "num_hidden_layers": 1,
+        "projection_dim": 1,
+        "image_token_embed_dim": 1,
+        "double_latent": bool,
+        "hidden_act": str,
+    }
+)
+
+# Entries, and the tensor and axis whose length each is.
+_TEXT_SIZES = (
+    ("vocab_size", "model.language_model.embed_tokens.weight", 0),
+    ("hidden_size", "model.language_model.embed_tokens.weight", 1),
+    ("intermediate_size", "model.language_model.layers.0.mlp.gate_proj.weight", 0),
+)
+_CODE_SIZES = (
+    ("num_embeddings", "model.vqmodel.quantize.embedding.weight", 0),
+    ("embed_dim", "model.vqmodel.quantize.embedding.weight", 1),
+)
+_CODEC_SIZES = (
+    *_CODE_SIZES,
+    ("base_channels", "model.vqmodel.encoder.conv_in.weight", 0),
+    ("latent_channels", "model.vqmodel.decoder.conv_in.weight", 1),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """How a layout names things.
+
+    Attributes:
+        rename: from a name in transformers' `JanusForConditionalGeneration`, in the parts that are used.
+        parts: beginnings of names of each part in transformers' names; a name with none of them is unexpected.
+        ignored: names that hold no weights.
+    """
+
+    rename: Callable[[str], str]
+    parts: Mapping[str, str]
+    ignored: frozenset[str] = frozenset()
+
+    def wanted(self, parts: Collection[str]) -> Callable[[str], bool]:
+        """Whether a tensor is of one of these parts, or of none that is known."""
+        skipped = tuple(theirs for ours, theirs in self.parts.items() if ours not in parts)
+        return lambda name: name not in self.ignored and not name.startswith(skipped)
+
+
+_ALL_PARTS = (*_SAMPLER_PARTS, *_TOKENIZER_PARTS, *_UNUSED_PARTS)
+_LAYOUTS: Mapping[str, _Layout] = MappingProxyType(
+    {
+        TRANSFORMERS: _Layout(rename=lambda name: name, parts={part: part for part in _ALL_PARTS}),
+        TOKENIZER: _Layout(rename=lambda name: name.removeprefix(_VQ), parts={}),
+        deepseek.MODEL_TYPE: _Layout(
+            rename=deepseek.deepseek_name, parts=deepseek.PARTS, ignored=frozenset({deepseek.BOOKKEEPING})
+        ),
+    }
+)
+KINDS = tuple(_LAYOUTS)
+"""Every model_type that is read."""
+SAMPLERS = (TRANSFORMERS, deepseek.MODEL_TYPE)
+"""Those of whole models."""
+
+
+class JanusFolder:
+    """A folder whose config.json is of a Janus model, or of its tokenizer alone.
+
+    Attributes:
+        path: the folder.
+        kind: its model_type.
+        name: of the model: the folder's, or the repository's in the layout of the hub's cache.
+
+    Raises:
+        ValueError: if there is no such folder, or its config.json is damaged or of another model.
+    """
+
+    def __init__(self, path: str | Path, kinds: Collection[str] = KINDS):
+        self.path = Path(path)
+        self._config = read_config(self.path)
+        self.kind = self._config.get("model_type")
+        if self.kind not in tuple(kinds):
+            known = " or ".join(map(repr, kinds))
+            raise ValueError(
+                f"{self.path} holds a model of type {self.kind!r}, expected {known}: choose a folder with a Janus or "
+                "Janus-Pro model"
+            )
+        self.name = _name(self.path.resolve())
+        self._file = self.path / "config.json"
+        self._layout = _LAYOUTS[self.kind]
+
+    def words(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of prompts.
+
+        Raises:
+            ValueError: naming the file that is missing, damaged or no part of a tokenizer.
+        """
+        _check_words(self.path / "tokenizer.json")
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            if (self.path / name).exists():
+                _check_words(self.path / name)
+        for template in sorted(self.path.glob("chat_template*")):
+            if not template.is_dir():
+                regular_file(template, "a chat template")
+        try:
+            # Not AutoTokenizer: in transformers 5 its Llama class overwrites the byte-level rules of DeepSeek's
+            # tokenizer.json, and the spaces of a prompt are lost (huggingface/transformers#45488).
+            with reading(self.path / "tokenizer_config.json", _WORDS, "fetch the tokenizer's files again"):
+                return PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
+        except ValueError:
+            path = self.path / "tokenizer.json"
+            with reading(path, _WORDS, "fetch the tokenizer's files again"):  # Which of the files it is.
+                Tokenizer.from_file(str(path))
+            raise
+
+    def sampler(self, *, dtype: torch.dtype, device: torch.device | str) -> JanusForConditionalGeneration:
+        """The network, without what sampling does not use: the vision tower with its aligner, the text head, and the
+        VQ model but for its codebook. None of that need be in the files.
+
+        Raises:
+            ValueError: for entries of config.json of a wrong type or out of range, sizes that are not those of the
+                weights, quantised weights, tensors that are missing, unexpected or of a wrong shape, in the layout's
+                own names, and files that cannot be read.
+        """
+        self._refuse_quantised()
+        config = self._model_config()
+        headers = read_headers(self.path, self._layout.wanted(_SAMPLER_PARTS))
+        layers, aligner = config.text_config.num_hidden_layers, config.vq_config.num_hidden_layers
+        if self.kind == deepseek.MODEL_TYPE:
+            section = "language_config"
+            check_count(self._file, f"{section}.num_hidden_layers", layers, headers, "language_model.model.layers.")
+            check_count(self._file, "gen_aligner_config.params.depth", aligner, headers, "gen_aligner.layers.")
+        else:
+            section, deeper = "text_config", "model.generation_aligner.hidden_layers."
+            check_count(self._file, f"{section}.num_hidden_layers", layers, headers, "model.language_model.layers.")
+            # The first of the aligner's layers has a name of its own.
+            check_count(self._file, "vq_config.num_hidden_layers", aligner, headers, deeper, besides=1)
+            self._check_sizes("vq_config", config.vq_config, headers, _CODE_SIZES)
+        self._check_sizes(section, config.text_config, headers, _TEXT_SIZES)
+
+        # What is dropped is built at its smallest, whatever its configuration says.
+        smallest = copy.deepcopy(config)
+        smallest.vq_config.channel_multiplier, smallest.vq_config.num_res_blocks = [1], 0
+        smallest.vq_config.base_channels = smallest.vq_config.latent_channels = 32
+        with reading(self._file, _CONFIG, _AGAIN), torch.device("meta"):
+            model = JanusForConditionalGeneration(smallest)
+        del model.lm_head, model.model.vision_model, model.model.aligner
+        vq = model.model.vqmodel
+        del vq.encoder, vq.decoder, vq.quant_conv, vq.post_quant_conv
+        self._load(model, headers, dtype=dtype, device=device)
+        # The only buffer, which no checkpoint holds.
+        language = model.model.language_model
+        with reading(self._file, _CONFIG, _AGAIN):
+            language.rotary_emb = type(language.rotary_emb)(language.config)
+        return model.eval()
+
+    def tokenizer(self, *, dtype: torch.dtype | None, device: torch.device | str) -> JanusVQVAE:
+        """The VQ model. Only its tensors are read: from a checkpoint of 7B weights 0.3 GB, not 14.
+
+        Raises:
+            ValueError: as `sampler`.
+        """
+        config = self._codes_config()
+        headers = read_headers(self.path, self._layout.wanted(_TOKENIZER_PARTS))
+        if self.kind != deepseek.MODEL_TYPE:
+            levels, blocks = len(config.channel_multiplier), config.num_res_blocks
+            down = self._layout.rename("model.vqmodel.encoder.down.")
+            # The last level has no step down, and so no tensors where it has no blocks.
+            last = 0 if blocks else 1
+            check_count(self._file, "channel_multiplier, whose values are", levels, headers, down, besides=last)
+            check_count(self._file, "num_res_blocks", blocks, headers, f"{down}0.block.")
+            self._check_sizes("vq_config", config, headers, _CODEC_SIZES)
+        with reading(self._file, _CONFIG, _AGAIN), torch.device("meta"):
+            model = JanusVQVAE(config)
+        self._load(model, headers, prefix=_VQ, dtype=dtype, device=device)
+        return model.eval()
+
+    def _refuse_quantised(self) -> None:
+        """By what config.json says of the language model; its tensors may say it too."""
+        for section in (self._config, self._config.get("text_config"), self._config.get("language_config")):
+            said = section.get("quantization_config") if isinstance(section, dict) else None
+            if said is not None:
+                raise ValueError(self._quantised(f"(by its config.json): {_method(said)}"))
+
+    def _quantised(self, how: str) -> str:
+        return (
+            f"{self.path} is quantised {how}, which is not read: take the folder of the original model, and load that "
+            "in 8 bits (--janus-int8) where memory is short"
+        )
+
+    def _model_config(self) -> JanusConfig:
+        """Of the whole model. Of the vision tower only the sides count, and its other sizes are small."""
+        if self.kind == deepseek.MODEL_TYPE:
+            config = deepseek.janus_config(self._config, str(self.path))
+        else:
+            text = self._section("text_config", _TEXT)
+            for name in ("num_key_value_heads", "head_dim"):
+                if text.get(name) is not None:
+                    whole_number(text, name, str(self.path), remedy=_AGAIN)
+            if text.get("model_type", "llama") != "llama":
+                raise ValueError(
+                    f"{self.path} has a language model of type {text['model_type']!r}, expected 'llama': {_AGAIN}"
+                )
+            codes, vision = self._section("vq_config", _CODES), self._vision()
+            with reading(self._file, _CONFIG, _AGAIN):
+                config = JanusConfig(
+                    text_config=LlamaConfig.from_dict(dict(text)),
+                    vision_config=JanusVisionConfig(**vision, num_hidden_layers=1),
+                    vq_config=JanusVQVAEConfig(**{name: codes[name] for name in codes if name in _CODES}),
+                    attn_implementation="sdpa",
+                )
+        side, most = config.vq_config.num_patches, config.text_config.max_position_embeddings
+        if side**2 > most:
+            raise ValueError(
+                f"{self._file} says images of {side:,} x {side:,} tokens, and max_position_embeddings {most:,}, fewer "
+                f"than an image has: {_AGAIN}"
+            )
+        return config
+
+    def _codes_config(self) -> JanusVQVAEConfig:
+        """Of the VQ model."""
+        if self.kind == deepseek.MODEL_TYPE:
+            return deepseek.janus_config(self._config, str(self.path)).vq_config
+        codes = self._section("" if self.kind == TOKENIZER else "vq_config", _CODES)
+        values = {name: codes[name] for name in codes if name in _CODES}
+        if self.kind == TRANSFORMERS:
+            vision = self._vision()
+            values["num_patches"] = vision["image_size"] // vision["patch_size"]
+        with reading(self._file, _CONFIG, _AGAIN):
+            return JanusVQVAEConfig(**values)
+
+    def _vision(self) -> dict[str, int]:
+        """Sides of an image and of a patch, in pixels: 384 and 16 in every published model."""
+        vision = self._section("vision_config", {})
+        sides = {
+            name: whole_number(vision, name, str(self.path), usual=usual, remedy=_AGAIN)
+            for name, usual in (("image_size", 384), ("patch_size", 16))
+        }
+        if sides["image_size"] < sides["patch_size"]:
+            raise ValueError(f"{self.path} has {sides} in its config.json, an image smaller than a patch: {_AGAIN}")
+        return sides
+
+    def _section(self, name: str, entries: Mapping[str, int | type]) -> Mapping[str, Any]:
+        """A section of config.json (all of it without a name) whose entries have been checked."""
+        section = self._config.get(name, {}) if name else self._config
+        if not isinstance(section, dict):
+            raise ValueError(f"{self.path} has {name} {section!r} in its config.json, expected an object: {_AGAIN}")
+        for entry, expected in entries.items():
+            if entry not in section:
+                continue
+            value = section[entry]
+            if isinstance(expected, int):
+                whole_number(section, entry, str(self.path), least=expected, remedy=_AGAIN)
+            elif expected is list:
+                if not isinstance(value, list) or not value or not all(type(v) is int and v > 0 for v in value):
+                    self._refuse(entry, value, "a list of whole numbers from 1")
+            elif expected is float:
+                if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+                    self._refuse(entry, value, "a finite number from 0")
+            elif type(value) is not expected:
+                self._refuse(entry, value, {str: "a name", bool: "true or false"}[expected])
+        return section
+
+    def _refuse(self, entry: str, value: Any, expected: str) -> None:
+        raise ValueError(f"{self.path} has {entry} {value!r} in its config.json, expected {expected}: {_AGAIN}")
+
+    def _check_sizes(
+        self, section: str, config: Any, headers: Mapping[str, Header], table: tuple[tuple[str, str, int], ...]
+    ) -> None:
+        for entry, name, axis in table:
+            theirs = self._layout.rename(name)
+            check_size(self._file, f"{section}.{entry}", getattr(config, entry), headers, theirs, axis)
+
+    def _load(
+        self,
+        module: nn.Module,
+        headers: Mapping[str, Header],
+        *,
+        prefix: str = "",
+        dtype: torch.dtype | None,
+        device: torch.device | str,
+    ) -> None:
+        """Loads a module on "meta", whose names in a `JanusForConditionalGeneration` begin with `prefix`."""
+        expected = {
+            self._layout.rename(prefix + name): (name, tuple(value.shape))
+            for name, value in module.state_dict().items()
+        }
+        unexpected = sorted(set(headers) - set(expected))
+        if how := quantised({name: headers[name].dtype for name in expected if name in headers}, unexpected):
+            raise ValueError(self._quantised(how))
+        misfit = misfits(
+            missing=sorted(set(expected) - set(headers)),
+            unexpected=unexpected,
+            wrong=[
+                f"{name} is {list(headers[name].shape)}, expected {list(shape)}"
+                for name, (_, shape) in expected.items()
+                if name in headers and headers[name].shape != shape
+            ],
+        )
+        if misfit:
+            raise ValueError(
+                f"the weights in {self.path} do not fit its config.json; {misfit}: fetch the whole model again"
+            )
+        found = read_wanted(self.path, expected.__contains__, dtype=dtype, device=device)
+        module.load_state_dict({name: found[theirs] for theirs, (name, _) in expected.items()}, assign=True)
+
+
+def _check_words(path: Path) -> None:
+    """A ValueError for what is no JSON object that the tokenizers library reads."""
+    read_json(path, _WORDS)
+    with path.open("rb") as raw:
+        if raw.read(3) == codecs.BOM_UTF8:
+            raise ValueError(
+                f"{path} begins with a byte order mark, which the tokenizers library does not read: fetch it again, or "
+                "save it as UTF-8 without one"
+            )
+
+
+def _method(said: Any) -> str:
+    """What a quantization_config says, in words."""
+    if not isinstance(said, dict) or not isinstance(said.get("quant_method"), str):
+        return "in a way that it does not name"
+    bits = 4 if said.get("load_in_4bit") else 8 if said.get("load_in_8bit") else said.get("bits")
+    return said["quant_method"] + (f", {bits} bits" if type(bits) is int else "")
+
+
+def _name(path: Path) -> str:
+    """A folder's name; a snapshot in the hub's cache (models--OWNER--NAME/snapshots/REVISION) has its repository's."""
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.rsplit("--", 1)[1]
+    return path.name
