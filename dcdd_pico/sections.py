@@ -495,14 +495,16 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, TableOpt
         default=Path("out/table"),
         help="folder for measurements, reused while code and weights stay the same",
     )
-    parser.add_argument("--scenes", type=int, default=TableOptions.scenes)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--scenes", type=int, default=TableOptions.scenes, help="test scenes, and captions")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the models that are measured")
     parser.add_argument(
         "--work", type=Path, default=WORK, help="work folder of the build, with the ablation's decoders"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=TableOptions.steps)
-    parser.add_argument("--batch", type=int, default=TableOptions.batch)
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the models compute"
+    )
+    parser.add_argument("--steps", type=int, default=TableOptions.steps, help="Euler steps")
+    parser.add_argument("--batch", type=int, default=TableOptions.batch, help="images at once")
     parser.add_argument("--commit", default=TableOptions.commit, help="commit to record with what is measured")
     parser.add_argument("--bf16", action="store_true", help="run the diffusion transformers in bfloat16")
     parser.add_argument(

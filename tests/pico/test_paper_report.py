@@ -3,8 +3,10 @@
 import argparse
 import itertools
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from dcdd_core.models.card import VARIANTS
 from dcdd_core.types import DCDDWarning
 from dcdd_pico import paper_report
 from dcdd_pico import sections as measured_sections
-from dcdd_pico.paper_report import CLAIMS, agreement, report_markdown
+from dcdd_pico.paper_report import CLAIMS, agreement, draw, report_markdown
+from dcdd_pico.scenes import scene_facts, scene_pixels
 from dcdd_pico.section_keys import Provenance
 from dcdd_pico.sections import (
     ABLATION_SCORES,
@@ -35,7 +38,8 @@ from dcdd_pico.sections import (
     parse,
     token_statistics,
 )
-from tests.tiny import random_pico
+from tests.stub_pico import OFFSETS, pixels, stub_setup
+from tests.tiny import random_pico, tiny_card
 
 
 def seeds(**of):
@@ -165,7 +169,9 @@ def test_variants_are_found_seed_by_seed(tmp_path):
     for seed in (1, 0):
         for name in VARIANTS:
             (tmp_path / f"{name}-{seed}.safetensors").touch()
-    found = ablation_files(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = ablation_files(tmp_path)
     assert list(found) == [f"{name}, seed {seed}" for seed in (0, 1) for name in VARIANTS]
     assert found["lcdm+lc, seed 1"] == tmp_path / "lcdm+lc-1.safetensors"
     (tmp_path / "lcdm-0.safetensors").unlink()
@@ -255,3 +261,165 @@ def test_token_statistics_come_back_from_a_row():
     single = dict.fromkeys(("top_1", "top_2", "entropy", "tail_entropy", "otsu_threshold", "head_mass"), 0.25)
     found = token_statistics(single | {"rank": 2.0, "curve: 0": 0.25, "curve: 1": 0.125})
     assert (found.top_1, found.rank, found.curve, found.tokens) == (0.25, 2, (0.25, 0.125), 0)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Images by file name; each is a list of what it was made from."""
+    saved = {}
+    monkeypatch.setattr(paper_report, "save_image", lambda image, path: saved.update({path: image}))
+    monkeypatch.setattr(paper_report, "statistics_sheet", lambda columns: ["sheet", columns])
+    monkeypatch.setattr(paper_report, "score_lines", lambda panels, **options: ["lines", panels, options])
+    monkeypatch.setattr(
+        paper_report, "labelled_grid", lambda rows, *, columns, captions: ["grid", rows, columns, captions]
+    )
+    return saved
+
+
+def test_nothing_is_drawn_of_sections_that_were_not_measured(drawn, monkeypatch):
+    draw(stub_setup(monkeypatch, paper_report), {"reader": {}, "latency": {}}, Path("f"))
+    assert drawn == {}
+
+
+def test_plots_show_their_own_section(drawn, monkeypatch):
+    single = dict.fromkeys(("top_1", "top_2", "entropy", "tail_entropy", "otsu_threshold", "head_mass"), 0.25)
+    calibration = {"Janus": single | {"rank": 2.0, "curve: 0": 0.25}, "raw proxies": single | {"rank": 3.0}}
+    results = everything().rows | {"calibration": calibration}
+    results["ablation"] |= {
+        f"{name}, seed 1": {column: value + 100 for column, value in results["ablation"][f"{name}, seed 0"].items()}
+        for name in VARIANTS
+    }
+    setup = stub_setup(monkeypatch, paper_report)
+    monkeypatch.setattr(paper_report, "_ablation_grids", lambda *given: (["scenes", *given], ["captions", *given]))
+    draw(setup, results, Path("f"))
+    assert [path.parent for path in drawn] == [Path("f")] * 7
+    found = {path.name: image for path, image in drawn.items()}
+    assert found["table-1.png"] == ["sheet", {name: token_statistics(row) for name, row in calibration.items()}]
+    heads = ("rFID ↓", "SSIM ↑", "perceptual distance ↓", "gFID ↓")
+    ablation = {
+        head: {
+            f"seed {seed}": [results["ablation"][f"{name}, seed {seed}"][column] for name in VARIANTS]
+            for seed in (0, 1)
+        }
+        for head, column in zip(heads, ABLATION_SCORES, strict=True)
+    }
+    assert found["table-4.png"] == ["lines", ablation, {"along": VARIANTS}]
+    steps = {
+        head: {
+            "DCDD": [results["steps"][f"DCDD, {count} steps"][column] for count in STEP_COUNTS],
+            VQ: [results["steps"][VQ][column]] * 7,
+        }
+        for head, column in zip(heads, SCORES)
+    }
+    assert found["table-6.png"] == ["lines", steps, {"along": STEP_COUNTS, "label": "steps"}]
+    for name, kind in (("table-4-pictures.png", "scenes"), ("table-4-captions.png", "captions")):
+        assert found[name][:2] == [kind, setup] and found[name][3] == 5
+        assert torch.equal(found[name][2].tokens, pixels(range(5)))
+
+
+def assert_grid(image, columns):
+    """Five rows of images: the scenes' greys and the offset of each column."""
+    kind, rows, names, captions = image
+    assert kind == "grid" and names == list(columns) and len(rows) == 5
+    assert captions == [facts.caption() for facts in scene_facts("test", 5)]
+    for k, row in enumerate(rows):
+        for cell, offset in zip(row, columns.values(), strict=True):
+            torch.testing.assert_close(cell, pixels([k])[0] + offset)
+
+
+def test_image_grids_show_what_their_columns_say(drawn, monkeypatch):
+    asked = []
+
+    def load(path, *, options):
+        asked.append(options)
+        return SimpleNamespace(card=tiny_card(base="of the ablation", variant=path, reads="logits", calibration=None))
+
+    monkeypatch.setattr(paper_report, "load_decoder", load)
+    monkeypatch.setattr(paper_report, "scene_pixels", lambda images, device: scene_pixels(images, device))
+    setup = stub_setup(monkeypatch, paper_report)
+    ablation = {f"{variant}, seed {seed}": f"{variant}{'!' * seed}" for seed in (0, 1) for variant in VARIANTS}
+    object.__setattr__(setup, "ablation", ablation)
+    results = everything().rows
+    draw(setup, results, Path("f"))
+    found = {path.name: image for path, image in drawn.items()}
+    assert_grid(found["table-2.png"], {"scene": 0, VQ: OFFSETS["vq"], "DCDD": OFFSETS["proxy"]})
+    assert_grid(found["table-3.png"], {VQ: OFFSETS["vq"], "DCDD": OFFSETS["anchored"]})
+    variants = {name: OFFSETS[name] for name in VARIANTS}
+    assert_grid(found["table-4-pictures.png"], {"scene": 0} | variants)
+    assert_grid(found["table-4-captions.png"], {VQ: OFFSETS["vq"]} | variants)
+    assert asked == [DecoderOptions(device="cpu", dtype=torch.float32)] * 3
+
+
+@pytest.mark.parametrize("ablation, sections", [({}, 6), ({"lcdm, seed 0": Path("b")}, 7)])
+def test_the_command_writes_the_report_and_its_images(tmp_path, monkeypatch, capsys, ablation, sections):
+    called = {}
+    results = everything()
+
+    def parse(parser):
+        chosen = parser.parse_args(["--docs", str(tmp_path)] if called.setdefault("given", True) else [])
+        return chosen, TableOptions(out=tmp_path, ablation=ablation)
+
+    def draw(*given):
+        called["draw"] = given
+        assert not torch.is_grad_enabled()
+
+    monkeypatch.setattr(paper_report, "parse", parse)
+    monkeypatch.setattr(
+        paper_report, "measure", lambda options, names: (called.update(names=names) or "setup", results)
+    )
+    monkeypatch.setattr(paper_report, "draw", draw)
+    options = TableOptions(out=tmp_path, ablation=ablation)
+    paper_report.main()
+    without = report_markdown(results, options=options, causes="")
+    assert (tmp_path / "report.md").read_text("utf-8") == without == capsys.readouterr().out[:-1]
+    (tmp_path / "causes.md").write_text("Wegen Käse.", "utf-8")
+    paper_report.main()
+    assert "Wegen Käse." in (tmp_path / "report.md").read_text("utf-8")
+    assert called["draw"] == ("setup", results.rows, tmp_path / "report")
+    assert len(called["names"]) == sections and ("ablation" in called["names"]) == bool(ablation)
+
+
+def test_the_chance_level_and_the_seeds_are_said_if_they_were_measured():
+    results = everything()
+    first = dict(results.rows["ablation"])
+    results.rows["ablation"] |= {name.replace("seed 0", "seed 1"): row for name, row in first.items()}
+    options = TableOptions(out=Path())
+    with_chance = report_markdown(results, options=options, causes="")
+    assert "The last row is the chance level" in with_chance and "with 2 seeds per variant" in with_chance
+    sources = with_chance.split("\n## Table 3")[1].split("\n## Table 4")[0]
+    assert str(results.provenance["reader"]) in sources and options.command("text", "reader") in sources
+    latency = with_chance.split("\n## Table 5")[1].split("\n## Table 6")[0]
+    assert str(results.provenance["text"]) in latency and options.command("latency", "text") in latency
+    del results.rows["reader"]
+    without = report_markdown(results, options=options, causes="")
+    assert "chance level" not in without
+    sources = without.split("\n## Table 3")[1].split("\n## Table 4")[0]
+    assert str(results.provenance["reader"]) not in sources and f"`{options.command('text')}`" in sources
+    results.rows.pop("text")
+    latency = report_markdown(results, options=options, causes="").split("\n## Table 5")[1].split("\n## Table 6")[0]
+    assert f"`{options.command('latency')}`" in latency and "| change |" not in latency
+
+
+def test_latency_and_text_alone_make_table_5():
+    whole = everything()
+    results = Measured({name: whole.rows[name] for name in ("latency", "text")}, whole.provenance)
+    text = report_markdown(results, options=TableOptions(out=Path()), causes="")
+    assert "| change |" in text
+
+
+@pytest.mark.parametrize("ratio, verdict", [(1.5, "**opposite"), (1, "**opposite"), (0.5, "same")])
+def test_a_ratio_of_one_agrees_with_nothing(ratio, verdict):
+    rows = {"reconstruction": {DCDD: {"frechet": ratio}, VQ: {"frechet": 1.0}}}
+    assert f"| {verdict} direction" in agreement(rows).splitlines()[2]
+
+
+@pytest.mark.parametrize(
+    "first, second, within",
+    [((1, 2), (2, 3), True), ((2, 3), (1, 2), True), ((1, 2), (2.5, 3), False), ((2.5, 3), (1, 2), False)],
+)
+def test_spreads_that_touch_overlap(first, second, within):
+    def row(low, high):
+        return {"frechet": (low + high) / 2, "frechet: lowest": low, "frechet: highest": high}
+
+    line = agreement({"means": {"lcdm": row(*first), "discrete": row(*second)}}).splitlines()[7]
+    assert line.startswith("| rFID, LCDM to discrete |") and line.endswith("within the spread of seeds |") == within

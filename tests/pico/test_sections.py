@@ -1,9 +1,4 @@
-"""Every row of the tables measures the images that it names: fake models decode to constant images.
-
-The scenes are constant images too, each of another grey. Each decoder adds its own offset d to them. So the scores of a
-row are known: PSNR 10 log10(4 / d^2), perceptual distance |d|, Frechet distance d^2 (the stub's feature is the mean of
-an image), and SSIM by its formula for constant images. Rows that were swapped would have each other's numbers.
-"""
+"""Every row of the tables measures the images that it names (see `stub_pico`)."""
 
 import argparse
 import inspect
@@ -20,100 +15,31 @@ from dcdd_core.models.card import VARIANTS
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Calibration
 from dcdd_pico import sections
+from dcdd_pico.build_context import WORK
 from dcdd_pico.reader import FACTS, fact_labels
 from dcdd_pico.scenes import scene_facts
-from dcdd_pico.sections import BY_LOGITS, DCDD, READ, RERENDERED, SERVED, VQ, EvalSetup, RowMetrics, TableOptions, parse
+from dcdd_pico.sections import (
+    BY_LOGITS,
+    DCDD,
+    READ,
+    RERENDERED,
+    SERVED,
+    VQ,
+    RowMetrics,
+    TableOptions,
+    measure,
+    parse,
+)
+from tests.stub_pico import COUNT, GREYS, OFFSETS, SCENES, stub_setup
 from tests.tiny import tiny_card
 
-GREYS = np.array([60, 90, 140, 200, 120, 80], dtype=np.uint8)
-COUNT = len(GREYS)
-SCENES = torch.from_numpy(GREYS).float() / 127.5 - 1
-BETA = 7.0
 ANCHORED = "DCDD, anchored logits (beta = 7)"
 TOKENS = "DCDD, the sampled tokens alone"
-OFFSETS = {
-    "vq": 0.1,
-    "expected": 0.15,
-    "proxy": 0.2,
-    "logits": 0.25,
-    "anchored": 0.3,
-    "tokens": 0.35,
-    "discrete": 0.4,
-    "lcdm": 0.45,
-    "lcdm+lc": 0.5,
-    "rerendered": 0.05,
-}
-
-
-class StubReader:
-    """Feature, perceptual distance and answers follow from the mean of an image; it answers 0 to every question."""
-
-    def frechet_features(self, images):
-        return images.mean((2, 3))[:, :1]
-
-    def perceptual_distance(self, first, second):
-        return (first - second).abs().mean((1, 2, 3))
-
-    def __call__(self, images):
-        return {name: torch.eye(len(answers))[:1].expand(len(images), -1) for name, answers in FACTS.items()}
-
-
-class StubTokenizer:
-    """Tokens are the images themselves."""
-
-    device, codebook = "cpu", "the codebook"
-
-    def encode(self, pixels):
-        return SimpleNamespace(tokens=pixels, grid=(1, 1), source="proxy")
-
-    def decode_tokens(self, tokens, grid):
-        return tokens + OFFSETS["vq"]
-
-    def decode_vectors(self, vectors, grid):
-        return vectors + OFFSETS["expected"]
-
-
-class StubSampler:
-    """Samples a scene's own image for its caption; refuses another caption, seed or guidance."""
-
-    def sample(self, captions, *, seeds, options):
-        facts = scene_facts("test", COUNT)
-        assert list(captions) == [facts[k].caption() for k in seeds]
-        assert options == SamplingOptions(guidance=3.0)
-        return SimpleNamespace(tokens=pixels(list(seeds)), grid=(1, 1), source="vlm")
-
-
-def pixels(scenes):
-    return SCENES[list(scenes)][:, None, None, None].expand(-1, 3, 16, 16)
 
 
 @pytest.fixture
 def setup(monkeypatch):
-    calibration = Calibration(scale=25.0, anchor=BETA, guidance=3.0)
-    card = tiny_card(calibration=calibration, reads="anchored", shift=1.5)
-    decoder = SimpleNamespace(card=card, dtype=torch.float32)
-
-    def condition_for(card, grid, codebook):
-        assert codebook == "the codebook"
-        trained = card.variant if card is not decoder.card and card.base != decoder.card.base else None
-        read = trained or ("proxy" if grid.source == "proxy" else card.reads)
-        return SimpleNamespace(code_vectors=grid.tokens, pixels=grid.tokens, read=read)
-
-    def decode(_, codec, condition, *, seeds, steps, shift):
-        assert codec == "the codec" and shift == 1.5
-        assert torch.equal(condition.pixels, pixels(list(seeds)))
-        return SimpleNamespace(pixels=condition.pixels + OFFSETS[condition.read] + (steps - 10) / 1000)
-
-    monkeypatch.setattr(sections, "condition_for", condition_for)
-    monkeypatch.setattr(sections, "decode", decode)
-    return EvalSetup(
-        pico=SimpleNamespace(tokenizer=StubTokenizer(), sampler=StubSampler(), decoder=decoder, codec="the codec"),
-        reader=StubReader(),
-        images=np.broadcast_to(GREYS[:, None, None, None], (COUNT, 16, 16, 3)),
-        batch=4,
-        steps=10,
-        guidance=3.0,
-    )
+    return stub_setup(monkeypatch)
 
 
 def scores(offset, count=COUNT):
@@ -167,6 +93,7 @@ def test_table_6_names_the_steps_that_it_measures(setup):
 
 def test_table_4_names_the_decoders_that_it_measures(setup, monkeypatch):
     def load_decoder(path, *, options):
+        assert options == {"device": "cpu", "dtype": torch.float32, "compiled": False}
         return SimpleNamespace(card=tiny_card(base="of the ablation", variant=path, reads="logits", calibration=None))
 
     monkeypatch.setattr(sections, "load_decoder", load_decoder)
@@ -189,6 +116,7 @@ def test_the_chance_level_is_that_of_other_renderings(setup, monkeypatch):
     monkeypatch.setattr(sections, "draw", draw)
     rows = sections.measure_reader(setup)
     assert list(rows) == ["real scenes", RERENDERED] and "frechet" not in rows["real scenes"]
+    assert any(name.startswith("frechet: ") for name in rows[RERENDERED])
     assert_row(rows[RERENDERED], {"frechet": (10 / 127.5) ** 2})
     assert [facts for facts, _ in seen] == scene_facts("test", COUNT)
     assert [number for _, number in seen] == [np.random.default_rng([1, k]).integers(1000) for k in range(COUNT)]
@@ -218,11 +146,16 @@ def test_table_1_names_the_logits_that_it_describes(setup, monkeypatch):
 
 
 def test_table_5_gives_each_stage_its_own_time(setup, monkeypatch):
-    clock = SimpleNamespace(now=0.0, calls=0, image=0)
+    clock = SimpleNamespace(now=0.0, calls=0, image=0, waits=[])
 
-    def takes(seconds, made, seeds_of=lambda options: [clock.image]):
-        def work(*_, **options):
-            assert list(seeds_of(options)) == [clock.image]
+    captions = [facts.caption() for facts in scene_facts("test", 4)]
+    sampling = SamplingOptions(guidance=3.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.waits.append(clock.calls))
+
+    def takes(seconds, made, expected):
+        def work(*given, **options):
+            assert (given, options) == expected(clock.image)
             # The first image, which does not count, is the slowest; each one after it takes longer than the one before.
             clock.now += 100 if clock.image == 0 else seconds * clock.image
             clock.calls += 1
@@ -232,14 +165,26 @@ def test_table_5_gives_each_stage_its_own_time(setup, monkeypatch):
         return work
 
     monkeypatch.setattr(sections.time, "perf_counter", lambda: clock.now)
-    grid = SimpleNamespace(tokens=None, grid=None)
-    setup.pico.sampler = SimpleNamespace(sample=takes(5.0, grid, lambda options: options["seeds"]))
-    setup.pico.tokenizer = SimpleNamespace(decode_tokens=takes(2.0, None), codebook=None)
-    monkeypatch.setattr(sections, "condition_for", takes(1.0, None))
-    painted = takes(3.0, SimpleNamespace(pixels=None), lambda options: options["seeds"])
+    grid, decoder = SimpleNamespace(tokens="tokens", grid="grid"), setup.pico.decoder
+    setup.pico.sampler = SimpleNamespace(
+        sample=takes(5.0, grid, lambda k: (([captions[k]],), {"seeds": [k], "options": sampling}))
+    )
+    setup.pico.tokenizer = SimpleNamespace(
+        decode_tokens=takes(2.0, None, lambda _: (("tokens", "grid"), {})), codebook="the codebook"
+    )
+    mapped = takes(1.0, "the condition", lambda _: ((decoder.card, grid, "the codebook"), {}))
+    monkeypatch.setattr(sections, "condition_for", mapped)
+    painted = takes(
+        3.0,
+        SimpleNamespace(pixels=None),
+        lambda k: (
+            (decoder, "the codec", "the condition"),
+            {"seeds": range(k, k + 1), "steps": 10, "shift": decoder.card.shift},
+        ),
+    )
     monkeypatch.setattr(sections, "decode", painted)
     rows = sections.measure_latency(setup, rounds=3)
-    assert clock.image == 4
+    assert clock.image == 4 and clock.waits == list(range(1, 17))  # a GPU has finished before the clock is read
     assert {stage: row["seconds"] for stage, row in rows.items()} == {
         "Janus": 10.0,
         VQ: 4.0,
@@ -293,6 +238,66 @@ def test_options_have_the_published_values_unless_given(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["table", "--work", str(tmp_path)])
     _, found = parse(argparse.ArgumentParser())
     assert found == TableOptions(out=Path("out/table"), device=device)
+
+
+def test_every_option_is_described_and_has_its_type(monkeypatch, tmp_path):
+    words = [
+        "--batch",
+        "3",
+        "--steps",
+        "4",
+        "--scenes",
+        "5",
+        "--bf16",
+        "--compile",
+        "--commit",
+        "abc",
+        "--device",
+        "meta",
+    ]
+    monkeypatch.setattr(sys, "argv", ["table", *words, "--weights", "w", "--out", "o", "--work", str(tmp_path)])
+    parser = argparse.ArgumentParser()
+    _, found = parse(parser)
+    assert found == TableOptions(
+        out=Path("o"), weights=Path("w"), scenes=5, steps=4, batch=3, bf16=True, compiled=True, device="meta",
+        commit="abc",
+    )  # fmt: skip
+    assert all(action.help for action in parser._actions)
+    assert parser.get_default("work") == WORK
+
+
+def test_batches_are_counted_under_the_name_of_what_is_measured(setup, monkeypatch):
+    bars = []
+
+    def tqdm(parts, **options):
+        bars.append((list(parts), options))
+        return parts
+
+    monkeypatch.setattr(sections, "tqdm", tqdm)
+    assert list(setup.parts("steps")) == [slice(0, 4), slice(4, 6)]
+    assert list(setup.parts("steps", 5)) == [slice(0, 4), slice(4, 5)]
+    assert bars == [([0, 4], {"desc": "steps", "unit": "batch", "disable": None})] * 2
+
+
+def test_a_key_is_of_the_measurement_of_loading_and_of_the_weights_that_are_read(tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(sections, "code_hash", lambda *functions: hashed.append(functions) or "code")
+    monkeypatch.setattr(sections, "files_hash", lambda files: hashed.append(list(files)) or "files")
+    assert TableOptions(out=Path(), weights=tmp_path).key("latency") == "code-files"
+    read = [tmp_path / name for name in ("janus", "vae", "decoder.safetensors")]
+    assert hashed == [read, (sections.measure_latency, sections.load_setup)] or hashed == [
+        (sections.measure_latency, sections.load_setup),
+        read,
+    ]
+
+
+def test_measurements_are_kept_with_a_line_for_each_value(tmp_path, monkeypatch):
+    monkeypatch.setattr(TableOptions, "setup", lambda self: self)
+    monkeypatch.setattr(TableOptions, "key", lambda self, name: "a key")
+    monkeypatch.setitem(sections.SECTIONS, "steps", lambda setup: {"row": {"psnr": 1.5}})
+    measure(TableOptions(out=tmp_path, scenes=7), ["steps"])
+    lines = (tmp_path / "steps.json").read_text().splitlines()
+    assert lines[0] == "{" and lines[1] == ' "key": "a key",' and lines[-1] == "}"
 
 
 def test_only_the_ablation_s_key_follows_its_bundles(tmp_path):
