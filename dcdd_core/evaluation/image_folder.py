@@ -6,6 +6,7 @@ Shapes: B batch, S side in pixels.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from typing import Protocol, TypeVar
 import torch
 from PIL import Image
 
-from ..pipelines.images import SUFFIXES, UnreadableImage, read_rgb, square, to_pixels
+from ..pipelines.image_files import FolderListing
+from ..pipelines.images import UnreadableImage, read_rgb, square, suffixes, to_pixels
+from ..types import DCDDWarning
 from .figures import to_image
 
 #: Name of the scope that covers all categories.
@@ -62,7 +65,7 @@ class ImageFile:
 
 
 def list_images(folder: Path, *, by_category: bool = False, limit: int | None = None) -> list[ImageFile]:
-    """The image files in a folder and its sub-folders, sorted by name.
+    """The image files in a folder and its sub-folders, sorted by name; warns of files that are passed over.
 
     Args:
         by_category: treat sub-folders as categories.
@@ -72,19 +75,21 @@ def list_images(folder: Path, *, by_category: bool = False, limit: int | None = 
         ValueError: if the folder is missing or has no images; with `by_category`, for an image outside any sub-folder.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; expected a folder of images ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{folder} is not a folder; expected a folder of images ({', '.join(suffixes())})")
+    listing = FolderListing.of(folder)
     found = []
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file():
-            parts = path.relative_to(folder).parts
-            if by_category and len(parts) == 1:
-                raise ValueError(
-                    f"{path} is not in a sub-folder, but --by-category takes each sub-folder as a category: move it "
-                    "into one, or leave out --by-category"
-                )
-            found.append(ImageFile.at(path, folder, parts[0] if by_category else ""))
+    for name in listing.images:
+        parts = Path(name).parts
+        if by_category and len(parts) == 1:
+            raise ValueError(
+                f"{folder / name} is not in a sub-folder, but --by-category takes each sub-folder as a category: move "
+                "it into one, or leave out --by-category"
+            )
+        found.append(ImageFile.at(folder / name, folder, parts[0] if by_category else ""))
+    if passed_over := listing.passed_over():
+        warnings.warn(f"{folder}: {passed_over}", DCDDWarning, stacklevel=2)
     if not found:
-        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)}), and neither do its sub-folders")
+        raise ValueError(f"{folder} holds no images ({', '.join(suffixes())}), and neither do its sub-folders")
     return at_most(sorted(found, key=lambda image: image.name), limit, by_category=by_category)
 
 

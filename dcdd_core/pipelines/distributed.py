@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-from tqdm import tqdm
+from .progress import ProgressBar
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Processes:
         left = [part for part in batches if not all(done(item) for item in part)]
         self.wait()
         own = left[self.index :: self.count]
-        yield from tqdm(own, desc=label, unit="batch", disable=None if self.first else True)
+        yield from ProgressBar(own, label=label, unit="batch", shown=self.first)
         self.wait()
 
 

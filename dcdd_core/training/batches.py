@@ -17,14 +17,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..method.sampling import keyed_generator
-from ..pipelines.images import UnreadableImage
+from ..pipelines.image_files import ReadPolicy
+from ..pipelines.images import TooSmallImage, UnreadableImage
 from ..settings import require_at_least
 from ..types import DCDDWarning
 
-MAX_UNREADABLE, MIN_READ = 0.01, 100
+MIN_READ = 100
+"""Images that are read before a share of unreadable ones means anything."""
 
 _ORDER = 41  # keeps the draws of an order apart from others with the same seed
 _CHUNK = 8  # entries that a worker is given at a time
+_MOST_NAMED = 1000  # unreadable images that are looked for, and named
 
 # Where to enter a stream: [position in the epoch, number of the file in the epoch's order, row in the file].
 Mark = Sequence[int]
@@ -81,10 +84,12 @@ class Source(Protocol[Item, Batch]):
     Attributes:
         name: for messages.
         fingerprint: changes when entries are added, removed or renamed.
+        policy: which entries may be left out.
     """
 
     name: str
     fingerprint: str
+    policy: ReadPolicy
 
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """The shard's entries of an epoch from position `start` on; `mark`, of an entry near there, saves reading."""
@@ -96,42 +101,56 @@ class Source(Protocol[Item, Batch]):
 
 
 class ReadCounter:
-    """Counts what was read; warns of each unreadable image, and stops when there are too many.
+    """Counts what was read, and warns of each image that is left out.
 
     Attributes:
-        read, unreadable: so far; `read` includes the unreadable ones.
+        read, unreadable: so far; `read` includes the unreadable ones, but none that are too small.
+        small: images that are too small.
+        reasons: name of an unreadable image -> what is wrong with it.
     """
 
-    def __init__(self, read: int = 0, unreadable: int = 0):
+    def __init__(self, read: int = 0, unreadable: int = 0, small: int = 0):
         self.read = read
         self.unreadable = unreadable
+        self.small = small
+        self.reasons: dict[str, str] = {}
 
     def admit(self, item: Any, source: str) -> bool:
-        """Counts an item; returns whether it could be read.
+        """Counts an item; returns whether it can be used."""
+        if not isinstance(item, Unreadable):
+            self.read += 1
+            return True
+        if item.small:
+            self.small += 1
+        else:
+            self.read += 1
+            self.unreadable += 1
+            if len(self.reasons) < _MOST_NAMED:
+                self.reasons[item.key] = item.reason
+        warnings.warn(f"{item.key} of {source} is skipped: {item.reason}", DCDDWarning, stacklevel=2)
+        return False
+
+    def check(self, source: Source) -> None:
+        """Refuses a source that was read to its end, if too much of it, or all, is left out.
 
         Raises:
-            ValueError: at an unreadable item, if more than 1 % of at least 100 items were unreadable.
+            ValueError: naming the unreadable images.
         """
-        self.read += 1
-        if not isinstance(item, Unreadable):
-            return True
-        self.unreadable += 1
-        warnings.warn(f"{item.key} of {source} is skipped: {item.reason}", DCDDWarning, stacklevel=2)
-        if self.read >= MIN_READ and self.unreadable > MAX_UNREADABLE * self.read:
+        source.policy.check(self.read, self.unreadable, self.reasons, source.name)
+        if self.read == self.unreadable:
             raise ValueError(
-                f"{self.unreadable} of {self.read} images of {source} could not be read, the last one {item.key} "
-                f"({item.reason}). More than {MAX_UNREADABLE:.0%} is unlikely to be chance: check the disk and the "
-                "files, or remove the bad ones"
+                f"none of the {self.read + self.small} images of {source.name} can be used: {self.unreadable} cannot "
+                f"be read, and {self.small} are too small (see --min-side)"
             )
-        return False
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for an item that could not be loaded."""
+    """Stands for an item that is left out; `small` if it could be read."""
 
     key: str
     reason: str
+    small: bool = False
 
 
 def load_in_order(
@@ -162,8 +181,9 @@ def load_in_order(
 class Batches(Generic[Batch]):
     """Endless batches of one process's shard, epoch after epoch, from a position that can be saved and resumed.
 
-    Every batch is full: an unreadable image is replaced by the next one, and a batch may span two epochs. The batches
-    do not depend on `workers`.
+    Every batch is full: an image that is left out is replaced by the next one, and a batch may span two epochs. The
+    batches do not depend on `workers`. If more images are unreadable than the source's policy allows, the rest of the
+    epoch is read too, so that the error names all of them.
 
     The state says how far the batches that were handed out reach, not what was read ahead. It is JSON and belongs to
     one process. With several, each must get its own back; accelerate's `register_for_checkpointing` keeps only that of
@@ -176,7 +196,7 @@ class Batches(Generic[Batch]):
         workers: processes that decode; 0 for this one.
 
     Raises:
-        ValueError: while iterating, if the shard is empty or too many images are unreadable.
+        ValueError: while iterating, if the shard is empty, too many images are unreadable, or none can be used.
     """
 
     def __init__(self, source: Source[Any, Batch], *, size: int, shard: DataShard | None = None, workers: int = 0):
@@ -196,13 +216,36 @@ class Batches(Generic[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         items = []
+        epoch, searched = self._at[0], -1
         for at, item in load_in_order(self.source, self._entries(), workers=self.workers):
+            if at[0] != epoch:
+                self.counter.check(self.source)
+                epoch = at[0]
             if self.counter.admit(item, self.source.name):
                 items.append(item)
+            elif searched != epoch and self._too_many():
+                self._search(at)
+                searched = epoch
             if len(items) == self.size:
                 self._at = at
                 yield self.source.collate(items)
                 items = []
+
+    def _too_many(self) -> bool:
+        counter = self.counter
+        return counter.read >= MIN_READ and not self.source.policy.allows(counter.unreadable, counter.read)
+
+    def _search(self, at: tuple[int, int, Mark | None]) -> None:
+        """Reads the rest of an epoch, to name all its unreadable images at once, and to know their share."""
+        epoch, position, mark = at
+        found = ReadCounter(self.counter.read, self.counter.unreadable)
+        found.reasons = dict(self.counter.reasons)
+        rest = ((None, entry) for entry in self.source.entries(self.shard, epoch, position, mark))
+        for _, item in load_in_order(self.source, rest, workers=self.workers):
+            found.admit(item, self.source.name)
+            if len(found.reasons) == _MOST_NAMED:
+                break
+        self.source.policy.check(found.read, found.unreadable, found.reasons, self.source.name)
 
     def _entries(self) -> Iterator[tuple[tuple[int, int, Mark | None], Entry]]:
         epoch, start, mark = self._at
@@ -258,7 +301,7 @@ class _Loading(Dataset):
         try:
             return self.source.load(entry)
         except UnreadableImage as error:
-            return Unreadable(entry.key, str(error))
+            return Unreadable(entry.key, str(error), isinstance(error, TooSmallImage))
 
 
 def _unchanged(items: list[Any]) -> list[Any]:

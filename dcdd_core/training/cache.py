@@ -14,26 +14,34 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..files import in_file, json_object, open_tensors, read_json, reading
 from ..models.checkpoints import fingerprint_of
+from ..pipelines.image_files import DEFAULT_POLICY
 from ..pipelines.images import to_pixels
 from ..protocols import ImageTokenizer, LatentCodec
+from ..settings import require_number, require_text, shown
 from ..types import same_codebook
 from .batches import DataShard, Entry
 from .encoded_batch import EncodedBatch
 from .image_batch import Geometry
 
 FORMAT = "dcdd encodings 1"
+
+_MANIFEST, _LINE, _SHARD = "the manifest of a cache", "the line of a cache's shard", "a shard of a cache"
+_ANOTHER = "copy it again, or write the cache again into another folder"
+_SHARD_AGAIN = "copy it again, or run `train.py cache` again, which makes only that shard"
+_SHARD_FILE = re.compile(r"shards/\d{5,}\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +85,35 @@ class CacheCard:
         )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CacheCard:
-        """The inverse of `asdict`."""
+    def from_dict(cls, values: Any) -> CacheCard:
+        """The inverse of `asdict`.
+
+        Raises:
+            ValueError: naming the field that is missing, unknown, or of another type.
+        """
+        _require_fields("card", values, [field.name for field in fields(cls)])
+        _require_fields("card.geometry", values["geometry"], [field.name for field in fields(Geometry)])
+        for name in ("codebook", "tokenizer", "autoencoder"):
+            require_text(f"card.{name}", values[name])
+        for name in ("vae_shift", "vae_scale"):
+            require_number(f"card.{name}", values[name], optional=True)
+        for name in ("code_dim", "channels"):
+            require_number(f"card.{name}", values[name], whole=True, least=1)
+        if not isinstance(values["pixels"], bool):
+            raise ValueError(f"card.pixels must be true or false, got {shown(values['pixels'])}")
         return cls(**{**values, "geometry": Geometry(**values["geometry"])})
+
+    def layout(self, items: int) -> dict[str, tuple[str, list[int]]]:
+        """Tensor -> (safetensors' name of its type, shape) of a shard with so many images."""
+        if items == 0:
+            return {}
+        (h, w), size = self.geometry.grid, self.geometry.resolution
+        latents = size // self.geometry.vae_factor
+        held = {
+            "features": ("F16", [items, h * w, self.code_dim]),
+            "latents": ("F16", [items, self.channels, latents, latents]),
+        }
+        return held | ({"pixels": ("U8", [items, 3, size, size])} if self.pixels else {})
 
     def misfits(self, wanted: CacheCard) -> list[str]:
         """What differs from the wanted card, in words; pixels that are not needed do no harm."""
@@ -111,10 +145,13 @@ class EncodingCache:
 
     Attributes:
         card: what made it.
+        policy: without meaning: what is unreadable was left out when the cache was written.
 
     Raises:
         ValueError: if there is no cache, or it is not complete, or a shard is missing or of another size.
     """
+
+    policy = DEFAULT_POLICY
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -133,10 +170,10 @@ class EncodingCache:
             size = path.stat().st_size if path.is_file() else None
             if size != shard["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes, expected {shard['bytes']}"
-                raise ValueError(
-                    f"{path} {found}: copy it again, or run `train.py cache` again, which makes only that shard"
-                )
+                raise ValueError(f"{path} {found}: {_SHARD_AGAIN}")
         self._ends = np.cumsum([shard["items"] for shard in self._shards])
+        if not self._shards or not len(self):
+            raise ValueError(f"the cache {folder} holds no images: write it again from others into another folder")
         self._open: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
@@ -211,20 +248,25 @@ class EncodingCache:
     def _shard(self, number: int) -> dict[str, Any]:
         """Slices of a shard's memory-mapped tensors."""
         if number not in self._open:
-            path = self.folder / self._shards[number]["file"]
-            try:
-                file = safe_open(path, framework="pt")
-                self._open[number] = {name: file.get_slice(name) for name in file.keys()}
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{path} cannot be read ({error}): copy it again, or run `train.py cache` again, which makes only "
-                    "that shard"
-                ) from error
+            path, items = self.folder / self._shards[number]["file"], self._shards[number]["items"]
+            with open_tensors(path, _SHARD, _SHARD_AGAIN) as file, reading(path, _SHARD, _SHARD_AGAIN):
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                found = {name: (values.get_dtype(), values.get_shape()) for name, values in slices.items()}
+            if found != (wanted := self.card.layout(items)):
+                raise ValueError(f"{path} holds {shown(found, 300)}, expected {wanted}: {_SHARD_AGAIN}")
+            self._open[number] = slices
         return self._open[number]
 
     def _header(self, number: int) -> dict[str, Any]:
-        with safe_open(self.folder / self._shards[number]["file"], framework="pt") as file:
-            return json.loads(file.metadata()["dcdd"])
+        path = self.folder / self._shards[number]["file"]
+        with open_tensors(path, _SHARD, _SHARD_AGAIN) as file:
+            header = json_object((file.metadata() or {}).get("dcdd", ""), path, "the header of a shard", _SHARD_AGAIN)
+        keys = header.get("keys")
+        if not isinstance(keys, list) or len(keys) != self._shards[number]["items"]:
+            raise ValueError(
+                f"{path} names {shown(keys)}, expected {self._shards[number]['items']} images: {_SHARD_AGAIN}"
+            )
+        return header
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -234,20 +276,88 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: for a folder without a cache, and for a manifest that is damaged or of another format.
     """
     path = folder / "manifest.json"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{folder} holds no cache of encodings (no manifest.json): write one with `train.py cache`")
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    manifest = read_json(path, _MANIFEST, _ANOTHER)
+    if (found := manifest.get("format")) != FORMAT:
         raise ValueError(
-            f"{path} is not JSON ({error}): copy it again, or write the cache again into another folder"
-        ) from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise ValueError(
-            f"{path} has the format {found!r}, expected {FORMAT!r}: write the cache again into another folder"
+            f"{path} has the format {shown(found)}, expected {FORMAT!r}: write the cache again into another folder"
         )
+    with in_file(path):
+        for name in ("card", "source", "shard_size", "complete", "shards"):
+            if name not in manifest:
+                raise ValueError(f"it has no {name!r}: {_ANOTHER}")
+        CacheCard.from_dict(manifest["card"])
+        _require_fields("source", manifest["source"], ("name", "fingerprint"))
+        for name, value in manifest["source"].items():
+            require_text(f"source.{name}", value, remedy=_ANOTHER)
+        require_number("shard_size", manifest["shard_size"], whole=True, least=1, remedy=_ANOTHER)
+        require_number("min_side", manifest.get("min_side"), whole=True, least=1, optional=True, remedy=_ANOTHER)
+        if not isinstance(manifest["complete"], bool) or not isinstance(manifest["shards"], list):
+            raise ValueError(
+                f"expected complete to be true or false and shards a list, got {shown(manifest['complete'])} and "
+                f"{shown(manifest['shards'])}: {_ANOTHER}"
+            )
+        for number, shard in enumerate(manifest["shards"]):
+            _check_shard(f"shards[{number}]", shard)
     return manifest
+
+
+def read_line(path: Path) -> dict[str, Any]:
+    """What the manifest says of one shard, from the shard's own file, with what else it says.
+
+    Raises:
+        ValueError: naming a file that is damaged.
+    """
+    again = "delete it, and run `train.py cache` again, which makes only that shard"
+    line = read_json(path, _LINE, again)
+    with in_file(path):
+        _check_shard("the line", line, more=("read", "unreadable", "mark"), remedy=again)
+        require_number("read", line["read"], whole=True, least=0, remedy=again)
+        for name in ("unreadable", "small"):
+            names = line.get(name, [])
+            if not isinstance(names, list) or not all(isinstance(key, str) for key in names):
+                raise ValueError(f"{name} must be a list of names, got {shown(names)}: {again}")
+        mark = line["mark"]
+        if mark is not None and not (isinstance(mark, list) and len(mark) == 3 and all(type(n) is int for n in mark)):
+            raise ValueError(f"mark must be three whole numbers or null, got {shown(mark)}: {again}")
+    return line
+
+
+def read_end(path: Path) -> int:
+    """How many images a source has, as the writer noted when it reached its end.
+
+    Raises:
+        ValueError: naming a file that is damaged.
+    """
+    again = "delete it, and run `train.py cache` again"
+    positions = read_json(path, "the end of a cache", again).get("positions")
+    with in_file(path):
+        require_number("positions", positions, whole=True, least=0, remedy=again)
+    return positions
+
+
+def _check_shard(where: str, shard: Any, more: Sequence[str] = (), remedy: str = _ANOTHER) -> None:
+    _require_fields(where, shard, ("file", "items", "bytes", "sha256", *more), remedy, exactly=False)
+    for name in ("items", "bytes"):
+        require_number(f"{where}.{name}", shard[name], whole=True, least=0, most=2**50, remedy=remedy)
+    for name in ("file", "sha256"):
+        require_text(f"{where}.{name}", shard[name], remedy=remedy)
+    if not _SHARD_FILE.fullmatch(shard["file"]):
+        raise ValueError(
+            f"{where}.file must be of the form shards/00000.safetensors, got {shown(shard['file'])}: {remedy}"
+        )
+
+
+def _require_fields(
+    where: str, value: Any, names: Sequence[str], remedy: str = _ANOTHER, *, exactly: bool = True
+) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object with {', '.join(names)}, got {shown(value)}: {remedy}")
+    if absent := [name for name in names if name not in value]:
+        raise ValueError(f"{where} has no {', '.join(absent)}: {remedy}")
+    if exactly and (others := [name for name in value if name not in names]):
+        raise ValueError(f"{where} has the unknown fields {shown(others)}: {remedy}")
 
 
 def sha256(path: Path) -> str:

@@ -17,11 +17,12 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from ..pipelines.progress import ProgressBar
 from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_at_least
 from ..types import DCDDWarning
 from .batches import DataShard, Entry, Mark, ReadCounter, load_in_order
-from .cache import FORMAT, CacheCard, read_manifest, sha256
+from .cache import FORMAT, CacheCard, read_end, read_line, read_manifest, sha256
 from .encoded_batch import Autocast, EncodedBatch, encode
 from .folders import ImageSource
 from .image_batch import TrainingImage
@@ -49,7 +50,11 @@ def write_cache(
 
     Shard s holds the images from s * shard_size on, in the stored order, whichever process writes it. A run may be
     killed at any point and continued with any number of processes; on the same device, with deterministic kernels, the
-    files are the same to the byte. Existing shards are compared with their checksums first.
+    files are the same to the byte. Existing shards are compared with their checksums first. A shard is made again if an
+    image that was unreadable in it has changed.
+
+    All images are encoded even if more are unreadable than the source's policy allows; the error then names all of
+    them.
 
     Args:
         source: the images, with their sizes; see `sources.open_images`.
@@ -58,6 +63,7 @@ def write_cache(
         rank, world: this process writes every `world`-th shard, from `rank` on; the cache is complete when all
             processes are done.
         workers: processes that decode images.
+        report: gets the lines to print.
 
     Raises:
         ValueError: if the folder holds a cache of other networks, sizes or images; if too many images are
@@ -71,7 +77,7 @@ def write_cache(
     own = [line for number, line in finished.items() if number % world == rank]
     if own:
         report(f"{folder}: keeping {len(own)} finished shards")
-    counter = ReadCounter(sum(line["read"] for line in own), sum(len(line["unreadable"]) for line in own))
+    counter = _counted(own)
     marks: dict[int, Mark | None] = {}
     position = 0
 
@@ -85,26 +91,56 @@ def write_cache(
                 yield (number, entry.key), entry
             position += 1
 
-    def readable(loaded: Iterator, keys: list[str], unreadable: list[str]) -> Iterator[TrainingImage]:
+    def usable(loaded: Iterator, kept: dict[str, list[str]]) -> Iterator[TrainingImage]:
         for (_, key), item in loaded:
-            admitted = counter.admit(item, source.name)
-            (keys if admitted else unreadable).append(key)
-            if admitted:
+            if counter.admit(item, source.name):
+                kept["keys"].append(key)
                 yield item
+            else:
+                kept["small" if item.small else "unreadable"].append(key)
+            bar.update()
 
-    shards = groupby(load_in_order(source, missing(), workers=workers), key=lambda loaded: loaded[0][0])
-    for number, loaded in shards:
-        keys: list[str] = []
-        unreadable: list[str] = []
-        images = readable(loaded, keys, unreadable)
-        parts = []
-        while batch := list(islice(images, batch_size)):
-            parts.append(
-                _stored(batch, encode(source.collate(batch), tokenizer, codec, autocast=autocast), keep_pixels)
-            )
-        writer.write(number, parts, keys=keys, unreadable=unreadable, mark=marks.pop(number))
-        report(f"{folder}: shard {number} with {len(keys)} images")
+    total = None if (count := source.count) is None or world > 1 else count - sum(map(_positions, own))
+    with ProgressBar(label="cache", total=total, unit="image", shown=rank == 0) as bar:
+        shards = groupby(load_in_order(source, missing(), workers=workers), key=lambda loaded: loaded[0][0])
+        for number, loaded in shards:
+            kept: dict[str, list[str]] = {"keys": [], "unreadable": [], "small": []}
+            images = usable(loaded, kept)
+            parts = []
+            while batch := list(islice(images, batch_size)):
+                parts.append(
+                    _stored(batch, encode(source.collate(batch), tokenizer, codec, autocast=autocast), keep_pixels)
+                )
+            writer.write(number, parts, **kept, mark=marks.pop(number))
+            report(f"{folder}: shard {number} with {len(kept['keys'])} images")
     writer.finish(position)
+    for line in _left_out(counter, source):
+        report(f"{folder}: {line}")
+    counter.check(source)
+
+
+def _counted(lines: Sequence[Mapping[str, Any]]) -> ReadCounter:
+    """The counts of shards that are finished; why an image was unreadable is not known of them."""
+    bad = [key for line in lines for key in line["unreadable"]]
+    small = sum(len(line.get("small", ())) for line in lines)
+    counter = ReadCounter(sum(line["read"] for line in lines), len(bad), small)
+    counter.reasons = dict.fromkeys(bad, "")
+    return counter
+
+
+def _positions(line: Mapping[str, Any]) -> int:
+    """How many images of the source a shard accounts for."""
+    return line["read"] + len(line.get("small", ()))
+
+
+def _left_out(counter: ReadCounter, source: ImageSource) -> Iterator[str]:
+    """What was not encoded, in lines."""
+    if counter.unreadable:
+        yield f"{counter.unreadable} of {counter.read} images are unreadable and left out"
+    if counter.small:
+        yield f"{counter.small} images have a side below {source.min_side} pixels (--min-side) and are left out"
+    if source.passed_over:
+        yield source.passed_over
 
 
 class _Writer:
@@ -120,6 +156,7 @@ class _Writer:
         self.shard = shard
         self.shard_size = shard_size
         self._lines: dict[str, tuple[int, dict[str, Any]]] = {}  # file -> (modification time, content)
+        self._all_sizes = False  # whether the cache was begun before there was a smallest size
 
     def begin(self) -> dict[int, dict[str, Any]]:
         """Makes the folder, or checks what it holds; returns the lines of the finished shards by number.
@@ -128,7 +165,9 @@ class _Writer:
         """
         begun = bool(self._read_lines())  # Before the manifest is read: other processes write that first.
         if (self.folder / "manifest.json").exists():
-            self._compare(read_manifest(self.folder))
+            manifest = read_manifest(self.folder)
+            self._compare(manifest)
+            self._all_sizes = "min_side" not in manifest
         elif self.folder.is_dir():
             ours = ("manifest.json", _SHARDS)  # Another process may have made these just now.
             if begun:
@@ -142,10 +181,18 @@ class _Writer:
                 )
         (self.folder / _SHARDS).mkdir(parents=True, exist_ok=True)
         for number, line in self._read_lines().items():
-            path = self.folder / line["file"]
-            if number % self.shard.world == self.shard.rank and not (path.is_file() and sha256(path) == line["sha256"]):
-                warnings.warn(f"{path} is missing or damaged; it is made again", DCDDWarning, stacklevel=3)
-                (self.folder / _SHARDS / f"{number:05}.json").unlink()
+            path, own = self.folder / line["file"], self.folder / _SHARDS / f"{number:05}.json"
+            if number % self.shard.world != self.shard.rank:
+                continue
+            written = own.stat().st_mtime_ns
+            if not (path.is_file() and sha256(path) == line["sha256"]):
+                reason = "is missing or damaged"
+            elif any((self.source.changed(key) or 0) > written for key in line["unreadable"]):
+                reason = "lacks images that were unreadable and have changed"
+            else:
+                continue
+            warnings.warn(f"{path} {reason}; it is made again", DCDDWarning, stacklevel=3)
+            own.unlink()
         self._write_manifest()
         return self._read_lines()
 
@@ -158,7 +205,14 @@ class _Writer:
         return (0, None) if before is None else (before * self.shard_size, finished[before]["mark"])
 
     def write(
-        self, number: int, parts: list[dict], *, keys: list[str], unreadable: list[str], mark: Mark | None
+        self,
+        number: int,
+        parts: list[dict],
+        *,
+        keys: list[str],
+        unreadable: list[str],
+        small: list[str],
+        mark: Mark | None,
     ) -> None:
         """Writes a shard, then its line, then the manifest: if killed in between, the shard is made again."""
         tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in (parts[0] if parts else ())}
@@ -173,6 +227,7 @@ class _Writer:
             "sha256": hashlib.sha256(data).hexdigest(),
             "read": len(keys) + len(unreadable),
             "unreadable": unreadable,
+            **({"small": small} if small else {}),
             "mark": None if mark is None else list(mark),
         }
         self._put(name, data)
@@ -183,7 +238,7 @@ class _Writer:
         """Records the end of the source.
 
         Raises:
-            ValueError: if it has no readable image.
+            ValueError: if it has no images.
         """
         if positions == 0:
             raise ValueError(f"{self.source.name} has no images to encode")
@@ -193,8 +248,6 @@ class _Writer:
             # Leftovers of killed runs; other processes may still be writing files other than shards.
             for left in self.folder.rglob("*.tmp" if self.shard.world == 1 else "[0-9]*.tmp"):
                 left.unlink(missing_ok=True)
-            if manifest["items"] == 0:
-                raise ValueError(f"none of the {positions} images of {self.source.name} could be read")
 
     def _compare(self, manifest: Mapping[str, Any]) -> None:
         card = CacheCard.from_dict(manifest["card"])
@@ -203,6 +256,9 @@ class _Writer:
             misfits.append(f"it is of other images: those of {manifest['source']['name']} when it was written")
         if manifest["shard_size"] != self.shard_size:
             misfits.append(f"its shard size is {manifest['shard_size']}, expected {self.shard_size}")
+        least = manifest.get("min_side")  # None in the oldest caches, which have images of all sizes.
+        if least is not None and least != self.source.min_side:
+            misfits.append(f"its images have sides of at least {least} pixels, expected {self.source.min_side}")
         if misfits:
             raise ValueError(
                 f"{self.folder} holds another cache: {'; '.join(misfits)}. Choose another folder, or delete this "
@@ -216,14 +272,14 @@ class _Writer:
             with suppress(FileNotFoundError):  # Its process may be discarding it just now.
                 changed = path.stat().st_mtime_ns
                 if path.name not in self._lines or self._lines[path.name][0] != changed:
-                    self._lines[path.name] = changed, json.loads(path.read_text("utf-8"))
+                    self._lines[path.name] = changed, read_line(path)
                 found[int(path.stem)] = self._lines[path.name][1]
         return dict(sorted(found.items()))
 
     def _read_end(self) -> int | None:
         """How many images the source has, readable or not, if a process has reached its end."""
         path = self.folder / _SHARDS / _END
-        return json.loads(path.read_text("utf-8"))["positions"] if path.is_file() else None
+        return read_end(path) if path.is_file() else None
 
     def _write_manifest(self) -> dict[str, Any]:
         """Writes the manifest from the existing lines, until no other process has added one meanwhile.
@@ -238,6 +294,7 @@ class _Writer:
                 "card": asdict(self.card),
                 "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
                 "shard_size": self.shard_size,
+                **({} if self._all_sizes else {"min_side": self.source.min_side}),
                 "complete": needed is not None and set(lines) == set(needed),
                 "items": sum(line["items"] for line in lines.values()),
                 "unreadable": sum(len(line["unreadable"]) for line in lines.values()),

@@ -11,17 +11,35 @@ from typing import Any
 
 import torch
 
-from ..pipelines.images import SUFFIXES, UnreadableImage, read_rgb, square
+from ..pipelines.image_files import DEFAULT_POLICY, FolderListing, ReadPolicy
+from ..pipelines.images import UnreadableImage, read_rgb, square, suffixes
 from .batches import DataShard, Entry, Mark
 from .image_batch import Geometry, ImageBatch, TrainingImage
 
 
 class ImageSource:
-    """What sources of images have in common: a `Source` of `TrainingImage`s of the sizes of `geometry`."""
+    """What sources of images have in common: a `Source` of `TrainingImage`s of the sizes of `geometry`.
 
-    def __init__(self, name: str, geometry: Geometry):
+    Attributes:
+        min_side: in pixels; images whose shorter side has fewer are left out.
+        passed_over: files that are not read, in words; "" if there are none.
+    """
+
+    def __init__(self, name: str, geometry: Geometry, policy: ReadPolicy):
         self.name = name
         self.geometry = geometry
+        self.policy = policy
+        self.min_side = policy.least(geometry.resolution)
+        self.passed_over = ""
+
+    @property
+    def count(self) -> int | None:
+        """How many images there are; None for a stream, which does not know."""
+        return None
+
+    def changed(self, key: str) -> int | None:
+        """When the file of an image was last changed, in nanoseconds; None if that cannot be told."""
+        return None
 
     def content(self, entry: Entry) -> Any:
         """The image as it is stored: bytes, a path, or a mapping with either."""
@@ -31,9 +49,9 @@ class ImageSource:
         """Decodes an image, crops it to a square and resizes it.
 
         Raises:
-            UnreadableImage: if it cannot be decoded, for whatever reason.
+            UnreadableImage: if it cannot be decoded, for whatever reason, or is too small.
         """
-        image = read_rgb(_encoded(self.content(entry)))
+        image = read_rgb(_encoded(self.content(entry)), min_side=self.min_side)
         pixels = square(image, self.geometry.resolution)
         same = self.geometry.token_resolution == self.geometry.resolution
         token_pixels = pixels if same else square(image, self.geometry.token_resolution)
@@ -56,6 +74,9 @@ class ImageFolder(ImageSource):
     `load_dataset("imagefolder")` is not used: it treats sub-folders called "test" or "dev" as splits of their own, and
     writes its list to a cache.
 
+    Args:
+        listing: of the folder, if there is one already.
+
     Attributes:
         names: relative paths, sorted.
 
@@ -63,19 +84,39 @@ class ImageFolder(ImageSource):
         ValueError: if there are no images.
     """
 
-    def __init__(self, folder: str | Path, geometry: Geometry):
+    def __init__(
+        self,
+        folder: str | Path,
+        geometry: Geometry,
+        *,
+        policy: ReadPolicy = DEFAULT_POLICY,
+        listing: FolderListing | None = None,
+    ):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"{folder} is not a folder; give one with images in it")
-        files = file_names(self.folder)
-        self.names = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
+        listing = listing or FolderListing.of(folder)
+        self.names = list(listing.images)
         if not self.names:
-            found = f"{len(files)} other files, such as {files[0]}" if files else "no files at all"
+            found = f"({listing.passed_over()})" if listing.passed_over() else "and no other files"
             raise ValueError(
-                f"{folder} holds no images, but {found}; give a folder with {', '.join(SUFFIXES)} in it or in "
+                f"{folder} holds no images {found}; give a folder with {', '.join(suffixes())} in it or in "
                 "its sub-folders"
             )
-        super().__init__(str(folder), geometry)
+        super().__init__(str(folder), geometry, policy)
+
+    @property
+    def count(self) -> int:
+        """How many images there are."""
+        return len(self.names)
+
+    def changed(self, key: str) -> int | None:
+        """See `ImageSource.changed`."""
+        try:
+            status = (self.folder / key).stat()
+        except OSError:
+            return None
+        return max(status.st_mtime_ns, status.st_ctime_ns)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -85,16 +126,6 @@ class ImageFolder(ImageSource):
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """See `Source.entries`."""
         return (Entry(self.names[i], self.folder / self.names[i]) for i in shard.indices(len(self.names), epoch, start))
-
-
-def file_names(folder: Path) -> list[str]:
-    """The relative paths of all files except hidden ones, sorted; symbolic links to folders are not followed."""
-    return sorted(
-        os.path.relpath(os.path.join(where, name), folder)
-        for where, _, names in os.walk(folder)
-        for name in names
-        if not name.startswith(".")
-    )
 
 
 def digest(lines: Iterable[str]) -> str:
@@ -107,6 +138,8 @@ def digest(lines: Iterable[str]) -> str:
 
 def _encoded(value: Any) -> bytes | Path:
     """An image file's bytes or path, from the forms in which datasets store them."""
+    if isinstance(value, UnreadableImage):  # found while the file around it was read
+        raise value
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str):

@@ -5,54 +5,101 @@ from __future__ import annotations
 import glob
 import os
 import re
+import warnings
 from pathlib import Path
 
-from ..pipelines.images import SUFFIXES
-from .folders import ImageFolder, ImageSource, file_names
+from ..pipelines.image_files import DEFAULT_POLICY, FolderListing, ReadPolicy, suffix_of, walk
+from ..types import DCDDWarning
+from .folders import ImageFolder, ImageSource
 from .image_batch import Geometry
 from .tabular import SavedDataset, ShardStream
 
+_SHARDS = (".tar", ".parquet")
+_MOST_FILES = 100_000
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
-def open_images(path: str | Path, geometry: Geometry, *, column: str | None = None) -> ImageSource:
-    """The images at a local path; nothing is downloaded.
+
+def open_images(
+    path: str | Path, geometry: Geometry, *, column: str | None = None, policy: ReadPolicy = DEFAULT_POLICY
+) -> ImageSource:
+    """The images at a local path; nothing is downloaded. Warns of files in a folder that are passed over.
 
     Args:
         path: a folder of images (at any depth), of parquet files or of webdataset shards; a folder that
             `Dataset.save_to_disk` wrote; or a pattern such as "shards/{000..127}.tar" or "data/train-*.parquet".
         column: the column of images in a dataset or in webdataset shards ("jpg"); None if there is only one.
+        policy: which images may be left out.
 
     Raises:
         ValueError: if there are no images, or several kinds of files.
     """
     text = os.fspath(path)
+    if not text.strip():
+        raise ValueError("the path of the images is empty: give a folder, file or pattern")
     if "://" in text:
         raise ValueError(f"{text} is not a local path, and nothing is downloaded here: give the path of a copy")
     folder = Path(text)
+    options = {"column": column, "policy": policy}
     if not folder.is_dir():
-        return ShardStream(_expand(text), geometry, column=column)
+        return ShardStream(_expand(text), geometry, **options)
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return SavedDataset(folder, geometry, column=column)
-    names = file_names(folder)
-    shards = [folder / name for name in names if Path(name).suffix.lower() in (".tar", ".parquet")]
+        return SavedDataset(folder, geometry, **options)
+    listing = FolderListing.of(folder)
+    shards = [folder / name for name in listing.others if suffix_of(name) in _SHARDS]
     if not shards:
-        return ImageFolder(folder, geometry)
-    if any(Path(name).suffix.lower() in SUFFIXES for name in names):
+        source: ImageSource = ImageFolder(folder, geometry, policy=policy, listing=listing)
+    elif listing.images:
         raise ValueError(
             f"{folder} holds both images and {shards[0].name}: give the sub-folder of the images, or a pattern such as "
             f"{folder / '**' / ('*' + shards[0].suffix)} for the other files"
         )
-    return ShardStream(shards, geometry, column=column)
+    else:
+        source = ShardStream(shards, geometry, **options)
+    source.passed_over = listing.passed_over(used=_SHARDS if shards else ())
+    if source.passed_over:
+        warnings.warn(f"{folder}: {source.passed_over}", DCDDWarning, stacklevel=2)
+    return source
 
 
 def _expand(pattern: str) -> list[Path]:
     """The files that match a pattern with {000..127} ranges and the usual wildcards, sorted within each range."""
     if os.path.isfile(pattern):
         return [Path(pattern)]
-    if braces := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+    count = 1
+    for first, last in _RANGE.findall(pattern):
+        if (own := int(last) - int(first) + 1) < 1:
+            raise ValueError(f"{{{first}..{last}}} in {pattern} counts down: write the smaller number first")
+        count *= own
+    if count > _MOST_FILES:
+        raise ValueError(
+            f"{pattern} stands for {count:,} files, more than {_MOST_FILES:,}: write the numbers that exist, or use a "
+            "wildcard such as *.tar"
+        )
+    return _expanded(pattern)
+
+
+def _expanded(pattern: str) -> list[Path]:
+    if braces := _RANGE.search(pattern):
         first, last = braces.groups()
-        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-        return [file for n in numbers for file in _expand(pattern[: braces.start()] + n + pattern[braces.end() :])]
-    found = sorted(glob.glob(pattern, recursive=True))
+        numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+        return [file for n in numbers for file in _expanded(pattern[: braces.start()] + n + pattern[braces.end() :])]
+    found = sorted(set(_matching(pattern)))
     if not found:
         raise ValueError(f"there is no file {pattern}: give an existing folder, file or pattern")
     return [Path(file) for file in found]
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files that match a pattern. In "**" linked folders are followed once, where `glob` runs in circles."""
+    before, stars, after = re.match(r"(?:(.*?)(?:^|(?<=/))(\*\*)(?:/|$))?(.*)", pattern, re.DOTALL).groups()
+    if stars is None:
+        return [file for file in glob.glob(pattern) if not os.path.isdir(file)]
+    found = []
+    for top in glob.glob(before.rstrip("/") or "/") if before else [""]:
+        for folder, _ in walk(top or "."):
+            below = os.path.relpath(folder, top or ".")
+            if below == "." or not any(part.startswith(".") for part in below.split(os.sep)):
+                found += _matching(
+                    os.path.join(glob.escape(top if below == "." else os.path.join(top, below)), after or "*")
+                )
+    return found

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
 from ..types import DCDDWarning
 from .batches import DataShard, Entry, Mark
 from .folders import ImageSource, digest
 from .image_batch import Geometry
+from .shards import cut_short, is_empty, parquet_rows, parquet_schema, tar_fields, tar_rows
 
 _SPLIT = r"(train|validation|valid|val|dev|test)(?![a-z])"
 
@@ -27,7 +28,14 @@ class SavedDataset(ImageSource):
         ValueError: if it cannot be read, or if it is unclear which column holds the images.
     """
 
-    def __init__(self, folder: str | Path, geometry: Geometry, *, column: str | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        geometry: Geometry,
+        *,
+        column: str | None = None,
+        policy: ReadPolicy = DEFAULT_POLICY,
+    ):
         datasets = _datasets()
         try:
             found = datasets.load_from_disk(os.fspath(folder))
@@ -42,12 +50,17 @@ class SavedDataset(ImageSource):
                     f"{folder} holds the splits {sorted(found)}, but no 'train': give the folder of one split"
                 )
             found = found["train"]
-        self.column = _image_column(found.features, column, str(folder))
+        self.column = _chosen(list(found.features), lambda: _image_columns(found.features), column, str(folder))
         found = found.with_format(None).select_columns([self.column])
         if isinstance(found.features[self.column], datasets.Image):
             found = found.cast_column(self.column, datasets.Image(decode=False))
         self.data = found
-        super().__init__(str(folder), geometry)
+        super().__init__(str(folder), geometry, policy)
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return len(self.data)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -65,15 +78,15 @@ class SavedDataset(ImageSource):
 
 
 class ShardStream(ImageSource):
-    """Parquet files or webdataset shards (.tar), read one after the other through `datasets`' own readers.
+    """Parquet files or webdataset shards (.tar), read one after the other; empty ones are passed over.
 
     Every epoch has its own order of the files, and shuffles the images within windows: `DataShard.window` images are
     read, undecoded, and handed out in random order. If the number of files is a multiple of the world size, each
     process reads its own files; otherwise all processes read everything and take turns, as with
     `split_dataset_by_node`.
 
-    The shuffle buffers of `datasets` are not used: their content is lost when a run is resumed. Nor is `load_dataset`:
-    it reports every use to a server.
+    The readers and shuffle buffers of `datasets` are not used: they read whatever size a file declares, and lose their
+    content when a run is resumed.
 
     Args:
         files: all .parquet or all .tar.
@@ -83,13 +96,20 @@ class ShardStream(ImageSource):
         ValueError: for files of another kind or of several splits, for a missing file, and for a missing column.
     """
 
-    def __init__(self, files: Sequence[str | Path], geometry: Geometry, *, column: str | None = None):
+    def __init__(
+        self,
+        files: Sequence[str | Path],
+        geometry: Geometry,
+        *,
+        column: str | None = None,
+        policy: ReadPolicy = DEFAULT_POLICY,
+    ):
         self.files = [Path(file) for file in files]
-        suffixes = {file.suffix.lower() for file in self.files}
-        if suffixes not in ({".tar"}, {".parquet"}):
+        kinds = {file.suffix.lower() for file in self.files}
+        if kinds not in ({".tar"}, {".parquet"}):
             raise ValueError(
                 f"expected .tar shards or .parquet files, got {len(self.files)} files ending in "
-                f"{sorted(suffixes) or 'nothing'}: give files of one of the two kinds, or a folder of images"
+                f"{sorted(kinds) or 'nothing'}: give files of one of the two kinds, or a folder of images"
             )
         if missing := [str(file) for file in self.files if not file.is_file()]:
             raise ValueError(f"{missing[0]} does not exist ({len(missing)} of {len(self.files)} files are missing)")
@@ -99,10 +119,15 @@ class ShardStream(ImageSource):
                 f"these files belong to several splits ({', '.join(sorted(splits))}): choose one with a pattern, such "
                 f"as {self.files[0].parent / ('train*' + self.files[0].suffix)}"
             )
-        self.tar = suffixes == {".tar"}
-        self.column = None  # All columns, to find the one with the images.
-        self.column = _image_column(self._open(self.files[0]).features, column, str(self.files[0]))
-        super().__init__(str(self.files[0].parent), geometry)
+        if empty := [file for file in self.files if is_empty(file)]:
+            if len(empty) == len(self.files):
+                raise ValueError(f"{empty[0]} is empty, and so are all {len(empty)} files: download or make them again")
+            self.files = [file for file in self.files if file not in set(empty)]
+            for file in empty:
+                warnings.warn(f"{file} is empty and passed over", DCDDWarning, stacklevel=2)
+        self.tar = kinds == {".tar"}
+        self.column = self._column(self.files[0], column)
+        super().__init__(str(self.files[0].parent), geometry, policy)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,44 +158,45 @@ class ShardStream(ImageSource):
         """(number of the file, row in it, key, undecoded value) of each row from the given one on."""
         for j in range(number, len(files)):
             k = row if j == number else 0
-            rows = self._open(files[j])
-            if self.tar and _cut_short(files[j]):
-                problem = f"{files[j]} has no end marker: images may be missing from it; make it again"
-                warnings.warn(problem, DCDDWarning, stacklevel=2)
             try:
-                for value in rows.skip(k) if k else rows:
-                    name = f"{value['__key__']}.{self.column}" if self.tar else k
-                    yield j, k, f"{files[j].name}:{name}", value[self.column]
+                if self.tar and cut_short(files[j]):
+                    problem = f"{files[j]} has no end marker: images may be missing from it; make it again"
+                    warnings.warn(problem, DCDDWarning, stacklevel=2)
+                for name, value in self._open(files[j], k):
+                    yield j, k, f"{files[j].name}:{k if name is None else f'{name}.{self.column}'}", value
                     k += 1
+                if k == 0:
+                    warnings.warn(f"{files[j]} has no rows and is passed over", DCDDWarning, stacklevel=2)
             except Exception as error:
                 raise ValueError(
                     f"{files[j]} cannot be read beyond row {k} ({type(error).__name__}: {error}): it is damaged or has "
                     "other columns; make it again, or leave it out"
                 ) from error
 
-    def _open(self, file: Path):
-        """One file as a `datasets.IterableDataset`, its images as they are stored, bytes and path."""
-        datasets = _datasets()
-        from datasets.data_files import DataFilesDict, DataFilesList
-        from datasets.packaged_modules.parquet.parquet import Parquet
-        from datasets.packaged_modules.webdataset.webdataset import WebDataset
+    def _open(self, file: Path, start: int) -> Iterator[tuple[str | None, Any]]:
+        """(key in a tar, undecoded value) of each row of a file from row `start` on."""
+        if self.tar:
+            return tar_rows(file, self.column, start)
+        return ((None, value) for value in parquet_rows(file, self.column, start))
 
-        # Not as a pattern: a file's name may contain brackets.
-        files = DataFilesDict({"train": DataFilesList([str(file.absolute())], origin_metadata=[()])})
-        options = {} if self.tar or self.column is None else {"columns": [self.column]}
-        reader = WebDataset if self.tar else Parquet
-        # The reader requires a cache folder, but does not use it when it streams.
-        with tempfile.TemporaryDirectory() as unused:
-            try:
-                rows = reader(data_files=files, cache_dir=unused, **options).as_streaming_dataset(split="train")
-            except Exception as error:
-                kind = "a webdataset shard" if self.tar else "a parquet file"
-                raise ValueError(f"{file} cannot be read as {kind} ({type(error).__name__}: {error})") from error
-        # Not Image(decode=False): if the working directory holds a file of the image's name, the image's bytes would be
-        # replaced by that file's (Image.encode_example).
-        if isinstance(rows.features.get(self.column), datasets.Image):
-            rows = rows.cast_column(self.column, {"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
-        return rows
+    def _column(self, file: Path, wanted: str | None) -> str:
+        """The column of images in a file, and so in all of them."""
+        try:
+            if self.tar:
+                names, images = tar_fields(file)
+                return _chosen(names, lambda: images, wanted, str(file))
+            schema = parquet_schema(file)
+        except _NoColumn:
+            raise
+        except Exception as error:
+            kind = "a webdataset shard" if self.tar else "a parquet file"
+            raise ValueError(f"{file} cannot be read as {kind} ({type(error).__name__}: {error})") from error
+        features = _datasets().Features.from_arrow_schema(schema)
+        return _chosen(list(features), lambda: _image_columns(features), wanted, str(file))
+
+
+class _NoColumn(ValueError):
+    """There is no column of images, or more than one."""
 
 
 def _datasets():
@@ -181,32 +207,30 @@ def _datasets():
     return datasets
 
 
-def _image_column(features: Mapping[str, Any], wanted: str | None, where: str) -> str:
-    """The wanted column, or the only one that can hold images; image columns come before columns of bytes.
+def _chosen(names: Sequence[str], images: Callable[[], Sequence[str]], wanted: str | None, where: str) -> str:
+    """The wanted column, or the only one that can hold images.
 
     Raises:
         ValueError: naming the existing columns.
     """
-    datasets = _datasets()
     if wanted is not None:
-        if wanted not in features:
-            raise ValueError(f"{where} has no column {wanted!r}; it has {', '.join(features)}")
+        if wanted not in names:
+            raise _NoColumn(f"{where} has no column {wanted!r}; it has {', '.join(names)}")
         return wanted
+    found = images()
+    if len(found) != 1:
+        problem = f"has several columns of images ({', '.join(found)})" if found else "has no column of images"
+        raise _NoColumn(f"{where} {problem}; name the one to use, of {', '.join(names)}")
+    return found[0]
+
+
+def _image_columns(features: Mapping[str, Any]) -> list[str]:
+    """The columns that can hold images; image columns come before columns of bytes."""
+    datasets = _datasets()
     binary = {"binary", "large_binary"}
     kinds = (
         [name for name, feature in features.items() if isinstance(feature, datasets.Image)],
         [name for name, feature in features.items() if isinstance(feature, Mapping) and "bytes" in feature],
         [name for name, feature in features.items() if getattr(feature, "dtype", None) in binary],
     )
-    found = next((names for names in kinds if names), [])
-    if len(found) != 1:
-        problem = f"has several columns of images ({', '.join(found)})" if found else "has no column of images"
-        raise ValueError(f"{where} {problem}; name the one to use, of {', '.join(features)}")
-    return found[0]
-
-
-def _cut_short(tar: Path) -> bool:
-    """Whether a tar lacks the empty blocks at its end; tarfile reads such a file without an error."""
-    with tar.open("rb") as file:
-        file.seek(-min(1024, tar.stat().st_size), os.SEEK_END)
-        return any(file.read())
+    return next((names for names in kinds if names), [])

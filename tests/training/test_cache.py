@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import tarfile
 import time
@@ -17,9 +18,11 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.pipelines.image_files import ReadPolicy
 from dcdd_core.pipelines.images import to_pixels
 from dcdd_core.training import cache_writer
 from dcdd_core.training.batches import Batches, DataShard
@@ -40,6 +43,16 @@ def networks():
 @pytest.fixture(scope="module")
 def geometry(networks):
     return geometry_for(**networks, patch=2, resolution=32, token_resolution=16)
+
+
+class NoCodec(KLCodec):
+    """Encodes nothing."""
+
+    def __init__(self):
+        super().__init__(tiny_vae())
+
+    def encode(self, pixels):
+        raise AssertionError("nothing is to be encoded")
 
 
 def png(number, side=20):
@@ -336,7 +349,8 @@ def test_shards_stay_in_order_when_their_numbers_grow_longer(tmp_path):
     writer = cache_writer._Writer(tmp_path, None, None, 1, DataShard())
     (tmp_path / "shards").mkdir()
     for number in (100_000, 99_999, 3):
-        (tmp_path / f"shards/{number:05}.json").write_text("{}")
+        line = {"file": f"shards/{number:05}.safetensors", "items": 1, "bytes": 1, "sha256": "", "read": 1}
+        (tmp_path / f"shards/{number:05}.json").write_text(json.dumps(line | {"unreadable": [], "mark": None}))
     assert list(writer._read_lines()) == [3, 99_999, 100_000]
 
 
@@ -363,7 +377,7 @@ def test_a_stream_is_entered_where_the_cache_ends(tmp_path, geometry, networks, 
     with pytest.raises(KeyboardInterrupt):
         write(stopped, source, networks, report=stop)
     opened, real = [], type(source)._open
-    monkeypatch.setattr(type(source), "_open", lambda self, file: opened.append(file.name) or real(self, file))
+    monkeypatch.setattr(type(source), "_open", lambda self, *at: opened.append(at[0].name) or real(self, *at))
     write(stopped, source, networks)
     assert files(stopped) == expected
     assert opened == ["2.tar", "3.tar", "4.tar"]  # shard 2 began at image 8
@@ -457,9 +471,6 @@ def test_another_cache_is_not_written_over(tmp_path, whole, images, networks, ge
     (tmp_path / "fewer" / "manifest.json").write_text('{"format": "dcdd encodings 0"}')
     with pytest.raises(ValueError, match="has the format 'dcdd encodings 0', expected 'dcdd encodings 1'"):
         EncodingCache(tmp_path / "fewer")
-    (tmp_path / "fewer" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        EncodingCache(tmp_path / "fewer")
 
 
 def test_a_full_disk_loses_nothing_that_is_finished(tmp_path, whole, images, networks, monkeypatch):
@@ -489,7 +500,8 @@ def test_a_full_disk_loses_nothing_that_is_finished(tmp_path, whole, images, net
 
 
 def test_unreadable_images_are_left_out_and_counted(tmp_path, networks, geometry):
-    source = open_images(folder_of(tmp_path / "some", 10, bad=(2, 4, 5, 6, 7)), geometry)
+    policy = ReadPolicy(skip_unreadable=0.5)
+    source = open_images(folder_of(tmp_path / "some", 10, bad=(2, 4, 5, 6, 7)), geometry, policy=policy)
     with pytest.warns(UserWarning, match="002.png of .*some is skipped: UnidentifiedImageError"):
         folder = write(tmp_path / "cache", source, networks)
     encodings = EncodingCache(folder)
@@ -502,17 +514,182 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path, networks, geometry
         (entry,) = [e for e in good.entries(DataShard(seed=None), 0) if e.key == encodings.keys[i]]
         fresh = encode(good.collate([good.load(entry)]), **networks)
         torch.testing.assert_close(encodings.batch([i]).features, fresh.features, rtol=2e-3, atol=2e-3)
-    none = open_images(folder_of(tmp_path / "none", 2, bad=(0, 1)), geometry)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2 images of .*none could be read"):
-        write(tmp_path / "nothing", none, networks)
+    for share, words in ((0.01, "2 of 2 images of .* could not be read"), (1, "none of the 2 images .* can be used")):
+        policy = ReadPolicy(skip_unreadable=share)
+        none = open_images(folder_of(tmp_path / f"bad-{share}", 2, bad=(0, 1)), geometry, policy=policy)
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match=words):
+            write(tmp_path / f"nothing-{share}", none, networks)
+        with pytest.raises(ValueError, match="holds no images: write it again"):
+            EncodingCache(tmp_path / f"nothing-{share}")
 
 
-def test_too_many_unreadable_images_stop_the_writing_also_when_it_is_resumed(tmp_path, networks, geometry):
-    source = open_images(folder_of(tmp_path / "many", 110, bad=(10, 20, 106)), geometry)
-    for named in (["010.png", "020.png", "106.png"], ["106.png"]):  # the others are in the shards that are kept
-        with pytest.warns(UserWarning) as warned, pytest.raises(ValueError, match=r"3 of 107 images .* 106.png"):
-            write(tmp_path / "cache", source, networks, shard_size=15, batch_size=15)
-        assert [str(warning.message).split(" ")[0] for warning in warned] == named
+def test_too_many_unreadable_images_are_all_named_and_can_be_repaired(tmp_path, networks, geometry):
+    folder = folder_of(tmp_path / "many", 110, bad=(10, 20, 106))
+    options = {"shard_size": 15, "batch_size": 15}
+    named = ["010.png", "020.png", "106.png"]
+    with pytest.warns(UserWarning) as warned, pytest.raises(ValueError, match="3 of 110 images") as said:
+        write(tmp_path / "cache", open_images(folder, geometry), networks, **options)
+    assert [str(warning.message).split(" ")[0] for warning in warned] == named
+    assert all(name in str(said.value) for name in named)
+    # The same again says the same, without encoding anything again.
+    with pytest.raises(ValueError, match="3 of 110 images .*: 010.png, 020.png, 106.png. Check the disk"):
+        write(tmp_path / "cache", open_images(folder, geometry), {**networks, "codec": NoCodec()}, **options)
+    allowed = open_images(folder, geometry, policy=ReadPolicy(skip_unreadable=0.03))
+    write(tmp_path / "cache", allowed, networks, **options)
+    assert len(EncodingCache(tmp_path / "cache")) == 107
+    (folder / "106.png").write_bytes(png(106))
+    with pytest.warns(UserWarning, match="00007.safetensors lacks images that were unreadable and have changed"):
+        write(tmp_path / "cache", allowed, networks, **options)
+    assert len(EncodingCache(tmp_path / "cache")) == 108
+
+
+def test_small_images_are_left_out_of_a_cache_and_counted(tmp_path, networks, geometry):
+    folder = folder_of(tmp_path / "images", 6)
+    for i in (1, 4):
+        (folder / f"{i:03}.png").write_bytes(png(i, 15))
+    (folder / "notes.txt").write_text("")
+    said = []
+    with pytest.warns(UserWarning, match="it has 15 x 15 pixels"):
+        write(tmp_path / "cache", open_images(folder, geometry), networks, report=said.append)
+    assert EncodingCache(tmp_path / "cache").keys == ["000.png", "002.png", "003.png", "005.png"]
+    assert [line.split(": ", 1)[1] for line in said[-2:]] == [
+        "2 images have a side below 16 pixels (--min-side) and are left out",
+        "1 file is passed over: 1 .txt",
+    ]
+    for policy in (ReadPolicy(min_side=12), ReadPolicy(min_side=17)):
+        with pytest.raises(
+            ValueError, match="holds another cache: its images have sides of at least 16 pixels, expected"
+        ):
+            write(tmp_path / "cache", open_images(folder, geometry, policy=policy), networks)
+
+
+def test_an_unfinished_cache_of_an_earlier_version_is_continued(tmp_path, networks, geometry):
+    folder = folder_of(tmp_path / "images", 6)
+    old = write(tmp_path / "cache", open_images(folder, geometry, policy=ReadPolicy(min_side=1)), networks)
+    manifest = json.loads((old / "manifest.json").read_text())
+    assert manifest.pop("min_side") == 1
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    (old / "shards/00001.json").unlink()
+    write(old, open_images(folder, geometry), networks)
+    assert len(EncodingCache(old)) == 6 and "min_side" not in json.loads((old / "manifest.json").read_text())
+
+
+BAD_JSON = {
+    "list": ("[]", "holds a list"),
+    "empty": ("", "is empty"),
+    "half": ('{"format": "dcdd enco', "cannot be read as .*JSONDecodeError"),
+    "nested": ("[" * 200_000, "cannot be read as .*RecursionError"),
+    "pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
+    "page": ("<!DOCTYPE html><html>", "is an HTML page"),
+}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shards/00001.json", "shards/end.json"])
+@pytest.mark.parametrize("kind", BAD_JSON)
+def test_a_damaged_file_of_a_cache_is_named_in_one_line(tmp_path, whole, images, networks, name, kind):
+    folder = shutil.copytree(whole, tmp_path / "cache")
+    content, words = BAD_JSON[kind]
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} {words}.*: (copy it again|delete it)") as said:
+        write(folder, images, networks)
+    assert "\n" not in str(said.value)
+    if name == "manifest.json":
+        with pytest.raises(ValueError, match=rf"{name} {words}.*: copy it again"):
+            EncodingCache(folder)
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path, whole):
+    folder = shutil.copytree(whole, tmp_path / "cache")
+    (folder / "manifest.json").write_bytes(b"\xef\xbb\xbf" + (folder / "manifest.json").read_bytes())
+    assert len(EncodingCache(folder)) == COUNT
+
+
+WRONG_FIELDS = [
+    ("manifest.json", lambda m: m.clear(), "has the format None"),
+    ("manifest.json", lambda m: m.pop("card"), "it has no 'card'"),
+    ("manifest.json", lambda m: m.update(card=[]), "card must be an object"),
+    ("manifest.json", lambda m: m["card"].pop("channels"), "card has no channels"),
+    ("manifest.json", lambda m: m["card"].update(more=1), "card has the unknown fields"),
+    ("manifest.json", lambda m: m["card"].update(channels="16"), "card.channels must be a whole number"),
+    ("manifest.json", lambda m: m["card"].update(vae_scale=1e999), "card.vae_scale must be a finite number"),
+    ("manifest.json", lambda m: m["card"].update(tokenizer=3), "card.tokenizer must be a text"),
+    ("manifest.json", lambda m: m["card"].update(pixels=0), "card.pixels must be true or false"),
+    ("manifest.json", lambda m: m["card"].update(geometry=7), "card.geometry must be an object"),
+    ("manifest.json", lambda m: m["card"]["geometry"].update(resolution=[]), "resolution must be a whole number"),
+    ("manifest.json", lambda m: m.update(source="images"), "source must be an object"),
+    ("manifest.json", lambda m: m["source"].update(name=3), "source.name must be a text"),
+    ("manifest.json", lambda m: m.update(shard_size=0), "shard_size must be a whole number at least 1"),
+    ("manifest.json", lambda m: m.update(min_side="a"), "min_side must be a whole number at least 1"),
+    ("manifest.json", lambda m: m.update(complete="yes"), "expected complete to be true or false"),
+    ("manifest.json", lambda m: m.update(shards={}), "and shards a list"),
+    ("manifest.json", lambda m: m.update(shards=[[]]), r"shards\[0\] must be an object"),
+    ("manifest.json", lambda m: m["shards"][1].pop("bytes"), r"shards\[1\] has no bytes"),
+    (
+        "manifest.json",
+        lambda m: m["shards"][1].update(items=-1),
+        r"shards\[1\].items must be a whole number at least 0",
+    ),
+    ("manifest.json", lambda m: m["shards"][1].update(items=10**30), r"shards\[1\].items must be a whole number"),
+    (
+        "manifest.json",
+        lambda m: m["shards"][1].update(file="../a.safetensors"),
+        r"shards\[1\].file must be of the form",
+    ),
+    ("manifest.json", lambda m: m["shards"][1].update(sha256=None), r"shards\[1\].sha256 must be a text"),
+    ("shards/00001.json", lambda m: m.pop("read"), "the line has no read"),
+    ("shards/00001.json", lambda m: m.update(read="4"), "read must be a whole number"),
+    ("shards/00001.json", lambda m: m.update(unreadable=[3]), "unreadable must be a list of names"),
+    ("shards/00001.json", lambda m: m.update(mark=[1, 2]), "mark must be three whole numbers or null"),
+    ("shards/00001.json", lambda m: m.update(file="/etc/passwd"), "the line.file must be of the form"),
+    ("shards/end.json", lambda m: m.update(positions=[]), "positions must be a whole number"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "words"), WRONG_FIELDS)
+def test_a_wrong_field_of_a_cache_is_named(tmp_path, whole, images, networks, name, change, words):
+    folder = shutil.copytree(whole, tmp_path / "cache")
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{name}.*{words}"):
+        write(folder, images, networks)
+    if name == "manifest.json":
+        with pytest.raises(ValueError, match=f"manifest.json.*{words}"):
+            EncodingCache(folder)
+
+
+def test_a_shard_of_other_tensors_is_named(tmp_path, whole):
+    folder = shutil.copytree(whole, tmp_path / "cache")
+    path = folder / "shards/00001.safetensors"
+
+    def opened(content):
+        path.write_bytes(content)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["shards"][1]["bytes"] = len(content)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return EncodingCache(folder)
+
+    held = load(path.read_bytes())
+    for tensors in (
+        {"features": held["features"]},
+        held | {"latents": held["latents"][:, :, 1:]},
+        held | {"features": held["features"][1:]},
+        held | {"latents": held["latents"].float()},
+    ):
+        cache = opened(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"dcdd": "{}"}))
+        with pytest.raises(ValueError, match="00001.safetensors holds .*, expected .*'features': .*: copy it again"):
+            cache.batch([5])
+        with pytest.raises(ValueError, match="00001.safetensors names None, expected 4 images"):
+            _ = cache.keys
+    cache = opened(save(held))
+    with pytest.raises(ValueError, match="00001.safetensors cannot be read as the header of a shard"):
+        _ = cache.keys
+    for content, words in (
+        (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+        (b"x" * 99, "cannot"),
+    ):
+        with pytest.raises(ValueError, match=f"00001.safetensors {words}.*: copy it again"):
+            opened(content).batch([5])
 
 
 def test_encodings_that_are_not_finite_are_not_stored(tmp_path, images, networks):
