@@ -1,8 +1,9 @@
-"""Checks of settings: numbers in range, and the same settings as an earlier run that is resumed."""
+"""Checks of settings: types, numbers in range, and the same settings as an earlier run that is resumed."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,73 @@ def require_at_least(least: int, **numbers: int) -> None:
     for name, number in numbers.items():
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
+
+
+def require_number(
+    name: str,
+    value: Any,
+    *,
+    whole: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    optional: bool = False,
+    remedy: str = "",
+) -> None:
+    """Refuses what is no finite number within these limits; True and False are none.
+
+    Args:
+        name: of the field, for the message.
+        least, most: the limits, themselves allowed.
+        above, below: the limits, themselves refused.
+        optional: None is allowed.
+        remedy: what to do about it.
+
+    Raises:
+        ValueError: with what came and what was expected.
+    """
+    if optional and value is None:
+        return
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    # False of NaN and infinity, and of an int that is too large for a float.
+    fits = number and abs(value) <= sys.float_info.max
+    fits = fits and (least is None or value >= least) and (most is None or value <= most)
+    if fits and (above is None or value > above) and (below is None or value < below):
+        return
+    if least is not None and most is not None:
+        words = f" in {least:,}..{most:,}"
+    else:
+        limits = {"of at least": least, "above": above, "of at most": most, "below": below}
+        stated = [f"{word} {limit:,}" for word, limit in limits.items() if limit is not None]
+        words = f" {' and '.join(stated)}" if stated else ""
+    kind = "a whole number" if whole else "a finite number"
+    raise ValueError(
+        f"{name} must be {kind}{words}{' or None' if optional else ''}, got {shown(value)}"
+        + (f": {remedy}" if remedy else "")
+    )
+
+
+def require_text(name: str, value: Any, *, optional: bool = False, remedy: str = "") -> None:
+    """Refuses what is no text; arguments as `require_number`.
+
+    Raises:
+        ValueError: with what came and what was expected.
+    """
+    if not isinstance(value, str) and not (optional and value is None):
+        raise ValueError(
+            f"{name} must be a text{' or None' if optional else ''}, got {shown(value)}"
+            + (f": {remedy}" if remedy else "")
+        )
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value that came in the place of another, for an error message: its beginning, if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        text = f"a {type(value).__name__} too long to write"
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def require_same_settings(what: str, before: Mapping[str, Any], now: Mapping[str, Any], *, remedy: str) -> None:

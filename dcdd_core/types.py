@@ -10,6 +10,7 @@ Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dimension.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import cached_property
@@ -19,11 +20,16 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from .files import read_record, write_record
+from .files import in_file, read_record, write_record
+from .settings import require_number, require_text, shown
 
 Source = Literal["vlm", "proxy"]
 #: What to do about a number of a calibration, and about a condition of wrong shapes.
 _CALIBRATED = "give one that is, or calibrate again"
+_SAMPLED = "sample or encode again"
+#: The largest scale or anchor of a calibration. Fits end below 20,000; logits stay far from float32's limit.
+_LARGEST = 1e6
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAPPED = "`method.lcdm.map_logits` makes both"
 _GRID_FIELDS = ("grid", "source", "guidance", "temperature", "model", "codebook", "calibrated")
 
@@ -49,6 +55,8 @@ class Codebook:
         v = self.vectors
         if not isinstance(v, torch.Tensor) or v.ndim != 2 or v.shape[0] < 2 or v.shape[1] < 1:
             raise ValueError(f"a codebook is a tensor [K >= 2, D >= 1], got {_describe(v)}")
+        if v.is_complex():
+            raise ValueError(f"a codebook holds real numbers, got {_describe(v)}")
         v = v.detach().float()
         if not bool(torch.isfinite(v).all()):
             raise ValueError("the codebook holds NaN or infinity: its file is damaged or was cast to too small a dtype")
@@ -118,7 +126,8 @@ class Codebook:
             ValueError: naming a file that is absent, damaged or of another kind.
         """
         tensors, _ = read_record(path, "codebook", ("vectors",), ())
-        return cls(tensors["vectors"])
+        with in_file(path):
+            return cls(tensors["vectors"])
 
 
 def same_codebook(first: str | None, second: str | None) -> bool:
@@ -167,7 +176,7 @@ class TokenLogits:
 
     def __post_init__(self):
         logits, tokens = self.logits, self.tokens
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or not logits.is_floating_point():
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or logits.dtype not in _FLOATS:
             raise ValueError(f"logits must be a floating-point tensor [B, N, K], got {_describe(logits)}")
         object.__setattr__(self, "grid", _check_grid(self.grid, logits.shape[1]))
         if logits.shape[0] < 1 or logits.shape[2] < 2:
@@ -185,7 +194,13 @@ class TokenLogits:
                 "sample again, with float32 logits if they came from half precision"
             )
         if self.source not in ("vlm", "proxy"):
-            raise ValueError(f"source must be 'vlm' or 'proxy', got {self.source!r}")
+            raise ValueError(f"source must be 'vlm' or 'proxy', got {shown(self.source)}: {_SAMPLED}")
+        require_number("guidance", self.guidance, optional=True, remedy=_SAMPLED)
+        require_number("temperature", self.temperature, least=0, optional=True, remedy=_SAMPLED)
+        require_text("model", self.model, remedy=_SAMPLED)
+        require_text("codebook", self.codebook, optional=True, remedy=_SAMPLED)
+        if not isinstance(self.calibrated, bool):
+            raise ValueError(f"calibrated must be true or false, got {shown(self.calibrated)}: {_SAMPLED}")
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TokenLogits:
         """The same on another device, with the logits in another dtype if one is given."""
@@ -221,7 +236,8 @@ class TokenLogits:
             ValueError: naming a file that is absent, damaged or of another kind.
         """
         tensors, meta = read_record(path, "token logits", ("logits", "tokens"), _GRID_FIELDS)
-        return cls(**tensors, **meta)
+        with in_file(path):
+            return cls(**tensors, **meta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,15 +262,16 @@ class Condition:
 
     def __post_init__(self):
         c, u = self.code_vectors, self.uncertainty
-        if not isinstance(c, torch.Tensor) or c.ndim != 3 or not c.is_floating_point():
+        if not isinstance(c, torch.Tensor) or c.ndim != 3 or c.dtype not in _FLOATS:
             raise ValueError(f"code vectors must be a floating-point tensor [B, N, D], got {_describe(c)}: {_MAPPED}")
-        if not isinstance(u, torch.Tensor) or u.shape != (*c.shape[:2], 4) or not u.is_floating_point():
+        if not isinstance(u, torch.Tensor) or u.shape != (*c.shape[:2], 4) or u.dtype not in _FLOATS:
             raise ValueError(f"uncertainty must be floating point {[*c.shape[:2], 4]}, got {_describe(u)}: {_MAPPED}")
         object.__setattr__(self, "grid", _check_grid(self.grid, c.shape[1]))
         if c.shape[0] < 1:
             raise ValueError(f"a condition needs a batch of at least 1, got {_describe(c)}: {_MAPPED}")
         if not bool(torch.isfinite(c).all()) or not bool(torch.isfinite(u).all()):
             raise ValueError("the condition holds NaN or infinity: map its logits again")
+        require_text("codebook", self.codebook, optional=True, remedy="map its logits again")
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Condition:
         """The same on another device, in another dtype if one is given."""
@@ -292,7 +309,8 @@ class Condition:
             ValueError: naming a file that is absent, damaged or of another kind.
         """
         tensors, meta = read_record(path, "condition", ("code_vectors", "uncertainty"), ("grid", "codebook"))
-        return cls(**tensors, **meta)
+        with in_file(path):
+            return cls(**tensors, **meta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,8 +332,8 @@ class CalibrationStatistics:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if not (isinstance(value, (int, float)) and -1e-6 <= value <= 1 + 1e-6):
-                raise ValueError(f"{name} must lie in 0..1, got {value!r}: measure it again")
+            # The mean of numbers that are all 1 may round beyond it.
+            require_number(name, value, least=-1e-6, most=1 + 1e-6, remedy="measure it again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,19 +369,26 @@ class Calibration:
     codebook: str | None = None
 
     def __post_init__(self):
-        for name in ("scale", "affine_scale", "affine_bias", "smoothing", "anchor"):
-            if not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"calibration {name} must be a number, got {getattr(self, name)!r}: {_CALIBRATED}")
-        checks = {
-            "scale": (self.scale, 0 < self.scale < math.inf, "a positive number"),
-            "affine_scale": (self.affine_scale, 0 < self.affine_scale < math.inf, "a positive number"),
-            "affine_bias": (self.affine_bias, math.isfinite(self.affine_bias), "a finite number"),
-            "smoothing": (self.smoothing, 0 <= self.smoothing < 1, "in [0, 1)"),
-            "anchor": (self.anchor, 0 <= self.anchor < math.inf, "a number >= 0"),
+        for name in ("scale", "affine_scale"):
+            require_number(f"calibration {name}", getattr(self, name), above=0, most=_LARGEST, remedy=_CALIBRATED)
+        limits = {
+            "affine_bias": {"least": -_LARGEST, "most": _LARGEST},
+            "smoothing": {"least": 0, "below": 1},
+            "anchor": {"least": 0, "most": _LARGEST},
+            "guidance": {"optional": True},
+            "temperature": {"least": 0, "optional": True},
         }
-        for name, (value, fits, expected) in checks.items():
-            if not fits:
-                raise ValueError(f"calibration {name} must be {expected}, got {value!r}: {_CALIBRATED}")
+        for name, limit in limits.items():
+            require_number(f"calibration {name}", getattr(self, name), **limit, remedy=_CALIBRATED)
+        for name in ("target", "achieved"):
+            if not isinstance(getattr(self, name), (CalibrationStatistics, type(None))):
+                raise ValueError(
+                    f"calibration {name} must be statistics or None, got {shown(getattr(self, name))}: {_CALIBRATED}"
+                )
+        if not isinstance(self.converged, bool):
+            raise ValueError(f"calibration converged must be true or false, got {shown(self.converged)}: {_CALIBRATED}")
+        require_text("calibration vlm", self.vlm, remedy=_CALIBRATED)
+        require_text("calibration codebook", self.codebook, optional=True, remedy=_CALIBRATED)
 
     def to(self, device: torch.device | str) -> Calibration:
         """Itself: there are no tensors in it."""
@@ -390,20 +415,22 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
-        """Raises ValueError for unknown or missing names."""
+        """Raises ValueError for unknown or missing names, and for values that are none of a calibration's."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a calibration must be an object, got {shown(values)}: {_CALIBRATED}")
         values = dict(values)
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown or "scale" not in values:
+        known = set(cls.__dataclass_fields__)
+        if "scale" not in values or not set(values) <= known:
             raise ValueError(
-                f"not a calibration: unknown {sorted(unknown) or 'none'}, "
-                f"{'missing scale, ' if 'scale' not in values else ''}expected {sorted(cls.__dataclass_fields__)}"
+                f"a calibration must hold scale, and others of {sorted(known)}, got {shown(sorted(values))}: "
+                f"{_CALIBRATED}"
             )
         for name in ("target", "achieved"):
             if values.get(name) is not None:
                 expected = set(CalibrationStatistics.__dataclass_fields__)
                 if not isinstance(values[name], dict) or set(values[name]) != expected:
                     raise ValueError(
-                        f"calibration {name} must hold {sorted(expected)}, got {values[name]!r}: calibrate again"
+                        f"calibration {name} must hold {sorted(expected)}, got {shown(values[name])}: calibrate again"
                     )
                 values[name] = CalibrationStatistics(**values[name])
         return cls(**values)
@@ -423,7 +450,9 @@ class Calibration:
         Raises:
             ValueError: naming a file that is absent, damaged or of another kind.
         """
-        return cls.from_dict(read_record(path, "calibration", (), tuple(cls.__dataclass_fields__))[1])
+        _, values = read_record(path, "calibration", (), tuple(cls.__dataclass_fields__))
+        with in_file(path):
+            return cls.from_dict(values)
 
 
 def _joined(parts: Sequence[Any], tensors: Sequence[str], fields: Sequence[str]) -> Any:
@@ -438,11 +467,17 @@ def _joined(parts: Sequence[Any], tensors: Sequence[str], fields: Sequence[str])
 
 def _check_grid(grid: Any, tokens: int) -> tuple[int, int]:
     try:
-        h, w = (int(side) for side in grid)
+        h, w = (operator.index(side) for side in grid)
+        if any(isinstance(side, bool) for side in grid):
+            raise TypeError
     except (TypeError, ValueError):
-        raise ValueError(f"grid must be two whole numbers (h, w), got {grid!r}") from None
+        raise ValueError(
+            f"grid must be two whole numbers (h, w), got {shown(grid)}: give the (h, w) they were sampled on"
+        ) from None
     if h < 1 or w < 1 or h * w != tokens:
-        raise ValueError(f"a grid of {h} x {w} does not hold {tokens} tokens: give the (h, w) they were sampled on")
+        raise ValueError(
+            f"a grid of {shown(h)} x {shown(w)} does not hold {tokens} tokens: give the (h, w) they were sampled on"
+        )
     return h, w
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dcdd_core.types import (
@@ -231,6 +234,109 @@ def test_loading_says_what_it_found(tmp_path):
     CALIBRATION.save(path)
     with pytest.raises(ValueError, match="holds calibration.*expected a codebook"):
         Codebook.load(path)
+
+
+#: Values of wrong types, by a name; a field's own kind of value is left out of its list below.
+WRONG = {
+    "list": [],
+    "object": {},
+    "text": "5",
+    "true": True,
+    "number": 5,
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "negative": -1,
+    "long number": 10**400,
+    "nested": [[[[]]]],
+}
+FILES = {
+    "token logits": logits(guidance=5.0, temperature=0.9, model="janus", codebook="5x3:+0.1"),
+    "condition": condition(codebook="5x3:+0.1"),
+    "calibration": CALIBRATION,
+}
+#: Which of them a field may have: else a line names the file and the field.
+FINE = {
+    "guidance": {"number", "negative"},
+    "temperature": {"number"},
+    "model": {"text"},
+    "codebook": {"text"},
+    "calibrated": {"true"},
+    "scale": {"number"},
+    "affine_scale": {"number"},
+    "affine_bias": {"number", "negative"},
+    "anchor": {"number"},
+    "converged": {"true"},
+    "vlm": {"text"},
+}
+
+
+def with_header(path, kind, **changes):
+    """The file of `FILES[kind]` with other values in its header; paths of names are joined with a dot."""
+    FILES[kind].save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    fields = json.loads(metadata["dcdd"])
+    for name, value in changes.items():
+        *parents, last = name.split(".")
+        owner = fields
+        for parent in parents:
+            owner = owner[parent]
+        owner[last] = value
+    save_file(tensors, path, metadata=metadata | {"dcdd": json.dumps(fields)})
+    return path
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        *(("token logits", field) for field in ("grid", "source", "guidance", "temperature", "model", "codebook")),
+        ("token logits", "calibrated"),
+        *(("condition", field) for field in ("grid", "codebook")),
+        *(("calibration", field.name) for field in dataclasses.fields(Calibration)),
+        *(("calibration", f"target.{field.name}") for field in dataclasses.fields(CalibrationStatistics)),
+    ],
+)
+def test_a_wrong_value_in_a_file_is_named(tmp_path, kind, field, wrong):
+    path = with_header(tmp_path / "it.safetensors", kind, **{field: WRONG[wrong]})
+    name = field.rpartition(".")[2]
+    if wrong in FINE.get(name, ()):
+        assert getattr(type(FILES[kind]).load(path), name) == WRONG[wrong]
+        return
+    with pytest.raises(ValueError, match=f"^{path}: .*{name} must .*, got ") as caught:
+        type(FILES[kind]).load(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("grid", [[2, 3, 1], [2.0, 3.0], ["2", "3"], [True, 6], [2, None], 10**400, [10**400, 3]])
+def test_a_grid_of_other_values_is_refused(tmp_path, grid):
+    for kind in ("token logits", "condition"):
+        path = with_header(tmp_path / "it.safetensors", kind, grid=grid)
+        with pytest.raises(ValueError, match=f"^{path}: .*grid"):
+            type(FILES[kind]).load(path)
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.bool, torch.complex64])
+def test_tensors_of_other_types_are_refused(tmp_path, kind, dtype):
+    path = tmp_path / "it.safetensors"
+    FILES[kind].save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, names = file.metadata(), list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
+    for name in names:
+        save_file({**tensors, name: tensors[name].to(dtype)}, path, metadata=metadata)
+        with pytest.raises(ValueError, match=f"^{path}: {name.replace('_', ' ')} must be"):
+            type(FILES[kind]).load(path)
+
+
+@pytest.mark.parametrize("kind", [Codebook, TokenLogits, Condition, Calibration])
+def test_what_is_no_file_is_refused(tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder", "nothing"):
+        with pytest.raises(ValueError, match=f"{name} (is a|does not exist).*; expected a file with a"):
+            kind.load(tmp_path / name)
 
 
 def test_a_grid_in_a_file_is_checked(tmp_path):

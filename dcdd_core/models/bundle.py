@@ -9,10 +9,19 @@ from pathlib import Path
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .. import registry
-from ..files import write_tensors
+from ..files import (
+    in_file,
+    is_finite,
+    json_object,
+    open_tensors,
+    reading,
+    require_checksums,
+    stored_checksums,
+    write_tensors,
+)
+from ..settings import shown
 from ..types import Calibration
 from .card import DecoderCard
 from .checkpoints import StoredTensors, find_tensors, load_strictly, misfits
@@ -20,6 +29,7 @@ from .decoder import DistributionConditionedDecoder
 from .int8 import store_in_int8
 
 _FORMAT = "dcdd decoder 1"
+_BUNDLE = "a DCDD decoder bundle (.safetensors)"
 #: The first diffusers that streams torchao's tensors.
 _STREAMS_TORCHAO = (0, 38)
 
@@ -82,7 +92,7 @@ def save_bundle(
         dtype: storage type.
 
     Raises:
-        ValueError: for a decoder that was folded for painting.
+        ValueError: for a decoder that was folded for painting, and for weights that are NaN or infinite in `dtype`.
         OSError: if it cannot be written, such as on a full disk; what was there stays.
     """
     if decoder.backbone.folded:
@@ -94,7 +104,12 @@ def save_bundle(
     kept = {k: v for k, v in of_transformer.items() if trained(k) and not decoder.backbone.unused(k)}
     tensors |= {f"transformer.{k}": v for k, v in kept.items()}
     tensors = {k: v.to("cpu", dtype) for k, v in tensors.items()}
-    write_tensors(path, tensors, {"format": _FORMAT, "card": json.dumps(asdict(decoder.card))})
+    if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        raise ValueError(
+            f"{path} was not written: {shown(broken)} hold NaN or infinity in {str(dtype).removeprefix('torch.')}: the "
+            "training diverged, resume it from an earlier checkpoint at a lower learning rate"
+        )
+    write_tensors(path, tensors, {"format": _FORMAT, "card": json.dumps(asdict(decoder.card))}, checksums=True)
 
 
 def read_card(path: str | Path) -> DecoderCard:
@@ -103,31 +118,25 @@ def read_card(path: str | Path) -> DecoderCard:
     Raises:
         ValueError: if the file is missing, damaged, or no bundle.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected a DCDD decoder bundle (.safetensors)")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}): download it again") from error
+    with open_tensors(path, _BUNDLE) as file, reading(path, _BUNDLE):
+        header = file.metadata() or {}
     if header.get("format") != _FORMAT:
         raise ValueError(
             f"{path} is no DCDD decoder bundle (its header has no {_FORMAT!r}); a bundle is made by training"
         )
-    try:
-        values = json.loads(header["card"])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: its card is no JSON ({error}); download it again") from error
+    values = json_object(header.get("card", ""), path, "a decoder's card")
     known = {field.name for field in fields(DecoderCard)}
     if set(values) != known:
         raise ValueError(
-            f"{path} was written by another version: its card has {sorted(set(values) - known)} more and "
+            f"{path} was written by another version: its card has {shown(sorted(set(values) - known))} more and "
             f"{sorted(known - set(values))} less than this one reads; update ComfyUI-DCDD, or train it again"
         )
-    if values["calibration"] is not None:
-        values["calibration"] = Calibration.from_dict(values["calibration"])
-    return DecoderCard(**values)
+    try:
+        if values["calibration"] is not None:
+            values["calibration"] = Calibration.from_dict(values["calibration"])
+        return DecoderCard(**values)
+    except ValueError as error:
+        raise ValueError(f"the card of {path} cannot be used: {error}; download the bundle again") from error
 
 
 def load_decoder(
@@ -136,21 +145,47 @@ def load_decoder(
     """Loads a bundle over its base model, without what cannot reach the output.
 
     Of FLUX.1-Fill's 11.90 billion parameters, 6.46 are held for painting and 8.66 for training. What is dropped is not
-    read; what `Backbone.fold` takes out is read when a schedule is new, so the files must stay where they are.
+    read, except that the bundle is read through once for its checksums; what `Backbone.fold` takes out is read when a
+    schedule is new, so the files must stay where they are.
 
     Args:
         base: the base model, in a layout that its `BackboneFamily` reads. Of it only what the bundle lacks is read;
             None if that is nothing.
 
     Raises:
-        ValueError: naming the base that is needed, or the tensors that are missing, unexpected or of a wrong shape; for
-            `eight_bit` without torchao.
+        ValueError: naming the base that is needed, or the tensors that are missing, unexpected, of a wrong shape, not
+            finite or not what was written; for `eight_bit` without torchao.
     """
     card = read_card(path)
-    with torch.device("meta"):
+    with in_file(path), torch.device("meta"):
         decoder = DistributionConditionedDecoder.build(card)
     what = f"{path}" + (f" over {base}" if base else "")
-    return fill_decoder(decoder, _find(path, base, decoder), options or DecoderOptions(), what=what)
+    stored = _find(path, base, decoder)
+    _require_sound(path, decoder)
+    return fill_decoder(decoder, stored, options or DecoderOptions(), what=what)
+
+
+def _require_sound(path: str | Path, decoder: DistributionConditionedDecoder) -> None:
+    """Reads a bundle once, a tensor at a time, and refuses one with tensors that are not finite or not those that were
+    written; what is unused is left out. Older bundles have no checksums to compare with.
+    """
+    with open_tensors(path, _BUNDLE) as file:
+        with reading(path, _BUNDLE):
+            metadata, names = file.metadata() or {}, list(file.keys())
+        checksums = stored_checksums(path, metadata)
+        if absent := sorted(set(checksums) - set(names)):
+            raise ValueError(f"{path} is damaged: it lacks {shown(absent)}: take another copy of the file")
+        for name in names:
+            if decoder.backbone.unused(name.removeprefix("transformer.")):
+                continue
+            with reading(path, _BUNDLE):
+                tensor = file.get_tensor(name)
+            require_checksums(path, {name: tensor}, checksums)
+            if not is_finite(tensor):
+                raise ValueError(
+                    f"{path} holds NaN or infinity in {name}: its training diverged or the file is damaged, take "
+                    "another bundle"
+                )
 
 
 def fill_decoder(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..settings import require_number, require_text, shown
 from ..types import Calibration
 
 #: What a decoder can be conditioned on: the paper's Table 4.
 VARIANTS = ("discrete", "lcdm", "lcdm+lc")
 #: What of a VLM's output a decoder can be served.
 READINGS = ("logits", "anchored", "tokens")
+#: The most Euler steps; more change nothing that can be seen.
+MOST_STEPS = 1000
+#: The largest of a card's sizes: far beyond every network's, and small enough to be multiplied.
+_LARGEST = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class DecoderCard:
         licence: of the weights.
 
     Raises:
-        ValueError: for an unknown variant or reading, and for numbers out of range.
+        ValueError: for an unknown variant or reading, values of wrong types, and numbers out of range.
     """
 
     base: str
@@ -62,17 +66,31 @@ class DecoderCard:
     licence: str = ""
 
     def __post_init__(self):
+        for name in ("base", "tokenizer", "codebook", "licence"):
+            require_text(name, getattr(self, name))
+        if not isinstance(self.base_config, dict):
+            raise ValueError(f"base_config must be an object, got {shown(self.base_config)}")
         if self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {shown(self.variant)}")
         if self.reads not in READINGS:
-            raise ValueError(f"reads must be one of {', '.join(READINGS)}, got {self.reads!r}")
-        if self.shift is not None and not math.isfinite(self.shift):
-            raise ValueError(f"shift must be a finite number, or None for the backbone's own, got {self.shift!r}")
-        if self.steps < 1 or not self.pixels_per_token > 0 or self.vae_factor < 1:
+            raise ValueError(f"reads must be one of {', '.join(READINGS)}, got {shown(self.reads)}")
+        if not isinstance(self.calibration, (Calibration, type(None))):
+            raise ValueError(f"calibration must be a calibration or None, got {shown(self.calibration)}")
+        for name in ("code_dim", "width", "resolution", "vae_factor"):
+            require_number(name, getattr(self, name), whole=True, least=1, most=_LARGEST)
+        if self.width % 8:
+            raise ValueError(f"width must be a multiple of 8, got {self.width}")
+        require_number("pixels_per_token", self.pixels_per_token, above=0, most=_LARGEST)
+        require_number("steps", self.steps, whole=True, least=1, most=MOST_STEPS)
+        require_number("vae_shift", self.vae_shift, optional=True)
+        require_number("vae_scale", self.vae_scale, above=0, optional=True)
+        if (self.vae_shift is None) != (self.vae_scale is None):
             raise ValueError(
-                f"a decoder needs at least 1 step, and pixels for a token and a latent, got steps={self.steps}, "
-                f"pixels_per_token={self.pixels_per_token}, vae_factor={self.vae_factor}"
+                f"vae_shift and vae_scale must be two numbers or both None, got {self.vae_shift} and {self.vae_scale}"
             )
+        # As far as `method.flow.timesteps` goes.
+        require_number("shift", self.shift, least=-100, most=100, optional=True)
+        require_number("guidance", self.guidance, least=0, most=_LARGEST)
 
     def painted_size(self, grid: tuple[int, int], *, patch: int = 2) -> tuple[int, int]:
         """(H, W) in pixels of the image that an (h, w) grid of tokens becomes.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from ..files import is_finite
 from ..method.latents import scale_latents, unscale_latents
 from . import layouts
 from .checkpoints import load_strictly, read_config
@@ -90,8 +91,22 @@ class KLCodec:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """See `LatentCodec.decode`."""
-        return self.model.decode(latents.to(self.model.device, self.model.dtype)).sample.float().clamp(-1, 1)
+        """See `LatentCodec.decode`.
+
+        Raises:
+            ValueError: if the pixels are NaN or infinite, such as in float16.
+        """
+        pixels = self._decode(latents)
+        # Before they are clamped: infinity would become white.
+        if not is_finite(pixels):
+            raise ValueError(
+                f"the autoencoder decodes the latents to NaN or infinity; it computes in "
+                f"{str(self.model.dtype).removeprefix('torch.')}: load it in float32, or use another one"
+            )
+        return pixels.clamp(-1, 1)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.model.decode(latents.to(self.model.device, self.model.dtype)).sample.float()
 
     def normalize(self, latents: torch.Tensor) -> torch.Tensor:
         """z0 = (z - shift) scale (Eq. 17)."""
@@ -103,7 +118,10 @@ class KLCodec:
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor | None:
         """The images themselves, of a small network; None of a large one."""
-        return torch.cat([self.decode(one) for one in latents.split(1)]) if self._small else None
+        if not self._small:
+            return None
+        with torch.no_grad():
+            return torch.cat([self._decode(one).clamp(-1, 1) for one in latents.split(1)])
 
     def working_memory(self, height: int, width: int) -> int:
         """Bytes for one image in float32, from what ComfyUI assumes of decoding with FLUX's, of 128 channels."""

@@ -11,12 +11,15 @@ from itertools import pairwise
 
 import torch
 
+from ..files import is_finite
 from ..method.chunks import check_codebooks
 from ..method.flow import euler_step, recover_clean, timesteps
 from ..method.lcdm import map_logits
 from ..method.sampling import keyed_generator
+from ..models.card import MOST_STEPS
 from ..models.decoder import DistributionConditionedDecoder
 from ..protocols import ImageTokenizer, LatentCodec, OnLayer
+from ..settings import require_number
 from ..types import Condition, TokenLogits, same_codebook
 from .host import PLAIN, Host
 from .oom import in_parts, one_by_one
@@ -206,7 +209,8 @@ def paint(
         on_prepare: called with (layers read, layers) while a new schedule is prepared; may raise to stop.
 
     Raises:
-        ValueError: for another tokenizer's condition, and a wrong number of seeds.
+        ValueError: for another tokenizer's condition, a wrong number of seeds or steps, and a canvas that is not
+            finite; naming the first step after which the latents are not.
     """
     card, backbone, batch = decoder.card, decoder.backbone, len(condition.code_vectors)
     _check_condition(decoder, condition)
@@ -215,6 +219,12 @@ def paint(
     height, width = canvas.given.shape[2:]
     size = (height, width)
     steps = card.steps if steps is None else steps
+    require_number("steps", steps, whole=True, least=1, most=MOST_STEPS)
+    if not is_finite(canvas.given):
+        raise ValueError(
+            "the autoencoder's latents of the image to keep hold NaN or infinity: check that image, or load the "
+            "autoencoder in float32"
+        )
 
     given = codec.normalize(canvas.given.to(device))
     context = backbone.context(given, canvas.area.to(device), card.vae_factor).to(dtype)
@@ -225,12 +235,18 @@ def paint(
         shift = backbone.default_shift(x.shape[1], steps) if card.shift is None else card.shift
     times = timesteps(steps, shift=shift).tolist()
     decoder.prepare(times[:-1], on_layer=on_prepare)
+    finite: list[torch.Tensor] = []
     for i, (now, after) in enumerate(pairwise(times)):
         t = torch.full((batch,), now)
         v = decoder(x.to(dtype), context, fused, t, size).float()
         if on_step is not None:
             on_step(i + 1, steps, codec.denormalize(backbone.unpack(recover_clean(x, v, now), size)))
         x = euler_step(x, v, now, after)
+        # NaN and infinity stay in a sum. It is looked at later, since a GPU would be waited for.
+        finite.append(x.sum().isfinite())
+        if x.device.type == "cpu":
+            _require_finite(finite, dtype)
+    _require_finite(finite, dtype)
     return codec.denormalize(backbone.unpack(x, size))
 
 
@@ -242,8 +258,18 @@ def pixels_of(
 
     Args:
         image, mask: see `canvas_of`; where the mask is 0, the image comes back to the last bit.
+
+    Raises:
+        ValueError: for latents that are not finite, and a codec that makes such pixels of finite ones.
     """
+    if not is_finite(latents):
+        raise ValueError("the latents hold NaN or infinity, and cannot become an image: paint them again")
     pixels = torch.cat([codec.decode(one) for one in latents.split(1)]).to(latents.device)
+    if not is_finite(pixels):
+        raise ValueError(
+            "the autoencoder decodes the latents to NaN or infinity: load it in float32 (in ComfyUI: --fp32-vae), or "
+            "use another one"
+        )
     if image is None:
         return pixels
     image, mask = image.to(pixels), mask.to(pixels)
@@ -264,6 +290,22 @@ def _check_condition(decoder: DistributionConditionedDecoder, condition: Conditi
         )
 
 
+def _require_finite(finite: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+    """Refuses a painting of which a step, by number, was not finite.
+
+    Args:
+        finite: whether the latents were, after each step.
+        dtype: that the decoder computes in.
+    """
+    if bool(finite[-1]):
+        return
+    step = 1 + [bool(each) for each in torch.stack(list(finite)).tolist()].index(False)
+    remedy = "its weights are damaged or of a training that diverged: use another bundle or base model"
+    if dtype != torch.float32:
+        remedy = f"it computes in {str(dtype).removeprefix('torch.')}: load it in float32; or else {remedy}"
+    raise ValueError(f"the decoder's latents became NaN or infinite in step {step}: {remedy}")
+
+
 def _check_seeds(seeds: Sequence[int], batch: int) -> None:
     if len(seeds) != batch:
         raise ValueError(f"got {len(seeds)} seeds for {batch} images: give one seed an image")
@@ -275,6 +317,8 @@ def _check_part(image: torch.Tensor | None, mask: torch.Tensor | None, batch: in
     for name, value, channels in (("image", image, 3), ("mask", mask, 1)):
         if value is None:
             continue
+        if not is_finite(value):
+            raise ValueError(f"the {name} holds NaN or infinity: give one of finite numbers")
         if value.ndim != 4 or value.shape[0] not in (1, batch) or value.shape[1:] != (channels, *size):
             raise ValueError(
                 f"the {name} is {list(value.shape)}, expected [{batch} or 1, {channels}, {size[0]}, {size[1]}]: "

@@ -1,10 +1,15 @@
 """The decoder against diffusers' own forward pass, and its bundles."""
 
-from math import nan
+import json
+import os
+import time
+from dataclasses import asdict, fields
+from math import inf, nan
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dcdd_core.method.latents import position_ids
@@ -14,6 +19,7 @@ from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card, sav
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.types import Calibration
+from dcdd_pico.embedded import model_paths
 from tests.tiny import assert_same_without_text, fill, tiny_card, tiny_condition, tiny_decoder, tiny_flux_config
 
 SIZE = (8, 8)  # latent grid of tiny_condition: 4 x 4 tokens of 2 x 2 latents
@@ -116,8 +122,6 @@ def test_a_bundle_that_does_not_fit_names_the_tensor(tmp_path, change):
     decoder = tiny_decoder()
     path = tmp_path / "d.safetensors"
     save_bundle(path, decoder)
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
     tensors = load_file(path)
@@ -139,7 +143,7 @@ def test_what_is_no_bundle_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no DCDD decoder bundle"):
         read_card(tmp_path / "a.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "d.safetensors", metadata={"format": "dcdd decoder 1", "card": "{"})
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="d.safetensors cannot be read as a decoder's card"):
         read_card(tmp_path / "d.safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"not a file")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -152,6 +156,234 @@ def test_what_is_no_bundle_is_refused(tmp_path):
 def test_a_card_checks_itself(changes):
     with pytest.raises(ValueError):
         tiny_card(**changes)
+
+
+#: What may stand in a damaged card in the place of a value, by a name.
+WRONG = {
+    "list": [],
+    "object": {},
+    "text": "5",
+    "true": True,
+    "null": None,
+    "NaN": nan,
+    "infinity": inf,
+    "-infinity": -inf,
+    "negative": -1,
+    "zero": 0,
+    "fraction": 2.5,
+    "long number": 10**400,
+    "nested": [[[[]]]],
+}
+#: Where it is a value that a card may have.
+FINE = {
+    "base": {"text"},
+    "tokenizer": {"text"},
+    "codebook": {"text"},
+    "licence": {"text"},
+    "calibration": {"null"},
+    "vae_shift": {"negative", "zero", "fraction"},
+    "vae_scale": {"fraction"},
+    "pixels_per_token": {"fraction"},
+    "shift": {"null", "negative", "zero", "fraction"},
+    "guidance": {"zero", "fraction"},
+}
+
+
+CARD = asdict(tiny_card())
+
+
+def with_card(path, values, tensors=None):
+    """A bundle with these values in its card, or this text as its card."""
+    card = values if isinstance(values, str) else json.dumps(values)
+    save_file(tensors or {"a": torch.zeros(1)}, path, metadata={"format": "dcdd decoder 1", "card": card})
+    return path
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(DecoderCard)])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_value_in_a_card_is_named(tmp_path, field, wrong):
+    path = with_card(tmp_path / "d.safetensors", CARD | {field: WRONG[wrong]})
+    if wrong in FINE.get(field, ()):
+        assert getattr(read_card(path), field) == WRONG[wrong]
+        return
+    if (field, wrong) == ("base_config", "object"):
+        with pytest.raises(ValueError, match="d.safetensors: base_config is not a FLUX transformer's: it lacks .*num_"):
+            load_decoder(path)
+        return
+    with pytest.raises(ValueError, match=f"d.safetensors .*{field}.*(got|and).*; download the bundle again") as caught:
+        read_card(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("field", ["scale", "target", "converged", "vlm", "guidance"])
+@pytest.mark.parametrize("wrong", ["list", "object", "NaN", "infinity", "long number"])
+def test_a_wrong_value_in_a_cards_calibration_is_named(tmp_path, field, wrong):
+    values = asdict(tiny_card())
+    values["calibration"][field] = WRONG[wrong]
+    path = with_card(tmp_path / "d.safetensors", values)
+    with pytest.raises(ValueError, match=f"d.safetensors .*calibration {field} must .*; download the bundle again"):
+        read_card(path)
+
+
+@pytest.mark.parametrize("card", ["", "[]", "5", "null", "{", '{"base": ', "[" * 200_000, '{"a":' * 200_000, "{}"])
+def test_a_damaged_card_is_named(tmp_path, card):
+    path = with_card(tmp_path / "d.safetensors", card)
+    with pytest.raises(ValueError, match="d.safetensors") as caught:
+        read_card(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("read", [read_card, load_decoder])
+def test_a_pipe_as_a_bundle_is_refused(tmp_path, read):
+    os.mkfifo(tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match="d.safetensors is a device, pipe or socket; expected a DCDD decoder bundle"):
+        read(tmp_path / "d.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_layers": 10**6}, r"num_layers must be a whole number in 0\.\.64, got 1000000"),
+        ({"num_single_layers": 10**6}, "num_single_layers must be a whole number in"),
+        ({"num_layers": "2"}, "num_layers must be a whole number in .*got '2'"),
+        ({"num_layers": 1.0}, "num_layers must be a whole number"),
+        ({"num_layers": True}, "num_layers must be a whole number"),
+        ({"num_layers": None}, "num_layers must be a whole number"),
+        ({"num_attention_heads": 10**9}, "num_attention_heads must be"),
+        ({"attention_head_dim": 0}, "attention_head_dim must be"),
+        ({"attention_head_dim": [16]}, "attention_head_dim must be"),
+        ({"in_channels": 10**12}, "in_channels must be"),
+        ({"out_channels": 2**40}, "out_channels must be"),
+        ({"out_channels": 62}, "out_channels must be a multiple of 4, got 62"),
+        ({"joint_attention_dim": 10**9}, "joint_attention_dim must be"),
+        ({"pooled_projection_dim": -1}, "pooled_projection_dim must be"),
+        ({"patch_size": 0}, "patch_size must be"),
+        ({"guidance_embeds": "yes"}, "guidance_embeds must be true or false, got 'yes'"),
+        ({"axes_dims_rope": [4, 6]}, "axes_dims_rope must be three even numbers.*attention_head_dim, 16, got"),
+        ({"axes_dims_rope": [5, 5, 6]}, "axes_dims_rope must be"),
+        ({"axes_dims_rope": [4, 6, 8]}, "axes_dims_rope must be"),
+        ({"axes_dims_rope": ["4", 6, 6]}, "axes_dims_rope must be"),
+        ({"axes_dims_rope": {}}, "axes_dims_rope must be"),
+        ({"strange": 1}, "it lacks nothing and has .*strange.* more"),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused_at_once(tmp_path, changes, says):
+    values = asdict(tiny_card())
+    values["base_config"] |= changes
+    path = with_card(tmp_path / "d.safetensors", values)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=f"d.safetensors: base_config.*{says}"):
+        load_decoder(path)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_layers": 64, "num_single_layers": 128}, "needs its base model tiny"),
+        ({"num_layers": 0}, "unexpected: transformer.transformer_blocks.0"),
+        ({"in_channels": 192}, r"x_embedder.weight is \[32, 144\], expected \[32, 192\]"),
+    ],
+)
+def test_sizes_that_are_not_the_files_are_refused(tmp_path, changes, says):
+    path = tmp_path / "d.safetensors"
+    save_bundle(path, tiny_decoder())
+    values = asdict(tiny_card())
+    values["base_config"] |= changes
+    with pytest.raises(ValueError, match=f"d.safetensors.*{says}"):
+        load_decoder(with_card(path, values, load_file(path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"), [({"width": 2**16}, "adapter.fuse"), ({"code_dim": 9}, "adapter.project")]
+)
+def test_an_adapter_of_other_sizes_is_refused(tmp_path, changes, name):
+    path = tmp_path / "d.safetensors"
+    save_bundle(path, tiny_decoder())
+    with pytest.raises(ValueError, match=f"d.safetensors.*wrong shape: .*{name}"):
+        load_decoder(with_card(path, asdict(tiny_card()) | changes, load_file(path)))
+
+
+def test_a_mask_of_another_scale_is_refused_in_words():
+    decoder = tiny_decoder(vae_factor=4)
+    with pytest.raises(ValueError, match="144 input channels, expected 128 of latents and 64 of a mask at 4 pixels"):
+        decoder.backbone.context(torch.zeros(1, 16, 4, 4), torch.ones(1, 1, 16, 16), 4)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def offset_of(path, name):
+    """Where in a safetensors file a tensor begins."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return 8 + length + json.loads(content[8 : 8 + length])[name]["data_offsets"][0]
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter.fuse.weight", "transformer.proj_out.bias", "transformer.norm_out.linear.bias"]
+)
+def test_a_flipped_bit_in_a_bundle_is_named(tmp_path, name):
+    path = tmp_path / "d.safetensors"
+    save_bundle(path, tiny_decoder())
+    load_decoder(path)
+    place, content = offset_of(path, name), bytearray(path.read_bytes())
+    for bit in (0, 3):
+        content[place + 2] ^= 1 << bit
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"d.safetensors is damaged: {name} is not what was written.*another copy"
+        ):
+            load_decoder(path)
+        content[place + 2] ^= 1 << bit
+    path.write_bytes(content)
+    load_decoder(path)
+
+
+def test_a_bundle_from_before_the_checksums_loads(tmp_path):
+    decoder, path = tiny_decoder(), tmp_path / "d.safetensors"
+    save_bundle(path, decoder, dtype=torch.float32)
+    with_card(path, asdict(decoder.card), load_file(path))
+    assert_same_without_text(decoder, load_decoder(path, options=DecoderOptions(fold=False)))
+    load_decoder(model_paths()["decoder"])
+
+
+def test_a_tensor_that_was_taken_out_of_a_bundle_is_named(tmp_path):
+    decoder, path = tiny_decoder(), tmp_path / "d.safetensors"
+    decoder.transformer.save_pretrained(tmp_path / "base")
+    save_bundle(path, decoder)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    del tensors["transformer.proj_out.bias"]  # The base has one too.
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(ValueError, match="d.safetensors is damaged: it lacks .*transformer.proj_out.bias"):
+        load_decoder(path, tmp_path / "base")
+
+
+@pytest.mark.parametrize("value", [nan, inf, -inf])
+@pytest.mark.parametrize("name", ["adapter.fuse.weight", "transformer.norm_out.linear.weight"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
+    decoder, path = tiny_decoder(), tmp_path / "d.safetensors"
+    save_bundle(path, decoder)
+    tensors = load_file(path)
+    tensors[name][0, 1] = value
+    with_card(path, asdict(decoder.card), tensors)
+    with pytest.raises(ValueError, match=f"d.safetensors holds NaN or infinity in {name}: its training diverged"):
+        load_decoder(path)
+
+
+def test_weights_that_diverged_are_not_written(tmp_path):
+    decoder, path = tiny_decoder(), tmp_path / "d.safetensors"
+    with torch.no_grad():
+        decoder.adapter.fuse.weight[0, 0] = 1e6
+    save_bundle(path, decoder)
+    path.unlink()
+    with pytest.raises(
+        ValueError, match="was not written: .*adapter.fuse.weight.*infinity in float16: the training div"
+    ):
+        save_bundle(path, decoder, dtype=torch.float16)
+    assert not path.exists()
 
 
 def test_a_grid_is_painted_at_the_nearest_size_of_whole_packed_latents():

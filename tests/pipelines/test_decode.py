@@ -8,7 +8,7 @@ import torch
 from dcdd_core.method.flow import resolution_shift
 from dcdd_core.method.latents import pack, pack_mask, scale_latents
 from dcdd_core.models.vae import KLCodec
-from dcdd_core.pipelines.decode import decode
+from dcdd_core.pipelines.decode import _require_finite, decode, pixels_of
 from dcdd_core.types import Condition
 from tests.tiny import tiny_condition, tiny_decoder, tiny_vae
 
@@ -143,7 +143,10 @@ def test_what_does_not_fit_is_refused(models):
         ({"seeds": [1]}, "1 seeds for 2 images"),
         ({"seeds": [1, 2], "image": image}, "both, or neither"),
         ({"seeds": [1, 2], "image": image, "mask": mask[..., :8]}, r"expected \[2 or 1, 1, 16, 16\]"),
-        ({"seeds": [1, 2], "steps": 0}, "steps must be at least 1"),
+        ({"seeds": [1, 2], "steps": 0}, r"steps must be a whole number in 1\.\.1,000, got 0"),
+        ({"seeds": [1, 2], "steps": 10**9}, r"steps must be a whole number in 1\.\.1,000, got 1000000000"),
+        ({"seeds": [1, 2], "image": image + torch.nan, "mask": mask}, "the image holds NaN or infinity: give one of"),
+        ({"seeds": [1, 2], "image": image, "mask": mask * torch.inf}, "the mask holds NaN or infinity: give one of"),
     ):
         with pytest.raises(ValueError, match=words):
             decode(*models, condition, **arguments)
@@ -155,3 +158,75 @@ def test_what_does_not_fit_is_refused(models):
     narrow = Condition(condition.code_vectors[..., :4], condition.uncertainty, condition.grid)
     with pytest.raises(ValueError, match="4-dimensional"):
         decode(*models, narrow, seeds=[1, 2])
+
+
+class Breaking(torch.nn.Module):
+    """A decoder whose velocity is wrong in one step."""
+
+    def __init__(self, decoder, step, value):
+        super().__init__()
+        self.decoder, self.step, self.value, self.calls = decoder, step, value, 0
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "decoder" else getattr(self.decoder, name)
+
+    def forward(self, *args):
+        self.calls += 1
+        v = self.decoder(*args)
+        if self.calls == self.step:
+            v[0, 3, 5] = self.value
+        return v
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_latents_that_are_not_finite_end_with_the_step(models, step, value):
+    decoder, codec = models
+    breaking = Breaking(decoder, step, value)
+    with pytest.raises(ValueError, match=f"latents became NaN or infinite in step {step}: its weights are damaged"):
+        decode(breaking, codec, tiny_condition(2), seeds=[1, 2], steps=4)
+    assert breaking.calls == step
+
+
+def test_half_precision_that_overflows_is_told_of_float32(models):
+    weak = tiny_decoder().half()
+    with torch.no_grad():
+        weak.transformer.proj_out.weight.mul_(1e4)
+        weak.transformer.proj_out.bias.fill_(6e4)
+    with pytest.raises(ValueError, match="in step 1: it computes in float16: load it in float32; or else its weights"):
+        decode(weak, models[1], tiny_condition(1), seeds=[1], steps=4)
+
+
+def test_on_a_device_that_computes_ahead_the_first_step_is_named():
+    finite = [torch.tensor(x) for x in (True, True, False, True, False)]
+    with pytest.raises(ValueError, match="in step 3"):
+        _require_finite(finite, torch.float32)
+    _require_finite(finite[:2], torch.float32)
+
+
+def test_an_autoencoder_that_overflows_is_named(models):
+    decoder, _ = models
+    for value in (torch.nan, torch.inf):
+        vae = tiny_vae()
+        with torch.no_grad():
+            vae.decoder.conv_out.bias[1] = value
+        with pytest.raises(ValueError, match="autoencoder decodes .* NaN or infinity.*load it in float32"):
+            decode(decoder, KLCodec(vae), tiny_condition(1), seeds=[1], steps=1)
+        seen = KLCodec(vae).preview(torch.zeros(1, 16, 8, 8))  # A preview is no result.
+        assert seen.shape == (1, 3, 16, 16)
+        vae = tiny_vae()
+        with torch.no_grad():
+            vae.encoder.conv_out.bias[1] = value
+        with pytest.raises(ValueError, match="latents of the image to keep hold NaN or infinity.*float32"):
+            decode(decoder, KLCodec(vae), tiny_condition(1), seeds=[1], steps=1)
+
+
+def test_a_codec_of_a_host_is_checked_too(models):
+    class Broken:
+        def decode(self, latents):
+            return torch.full((1, 3, 16, 16), torch.nan)
+
+    with pytest.raises(ValueError, match="decodes the latents to NaN or infinity: load it in float32"):
+        pixels_of(Broken(), torch.zeros(1, 16, 8, 8))
+    with pytest.raises(ValueError, match="latents hold NaN or infinity, and cannot become an image"):
+        pixels_of(models[1], torch.full((1, 16, 8, 8), torch.inf))

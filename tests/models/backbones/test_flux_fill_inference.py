@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
+from dcdd_core import files
 from dcdd_core.method.flow import timesteps
 from dcdd_core.models import bundle as bundles
 from dcdd_core.models import checkpoints
@@ -87,7 +88,7 @@ class Reads:
     """What was read off the disk, in order, and the most bytes of it that were in memory at once."""
 
     def __init__(self):
-        self.names, self.alive, self.most = [], {}, 0
+        self.names, self.alive, self.most, self.checked = [], {}, 0, []
 
     def add(self, name, tensor):
         self.names.append(name)
@@ -125,10 +126,17 @@ def reads(monkeypatch):
         def keys(self):
             return self.opened.keys()
 
+        def metadata(self):
+            return self.opened.metadata()
+
         def get_slice(self, name):
             return Slice(name, self.opened.get_slice(name))
 
-    monkeypatch.setattr(checkpoints, "safe_open", Opened)
+        def get_tensor(self, name):
+            seen.checked.append(name)
+            return self.opened.get_tensor(name)
+
+    monkeypatch.setattr(files, "safe_open", Opened)
     return seen
 
 
@@ -214,6 +222,10 @@ def test_loading_reads_nothing_that_is_dropped(reads, split):
     load_decoder(*split)
     assert len(reads.names) == len(set(reads.names)) > 40
     assert not [name for name in reads.names if of_text_stream(name) or of_time_alone(name)]
+    # For the checksums, once, and of the bundle alone.
+    assert len(reads.checked) == len(set(reads.checked)) > 20
+    assert all(name.startswith("adapter.") or ".attn." in name for name in reads.checked)
+    assert not [name for name in reads.checked if of_text_stream(name)]
 
 
 def test_modulations_are_read_a_layer_at_a_time_and_let_go(reads, whole, split):

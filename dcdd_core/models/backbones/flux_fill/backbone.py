@@ -62,6 +62,13 @@ class FluxFill:
 
     def context(self, masked_latents: torch.Tensor, mask: torch.Tensor, factor: int) -> torch.Tensor:
         """FLUX.1-Fill's further input channels: the packed masked image, and the packed mask."""
+        needed, latents = self.model.config.in_channels, 2 * self.patch**2 * self.latent_channels
+        if needed != latents + (self.patch * factor) ** 2:
+            raise ValueError(
+                f"this network has {needed} input channels, expected {latents} of latents and "
+                f"{(self.patch * factor) ** 2} of a mask at {factor} pixels a latent: the decoder's base_config and "
+                "vae_factor do not belong together, download the bundle again"
+            )
         return flux_latents.fill_context(flux_latents.pack(masked_latents), flux_latents.pack_mask(mask, factor))
 
     def velocity(
@@ -171,7 +178,8 @@ class FluxFillFamily:
         return files.fill_config(path)
 
     def build(self, config: Mapping[str, Any], *, guidance: float = 1.0) -> FluxFill:
-        """See `BackboneFamily.build`."""
+        """See `BackboneFamily.build`; a ValueError for a configuration that is not FLUX's."""
+        files.require_config(config, "base_config")
         values = {name: value for name, value in config.items() if not name.startswith("_")}
         return FluxFill(FluxTransformer2DModel(**values), guidance=guidance)
 

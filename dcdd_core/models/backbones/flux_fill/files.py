@@ -14,8 +14,9 @@ from typing import Any
 
 from diffusers import FluxTransformer2DModel
 
+from ....settings import require_number, shown
 from ... import layouts
-from ...checkpoints import StoredTensors, read_config
+from ...checkpoints import StoredTensors, check_count, read_config, read_headers
 
 #: FLUX.1-Fill-dev's transformer; a decoder card takes it as dict(FLUX_FILL_CONFIG).
 FLUX_FILL_CONFIG: Mapping[str, Any] = MappingProxyType(
@@ -33,6 +34,21 @@ FLUX_FILL_CONFIG: Mapping[str, Any] = MappingProxyType(
         "axes_dims_rope": (16, 56, 56),
     }
 )
+
+#: The most that a configuration may declare, three times FLUX.1's and more: what is above was not meant, and a network
+#: of a million blocks would be built for hours before it was compared with its file.
+_MOST = {
+    "patch_size": 16,
+    "in_channels": 2**14,
+    "out_channels": 2**12,
+    "num_layers": 64,
+    "num_single_layers": 128,
+    "attention_head_dim": 2**10,
+    "num_attention_heads": 2**8,
+    "joint_attention_dim": 2**16,
+    "pooled_projection_dim": 2**16,
+}
+
 
 # BFL's modules, each with the diffusers modules whose rows it stacks, in this order.
 _ENDS = {
@@ -138,6 +154,39 @@ def find_transformer(
         return layouts.find(path, found, layout, model, needs, without=without, rolled=_HALVES_SWAPPED)
 
 
+def require_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a configuration that no FLUX transformer has, before one is built.
+
+    Args:
+        config: all of the names of `FLUX_FILL_CONFIG`; others that begin with "_" do not count.
+        where: begins the fields' names in errors.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    given = {name for name in config if not name.startswith("_")}
+    if given != set(FLUX_FILL_CONFIG):
+        absent = ", ".join(sorted(set(FLUX_FILL_CONFIG) - given)) or "nothing"
+        raise ValueError(
+            f"{where} is not a FLUX transformer's: it lacks {absent} and has "
+            f"{shown(sorted(given - set(FLUX_FILL_CONFIG)))} more"
+        )
+    for name, most in _MOST.items():
+        least = 0 if name in ("num_layers", "num_single_layers") else 1
+        require_number(f"{where}.{name}", config[name], whole=True, least=least, most=most)
+    if not isinstance(config["guidance_embeds"], bool):
+        raise ValueError(f"{where}.guidance_embeds must be true or false, got {shown(config['guidance_embeds'])}")
+    axes, head = config["axes_dims_rope"], config["attention_head_dim"]
+    whole = isinstance(axes, (list, tuple)) and all(type(side) is int and 0 < side <= head for side in axes)
+    if not whole or len(axes) != 3 or sum(axes) != head or any(side % 2 for side in axes):
+        raise ValueError(
+            f"{where}.axes_dims_rope must be three even numbers whose sum is attention_head_dim, {head}, got "
+            f"{shown(axes)}"
+        )
+    if config["out_channels"] % 4:
+        raise ValueError(f"{where}.out_channels must be a multiple of 4, got {config['out_channels']}")
+
+
 def fill_config(path: str | Path | None = None) -> dict[str, Any]:
     """FLUX.1-Fill's configuration, with the values that the config.json of a transformer's folder has instead.
 
@@ -145,7 +194,8 @@ def fill_config(path: str | Path | None = None) -> dict[str, Any]:
         path: as for `find_transformer`; a single file does not state its configuration. None for FLUX.1-Fill's.
 
     Raises:
-        ValueError: if nothing is there, or a folder without a configuration.
+        ValueError: if nothing is there, or a folder without a configuration; for a configuration that is not FLUX's, or
+            declares more blocks than the folder's weights have.
     """
     published = {**FLUX_FILL_CONFIG, "axes_dims_rope": list(FLUX_FILL_CONFIG["axes_dims_rope"])}
     if path is None:
@@ -154,4 +204,12 @@ def fill_config(path: str | Path | None = None) -> dict[str, Any]:
     if path.is_file():
         return published
     read = read_config(path)
-    return {name: read.get(name, value) for name, value in published.items()}
+    config = {name: read.get(name, value) for name, value in published.items()}
+    if config["out_channels"] is None:  # diffusers' word for as many as come in
+        config["out_channels"] = config["in_channels"]
+    file = path / "config.json"
+    require_config(config, str(file))
+    names = read_headers(path)
+    for setting, blocks in (("num_layers", "transformer_blocks."), ("num_single_layers", "single_transformer_blocks.")):
+        check_count(file, setting, config[setting], names, blocks)
+    return config
