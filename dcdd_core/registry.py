@@ -6,7 +6,6 @@ for, so that naming a family costs nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .files import read_json
 from .protocols import Backbone, BackboneFamily, CodecFamily, LatentCodec, SamplerFamily
 
 #: Module below this package, and the family's name in it.
@@ -147,7 +147,9 @@ def _found(path: Path) -> str:
     """What is at a path, in words."""
     if not path.exists():
         return "does not exist"
-    if path.is_dir() and not (path / "config.json").is_file():
+    if not path.is_dir():
+        return "is no folder"
+    if not (path / "config.json").exists():
         held = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
         return f"has no config.json (it holds {held})"
     config = _config(path)
@@ -156,9 +158,6 @@ def _found(path: Path) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json; empty if there is none that can be read."""
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+    """A folder's config.json; empty if there is none."""
+    path = folder / "config.json"
+    return read_json(path, "a model's configuration") if path.exists() else {}

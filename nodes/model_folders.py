@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import folder_paths
@@ -31,15 +32,33 @@ def files(key: str) -> list[str]:
 
 
 def folders(key: str, *, holding: str) -> list[str]:
-    """Names of the folders of a kind that hold a file or folder of that name."""
+    """Names of the folders of a kind, at any depth, that hold a file or folder of that name: OWNER/NAME, or what the
+    hub's cache makes of it, models--OWNER--NAME/snapshots/REVISION."""
     found = (
-        child.name
+        path.relative_to(root).as_posix()
         for root in map(Path, folder_paths.get_folder_paths(key))
-        if root.is_dir()
-        for child in root.iterdir()
-        if (child / holding).exists()
+        for path in _holders(root, holding)
     )
     return sorted(dict.fromkeys(found))
+
+
+def _holders(root: Path, holding: str) -> Iterator[Path]:
+    """Folders below `root` that hold `holding`; these are not searched. Links are followed, and loops of them end."""
+    waiting, searched = [root], set()
+    while waiting:
+        folder = waiting.pop()
+        try:
+            if (place := folder.resolve()) in searched:
+                continue
+            searched.add(place)
+            children = sorted(child for child in folder.iterdir() if child.is_dir())
+        except OSError:  # Not readable, or gone: as os.walk, and so ComfyUI, does.
+            continue
+        for child in children:
+            if (child / holding).exists():
+                yield child
+            elif not child.name.startswith("."):
+                waiting.append(child)
 
 
 def transformers() -> list[str]:
