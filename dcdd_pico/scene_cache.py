@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from dcdd_core.files import whole_file
 from dcdd_core.method.latents import scale_latents
 from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.pipelines.image_files import DEFAULT_POLICY
 from dcdd_core.training.batches import DataShard, Entry, Mark
 from dcdd_core.training.encoded_batch import EncodedBatch
 
@@ -49,6 +50,7 @@ class SceneEncodings:
     def __init__(self, context: BuildContext, encodings: Encodings, stage: int, size: int):
         self.name = "the training scenes"
         self.fingerprint = f"{len(encodings.features)} scenes"
+        self.policy = DEFAULT_POLICY
         self.context, self.encodings, self.stage, self.size = context, encodings, stage, size
 
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:

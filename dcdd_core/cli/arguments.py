@@ -1,0 +1,65 @@
+"""What all commands share of their input and output: paths that are none, and text that a terminal cannot show."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def path(text: str) -> Path:
+    """An argument that is a path.
+
+    Raises:
+        argparse.ArgumentTypeError: for an empty one, which would be the working directory.
+    """
+    return Path(path_text(text))
+
+
+def path_text(text: str) -> str:
+    """As `path`, for an argument that may also be something else, such as a pattern."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
+    return text
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Within it printing never fails: characters that the output's encoding lacks, and bytes of file names that are no
+    text, are escaped."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before):
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
+
+
+def check_out(out: Path, *, folder: bool = False) -> None:
+    """Refuses an output that cannot be written, before any work is done for it. Nothing is made.
+
+    Args:
+        folder: it is one, and its files are written.
+
+    Raises:
+        ValueError: saying what is in the way.
+    """
+    if out.is_dir() and not folder:
+        raise ValueError(f"--out {out} is a folder: give the name of a file")
+    if out.exists() and folder and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give the name of a folder")
+    there = out if folder else out.parent
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"--out {out} cannot be written: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out} cannot be written: you may not write to {there}; choose another place")
