@@ -13,22 +13,29 @@ from dcdd_pico.embedded import model_paths
 
 from ..method.flow import DENSITIES, WEIGHTINGS
 from ..models.card import VARIANTS
+from ..pipelines.image_files import ReadPolicy
 from ..pipelines.oom import is_out_of_memory
 from ..training import estimate
 from ..training.config import DataConfig, OptimizationConfig, RunConfig
+from ..training.held_out import MOST
 from ..training.optimizers import OPTIMIZERS
 from ..training.plan import Plan
+from ..training.progress import ProgressBar
 from ..training.run import make_accelerator, run_bundle, run_cache, run_training
+from ..training.stop import TrainingStopped
 from ..training.trainable import TRAINED
+from .arguments import path, path_text, printable_output
 
 COMMANDS = ("train", "cache", "estimate")
 _PICO = "pico"
+_RANK = 16
 _LESS_MEMORY = (
     "out of memory: resume the run with --checkpointing, or start a new one with a smaller --batch and more "
     "--accumulate, --optimizer adamw8bit, --train lora, or FSDP (configs/accelerate)"
 )
 
 
+@printable_output()
 def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
     """Runs one of `COMMANDS`, "train" if none is named.
 
@@ -37,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> i
         prog: the name in usage texts and messages.
 
     Returns:
-        The exit status: 0, 1 for a failure that is explained, 130 if interrupted.
+        The exit status: 0, 1 for a failure that is explained, 130 for Ctrl-C, 143 for SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in (*COMMANDS, "-h", "--help"):
@@ -56,6 +63,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> i
             raise
         print(f"{prog}: {_LESS_MEMORY}", file=sys.stderr)
         return 1
+    except TrainingStopped as stopped:  # It has said so.
+        return stopped.status
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; run the same command again to resume from the newest checkpoint", file=sys.stderr)
         return 130
@@ -99,18 +108,29 @@ def train(args: argparse.Namespace) -> None:
         window=args.window,
         workers=args.workers,
         localised=args.localised,
+        min_side=args.min_side,
+        skip_unreadable=args.skip_unreadable,
     )
     run = RunConfig(
         samples=args.samples,
         sample_every=args.sample_every,
-        save_every=args.save_every,
+        save_every=_save_every(args.steps) if args.save_every is None else args.save_every,
         log_every=args.log_every,
+        keep=args.keep,
+        held_out=args.held_out,
     )
     accelerator = make_accelerator(args.out, cpu=args.cpu, precision=args.precision, tracker=args.tracker)
     if args.bundle_now:
         run_bundle(args.out, plan, accelerator=accelerator, report=accelerator.print)
     else:
-        run_training(args.out, plan, optimization, data, run, accelerator=accelerator, report=accelerator.print)
+        progress = ProgressBar(args.out.name, args.steps)
+        report = accelerator.print
+        run_training(args.out, plan, optimization, data, run, accelerator=accelerator, report=report, progress=progress)
+
+
+def _save_every(steps: int) -> int:
+    """Four checkpoints in a run that is shorter than 2000 updates."""
+    return min(RunConfig.save_every, max(1, steps // 4))
 
 
 def cache(args: argparse.Namespace) -> None:
@@ -125,10 +145,12 @@ def cache(args: argparse.Namespace) -> None:
         shard_size=args.shard_size,
         workers=args.workers,
         keep_pixels=args.keep_pixels,
+        policy=ReadPolicy(min_side=args.min_side, skip_unreadable=args.skip_unreadable),
     )
 
 
 def _plan(args: argparse.Namespace, **options) -> Plan:
+    _refuse_idle(args)
     if args.vlm == _PICO:
         pico = model_paths()
         options = {"vae": pico["vae"], "bundle": pico["decoder"]} | options
@@ -136,6 +158,35 @@ def _plan(args: argparse.Namespace, **options) -> Plan:
     if args.vae is None:
         raise ValueError("give --vae, the autoencoder whose latents the decoder paints: only pico has its own")
     return Plan(vlm=Path(args.vlm), vae=args.vae, resolution=args.resolution, **options)
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Refuses options that would do nothing beside the others.
+
+    Raises:
+        ValueError: naming them, and why.
+    """
+    held = vars(args)
+    images = {"--column": None, "--min-side": None, "--skip-unreadable": ReadPolicy.skip_unreadable}
+    starts = args.vlm == _PICO or held.get("bundle") is not None
+    for idle, options, reason in (
+        (args.vlm == _PICO, {"--vae": None}, "pico has its own autoencoder"),
+        (starts, {"--width": None}, "the decoder that is started from has its own adapter"),
+        (held.get("train") != "lora", {"--rank": _RANK}, "only --train lora has a rank"),
+        (held.get("cache") is not None, images, "what a cache holds was chosen when it was written"),
+    ):
+        given = [name for name, default in options.items() if held.get(name[2:].replace("-", "_"), default) != default]
+        if idle and given:
+            raise ValueError(f"{', '.join(given)} would do nothing: {reason}; leave it out")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a help text that does not say it, if there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or isinstance(action.default, bool) or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -146,7 +197,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     _add_cache(commands)
     command = commands.add_parser(
         "estimate",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         help="estimate the memory and time of a training",
         description="Estimates the memory and time of a training. No weights are loaded: shapes are enough.",
     )
@@ -157,13 +208,29 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--vlm", required=True, help="folder of a VLM (only its image tokenizer is read), or 'pico', the embedded one"
+        "--vlm",
+        type=path_text,
+        required=True,
+        help="folder of a VLM (only its image tokenizer is read), or 'pico', the embedded one",
     )
-    command.add_argument("--vae", type=Path, help="FLUX's autoencoder: a diffusers folder, or ae.safetensors")
+    command.add_argument("--vae", type=path, help="FLUX's autoencoder: a diffusers folder, or ae.safetensors")
     command.add_argument("--column", help="column of the images, in a dataset or in webdataset shards")
+    command.add_argument(
+        "--min-side",
+        type=int,
+        metavar="PIXELS",
+        help="leave out images whose shorter side is smaller, rather than enlarge them (default: half of --resolution)",
+    )
+    command.add_argument(
+        "--skip-unreadable",
+        type=float,
+        metavar="SHARE",
+        default=ReadPolicy.skip_unreadable,
+        help="the largest share of the images that may be unreadable and left out",
+    )
     command.add_argument("--resolution", type=int, help="side of the images in pixels (default: the VLM's own)")
     command.add_argument("--workers", type=int, default=0, help="processes that decode images, per device")
-    command.add_argument("--out", type=Path, required=True, help="folder to write to; a run there is resumed")
+    command.add_argument("--out", type=path, required=True, help="folder to write to; a run there is resumed")
     command.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
 
 
@@ -171,7 +238,7 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     command = commands.add_parser(
         "train",
         prog=prog,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         help="train a decoder (the default)",
         description="Trains a decoder and writes its bundle, OUT/decoder.safetensors. The same command resumes a run "
         "that was stopped.",
@@ -179,18 +246,20 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     command.set_defaults(run=train)
     _add_common(command)
     group = command.add_argument_group("starting point")
-    group.add_argument("--base", type=Path, help="FLUX.1-Fill's transformer: a diffusers folder, or a single file")
-    group.add_argument("--bundle", type=Path, help="a decoder bundle to start from, instead of a new adapter")
-    group.add_argument("--calibration", type=Path, help="a file of `dcdd calibrate` (default: that of --bundle)")
+    group.add_argument("--base", type=path, help="FLUX.1-Fill's transformer: a diffusers folder, or a single file")
+    group.add_argument("--bundle", type=path, help="a decoder bundle to start from, instead of a new adapter")
+    group.add_argument("--calibration", type=path, help="a file of `dcdd calibrate` (default: that of --bundle)")
     group.add_argument("--width", type=int, help="width of a new adapter (default: 128)")
     group.add_argument("--licence", help="licence of the result (default: that of the starting point)")
 
     group = command.add_argument_group("data")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--data", help="a folder of images, parquet files or webdataset shards, a saved dataset, or a file pattern"
+        "--data",
+        type=path_text,
+        help="a folder of images, parquet files or webdataset shards, a saved dataset, or a file pattern",
     )
-    source.add_argument("--cache", type=Path, help="a folder that `train.py cache` wrote")
+    source.add_argument("--cache", type=path, help="a folder that `train.py cache` wrote")
     data = {field.name: field.default for field in fields(DataConfig)}
     group.add_argument("--verify", action="store_true", help="first compare the whole --cache with its checksums")
     group.add_argument("--variant", default="lcdm+lc", choices=VARIANTS, help="kind of condition")
@@ -204,7 +273,7 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     group = command.add_argument_group("optimisation")
     default = {field.name: field.default for field in fields(OptimizationConfig)}
     group.add_argument("--train", default="attention", choices=TRAINED, help="what is trained, besides the adapter")
-    group.add_argument("--rank", type=int, default=16, help="rank of --train lora")
+    group.add_argument("--rank", type=int, default=_RANK, help="rank of --train lora")
     group.add_argument("--steps", type=int, default=50_000, help="updates of the weights")
     group.add_argument("--batch", type=int, default=data["batch"], help="images per device and micro-batch")
     group.add_argument("--accumulate", type=int, default=default["accumulation"], help="micro-batches per update")
@@ -232,8 +301,26 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     run = {field.name: field.default for field in fields(RunConfig)}
     group.add_argument("--tracker", help="one of accelerate's, such as tensorboard; log.jsonl is written anyway")
     group.add_argument("--samples", type=int, default=run["samples"], help="images on a sample sheet")
-    group.add_argument("--sample-every", type=int, default=run["sample_every"], help="updates between sample sheets")
-    group.add_argument("--save-every", type=int, default=run["save_every"], help="updates between checkpoints")
+    group.add_argument(
+        "--sample-every",
+        type=int,
+        default=run["sample_every"],
+        help="updates between evaluations: the loss on held-out images, and sample sheets",
+    )
+    group.add_argument(
+        "--held-out",
+        type=float,
+        default=run["held_out"],
+        metavar="FRACTION",
+        help=f"of the images, at most {MOST}, that are never trained on: eval/loss is the loss on them, and "
+        "OUT/best.safetensors the weights with the lowest; 0 for none",
+    )
+    group.add_argument(
+        "--save-every",
+        type=int,
+        help=f"updates between checkpoints (default: {run['save_every']}, or a quarter of a shorter run)",
+    )
+    group.add_argument("--keep", type=int, default=run["keep"], help="checkpoints that are kept, the newest")
     group.add_argument("--log-every", type=int, default=run["log_every"], help="updates between lines of the log")
     group.add_argument(
         "--bundle-now",
@@ -245,14 +332,14 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
 def _add_cache(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "cache",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         help="encode images once, for any number of trainings",
         description="Encodes all images once, for any number of trainings (--cache). The same command continues an "
         "unfinished cache.",
     )
     command.set_defaults(run=cache)
     _add_common(command)
-    command.add_argument("--data", required=True, help="images, as for training")
+    command.add_argument("--data", type=path_text, required=True, help="images, as for training")
     command.add_argument("--batch", type=int, default=16, help="images encoded at a time")
     command.add_argument("--shard-size", type=int, default=1024, help="images per file")
     command.add_argument(

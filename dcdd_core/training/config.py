@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..method.flow import DENSITIES, WEIGHTINGS
+from ..pipelines.image_files import ReadPolicy
 from ..settings import require_at_least
 from .optimizers import OPTIMIZERS
+
+#: The names of checkpoints have eight digits.
+MOST_STEPS = 10**8 - 1
+#: Beyond any use; a number above it is a slip of the keyboard, and would read images for ever.
+MOST_ACCUMULATED, MOST_SAMPLES = 2**16, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +61,21 @@ class OptimizationConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not math.isfinite(self.shift):
-            raise ValueError(f"shift must be a finite number, got {self.shift!r}")
+        for name in ("shift", "weight_decay"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
         if self.steps < 1 or self.accumulation < 1:
             raise ValueError(f"steps and accumulation must be at least 1, got {self.steps} and {self.accumulation}")
-        if not self.learning_rate > 0 or not self.clip > 0:
+        if not 0 < self.learning_rate < math.inf or not self.clip > 0:
             raise ValueError(
-                f"the learning rate and the largest gradient norm must be above 0, got {self.learning_rate} and "
-                f"{self.clip}"
+                f"the learning rate and the largest gradient norm must be above 0, and the rate finite, got "
+                f"{self.learning_rate} and {self.clip}"
             )
-        require_at_least(0, warmup=self.warmup)
+        require_at_least(0, warmup=self.warmup, weight_decay=self.weight_decay)
+        _require_at_most(MOST_STEPS, steps=self.steps, warmup=self.warmup)
+        _require_at_most(MOST_ACCUMULATED, accumulation=self.accumulation)
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number of 64 bits, got {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"the EMA's decay must lie in [0, 1), got {self.ema_decay}")
 
@@ -89,6 +100,7 @@ class DataConfig:
         window: see `DataShard`.
         workers: processes that decode images, for each training process.
         localised: see `ExampleMaker`.
+        min_side, skip_unreadable: which images may be left out (`ReadPolicy`).
 
     Raises:
         ValueError: unless there is exactly one of images and cache, and for numbers out of range.
@@ -102,6 +114,8 @@ class DataConfig:
     window: int = 1000
     workers: int = 0
     localised: float = 0.2
+    min_side: int | None = None
+    skip_unreadable: float = ReadPolicy.skip_unreadable
 
     def __post_init__(self):
         if (self.images is None) == (self.cache is None):
@@ -112,6 +126,12 @@ class DataConfig:
         require_at_least(1, batch=self.batch, window=self.window)
         if not 0 <= self.localised <= 1:
             raise ValueError(f"the fraction of localised images must lie in 0..1, got {self.localised!r}")
+        _ = self.policy
+
+    @property
+    def policy(self) -> ReadPolicy:
+        """Which images may be left out."""
+        return ReadPolicy(min_side=self.min_side, skip_unreadable=self.skip_unreadable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +139,13 @@ class RunConfig:
     """What is written during a training, and how often, in updates.
 
     Attributes:
-        samples: how many of the first images a sample sheet shows; 0 for no sheets.
+        samples: how many images a sample sheet shows, held-out ones if there are any; 0 for no sheets.
         sample_every, save_every, log_every: updates between evaluations with their sample sheets, between checkpoints,
-            and between lines of the log. Each is also done after the last update.
+            and between lines of the log. Each is also done after the last update. A sample_every of 0 is for no
+            evaluations, and takes samples=0.
+        keep: how many checkpoints are kept, the newest.
+        held_out: fraction of the images that are never trained on (`held_out.split`); 0 for none. A run that began
+            without any has none.
 
     Raises:
         ValueError: for numbers out of range.
@@ -131,11 +155,27 @@ class RunConfig:
     sample_every: int = 1000
     save_every: int = 500
     log_every: int = 10
+    keep: int = 2
+    held_out: float = 0.01
 
     def __post_init__(self):
-        require_at_least(0, samples=self.samples)
-        require_at_least(1, save_every=self.save_every, log_every=self.log_every)
+        require_at_least(0, samples=self.samples, sample_every=self.sample_every)
+        require_at_least(1, save_every=self.save_every, log_every=self.log_every, keep=self.keep)
+        _require_at_most(MOST_SAMPLES, samples=self.samples)
+        if not 0 <= self.held_out <= 0.5:
+            raise ValueError(f"the fraction of held-out images must lie in 0..0.5, got {self.held_out!r}")
         if self.sample_every < 1 and self.samples:
             raise ValueError(
                 f"sample_every must be at least 1, got {self.sample_every}: for no sheets take --samples 0"
             )
+
+
+def _require_at_most(most: int, **numbers: int) -> None:
+    """Refuses numbers above `most`; the keywords are the names of the options.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, number in numbers.items():
+        if number > most:
+            raise ValueError(f"{name} must be at most {most:,}, got {number:,}")

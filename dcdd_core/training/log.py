@@ -50,7 +50,7 @@ class RunningMeans:
 def read_log(folder: Path) -> list[dict[str, float]]:
     """The lines of a training's log; none if there is no log yet."""
     path = folder / _NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [_parsed(path, line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def append_to_log(folder: Path, line: Mapping[str, float]) -> None:
@@ -71,6 +71,24 @@ def truncate_log(folder: Path, step: int) -> None:
     """Drops the lines after the step that a run resumes from, and a partial last line."""
     path = folder / _NAME
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and _parsed(path, line)["step"] <= step]
         write_text(path, "".join(kept))
+
+
+def _parsed(path: Path, line: str) -> dict[str, float]:
+    """A line's values.
+
+    Raises:
+        ValueError: naming the file, if the line is damaged.
+    """
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise ValueError(
+            f"{path} has a damaged line ({line.strip()[:60]!r}), expected an object with a step: take the line out, "
+            "or move the file away; the checkpoints do not need it"
+        )
+    return values

@@ -21,12 +21,26 @@ def decoder_loss(
         generator: draws the times t and the noise n.
     """
     z0 = example.latents
-    t = sample_times(len(z0), generator=generator, density=config.density, shift=config.shift).to(z0.device)
-    noise = torch.randn(z0.shape, generator=generator).to(z0)
+    t = sample_times(len(z0), generator=generator, density=config.density, shift=config.shift)
+    noise = torch.randn(z0.shape, generator=generator)
+    return velocity_losses(decoder, example, t, noise, config.weighting).mean()
+
+
+def velocity_losses(
+    decoder: DistributionConditionedDecoder, example: Example, t: torch.Tensor, noise: torch.Tensor, weighting: str
+) -> torch.Tensor:
+    """w(t) |v - (n - z0)|^2 (Eq. 26) of each image, [B] in float32.
+
+    Args:
+        t, noise: [B] and [B, C, h', w'], on any device.
+        weighting: one of `method.flow.WEIGHTINGS`.
+    """
+    z0 = example.latents
+    t, noise = t.to(z0.device), noise.to(z0)
     size = (z0.shape[2], z0.shape[3])
     backbone = decoder.backbone
     context = backbone.context(example.masked_latents, example.mask, decoder.card.vae_factor)
     condition = decoder.condition_tokens(example.condition, size)
     predicted = decoder(backbone.pack(interpolate(z0, noise, t)), context, condition, t, size).float()
     error = (predicted - backbone.pack(velocity(z0, noise))).square().mean(dim=(1, 2))
-    return (loss_weight(t, config.weighting) * error).mean()
+    return loss_weight(t, weighting) * error

@@ -23,6 +23,10 @@ from .encoded_batch import geometry_for
 from .image_batch import Geometry
 from .trainable import changed_by_training, choose_trained, merge_lora
 
+_NOTHING = "there is nothing to train: give the base (FLUX.1-Fill), or a decoder bundle to start from"
+#: Pixels a side, and channels; beyond any network.
+_MOST = 2**16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
@@ -51,7 +55,7 @@ class Plan:
         licence: of the result; None for that of what it starts from.
 
     Raises:
-        ValueError: for a resolution, a width or a rank below 1.
+        ValueError: for a resolution, a width or a rank out of range.
     """
 
     vlm: Path
@@ -70,6 +74,28 @@ class Plan:
     def __post_init__(self):
         sizes = {} if self.resolution is None else {"resolution": self.resolution}
         require_at_least(1, **sizes, width=self.width, rank=self.rank)
+        for name, size in {**sizes, "width": self.width, "rank": self.rank}.items():
+            if size > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST:,}, got {size:,}")
+
+    def check(self) -> None:
+        """Looks at what can be known before any weights are read: that the files are there, and the calibration.
+
+        Raises:
+            ValueError: for a missing file, nothing to train, and a calibration that cannot be used.
+        """
+        for path, expected in (
+            (self.vlm, "a VLM"),
+            (self.vae, "an autoencoder"),
+            (self.base, "a diffusion transformer"),
+            (self.bundle, "a decoder bundle"),
+        ):
+            if path is not None and not Path(path).exists():
+                raise ValueError(f"{path} does not exist; expected {expected}")
+        if self.base is None and self.bundle is None:
+            raise ValueError(_NOTHING)
+        calibration = None if self.bundle is None else read_card(self.bundle).calibration
+        self._calibration(None, calibration)
 
     def encoders(self, device: torch.device | str) -> Encoders:
         """Loads the encoders, in float32.
@@ -99,9 +125,7 @@ class Plan:
                 neither a base nor a bundle.
         """
         if self.base is None and self.bundle is None:
-            raise ValueError(
-                "there is nothing to train: give the base (FLUX.1-Fill), or a decoder bundle to start from"
-            )
+            raise ValueError(_NOTHING)
         decoder = self._new(encoders, dtype) if self.bundle is None else self._from_bundle(encoders, dtype)
         choose_trained(decoder, self.trained, rank=self.rank, seed=self.seed)
         return decoder
@@ -177,8 +201,12 @@ class Plan:
             **({} if self.licence is None else {"licence": self.licence}),
         }
 
-    def _calibration(self, tokenizer: ImageTokenizer, calibration: Calibration | None) -> Calibration | None:
-        """The calibration of the conditions: the plan's own, or else the given one of the bundle."""
+    def _calibration(self, tokenizer: ImageTokenizer | None, calibration: Calibration | None) -> Calibration | None:
+        """The calibration of the conditions: the plan's own, or else the given one of the bundle.
+
+        Args:
+            tokenizer: that it must fit; None if that is not known yet.
+        """
         if self.variant != "lcdm+lc":
             if self.calibration is not None:
                 raise ValueError(f"the variant {self.variant!r} takes no calibration: leave it out, or use 'lcdm+lc'")
@@ -187,6 +215,8 @@ class Plan:
             calibration = Calibration.load(self.calibration)
         if calibration is None:
             raise ValueError("the variant 'lcdm+lc' needs a calibration: make one for this VLM with `dcdd calibrate`")
+        if tokenizer is None:
+            return calibration
         if not same_codebook(calibration.codebook, tokenizer.codebook.fingerprint):
             raise ValueError(
                 f"the calibration is for another tokenizer (codebook {calibration.codebook}, expected "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,24 +17,33 @@ from ..models.card import DecoderCard
 from ..models.checkpoints import fingerprint_of
 from ..models.decoder import DistributionConditionedDecoder
 from ..pipelines.decode import decode
+from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
 from ..settings import require_at_least, require_same_settings
 from .batches import Batches, DataShard, Source
 from .cache import CacheCard, EncodingCache
 from .cache_writer import write_cache
-from .checkpoints import load_ema, newest_checkpoint, settings_of
+from .checkpoints import load_best, load_ema, newest_checkpoint, settings_of
 from .config import DataConfig, OptimizationConfig, RunConfig
 from .encoded_batch import encode
 from .examples import ExampleMaker
+from .held_out import FEWEST_SPLIT, HeldOutLoss, Split, count_images, split
+from .lock import run_lock
 from .loss import decoder_loss
 from .plan import Encoders, Plan
+from .progress import ProgressBar
+from .schedules import warmup_cosine
 from .sources import open_images
-from .trainable import frozen_weights
+from .stop import TrainingStopped
+from .trainable import frozen_weights, trained_weights
 from .trainer import Evaluation, Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 BUNDLE = "decoder.safetensors"
+#: The bundle of the weights with the lowest loss on held-out images.
+BEST = "best.safetensors"
+_HELD_OUT = "held_out"
 
 
 def make_accelerator(
@@ -90,22 +99,51 @@ def run_training(
     *,
     accelerator: Accelerator,
     report: Callable[[str], None] = print,
+    progress: ProgressBar | None = None,
 ) -> Path:
     """Trains a decoder, resuming from the folder's newest checkpoint, and writes its bundle into the folder.
+
+    If images are held out, the loss on them is evaluated with the sample sheets, and the weights with the lowest become
+    a bundle as well (`BEST`).
+
+    Args:
+        progress: see `Trainer`.
 
     Returns:
         The bundle's path.
 
     Raises:
-        ValueError, FloatingPointError, OSError: see `Trainer.train`, `Plan` and the sources of images.
+        ValueError: also if another training runs in the folder, or it cannot be written to.
+        ValueError, FloatingPointError, OSError, TrainingStopped: see `Trainer.train`, `Plan` and the sources of images.
     """
+    with run_lock(folder, accelerator):
+        return _run_training(folder, plan, optimization, data, run, accelerator, report, progress)
+
+
+def _run_training(
+    folder: Path,
+    plan: Plan,
+    optimization: OptimizationConfig,
+    data: DataConfig,
+    run: RunConfig,
+    accelerator: Accelerator,
+    report: Callable[[str], None],
+    progress: ProgressBar | None,
+) -> Path:
+    main = accelerator.is_main_process
+    say = report if main else _nothing
+    plan.check()
+    newest = newest_checkpoint(folder)
+    before = None if newest is None else settings_of(newest)
     encoders = plan.encoders(_device(accelerator))
     card = CacheCard.of(encoders.tokenizer, encoders.codec, encoders.geometry, pixels=data.localised > 0)
     source = _open(data, encoders, card, accelerator)
+    parts = _split(source, run, before, say)
     dtype = _frozen_dtype(accelerator.mixed_precision)
-    if accelerator.is_main_process:
-        report(f"{folder.name}: mixed precision {accelerator.mixed_precision}, frozen weights held in {dtype}")
     decoder = plan.decoder(encoders, dtype=dtype)
+    for line in _summary(decoder, optimization, data, parts, source, accelerator):
+        say(f"{folder.name}: {line}")
+    say(f"{folder.name}: mixed precision {accelerator.mixed_precision}, frozen weights held in {dtype}")
     accelerator.init_trackers("dcdd", config={name: str(value) for name, value in asdict(optimization).items()})
     shard = DataShard(
         seed=optimization.seed,
@@ -113,11 +151,11 @@ def run_training(
         world=accelerator.num_processes,
         window=data.window,
     )
-    sheet = SampleSheet(encoders, decoder.card, source, run.samples, optimization) if run.samples else None
-    Trainer(
+    evaluate = _evaluation(encoders, decoder.card, source, parts, run, data, optimization, accelerator)
+    trainer = Trainer(
         folder,
         decoder,
-        Batches(source, size=data.batch, shard=shard, workers=data.workers),
+        Batches(source if parts is None else parts.training, size=data.batch, shard=shard, workers=data.workers),
         ExampleMaker(decoder.card, encoders.tokenizer, encoders.codec, encoders.geometry, localised=data.localised),
         optimization,
         accelerator=accelerator,
@@ -126,18 +164,36 @@ def run_training(
             **_decoder_settings(plan, decoder),
             "localised": data.localised,
             "precision": accelerator.mixed_precision,
+            **({} if parts is None else {_HELD_OUT: parts.fingerprint}),
         },
         run=run,
-        evaluate=sheet,
+        evaluate=evaluate,
         report=report,
-    ).train()
+        progress=progress,
+    )
+    try:
+        trainer.train()
+    except TrainingStopped as stopped:
+        say(str(stopped))
+        accelerator.end_training()
+        raise
     path = folder / BUNDLE
-    if accelerator.is_main_process:
+    if main:
         # Into a decoder that is loaded again: the trained one may be sharded over devices.
         plan.save(path, plan.decoder(encoders, dtype=dtype), load_ema(newest_checkpoint(folder)))
         report(f"wrote {path}")
+        if parts is not None:
+            _save_best(folder, plan, encoders, dtype, report)
     accelerator.end_training()
     return path
+
+
+def _save_best(folder: Path, plan: Plan, encoders: Encoders, dtype: torch.dtype, report: Callable[[str], None]) -> None:
+    """Writes the bundle of the weights with the lowest held-out loss, if there are any."""
+    best = load_best(folder)
+    if best is not None:
+        plan.save(folder / BEST, plan.decoder(encoders, dtype=dtype), best.weights)
+        report(f"wrote {folder / BEST}, of step {best.step}: the lowest held-out loss, {best.loss:.4g}")
 
 
 def run_bundle(folder: Path, plan: Plan, *, accelerator: Accelerator, report: Callable[[str], None] = print) -> Path:
@@ -155,7 +211,8 @@ def run_bundle(folder: Path, plan: Plan, *, accelerator: Accelerator, report: Ca
     path = (folder / BUNDLE).with_stem(f"{Path(BUNDLE).stem}-{newest.name}")
     if accelerator.is_main_process:
         before = settings_of(newest)
-        decoder = plan.decoder(plan.encoders("cpu"), dtype=_frozen_dtype(before.get("precision")))
+        encoders, dtype = plan.encoders("cpu"), _frozen_dtype(before.get("precision"))
+        decoder = plan.decoder(encoders, dtype=dtype)
         now = _decoder_settings(plan, decoder) | {"card": asdict(decoder.card)}
         require_same_settings(
             f"{newest} was",
@@ -165,6 +222,7 @@ def run_bundle(folder: Path, plan: Plan, *, accelerator: Accelerator, report: Ca
         )
         plan.save(path, decoder, load_ema(newest))
         report(f"wrote {path}")
+        _save_best(folder, plan, encoders, dtype, report)
     return path
 
 
@@ -179,6 +237,7 @@ def run_cache(
     shard_size: int = 1024,
     workers: int = 0,
     keep_pixels: bool = False,
+    policy: ReadPolicy = DEFAULT_POLICY,
     report: Callable[[str], None] = print,
 ) -> None:
     """Encodes all images into a cache, each process its shards; see `write_cache`."""
@@ -187,7 +246,7 @@ def run_cache(
     encoders = plan.encoders(_device(accelerator))
     write_cache(
         folder,
-        open_images(images, encoders.geometry, column=column),
+        open_images(images, encoders.geometry, column=column, policy=policy),
         encoders.tokenizer,
         encoders.codec,
         shard_size=shard_size,
@@ -201,8 +260,93 @@ def run_cache(
     accelerator.end_training()
 
 
+def _split(source: Source, run: RunConfig, before: dict[str, Any] | None, say: Callable[[str], None]) -> Split | None:
+    """The held-out split of a run; None if it has none.
+
+    Args:
+        before: the settings of the run's newest checkpoint, if there is one.
+    """
+    if not run.sample_every or not run.held_out:
+        return None
+    if before is not None and _HELD_OUT not in before:
+        say("this run began without held-out images, and goes on without them")
+        return None
+    parts = split(source, run.held_out)
+    if parts is None:
+        say(f"no images are held out, since there are fewer than {FEWEST_SPLIT}: there is no validation loss")
+    return parts
+
+
+def _evaluation(
+    encoders: Encoders,
+    card: DecoderCard,
+    source: Source,
+    parts: Split | None,
+    run: RunConfig,
+    data: DataConfig,
+    optimization: OptimizationConfig,
+    accelerator: Accelerator,
+) -> Callable[[DistributionConditionedDecoder], Evaluation] | None:
+    """What is evaluated: the loss on held-out images, and a sample sheet."""
+    shown = source if parts is None else parts.held_out
+    sheet = SampleSheet(encoders, card, shown, run.samples, optimization) if run.samples else None
+    if parts is None:
+        return sheet
+    loss = HeldOutLoss(
+        parts.held_out,
+        lambda batch: encode(batch, encoders.tokenizer, encoders.codec),
+        ExampleMaker(card, encoders.tokenizer, encoders.codec, encoders.geometry),
+        optimization,
+        batch=data.batch,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        total=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum"),
+        workers=data.workers,
+    )
+
+    def evaluate(decoder: DistributionConditionedDecoder) -> Evaluation:
+        value = loss(decoder)
+        image = None if sheet is None else sheet(decoder).sheet
+        return Evaluation(numbers={"loss": value}, sheet=image, score=value)
+
+    return evaluate
+
+
+def _summary(
+    decoder: DistributionConditionedDecoder,
+    config: OptimizationConfig,
+    data: DataConfig,
+    parts: Split | None,
+    source: Source,
+    accelerator: Accelerator,
+) -> Iterator[str]:
+    """What is about to be trained, on what, and how, in lines."""
+    world = accelerator.num_processes
+    yield (
+        f"{world} process{'es' if world > 1 else ''} on {accelerator.device.type} x {data.batch} images x "
+        f"{config.accumulation} micro-batches = an effective batch of {world * data.batch * config.accumulation}"
+    )
+    count = count_images(source)
+    held_out = 0 if parts is None else len(parts.held_out.listed)
+    images = "a stream of images" if count is None else f"{count - held_out:,} images"
+    yield f"{images}, and {held_out} held out that are never trained on"
+    trained, frozen = (
+        sum(weight.numel() for weight in weights(decoder).values()) for weights in (trained_weights, frozen_weights)
+    )
+    yield f"{trained:,} trained parameters, and {frozen:,} frozen ones"
+    yield (
+        f"{config.steps:,} updates, a warm-up of {config.warmup:,}, then a cosine from a learning rate of "
+        f"{config.learning_rate:g}"
+    )
+    if config.warmup >= config.steps:
+        reached = warmup_cosine(config.steps - 1, config.steps, peak=config.learning_rate, warmup=config.warmup)
+        yield f"the warm-up is as long as the run: its learning rate ends at {reached:.3g}; see --warmup"
+
+
 class SampleSheet:
     """Evaluates a decoder on the first images of a source: the loss, always with the same noise, and a sample sheet.
+
+    The loss is called "training_loss": the images may be trained on. `held_out.HeldOutLoss` is the one on others.
 
     A row of the sheet is one image: decoded by the autoencoder (the best that the decoder can reach), by the VQ
     decoder, and by the diffusion decoder.
@@ -233,13 +377,13 @@ class SampleSheet:
         loss = decoder_loss(decoder, self.example, generator, self.optimization)
         columns = torch.stack([images.to(painted) for images in (*self.references, painted)])
         sheet = ((rearrange(columns, "k b c h w -> (b h) (k w) c").clamp(-1, 1) + 1) * 127.5).round().byte()
-        return Evaluation(numbers={"loss": float(loss)}, sheet=Image.fromarray(sheet.cpu().numpy()))
+        return Evaluation(numbers={"training_loss": float(loss)}, sheet=Image.fromarray(sheet.cpu().numpy()))
 
 
 def _open(data: DataConfig, encoders: Encoders, card: CacheCard, accelerator: Accelerator) -> Source:
     """The source of the images or encodings to train on."""
     if data.cache is None:
-        return open_images(data.images, encoders.geometry, column=data.column)
+        return open_images(data.images, encoders.geometry, column=data.column, policy=data.policy)
     source = EncodingCache(data.cache)
     source.require(card)
     if data.verify:
@@ -255,6 +399,10 @@ def _decoder_settings(plan: Plan, decoder: DistributionConditionedDecoder) -> di
 def _frozen_dtype(precision: str | None) -> torch.dtype:
     """The dtype of frozen weights."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _nothing(_: str) -> None:
+    """What a process says that is not the main one."""
 
 
 def _device(accelerator: Accelerator) -> torch.device:

@@ -8,6 +8,7 @@ uninterrupted one does.
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,14 +27,17 @@ from ..files import whole_file
 from ..method.sampling import keyed_generator
 from ..models.decoder import DistributionConditionedDecoder
 from .batches import Batches
-from .checkpoints import Checkpoints, TrainingState
+from .checkpoints import Best, Checkpoints, Resumed, TrainingState, images_per_update, load_best
 from .config import OptimizationConfig, RunConfig
 from .ema import EMA, all_finite
 from .examples import Example
 from .log import RunningMeans, append_to_log, truncate_log
 from .loss import decoder_loss
+from .positions import restore_position, saved_position
+from .progress import ProgressBar
 from .schedules import set_learning_rate, warmup_cosine
 from .sharding import full_tensor, reshard
+from .stop import StopRequest, TrainingStopped, stop_on_signals
 from .trainable import decoder_optimizers, trained_weights
 
 if TYPE_CHECKING:
@@ -42,10 +46,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How good a decoder is at some point: numbers for the log by name, and a sample sheet."""
+    """How good a decoder is at some point.
+
+    Attributes:
+        numbers: for the log, by name.
+        sheet: of samples.
+        score: the lower, the better; the weights with the lowest are kept. The same in all processes. None for a
+            training that keeps the last ones alone.
+    """
 
     numbers: Mapping[str, float] = field(default_factory=dict)
     sheet: Image.Image | None = None
+    score: float | None = None
 
 
 class ForwardProxy(nn.Module):
@@ -86,6 +98,7 @@ class Trainer:
         autocast: entered around the loss, besides the accelerator's mixed precision.
         evaluate: evaluates the decoder with averaged weights; None for no evaluation.
         report: gets the lines to print.
+        progress: is shown in the main process, in the place of the log's lines.
     """
 
     def __init__(
@@ -102,6 +115,7 @@ class Trainer:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         evaluate: Callable[[DistributionConditionedDecoder], Evaluation] | None = None,
         report: Callable[[str], None] = print,
+        progress: ProgressBar | None = None,
     ):
         self.folder = folder
         self.decoder = decoder
@@ -113,34 +127,73 @@ class Trainer:
         self.autocast = autocast
         self.evaluate = evaluate
         self.report = report
+        self.progress = progress
         self.settings = settings
 
     def train(self) -> DistributionConditionedDecoder:
         """Trains from the newest checkpoint, or from the start, to the last update; all processes call this together.
 
+        Ctrl-C and SIGTERM, in any process, end it after the update, with a checkpoint; a second one ends it at once.
+
         Returns:
             The decoder with the EMA of its weights, frozen, in evaluation mode.
 
         Raises:
-            ValueError: if the newest checkpoint was made under other settings, or the optimiser does not support the
-                way that weights are sharded.
+            ValueError: if the newest checkpoint was made under other settings or is damaged, or the optimiser does
+                not support the way that weights are sharded.
+            TrainingStopped: in all processes, after a signal; the checkpoint is saved.
+            KeyboardInterrupt: after a second one.
             FloatingPointError: if the loss or a weight is no longer finite; the last checkpoint stays as it is.
             OSError: if a checkpoint, a sample sheet or the log cannot be written; the last checkpoint stays as it is.
         """
         self._check_sharding()
+        if not self.accelerator.is_main_process:
+            self.progress = None
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._wrapped_blocks():
             self._prepare()
             self._resume()
-            stream = iter(self.batches)
-            while self.step < self.config.steps:
-                self.means.add(self._update(stream))
-                self.step += 1
-                self._log()
-                if self._is_due(self.run.save_every):
-                    self._save()
+            with stop_on_signals() as request, self._shown():
+                self._loop(request)
             self.ema.apply()
         return self.decoder.eval().requires_grad_(False)
+
+    def _loop(self, request: StopRequest) -> None:
+        """The updates that are left."""
+        stream = iter(self.batches)
+        while self.step < self.config.steps:
+            self.means.add(self._update(stream))
+            self.step += 1
+            self._log()
+            number = self._signal(request)
+            if number or self._is_due(self.run.save_every):
+                self._save()
+            if number:
+                said = (
+                    f"{self.folder.name}: stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'} after step "
+                    f"{self.step} of {self.config.steps}. Its checkpoint is saved ({self.folder / 'checkpoints'}): run "
+                    "the same command again to resume"
+                )
+                raise TrainingStopped(said, number)
+
+    def _signal(self, request: StopRequest) -> int:
+        """The number of a signal that any process got, the same in all; 0 for none."""
+        if self.accelerator.num_processes == 1:
+            return request.number
+        numbers = self.accelerator.gather(torch.tensor([request.number], device=self.accelerator.device))
+        return int(numbers.max())
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Within it the progress is shown."""
+        if self.progress is None:
+            yield
+            return
+        self.progress.start(self.step)
+        try:
+            yield
+        finally:
+            self.progress.close()
 
     def _check_sharding(self) -> None:
         """Refuses ways of sharding that the EMA, the checkpoints or Muon do not support."""
@@ -203,6 +256,7 @@ class Trainer:
                 "batch": self.batches.size,
                 "processes": accelerator.num_processes,
             },
+            keep=self.run.keep,
         )
 
     def _resume(self) -> None:
@@ -211,18 +265,42 @@ class Trainer:
         if (state := self.checkpoints.load()) is not None:
             self.step, seconds = state.step, state.seconds
             self.ema.load(state.ema, updates=self.step)
-            self.batches.load_state_dict(state.position)
+            restore_position(self.batches, state.positions)
             self.means.load_state_dict(state.means)
+        best = load_best(self.folder) if self.accelerator.is_main_process else None
+        self.best = math.inf if best is None else best.loss
         if self.accelerator.is_main_process:
             truncate_log(self.folder, self.step)
-            if self.step:
+            if state is not None:
                 self.report(f"{self.folder.name}: resuming from step {self.step} of {self.config.steps}")
+                self._report_changes(state)
         self.started = time.monotonic() - seconds
+
+    def _report_changes(self, state: Resumed) -> None:
+        """Says what is not as it was."""
+        before, now = state.settings, self.checkpoints.settings
+        steps, world = before["recipe"]["steps"], before["processes"]
+        if steps != self.config.steps:
+            self.report(
+                f"{self.folder.name}: extended from {steps} to {self.config.steps} updates. The learning rate goes on "
+                f"as in a run of that length, at {self._learning_rate(self.config.steps):.3g} instead of "
+                f"{self._learning_rate(steps):.3g}"
+            )
+        if world != now["processes"]:
+            self.report(
+                f"{self.folder.name}: {now['processes']} processes instead of {world}. Every image still comes once an "
+                f"epoch; the batches and their random draws are others than {world} would have had. An update sees "
+                f"{images_per_update(now)} images ({images_per_update(before)} before)"
+            )
+
+    def _learning_rate(self, steps: int) -> float:
+        """Of the next update, in a run of so many."""
+        return warmup_cosine(self.step, steps, peak=self.config.learning_rate, warmup=self.config.warmup)
 
     def _update(self, stream: Iterator[Any]) -> dict[str, torch.Tensor]:
         """One update of the weights; the loss is the mean over this process's micro-batches."""
         accelerator, config = self.accelerator, self.config
-        rate = warmup_cosine(self.step, config.steps, peak=config.learning_rate, warmup=config.warmup)
+        rate = self._learning_rate(config.steps)
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, rate)
         losses = []
@@ -253,13 +331,17 @@ class Trainer:
         if self._is_due(self.run.log_every):
             line = self.means.take(self._mean_of_processes)
             self._require_finite({name: math.isfinite(value) for name, value in line.items()})
-        if self.evaluate is not None and self._is_due(self.run.sample_every):
+        evaluated = self.evaluate is not None and self._is_due(self.run.sample_every)
+        if evaluated:
             line |= self._evaluate()
         if line and self.accelerator.is_main_process:
             line = {"step": self.step, "seconds": round(time.monotonic() - self.started, 1)} | line
             append_to_log(self.folder, line)
             self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=self.step)
-            self.report(f"{self.folder.name} " + " ".join(f"{name}={value:.4g}" for name, value in line.items()))
+            if self.progress is None:
+                self.report(f"{self.folder.name} " + " ".join(f"{name}={value:.4g}" for name, value in line.items()))
+        if self.progress is not None:
+            self.progress.advance(self.step, line, evaluated=evaluated)
 
     def _evaluate(self) -> dict[str, float]:
         """The numbers of an evaluation of the averaged weights; its sheet is written."""
@@ -267,10 +349,22 @@ class Trainer:
         with self.ema.swapped_in(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             found = self.model(self.evaluate)
             reshard(self.model)
+        self._keep_best(found.score)
         self.decoder.train()
         if found.sheet is not None and self.accelerator.is_main_process:
             self._write_sheet(found.sheet)
         return {f"eval/{name}": float(value) for name, value in found.numbers.items()}
+
+    def _keep_best(self, score: float | None) -> None:
+        """Writes the EMA's weights if none had a lower score."""
+        if score is None:
+            return
+        # The main process has read the best one so far.
+        better = torch.tensor(float(self.accelerator.is_main_process and score < self.best))
+        if float(self._mean_of_processes(better)) > 0:
+            self.best, weights = score, self.ema.full()
+            if self.accelerator.is_main_process:
+                self.checkpoints.save_best(Best(step=self.step, loss=score, weights=weights))
 
     def _write_sheet(self, sheet: Image.Image) -> None:
         """Writes a sample sheet to its file, and to the trackers that take images."""
@@ -291,7 +385,7 @@ class Trainer:
                 step=self.step,
                 seconds=time.monotonic() - self.started,
                 ema=self.ema.full(),
-                position=self.batches.state_dict(),
+                position=saved_position(self.batches),
                 means=self.means.state_dict(),
             )
         )

@@ -74,8 +74,10 @@ def run(
         decoder = tiny_decoder()
         choose_trained(decoder, what, rank=2)
     every = {"save_every": 3, "log_every": 1}
-    every |= {name: changes.pop(name) for name in ("save_every", "log_every", "sample_every") if name in changes}
-    evaluate = changes.pop("evaluate", None)
+    every |= {
+        name: changes.pop(name) for name in ("save_every", "log_every", "sample_every", "keep") if name in changes
+    }
+    evaluate, report = changes.pop("evaluate", None), changes.pop("report", lambda _: None)
     workers = accelerator()
     make, seen = ExampleMaker(decoder.card, tokenizer, codec, geometry, localised=0.3), iter(range(10**6))
 
@@ -95,7 +97,7 @@ def run(
         settings={},
         run=RunConfig(**every),
         evaluate=evaluate,
-        report=lambda _: None,
+        report=report,
     ).train()
 
 

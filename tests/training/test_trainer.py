@@ -1,12 +1,15 @@
 """Training the decoder: its updates, its log and its checkpoints."""
 
+import json
 import math
 import os
 import random
 import shutil
+import signal
 import sys
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +23,7 @@ from safetensors import safe_open
 from dcdd_core.method.flow import interpolate, shift_time, velocity
 from dcdd_core.method.latents import pack
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.training import checkpoints
+from dcdd_core.training import checkpoints, stop
 from dcdd_core.training.batches import Batches, DataShard
 from dcdd_core.training.config import OptimizationConfig, RunConfig
 from dcdd_core.training.ema import EMA
@@ -28,7 +31,9 @@ from dcdd_core.training.examples import ExampleMaker
 from dcdd_core.training.log import read_log
 from dcdd_core.training.loss import decoder_loss
 from dcdd_core.training.optimizers import adamw_8bit
+from dcdd_core.training.schedules import warmup_cosine
 from dcdd_core.training.sources import open_images
+from dcdd_core.training.stop import TrainingStopped
 from dcdd_core.training.trainable import choose_trained
 from dcdd_core.training.trainer import Evaluation, Trainer
 from tests.tiny import tiny_decoder
@@ -138,9 +143,14 @@ def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, images):
     assert losses(tmp_path / "whole")[0][1] == pytest.approx(float(torch.cat(firsts).detach().mean()), rel=1e-4)
     average = [checkpoints.load_ema(tmp_path / name / "checkpoints" / "step-00000008") for name in ("cut", "whole")]
     assert all(torch.equal(value, average[1][name]) for name, value in average[0].items())
-    # Their batches are not those of one process, and its checkpoints not theirs.
-    with pytest.raises(ValueError, match="processes 2 -> 1"):
-        run(tmp_path / "cut", images)
+    # One process goes on where two were, and then they again; the data are held by test_positions.py.
+    said = []
+    run(tmp_path / "cut", images, steps=10, report=said.append)
+    assert said[0] == "cut: resuming from step 8 of 10" and "cut: extended from 8 to 10 updates." in said[1]
+    assert "cut: 1 processes instead of 2. Every image still comes once an epoch" in said[2]
+    assert "An update sees 2 images (4 before)" in said[2]
+    assert together(partial(run, tmp_path / "cut", images, steps=12)) == [0, 0]
+    assert len(losses(tmp_path / "cut")) == 12
 
 
 @needs_fork
@@ -149,7 +159,7 @@ def test_killed_within_a_save_one_checkpoint_stays(tmp_path, images, whole, monk
     replace, kill = checkpoints.os.replace, kill_at(0)
 
     def dying(source, target):
-        if "step-00000006" in str(target):
+        if Path(target).name == "step-00000006":
             if moment == "renamed":
                 replace(source, target)
             kill(0)
@@ -350,7 +360,7 @@ def test_a_sheet_is_complete_or_a_full_disk_is_reported(tmp_path, images):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, images):
     run(tmp_path, images, steps=3)
     for changes, words in (
-        ({"steps": 4}, "recipe.steps 3 -> 4"),
+        ({"steps": 2}, "recipe.steps 3 -> 2"),
         ({"steps": 3, "optimizer": "muon"}, "recipe.optimizer 'adamw' -> 'muon'"),
         ({"steps": 3, "batch": 1}, "batch 2 -> 1"),
         ({"steps": 3, "decoder": tiny_decoder(variant="lcdm", calibration=None)}, "card.variant 'lcdm.lc' -> 'lcdm'"),
@@ -362,16 +372,200 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, images):
         run(tmp_path, other, steps=3)
     newest = tmp_path / "checkpoints" / "step-00000003"
     for name in ("average.safetensors", "optimizer.bin"):
-        whole, words = (newest / name).read_bytes(), "is damaged .*delete it to resume from the one before it"
-        for broken in (b"", b"cut short", whole[:-50]):
+        whole = (newest / name).read_bytes()
+        words = rf"is damaged \({name}: not what was written\): delete it to resume from the one before it"
+        for broken in (b"", b"cut short", whole[:-50], flipped(whole)):
             (newest / name).write_bytes(broken)
             with pytest.raises(ValueError, match=words):
                 run(tmp_path, images, steps=3)
-        (newest / name).write_bytes(whole)
-    for told in ('{"format": "dcdd trai', '{"format": "another"}'):
-        (newest / "training.json").write_text(told)
-        with pytest.raises(ValueError, match="step-00000003 is not a training checkpoint .*delete it to resume"):
+        (newest / name).unlink()
+        with pytest.raises(ValueError, match=words):
             run(tmp_path, images, steps=3)
+        (newest / name).write_bytes(whole)
+    told = (newest / "training.json").read_bytes()
+    for broken, words in (
+        (b'{"format": "dcdd trai', "training.json cannot be read as the description of a training checkpoint"),
+        (b'{"format": "another"}', "training.json has the format 'another', expected 'dcdd training 1'"),
+        (b"[]", "training.json holds a list, expected the description of a training checkpoint"),
+        (told.replace(b'"step": 3', b'"step": 2'), "training.json is damaged: it is not what was written"),
+    ):
+        (newest / "training.json").write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{words}.*delete it to resume"):
+            run(tmp_path, images, steps=3)
+
+
+def flipped(content: bytes) -> bytes:
+    """With one bit changed."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def without_checksums(checkpoint, **changes):
+    """As earlier versions wrote it."""
+    told = json.loads((checkpoint / "training.json").read_text())
+    del told["files"], told["checksum"]
+    (checkpoint / "training.json").write_text(json.dumps(told | changes))
+
+
+def test_a_checkpoint_without_checksums_resumes_and_its_fields_are_checked(tmp_path, images, whole):
+    shutil.copytree(whole[0], tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006"
+    shutil.rmtree(newest.with_name("step-00000008"))
+    without_checksums(newest)
+    kept = {path: path.read_bytes() for path in newest.glob("*.json")}
+    position, means = "position-0.json", '{"loss": 1}'
+    for name, text, words in (
+        ("training.json", None, "'step' holds '-1', expected a whole number >= 0"),
+        (position, "{}", "the field 'epoch' is missing, expected a whole number >= 0"),
+        (position, "[]", "holds a list"),
+        (position, "\ufeff{}", "the field .epoch. is missing"),
+        (
+            position,
+            '{"epoch": 1, "consumed": 0, "read": 1, "unreadable": 0, "mark": 7}',
+            "'mark' holds '7', expected null",
+        ),
+        ("means-0.json", means, "the field 'loss' holds '1', expected a sum and a count"),
+        ("means-0.json", "[" * 10**5, "cannot be read as running means"),
+    ):
+        if text is None:
+            without = json.loads(kept[newest / name])
+            text = json.dumps(without | {"step": -1})
+        (newest / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}.*{words}.*delete it to resume"):
+            run(tmp_path / "run", images)
+        (newest / name).unlink()
+        for path, content in kept.items():
+            path.write_bytes(content)
+    run(tmp_path / "run", images)
+    assert losses(tmp_path / "run") == losses(whole[0])
+
+
+def test_a_damaged_line_of_the_log_is_named(tmp_path, images):
+    run(tmp_path, images, steps=1)
+    for line in ("{", "[]", '{"step": "a"}'):
+        (tmp_path / "log.jsonl").write_text(line + "\n")
+        with pytest.raises(ValueError, match=r"log\.jsonl has a damaged line .*take the line out"):
+            run(tmp_path, images, steps=1)
+
+
+@needs_fork
+def test_others_may_read_what_is_written(tmp_path, images):
+    before = os.umask(0o022)
+    try:
+        run(tmp_path, images, steps=1, evaluate=lambda _: Evaluation(score=1.0))
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    assert len(files) > 6 and {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path, images):
+    for keep, kept in ((1, [4]), (3, [2, 3, 4])):
+        run(tmp_path / f"{keep}", images, steps=4, save_every=1, keep=keep)
+        found = sorted(path.name for path in (tmp_path / f"{keep}" / "checkpoints").iterdir())
+        assert found == [f"step-{step:08}" for step in kept]
+
+
+def test_an_extended_run_goes_on_as_one_of_its_new_length(tmp_path, images, monkeypatch):
+    run(tmp_path, images, steps=4, learning_rate=1.0)
+    rates, step, said = [], torch.optim.AdamW.step, []
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *args: rates.append(self.param_groups[0]["lr"]) or step(self, *args)
+    )
+    run(tmp_path, images, steps=6, learning_rate=1.0, report=said.append)
+    assert rates == [warmup_cosine(k, 6, peak=1.0, warmup=2) for k in (4, 5)]
+    assert len(losses(tmp_path)) == 6
+    assert "extended from 4 to 6 updates. The learning rate goes on as in a run of that length, at 0.51 " in said[1]
+    assert "instead of 0.02" in said[1]
+
+
+def test_the_same_images_an_update_may_be_batched_in_another_way(tmp_path, images):
+    run(tmp_path, images, steps=2, batch=2)
+    run(tmp_path, images, steps=4, batch=1, accumulation=2)
+    assert len(losses(tmp_path)) == 4
+    with pytest.raises(ValueError, match="recipe.accumulation 2 -> 1"):
+        run(tmp_path, images, steps=4, batch=1)
+
+
+@needs_fork
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_with_a_checkpoint_and_resumed_it_is_the_uninterrupted_run(
+    tmp_path, images, whole, number, status
+):
+    before = signal.getsignal(number)
+    with pytest.raises(
+        TrainingStopped, match="stopped by .* after step 5 of 8. Its checkpoint is saved .*resume"
+    ) as told:
+        run(tmp_path, images, on_batch=lambda k: os.kill(os.getpid(), number) if k == 4 else None)
+    assert told.value.status == status and signal.getsignal(number) == before
+    assert (tmp_path / "checkpoints" / "step-00000005").is_dir()
+    run(tmp_path, images)
+    assert losses(tmp_path) == losses(whole[0])
+
+
+@needs_fork
+def test_a_second_signal_ends_it_at_once(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(stop, "_ONE_SIGNAL", -1)
+
+    def twice(k):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("this is not reached")
+
+    with pytest.raises(KeyboardInterrupt) as told:
+        run(tmp_path, images, on_batch=twice)
+    assert not isinstance(told.value, TrainingStopped) and not list((tmp_path).glob("checkpoints/*"))
+
+
+@needs_fork
+def test_a_signal_that_a_launcher_passes_on_is_one(tmp_path, images):
+    def twice(k):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingStopped, match="after step 1 of 8"):
+        run(tmp_path, images, on_batch=twice)
+
+
+@needs_fork
+def test_two_processes_stop_after_the_same_step(tmp_path, images):
+    assert forked(partial(stopped_by_one, tmp_path, images), world=2, clean=True) == [143, 143]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def stopped_by_one(folder, images):
+    """Trains in two processes; the second gets a SIGTERM."""
+    rank = int(os.environ["RANK"])
+    try:
+        run(
+            folder,
+            images,
+            save_every=8,
+            on_batch=lambda k: os.kill(os.getpid(), signal.SIGTERM) if (k, rank) == (2, 1) else None,
+        )
+    except TrainingStopped as stopped:
+        sys.exit(stopped.status)
+
+
+def test_the_weights_of_the_lowest_score_are_kept(tmp_path, images):
+    seen, scores = [], iter([3.0, 1.0, 2.0, 1.0])
+
+    def evaluate(decoder):
+        seen.append(decoder.adapter.fuse.weight.clone())
+        return Evaluation(numbers={}, score=next(scores))
+
+    run(tmp_path, images, steps=6, evaluate=evaluate, sample_every=2)
+    best = checkpoints.load_best(tmp_path)
+    assert (best.step, best.loss) == (4, 1.0) and torch.equal(best.weights["adapter.fuse.weight"], seen[1])
+    run(tmp_path, images, steps=8, evaluate=evaluate, sample_every=2)
+    assert checkpoints.load_best(tmp_path).step == 4  # and no later one that is as good
+    path = tmp_path / "checkpoints" / "best.safetensors"
+    path.write_bytes(flipped(path.read_bytes()))
+    with pytest.raises(ValueError, match="best.safetensors is damaged: .* delete it"):
+        checkpoints.load_best(tmp_path)
+    path.write_bytes(b"cut")
+    with pytest.raises(ValueError, match="best.safetensors .*delete it"):
+        checkpoints.load_best(tmp_path)
 
 
 def test_how_a_step_is_computed_may_change_on_the_way(tmp_path, images, whole):

@@ -1,0 +1,232 @@
+"""The held-out images of a run: which they are, the loss on them, and the training source without them.
+
+Shapes: B batch, C latent channels, h' w' latent grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..method.flow import sample_times
+from ..method.sampling import keyed_generator
+from ..models.decoder import DistributionConditionedDecoder
+from ..types import DCDDWarning
+from .batches import DataShard, Entry, Mark, Source, Unreadable, load_in_order
+from .cache import EncodingCache
+from .config import OptimizationConfig
+from .encoded_batch import EncodedBatch
+from .examples import ExampleMaker
+from .loss import velocity_losses
+
+if TYPE_CHECKING:
+    from ..pipelines.image_files import ReadPolicy
+
+#: Images that are held out at most, and the fewest images of a source that is split.
+MOST, FEWEST_SPLIT = 512, 20
+_DRAWS = 64  # pairs of a time and a noise that a loss is the mean of, at least [choice]
+_KEY = 53  # keeps these draws apart from others with the same seed
+
+
+@dataclass(frozen=True)
+class Split:
+    """A source in two parts.
+
+    Attributes:
+        training: without the held-out images.
+        held_out: these alone, in the order of their hashes.
+        fingerprint: of the held-out images' names.
+    """
+
+    training: Source
+    held_out: Listed
+    fingerprint: str
+
+
+def split(source: Source, fraction: float) -> Split | None:
+    """Holds out a fraction of the images, at least 1 and at most `MOST`; None for fewer than `FEWEST_SPLIT` images.
+
+    Those whose names have the smallest hashes: neither the order, nor the seed, nor the number of processes matters. A
+    stream, which has no list of its images, is read from its beginning only until it gave `MOST` of the hashes below
+    the fraction.
+    """
+    seen, below, enough = 0, 0, False
+    name_of = namer(source)
+
+    def hashed() -> Iterator[tuple[int, str, Entry]]:
+        nonlocal seen, below, enough
+        for entry in source.entries(DataShard(seed=None), 0):
+            name = name_of(entry)
+            value = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+            seen, below = seen + 1, below + (value < fraction * 2**64)
+            yield value, name, entry
+            if enough := entry.mark is not None and below == MOST:
+                return
+
+    smallest = heapq.nsmallest(MOST, hashed(), key=lambda found: found[:2])
+    count = MOST if enough else min(MOST, max(1, round(fraction * seen)))
+    if seen < FEWEST_SPLIT:
+        return None
+    names = [name for _, name, _ in smallest[:count]]
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    held_out = Listed(source, [entry for _, _, entry in smallest[:count]])
+    return Split(training=Without(source, frozenset(names)), held_out=held_out, fingerprint=digest)
+
+
+def namer(source: Source) -> Callable[[Entry], str]:
+    """What names an entry's image: in a cache, the name that the image had when it was encoded."""
+    return (lambda entry: source.keys[entry.data]) if isinstance(source, EncodingCache) else (lambda entry: entry.key)
+
+
+class _Part:
+    """A part of a source."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.name = source.name
+        self.fingerprint = source.fingerprint
+
+    @property
+    def policy(self) -> ReadPolicy:
+        """See `Source`."""
+        return self.source.policy
+
+    def load(self, entry: Entry) -> Any:
+        """See `Source.load`."""
+        return self.source.load(entry)
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """See `Source.collate`."""
+        return self.source.collate(items)
+
+
+class Listed(_Part):
+    """Given entries of a source, as a `Source` with random access."""
+
+    def __init__(self, source: Source, listed: Sequence[Entry]):
+        super().__init__(source)
+        self.listed = listed
+
+    def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
+        """See `Source.entries`."""
+        return (replace(self.listed[i], mark=None) for i in shard.indices(len(self.listed), epoch, start))
+
+
+class Without(_Part):
+    """A `Source` without the images of these names. A mark is the source's own, and the position there in this part."""
+
+    def __init__(self, source: Source, names: frozenset[str]):
+        super().__init__(source)
+        self.names = names
+        self._name_of = namer(source)
+
+    def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
+        """See `Source.entries`. Without a mark, everything before `start` is listed again."""
+        inner, position = (mark[:-1], mark[-1]) if mark else (None, 0)
+        found = self.source.entries(shard, epoch, inner[0] if inner else 0, inner)
+        last, here = None, None
+        for entry in found:
+            if entry.mark is not None and entry.mark != last:
+                last, here = entry.mark, [*entry.mark, position]
+            if self._name_of(entry) not in self.names:
+                position += 1
+                if position > start:
+                    yield replace(entry, mark=here)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers only load, and a function of this kind cannot be sent to them.
+        return {name: value for name, value in self.__dict__.items() if name != "_name_of"}
+
+
+class HeldOutLoss:
+    """The loss (Eq. 26) on held-out images, each always with the same times and noises, painted whole.
+
+    Each process encodes its share once, and keeps the encodings in RAM.
+
+    Args:
+        held_out: the images.
+        encode: of a batch of theirs.
+        make: without localised decoding.
+        batch: images at a time.
+        rank, world: of this process.
+        total: [2] of this process -> the sum over all processes.
+
+    Raises:
+        ValueError: if none of this process's images can be read.
+    """
+
+    def __init__(
+        self,
+        held_out: Listed,
+        encode: Callable[[Any], EncodedBatch],
+        make: ExampleMaker,
+        config: OptimizationConfig,
+        *,
+        batch: int,
+        rank: int,
+        world: int,
+        total: Callable[[torch.Tensor], torch.Tensor],
+        workers: int = 0,
+    ):
+        self.make, self.config, self.total = make, config, total
+        count = len(held_out.listed)
+        self.draws = math.ceil(_DRAWS / count)
+        # With sharded weights all processes must make the same number of forward passes: each has as many items, some
+        # of them of no weight.
+        own = [*range(rank, count, world)] or [0]
+        readable = list(_readable(held_out, own, workers))
+        if not readable:
+            raise ValueError(f"no held-out image of {held_out.name} can be read: check the disk and the files")
+        items = [(number, item, float(number % world == rank)) for number, item in readable]
+        items += [(*items[0][:2], 0.0)] * (math.ceil(count / world) - len(items))
+        self.batches = []
+        for start in range(0, len(items), batch):
+            numbers, found, weights = zip(*items[start : start + batch])
+            encoded = encode(held_out.collate(found))
+            kept = EncodedBatch(features=encoded.features.cpu(), latents=encoded.latents.cpu())
+            self.batches.append((numbers, kept, torch.tensor(weights)))
+
+    def __call__(self, decoder: DistributionConditionedDecoder) -> float:
+        """The mean over all held-out images of all processes."""
+        found = torch.zeros(2)
+        for numbers, encoded, weights in self.batches:
+            example = self.make(encoded, keyed_generator(0))
+            for draw in range(self.draws):
+                t, noise = self._drawn(numbers, draw, encoded.latents.shape[1:])
+                losses = velocity_losses(decoder, example, t, noise, self.config.weighting)
+                found += torch.stack([(losses.float().cpu() * weights).sum(), weights.sum()])
+        loss, weight = self.total(found).tolist()
+        return loss / weight
+
+    def _drawn(self, numbers: Sequence[int], draw: int, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Times [B] and noises [B, C, h', w'], each a function of the image's number and the draw's."""
+        times, noises = [], []
+        for number in numbers:
+            generator = keyed_generator(self.config.seed, _KEY, number, draw)
+            times.append(sample_times(1, generator=generator, density=self.config.density, shift=self.config.shift))
+            noises.append(torch.randn(1, *shape, generator=generator))
+        return torch.cat(times), torch.cat(noises)
+
+
+def _readable(held_out: Listed, numbers: Sequence[int], workers: int) -> Iterator[tuple[int, Any]]:
+    for number, item in load_in_order(held_out, ((i, held_out.listed[i]) for i in numbers), workers=workers):
+        if isinstance(item, Unreadable):
+            problem = f"the held-out {item.key} of {held_out.name} is skipped: {item.reason}"
+            warnings.warn(problem, DCDDWarning, stacklevel=2)
+        else:
+            yield number, item
+
+
+def count_images(source: Source) -> int | None:
+    """How many images a source lists; None for a stream, which would have to be read."""
+    entries = source.entries(DataShard(seed=None), 0)
+    if (first := next(entries, None)) is None:
+        return 0
+    return None if first.mark is not None else 1 + sum(1 for _ in entries)

@@ -1,0 +1,117 @@
+"""Resuming the data on another number of processes: every image still comes once an epoch.
+
+The epochs that were under way are finished first: what their processes had left is dealt out anew. Later epochs are
+divided as ever. A position within them is found again by listing what came before it, without decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from .batches import Batches, DataShard, Entry, Mark, Source
+
+if TYPE_CHECKING:
+    from ..pipelines.image_files import ReadPolicy
+
+_MISSING = object()
+_BEFORE = "before"
+
+
+class Redistributed:
+    """A source whose epochs under way are finished by another number of processes; a `Source`.
+
+    Args:
+        source: with its own order.
+        before: for each change, oldest first: the positions of all processes when it came (`Batches.state_dict`).
+    """
+
+    def __init__(self, source: Source, before: Sequence[Sequence[Mapping[str, Any]]]):
+        self.source = source
+        self.before = [list(positions) for positions in before]
+        self.name = source.name
+        self.fingerprint = source.fingerprint
+
+    def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
+        """See `Source.entries`."""
+        return self._entries(len(self.before), shard, epoch, start, mark)
+
+    @property
+    def policy(self) -> ReadPolicy:
+        """See `Source`."""
+        return self.source.policy
+
+    def load(self, entry: Entry) -> Any:
+        """See `Source.load`."""
+        return self.source.load(entry)
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """See `Source.collate`."""
+        return self.source.collate(items)
+
+    def _entries(self, changes: int, shard: DataShard, epoch: int, start: int, mark: Mark | None) -> Iterator[Entry]:
+        """The entries as they were after so many changes."""
+        positions = self.before[changes - 1] if changes else []
+        if epoch > max((position["epoch"] for position in positions), default=-1):
+            yield from self.source.entries(shard, epoch, start, mark)
+            return
+        left = []
+        for rank, position in enumerate(positions):
+            if position["epoch"] <= epoch:
+                at = (position["consumed"], position["mark"]) if position["epoch"] == epoch else (0, None)
+                left.append(self._entries(changes - 1, replace(shard, rank=rank, world=len(positions)), epoch, *at))
+        # `restore_position` starts the first of these epochs at 1, not at 0.
+        done = start - (epoch == min(position["epoch"] for position in positions))
+        for entry in islice(_in_turn(left), shard.rank + max(0, done) * shard.world, None, shard.world):
+            yield replace(entry, mark=None)  # Its mark is of another process's part.
+
+
+def saved_position(batches: Batches) -> dict[str, Any]:
+    """This process's position, as JSON values, for `restore_position`."""
+    before = batches.source.before if isinstance(batches.source, Redistributed) else []
+    return batches.state_dict() | ({_BEFORE: before} if before else {})
+
+
+def restore_position(batches: Batches, positions: Sequence[Mapping[str, Any]]) -> None:
+    """Continues this process's batches from the positions of all processes that were saved, by rank.
+
+    The same number of processes continues exactly. For another number, the batches are others, and each image that the
+    epoch has left comes once.
+
+    Raises:
+        ValueError: if they are of another source, seed or window.
+    """
+    shard = batches.shard
+    before = positions[0].get(_BEFORE, [])
+    if len(positions) == shard.world:
+        if before:
+            batches.source = Redistributed(batches.source, before)
+        batches.load_state_dict(positions[shard.rank])
+        return
+    batches.source = Redistributed(batches.source, [*before, [_reach(position) for position in positions]])
+    batches.load_state_dict(
+        {
+            **positions[0],
+            "rank": shard.rank,
+            "world": shard.world,
+            "epoch": min(position["epoch"] for position in positions),
+            "consumed": 1,  # At 0, an epoch with nothing left would look like a source without images.
+            "mark": None,
+            **{name: sum(position[name] for position in positions) // shard.world for name in ("read", "unreadable")},
+        }
+    )
+
+
+def _reach(position: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: position[name] for name in ("epoch", "consumed", "mark")}
+
+
+def _in_turn(streams: Iterable[Iterator[Entry]]) -> Iterator[Entry]:
+    """One entry of each stream after the other, until all have ended."""
+    remaining = list(streams)
+    while remaining:
+        heads = [(stream, next(stream, _MISSING)) for stream in remaining]
+        yield from (head for _, head in heads if head is not _MISSING)
+        remaining = [stream for stream, head in heads if head is not _MISSING]

@@ -1,0 +1,70 @@
+"""Stopping a training in good order: a signal asks, and the training ends after its update, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+#: torchrun passes a Ctrl-C on that its processes got from the terminal too. Within so many seconds, two are one.
+_ONE_SIGNAL = 1.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """A signal ended the training after an update, and the checkpoint is saved.
+
+    Attributes:
+        status: for the process to exit with, 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.status = 128 + number
+
+
+class StopRequest:
+    """Whether a signal came.
+
+    Attributes:
+        number: the signal's; 0 for none yet.
+    """
+
+    def __init__(self):
+        self.number = 0
+        self._since = 0.0
+
+    def receive(self, number: int, _frame: object) -> None:
+        """The handler. Raises KeyboardInterrupt for a second signal."""
+        if self.number:
+            if time.monotonic() - self._since > _ONE_SIGNAL:
+                raise KeyboardInterrupt
+            return
+        self.number, self._since = number, time.monotonic()
+        # Not print: a handler may run within another print, which Python refuses.
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this update; once more to stop at once\n")
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Within it Ctrl-C and SIGTERM are noted, and a second one raises KeyboardInterrupt.
+
+    Signals that the process ignores stay ignored (nohup). Outside of the main thread, which alone gets signals, nothing
+    is noted.
+    """
+    request = StopRequest()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+    handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in handled:
+        signal.signal(number, request.receive)
+    try:
+        yield request
+    finally:
+        for number in handled:
+            signal.signal(number, before[number])

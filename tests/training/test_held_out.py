@@ -1,0 +1,148 @@
+"""Held-out images: which they are, and the loss on them."""
+
+import numpy as np
+import pytest
+import torch
+
+from dcdd_core.method.flow import interpolate, loss_weight, sample_times, velocity
+from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.training import held_out
+from dcdd_core.training.batches import Batches, DataShard
+from dcdd_core.training.cache import EncodingCache
+from dcdd_core.training.cache_writer import write_cache
+from dcdd_core.training.config import OptimizationConfig
+from dcdd_core.training.encoded_batch import encode
+from dcdd_core.training.examples import ExampleMaker
+from dcdd_core.training.held_out import HeldOutLoss, count_images, split
+from dcdd_core.training.sources import open_images
+from tests.tiny import tiny_decoder
+from tests.training.runs import encoders, png_folder
+from tests.training.test_data import KINDS, paths, source  # noqa: F401  a fixture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return png_folder(tmp_path_factory.mktemp("images") / "folder", count=30)
+
+
+def keys(images, part=None):
+    return [entry.key for entry in images.entries(part or DataShard(seed=None), 0)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_held_out_images_are_never_trained_on_and_all_others_are(paths, kind, world):  # noqa: F811
+    images = source(paths, kind)
+    parts = split(images, 0.2)
+    apart = keys(parts.held_out)
+    assert len(apart) == 5 and apart != sorted(apart)
+    for epoch in (0, 1):
+        shards = [DataShard(seed=7, rank=rank, world=world, window=5) for rank in range(world)]
+        trained = [entry.key for part in shards for entry in parts.training.entries(part, epoch)]
+        assert sorted(trained + apart) == sorted(keys(images))
+    assert keys(split(source(paths, kind), 0.2).held_out) == apart
+    assert parts.fingerprint != split(images, 0.3).fingerprint
+    assert set(apart) < set(keys(split(images, 0.3).held_out))
+
+
+def test_the_share_is_rounded_bounded_and_nothing_of_a_few_images(folder, tmp_path, monkeypatch):
+    images = open_images(folder, encoders()[2])
+    assert [len(keys(split(images, share).held_out)) for share in (0.01, 0.049, 0.06, 0.5)] == [1, 1, 2, 15]
+    monkeypatch.setattr(held_out, "MOST", 4)
+    assert len(keys(split(images, 0.5).held_out)) == 4
+    geometry = encoders()[2]
+    assert split(open_images(png_folder(tmp_path / "few", count=19), geometry), 0.5) is None
+    assert len(keys(split(open_images(png_folder(tmp_path / "enough", count=20), geometry), 0.5).held_out)) == 4
+
+
+def test_a_stream_is_read_until_it_gave_enough(paths, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(held_out, "MOST", 3)
+    images, read = source(paths, "parquet"), []
+    entries = images.entries
+
+    def watched(*args):
+        for entry in entries(*args):
+            read.append(entry.key)
+            yield entry
+
+    monkeypatch.setattr(images, "entries", watched)
+    monkeypatch.setattr(held_out, "FEWEST_SPLIT", 1)
+    parts = split(images, 0.5)
+    assert len(keys(parts.held_out)) == 3 and len(read) < 20
+    assert count_images(images) is None and count_images(source(paths, "saved")) == 23
+
+
+def test_a_cache_holds_out_the_images_that_the_folder_does(folder, tmp_path):
+    tokenizer, codec, geometry = encoders()
+    images = open_images(folder, geometry)
+    write_cache(tmp_path, images, tokenizer, codec, shard_size=7, batch_size=4, report=lambda _: None)
+    cache = EncodingCache(tmp_path)
+    found = [cache.keys[int(key)] for key in keys(split(cache, 0.2).held_out)]
+    assert found == keys(split(images, 0.2).held_out)
+
+
+def losses_on(images, decoder, *, world=1, batch=2, seed=0, fraction=0.1):
+    """The loss on held-out images, by so many processes one after the other."""
+    tokenizer, codec, geometry = encoders()
+    parts, sums, value = split(images, fraction), [], None
+    for last in (False, True):
+        for rank in range(world):
+            loss = HeldOutLoss(
+                parts.held_out,
+                lambda batch: encode(batch, tokenizer, codec),
+                ExampleMaker(decoder.card, tokenizer, codec, geometry),
+                OptimizationConfig(steps=1, seed=seed, weighting="sigma_sqrt", shift=0.3),
+                batch=batch,
+                rank=rank,
+                world=world,
+                total=(lambda own: sum(sums)) if last else (lambda own: sums.append(own) or torch.ones(2)),
+            )
+            value = loss(decoder)
+    return value
+
+
+@torch.no_grad()
+def test_the_loss_is_the_mean_over_the_held_out_images_at_fixed_times_and_noises(folder):
+    decoder, images = tiny_decoder(), open_images(folder, encoders()[2])
+    found = losses_on(images, decoder)
+    assert losses_on(images, decoder) == found  # the same draws
+    assert losses_on(images, decoder, seed=1) != found
+    for world in (2, 3, 4):  # for 3 images: with one of no weight, and with a process that has none
+        assert losses_on(images, decoder, world=world, batch=1) == pytest.approx(found, rel=1e-5)
+
+    tokenizer, codec, geometry = encoders()
+    make = ExampleMaker(decoder.card, tokenizer, codec, geometry)
+    parts, expected = split(images, 0.1), []
+    for number, batch in enumerate(one for one, _ in zip(ordered(parts), range(3))):
+        example = make(batch, keyed_generator(0))
+        for draw in range(22):  # 3 images, 64 draws at least
+            generator = keyed_generator(0, held_out._KEY, number, draw)
+            t = sample_times(1, generator=generator, density="logit_normal", shift=0.3)
+            z0, noise = example.latents, torch.randn(example.latents.shape, generator=generator)
+            backbone, size = decoder.backbone, tuple(z0.shape[2:])
+            context = backbone.context(example.masked_latents, example.mask, decoder.card.vae_factor)
+            tokens = decoder.condition_tokens(example.condition, size)
+            v = decoder(backbone.pack(interpolate(z0, noise, t)), context, tokens, t, size)
+            error = (v - backbone.pack(velocity(z0, noise))).double().square().mean()
+            expected.append(float(loss_weight(t, "sigma_sqrt") * error))
+    assert found == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def ordered(parts):
+    return Batches(parts.held_out, size=1, shard=DataShard(seed=None))
+
+
+def test_an_unreadable_held_out_image_is_left_out_and_named(folder, tmp_path):
+    decoder = tiny_decoder()
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    images = open_images(tmp_path, encoders()[2])
+    whole = losses_on(images, decoder)
+    broken, *others = keys(split(images, 0.1).held_out)
+    (tmp_path / broken).write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=f"the held-out {broken} of .* is skipped"):
+        assert losses_on(images, decoder) != whole
+    for other in others:
+        (tmp_path / other).write_bytes(b"no image")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no held-out image of .* can be read"):
+        losses_on(images, decoder)

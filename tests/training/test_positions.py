@@ -1,0 +1,110 @@
+"""Resuming the data on another number of processes: no image twice in an epoch, none left out."""
+
+import json
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import pytest
+
+from dcdd_core.training.batches import Batches, DataShard
+from dcdd_core.training.held_out import Without, split
+from dcdd_core.training.positions import restore_position, saved_position
+from tests.training import test_data
+from tests.training.test_data import KINDS, paths, source  # noqa: F401  a fixture
+
+
+def shard(rank, world):
+    return DataShard(seed=3, rank=rank, world=world, window=5)
+
+
+@dataclass
+class World:
+    """Processes that read a source, and what they saw by epoch."""
+
+    batches: list
+    seen: dict
+
+    @classmethod
+    def of(cls, images, world, size, seen, positions=None):
+        made = [Batches(images(), size=size, shard=shard(rank, world)) for rank in range(world)]
+        if positions is not None:
+            for one in made:
+                restore_position(one, positions)
+        return cls(made, seen)
+
+    def read(self, updates):
+        for one in self.batches:
+            collate = one.source.collate
+            one.source.collate = lambda items: items
+            for _, found in zip(range(updates), watched(one, self.seen), strict=False):
+                assert len(found) == one.size
+            one.source.collate = collate
+        return json.loads(json.dumps([saved_position(one) for one in self.batches]))
+
+
+def watched(batches, seen):
+    """Its batches; the images of each are noted under the epoch that they belong to."""
+    order = []
+    entries = batches._entries
+
+    def noted():
+        for at, entry in entries():
+            order.append((at[0], entry.key))
+            yield at, entry
+
+    batches._entries = noted
+    handed = 0
+    for items in iter(batches):
+        for epoch, key in order[handed : handed + len(items)]:
+            seen[epoch][key] += 1
+        handed += len(items)
+        yield items
+    batches._entries = entries
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("worlds", [(2, 1), (1, 3), (3, 2, 4, 2)])
+@pytest.mark.parametrize("part", [False, True])
+def test_every_image_comes_once_an_epoch_whatever_the_number_of_processes(paths, kind, worlds, part):  # noqa: F811
+    def images():
+        found = source(paths, kind)
+        return split(found, 0.1).training if part else found
+
+    names = {entry.key for entry in images().entries(DataShard(seed=None), 0)}
+    assert len(names) == test_data.COUNT - 2 * part
+    draw, seen, positions = random.Random(str((kind, worlds))), defaultdict(Counter), None
+    for world in worlds:
+        for _ in range(2):  # and resumed on the same number
+            running = World.of(images, world, 2, seen, positions)
+            positions = running.read(draw.randrange(1, 6))
+    World.of(images, worlds[-1], 1, seen, positions).read(4 * test_data.COUNT // worlds[-1])
+    whole = [epoch for epoch in seen if epoch < max(seen) - 1]
+    assert len(whole) >= 2
+    for epoch in whole:
+        assert seen[epoch] == dict.fromkeys(names, 1), epoch
+
+
+def test_an_epoch_that_was_just_finished_leaves_nothing(paths):  # noqa: F811
+    seen = defaultdict(Counter)
+    images = lambda: source(paths, "folder")  # noqa: E731
+    positions = World.of(images, 1, test_data.COUNT, seen).read(1)
+    World.of(images, 2, 1, seen, positions).read(test_data.COUNT)
+    assert seen[0] == seen[1] == dict.fromkeys(seen[0], 1) and len(seen[0]) == test_data.COUNT
+
+
+def test_another_source_is_still_refused(paths):  # noqa: F811
+    position = saved_position(Batches(source(paths, "folder"), size=2, shard=shard(0, 1)))
+    with pytest.raises(ValueError, match="saved from other data"):
+        restore_position(Batches(source(paths, "saved"), size=2, shard=shard(1, 2)), [position])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_a_stream_without_its_held_out_images_continues_with_and_without_its_mark(paths, kind):  # noqa: F811
+    images = Without(source(paths, kind), frozenset(split(source(paths, kind), 0.3).training.names))
+    entries = list(images.entries(shard(0, 2), 1))
+    for start in range(len(entries)):
+        rest = [entry.key for entry in entries[start:]]
+        assert [entry.key for entry in images.entries(shard(0, 2), 1, start)] == rest
+        for mark in (entries[start].mark, entries[max(0, start - 1)].mark):
+            assert [entry.key for entry in images.entries(shard(0, 2), 1, start, mark)] == rest
