@@ -6,6 +6,8 @@ modules in github.com/black-forest-labs/flux (`modules/autoencoder.py`).
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +17,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from ..files import is_finite
+from ..files import is_finite, json_object, open_tensors, reading
 from ..method.latents import scale_latents, unscale_latents
+from ..settings import require_number, require_text, shown
 from . import layouts
 from .checkpoints import load_strictly, read_config
 
@@ -59,6 +62,16 @@ _AUTOENCODER_WORDS = (
 #: Up to this many weights, an autoencoder draws previews itself.
 _SMALL = 5_000_000
 _NEEDS = "the decoder's autoencoder (for FLUX.1, ae.safetensors)"
+_REFUSED = "use the autoencoder that the decoder was trained with (for FLUX.1, ae.safetensors)"
+_BELONG = "download the whole autoencoder again"
+#: Where a whole checkpoint keeps its autoencoder, and beginnings of names that only the BFL and only the diffusers
+#: layout has.
+_PREFIXES = ("", "first_stage_model.", "vae.")
+_SIGNS = ("decoder.mid.", "decoder.mid_block.")
+#: What a configuration means by leaving it out.
+_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {name: field.default for name, field in inspect.signature(AutoencoderKL.__init__).parameters.items()}
+)
 
 
 class KLCodec:
@@ -135,11 +148,11 @@ class KLFamily:
     expected = "a diffusers AutoencoderKL folder, or a single file in safetensors format such as ae.safetensors"
 
     def reads(self, path: str) -> bool:
-        """Any file, and a folder whose configuration is of this class."""
+        """Any file, which the loader then checks, and a folder whose configuration is of this class."""
         found = layouts.component(path, "vae")
-        return found.is_file() or (
-            (found / "config.json").is_file() and read_config(found).get("_class_name") == "AutoencoderKL"
-        )
+        if not found.is_dir():
+            return found.exists()
+        return (found / "config.json").exists() and read_config(found).get("_class_name") == "AutoencoderKL"
 
     def load(self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> KLCodec:
         """See `load_vae`."""
@@ -168,17 +181,140 @@ def load_vae(
         config: of a single file, which does not say its own; a folder's `config.json` counts instead.
 
     Raises:
-        ValueError: for a model of another kind, and tensors that do not fit the configuration.
+        ValueError: for a model of another kind, a configuration that is not one, or that is another than the file's
+            tensors and header tell, and tensors that are missing, unexpected, or NaN.
     """
     path = layouts.component(path, "vae")
-    if path.is_dir():
-        config = read_config(path)
-        if config.get("_class_name") != "AutoencoderKL":
-            raise ValueError(f"{path} holds a {config.get('_class_name')!r}; expected an AutoencoderKL")
-    with torch.device("meta"):
+    config, where = _config_of(path, config)
+    require_config(config, where)
+    with layouts.opened(path, _NEEDS) as found:
+        tensors, is_bfl = layouts.within(found, _PREFIXES, _SIGNS)
+        sizes = _sizes({name: tuple(entry.part.get_shape()) for name, entry in tensors.items()}, is_bfl)
+    _require_same(path, "the weights have", sizes, config, where)
+    if path.is_file():
+        _require_same(path, "its header says", _stated(path), config, where)
+    with reading(where, "the configuration of an AutoencoderKL", _BELONG), torch.device("meta"):
         vae = AutoencoderKL.from_config(dict(config))
     load_strictly(vae, read_autoencoder(path, vae, dtype=dtype, device=device), str(path))
     return vae.eval().requires_grad_(False)
+
+
+def _config_of(path: Path, assumed: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """A folder's configuration, or what is assumed of a single file; and what to call it in errors.
+
+    The file of a diffusers folder has its configuration beside it, and counts as the folder.
+    """
+    if path.is_dir():
+        folder = path
+    elif path.name.startswith("diffusion_pytorch_model.") and (path.parent / "config.json").exists():
+        folder = path.parent
+    else:
+        return assumed, "FLUX.1, as which a single file is read"
+    config = read_config(folder)
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ValueError(f"{folder} holds a {shown(config.get('_class_name'))}; expected an AutoencoderKL")
+    return config, str(folder / "config.json")
+
+
+def require_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a configuration that no KL autoencoder has, before one is built; what it lacks is diffusers' default.
+
+    Args:
+        where: begins the fields' names in errors.
+
+    Raises:
+        ValueError: naming the field.
+    """
+
+    def named(name: str) -> str:
+        return f"{where}: {name}"
+
+    for name in ("in_channels", "out_channels", "latent_channels"):
+        require_number(named(name), config.get(name, 3), whole=True, least=1, most=1024)
+    require_number(named("layers_per_block"), config.get("layers_per_block", 1), whole=True, least=1, most=32)
+    require_number(named("norm_num_groups"), config.get("norm_num_groups", 32), whole=True, least=1, most=1024)
+    channels = config.get("block_out_channels", (64,))
+    if not isinstance(channels, (list, tuple)) or not 1 <= len(channels) <= 8:
+        raise ValueError(f"{named('block_out_channels')} must be one to eight numbers, got {shown(channels)}")
+    for each in channels:
+        require_number(named("block_out_channels"), each, whole=True, least=1, most=2**14)
+    for name in ("down_block_types", "up_block_types"):
+        blocks = config.get(name, ("",))
+        if not isinstance(blocks, (list, tuple)) or not all(isinstance(block, str) for block in blocks):
+            raise ValueError(f"{named(name)} must be a list of names, got {shown(blocks)}: {_BELONG}")
+        if len(blocks) != len(channels):
+            raise ValueError(
+                f"{named(name)} must be as many as block_out_channels, {len(channels)}, got {len(blocks)}: {_BELONG}"
+            )
+    for name in ("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
+        if not isinstance(config.get(name, True), bool):
+            raise ValueError(f"{named(name)} must be true or false, got {shown(config[name])}: {_BELONG}")
+    require_text(named("act_fn"), config.get("act_fn", "silu"), remedy=_BELONG)
+    require_number(named("scaling_factor"), config.get("scaling_factor", 1.0), above=0, most=1e6)
+    require_number(named("shift_factor"), config.get("shift_factor"), least=-1e6, most=1e6, optional=True)
+    for name in ("latents_mean", "latents_std"):
+        if config.get(name) is not None:
+            raise ValueError(
+                f"{named(name)} is given: these latents are normalised for each channel, expected one shift_factor and "
+                f"scaling_factor: {_REFUSED}"
+            )
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]], is_bfl: bool) -> dict[str, Any]:
+    """What the tensors of an autoencoder tell of its configuration; without what they do not tell."""
+    block, layer = (r"encoder\.down", r"block") if is_bfl else (r"encoder\.down_blocks", r"resnets")
+    pattern = re.compile(rf"{block}\.(\d+)\.{layer}\.(\d+)\.conv2\.weight")
+    places = {name: found for name in shapes if (found := pattern.fullmatch(name))}
+    widths = {int(found[1]): shapes[name][0] for name, found in places.items() if shapes[name]}
+    sizes: dict[str, Any] = {}
+    if places:
+        sizes["block_out_channels"] = [widths[i] for i in sorted(widths)]
+        sizes["layers_per_block"] = len({found[2] for found in places.values()})
+    for name, tensor, axis in (
+        ("in_channels", "encoder.conv_in.weight", 1),
+        ("out_channels", "decoder.conv_out.weight", 0),
+        ("latent_channels", "decoder.conv_in.weight", 1),
+    ):
+        if len(shapes.get(tensor, ())) == 4:
+            sizes[name] = shapes[tensor][axis]
+    return sizes
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    """What the header of a single file says of its latents: by name, or as JSON under "config"."""
+    with open_tensors(path, _NEEDS) as file, reading(path, _NEEDS):
+        metadata = file.metadata() or {}
+    stated = dict(metadata)
+    if "config" in metadata:
+        inner = json_object(metadata["config"], path, "a header with the configuration as JSON", _BELONG)
+        stated |= inner.get("vae") if isinstance(inner.get("vae"), dict) else inner
+    found: dict[str, Any] = {}
+    for name in ("scaling_factor", "shift_factor", "latent_channels"):
+        if stated.get(name) is not None:
+            try:
+                found[name] = float(stated[name])
+            except (TypeError, ValueError, OverflowError):
+                found[name] = stated[name]
+    return found
+
+
+def _require_same(path: Path, whose: str, found: Mapping[str, Any], config: Mapping[str, Any], where: str) -> None:
+    """Refuses an autoencoder that is not the one that the configuration describes, with the values of both."""
+    differ = []
+    for name, value in found.items():
+        expected = config.get(name, _DEFAULTS[name])
+        if name == "shift_factor":
+            expected = expected or 0.0  # None is none.
+        expected = list(expected) if isinstance(expected, tuple) else expected
+        same = value == expected or (
+            isinstance(value, float)
+            and isinstance(expected, (int, float))
+            and math.isclose(value, expected, rel_tol=1e-4)
+        )
+        if not same:
+            differ.append(f"{name} {shown(value)}, expected {shown(expected)}")
+    if differ:
+        raise ValueError(f"{path} is not the autoencoder of {where}: {whose} {'; '.join(differ)}: {_REFUSED}")
 
 
 def autoencoder_layout(model: AutoencoderKL) -> dict[str, tuple[str, ...]]:
@@ -214,8 +350,6 @@ def read_autoencoder(
     """
     path = layouts.component(path, "vae")
     with layouts.opened(path, _NEEDS) as found:
-        found, is_bfl = layouts.within(
-            found, ("", "first_stage_model.", "vae."), ("decoder.mid.", "decoder.mid_block.")
-        )
+        found, is_bfl = layouts.within(found, _PREFIXES, _SIGNS)
         layout = autoencoder_layout(model) if is_bfl else layouts.as_named(model)
         return layouts.find(path, found, layout, model, _NEEDS).read(dtype=dtype, device=device)

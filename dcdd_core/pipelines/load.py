@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .. import registry
-from ..models.bundle import DecoderOptions, load_decoder
+from ..models.bundle import DecoderOptions, load_decoder, read_card
+from ..models.card import DecoderCard
 from ..models.decoder import DistributionConditionedDecoder
 from ..protocols import ImageTokenizer, LatentCodec, TokenSampler
 from ..types import same_codebook
+
+_OWN_VAE = "use the autoencoder that the decoder was trained with (for FLUX.1-Fill, ae.safetensors)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +78,23 @@ class Models:
     def __post_init__(self):
         if self.decoder is None:
             return
-        card = self.decoder.card
-        if not same_codebook(card.codebook, self.tokenizer.codebook.fingerprint):
-            raise ValueError(
-                f"the decoder was trained for the codebook of {card.tokenizer}, but {self.tokenizer.name} has another: "
-                "use the decoder bundle made for this VLM"
-            )
+        _check_tokenizer(self.tokenizer, self.decoder.card)
         check_codec(self.codec, self.decoder)
+
+
+def _check_tokenizer(tokenizer: ImageTokenizer, card: DecoderCard) -> None:
+    if not same_codebook(card.codebook, tokenizer.codebook.fingerprint):
+        raise ValueError(
+            f"the decoder was trained for the codebook of {card.tokenizer}, but {tokenizer.name} has another: "
+            "use the decoder bundle made for this VLM"
+        )
 
 
 def check_codec(
     codec: LatentCodec,
     decoder: DistributionConditionedDecoder,
     *,
-    remedy: str = "use the autoencoder that the decoder was trained with (for FLUX.1-Fill, ae.safetensors)",
+    remedy: str = _OWN_VAE,
 ) -> None:
     """Refuses an autoencoder whose latents are not those the decoder paints.
 
@@ -97,13 +104,35 @@ def check_codec(
     Raises:
         ValueError: naming the values of both.
     """
-    card = decoder.card
-    found = (codec.channels, codec.factor, codec.shift, codec.scale)
-    needed = (decoder.backbone.latent_channels, card.vae_factor, card.vae_shift, card.vae_scale)
-    if found != needed:
+    found = (codec.channels, *_latents_of(codec))
+    _require_latents(found, (decoder.backbone.latent_channels, *_latents_of(decoder.card)), remedy)
+
+
+def _latents_of(source: LatentCodec | DecoderCard) -> tuple[float | None, ...]:
+    """Factor, shift and scale of the latents, as a codec or a decoder's card says them."""
+    if isinstance(source, DecoderCard):
+        return source.vae_factor, source.vae_shift, source.vae_scale
+    return source.factor, source.shift, source.scale
+
+
+def _require_latents(found: tuple[float | None, ...], needed: tuple[float | None, ...], remedy: str) -> None:
+    """Compares channels (if both are given), factor, shift and scale."""
+
+    def same(a: float | None, b: float | None) -> bool:
+        # A configuration may have gone through float32.
+        return a == b if a is None or b is None else math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-7)
+
+    def words(*channels: float | None) -> str:
+        *channels, factor, shift, scale = channels
+        of = "".join(f"{number} channels " for number in channels)
+        return f"{of}at 1/{factor} of the image size, shift {shift}, scale {scale}"
+
+    if not all(same(*pair) for pair in zip(found, needed, strict=True)):
+        if (found[-1] is None) != (needed[-1] is None):
+            remedy = f"None is for autoencoders of a kind without these two numbers; {remedy}"
         raise ValueError(
-            "this autoencoder's latents are not those the decoder paints ({} channels at 1/{} of the image size, shift "
-            "{}, scale {}; expected {} at 1/{}, shift {}, scale {}): {}".format(*found, *needed, remedy)
+            f"this autoencoder's latents are not those the decoder paints ({words(*found)}; expected "
+            f"{words(*needed)}): {remedy}"
         )
 
 
@@ -117,19 +146,24 @@ def load_models(
         with_sampler: False leaves the language model on the disk: images need only its tokenizer.
 
     Raises:
-        ValueError: as the loaders.
+        ValueError: as the loaders; for models that do not belong together, before the large ones are read.
     """
     options = options or LoadOptions()
     family, device = registry.sampler_family(paths.vlm), options.device
+    card = None if paths.decoder is None else read_card(paths.decoder)
     tokenizer = family.load_tokenizer(str(paths.vlm), device=device, dtype=torch.float32)
     sampler = codec = decoder = None
+    if name is not None:
+        tokenizer.name = name
+    if card is not None:
+        _check_tokenizer(tokenizer, card)
+        codec = registry.load_codec(paths.vae, device=device, dtype=torch.float32)
+        _require_latents(_latents_of(codec), _latents_of(card), _OWN_VAE)
     if with_sampler:
         sampler = family.load_sampler(str(paths.vlm), device=device, dtype=options.dtype, int8=options.sampler_int8)
-    for model in (tokenizer, sampler):
-        if name is not None and model is not None:
-            model.name = name
-    if paths.decoder is not None:
-        codec = registry.load_codec(paths.vae, device=device, dtype=torch.float32)
+        if name is not None:
+            sampler.name = name
+    if card is not None:
         held = DecoderOptions(
             device=device,
             dtype=options.dtype,
