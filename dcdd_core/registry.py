@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .files import read_json
+from .files import read_json, reading
 from .protocols import Backbone, BackboneFamily, CodecFamily, LatentCodec, SamplerFamily
 
 #: Module below this package, and the family's name in it.
@@ -147,8 +147,9 @@ def _found(path: Path) -> str:
     """What is at a path, in words."""
     if not path.exists():
         return "does not exist"
-    if not path.is_dir():
-        return "is no folder"
+    if path.is_file():
+        with reading(path, "a model"), path.open("rb") as file:
+            return "is a GGUF file" if file.read(4) == b"GGUF" else "is a file"
     if not (path / "config.json").exists():
         held = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
         return f"has no config.json (it holds {held})"

@@ -252,15 +252,9 @@ class JanusFolder:
         Raises:
             ValueError: as `sampler`.
         """
-        config = self._codes_config()
         headers = read_headers(self.path, self._layout.wanted(_TOKENIZER_PARTS))
+        config = self._codes_config(headers)
         if self.kind != deepseek.MODEL_TYPE:
-            levels, blocks = len(config.channel_multiplier), config.num_res_blocks
-            down = self._layout.rename("model.vqmodel.encoder.down.")
-            # The last level has no step down, and so no tensors where it has no blocks.
-            last = 0 if blocks else 1
-            check_count(self._file, "channel_multiplier, whose values are", levels, headers, down, besides=last)
-            check_count(self._file, "num_res_blocks", blocks, headers, f"{down}0.block.")
             self._check_sizes("vq_config", config, headers, _CODEC_SIZES)
         with reading(self._file, _CONFIG, _AGAIN), torch.device("meta"):
             model = JanusVQVAE(config)
@@ -294,11 +288,13 @@ class JanusFolder:
                     f"{self.path} has a language model of type {text['model_type']!r}, expected 'llama': {_AGAIN}"
                 )
             codes, vision = self._section("vq_config", _CODES), self._vision()
+            # What sampling drops may be of any length.
+            used = {name: codes[name] for name in codes if name in _CODES and name != "channel_multiplier"}
             with reading(self._file, _CONFIG, _AGAIN):
                 config = JanusConfig(
                     text_config=LlamaConfig.from_dict(dict(text)),
                     vision_config=JanusVisionConfig(**vision, num_hidden_layers=1),
-                    vq_config=JanusVQVAEConfig(**{name: codes[name] for name in codes if name in _CODES}),
+                    vq_config=JanusVQVAEConfig(**used),
                     attn_implementation="sdpa",
                 )
         side, most = config.vq_config.num_patches, config.text_config.max_position_embeddings
@@ -309,12 +305,20 @@ class JanusFolder:
             )
         return config
 
-    def _codes_config(self) -> JanusVQVAEConfig:
+    def _codes_config(self, headers: Mapping[str, Header]) -> JanusVQVAEConfig:
         """Of the VQ model."""
         if self.kind == deepseek.MODEL_TYPE:
             return deepseek.janus_config(self._config, str(self.path)).vq_config
         codes = self._section("" if self.kind == TOKENIZER else "vq_config", _CODES)
         values = {name: codes[name] for name in codes if name in _CODES}
+        usual = JanusVQVAEConfig()
+        blocks = values.get("num_res_blocks", usual.num_res_blocks)
+        levels = len(values.get("channel_multiplier", usual.channel_multiplier))
+        down = self._layout.rename("model.vqmodel.encoder.down.")
+        # The last level has no step down, and so no tensors where it has no blocks.
+        last = 0 if blocks else 1
+        check_count(self._file, "channel_multiplier, whose values are", levels, headers, down, besides=last)
+        check_count(self._file, "num_res_blocks", blocks, headers, f"{down}0.block.")
         if self.kind == TRANSFORMERS:
             vision = self._vision()
             values["num_patches"] = vision["image_size"] // vision["patch_size"]

@@ -81,7 +81,7 @@ class JanusSampler:
         fingerprint: of the original weights, if the model's have been changed (int8).
 
     Raises:
-        ValueError: if the tokenizer has more words than the model.
+        ValueError: if the tokenizer has more words, or a higher id, than the model.
     """
 
     def __init__(
@@ -97,6 +97,11 @@ class JanusSampler:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} words and the model {words}: they do not belong together, "
                 "take both from one folder"
+            )
+        if (last := max(tokenizer.get_vocab().values())) >= words:
+            raise ValueError(
+                f"the tokenizer has a word with id {last:,} and the model only {words:,} words: they do not belong "
+                "together, take both from one folder"
             )
         check_language(model.model.language_model)
         side = model.config.vq_config.num_patches
