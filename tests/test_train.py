@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from io import BytesIO
@@ -25,8 +27,12 @@ from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.pipelines.load import ModelPaths, load_models
+from dcdd_core.training.checkpoints import load_best
+from dcdd_core.training.lock import run_lock
 from dcdd_core.training.log import read_log
+from dcdd_core.training.plan import Plan
 from dcdd_core.training.run import make_accelerator
+from dcdd_core.training.stop import TrainingStopped
 from dcdd_core.types import Calibration
 from dcdd_pico import embedded
 from tests.tiny import random_pico
@@ -113,6 +119,102 @@ def test_a_run_that_is_not_at_its_end_has_a_bundle_too(run, tmp_path, capsys):
         "step-00000002 is damaged (average.safetensors: not what was written)" in said and "delete it to resume" in said
     )
     assert not now.exists()
+
+
+@pytest.fixture(scope="module")
+def more_images(tmp_path_factory):
+    """Enough for one to be held out."""
+    return png_folder(tmp_path_factory.mktemp("more") / "folder", count=24, side=48)
+
+
+def test_an_image_is_held_out_and_the_best_weights_become_a_bundle(run, more_images, tmp_path, capsys):
+    options = {"data": more_images, "steps": 4, "sample-every": 1, "held-out": 0.1, "learning-rate": 1e-2, "warmup": 1}
+    assert run(**options) == 0
+    said = capsys.readouterr().out
+    assert "run: 22 images, and 2 held out that are never trained on" in said
+    found = {line["step"]: line["eval/loss"] for line in read_log(tmp_path / "run")}
+    best = min(found, key=found.get)
+    assert len(set(found.values())) == 4 and f"best.safetensors, of step {best}: the lowest held-out loss, " in said
+    bundle = tmp_path / "run" / "best.safetensors"
+    assert read_card(bundle) == read_card(tmp_path / "run" / "decoder.safetensors")
+    weights = {name: value for name, value in load_file(bundle).items() if name.startswith("adapter.")}
+    kept = load_best(tmp_path / "run").weights
+    assert weights and all(torch.equal(value, kept[name].bfloat16()) for name, value in weights.items())
+    for path in (bundle, tmp_path / "run" / "log.jsonl"):
+        path.unlink()
+    assert run("--bundle-now", **options) == 0 and bundle.exists()
+    assert run(**options | {"held-out": 0}) == 1
+    assert "other settings (held_out '" in capsys.readouterr().err
+
+
+def test_a_run_that_began_without_held_out_images_goes_on_without(run, more_images, tmp_path, capsys):
+    for name in ("whole", "later"):
+        assert run(data=more_images, out=tmp_path / name, **{"held-out": 0, "steps": 2, "save-every": 1}) == 0
+    shutil.rmtree(tmp_path / "later" / "checkpoints" / "step-00000002")
+    assert run(data=more_images, out=tmp_path / "later") == 0
+    assert "this run began without held-out images, and goes on without them" in capsys.readouterr().out
+    newest = [tmp_path / name / "checkpoints" / "step-00000002" / "average.safetensors" for name in ("whole", "later")]
+    assert newest[0].read_bytes() == newest[1].read_bytes()
+    assert not (tmp_path / "later" / "best.safetensors").exists()
+
+
+def test_a_summary_says_what_is_trained_on_what_and_how(run, capsys):
+    assert run(steps=3, batch=2, accumulate=2, train="adapter") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:6] == [
+        "no images are held out, since there are fewer than 20: there is no validation loss",
+        "run: 1 process on cpu x 2 images x 2 micro-batches = an effective batch of 4",
+        "run: 12 images, and 0 held out that are never trained on",
+        "run: 377,152 trained parameters, and 8,548,352 frozen ones",
+        "run: 3 updates, a warm-up of 500, then a cosine from a learning rate of 0.0001",
+        "run: the warm-up is as long as the run: its learning rate ends at 6e-07; see --warmup",
+    ]
+
+
+def test_a_second_training_in_a_folder_is_refused_before_anything_is_loaded(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Plan, "encoders", None)
+    with run_lock(tmp_path / "run", SimpleNamespace(is_main_process=True, num_processes=1)):
+        assert run() == 1
+    assert f"another training runs in {tmp_path / 'run'} (process {os.getpid()} on " in capsys.readouterr().err
+
+
+def test_what_can_fail_is_checked_before_anything_is_loaded(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Plan, "encoders", None)
+    (tmp_path / "file").write_text("no calibration")
+    for options, words in (
+        ({"calibration": tmp_path / "file"}, f"{tmp_path / 'file'} "),
+        ({"calibration": "nowhere"}, "nowhere does not exist"),
+        ({"bundle": "nowhere"}, "nowhere does not exist; expected a decoder bundle"),
+        ({"base": "nowhere"}, "nowhere does not exist; expected a diffusion transformer"),
+        ({"out": tmp_path / "file" / "run"}, "cannot be written to"),
+    ):
+        assert run(**options) == 1
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["cache", "--help"], ["estimate", "--help"]])
+def test_the_help_says_each_default_once_and_none_where_there_is_none(capsys, words):
+    with pytest.raises(SystemExit):
+        main(words)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "None" not in said and "default: False" not in said
+    for option in re.split(r" (?=--[a-z])", said):
+        assert option.count("(default: ") <= 1, option
+
+
+def test_a_stop_has_the_status_of_its_signal(run, monkeypatch):
+    def stopped(*args, **options):
+        raise TrainingStopped("it has said so", 15)
+
+    monkeypatch.setattr(cli, "run_training", stopped)
+    assert run() == 143
+
+
+def test_a_run_has_checkpoints_before_its_end_and_keeps_as_many_as_asked_for(run, tmp_path):
+    assert run(steps=8, keep=5) == 0
+    found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == [f"step-{step:08}" for step in (2, 4, 6, 8)]
 
 
 def test_a_run_starts_from_a_bundle_with_other_numbers(run, tmp_path):
@@ -300,6 +402,17 @@ def test_errors_are_one_line_with_the_way_out(run, capsys, tmp_path, options, wo
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"steps": 0}, "steps and accumulation must be at least 1, got 0 and 1"),
         ({"accumulate": 0}, "steps and accumulation must be at least 1, got 2 and 0"),
+        ({"steps": 10**12}, "steps must be at most 99,999,999, got 1,000,000,000,000"),
+        ({"accumulate": 10**6}, "accumulation must be at most 65,536, got 1,000,000"),
+        ({"samples": 10**9}, "samples must be at most 64, got 1,000,000,000"),
+        ({"weight-decay": "inf"}, "weight_decay must be a finite number, got inf"),
+        ({"weight-decay": -1}, "weight_decay must be at least 0, got -1.0"),
+        ({"seed": 2**63}, "seed must be a whole number of 64 bits, got 9223372036854775808"),
+        ({"held-out": "nan"}, "the fraction of held-out images must lie in 0..0.5, got nan"),
+        ({"held-out": 0.6}, "the fraction of held-out images must lie in 0..0.5, got 0.6"),
+        ({"keep": 0}, "keep must be at least 1, got 0"),
+        ({"sample-every": -1}, "sample_every must be at least 0, got -1"),
+        ({"resolution": 10**9}, "resolution must be at most 65,536, got 1,000,000,000"),
         ({"resolution": 0}, "resolution must be at least 1, got 0"),
         ({"width": 0, "bundle": None, "base": "nowhere"}, "width must be at least 1, got 0"),
         ({"rank": 0, "train": "lora"}, "rank must be at least 1, got 0"),
@@ -378,9 +491,16 @@ def test_accelerate_reads_the_configs_that_are_shipped(path):
     config = load_config_from_file(str(path))
     assert config.mixed_precision == "bf16" and config.num_machines == 1
     known = {action.dest for action in launch_command_parser()._actions}
-    for name in {**(config.fsdp_config or {}), **(config.deepspeed_config or {})}:
+    for name in config.fsdp_config or {}:
         assert name in known, name
     assert "fsdp_transformer_layer_cls_to_wrap" not in (config.fsdp_config or {}), "the backbone says which"
+
+
+def test_a_launcher_configured_for_deepspeed_is_refused(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as `accelerate launch --use_deepspeed` sets it
+    assert run() == 1
+    assert "DeepSpeed, which is not supported: choose DDP or FSDP2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_gets_the_numbers_and_the_sheets(run, tmp_path, monkeypatch):

@@ -185,10 +185,6 @@ class Checkpoints:
         world, means = before["processes"], {}
         if world == self.accelerator.num_processes:
             means = _read_means(path / f"means-{self.accelerator.process_index}.json")
-        elif self.accelerator.distributed_type == "DEEPSPEED":
-            raise ValueError(
-                f"{path} is of {world} processes, and DeepSpeed resumes on the same number alone: use that many"
-            )
         positions = [_read_position(path / f"position-{rank}.json") for rank in range(world)]
         try:
             self._read(path)
@@ -236,16 +232,12 @@ class Checkpoints:
     def _read(self, folder: Path) -> None:
         if self.accelerator.distributed_type == "FSDP":
             load_sharded(folder / _SHARDS, self.model, self.optimizers)
-        elif self.accelerator.distributed_type == "DEEPSPEED":
-            self.accelerator.load_state(str(folder), load_module_strict=False)
         else:
             self.accelerator.load_state(str(folder), strict=False)
 
     def _write(self, folder: Path, state: TrainingState) -> None:
         if self.accelerator.distributed_type == "FSDP":
             save_sharded(folder / _SHARDS, self.model, self.optimizers)
-        elif self.accelerator.distributed_type == "DEEPSPEED":
-            self.accelerator.save_state(str(folder), exclude_frozen_parameters=True)
         else:
             self.accelerator.save_state(str(folder))
         self._of_process(folder, "position").write_text(json.dumps(state.position))

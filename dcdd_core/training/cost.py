@@ -30,18 +30,9 @@ from .loss import decoder_loss
 from .optimizers import OPTIMIZERS, muon
 from .trainable import TRAINED, choose_trained, muon_matrices, trained_weights
 
-#: What is sharded over the GPUs, instead of each holding all of it: (weights, gradients, optimiser's states).
-#: DDP: Li et al. 2020, arXiv 2006.15704. ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054, section 5. FSDP (full shard):
-#: Zhao et al. 2023, arXiv 2304.11277.
-SHARDINGS = {
-    "ddp": (False, False, False),
-    "zero1": (False, False, True),
-    "zero2": (False, True, True),
-    "fsdp": (True, True, True),
-}
-_BUCKET = int(5e8)
-"""Elements in DeepSpeed's reduction buckets: the default in its documentation (deepspeed.ai/docs/config-json:
-reduce_bucket_size)."""
+#: DDP holds everything on every GPU (Li et al. 2020, arXiv 2006.15704); FSDP shards weights, gradients and the
+#: optimiser's states (full shard, Zhao et al. 2023, arXiv 2304.11277).
+SHARDINGS = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +43,8 @@ class TrainingSetup:
         config: of the diffusion transformer.
         width: of the adapter.
         train, rank: see `trainable.choose_trained`.
-        precision: "bf16" for mixed precision: frozen weights in bfloat16, trained ones in float32 (with DeepSpeed in
-            bfloat16, with float32 copies), computation in bfloat16; or "no", all in float32.
+        precision: "bf16" for mixed precision: frozen weights in bfloat16, trained ones in float32,
+            computation in bfloat16; or "no", all in float32.
         checkpointing: activation checkpointing of the blocks.
         batch, accumulate: images per GPU and micro-batch, and micro-batches per update.
         resolution, grid: side of the images in pixels, and of their token grids.
@@ -84,7 +75,7 @@ class TrainingSetup:
     gpus: int = 1
 
     def __post_init__(self):
-        known = {"train": TRAINED, "precision": ("bf16", "no"), "optimizer": OPTIMIZERS, "sharding": tuple(SHARDINGS)}
+        known = {"train": TRAINED, "precision": ("bf16", "no"), "optimizer": OPTIMIZERS, "sharding": SHARDINGS}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -94,11 +85,6 @@ class TrainingSetup:
             raise ValueError(f"localised must be a fraction in 0..1, got {self.localised}")
         if self.optimizer == "muon" and self.sharding != "ddp":
             raise ValueError(f"muon needs whole matrices, but {self.sharding} shards them: take ddp, or adamw")
-
-    @property
-    def deepspeed(self) -> bool:
-        """Whether the sharding is DeepSpeed's."""
-        return self.sharding.startswith("zero")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,25 +137,22 @@ def cost_of(setup: TrainingSetup) -> Cost:
     count = sum(weight.numel() for weight in trained.values())
     everything = sum(weight.numel() for weight in decoder.parameters())
 
-    parts = (setup.gpus if is_sharded else 1 for is_sharded in SHARDINGS[setup.sharding])
-    shards = dict(zip(("weights", "gradients", "states"), parts))
+    shards = setup.gpus if setup.sharding == "fsdp" else 1
     half = setup.precision == "bf16"
-    copies = half and setup.deepspeed
     matrices = muon_matrices(decoder) if setup.optimizer == "muon" else ()
     states, temporary, optimizer_flops = optimizer_cost(trained, setup.optimizer, matrices)
-    gradients = count * (2 if copies else 4)
+    gradients = count * 4
     memory = {
-        "frozen weights": _ceil(everything - count, 2 if half else 4, shards["weights"]),
-        "trained weights": _ceil(count, 2 if copies else 4, shards["weights"]),
-        "float32 copies of them": _ceil(count, 4, shards["states"]) if copies else 0,
-        "optimiser's states": _ceil(states, 1, shards["states"]),
-        "EMA": _ceil(count, 4, shards["weights"]) if setup.average else 0,
+        "frozen weights": _ceil(everything - count, 2 if half else 4, shards),
+        "trained weights": _ceil(count, 4, shards),
+        "optimiser's states": _ceil(states, 1, shards),
+        "EMA": _ceil(count, 4, shards) if setup.average else 0,
         "communication": _communication(setup, decoder, gradients),
         "tokenizer, in float32": sum(weight.nbytes for weight in tokenizer.model.parameters()),
         "autoencoder, in float32": sum(weight.nbytes for weight in codec.model.parameters()),
     }
-    own = math.ceil(gradients / shards["gradients"])
-    if shards["gradients"] == 1 and setup.accumulate == 1:
+    own = math.ceil(gradients / shards)
+    if shards == 1 and setup.accumulate == 1:
         step = dry.peak
     else:
         # From the second micro-batch on all gradients exist from the start. Sharded ones never exist as a whole.
@@ -205,8 +188,8 @@ def meta_decoder(setup: TrainingSetup) -> DistributionConditionedDecoder:
         decoder.backbone.drop_unused()
         decoder.to(torch.bfloat16 if setup.precision == "bf16" else torch.float32)
         choose_trained(decoder, setup.train, rank=setup.rank)
-    # FSDP gathers weights in the lower precision, and DeepSpeed holds the float32 ones as copies.
-    if setup.precision == "bf16" and setup.sharding != "ddp":
+    # FSDP gathers weights in the lower precision.
+    if setup.precision == "bf16" and setup.sharding == "fsdp":
         decoder.to(torch.bfloat16)
     return decoder
 
@@ -304,8 +287,7 @@ def _communication(setup: TrainingSetup, decoder: DistributionConditionedDecoder
     """Bytes of communication buffers.
 
     DDP's buckets hold each gradient a second time (`gradient_as_bucket_view=False`, the default). FSDP gathers the
-    current block and prefetches the next one, and holds one block's gradients unsharded. DeepSpeed fills one bucket of
-    gradients.
+    current block and prefetches the next one, and holds one block's gradients unsharded.
     """
     if setup.gpus == 1:
         return 0
@@ -313,10 +295,8 @@ def _communication(setup: TrainingSetup, decoder: DistributionConditionedDecoder
     if setup.sharding == "ddp":
         return gradients
     blocks = [list(block.parameters()) for block in decoder.backbone.blocks]
-    if setup.sharding == "fsdp":
-        gathered = 2 * size * max(sum(w.numel() for w in block) for block in blocks)
-        return gathered + 4 * max(sum(w.numel() for w in block if w.requires_grad) for block in blocks)
-    return size * min(_BUCKET, gradients // size)
+    gathered = 2 * size * max(sum(w.numel() for w in block) for block in blocks)
+    return gathered + 4 * max(sum(w.numel() for w in block if w.requires_grad) for block in blocks)
 
 
 def _ceil(count: int, size: int, parts: int) -> int:

@@ -32,6 +32,7 @@ from .loss import decoder_loss
 from .plan import Encoders, Plan
 from .progress import ProgressBar
 from .schedules import warmup_cosine
+from .sharding import NO_DEEPSPEED
 from .sources import open_images
 from .stop import TrainingStopped
 from .trainable import frozen_weights, trained_weights
@@ -59,8 +60,11 @@ def make_accelerator(
         tracker: one of accelerate's, such as "tensorboard".
 
     Raises:
-        ValueError: if accelerate or the tracker is not installed, or the launcher's precision is another one.
+        ValueError: if accelerate or the tracker is not installed, if the launcher is configured for DeepSpeed, or if
+            its precision is another one.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":  # ignored without a word on a CPU
+        raise ValueError(NO_DEEPSPEED)
     try:
         from accelerate import Accelerator
         from accelerate.tracking import get_available_trackers

@@ -17,6 +17,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+NO_DEEPSPEED = (
+    "the launcher is configured for DeepSpeed, which is not supported: choose DDP or FSDP2 "
+    "(configs/accelerate/ddp.yaml, fsdp.yaml)"
+)
+
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
 _TRAINED_NOT_STRICT = StateDictOptions(ignore_frozen_params=True, strict=False)
 

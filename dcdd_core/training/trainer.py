@@ -36,7 +36,7 @@ from .loss import decoder_loss
 from .positions import restore_position, saved_position
 from .progress import ProgressBar
 from .schedules import set_learning_rate, warmup_cosine
-from .sharding import full_tensor, reshard
+from .sharding import NO_DEEPSPEED, full_tensor, reshard
 from .stop import StopRequest, TrainingStopped, stop_on_signals
 from .trainable import decoder_optimizers, trained_weights
 
@@ -63,12 +63,11 @@ class Evaluation:
 class ForwardProxy(nn.Module):
     """Routes every use of a decoder through one forward pass: `proxy(work)` returns `work(decoder)`.
 
-    DDP, FSDP, DeepSpeed and autocast hook into a module's forward pass alone. A decoder's use in training has two
+    DDP, FSDP and autocast hook into a module's forward pass alone. A decoder's use in training has two
     (`condition_tokens`, `forward`), and sampling has many.
 
     Args:
-        precision: entered in every pass. accelerate does so by itself except for FSDP2 and DeepSpeed, and the latter
-            leaves an autocast that was entered outside its own forward pass.
+        precision: entered in every pass. accelerate does so by itself except for FSDP2.
     """
 
     def __init__(
@@ -198,14 +197,11 @@ class Trainer:
     def _check_sharding(self) -> None:
         """Refuses ways of sharding that the EMA, the checkpoints or Muon do not support."""
         kind, state = self.accelerator.distributed_type, self.accelerator.state
-        supported = "FSDP2 and DeepSpeed up to stage 2 are supported (configs/accelerate has both)"
+        if kind == "DEEPSPEED":
+            raise ValueError(NO_DEEPSPEED)
         if kind == "FSDP" and state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError(f"accelerate is configured for FSDP1: {supported}; set fsdp_version: 2")
-        if kind == "DEEPSPEED" and (stage := state.deepspeed_plugin.zero_stage) > 2:
-            raise ValueError(
-                f"accelerate is configured for DeepSpeed's stage {stage}: {supported}; set zero_stage: 2, or FSDP2"
-            )
-        if self.config.optimizer == "muon" and kind in ("FSDP", "DEEPSPEED"):
+            raise ValueError("accelerate is configured for FSDP1, but FSDP2 is supported alone: set fsdp_version: 2")
+        if self.config.optimizer == "muon" and kind == "FSDP":
             raise ValueError("Muon needs whole matrices, but each process holds shards of them: take 'adamw'")
 
     @contextmanager
@@ -229,12 +225,6 @@ class Trainer:
         """The model and the optimisers as accelerate wraps them, the EMA and the checkpoints."""
         accelerator, config = self.accelerator, self.config
         accelerator.gradient_accumulation_steps = config.accumulation
-        if accelerator.distributed_type == "DEEPSPEED":  # It accumulates by itself, and has no data loader to ask.
-            accelerator.state.deepspeed_plugin.deepspeed_config |= {
-                "train_micro_batch_size_per_gpu": self.batches.size,
-                "gradient_accumulation_steps": config.accumulation,
-                "gradient_clipping": config.clip,
-            }
         if accelerator.distributed_type == "FSDP":  # It shards the backbone's blocks, of whatever class they are.
             kinds = sorted({type(block).__name__ for block in self.decoder.backbone.blocks})
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = kinds
@@ -320,10 +310,7 @@ class Trainer:
                     optimizer.step()
                     optimizer.zero_grad()
         self.ema.update()
-        numbers = {"loss": torch.stack(losses).mean()}
-        if norm is not None:  # DeepSpeed has none before its first update.
-            numbers["gradient_norm"] = full_tensor(torch.as_tensor(norm)).to(accelerator.device)
-        return numbers
+        return {"loss": torch.stack(losses).mean(), "gradient_norm": full_tensor(norm).to(accelerator.device)}
 
     def _log(self) -> None:
         """Evaluates and writes a line of the log, each if it is due."""

@@ -238,14 +238,14 @@ def test_eight_bits_take_a_byte_and_a_scale_of_each_block_where_tensors_are_larg
     assert optimizer_cost(trained, "adamw8bit") == (2 * (7000 + 4 * 28) + 2 * 4 * 4095, 0, 0)
 
 
-@pytest.mark.parametrize(("sharding", "of_one", "of_all"), [("zero1", 4, 12), ("zero2", 2, 14), ("ddp", 16, 0)])
-def test_zero_divides_what_its_paper_says(sharding, of_one, of_all):
-    """Mixed precision with Adam: 16 bytes a trained weight (section 3.1), of which each stage shares more."""
+@pytest.mark.parametrize(("sharding", "parts"), [("ddp", 1), ("fsdp", 4)])
+def test_fsdp_divides_all_that_adam_holds(sharding, parts):
+    """Mixed precision with Adam: 16 bytes a trained weight (arXiv 1910.02054, section 3.1), 2 a frozen one."""
     found = cost(train="all", sharding=sharding, gpus=4, average=False)
     count, frozen = found.weights["trained"], found.weights["all"] - found.weights["trained"]
     beside = ("communication", "tokenizer, in float32", "autoencoder, in float32")
     held = sum(size for name, size in found.memory.items() if name not in beside) + found.gradients
-    assert held == pytest.approx(count * (of_one + of_all / 4) + 2 * frozen, abs=8)
+    assert held == pytest.approx((16 * count + 2 * frozen) / parts, abs=8)
 
 
 def test_ddp_holds_gradients_twice_and_fsdp_gathers_two_blocks():

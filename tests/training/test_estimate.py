@@ -115,10 +115,10 @@ def test_every_option_reaches_the_setup(base, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(estimate, "cost_of", lambda setup: seen.append(setup) or cost_of(setup))
     options = "--train all --rank 3 --precision no --tflops 9 --checkpointing --accumulate 3 --optimizer adamw8bit"
-    options += " --no-average --localised 0.5 --cached --sharding zero2 --gpus 2 --memory 5 --utilisation 0.5"
+    options += " --no-average --localised 0.5 --cached --sharding fsdp --gpus 2 --memory 5 --utilisation 0.5"
     said(*base, *SIZES, *options.split())
     wanted = {"rank": 3, "train": "all", "precision": "no", "checkpointing": True, "accumulate": 3, "gpus": 2}
-    wanted |= {"optimizer": "adamw8bit", "average": False, "localised": 0.5, "cached": True, "sharding": "zero2"}
+    wanted |= {"optimizer": "adamw8bit", "average": False, "localised": 0.5, "cached": True, "sharding": "fsdp"}
     assert seen == [TrainingSetup(**SMALL, **wanted)]
     assert "50% of 9 TFLOP/s" in capsys.readouterr().out
 
