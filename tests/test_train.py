@@ -165,7 +165,7 @@ def test_a_summary_says_what_is_trained_on_what_and_how(run, capsys):
         "no images are held out, since there are fewer than 20: there is no validation loss",
         "run: 1 process on cpu x 2 images x 2 micro-batches = an effective batch of 4",
         "run: 12 images, and 0 held out that are never trained on",
-        "run: 377,152 trained parameters, and 8,548,352 frozen ones",
+        "run: 107,520 trained parameters, and 8,817,984 frozen ones",
         "run: 3 updates, a warm-up of 500, then a cosine from a learning rate of 0.0001",
         "run: the warm-up is as long as the run: its learning rate ends at 6e-07; see --warmup",
     ]

@@ -177,7 +177,7 @@ class HeldOutLoss:
     ):
         self.make, self.config, self.total = make, config, total
         count = len(held_out.listed)
-        self.draws = math.ceil(_DRAWS / count)
+        draws = math.ceil(_DRAWS / count)
         # With sharded weights all processes must make the same number of forward passes: each has as many items, some
         # of them of no weight.
         own = [*range(rank, count, world)] or [0]
@@ -186,32 +186,41 @@ class HeldOutLoss:
             raise ValueError(f"no held-out image of {held_out.name} can be read: check the disk and the files")
         items = [(number, item, float(number % world == rank)) for number, item in readable]
         items += [(*items[0][:2], 0.0)] * (math.ceil(count / world) - len(items))
-        self.batches = []
-        for start in range(0, len(items), batch):
-            numbers, found, weights = zip(*items[start : start + batch])
-            encoded = encode(held_out.collate(found))
-            kept = EncodedBatch(features=encoded.features.cpu(), latents=encoded.latents.cpu())
-            self.batches.append((numbers, kept, torch.tensor(weights)))
+        encoded = [
+            encode(held_out.collate([item for _, item, _ in items[start : start + batch]]))
+            for start in range(0, len(items), batch)
+        ]
+        self.features = torch.cat([part.features.cpu() for part in encoded])
+        self.latents = torch.cat([part.latents.cpu() for part in encoded])
+        self.weights = torch.tensor([weight for _, _, weight in items])
+        # (item, its image's number, draw): the draws of a few images fill batches too.
+        self.pairs = [(i, number, draw) for i, (number, *_) in enumerate(items) for draw in range(draws)]
+        self.batch = batch
 
     def __call__(self, decoder: DistributionConditionedDecoder) -> float:
         """The mean over all held-out images of all processes."""
         found = torch.zeros(2)
-        for numbers, encoded, weights in self.batches:
-            example = self.make(encoded, keyed_generator(0))
-            for draw in range(self.draws):
-                t, noise = self._drawn(numbers, draw, encoded.latents.shape[1:])
-                losses = velocity_losses(decoder, example, t, noise, self.config.weighting)
-                found += torch.stack([(losses.float().cpu() * weights).sum(), weights.sum()])
+        for start in range(0, len(self.pairs), self.batch):
+            pairs = self.pairs[start : start + self.batch]
+            index = [i for i, *_ in pairs]
+            batch, weights = (
+                EncodedBatch(features=self.features[index], latents=self.latents[index]),
+                self.weights[index],
+            )
+            t, noise = self._drawn(pairs)
+            example = self.make(batch, keyed_generator(0))
+            losses = velocity_losses(decoder, example, t, noise, self.config.weighting)
+            found += torch.stack([(losses.float().cpu() * weights).sum(), weights.sum()])
         loss, weight = self.total(found).tolist()
         return loss / weight
 
-    def _drawn(self, numbers: Sequence[int], draw: int, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _drawn(self, pairs: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Times [B] and noises [B, C, h', w'], each a function of the image's number and the draw's."""
         times, noises = [], []
-        for number in numbers:
+        for _, number, draw in pairs:
             generator = keyed_generator(self.config.seed, _KEY, number, draw)
             times.append(sample_times(1, generator=generator, density=self.config.density, shift=self.config.shift))
-            noises.append(torch.randn(1, *shape, generator=generator))
+            noises.append(torch.randn(1, *self.latents.shape[1:], generator=generator))
         return torch.cat(times), torch.cat(noises)
 
 

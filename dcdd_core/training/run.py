@@ -328,7 +328,7 @@ def _summary(
     world = accelerator.num_processes
     yield (
         f"{world} process{'es' if world > 1 else ''} on {accelerator.device.type} x {data.batch} images x "
-        f"{config.accumulation} micro-batches = an effective batch of {world * data.batch * config.accumulation}"
+        f"{config.accumulation} micro-batch{'es' if config.accumulation > 1 else ''} = an effective batch of {world * data.batch * config.accumulation}"
     )
     count = count_images(source)
     held_out = 0 if parts is None else len(parts.held_out.listed)
