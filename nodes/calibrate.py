@@ -10,7 +10,7 @@ from ..dcdd_core.method.calibration import PASSES, apply_calibration
 from ..dcdd_core.pipelines.calibrate import fit_to
 from ..dcdd_core.protocols import ImageTokenizer
 from ..dcdd_core.types import Calibration, TokenLogits
-from . import host, model_folders
+from . import checks, host, model_folders
 from .host import Managed
 from .sockets import (
     CONNECT_LOGITS,
@@ -98,12 +98,17 @@ class LogitCalibrator(io.ComfyNode):
                 f"{len(given) or 'none'} of decoder, calibration and reference are connected: connect exactly one, a "
                 "decoder or a calibration to apply its values, or a reference to fit new ones"
             )
-        codebook = vq_vae.idle.codebook
+        tokenizer = vq_vae.idle
+        checks.check_tokenizer(token_logits, tokenizer)
+        checks.check_uncalibrated(token_logits)
         with host.noticed():
             if reference is not None:
                 expect(reference, TokenLogits, "reference", "connect the token_logits of a Janus Logit Sampler")
+                checks.check_fit(token_logits, reference, tokenizer)
                 progress = host.NodeProgress(PASSES)
-                calibration = fit_to(token_logits, reference, codebook, anchored=anchored, on_pass=progress.step)
+                calibration = fit_to(
+                    token_logits, reference, tokenizer.codebook, anchored=anchored, on_pass=progress.step
+                )
             elif decoder is not None:
                 expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")
                 calibration = decoder.decoder.idle.card.calibration
@@ -113,8 +118,10 @@ class LogitCalibrator(io.ComfyNode):
                         "Calibration"
                     )
             expect(calibration, Calibration, "calibration", "connect a Load Calibration")
-            used = calibration if anchored else replace(calibration, anchor=0.0)
-            return io.NodeOutput(apply_calibration(token_logits, codebook, used), calibration)
+            checks.check_calibration(calibration, tokenizer)
+            used = checks.without_provenance(token_logits, calibration)
+            used = used if anchored else replace(used, anchor=0.0)
+            return io.NodeOutput(apply_calibration(token_logits, tokenizer.codebook, used), calibration)
 
 
 class SaveCalibration(io.ComfyNode):

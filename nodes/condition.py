@@ -11,8 +11,8 @@ from ..dcdd_core.method.uncertainty import Feature, doubt_map, grow_mask, mask_t
 from ..dcdd_core.models.card import DecoderCard
 from ..dcdd_core.pipelines.condition import condition, serving
 from ..dcdd_core.protocols import ImageTokenizer
-from ..dcdd_core.types import Condition, TokenLogits
-from . import host
+from ..dcdd_core.types import TokenLogits
+from . import checks, host
 from .convert import check_finite, image_of, pixels_of
 from .host import Managed
 from .sockets import (
@@ -21,6 +21,7 @@ from .sockets import (
     ConditionSocket,
     Decoder,
     DecoderSocket,
+    MappedCondition,
     TokenLogitsSocket,
     VQVAESocket,
     expect,
@@ -97,18 +98,33 @@ class LCDMEncoder(io.ComfyNode):
         expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
         if reads not in READS:
             raise ValueError(f"reads must be one of {', '.join(READS)}, got {reads!r}")
+        tokenizer, card = vq_vae.idle, _card(decoder, READS[reads])
+        checks.check_tokenizer(token_logits, tokenizer)
+        if card is not None:
+            checks.check_decoder(card, tokenizer)
         count = len(token_logits.tokens)
         progress = host.NodeProgress(count)
         with host.noticed():
             mapped = condition(
-                _card(decoder, READS[reads]),
+                None if card is None else checks.served(card, token_logits),
                 token_logits,
-                vq_vae.idle.codebook,
+                tokenizer.codebook,
                 device=comfy.model_management.get_torch_device(),
                 on_image=lambda done: progress.step(done, count),
                 host=host.ComfyHost(),
             )
-        return io.NodeOutput(mapped)
+        made = MappedCondition(
+            mapped.code_vectors,
+            mapped.uncertainty,
+            mapped.grid,
+            codebook=mapped.codebook,
+            token_size=tokenizer.factor,
+            model=token_logits.model,
+            source=token_logits.source,
+            calibrated=token_logits.calibrated,
+            card=card,
+        )
+        return io.NodeOutput(made)
 
 
 class UncertaintyMask(io.ComfyNode):
@@ -165,10 +181,13 @@ class UncertaintyMask(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "token_size",
-                    default=16,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=64,
-                    tooltip="Pixels per token, used if no image is connected (Janus: 16, pico: 8).",
+                    tooltip=(
+                        "Pixels per token, used if no image is connected; 0 takes the condition's own (Janus: 16, "
+                        "pico: 8)."
+                    ),
                 ),
                 io.Image.Input("image", optional=True, tooltip="The image to mask; the mask gets its size."),
             ],
@@ -183,7 +202,7 @@ class UncertaintyMask(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        condition: Condition,
+        condition: MappedCondition,
         feature: str,
         edge: str,
         threshold: float,
@@ -192,12 +211,13 @@ class UncertaintyMask(io.ComfyNode):
         token_size: int,
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        expect(condition, Condition, "condition", "connect the condition of an LCDM Encoder")
+        expect(condition, MappedCondition, "condition", "connect the condition of an LCDM Encoder")
         check_finite(threshold=threshold, blur=blur)
         if feature not in DOUBTS or edge not in ("hard", "soft"):
             raise ValueError(f"unknown feature {feature!r} or edge {edge!r}: choose both from their lists again")
         h, w = condition.grid
-        size = (h * token_size, w * token_size) if image is None else tuple(pixels_of(image).shape[2:])
+        side = token_size or condition.token_size
+        size = (h * side, w * side) if image is None else tuple(pixels_of(image).shape[2:])
         doubt = doubt_map(condition.uncertainty, DOUBTS[feature], condition.grid).cpu()
         chosen = grow_mask(threshold_doubt(doubt, threshold, soft=edge == "soft"), grow)
         mask = mask_to_pixels(chosen, size, blur=blur)[:, 0].contiguous()

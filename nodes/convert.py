@@ -21,8 +21,7 @@ def pixels_of(image: torch.Tensor) -> torch.Tensor:
         ValueError: for anything that is not an IMAGE, and for NaN or infinity.
     """
     if not isinstance(image, torch.Tensor) or image.ndim != 4 or image.shape[3] not in (1, 3, 4) or image.numel() == 0:
-        came = list(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
-        raise ValueError(f"expected an IMAGE [batch, height, width, 1, 3 or 4 channels], got {came}: connect an image")
+        raise ValueError(f"expected an image, got {_described(image)}: connect an IMAGE of 1, 3 or 4 channels")
     if not bool(torch.isfinite(image).all()):
         raise ValueError("the image contains NaN or infinity: an earlier node failed, check its output")
     colours = image[..., :3].expand(-1, -1, -1, 3)
@@ -63,11 +62,26 @@ def mask_of(mask: torch.Tensor) -> torch.Tensor:
         or mask.numel() == 0
         or not (mask.ndim in (2, 3) or (mask.ndim == 4 and mask.shape[1] == 1))
     ):
-        came = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"expected a MASK [batch, height, width], got {came}: connect a mask")
+        raise ValueError(f"expected a mask, got {_described(mask)}: connect a MASK")
     if not bool(torch.isfinite(mask).all()):
         raise ValueError("the mask contains NaN or infinity: an earlier node failed, check its output")
     return mask.float().clamp(0, 1).reshape(-1, 1, *mask.shape[-2:])
+
+
+def in_words(height: int, width: int) -> str:
+    """A size in pixels as ComfyUI's nodes give it: "width x height"."""
+    return f"{width} x {height}"
+
+
+def _described(value: object) -> str:
+    """What came in an image's or a mask's place."""
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} {str(value)[:60]!r}"
+    if value.numel() == 0:
+        return "an empty batch"
+    if value.ndim == 4:
+        return f"{in_words(*value.shape[1:3])} pixels of {value.shape[3]} channels"
+    return f"a tensor of {value.ndim} dimensions"
 
 
 def resized(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:

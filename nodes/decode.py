@@ -14,6 +14,7 @@ import comfy.sd
 import latent_preview
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 from einops import rearrange
 
 from ..dcdd_core import registry
@@ -22,8 +23,8 @@ from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.pipelines.decode import decode, decode_tokens
 from ..dcdd_core.pipelines.load import check_codec
 from ..dcdd_core.protocols import ImageTokenizer, LatentCodec, OnLayer
-from ..dcdd_core.types import Condition, TokenLogits
-from . import host
+from ..dcdd_core.types import TokenLogits
+from . import checks, host
 from .convert import image_of, mask_of, pixels_of, resized
 from .host import Managed, ManagedCodec
 from .sockets import (
@@ -32,6 +33,7 @@ from .sockets import (
     ConditionSocket,
     Decoder,
     DecoderSocket,
+    MappedCondition,
     TokenLogitsSocket,
     VQVAESocket,
     expect,
@@ -44,6 +46,10 @@ SCHEDULES = (AS_MEASURED, BY_RESOLUTION, UNIFORM)
 #: Seconds after which the node says that weights for a new schedule are being loaded.
 _LONG = 1.0
 _TILES = "connect a VAE from ComfyUI's Load VAE, which falls back to tiles, or use a smaller image"
+_OWN_LATENTS = (
+    "this decoder's latents are not FLUX's (pico has a space of its own), so no other node can use them: connect the "
+    "image output instead, if need be through a VAE Encode"
+)
 
 
 class VQVAEDecode(io.ComfyNode):
@@ -60,7 +66,14 @@ class VQVAEDecode(io.ComfyNode):
                 "decodes the expected code vector of each position instead, which keeps some of what a single "
                 "token loses."
             ),
-            search_aliases=["detokenize", "tokens to image", "vqgan decode", "janus decode"],
+            search_aliases=[
+                "decode tokens",
+                "detokenize",
+                "tokens to image",
+                "vqgan decode",
+                "janus decode",
+                "令牌解码",
+            ],
             inputs=[
                 TokenLogitsSocket.Input("token_logits", tooltip="From a Janus Logit Sampler or VQ-VAE Encode."),
                 VQVAESocket.Input("vq_vae", tooltip="The tokenizer that these tokens belong to."),
@@ -83,6 +96,7 @@ class VQVAEDecode(io.ComfyNode):
         expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
         if codes not in (HARD, SOFT):
             raise ValueError(f"codes must be {HARD!r} or {SOFT!r}, got {codes!r}")
+        checks.check_tokenizer(token_logits, vq_vae.idle)
         count = len(token_logits.tokens)
         progress = host.NodeProgress(count)
         pixels = decode_tokens(
@@ -110,7 +124,7 @@ class FluxDecoder(io.ComfyNode):
                 "predicted, not only the tokens that were sampled. With an image and a mask, only the area under "
                 "the mask is painted; all other pixels stay exactly as they are."
             ),
-            search_aliases=["dcdd", "diffusion decoder", "flux fill", "decode", "inpaint"],
+            search_aliases=["dcdd", "diffusion decoder", "flux fill", "decode", "inpaint", "扩散解码"],
             inputs=[
                 DecoderSocket.Input("decoder", tooltip="From Load DCDD Decoder."),
                 ConditionSocket.Input("condition", tooltip="From the LCDM Encoder."),
@@ -139,7 +153,12 @@ class FluxDecoder(io.ComfyNode):
                     ),
                 ),
                 io.Image.Input(
-                    "image", optional=True, tooltip="To paint only a part: the image to keep outside the mask."
+                    "image",
+                    optional=True,
+                    tooltip=(
+                        "To paint only a part: the image to keep outside the mask. It is resized and cropped at the "
+                        "centre to the size of the decoder's images."
+                    ),
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="To paint only a part: white where to paint."),
                 io.Vae.Input(
@@ -151,7 +170,9 @@ class FluxDecoder(io.ComfyNode):
             outputs=[
                 io.Image.Output("painted", display_name="image", tooltip="The decoded image."),
                 io.Latent.Output(
-                    "latent", display_name="latent", tooltip="Its latent, for further sampling with FLUX in ComfyUI."
+                    "latent",
+                    display_name="latent",
+                    tooltip="Its latent, for further sampling with FLUX in ComfyUI; pico has none to give.",
                 ),
             ],
         )
@@ -160,7 +181,7 @@ class FluxDecoder(io.ComfyNode):
     def execute(
         cls,
         decoder: Decoder,
-        condition: Condition,
+        condition: MappedCondition,
         seed: int,
         steps: int,
         schedule: str,
@@ -169,12 +190,13 @@ class FluxDecoder(io.ComfyNode):
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
         expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")
-        expect(condition, Condition, "condition", "connect the condition of an LCDM Encoder")
+        expect(condition, MappedCondition, "condition", "connect the condition of an LCDM Encoder")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if (image is None) != (mask is None):
             raise ValueError("painting a part needs an image and a mask: connect both, or neither to paint everything")
         model, batch = decoder.decoder.idle, len(condition.code_vectors)
+        checks.check_condition(condition, model)
         given = area = None
         if image is not None:
             given, area = pixels_of(image), mask_of(mask)
@@ -184,12 +206,18 @@ class FluxDecoder(io.ComfyNode):
                         f"{name} is a batch of {len(value)}, the condition one of {batch}: connect one for all, or "
                         f"{batch}"
                     )
-            area = resized(area, *given.shape[2:]).clamp(0, 1)
+            # First onto the image as the artist sees it, then both to the size that the tokens are painted at.
+            area = resized(area, *given.shape[2:])
+            size = model.painted_size(condition.grid)
+            if given.shape[2:] != size:
+                given, area = resized(given, *size).clamp(-1, 1), resized(area, *size)
+                image = image_of(given)
+            area = area.clamp(0, 1)
             if not bool(area.any()):
                 host.notice("the mask is empty: nothing is painted, the image stays unchanged")
         codec = _codec(decoder, vae)
         steps = steps or model.card.steps
-        progress, preview = host.NodeProgress(steps), _preview(codec)
+        progress, preview = host.NodeProgress(steps), _preview(codec, decoder.decoder.device)
         decoded = decode(
             model,
             codec,
@@ -211,13 +239,15 @@ class FluxDecoder(io.ComfyNode):
             keep = rearrange(area == 0, "b 1 h w -> b h w 1").to(painted.device)
             painted = torch.where(keep, image[..., :3].to(painted), painted)
             latent["noise_mask"] = area.to(painted.device)
-        return io.NodeOutput(painted, latent)
+        return io.NodeOutput(painted, latent if codec.comfy_format else ExecutionBlocker(_OWN_LATENTS))
 
 
 NODES = [VQVAEDecode, FluxDecoder]
 
 
-def _shift(schedule: str, model: DistributionConditionedDecoder, condition: Condition, steps: int) -> float | None:
+def _shift(
+    schedule: str, model: DistributionConditionedDecoder, condition: MappedCondition, steps: int
+) -> float | None:
     """Mu of the time shift; None for the decoder's own."""
     if schedule != BY_RESOLUTION:
         return {AS_MEASURED: None, UNIFORM: 0.0}[schedule]
@@ -256,7 +286,10 @@ class _CoreCodec:
         # Plain latents, which `check_codec` refuses where the decoder needs others.
         self.shift = 0.0 if card.vae_shift is None else card.vae_shift
         self.scale = 1.0 if card.vae_scale is None else card.vae_scale
-        self.comfy_format = registry.codec_of(card.base_config).published().comfy_format
+        published = registry.codec_of(card.base_config).published()
+        theirs = (published.channels, published.factor, published.shift, published.scale)
+        own = (self.channels, self.factor, self.shift, self.scale)
+        self.comfy_format = published.comfy_format if own == theirs else ""
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """See `LatentCodec.encode`."""
@@ -290,12 +323,11 @@ def _codec(decoder: Decoder, vae: comfy.sd.VAE | None) -> LatentCodec:
     """
     if vae is not None:
         expect(vae, comfy.sd.VAE, "vae", "connect a FLUX VAE from Load VAE")
-        codec = _CoreCodec(vae, decoder.decoder.idle)
-        check_codec(
-            codec,
-            decoder.decoder.idle,
-            remedy="connect the VAE that the decoder was trained with (for FLUX.1-Fill: ae.safetensors), or none",
-        )
+        model, has_own = decoder.decoder.idle, decoder.codec is not None
+        checks.check_vae(vae, model, has_own=has_own)
+        codec = _CoreCodec(vae, model)
+        check_codec(codec, model, remedy=checks.vae_remedy(has_own))
+        checks.check_vae_scale(codec, model.card, has_own=has_own)
         return codec
     if decoder.codec is None:
         raise ValueError(
@@ -306,10 +338,10 @@ def _codec(decoder: Decoder, vae: comfy.sd.VAE | None) -> LatentCodec:
 
 
 def _draws_previews(codec: LatentCodec) -> bool:
-    return isinstance(codec, ManagedCodec) and codec.draws_previews
+    return host.shows_previews() and isinstance(codec, ManagedCodec) and codec.draws_previews
 
 
-def _host(decoder: Decoder, codec: LatentCodec, condition: Condition) -> host.ComfyHost:
+def _host(decoder: Decoder, codec: LatentCodec, condition: MappedCondition) -> host.ComfyHost:
     """The decoder, together with the codec if that draws the previews."""
     if not _draws_previews(codec):
         return host.ComfyHost(decoder.decoder)
@@ -317,14 +349,19 @@ def _host(decoder: Decoder, codec: LatentCodec, condition: Condition) -> host.Co
     return host.ComfyHost(decoder.decoder, codec.managed, besides=codec.working_memory(*size))
 
 
-def _preview(codec: LatentCodec) -> Callable[[torch.Tensor], host.Preview]:
-    """What shows raw latents: the codec, or else ComfyUI's own estimate of their colours, if it has one."""
+def _preview(codec: LatentCodec, device: torch.device) -> Callable[[torch.Tensor], host.Preview]:
+    """What shows raw latents: a small codec itself, or else what ComfyUI shows such latents with.
+
+    That is --preview-method's: nothing, an estimate of their colours, or TAESD.
+
+    Args:
+        device: where the latents are.
+    """
     if _draws_previews(codec):
         return lambda latents: codec.preview(latents[:4])
-    if not codec.comfy_format:
+    previewer = None
+    if codec.comfy_format:
+        previewer = latent_preview.get_previewer(device, getattr(comfy.latent_formats, codec.comfy_format)())
+    if previewer is None:
         return lambda latents: None
-    latents_format = getattr(comfy.latent_formats, codec.comfy_format)()
-    previewer = latent_preview.Latent2RGBPreviewer(
-        latents_format.latent_rgb_factors, latents_format.latent_rgb_factors_bias
-    )
     return lambda latents: previewer.decode_latent_to_preview(codec.normalize(latents))

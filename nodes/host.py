@@ -15,7 +15,9 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.utils
+import latent_preview
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy_execution.utils import get_executing_context
 from einops import rearrange
 from PIL import Image
@@ -34,7 +36,6 @@ log = logging.getLogger("ComfyUI-DCDD")
 
 #: Where a model may live while it works.
 PLACEMENTS = ("auto", "low VRAM", "CPU")
-_PREVIEW_SIZE = 512
 #: From 0.16 on ComfyUI has a patcher of its own for modules that it did not build.
 _Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
@@ -238,12 +239,19 @@ class NodeProgress:
     def step(self, done: int, total: int, preview: Preview = None) -> None:
         """
         Args:
-            preview: an image, or pixels [B, 3, H, W] in -1..1.
+            preview: an image, or pixels [B, 3, H, W] in -1..1; shown if ComfyUI shows previews.
         """
         # ComfyUI's bar leaves out reports that come too soon, and with them its check.
         comfy.model_management.throw_exception_if_processing_interrupted()
         image = _sheet(preview) if isinstance(preview, torch.Tensor) else preview
-        self._bar.update_absolute(done, total, None if image is None else ("JPEG", image, _PREVIEW_SIZE))
+        shown = image is not None and shows_previews()
+        longest = latent_preview.MAX_PREVIEW_RESOLUTION  # --preview-size
+        self._bar.update_absolute(done, total, ("JPEG", image, longest) if shown else None)
+
+
+def shows_previews() -> bool:
+    """Whether ComfyUI shows previews: --preview-method, or what the prompt's page has set instead."""
+    return args.preview_method != LatentPreviewMethod.NoPreviews
 
 
 def _sheet(pixels: torch.Tensor) -> Image.Image:

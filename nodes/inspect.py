@@ -127,9 +127,7 @@ class CompareDecoders(io.ComfyNode):
         inputs = []
         for x, label in zip(_ALL, ("VQ-VAE decode", "DCDD decode", "", "")):
             inputs += [
-                io.Image.Input(
-                    f"image_{x}", optional=x not in "ab", tooltip="One column; a batch gives one row per image."
-                ),
+                io.Image.Input(f"image_{x}", optional=x != "a", tooltip="One column; a batch gives one row per image."),
                 io.String.Input(f"label_{x}", default=label, tooltip="Text above this column."),
             ]
         return schema(

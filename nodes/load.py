@@ -22,6 +22,8 @@ PICO = "pico (built in)"
 CONNECTED = "with the bundle, or connected"
 HELD = "in the bundle"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: What pico's decoder is calibrated for.
+_PICO_GUIDANCE = 3.0
 STORAGE = ("auto", "float32", "bfloat16", "float16", "8-bit")
 
 
@@ -40,7 +42,7 @@ class LoadJanus(io.ComfyNode):
                 "'pico' is a tiny model that comes with the pack, so every workflow can be tried without a "
                 "download."
             ),
-            search_aliases=["janus pro", "deepseek", "vlm", "autoregressive", "llm loader"],
+            search_aliases=["janus pro", "deepseek", "vlm", "autoregressive", "llm loader", "llamagen"],
             inputs=[
                 _model(),
                 _dtype(),
@@ -62,7 +64,7 @@ class LoadJanus(io.ComfyNode):
         family = registry.sampler_family(folder)
         sampler = family.load_sampler(str(folder), dtype=torch_dtype, computes_on=host.device_of(placement))
         if model == PICO:
-            sampler.name = NAME
+            sampler.name, sampler.default_guidance = NAME, _PICO_GUIDANCE
         vq = _tokenizer(folder, model, placement)
         return io.NodeOutput(JanusModel(sampler=Managed(sampler, placement=placement), vq=vq), vq)
 
@@ -80,7 +82,7 @@ class LoadVQVAE(io.ComfyNode):
                 "Loads only the image tokenizer (VQ-VAE) of a Janus folder in models/janus. Reconstructing an "
                 "image needs nothing else, so the language model, several gigabytes, is not loaded."
             ),
-            search_aliases=["tokenizer", "vqgan", "vq-16", "janus vae"],
+            search_aliases=["tokenizer", "vqgan", "vq-16", "janus vae", "llamagen"],
             inputs=[_model(), _placement()],
             outputs=[
                 VQVAESocket.Output("vq_vae", display_name="vq_vae", tooltip="Converts between images and tokens.")

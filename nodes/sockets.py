@@ -1,7 +1,6 @@
 """The socket types, and the values of those that carry models.
 
-TOKEN_LOGITS, DCDD_CONDITION and CALIBRATION carry dcdd_core's TokenLogits, Condition and Calibration themselves, on
-ComfyUI's intermediate device.
+TOKEN_LOGITS and CALIBRATION carry dcdd_core's TokenLogits and Calibration themselves, on ComfyUI's intermediate device.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..dcdd_core.models.card import DecoderCard
 from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.protocols import ImageTokenizer, TokenSampler
+from ..dcdd_core.types import Condition, Source
 from .host import Managed, ManagedCodec
 
 CATEGORY = "DCDD"
@@ -41,6 +42,23 @@ class Decoder:
 
     decoder: Managed[DistributionConditionedDecoder]
     codec: ManagedCodec | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MappedCondition(Condition):
+    """What DCDD_CONDITION carries: a condition that knows how it was made.
+
+    Attributes:
+        token_size: pixels a token side, of the tokenizer.
+        model, source, calibrated: of the token logits.
+        card: of the decoder that the LCDM Encoder calibrated for; None for none.
+    """
+
+    token_size: int
+    model: str
+    source: Source
+    calibrated: bool
+    card: DecoderCard | None
 
 
 def schema(name: str, display_name: str, *, category: str, search_aliases: list[str], **values: Any) -> io.Schema:

@@ -13,7 +13,7 @@ from ..dcdd_core.pipelines.encode import encode, fitting_size
 from ..dcdd_core.pipelines.sample import edit_prompts, partial_tokens, sample
 from ..dcdd_core.protocols import ImageTokenizer, Progress, SamplingOptions, TokenSampler
 from ..dcdd_core.types import TokenLogits
-from . import host
+from . import checks, host
 from .convert import check_finite, image_of, mask_of, pixels_of, resized
 from .host import Managed
 from .sockets import (
@@ -42,7 +42,14 @@ class JanusLogitSampler(io.ComfyNode):
                 "over the codebook, not only the sampled token; the decoder works from these distributions. To "
                 "edit an image, connect its token_logits and a mask: only tokens under the mask are sampled again."
             ),
-            search_aliases=["text to image", "generate", "janus sampler", "autoregressive sampler", "edit tokens"],
+            search_aliases=[
+                "text to image",
+                "generate",
+                "janus sampler",
+                "autoregressive sampler",
+                "edit tokens",
+                "自回归",
+            ],
             inputs=[
                 JanusModelSocket.Input("janus", tooltip="From Load Janus."),
                 io.String.Input(
@@ -68,13 +75,13 @@ class JanusLogitSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "guidance",
-                    default=5.0,
-                    min=0.0,
+                    default=-1.0,
+                    min=-1.0,
                     max=20.0,
                     step=0.1,
                     tooltip=(
-                        "How closely the prompt is followed (classifier-free guidance). Use 5 for Janus-Pro and 3 "
-                        "for pico, the built-in model. 1 turns guidance off and takes half the time."
+                        "How closely the prompt is followed (classifier-free guidance). -1 uses the model's own: 5 for "
+                        "Janus-Pro, 3 for pico, the built-in model. 1 turns guidance off and takes half the time."
                     ),
                 ),
                 io.Float.Input(
@@ -167,15 +174,16 @@ class JanusLogitSampler(io.ComfyNode):
             prompts = [line for line in lines or [""] for _ in range(batch_size)]
         else:
             expect(token_logits, TokenLogits, "token_logits", CONNECT_LOGITS)
+            checks.check_edit(token_logits, sampler, tokenizer)
             prompts = edit_prompts(lines, len(token_logits.tokens))
             resample = _under_mask(mask, token_logits)
         _name_unknown_words(sampler, "\n".join(lines))
-        progress = host.NodeProgress(math.prod(sampler.grid))
+        progress, previewing = host.NodeProgress(math.prod(sampler.grid)), host.shows_previews()
 
         def on_progress(now: Progress) -> None:
             # A preview for each row of tokens, or for each step that is worth more than a row.
             rows, before = (done * sampler.grid[0] // now.total for done in (now.done, now.done - 1))
-            preview = _so_far(tokenizer, sampler.grid, now, token_logits) if rows > before else None
+            preview = _so_far(tokenizer, sampler.grid, now, token_logits) if previewing and rows > before else None
             progress.step(now.done, now.total, preview)
 
         with host.noticed():
@@ -184,7 +192,7 @@ class JanusLogitSampler(io.ComfyNode):
                 prompts,
                 seeds=[seed + k for k in range(len(prompts))],
                 options=SamplingOptions(
-                    guidance=guidance,
+                    guidance=sampler.default_guidance if guidance < 0 else guidance,
                     temperature=temperature,
                     top_k=top_k or None,
                     top_p=top_p if top_p < 1 else None,
@@ -192,11 +200,7 @@ class JanusLogitSampler(io.ComfyNode):
                 previous=token_logits,
                 resample=resample,
                 on_progress=on_progress,
-                host=host.ComfyHost(
-                    janus.vq,
-                    janus.sampler,
-                    besides=host.convolution_memory(tokenizer.working_memory(sampler.grid)),
-                ),
+                host=_host(janus, previewing),
             )
         return io.NodeOutput(sampled)
 
@@ -215,18 +219,19 @@ class VQVAEEncode(io.ComfyNode):
                 "codebook. Start here to reconstruct an image, or to edit an image of your own. If a side is not a "
                 "multiple of the token size, the image is resized and cropped at the centre."
             ),
-            search_aliases=["image to tokens", "tokenize", "reconstruct", "vqgan encode"],
+            search_aliases=["image to tokens", "tokenize", "reconstruct", "vqgan encode", "令牌"],
             inputs=[
                 VQVAESocket.Input("vq_vae", tooltip="From Load Janus or Load VQ-VAE."),
                 io.Image.Input("image", tooltip="The image, or batch of images, to encode."),
                 io.Int.Input(
                     "longest_side",
-                    default=0,
-                    min=0,
+                    default=-1,
+                    min=-1,
                     max=4096,
                     tooltip=(
-                        "Shrinks larger images until the longer side has this many pixels; 0 keeps the size. "
-                        "Decoders work best near the size that they were trained on (Janus: 384, pico: 96)."
+                        "Shrinks larger images until the longer side has this many pixels. -1 uses the size of the "
+                        "tokenizer's own images (Janus: 384, pico: 96), near which decoders work best; 0 keeps the "
+                        "size."
                     ),
                 ),
             ],
@@ -245,7 +250,8 @@ class VQVAEEncode(io.ComfyNode):
         expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
         tokenizer, pixels = vq_vae.idle, pixels_of(image)
         height, width = pixels.shape[2:]
-        size = fitting_size((height, width), tokenizer.factor, longest_side or None)
+        longest = max(tokenizer.grid) * tokenizer.factor if longest_side < 0 else longest_side
+        size = fitting_size((height, width), tokenizer.factor, longest or None)
         pixels = resized(pixels, *size).clamp(-1, 1)
         progress = host.NodeProgress(len(pixels))
         encoded = encode(
@@ -258,6 +264,15 @@ class VQVAEEncode(io.ComfyNode):
 
 
 NODES = [JanusLogitSampler, VQVAEEncode]
+
+
+def _host(janus: JanusModel, previewing: bool) -> host.ComfyHost:
+    """The sampler, together with the tokenizer if that draws previews."""
+    if not previewing:
+        return host.ComfyHost(janus.sampler)
+    tokenizer = janus.vq.idle
+    memory = tokenizer.working_memory(janus.sampler.idle.grid)
+    return host.ComfyHost(janus.vq, janus.sampler, besides=host.convolution_memory(memory))
 
 
 def _under_mask(mask: torch.Tensor, token_logits: TokenLogits) -> torch.Tensor:

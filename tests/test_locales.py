@@ -115,6 +115,20 @@ def test_the_words_of_all_packs_are_left_alone(language):
     assert COMMON_CATEGORIES.isdisjoint(words(language, "main.json")["nodeCategories"])
 
 
+def test_every_option_has_a_chinese_name():
+    """Of the combos that list no files; web/js names them, for the page has no place for it in the locales."""
+    script = (ROOT / "web" / "js" / "chinese_options.js").read_text("utf-8")
+    table = script[script.index("{\n  ") : script.index("\n};")]
+    named = dict(re.findall(r'^  "?(.+?)"?: "(.+)",$', table, re.M))
+    models = {option for option in named if option in QUOTED}
+    combos = [
+        spec for node, entry in INFO.items() if node != "DCDD_DownloadModel" for spec in inputs_of(entry).values()
+    ]
+    assert named.keys() == {option for spec in combos for option in options_of(spec)} | models
+    plain = {option for option, name in named.items() if not CHINESE.search(name)}
+    assert plain == {"float32", "bfloat16", "float16", "CPU"}
+
+
 def test_names_in_one_node_differ():
     for language in LANGUAGES:
         for node, shown in words(language).items():

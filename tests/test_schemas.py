@@ -25,10 +25,10 @@ class StandIn(types.ModuleType):
     def __getattr__(self, name):
         return MagicMock(name=f"{self.__name__}.{name}")
 
-parts = ("latent_formats", "model_management", "model_patcher", "ops", "sd", "utils")
+parts = ("cli_args", "latent_formats", "model_management", "model_patcher", "ops", "sd", "utils")
 names = ["comfy", *(f"comfy.{part}" for part in parts)]
-names += ["comfy_api", "comfy_api.latest", "comfy_execution", "comfy_execution.utils", "folder_paths"]
-names += ["latent_preview", "server"]
+names += ["comfy_api", "comfy_api.latest", "comfy_execution", "comfy_execution.graph_utils", "comfy_execution.utils"]
+names += ["folder_paths", "latent_preview", "server"]
 for name in names:
     sys.modules[name] = StandIn(name)
 Schema = make_dataclass("Schema", [(name, object, None) for name in known])

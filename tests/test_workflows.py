@@ -128,6 +128,29 @@ def test_nodes_lie_in_their_groups(path):
                 )
 
 
+@every_workflow
+def test_model_files_are_named_with_where_to_get_them(path):
+    """Every file that a node loads, as the page needs it to offer the missing ones."""
+    for node in graph_of(path)["nodes"]:
+        named = {file["name"]: file for file in node["properties"].get("models", [])}
+        values = [] if node["type"] in NOTES else node["widgets_values"]
+        chosen = {value for value in values if str(value).endswith(".safetensors")}
+        assert named.keys() == chosen, node["type"]
+        for name, file in named.items():
+            assert file.keys() == {"name", "url", "directory"}
+            assert file["url"].startswith("https://huggingface.co/") and file["url"].endswith(f"/{name}")
+            assert file["directory"] in ("diffusion_models", "text_encoders", "vae")
+
+
+def test_blueprint_tells_its_seeds_apart_and_draws_new_ones():
+    labels = []
+    for node in graph_of(BLUEPRINT)["nodes"]:
+        seeds = [entry for entry in node["inputs"] if entry["name"] == "seed"]
+        labels += [entry["label"] for entry in seeds]
+        assert not seeds or "randomize" in node["widgets_values"], node["type"]
+    assert labels == ["sampler seed", "decoder seed"]
+
+
 def test_overlap_is_noticed():
     graph = graph_of(FILES[0])
     low, high = sorted((node for node in graph["nodes"] if node["type"] in PICTURED), key=lambda node: node["pos"])[:2]

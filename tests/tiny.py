@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core.method.lcdm import map_logits
 from dcdd_core.models.backbones.flux_fill.inference import of_text_stream
+from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.types import Calibration, Codebook, Condition, TokenLogits
@@ -215,6 +218,29 @@ def random_pico(folder: Path) -> Path:
     reader = fill(SceneReader(), 5)
     export(folder, janus=janus, words=words, vq=vq, vae=vae, decoder=decoder, reader=reader, recipe=Recipe())
     return folder
+
+
+def save_flux_like(bundle: Path, vae_folder: Path, card: Mapping[str, Any]) -> None:
+    """A decoder of a card's tokens that paints latents as FLUX's are, 16 channels at 1/8, and a tiny autoencoder of
+    such; of random weights."""
+    config = tiny_flux_config() | {"in_channels": 64 + 64 + 4 * 8**2}
+    taken = {name: card[name] for name in ("base", "tokenizer", "codebook", "code_dim", "resolution")}
+    calibration = Calibration.from_dict(card["calibration"])
+    made = DecoderCard(**taken, base_config=config, width=16, calibration=calibration, pixels_per_token=8, steps=3)
+    save_bundle(bundle, fill(DistributionConditionedDecoder.build(made)))
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8] * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        shift_factor=made.vae_shift,
+        scaling_factor=made.vae_scale,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    fill(vae).save_pretrained(vae_folder)
 
 
 def tiny_condition(batch: int = 2, grid: tuple[int, int] = (4, 4), seed: int = 0) -> Condition:

@@ -35,7 +35,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,21 @@ _NAMESPACE = uuid.UUID("5f2a3b0e-6c1d-4b52-9d0e-2603133890aa")
 # --- nodes and links --------------------------------------------------------------------------------------------------
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-#: Widgets that the frontend adds after a widget with this option, and their values.
-_EXTRA_WIDGETS = {"control_after_generate": "fixed", "image_upload": "image"}
 FIRST = {"color": "#232", "bgcolor": "#353"}
 NOTE = {"color": "#432", "bgcolor": "#653"}
 
 
 class Own(str):
     """A file that the user has to provide: it need not be in ComfyUI's lists."""
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A public model file, which the page offers where it is missing, and the folder in models that it goes into."""
+
+    name: str
+    url: str
+    directory: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,9 @@ class Node:
     height: int = 0
     room: int = 0
     place: tuple[int, int] = (0, 0)
+    files: list[ModelFile] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    control: str = "fixed"
 
     def __getitem__(self, name: str) -> Output:
         for slot, (output, kind) in enumerate(self.outputs):
@@ -138,7 +148,9 @@ class Node:
         values = []
         for widget in self.widgets:
             values.append(self.value(widget))
-            values += [extra for option, extra in _EXTRA_WIDGETS.items() if widget.options.get(option)]
+            # What the frontend adds after a widget with one of these options.
+            extras = {"control_after_generate": self.control, "image_upload": "image"}
+            values += [extra for option, extra in extras.items() if widget.options.get(option)]
         return values
 
 
@@ -215,6 +227,9 @@ class Graph:
         room: int = 0,
         preview: bool = False,
         first: bool = False,
+        files: list[ModelFile] | None = None,
+        labels: dict[str, str] | None = None,
+        control: str = "fixed",
         **given: Output | Any,
     ) -> Node:
         """
@@ -223,6 +238,9 @@ class Graph:
             room: free space below the node, in pixels, for when it grows.
             preview: whether the frontend shows an image on it.
             first: whether users should change this node first. It is drawn in green.
+            files: model files that the node loads.
+            labels: what widgets are called instead of their names.
+            control: what becomes of the seed after a run.
             given: links (outputs) and widget values; other widgets keep their defaults.
         """
         if kind not in self.definitions:
@@ -233,6 +251,7 @@ class Graph:
         _check(node, whole=not self.inside)
         least = least_height(node) + (PREVIEW if preview else 0)
         node.width, node.height, node.room = max(wide, 210), max(tall, least), room
+        node.files, node.labels, node.control = files or [], labels or {}, control
         self.nodes.append(node)
         return node
 
@@ -337,6 +356,7 @@ def _node_json(node: Node, links: list[tuple[int, Output, Node, int]]) -> dict[s
     for number, f in enumerate(node.slots):
         entry: dict[str, Any] = {"name": f.name, "type": f.type, "link": into.get((node.id, number))}
         entry |= {} if f.required or f.is_widget else {"shape": 7}  # drawn as a ring: an optional socket
+        entry |= {"label": node.labels[f.name]} if f.name in node.labels else {}
         inputs.append(entry | ({"widget": {"name": f.name}} if f.is_widget else {}))
     outputs = [
         {"name": name, "type": kind, "links": [k for k, out, _, _ in links if (out.node, out.slot) == (node, slot)]}
@@ -360,6 +380,8 @@ def _node_json(node: Node, links: list[tuple[int, Output, Node, int]]) -> dict[s
     else:
         pack, version = PACK if node.kind.startswith("DCDD_") else CORE
         written["properties"] = {"cnr_id": pack, "ver": version, "Node name for S&R": node.kind}
+        if node.files:
+            written["properties"]["models"] = [asdict(file) for file in node.files]
         written["widgets_values"] = node.widget_values()
     return written | node.colors
 
@@ -606,8 +628,26 @@ def thumbnail(image: Image.Image, cut: float, side: int = 400) -> Image.Image:
 
 MODELS, IMAGE, TOKENS, CONDITION, DECODE, COMPARE = "#3f789e", "#b58b2a", "#a1309b", "#8A8", "#b06634", "#8AA"
 PROMPT = "a large striped red heart in the centre on a wavy sky ground"
-#: Of the embedded models: the best guidance scale, pixels per token, and image side in pixels.
-GUIDANCE, TOKEN, SIDE = 3.0, 8, 96
+#: Side of the embedded models' images in pixels.
+SIDE = 96
+
+
+#: FLUX.1-dev's files. ComfyUI's own templates link to the same, which need no account.
+FLUX_DEV = ModelFile(
+    "flux1-dev.safetensors",
+    "https://huggingface.co/Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors",
+    "diffusion_models",
+)
+FLUX_VAE = ModelFile(
+    "ae.safetensors",
+    "https://huggingface.co/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
+    "vae",
+)
+_ENCODERS = "https://huggingface.co/comfyanonymous/flux_text_encoders/resolve/main"
+CLIP_L, T5 = (
+    ModelFile(name, f"{_ENCODERS}/{name}", "text_encoders")
+    for name in ("clip_l.safetensors", "t5xxl_fp8_e4m3fn.safetensors")
+)
 
 
 def load_janus(graph: Graph) -> Node:
@@ -620,7 +660,7 @@ def load_decoder(graph: Graph) -> Node:
 
 def sampler(graph: Graph, janus: Node, **given: Any) -> Node:
     """Leaves room for the preview on and below it: in Nodes 2.0 the prompt widget does not shrink for a preview."""
-    given = {"prompt": PROMPT, "seed": 1, "guidance": GUIDANCE, "first": True, **given}
+    given = {"prompt": PROMPT, "seed": 1, "first": True, **given}
     return graph.node("DCDD_JanusLogitSampler", janus=janus["janus"], wide=400, preview=True, room=PREVIEW, **given)
 
 
@@ -630,7 +670,6 @@ def lcdm(graph: Graph, logits: Output, vq_vae: Output, decoder: Node | None = No
 
 
 def uncertainty_mask(graph: Graph, condition: Node, **given: Any) -> Node:
-    given = {"token_size": TOKEN, **given}
     return graph.node("DCDD_UncertaintyMask", wide=310, condition=condition["condition"], **given)
 
 
@@ -683,9 +722,7 @@ def both_decoders(graph: Graph) -> None:
         - the decoder's **seed**, for other details from the same tokens
         ## With real models
         - *Load Janus*: Janus-Pro, in models/janus (the node *Download Model* fetches it)
-        - *Janus Logit Sampler*: guidance 5
         - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
-        - *Uncertainty Mask*: token_size 16
     """)
     janus, decoder = load_janus(graph), load_decoder(graph)
     sampled = sampler(graph, janus, batch_size=2)
@@ -719,8 +756,8 @@ def reconstruct(graph: Graph) -> None:
 
         **Pico Scene** renders three images that were held out from training, so no file is needed.
         ## Change first
-        - **your own image**: add a *Load Image*, connect its IMAGE to *image* of **VQ-VAE Encode**, delete *Pico
-        Scene*, and set *longest_side* to the size that the decoder was trained at (pico: 96, Janus: 384)
+        - **your own image**: add a *Load Image*, connect its IMAGE to *image* of **VQ-VAE Encode**, and delete *Pico
+        Scene*
         - the scene's **seed** (green), for other images
         ## With real models
         - *Load VQ-VAE*: the folder of Janus-Pro; its language model is not loaded
@@ -763,10 +800,10 @@ def upscale(graph: Graph) -> None:
         ## Change first
         - the **prompt** and **scale_by** (green)
         - with an upscale model in models/upscale_models: replace both nodes with *Upscale Image (using Model)*
-        - the decoder's *latent* output is a FLUX latent (not with pico): *Upscale Latent* and a *KSampler* work on it
+        - the decoder's *latent* output is a FLUX latent (pico has none): *Upscale Latent* and a *KSampler* work on it
         too
         ## With real models
-        - *Load Janus*: Janus-Pro; *Janus Logit Sampler*: guidance 5
+        - *Load Janus*: Janus-Pro
         - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
         - *scale_by* 2 gives 768 pixels from Janus' 384
     """)
@@ -803,7 +840,7 @@ def repaint(graph: Graph) -> None:
         - *grow* and *blur*: how far the new parts reach, and how softly they blend in
         - any other mask works too: draw one on the image with *Open in MaskEditor*
         ## With real models
-        - *Load Janus*: Janus-Pro; *Janus Logit Sampler*: guidance 5
+        - *Load Janus*: Janus-Pro
         - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
         - *threshold* about 0.85: Janus-Pro is less certain than pico
     """)
@@ -865,7 +902,7 @@ def look_inside(graph: Graph) -> None:
         - the **prompt**: a calibration holds for images of its kind; many different prompts are best
         - the **name** of the file; *Load Calibration* loads it again
         ## With real models
-        - *Load Janus*: Janus-Pro; *Janus Logit Sampler*: guidance 5
+        - *Load Janus*: Janus-Pro
         - your own images in place of *Pico Scene*
         - *Load DCDD Decoder*: your bundle
     """)
@@ -914,7 +951,7 @@ def edit(graph: Graph) -> None:
         x 384; crop *center*), *VQ-VAE Encode*, *Logit Calibrator* into *token_logits*, and the mask that you draw with
         *Open in MaskEditor*; it is cropped as the image is
         ## With real models
-        - *Load Janus*: Janus-Pro; both samplers: guidance 5
+        - *Load Janus*: Janus-Pro
         - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
     """)
     janus, decoder = load_janus(graph), load_decoder(graph)
@@ -959,28 +996,29 @@ def without_decoder(graph: Graph) -> None:
         For public weights only: the VQ-VAE decodes the *expected* codes (**soft**), and plain **FLUX.1-dev** repaints
         the result, most where Janus was uncertain (**Differential Diffusion** under the soft **Uncertainty Mask**).
 
-        It needs FLUX.1-dev (about 24 GB, or an fp8 file); nothing is downloaded automatically:
+        It needs FLUX.1-dev (about 24 GB, or an fp8 file). Nothing is downloaded automatically; the page offers the
+        files that are missing when this workflow is opened:
         - models/diffusion_models: [flux1-dev.safetensors](https://huggingface.co/black-forest-labs/FLUX.1-dev)
         - models/vae: [ae.safetensors](https://huggingface.co/black-forest-labs/FLUX.1-schnell)
         - models/text_encoders: [clip_l and t5xxl](https://huggingface.co/comfyanonymous/flux_text_encoders)
 
         Do your files have other names? Choose them in the three loaders.
         ## Change first
-        - *Load Janus*: **Janus-Pro** in models/janus (*Download Model* fetches it), guidance 5, token_size 16. pico
-        only demonstrates the graph
+        - *Load Janus*: **Janus-Pro** in models/janus (*Download Model* fetches it). pico only demonstrates the graph
         - the **prompt**, for Janus and for FLUX (green)
         - **denoise**: low keeps Janus' image, high lets FLUX change more
     """)
     janus = load_janus(graph)
-    unet = graph.node("UNETLoader", wide=310, unet_name=Own("flux1-dev.safetensors"))
+    unet = graph.node("UNETLoader", wide=310, files=[FLUX_DEV], unet_name=Own(FLUX_DEV.name))
     clip = graph.node(
         "DualCLIPLoader",
         wide=310,
-        clip_name1=Own("clip_l.safetensors"),
-        clip_name2=Own("t5xxl_fp8_e4m3fn.safetensors"),
+        files=[CLIP_L, T5],
+        clip_name1=Own(CLIP_L.name),
+        clip_name2=Own(T5.name),
         type="flux",
     )
-    vae = graph.node("VAELoader", wide=310, vae_name=Own("ae.safetensors"))
+    vae = graph.node("VAELoader", wide=310, files=[FLUX_VAE], vae_name=Own(FLUX_VAE.name))
     sampled = sampler(graph, janus)
     text = graph.node(
         "CLIPTextEncode",
@@ -1052,9 +1090,25 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
 def janus_to_dcdd(definitions: dict[str, Any]) -> dict[str, Any]:
     """The three nodes in the middle of every workflow, as one node."""
     graph = Graph(definitions, "Janus to DCDD", inside=True)
-    sampled = graph.node("DCDD_JanusLogitSampler", wide=400, preview=True, prompt=PROMPT, guidance=GUIDANCE)
+    # The page takes the labels over to the outside, and what becomes of the seeds too: newer versions show no widget
+    # for that there, but follow the one inside.
+    sampled = graph.node(
+        "DCDD_JanusLogitSampler",
+        wide=400,
+        preview=True,
+        labels={"seed": "sampler seed"},
+        control="randomize",
+        prompt=PROMPT,
+    )
     condition = graph.node("DCDD_LCDMEncoder", wide=310, token_logits=sampled["token_logits"])
-    painted = graph.node("DCDD_FluxDecoder", wide=340, preview=True, condition=condition["condition"])
+    painted = graph.node(
+        "DCDD_FluxDecoder",
+        wide=340,
+        preview=True,
+        labels={"seed": "decoder seed"},
+        control="randomize",
+        condition=condition["condition"],
+    )
     graph.columns([sampled], [condition], [painted])
     return blueprint(
         graph,

@@ -22,7 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
         pytest.skip(str(missing))
     base = tmp_path_factory.mktemp("comfy")
     extra = prepare(base)
-    with ComfyServer(comfy, python, base, ["--extra-model-paths-config", extra]) as running:
+    with ComfyServer(comfy, python, base, ["--extra-model-paths-config", extra, "--preview-method", "auto"]) as running:
         yield running
         assert running.alive, running.log()[-4000:]
 
@@ -49,12 +49,14 @@ def prepare(base: Path) -> Path:
                             JSON in its header spoilt; uncalibrated.safetensors, without its calibration
     models/dcdd/calibrations    good.safetensors, and damaged in the same two ways
     models/diffusers/pico/vae   pico's autoencoder
+    models/dcdd/flux.safetensors, models/diffusers/flux/vae     a decoder of pico's tokens with random weights that
+                            paints latents of FLUX's size and scale, and its autoencoder
     """
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     from dcdd_core.types import Calibration
-    from tests.tiny import random_pico, save_janus
+    from tests.tiny import random_pico, save_flux_like, save_janus
 
     pack = copy_pack(base / "custom_nodes")
     weights = pack / "dcdd_pico" / "weights"
@@ -92,6 +94,7 @@ def prepare(base: Path) -> Path:
     (calibrations / "cut.safetensors").write_bytes(good[: len(good) // 2])
     (calibrations / "damaged.safetensors").write_bytes(good.replace(rb'"{\"scale', rb'"[\"scale'))
     shutil.copytree(weights / "vae", models / "diffusers" / "pico" / "vae")
+    save_flux_like(models / "dcdd" / "flux.safetensors", models / "diffusers" / "flux" / "vae", card)
 
     extra = base / "extra_model_paths.yaml"
     # JSON is YAML.

@@ -72,6 +72,7 @@ class Run:
         previews: id -> number of pictures.
         notices: id -> texts shown on the node.
         outputs: id -> what the node shows.
+        blocked: id -> what is said on a node that did not run because an output that it takes is none.
     """
 
     status: str = ""
@@ -84,6 +85,7 @@ class Run:
     previews: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     notices: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     outputs: dict[str, Any] = field(default_factory=dict)
+    blocked: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -193,6 +195,10 @@ class ComfyServer:
         status, text = self._request(path, json.dumps(values).encode())
         return status, json.loads(text) if text else None
 
+    def show_previews(self, method: str) -> None:
+        """As --preview-method does; takes the test-only pack."""
+        self.post("/test/preview_method", {"method": method})
+
     def interrupt(self) -> None:
         self.post("/interrupt", {})
 
@@ -286,6 +292,8 @@ def _note(run: Run, kind: str, data: dict[str, Any]) -> bool:
             run.status = "success"
         case "execution_interrupted":
             run.status, run.node = "interrupted", data["node_id"]
+        case "execution_error" if data["exception_type"] == "ExecutionBlocked":
+            run.blocked[data["node_id"]] = data["exception_message"].strip()
         case "execution_error":
             run.status, run.node = "error", data["node_id"]
             run.error, run.error_type = data["exception_message"].strip(), data["exception_type"]

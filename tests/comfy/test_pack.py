@@ -91,7 +91,8 @@ def test_combos_list_what_is_there(ours):
     assert "another" in janus
     assert "tiny" in janus, "a folder of extra_model_paths.yaml is not listed"
     decoder = inputs(ours["DCDD_LoadDecoder"])
-    bundles = ["bundle.safetensors", "cut.safetensors", "damaged.safetensors", "uncalibrated.safetensors"]
+    bundles = ["bundle.safetensors", "cut.safetensors", "damaged.safetensors", "flux.safetensors"]
+    bundles.append("uncalibrated.safetensors")
     assert options(decoder["bundle"])[1:] == bundles
     assert "pico/" in options(decoder["vae"])
     calibrations = options(inputs(ours["DCDD_LoadCalibration"])["file"])

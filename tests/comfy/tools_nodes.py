@@ -161,9 +161,11 @@ class RandomVAE:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"channels": ("INT", {"default": 16}), "factor": ("INT", {"default": 4})}}
+        numbers = {"channels": ("INT", {"default": 16}), "factor": ("INT", {"default": 4})}
+        more = {"film": ("BOOLEAN", {"default": False}), "spread": ("FLOAT", {"default": 2.77})}
+        return {"required": numbers | more}
 
-    def make(self, channels, factor):
+    def make(self, channels, factor, film, spread):
         shape = {"double_z": True, "z_channels": channels, "resolution": 96, "in_channels": 3, "out_ch": 3, "ch": 32}
         shape |= {"ch_mult": [1] * factor.bit_length(), "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
         vae = comfy.sd.VAE(sd={}, config={"params": {"ddconfig": shape, "embed_dim": channels}})
@@ -171,6 +173,11 @@ class RandomVAE:
         for weight in vae.first_stage_model.parameters():
             weight.data = torch.randn(weight.shape, generator=draw) / weight[0].numel() ** 0.5
         vae.latent_channels, vae.downscale_ratio, vae.upscale_ratio = channels, factor, factor
+        encode, (noise,) = vae.encode, Picture().make(1, 96, 96, 3, 0, "noise")
+        by = spread / float(encode(noise).std())
+        vae.encode = lambda pixels: by * encode(pixels)
+        if film:  # as ComfyUI says of those
+            vae.downscale_ratio = (lambda frames: frames, factor, factor)
         return (vae,)
 
 

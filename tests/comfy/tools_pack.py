@@ -16,8 +16,10 @@ from collections import Counter
 
 import comfy.model_management
 import comfy.sd
+import latent_preview
 import torch
 from aiohttp import web
+from comfy.cli_args import LatentPreviewMethod, args
 from server import PromptServer
 
 import nodes
@@ -136,6 +138,15 @@ async def dtypes(request):
     finally:
         manager.get_torch_device, manager.should_use_bf16 = kept
     return web.json_response(found)
+
+
+@PromptServer.instance.routes.post("/test/preview_method")
+async def preview_method(request):
+    """From now on, previews are shown as with this --preview-method."""
+    method = LatentPreviewMethod((await request.json())["method"])
+    # Newer versions take it from here for each prompt whose page has set none.
+    args.preview_method = latent_preview.default_preview_method = method
+    return web.json_response({})
 
 
 @PromptServer.instance.routes.get("/test/freeing")

@@ -52,9 +52,11 @@ class Double:
     def __enter__(self) -> Double:
         with self._modules.installed():
             self._folders, self._comfy = self._module("folder_paths"), self._module("comfy")
-            for name in ("model_management", "utils", "sd"):
+            for name in ("cli_args", "model_management", "utils", "sd"):
                 self._module(f"comfy.{name}")
             self._execution = self._module("comfy_execution.utils")
+            self._blocker = self._module("comfy_execution.graph_utils").ExecutionBlocker
+            self.show_previews("auto")
             self._folders.set_base_directory(self.base)
             for name in ("output", "temp"):
                 (self.base / name).mkdir(exist_ok=True)
@@ -90,6 +92,10 @@ class Double:
         assert path == "/object_info", path
         with self._modules.installed():
             return {name: node.info() for name, node in self.nodes.items()}
+
+    def show_previews(self, method: str) -> None:
+        """As --preview-method does."""
+        self._comfy.cli_args.args.preview_method = self._comfy.cli_args.LatentPreviewMethod(method)
 
     def saved(self, name: str) -> dict[str, np.ndarray]:
         """What a TEST_Save of that name wrote."""
@@ -153,6 +159,11 @@ class Double:
         given = {k: outputs[v[0]][v[1]] if _is_link(v) else v for k, v in prompt[name]["inputs"].items()}
         before = {k: _digest(v) for k, v in given.items()}
         self._run.executed.append(name)
+        for value in given.values():
+            if isinstance(value, self._blocker):
+                if value.message is not None:
+                    self._run.blocked[name] = f"Execution Blocked: {value.message}"
+                return (self._blocker(None),) * len(node.info()["output"])
         self._node = name
         with self._execution.executing(name):
             result, ui = node.run(given)
@@ -164,7 +175,8 @@ class Double:
         assert len(result) == len(told), f"{name} has {len(told)} outputs, and gave {len(result)}"
         if isinstance(node, _Ours):
             for kind, value in zip(told, result):
-                _check_convention(name, kind, value)
+                if not isinstance(value, self._blocker):
+                    _check_convention(name, kind, value)
         self._kept[key] = result
         return result
 

@@ -7,6 +7,7 @@ is about is called "it"; nodes that it needs are taken from `PARTS` by name.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class Host(Protocol):
     base: Path
 
     def run(self, prompt: Values) -> Run: ...
+    def show_previews(self, method: str) -> None: ...
     def saved(self, name: str) -> Arrays: ...
 
 
@@ -83,13 +85,20 @@ PARTS: dict[str, Node] = {
         "DCDD_LogitCalibrator",
         {"token_logits": of("small proxies"), "vq_vae": of("vq"), "calibration": of("calibration")},
     ),
-    "core vae": ("TEST_RandomVAE", {}),
+    "flux": ("DCDD_LoadDecoder", {"bundle": "flux.safetensors", "vae": "flux/"}),
+    "flux condition": (
+        "DCDD_LCDMEncoder",
+        {"token_logits": of("proxies"), "vq_vae": of("vq"), "decoder": of("flux")},
+    ),
+    "flux vae": ("TEST_RandomVAE", {"factor": 8}),
+    "uncalibrated condition": ("DCDD_LCDMEncoder", {"token_logits": of("proxies"), "vq_vae": of("vq")}),
     "coarse vae": ("TEST_RandomVAE", {"channels": 4, "factor": 8}),
 }
 
 PROXIES = {"token_logits": of("proxies"), "vq_vae": of("vq")}
 DRAW = {"janus": of("janus"), "guidance": 1.0}
 PAINT = {"decoder": of("decoder"), "condition": of("condition"), "steps": 2}
+FLUX = {"decoder": of("flux"), "condition": of("flux condition"), "steps": 2}
 DOUBT = {"condition": of("condition"), "threshold": 0.3, "token_size": FACTOR}
 
 
@@ -115,6 +124,8 @@ class Case:
         more: further nodes of this case.
         check: raises AssertionError for what is not right.
         reports: what the progress bar has to show, and `previews` how many images.
+        previewing: ComfyUI's --preview-method.
+        blocked: nodes that do not run, and what is said there.
         notice: what a line on the node says.
         loose: names of `keep` of which the double can know the shapes alone.
         there: a file in the base directory that is there meanwhile.
@@ -129,6 +140,8 @@ class Case:
     reports: list[tuple[int, int]] | None = None
     previews: int | None = None
     notice: str | None = None
+    previewing: str = "auto"
+    blocked: dict[str, str] = field(default_factory=dict)
     loose: tuple[str, ...] = ()
     there: str | None = None
 
@@ -187,9 +200,11 @@ def run_case(case: Case, host: Host, info: Values) -> Found:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
+    host.show_previews(case.previewing)
     try:
         run = host.run(graph.prompt)
     finally:
+        host.show_previews("auto")
         if file is not None:
             file.unlink()
     assert run.status == "success", f"node {run.node}: {run.error_type} {run.error}"
@@ -244,6 +259,9 @@ def check(case: Case, found: Found) -> None:
         assert_reported(run.progress["it"], case.reports)
     if case.previews is not None:
         assert run.previews["it"] == case.previews
+    assert run.blocked.keys() == case.blocked.keys(), run.blocked
+    for name, says in case.blocked.items():
+        assert re.search(says, run.blocked[name]), run.blocked[name]
     told = notices(run)
     assert any(case.notice in text for text in told) if case.notice else not told, told
 
@@ -418,27 +436,66 @@ def softly_decoded_is_the_scene(found: Found) -> None:
 
 
 def painted_is_the_scene(found: Found) -> None:
-    assert found.arrays["latent"]["samples"].shape == (2, 16, 24, 24)
-    assert "noise_mask" not in found.arrays["latent"], "a whole image has no mask"
     near, mirrored = psnr(found["it"], found["given"]), psnr(found["it"], found["given"][:, :, ::-1])
     assert near > 18 and near > mirrored + 3, (near, mirrored)
 
 
 def painted_batch_is_its_singles(found: Found) -> None:
     batch_is_its_singles(found)
-    close(found.arrays["latent"]["samples"][1:], found.arrays["latent of second"]["samples"])
     assert np.abs(found["second"] - found["second by another seed"]).max() > 0.01
 
 
 def painted_under_the_mask(found: Found) -> None:
-    """The rest to the last bit; and the mask goes on with the latents."""
+    """The rest to the last bit."""
     inside = np.zeros((SIDE, SIDE), bool)
     inside[17:64, 24:70] = True
     same(found["it"][:, ~inside], found["given"][:, ~inside])
     assert (found["it"] != found["given"])[:, inside].mean() > 0.9
+
+
+def painted_as_flux_does(found: Found) -> None:
+    """And the mask goes on with the latents, which are FLUX's: 16 channels at 1/8."""
+    painted_under_the_mask(found)
     latent = found.arrays["latent"]
-    assert latent["samples"].shape == (2, 16, 24, 24)
-    same(latent["noise_mask"], np.broadcast_to(inside.astype(np.float32), latent["noise_mask"].shape))
+    assert latent["samples"].shape == (2, 16, 12, 12)
+    inside = np.zeros((SIDE, SIDE), np.float32)
+    inside[17:64, 24:70] = 1
+    same(latent["noise_mask"], np.broadcast_to(inside, latent["noise_mask"].shape))
+
+
+def whole_latent_has_no_mask(found: Found) -> None:
+    assert found["it"].shape == (2, SIDE, SIDE, 3)
+    assert found.arrays["latent"].keys() == {"samples"}
+
+
+def part_is_resized(found: Found) -> None:
+    """The middle of 96 x 128 pixels, in which the mask's rows 17..64 are 1..48; the rest is that of the image."""
+    assert found["it"].shape == (2, SIDE, SIDE, 3)
+    inside = np.zeros((SIDE, SIDE), bool)
+    inside[1:48, 24:70] = True
+    np.testing.assert_allclose(
+        found["it"][:, ~inside], np.repeat(found["given"][:, 16:112][:, ~inside], 2, 0), atol=1e-6
+    )
+    assert (np.abs(found["it"] - found["given"][:, 16:112])[:, inside] > 1e-3).mean() > 0.9
+
+
+def same_as_another(found: Found) -> None:
+    for name, value in found.arrays["it"].items():
+        same(value, found.arrays["other"][name])
+
+
+def one_image_alone(found: Found) -> None:
+    assert found["it"].shape[0] == 1 and np.median(found["it"][0, found["it"].shape[1] // 2]) == 1
+
+
+def anything(found: Found) -> None:
+    """What is said of it elsewhere is enough."""
+    assert found.arrays["it"]
+
+
+def tokens_of_its_own_size(found: Found) -> None:
+    """200 x 300 pixels at a longest side of 96 are 64 x 96."""
+    assert found["resized"].shape == (1, 64, 96, 3)
 
 
 def nothing_painted(found: Found) -> None:
@@ -446,16 +503,16 @@ def nothing_painted(found: Found) -> None:
 
 
 def schedules_differ(found: Found) -> None:
-    latents = [found.arrays[name]["samples"] for name in ("it", "by resolution", "uniform")]
-    assert all(not np.array_equal(a, b) for a, b in zip(latents, latents[1:] + latents[:1]))
+    images = [found[name] for name in ("it", "by resolution", "uniform")]
+    assert all(not np.array_equal(a, b) for a, b in zip(images, images[1:] + images[:1]))
 
 
 def stored_is_close(found: Found) -> None:
-    exact = found.arrays["exact"]["samples"]
+    exact = found["exact"]
     for name, share in (("it", 0.25), ("streamed", 0.25), ("half", 0.05), ("file", 0.0)):
-        off = np.abs(found.arrays[name]["samples"] - exact).mean()
-        assert off <= share * np.abs(exact).mean(), (name, off)
-    assert not np.array_equal(found.arrays["it"]["samples"], exact), "8-bit is as if nothing was stored in it"
+        off = np.abs(found[name] - exact).mean()
+        assert off <= share * exact.std(), (name, off)
+    assert not np.array_equal(found["it"], exact), "8-bit is as if nothing was stored in it"
 
 
 def half_is_close(found: Found) -> None:
@@ -560,6 +617,13 @@ CASES = [
         notice="does not know zebra",
     ),
     Case(
+        name="guidance of the model",
+        node="DCDD_JanusLogitSampler",
+        inputs={"janus": of("janus"), "seed": 11, "batch_size": 2},
+        keep={"it": IT, "other": of("sampled")},
+        check=same_as_another,
+    ),
+    Case(
         name="edit",
         node="DCDD_JanusLogitSampler",
         inputs={**DRAW, "token_logits": of("calibrated"), "mask": of("mask"), "seed": 77},
@@ -603,6 +667,14 @@ CASES = [
         more={"odd": ("TEST_Picture", {"fill": "noise", "height": 50, "width": 131, "channels": 4})},
         keep={"it": IT, "resized": of("it", 1)},
         check=image_is_cropped,
+    ),
+    Case(
+        name="tokens of a large image",
+        node="DCDD_VQVAEEncode",
+        inputs={"vq_vae": of("vq"), "image": of("large")},
+        more={"large": ("TEST_Picture", {"fill": "noise", "height": 200, "width": 300})},
+        keep={"it": IT, "resized": of("it", 1)},
+        check=tokens_of_its_own_size,
     ),
     Case(
         name="calibrated by a decoder",
@@ -668,9 +740,24 @@ CASES = [
         check=reading_matters,
     ),
     Case(
+        name="mapped from another guidance",
+        node="DCDD_LCDMEncoder",
+        inputs={"token_logits": of("unguided"), "vq_vae": of("vq"), "decoder": of("decoder")},
+        more={"unguided": ("DCDD_JanusLogitSampler", {**DRAW, "seed": 7})},
+        check=anything,
+        notice="set guidance to 3 in the Janus Logit Sampler",
+    ),
+    Case(
         name="mask of doubt",
         node="DCDD_UncertaintyMask",
         inputs=DOUBT,
+        keep={"it": IT, "heat map": of("it", 1), "condition": of("condition")},
+        check=white_where_unsure,
+    ),
+    Case(
+        name="mask of the condition's token size",
+        node="DCDD_UncertaintyMask",
+        inputs={"condition": of("condition"), "threshold": 0.3},
         keep={"it": IT, "heat map": of("it", 1), "condition": of("condition")},
         check=white_where_unsure,
     ),
@@ -730,7 +817,7 @@ CASES = [
         name="painted scenes",
         node="DCDD_FluxDecoder",
         inputs={**PAINT, "steps": 3},
-        keep={"it": IT, "latent": of("it", 1), "given": of("scenes")},
+        keep={"it": IT, "given": of("scenes")},
         check=painted_is_the_scene,
         reports=[(1, 3), (2, 3), (3, 3)],
         previews=3,
@@ -751,8 +838,6 @@ CASES = [
             "first": of("first"),
             "second": of("second"),
             "second by another seed": of("second by another seed"),
-            "latent": of("it", 1),
-            "latent of second": of("second", 1),
         },
         check=painted_batch_is_its_singles,
     ),
@@ -760,18 +845,99 @@ CASES = [
         name="painted under a mask",
         node="DCDD_FluxDecoder",
         inputs={**PAINT, **COMBINED},
-        keep={"it": IT, "latent": of("it", 1), "given": of("noise")},
+        keep={"it": IT, "given": of("noise")},
         check=painted_under_the_mask,
         previews=2,
     ),
     Case(
         name="painted under a mask with ComfyUI's VAE",
         node="DCDD_FluxDecoder",
-        inputs={**PAINT, **COMBINED, "vae": of("core vae")},
+        inputs={**FLUX, **COMBINED, "vae": of("flux vae")},
         keep={"it": IT, "latent": of("it", 1), "given": of("noise")},
-        check=painted_under_the_mask,
+        check=painted_as_flux_does,
         previews=2,
         loose=("it", "latent"),
+    ),
+    Case(
+        name="painted as FLUX does",
+        node="DCDD_FluxDecoder",
+        inputs={**FLUX, **COMBINED},
+        keep={"it": IT, "latent": of("it", 1), "given": of("noise")},
+        check=painted_as_flux_does,
+        previews=2,
+    ),
+    Case(
+        name="latent of a whole image",
+        node="DCDD_FluxDecoder",
+        inputs=FLUX,
+        keep={"it": IT, "latent": of("it", 1)},
+        check=whole_latent_has_no_mask,
+    ),
+    Case(
+        name="latent of pico is none",
+        node="DCDD_FluxDecoder",
+        inputs=PAINT,
+        more={"end": ("TEST_Hold", {"value": of("it", 1)})},
+        check=anything,
+        blocked={"end": "latents are not FLUX's .*connect the image"},
+    ),
+    Case(
+        name="painted part of an image of another size",
+        node="DCDD_FluxDecoder",
+        inputs={**PAINT, "image": of("wide"), "mask": of("mask of wide")},
+        more={"mask of wide": ("TEST_Mask", {**PARTS["mask"][1], "height": 128})},
+        keep={"it": IT, "given": of("wide")},
+        check=part_is_resized,
+    ),
+    Case(
+        name="condition for another decoder",
+        node="DCDD_FluxDecoder",
+        inputs={**PAINT, "condition": of("uncalibrated for")},
+        more={
+            "uncalibrated for": (
+                "DCDD_LCDMEncoder",
+                {"token_logits": of("proxies"), "vq_vae": of("vq"), "decoder": of("uncalibrated")},
+            )
+        },
+        check=anything,
+        notice="connect the same decoder to both",
+    ),
+    Case(
+        name="condition of sampled tokens without a decoder",
+        node="DCDD_FluxDecoder",
+        inputs={**PAINT, "condition": of("plain")},
+        more={"plain": ("DCDD_LCDMEncoder", {"token_logits": of("sampled"), "vq_vae": of("vq")})},
+        check=anything,
+        notice="connect the decoder to it too",
+    ),
+    *(
+        Case(
+            name=f"{node} without previews",
+            node=node,
+            inputs=inputs,
+            check=anything,
+            previews=0,
+            previewing="none",
+        )
+        for node, inputs in (
+            ("DCDD_JanusLogitSampler", DRAW),
+            ("DCDD_VQVAEEncode", {"vq_vae": of("vq"), "image": of("scenes")}),
+            ("DCDD_VQVAEDecode", PROXIES),
+            ("DCDD_FluxDecoder", PAINT),
+            ("DCDD_FluxDecoder", {**FLUX, "vae": of("flux vae")}),
+        )
+    ),
+    *(
+        Case(
+            name=f"previews by {method}",
+            node="DCDD_FluxDecoder",
+            inputs={**FLUX, "vae": of("flux vae")},
+            check=anything,
+            previews=2,
+            previewing=method,
+            loose=("it",),
+        )
+        for method in ("latent2rgb", "taesd")
     ),
     Case(
         name="painted under nothing",
@@ -789,7 +955,7 @@ CASES = [
             "by resolution": painter("first condition", 0, schedule="FLUX: by resolution"),
             "uniform": painter("first condition", 0, schedule="uniform"),
         },
-        keep={"it": of("it", 1), "by resolution": of("by resolution", 1), "uniform": of("uniform", 1)},
+        keep={"it": IT, "by resolution": of("by resolution"), "uniform": of("uniform")},
         check=schedules_differ,
     ),
     Case(
@@ -806,7 +972,7 @@ CASES = [
             "half": painter("first condition", 0, decoder=of("bfloat16")),
             "file": painter("first condition", 0, decoder=of("from a file")),
         },
-        keep={"it": of("it", 1), **{name: of(name, 1) for name in ("exact", "streamed", "half", "file")}},
+        keep={"it": IT, **{name: of(name) for name in ("exact", "streamed", "half", "file")}},
         check=stored_is_close,
         loose=("it", "streamed", "half"),
     ),
@@ -833,6 +999,13 @@ CASES = [
         inputs={"image_a": of("black"), "image_b": of("white"), "side": 96},
         more={"black": ("TEST_Picture", {"fill": "0"}), "white": ("TEST_Picture", {"fill": "1"})},
         check=black_left_of_white,
+    ),
+    Case(
+        name="one image to compare",
+        node="DCDD_CompareDecoders",
+        inputs={"image_a": of("white"), "side": 96},
+        more={"white": ("TEST_Picture", {"fill": "1"})},
+        check=one_image_alone,
     ),
     Case(
         name="download that is there",
@@ -923,7 +1096,7 @@ def _refusals() -> list[Refusal]:
         Refusal(name=f"{what} at {node}", node=node, inputs={**inputs, name: of(what)}, says=says)
         for what, says in (
             ("nan image", ("NaN", "earlier node")),
-            ("two channels", (r"\[1, 96, 96, 2\]", "IMAGE", "connect")),
+            ("two channels", ("96 x 96 pixels of 2 channels", "IMAGE", "connect")),
         )
         for node, inputs, name in (
             ("DCDD_VQVAEEncode", {"vq_vae": of("vq")}, "image"),
@@ -955,7 +1128,7 @@ def _refusals() -> list[Refusal]:
             name="text as a mask",
             node="DCDD_FluxDecoder",
             inputs={**PAINT, "image": of("noise"), "mask": "text"},
-            says=("str", "MASK", "connect"),
+            says=("str 'text'", "MASK", "connect"),
         ),
         Refusal(
             name="blank prompt",
@@ -979,26 +1152,84 @@ def _refusals() -> list[Refusal]:
             name="edit of uncalibrated tokens",
             node="DCDD_JanusLogitSampler",
             inputs={**DRAW, "token_logits": of("proxies"), "mask": of("mask")},
-            says=("cosine similarities", "calibrate them first"),
+            says=("straight from a VQ-VAE Encode", "add a Logit Calibrator"),
         ),
         Refusal(
             name="edit of another grid",
             node="DCDD_JanusLogitSampler",
             inputs={**DRAW, "token_logits": of("small calibrated"), "mask": of("mask")},
-            says=("8 x 8", "12 x 12"),
+            says=("64 x 64", "pico samples 96 x 96", "crop to a square: 96 x 96"),
+        ),
+        Refusal(
+            name="edit of another grid and uncalibrated",
+            node="DCDD_JanusLogitSampler",
+            inputs={**DRAW, "token_logits": of("small proxies"), "mask": of("mask")},
+            says=("add a Logit Calibrator", "crop to a square: 96 x 96"),
+        ),
+        Refusal(
+            name="edit of calibrated samples",
+            node="DCDD_JanusLogitSampler",
+            inputs={**DRAW, "token_logits": of("calibrated samples"), "mask": of("mask")},
+            more={
+                "calibrated samples": (
+                    "DCDD_LogitCalibrator",
+                    {"token_logits": of("sampled"), "vq_vae": of("vq"), "decoder": of("decoder")},
+                )
+            },
+            says=("sampled and then calibrated", "without the Logit Calibrator"),
+        ),
+        Refusal(
+            name="edit of another model's tokens",
+            node="DCDD_JanusLogitSampler",
+            inputs={**DRAW, "token_logits": of("other proxies"), "mask": of("mask")},
+            says=("come from another", "janus is pico", "codebook", "connect"),
         ),
         *(
             Refusal(
-                name=f"tokens of another codebook at {node}",
+                name=f"tokens of another codebook at {node}: {says}",
                 node=node,
                 inputs={"token_logits": of("other proxies"), **inputs},
-                says=("codebook",),
+                says=("another", "codebook", says),
             )
-            for node, inputs in (
-                ("DCDD_LCDMEncoder", {"vq_vae": of("vq")}),
-                ("DCDD_VQVAEDecode", {"vq_vae": of("vq")}),
-                ("DCDD_LogitCalibrator", {"vq_vae": of("other vq"), "decoder": of("decoder")}),
+            for node, inputs, says in (
+                ("DCDD_LCDMEncoder", {"vq_vae": of("vq")}, "connect the vq_vae"),
+                ("DCDD_LCDMEncoder", {"vq_vae": of("other vq"), "decoder": of("decoder")}, "use pico in the Load"),
+                ("DCDD_VQVAEDecode", {"vq_vae": of("vq")}, "connect the vq_vae"),
+                ("DCDD_LogitCalibrator", {"vq_vae": of("other vq"), "decoder": of("decoder")}, "calibration was made"),
             )
+        ),
+        Refusal(
+            name="condition of another model",
+            node="DCDD_FluxDecoder",
+            inputs={**PAINT, "condition": of("other condition")},
+            more={
+                "other condition": ("DCDD_LCDMEncoder", {"token_logits": of("other proxies"), "vq_vae": of("other vq")})
+            },
+            says=("made of tokens of another", "trained for pico", "use pico"),
+        ),
+        Refusal(
+            name="uncalibrated condition",
+            node="DCDD_FluxDecoder",
+            inputs={**PAINT, "condition": of("uncalibrated condition")},
+            says=("not calibrated", "smear", "connect the decoder to the LCDM Encoder too"),
+        ),
+        Refusal(
+            name="calibrated twice",
+            node="DCDD_LogitCalibrator",
+            inputs={"token_logits": of("calibrated"), "vq_vae": of("vq"), "decoder": of("decoder")},
+            says=("calibrated already", "take one of the two Logit Calibrators out"),
+        ),
+        Refusal(
+            name="calibration fitted to samples",
+            node="DCDD_LogitCalibrator",
+            inputs={"token_logits": of("sampled"), "vq_vae": of("vq"), "reference": of("sampled")},
+            says=("of images, got sampled", "connect a VQ-VAE Encode to token_logits"),
+        ),
+        Refusal(
+            name="calibration fitted to an image's logits",
+            node="DCDD_LogitCalibrator",
+            inputs={**PROXIES, "reference": of("proxies")},
+            says=("got those of an image", "connect a Janus Logit Sampler"),
         ),
         Refusal(
             name="no calibration",
@@ -1038,7 +1269,7 @@ def _refusals() -> list[Refusal]:
             name="half a calibration",
             node="DCDD_LoadCalibration",
             inputs={"file": "cut.safetensors"},
-            says=("cut.safetensors", "whole safetensors file"),
+            says=("cut.safetensors", "damaged"),
         ),
         Refusal(
             name="half a bundle",
@@ -1075,12 +1306,6 @@ def _refusals() -> list[Refusal]:
             says=("image is a batch of 3", "one of 2", "connect one for all"),
         ),
         Refusal(
-            name="image of another size",
-            node="DCDD_FluxDecoder",
-            inputs={**PAINT, "image": of("wide"), "mask": of("mask")},
-            says=("128", "96", "resize"),
-        ),
-        Refusal(
             name="no autoencoder",
             node="DCDD_FluxDecoder",
             inputs={**PAINT, "decoder": of("bare")},
@@ -1095,8 +1320,28 @@ def _refusals() -> list[Refusal]:
         Refusal(
             name="VAE of another kind",
             node="DCDD_FluxDecoder",
+            inputs={**PAINT, "decoder": of("bare"), "vae": of("coarse vae")},
+            says=("4 channels at 1/8", "16 at 1/4", "connect the VAE that it was trained with"),
+        ),
+        Refusal(
+            name="VAE of another kind beside the decoder's own",
+            node="DCDD_FluxDecoder",
             inputs={**PAINT, "vae": of("coarse vae")},
-            says=("4 channels at 1/8", "16 at 1/4", "connect"),
+            says=("4 channels at 1/8", "16 at 1/4", "disconnect vae"),
+        ),
+        Refusal(
+            name="VAE of another scale",
+            node="DCDD_FluxDecoder",
+            inputs={**FLUX, "vae": of("small vae")},
+            more={"small vae": ("TEST_RandomVAE", {"factor": 8, "spread": 0.65})},
+            says=("another model's", "spread of 0", "about 2.77", "disconnect vae"),
+        ),
+        Refusal(
+            name="VAE of films",
+            node="DCDD_FluxDecoder",
+            inputs={**PAINT, "vae": of("film vae")},
+            more={"film vae": ("TEST_RandomVAE", {"film": True})},
+            says=("video or sound", "16 at 1/4", "disconnect vae"),
         ),
         Refusal(
             name="two columns of one name",
@@ -1150,6 +1395,7 @@ def workflow_prompt(path: Path, info: Values) -> tuple[Values, list[str]]:
         given = {"janus": janus, "vq_vae": of("janus", 1), "decoder": graph.add("decoder", "DCDD_LoadDecoder")}
         inside, outputs = opened(saved, info, given)
         graph.prompt |= inside
+        del outputs["latent"]  # pico has none to give
     else:
         graph.prompt = to_prompt(saved, info)
         outputs = {

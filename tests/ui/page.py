@@ -122,6 +122,18 @@ _COLORS = """(types) => types.map((type) => {
 })"""
 
 
+_CHOOSE = """([type, name, option]) => {
+    const node = comfy.graph._nodes.find((node) => node.type === type);
+    const widget = node.widgets.find((widget) => widget.name === name);
+    widget.value = option;
+    widget.callback?.(option);
+    const saved = comfy.graph.serialize().nodes.find((saved) => String(saved.id) === String(node.id));
+    return saved.widgets_values.find((value) => value === option);
+}"""
+
+_WIDGETS = """() => comfy.graph._nodes[0].widgets.map((widget) => [widget.label ?? widget.name, widget.value])"""
+
+
 class ComfyPage:
     """One tab with ComfyUI's page in it."""
 
@@ -212,6 +224,26 @@ class ComfyPage:
             self.tab.get_by_test_id("info-button").click()
         self.tab.wait_for_function(_PICTURED, arg=image)
         return text.inner_text()
+
+    def choose_option(self, node: str, widget: str, option: str) -> str:
+        """Sets a combo; returns what a saved workflow says of it."""
+        chosen = self.tab.evaluate(_CHOOSE, [node, widget, option])
+        self.settle()
+        return chosen
+
+    def text_of(self, node: str) -> str:
+        """All that a node shows, with Nodes 2.0."""
+        number = self.tab.evaluate("(type) => String(comfy.graph._nodes.find((n) => n.type === type).id)", node)
+        return self.tab.locator(f'[data-node-id="{number}"]').inner_text()
+
+    def widgets(self) -> list[tuple[str, Any]]:
+        """Of the first node: what its widgets are called, and their values."""
+        return [(name, value) for name, value in self.tab.evaluate(_WIDGETS)]
+
+    def queue(self) -> None:
+        """Presses Run; nothing runs."""
+        self.tab.evaluate("() => comfy.queuePrompt(0, 1)")
+        self.settle()
 
     def search(self, words: str) -> None:
         """Types words into the node search, and opens it where it is not open yet."""

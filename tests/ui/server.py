@@ -154,6 +154,8 @@ class FrontendServer:
         path = request.path.removeprefix("/api")
         if path == "/ws":
             return await self._websocket(request)
+        if request.method == "POST" and path == "/prompt":
+            return web.json_response({"prompt_id": "run", "number": 1, "node_errors": {}})
         if request.method == "POST":
             return await self._save(request, path)
         if path in self._answers:

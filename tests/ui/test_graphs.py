@@ -53,6 +53,7 @@ def loaded(request: pytest.FixtureRequest, page: ComfyPage) -> Loaded:
         page.open_subgraph(box["id"])
         prefix = f"{box['id']}:"  # as a run calls the nodes inside
     shown, overlays, errors = page.shown(), page.overlays(), page.errors()
+    page.close_overlays()
     if page.draws_runs(in_subgraph=bool(prefix)):
         ids = [
             [prefix + node["id"] for node in shown["nodes"] if node["type"] in kinds] for kinds in (PICTURED, TELLING)
@@ -88,7 +89,11 @@ def test_graph_loads_whole_and_without_complaint(loaded):
     types = sorted(node["type"] for node in loaded.shown["nodes"])
     assert types == sorted(node["type"] for node in loaded.graph["nodes"])
     assert [group["title"] for group in loaded.shown["groups"]] == [one["title"] for one in loaded.graph["groups"]]
-    assert loaded.overlays == [] and loaded.errors == []
+    assert loaded.errors == []
+    files = [file["name"] for node in loaded.graph["nodes"] for file in node["properties"].get("models", [])]
+    for overlay in loaded.overlays:
+        # What an older page says of files that are missing; the newest does in a panel of its own.
+        assert "Missing Models" in overlay and files and all(name in overlay for name in files), overlay
 
 
 def test_nodes_keep_apart_and_in_their_groups(loaded):
@@ -97,6 +102,18 @@ def test_nodes_keep_apart_and_in_their_groups(loaded):
 
 def test_nodes_keep_apart_with_their_images_and_notices(loaded):
     assert clashes(loaded.after) == []
+
+
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+def test_blueprint_tells_its_seeds_apart_and_draws_new_ones(page, path):
+    page.load(read(path))
+    before = dict(page.widgets())
+    assert {"sampler seed", "decoder seed", "prompt", "steps"} <= before.keys() and "seed" not in before
+    page.queue()
+    after = dict(page.widgets())
+    assert all(before[name] != after[name] for name in ("sampler seed", "decoder seed"))
+    assert before["prompt"] == after["prompt"] and before["steps"] == after["steps"]
+    assert page.errors() == []
 
 
 def own_sockets() -> set[str]:

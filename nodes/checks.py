@@ -1,0 +1,243 @@
+"""Whether what is connected fits together, said in the words of whoever connected it: pixels, nodes and widgets.
+
+The library checks the same of its own callers, in theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import comfy.sd
+import torch
+
+from ..dcdd_core.models.card import DecoderCard
+from ..dcdd_core.models.decoder import DistributionConditionedDecoder
+from ..dcdd_core.protocols import ImageTokenizer, LatentCodec, TokenSampler
+from ..dcdd_core.types import Calibration, Codebook, TokenLogits, same_codebook
+from ..dcdd_pico.scenes import render_scene, scene_pixels
+from . import host
+from .convert import in_words
+from .sockets import MappedCondition
+
+#: Side in pixels of the image that a VAE is measured on.
+_SCENE = 128
+
+
+def check_tokenizer(token_logits: TokenLogits, tokenizer: ImageTokenizer, *, name: str = "token_logits") -> None:
+    """Refuses logits of another tokenizer.
+
+    Raises:
+        ValueError: naming both models.
+    """
+    if not _of(token_logits, tokenizer.codebook):
+        raise ValueError(
+            f"{name} come from {_maker(token_logits)}, and vq_vae from {tokenizer.name}, which has another codebook: "
+            f"connect the vq_vae of the Load Janus or Load VQ-VAE that made {name}"
+        )
+
+
+def check_decoder(card: DecoderCard, tokenizer: ImageTokenizer) -> None:
+    """Refuses a decoder that was trained for another tokenizer.
+
+    Raises:
+        ValueError: naming both models.
+    """
+    if not same_codebook(card.codebook, tokenizer.codebook.fingerprint):
+        raise ValueError(
+            f"the decoder was trained for {card.tokenizer}, and vq_vae is {tokenizer.name}, which has another "
+            f"codebook: use {card.tokenizer} in the Load Janus or Load VQ-VAE, or a decoder that was trained for "
+            f"{tokenizer.name}"
+        )
+
+
+def check_edit(token_logits: TokenLogits, sampler: TokenSampler, tokenizer: ImageTokenizer) -> None:
+    """Refuses tokens that the sampler cannot go on from; all that is wrong with them is said at once.
+
+    Raises:
+        ValueError: naming the nodes to add or to change.
+    """
+    if not _of(token_logits, sampler.codebook):
+        raise ValueError(
+            f"token_logits come from {_maker(token_logits)}, and janus is {sampler.name}, which has another codebook: "
+            f"connect token_logits that {sampler.name} or its VQ-VAE made"
+        )
+    wrong = []
+    if token_logits.source == "proxy" and not token_logits.calibrated:
+        wrong.append(
+            "token_logits come straight from a VQ-VAE Encode, and Janus cannot go on from them: add a Logit "
+            "Calibrator between the two nodes"
+        )
+    if token_logits.source == "vlm" and token_logits.calibrated:
+        wrong.append(
+            "token_logits were sampled and then calibrated: connect the Janus Logit Sampler that sampled them itself, "
+            "without the Logit Calibrator"
+        )
+    if token_logits.grid != sampler.grid:
+        came, wanted = (
+            in_words(*(side * tokenizer.factor for side in grid)) for grid in (token_logits.grid, sampler.grid)
+        )
+        shape = "a square: " if sampler.grid[0] == sampler.grid[1] else ""
+        wrong.append(
+            f"token_logits are of an image of {came} pixels, and {sampler.name} samples {wanted}: crop to "
+            f"{shape}{wanted} before the VQ-VAE Encode, with an Upscale Image whose crop is center"
+        )
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def check_fit(token_logits: TokenLogits, reference: TokenLogits, tokenizer: ImageTokenizer) -> None:
+    """Refuses logits that no calibration can be fitted to.
+
+    Raises:
+        ValueError: naming the node to connect.
+    """
+    check_tokenizer(reference, tokenizer, name="reference")
+    if token_logits.source != "proxy":
+        raise ValueError(
+            "to fit a calibration, token_logits have to be of images, got sampled ones: connect a VQ-VAE Encode to "
+            "token_logits and the Janus Logit Sampler to reference"
+        )
+    if reference.source != "vlm" or reference.calibrated:
+        came = "calibrated ones" if reference.calibrated else "those of an image"
+        raise ValueError(
+            f"reference takes token_logits as Janus samples them, got {came}: connect a Janus Logit Sampler to it"
+        )
+
+
+def check_uncalibrated(token_logits: TokenLogits) -> None:
+    """Refuses to calibrate twice.
+
+    Raises:
+        ValueError: naming the node to take out.
+    """
+    if token_logits.calibrated:
+        raise ValueError("token_logits are calibrated already: take one of the two Logit Calibrators out")
+
+
+def check_calibration(calibration: Calibration, tokenizer: ImageTokenizer) -> None:
+    """Refuses a calibration of another tokenizer.
+
+    Raises:
+        ValueError: naming both models.
+    """
+    if not same_codebook(calibration.codebook, tokenizer.codebook.fingerprint):
+        raise ValueError(
+            f"the calibration was made for {calibration.vlm or 'another model'}, and vq_vae is {tokenizer.name}, which "
+            "has another codebook: use a calibration or a decoder that was made for this model"
+        )
+
+
+def check_condition(condition: MappedCondition, decoder: DistributionConditionedDecoder) -> None:
+    """Refuses a condition that the decoder would paint a smear from, and tells of one that was made for another.
+
+    Raises:
+        ValueError: naming what to connect.
+    """
+    card = decoder.card
+    if not same_codebook(card.codebook, condition.codebook) or condition.code_vectors.shape[2] != card.code_dim:
+        raise ValueError(
+            f"the condition is made of tokens of {condition.model or 'an unnamed model'}, and the decoder was trained "
+            f"for {card.tokenizer}, which has another codebook: use {card.tokenizer} in the Load Janus or Load VQ-VAE, "
+            "or a decoder that was trained for your model"
+        )
+    made_for = condition.card
+    needs_calibration = card.variant == "lcdm+lc" and card.calibration is not None
+    if made_for is None and needs_calibration and condition.source == "proxy" and not condition.calibrated:
+        raise ValueError(
+            "the condition is of an image and was not calibrated, so only a smear would be painted: connect the "
+            "decoder to the LCDM Encoder too, or add a Logit Calibrator before it"
+        )
+    if made_for is None and condition.source == "vlm" and (card.variant == "discrete" or card.reads != "logits"):
+        host.notice(
+            "the LCDM Encoder has no decoder connected, so the condition is not quite as this decoder was trained: "
+            "connect the decoder to it too"
+        )
+    if made_for is not None and (made_for.variant, made_for.calibration) != (card.variant, card.calibration):
+        host.notice(
+            "the LCDM Encoder has another decoder connected than this node, and calibrated for that one: connect the "
+            "same decoder to both"
+        )
+
+
+def without_provenance(token_logits: TokenLogits, calibration: Calibration) -> Calibration:
+    """The calibration without what it was measured on; says on the node if that is not how the logits were sampled."""
+    if token_logits.source == "vlm" and not token_logits.calibrated:
+        differ = [
+            f"sampled with {name} {came:g} and calibrated for {own:g}: set {name} to {own:g} in the Janus Logit Sampler"
+            for name in ("guidance", "temperature")
+            if None not in (came := getattr(token_logits, name), own := getattr(calibration, name)) and came != own
+        ]
+        if calibration.vlm and token_logits.model and calibration.vlm != token_logits.model:
+            differ.append(
+                f"sampled by {token_logits.model} and calibrated for {calibration.vlm}: if these are two models, fit "
+                "a calibration of your own"
+            )
+        if differ:
+            host.notice("; ".join(differ))
+    return replace(calibration, vlm="", guidance=None, temperature=None)
+
+
+def check_vae(vae: comfy.sd.VAE, decoder: DistributionConditionedDecoder, *, has_own: bool) -> None:
+    """Refuses a VAE whose latents are shaped otherwise than those that the decoder paints.
+
+    Args:
+        has_own: whether the decoder has an autoencoder of its own.
+
+    Raises:
+        ValueError: naming the values of both.
+    """
+    wanted = f"{decoder.backbone.latent_channels} at 1/{decoder.card.vae_factor}"
+    factor = vae.downscale_ratio
+    # Of video and audio VAEs it is a tuple, or they have another number of dimensions.
+    if not isinstance(factor, (int, float)) or getattr(vae, "latent_dim", 2) != 2:
+        came = "is one for video or sound"
+    elif (vae.latent_channels, factor) != (decoder.backbone.latent_channels, decoder.card.vae_factor):
+        came = f"has latents of {vae.latent_channels} channels at 1/{factor:g} of the image's size"
+    else:
+        return
+    raise ValueError(f"the connected VAE {came}, and the decoder paints {wanted}: {vae_remedy(has_own)}")
+
+
+def check_vae_scale(codec: LatentCodec, card: DecoderCard, *, has_own: bool) -> None:
+    """Refuses a VAE whose latents are far smaller or larger than those that the decoder paints.
+
+    ComfyUI's VAE does not say how its latents are normalised, and those of FLUX and of Stable Diffusion 3 are of the
+    same shape. So the spread of an image's latents is compared with that of latents of variance 1 before the card's
+    scale is taken out. Between these two models it differs by a factor of 4.2; a factor of 3 is refused [choice].
+
+    Raises:
+        ValueError: naming both spreads.
+    """
+    if card.vae_scale is None:
+        return
+    scene = render_scene("test", 0, size=_SCENE)
+    found = float(codec.encode(scene_pixels(scene.image[None], torch.device("cpu"))).std())
+    wanted = 1 / card.vae_scale
+    if not wanted / 3 < found < 3 * wanted:
+        raise ValueError(
+            f"the connected VAE is another model's: its latents have a spread of {found:.2f}, and those that the "
+            f"decoder paints one of about {wanted:.2f} (scale {card.vae_scale:g}): {vae_remedy(has_own)}"
+        )
+
+
+def vae_remedy(has_own: bool) -> str:
+    """What to do about a VAE that does not fit."""
+    if has_own:
+        return "disconnect vae, the decoder has its own"
+    return "connect the VAE that it was trained with (for FLUX.1-Fill: ae.safetensors, by Load VAE)"
+
+
+def _of(token_logits: TokenLogits, codebook: Codebook) -> bool:
+    same = same_codebook(token_logits.codebook, codebook.fingerprint)
+    return same and token_logits.logits.shape[2] == codebook.size
+
+
+def _maker(token_logits: TokenLogits) -> str:
+    return token_logits.model or "an unnamed model"
+
+
+def served(card: DecoderCard, token_logits: TokenLogits) -> DecoderCard:
+    """The card to map these logits with; says on the node if they were not sampled as it was calibrated."""
+    if card.calibration is None or card.variant == "discrete" or card.reads == "tokens":
+        return card
+    return replace(card, calibration=without_provenance(token_logits, card.calibration))
