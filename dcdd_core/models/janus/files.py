@@ -287,6 +287,7 @@ class JanusFolder:
                 raise ValueError(
                     f"{self.path} has a language model of type {text['model_type']!r}, expected 'llama': {_AGAIN}"
                 )
+            text = {**text, **self._rotary(text)}
             codes, vision = self._section("vq_config", _CODES), self._vision()
             # What sampling drops may be of any length.
             used = {name: codes[name] for name in codes if name in _CODES and name != "channel_multiplier"}
@@ -304,6 +305,24 @@ class JanusFolder:
                 f"than an image has: {_AGAIN}"
             )
         return config
+
+    def _rotary(self, text: Mapping[str, Any]) -> dict[str, Any]:
+        """What transformers 5 writes as rope_parameters, under transformers 4's names, which 5 reads too: 4 would take
+        its own values instead, without a word."""
+        rope = text.get("rope_parameters")
+        if rope is None:
+            rope = {"rope_theta": text["rope_theta"]} if "rope_theta" in text else {}
+        if not isinstance(rope, dict):
+            self._refuse("rope_parameters", rope, "an object")
+        named: dict[str, Any] = {}
+        if "rope_theta" in rope:
+            theta = rope["rope_theta"]
+            if type(theta) not in (int, float) or not math.isfinite(theta) or theta <= 0:
+                self._refuse("rope_theta", theta, "a finite number above 0")
+            named["rope_theta"] = theta
+        if rope.get("rope_type", "default") != "default":
+            named["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        return named
 
     def _codes_config(self, headers: Mapping[str, Header]) -> JanusVQVAEConfig:
         """Of the VQ model."""

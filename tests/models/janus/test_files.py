@@ -403,6 +403,9 @@ def test_sections_of_other_types_are_named(plain, section, value):
         ("text_config", "model_type", "qwen2"),
         ("text_config", "rope_parameters", {"rope_type": "no such type"}),
         ("text_config", "rope_parameters", 5),
+        ("text_config", "rope_parameters", {"rope_theta": "x"}),
+        ("text_config", "rope_parameters", {"rope_theta": float("nan")}),
+        ("text_config", "rope_parameters", {"rope_theta": 0}),
         ("vq_config", "channel_multiplier", 5),
         ("vq_config", "channel_multiplier", []),
         ("vq_config", "channel_multiplier", [1, "1"]),
@@ -437,6 +440,23 @@ def test_wrong_types_in_deepseeks_config_are_named(sound_deepseek, tmp_path, sec
     edit(folder, *section, entry, value=value)
     refused(folder, rf"Janus-Tiny has {entry} .* in its config\.json, expected a whole number")
     assert not unread
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
+        {"rope_parameters": None, "rope_theta": 500.0},
+    ],
+)
+def test_rotary_settings_of_either_transformers_count(plain, entries):
+    for entry, value in entries.items():
+        edit(plain, "text_config", entry, value=value)
+    expected = 500.0 ** (-torch.arange(0, 8, 2) / 8)
+    linear = (entries["rope_parameters"] or {}).get("rope_type") == "linear"
+    found = JanusSampler.load(plain).model.model.language_model.rotary_emb.inv_freq
+    torch.testing.assert_close(found, expected / 2 if linear else expected)
 
 
 # --- declared sizes ---------------------------------------------------------------------------------------------------
