@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .settings import shown
+
 #: What the system says of a disk that is full: no space, no quota, no larger file.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -337,15 +339,15 @@ def read_record(
         header = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     if header.get("format") != "dcdd" or header.get("kind") != kind or set(tensors) != set(names):
+        found = " ".join(header.get("kind", "no known kind of thing").split())[:80]
         raise ValueError(
-            f"{path} holds {header.get('kind', 'no known kind of thing')} with tensors {sorted(tensors)}; "
-            f"expected a {kind} with {sorted(names)}"
+            f"{path} holds {found} with tensors {shown(sorted(tensors))}; expected a {kind} with {sorted(names)}"
         )
     meta = json_object(header.get("dcdd", "{}"), path, f"a description of a {kind}", _AGAIN)
     if set(meta) != set(fields):
         raise ValueError(
-            f"{path} describes its {kind} by {sorted(meta)}, expected {sorted(fields)}: it was written by another "
-            "version; make it again"
+            f"{path} describes its {kind} by {shown(sorted(meta))}, expected {sorted(fields)}: it was written by "
+            "another version; make it again"
         )
     return tensors, meta
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 
 from .. import registry
 from ..files import (
-    in_file,
     is_finite,
     json_object,
     open_tensors,
@@ -131,10 +131,17 @@ def read_card(path: str | Path) -> DecoderCard:
             f"{path} was written by another version: its card has {shown(sorted(set(values) - known))} more and "
             f"{sorted(known - set(values))} less than this one reads; update ComfyUI-DCDD, or train it again"
         )
-    try:
+    with _of_card(path):
         if values["calibration"] is not None:
             values["calibration"] = Calibration.from_dict(values["calibration"])
         return DecoderCard(**values)
+
+
+@contextmanager
+def _of_card(path: str | Path) -> Iterator[None]:
+    """Around what checks a card: names its file and the way out."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"the card of {path} cannot be used: {error}; download the bundle again") from error
 
@@ -157,7 +164,7 @@ def load_decoder(
             finite or not what was written; for `eight_bit` without torchao.
     """
     card = read_card(path)
-    with in_file(path), torch.device("meta"):
+    with _of_card(path), torch.device("meta"):
         decoder = DistributionConditionedDecoder.build(card)
     what = f"{path}" + (f" over {base}" if base else "")
     stored = _find(path, base, decoder)

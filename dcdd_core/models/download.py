@@ -308,7 +308,7 @@ def _explained(repository: str, folder: Path, endpoint: str) -> Iterator[None]:
             ) from error
         raise ValueError(f"{endpoint} answered {status} for {repository}: try later; {again}") from error
     except (OSError, HTTPError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ValueError(f"the disk of {folder} is full: make room; {again}") from error
         if getattr(error, "filename", None) is not None:
             raise ValueError(f"{folder} cannot be written to ({error}): choose another folder") from error
