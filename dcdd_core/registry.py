@@ -150,6 +150,8 @@ def _found(path: Path) -> str:
     if path.is_file():
         with reading(path, "a model"), path.open("rb") as file:
             return "is a GGUF file" if file.read(4) == b"GGUF" else "is a file"
+    if not path.is_dir():
+        return "is a device, pipe or socket"
     if not (path / "config.json").exists():
         held = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
         return f"has no config.json (it holds {held})"

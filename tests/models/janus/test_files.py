@@ -552,3 +552,9 @@ def test_weights_that_are_not_finite_are_refused_where_they_are_used(folder, val
 def test_the_folder_says_what_it_is(folder):
     found = JanusFolder(folder)
     assert found.name == "Janus-Tiny" and found.kind in ("janus", "multi_modality")
+
+
+def test_a_pipe_in_a_folders_place_is_called_so(tmp_path):
+    os.mkfifo(tmp_path / "model")
+    with pytest.raises(ValueError, match="model is a device, pipe or socket; expected a VLM"):
+        registry.sampler_family(tmp_path / "model")
