@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help check format test test-all comfy-test ui-test demo table stale ablation report bench pico mutants
+.PHONY: help check format test test-all comfy-test ui-test demo table stale ablation report bench pico mutants versions fuzz
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,12 @@ bench: $(READY) ## speed and memory against the plain ways: docs/bench.md, docs/
 mutants: $(READY) ## mutation testing: docs/mutants.md; hours, MODULES="method/lcdm frechet" takes some of them; with the optional cosmic-ray
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[mutants]'
 	nice -n 15 $(RUN) tools/mutants.py $(MODULES)
+
+versions: $(READY) ## oldest and newest torch, transformers, diffusers, numpy and Python, an environment each: docs/versions.md; gigabytes, ROW="oldest" takes some
+	$(RUN) tools/versions.py $(if $(ROW),--row "$(ROW)")
+
+fuzz: $(READY) ## 2,000 damaged files and wrong options for every loader and command; failing inputs go to out/fuzz
+	$(RUN) -m tests.fuzz --count 2000
 
 pico: $(READY) ## train the embedded models again, from nothing, and measure them
 	$(RUN) -m dcdd_pico.build --compile

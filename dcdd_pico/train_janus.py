@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from dcdd_core.files import write_text
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.training.ema import EMA
@@ -72,6 +74,7 @@ def janus_config(vq: JanusVQVAE, tokenizer: PreTrainedTokenizerFast) -> JanusCon
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=None,
             pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=True,  # transformers 4 reads it here, 5 below
         ).to_dict(),
         vision_config=JanusVisionConfig(
             hidden_size=32,
@@ -84,6 +87,7 @@ def janus_config(vq: JanusVQVAE, tokenizer: PreTrainedTokenizerFast) -> JanusCon
         ).to_dict(),
         vq_config=vq_config,
         image_token_id=tokenizer.unk_token_id,
+        tie_word_embeddings=True,
     )
 
 
@@ -182,6 +186,22 @@ def _all_prompts(facts: list[SceneFacts], tokenizer: PreTrainedTokenizerFast) ->
     return [prompt_ids(tokenizer, f.caption()) for f in facts]
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes a tokenizer so that transformers 4 reads it as well as 5.
+
+    transformers 5 writes the list of further special tokens under a name that 4 expects a dictionary at, and names a
+    class that 4 has not.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.pop("backend", None)
+    write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
 def save_janus(
     folder: Path,
     janus: JanusForConditionalGeneration,
@@ -192,7 +212,7 @@ def save_janus(
     """Writes the model in the transformers layout (float16), and returns the model read back from these files."""
     janus = copy.deepcopy(janus).half()
     janus.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     sampler = JanusSampler.load(folder, device=device)
     sampler.name = "pico"  # as `load_pico` does: a calibration belongs to a VLM by name
     return sampler
