@@ -174,7 +174,8 @@ class ImageTokenizer(Protocol):
         ...
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Image-token features before quantisation (Eq. 9): [B, 3, H, W] in -1..1 -> [B, N, D] float32."""
+        """Image-token features before quantisation (Eq. 9): [B, 3, H, W] in -1..1 -> [B, N, D] float32; differentiable,
+        with frozen weights."""
         ...
 
     def tokens(self, features: torch.Tensor) -> torch.Tensor:
@@ -222,7 +223,7 @@ class LatentCodec(Protocol):
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Raw latents [B, C, h', w'] -> [B, 3, H, W] float32 in -1..1."""
+        """Raw latents [B, C, h', w'] -> [B, 3, H, W] float32 in -1..1; differentiable, with frozen weights."""
         ...
 
     def normalize(self, latents: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,6 @@ class KLCodec:
         """See `LatentCodec.encode`."""
         return self.model.encode(pixels.to(self.model.device, self.model.dtype)).latent_dist.mode().float()
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See `LatentCodec.decode`.
 

@@ -58,9 +58,10 @@ class VQTokenizer:
             raise ValueError(f"an image of {height} x {width} pixels has no whole grid of {f}-pixel tokens: use {fits}")
         return height // f, width // f
 
-    @torch.no_grad()
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Image-token features, before quantisation (Eq. 9): pixels [B, 3, H, W] in -1..1 -> [B, N, D] float32.
+
+        Differentiable: the weights are frozen, so pixels that need no gradient leave nothing behind.
 
         Raises:
             ValueError: for another shape, and a side that is no multiple of the factor.
@@ -79,6 +80,7 @@ class VQTokenizer:
         """
         return proxy_logits(features, self.codebook).argmax(dim=-1)
 
+    @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> TokenLogits:
         """Proxy logits (Eqs. 9-10) and tokens of images [B, 3, H, W] in -1..1, any multiple of the factor in size.
 

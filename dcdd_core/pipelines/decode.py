@@ -13,7 +13,8 @@ import torch
 
 from ..files import is_finite
 from ..method.chunks import check_codebooks
-from ..method.flow import euler_step, recover_clean, timesteps
+from ..method.flow import euler_step, interpolate, recover_clean, timesteps
+from ..method.guidance import velocity_towards
 from ..method.lcdm import map_logits
 from ..method.sampling import keyed_generator
 from ..models.card import MOST_STEPS
@@ -21,6 +22,7 @@ from ..models.decoder import DistributionConditionedDecoder
 from ..protocols import ImageTokenizer, LatentCodec, OnLayer
 from ..settings import require_number
 from ..types import Condition, TokenLogits, same_codebook
+from .guided import TokenGuide
 from .host import PLAIN, Host
 from .oom import in_parts, one_by_one
 
@@ -70,6 +72,8 @@ def decode(
     shift: float | None = None,
     image: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    guide: TokenGuide | None = None,
+    start: float = 1.0,
     on_step: OnDecodeStep | None = None,
     on_prepare: OnLayer | None = None,
     host: Host = PLAIN,
@@ -102,6 +106,8 @@ def decode(
             seeds=seeds[first:last],
             steps=steps,
             shift=shift,
+            guide=None if guide is None else guide.part(first, last),
+            start=start,
             on_step=on_step,
             on_prepare=on_prepare,
         )
@@ -196,20 +202,26 @@ def paint(
     seeds: Sequence[int],
     steps: int | None = None,
     shift: float | None = None,
+    guide: TokenGuide | None = None,
+    start: float = 1.0,
     on_step: OnDecodeStep | None = None,
     on_prepare: OnLayer | None = None,
 ) -> torch.Tensor:
     """Euler steps from noise to raw latents [B, C, h', w'] float32.
 
     Args:
-        codec: says how latents are normalised; its network is not used.
+        codec: says how latents are normalised; its network is used by a guide alone.
         seeds: one whole number an image; a batch equals its singles.
         steps: Euler steps; the bundle's own number by default.
         shift: mu of the time shift; the bundle's own by default, or if it has none the backbone's.
+        guide: distribution guidance of these images; None for none.
+        start: time to start from, 1 for noise alone; below 1 the guide's soft VQ decode is noised to it, and the
+            schedule is scaled.
         on_prepare: called with (layers read, layers) while a new schedule is prepared; may raise to stop.
 
     Raises:
-        ValueError: for another tokenizer's condition, a wrong number of seeds or steps, and a canvas that is not
+        ValueError: for another tokenizer's condition, a wrong number of seeds or steps, a start outside 0..1 or below 1
+            without a guide, and a canvas that is not
             finite; naming the first step after which the latents are not.
     """
     card, backbone, batch = decoder.card, decoder.backbone, len(condition.code_vectors)
@@ -226,19 +238,29 @@ def paint(
             "autoencoder in float32"
         )
 
+    require_number("start", start, above=0, most=1)
+    if start < 1 and guide is None:
+        raise ValueError(
+            f"painting from t = {start} starts from the VQ decode: give a guide, which holds it, or start = 1"
+        )
+
     given = codec.normalize(canvas.given.to(device))
     context = backbone.context(given, canvas.area.to(device), card.vae_factor).to(dtype)
     noise = [torch.randn(1, *canvas.given.shape[1:], generator=keyed_generator(seed)) for seed in seeds]
-    x = backbone.pack(torch.cat(noise)).to(device)  # float32: Euler steps add up small differences.
+    x = torch.cat(noise).to(device)  # float32: Euler steps add up small differences.
+    x = backbone.pack(x if start == 1 else interpolate(guide.soft.to(x), x, start))
     fused = decoder.condition_tokens(condition.to(device, dtype), size)
     if shift is None:
         shift = backbone.default_shift(x.shape[1], steps) if card.shift is None else card.shift
-    times = timesteps(steps, shift=shift).tolist()
+    times = (start * timesteps(steps, shift=shift)).tolist()
     decoder.prepare(times[:-1], on_layer=on_prepare)
     finite: list[torch.Tensor] = []
     for i, (now, after) in enumerate(pairwise(times)):
         t = torch.full((batch,), now)
         v = decoder(x.to(dtype), context, fused, t, size).float()
+        if guide is not None and guide.guided(now, i):
+            clean = guide.correct(backbone.unpack(recover_clean(x, v, now), size), now)
+            v = velocity_towards(x, backbone.pack(clean), now)
         if on_step is not None:
             on_step(i + 1, steps, codec.denormalize(backbone.unpack(recover_clean(x, v, now), size)))
         x = euler_step(x, v, now, after)

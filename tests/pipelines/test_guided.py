@@ -1,0 +1,204 @@
+"""Distribution guidance on random tiny networks: what moves, what stays, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dcdd_core.method.guidance import noise_share
+from dcdd_core.models.vae import KLCodec
+from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.pipelines.condition import discrete_condition
+from dcdd_core.pipelines.decode import decode
+from dcdd_core.pipelines.guided import GuidanceOptions, TokenGuide, sharpen, soft_latents, token_guide
+from tests.tiny import tiny_decoder, tiny_vae, tiny_vq
+
+SEEDS = [3, 4]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return VQTokenizer(tiny_vq(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return KLCodec(tiny_vae().requires_grad_(False))
+
+
+@pytest.fixture(scope="module")
+def condition(tokenizer):
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return discrete_condition(tokenizer.encode(pixels), tokenizer.codebook)
+
+
+@pytest.fixture(scope="module")
+def decoder(tokenizer):
+    return tiny_decoder(codebook=tokenizer.codebook.fingerprint, code_dim=tokenizer.codebook.dim)
+
+
+@pytest.fixture
+def guide(tokenizer, codec, condition):
+    return token_guide(tokenizer, codec, condition, scale=20.0)
+
+
+def with_options(guide, **options):
+    return replace(guide, options=GuidanceOptions(**options))
+
+
+def test_a_step_against_the_gradient_lowers_the_loss(guide):
+    before = guide.loss(guide.soft)
+    after = guide.loss(with_options(guide, strength=0.002, pull=0).correct(guide.soft, 1.0))
+    assert before.shape == (2,) and (after < before).all()
+
+
+def test_the_gradient_is_that_of_the_loss(guide):
+    """By finite differences, in the direction of the gradient and in a random one."""
+    z = guide.soft
+    gradient = guide.gradient(z)
+    direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    for way in (gradient, direction):
+        way = way / way.norm()
+        found = (guide.loss(z + 0.01 * way) - guide.loss(z - 0.01 * way)).sum() / 0.02
+        assert float(found) == pytest.approx(float((gradient * way).sum()), rel=0.05, abs=0.05)
+
+
+def test_gradients_work_in_inference_mode(guide):
+    with torch.inference_mode():
+        inside = guide.gradient(guide.soft + 0)
+    torch.testing.assert_close(inside.clone(), guide.gradient(guide.soft))
+
+
+def test_no_strength_and_no_pull_paint_the_unguided_images_to_the_last_bit(decoder, codec, condition, guide):
+    plain = decode(decoder, codec, condition, seeds=SEEDS, steps=3)
+    guided = decode(decoder, codec, condition, seeds=SEEDS, steps=3, guide=with_options(guide, strength=0, pull=0))
+    assert torch.equal(plain.pixels, guided.pixels) and torch.equal(plain.latents, guided.latents)
+
+
+def test_steps_outside_its_times_are_not_guided(decoder, codec, condition, guide):
+    plain = decode(decoder, codec, condition, seeds=SEEDS, steps=3)
+    late = with_options(guide, strength=0.3, first=0.01, last=0.0)
+    assert torch.equal(plain.latents, decode(decoder, codec, condition, seeds=SEEDS, steps=3, guide=late).latents)
+    calls = []
+
+    class Counted(TokenGuide):
+        def correct(self, clean, time):
+            calls.append(round(time, 4))
+            return super().correct(clean, time)
+
+    def count(**options):
+        calls.clear()
+        made = Counted(**{**vars(guide), "options": GuidanceOptions(**options)})
+        decode(decoder, codec, condition, seeds=SEEDS, steps=4, shift=0.0, guide=made)
+        return list(calls)
+
+    assert count() == [1.0, 0.75, 0.5, 0.25]
+    assert count(first=0.75, last=0.5) == [0.75, 0.5]
+    assert count(every=3) == [1.0, 0.25]
+
+
+def test_guided_images_say_more_of_what_the_condition_says(decoder, codec, condition, guide):
+    """The loss of the painted latents falls with the strength."""
+    losses = []
+    for strength in (0.0, 0.1, 0.3):
+        own = with_options(guide, strength=strength, pull=0)
+        latents = decode(decoder, codec, condition, seeds=SEEDS, steps=6, guide=own).latents
+        losses.append(float(guide.loss(codec.normalize(latents)).sum().detach()))
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_a_batch_is_its_singles(decoder, codec, condition, guide):
+    batch = decode(decoder, codec, condition, seeds=SEEDS, steps=3, guide=guide, start=0.6).latents
+    for k, seed in enumerate(SEEDS):
+        alone = decode(
+            decoder, codec, condition.part(k, k + 1), seeds=[seed], steps=3, guide=guide.part(k, k + 1), start=0.6
+        )
+        torch.testing.assert_close(batch[k : k + 1], alone.latents, rtol=1e-3, atol=1e-3)
+
+
+def test_painting_that_starts_late_starts_from_the_vq_decode(decoder, codec, condition, guide):
+    """With the whole pull and almost no noise, what comes out is the soft VQ decode."""
+    own = with_options(guide, strength=0)
+    close = decode(decoder, codec, condition, seeds=SEEDS, steps=1, guide=own, start=1e-4).latents
+    torch.testing.assert_close(codec.normalize(close), guide.soft, rtol=0, atol=0.05)
+    pulled = decode(decoder, codec, condition, seeds=SEEDS, steps=1, guide=own).latents
+    torch.testing.assert_close(codec.normalize(pulled), guide.soft, rtol=1e-4, atol=1e-4)
+
+
+def test_soft_latents_are_those_of_the_vq_decode(tokenizer, codec, condition):
+    pixels = tokenizer.decode_vectors(condition.code_vectors, condition.grid)
+    expected = codec.normalize(codec.encode(pixels))
+    torch.testing.assert_close(soft_latents(tokenizer, codec, condition), expected)
+    assert soft_latents(tokenizer, codec, condition, (32, 24)).shape[2:] == (32 // codec.factor, 24 // codec.factor)
+
+
+def test_images_of_another_size_are_read_at_the_token_grid_s_own(tokenizer, codec, condition):
+    guide = token_guide(tokenizer, codec, condition, scale=20.0, size=(32, 48))
+    assert guide.features(torch.zeros(2, 3, 32, 48)).shape == condition.code_vectors.shape
+    gradient = guide.gradient(guide.soft)
+    assert gradient.shape == guide.soft.shape and gradient.any()
+    flat = torch.full((2, 3, 32, 48), 0.25)
+    torch.testing.assert_close(guide.features(flat), guide.features(torch.full((2, 3, 16, 16), 0.25)))
+
+
+def test_free_positions_do_not_pull(guide, condition):
+    everything = torch.ones(1, condition.code_vectors.shape[1], dtype=torch.bool)
+    assert not replace(guide, free=everything).gradient(guide.soft).any()
+    one = everything.clone()
+    one[0, 0] = False
+    alone = replace(guide, free=one).gradient(guide.soft)
+    assert alone.any() and (alone - guide.gradient(guide.soft)).abs().max() > 0
+
+
+def test_sharpening_lowers_the_loss_step_by_step(guide):
+    own, seen = with_options(guide, strength=0.05), []
+    made = sharpen(own, guide.soft, steps=4, on_step=lambda done, steps, z: seen.append((done, steps, z)))
+    assert [(done, steps) for done, steps, _ in seen] == [(k, 4) for k in (1, 2, 3, 4)]
+    assert torch.equal(seen[-1][2], made) and (guide.loss(made) < guide.loss(guide.soft)).all()
+    first = (seen[0][2] - guide.soft).square().mean((1, 2, 3)).sqrt()
+    last = (seen[3][2] - seen[2][2]).square().mean((1, 2, 3)).sqrt()
+    torch.testing.assert_close(first, torch.full((2,), 0.05 * noise_share(1.0)))
+    torch.testing.assert_close(last, torch.full((2,), 0.05 / 4))
+
+
+def test_agreement_counts_the_positions_that_say_the_condition_s_code(guide, tokenizer, condition):
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1  # the condition's own
+    assert guide.agreement(pixels).tolist() == [1.0, 1.0]
+    wanted, found = tokenizer.tokens(condition.code_vectors), tokenizer.tokens(tokenizer.features(-pixels))
+    torch.testing.assert_close(guide.agreement(-pixels), (wanted == found).float().mean(-1))
+
+
+def test_another_tokenizer_s_condition_is_refused(tokenizer, codec, condition):
+    other = replace(condition, codebook="0" * 16)
+    with pytest.raises(ValueError, match="condition is of codebook 0000.* guide with the tokenizer of the VLM"):
+        token_guide(tokenizer, codec, other, scale=20.0)
+
+
+def test_a_late_start_without_a_guide_is_refused(decoder, codec, condition):
+    with pytest.raises(ValueError, match=r"painting from t = 0.5 starts from the VQ decode: give a guide"):
+        decode(decoder, codec, condition, seeds=SEEDS, start=0.5)
+    for start in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="start"):
+            decode(decoder, codec, condition, seeds=SEEDS, start=start)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"strength": -1}, "strength"),
+        ({"pull": 2}, "pull"),
+        ({"first": 0.2, "last": 0.4}, "swap them"),
+        ({"every": 0}, "every"),
+        ({"gradients": 1.5}, "gradients"),
+        ({"weight": "margin"}, "weight must be one of confidence, uniform"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        GuidanceOptions(**options)
+
+
+def test_a_gradient_that_is_not_finite_is_refused(guide):
+    broken = replace(guide, decode=lambda clean: guide.decode(clean) * torch.nan)
+    with pytest.raises(ValueError, match="gradient of distribution guidance holds NaN .* float32"):
+        broken.gradient(guide.soft)
