@@ -102,10 +102,15 @@ def check_codec(
         remedy: the way out, in the words of the caller's user.
 
     Raises:
-        ValueError: naming the values of both.
+        ValueError: naming the values of both; for a decoder whose network takes no masks at the autoencoder's scale.
     """
     found = (codec.channels, *_latents_of(codec))
-    _require_latents(found, (decoder.backbone.latent_channels, *_latents_of(decoder.card)), remedy)
+    backbone, factor = decoder.backbone, decoder.card.vae_factor
+    _require_latents(found, (backbone.latent_channels, *_latents_of(decoder.card)), remedy)
+    # The smallest canvas: a network with an input for masks of another scale refuses it here, not at the first step.
+    side = backbone.patch
+    canvas = torch.zeros(1, backbone.latent_channels, side, side), torch.zeros(1, 1, side * factor, side * factor)
+    backbone.context(*canvas, factor)
 
 
 def _latents_of(source: LatentCodec | DecoderCard) -> tuple[float | None, ...]:

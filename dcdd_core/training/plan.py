@@ -16,6 +16,7 @@ from ..models.bundle import DecoderOptions, load_decoder, read_card, save_bundle
 from ..models.card import DecoderCard
 from ..models.checkpoints import load_strictly
 from ..models.decoder import DistributionConditionedDecoder
+from ..pipelines.load import check_codec
 from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_at_least
 from ..types import Calibration, DCDDWarning, same_codebook
@@ -169,18 +170,18 @@ class Plan:
         load_strictly(backbone.model, stored.read(backbone.model.state_dict(), dtype=dtype), str(self.base))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return DistributionConditionedDecoder(backbone, card)
+            decoder = DistributionConditionedDecoder(backbone, card)
+        check_codec(encoders.codec, decoder, remedy=f"give the autoencoder whose latents {name} paints")
+        return decoder
 
     def _from_bundle(self, encoders: Encoders, dtype: torch.dtype) -> DistributionConditionedDecoder:
         decoder = load_decoder(self.bundle, self.base, DecoderOptions(dtype=dtype, fold=False))
-        found = (decoder.card.code_dim, decoder.card.vae_factor)
-        expected = (encoders.tokenizer.codebook.dim, encoders.codec.factor)
-        if found != expected:
+        if decoder.card.code_dim != encoders.tokenizer.codebook.dim:
             raise ValueError(
-                f"{self.bundle} reads code vectors of dimension {found[0]} and paints latents of {found[1]} pixels, "
-                f"but the tokenizer's and the autoencoder's are of {expected[0]} and {expected[1]}: start from a "
-                "bundle that was made with these networks"
+                f"{self.bundle} reads code vectors of dimension {decoder.card.code_dim}, but the tokenizer's are of "
+                f"{encoders.tokenizer.codebook.dim}: start from a bundle that was made with this tokenizer"
             )
+        check_codec(encoders.codec, decoder, remedy=f"give the autoencoder that {self.bundle} was trained with")
         decoder.card = replace(decoder.card, **self._card_of(encoders, decoder.card.calibration))
         return decoder
 

@@ -16,6 +16,7 @@ from dcdd_core.models import bundle as bundles
 from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.vae import FLUX_VAE_CONFIG, KLCodec, load_vae
 from dcdd_core.pipelines.load import ModelPaths, check_codec, load_models
+from dcdd_core.training.plan import Plan
 from tests.tiny import fill, save_janus, tiny_decoder, tiny_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -247,3 +248,56 @@ def test_an_autoencoder_of_another_kind_is_told_by_its_numbers():
 
     with pytest.raises(ValueError, match="shift None, scale None; .*autoencoders of a kind without these two numbers"):
         check_codec(Other(), tiny_decoder())
+
+
+# --- in training ------------------------------------------------------------------------------------------------------
+
+
+def plan_of(tmp_path, janus, *, bundle=False, **changes):
+    """What trains a decoder over `tiny_decoder`'s base, or from its bundle, with an autoencoder of other values."""
+    decoder = tiny_decoder()
+    decoder.transformer.save_pretrained(tmp_path / "base")
+    save_bundle(tmp_path / "d.safetensors", decoder, dtype=torch.float32)
+    start = {"bundle": tmp_path / "d.safetensors"} if bundle else {"base": tmp_path / "base"}
+    return Plan(vlm=janus, vae=vae_of(tmp_path / "vae", **changes), variant="lcdm", **start)
+
+
+@pytest.mark.parametrize("bundle", [False, True])
+def test_training_takes_the_right_autoencoder(tmp_path, janus, bundle):
+    plan = plan_of(tmp_path, janus, bundle=bundle)
+    card = plan.decoder(plan.encoders("cpu")).card
+    assert (card.vae_shift, card.vae_scale, card.vae_factor) == (0.1, 0.5, 2)
+
+
+THREE = {
+    "block_out_channels": [8] * 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("bundle", "changes", "says"),
+    [
+        (
+            True,
+            {"shift_factor": 0.2},
+            "shift 0.2, scale 0.5; expected .* shift 0.1, scale 0.5.*d.safetensors was trained",
+        ),
+        (True, {"scaling_factor": 0.3611}, "scale 0.3611; expected .* scale 0.5.*d.safetensors was trained with"),
+        (True, {"latent_channels": 4}, "4 channels at .*; expected 16 channels at.*d.safetensors was trained with"),
+        (True, THREE, "at 1/4 of .*; expected 16 channels at 1/2.*d.safetensors was trained with"),
+        (False, {"latent_channels": 4}, "4 channels at .*; expected 16 channels at.*whose latents base paints"),
+        (False, THREE, "144 input channels, expected 128 of latents and 64 of a mask at 4 pixels a latent"),
+    ],
+)
+def test_training_refuses_another_autoencoder(tmp_path, janus, bundle, changes, says):
+    plan = plan_of(tmp_path, janus, bundle=bundle, **changes)
+    with pytest.raises(ValueError, match=says):
+        plan.decoder(plan.encoders("cpu"))
+
+
+def test_a_network_with_another_input_for_masks_is_refused_when_it_is_loaded():
+    codec = KLCodec(fill(AutoencoderKL.from_config(dict(tiny_vae().config) | THREE)))
+    with pytest.raises(ValueError, match="144 input channels, expected .* 64 of a mask.*base_config and vae_factor"):
+        check_codec(codec, tiny_decoder(vae_factor=4))
