@@ -1,6 +1,9 @@
 """The command line on models of the embedded shapes: files, exit codes, and errors in words."""
 
+import io
 import json
+import os
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -30,7 +33,7 @@ def random_weights(tmp_path_factory):
         yield
 
 
-_SAMPLE, _READ = common.sample_tokens, common.read_pixels
+_SAMPLE, _READ = common.sample_tokens, common.read_rgb
 PROMPT = "a large plain red circle in the centre on a plain sky ground"
 
 
@@ -126,7 +129,7 @@ def test_calibrate_asks_the_shipped_prompts_and_spreads_over_the_pictures(tmp_pa
     asked, read = [], []
     monkeypatch.setattr(common, "sample_tokens", lambda *given: asked.extend(given[1]) or _SAMPLE(*given))
     monkeypatch.setattr(
-        "dcdd_core.cli.common.read_pixels", lambda *given: read.append(given[0][0].name) or _READ(*given)
+        "dcdd_core.cli.common.read_rgb", lambda path: read.append(f"{path.parent.name}/{path.name}") or _READ(path)
     )
     assert main(["calibrate", *one_s_own, "--count", "2", "--out", str(tmp_path / "c.safetensors")]) == 0
     assert asked == PROMPTS.read_text("utf-8").splitlines()[:2]
@@ -255,6 +258,23 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["evaluate", "text", "--out", "o"], "--prompts FILE, --geneval FILE"),
         (["evaluate", "text", "--geneval", "g", "--references", "r", "--out", "o"], "--references would do nothing"),
         (["evaluate", "text", "--prompts", "/nowhere.txt", "--out", "o"], "nowhere.txt"),
+        (["generate", PROMPT, "--steps", "1001"], "--steps must be at most 1,000, got 1,001"),
+        (["calibrate", "--count", "1000001"], "--count must be at most 1,000,000"),
+        (["inspect", "--batch", "10001"], "--batch must be at most 10,000"),
+        (["reconstruct", "a.png", "--side", "70000"], "--side must be at most 65,536"),
+        (["demo", "--seed", str(2**63)], "--seed must be a whole number of 64 bits"),
+        (["demo", "--device", "meta"], "--device meta cannot be used here"),
+        (["generate", "a" * 20_001], "the prompt has 20,001 characters, more than 20,000"),
+        (["generate", "red " * 100], "tokens, but pico has positions for"),
+        (["generate", "\udcff"], "is not Unicode text"),
+        (["generate", PROMPT, "--guidance", "nan"], "guidance must be a finite number"),
+        (["calibrate", "--min-side", "3"], "--min-side would do nothing without --images"),
+        (["inspect", "--logits", "l", "--skip-unreadable", "0.5"], "--skip-unreadable would do nothing"),
+        (["evaluate", "reconstruction", "--images", ".", "--out", "o", "--skip-unreadable", "2"], "must lie in 0..1"),
+        (
+            ["evaluate", "reconstruction", "--images", ".", "--out", "o", "--min-side", "0"],
+            "--min-side must be at least 1",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_1(arguments, words, tmp_path, capsys, monkeypatch):
@@ -262,6 +282,118 @@ def test_errors_are_one_line_and_exit_1(arguments, words, tmp_path, capsys, monk
     assert main(arguments) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dcdd: ") and words in error
+
+
+OUTPUTS = [
+    (["generate", PROMPT, "--out", "{}.png"], "--out"),
+    (["generate", PROMPT, "--logits", "{}"], "--logits"),
+    (["inspect", "--out", "{}.png"], "--out"),
+    (["demo", "--out", "{}.png"], "--out"),
+    (["calibrate", "--out", "{}"], "--out"),
+    (["calibrate", "--samples", "{}"], "--samples"),
+    (["reconstruct", "a.png", "--out", "{}"], "--out"),
+    (["evaluate", "reconstruction", "--images", ".", "--out", "{}"], "--out"),
+    (["evaluate", "reconstruction", "--images", ".", "--out", "o", "--statistics", "{}"], "--statistics"),
+    (["evaluate", "text", "--prompts", "p", "--out", "{}"], "--out"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "option"), OUTPUTS)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    arguments, option, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(common, "load_pico", None)
+    monkeypatch.setattr("dcdd_core.cli.demo.load_pico", None)
+    assert main([word.format("file/a/b") for word in arguments]) == 1
+    assert f"{option} file/a/b" in (said := capsys.readouterr().err) and "file is not a folder" in said
+    with monkeypatch.context() as shut:
+        shut.setattr("os.access", lambda *_: False)
+        assert main([word.format("new/b") for word in arguments]) == 1
+    assert "you may not write to ." in capsys.readouterr().err
+
+
+def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "file").write_text("")
+    assert main(["generate", PROMPT, "--out", "a.png"]) == 1
+    assert "--out a.png is a folder: give the name of a file" in capsys.readouterr().err
+    assert main(["reconstruct", "x.png", "--out", "file"]) == 1
+    assert "--out file is a file: give the name of a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("empty", ["", " ", "a\0b"])
+def test_a_path_that_is_none_is_a_wrong_option(empty, capsys):
+    for arguments in (
+        *([command, "--out", empty] for command in ("demo", "calibrate", "inspect")),
+        ["generate", PROMPT, "--out", empty],
+        ["generate", PROMPT, "--janus", empty],
+        ["reconstruct", empty],
+        ["reconstruct", "a.png", "--out", empty],
+        ["evaluate", "reconstruction", "--images", empty, "--out", "o"],
+        ["evaluate", "reconstruction", "--images", ".", "--out", empty],
+        ["evaluate", "text", "--prompts", "p", "--out", empty],
+        ["train", "--vlm", "pico", "--data", empty, "--out", "o"],
+        ["train", "--vlm", "pico", "--data", ".", "--out", empty],
+        ["train", "--vlm", empty, "--data", ".", "--out", "o"],
+        ["train", "cache", "--vlm", "pico", "--data", empty, "--out", "o"],
+        ["train", "cache", "--vlm", "pico", "--data", ".", "--out", empty],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2 and "expected a path, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "demo", "reconstruct", "inspect"])
+def test_a_calibration_is_read_before_anything_is_loaded(command, tmp_path, capsys, monkeypatch):
+    (tmp_path / "c.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    monkeypatch.setattr(common, "load_pico", None)
+    monkeypatch.setattr("dcdd_core.cli.demo.load_pico", None)
+    what = () if command == "inspect" else (PROMPT,)
+    assert main([command, *what, "--calibration", str(tmp_path / "c.safetensors")]) == 1
+    assert "c.safetensors is a Git LFS pointer" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_the_decoder_is_said_before_anything_is_sampled(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "sample", None)
+    arguments = [PROMPT, "--anchor", "1", "--reads", "tokens", "--out", str(tmp_path / "a.png")]
+    for command in ("generate", "demo"):
+        assert main([command, *arguments]) == 1 and "exclude each other" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_read_is_named_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "load_pico", None)
+    Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    assert main(["reconstruct", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--out", str(tmp_path / "o")]) == 1
+    assert "b.png cannot be read as an image" in capsys.readouterr().err
+
+
+def test_images_for_calibration_follow_the_policy_of_training(tmp_path, one_s_own, capsys):
+    (tmp_path / "images/a/0.png").write_bytes(b"no image")
+    Image.new("RGB", (7, 40)).save(tmp_path / "images/b/small.png")
+    arguments = ["calibrate", *one_s_own, "--out", str(tmp_path / "c.safetensors")]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "1 of 4 images of" in said and "a/0.png (UnidentifiedImageError" in said
+    assert "1 images are too small and are left out: b/small.png" in said
+    assert main([*arguments, "--skip-unreadable", "0.25"]) == 0
+    assert "1 images cannot be read and are left out: a/0.png" in capsys.readouterr().err
+
+
+def test_printing_never_fails(tmp_path, monkeypatch, capfd):
+    """With strict ASCII, and with a name that is no text."""
+    Image.fromarray(render_scene("test", 0).image).save(tmp_path / "a.png")
+    odd = os.fsdecode(b"n\xe4me") if os.name != "nt" and sys.platform != "darwin" else "n\xe4me"
+    for encoding in ("ascii", "utf-8"):
+        stream = io.TextIOWrapper(raw := io.BytesIO(), encoding=encoding, errors="strict")
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["reconstruct", str(tmp_path / "a.png"), "--steps", "1", "--out", str(tmp_path / odd)]) == 0
+        stream.flush()
+        assert stream.errors == "strict" and b"wrote" in raw.getvalue()
+    assert (tmp_path / odd / "a-dcdd.png").is_file()
 
 
 def test_a_picture_of_too_many_tokens_is_refused_and_shrunk_on_demand(tmp_path, capsys):

@@ -8,16 +8,20 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import PIL.Image
 from transformers.utils import logging as transformers_logging
 
 from ..pipelines.oom import is_out_of_memory
 from . import calibrate, demo, evaluate, generate, inspect, reconstruct
+from .arguments import printable_output
+from .common import check_options
 
 COMMANDS = (generate, reconstruct, calibrate, inspect, evaluate, demo)
 _COMPILER = "install a C++ compiler, and on a GPU Triton as well, or leave out --compile"
 _LESS_MEMORY = "use a smaller image, --dtype bfloat16, --janus-int8, --decoder-8bit or --stream"
 
 
+@printable_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for a failure that is explained, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -31,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)  # whatever filters the caller has set
+            # Pillow's own limit warns of images that are read here; ours refuses larger ones (`pipelines.images`).
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             warnings.showwarning = lambda message, *_: print(f"dcdd: {message}", file=sys.stderr)
+            check_options(args)
             args.run(args)
     except (ValueError, OSError) as error:
         print(f"dcdd: {error}", file=sys.stderr)

@@ -43,23 +43,24 @@ def printable_output() -> Iterator[None]:
                 stream.reconfigure(errors=errors)
 
 
-def check_out(out: Path, *, folder: bool = False) -> None:
+def check_out(option: str, out: Path, *, folder: bool = False) -> None:
     """Refuses an output that cannot be written, before any work is done for it. Nothing is made.
 
     Args:
-        folder: it is one, and its files are written.
+        option: as it is typed, for the message.
+        folder: the output is a folder, which files are written to.
 
     Raises:
         ValueError: saying what is in the way.
     """
     if out.is_dir() and not folder:
-        raise ValueError(f"--out {out} is a folder: give the name of a file")
-    if out.exists() and folder and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give the name of a folder")
+        raise ValueError(f"{option} {out} is a folder: give the name of a file")
+    if os.path.lexists(out) and folder and not out.is_dir():
+        raise ValueError(f"{option} {out} is a file: give the name of a folder")
     there = out if folder else out.parent
-    while not there.exists() and there != there.parent:
+    while not os.path.lexists(there) and there != there.parent:
         there = there.parent
     if not there.is_dir():
-        raise ValueError(f"--out {out} cannot be written: {there} is not a folder")
+        raise ValueError(f"{option} {out} cannot be written: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out} cannot be written: you may not write to {there}; choose another place")
+        raise ValueError(f"{option} {out} cannot be written: you may not write to {there}; choose another place")

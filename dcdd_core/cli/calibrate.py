@@ -11,18 +11,18 @@ from ..evaluation.results_store import hold_to
 from ..evaluation.tables import statistics_table
 from ..pipelines.calibrate import KeptSamples, Proxies, compared, fit_to_samples, verdict
 from ..pipelines.distributed import processes
-from . import common
+from . import arguments, common
 
 
 def add(commands: Any) -> None:
     """Adds the command."""
     groups = common.model_options, common.sampling_options, common.material_options(count=100)
     command = common.add_command(commands, "calibrate", run, *groups, help="fit a calibration to a VLM")
-    command.add_argument("--out", type=Path, default=Path("out/calibration.safetensors"))
+    command.add_argument("--out", type=arguments.path, default=Path("out/calibration.safetensors"))
     command.add_argument("--fit-anchor", action="store_true", help="fit the anchor too (beyond the paper)")
     command.add_argument(
         "--samples",
-        type=Path,
+        type=arguments.path,
         metavar="FOLDER",
         help="where to keep what the VLM samples, to resume from: 38 MB an image of Janus-Pro (default: beside --out)",
     )
@@ -33,12 +33,14 @@ def run(args: argparse.Namespace) -> None:
     step of training a decoder. Run the same command again to resume a stopped run from the samples it kept;
     `accelerate launch` or `torchrun` share the sampling between processes.
     """
+    arguments.check_out("--out", args.out)
+    folder = args.samples or args.out.with_name(f"{args.out.stem}-samples")
+    arguments.check_out("--samples", folder, folder=True)
     with processes(args.device) as crew:
         args.device = crew.device
         prompts, files = common.calibration_material(args)
         models = common.load(args)
         sampler, options = models.sampler, common.sampling_of(models, args)
-        folder = args.samples or args.out.with_name(f"{args.out.stem}-samples")
         names = ("temperature", "top_k", "top_p", "seed")
         given = {name: getattr(args, name) for name in names}
         hold_to({"vlm": sampler.fingerprint, "guidance": options.guidance, **given}, folder, write=crew.first)

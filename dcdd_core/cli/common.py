@@ -17,17 +17,21 @@ from dcdd_pico.scenes import render_scene, scene_facts, scene_pixels
 
 from ..evaluation.decoding import Decoders
 from ..evaluation.figures import save_image, to_image
-from ..evaluation.image_folder import ImageFile, list_images, read_pixels
-from ..evaluation.prompts import read_prompts
+from ..evaluation.image_folder import ImageFile, LeftOut, large_enough, list_images
+from ..evaluation.prompts import check_prompt, read_prompts
 from ..method.flow import timesteps
 from ..models.card import READINGS, DecoderCard
 from ..pipelines.calibrate import PROMPTS
 from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
+from ..pipelines.image_files import ReadPolicy
+from ..pipelines.images import UnreadableImage, read_rgb, square, to_pixels
 from ..pipelines.load import LoadOptions, ModelPaths, Models, load_models
+from ..pipelines.progress import ProgressBar
 from ..pipelines.sample import sample
 from ..protocols import Progress, SamplingOptions
 from ..types import Calibration, Condition, TokenLogits
+from .arguments import check_out, path
 
 #: Options that choose real models, and those that say how they are held.
 OF_REAL = ("decoder", "vae", "base", "dtype")
@@ -35,7 +39,14 @@ HELD = ("janus_int8", "decoder_8bit", "stream", "compile")
 #: Options that say how the diffusion decoder paints.
 PAINTING = ("steps", "shift", "calibration", "anchor", "reads")
 #: Options that say what is sampled, and how.
-SAMPLING = ("calibration", "prompts", "images", "count", "batch", "guidance", "temperature", "top_k", "top_p", "seed")
+SAMPLING = (
+    *("calibration", "prompts", "images", "count", "batch", "guidance", "temperature", "top_k", "top_p", "seed"),
+    *("min_side", "skip_unreadable"),
+)
+#: Options that say which images may be left out.
+READING = ("min_side", "skip_unreadable")
+#: The largest numbers that options take: beyond any use, so that a slip of the keyboard does not run for days.
+MOST = {"steps": 1000, "count": 1_000_000, "batch": 10_000, "limit": 10**9, "side": 2**16}
 
 Parser = argparse.ArgumentParser
 
@@ -63,11 +74,11 @@ def model_options(parser: Parser) -> None:
     """Which models, and how they are held."""
     group = parser.add_argument_group("models (the embedded ones without --janus)")
     group.add_argument(
-        "--janus", type=Path, metavar="FOLDER", help="Janus or Janus-Pro, transformers' or DeepSeek's layout"
+        "--janus", type=path, metavar="FOLDER", help="Janus or Janus-Pro, transformers' or DeepSeek's layout"
     )
-    group.add_argument("--decoder", type=Path, metavar="BUNDLE", help="decoder bundle; without it, only the VQ path")
-    group.add_argument("--vae", type=Path, metavar="PATH", help="the decoder's autoencoder, file or folder")
-    group.add_argument("--base", type=Path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it, file or folder")
+    group.add_argument("--decoder", type=path, metavar="BUNDLE", help="decoder bundle; without it, only the VQ path")
+    group.add_argument("--vae", type=path, metavar="PATH", help="the decoder's autoencoder, file or folder")
+    group.add_argument("--base", type=path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it, file or folder")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     group.add_argument("--janus-int8", action="store_true", help="hold the language model's layers in 8 bits (torchao)")
     group.add_argument(
@@ -97,9 +108,27 @@ def decoding_options(parser: Parser) -> None:
         metavar="MU",
         help="time shift; a higher one spends more steps near the noise (default: the bundle's)",
     )
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
+    parser.add_argument("--calibration", type=path, metavar="FILE", help="in place of the bundle's own")
     parser.add_argument("--anchor", type=float, metavar="BETA", help="read logits anchored by this much")
     parser.add_argument("--reads", choices=READINGS, help="what of the VLM's output the decoder is served")
+
+
+def reading_options(parser: Parser) -> None:
+    """Which images may be left out."""
+    parser.add_argument(
+        "--min-side",
+        type=int,
+        metavar="PIXELS",
+        help="leave out images whose shorter side is smaller, rather than enlarge them (default: half of the size at "
+        "which they are used)",
+    )
+    parser.add_argument(
+        "--skip-unreadable",
+        type=float,
+        metavar="SHARE",
+        default=ReadPolicy.skip_unreadable,
+        help=f"the largest share of unreadable images that are left out (default: {ReadPolicy.skip_unreadable:g})",
+    )
 
 
 def material_options(count: int) -> Callable[[Parser], None]:
@@ -108,15 +137,16 @@ def material_options(count: int) -> Callable[[Parser], None]:
     def add(parser: Parser) -> None:
         parser.add_argument(
             "--prompts",
-            type=Path,
+            type=path,
             metavar="FILE",
             help="a prompt a line, or JSON (default: 300 built-in ones; for the embedded models, captions of scenes)",
         )
         parser.add_argument(
-            "--images", type=Path, metavar="FOLDER", help="images for the proxies, in sub-folders or not"
+            "--images", type=path, metavar="FOLDER", help="images for the proxies, in sub-folders or not"
         )
         parser.add_argument("--count", type=int, default=count, help=f"how many of each at most (default: {count})")
         parser.add_argument("--batch", type=int, default=8, help="prompts sampled at once (default: 8)")
+        reading_options(parser)
 
     return add
 
@@ -127,6 +157,36 @@ def given(args: argparse.Namespace, *options: str) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in differ)
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """What can be known of the options before anything is loaded.
+
+    Raises:
+        ValueError: for numbers out of range, a calibration that cannot be read, and texts that cannot be prompts.
+    """
+    held = vars(args)
+    for name, most in MOST.items():
+        if held.get(name) is not None and held[name] > most:
+            raise ValueError(f"--{name} must be at most {most:,}, got {held[name]:,}")
+    if not -(2**63) <= args.seed < 2**63:
+        raise ValueError(f"--seed must be a whole number of 64 bits, got {args.seed}")
+    if "temperature" in held:
+        names = ("temperature", "top_k", "top_p")
+        SamplingOptions(
+            guidance=1.0 if args.guidance is None else args.guidance, **{name: held[name] for name in names}
+        )
+    if "skip_unreadable" in held:
+        policy_of(args)
+    if "shift" in held and held["calibration"] is not None:
+        Calibration.load(args.calibration)
+    for prompt in held.get("prompt") or ():
+        check_prompt(prompt)
+
+
+def policy_of(args: argparse.Namespace) -> ReadPolicy:
+    """Which images may be left out."""
+    return ReadPolicy(min_side=args.min_side, skip_unreadable=args.skip_unreadable)
+
+
 def device_of(args: argparse.Namespace) -> torch.device:
     """The device asked for.
 
@@ -134,7 +194,10 @@ def device_of(args: argparse.Namespace) -> torch.device:
         ValueError: if it cannot be used.
     """
     try:
-        return torch.zeros(1, device=args.device).device
+        device = torch.zeros(1, device=args.device).device
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {args.device} cannot be used here ({reason}); try --device cpu") from error
@@ -165,7 +228,8 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
 
 
 def check_painting(models: Models, args: argparse.Namespace, *others: str) -> None:
-    """Before anything is sampled: refuses options that do nothing without a decoder, and schedules that are none.
+    """Before anything is sampled: refuses options that do nothing without a decoder, schedules that are none, and what
+    does not fit the decoder.
 
     Raises:
         ValueError: naming them.
@@ -174,6 +238,8 @@ def check_painting(models: Models, args: argparse.Namespace, *others: str) -> No
     if models.decoder is None and idle:
         raise ValueError(f"{idle} would do nothing without a decoder: give --decoder and --vae as well")
     timesteps(1 if args.steps is None else args.steps, shift=args.shift or 0.0)
+    if models.decoder is not None:
+        card_of(models, args)
 
 
 def card_of(models: Models, args: argparse.Namespace) -> DecoderCard:
@@ -285,6 +351,8 @@ def calibration_material(args: argparse.Namespace) -> tuple[list[str], list[Imag
         found = list_images(args.images)
         count = min(count, len(found))
         return prompts, [found[i * len(found) // count] for i in range(count)]
+    if idle := given(args, *READING):
+        raise ValueError(f"{idle} would do nothing without --images: leave it out")
     if embedded:
         return prompts, None
     raise ValueError(
@@ -298,21 +366,36 @@ def material_pixels(
 ) -> Iterator[torch.Tensor]:
     """The images [1, 3, S, S] one by one, as squares of the size that the VLM paints; scenes if there are no files."""
     tokenizer, size = models.tokenizer, Decoders(models=models).size
-    for one in tqdm(files or range(args.count), desc="features", unit="image", disable=None):
-        if files is None:
-            yield scene_pixels(render_scene("calibration", one).image[None], tokenizer.device)
+    if files is None:
+        for number in ProgressBar(range(args.count), label="features", unit="image"):
+            yield scene_pixels(render_scene("calibration", number).image[None], tokenizer.device)
+        return
+    policy = policy_of(args)
+    large, small = large_enough(files, policy, size)
+    if small:
+        print(f"dcdd: {LeftOut(small=small)}", file=sys.stderr)
+    reasons: dict[str, str] = {}
+    for image in ProgressBar(large, label="features", unit="image"):
+        try:
+            pixels = square(read_rgb(image.path), size)
+        except UnreadableImage as error:
+            reasons[image.name] = str(error)
         else:
-            yield read_pixels([one], size, tokenizer.device)
+            yield to_pixels(pixels[None], tokenizer.device)
+    policy.check(len(large), len(reasons), reasons, str(args.images))
+    if reasons:
+        print(f"dcdd: {LeftOut(unreadable=tuple(reasons))}", file=sys.stderr)
 
 
-def check_png(path: Path) -> None:
-    """Refuses another suffix.
+def check_png(out: Path) -> None:
+    """Refuses another suffix, and what cannot be written.
 
     Raises:
         ValueError: naming it.
     """
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--out {path}: images are written as PNG, give a name that ends in .png")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: images are written as PNG, give a name that ends in .png")
+    check_out("--out", out)
 
 
 def write_images(images: torch.Tensor, out: Path, suffix: str) -> None:

@@ -15,7 +15,7 @@ from dcdd_pico.scenes import render_scene, scene_pixels
 
 from ..evaluation.figures import beside, heat_map, labelled_grid, save_image
 from ..pipelines.decode import decode_tokens
-from . import common
+from . import arguments, common
 
 PROMPTS = (
     "a large striped red heart in the centre on a wavy sky ground",
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     groups = common.sampling_options, common.decoding_options
     command = common.add_command(commands, "demo", run, *groups, help="both decoders side by side on one sheet")
     command.add_argument("prompt", nargs="*", help="in place of the four built-in prompts")
-    command.add_argument("--out", type=Path, default=Path("out/demo.png"))
+    command.add_argument("--out", type=arguments.path, default=Path("out/demo.png"))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ..evaluation.prompts import read_geneval, read_prompts
 from ..pipelines.distributed import Processes, processes
 from ..pipelines.sample import sample
 from ..types import TokenLogits
-from . import common
+from . import arguments, common
 
 
 def add(commands: Any) -> None:
@@ -37,9 +36,11 @@ def add(commands: Any) -> None:
         _measuring_options,
         help="rFID, SSIM, PSNR and LPIPS of a folder",
     )
-    command.add_argument("--images", type=Path, required=True, metavar="FOLDER", help="images, in sub-folders or not")
+    command.add_argument(
+        "--images", type=arguments.path, required=True, metavar="FOLDER", help="images, in sub-folders or not"
+    )
     command.add_argument("--size", type=int, metavar="PIXELS", help="of the squares to compare (default: as painted)")
-    command.add_argument("--lpips", type=Path, metavar="FILE", help="weights of LPIPS' backbone")
+    command.add_argument("--lpips", type=arguments.path, metavar="FILE", help="weights of LPIPS' backbone")
     command.add_argument("--keep-pictures", action="store_true", help="write the decoded images as well")
     command = common.add_command(
         what,
@@ -52,11 +53,17 @@ def add(commands: Any) -> None:
         help="gFID of a file of prompts, GenEval",
     )
     command.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="MJHQ-30K's meta_data.json, JSON lines, or a prompt a line"
+        "--prompts",
+        type=arguments.path,
+        metavar="FILE",
+        help="MJHQ-30K's meta_data.json, JSON lines, or a prompt a line",
     )
-    command.add_argument("--references", type=Path, metavar="FOLDER", help="real images to compare with")
+    command.add_argument("--references", type=arguments.path, metavar="FOLDER", help="real images to compare with")
     command.add_argument(
-        "--geneval", type=Path, metavar="FILE", help="evaluation_metadata.jsonl: four images for each of its prompts"
+        "--geneval",
+        type=arguments.path,
+        metavar="FILE",
+        help="evaluation_metadata.jsonl: four images for each of its prompts",
     )
 
 
@@ -68,6 +75,7 @@ def reconstruction(args: argparse.Namespace) -> None:
             f"--statistics {args.statistics} does not exist yet and would be of the first {args.limit} images alone: "
             "make it without --limit, or leave it out"
         )
+    _check_outputs(args)
     with processes(args.device) as crew:
         args.device = crew.device
         images = list_images(args.images, by_category=args.by_category, limit=args.limit)
@@ -94,6 +102,7 @@ def text(args: argparse.Namespace) -> None:
     measured = [f"--{name}" for name in ("references", "statistics", "inception") if getattr(args, name) is not None]
     if args.prompts is None and measured:
         raise ValueError(f"{', '.join(measured)} would do nothing: GenEval's own scorer measures; leave it out")
+    _check_outputs(args)
     with processes(args.device) as crew:
         args.device = crew.device
         kept = {"limit": args.limit, "by_category": args.by_category}
@@ -127,20 +136,32 @@ def text(args: argparse.Namespace) -> None:
                 print("\n".join(f"wrote {folder}: a folder for GenEval's evaluate_images.py" for folder in folders))
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    arguments.check_out("--out", args.out, folder=True)
+    if args.statistics is not None:
+        arguments.check_out("--statistics", args.statistics)
+
+
 def _measuring_options(parser: common.Parser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of results, and to resume from")
+    parser.add_argument(
+        "--out", type=arguments.path, required=True, metavar="FOLDER", help="of results, and to resume from"
+    )
     parser.add_argument("--by-category", action="store_true", help="by sub-folder as well, as in MJHQ-30K")
     parser.add_argument("--limit", type=int, help="only the first, of each category with --by-category")
     parser.add_argument("--batch", type=int, default=16, help="images at once (default: 16)")
     parser.add_argument(
-        "--inception", type=Path, metavar="FILE", help="weights of the FID's network (default: pico's scene reader)"
+        "--inception",
+        type=arguments.path,
+        metavar="FILE",
+        help="weights of the FID's network (default: pico's scene reader)",
     )
     parser.add_argument(
         "--statistics",
-        type=Path,
+        type=arguments.path,
         metavar="FILE",
         help="of the real images: read if it exists, else written from those that were measured",
     )
+    common.reading_options(parser)
 
 
 def _feature_network(args: argparse.Namespace, device: torch.device) -> FeatureNetwork:
@@ -165,6 +186,7 @@ def _run(args: argparse.Namespace, crew: Processes) -> EvaluationRun:
         batch=args.batch,
         statistics=args.statistics,
         command=args.command,
+        policy=common.policy_of(args),
     )
 
 

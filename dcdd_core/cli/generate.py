@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipelines.decode import decode_tokens
-from . import common
+from . import arguments, common
 
 
 def add(commands: Any) -> None:
@@ -15,14 +15,16 @@ def add(commands: Any) -> None:
     groups = common.model_options, common.sampling_options, common.decoding_options
     command = common.add_command(commands, "generate", run, *groups, help="prompts to images")
     command.add_argument("prompt", nargs="+")
-    command.add_argument("--out", type=Path, default=Path("out/generated.png"))
+    command.add_argument("--out", type=arguments.path, default=Path("out/generated.png"))
     command.add_argument("--compare", action="store_true", help="write the VQ-VAE's image as well")
-    command.add_argument("--logits", type=Path, metavar="FILE", help="save the token logits")
+    command.add_argument("--logits", type=arguments.path, metavar="FILE", help="save the token logits")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prompts to images."""
     common.check_png(args.out)
+    if args.logits is not None:
+        arguments.check_out("--logits", args.logits)
     models = common.load(args)
     common.check_painting(models, args, "compare")
     common.warn_of_unknown_words(models, args.prompt)

@@ -13,7 +13,7 @@ from ..method.statistics import describe_logits
 from ..pipelines.calibrate import Proxies, compared
 from ..pipelines.load import Models
 from ..types import Calibration, TokenLogits
-from . import common
+from . import arguments, common
 
 
 def add(commands: Any) -> None:
@@ -21,10 +21,10 @@ def add(commands: Any) -> None:
     groups = common.model_options, common.sampling_options, common.material_options(count=25)
     command = common.add_command(commands, "inspect", run, *groups, help="Table 1 and Figure 6 for a VLM")
     command.add_argument(
-        "--logits", nargs="+", type=Path, metavar="FILE", help="saved token logits to describe instead"
+        "--logits", nargs="+", type=arguments.path, metavar="FILE", help="saved token logits to describe instead"
     )
-    command.add_argument("--calibration", type=Path, metavar="FILE", help="in place of the bundle's own")
-    command.add_argument("--out", type=Path, default=Path("out/top-30.png"))
+    command.add_argument("--calibration", type=arguments.path, metavar="FILE", help="in place of the bundle's own")
+    command.add_argument("--out", type=arguments.path, default=Path("out/top-30.png"))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,11 +37,11 @@ def run(args: argparse.Namespace) -> None:
         codebook = common.load(args, with_sampler=False).tokenizer.codebook
         columns = {str(path): describe_logits(TokenLogits.load(path), codebook) for path in args.logits}
     else:
+        calibration = None if args.calibration is None else Calibration.load(args.calibration)
         prompts, files = common.calibration_material(args)
         models = common.load(args)
-        calibration = models.decoder.card.calibration if models.decoder is not None else None
-        if args.calibration is not None:
-            calibration = Calibration.load(args.calibration)
+        if calibration is None and models.decoder is not None:
+            calibration = models.decoder.card.calibration
         proxies = Proxies(models.tokenizer, common.material_pixels(models, files, args))
         columns = compared(models.sampler.name, _sampled(models, prompts, args), proxies, calibration)
     print(statistics_table(columns))

@@ -15,7 +15,7 @@ from ..pipelines.decode import decode_tokens
 from ..pipelines.encode import encode
 from ..pipelines.images import to_pixels, to_tensor
 from ..protocols import ImageTokenizer
-from . import common
+from . import arguments, common
 
 _MOST_TOKENS = 64 * 64
 
@@ -24,9 +24,9 @@ def add(commands: Any) -> None:
     """Adds the command."""
     groups = common.model_options, common.decoding_options
     command = common.add_command(commands, "reconstruct", run, *groups, help="images through the tokenizer and back")
-    command.add_argument("image", nargs="+", type=Path)
+    command.add_argument("image", nargs="+", type=arguments.path)
     command.add_argument("--side", type=int, metavar="PIXELS", help="shrink images whose longer side is more than this")
-    command.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER")
+    command.add_argument("--out", type=arguments.path, default=Path("out"), metavar="FOLDER")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,6 +36,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("two of the images have the same name: their results would overwrite each other; run one each")
     if args.side is not None and args.side < 1:
         raise ValueError(f"--side must be at least 1 pixel, best the VLM's own size; got {args.side}")
+    arguments.check_out("--out", args.out, folder=True)
+    for path in args.image:
+        open_image(path)  # Before minutes of work, an image that cannot be read is named.
     models = common.load(args, with_sampler=False)
     common.check_painting(models, args)
     for path in args.image:

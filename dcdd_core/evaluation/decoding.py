@@ -95,4 +95,4 @@ class Decoders:
 
 def seed_of(seed: int, name: str) -> int:
     """A 48-bit seed for one image, derived from its name, so that it does not depend on the other images."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:6], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest()[:6], "big")

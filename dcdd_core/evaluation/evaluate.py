@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..pipelines.distributed import Processes
+from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
 from .decoding import PATHS, Decoders
 from .frechet import FrechetStatistics, load_statistics, save_statistics
 from .generation import Sample, finish_geneval, generate_all, generated_images, geneval_jobs, prompt_jobs
-from .image_folder import ImageFile, check_categories, list_images
+from .image_folder import NOTHING_LEFT_OUT, ImageFile, LeftOut, check_categories, large_enough, list_images, readable
 from .measuring import chosen_statistics, distances, measure_features, statistics_of
 from .networks import FeatureNetwork, PerceptualNetwork
 from .prompts import Prompt
@@ -25,6 +26,8 @@ from .results_store import Measurements, hold_to
 
 _SMALLEST = 32
 """Pixels per side. LPIPS' AlexNet needs at least 31: below that its last pooling layer has no output."""
+_LARGEST = 4096
+"""Pixels per side; larger than any image that is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,7 @@ class EvaluationRun:
         batch: images per batch; it changes results by rounding only.
         statistics: file with the reference images' Frechet statistics: read if it exists, written otherwise.
         command: the command line, for the report.
+        policy: which images may be left out.
     """
 
     out: Path
@@ -45,6 +49,7 @@ class EvaluationRun:
     batch: int = 16
     statistics: Path | None = None
     command: str = ""
+    policy: ReadPolicy = DEFAULT_POLICY
 
     def hold_to(self, settings: Mapping[str, Any]) -> None:
         """`results_store.hold_to` for all processes; returns once the first process has written the settings."""
@@ -83,13 +88,17 @@ def evaluate_reconstruction(
         The report on the first process; None on the others.
 
     Raises:
-        ValueError: if `run.out` holds results made with other settings; for a category with a single image, an
-            unreadable image, a size below 32 pixels, and statistics of another network, size or set of categories.
+        ValueError: if `run.out` holds results made with other settings; for a category with a single image, more
+            unreadable images than the policy allows, a size out of range, and statistics of another network, size or
+            set of categories.
     """
-    check_categories([image.category for image in images])
     size = decoders.measured if size is None else size
-    if size < _SMALLEST:
-        raise ValueError(f"--size must be at least {_SMALLEST} pixels, which LPIPS needs; got {size}")
+    if not _SMALLEST <= size <= _LARGEST:
+        raise ValueError(
+            f"--size must lie in {_SMALLEST}..{_LARGEST} pixels, of which LPIPS needs the first; got {size}"
+        )
+    images, small = large_enough(images, run.policy, size)
+    check_categories([image.category for image in images])
     settings = {"evaluation": "reconstruction", "seed": run.seed, "size": size, **decoders.settings()}
     known = run.known_statistics(features, size)
     if known is not None:
@@ -112,6 +121,8 @@ def evaluate_reconstruction(
     )
     if not run.processes.first:
         return None
+    images, unreadable = readable(images, kept.done(), run.policy, "the evaluation")
+    check_categories([image.category for image in images])
     real = real_statistics(images, kept, features) if known is None else known
     if known is None and run.statistics is not None:
         save_statistics(run.statistics, real, size=size)
@@ -129,6 +140,7 @@ def evaluate_reconstruction(
         networks=names,
         size=size,
         painted=_painted(decoders),
+        left_out=LeftOut(unreadable=unreadable, small=small),
     )
     heads = dict(zip(SCORES, ("SSIM", "PSNR", perceptual.measure))) | {"frechet": f"r{features.measure}"}
     return write_report(run.out, results, title="Reconstruction", heads=heads, command=run.command, singles=singles)
@@ -170,7 +182,7 @@ def evaluate_text(
     if known is not None:
         known = chosen_statistics(known, categories, f"--statistics {run.statistics}")
     else:
-        real_images = _references(run, references, categories, by_category=by_category)
+        real_images, small = _references(run, references, categories, size, by_category=by_category)
     run.hold_to(settings)
 
     folder = run.out / "pictures"
@@ -193,6 +205,13 @@ def evaluate_text(
         )
     if not run.processes.first:
         return None
+    left_out = NOTHING_LEFT_OUT
+    if known is None:
+        real_images, kept = todo["references"]
+        real_images, unreadable = readable(real_images, kept.done(), run.policy, f"--references {references}")
+        check_categories([image.category for image in real_images])
+        todo["references"] = real_images, kept
+        left_out = LeftOut(unreadable=unreadable, small=small)
     statistics = {label: statistics_of(*work, "features", features) for label, work in todo.items()}
     if known is None:
         real = statistics["references"]
@@ -209,6 +228,7 @@ def evaluate_text(
         networks={"frechet": f"{features.name}, {features.fingerprint}"},
         size=size,
         painted=_painted(decoders),
+        left_out=left_out,
     )
     heads = {"frechet": f"g{features.measure}"}
     return write_report(run.out, results, title="Text to image", heads=heads, command=run.command)
@@ -231,17 +251,17 @@ def generate_geneval(
 
 
 def _references(
-    run: EvaluationRun, folder: Path | None, categories: Sequence[str], *, by_category: bool
-) -> list[ImageFile]:
-    """The reference images, checked to cover every requested category."""
+    run: EvaluationRun, folder: Path | None, categories: Sequence[str], size: int, *, by_category: bool
+) -> tuple[list[ImageFile], tuple[str, ...]]:
+    """The reference images, checked to cover every requested category, and the names of those that are too small."""
     if folder is None:
         where = f": {run.statistics} does not exist yet" if run.statistics is not None else ""
         raise ValueError(f"there is nothing to compare with{where}; give --references FOLDER, or existing --statistics")
-    images = list_images(folder, by_category=by_category)
+    images, small = large_enough(list_images(folder, by_category=by_category), run.policy, size)
     check_categories([image.category for image in images])
     if absent := sorted(set(categories) - {image.category for image in images}):
         raise ValueError(f"--references {folder} has no sub-folder with images for {', '.join(absent[:5])}: add it")
-    return images
+    return images, small
 
 
 def _painted(decoders: Decoders) -> dict[str, int]:

@@ -209,7 +209,7 @@ def text_of(path: Path) -> str | None:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return image.info.get(_TEXT, "")
-    except (OSError, SyntaxError):  # not there, or cut short
+    except (OSError, SyntaxError, ValueError):  # not there, cut short, or with a text that Pillow refuses
         return None
 
 

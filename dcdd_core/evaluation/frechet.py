@@ -8,13 +8,14 @@ Shapes: B batch, F features, C categories.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..files import read_record, write_record
+from ..files import in_file, read_record, write_record
+from ..settings import shown
 
 _KIND = "Frechet statistics"
 
@@ -161,11 +162,25 @@ def load_statistics(path: str | Path, *, network: str, size: int) -> dict[str, F
             f"{path} was measured by {meta['network']} at {meta['size']} pixels, this run measures with {network} at "
             f"{size}: they cannot be compared; give another --statistics file"
         )
+    categories, counts = meta["categories"], meta["counts"]
+    with in_file(path):
+        sets = len(tensors["total"]) if tensors["total"].ndim else 0
+        for name, values, kind in (("categories", categories, str), ("counts", counts, int)):
+            if not isinstance(values, list) or len(values) != sets or not all(type(value) is kind for value in values):
+                raise ValueError(f"{name} must be a list of {sets} like its sums, got {shown(values)}: make it again")
+        if not sets or len(set(categories)) < sets or min(counts) < 1:
+            raise ValueError(f"expected categories with images, got {shown(meta)}: make it again")
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise ValueError("its sums hold NaN or infinity: make it again")
+        return _sets(categories, counts, tensors, network)
+
+
+def _sets(
+    categories: Sequence[str], counts: Sequence[int], tensors: Mapping[str, torch.Tensor], network: str
+) -> dict[str, FrechetStatistics]:
     return {
         name: FrechetStatistics(count=count, total=total, products=products, network=network)
-        for name, count, total, products in zip(
-            meta["categories"], meta["counts"], tensors["total"], tensors["products"]
-        )
+        for name, count, total, products in zip(categories, counts, tensors["total"], tensors["products"])
     }
 
 

@@ -108,4 +108,5 @@ def _is_made(job: Job) -> bool:
 def _is_finished(home: tuple[Prompt, Path]) -> bool:
     prompt, folder = home
     told, grid = folder / _METADATA, folder / "grid.png"
-    return told.is_file() and told.read_text("utf-8") == prompt.metadata + "\n" and text_of(grid) == prompt.text
+    content = (prompt.metadata + "\n").encode()
+    return told.is_file() and told.read_bytes() == content and text_of(grid) == prompt.text

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Protocol, TypeVar
 import torch
 from PIL import Image
 
-from ..pipelines.image_files import FolderListing
-from ..pipelines.images import UnreadableImage, read_rgb, square, suffixes, to_pixels
+from ..files import regular_file
+from ..pipelines.image_files import FolderListing, ReadPolicy
+from ..pipelines.images import UnreadableImage, read_rgb, size_of, square, suffixes, to_pixels
 from ..types import DCDDWarning
 from .figures import to_image
 
@@ -59,9 +60,13 @@ class ImageFile:
     def key(self) -> str:
         """Its name and a hash of its content, under which measurements are stored: a replaced file is measured again.
 
-        Reads the file on first access.
+        Reads the file on first access; of one that cannot be opened, or is no file, there is no hash.
         """
-        return f"{self.name} {hashlib.blake2b(self.path.read_bytes(), digest_size=16).hexdigest()}"
+        try:
+            content = regular_file(self.path, "an image").read_bytes()
+        except (OSError, ValueError):
+            return self.name
+        return f"{self.name} {hashlib.blake2b(content, digest_size=16).hexdigest()}"
 
 
 def list_images(folder: Path, *, by_category: bool = False, limit: int | None = None) -> list[ImageFile]:
@@ -150,6 +155,86 @@ def read_pixels(images: Sequence[ImageFile], size: int, device: torch.device | s
         ValueError: for an unreadable image; the message names it.
     """
     return to_pixels(torch.stack([square(open_image(image.path), size) for image in images]), device)
+
+
+def read_readable(
+    images: Sequence[ImageFile], *sizes: int, device: torch.device | str = "cpu"
+) -> tuple[list[ImageFile], list[torch.Tensor]]:
+    """Those of the images that can be read, and at each size their pixels, as `read_pixels`; warns of the others."""
+    found, squares = [], []
+    for image in images:
+        try:
+            opened = read_rgb(image.path)
+        except UnreadableImage as error:
+            warnings.warn(f"{image.path} is skipped: {error}", DCDDWarning, stacklevel=2)
+        else:
+            found.append(image)
+            squares.append([square(opened, size) for size in sizes])
+    return found, [to_pixels(torch.stack(column), device) for column in zip(*squares)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """The images that an evaluation does not use, by name."""
+
+    unreadable: tuple[str, ...] = ()
+    small: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = []
+        for names, why in ((self.unreadable, "cannot be read"), (self.small, "are too small")):
+            if names:
+                parts.append(f"{len(names)} images {why} and are left out: {', '.join(names)}")
+        return ". ".join(parts)
+
+
+NOTHING_LEFT_OUT = LeftOut()
+
+
+def large_enough(images: Sequence[ImageFile], policy: ReadPolicy, side: int) -> tuple[list[ImageFile], tuple[str, ...]]:
+    """The images that are not enlarged beyond what the policy allows, and the names of the others.
+
+    Only headers are read; what cannot be read is kept, for `read_readable` to find.
+
+    Args:
+        side: S, at which the images are used.
+
+    Raises:
+        ValueError: if all are too small.
+    """
+    least = policy.least(side)
+    sizes = ((image, size_of(image.path)) for image in images)
+    small = {image: size for image, size in sizes if size is not None and min(size) < least}
+    if len(small) == len(images):
+        image, (width, height) = next(iter(small.items()))
+        raise ValueError(
+            f"all {len(small)} images have a side below {least} pixels and would be enlarged to {side}, such as "
+            f"{image.path} of {width} x {height}: give larger ones, or allow them with --min-side"
+        )
+    return [image for image in images if image not in small], tuple(image.name for image in small)
+
+
+def readable(
+    images: Sequence[ImageFile], measured: Collection[str], policy: ReadPolicy, source: str
+) -> tuple[list[ImageFile], tuple[str, ...]]:
+    """The images that were measured, and the names of those that cannot be read.
+
+    Args:
+        measured: keys.
+        source: where they are from, for the message.
+
+    Raises:
+        ValueError: if more are unreadable than the policy allows; the message names all of them.
+    """
+    reasons: dict[str, str] = {}
+    for image in images:
+        if image.key not in measured:
+            try:
+                read_rgb(image.path)
+            except UnreadableImage as error:
+                reasons[image.name] = str(error)
+    policy.check(len(images), len(reasons), reasons, source)
+    return [image for image in images if image.name not in reasons], tuple(reasons)
 
 
 def as_measured(pixels: torch.Tensor, size: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from operator import add
 
 from ..pipelines.distributed import Processes
 from .frechet import FrechetStatistics, frechet_distance
-from .image_folder import OVERALL, ImageFile, read_pixels
+from .image_folder import OVERALL, ImageFile, read_readable
 from .networks import FeatureNetwork
 from .results_store import Measurements
 
@@ -34,15 +34,15 @@ def measure_features(
     network: FeatureNetwork,
     label: str,
 ) -> None:
-    """Measures the features of all images that are not in `kept` yet, as squares of `size` pixels.
-
-    Raises:
-        ValueError: for an unreadable image; the message names it.
+    """Measures the features of all images that are not in `kept` yet, as squares of `size` pixels; warns of those that
+    cannot be read.
     """
     done = kept.done()
     for part in processes.batches(images, batch, done=lambda image: image.key in done, label=label):
-        features = network.features(read_pixels(part, size, processes.device))
-        kept.add([image.key for image in part], {name: features})
+        left = [image for image in part if image.key not in done]
+        found, pixels = read_readable(left, size, device=processes.device)
+        if found:
+            kept.add([image.key for image in found], {name: network.features(pixels[0])})
 
 
 def statistics_of(

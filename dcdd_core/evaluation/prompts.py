@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from ..files import in_file, regular_file, stand_in
+from ..settings import shown
+
+LONGEST_PROMPT = 20_000
+"""Characters of a prompt. Every VLM has its own limit, in tokens of about four characters; Janus-Pro's is 16,384."""
+_LONGEST_NAME = 200  # bytes: file systems take 255, and suffixes are added
+_LARGEST_FILE = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +29,8 @@ class Prompt:
         metadata: its original line, for GenEval's scorer; empty for other benchmarks.
 
     Raises:
-        ValueError: for an empty text, and for a name or category that is not a valid file name.
+        ValueError: for a text that is empty, too long or not Unicode, and for a name or category that is not a valid
+            file name.
     """
 
     name: str
@@ -29,11 +39,26 @@ class Prompt:
     metadata: str = ""
 
     def __post_init__(self):
-        if not self.text.strip():
-            raise ValueError(f"prompt {self.name} is empty: write a text, or remove it")
+        with in_file(f"prompt {shown(self.name)}"):
+            check_prompt(self.text)
         for what, value in (("name", self.name), ("category", self.category or "none")):
-            if not value or value in (".", "..") or set(value) & set('/\\:*?"<>|\0\n'):
-                raise ValueError(f"{value!r} cannot be the {what} of a prompt, since it becomes a file name")
+            length = len(value.encode("utf-8", "surrogateescape")) if _is_text(value) else 0
+            if not 0 < length <= _LONGEST_NAME or value in (".", "..") or set(value) & set('/\\:*?"<>|\0\n'):
+                raise ValueError(f"{shown(value)} cannot be the {what} of a prompt, since it becomes a file name")
+
+
+def check_prompt(text: str) -> None:
+    """Refuses what cannot be a prompt.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if not text.strip():
+        raise ValueError("the prompt is empty or blank: write a text, or remove it")
+    if not _is_text(text):
+        raise ValueError(f"the prompt {shown(text)} is not Unicode text: save it as UTF-8")
+    if len(text) > LONGEST_PROMPT:
+        raise ValueError(f"the prompt has {len(text):,} characters, more than {LONGEST_PROMPT:,}: shorten it")
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -95,18 +120,33 @@ def _prompt(entry: Any, where: str, name: str) -> Prompt:
 
 
 def _read(path: Path) -> str:
+    if (size := regular_file(path, "a file of prompts").stat().st_size) > _LARGEST_FILE:
+        raise ValueError(f"{path} has {size:,} bytes, expected a file of prompts of at most {_LARGEST_FILE:,}")
+    content = path.read_bytes()
+    if content.strip() and (other := stand_in(content)):
+        raise ValueError(f"{path} is {other}; expected a file of prompts")
     try:
-        return path.read_text("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); expected a file of prompts") from error
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in _read(path).splitlines() if line.strip()]
+    # Not splitlines(): a JSON line may hold other separators, such as U+2028.
+    return [line.strip() for line in re.split(r"\r\n|\r|\n", _read(path)) if line.strip()]
 
 
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error})") from error
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written, as half of a surrogate pair cannot."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -14,7 +14,7 @@ from ..pipelines.distributed import Processes
 from .decoding import PATHS, Decoders, seed_of
 from .figures import save_image, to_image
 from .frechet import FrechetStatistics
-from .image_folder import OVERALL, ImageFile, as_measured, read_pixels
+from .image_folder import OVERALL, ImageFile, as_measured, read_readable
 from .measuring import distances, statistics_of, tensor_name
 from .metrics import psnr, ssim
 from .networks import FeatureNetwork, PerceptualNetwork
@@ -44,22 +44,23 @@ def reconstruct_all(
     perceptual: PerceptualNetwork,
     folder: Path | None = None,
 ) -> None:
-    """Measures all images that are not in `kept` yet.
+    """Measures all images that are not in `kept` yet; warns of those that cannot be read.
 
     Args:
         size: S, the side of the squares that are compared. Originals and reconstructions are resized by their shorter
             side and cropped. The tokenizer sees the images at its own size.
         seed: combined with an image's name into the seed of its noise.
         folder: where to write the decoded images as "<folder>/<path>/<name>.png"; None to keep only the scores.
-
-    Raises:
-        ValueError: for an unreadable image; the message names it.
     """
     vq = decoders.models.tokenizer
     done = kept.done()
-    for part in processes.batches(images, batch, done=lambda image: image.key in done, label="reconstruction"):
-        truth = read_pixels(part, size, vq.device)
-        seen = truth if size == decoders.size else read_pixels(part, decoders.size, vq.device)
+    for batched in processes.batches(images, batch, done=lambda image: image.key in done, label="reconstruction"):
+        # Beside an unreadable image, the others of its batch may be done.
+        left = [image for image in batched if image.key not in done]
+        part, pixels = read_readable(left, size, decoders.size, device=vq.device)
+        if not part:
+            continue
+        truth, seen = pixels
         painted = decoders.paint(vq.encode(seen), [seed_of(seed, image.name) for image in part])
         values = {}
         if tensor_name("features", _REAL) in kept.needed:

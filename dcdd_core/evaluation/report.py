@@ -14,7 +14,7 @@ import torch
 from ..files import write_text
 from .figures import grouped_bars, histograms, save_image
 from .frechet import FrechetStatistics
-from .image_folder import OVERALL, ImageFile
+from .image_folder import NOTHING_LEFT_OUT, OVERALL, ImageFile, LeftOut
 from .tables import markdown_table
 
 #: Scope ("overall" or a category) -> row (a decoder) -> column (a metric) -> value.
@@ -31,6 +31,7 @@ def results_of(
     networks: Mapping[str, str],
     size: int,
     painted: Mapping[str, int],
+    left_out: LeftOut = NOTHING_LEFT_OUT,
 ) -> dict[str, Any]:
     """The content of `results.json`: the values and what they depend on, without times or paths.
 
@@ -39,6 +40,7 @@ def results_of(
         networks: column -> name of the network that measured it.
         size: side in pixels at which images were compared.
         painted: row -> side in pixels of its images before resizing.
+        left_out: of the images, or of the references that they are compared with.
     """
     held = Counter(image.category for image in images)
     return {
@@ -49,6 +51,7 @@ def results_of(
         | {name: real[name].count for name in scopes if name != OVERALL},
         "networks": dict(networks),
         "settings": dict(settings),
+        "left_out": {"unreadable": list(left_out.unreadable), "small": list(left_out.small)},
         "scopes": {
             scope: {row: {column: _finite(value) for column, value in values.items()} for row, values in rows.items()}
             for scope, rows in scopes.items()
@@ -70,6 +73,8 @@ def markdown(results: Mapping[str, Any], *, title: str, heads: Mapping[str, str]
     resized = [f"{row} ({side} pixels)" for row, side in results["painted"].items() if side != results["size"]]
     if resized:
         lines += [f"Resized to that size (bicubic, antialiased): {', '.join(resized)}.", ""]
+    if said := str(LeftOut(**{name: tuple(names) for name, names in results["left_out"].items()})):
+        lines += [f"{said}.", ""]
     lines += [f"- {heads[column]}: {name}" for column, name in results["networks"].items()]
     lines += ["", f"`{command}`", ""]
     named = {column: f"{heads[column]} {_BETTER[column]}" for column in next(iter(scopes[OVERALL].values()))}
@@ -110,6 +115,8 @@ def write_report(
         panels = {heads[column]: rows for column, rows in singles.items()}
         save_image(histograms(panels), folder / "scores.png")
         text += "\n![Scores of individual images](scores.png)\n"
+    # Names of files may be no text.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     write_text(folder / "report.md", text)
     return text
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import write_record, write_text
+from ..files import json_object, read_json, write_record, write_text
 from ..settings import require_same_settings
 
 _KIND = "measurements"
@@ -29,7 +30,9 @@ def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True) ->
     """
     path = folder / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text("utf-8"))
+        before = read_json(
+            path, "the settings of an evaluation", "delete it if you are sure of them, or give another --out"
+        )
         remedy = "give another --out, or use those settings to resume"
         require_same_settings(f"{folder} holds results", before, settings, remedy=remedy)
     elif write:
@@ -50,7 +53,7 @@ class Measurements:
 
     def add(self, keys: Sequence[str], values: Mapping[str, torch.Tensor]) -> None:
         """Stores tensors [B, ...] of B images in one file, written atomically."""
-        name = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24]
+        name = hashlib.sha256("\n".join(keys).encode("utf-8", "surrogateescape")).hexdigest()[:24]
         write_record(self.folder / f"{name}.safetensors", _KIND, dict(values), {"keys": list(keys)})
 
     def done(self) -> set[str]:
@@ -86,10 +89,12 @@ class Measurements:
         """The files with all needed tensors, and their keys; a damaged file counts as missing."""
         found = []
         for path in sorted(self.folder.glob("*.safetensors")):
-            try:
+            with suppress(OSError, SafetensorError, ValueError):
                 with safe_open(path, framework="pt") as file:
-                    if self.needed <= set(file.keys()):
-                        found.append((path, json.loads(file.metadata()["dcdd"])["keys"]))
-            except SafetensorError:
-                continue
+                    if not self.needed <= set(file.keys()):
+                        continue
+                    counts = {file.get_slice(name).get_shape()[0] for name in self.needed}
+                    keys = json_object((file.metadata() or {}).get("dcdd", ""), path, _KIND).get("keys")
+                if isinstance(keys, list) and all(isinstance(key, str) for key in keys) and counts == {len(keys)}:
+                    found.append((path, keys))
         return found

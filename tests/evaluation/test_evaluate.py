@@ -29,6 +29,7 @@ from dcdd_core.evaluation.networks import FeatureNetwork
 from dcdd_core.evaluation.prompts import Prompt, read_geneval
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.pipelines.distributed import Processes
+from dcdd_core.pipelines.image_files import ReadPolicy
 from dcdd_core.types import TokenLogits
 from dcdd_pico import embedded
 from dcdd_pico.models import feature_network, load_pico, perceptual_network
@@ -68,7 +69,11 @@ def images(tmp_path_factory):
 
 def reconstruct(out, images, decoders, networks, *, by_category=True, processes=None, limit=None, **options):
     run = EvaluationRun(
-        out=out, processes=processes or Processes(), batch=2, statistics=options.pop("statistics", None)
+        out=out,
+        processes=processes or Processes(),
+        batch=2,
+        statistics=options.pop("statistics", None),
+        policy=options.pop("policy", ReadPolicy()),
     )
     files = list_images(images, by_category=by_category, limit=limit)
     return evaluate_reconstruction(run, files, decoders, **networks, **options)
@@ -117,7 +122,7 @@ def test_the_report_says_all_of_it(whole):
 def test_files_keep_their_names_and_keys(whole):
     """A run that was stopped under an earlier version must be resumed, and scripts read results.json."""
     held = results(whole)
-    assert set(held) == {"size", "painted", "pictures", "references", "networks", "settings", "scopes"}
+    assert set(held) == {"size", "painted", "pictures", "references", "networks", "settings", "left_out", "scopes"}
     assert json.loads((whole / "settings.json").read_text()) == held["settings"]
     assert set(held["settings"]) == {
         *("evaluation", "seed", "size", "tokenizer", "decoder", "decoder dtype", "autoencoder", "variant", "reads"),
@@ -243,17 +248,78 @@ def test_statistics_without_the_categories_are_refused(tmp_path, images, decoder
         reconstruct(tmp_path / "b", *arguments, statistics=path)
 
 
-def test_a_damaged_image_ends_it_and_loses_nothing(tmp_path, images, decoders, networks):
+@pytest.fixture
+def spoilt(tmp_path, images):
+    """Nine images in two folders, two of them damaged, one small."""
+    folder = tmp_path / "images"
+    for i, path in enumerate(sorted(images.rglob("*.png"))):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (folder / "ab"[i % 2] / f"{i}.png").write_bytes(path.read_bytes())
+    for name in ("a/2.png", "b/3.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:500])
+    Image.open(folder / "a/0.png").resize((47, 60)).save(folder / "a/small.png")
+    return folder
+
+
+def test_damaged_images_are_all_named_and_nothing_is_lost(tmp_path, spoilt, decoders, networks, monkeypatch):
+    arguments = (tmp_path / "out", spoilt, decoders, networks)
+    with (
+        pytest.warns(UserWarning, match=r"a/2.png is skipped"),
+        pytest.raises(
+            ValueError, match=r"2 of 7 images of the evaluation .*: a/2.png \(.*\), b/3.png \(.*--skip-unreadable 0"
+        ),
+    ):
+        reconstruct(*arguments, by_category=False)
+    monkeypatch.setattr(decoding, "decode", None)  # nothing is decoded again
+    with pytest.warns(UserWarning):
+        report = reconstruct(*arguments, policy=ReadPolicy(skip_unreadable=0.3))
+    held = results(tmp_path / "out")
+    assert held["pictures"] == held["references"] == {"overall": 5, "a": 3, "b": 2}
+    assert held["left_out"] == {"unreadable": ["a/2.png", "b/3.png"], "small": ["a/small.png"]}
+    assert "2 images cannot be read and are left out: a/2.png, b/3.png. 1 images are too small" in report
+    assert "5 images against 5 references" in report
+
+
+def test_small_images_are_left_out_or_enlarged_on_demand(tmp_path, spoilt, decoders, networks):
+    for name in ("a/2.png", "b/3.png"):
+        (spoilt / name).unlink()
+    reconstruct(tmp_path / "out", spoilt, decoders, networks)
+    assert results(tmp_path / "out")["left_out"] == {"unreadable": [], "small": ["a/small.png"]}
+    reconstruct(tmp_path / "out", spoilt, decoders, networks, policy=ReadPolicy(min_side=47))
+    held = results(tmp_path / "out")
+    assert held["left_out"] == {"unreadable": [], "small": []} and held["pictures"]["a"] == 4
+    with pytest.raises(ValueError, match=r"all 6 images have a side below 97 pixels .* such as .*0.png of 96 x 96"):
+        reconstruct(tmp_path / "out", spoilt, decoders, networks, policy=ReadPolicy(min_side=97), size=120)
+
+
+def test_references_follow_the_same_policy(tmp_path, spoilt, decoders, networks):
+    prompts = [replace(prompt, category="ab"[i % 2]) for i, prompt in enumerate(PROMPTS)]
+    arguments = (tmp_path / "out", spoilt, decoders, networks)
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match="2 of 7 images of --references .* could not be read"),
+    ):
+        draw(*arguments, prompts=prompts)
+    with pytest.warns(UserWarning):
+        draw(*arguments, prompts=prompts, policy=ReadPolicy(skip_unreadable=0.3))
+    held = results(tmp_path / "out")
+    assert held["references"] == {"overall": 5, "a": 3, "b": 2}
+    assert held["left_out"] == {"unreadable": ["a/2.png", "b/3.png"], "small": ["a/small.png"]}
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="file names there are Unicode")
+def test_names_that_are_not_utf_8_are_measured_and_reported(tmp_path, images, decoders, networks):
     folder = tmp_path / "images"
     for i, path in enumerate(sorted(images.rglob("*.png"))[:4]):
         folder.mkdir(exist_ok=True)
-        (folder / f"{i}.png").write_bytes(path.read_bytes())
-    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"3.png cannot be read as an image"):
-        reconstruct(tmp_path / "out", folder, decoders, networks, by_category=False)
-    (folder / "3.png").unlink()
-    reconstruct(tmp_path / "out", folder, decoders, networks, by_category=False)
-    assert results(tmp_path / "out")["pictures"] == {"overall": 3}
+        (folder / os.fsdecode(b"\xe4%d.png" % i)).write_bytes(path.read_bytes() if i else b"")
+    policy = ReadPolicy(skip_unreadable=0.3)
+    with pytest.warns(UserWarning):
+        report = reconstruct(
+            tmp_path / "out", folder, decoders, networks, by_category=False, policy=policy, keep_images=True
+        )
+    assert r"left out: \udce40.png" in report and "3 images against 3" in report
+    assert (tmp_path / "out/pictures/vq" / os.fsdecode(b"\xe41.png.png")).is_file()
 
 
 def test_one_image_is_too_few(tmp_path, images, decoders, networks):
@@ -262,8 +328,10 @@ def test_one_image_is_too_few(tmp_path, images, decoders, networks):
 
 
 def test_a_size_that_cannot_be_measured_is_refused(tmp_path, images, decoders, networks):
-    with pytest.raises(ValueError, match="--size must be at least 32 pixels.*got 31"):
+    with pytest.raises(ValueError, match=r"--size must lie in 32..4096 pixels.*got 31"):
         reconstruct(tmp_path, images, decoders, networks, size=31)
+    with pytest.raises(ValueError, match="got 4097"):
+        reconstruct(tmp_path, images, decoders, networks, size=4097)
 
 
 @pytest.fixture
@@ -311,8 +379,10 @@ def sample(texts, seeds):
 PROMPTS = [Prompt(name=f"p{i}", text=f"scene {i}", category="animals" if i < 2 else "plants") for i in range(5)]
 
 
-def draw(out, images, decoders, networks, *, prompts=PROMPTS, by_category=True, processes=None, statistics=None):
-    run = EvaluationRun(out=out, processes=processes or Processes(), batch=2, statistics=statistics)
+def draw(
+    out, images, decoders, networks, *, prompts=PROMPTS, by_category=True, processes=None, statistics=None, **more
+):
+    run = EvaluationRun(out=out, processes=processes or Processes(), batch=2, statistics=statistics, **more)
     return evaluate_text(
         run,
         prompts,

@@ -15,6 +15,7 @@ from dcdd_core.evaluation.frechet import (
     load_statistics,
     save_statistics,
 )
+from dcdd_core.files import write_record
 
 
 def gaussian(mean, std, seed, count=4000, features=4):
@@ -176,3 +177,24 @@ def test_features_are_computed_without_gradients_64_at_a_time():
 
     found = features_of(images, network)
     assert sizes == [64, 64, 1] and not found.requires_grad and torch.equal(found[:, 0], torch.arange(129.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"categories": {}}, "categories must be a list of 1"),
+        ({"counts": ["3"]}, "counts must be a list of 1"),
+        ({"counts": [0]}, "expected categories with images"),
+        ({"total": torch.full((1, 2), torch.nan, dtype=torch.float64)}, "NaN or infinity"),
+        ({"total": torch.zeros(2, 2, dtype=torch.float64)}, "must be a list of 2"),
+    ],
+)
+def test_damaged_statistics_are_named(tmp_path, changes, words):
+    held = {"total": torch.zeros(1, 2, dtype=torch.float64), "products": torch.zeros(1, 2, 2, dtype=torch.float64)}
+    meta = {"categories": [""], "counts": [3], "network": "n", "size": 96}
+    tensors = {name: changes.get(name, value) for name, value in held.items()}
+    write_record(
+        tmp_path / "s.safetensors", "Frechet statistics", tensors, meta | {k: changes[k] for k in changes if k in meta}
+    )
+    with pytest.raises(ValueError, match=f"s.safetensors: .*{words}"):
+        load_statistics(tmp_path / "s.safetensors", network="n", size=96)

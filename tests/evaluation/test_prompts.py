@@ -69,3 +69,45 @@ def test_bytes_that_are_no_text_are_explained(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="UTF-8"):
         read_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.json"])
+def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path, name):
+    content = {"p.txt": "a cat\r\n", "p.jsonl": '{"prompt": "a cat"}\n', "p.json": '{"00000": {"prompt": "a cat"}}'}[
+        name
+    ]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert [(prompt.name, prompt.text) for prompt in read_prompts(tmp_path / name)] == [("00000", "a cat")]
+
+
+def test_only_line_breaks_end_a_line(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes('{"prompt": "a\u2028b"}\r\n{"prompt": "c\x85d"}\r'.encode())
+    assert [prompt.text for prompt in read_prompts(tmp_path / "p.jsonl")] == ["a\u2028b", "c\x85d"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.json", b"[" * 200_000, "is not JSON"),
+        ("p.jsonl", b"[" * 200_000, "is not JSON"),
+        ("p.json", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ("p.txt", b"<!DOCTYPE html>", "is an HTML page"),
+        ("p.jsonl", rb'{"prompt": "\ud800"}', "is not Unicode text"),
+        ("p.jsonl", rb'{"prompt": "a", "id": "\ud800"}', "cannot be the name"),
+        ("p.jsonl", b'{"prompt": "a", "id": "' + b"x" * 201 + b'"}', "cannot be the name"),
+        ("p.txt", b"a" * 20_001, "has 20,001 characters, more than 20,000"),
+        ("p.txt", b"\xff\xfea\0", "is not UTF-8 text"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as said:
+        read_prompts(tmp_path / name)
+    assert "\n" not in str(said.value) and len(str(said.value)) < 500
+
+
+def test_a_folder_or_a_missing_file_is_no_file_of_prompts(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; expected a file of prompts"):
+        read_prompts(tmp_path)
+    with pytest.raises(ValueError, match="does not exist; expected a file of prompts"):
+        read_prompts(tmp_path / "none.txt")

@@ -10,7 +10,7 @@ from PIL import Image
 from dcdd_core.evaluation.figures import grouped_bars, histograms
 from dcdd_core.evaluation.frechet import FrechetStatistics
 from dcdd_core.evaluation.image_folder import ImageFile
-from dcdd_core.evaluation.report import results_of, write_report
+from dcdd_core.evaluation.report import markdown, results_of, write_report
 
 HEADS = {"frechet": "rFID", "psnr": "PSNR"}
 
@@ -79,3 +79,16 @@ def test_a_report_of_numbers_that_json_cannot_hold_is_refused(tmp_path):
 )
 def test_plots_show_something(plot):
     assert len(np.unique(np.asarray(plot).reshape(-1, 3), axis=0)) > 3
+
+
+def test_what_is_left_out_is_named_and_may_be_no_text(tmp_path):
+    scopes = {"overall": {"VQ": {"frechet": 1.0}}}
+    results, _ = made(scopes, tmp_path)
+    assert "left out" not in markdown(results, title="", heads={"frechet": "FID"}, command="")
+    results["left_out"] = {"unreadable": ["\udce4.png"], "small": ["b.png", "c.png"]}
+    text = write_report(tmp_path, results, title="", heads={"frechet": "FID"}, command="dcdd \udcff")
+    assert (
+        r"1 images cannot be read and are left out: \udce4.png. 2 images are too small and are left out: b.png, c"
+        in text
+    )
+    assert r"`dcdd \udcff`" in (tmp_path / "report.md").read_text("utf-8")

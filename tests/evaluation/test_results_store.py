@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dcdd_core.evaluation.results_store import Measurements, hold_to
 from dcdd_core.pipelines.distributed import Processes, processes
@@ -88,3 +89,21 @@ def test_several_processes_without_accelerate_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ValueError, match="accelerate"), processes("cpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {}, {"dcdd": "[]"}, {"dcdd": "{}"}, {"dcdd": '{"keys": [1]}'}, {"dcdd": "[" * 99999}]
+)
+def test_a_file_with_a_damaged_header_counts_as_missing(tmp_path, metadata):
+    kept = Measurements(tmp_path, ["ssim"])
+    kept.add(["a"], {"ssim": torch.ones(1)})
+    save_file({"ssim": torch.ones(1)}, tmp_path / "other.safetensors", metadata=metadata)
+    save_file({"ssim": torch.ones(2)}, tmp_path / "short.safetensors", metadata={"dcdd": '{"keys": ["b"]}'})
+    assert kept.done() == {"a"} and kept.gather(["a"], "ssim").tolist() == [1]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 200_000, "version https://git-lfs.github.com/spec/v1"])
+def test_damaged_settings_are_named(tmp_path, content):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ValueError, match=r"settings.json .*: delete it if you are sure .*, or give another --out"):
+        hold_to({"seed": 0}, tmp_path)

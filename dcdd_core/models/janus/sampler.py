@@ -268,6 +268,12 @@ class JanusSampler:
     def _rows(self, prompts: Sequence[str], guided: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Prompts -> unique ids [U, L] padded on the left, the padding of each [U], and which one each row has [R]."""
         rows = [tuple(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
+        room = self.model.model.language_model.config.max_position_embeddings - self.grid[0] * self.grid[1]
+        if (longest := max(map(len, rows))) > room:
+            raise ValueError(
+                f"a prompt has {longest:,} tokens, but {self.name} has positions for {max(0, room):,} before an image: "
+                "shorten it"
+            )
         if guided:
             rows += [tuple(unconditional_ids(ids, self.tokenizer)) for ids in rows]
         unique = {ids: i for i, ids in enumerate(dict.fromkeys(rows))}
