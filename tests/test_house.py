@@ -30,9 +30,9 @@ MODELS = ("dcdd_core.models", "dcdd_core.registry", "dcdd_core.method", *FOUNDAT
 # What of the embedded world the nodes use. It imports nothing of the library.
 PICO_LEAVES = ("dcdd_pico.embedded", "dcdd_pico.scenes")
 ROOMS: dict[str, tuple[str, ...]] = {
-    "dcdd_core.files": (),
+    "dcdd_core.files": ("dcdd_core.settings",),
     "dcdd_core.settings": (),
-    "dcdd_core.types": ("dcdd_core.files",),
+    "dcdd_core.types": ("dcdd_core.files", "dcdd_core.settings"),
     "dcdd_core.protocols": ("dcdd_core.types",),
     "dcdd_core.method": FOUNDATION,
     "dcdd_core.models": ("dcdd_core.registry", "dcdd_core.method", *FOUNDATION),
