@@ -284,6 +284,48 @@ def test_errors_are_one_line_and_exit_1(arguments, words, tmp_path, capsys, monk
     assert error.startswith("dcdd: ") and words in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--vlm", "pico", "--data", "i", "--vae", "v"], "--vae would do nothing: pico has its own autoencoder"),
+        (
+            ["--vlm", "pico", "--data", "i", "--width", "64"],
+            "--width would do nothing: the decoder that is started from",
+        ),
+        (["--vlm", "j", "--vae", "v", "--data", "i", "--bundle", "b", "--width", "64"], "--width would do nothing"),
+        (["--vlm", "pico", "--data", "i", "--rank", "8"], "--rank would do nothing: only --train lora has a rank"),
+        (["--vlm", "pico", "--cache", "c", "--column", "jpg"], "--column would do nothing: what a cache holds"),
+        (["--vlm", "pico", "--cache", "c", "--min-side", "9"], "--min-side would do nothing"),
+        (["--vlm", "pico", "--cache", "c", "--skip-unreadable", "0.5"], "--skip-unreadable would do nothing"),
+        (["--vlm", "pico", "--data", "i", "--skip-unreadable", "2"], "--skip-unreadable must lie in 0..1"),
+        (["cache", "--vlm", "pico", "--data", "i", "--vae", "v"], "--vae would do nothing"),
+        (["cache", "--vlm", "pico", "--data", "i", "--min-side", "0"], "--min-side must be at least 1"),
+    ],
+)
+def test_training_refuses_options_that_do_nothing(arguments, words, tmp_path, capsys):
+    pytest.importorskip("accelerate", reason="it comes with the 'train' extra")
+    assert main(["train", *arguments, "--out", str(tmp_path / "out")]) == 1
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_training_and_cache_take_the_policy_for_images(tmp_path, capsys):
+    pytest.importorskip("accelerate", reason="it comes with the 'train' extra")
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4):
+        Image.fromarray(render_scene("test", i, size=47 if i == 3 else 96).image).save(images / f"{i}.png")
+    (images / "2.png").write_bytes(b"no image")
+    cache = ["train", "cache", "--vlm", "pico", "--data", str(images), "--cpu", "--out", str(tmp_path / "cache")]
+    assert main(cache) == 1
+    said = capsys.readouterr()
+    assert "1 of 3 images of" in said.err and "2.png (UnidentifiedImageError" in said.err
+    assert "1 images have a side below 48 pixels (--min-side) and are left out" in said.out
+    assert main([*cache, "--skip-unreadable", "0.34"]) == 0
+    assert main([*cache[:-1], str(tmp_path / "other"), "--skip-unreadable", "0.34", "--min-side", "47"]) == 0
+    items = [json.loads((tmp_path / name / "manifest.json").read_text())["items"] for name in ("cache", "other")]
+    assert items == [2, 3]
+
+
 OUTPUTS = [
     (["generate", PROMPT, "--out", "{}.png"], "--out"),
     (["generate", PROMPT, "--logits", "{}"], "--logits"),
