@@ -187,6 +187,11 @@ def _require_sound(path: str | Path, decoder: DistributionConditionedDecoder) ->
                 continue
             with reading(path, _BUNDLE):
                 tensor = file.get_tensor(name)
+            if not tensor.is_floating_point():
+                raise ValueError(
+                    f"{path} holds {name} in {str(tensor.dtype).removeprefix('torch.')}, expected floating-point "
+                    "weights; quantised bundles are not read: take the original (it can be held in 8 bits, eight_bit)"
+                )
             require_checksums(path, {name: tensor}, checksums)
             if not is_finite(tensor):
                 raise ValueError(

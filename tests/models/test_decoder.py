@@ -378,6 +378,25 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
         load_decoder(path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", ["adapter.fuse.weight", "transformer.transformer_blocks.0.attn.to_q.weight"])
+def test_weights_that_are_no_floats_are_refused(tmp_path, name, dtype):
+    path = tmp_path / "d.safetensors"
+    save_bundle(path, tiny_decoder())
+    tensors = load_file(path)
+    tensors[name] = tensors[name].to(dtype)
+    with_card(path, asdict(tiny_card()), tensors)
+    with pytest.raises(ValueError, match=f"d.safetensors holds {name} in {str(dtype)[6:]}, expected floating-point"):
+        load_decoder(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e4m3fn])
+def test_every_float_is_read(tmp_path, dtype):
+    path = tmp_path / "d.safetensors"
+    save_bundle(path, tiny_decoder(), dtype=dtype)
+    assert load_decoder(path, options=DecoderOptions(dtype=torch.float32)).dtype == torch.float32
+
+
 def test_weights_that_diverged_are_not_written(tmp_path):
     decoder, path = tiny_decoder(), tmp_path / "d.safetensors"
     with torch.no_grad():
