@@ -51,26 +51,33 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             temporary.chmod(stat.S_IMODE(mode))
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written ({error}): {_way_out(error, path)}") from error
+        raise OSError(f"{path} could not be written ({error}): {way_out(error, path)}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _way_out(error: Exception, path: Path) -> str:
-    """What to do about a file that could not be written."""
+def way_out(error: BaseException, path: str | Path) -> str:
+    """What to do about a file that could not be written, after the reason that the system gave.
+
+    Args:
+        error: an OSError, or another library's that quotes one. Of one without a number, a disk that has less than
+            64 MB left is the reason.
+    """
+    folder = Path(path).parent
     # safetensors writes the system's number into its text.
     said = re.search(r"os error (\d+)", str(error))
     number = getattr(error, "errno", None) or (int(said[1]) if said else None)
-    if number in _FULL:
-        with suppress(OSError):
-            free = shutil.disk_usage(path.parent).free / 1e9
-            return f"{free:.1f} GB are free there; make room and do the same again"
-        return "make room and do the same again"
+    free: int | None = None
+    with suppress(OSError):
+        free = shutil.disk_usage(folder).free
+    if number in _FULL or (number is None and free is not None and free < 2**26):
+        left = "" if free is None else f"{free / 1e9:.1f} GB are free there; "
+        return f"{left}make room and do the same again"
     if number == errno.EROFS:
         return "its disk is read-only; choose a folder on another one"
     if number in (errno.EACCES, errno.EPERM):
-        return f"you may not write there; change the permissions of {path.parent}, or choose another folder"
+        return f"you may not write there; change the permissions of {folder}, or choose another folder"
     if number == errno.EISDIR:
         return "a folder lies in the file's place; choose another name, or move that folder"
     if number in (errno.ENOTDIR, errno.EEXIST):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import threading
 
 import pytest
@@ -22,6 +23,7 @@ from dcdd_core.files import (
     require_checksums,
     stored_checksums,
     tensor_checksums,
+    way_out,
     whole_file,
     write_record,
     write_tensors,
@@ -152,6 +154,13 @@ def test_only_a_full_disk_asks_to_make_room(tmp_path, number, says, of_safetenso
         raise system_error(number, of_safetensors)
     assert ("make room" in str(caught.value)) == (number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("free", "says"), [(2**20, "0.0 GB are free there; make room"), (2**30, "check the disk")])
+def test_a_reason_without_a_number_is_a_full_disk_if_the_disk_is_full(tmp_path, monkeypatch, free, says):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40 - free, free))
+    assert way_out(RuntimeError("file write failed"), tmp_path / "a.txt").startswith(says)
+    assert way_out(OSError(errno.EACCES, "denied"), tmp_path / "a.txt").startswith("you may not write there")
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path):

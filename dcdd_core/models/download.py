@@ -308,8 +308,20 @@ def _explained(repository: str, folder: Path, endpoint: str) -> Iterator[None]:
             ) from error
         raise ValueError(f"{endpoint} answered {status} for {repository}: try later; {again}") from error
     except (OSError, HTTPError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(f"the disk of {folder} is full: make room; {again}") from error
-        if getattr(error, "filename", None) is not None:
+        if number == errno.EFBIG:
+            raise ValueError(
+                f"the disk of {folder} takes no file as large as this one: choose a folder on another disk (FAT32 ends "
+                "at 4 GB)"
+            ) from error
+        # A write that fails names no file, as a connection does not.
+        if getattr(error, "filename", None) is not None or number in (
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EIO,
+        ):
             raise ValueError(f"{folder} cannot be written to ({error}): choose another folder") from error
         raise ValueError(f"the connection to {endpoint} broke or was not made ({error}): {again}") from error

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import socket
 import threading
 from collections import namedtuple
@@ -339,12 +340,24 @@ def test_a_disk_without_room_is_told_before_anything_comes(tmp_path, hub, monkey
     assert not hub.asked_for("model.safetensors") and not held(tmp_path)
 
 
-def test_a_disk_that_fills_up_meanwhile_is_explained(tmp_path, hub, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "is full: make room; what has come is kept"),
+        (errno.EDQUOT, "is full: make room; what has come is kept"),
+        (errno.EFBIG, "takes no file as large as this one: choose a folder on another disk"),
+        (errno.EROFS, "cannot be written to .*: choose another folder"),
+        (errno.EACCES, "cannot be written to .*: choose another folder"),
+        (errno.EIO, "cannot be written to .*: choose another folder"),
+        (errno.ECONNRESET, "the connection to .* broke or was not made .*: what has come is kept"),
+    ],
+)
+def test_a_disk_that_fails_meanwhile_is_explained(tmp_path, hub, monkeypatch, number, says):
     def fail(self, chunk):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(_ReportingFile, "write", fail)
-    with pytest.raises(ValueError, match="is full: make room; what has come is kept"):
+    with pytest.raises(ValueError, match=says):
         download(REPOSITORY, tmp_path, files=["model.safetensors"], endpoint=hub.endpoint)
     assert "model.safetensors" not in held(tmp_path)
 
