@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 import sys
 import warnings
 from dataclasses import replace
@@ -293,6 +294,9 @@ def test_plots_show_their_own_section(drawn, monkeypatch):
     monkeypatch.setattr(paper_report, "_ablation_grids", lambda *given: (["scenes", *given], ["captions", *given]))
     draw(setup, results, Path("f"))
     assert [path.parent for path in drawn] == [Path("f")] * 7
+    sources = {name: Provenance(name, "abc1234", "a key") for name in results}
+    text = report_markdown(Measured(results, sources), options=TableOptions(out=Path()), causes="")
+    assert sorted(re.findall(r"!\[.+\]\(report/(.+)\)", text)) == sorted(path.name for path in drawn)
     found = {path.name: image for path, image in drawn.items()}
     assert found["table-1.png"] == ["sheet", {name: token_statistics(row) for name, row in calibration.items()}]
     heads = ("rFID ↓", "SSIM ↑", "perceptual distance ↓", "gFID ↓")
@@ -335,6 +339,7 @@ def test_image_grids_show_what_their_columns_say(drawn, monkeypatch):
         return SimpleNamespace(card=tiny_card(base="of the ablation", variant=path, reads="logits", calibration=None))
 
     monkeypatch.setattr(paper_report, "load_decoder", load)
+    monkeypatch.setattr(paper_report, "DecoderOptions", lambda **options: options)
     monkeypatch.setattr(paper_report, "scene_pixels", lambda images, device: scene_pixels(images, device))
     setup = stub_setup(monkeypatch, paper_report)
     ablation = {f"{variant}, seed {seed}": f"{variant}{'!' * seed}" for seed in (0, 1) for variant in VARIANTS}
@@ -347,7 +352,21 @@ def test_image_grids_show_what_their_columns_say(drawn, monkeypatch):
     variants = {name: OFFSETS[name] for name in VARIANTS}
     assert_grid(found["table-4-pictures.png"], {"scene": 0} | variants)
     assert_grid(found["table-4-captions.png"], {VQ: OFFSETS["vq"]} | variants)
-    assert asked == [DecoderOptions(device="cpu", dtype=torch.float32)] * 3
+    assert asked == [{"device": "cpu", "dtype": torch.float32}] * 3
+
+
+def test_the_command_describes_itself_and_writes_into_docs(monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def parse(parser):
+        assert parser.description == paper_report.__doc__ and parser.get_default("docs") == Path("docs")
+        assert all(action.help for action in parser._actions)
+        raise Parsed
+
+    monkeypatch.setattr(paper_report, "parse", parse)
+    with pytest.raises(Parsed):
+        paper_report.main()
 
 
 @pytest.mark.parametrize("ablation, sections", [({}, 6), ({"lcdm, seed 0": Path("b")}, 7)])
