@@ -37,11 +37,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         OSError: if the block cannot write, such as on a full disk; says what to do.
     """
     path = Path(path)
-    # A name of its own for each writer: two that shared one would mix what they write.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    # A name of its own for each writer: two that shared one would mix what they write. No longer than any name may be.
+    temporary = path.with_name(f"{path.name[:40]}.{secrets.token_hex(4)}.tmp")
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "a folder has its name")
+        with suppress(FileNotFoundError):
+            if stat.S_ISDIR(path.stat().st_mode):
+                raise IsADirectoryError(errno.EISDIR, "a folder has its name")
         path.parent.mkdir(parents=True, exist_ok=True)
         # The system applies the umask, and a folder's default permissions, to a file that is made in this way alone.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

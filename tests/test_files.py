@@ -163,6 +163,12 @@ def test_a_reason_without_a_number_is_a_full_disk_if_the_disk_is_full(tmp_path, 
     assert way_out(OSError(errno.EACCES, "denied"), tmp_path / "a.txt").startswith("you may not write there")
 
 
+def test_the_longest_names_can_be_written(tmp_path):
+    for name in ("x" * 255, "\u00e4" * 127):
+        write_text(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+
+
 def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
