@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import tarfile
@@ -133,6 +134,19 @@ def test_pixels_are_kept_where_localised_training_needs_them(tmp_path, images, n
     encodings.require(CacheCard.of(**networks, geometry=geometry, pixels=True))
     with pytest.raises(ValueError, match="holds another cache: it keeps the pixels"):
         write(tmp_path / "cache", images, networks)
+
+
+def test_a_bar_shows_rate_time_left_and_memory_in_a_terminal_alone(tmp_path, images, networks, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, wanted in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr("sys.stderr", stream)
+        write(tmp_path / f"cache-{wanted}", images, networks)
+        last = stream.getvalue().split("\r")[-1].strip()
+        assert bool(re.search(rf"^cache: .*{COUNT}/{COUNT} .*image/?s?.* GB of memory", last)) == wanted, last
+        assert bool(stream.getvalue()) == wanted
 
 
 def test_any_item_is_read_alone(whole):
