@@ -444,7 +444,7 @@ def link(path, target):
 
 
 def test_linked_folders_are_followed_once_and_not_in_circles(tmp_path):
-    root, other = tmp_path / "root", tmp_path / "other"
+    root, other = tmp_path / "top", tmp_path / "other"
     for path, number in ((root / "a/1.png", 1), (other / "2.png", 2), (other / "deep/3.png", 3)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(number))
@@ -459,17 +459,17 @@ def test_linked_folders_are_followed_once_and_not_in_circles(tmp_path):
 
 
 def test_patterns_follow_linked_folders_once(tmp_path, monkeypatch):
-    write("webdataset", tmp_path / "root/a", {"x": png(1)}, files=1)
+    write("webdataset", tmp_path / "top/a", {"x": png(1)}, files=1)
     write("webdataset", tmp_path / "other", {"y": png(2)}, files=1)
-    write("webdataset", tmp_path / "root/.hidden", {"z": png(3)}, files=1)
-    link(tmp_path / "root/linked", tmp_path / "other")
+    write("webdataset", tmp_path / "top/.hidden", {"z": png(3)}, files=1)
+    link(tmp_path / "top/linked", tmp_path / "other")
     for i in range(8):  # `glob` lists 8 ** 40 paths here
-        link(tmp_path / f"root/a/up{i}", tmp_path / "root")
+        link(tmp_path / f"top/a/up{i}", tmp_path / "top")
     expected = ["a/shard-000.tar", "linked/shard-000.tar"]
     for pattern in ("**/*.tar", "**/shard-{000..000}.tar", "**"):
-        files = open_images(f"{tmp_path}/root/{pattern}", SIZES).files
-        assert [str(file.relative_to(tmp_path / "root")) for file in files] == expected
-    monkeypatch.chdir(tmp_path / "root")
+        files = open_images(f"{tmp_path}/top/{pattern}", SIZES).files
+        assert [str(file.relative_to(tmp_path / "top")) for file in files] == expected
+    monkeypatch.chdir(tmp_path / "top")
     assert [str(file) for file in open_images("**/*.tar", SIZES).files] == expected
     assert [str(file) for file in open_images("a/**/*.tar", SIZES).files] == [
         "a/shard-000.tar",
