@@ -242,6 +242,14 @@ def test_the_cards_own_autoencoder_is_loaded(tmp_path, janus):
     assert models.codec.scale == 0.5
 
 
+def test_numbers_that_went_through_float32_are_the_same():
+    class Rounded:
+        channels, factor, shift, scale = 16, 2, float(torch.tensor(0.1)), float(torch.tensor(13.0254))
+
+    assert abs(Rounded.scale - 13.0254) > 1e-7
+    check_codec(Rounded(), tiny_decoder(vae_scale=13.0254))
+
+
 def test_an_autoencoder_of_another_kind_is_told_by_its_numbers():
     class Other:
         channels, factor, shift, scale = 16, 2, None, None
