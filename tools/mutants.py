@@ -443,7 +443,8 @@ def report(results: dict) -> bool:
         "",
         "`make mutants` changes one place of the code at a time (an operator, a number, a comparison, an argument, a "
         "whole statement) and runs the tests of that module. A change that no test notices survives. "
-        f"At most {100 * ALLOWED:g} % of a module's may, or a single one, and each has to be equivalent: no input tells it from the original. "
+        f"At most {100 * ALLOWED:g} % of a module's may, or a single one, and each has to be equivalent: no input "
+        "tells it from the original. "
         "`tools/mutants.py` lists the modules and their tests, `tools/equivalent_mutants.toml` the reasons.",
         "",
         "| module | mutants | killed | timed out | survived | commit, date |",
