@@ -120,7 +120,7 @@ def test_weights_are_the_confidence_one_or_nothing():
     assert torch.equal(position_weights(confidence, "uniform"), torch.ones(2, 2))
     assert torch.equal(position_weights(confidence, free=free), torch.tensor([[0.25, 0], [1, 0]]))
     assert torch.equal(position_weights(confidence, "uniform", free), torch.tensor([[1.0, 0], [1, 0]]))
-    assert position_weights(confidence.half()).dtype == torch.float32
+    assert all(position_weights(confidence.half(), weight).dtype == torch.float32 for weight in guidance.WEIGHTS)
     with pytest.raises(ValueError, match="weight must be one of confidence, uniform, got 'margin'"):
         position_weights(confidence, "margin")
 
@@ -146,14 +146,15 @@ def test_a_step_has_the_size_that_the_strength_and_the_time_say():
 def test_no_strength_no_gradient_or_no_noise_changes_nothing():
     clean = torch.randn(B, 4, 3, 3, generator=torch.Generator().manual_seed(5)).bfloat16()
     assert torch.equal(guide_clean(clean, torch.ones_like(clean), 0.6, 0.0), clean)
+    assert guide_clean(clean, torch.full_like(clean, torch.nan), 0.6, 0.0) is clean
     assert torch.equal(guide_clean(clean, torch.zeros_like(clean), 0.6, 0.4), clean)
     assert torch.equal(guide_clean(clean, torch.ones_like(clean), 0.0, 0.4), clean)
     assert guide_clean(clean, torch.ones_like(clean), 0.6, 0.4).dtype == torch.bfloat16
 
 
 def test_the_pull_falls_with_the_square_of_time():
-    clean, target = torch.zeros(1, 2), torch.tensor([[1.0, -2.0]])
-    torch.testing.assert_close(pull_to(clean, target, 0.5, 0.8), torch.tensor([[0.2, -0.4]]))
+    clean, target = torch.tensor([[3.0, 1.0]]), torch.tensor([[4.0, -1.0]])
+    torch.testing.assert_close(pull_to(clean, target, 0.5, 0.8), torch.tensor([[3.2, 0.6]]))
     assert torch.equal(pull_to(clean, target, 1.0, 1.0), target)
     assert pull_to(clean, target, 0.5, 0.0) is clean
 
@@ -210,6 +211,7 @@ def test_what_does_not_fit_is_refused(case, codebook):
             token_cross_entropy(features, wrong, codebook, scale=SCALE)
     with pytest.raises(ValueError, match=rf"must be \[B, N, {D}\] alike"):
         token_cross_entropy(features[..., :7], c[..., :7], codebook, scale=SCALE)
+    assert token_cross_entropy(features, c, codebook, scale=0.5).isfinite().all()
     for scale in (0, -1, math.inf, math.nan):
         with pytest.raises(ValueError, match=r"scale must be a positive number, got .*: take the calibration's"):
             token_cross_entropy(features, c, codebook, scale=scale)
