@@ -918,6 +918,7 @@ CASES = [
             check=anything,
             previews=0,
             previewing="none",
+            loose=("it",) if "vae" in inputs else (),
         )
         for node, inputs in (
             ("DCDD_JanusLogitSampler", DRAW),
