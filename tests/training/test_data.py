@@ -8,7 +8,6 @@ import pickle
 import socket
 import sys
 import tarfile
-import tracemalloc
 import warnings
 import zlib
 from itertools import chain, islice
@@ -561,9 +560,14 @@ def test_empty_shards_among_good_ones_are_passed_over_with_a_line(tmp_path, kind
             {"n": [], "image": []},
             features=datasets.Features({"n": datasets.Value("int64"), "image": datasets.Image()}),
         ).to_parquet(path / "z.parquet")
-    with pytest.warns(UserWarning, match=rf"[az].{suffix} (is empty and passed over|has no rows and is passed over)"):
+    with pytest.warns(UserWarning) as warned:
         images = open_images(path, SIZES)
         assert sorted(epoch(images, shard(), 0)) == list(range(6))
+    said = {str(warning.message) for warning in warned}
+    lines = ["a.parquet is empty and passed over", "z.parquet has no rows and is passed over"]
+    if suffix == "tar":
+        lines = [f"{name}.tar is empty and passed over" for name in "ayz"]
+    assert said == {f"{path / line}" for line in lines}
     for file in path.glob(f"*.{suffix}"):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="is empty, and so are all"):
@@ -594,17 +598,15 @@ def test_a_parquet_file_may_not_declare_far_more_than_it_holds(tmp_path):
         epoch(open_images(lists, SIZES, column="image"), shard(), 0)
 
 
-def test_a_repeated_value_of_a_parquet_file_is_not_held_in_every_row(tmp_path, monkeypatch):
-    path = parquet_of(tmp_path / "a.parquet", [png(7, (300, 300)) + bytes(10_000_000)] * 60, compression="zstd")
-    assert path.stat().st_size < 10_000
-    tracemalloc.start()
-    images = open_images(path, SIZES)
-    assert [number_of(images.load(e).pixels) for e in islice(images.entries(shard(window=2), 0), 8)] == [7] * 8
-    assert tracemalloc.get_traced_memory()[1] < 150e6  # 60 of them have 600 MB
-    tracemalloc.stop()
+def test_a_repeated_value_of_a_parquet_file_is_not_held_in_every_row(tmp_path):
     import pyarrow as pa
 
-    assert pa.total_allocated_bytes() < 150e6
+    path = parquet_of(tmp_path / "a.parquet", [png(7, (300, 300)) + bytes(10_000_000)] * 60, compression="zstd")
+    assert path.stat().st_size < 10_000
+    rows = shards.parquet_rows(path, "image", 0)
+    assert number_of(square(read_rgb(next(rows)), 16)) == 7
+    assert pa.total_allocated_bytes() < 150e6  # 60 of them have 600 MB
+    rows.close()
 
 
 def tar_of(path, mode="w", **members):
