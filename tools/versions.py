@@ -177,11 +177,9 @@ def requirements(row: Row, lock: str) -> tuple[list[str], str]:
 
 
 def interpreter(version: str) -> str | None:
-    """The path of a Python of that minor version: on PATH, or among pyenv's."""
-    if found := shutil.which(f"python{version}"):
-        return found
-    installed = (Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python")
-    return str(max(installed, default="")) or None
+    """The path of a Python of that minor version: pyenv's, or the one on PATH."""
+    installed = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"))
+    return str(installed[-1]) if installed else shutil.which(f"python{version}")
 
 
 def run_row(row: Row, commit: str, *, keep: bool) -> dict:

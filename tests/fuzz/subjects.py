@@ -216,8 +216,7 @@ def _build_run(folder: Path) -> None:
 def _resumed(folder: Path) -> str:
     AcceleratorState._reset_state(reset_partial_state=True)
     decoder = runs.run(folder / "run", folder / "images", steps=3, what="adapter")
-    losses = [json.loads(line).get("loss") for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    return digest(*decoder.adapter.state_dict().values(), losses)
+    return digest(*decoder.adapter.state_dict().values())
 
 
 _PROMPTS = ["a red star", "a blue circle on sand", "zwei Häuser"]
