@@ -28,6 +28,7 @@ from dcdd_core.training.ema import EMA
 from dcdd_core.training.optimizers import adamw_with_muon
 from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 
+from . import embedded
 from .build_context import BuildContext
 from .scenes import SceneFacts, vocabulary
 from .train_tokenizer import tokens_digest
@@ -211,8 +212,7 @@ def save_janus(
 ) -> JanusSampler:
     """Writes the model in the transformers layout (float16), and returns the model read back from these files."""
     janus = copy.deepcopy(janus).half()
+    janus.config.dcdd_name = embedded.NAME
     janus.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    sampler = JanusSampler.load(folder, device=device)
-    sampler.name = "pico"  # as `load_pico` does: a calibration belongs to a VLM by name
-    return sampler
+    return JanusSampler.load(folder, device=device)

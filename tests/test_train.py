@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dcdd_core.cli import train as cli
 from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card
+from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.pipelines.load import ModelPaths, load_models
@@ -217,6 +218,21 @@ def test_a_run_has_checkpoints_before_its_end_and_keeps_as_many_as_asked_for(run
     assert found == [f"step-{step:08}" for step in (2, 4, 6, 8)]
 
 
+def test_a_bundle_of_pico_is_calibrated_for_the_vlm_in_its_own_folder_whatever_that_is_called(tmp_path):
+    shutil.copytree(embedded.WEIGHTS / "janus", tmp_path / "renamed")
+    sampler = JanusSampler.load(tmp_path / "renamed")
+    card = read_card(embedded.WEIGHTS / "decoder.safetensors")
+    assert sampler.name == card.calibration.vlm == "pico"
+    config = tmp_path / "renamed" / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"dcdd_name": 7}))
+    with pytest.raises(ValueError, match="config.json: dcdd_name must be a text"):
+        JanusSampler.load(tmp_path / "renamed")
+    del told["dcdd_name"]
+    config.write_text(json.dumps(told))
+    assert JanusSampler.load(tmp_path / "renamed").name == "renamed"
+
+
 def test_a_run_starts_from_a_bundle_with_other_numbers(run, tmp_path):
     assert run() == 0 and run("--bundle-now") == 0
     bundle = tmp_path / "run" / "decoder-step-00000002.safetensors"
@@ -363,7 +379,7 @@ def test_over_a_base_only_what_changed_is_kept(run, pico, tmp_path):
     bundle = tmp_path / "run" / "decoder.safetensors"
     card = read_card(bundle)
     assert (card.base, card.width, card.licence, card.calibration.scale) == ("base", 16, "mine", 20.0)
-    assert (card.tokenizer, card.resolution, card.pixels_per_token) == ("janus", 96, 8)
+    assert (card.tokenizer, card.resolution, card.pixels_per_token) == ("pico", 96, 8)
     with pytest.raises(ValueError, match="it needs its base model base as well"):
         load_decoder(bundle)
     assert load_decoder(bundle, base).card == card

@@ -127,4 +127,6 @@ def _sampling_mismatch(grid: TokenLogits, calibration: Calibration | None) -> st
         for name, (came, own) in pairs.items()
         if came is not None and own is not None and came != own
     ]
-    return f"the logits were sampled with {', '.join(differ)}: calibrate again for these" if differ else None
+    # Names of VLMs are mostly names of folders.
+    unless = ", unless both names are of one VLM" if any(text.startswith("VLM ") for text in differ) else ""
+    return f"the logits were sampled with {', '.join(differ)}: calibrate again for these{unless}" if differ else None

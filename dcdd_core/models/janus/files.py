@@ -28,7 +28,8 @@ from transformers import (
 )
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from ...files import read_json, reading, regular_file
+from ...files import in_file, read_json, reading, regular_file
+from ...settings import require_text
 from ..checkpoints import (
     Header,
     check_count,
@@ -161,7 +162,8 @@ class JanusFolder:
     Attributes:
         path: the folder.
         kind: its model_type.
-        name: of the model: the folder's, or the repository's in the layout of the hub's cache.
+        name: of the model: its config.json's "dcdd_name", or the folder's, or the repository's in the layout of the
+            hub's cache. A calibration belongs to a VLM by name, and folders are renamed.
 
     Raises:
         ValueError: if there is no such folder, or its config.json is damaged or of another model.
@@ -177,8 +179,10 @@ class JanusFolder:
                 f"{self.path} holds a model of type {self.kind!r}, expected {known}: choose a folder with a Janus or "
                 "Janus-Pro model"
             )
-        self.name = _name(self.path.resolve())
         self._file = self.path / "config.json"
+        with in_file(self._file):
+            require_text("dcdd_name", self._config.get("dcdd_name"), optional=True)
+        self.name = self._config.get("dcdd_name") or _name(self.path.resolve())
         self._layout = _LAYOUTS[self.kind]
 
     def words(self) -> PreTrainedTokenizerFast:
