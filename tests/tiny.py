@@ -84,6 +84,7 @@ def tiny_janus(seed: int = 0) -> tuple[JanusForConditionalGeneration, PreTrained
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=None,
             pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=True,  # transformers 4 reads it here, 5 has it by default in the whole
         ),
         vision_config=JanusVisionConfig(
             hidden_size=16,
