@@ -305,7 +305,8 @@ def test_ways_of_quantising_are_told_apart(unexpected, dtypes, how):
 
 def test_names_that_sound_like_quantising_are_not():
     """Those of Stable Diffusion's autoencoders and of a VQ model."""
-    names = ["quant_conv.weight", "post_quant_conv.bias", "quantize.embedding.weight", "norm.scale", "position_ids"]
+    names = ["quant_conv.weight", "quantize.embedding.weight", "norm.scale", "position_ids"]
+    names += ["absmax_pool.weight", "my_qweights", "weight_scale_of.bias"]  # the signs, within longer words
     assert checkpoints.quantised({"quant_conv.weight": "F16", "float8": "F8_E4M3"}, names) is None
 
 

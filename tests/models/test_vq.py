@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from transformers import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core.models.janus.tokenizer import load_tokenizer
 from dcdd_core.models.vq import VQTokenizer
@@ -99,6 +101,15 @@ def test_a_vq_folder_of_its_own_loads(tmp_path, vq):
     again = load_tokenizer(tmp_path / "vq", dtype=torch.float32)
     assert again.codebook.fingerprint == vq.codebook.fingerprint
     assert torch.equal(again.features(pixels()), vq.features(pixels()))
+
+
+def test_a_last_level_without_blocks_has_no_tensors_and_loads(tmp_path):
+    """As pico's."""
+    config = {**tiny_vq().config.to_dict(), "num_res_blocks": 0}
+    model = JanusVQVAE(JanusVQVAEConfig(**config))
+    assert not any(name.startswith("encoder.down.2.") for name in model.state_dict())
+    model.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).factor == 4
 
 
 def test_other_models_are_refused(tmp_path):
