@@ -33,11 +33,11 @@ NUMBERS = (
     "1_0",
     "٣",
     "0x10",
-    "\ud800",
+    "\udcff",
     "-0.0",
 )
-WORDS = ("", " ", "nonsense", "\ud800", "\N{PILE OF POO}", "x" * 5000)
-PATHS = ("", " ", "absent", "absent/below", "folder", "fifo", "device", "empty", "text", "\ud800", "x" * 300, "loop")
+WORDS = ("", " ", "nonsense", "\udcff", "\N{PILE OF POO}", "x" * 5000)
+PATHS = ("", " ", "absent", "absent/below", "folder", "fifo", "device", "empty", "text", "\udcff", "x" * 300, "loop")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Option:
             return NUMBERS
         if self.action.choices is not None:
             return WORDS
-        return (*PATHS, *WORDS)
+        return tuple(dict.fromkeys((*PATHS, *WORDS)))
 
 
 @cache
@@ -100,7 +100,8 @@ def _base(command: tuple[str, ...], out: Path) -> dict[str | None, str]:
         ("dcdd", "calibrate"): {"--count": "1", "--out": "out.safetensors"},
         ("dcdd", "inspect"): {"--count": "2", "--out": "out.png"},
         ("dcdd", "demo"): {"--out": "out.png"},
-        ("dcdd", "evaluate", "text"): {"--prompts": str(out / "prompts.txt"), "--out": "out", "--steps": "1"},
+        ("dcdd", "evaluate", "text"): {"--prompts": str(out / "prompts.txt"), "--references": images}
+        | {"--out": "out", "--steps": "1"},
         ("train.py", "train"): training | {"--precision": "no", "--warmup": "0"},
         ("train.py", "cache"): {"--vlm": "pico", "--data": images, "--out": "cache"},
         ("train.py", "estimate"): {},
@@ -114,7 +115,7 @@ class Commands:
     def __init__(self, folder: Path):
         self.folder = folder
         png_folder(folder / "given" / "images", count=2, side=96)
-        (folder / "given" / "prompts.txt").write_text(f"{PROMPT}\n")
+        (folder / "given" / "prompts.txt").write_text(f"{PROMPT}\na blue star\n")
 
     def run(self, number: int) -> Outcome:
         """The input of that number, of `inputs`."""
@@ -179,7 +180,8 @@ class Commands:
             flag = option.flag or option.action.dest
             named = [flag, flag.lstrip("-"), flag.lstrip("-").replace("-", "_"), flag.lstrip("-").replace("-", " ")]
             last = output.strip().splitlines()[-1] if output.strip() else ""
-            clear = any(name in last for name in named) or (bad.strip() and bad[:40] in last)
+            typed = bad[:40].encode("utf-8", "backslashreplace").decode()
+            clear = any(name in last for name in named) or (bad.strip() and typed in last)
             return (REFUSED if clear else UNCLEAR), tail
         if found["digest"] != "0":
             return TRACEBACK, f"ended with {found['digest']}: {tail}"
