@@ -195,7 +195,7 @@ def fill_config(path: str | Path | None = None) -> dict[str, Any]:
 
     Raises:
         ValueError: if nothing is there, or a folder without a configuration; for a configuration that is not FLUX's, or
-            declares more blocks than the folder's weights have.
+            declares more blocks than the folder's weights have, if it has any.
     """
     published = {**FLUX_FILL_CONFIG, "axes_dims_rope": list(FLUX_FILL_CONFIG["axes_dims_rope"])}
     if path is None:
@@ -209,6 +209,8 @@ def fill_config(path: str | Path | None = None) -> dict[str, Any]:
         config["out_channels"] = config["in_channels"]
     file = path / "config.json"
     require_config(config, str(file))
+    if not (any(path.glob("*.safetensors*")) or any(path.glob("*.bin*"))):
+        return config  # An estimate needs no weights.
     names = read_headers(path)
     for setting, blocks in (("num_layers", "transformer_blocks."), ("num_single_layers", "single_transformer_blocks.")):
         check_count(file, setting, config[setting], names, blocks)
