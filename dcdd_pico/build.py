@@ -20,6 +20,7 @@ from dcdd_core.training.log import read_log
 from .build_context import WORK, BuildContext, Recipe
 from .embedded import WEIGHTS
 from .export import export
+from .prior import PRIOR
 from .results_table import results_markdown
 from .scene_cache import encode_scenes
 from .sections import TableOptions
@@ -28,6 +29,7 @@ from .train_autoencoder import train_autoencoder, train_vae_decoder
 from .train_calibration import fit_pico_calibration
 from .train_decoder import train_pico_decoder
 from .train_janus import save_janus, train_janus
+from .train_prior import train_prior
 from .train_reader import train_reader
 from .train_tokenizer import train_tokenizer, train_vq_decoder
 
@@ -50,10 +52,11 @@ STAGES = (
     "vq-decoder",
     "vae-decoder",
     "export",
+    "prior",
 )
 
 
-def build(context: BuildContext, *, until: str = "export", weights: Path = WEIGHTS) -> None:
+def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEIGHTS) -> None:
     """Runs the stages up to and including `until`.
 
     Raises:
@@ -108,6 +111,9 @@ def build(context: BuildContext, *, until: str = "export", weights: Path = WEIGH
         reader=reader,
         recipe=context.recipe,
     )
+    if not reached("prior"):
+        return
+    train_prior(context, weights).save(weights / PRIOR)
 
 
 def main() -> None:
@@ -115,7 +121,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=WORK, help="work folder")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the shipped weights are written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--until", default="export", choices=STAGES, help="stop after this stage")
+    parser.add_argument("--until", default=STAGES[-1], choices=STAGES, help="stop after this stage")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--compile", action="store_true", help="train the decoder with torch.compile")
     parser.add_argument("--no-table", action="store_true", help="do not measure the weights afterwards")
@@ -123,7 +129,7 @@ def main() -> None:
     recipe = replace(Recipe(), seed=chosen.seed, compiled=chosen.compile)
     context = BuildContext(folder=chosen.folder, device=torch.device(chosen.device), recipe=recipe)
     build(context, until=chosen.until, weights=chosen.weights)
-    if chosen.until == "export" and not chosen.no_table:
+    if chosen.until == STAGES[-1] and not chosen.no_table:
         where = {"weights": chosen.weights, "out": context.folder / "table", "device": chosen.device}
         print(results_markdown(TableOptions(**where, bf16=True, compiled=chosen.compile)))
 

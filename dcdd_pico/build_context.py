@@ -53,6 +53,7 @@ class Recipe:
     decoder_learning_rate: float = 2e-3
     decoder_shift: float = 1.5
     choice_scenes: int = 1_024
+    prior_steps: int = 1_500
     variant_steps: int = 1_000
     variant_seeds: int = 3
     compiled: bool = False

@@ -60,6 +60,43 @@ def test_generate_writes_both_pictures_and_the_logits(tmp_path, capsys):
     assert str(out) in capsys.readouterr().out
 
 
+def test_guidance_paints_without_the_trained_decoder(tmp_path):
+    """The prior, a strength on top of the trained decoder, and the trained decoder alone are three images."""
+    images = {}
+    for name, words in {
+        "prior": ["--decoder", "guidance"],
+        "unguided": ["--decoder", "guidance", "--strength", "0"],
+        "trained": [],
+        "on top": ["--strength", "0.2"],
+        "late": ["--start", "0.5"],
+        "off": ["--strength", "0", "--start", "1"],
+    }.items():
+        out = tmp_path / f"{name}.png"
+        assert main(["generate", PROMPT, "--steps", "2", *words, "--out", str(out)]) == 0
+        images[name] = out.read_bytes()
+    assert images["off"] == images["trained"]
+    assert len(set(images.values())) == 5
+
+
+def test_sharpening_writes_an_image_and_says_what_the_encoder_reads(tmp_path, capsys):
+    scene = tmp_path / "scene.png"
+    Image.fromarray(render_scene("test", 0, size=48).image).save(scene)
+    assert main(["sharpen", str(scene), "--steps", "2", "--out", str(tmp_path / "out")]) == 0
+    assert size(tmp_path / "out" / "scene-sharp.png") == (48, 48)
+    assert "scene-sharp.png: the encoder reads" in capsys.readouterr().out
+
+
+def test_sharpening_with_models_of_one_s_own(tmp_path, one_s_own):
+    janus = one_s_own[1]
+    calibration = tmp_path / "c.safetensors"
+    Calibration(scale=20.0).save(calibration)
+    image = next((tmp_path / "images").rglob("*.png"))
+    words = ["sharpen", str(image), "--janus", janus, "--steps", "1", "--out", str(tmp_path / "out")]
+    assert main([*words, "--vae", str(embedded.WEIGHTS / "vae"), "--calibration", str(calibration)]) == 0
+    assert (tmp_path / "out" / f"{image.stem}-sharp.png").is_file()
+    assert main(words) == 1
+
+
 def test_the_same_seed_gives_the_same_file_and_another_does_not(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert (
@@ -230,6 +267,12 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
     [
         (["generate", PROMPT, "--janus", "/nowhere"], "/nowhere"),
         (["generate", "   "], "blank"),
+        (["generate", PROMPT, "--strength", "-1"], "strength"),
+        (["generate", PROMPT, "--strength", "nan"], "strength"),
+        (["generate", PROMPT, "--start", "0"], "--start must be above 0"),
+        (["generate", PROMPT, "--start", "1.5"], "--start must be above 0"),
+        (["demo", "--start", "nan"], "--start must be above 0"),
+        (["sharpen", "/nowhere/x.png"], "/nowhere/x.png"),
         (["generate", PROMPT, "--temperature", "-1"], "temperature"),
         (["generate", PROMPT, "--steps", "0"], "steps"),
         (["generate", PROMPT, "--shift", "nan"], "shift must be a number"),

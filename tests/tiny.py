@@ -29,6 +29,7 @@ from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.types import Calibration, Codebook, Condition, TokenLogits
 from dcdd_pico.build_context import Recipe
 from dcdd_pico.export import export
+from dcdd_pico.prior import PRIOR, PriorDifference
 from dcdd_pico.reader import SceneReader
 from dcdd_pico.train_autoencoder import autoencoder_config
 from dcdd_pico.train_decoder import transformer_config
@@ -218,6 +219,7 @@ def random_pico(folder: Path) -> Path:
     decoder = fill(DistributionConditionedDecoder.build(card), 4)
     reader = fill(SceneReader(), 5)
     export(folder, janus=janus, words=words, vq=vq, vae=vae, decoder=decoder, reader=reader, recipe=Recipe())
+    fill(PriorDifference(decoder, 2), 6).save(folder / PRIOR)
     return folder
 
 

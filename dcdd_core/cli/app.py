@@ -12,11 +12,11 @@ import PIL.Image
 from transformers.utils import logging as transformers_logging
 
 from ..pipelines.oom import is_out_of_memory
-from . import calibrate, demo, evaluate, generate, inspect, reconstruct
+from . import calibrate, demo, evaluate, generate, inspect, reconstruct, sharpen
 from .arguments import printable_output
 from .common import check_options
 
-COMMANDS = (generate, reconstruct, calibrate, inspect, evaluate, demo)
+COMMANDS = (generate, reconstruct, sharpen, calibrate, inspect, evaluate, demo)
 _COMPILER = "install a C++ compiler, and on a GPU Triton as well, or leave out --compile"
 _LESS_MEMORY = "use a smaller image, --dtype bfloat16, --janus-int8, --decoder-8bit or --stream"
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from dcdd_pico.models import load_pico
+from dcdd_pico.prior import load_prior
 from dcdd_pico.scenes import render_scene, scene_facts, scene_pixels
 
 from ..evaluation.decoding import Decoders
@@ -24,6 +26,7 @@ from ..models.card import READINGS, DecoderCard
 from ..pipelines.calibrate import PROMPTS
 from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
+from ..pipelines.guided import GuidanceOptions, TokenGuide, token_guide
 from ..pipelines.image_files import ReadPolicy
 from ..pipelines.images import UnreadableImage, read_rgb, square, to_pixels
 from ..pipelines.load import LoadOptions, ModelPaths, Models, load_models
@@ -37,7 +40,7 @@ from .arguments import check_out, path
 OF_REAL = ("decoder", "vae", "base", "dtype")
 HELD = ("janus_int8", "decoder_8bit", "stream", "compile")
 #: Options that say how the diffusion decoder paints.
-PAINTING = ("steps", "shift", "calibration", "anchor", "reads")
+PAINTING = ("steps", "shift", "calibration", "anchor", "reads", "strength", "start")
 #: Options that say what is sampled, and how.
 SAMPLING = (
     *("calibration", "prompts", "images", "count", "batch", "guidance", "temperature", "top_k", "top_p", "seed"),
@@ -47,6 +50,11 @@ SAMPLING = (
 READING = ("min_side", "skip_unreadable")
 #: The largest numbers that options take: beyond any use, so that a slip of the keyboard does not run for days.
 MOST = {"steps": 1000, "count": 1_000_000, "batch": 10_000, "limit": 10**9, "side": 2**16}
+
+#: What --decoder takes in the place of a bundle: distribution guidance of a prior that was not trained on conditions.
+GUIDANCE = "guidance"
+#: Of distribution guidance without a trained decoder: strength, pull, and the time that painting starts from.
+STRENGTH, PULL, START = 0.4, 1.0, 0.6
 
 Parser = argparse.ArgumentParser
 
@@ -76,7 +84,13 @@ def model_options(parser: Parser) -> None:
     group.add_argument(
         "--janus", type=path, metavar="FOLDER", help="Janus or Janus-Pro, transformers' or DeepSeek's layout"
     )
-    group.add_argument("--decoder", type=path, metavar="BUNDLE", help="decoder bundle; without it, only the VQ path")
+    group.add_argument(
+        "--decoder",
+        type=path,
+        metavar="BUNDLE",
+        help=f"decoder bundle; without it, only the VQ path; or {GUIDANCE!r}: distribution guidance of the embedded "
+        "unconditional prior, without a trained decoder",
+    )
     group.add_argument("--vae", type=path, metavar="PATH", help="the decoder's autoencoder, file or folder")
     group.add_argument("--base", type=path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it, file or folder")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
@@ -111,6 +125,21 @@ def decoding_options(parser: Parser) -> None:
     parser.add_argument("--calibration", type=path, metavar="FILE", help="in place of the bundle's own")
     parser.add_argument("--anchor", type=float, metavar="BETA", help="read logits anchored by this much")
     parser.add_argument("--reads", choices=READINGS, help="what of the VLM's output the decoder is served")
+    group = parser.add_argument_group("distribution guidance")
+    group.add_argument(
+        "--strength",
+        type=float,
+        metavar="ETA",
+        help="how strongly each step is pulled towards what the VLM's distributions say (default: 0, which is off; "
+        f"with --decoder {GUIDANCE}, {STRENGTH})",
+    )
+    group.add_argument(
+        "--start",
+        type=float,
+        metavar="T",
+        help="time to start from, 0 to 1: below 1 from the soft VQ decode with noise, not from noise alone (default: "
+        f"1; with --decoder {GUIDANCE}, {START})",
+    )
 
 
 def reading_options(parser: Parser) -> None:
@@ -211,10 +240,16 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
     """
     device = device_of(args)
     if args.janus is None:
-        idle = given(args, *OF_REAL, *HELD)
+        idle = given(args, *(name for name in (*OF_REAL, *HELD) if name != "decoder" or not guided(args)))
         if idle:
             raise ValueError(f"{idle} goes with --janus; without it the embedded models are used")
-        return load_pico(device=device, with_sampler=with_sampler)
+        models = load_pico(device=device, with_sampler=with_sampler)
+        return replace(models, decoder=load_prior(device=device)) if guided(args) else models
+    if guided(args):
+        raise ValueError(
+            f"--decoder {GUIDANCE} has a prior for the embedded models alone: leave out --janus, or give a decoder "
+            "bundle, which --strength guides too"
+        )
     options = LoadOptions(
         device=device,
         dtype=getattr(torch, args.dtype or "float32"),
@@ -225,6 +260,11 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
     )
     paths = ModelPaths(vlm=args.janus, decoder=args.decoder, vae=args.vae, base=args.base)
     return load_models(paths, options, with_sampler=with_sampler)
+
+
+def guided(args: argparse.Namespace) -> bool:
+    """Whether distribution guidance takes the place of a trained decoder."""
+    return str(getattr(args, "decoder", None)) == GUIDANCE
 
 
 def check_painting(models: Models, args: argparse.Namespace, *others: str) -> None:
@@ -238,8 +278,13 @@ def check_painting(models: Models, args: argparse.Namespace, *others: str) -> No
     if models.decoder is None and idle:
         raise ValueError(f"{idle} would do nothing without a decoder: give --decoder and --vae as well")
     timesteps(1 if args.steps is None else args.steps, shift=args.shift or 0.0)
-    if models.decoder is not None:
-        card_of(models, args)
+    if models.decoder is None:
+        return
+    options, start = guidance_of(args)
+    if not 0 < start <= 1:
+        raise ValueError(f"--start must be above 0 and at most 1, got {start}; 1 starts from noise alone")
+    if card_of(models, args).calibration is None and (not options.off or start < 1):
+        raise ValueError("distribution guidance compares calibrated distributions: give --calibration FILE")
 
 
 def card_of(models: Models, args: argparse.Namespace) -> DecoderCard:
@@ -252,6 +297,8 @@ def decoders_of(models: Models, args: argparse.Namespace) -> Decoders:
     """Both decoders, as asked for."""
     check_painting(models, args)
     card = card_of(models, args) if models.decoder is not None else None
+    if models.decoder is not None and guidance_of(args) != (GuidanceOptions(strength=0.0, pull=0.0), 1.0):
+        raise ValueError("evaluation measures decoders without distribution guidance: leave out --strength and --start")
     return Decoders(models=models, card=card, steps=args.steps, shift=args.shift)
 
 
@@ -310,6 +357,34 @@ def sample_tokens(
         return sample(models.sampler, prompts, seeds=seeds, options=sampling_of(models, args), on_progress=on_progress)
 
 
+def guidance_of(args: argparse.Namespace) -> tuple[GuidanceOptions, float]:
+    """How predicted images are pulled, and the time that painting starts from.
+
+    Raises:
+        ValueError: for a strength that is negative or not finite.
+    """
+    alone = guided(args)
+    strength = (STRENGTH if alone else 0.0) if args.strength is None else args.strength
+    start = (START if alone else 1.0) if args.start is None else args.start
+    return GuidanceOptions(strength=strength, pull=PULL if alone else 0.0), start
+
+
+def guide_of(models: Models, condition: Condition, args: argparse.Namespace) -> TokenGuide | None:
+    """The guide of these images; None without guidance."""
+    options, start = guidance_of(args)
+    if options.off and start == 1:
+        return None
+    calibration = card_of(models, args).calibration
+    return token_guide(
+        models.tokenizer,
+        models.codec,
+        condition,
+        scale=calibration.scale * calibration.affine_scale,
+        options=options,
+        size=models.decoder.painted_size(condition.grid),
+    )
+
+
 def paint(models: Models, condition: Condition, seeds: Sequence[int], args: argparse.Namespace) -> torch.Tensor:
     """The decoder's images [B, 3, H, W] in -1..1, under a progress bar."""
     with bar("decoder") as step:
@@ -320,6 +395,8 @@ def paint(models: Models, condition: Condition, seeds: Sequence[int], args: argp
             seeds=seeds,
             steps=args.steps,
             shift=args.shift,
+            guide=guide_of(models, condition, args),
+            start=guidance_of(args)[1],
             on_step=lambda done, total, _: step(done, total),
         )
     return painted.pixels

@@ -31,27 +31,37 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Images through the tokenizer and back, by both decoders."""
-    names = [path.stem for path in args.image]
-    if len(set(names)) < len(names):
-        raise ValueError("two of the images have the same name: their results would overwrite each other; run one each")
-    if args.side is not None and args.side < 1:
-        raise ValueError(f"--side must be at least 1 pixel, best the VLM's own size; got {args.side}")
     arguments.check_out("--out", args.out, folder=True)
-    for path in args.image:
-        open_image(path)  # Before minutes of work, an image that cannot be read is named.
+    names = names_of(args.image, args.side)
     models = common.load(args, with_sampler=False)
     common.check_painting(models, args)
-    for path in args.image:
-        proxies = encode(models.tokenizer, _read(path, models.tokenizer, args.side))
+    for path, name in zip(args.image, names):
+        proxies = encode(models.tokenizer, read_image(path, models.tokenizer, args.side))
         results = {"vq": decode_tokens(models.tokenizer, proxies)}
         if models.decoder is not None:
             condition = common.condition_of(models, proxies, args)
             results["dcdd"] = common.paint(models, condition, common.seeds_of(args, 1), args)
         for suffix, pixels in results.items():
-            print(f"wrote {save_image(to_image(pixels[0]), args.out / f'{path.stem}-{suffix}.png')}")
+            print(f"wrote {save_image(to_image(pixels[0]), args.out / f'{name}-{suffix}.png')}")
 
 
-def _read(path: Path, tokenizer: ImageTokenizer, side: int | None = None) -> torch.Tensor:
+def names_of(images: list[Path], side: int | None) -> list[str]:
+    """What results are called, for images that can all be read.
+
+    Raises:
+        ValueError: for two of one name, one that cannot be read, and a side that is none.
+    """
+    names = [path.stem for path in images]
+    if len(set(names)) < len(names):
+        raise ValueError("two of the images have the same name: their results would overwrite each other; run one each")
+    if side is not None and side < 1:
+        raise ValueError(f"--side must be at least 1 pixel, best the VLM's own size; got {side}")
+    for path in images:
+        open_image(path)  # Before minutes of work, an image that cannot be read is named.
+    return names
+
+
+def read_image(path: Path, tokenizer: ImageTokenizer, side: int | None = None) -> torch.Tensor:
     """An image file as pixels [1, 3, H, W], centre-cropped to a multiple of the tokenizer's factor.
 
     Args:

@@ -50,12 +50,12 @@ class DistributionConditionedDecoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.adapter.norm.weight.device
+        return next(self.adapter.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
-        return self.adapter.norm.weight.dtype
+        return next(self.adapter.parameters()).dtype
 
     def painted_size(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(H, W) in pixels of the image that an (h, w) grid of tokens becomes."""
@@ -67,7 +67,7 @@ class DistributionConditionedDecoder(nn.Module):
         Args:
             on_layer: called with (layers done, layers) as weights are read for it; may raise to stop.
         """
-        self.backbone.prepare(times, self.adapter.norm.weight, on_layer)
+        self.backbone.prepare(times, next(self.adapter.parameters()), on_layer)
 
     def condition_tokens(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
         """The condition's share of the fused tokens, [B, L, M]; the same at every step, so computed once (Eq. 22)."""

@@ -29,6 +29,7 @@ SMALL = Recipe(
     janus_steps=2,
     janus_batch=2,
     decoder_steps=2,
+    prior_steps=2,
     decoder_batch=3,
     choice_scenes=8,
     variant_steps=1,

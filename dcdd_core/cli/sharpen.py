@@ -1,0 +1,73 @@
+"""`dcdd sharpen`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .. import registry
+from ..evaluation.figures import save_image, to_image
+from ..method.lcdm import map_logits
+from ..pipelines.encode import encode
+from ..pipelines.guided import GuidanceOptions, sharpen, token_guide
+from ..types import Calibration
+from . import arguments, common
+from .reconstruct import names_of, read_image
+
+_STRENGTH, _STEPS = 0.3, 8
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    command = common.add_command(
+        commands, "sharpen", run, help="images through the tokenizer, without a diffusion model"
+    )
+    command.add_argument("image", nargs="+", type=arguments.path)
+    command.add_argument(
+        "--janus", type=arguments.path, metavar="FOLDER", help="a Janus model; the embedded one without"
+    )
+    command.add_argument(
+        "--vae", type=arguments.path, metavar="PATH", help="an autoencoder, file or folder; with --janus"
+    )
+    command.add_argument("--calibration", type=arguments.path, metavar="FILE", help="of the VLM; needed with --janus")
+    command.add_argument("--steps", type=int, default=_STEPS, help=f"steps of the gradient (default: {_STEPS})")
+    command.add_argument(
+        "--strength", type=float, default=_STRENGTH, metavar="ETA", help=f"size of the first (default: {_STRENGTH})"
+    )
+    command.add_argument("--side", type=int, metavar="PIXELS", help="shrink images whose longer side is more than this")
+    command.add_argument("--out", type=arguments.path, default=Path("out"), metavar="FOLDER")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Images through the VLM's tokenizer; the soft VQ decode is then moved until the VLM's encoder reads in it what the
+    tokens' distributions say. No diffusion model is used."""
+    arguments.check_out("--out", args.out, folder=True)
+    names = names_of(args.image, args.side)
+    options = GuidanceOptions(strength=args.strength)
+    device = common.device_of(args)
+    if args.janus is None:
+        if args.vae is not None:
+            raise ValueError("--vae goes with --janus; without it the embedded models are used")
+        models = common.load_pico(device=device, with_sampler=False)
+        tokenizer, codec, calibration = models.tokenizer, models.codec, models.decoder.card.calibration
+    else:
+        if args.vae is None or args.calibration is None:
+            raise ValueError("with --janus, sharpening needs --vae (such as FLUX.1's ae.safetensors) and --calibration")
+        tokenizer = registry.sampler_family(args.janus).load_tokenizer(str(args.janus), device=device)
+        codec, calibration = registry.load_codec(args.vae, device=device), None
+    if args.calibration is not None:
+        calibration = Calibration.load(args.calibration)
+    for path, name in zip(args.image, names):
+        proxies = encode(tokenizer, read_image(path, tokenizer, args.side))
+        condition = map_logits(proxies, tokenizer.codebook, calibration)
+        scale = calibration.scale * calibration.affine_scale
+        guide = token_guide(tokenizer, codec, condition, scale=scale, options=options)
+        with common.bar("sharpen") as step:
+            made = sharpen(guide, guide.soft, steps=args.steps, on_step=lambda done, total, _: step(done, total))
+        pixels = codec.decode(codec.denormalize(made))
+        agreement = float(guide.agreement(pixels)[0])
+        print(
+            f"wrote {save_image(to_image(pixels[0]), args.out / f'{name}-sharp.png')}: the encoder reads "
+            f"{agreement:.0%} of the tokens in it"
+        )

@@ -1,0 +1,120 @@
+"""Trains the unconditional prior: pico's decoder without its condition, as a low-rank difference of its weights.
+
+The last stage of the build; `python -m dcdd_pico.train_prior` is this stage alone, for the weights that are there. The
+prior paints scenes of no caption in particular; distribution guidance then says which (`dcdd_core.method.guidance`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dcdd_core.method.flow import interpolate, sample_times, velocity
+from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.models.bundle import DecoderOptions, load_decoder
+from dcdd_core.training.ema import EMA
+from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
+from dcdd_core.training.trainable import trained_weights
+
+from .build_context import WORK, BuildContext, Recipe, digest
+from .embedded import WEIGHTS, model_paths
+from .models import load_pico
+from .prior import PRIOR, PriorDifference
+from .scenes import render_scene, scene_pixels
+from .training_loop import train
+
+_STAGE = 8
+_RANK = 48
+_BATCH = 16
+_LEARNING_RATE = 1e-3
+_EVALUATED = 64
+
+
+def train_prior(context: BuildContext, weights: Path) -> PriorDifference:
+    """Trains (or restores) the difference to the decoder in `weights`, on fresh training scenes, each seen once."""
+    device, steps = context.device, context.recipe.prior_steps
+    models = load_pico(device=device, weights=weights, with_sampler=False)
+    codec = models.codec
+    options = DecoderOptions(device=device, dtype=torch.float32, fold=False)
+    decoder = load_decoder(model_paths(weights)["decoder"], options=options).requires_grad_(False)
+    of_decoder = digest(decoder)
+    difference = PriorDifference(decoder, _RANK).to(device)
+    difference.start(_STAGE)
+    difference.attach(decoder, merge=False)
+    backbone = decoder.backbone
+    optimizer = torch.optim.AdamW(difference.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
+    ema = EMA(trained_weights(difference), 0.998)
+
+    def latents_of(split: str, first: int, count: int) -> torch.Tensor:
+        images = torch.stack(
+            [torch.from_numpy(render_scene(split, first + k, size=context.recipe.size).image) for k in range(count)]
+        )
+        return codec.normalize(codec.encode(scene_pixels(images.numpy(), device)))
+
+    def loss_of(z0: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        t = sample_times(len(z0), generator=draw).to(device)
+        noise = torch.randn(z0.shape, generator=draw).to(z0)
+        size = (z0.shape[2], z0.shape[3])
+        noised = backbone.pack(interpolate(z0, noise, t))
+        # Nothing is given: a blank image, all of it to be painted.
+        context_tokens = backbone.context(blank.expand_as(z0), all_of_it.expand(len(z0), -1, -1, -1), codec.factor)
+        with context.autocast():
+            predicted = decoder(noised, context_tokens, difference.condition_tokens(noised), t.cpu(), size)
+        return (predicted.float() - backbone.pack(velocity(z0, noise))).square().mean()
+
+    side = context.recipe.size
+    blank = codec.normalize(codec.encode(torch.zeros(1, 3, side, side, device=device)))
+    all_of_it = torch.ones(1, 1, side, side, device=device)
+    held_out = latents_of("calibration", 0, _EVALUATED)
+
+    def step(i: int) -> dict[str, torch.Tensor]:
+        set_learning_rate(optimizer, warmup_cosine(i, steps, peak=_LEARNING_RATE, warmup=100))
+        loss = loss_of(latents_of("train", i * _BATCH, _BATCH), keyed_generator(context.recipe.seed, _STAGE, i))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(difference.parameters(), 1.0)
+        optimizer.step()
+        ema.update()
+        return {"loss": loss.detach()}
+
+    def evaluate(_: int) -> dict[str, float]:
+        with ema.swapped_in(), torch.no_grad():
+            return {"loss": float(loss_of(held_out, keyed_generator(context.recipe.seed, _STAGE)))}
+
+    train(
+        context.folder / "prior",
+        settings={
+            "rank": _RANK,
+            "batch": _BATCH,
+            "learning_rate": _LEARNING_RATE,
+            "seed": context.recipe.seed,
+            "decoder": of_decoder,
+        },
+        steps=steps,
+        step=step,
+        state={"model": difference, "ema": ema, "optimizer": optimizer},
+        evaluate=evaluate,
+        evaluate_every=250,
+        save_every=100,
+        log_every=25,
+    )
+    ema.apply()
+    return difference
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=WORK, help="work folder")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    chosen = parser.parse_args()
+    recipe = Recipe.load(chosen.weights)
+    context = BuildContext(folder=chosen.folder, device=torch.device(chosen.device), recipe=recipe)
+    train_prior(context, chosen.weights).save(chosen.weights / PRIOR)
+
+
+if __name__ == "__main__":
+    main()
