@@ -385,7 +385,10 @@ def test_weights_that_are_no_floats_are_refused(tmp_path, name, dtype):
     save_bundle(path, tiny_decoder())
     tensors = load_file(path)
     tensors[name] = tensors[name].to(dtype)
-    with_card(path, asdict(tiny_card()), tensors)
+    try:
+        with_card(path, asdict(tiny_card()), tensors)
+    except KeyError:
+        pytest.skip(f"this safetensors cannot write {dtype}")
     with pytest.raises(ValueError, match=f"d.safetensors holds {name} in {str(dtype)[6:]}, expected floating-point"):
         load_decoder(path)
 
