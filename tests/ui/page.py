@@ -207,6 +207,7 @@ class ComfyPage:
         return [text for one in found if one.is_visible() and (text := one.inner_text().strip())]
 
     def close_overlays(self) -> None:
+        """With none of them shown, the newest page would leave the subgraph instead."""
         self.tab.keyboard.press("Escape")
 
     def fill(self, types: list[str]) -> None:

@@ -53,7 +53,8 @@ def loaded(request: pytest.FixtureRequest, page: ComfyPage) -> Loaded:
         page.open_subgraph(box["id"])
         prefix = f"{box['id']}:"  # as a run calls the nodes inside
     shown, overlays, errors = page.shown(), page.overlays(), page.errors()
-    page.close_overlays()
+    if overlays:
+        page.close_overlays()
     if page.draws_runs(in_subgraph=bool(prefix)):
         ids = [
             [prefix + node["id"] for node in shown["nodes"] if node["type"] in kinds] for kinds in (PICTURED, TELLING)
