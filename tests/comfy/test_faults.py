@@ -253,7 +253,11 @@ def test_model_that_is_not_there(kind, name, file, server, graph):
 @pytest.mark.parametrize(
     ("kind", "files", "words"),
     [
-        ("DCDD_LoadCalibration", {"file": "cut.safetensors"}, ["cut.safetensors", "not a whole safetensors file"]),
+        (
+            "DCDD_LoadCalibration",
+            {"file": "cut.safetensors"},
+            ["cut.safetensors", "cannot be read as a file with a calibration"],
+        ),
         ("DCDD_LoadCalibration", {"file": "damaged.safetensors"}, ["damaged.safetensors"]),
         ("DCDD_LoadDecoder", {"bundle": "cut.safetensors", "vae": "pico/"}, ["cut.safetensors", "download it again"]),
         ("DCDD_LoadDecoder", {"bundle": "damaged.safetensors", "vae": "pico/"}, ["damaged.safetensors"]),

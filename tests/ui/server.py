@@ -113,6 +113,7 @@ class FrontendServer:
                 for key, entry in self._blueprints.items()
             },
             "/history": dict,
+            "/internal/folder_paths": dict,  # asked where models are missing
             "/i18n": translations,
             "/jobs": lambda: {"jobs": [], "pagination": {"offset": 0, "limit": 0, "total": 0, "has_more": False}},
             "/node_replacements": dict,
