@@ -16,7 +16,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from .settings import require_number
 from .types import Codebook, TokenLogits
+
+MOST_GUIDANCE = 1000.0
+"""Of its absolute value; samples of more than 20 are all alike."""
+TEMPERATURES = (1e-3, 1000.0)
+"""Beyond them logits leave float32's range, or every code is as likely as any other; 0 is allowed too."""
 
 
 def _is_number(value: Any) -> bool:
@@ -28,8 +34,9 @@ class SamplingOptions:
     """How image tokens are drawn.
 
     Attributes:
-        guidance: classifier-free guidance w; 1 is the prompt alone, 0 no prompt at all.
-        temperature: T >= 0; 0 takes the most likely code.
+        guidance: classifier-free guidance w, at most `MOST_GUIDANCE` either way; 1 is the prompt alone, 0 no
+            prompt at all.
+        temperature: T, within `TEMPERATURES`, or 0, which takes the most likely code.
         top_k, top_p: filters of the draw (`method.sampling`); None for none. The logits that are kept stay whole.
 
     Raises:
@@ -42,12 +49,12 @@ class SamplingOptions:
     top_p: float | None = None
 
     def __post_init__(self):
-        if not _is_number(self.guidance):
-            raise ValueError(f"guidance must be a finite number, got {self.guidance!r}; 1 switches it off")
-        if not _is_number(self.temperature) or self.temperature < 0:
-            raise ValueError(
-                f"temperature must be a finite number >= 0, got {self.temperature!r}; 0 is greedy, 1 changes nothing"
-            )
+        limits = {"least": -MOST_GUIDANCE, "most": MOST_GUIDANCE}
+        require_number("guidance", self.guidance, **limits, remedy="1 switches it off")
+        if self.temperature != 0:
+            least, most = TEMPERATURES
+            remedy = "or 0, which is greedy; 1 changes nothing"
+            require_number("temperature", self.temperature, least=least, most=most, remedy=remedy)
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
             raise ValueError(f"top_k must be a whole number >= 0, got {self.top_k!r}; 0 or None switches it off")
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):

@@ -13,8 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .files import read_json, reading
+from .files import in_file, read_json, reading
 from .protocols import Backbone, BackboneFamily, CodecFamily, LatentCodec, SamplerFamily
+from .settings import shown
 
 #: Module below this package, and the family's name in it.
 _SAMPLERS: tuple[tuple[str, str], ...] = ((".models.janus", "FAMILY"),)
@@ -90,7 +91,7 @@ def backbone_family(config: dict[str, Any]) -> BackboneFamily:
         if family.class_name == wanted:
             return family
     names = ", ".join(family.class_name for family in known)
-    raise ValueError(f"the decoder's network is a {wanted!r}; known are {names}: update ComfyUI-DCDD")
+    raise ValueError(f"the decoder's network is a {shown(wanted)}; known are {names}: update ComfyUI-DCDD")
 
 
 def codec_of(config: dict[str, Any]) -> CodecFamily:
@@ -120,7 +121,8 @@ def base_family(path: str | Path) -> BackboneFamily:
         raise ValueError(f"{path} does not exist: give the folder or file of the decoder's base model")
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config = _config(folder)
-    return backbone_family(config if "_class_name" in config else {})
+    with in_file(folder / "config.json"):
+        return backbone_family(config if "_class_name" in config else {})
 
 
 def build_backbone(config: dict[str, Any], *, guidance: float = 1.0) -> Backbone:
@@ -157,7 +159,7 @@ def _found(path: Path) -> str:
         return f"has no config.json (it holds {held})"
     config = _config(path)
     kind = config.get("model_type") or config.get("_class_name")
-    return f"holds a {kind!r}" if kind else "holds no known model"
+    return f"holds a {shown(kind)}" if kind else "holds no known model"
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,17 @@ def require_at_least(least: int, **numbers: int) -> None:
             raise ValueError(f"{name} must be at least {least}, got {number}")
 
 
+def require_at_most(most: int, **numbers: int) -> None:
+    """Refuses numbers above `most`; the keywords are the names of the options.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, number in numbers.items():
+        if number > most:
+            raise ValueError(f"{name} must be at most {most:,}, got {number:,}")
+
+
 def require_number(
     name: str,
     value: Any,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 from torch import nn
 from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from dcdd_core.files import write_tensors
 from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 
@@ -49,8 +49,10 @@ def export(
     save_janus(fresh / "janus", janus, words)
     copy.deepcopy(vae).half().save_pretrained(fresh / "vae")
     save_bundle(fresh / "decoder.safetensors", decoder, dtype=torch.float16)
-    tensors = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in reader.state_dict().items()}
-    save_file(tensors, fresh / "reader.safetensors")
+    tensors = {k: v.half() if v.is_floating_point() else v for k, v in reader.state_dict().items()}
+    write_tensors(fresh / "reader.safetensors", tensors, {})
+    for path in fresh.rglob("*.safetensors"):  # safetensors 0.8 lets nobody else read what save_pretrained writes
+        shutil.copymode(fresh / "reader.safetensors", path)
     recipe.save(fresh)
     size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
     if size > MOST_BYTES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from ..files import whole_file
 from ..pipelines.progress import ProgressBar
 from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_at_least
@@ -306,23 +306,14 @@ class _Writer:
 
     def _put(self, name: str, data: bytes) -> None:
         """Writes a file whole or not at all."""
-        path = self.folder / name
-        temporary = path.with_name(f"{path.name}.{self.shard.rank}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
+            with whole_file(self.folder / name) as temporary, temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
             raise OSError(
-                error.errno,
-                f"the disk is full: {len(data) / 1e6:.0f} MB more are needed for {name}. The {len(self._read_lines())} "
-                "finished shards are kept; free some space and run the same command again to continue",
-                str(self.folder),
+                f"{error}. The {len(self._read_lines())} finished shards are kept: the same command continues"
             ) from error
 
 

@@ -9,13 +9,19 @@ from typing import Any
 
 from ..method.flow import DENSITIES, WEIGHTINGS
 from ..pipelines.image_files import ReadPolicy
-from ..settings import require_at_least
+from ..settings import require_at_least, require_at_most, require_number
 from .optimizers import OPTIMIZERS
 
 #: The names of checkpoints have eight digits.
 MOST_STEPS = 10**8 - 1
 #: Beyond any use; a number above it is a slip of the keyboard, and would read images for ever.
-MOST_ACCUMULATED, MOST_SAMPLES = 2**16, 64
+MOST_ACCUMULATED, MOST_BATCH, MOST_SAMPLES = 2**16, 2**16, 64
+#: Images of a stream that are held in RAM, and images of a cache's file; a thousand times the defaults.
+MOST_WINDOW, MOST_SHARD = 10**6, 10**6
+#: Processes.
+MOST_WORKERS = 1024
+#: Of mu; exp of a larger one is all noise, or none.
+MOST_SHIFT = 16.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +67,9 @@ class OptimizationConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("shift", "weight_decay"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
+        require_number("shift", self.shift, least=-MOST_SHIFT, most=MOST_SHIFT)
+        if not math.isfinite(self.weight_decay):
+            raise ValueError(f"weight_decay must be a finite number, got {self.weight_decay!r}")
         if self.steps < 1 or self.accumulation < 1:
             raise ValueError(f"steps and accumulation must be at least 1, got {self.steps} and {self.accumulation}")
         if not 0 < self.learning_rate < math.inf or not self.clip > 0:
@@ -72,8 +78,8 @@ class OptimizationConfig:
                 f"{self.learning_rate} and {self.clip}"
             )
         require_at_least(0, warmup=self.warmup, weight_decay=self.weight_decay)
-        _require_at_most(MOST_STEPS, steps=self.steps, warmup=self.warmup)
-        _require_at_most(MOST_ACCUMULATED, accumulation=self.accumulation)
+        require_at_most(MOST_STEPS, steps=self.steps, warmup=self.warmup)
+        require_at_most(MOST_ACCUMULATED, accumulation=self.accumulation)
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number of 64 bits, got {self.seed}")
         if not 0 <= self.ema_decay < 1:
@@ -124,6 +130,9 @@ class DataConfig:
             raise ValueError("images have no checksums to verify: leave --verify out, or train on a cache")
         require_at_least(0, workers=self.workers)
         require_at_least(1, batch=self.batch, window=self.window)
+        require_at_most(MOST_WORKERS, workers=self.workers)
+        require_at_most(MOST_BATCH, batch=self.batch)
+        require_at_most(MOST_WINDOW, window=self.window)
         if not 0 <= self.localised <= 1:
             raise ValueError(f"the fraction of localised images must lie in 0..1, got {self.localised!r}")
         _ = self.policy
@@ -161,21 +170,10 @@ class RunConfig:
     def __post_init__(self):
         require_at_least(0, samples=self.samples, sample_every=self.sample_every)
         require_at_least(1, save_every=self.save_every, log_every=self.log_every, keep=self.keep)
-        _require_at_most(MOST_SAMPLES, samples=self.samples)
+        require_at_most(MOST_SAMPLES, samples=self.samples)
         if not 0 <= self.held_out <= 0.5:
             raise ValueError(f"the fraction of held-out images must lie in 0..0.5, got {self.held_out!r}")
         if self.sample_every < 1 and self.samples:
             raise ValueError(
                 f"sample_every must be at least 1, got {self.sample_every}: for no sheets take --samples 0"
             )
-
-
-def _require_at_most(most: int, **numbers: int) -> None:
-    """Refuses numbers above `most`; the keywords are the names of the options.
-
-    Raises:
-        ValueError: naming the first.
-    """
-    for name, number in numbers.items():
-        if number > most:
-            raise ValueError(f"{name} must be at most {most:,}, got {number:,}")

@@ -18,12 +18,12 @@ from ..models.checkpoints import fingerprint_of
 from ..models.decoder import DistributionConditionedDecoder
 from ..pipelines.decode import decode
 from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
-from ..settings import require_at_least, require_same_settings
+from ..settings import require_at_least, require_at_most, require_same_settings
 from .batches import Batches, DataShard, Source
 from .cache import CacheCard, EncodingCache
 from .cache_writer import write_cache
 from .checkpoints import load_best, load_ema, newest_checkpoint, settings_of
-from .config import DataConfig, OptimizationConfig, RunConfig
+from .config import MOST_BATCH, MOST_SHARD, MOST_WORKERS, DataConfig, OptimizationConfig, RunConfig
 from .encoded_batch import encode
 from .examples import ExampleMaker
 from .held_out import FEWEST_SPLIT, HeldOutLoss, Split, count_images, split
@@ -247,6 +247,9 @@ def run_cache(
     """Encodes all images into a cache, each process its shards; see `write_cache`."""
     require_at_least(0, workers=workers)
     require_at_least(1, batch=batch, shard_size=shard_size)
+    require_at_most(MOST_WORKERS, workers=workers)
+    require_at_most(MOST_BATCH, batch=batch)
+    require_at_most(MOST_SHARD, shard_size=shard_size)
     encoders = plan.encoders(_device(accelerator))
     write_cache(
         folder,
@@ -325,10 +328,10 @@ def _summary(
     accelerator: Accelerator,
 ) -> Iterator[str]:
     """What is about to be trained, on what, and how, in lines."""
-    world = accelerator.num_processes
+    world, repeated = accelerator.num_processes, config.accumulation
     yield (
-        f"{world} process{'es' if world > 1 else ''} on {accelerator.device.type} x {data.batch} images x "
-        f"{config.accumulation} micro-batch{'es' if config.accumulation > 1 else ''} = an effective batch of {world * data.batch * config.accumulation}"
+        f"{world} process{'es' if world > 1 else ''} on {accelerator.device.type} x {data.batch} images x {repeated} "
+        f"micro-batch{'es' if repeated > 1 else ''} = an effective batch of {world * data.batch * repeated}"
     )
     count = count_images(source)
     held_out = 0 if parts is None else len(parts.held_out.listed)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 from torch.distributed.checkpoint import CheckpointException
+
+from ..files import way_out
 
 
 def checkpoint_error(step: int, error: BaseException, folder: Path, previous: Path | None) -> OSError:
@@ -19,27 +20,31 @@ def checkpoint_error(step: int, error: BaseException, folder: Path, previous: Pa
     """
     kept = f"the previous one, {previous}, is intact" if previous else "there is no previous one"
     return OSError(
-        f"the checkpoint of step {step} could not be written ({describe(error)}); {_free_space(folder)}. Nothing else "
-        f"is lost, {kept}: free some space and run the same command again to resume"
+        f"the checkpoint of step {step} could not be written to {folder} ({describe(error)}): "
+        f"{way_out(_first(error), folder / 'checkpoint')}. Nothing else is lost, {kept}: the same command resumes"
     )
 
 
 def log_error(path: Path, error: BaseException) -> OSError:
     """The error to raise for a log that could not be written."""
     return OSError(
-        f"{path} could not be written ({describe(error)}); {_free_space(path.parent)}. The last checkpoint, if there "
-        "is one, is intact: free some space and run the same command again to resume"
+        f"{path} could not be written ({describe(error)}): {way_out(error, path)}. The last checkpoint, if there is "
+        "one, is intact: the same command resumes"
     )
 
 
 def describe(error: BaseException) -> str:
     """An error's type and first sentence; of a sharded checkpoint's, those of the first process that failed."""
-    if isinstance(error, CheckpointException):
-        error = next((found for found, _ in error.failures.values()), error)
+    error = _first(error)
     # torch appends its own source code and advice.
     first_sentence = re.split(r"[.] |\n", str(error), maxsplit=1)[0]
     return f"{type(error).__name__}: {first_sentence}"
 
 
-def _free_space(folder: Path) -> str:
-    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free at {folder}"
+def _first(error: BaseException) -> BaseException:
+    """Of a sharded checkpoint's error, that of the first process that failed."""
+    return (
+        next((found for found, _ in error.failures.values()), error)
+        if isinstance(error, CheckpointException)
+        else error
+    )

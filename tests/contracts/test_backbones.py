@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -188,8 +190,12 @@ def test_a_base_is_found_by_its_configuration(family, files, name, tmp_path):
     with pytest.raises(ValueError, match="none does not exist: give the folder or file"):
         registry.base_family(tmp_path / "none")
     (tmp_path / "config.json").write_text('{"_class_name": "Somebody"}')
-    with pytest.raises(ValueError, match="'Somebody'; known are"):
+    with pytest.raises(ValueError, match="config.json: the decoder's network is a 'Somebody'; known are"):
         registry.base_family(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "x" * 10**6}))
+    with pytest.raises(ValueError, match="config.json: .*xxx") as caught:
+        registry.base_family(tmp_path)
+    assert len(str(caught.value)) < 1000
 
 
 def test_the_codec_of_a_backbone_must_be_known(family, monkeypatch):

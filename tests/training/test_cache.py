@@ -503,9 +503,9 @@ def test_a_full_disk_loses_nothing_that_is_finished(tmp_path, whole, images, net
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", open_path)
-        with pytest.raises(OSError, match="the disk is full: 0 MB more .*The 1 finished shards are kept") as caught:
+        words = r"00001.safetensors could not be written .* GB are free .*make room .*The 1 finished shards are kept"
+        with pytest.raises(OSError, match=words):
             write(folder, images, networks)
-    assert caught.value.errno == errno.ENOSPC
     assert not list(folder.rglob("*.tmp"))
     assert (folder / "shards/00000.safetensors").read_bytes() == (whole / "shards/00000.safetensors").read_bytes()
     kept = (folder / "shards/00000.safetensors").stat().st_mtime_ns
@@ -632,8 +632,8 @@ WRONG_FIELDS = [
     ("manifest.json", lambda m: m["card"]["geometry"].update(resolution=[]), "resolution must be a whole number"),
     ("manifest.json", lambda m: m.update(source="images"), "source must be an object"),
     ("manifest.json", lambda m: m["source"].update(name=3), "source.name must be a text"),
-    ("manifest.json", lambda m: m.update(shard_size=0), "shard_size must be a whole number at least 1"),
-    ("manifest.json", lambda m: m.update(min_side="a"), "min_side must be a whole number at least 1"),
+    ("manifest.json", lambda m: m.update(shard_size=0), "shard_size must be a whole number of at least 1"),
+    ("manifest.json", lambda m: m.update(min_side="a"), "min_side must be a whole number of at least 1"),
     ("manifest.json", lambda m: m.update(complete="yes"), "expected complete to be true or false"),
     ("manifest.json", lambda m: m.update(shards={}), "and shards a list"),
     ("manifest.json", lambda m: m.update(shards=[[]]), r"shards\[0\] must be an object"),
@@ -641,7 +641,7 @@ WRONG_FIELDS = [
     (
         "manifest.json",
         lambda m: m["shards"][1].update(items=-1),
-        r"shards\[1\].items must be a whole number at least 0",
+        r"shards\[1\].items must be a whole number in 0\.\.",
     ),
     ("manifest.json", lambda m: m["shards"][1].update(items=10**30), r"shards\[1\].items must be a whole number"),
     (

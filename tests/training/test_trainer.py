@@ -147,7 +147,7 @@ def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, images):
     said = []
     run(tmp_path / "cut", images, steps=10, report=said.append)
     assert said[0] == "cut: resuming from step 8 of 10" and "cut: extended from 8 to 10 updates." in said[1]
-    assert "cut: 1 processes instead of 2. Every image still comes once an epoch" in said[2]
+    assert "cut: resumed with world size 1 instead of 2. Every image still comes once an epoch" in said[2]
     assert "An update sees 2 images (4 before)" in said[2]
     assert together(partial(run, tmp_path / "cut", images, steps=12)) == [0, 0]
     assert len(losses(tmp_path / "cut")) == 12
@@ -328,9 +328,7 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path, images,
 
 def test_a_log_on_a_full_disk_is_reported_and_resumed(tmp_path, images, whole):
     log = tmp_path / "log.jsonl"
-    words = (
-        r"log\.jsonl could not be written \(OSError: .*GB are free at .*The last checkpoint, if there is one, is intact"
-    )
+    words = r"log\.jsonl could not be written \(OSError: .*GB are free there; make room.*The last checkpoint, if there is one, is intact"
     with files_of_at_most() as limit, pytest.raises(OSError, match=words):
         run(tmp_path, images, on_batch=lambda k: limit(log.stat().st_size + 10) if k == 4 else None)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]

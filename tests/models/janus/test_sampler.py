@@ -324,10 +324,13 @@ def test_progress_may_stop_the_run(sampler: JanusSampler, run: TokenLogits):
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"temperature": -0.5}, "temperature must be a finite number >= 0, got -0.5"),
+        ({"temperature": -0.5}, "temperature must be a finite number in 0.001..1,000.0, got -0.5: or 0"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"guidance": float("inf")}, "guidance must be a finite number, got inf"),
+        ({"guidance": float("inf")}, "guidance must be a finite number in -1,000.0..1,000.0, got inf"),
         ({"guidance": "5"}, "guidance"),
+        ({"guidance": -1e300}, "guidance must be .*, got -1e"),
+        ({"temperature": 1e-320}, "temperature must be .*, got 1e-320"),
+        ({"temperature": 1e300}, "temperature must be .*, got 1e"),
         ({"top_k": -1}, "top_k must be a whole number >= 0, got -1"),
         ({"top_k": 2.5}, "top_k"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
