@@ -73,6 +73,8 @@ def prepare(base: Path) -> Path:
     tensors = load_file(another / "model.safetensors")
     (codes,) = (name for name in tensors if name.endswith("quantize.embedding.weight"))
     save_file(tensors | {codes: tensors[codes].flip(0)}, another / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((another / "config.json").read_text("utf-8"))
+    (another / "config.json").write_text(json.dumps(config | {"dcdd_name": "another"}), "utf-8")
     cut = models / "janus" / "cut"
     shutil.copytree(another, cut)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:100_000])
