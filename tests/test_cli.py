@@ -23,6 +23,7 @@ from dcdd_core.types import Calibration, TokenLogits
 from dcdd_pico import embedded
 from dcdd_pico.scenes import render_scene, scene_pixels
 from tests.tiny import random_pico, save_janus
+from tests.tiny_pipelines import save_sd
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,6 +77,46 @@ def test_guidance_paints_without_the_trained_decoder(tmp_path):
         images[name] = out.read_bytes()
     assert images["off"] == images["trained"]
     assert len(set(images.values())) == 5
+
+
+def test_a_pipeline_is_guided_by_the_tokens(tmp_path, one_s_own):
+    base = str(save_sd(tmp_path / "base"))
+    out, side = tmp_path / "a.png", str(tmp_path / "b.png")
+    words = ["--decoder", "guidance", "--base", base, "--steps", "2"]
+    assert main(["generate", PROMPT, *words, "--out", str(out), "--compare"]) == 0
+    assert main(["generate", PROMPT, *words, "--paint-side", "128", "--out", side]) == 0
+    assert size(out) == size(tmp_path / "a-vq.png") == (96, 96) and size(side) == (128, 128)
+    assert main(["generate", PROMPT, *words, "--strength", "0", "--out", str(tmp_path / "c.png")]) == 0
+    assert (tmp_path / "c.png").read_bytes() != out.read_bytes()
+    # A VLM of one's own, which has a calibration in a file.
+    Calibration(scale=20.0).save(tmp_path / "c.safetensors")
+    own = [*one_s_own[:2], "--calibration", str(tmp_path / "c.safetensors")]
+    assert main(["generate", "a red circle", *own, *words, "--out", str(tmp_path / "d.png")]) == 0
+    image = str(next((tmp_path / "images").rglob("*.png")))
+    assert main(["reconstruct", image, *own, *words, "--prompt", "red", "--out", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").glob("*-dcdd.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--paint-side", "128"], "--paint-side goes with --decoder guidance and --base"),
+        (["--decoder", "guidance", "--paint-side", "128"], "--paint-side goes with --decoder guidance and --base"),
+        (["--decoder", "guidance", "--base", "BASE", "--shift", "1"], "--shift would do nothing with the pipeline"),
+        (
+            ["--decoder", "guidance", "--base", "BASE", "--paint-side", "7"],
+            "paints sides of multiples of 2 pixels, got 7 x 7",
+        ),
+        (["--decoder", "guidance", "--base", "nowhere"], "nowhere is not a folder; expected a diffusers pipeline"),
+        (["--janus", "OWN", "--decoder", "guidance"], "give --base FOLDER"),
+        (["--janus", "OWN", "--decoder", "guidance", "--base", "BASE"], "and --calibration FILE"),
+    ],
+)
+def test_what_guidance_cannot_do_is_said(tmp_path, capsys, one_s_own, words, expected):
+    names = {"BASE": str(save_sd(tmp_path / "base")), "OWN": one_s_own[1]}
+    words = [names.get(word, word) for word in words]
+    assert main(["generate", PROMPT, *words, "--steps", "1", "--out", str(tmp_path / "a.png")]) == 1
+    assert expected in capsys.readouterr().err
 
 
 def test_sharpening_writes_an_image_and_says_what_the_encoder_reads(tmp_path, capsys):
@@ -175,7 +216,8 @@ def test_calibrate_asks_the_shipped_prompts_and_spreads_over_the_pictures(tmp_pa
 
 
 def test_calibrate_explains_what_pictures_are_for_before_it_loads_anything(tmp_path, capsys):
-    assert main(["calibrate", "--janus", "/nowhere", "--out", str(tmp_path / "c")]) == 1
+    (tmp_path / "config.json").write_text('{"model_type": "janus"}')
+    assert main(["calibrate", "--janus", str(tmp_path), "--out", str(tmp_path / "c")]) == 1
     error = capsys.readouterr().err
     assert "--images FOLDER" in error and "will be trained on" in error
 
@@ -271,7 +313,8 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["generate", PROMPT, "--strength", "nan"], "strength"),
         (["generate", PROMPT, "--start", "0"], "--start must be above 0"),
         (["generate", PROMPT, "--start", "1.5"], "--start must be above 0"),
-        (["demo", "--start", "nan"], "--start must be above 0"),
+        (["generate", PROMPT, "--start", "nan"], "--start must be above 0"),
+        (["inspect", "--decoder", "guidance"], "--decoder guidance goes with `dcdd generate` and `dcdd reconstruct`"),
         (["sharpen", "/nowhere/x.png"], "/nowhere/x.png"),
         (["generate", PROMPT, "--temperature", "-1"], "temperature"),
         (["generate", PROMPT, "--steps", "0"], "steps"),
@@ -287,6 +330,8 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["reconstruct", "/nowhere.png"], "nowhere.png"),
         (["reconstruct", "a.png", "--side", "0"], "--side must be at least 1"),
         (["calibrate", "--prompts", "/nowhere.txt"], "nowhere.txt"),
+        (["calibrate", "--janus", "/nowhere"], "/nowhere does not exist; expected a VLM"),
+        (["inspect", "--janus", "/nowhere"], "/nowhere does not exist; expected a VLM"),
         (["calibrate", "--count", "0"], "--count must be at least 1"),
         (["calibrate", "--batch", "0"], "--batch must be at least 1"),
         (["inspect", "--batch", "0"], "--batch must be at least 1"),
@@ -311,6 +356,8 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["generate", "red " * 100], "tokens, but pico has positions for"),
         (["generate", "\udcff"], "is not Unicode text"),
         (["generate", PROMPT, "--guidance", "nan"], "guidance must be a finite number"),
+        (["generate", PROMPT, "--guidance", "1e300"], "guidance must be a finite number in -1,000.0..1,000.0, got 1e"),
+        (["generate", PROMPT, "--temperature", "1e-320"], "temperature must be a finite number in 0.001..1,000.0"),
         (["calibrate", "--min-side", "3"], "--min-side would do nothing without --images"),
         (["inspect", "--logits", "l", "--skip-unreadable", "0.5"], "--skip-unreadable would do nothing"),
         (["evaluate", "reconstruction", "--images", ".", "--out", "o", "--skip-unreadable", "2"], "must lie in 0..1"),

@@ -22,11 +22,13 @@ from ..evaluation.figures import save_image, to_image
 from ..evaluation.image_folder import ImageFile, LeftOut, large_enough, list_images
 from ..evaluation.prompts import check_prompt, read_prompts
 from ..method.flow import timesteps
+from ..method.lcdm import map_logits
 from ..models.card import READINGS, DecoderCard
 from ..pipelines.calibrate import PROMPTS
 from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
 from ..pipelines.guided import GuidanceOptions, TokenGuide, token_guide
+from ..pipelines.guided_pipeline import PriorPipeline, load_prior_pipeline
 from ..pipelines.image_files import ReadPolicy
 from ..pipelines.images import UnreadableImage, read_rgb, square, to_pixels
 from ..pipelines.load import LoadOptions, ModelPaths, Models, load_models
@@ -40,7 +42,9 @@ from .arguments import check_out, path
 OF_REAL = ("decoder", "vae", "base", "dtype")
 HELD = ("janus_int8", "decoder_8bit", "stream", "compile")
 #: Options that say how the diffusion decoder paints.
-PAINTING = ("steps", "shift", "calibration", "anchor", "reads", "strength", "start")
+PAINTING = ("steps", "shift", "calibration", "anchor", "reads")
+#: Options of distribution guidance.
+GUIDED = ("strength", "start", "paint_side")
 #: Options that say what is sampled, and how.
 SAMPLING = (
     *("calibration", "prompts", "images", "count", "batch", "guidance", "temperature", "top_k", "top_p", "seed"),
@@ -49,12 +53,12 @@ SAMPLING = (
 #: Options that say which images may be left out.
 READING = ("min_side", "skip_unreadable")
 #: The largest numbers that options take: beyond any use, so that a slip of the keyboard does not run for days.
-MOST = {"steps": 1000, "count": 1_000_000, "batch": 10_000, "limit": 10**9, "side": 2**16}
+MOST = {"steps": 1000, "count": 1_000_000, "batch": 10_000, "limit": 10**9, "side": 2**16, "paint_side": 2**13}
 
 #: What --decoder takes in the place of a bundle: distribution guidance of a prior that was not trained on conditions.
 GUIDANCE = "guidance"
 #: Of distribution guidance without a trained decoder: strength, pull, and the time that painting starts from.
-STRENGTH, PULL, START = 0.4, 1.0, 0.6
+STRENGTH, PULL, START, STEPS = 0.4, 1.0, 0.6, 10
 
 Parser = argparse.ArgumentParser
 
@@ -88,11 +92,17 @@ def model_options(parser: Parser) -> None:
         "--decoder",
         type=path,
         metavar="BUNDLE",
-        help=f"decoder bundle; without it, only the VQ path; or {GUIDANCE!r}: distribution guidance of the embedded "
-        "unconditional prior, without a trained decoder",
+        help=f"decoder bundle; without it, only the VQ path; or {GUIDANCE!r}: distribution guidance of a prior that "
+        "was not trained on tokens, the embedded one or that in --base",
     )
     group.add_argument("--vae", type=path, metavar="PATH", help="the decoder's autoencoder, file or folder")
-    group.add_argument("--base", type=path, metavar="PATH", help="FLUX.1-Fill, if the bundle needs it, file or folder")
+    group.add_argument(
+        "--base",
+        type=path,
+        metavar="PATH",
+        help=f"FLUX.1-Fill, if the bundle needs it, file or folder; with --decoder {GUIDANCE}, the folder of a "
+        "diffusers pipeline (FLUX.1, SDXL, Stable Diffusion 1.x)",
+    )
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     group.add_argument("--janus-int8", action="store_true", help="hold the language model's layers in 8 bits (torchao)")
     group.add_argument(
@@ -125,6 +135,10 @@ def decoding_options(parser: Parser) -> None:
     parser.add_argument("--calibration", type=path, metavar="FILE", help="in place of the bundle's own")
     parser.add_argument("--anchor", type=float, metavar="BETA", help="read logits anchored by this much")
     parser.add_argument("--reads", choices=READINGS, help="what of the VLM's output the decoder is served")
+
+
+def guidance_options(parser: Parser) -> None:
+    """Distribution guidance."""
     group = parser.add_argument_group("distribution guidance")
     group.add_argument(
         "--strength",
@@ -139,6 +153,9 @@ def decoding_options(parser: Parser) -> None:
         metavar="T",
         help="time to start from, 0 to 1: below 1 from the soft VQ decode with noise, not from noise alone (default: "
         f"1; with --decoder {GUIDANCE}, {START})",
+    )
+    group.add_argument(
+        "--paint-side", type=int, metavar="PIXELS", help="longer side of what --base paints (default: the VQ decode's)"
     )
 
 
@@ -239,17 +256,24 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
         ValueError: for options that do nothing with the embedded models, and as the loaders.
     """
     device = device_of(args)
+    if guided(args) and not hasattr(args, "strength"):
+        raise ValueError(f"--decoder {GUIDANCE} goes with `dcdd generate` and `dcdd reconstruct`: leave it out")
     if args.janus is None:
-        idle = given(args, *(name for name in (*OF_REAL, *HELD) if name != "decoder" or not guided(args)))
+        of_guidance = ("decoder", "base", "dtype") if guided(args) else ()
+        idle = given(args, *(name for name in (*OF_REAL, *HELD) if name not in of_guidance))
         if idle:
             raise ValueError(f"{idle} goes with --janus; without it the embedded models are used")
         models = load_pico(device=device, with_sampler=with_sampler)
-        return replace(models, decoder=load_prior(device=device)) if guided(args) else models
+        own_prior = guided(args) and args.base is None
+        return replace(models, decoder=load_prior(device=device)) if own_prior else models
     if guided(args):
-        raise ValueError(
-            f"--decoder {GUIDANCE} has a prior for the embedded models alone: leave out --janus, or give a decoder "
-            "bundle, which --strength guides too"
-        )
+        idle = given(args, "vae", *(name for name in HELD if name != "janus_int8"))
+        if args.base is None or args.calibration is None or idle:
+            raise ValueError(
+                f"with --janus, --decoder {GUIDANCE} paints with a diffusers pipeline and compares calibrated "
+                "distributions: give --base FOLDER (FLUX.1, SDXL or Stable Diffusion 1.x) and --calibration FILE, and "
+                f"leave out {idle or 'the rest of the decoder'}"
+            )
     options = LoadOptions(
         device=device,
         dtype=getattr(torch, args.dtype or "float32"),
@@ -258,7 +282,9 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
         streamed=args.stream,
         compiled=args.compile,
     )
-    paths = ModelPaths(vlm=args.janus, decoder=args.decoder, vae=args.vae, base=args.base)
+    paths = ModelPaths(vlm=args.janus)
+    if not guided(args):
+        paths = replace(paths, decoder=args.decoder, vae=args.vae, base=args.base)
     return load_models(paths, options, with_sampler=with_sampler)
 
 
@@ -274,15 +300,24 @@ def check_painting(models: Models, args: argparse.Namespace, *others: str) -> No
     Raises:
         ValueError: naming them.
     """
-    idle = given(args, *PAINTING, *others)
-    if models.decoder is None and idle:
+    by_pipeline = guided(args) and args.base is not None
+    of_guidance = GUIDED if hasattr(args, "strength") else ()
+    idle = given(args, *PAINTING, *of_guidance, *others)
+    if models.decoder is None and idle and not by_pipeline:
         raise ValueError(f"{idle} would do nothing without a decoder: give --decoder and --vae as well")
+    idle = given(args, "shift", *(() if models.decoder is not None else ("anchor", "reads")))
+    if by_pipeline and idle:
+        raise ValueError(f"{idle} would do nothing with the pipeline in --base: leave it out")
+    if of_guidance and args.paint_side is not None and not by_pipeline:
+        raise ValueError(
+            f"--paint-side goes with --decoder {GUIDANCE} and --base; other decoders have a size of their own"
+        )
     timesteps(1 if args.steps is None else args.steps, shift=args.shift or 0.0)
-    if models.decoder is None:
-        return
     options, start = guidance_of(args)
     if not 0 < start <= 1:
         raise ValueError(f"--start must be above 0 and at most 1, got {start}; 1 starts from noise alone")
+    if models.decoder is None:
+        return
     if card_of(models, args).calibration is None and (not options.off or start < 1):
         raise ValueError("distribution guidance compares calibrated distributions: give --calibration FILE")
 
@@ -297,8 +332,6 @@ def decoders_of(models: Models, args: argparse.Namespace) -> Decoders:
     """Both decoders, as asked for."""
     check_painting(models, args)
     card = card_of(models, args) if models.decoder is not None else None
-    if models.decoder is not None and guidance_of(args) != (GuidanceOptions(strength=0.0, pull=0.0), 1.0):
-        raise ValueError("evaluation measures decoders without distribution guidance: leave out --strength and --start")
     return Decoders(models=models, card=card, steps=args.steps, shift=args.shift)
 
 
@@ -364,8 +397,9 @@ def guidance_of(args: argparse.Namespace) -> tuple[GuidanceOptions, float]:
         ValueError: for a strength that is negative or not finite.
     """
     alone = guided(args)
-    strength = (STRENGTH if alone else 0.0) if args.strength is None else args.strength
-    start = (START if alone else 1.0) if args.start is None else args.start
+    strength, start = (getattr(args, name, None) for name in ("strength", "start"))
+    strength = (STRENGTH if alone else 0.0) if strength is None else strength
+    start = (START if alone else 1.0) if start is None else start
     return GuidanceOptions(strength=strength, pull=PULL if alone else 0.0), start
 
 
@@ -397,6 +431,51 @@ def paint(models: Models, condition: Condition, seeds: Sequence[int], args: argp
             shift=args.shift,
             guide=guide_of(models, condition, args),
             start=guidance_of(args)[1],
+            on_step=lambda done, total, _: step(done, total),
+        )
+    return painted.pixels
+
+
+def pipeline_of(args: argparse.Namespace) -> PriorPipeline | None:
+    """The diffusers pipeline to guide; None for a decoder.
+
+    Raises:
+        ValueError: as `load_prior_pipeline`.
+    """
+    if not guided(args) or args.base is None:
+        return None
+    return load_prior_pipeline(args.base, device=device_of(args), dtype=getattr(torch, args.dtype or "float32"))
+
+
+def paint_with(
+    pipeline: PriorPipeline,
+    models: Models,
+    token_logits: TokenLogits,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    args: argparse.Namespace,
+) -> torch.Tensor:
+    """The pipeline's images [B, 3, H, W] in -1..1, under a progress bar."""
+    tokenizer, (options, start) = models.tokenizer, guidance_of(args)
+    if models.decoder is not None:
+        condition, calibration = condition_of(models, token_logits, args), card_of(models, args).calibration
+    else:
+        calibration = Calibration.load(args.calibration)
+        condition = map_logits(token_logits, tokenizer.codebook, calibration)
+    h, w = (side * tokenizer.factor for side in condition.grid)
+    if args.paint_side is not None:
+        h, w = (round(side * args.paint_side / max(h, w)) for side in (h, w))
+    with bar("prior") as step:
+        painted = pipeline.paint(
+            tokenizer,
+            condition,
+            prompts,
+            seeds=seeds,
+            scale=calibration.scale * calibration.affine_scale,
+            size=(h, w),
+            options=options,
+            steps=args.steps or STEPS,
+            start=start,
             on_step=lambda done, total, _: step(done, total),
         )
     return painted.pixels

@@ -12,7 +12,7 @@ from . import arguments, common
 
 def add(commands: Any) -> None:
     """Adds the command."""
-    groups = common.model_options, common.sampling_options, common.decoding_options
+    groups = common.model_options, common.sampling_options, common.decoding_options, common.guidance_options
     command = common.add_command(commands, "generate", run, *groups, help="prompts to images")
     command.add_argument("prompt", nargs="+")
     command.add_argument("--out", type=arguments.path, default=Path("out/generated.png"))
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
         arguments.check_out("--logits", args.logits)
     models = common.load(args)
     common.check_painting(models, args, "compare")
+    pipeline = common.pipeline_of(args)
     common.warn_of_unknown_words(models, args.prompt)
     seeds = common.seeds_of(args, len(args.prompt))
     token_logits = common.sample_tokens(models, args.prompt, seeds, args)
@@ -34,10 +35,13 @@ def run(args: argparse.Namespace) -> None:
         token_logits.save(args.logits)
         print(f"wrote {args.logits}")
     by_vq = decode_tokens(models.tokenizer, token_logits)
-    if models.decoder is None:
+    if models.decoder is None and pipeline is None:
         common.write_images(by_vq, args.out, "")
         return
-    condition = common.condition_of(models, token_logits, args)
-    common.write_images(common.paint(models, condition, seeds, args), args.out, "")
+    if pipeline is not None:
+        painted = common.paint_with(pipeline, models, token_logits, args.prompt, seeds, args)
+    else:
+        painted = common.paint(models, common.condition_of(models, token_logits, args), seeds, args)
+    common.write_images(painted, args.out, "")
     if args.compare:
         common.write_images(by_vq, args.out, "-vq")

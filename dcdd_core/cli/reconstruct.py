@@ -22,9 +22,12 @@ _MOST_TOKENS = 64 * 64
 
 def add(commands: Any) -> None:
     """Adds the command."""
-    groups = common.model_options, common.decoding_options
+    groups = common.model_options, common.decoding_options, common.guidance_options
     command = common.add_command(commands, "reconstruct", run, *groups, help="images through the tokenizer and back")
     command.add_argument("image", nargs="+", type=arguments.path)
+    command.add_argument(
+        "--prompt", dest="prompt_of_base", default="", metavar="TEXT", help="what the pipeline in --base is told"
+    )
     command.add_argument("--side", type=int, metavar="PIXELS", help="shrink images whose longer side is more than this")
     command.add_argument("--out", type=arguments.path, default=Path("out"), metavar="FOLDER")
 
@@ -35,10 +38,14 @@ def run(args: argparse.Namespace) -> None:
     names = names_of(args.image, args.side)
     models = common.load(args, with_sampler=False)
     common.check_painting(models, args)
+    pipeline = common.pipeline_of(args)
     for path, name in zip(args.image, names):
         proxies = encode(models.tokenizer, read_image(path, models.tokenizer, args.side))
         results = {"vq": decode_tokens(models.tokenizer, proxies)}
-        if models.decoder is not None:
+        if pipeline is not None:
+            prompts, seeds = [args.prompt_of_base], common.seeds_of(args, 1)
+            results["dcdd"] = common.paint_with(pipeline, models, proxies, prompts, seeds, args)
+        elif models.decoder is not None:
             condition = common.condition_of(models, proxies, args)
             results["dcdd"] = common.paint(models, condition, common.seeds_of(args, 1), args)
         for suffix, pixels in results.items():

@@ -1,0 +1,251 @@
+"""Distribution guidance of a diffusers pipeline: any FLUX.1, SDXL or Stable Diffusion 1.x folder as the prior.
+
+The pipeline encodes the prompt with its own text encoders and runs its own denoiser. Its scheduler is asked for the
+predicted clean latents before every step, and gets them back corrected.
+
+Shapes: B batch, C latent channels, h' w' latent grid.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import is_finite, read_json, reading
+from ..method.flow import recover_clean
+from ..method.guidance import (
+    clean_from_noise,
+    clean_from_v,
+    noise_from_clean,
+    time_of_alpha,
+    v_from_clean,
+    velocity_towards,
+)
+from ..method.latents import pack, unpack
+from ..method.sampling import keyed_generator
+from ..models.vae import KLCodec
+from ..protocols import ImageTokenizer
+from ..settings import require_number
+from ..types import Condition
+from .decode import Decoded, OnDecodeStep, pixels_of
+from .guided import GuidanceOptions, TokenGuide, token_guide
+from .host import PLAIN, Host
+from .oom import one_by_one
+
+#: Classes of pipelines that are read, each with a way to say it.
+READ = {
+    "FluxPipeline": "FLUX.1",
+    "FluxImg2ImgPipeline": "FLUX.1",
+    "StableDiffusionXLPipeline": "SDXL",
+    "StableDiffusionXLImg2ImgPipeline": "SDXL",
+    "StableDiffusionPipeline": "Stable Diffusion 1.x",
+    "StableDiffusionImg2ImgPipeline": "Stable Diffusion 1.x",
+}
+_MOST_STEPS = 1000
+
+
+class PriorPipeline:
+    """A diffusers image-to-image pipeline that paints what tokens say.
+
+    Args:
+        pipe: of FLUX.1, SDXL or Stable Diffusion 1.x. Its scheduler is replaced: Euler on the flow's path, or DDIM.
+
+    Attributes:
+        codec: the pipeline's autoencoder in float32, through which guidance sees its latents.
+    """
+
+    def __init__(self, pipe: Any):
+        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+        self.pipe, self.flow = pipe, hasattr(pipe, "transformer")
+        kind = FlowMatchEulerDiscreteScheduler if self.flow else DDIMScheduler
+        with reading("the pipeline's scheduler_config.json", f"the settings of a {kind.__name__}"):
+            pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        if not self.flow and pipe.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"the pipeline's model predicts {pipe.scheduler.config.prediction_type!r}; guidance reads models that "
+                "predict 'epsilon' or 'v_prediction'"
+            )
+        vae = copy.deepcopy(pipe.vae).float().eval().requires_grad_(False)
+        self.codec = KLCodec(vae)
+        pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.codec.device
+
+    def size_for(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) as it can be painted.
+
+        Raises:
+            ValueError: for sides that are no multiple of 16 or 8 pixels, by the model.
+        """
+        unit = self.codec.factor * (2 if self.flow else 1)
+        if any(side < unit or side % unit for side in size):
+            fits = " x ".join(str(max(unit, round(side / unit) * unit)) for side in reversed(size))
+            raise ValueError(
+                f"this model paints sides of multiples of {unit} pixels, got {size[1]} x {size[0]}: use {fits}"
+            )
+        return size
+
+    def paint(
+        self,
+        tokenizer: ImageTokenizer,
+        condition: Condition,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        scale: float,
+        size: tuple[int, int],
+        options: GuidanceOptions | None = None,
+        steps: int = 10,
+        start: float = 0.6,
+        on_step: OnDecodeStep | None = None,
+        host: Host = PLAIN,
+        **arguments: Any,
+    ) -> Decoded:
+        """Paints B images, one by one, from the soft VQ decode noised to t0 = `start`.
+
+        Args:
+            prompts, seeds: one an image.
+            scale: s of the VLM's calibration.
+            size: (H, W) of the images.
+            steps: of the denoiser that are run, from `start` on.
+            arguments: further ones of the pipeline's own call, such as `guidance_scale`.
+
+        Raises:
+            ValueError: for numbers out of range, another tokenizer's condition, and latents that are not finite.
+            RuntimeError: if an image does not fit into memory.
+        """
+        count = len(condition.code_vectors)
+        if len(prompts) != count or len(seeds) != count:
+            raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds for {count} images: give one an image")
+        require_number("steps", steps, whole=True, least=1, most=_MOST_STEPS)
+        require_number("start", start, above=0, most=1)
+        size = self.size_for(size)
+
+        def run(k: int) -> torch.Tensor:
+            own = condition.part(k, k + 1).to(self.device)
+            guide = token_guide(tokenizer, self.codec, own, scale=scale, options=options, size=size)
+            return self._paint_one(guide, prompts[k], seeds[k], size, steps, start, on_step, arguments)
+
+        latents = torch.cat(list(one_by_one(run, count, host)))
+        pixels = torch.cat([pixels_of(self.codec, latents[k : k + 1]) for k in range(count)])
+        return Decoded(pixels=pixels, latents=latents)
+
+    @torch.no_grad()
+    def _paint_one(
+        self,
+        guide: TokenGuide,
+        prompt: str,
+        seed: int,
+        size: tuple[int, int],
+        steps: int,
+        start: float,
+        on_step: OnDecodeStep | None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        """Raw latents [1, C, h', w'] of one image."""
+        latent_size = (guide.soft.shape[2], guide.soft.shape[3])
+        where = {"height": size[0], "width": size[1]} if self.flow else {}
+        # The pipelines run floor(strength * steps) of their schedule's steps, or one more.
+        whole = max(steps, round(steps / start))
+        with self._hooked(guide, latent_size, steps, on_step):
+            made = self.pipe(
+                prompt=prompt,
+                image=guide.soft.to(self.pipe.vae.dtype),
+                strength=min(1.0, steps / whole),
+                num_inference_steps=whole,
+                generator=keyed_generator(seed),
+                output_type="latent",
+                **where,
+                **arguments,
+            ).images
+        z = self._unpacked(made, latent_size).float()
+        if not is_finite(z):
+            raise ValueError("the pipeline's latents became NaN or infinite: load it in float32 or bfloat16")
+        return self.codec.denormalize(z)
+
+    @contextmanager
+    def _hooked(
+        self, guide: TokenGuide, latent_size: tuple[int, int], total: int, on_step: OnDecodeStep | None
+    ) -> Iterator[None]:
+        """Within it the scheduler's steps go on from corrected predictions."""
+        scheduler, plain, done = self.pipe.scheduler, self.pipe.scheduler.step, 0
+
+        @functools.wraps(plain)
+        def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **options: Any) -> Any:
+            nonlocal done
+            clean, time, back = self._predicted(model_output, timestep, sample)
+            z = self._unpacked(clean, latent_size)
+            if guide.guided(time, done):
+                z = guide.correct(z, time)
+                model_output = back(self._packed(z)).to(model_output.dtype)
+            done += 1
+            if on_step is not None:
+                on_step(done, max(done, total), self.codec.denormalize(z))
+            return plain(model_output, timestep, sample, *args, **options)
+
+        scheduler.step = step
+        try:
+            yield
+        finally:
+            del scheduler.step
+
+    def _predicted(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor
+    ) -> tuple[torch.Tensor, float, Callable[[torch.Tensor], torch.Tensor]]:
+        """The predicted clean latents in float32, their time, and the way from clean latents to the model's output."""
+        scheduler, output, x = self.pipe.scheduler, model_output.float(), sample.float()
+        if self.flow:
+            if scheduler.step_index is None:
+                scheduler._init_step_index(timestep)
+            time = float(scheduler.sigmas[scheduler.step_index])
+            return recover_clean(x, output, time), time, lambda clean: velocity_towards(x, clean, time)
+        alpha_bar = float(scheduler.alphas_cumprod[int(timestep)])
+        time = time_of_alpha(alpha_bar)
+        if scheduler.config.prediction_type == "epsilon":
+            return clean_from_noise(x, output, alpha_bar), time, lambda clean: noise_from_clean(x, clean, alpha_bar)
+        return clean_from_v(x, output, alpha_bar), time, lambda clean: v_from_clean(x, clean, alpha_bar)
+
+    def _unpacked(self, latents: torch.Tensor, latent_size: tuple[int, int]) -> torch.Tensor:
+        return unpack(latents, *latent_size) if self.flow else latents
+
+    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
+        return pack(latents) if self.flow else latents
+
+
+def load_prior_pipeline(
+    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> PriorPipeline:
+    """The pipeline in a diffusers folder, read from there alone.
+
+    Raises:
+        ValueError: for a folder that is none, one of another kind, and files that cannot be read.
+    """
+    from diffusers import AutoPipelineForImage2Image
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; expected a diffusers pipeline of {_kinds()}")
+    index = read_json(folder / "model_index.json", "the list of a diffusers pipeline's parts")
+    name = index.get("_class_name")
+    if name not in READ:
+        raise ValueError(f"{folder} holds a {name!r}; expected a diffusers pipeline of {_kinds()}")
+    with reading(folder, f"a {READ[name]} pipeline"), warnings.catch_warnings():
+        # diffusers renames torch_dtype; the oldest one that is supported knows no other name.
+        warnings.simplefilter("ignore", FutureWarning)
+        pipe = AutoPipelineForImage2Image.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    return PriorPipeline(pipe.to(device))
+
+
+def _kinds() -> str:
+    return ", ".join(dict.fromkeys(READ.values()))

@@ -1,0 +1,157 @@
+"""Distribution guidance of diffusers pipelines: FLUX.1, SDXL and Stable Diffusion 1.x of tiny random networks."""
+
+import json
+
+import pytest
+import torch
+
+from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.pipelines.condition import discrete_condition
+from dcdd_core.pipelines.guided import GuidanceOptions, token_guide
+from dcdd_core.pipelines.guided_pipeline import READ, PriorPipeline, load_prior_pipeline
+from tests.tiny import tiny_vq
+from tests.tiny_pipelines import flux, save_sd, sd, sdxl
+
+SIZE, SCALE = (32, 48), 20.0
+KINDS = {
+    "FLUX.1": flux,
+    "SDXL": sdxl,
+    "SDXL v": lambda: sdxl("v_prediction"),
+    "SD": sd,
+    "SD v": lambda: sd("v_prediction"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return VQTokenizer(tiny_vq(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def condition(tokenizer):
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return discrete_condition(tokenizer.encode(pixels), tokenizer.codebook)
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=str)
+def prior(request):
+    return PriorPipeline(KINDS[request.param]())
+
+
+def paint(prior, tokenizer, condition, seeds=(1, 2), **options):
+    options = {"size": SIZE, "steps": 4, "options": GuidanceOptions(strength=0.3, pull=0)} | options
+    return prior.paint(tokenizer, condition, ["a red circle"] * len(seeds), seeds=seeds, scale=SCALE, **options)
+
+
+def test_guided_images_say_more_of_what_the_condition_says(prior, tokenizer, condition):
+    guide = token_guide(tokenizer, prior.codec, condition, scale=SCALE, size=SIZE)
+    losses = []
+    for strength in (0.0, 0.3):
+        options = GuidanceOptions(strength=strength, pull=0)
+        painted = paint(prior, tokenizer, condition, options=options)
+        assert painted.pixels.shape == (2, 3, *SIZE)
+        losses.append(float(guide.loss(prior.codec.normalize(painted.latents)).sum().detach()))
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_without_strength_and_pull_it_is_the_pipeline_itself(prior, tokenizer, condition):
+    """The corrected prediction of nothing is the model's own output, so nothing is corrected at all."""
+    off = paint(prior, tokenizer, condition, options=GuidanceOptions(strength=0, pull=0)).latents
+    assert torch.equal(off, paint(prior, tokenizer, condition, options=GuidanceOptions(strength=0, pull=0)).latents)
+    late = GuidanceOptions(strength=0.3, first=0.001, last=0.0)
+    torch.testing.assert_close(off, paint(prior, tokenizer, condition, options=late).latents)
+
+
+def test_a_prediction_that_is_given_back_unchanged_changes_nothing(prior, tokenizer, condition):
+    """The way from the model's output to clean latents and back, at every step."""
+    off = paint(prior, tokenizer, condition, options=GuidanceOptions(strength=0, pull=0)).latents
+    least = paint(prior, tokenizer, condition, options=GuidanceOptions(strength=1e-9, pull=0)).latents
+    torch.testing.assert_close(off, least, rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_is_its_singles(prior, tokenizer, condition):
+    batch = paint(prior, tokenizer, condition).latents
+    alone = paint(prior, tokenizer, condition.part(1, 2), seeds=[2]).latents
+    torch.testing.assert_close(batch[1:], alone)
+
+
+def test_steps_are_counted_and_run_from_the_start_on(prior, tokenizer, condition):
+    times, steps = [], []
+    original = type(prior)._predicted
+
+    def predicted(self, *given):
+        found = original(self, *given)
+        times.append(found[1])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(prior), "_predicted", predicted)
+        paint(
+            prior, tokenizer, condition.part(0, 1), seeds=[1], steps=5, start=0.5,
+            on_step=lambda done, total, latents: steps.append((done, total, tuple(latents.shape[2:]))),
+        )  # fmt: skip
+    assert [done for done, _, _ in steps] == [1, 2, 3, 4, 5] and {total for _, total, _ in steps} == {5}
+    assert {size for *_, size in steps} == {(16, 24)}
+    assert times == sorted(set(times), reverse=True) and times[0] < 0.95
+
+
+def test_the_scheduler_is_its_own_again_afterwards(prior, tokenizer, condition):
+    paint(prior, tokenizer, condition)
+    assert "step" not in vars(prior.pipe.scheduler)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        paint(prior, tokenizer, condition, on_step=stop)
+    assert "step" not in vars(prior.pipe.scheduler)
+
+
+def test_what_does_not_fit_is_refused(prior, tokenizer, condition):
+    with pytest.raises(ValueError, match=r"paints sides of multiples of (2|4) pixels, got 45 x 33: use "):
+        paint(prior, tokenizer, condition, size=(33, 45))
+    with pytest.raises(ValueError, match="got 2 prompts and 1 seeds for 2 images"):
+        prior.paint(tokenizer, condition, ["a", "b"], seeds=[1], scale=SCALE, size=SIZE)
+    for words in ({"steps": 0}, {"start": 0}, {"start": 2}):
+        with pytest.raises(ValueError, match=next(iter(words))):
+            paint(prior, tokenizer, condition, **words)
+
+
+def test_latents_that_are_not_finite_are_refused(tokenizer, condition):
+    pipe = sd()
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        paint(PriorPipeline(pipe), tokenizer, condition, options=GuidanceOptions(strength=0, pull=0))
+
+
+def test_a_model_that_predicts_something_else_is_refused():
+    pipe = sd()
+    pipe.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(ValueError, match="predicts 'sample'; guidance reads models that predict 'epsilon' or"):
+        PriorPipeline(pipe)
+
+
+def test_a_folder_paints_with_its_own_text_encoder(tmp_path, tokenizer, condition):
+    prior = load_prior_pipeline(save_sd(tmp_path))
+    first = prior.paint(tokenizer, condition, ["a", "red circle"], seeds=[1, 1], scale=SCALE, size=SIZE, steps=2)
+    other = prior.paint(tokenizer, condition, ["b", "red circle"], seeds=[1, 1], scale=SCALE, size=SIZE, steps=2)
+    assert not torch.equal(first.latents[0], other.latents[0]) and torch.equal(first.latents[1], other.latents[1])
+
+
+@pytest.mark.parametrize("name", ["FluxFillPipeline", "Flux2KleinPipeline", "JanusPipeline", None, 3])
+def test_other_pipelines_are_refused_by_name(tmp_path, name):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ValueError, match=rf"holds a {name!r}; expected a diffusers pipeline of FLUX.1, SDXL, Stable"):
+        load_prior_pipeline(tmp_path)
+    assert name not in READ
+
+
+def test_a_folder_that_is_none_or_lacks_its_parts_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is not a folder; expected a diffusers pipeline of FLUX.1"):
+        load_prior_pipeline(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="model_index.json does not exist"):
+        load_prior_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(ValueError, match="cannot be read as a Stable Diffusion 1.x pipeline"):
+        load_prior_pipeline(tmp_path)
