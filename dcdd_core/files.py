@@ -37,8 +37,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         OSError: if the block cannot write, such as on a full disk; says what to do.
     """
     path = Path(path)
-    # A name of its own for each writer: two that shared one would mix what they write. No longer than any name may be.
-    temporary = path.with_name(f"{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+    # A name of its own for each writer: two that shared one would mix what they write. No longer than any name may be,
+    # and UTF-8, as other libraries need it.
+    name = path.name[:40].encode("utf-8", "ignore").decode()
+    temporary = path.with_name(f"{name}.{secrets.token_hex(4)}.tmp")
     try:
         with suppress(FileNotFoundError):
             if stat.S_ISDIR(path.stat().st_mode):
@@ -206,6 +208,28 @@ def stand_in(content: bytes) -> str | None:
 
 
 @contextmanager
+def utf8_path(path: str | Path) -> Iterator[Path]:
+    """A name of a file or folder for libraries that take UTF-8 alone, such as safetensors; `path` itself if it is that.
+
+    Only Linux has other names, and it names what is open: /proc/self/fd/N.
+
+    Raises:
+        OSError: if there is nothing at a path that needs another name.
+    """
+    path = Path(path)
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            yield Path(f"/proc/self/fd/{opened}")
+        finally:
+            os.close(opened)
+    else:
+        yield path
+
+
+@contextmanager
 def open_tensors(path: str | Path, expected: str, remedy: str = "download it again") -> Iterator[Any]:
     """An open safetensors file; none of its tensors has been read.
 
@@ -222,7 +246,7 @@ def open_tensors(path: str | Path, expected: str, remedy: str = "download it aga
         raise ValueError(f"{path} is {other}, expected {expected}: {remedy}")
     with ExitStack() as stack:
         with reading(path, expected, remedy):
-            file = stack.enter_context(safe_open(path, framework="pt"))
+            file = stack.enter_context(safe_open(stack.enter_context(utf8_path(path)), framework="pt"))
         yield file
 
 
@@ -292,7 +316,8 @@ def write_tensors(
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     stated = dict(metadata) | ({_CHECKSUMS: json.dumps(tensor_checksums(held))} if checksums else {})
     with whole_file(path) as temporary:
-        save_file(held, temporary, metadata=stated)
+        with utf8_path(temporary.parent) as folder:
+            save_file(held, folder / temporary.name, metadata=stated)
         _sort_metadata(temporary)
 
 

@@ -23,6 +23,7 @@ from dcdd_core.files import (
     require_checksums,
     stored_checksums,
     tensor_checksums,
+    utf8_path,
     way_out,
     whole_file,
     write_record,
@@ -396,3 +397,22 @@ def test_a_file_carries_its_checksums(tmp_path):
         assert file.metadata() == {"key": "value"} and stored_checksums(path, file.metadata()) == {}
     with pytest.raises(ValueError, match="t.safetensors holds a list, expected a file with checksums"):
         stored_checksums(path, {"checksums": "[]"})
+
+
+def test_tensors_are_written_and_read_under_names_that_are_not_utf8(tmp_path):
+    folder = tmp_path / "\udcff"
+    try:
+        folder.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("this system has only names that are UTF-8")
+    path = folder / "a\udcfe.safetensors"
+    before = os.listdir("/proc/self/fd")
+    write_tensors(path, {"a": torch.ones(3)}, {"said": "yes"}, checksums=True)
+    with open_tensors(path, "tensors") as file:
+        assert torch.equal(file.get_tensor("a"), torch.ones(3)) and file.metadata()["said"] == "yes"
+    assert names(folder) == [path.name] and len(os.listdir("/proc/self/fd")) == len(before)
+    path.write_bytes(b"x" * 20)
+    with pytest.raises(ValueError, match="safetensors cannot be read as tensors"), open_tensors(path, "tensors"):
+        pass
+    with utf8_path(tmp_path) as same:
+        assert same == tmp_path

@@ -1,11 +1,13 @@
 """The rows of `make versions`, and the files that are written for transformers 4 as well as 5."""
 
+import importlib
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dcdd_pico.embedded import WEIGHTS
 from dcdd_pico.train_janus import janus_config, pico_tokenizer, save_tokenizer
@@ -95,3 +97,13 @@ def test_a_new_janus_ties_its_embeddings_for_both():
 
     made = janus_config(JanusVQVAE(tokenizer_config()), pico_tokenizer()).to_dict()
     assert made["tie_word_embeddings"] is made["text_config"]["tie_word_embeddings"] is True
+
+
+def test_training_on_an_older_torch_ends_in_one_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "dcdd_core.cli.train", raising=False)
+    monkeypatch.setitem(sys.modules, "dcdd_core.training.run", None)  # Importing it fails.
+    with pytest.raises(ImportError):
+        importlib.import_module("dcdd_core.cli.train")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(SystemExit, match=r"^train.py: training needs torch 2.6 or newer, this is 2.5.1\+cpu .*$"):
+        importlib.import_module("dcdd_core.cli.train")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .. import registry
 from ..evaluation.results_store import hold_to
 from ..evaluation.tables import statistics_table
 from ..pipelines.calibrate import KeptSamples, Proxies, compared, fit_to_samples, verdict
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     arguments.check_out("--samples", folder, folder=True)
     with processes(args.device) as crew:
         args.device = crew.device
+        if args.janus is not None:
+            registry.sampler_family(args.janus)
         prompts, files = common.calibration_material(args)
         models = common.load(args)
         sampler, options = models.sampler, common.sampling_of(models, args)

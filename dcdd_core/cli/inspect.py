@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import registry
 from ..evaluation.figures import save_image, top_curve
 from ..evaluation.tables import statistics_table
 from ..method.statistics import describe_logits
@@ -38,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
         columns = {str(path): describe_logits(TokenLogits.load(path), codebook) for path in args.logits}
     else:
         calibration = None if args.calibration is None else Calibration.load(args.calibration)
+        if args.janus is not None:
+            registry.sampler_family(args.janus)
         prompts, files = common.calibration_material(args)
         models = common.load(args)
         if calibration is None and models.decoder is not None:

@@ -9,22 +9,31 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from dcdd_pico.embedded import model_paths
 
+from .. import registry
 from ..method.flow import DENSITIES, WEIGHTINGS
 from ..models.card import VARIANTS
 from ..pipelines.image_files import ReadPolicy
 from ..pipelines.oom import is_out_of_memory
-from ..training import estimate
-from ..training.config import DataConfig, OptimizationConfig, RunConfig
-from ..training.held_out import MOST
-from ..training.optimizers import OPTIMIZERS
-from ..training.plan import Plan
-from ..training.progress import ProgressBar
-from ..training.run import make_accelerator, run_bundle, run_cache, run_training
-from ..training.stop import TrainingStopped
-from ..training.trainable import TRAINED
 from .arguments import path, path_text, printable_output
+
+try:
+    from ..training import estimate
+    from ..training.config import DataConfig, OptimizationConfig, RunConfig
+    from ..training.held_out import MOST
+    from ..training.optimizers import OPTIMIZERS
+    from ..training.plan import Plan
+    from ..training.progress import ProgressBar
+    from ..training.run import make_accelerator, run_bundle, run_cache, run_training
+    from ..training.stop import TrainingStopped
+    from ..training.trainable import TRAINED
+except ImportError as error:
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6):
+        raise
+    sys.exit(f"train.py: training needs torch 2.6 or newer, this is {torch.__version__} ({error}): update torch")
 
 COMMANDS = ("train", "cache", "estimate")
 _PICO = "pico"
@@ -155,6 +164,7 @@ def _plan(args: argparse.Namespace, **options) -> Plan:
         pico = model_paths()
         options = {"vae": pico["vae"], "bundle": pico["decoder"]} | options
         return Plan(vlm=pico["vlm"], resolution=args.resolution, **options)
+    registry.sampler_family(args.vlm)
     if args.vae is None:
         raise ValueError("give --vae, the autoencoder whose latents the decoder paints: only pico has its own")
     return Plan(vlm=Path(args.vlm), vae=args.vae, resolution=args.resolution, **options)

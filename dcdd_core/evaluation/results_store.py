@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ..files import json_object, read_json, write_record, write_text
+from ..files import json_object, open_tensors, read_json, reading, write_record, write_text
 from ..settings import require_same_settings
 
 _KIND = "measurements"
@@ -72,7 +71,7 @@ class Measurements:
             wanted = [i for i, key in enumerate(held) if key in row]
             if not wanted:
                 continue
-            with safe_open(path, framework="pt") as file:
+            with open_tensors(path, _KIND) as file, reading(path, _KIND):
                 values = file.get_tensor(name)
             if gathered is None:
                 gathered = values.new_empty(len(keys), *values.shape[1:])
@@ -89,8 +88,8 @@ class Measurements:
         """The files with all needed tensors, and their keys; a damaged file counts as missing."""
         found = []
         for path in sorted(self.folder.glob("*.safetensors")):
-            with suppress(OSError, SafetensorError, ValueError):
-                with safe_open(path, framework="pt") as file:
+            with suppress(ValueError):
+                with open_tensors(path, _KIND) as file, reading(path, _KIND):
                     if not self.needed <= set(file.keys()):
                         continue
                     counts = {file.get_slice(name).get_shape()[0] for name in self.needed}

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
-from ..files import read_json, regular_file, require_checksums, stored_checksums, write_tensors, write_text
+from ..files import read_json, regular_file, require_checksums, stored_checksums, utf8_path, write_tensors, write_text
 from ..settings import require_same_settings
 from .sharding import load_sharded, save_sharded
 from .write_errors import checkpoint_error, describe
@@ -233,13 +233,15 @@ class Checkpoints:
         if self.accelerator.distributed_type == "FSDP":
             load_sharded(folder / _SHARDS, self.model, self.optimizers)
         else:
-            self.accelerator.load_state(str(folder), strict=False)
+            with utf8_path(folder) as readable:
+                self.accelerator.load_state(str(readable), strict=False)
 
     def _write(self, folder: Path, state: TrainingState) -> None:
         if self.accelerator.distributed_type == "FSDP":
             save_sharded(folder / _SHARDS, self.model, self.optimizers)
         else:
-            self.accelerator.save_state(str(folder))
+            with utf8_path(folder) as writable:
+                self.accelerator.save_state(str(writable))
         self._of_process(folder, "position").write_text(json.dumps(state.position))
         if state.means:
             self._of_process(folder, "means").write_text(json.dumps(state.means))
@@ -279,7 +281,8 @@ def load_ema(checkpoint: Path) -> dict[str, torch.Tensor]:
     try:
         if expected is not None and _checksum(path) != expected:
             raise ValueError(f"{checkpoint} is damaged ({path.name}: not what was written): {_REMEDY}")
-        return load_file(path)
+        with utf8_path(path) as readable:
+            return load_file(readable)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{checkpoint} is damaged ({path.name}, {describe(error)}): {_REMEDY}") from error
 
@@ -413,7 +416,7 @@ def load_best(folder: Path) -> Best | None:
     remedy = "delete it; the next evaluation writes another one"
     regular_file(path, "the best weights of a training")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             told = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}
         require_checksums(path, weights, stored_checksums(path, told))

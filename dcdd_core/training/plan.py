@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from .. import registry
+from ..files import open_tensors
 from ..models.bundle import DecoderOptions, load_decoder, read_card, save_bundle
 from ..models.card import DecoderCard
 from ..models.checkpoints import load_strictly
@@ -234,5 +234,5 @@ class Plan:
 
 
 def _transformer_names(bundle: Path) -> set[str]:
-    with safe_open(bundle, framework="pt") as file:
+    with open_tensors(bundle, "a decoder bundle") as file:
         return {name.removeprefix("transformer.") for name in file.keys() if name.startswith("transformer.")}

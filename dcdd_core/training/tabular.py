@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..files import reading, regular_file
 from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
 from ..types import DCDDWarning
 from .batches import DataShard, Entry, Mark
@@ -37,13 +38,10 @@ class SavedDataset(ImageSource):
         policy: ReadPolicy = DEFAULT_POLICY,
     ):
         datasets = _datasets()
-        try:
+        _check_files(Path(folder))
+        # An IndexError, for example, for one without rows.
+        with reading(folder, "a saved dataset", "give a folder that Dataset.save_to_disk wrote, with rows in it"):
             found = datasets.load_from_disk(os.fspath(folder))
-        except Exception as error:  # An IndexError, for example, for one without rows.
-            raise ValueError(
-                f"{folder} cannot be read as a saved dataset ({type(error).__name__}: {error}): give a folder that "
-                "Dataset.save_to_disk wrote, with rows in it"
-            ) from error
         if isinstance(found, datasets.DatasetDict):
             if "train" not in found:
                 raise ValueError(
@@ -107,9 +105,11 @@ class ShardStream(ImageSource):
         self.files = [Path(file) for file in files]
         kinds = {file.suffix.lower() for file in self.files}
         if kinds not in ({".tar"}, {".parquet"}):
+            more = f" and {len(self.files) - 3} more" if len(self.files) > 3 else ""
+            got = ", ".join(str(file) for file in self.files[:3]) or "none"
             raise ValueError(
-                f"expected .tar shards or .parquet files, got {len(self.files)} files ending in "
-                f"{sorted(kinds) or 'nothing'}: give files of one of the two kinds, or a folder of images"
+                f"expected .tar shards or .parquet files, got {got}{more}: give files of one of the two kinds, or a "
+                "folder of images"
             )
         if missing := [str(file) for file in self.files if not file.is_file()]:
             raise ValueError(f"{missing[0]} does not exist ({len(missing)} of {len(self.files)} files are missing)")
@@ -168,8 +168,9 @@ class ShardStream(ImageSource):
                 if k == 0:
                     warnings.warn(f"{files[j]} has no rows and is passed over", DCDDWarning, stacklevel=2)
             except Exception as error:
+                said = " ".join(str(error).split())  # Some libraries' have lines.
                 raise ValueError(
-                    f"{files[j]} cannot be read beyond row {k} ({type(error).__name__}: {error}): it is damaged or has "
+                    f"{files[j]} cannot be read beyond row {k} ({type(error).__name__}: {said}): it is damaged or has "
                     "other columns; make it again, or leave it out"
                 ) from error
 
@@ -189,10 +190,25 @@ class ShardStream(ImageSource):
         except _NoColumn:
             raise
         except Exception as error:
-            kind = "a webdataset shard" if self.tar else "a parquet file"
-            raise ValueError(f"{file} cannot be read as {kind} ({type(error).__name__}: {error})") from error
+            kind, said = "a webdataset shard" if self.tar else "a parquet file", " ".join(str(error).split())
+            raise ValueError(f"{file} cannot be read as {kind} ({type(error).__name__}: {said})") from error
         features = _datasets().Features.from_arrow_schema(schema)
         return _chosen(list(features), lambda: _image_columns(features), wanted, str(file))
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses what the libraries that read a saved dataset would wait for, or cannot name.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        os.fspath(folder.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{folder}: the name of a saved dataset's folder must be UTF-8; rename it") from error
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".arrow", ".json"):
+            regular_file(path, "a part of a saved dataset")
 
 
 class _NoColumn(ValueError):

@@ -7,13 +7,14 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from dcdd_core.cli import train
 from dcdd_core.cli.app import main, parser
+from dcdd_pico.embedded import WEIGHTS
 from tests.training.runs import png_folder
 
 from .harness import DIFFERS, OK, REFUSED, SILENT, TRACEBACK, UNCLEAR, Outcome, call
@@ -39,6 +40,17 @@ NUMBERS = (
 WORDS = ("", " ", "nonsense", "\udcff", "\N{PILE OF POO}", "x" * 5000)
 PATHS = ("", " ", "absent", "absent/below", "folder", "fifo", "device", "empty", "text", "\udcff", "x" * 300, "loop")
 
+MODELS = {
+    "embedded": {},
+    "guidance": {"--decoder": "guidance"},
+    "real": {
+        "--janus": str(WEIGHTS / "janus"),
+        "--decoder": str(WEIGHTS / "decoder.safetensors"),
+        "--vae": str(WEIGHTS / "vae"),
+    },
+}
+"""Options that choose the models of a command. The real ones are the embedded ones, read as anybody's are."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -48,16 +60,18 @@ class Option:
         command: the words before it, such as ("evaluate", "reconstruction").
         flag: as it is typed; None for a positional argument.
         action: argparse's.
+        models: of `MODELS`, which of them the command runs with.
     """
 
     command: tuple[str, ...]
     flag: str | None
     action: argparse.Action
+    models: str = "embedded"
 
     @property
     def values(self) -> tuple[str, ...]:
         if self.action.nargs == 0:
-            return ("surplus",)
+            return () if self.flag == "--compile" else ("surplus",)  # A compiler takes minutes by its nature.
         if self.action.type in (int, float) or self.action.default.__class__ in (int, float):
             return NUMBERS
         if self.action.choices is not None:
@@ -67,9 +81,13 @@ class Option:
 
 @cache
 def options() -> list[Option]:
-    """All options of all commands, as their parsers have them."""
+    """All options of all commands, as their parsers have them; those of `dcdd generate` and `reconstruct` with each of
+    `MODELS`."""
     tops = {("dcdd",): parser(), ("train.py",): train.parser("train.py")}
-    return [found for words, top in tops.items() for found in _of(top, words)]
+    found = [option for words, top in tops.items() for option in _of(top, words)]
+    others = [name for name in MODELS if name != "embedded"]
+    painting = [option for option in found if option.command in (("dcdd", "generate"), ("dcdd", "reconstruct"))]
+    return found + [replace(option, models=name) for name in others for option in painting]
 
 
 @cache
@@ -90,13 +108,14 @@ def _of(top: argparse.ArgumentParser, words: tuple[str, ...]) -> list[Option]:
     return found
 
 
-def _base(command: tuple[str, ...], out: Path) -> dict[str | None, str]:
+def _base(command: tuple[str, ...], models: str, out: Path) -> dict[str | None, str]:
     """The shortest sound work of a command, by option."""
     images = str(out / "images")
     training = {"--vlm": "pico", "--data": images, "--out": "run", "--steps": "1", "--batch": "1", "--samples": "0"}
     known = {
         ("dcdd", "generate"): {None: PROMPT, "--steps": "1", "--out": "out.png"},
         ("dcdd", "reconstruct"): {None: f"{images}/00.png", "--steps": "1", "--out": "out"},
+        ("dcdd", "sharpen"): {None: f"{images}/00.png", "--steps": "1", "--out": "out"},
         ("dcdd", "calibrate"): {"--count": "1", "--out": "out.safetensors"},
         ("dcdd", "inspect"): {"--count": "2", "--out": "out.png"},
         ("dcdd", "demo"): {"--out": "out.png"},
@@ -106,7 +125,7 @@ def _base(command: tuple[str, ...], out: Path) -> dict[str | None, str]:
         ("train.py", "cache"): {"--vlm": "pico", "--data": images, "--out": "cache"},
         ("train.py", "estimate"): {},
     }
-    return known.get(command, {"--out": "out", "--images": images, "--limit": "2"})
+    return known.get(command, {"--out": "out", "--images": images, "--limit": "2"}) | MODELS[models]
 
 
 class Commands:
@@ -114,29 +133,20 @@ class Commands:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.seconds: dict[tuple[tuple[str, ...], str], float] = {}
         png_folder(folder / "given" / "images", count=2, side=96)
         (folder / "given" / "prompts.txt").write_text(f"{PROMPT}\na blue star\n")
 
     def run(self, number: int) -> Outcome:
         """The input of that number, of `inputs`."""
         option, bad = inputs()[number]
-        top = self.folder / "command" / "files"
-        shutil.rmtree(top.parent, ignore_errors=True)
-        top.mkdir(parents=True)
-        _things(top)
+        allowed = self._sound(option.command, option.models)
         argv = self._argv(option, bad)
-        run: Callable[[list[str]], int] = main if option.command[0] == "dcdd" else train.main
-        words = argv[1:]
-
-        def target() -> str:
-            try:
-                return str(run(words))
-            except SystemExit as error:
-                return str(error.code)
-
-        found = call(target, top)
+        found = self._call(argv, allowed)
         output = (self.folder / "command" / "output.txt").read_text("utf-8", "replace")
         name = " ".join(option.command)
+        if option.models != "embedded":
+            name += f" ({option.models})"
         verdict, said = self._judged(option, bad, found, output)
         shown = " ".join(word if len(word) < 50 else word[:20] + "..." for word in argv)
         return Outcome(
@@ -149,12 +159,47 @@ class Commands:
             said=said.encode("ascii", "backslashreplace").decode(),
         )
 
-    def _argv(self, option: Option, bad: str) -> list[str]:
-        base = _base(option.command, self.folder / "given")
+    def _call(self, argv: Sequence[str], more: float) -> dict:
+        top = self.folder / "command" / "files"
+        shutil.rmtree(top.parent, ignore_errors=True)
+        top.mkdir(parents=True)
+        _things(top)
+        run: Callable[[list[str]], int] = main if argv[0] == "dcdd" else train.main
+
+        def target() -> str:
+            try:
+                return str(run(list(argv[1:])))
+            except SystemExit as error:
+                return str(error.code)
+
+        return call(target, top, more=more)
+
+    def _sound(self, command: tuple[str, ...], models: str) -> float:
+        """Seconds of processor time that the command takes without a bad value.
+
+        Raises:
+            RuntimeError: if it fails: what its bad values end in would say nothing.
+        """
+        if (command, models) not in self.seconds:
+            option = next(found for found in options() if (found.command, found.models) == (command, models))
+            argv = self._argv(option, None)
+            found = self._call(argv, 60)
+            if found.get("digest") != "0":
+                output = (self.folder / "command" / "output.txt").read_text("utf-8", "replace")
+                raise RuntimeError(f"the sound command {argv} fails: {found} {output[-2000:]}")
+            self.seconds[command, models] = found["seconds"]
+        return self.seconds[command, models]
+
+    def _argv(self, option: Option, bad: str | None) -> list[str]:
+        """The words of the command; without a bad value, for None, its sound work."""
+        base = _base(option.command, option.models, self.folder / "given")
         given = {flag: value for flag, value in base.items() if flag is None or self._has(option.command, flag)}
-        given[option.flag] = bad
         words = list(option.command)
-        if option.action.nargs == 0:
+        if bad is None:
+            option = replace(option, flag="")
+        else:
+            given[option.flag] = bad
+        if bad is not None and option.action.nargs == 0:
             given.pop(option.flag)
             words += [option.flag]
         for flag, value in given.items():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -23,6 +24,7 @@ from dcdd_core import registry
 from dcdd_core.evaluation.image_folder import list_images, read_readable
 from dcdd_core.evaluation.prompts import read_geneval, read_prompts
 from dcdd_core.models.bundle import load_decoder, save_bundle
+from dcdd_core.models.janus import deepseek
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.janus.tokenizer import load_tokenizer
 from dcdd_core.models.vae import load_vae
@@ -34,6 +36,7 @@ from dcdd_core.training.cache_writer import write_cache
 from dcdd_core.training.sources import open_images
 from dcdd_core.types import Calibration, Codebook, Condition, TokenLogits
 from tests import tiny
+from tests.models.janus import deepseek_layout
 from tests.training import runs
 
 
@@ -73,6 +76,16 @@ def _janus(folder: Path) -> str:
     drawn = sampler.sample(["red star"], seeds=[1], options=SamplingOptions(guidance=2.0))
     words = sorted(sampler.tokenizer.get_vocab().items())
     return digest(sampler.fingerprint, sampler.codebook.fingerprint, words, drawn.logits, drawn.tokens)
+
+
+def _build_deepseek(folder: Path, kind: str, shards: int) -> None:
+    deepseek_layout.write_all_but_weights(folder)
+    deepseek_layout.write_weights(folder, deepseek_layout.tiny_weights(), kind, shards)
+
+
+def _deepseek(folder: Path) -> str:
+    with mock.patch.object(deepseek, "_VQ_16", {**deepseek._VQ_16, **deepseek_layout.TINY_VQ}):
+        return _janus(folder)
 
 
 def _tokenizer(folder: Path) -> str:
@@ -248,6 +261,18 @@ SUBJECTS = {
     subject.name: subject
     for subject in (
         Subject(name="Janus folder", owner="models/janus", build=tiny.save_janus, load=_janus),
+        Subject(
+            name="DeepSeek folder",
+            owner="models/janus/deepseek.py",
+            build=lambda folder: _build_deepseek(folder, ".safetensors", 2),
+            load=_deepseek,
+        ),
+        Subject(
+            name="DeepSeek pickles",
+            owner="models/janus/deepseek.py",
+            build=lambda folder: _build_deepseek(folder, ".bin", 1),
+            load=_deepseek,
+        ),
         Subject(name="image tokenizer", owner="models/janus", build=tiny.save_janus, load=_tokenizer),
         Subject(
             name="VAE folder", owner="models/vae.py", build=lambda f: tiny.tiny_vae().save_pretrained(f), load=_codec

@@ -1,6 +1,7 @@
 """A short part of `make fuzz`: the same inputs in every run. It has to end without a failure; and the harness notices
 each kind of failure."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -35,10 +36,34 @@ def test_wrong_options_end_in_one_line(tmp_path):
     assert not bad, f"{shown(bad)}\n{table(outcomes)}"
 
 
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if name != "saved dataset"])  # pyarrow needs UTF-8
+def test_folders_need_no_name_in_utf8(tmp_path, name):
+    (tmp_path / "plain").mkdir()
+    SUBJECTS[name].build(tmp_path / "plain")
+    try:
+        shutil.copytree(tmp_path / "plain", tmp_path / "\udcff")
+    except (OSError, UnicodeError):
+        pytest.skip("this system has only names that are UTF-8")
+    assert SUBJECTS[name].load(tmp_path / "\udcff") == SUBJECTS[name].load(tmp_path / "plain")
+
+
 def test_every_option_of_every_command_is_among_the_inputs():
     flags = {option.flag for option in options()}
-    assert {"--guidance", "--steps", "--janus", "--learning-rate", "--cache", "--images", "--sharding", None} <= flags
-    assert len(inputs()) > 1000 and {option for option, _ in inputs()} == set(options())
+    assert {
+        "--guidance",
+        "--steps",
+        "--strength",
+        "--start",
+        "--janus",
+        "--learning-rate",
+        "--cache",
+        "--images",
+        "--sharding",
+        None,
+    } <= flags
+    assert len(inputs()) > 1000 and {option for option, _ in inputs()} == {
+        option for option in options() if option.values
+    }
     assert len({option.command for option in options()}) >= 9
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import socket
 import sys
 import tarfile
@@ -360,7 +361,7 @@ def test_there_have_to_be_images(tmp_path):
         ImageFolder(tmp_path / "nowhere", SIZES)
     with pytest.raises(ValueError, match="there is no file .*nowhere"):
         open_images(tmp_path / "nowhere", SIZES)
-    with pytest.raises(ValueError, match=r"expected .tar shards or .parquet files, got 1 files ending in \['.txt'\]"):
+    with pytest.raises(ValueError, match=r"expected .tar shards or .parquet files, got \S+notes.txt: give files"):
         open_images(tmp_path / "empty" / "notes.txt", SIZES)
     with pytest.raises(ValueError, match="no image for process 30 of 40"):
         next(
@@ -376,6 +377,24 @@ def test_there_have_to_be_images(tmp_path):
     (tmp_path / "halfway" / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="halfway cannot be read as a saved dataset"):
         open_images(tmp_path / "halfway", SIZES)
+
+
+def test_saved_datasets_that_would_hang_or_have_no_name_are_refused(tmp_path):
+    rows = {"image": [{"bytes": png(1), "path": None}]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    unnamed = tmp_path / "\udcff"
+    try:
+        shutil.copytree(tmp_path / "saved", unnamed)
+    except (OSError, UnicodeError):
+        pytest.skip("this system has only names that are UTF-8")
+    with pytest.raises(ValueError, match="the name of a saved dataset's folder must be UTF-8; rename it"):
+        open_images(unnamed, SIZES)
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    arrow.unlink()
+    os.mkfifo(arrow)
+    with pytest.raises(ValueError, match=f"{arrow.name} is a device, pipe or socket; expected a part of a saved"):
+        open_images(tmp_path / "saved", SIZES)
 
 
 def test_columns_are_found_or_named(tmp_path, paths):

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from ...files import in_file, read_json, reading, regular_file
+from ...files import in_file, read_json, reading, regular_file, utf8_path
 from ...settings import require_text
 from ..checkpoints import (
     Header,
@@ -201,12 +201,14 @@ class JanusFolder:
         try:
             # Not AutoTokenizer: in transformers 5 its Llama class overwrites the byte-level rules of DeepSeek's
             # tokenizer.json, and the spaces of a prompt are lost (huggingface/transformers#45488).
-            with reading(self.path / "tokenizer_config.json", _WORDS, "fetch the tokenizer's files again"):
-                return PreTrainedTokenizerFast.from_pretrained(self.path, local_files_only=True)
+            where = self.path / "tokenizer_config.json"
+            with reading(where, _WORDS, "fetch the tokenizer's files again"), utf8_path(self.path) as folder:
+                return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except ValueError:
             path = self.path / "tokenizer.json"
-            with reading(path, _WORDS, "fetch the tokenizer's files again"):  # Which of the files it is.
-                Tokenizer.from_file(str(path))
+            # Which of the files it is.
+            with reading(path, _WORDS, "fetch the tokenizer's files again"), utf8_path(path) as readable:
+                Tokenizer.from_file(str(readable))
             raise
 
     def sampler(self, *, dtype: torch.dtype, device: torch.device | str) -> JanusForConditionalGeneration:
@@ -256,9 +258,12 @@ class JanusFolder:
         Raises:
             ValueError: as `sampler`.
         """
+        config = None
+        if self.kind == deepseek.MODEL_TYPE:  # Before the weights: other models are of this type, too.
+            config = deepseek.janus_config(self._config, str(self.path)).vq_config
         headers = read_headers(self.path, self._layout.wanted(_TOKENIZER_PARTS))
-        config = self._codes_config(headers)
-        if self.kind != deepseek.MODEL_TYPE:
+        if config is None:
+            config = self._codes_config(headers)
             self._check_sizes("vq_config", config, headers, _CODEC_SIZES)
         with reading(self._file, _CONFIG, _AGAIN), torch.device("meta"):
             model = JanusVQVAE(config)
@@ -329,9 +334,7 @@ class JanusFolder:
         return named
 
     def _codes_config(self, headers: Mapping[str, Header]) -> JanusVQVAEConfig:
-        """Of the VQ model."""
-        if self.kind == deepseek.MODEL_TYPE:
-            return deepseek.janus_config(self._config, str(self.path)).vq_config
+        """Of the VQ model, in transformers' layout."""
         codes = self._section("" if self.kind == TOKENIZER else "vq_config", _CODES)
         values = {name: codes[name] for name in codes if name in _CODES}
         usual = JanusVQVAEConfig()
