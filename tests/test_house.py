@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "dcdd_core.files": ("dcdd_core.settings",),
     "dcdd_core.settings": (),
     "dcdd_core.types": ("dcdd_core.files", "dcdd_core.settings"),
-    "dcdd_core.protocols": ("dcdd_core.types",),
+    "dcdd_core.protocols": ("dcdd_core.types", "dcdd_core.settings"),
     "dcdd_core.method": FOUNDATION,
     "dcdd_core.models": ("dcdd_core.registry", "dcdd_core.method", *FOUNDATION),
     "dcdd_core.registry": FOUNDATION,  # it finds the families by name, when they are asked for

@@ -8,7 +8,6 @@ Shapes: B batch, C latent channels, h' w' latent grid.
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import registry
 from ..files import is_finite, read_json, reading
 from ..method.flow import recover_clean
 from ..method.guidance import (
@@ -30,8 +30,7 @@ from ..method.guidance import (
 )
 from ..method.latents import pack, unpack
 from ..method.sampling import keyed_generator
-from ..models.vae import KLCodec
-from ..protocols import ImageTokenizer
+from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_number
 from ..types import Condition
 from .decode import Decoded, OnDecodeStep, pixels_of
@@ -56,15 +55,13 @@ class PriorPipeline:
 
     Args:
         pipe: of FLUX.1, SDXL or Stable Diffusion 1.x. Its scheduler is replaced: Euler on the flow's path, or DDIM.
-
-    Attributes:
         codec: the pipeline's autoencoder in float32, through which guidance sees its latents.
     """
 
-    def __init__(self, pipe: Any):
+    def __init__(self, pipe: Any, codec: LatentCodec):
         from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-        self.pipe, self.flow = pipe, hasattr(pipe, "transformer")
+        self.pipe, self.codec, self.flow = pipe, codec, hasattr(pipe, "transformer")
         kind = FlowMatchEulerDiscreteScheduler if self.flow else DDIMScheduler
         with reading("the pipeline's scheduler_config.json", f"the settings of a {kind.__name__}"):
             pipe.scheduler = kind.from_config(pipe.scheduler.config)
@@ -73,14 +70,12 @@ class PriorPipeline:
                 f"the pipeline's model predicts {pipe.scheduler.config.prediction_type!r}; guidance reads models that "
                 "predict 'epsilon' or 'v_prediction'"
             )
-        vae = copy.deepcopy(pipe.vae).float().eval().requires_grad_(False)
-        self.codec = KLCodec(vae)
         pipe.set_progress_bar_config(disable=True)
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.codec.device
+        return self.pipe.device
 
     def size_for(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) as it can be painted.
@@ -240,11 +235,12 @@ def load_prior_pipeline(
     name = index.get("_class_name")
     if name not in READ:
         raise ValueError(f"{folder} holds a {name!r}; expected a diffusers pipeline of {_kinds()}")
+    codec = registry.load_codec(folder, device=device, dtype=torch.float32)
     with reading(folder, f"a {READ[name]} pipeline"), warnings.catch_warnings():
         # diffusers renames torch_dtype; the oldest one that is supported knows no other name.
         warnings.simplefilter("ignore", FutureWarning)
         pipe = AutoPipelineForImage2Image.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
-    return PriorPipeline(pipe.to(device))
+    return PriorPipeline(pipe.to(device), codec)
 
 
 def _kinds() -> str:

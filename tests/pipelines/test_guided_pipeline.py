@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.condition import discrete_condition
 from dcdd_core.pipelines.guided import GuidanceOptions, token_guide
@@ -33,9 +34,13 @@ def condition(tokenizer):
     return discrete_condition(tokenizer.encode(pixels), tokenizer.codebook)
 
 
+def prior_of(pipe):
+    return PriorPipeline(pipe, KLCodec(pipe.vae.eval().requires_grad_(False)))
+
+
 @pytest.fixture(scope="module", params=KINDS, ids=str)
 def prior(request):
-    return PriorPipeline(KINDS[request.param]())
+    return prior_of(KINDS[request.param]())
 
 
 def paint(prior, tokenizer, condition, seeds=(1, 2), **options):
@@ -122,14 +127,14 @@ def test_latents_that_are_not_finite_are_refused(tokenizer, condition):
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN"):
-        paint(PriorPipeline(pipe), tokenizer, condition, options=GuidanceOptions(strength=0, pull=0))
+        paint(prior_of(pipe), tokenizer, condition, options=GuidanceOptions(strength=0, pull=0))
 
 
 def test_a_model_that_predicts_something_else_is_refused():
     pipe = sd()
     pipe.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(ValueError, match="predicts 'sample'; guidance reads models that predict 'epsilon' or"):
-        PriorPipeline(pipe)
+        prior_of(pipe)
 
 
 def test_a_folder_paints_with_its_own_text_encoder(tmp_path, tokenizer, condition):
@@ -153,5 +158,9 @@ def test_a_folder_that_is_none_or_lacks_its_parts_is_named(tmp_path):
     with pytest.raises(ValueError, match="model_index.json does not exist"):
         load_prior_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(ValueError, match="cannot be read as a Stable Diffusion 1.x pipeline"):
+    with pytest.raises(ValueError, match="expected an autoencoder"):
         load_prior_pipeline(tmp_path)
+    folder = save_sd(tmp_path / "whole")
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(ValueError, match="cannot be read as a Stable Diffusion 1.x pipeline"):
+        load_prior_pipeline(folder)
