@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase
 
+from ...files import in_file
 from ...protocols import DEFAULT_SAMPLING, OnProgress, Progress, SamplingOptions
 from ...types import Codebook, TokenLogits
 from ..checkpoints import fingerprint_of
@@ -81,7 +82,8 @@ class JanusSampler:
         fingerprint: of the original weights, if the model's have been changed (int8).
 
     Raises:
-        ValueError: if the tokenizer has more words, or a higher id, than the model.
+        ValueError: if the tokenizer has more words, or a higher id, than the model, two words with one id,
+            or not all words of the template.
     """
 
     def __init__(
@@ -98,10 +100,19 @@ class JanusSampler:
                 f"the tokenizer has {len(tokenizer)} words and the model {words}: they do not belong together, "
                 "take both from one folder"
             )
-        if (last := max(tokenizer.get_vocab().values())) >= words:
+        ids = tokenizer.get_vocab().values()
+        if len(set(ids)) < len(ids):  # A special token that tokenizer.json lacks is given an id that it does not have.
+            raise ValueError("the tokenizer has two words with one id: fetch the tokenizer's files again")
+        if (last := max(ids)) >= words:
             raise ValueError(
                 f"the tokenizer has a word with id {last:,} and the model only {words:,} words: they do not belong "
                 "together, take both from one folder"
+            )
+        template = tokenizer(_templated(""), add_special_tokens=False)["input_ids"]
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in template:
+            raise ValueError(
+                f"the tokenizer does not know every word around a prompt ({_templated('...')!r}): take a Janus model's "
+                "tokenizer"
             )
         check_language(model.model.language_model)
         side = model.config.vq_config.num_patches
@@ -154,7 +165,8 @@ class JanusSampler:
         model.to(device)
         if not int8 and torch.device(computes_on or device).type == "cpu" and dtype == torch.float32:
             _store_by_columns(model)
-        return cls(model, tokenizer, name=found.name, fingerprint=fingerprint)
+        with in_file(folder):
+            return cls(model, tokenizer, name=found.name, fingerprint=fingerprint)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the tokenizer lacks, each once, in order; byte-level tokenizers lack none."""

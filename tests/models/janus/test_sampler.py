@@ -126,6 +126,19 @@ def test_tokenizer_of_a_larger_model_is_refused():
         JanusSampler(model, tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("word", "match"),
+    [("<|Assistant|>", "two words with one id"), (":", "does not know every word around a prompt")],
+)
+def test_folder_whose_tokenizer_lacks_words_of_the_template_is_refused(tmp_path: Path, word: str, match: str):
+    folder = save_janus(tmp_path / "janus")
+    words = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    del words["model"]["vocab"][word]
+    (folder / "tokenizer.json").write_text(json.dumps(words), "utf-8")
+    with pytest.raises(ValueError, match=f"/janus: the tokenizer (has )?{match}"):
+        JanusSampler.load(folder)
+
+
 def test_guidance_one_is_the_prompt_alone(sampler: JanusSampler):
     alone = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(guidance=1))
     nearly = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(guidance=1 + 1e-7))
