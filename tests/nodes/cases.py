@@ -479,6 +479,17 @@ def part_is_resized(found: Found) -> None:
     assert (np.abs(found["it"] - found["given"][:, 16:112])[:, inside] > 1e-3).mean() > 0.9
 
 
+def mask_is_put_on_the_image_first(found: Found) -> None:
+    """A square mask's middle of 72 x 96 pixels becomes the image's 96 x 128: its rectangle 24..71 becomes 16..79."""
+    given = np.repeat(found["given"][:, 16:112], 2, 0)
+    outside = np.ones((SIDE, SIDE), bool)
+    outside[13:83, 13:83] = False
+    np.testing.assert_allclose(found["it"][:, outside], given[:, outside], atol=1e-6)
+    edge = np.zeros((SIDE, SIDE), bool)
+    edge[18:22, 18:78] = True
+    assert (np.abs(found["it"] - given)[:, edge] > 1e-3).mean() > 0.9
+
+
 def same_as_another(found: Found) -> None:
     for name, value in found.arrays["it"].items():
         same(value, found.arrays["other"][name])
@@ -888,6 +899,14 @@ CASES = [
         more={"mask of wide": ("TEST_Mask", {**PARTS["mask"][1], "height": 128})},
         keep={"it": IT, "given": of("wide")},
         check=part_is_resized,
+    ),
+    Case(
+        name="painted part of an image by a mask of another shape",
+        node="DCDD_FluxDecoder",
+        inputs={**PAINT, "image": of("wide"), "mask": of("square mask")},
+        more={"square mask": ("TEST_Mask", {"top": 24, "left": 24, "bottom": 72, "right": 72, "value": 1.0})},
+        keep={"it": IT, "given": of("wide")},
+        check=mask_is_put_on_the_image_first,
     ),
     Case(
         name="condition for another decoder",
