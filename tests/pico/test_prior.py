@@ -1,5 +1,6 @@
 """The unconditional prior: a low-rank difference of the decoder's weights, attached, merged, stored and loaded."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -118,3 +119,15 @@ def test_the_shipped_prior_is_small_and_fits_the_shipped_decoder():
     path = embedded.WEIGHTS / PRIOR
     assert path.stat().st_size <= 4 * 10**6
     assert load_prior().card.shift == SHIFT
+
+
+def test_exported_weights_can_be_read_by_others(tmp_path):
+    before = os.umask(0o022)
+    try:
+        weights = random_pico(tmp_path / "weights")
+    finally:
+        os.umask(before)
+    modes = {
+        str(path.relative_to(weights)): path.stat().st_mode & 0o777 for path in weights.rglob("*") if path.is_file()
+    }
+    assert len(modes) > 8 and set(modes.values()) == {0o644}, modes

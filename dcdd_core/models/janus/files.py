@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import (
@@ -202,7 +203,10 @@ class JanusFolder:
             # Not AutoTokenizer: in transformers 5 its Llama class overwrites the byte-level rules of DeepSeek's
             # tokenizer.json, and the spaces of a prompt are lost (huggingface/transformers#45488).
             where = self.path / "tokenizer_config.json"
-            with reading(where, _WORDS, "fetch the tokenizer's files again"), utf8_path(self.path) as folder:
+            remedy = "fetch the tokenizer's files again"
+            if int(transformers.__version__.split(".")[0]) < 5:
+                remedy += ", or if transformers 5 wrote them, install that"
+            with reading(where, _WORDS, remedy), utf8_path(self.path) as folder:
                 return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         except ValueError:
             path = self.path / "tokenizer.json"
