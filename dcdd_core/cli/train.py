@@ -290,7 +290,7 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     group.add_argument("--learning-rate", type=float, default=1e-4, help="the peak, after the warm-up; then a cosine")
     group.add_argument("--warmup", type=int, default=500, help="updates of linear warm-up")
     group.add_argument("--weight-decay", type=float, default=default["weight_decay"], help="of the optimiser")
-    group.add_argument("--clip", type=float, default=default["clip"], help="largest gradient norm")
+    group.add_argument("--clip", type=float, default=default["clip"], help="largest gradient norm; inf for any")
     group.add_argument("--average-decay", type=float, default=0.9999, help="decay of the weights' EMA")
     group.add_argument("--density", default=default["density"], choices=DENSITIES, help="of the sampled times")
     group.add_argument(

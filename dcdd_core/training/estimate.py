@@ -15,12 +15,16 @@ from typing import Any
 
 from .. import registry
 from ..files import write_text
+from ..settings import require_number
 from .cost import SHARDINGS, Cost, TrainingSetup, cost_of
 from .optimizers import OPTIMIZERS
 from .trainable import TRAINED
 
 _USABLE = 0.92
 """A training fits up to this fraction of a GPU's memory [choice]: the rest is for what is not counted."""
+
+_MOST = 1e6
+"""GiB, and TFLOP/s, beyond any GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +144,8 @@ def run(chosen: argparse.Namespace) -> None:
         ValueError: for options that are out of range or exclude each other.
         OSError: if the JSON cannot be written, such as on a full disk.
     """
+    for name in ("memory", "tflops"):
+        require_number(name, getattr(chosen, name), above=0, most=_MOST, optional=True)
     if chosen.precision == "no" and chosen.tflops is None:
         raise ValueError("the published peaks are for bfloat16: give --tflops for training without mixed precision")
     named = {name: getattr(chosen, name) for name in TrainingSetup.__dataclass_fields__ if hasattr(chosen, name)}

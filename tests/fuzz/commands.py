@@ -233,7 +233,8 @@ class Commands:
         if option.action.nargs == 0:
             return OK, ""
         numeric = option.values is NUMBERS
-        if numeric and not _is_number(bad):
+        unlimited = option.flag == "--clip" and bad in ("inf", "1e400")
+        if numeric and not unlimited and not _is_number(bad):
             return SILENT, f"{bad!r} is accepted"
         return DIFFERS, ""
 

@@ -127,6 +127,9 @@ def test_every_option_reaches_the_setup(base, monkeypatch, capsys):
     ("options", "words"),
     [
         (["--precision", "no"], "--tflops"),
+        (["--memory", "inf"], "memory must be a finite number"),
+        (["--memory", "0"], "memory must be a finite number"),
+        (["--tflops", "inf"], "tflops must be a finite number"),
         (["--batch", "0"], "batch must be at least 1"),
         (["--utilisation", "1.5", *SIZES], "utilisation in (0, 1]"),
         (["--base", "/nowhere"], "/nowhere"),
