@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 
@@ -97,9 +98,32 @@ def test_a_pipeline_is_guided_by_the_tokens(tmp_path, one_s_own):
     assert len(list((tmp_path / "out").glob("*-dcdd.png"))) == 1
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc here")
+def test_a_folder_that_only_seems_writable_is_named_before_the_work(capsys, monkeypatch):
+    monkeypatch.setattr(common, "load", None)
+    assert main(["generate", PROMPT, "--out", "/proc/x.png"]) == 1
+    assert "--out /proc/x.png cannot be written: you may not write to /proc" in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_named_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "load", None)
+    assert main(["generate", PROMPT, "--out", str(tmp_path / f"{'a' * 300}.png")]) == 1
+    assert ".png cannot be written (File name too long): choose another name" in capsys.readouterr().err
+
+
+def test_too_strong_sharpening_is_told(tmp_path, capsys):
+    scene = tmp_path / "scene.png"
+    Image.fromarray(render_scene("test", 0, size=48).image).save(scene)
+    assert main(["sharpen", str(scene), "--steps", "1", "--strength", "10", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    before, after = (int(found) for found in re.findall(r"(\d+)%", told.out)[::-1])
+    assert ("choose a lower --strength" in told.err) == (after < before)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["--strength", "11"], "strength must be a finite number in 0..10"),
         (["--paint-side", "128"], "--paint-side goes with --decoder guidance and --base"),
         (["--decoder", "guidance", "--paint-side", "128"], "--paint-side goes with --decoder guidance and --base"),
         (["--decoder", "guidance", "--base", "BASE", "--shift", "1"], "--shift would do nothing with the pipeline"),
@@ -441,7 +465,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
     assert main([word.format("file/a/b") for word in arguments]) == 1
     assert f"{option} file/a/b" in (said := capsys.readouterr().err) and "file is not a folder" in said
     with monkeypatch.context() as shut:
-        shut.setattr("os.access", lambda *_: False)
+        shut.setattr("tempfile.TemporaryFile", lambda dir: os.open(tmp_path / "file" / "x", 0))
         assert main([word.format("new/b") for word in arguments]) == 1
     assert "you may not write to ." in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,14 @@ def check_out(option: str, out: Path, *, folder: bool = False) -> None:
     Raises:
         ValueError: saying what is in the way.
     """
+    try:
+        os.lstat(out)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} {out} cannot be written ({error.strerror}): choose another name or place"
+        ) from error
     if out.is_dir() and not folder:
         raise ValueError(f"{option} {out} is a folder: give the name of a file")
     if os.path.lexists(out) and folder and not out.is_dir():
@@ -62,5 +71,11 @@ def check_out(option: str, out: Path, *, folder: bool = False) -> None:
         there = there.parent
     if not there.is_dir():
         raise ValueError(f"{option} {out} cannot be written: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} {out} cannot be written: you may not write to {there}; choose another place")
+    try:
+        # Permissions alone do not say it: /proc seems to let root write.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} {out} cannot be written: you may not write to {there} ({error.strerror}); choose another place"
+        ) from error

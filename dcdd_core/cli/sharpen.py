@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,12 @@ def run(args: argparse.Namespace) -> None:
         with common.bar("sharpen") as step:
             made = sharpen(guide, guide.soft, steps=args.steps, on_step=lambda done, total, _: step(done, total))
         pixels = codec.decode(codec.denormalize(made))
-        agreement = float(guide.agreement(pixels)[0])
-        print(
-            f"wrote {save_image(to_image(pixels[0]), args.out / f'{name}-sharp.png')}: the encoder reads "
-            f"{agreement:.0%} of the tokens in it"
+        before, after = (
+            float(guide.agreement(one)[0]) for one in (codec.decode(codec.denormalize(guide.soft)), pixels)
         )
+        print(
+            f"wrote {save_image(to_image(pixels[0]), args.out / f'{name}-sharp.png')}: the encoder reads {after:.0%} "
+            f"of the tokens in it, and {before:.0%} in the soft VQ decode"
+        )
+        if after < before:
+            print("dcdd: that is less than before: choose a lower --strength", file=sys.stderr)

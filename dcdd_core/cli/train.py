@@ -267,7 +267,7 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     source.add_argument(
         "--data",
         type=path_text,
-        help="a folder of images, parquet files or webdataset shards, a saved dataset, or a file pattern",
+        help="a folder of images, parquet files or webdataset shards, a saved dataset, or a pattern of shards",
     )
     source.add_argument("--cache", type=path, help="a folder that `train.py cache` wrote")
     data = {field.name: field.default for field in fields(DataConfig)}

@@ -126,6 +126,8 @@ def read_card(path: str | Path) -> DecoderCard:
         )
     values = json_object(header.get("card", ""), path, "a decoder's card")
     known = {field.name for field in fields(DecoderCard)}
+    if not set(values) & known:
+        raise ValueError(f"{path} has a card without any of its fields: it is damaged, copy or download it again")
     if set(values) != known:
         raise ValueError(
             f"{path} was written by another version: its card has {shown(sorted(set(values) - known))} more and "

@@ -19,6 +19,8 @@ from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_number
 from ..types import Condition, same_codebook
 
+#: The strongest guidance: ten times the spread of the latents in one step.
+MOST_STRENGTH = 10.0
 #: Normalised latents [B, C, h', w'] -> pixels [B, 3, H, W] in -1..1, differentiable.
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -48,7 +50,7 @@ class GuidanceOptions:
     weight: str = "confidence"
 
     def __post_init__(self):
-        require_number("strength", self.strength, least=0)
+        require_number("strength", self.strength, least=0, most=MOST_STRENGTH)
         for name in ("pull", "first", "last"):
             require_number(name, getattr(self, name), least=0, most=1)
         for name in ("every", "gradients"):

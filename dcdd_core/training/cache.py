@@ -133,7 +133,10 @@ class CacheCard:
             if getattr(self.geometry, name) != value:
                 found.append(f"its {name.replace('_', ' ')} is {getattr(self.geometry, name)}, expected {value}")
         if wanted.pixels and not self.pixels:
-            found.append("it does not keep the images' pixels, which localised training needs")
+            found.append(
+                "it does not keep the images' pixels, which localised training needs (train with --localised 0, or "
+                "write a cache with --keep-pixels)"
+            )
         return found
 
 

@@ -184,10 +184,11 @@ def _run_training(
     path = folder / BUNDLE
     if main:
         # Into a decoder that is loaded again: the trained one may be sharded over devices.
-        plan.save(path, plan.decoder(encoders, dtype=dtype), load_ema(newest_checkpoint(folder)))
-        report(f"wrote {path}")
+        # The best first: a run whose last bundle is written has them all.
         if parts is not None:
             _save_best(folder, plan, encoders, dtype, report)
+        plan.save(path, plan.decoder(encoders, dtype=dtype), load_ema(newest_checkpoint(folder)))
+        report(f"wrote {path}")
     accelerator.end_training()
     return path
 

@@ -84,6 +84,10 @@ def _expanded(pattern: str) -> list[Path]:
         numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
         return [file for n in numbers for file in _expanded(pattern[: braces.start()] + n + pattern[braces.end() :])]
     found = sorted(set(_matching(pattern)))
+    if not found and glob.glob(pattern):
+        raise ValueError(
+            f"{pattern} matches folders alone, and patterns are of .tar shards and .parquet files: give one folder"
+        )
     if not found:
         raise ValueError(f"there is no file {pattern}: give an existing folder, file or pattern")
     return [Path(file) for file in found]

@@ -279,8 +279,8 @@ class Trainer:
         if world != now["processes"]:
             self.report(
                 f"{self.folder.name}: resumed with world size {now['processes']} instead of {world}. Every image still "
-                f"comes once an epoch; the batches and their random draws are others than {world} would have had. An update "
-                f"sees {images_per_update(now)} images ({images_per_update(before)} before)"
+                f"comes once an epoch; the batches and their random draws are others than {world} would have had. An "
+                f"update sees {images_per_update(now)} images ({images_per_update(before)} before)"
             )
 
     def _learning_rate(self, steps: int) -> float:
