@@ -381,8 +381,8 @@ def test_there_have_to_be_images(tmp_path):
 
 def test_a_pattern_of_folders_is_told_apart_from_nothing(tmp_path):
     (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match="imag. matches folders alone, and patterns are of .tar shards"):
-        open_images(str(tmp_path / "imag?"), SIZES)
+    with pytest.raises(ValueError, match="image. matches folders alone, and patterns are of .tar shards"):
+        open_images(str(tmp_path / "image?"), SIZES)
 
 
 def test_saved_datasets_that_would_hang_or_have_no_name_are_refused(tmp_path):
