@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import utf8_path
 from ..models.checkpoints import fingerprint_of, load_strictly, read_tensors
 
 _INCEPTION = (
@@ -149,7 +150,8 @@ def _read_weights(path: Path, expected: str) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        with utf8_path(path) as readable:
+            held = torch.load(readable, map_location="cpu", weights_only=True)
     except Exception as error:
         # Not chained, since torch's message explains how to run the code in the file.
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from ..files import is_finite, open_tensors, read_json, reading, regular_file, stand_in
+from ..files import is_finite, open_tensors, read_json, reading, regular_file, stand_in, utf8_path
 
 # Names of a model's weights without their ending, by that ending, as transformers and diffusers write them.
 _CANONICAL: Mapping[str, tuple[str, ...]] = {
@@ -343,7 +343,8 @@ def _mapped(file: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor
     if other := stand_in(start):
         raise ValueError(f"{file} cannot be read as weights that torch.save wrote, it is {other}: {_DAMAGED}")
     try:
-        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with utf8_path(file) as readable:
+            held = torch.load(readable, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"{file} cannot be read as weights that torch.save wrote ({_first_line(error)}): it is cut short, damaged "

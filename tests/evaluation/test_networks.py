@@ -148,6 +148,17 @@ def test_inception_gets_the_file_s_tensors_and_the_images_bytes(tmp_path, torch_
         feature_network(path)
 
 
+def test_a_file_needs_no_name_in_utf8(tmp_path, torch_fidelity):
+    path = tmp_path / "\udcff.pth"
+    try:
+        path.touch()
+    except (OSError, UnicodeError):
+        pytest.skip("this system has only names that are UTF-8")
+    with path.open("wb") as file:
+        torch.save(fill(Extractor()).state_dict(), file)
+    assert feature_network(path).measure == "FID"
+
+
 def test_another_torchmetrics_is_no_bad_file(tmp_path, monkeypatch):
     def older(self, feature, feature_extractor_weights_path):
         pytest.fail("called without antialias")

@@ -23,15 +23,15 @@ def shown(outcomes):
 
 
 def test_damaged_files_end_in_their_own_data_or_in_one_line(tmp_path):
-    outcomes = run_all(tmp_path, 120, seed=14, only="loaders", names=QUICK)
-    assert len(outcomes) >= 120
+    outcomes = run_all(tmp_path, 80, seed=14, only="loaders", names=QUICK)
+    assert len(outcomes) >= 80
     bad = [outcome for outcome in outcomes if outcome.verdict in FAILURES]
     assert not bad, f"{shown(bad)}\n{table(outcomes)}"
 
 
 def test_wrong_options_end_in_one_line(tmp_path):
-    outcomes = run_all(tmp_path, 30, seed=14, only="commands")
-    assert len(outcomes) == 30
+    outcomes = run_all(tmp_path, 15, seed=14, only="commands")
+    assert len(outcomes) == 15
     bad = [outcome for outcome in outcomes if outcome.verdict in FAILURES]
     assert not bad, f"{shown(bad)}\n{table(outcomes)}"
 
