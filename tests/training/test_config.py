@@ -28,7 +28,10 @@ def test_a_checkpoint_keeps_the_names_that_it_was_written_with():
     [
         ({"steps": 0}, "steps and accumulation must be at least 1, got 0 and 1"),
         ({"accumulation": 0}, "steps and accumulation must be at least 1, got 1 and 0"),
-        ({"learning_rate": 0.0}, "learning rate and the largest gradient norm must be above 0, and the rate finite, got 0.0 and"),
+        (
+            {"learning_rate": 0.0},
+            "learning rate and the largest gradient norm must be above 0, and the rate finite, got 0.0 and",
+        ),
         ({"learning_rate": float("nan")}, "must be above 0, and the rate finite, got nan"),
         ({"clip": 0.0}, "must be above 0, .*, got 0.0008 and 0.0"),
         ({"warmup": -1}, "warmup must be at least 0, got -1"),
