@@ -267,7 +267,7 @@ def test_odd_pictures_pass(channels, height, width, server, graph):
     vq = graph.add("load", "DCDD_LoadVQVAE")
     decoder = graph.add("load_decoder", "DCDD_LoadDecoder")
     image = graph.add("image", "TEST_Picture", fill="noise", channels=channels, height=height, width=width)
-    proxies = graph.add("encode", "DCDD_VQVAEEncode", vq_vae=vq, image=image)
+    proxies = graph.add("encode", "DCDD_VQVAEEncode", vq_vae=vq, image=image, longest_side=1024)
     condition = graph.add("map", "DCDD_LCDMEncoder", token_logits=proxies, vq_vae=vq, decoder=decoder)
     doubt = graph.add("doubt", "DCDD_UncertaintyMask", condition=condition, image=image, blur=0.5)
     paint = {"decoder": decoder, "condition": condition, "steps": 1}
@@ -284,7 +284,7 @@ def test_odd_pictures_pass(channels, height, width, server, graph):
     assert server.saved("doubt")["value"].shape == (1, height, width)
 
 
-@pytest.mark.parametrize("prompt", ["red " * 300, "a\n\tred\0 heart ❤ 心", "<|Assistant|>:<begin_of_image> red"])
+@pytest.mark.parametrize("prompt", ["red " * 50, "a\n\tred\0 heart ❤ 心", "<|Assistant|>:<begin_of_image> red"])
 def test_odd_prompts_pass(prompt, server, graph):
     janus = graph.add("load", "DCDD_LoadJanus")
     draw = {"prompt": prompt, "guidance": 2.0, "seed": 2**63 - 1, "batch_size": 2, "temperature": 0.0}
@@ -292,6 +292,13 @@ def test_odd_prompts_pass(prompt, server, graph):
     run = server.run(graph.prompt)
     assert run.status == "success", f"node {run.node}: {run.error}"
     assert server.saved("odd")["tokens"].shape == (2, 144)
+
+
+def test_a_prompt_beyond_the_model_s_positions_is_refused(server, graph):
+    janus = graph.add("load", "DCDD_LoadJanus")
+    graph.keep(graph.add("sample", "DCDD_JanusLogitSampler", janus=janus, prompt="red " * 300), "odd")
+    run = server.run(graph.prompt)
+    assert run.status == "error" and "pico has positions for 64 before an image: shorten it" in run.error
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
