@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from ..files import write_text
+from ..files import regular_file, write_text
 from .write_errors import log_error
 
 _NAME = "log.jsonl"
+_LOG = "the log of a training; move it away, the checkpoints do not need it"
 
 
 class RunningMeans:
@@ -50,7 +52,9 @@ class RunningMeans:
 def read_log(folder: Path) -> list[dict[str, float]]:
     """The lines of a training's log; none if there is no log yet."""
     path = folder / _NAME
-    return [_parsed(path, line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    if not os.path.lexists(path):
+        return []
+    return [_parsed(path, line) for line in regular_file(path, _LOG).read_text("utf-8").splitlines()]
 
 
 def append_to_log(folder: Path, line: Mapping[str, float]) -> None:
@@ -70,8 +74,8 @@ def append_to_log(folder: Path, line: Mapping[str, float]) -> None:
 def truncate_log(folder: Path, step: int) -> None:
     """Drops the lines after the step that a run resumes from, and a partial last line."""
     path = folder / _NAME
-    if path.exists():
-        lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
+    if os.path.lexists(path):
+        lines = regular_file(path, _LOG).read_text("utf-8", "replace").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and _parsed(path, line)["step"] <= step]
         write_text(path, "".join(kept))
 

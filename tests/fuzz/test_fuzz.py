@@ -30,8 +30,8 @@ def test_damaged_files_end_in_their_own_data_or_in_one_line(tmp_path):
 
 
 def test_wrong_options_end_in_one_line(tmp_path):
-    outcomes = run_all(tmp_path, 15, seed=14, only="commands")
-    assert len(outcomes) == 15
+    outcomes = run_all(tmp_path, 10, seed=14, only="commands")
+    assert len(outcomes) == 10
     bad = [outcome for outcome in outcomes if outcome.verdict in FAILURES]
     assert not bad, f"{shown(bad)}\n{table(outcomes)}"
 
