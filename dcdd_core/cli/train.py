@@ -164,8 +164,8 @@ def _plan(args: argparse.Namespace, **options) -> Plan:
         pico = model_paths()
         options = {"vae": pico["vae"], "bundle": pico["decoder"]} | options
         return Plan(vlm=pico["vlm"], resolution=args.resolution, **options)
-    registry.sampler_family(args.vlm)
     if args.vae is None:
+        registry.sampler_family(args.vlm)  # One that is absent is named first.
         raise ValueError("give --vae, the autoencoder whose latents the decoder paints: only pico has its own")
     return Plan(vlm=Path(args.vlm), vae=args.vae, resolution=args.resolution, **options)
 
