@@ -42,9 +42,9 @@ class LowRank(nn.Module):
 class NullCondition(nn.Module):
     """In the place of a decoder's adapter: one learned token [M] for every condition."""
 
-    def __init__(self, token: torch.Tensor, patch: int):
+    def __init__(self, token: nn.Parameter, patch: int):
         super().__init__()
-        self.token = nn.Parameter(token, requires_grad=False)
+        self.token = token
         self.patch = patch
 
     def forward(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
@@ -76,7 +76,7 @@ class PriorDifference(nn.Module):
             nn.init.uniform_(layer.down, -bound, bound, generator=generator)
 
     def attach(self, decoder: DistributionConditionedDecoder, *, merge: bool) -> None:
-        """Makes the decoder's transformer the prior's.
+        """Makes the decoder the prior: its transformer's weights, and the token in the place of its adapter.
 
         Args:
             merge: adds the differences to the weights for good; False keeps them apart, to be trained.
@@ -88,10 +88,7 @@ class PriorDifference(nn.Module):
                     layer.weight = nn.Parameter(difference(layer.weight), requires_grad=False)
             else:
                 parametrize.register_parametrization(layer, "weight", difference)
-
-    def condition_tokens(self, like: torch.Tensor) -> torch.Tensor:
-        """[B, L, M] in the place of a decoder's `condition_tokens`; `like` is [B, L, ...]."""
-        return self.token.to(like).expand(*like.shape[:2], -1)
+        decoder.adapter = NullCondition(self.token, decoder.backbone.patch)
 
     def save(self, path: Path) -> None:
         """Writes the difference in half precision.
@@ -128,7 +125,7 @@ def load_prior(
     decoder = load_decoder(embedded.model_paths(folder)["decoder"], options=options)
     difference = PriorDifference.load(folder / PRIOR, decoder).to(device)
     difference.attach(decoder, merge=True)
-    decoder.adapter = NullCondition(difference.token.to(dtype), decoder.backbone.patch)
+    decoder.adapter.to(dtype)
     decoder.card = replace(decoder.card, shift=SHIFT)
     return decoder.eval().requires_grad_(False)
 

@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dcdd_core.method.flow import interpolate, sample_times, velocity
+from dcdd_core.method.flow import sample_times
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.bundle import DecoderOptions, load_decoder
 from dcdd_core.training.ema import EMA
+from dcdd_core.training.examples import Example
+from dcdd_core.training.loss import velocity_losses
 from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 from dcdd_core.training.trainable import trained_weights
+from dcdd_core.types import Condition
 
 from .build_context import WORK, BuildContext, Recipe, digest
 from .embedded import WEIGHTS, model_paths
@@ -44,7 +47,6 @@ def train_prior(context: BuildContext, weights: Path) -> PriorDifference:
     difference = PriorDifference(decoder, _RANK).to(device)
     difference.start(_STAGE)
     difference.attach(decoder, merge=False)
-    backbone = decoder.backbone
     optimizer = torch.optim.AdamW(difference.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
     ema = EMA(trained_weights(difference), 0.998)
 
@@ -55,15 +57,13 @@ def train_prior(context: BuildContext, weights: Path) -> PriorDifference:
         return codec.normalize(codec.encode(scene_pixels(images.numpy(), device)))
 
     def loss_of(z0: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        t = sample_times(len(z0), generator=draw).to(device)
-        noise = torch.randn(z0.shape, generator=draw).to(z0)
-        size = (z0.shape[2], z0.shape[3])
-        noised = backbone.pack(interpolate(z0, noise, t))
-        # Nothing is given: a blank image, all of it to be painted.
-        context_tokens = backbone.context(blank.expand_as(z0), all_of_it.expand(len(z0), -1, -1, -1), codec.factor)
+        t = sample_times(len(z0), generator=draw)
+        noise = torch.randn(z0.shape, generator=draw)
+        # The prior reads no condition, and nothing is given: a blank image, all of it to be painted.
+        nothing = Condition(z0.new_zeros(len(z0), 1, 1), z0.new_zeros(len(z0), 1, 4), (1, 1))
+        example = Example(latents=z0, condition=nothing, masked_latents=blank, mask=all_of_it)
         with context.autocast():
-            predicted = decoder(noised, context_tokens, difference.condition_tokens(noised), t.cpu(), size)
-        return (predicted.float() - backbone.pack(velocity(z0, noise))).square().mean()
+            return velocity_losses(decoder, example, t, noise, "uniform").mean()
 
     side = context.recipe.size
     blank = codec.normalize(codec.encode(torch.zeros(1, 3, side, side, device=device)))

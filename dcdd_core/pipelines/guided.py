@@ -33,7 +33,7 @@ class GuidanceOptions:
         strength: eta, the root mean square of a step on latents of unit variance at t = 1; 0 is off.
         pull: 0..1, how close early steps stay to the soft VQ decode.
         first, last: steps at times last <= t <= first are guided; 1 is pure noise.
-        every: only each of so many steps, from the first guided one on.
+        every: only each of so many steps of the schedule, from its first on.
         gradients: steps of the gradient at each of them.
         weight: what a position counts: "confidence" max p, or "uniform".
 

@@ -100,6 +100,28 @@ class Source(Protocol[Item, Batch]):
     def collate(self, items: Sequence[Item]) -> Batch: ...
 
 
+class Wrapped:
+    """What a `Source` that only changes another one's entries takes from it."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.name = source.name
+        self.fingerprint = source.fingerprint
+
+    @property
+    def policy(self) -> ReadPolicy:
+        """See `Source`."""
+        return self.source.policy
+
+    def load(self, entry: Entry) -> Any:
+        """See `Source.load`."""
+        return self.source.load(entry)
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """See `Source.collate`."""
+        return self.source.collate(items)
+
+
 class ReadCounter:
     """Counts what was read, and warns of each image that is left out.
 

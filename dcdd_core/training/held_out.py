@@ -19,7 +19,7 @@ from ..method.flow import sample_times
 from ..method.sampling import keyed_generator
 from ..models.decoder import DistributionConditionedDecoder
 from ..types import DCDDWarning
-from .batches import DataShard, Entry, Mark, Source, Unreadable, load_in_order
+from .batches import DataShard, Entry, Mark, Source, Unreadable, Wrapped, load_in_order
 from .cache import EncodingCache
 from .config import OptimizationConfig
 from .encoded_batch import EncodedBatch
@@ -27,7 +27,7 @@ from .examples import ExampleMaker
 from .loss import velocity_losses
 
 if TYPE_CHECKING:
-    from ..pipelines.image_files import ReadPolicy
+    pass
 
 #: Images that are held out at most, and the fewest images of a source that is split.
 MOST, FEWEST_SPLIT = 512, 20
@@ -85,29 +85,7 @@ def namer(source: Source) -> Callable[[Entry], str]:
     return (lambda entry: source.keys[entry.data]) if isinstance(source, EncodingCache) else (lambda entry: entry.key)
 
 
-class _Part:
-    """A part of a source."""
-
-    def __init__(self, source: Source):
-        self.source = source
-        self.name = source.name
-        self.fingerprint = source.fingerprint
-
-    @property
-    def policy(self) -> ReadPolicy:
-        """See `Source`."""
-        return self.source.policy
-
-    def load(self, entry: Entry) -> Any:
-        """See `Source.load`."""
-        return self.source.load(entry)
-
-    def collate(self, items: Sequence[Any]) -> Any:
-        """See `Source.collate`."""
-        return self.source.collate(items)
-
-
-class Listed(_Part):
+class Listed(Wrapped):
     """Given entries of a source, as a `Source` with random access."""
 
     def __init__(self, source: Source, listed: Sequence[Entry]):
@@ -119,7 +97,7 @@ class Listed(_Part):
         return (replace(self.listed[i], mark=None) for i in shard.indices(len(self.listed), epoch, start))
 
 
-class Without(_Part):
+class Without(Wrapped):
     """A `Source` without the images of these names. A mark is the source's own, and the position there in this part."""
 
     def __init__(self, source: Source, names: frozenset[str]):

@@ -11,16 +11,16 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from .batches import Batches, DataShard, Entry, Mark, Source
+from .batches import Batches, DataShard, Entry, Mark, Source, Wrapped
 
 if TYPE_CHECKING:
-    from ..pipelines.image_files import ReadPolicy
+    pass
 
 _MISSING = object()
 _BEFORE = "before"
 
 
-class Redistributed:
+class Redistributed(Wrapped):
     """A source whose epochs under way are finished by another number of processes; a `Source`.
 
     Args:
@@ -29,27 +29,12 @@ class Redistributed:
     """
 
     def __init__(self, source: Source, before: Sequence[Sequence[Mapping[str, Any]]]):
-        self.source = source
+        super().__init__(source)
         self.before = [list(positions) for positions in before]
-        self.name = source.name
-        self.fingerprint = source.fingerprint
 
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """See `Source.entries`."""
         return self._entries(len(self.before), shard, epoch, start, mark)
-
-    @property
-    def policy(self) -> ReadPolicy:
-        """See `Source`."""
-        return self.source.policy
-
-    def load(self, entry: Entry) -> Any:
-        """See `Source.load`."""
-        return self.source.load(entry)
-
-    def collate(self, items: Sequence[Any]) -> Any:
-        """See `Source.collate`."""
-        return self.source.collate(items)
 
     def _entries(self, changes: int, shard: DataShard, epoch: int, start: int, mark: Mark | None) -> Iterator[Entry]:
         """The entries as they were after so many changes."""

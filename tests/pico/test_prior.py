@@ -14,6 +14,8 @@ from dcdd_pico.models import load_pico
 from dcdd_pico.prior import PRIOR, SHIFT, NullCondition, PriorDifference, load_prior
 from tests.tiny import fill, random_pico
 
+NOTHING = Condition(torch.zeros(2, 1, 1), torch.zeros(2, 1, 4), (1, 1))
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
@@ -50,7 +52,7 @@ def test_a_difference_that_starts_changes_nothing(weights):
     assert torch.equal(velocity(decoder, tokens), before)
     # Yet every layer learns: the gradient reaches each `up`.
     packed, context, t = inputs(decoder)
-    loss = decoder(packed, context, difference.condition_tokens(packed), t, (24, 24)).square().mean()
+    loss = decoder(packed, context, decoder.condition_tokens(NOTHING, (24, 24)), t, (24, 24)).square().mean()
     loss.backward()
     assert all(layer.up.grad is not None and layer.up.grad.any() for layer in difference.layers.values())
     assert difference.token.grad.any()
@@ -59,7 +61,7 @@ def test_a_difference_that_starts_changes_nothing(weights):
 def test_merged_and_attached_differences_are_the_same_network(weights):
     attached, merged = whole_decoder(weights), whole_decoder(weights)
     difference = fill(PriorDifference(attached, 3), 7)
-    tokens = difference.condition_tokens(inputs(attached)[0]).detach()
+    tokens = NullCondition(difference.token, attached.backbone.patch)(NOTHING, (24, 24)).detach()
     before = velocity(attached, tokens)
     difference.attach(attached, merge=False)
     difference.attach(merged, merge=True)
@@ -97,7 +99,7 @@ def test_the_difference_comes_back_from_its_file(weights, tmp_path):
 
 
 def test_the_token_is_repeated_over_the_latent_tokens():
-    null = NullCondition(torch.arange(3.0), patch=2)
+    null = NullCondition(torch.nn.Parameter(torch.arange(3.0)), patch=2)
     condition = Condition(torch.zeros(2, 4, 8), torch.zeros(2, 4, 4), (2, 2))
     tokens = null(condition, (6, 4))
     assert tokens.shape == (2, 6, 3) and torch.equal(tokens[1, 5], torch.arange(3.0))

@@ -16,6 +16,15 @@ Weights = dict[str, torch.Tensor]
 PAD = "<｜▁pad▁｜>"
 #: In place of `deepseek._VQ_16`.
 TINY_VQ = {"base_channels": 32, "channel_multiplier": [1, 1, 1], "num_res_blocks": 1, "latent_channels": 16}
+#: The language_config of `tiny_janus`.
+TINY_LANGUAGE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 21,
+}
 UNREAD = ("model.vision_model.", "model.aligner.", "lm_head.")
 
 
@@ -74,19 +83,11 @@ def write_all_but_weights(folder: Path) -> Path:
         folder / "tokenizer_config.json",
         {"add_bos_token": True, "legacy": True, "tokenizer_class": "LlamaTokenizerFast", **of_type},
     )
-    language = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "vocab_size": 21,
-    }
-    write_json(folder / "config.json", published_config(32, language, side=16, codes=64))
+    write_json(folder / "config.json", published_config(32, TINY_LANGUAGE, side=16, codes=64))
     return folder
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value), "utf-8")
 
 

@@ -22,7 +22,8 @@ from dcdd_core.models.janus import deepseek
 from dcdd_core.models.janus.files import JanusFolder
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.janus.tokenizer import load_tokenizer
-from tests.models.janus.test_deepseek import PRO_1B, TINY_VQ, published_config
+from tests.models.janus.deepseek_layout import TINY_LANGUAGE, TINY_VQ, UNREAD, published_config, write_json
+from tests.models.janus.test_deepseek import PRO_1B
 from tests.tiny import save_janus, tiny_vq
 
 Weights = dict[str, torch.Tensor]
@@ -41,21 +42,12 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sound_deepseek(tmp_path_factory: pytest.TempPathFactory, sound: Path) -> Path:
     """The same model in DeepSeek's layout."""
     folder = Path(shutil.copytree(sound, tmp_path_factory.mktemp("models") / "Janus-Tiny"))
-    unread = ("model.vision_model.", "model.aligner.", "lm_head.")
     weights = load_file(folder / "model.safetensors")
     save_file(
-        {deepseek.deepseek_name(name): weights[name] for name in weights if not name.startswith(unread)},
+        {deepseek.deepseek_name(name): weights[name] for name in weights if not name.startswith(UNREAD)},
         folder / "model.safetensors",
     )
-    language = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "vocab_size": 21,
-    }
-    write_json(folder / "config.json", published_config(32, language, side=16, codes=64))
+    write_json(folder / "config.json", published_config(32, TINY_LANGUAGE, side=16, codes=64))
     return folder
 
 
@@ -82,10 +74,6 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         checkpoints, "check_finite", lambda tensor, name, file: read.append(name) or real(tensor, name, file)
     )
     return read
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value), "utf-8")
 
 
 def edit(folder: Path, *where: str, value: object) -> None:
