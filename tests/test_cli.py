@@ -19,6 +19,7 @@ from dcdd_core.method.flow import resolution_shift
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.token_loop import TokenLoop
 from dcdd_core.pipelines.calibrate import PROMPTS
+from dcdd_core.pipelines.guided import GuidanceOptions
 from dcdd_core.pipelines.images import to_pixels, to_tensor
 from dcdd_core.types import Calibration, TokenLogits
 from dcdd_pico import embedded
@@ -141,6 +142,28 @@ def test_what_guidance_cannot_do_is_said(tmp_path, capsys, one_s_own, words, exp
     words = [names.get(word, word) for word in words]
     assert main(["generate", PROMPT, *words, "--steps", "1", "--out", str(tmp_path / "a.png")]) == 1
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (GuidanceOptions(strength=0.0, pull=0.0), 1.0)),
+        (["--decoder", "guidance"], (GuidanceOptions(strength=0.4, pull=1.0), 0.6)),
+        (["--decoder", "guidance", "--strength", "0.2"], (GuidanceOptions(strength=0.2, pull=1.0), 0.6)),
+        (["--strength", "0.2"], (GuidanceOptions(strength=0.2, pull=0.0), 1.0)),
+        (["--start", "0.5"], (GuidanceOptions(strength=0.0, pull=0.0), 0.5)),
+    ],
+)
+def test_guidance_has_the_defaults_that_the_help_names(words, expected):
+    args = parser().parse_args(["generate", PROMPT, *words])
+    assert common.guidance_of(args) == expected
+    options = expected[0]
+    assert (options.first, options.last, options.every, options.gradients, options.weight) == (1, 0, 1, 1, "confidence")
+
+
+def test_sharpening_has_the_defaults_that_the_help_names():
+    args = parser().parse_args(["sharpen", "a.png"])
+    assert (args.steps, args.strength) == (8, 0.3)
 
 
 def test_sharpening_writes_an_image_and_says_what_the_encoder_reads(tmp_path, capsys):
