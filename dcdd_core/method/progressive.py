@@ -1,0 +1,394 @@
+"""Progressive sampling (Fei et al. 2022, arXiv 2210.02291): what each pass reveals, in which order, what it redraws.
+
+A pass sees the prompt and all tokens so far, draws every hidden position, keeps those that come first in the order, and
+draws revealed ones again. Of the paper only the abstract is public: its two orders and revision are the paper's, all
+formulas here are our choice, or those of the named methods.
+
+Everything about the order runs on the CPU in float64, so that ties fall alike on every device.
+
+Shapes: B batch, N positions (a row-major h x w grid).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from ..protocols import SamplingOptions
+from ..settings import require_number, shown
+from .sampling import keyed_generator
+
+MOST_PASSES = 4096
+"""A limit against slips: as many passes as a 64 x 64 grid has tokens."""
+_ORDER_KEY = 0x0DE5
+"""Keeps the noise of the order apart from that of the tokens."""
+_SHARES: Mapping[str, Callable[[float], float]] = {
+    # MaskGIT's (Chang et al. 2022, arXiv 2202.04200): few positions first.
+    "cosine": lambda t: 1 - math.cos(math.pi / 2 * t),
+    # Halton-MaskGIT's (Besnier et al. 2025, arXiv 2503.17076): few first, even fewer than "cosine" at the start.
+    "arccos": lambda t: 1 - math.acos(t) * 2 / math.pi,
+    "linear": lambda t: t,
+}
+SCHEDULES = tuple(_SHARES)
+
+Schedule = str | tuple[float, ...]
+Revise = int | Literal["all"]
+
+
+def revealed_share(t: float, schedule: str) -> float:
+    """Share of the positions that are revealed when the share t of the revealing passes is done; 0 -> 0, 1 -> 1.
+
+    Raises:
+        ValueError: for an unknown schedule, or a t outside 0..1.
+    """
+    if schedule not in _SHARES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a list of numbers, got {shown(schedule)}")
+    if not 0 <= t <= 1:
+        raise ValueError(f"t must lie in 0..1, got {t!r}: it is the share of passes that are done")
+    return _SHARES[schedule](t)
+
+
+def stage_counts(count: int, passes: int, schedule: Schedule = "arccos") -> tuple[int, ...]:
+    """How many of `count` positions each of `passes` reveals; they sum to `count`.
+
+    By a named schedule every pass reveals at least one; of more passes than positions, the last ones reveal none. A
+    list has one number >= 0 for each pass, in any unit: shares or counts. A pass whose number is 0 reveals nothing.
+
+    Raises:
+        ValueError: for an unknown schedule, numbers out of range, or a list that does not fit.
+    """
+    require_number("count", count, whole=True, least=0)
+    require_number("passes", passes, whole=True, least=1, most=MOST_PASSES)
+    if isinstance(schedule, str):
+        ends = [math.floor(count * revealed_share(i / passes, schedule) + 0.5) for i in range(1, passes + 1)]
+        done = 0
+        for i, end in enumerate(ends, start=1):
+            # At least one, and no more than leaves one for each pass that follows.
+            most = max(count - (passes - i), min(i, count))
+            ends[i - 1] = done = min(max(end, done + 1), most)
+    else:
+        _check_list(schedule, passes)
+        total, part = math.fsum(schedule), 0.0
+        ends = []
+        for number in schedule:
+            part += number
+            ends.append(math.floor(count * min(1.0, part / total) + 0.5))
+    return tuple(end - start for start, end in zip([0, *ends], ends))
+
+
+def guidance_ramp(guidance: float, passes: int) -> tuple[float, ...]:
+    """Guidance of each revealing pass: from 1, the prompt alone, linearly to `guidance`; a single pass has that.
+
+    Raises:
+        ValueError: for passes out of range.
+    """
+    require_number("passes", passes, whole=True, least=1, most=MOST_PASSES)
+    return tuple(1 + (guidance - 1) * i / (passes - 1) if passes > 1 else guidance for i in range(passes))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OrderState:
+    """What an order may look at.
+
+    Attributes:
+        grid: (h, w).
+        noise: standard Gumbel noise [B, N] of `order_noise`.
+        remaining: share of the revealing passes after this one, 1 (excluded) .. 0.
+        log_probability: of the tokens that this pass drew, under guidance and temperature [B, N].
+        quantisation_error: as the model predicts it, in standard deviations from its mean [B, N].
+        importance: what revealing a position takes off the loss of the others, as the model predicts it [B, N].
+    """
+
+    grid: tuple[int, int]
+    noise: torch.Tensor
+    remaining: float
+    log_probability: torch.Tensor | None = None
+    quantisation_error: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
+
+
+class Order(NamedTuple):
+    """An order of revealing.
+
+    Attributes:
+        scores: [B, N] of a state; the highest are revealed first.
+        reads: the field of the state that the network predicts; None for an order of grid and noise alone, for which no
+            network has to run.
+        noise: temperature of the Gumbel noise that is added to the scores, before it is annealed.
+    """
+
+    scores: Callable[[OrderState], torch.Tensor]
+    reads: str | None = None
+    noise: float = 0.0
+
+
+#: By name. Quantisation error and dynamic importance are the paper's, the others baselines.
+ORDERS: Mapping[str, Order] = {
+    "quantisation-error": Order(lambda state: -state.quantisation_error, reads="quantisation_error"),
+    "importance": Order(lambda state: state.importance, reads="importance"),
+    # MaskGIT's, with the temperature that its authors use.
+    "confidence": Order(lambda state: state.log_probability, reads="log_probability", noise=4.5),
+    "halton": Order(lambda state: -halton_places(state.grid).expand_as(state.noise)),
+    "random": Order(lambda state: state.noise),
+    "raster": Order(lambda state: -torch.arange(state.noise.shape[1]).expand_as(state.noise)),
+}
+
+
+def order_scores(order: str, state: OrderState, noise: float | None = None) -> torch.Tensor:
+    """Scores [B, N] float64 on the CPU: the order's own, plus annealed Gumbel noise, T remaining g.
+
+    Args:
+        noise: T; None for the order's own. Orders that read no prediction take none.
+
+    Raises:
+        ValueError: for an unknown order, and a state without what the order reads.
+    """
+    chosen = find_order(order)
+    if chosen.reads is not None and getattr(state, chosen.reads) is None:
+        raise ValueError(f"the order {order!r} reads {chosen.reads}, which is missing: run the network first")
+    scores = chosen.scores(state).double().cpu()
+    temperature = chosen.noise if noise is None else noise
+    if chosen.reads is None or temperature == 0:
+        return scores
+    return scores + temperature * state.remaining * state.noise.double()
+
+
+def find_order(order: str) -> Order:
+    """The order of this name.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {shown(order)}")
+    return ORDERS[order]
+
+
+def order_noise(seeds: Sequence[int], count: int) -> torch.Tensor:
+    """Standard Gumbel noise [B, N] float64 on the CPU for orders; row b depends on seeds[b] and N alone."""
+    tiny = torch.finfo(torch.float64).tiny
+    rows = [torch.rand(count, generator=keyed_generator(s, _ORDER_KEY), dtype=torch.float64) for s in seeds]
+    return torch.stack(rows).clamp_(min=tiny).log_().neg_().log_().neg_()
+
+
+def halton_places(grid: tuple[int, int]) -> torch.Tensor:
+    """Place [N] of each position, 0..N-1, in Halton's low-discrepancy sequence: columns by base 2, rows by base 3.
+
+    A cell's place is that of the first point that falls into it (Besnier et al. 2025, arXiv 2503.17076).
+
+    Raises:
+        ValueError: for a grid without positions.
+    """
+    for name, side in zip(("rows of the grid", "columns of the grid"), grid, strict=True):
+        require_number(name, side, whole=True, least=1)
+    return torch.tensor(_halton_places(*grid))
+
+
+@lru_cache(maxsize=16)
+def _halton_places(rows: int, columns: int) -> tuple[int, ...]:
+    count, found = rows * columns, np.empty(0, np.int64)
+    points = 4 * count
+    while len(found) < count:
+        numbers = np.arange(1, points + 1)
+        x = (_radical_inverse(numbers, 2) * columns).astype(np.int64)
+        y = (_radical_inverse(numbers, 3) * rows).astype(np.int64)
+        cells, first = np.unique(y * columns + x, return_index=True)
+        found, points = cells[np.argsort(first)], 2 * points
+    places = np.empty(count, np.int64)
+    places[found] = np.arange(count)
+    return tuple(places.tolist())
+
+
+def _radical_inverse(numbers: np.ndarray, base: int) -> np.ndarray:
+    """The digits of whole numbers in a base, mirrored at the point: in [0, 1)."""
+    result, scale, rest = np.zeros(len(numbers)), 1.0, numbers.copy()
+    while rest.any():
+        scale /= base
+        result += scale * (rest % base)
+        rest //= base
+    return result
+
+
+def reveal(
+    scores: torch.Tensor, hidden: torch.Tensor, counts: Sequence[int] | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden positions of highest score, `counts` [B] of them a row; of equal scores the first in the grid.
+
+    Args:
+        scores: [B, N].
+        hidden: bool [B, N].
+
+    Returns:
+        What is revealed, bool [B, N], and each hidden position's place among the hidden ones, int64 [B, N] (the highest
+        score is 0); for others it is meaningless.
+
+    Raises:
+        ValueError: for a score of a hidden position that is not finite, and for more positions than are hidden.
+    """
+    counts = torch.as_tensor(counts)
+    if bool((counts < 0).any()) or bool((counts > hidden.sum(1)).any()):
+        raise ValueError(
+            f"{counts.tolist()} positions cannot be revealed where {hidden.sum(1).tolist()} are hidden: give counts "
+            "of at most that"
+        )
+    if not bool(scores[hidden].isfinite().all()):
+        raise ValueError("a score of the order is NaN or infinite: check the model's weights, or choose another order")
+    ranked = scores.masked_fill(~hidden, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    numbers = torch.arange(hidden.shape[1]).expand_as(ranked)
+    places = torch.empty_like(ranked).scatter_(1, ranked, numbers)
+    return hidden & (places < counts[:, None]), places
+
+
+def redrawn(places: torch.Tensor, revise: Revise) -> torch.Tensor:
+    """The revealed positions that a pass draws again: all, or the last `revise` that were revealed.
+
+    Args:
+        places: in which place of all each position was revealed, int64 [B, N], 0..; -1 where it is hidden or given.
+
+    Returns:
+        bool [B, N].
+
+    Raises:
+        ValueError: for another `revise`.
+    """
+    check_revise(revise)
+    revealed = places >= 0
+    if revise == "all":
+        return revealed
+    return revealed & (places > places.amax(dim=1, keepdim=True) - revise)
+
+
+def check_revise(revise: Revise) -> None:
+    """Refuses what is neither "all" nor a whole number >= 0.
+
+    Raises:
+        ValueError: with what came.
+    """
+    if revise != "all" and (type(revise) is not int or revise < 0):
+        raise ValueError(
+            f"revise must be 'all' or a whole number >= 0 of positions, got {shown(revise)}: 0 rewrites nothing"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressiveOptions(SamplingOptions):
+    """How a masked sampler draws.
+
+    Attributes:
+        passes: of the network, with guidance two rows an image.
+        revision_passes: the last of them, which reveal nothing new and only draw again.
+        schedule: one of `SCHEDULES`, or a number for each revealing pass (`stage_counts`).
+        order: one of `ORDERS`.
+        order_noise: temperature of the Gumbel noise in the order; None for the order's own.
+        revise: which revealed positions each pass draws again: "all", or the last n that were revealed.
+        ramp: raises guidance from 1 over the revealing passes (`guidance_ramp`); False applies it whole in each.
+        start: the first `start` passes reveal the tokens of `previous` in place of drawn ones: image to image. 0 draws
+            from the start.
+
+    Raises:
+        ValueError: for values out of range, or that do not fit each other.
+    """
+
+    passes: int = 11
+    revision_passes: int = 3
+    schedule: Schedule = "arccos"
+    order: str = "halton"
+    order_noise: float | None = None
+    revise: Revise = "all"
+    ramp: bool = True
+    start: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_number("passes", self.passes, whole=True, least=1, most=MOST_PASSES)
+        require_number("revision_passes", self.revision_passes, whole=True, least=0)
+        if self.revision_passes >= self.passes:
+            raise ValueError(
+                f"revision_passes must be less than passes, got {self.revision_passes} of {self.passes}: one pass at "
+                "least has to reveal"
+            )
+        require_number("start", self.start, whole=True, least=0)
+        if self.start >= self.passes:
+            raise ValueError(
+                f"start must be less than passes, got {self.start} of {self.passes}: one pass at least has to draw"
+            )
+        require_number("order_noise", self.order_noise, least=0, optional=True)
+        find_order(self.order)
+        check_revise(self.revise)
+        if self.revise == 0 and self.revision_passes:
+            raise ValueError(
+                f"{self.revision_passes} revision passes have nothing to do where revise is 0: set revision_passes to "
+                "0, or revise to 'all'"
+            )
+        if isinstance(self.schedule, str):
+            revealed_share(0.0, self.schedule)
+        else:
+            _check_list(self.schedule, self.revealing)
+
+    @property
+    def revealing(self) -> int:
+        """Number of passes that reveal."""
+        return self.passes - self.revision_passes
+
+    def counts(self, hidden: int) -> tuple[int, ...]:
+        """How many of `hidden` positions each pass reveals."""
+        return stage_counts(hidden, self.revealing, self.schedule) + (0,) * self.revision_passes
+
+    def guidances(self) -> tuple[float, ...]:
+        """Guidance of each pass."""
+        ramp = guidance_ramp(self.guidance, self.revealing) if self.ramp else (self.guidance,) * self.revealing
+        return ramp + (self.guidance,) * self.revision_passes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """What one pass did; everything on the CPU.
+
+    Attributes:
+        guidance: of this pass.
+        tokens: [B, N] int64 after it; what is not `known` is meaningless.
+        known: bool [B, N].
+        revealed: bool [B, N], new in this pass.
+        redrawn: bool [B, N], drawn again in this pass.
+        changed: bool [B, N], drawn again, and other than before.
+    """
+
+    guidance: float
+    tokens: torch.Tensor
+    known: torch.Tensor
+    revealed: torch.Tensor
+    redrawn: torch.Tensor
+    changed: torch.Tensor
+
+
+def stage_rows(stages: Sequence[Stage]) -> list[dict[str, float]]:
+    """Per pass its number, and means per image: positions revealed, drawn again, and changed."""
+    return [
+        {
+            "pass": number,
+            "revealed": float(stage.revealed.sum(1).double().mean()),
+            "drawn again": float(stage.redrawn.sum(1).double().mean()),
+            "changed": float(stage.changed.sum(1).double().mean()),
+        }
+        for number, stage in enumerate(stages, start=1)
+    ]
+
+
+def _check_list(schedule: Sequence[float], passes: int) -> None:
+    if not isinstance(schedule, tuple):
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a tuple of numbers, got {shown(schedule)}")
+    if len(schedule) != passes:
+        raise ValueError(
+            f"schedule has {len(schedule)} numbers for {passes} revealing passes: give one for each, without the "
+            "revision passes"
+        )
+    for i, number in enumerate(schedule):
+        require_number(f"schedule[{i}]", number, least=0, most=1e9)
+    if not any(schedule):
+        raise ValueError("schedule has only zeros: one pass at least has to reveal")
