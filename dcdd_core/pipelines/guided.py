@@ -7,22 +7,24 @@ C latent channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..files import is_finite
 from ..method.guidance import WEIGHTS, guide_clean, position_weights, pull_to, token_loss
 from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_number
-from ..types import Condition, same_codebook
+from ..types import Codebook, Condition, same_codebook
+from .host import PLAIN, Host
+from .oom import is_out_of_memory
+from .tiles import LEAST_TILE, Decode, decode_in_tiles, gradient_in_tiles
 
 #: The strongest guidance: ten times the spread of the latents in one step.
 MOST_STRENGTH = 10.0
-#: Normalised latents [B, C, h', w'] -> pixels [B, 3, H, W] in -1..1, differentiable.
-Decode = Callable[[torch.Tensor], torch.Tensor]
+#: Tiles that are halved for want of memory stay at least so large, in latent positions a side.
+LEAST_HALVED = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,29 @@ class GuidanceOptions:
         return self.strength == 0 and self.pull == 0
 
 
+@dataclass(kw_only=True, eq=False)
+class Fallback:
+    """What a guide has given up because memory ran out; one for all its parts and steps.
+
+    Attributes:
+        tile: latent positions a side of the tiles it has come down to; None for the guide's own.
+        forward: the image is decoded in tiles as well.
+        alternating: only every second gradient is computed.
+        pausing: the next one is left out.
+    """
+
+    tile: int | None = None
+    forward: bool = False
+    alternating: bool = False
+    pausing: bool = False
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenGuide:
     """Pulls predicted clean latents towards a condition, through a latent decoder and the VLM's VQ encoder.
+
+    The gradient is computed image by image. If it runs out of memory, the way back through the decoder goes in tiles of
+    half the size, down to `LEAST_HALVED`; if that is not enough either, only every second gradient is computed.
 
     Attributes:
         tokenizer: its encoder reads the images, shrunk or enlarged to the token grid's own size.
@@ -79,9 +101,13 @@ class TokenGuide:
         scale: s of the calibration (Eq. 14).
         soft: [B, C, h', w'] normalised latents of the VQ decode of the code vectors, which `pull` draws to.
         free: bool [B or 1, N], positions that nothing pulls; None for none.
+        tile: the way back through `decode` goes in tiles of so many latent positions a side, at least `LEAST_TILE`;
+            None for no tiles. The image itself is decoded as a whole while that fits: it takes no more memory than the
+            last decode, and tiles of it are normalised differently.
+        host: told when memory ran out.
 
     Raises:
-        ValueError: for another tokenizer's condition.
+        ValueError: for another tokenizer's condition, and tiles that are too small.
     """
 
     tokenizer: ImageTokenizer
@@ -91,8 +117,12 @@ class TokenGuide:
     soft: torch.Tensor
     options: GuidanceOptions = GuidanceOptions()
     free: torch.Tensor | None = None
+    tile: int | None = None
+    host: Host = PLAIN
+    fallback: Fallback = field(default_factory=Fallback, repr=False)
 
     def __post_init__(self):
+        require_number("tile", self.tile, whole=True, least=LEAST_TILE, optional=True, remedy="None uses no tiles")
         if not same_codebook(self.condition.codebook, self.tokenizer.codebook.fingerprint):
             raise ValueError(
                 f"this condition is of codebook {self.condition.codebook}, but {self.tokenizer.name} has "
@@ -114,26 +144,89 @@ class TokenGuide:
 
     def loss(self, clean: torch.Tensor) -> torch.Tensor:
         """L [B] of normalised latents [B, C, h', w'] (`method.guidance.token_loss`); differentiable."""
-        # Only the latents and the image are kept for the way back.
-        pixels = checkpoint(self.decode, clean, use_reentrant=False)
-        features = checkpoint(self.features, pixels, use_reentrant=False)
-        weights = position_weights(self.condition.uncertainty[..., 0], self.options.weight, self.free)
-        return token_loss(features, self.condition.code_vectors, weights, self.tokenizer.codebook, scale=self.scale)
+        return self.pixel_loss(self.decode(clean))
+
+    def pixel_loss(self, pixels: torch.Tensor) -> torch.Tensor:
+        """L [B] of images [B, 3, H, W] in -1..1, in float32; differentiable."""
+        codebook, condition = self.tokenizer.codebook, self.condition
+        if codebook.vectors.is_inference():
+            codebook = Codebook(codebook.vectors)
+        weights = position_weights(_saveable(condition.uncertainty[..., 0]), self.options.weight, self.free)
+        return token_loss(self.features(pixels), _saveable(condition.code_vectors), weights, codebook, scale=self.scale)
 
     def gradient(self, clean: torch.Tensor) -> torch.Tensor:
-        """dL/dx0 [B, C, h', w'], also where gradients are switched off.
+        """dL/dx0 [B, C, h', w'], also where gradients are switched off; 0 where memory ran out (see `Fallback`).
 
         Raises:
             ValueError: if it is not finite.
+            RuntimeError: if not even every second one fits into memory.
         """
-        with torch.inference_mode(False), torch.enable_grad():
-            x = clean.detach().clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.loss(x).sum(), x)
+        fallback = self.fallback
+        if fallback.alternating and fallback.pausing:
+            fallback.pausing = False
+            return torch.zeros_like(clean)
+        while True:
+            tile = fallback.tile or self.tile
+            try:
+                gradient = torch.cat([self.part(k, k + 1)._of_one(clean[k : k + 1], tile) for k in range(len(clean))])
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if fallback.alternating:
+                    raise RuntimeError(
+                        "out of memory for distribution guidance, even for every second step in tiles of "
+                        f"{tile} x {tile} latents: {self.host.remedy}"
+                    ) from error
+            # Outside of the handler, which holds what the failed attempt has made.
+            if not self._falls_back(max(clean.shape[2:]), tile):
+                return torch.zeros_like(clean)
+        fallback.pausing = fallback.alternating
         if not is_finite(gradient):
             raise ValueError(
                 "the gradient of distribution guidance holds NaN or infinity: load the autoencoder in float32"
             )
         return gradient
+
+    def _of_one(self, clean: torch.Tensor, tile: int | None) -> torch.Tensor:
+        """The gradient of one image in three parts, so that no two networks' activations are held at a time."""
+        with torch.inference_mode(False):
+            x = clean.detach().to(torch.promote_types(clean.dtype, torch.float32), copy=True)
+            pixels = self._pixels(x, tile)
+            with torch.enable_grad():
+                pixels.requires_grad_()
+                (by_pixels,) = torch.autograd.grad(self.pixel_loss(pixels).sum(), pixels)
+            return gradient_in_tiles(self.decode, x, by_pixels, tile)
+
+    def _pixels(self, clean: torch.Tensor, tile: int | None) -> torch.Tensor:
+        """The image of one image's latents, without gradients; in tiles if it does not fit as a whole."""
+        if not self.fallback.forward:
+            try:
+                return decode_in_tiles(self.decode, clean, None)
+            except (RuntimeError, MemoryError) as error:
+                if tile is None or not is_out_of_memory(error):
+                    raise
+            self.fallback.forward = True
+            self.host.on_fallback("distribution guidance looks at images that are decoded in tiles")
+        return decode_in_tiles(self.decode, clean, tile)
+
+    def _falls_back(self, side: int, tile: int | None) -> bool:
+        """After memory ran out: whether to try again at once, in smaller tiles; if not, the next step is tried.
+
+        Args:
+            side: the latents' longer one.
+            tile: that was tried; None for none.
+        """
+        fallback, tile = self.fallback, min(tile or side, side)
+        if tile > LEAST_HALVED:
+            fallback.tile = max(LEAST_HALVED, (tile + 1) // 2)
+            self.host.on_fallback(
+                f"distribution guidance continues in tiles of {fallback.tile} x {fallback.tile} latents"
+            )
+            return True
+        fallback.alternating = True
+        self.host.on_fallback("distribution guidance leaves this step out, and continues with every second one")
+        return False
 
     def guided(self, time: float, step: int = 0) -> bool:
         """Whether the step at this time is guided; `step` counts from the first."""
@@ -145,7 +238,7 @@ class TokenGuide:
         """x0 after the gradient's step and the pull: [B, C, h', w'].
 
         Raises:
-            ValueError: as `gradient`.
+            ValueError, RuntimeError: as `gradient`.
         """
         if self.options.strength:
             for _ in range(self.options.gradients):
@@ -172,15 +265,18 @@ def token_guide(
     options: GuidanceOptions | None = None,
     size: tuple[int, int] | None = None,
     free: torch.Tensor | None = None,
+    tile: int | None = None,
+    host: Host = PLAIN,
 ) -> TokenGuide:
     """A guide for the latents of a codec.
 
     Args:
         scale: s of the VLM's calibration.
         size: (H, W) of the painted image; the token grid's own by default.
+        free, tile, host: see `TokenGuide`.
 
     Raises:
-        ValueError: for another tokenizer's condition.
+        ValueError: for another tokenizer's condition, and tiles that are too small.
     """
     return TokenGuide(
         tokenizer=tokenizer,
@@ -190,6 +286,8 @@ def token_guide(
         soft=soft_latents(tokenizer, codec, condition, size),
         options=options or GuidanceOptions(),
         free=free,
+        tile=tile,
+        host=host,
     )
 
 
@@ -222,7 +320,7 @@ def sharpen(
         on_step: called with (steps done, steps, latents); may raise to stop.
 
     Raises:
-        ValueError: as `TokenGuide.gradient`, and for steps < 1.
+        ValueError, RuntimeError: as `TokenGuide.gradient`; ValueError for steps < 1.
     """
     require_number("steps", steps, whole=True, least=1)
     for k in range(steps):
@@ -230,3 +328,8 @@ def sharpen(
         if on_step is not None:
             on_step(k + 1, steps, clean)
     return clean
+
+
+def _saveable(values: torch.Tensor) -> torch.Tensor:
+    """The same numbers, which autograd can save for the way back also if they were made in inference mode."""
+    return values.clone() if values.is_inference() else values

@@ -43,6 +43,14 @@ class Host:
         """
         warnings.warn(f"out of memory: continuing with {size} images at a time", DCDDWarning, stacklevel=4)
 
+    def on_fallback(self, change: str) -> None:
+        """Called when work that did not fit into memory goes on in another way.
+
+        Args:
+            change: what is different now, in words.
+        """
+        warnings.warn(f"out of memory: {change}", DCDDWarning, stacklevel=4)
+
     def keep(self, result: Result) -> Result:
         """Moves a finished part to where results wait."""
         return result

@@ -1,5 +1,6 @@
 """Distribution guidance on random tiny networks: what moves, what stays, and what is refused."""
 
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,16 @@ from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.condition import discrete_condition
 from dcdd_core.pipelines.decode import decode
-from dcdd_core.pipelines.guided import GuidanceOptions, TokenGuide, sharpen, soft_latents, token_guide
+from dcdd_core.pipelines.guided import (
+    Fallback,
+    GuidanceOptions,
+    TokenGuide,
+    sharpen,
+    soft_latents,
+    token_guide,
+)
+from dcdd_core.pipelines.host import Host
+from dcdd_core.types import Codebook, DCDDWarning
 from tests.tiny import tiny_decoder, tiny_vae, tiny_vq
 
 SEEDS = [3, 4]
@@ -63,10 +73,120 @@ def test_the_gradient_is_that_of_the_loss(guide):
         assert float(found) == pytest.approx(float((gradient * way).sum()), rel=0.05, abs=0.05)
 
 
-def test_gradients_work_in_inference_mode(guide):
+def by_autograd(guide, latents):
+    """The gradient of the loss in one piece, of the whole batch."""
+    x = latents.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(guide.loss(x).sum(), x)
+    return gradient
+
+
+def test_the_gradient_in_parts_is_that_in_one_piece(tokenizer, codec, condition):
+    for size in (None, (32, 48)):
+        guide = token_guide(tokenizer, codec, condition, scale=20.0, size=size)
+        found, expected = guide.gradient(guide.soft), by_autograd(guide, guide.soft)
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_one_tile_that_covers_everything_changes_no_bit(tokenizer, codec, condition):
+    guide, tiled = (token_guide(tokenizer, codec, condition, scale=20.0, size=(32, 48), tile=t) for t in (None, 24))
+    assert torch.equal(guide.gradient(guide.soft), tiled.gradient(guide.soft))
+    assert not torch.equal(guide.gradient(guide.soft), replace(tiled, tile=16).gradient(guide.soft))
+
+
+def test_gradients_work_in_inference_mode(tokenizer, codec, guide):
+    """Also for conditions and codebooks that were made in it, which autograd would not save."""
     with torch.inference_mode():
-        inside = guide.gradient(guide.soft + 0)
+        own = copy(tokenizer)
+        own.codebook = Codebook(tokenizer.codebook.vectors)
+        pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        made = discrete_condition(own.encode(pixels), own.codebook)
+        inside = token_guide(own, codec, made, scale=20.0).gradient(guide.soft + 0)
+    assert made.code_vectors.is_inference() and own.codebook.vectors.is_inference()
     torch.testing.assert_close(inside.clone(), guide.gradient(guide.soft))
+
+
+def out_of_memory_above(decode, side, *, forward=False):
+    """A decoder whose activations for the way back, or with `forward` its image as well, do not fit above a side."""
+
+    def fails(latents):
+        if max(latents.shape[2:]) > side and (forward or torch.is_grad_enabled()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents)
+
+    return fails
+
+
+@pytest.fixture
+def large(tokenizer, codec, condition):
+    """On 64 x 40 latents."""
+    return token_guide(tokenizer, codec, condition, scale=20.0, size=(128, 80))
+
+
+def test_out_of_memory_the_decoder_works_in_smaller_and_smaller_tiles(large):
+    short = replace(large, decode=out_of_memory_above(large.decode, 20))
+    with pytest.warns(DCDDWarning) as told:
+        found = short.gradient(large.soft)
+    words = [str(one.message) for one in told]
+    assert [word for word in words if "in tiles of" not in word] == []
+    assert ["32 x 32" in words[0], "16 x 16" in words[1], len(words)] == [True, True, 2]
+    assert torch.equal(found, replace(large, tile=16, fallback=Fallback()).gradient(large.soft))
+
+
+def test_what_was_given_up_is_not_tried_again(large):
+    calls, short = [], replace(large, decode=out_of_memory_above(large.decode, 20))
+    with pytest.warns(DCDDWarning):
+        short.gradient(large.soft)
+    counted = replace(short, decode=lambda z: calls.append(max(z.shape[2:])) or large.decode(z))
+    counted.gradient(large.soft)
+    counted.part(1, 2).gradient(large.soft[1:])
+    assert max(calls) == 64 and sorted(set(calls)) == [16, 64]  # 64: the image itself, without gradients
+
+
+def test_an_image_that_does_not_fit_is_decoded_in_tiles_too(large):
+    short = replace(large, decode=out_of_memory_above(large.decode, 32, forward=True))
+    with pytest.warns(DCDDWarning) as told:
+        found = short.gradient(large.soft)
+    assert [str(one.message) for one in told] == [
+        "out of memory: distribution guidance continues in tiles of 32 x 32 latents",
+        "out of memory: distribution guidance looks at images that are decoded in tiles",
+    ]
+    assert found.any() and not torch.equal(found, replace(large, tile=32, fallback=Fallback()).gradient(large.soft))
+
+
+def test_where_tiles_are_not_enough_every_second_step_is_left_out(large):
+    told = []
+
+    class Told(Host):
+        def on_fallback(self, change):
+            told.append(change)
+
+    room = {"side": 10}
+    short = replace(large, host=Told(), decode=lambda z: out_of_memory_above(large.decode, room["side"])(z), tile=32)
+    assert not short.gradient(large.soft).any()
+    assert [change.split(" guidance ")[1] for change in told] == [
+        "continues in tiles of 16 x 16 latents",
+        "leaves this step out, and continues with every second one",
+    ]
+    room["side"] = 20
+    pattern = [bool(short.gradient(large.soft).any()) for _ in range(5)]
+    assert pattern == [True, False, True, False, True] and len(told) == 2
+    room["side"] = 10
+    assert not short.gradient(large.soft).any()  # the one that is left out
+    with pytest.raises(RuntimeError, match=r"out of memory .* in tiles of 16 x 16 latents: use a smaller image"):
+        short.gradient(large.soft)
+
+
+def test_other_failures_are_not_taken_for_want_of_memory(large):
+    def fails(latents):
+        raise RuntimeError("sizes do not fit")
+
+    with pytest.raises(RuntimeError, match="sizes do not fit"):
+        replace(large, decode=fails, tile=16).gradient(large.soft)
+
+
+def test_tiles_that_are_too_small_to_overlap_are_refused(guide):
+    with pytest.raises(ValueError, match="tile must be .* 4"):
+        replace(guide, tile=3)
 
 
 def test_no_strength_and_no_pull_paint_the_unguided_images_to_the_last_bit(decoder, codec, condition, guide):

@@ -1,0 +1,121 @@
+"""A latent decoder applied tile by tile, and the way back through it, in the memory of one tile.
+
+Neighbouring tiles overlap by a quarter of their side, and the weight of each falls linearly towards its inner edges.
+The weights of a pixel add up to 1.
+
+Shapes: h' w' latent grid, C latent channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+#: Normalised latents [B, C, h', w'] -> pixels [B, 3, H, W] in -1..1, differentiable.
+Decode = Callable[[torch.Tensor], torch.Tensor]
+
+#: The smallest tile that overlaps its neighbours, in latent positions a side.
+LEAST_TILE = 4
+
+
+@torch.no_grad()
+def decode_in_tiles(decode: Decode, latents: torch.Tensor, tile: int | None) -> torch.Tensor:
+    """Latents [1, C, h', w'] -> pixels [1, 3, H, W] float32, without gradients.
+
+    Args:
+        tile: latent positions a side of a tile, at least `LEAST_TILE`; None decodes everything at once, and so does one
+            that covers everything.
+    """
+    if _covers(tile, latents):
+        return decode(latents).float()
+    image = None
+    for part, share in _parts(latents, tile):
+        pixels = decode(latents[part]).float()
+        factor = pixels.shape[2] // latents[part].shape[2]
+        if image is None:
+            image = pixels.new_zeros(1, pixels.shape[1], *(side * factor for side in latents.shape[2:]))
+        image[_scaled(part, factor)] += share(factor).to(pixels.device) * pixels
+    return image
+
+
+def gradient_in_tiles(decode: Decode, latents: torch.Tensor, by_pixels: torch.Tensor, tile: int | None) -> torch.Tensor:
+    """dL/dlatents [1, C, h', w'] of dL/dpixels [1, 3, H, W]: the vector-Jacobian product of `decode_in_tiles`.
+
+    Args:
+        by_pixels: float32.
+    """
+    if _covers(tile, latents):
+        return _gradient(decode, latents, by_pixels)
+    factor = by_pixels.shape[2] // latents.shape[2]
+    gradient = torch.zeros_like(latents)
+    for part, share in _parts(latents, tile):
+        weighted = share(factor).to(by_pixels.device) * by_pixels[_scaled(part, factor)]
+        gradient[part] += _gradient(decode, latents[part], weighted)
+    return gradient
+
+
+def _gradient(decode: Decode, latents: torch.Tensor, by_pixels: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        x = latents.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(decode(x).float(), x, by_pixels)
+    return gradient
+
+
+def _covers(tile: int | None, latents: torch.Tensor) -> bool:
+    return tile is None or tile >= max(latents.shape[2:])
+
+
+Part = tuple[slice, slice, slice, slice]
+
+
+def _parts(latents: torch.Tensor, tile: int) -> Iterator[tuple[Part, Callable[[int], torch.Tensor]]]:
+    """The tiles of latents, and their weights [h, w] of pixels for a number of pixels a latent position."""
+    rows, columns = (_axis(side, tile) for side in latents.shape[2:])
+    everything = slice(None)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+
+            def share(factor: int, i: int = i, j: int = j) -> torch.Tensor:
+                return torch.outer(_shares(rows, factor)[i], _shares(columns, factor)[j])
+
+            yield (everything, everything, row, column), share
+
+
+def _axis(side: int, tile: int) -> list[slice]:
+    """Tiles of one size along an axis; the first and the last end with it."""
+    if tile >= side:
+        return [slice(0, side)]
+    overlap = tile // 4
+    count = math.ceil((side - overlap) / (tile - overlap))
+    starts = (round(i * (side - tile) / (count - 1)) for i in range(count))
+    return [slice(start, start + tile) for start in starts]
+
+
+def _shares(tiles: list[slice], factor: int) -> list[torch.Tensor]:
+    """What each tile counts at each of its pixels, along one axis; where tiles overlap, these add up to 1."""
+    length, side = (tiles[0].stop - tiles[0].start) * factor, tiles[-1].stop * factor
+    overlap = max(1, length // factor // 4) * factor
+    ramp = ((torch.arange(length) + 0.5) / overlap).clamp(max=1)
+    weights = []
+    for k in range(len(tiles)):
+        weight = torch.ones(length)
+        if k > 0:
+            weight = weight * ramp
+        if k < len(tiles) - 1:
+            weight = weight * ramp.flip(0)
+        weights.append(weight)
+    total = torch.zeros(side)
+    for tile, weight in zip(tiles, weights):
+        total[_times(tile, factor)] += weight
+    return [weight / total[_times(tile, factor)] for tile, weight in zip(tiles, weights)]
+
+
+def _times(part: slice, factor: int) -> slice:
+    return part if part.start is None else slice(part.start * factor, part.stop * factor)
+
+
+def _scaled(part: Part, factor: int) -> Part:
+    images, channels, rows, columns = part
+    return images, channels, _times(rows, factor), _times(columns, factor)
