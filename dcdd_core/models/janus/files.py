@@ -9,7 +9,9 @@ from __future__ import annotations
 import codecs
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -50,6 +52,8 @@ TOKENIZER = "janus_vqgan"
 """model_type of a VQ-VAE alone, in transformers' layout."""
 
 _CONFIG = "the configuration of a Janus model"
+#: JSON files of the prompts' tokenizer; all but the first may be absent.
+_WORD_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _AGAIN = "choose a folder with a Janus or Janus-Pro model, or fetch its config.json again"
 _WORDS = "what a Janus model's tokenizer is made from"
 
@@ -192,10 +196,9 @@ class JanusFolder:
         Raises:
             ValueError: naming the file that is missing, damaged or no part of a tokenizer.
         """
-        _check_words(self.path / "tokenizer.json")
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-            if (self.path / name).exists():
-                _check_words(self.path / name)
+        for name in _WORD_FILES:
+            if name == "tokenizer.json" or (self.path / name).exists():
+                read_json(self.path / name, _WORDS)
         for template in sorted(self.path.glob("chat_template*")):
             if not template.is_dir():
                 regular_file(template, "a chat template")
@@ -206,13 +209,15 @@ class JanusFolder:
             remedy = "fetch the tokenizer's files again"
             if int(transformers.__version__.split(".")[0]) < 5:
                 remedy += ", or if transformers 5 wrote them, install that"
-            with reading(where, _WORDS, remedy), utf8_path(self.path) as folder:
-                return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            with _without_marks(self.path) as plain, reading(where, _WORDS, remedy), utf8_path(plain) as folder:
+                words = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+                words("a")  # Entries of a wrong type are noticed here.
+            return words
         except ValueError:
             path = self.path / "tokenizer.json"
             # Which of the files it is.
-            with reading(path, _WORDS, "fetch the tokenizer's files again"), utf8_path(path) as readable:
-                Tokenizer.from_file(str(readable))
+            with reading(path, _WORDS, "fetch the tokenizer's files again"):
+                Tokenizer.from_str(path.read_text("utf-8-sig"))
             raise
 
     def sampler(self, *, dtype: torch.dtype, device: torch.device | str) -> JanusForConditionalGeneration:
@@ -431,15 +436,20 @@ class JanusFolder:
         module.load_state_dict({name: found[theirs] for theirs, (name, _) in expected.items()}, assign=True)
 
 
-def _check_words(path: Path) -> None:
-    """A ValueError for what is no JSON object that the tokenizers library reads."""
-    read_json(path, _WORDS)
-    with path.open("rb") as raw:
-        if raw.read(3) == codecs.BOM_UTF8:
-            raise ValueError(
-                f"{path} begins with a byte order mark, which the tokenizers library does not read: fetch it again, or "
-                "save it as UTF-8 without one"
-            )
+@contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """The tokenizer's folder; if one of its files begins with a byte order mark, a copy of these files without.
+
+    The tokenizers library and transformers read none.
+    """
+    held = {name: (folder / name).read_bytes() for name in _WORD_FILES if (folder / name).exists()}
+    if not any(content.startswith(codecs.BOM_UTF8) for content in held.values()):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="dcdd-") as copy:
+        for name, content in held.items():
+            (Path(copy) / name).write_bytes(content.removeprefix(codecs.BOM_UTF8))
+        yield Path(copy)
 
 
 def _method(said: Any) -> str:

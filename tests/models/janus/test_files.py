@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import resource
@@ -267,17 +268,25 @@ def test_what_is_no_json_object_is_named_before_weights_are_read(folder, name, c
     assert not unread
 
 
-@pytest.mark.parametrize("name", JSONS[1:])
-def test_a_byte_order_mark_is_named(folder, name, unread):
-    there = (folder / name).read_bytes() if (folder / name).exists() else b"{}"
-    (folder / name).write_bytes(b"\xef\xbb\xbf" + there)
-    refused(folder, rf"{name} begins with a byte order mark", by=SAMPLER)
+@pytest.mark.parametrize("name", [*JSONS, "all"])
+def test_a_byte_order_mark_is_read_over(folder, name):
+    write_json(folder / "special_tokens_map.json", {"cls_token": "red"})
+    write_json(folder / "added_tokens.json", {})
+    before = JanusSampler.load(folder)
+    for file in JSONS if name == "all" else [name]:
+        (folder / file).write_bytes(codecs.BOM_UTF8 + (folder / file).read_bytes())
+    after = JanusSampler.load(folder)
+    assert after.grid == (4, 4) and after.tokenizer.special_tokens_map == before.tokenizer.special_tokens_map
+    for prompt in ("a red circle", "", "\ufeffred"):
+        assert after.tokenizer(prompt)["input_ids"] == before.tokenizer(prompt)["input_ids"]
+    assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab()
+
+
+def test_a_damaged_tokenizer_is_named_beside_a_byte_order_mark_too(folder, unread):
+    (folder / "tokenizer_config.json").write_bytes(codecs.BOM_UTF8 + b"{}")
+    (folder / "tokenizer.json").write_bytes(codecs.BOM_UTF8 + b'{"model": 5}')
+    refused(folder, r"/tokenizer\.json cannot be read as what a Janus model's tokenizer", by=SAMPLER)
     assert not unread
-
-
-def test_a_config_may_begin_with_a_byte_order_mark(folder):
-    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
-    assert JanusSampler.load(folder).grid == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +313,7 @@ def test_a_tokenizer_json_of_other_content_is_named(folder, content, unread):
         {"extra_special_tokens": 5},
         {"added_tokens_decoder": {"x": {"content": "y"}}},
         {"added_tokens_decoder": []},
+        {"model_max_length": "many"},
     ],
 )
 def test_a_tokenizer_config_of_other_types_is_named(folder, entry, unread):
