@@ -212,7 +212,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         description="Estimates the memory and time of a training. No weights are loaded: shapes are enough.",
     )
     command.set_defaults(run=estimate.run)
-    estimate.add_arguments(command)
+    estimate.add_arguments(command, path)
     return top
 
 

@@ -5,13 +5,18 @@ What is left out is counted and named.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .images import missing_readers, suffixes
+from ..settings import require_at_most
+from .images import MOST_PIXELS, missing_readers, suffixes
+
+#: Pixels; no image that is read has more on its shorter side.
+MOST_MIN_SIDE = math.isqrt(MOST_PIXELS)
 
 _NAMED = 8
 _LISTED = 1000
@@ -36,6 +41,8 @@ class ReadPolicy:
     def __post_init__(self):
         if self.min_side is not None and self.min_side < 1:
             raise ValueError(f"--min-side must be at least 1 pixel, got {self.min_side}; 1 keeps all images")
+        if self.min_side is not None:
+            require_at_most(MOST_MIN_SIDE, **{"--min-side": self.min_side})
         if not 0 <= self.skip_unreadable <= 1:
             raise ValueError(f"--skip-unreadable must lie in 0..1, got {self.skip_unreadable!r}; 0.05 allows 5 %")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ MOST_WINDOW, MOST_SHARD = 10**6, 10**6
 MOST_WORKERS = 1024
 #: Of mu; exp of a larger one is all noise, or none.
 MOST_SHIFT = 16.0
+#: Far beyond what AdamW and Muon are stable at; a number above it has slipped by a decimal point or more [choice].
+MOST_RATE, MOST_DECAY = 10.0, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +69,13 @@ class OptimizationConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         require_number("shift", self.shift, least=-MOST_SHIFT, most=MOST_SHIFT)
-        if not math.isfinite(self.weight_decay):
-            raise ValueError(f"weight_decay must be a finite number, got {self.weight_decay!r}")
+        require_number("weight_decay", self.weight_decay, least=0, most=MOST_DECAY)
+        require_number("learning_rate", self.learning_rate, above=0, most=MOST_RATE)
         if self.steps < 1 or self.accumulation < 1:
             raise ValueError(f"steps and accumulation must be at least 1, got {self.steps} and {self.accumulation}")
-        if not 0 < self.learning_rate < math.inf or not self.clip > 0:
-            raise ValueError(
-                f"the learning rate and the largest gradient norm must be above 0, and the rate finite, got "
-                f"{self.learning_rate} and {self.clip}"
-            )
-        require_at_least(0, warmup=self.warmup, weight_decay=self.weight_decay)
+        if not self.clip > 0:
+            raise ValueError(f"clip, the largest gradient norm, must be above 0, got {self.clip}")
+        require_at_least(0, warmup=self.warmup)
         require_at_most(MOST_STEPS, steps=self.steps, warmup=self.warmup)
         require_at_most(MOST_ACCUMULATED, accumulation=self.accumulation)
         if not -(2**63) <= self.seed < 2**63:
@@ -171,6 +169,9 @@ class RunConfig:
         require_at_least(0, samples=self.samples, sample_every=self.sample_every)
         require_at_least(1, save_every=self.save_every, log_every=self.log_every, keep=self.keep)
         require_at_most(MOST_SAMPLES, samples=self.samples)
+        # No run has more updates, and so neither more checkpoints.
+        every = {"sample_every": self.sample_every, "save_every": self.save_every, "log_every": self.log_every}
+        require_at_most(MOST_STEPS, **every, keep=self.keep)
         if not 0 <= self.held_out <= 0.5:
             raise ValueError(f"the fraction of held-out images must lie in 0..0.5, got {self.held_out!r}")
         if self.sample_every < 1 and self.samples:

@@ -21,18 +21,20 @@ from .. import registry
 from ..models.card import DecoderCard
 from ..models.decoder import DistributionConditionedDecoder
 from ..protocols import ImageTokenizer, LatentCodec
-from ..settings import require_at_least
+from ..settings import require_at_least, require_at_most
 from .config import OptimizationConfig
 from .dry_run import DryRun, Meter, dry_run, dry_run_peak
 from .encoded_batch import normalized_latents
 from .examples import Example
-from .loss import decoder_loss
+from .loss import velocity_losses
 from .optimizers import OPTIMIZERS, muon
 from .trainable import TRAINED, choose_trained, muon_matrices, trained_weights
 
 #: DDP holds everything on every GPU (Li et al. 2020, arXiv 2006.15704); FSDP shards weights, gradients and the
 #: optimiser's states (full shard, Zhao et al. 2023, arXiv 2304.11277).
 SHARDINGS = ("ddp", "fsdp")
+#: Of each size and number of a setup; beyond any training, and small enough for PyTorch to count elements.
+_MOST = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class TrainingSetup:
         sharding: one of `SHARDINGS`.
 
     Raises:
-        ValueError: for choices that are unknown or exclude each other, and for sizes below 1.
+        ValueError: for choices that are unknown or exclude each other, and for sizes out of range.
     """
 
     config: Mapping[str, Any] = field(default_factory=lambda: registry.backbones()[0].config_of(None))
@@ -81,6 +83,7 @@ class TrainingSetup:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         counts = ("width", "rank", "batch", "accumulate", "resolution", "grid", "gpus")
         require_at_least(1, **{name: getattr(self, name) for name in counts})
+        require_at_most(_MOST, **{name: getattr(self, name) for name in counts})
         if not 0 <= self.localised <= 1:
             raise ValueError(f"localised must be a fraction in 0..1, got {self.localised}")
         if self.optimizer == "muon" and self.sharding != "ddp":
@@ -195,7 +198,7 @@ def meta_decoder(setup: TrainingSetup) -> DistributionConditionedDecoder:
 
 
 def step_dry_run(decoder: DistributionConditionedDecoder, setup: TrainingSetup, *, on_gpu: bool = True) -> DryRun:
-    """A dry run of `decoder_loss` and its backward pass, for one micro-batch."""
+    """A dry run of the loss and its backward pass, for one micro-batch."""
     batch, side, tokens = setup.batch, setup.resolution // decoder.card.vae_factor, setup.grid**2
 
     def shape(*sizes: int) -> torch.Tensor:
@@ -214,8 +217,14 @@ def step_dry_run(decoder: DistributionConditionedDecoder, setup: TrainingSetup, 
         masked_latents=shape(1, channels, side, side),
         mask=shape(1, 1, setup.resolution, setup.resolution),
     )
+
+    def loss() -> torch.Tensor:
+        # `decoder_loss` draws on the CPU, where a large noise would take the room that this only counts.
+        t, noise = shape(batch), torch.empty_like(example.latents)
+        return velocity_losses(decoder, example, t, noise, OptimizationConfig(steps=1).weighting).mean()
+
     return dry_run(
-        lambda: decoder_loss(decoder, example, torch.Generator(), OptimizationConfig(steps=1)),
+        loss,
         trained_weights(decoder).values(),
         checkpointed=decoder.backbone.blocks if setup.checkpointing else (),
         autocast=torch.bfloat16 if setup.precision == "bf16" else None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ _USABLE = 0.92
 
 _MOST = 1e6
 """GiB, and TFLOP/s, beyond any GPU."""
+
+_MOST_IMAGES = 10**15
+"""Seen in total; beyond any training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +99,15 @@ def duration_of(setup: TrainingSetup, cost: Cost, *, images: int, teraflops: flo
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options; those that training has too have the same names."""
+def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], Path] = Path) -> None:
+    """Adds the options; those that training has too have the same names.
+
+    Args:
+        path: what reads an option that is a path.
+    """
     default = {item.name: item.default for item in fields(TrainingSetup)}
     parser.add_argument(
-        "--base", type=Path, help="a diffusers folder; its config.json has the shapes (default: FLUX.1-Fill's)"
+        "--base", type=path, help="a diffusers folder; its config.json has the shapes (default: FLUX.1-Fill's)"
     )
     parser.add_argument(
         "--train", default=default["train"], choices=TRAINED, help="what is trained, besides the adapter"
@@ -134,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pictures", type=int, default=1_600_000, help="images seen in total; the default is the paper's"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
+    parser.add_argument("--json", type=path, metavar="FILE", help="also write the numbers as JSON")
 
 
 def run(chosen: argparse.Namespace) -> None:
@@ -146,13 +153,21 @@ def run(chosen: argparse.Namespace) -> None:
     """
     for name in ("memory", "tflops"):
         require_number(name, getattr(chosen, name), above=0, most=_MOST, optional=True)
+    require_number("pictures", chosen.pictures, whole=True, least=1, most=_MOST_IMAGES)
     if chosen.precision == "no" and chosen.tflops is None:
         raise ValueError("the published peaks are for bfloat16: give --tflops for training without mixed precision")
     named = {name: getattr(chosen, name) for name in TrainingSetup.__dataclass_fields__ if hasattr(chosen, name)}
     if chosen.base is not None:
         named["config"] = registry.base_family(chosen.base).config_of(str(chosen.base))
     setup = TrainingSetup(average=not chosen.no_average, **named)
-    cost, gpu = cost_of(setup), GPUS[chosen.gpu]
+    try:
+        cost = cost_of(setup)
+    except RuntimeError as error:  # No memory is taken, but PyTorch counts no more than 2^63 bytes of a tensor.
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"these sizes are beyond what can be counted ({said}): give a smaller --grid, --batch or --resolution"
+        ) from error
+    gpu = GPUS[chosen.gpu]
     duration = duration_of(
         setup,
         cost,

@@ -28,12 +28,11 @@ def test_a_checkpoint_keeps_the_names_that_it_was_written_with():
     [
         ({"steps": 0}, "steps and accumulation must be at least 1, got 0 and 1"),
         ({"accumulation": 0}, "steps and accumulation must be at least 1, got 1 and 0"),
-        (
-            {"learning_rate": 0.0},
-            "learning rate and the largest gradient norm must be above 0, and the rate finite, got 0.0 and",
-        ),
-        ({"learning_rate": float("nan")}, "must be above 0, and the rate finite, got nan"),
-        ({"clip": 0.0}, "must be above 0, .*, got 0.0008 and 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0 and of at most 10.0, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number above 0 .*, got nan"),
+        ({"learning_rate": 10.1}, "learning_rate must be a finite number above 0 and of at most 10.0, got 10.1"),
+        ({"weight_decay": 10.1}, "weight_decay must be a finite number in 0..10.0, got 10.1"),
+        ({"clip": 0.0}, "clip, the largest gradient norm, must be above 0, got 0.0"),
         ({"warmup": -1}, "warmup must be at least 0, got -1"),
         ({"ema_decay": 1.0}, r"decay must lie in \[0, 1\), got 1.0"),
         ({"ema_decay": -0.1}, r"decay must lie in \[0, 1\), got -0.1"),
@@ -66,8 +65,17 @@ def test_data_that_make_no_sense_are_refused(options, words):
         DataConfig(**{"images": "a"} | options)
 
 
+@pytest.mark.parametrize("name", ["sample_every", "save_every", "log_every", "keep"])
+def test_numbers_beyond_any_run_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at most 99,999,999, got 100,000,000"):
+        RunConfig(**{name: 100_000_000})
+
+
 def test_the_ends_of_the_ranges_are_allowed():
-    OptimizationConfig(steps=1, warmup=0, ema_decay=0.0)
+    OptimizationConfig(steps=1, warmup=0, ema_decay=0.0, weight_decay=0.0, clip=float("inf"))
+    OptimizationConfig(steps=99_999_999, learning_rate=10.0, weight_decay=10.0)
+    RunConfig(sample_every=99_999_999, save_every=99_999_999, log_every=99_999_999, keep=99_999_999)
+    DataConfig(images="a", min_side=11_585)
     for localised in (0, 1):
         DataConfig(images="a", batch=1, window=1, localised=localised)
     RunConfig(samples=0, sample_every=0, save_every=1, log_every=1)

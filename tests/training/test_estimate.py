@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dcdd_core.cli.train import main
 from dcdd_core.training import estimate
 from dcdd_core.training.cost import TrainingSetup, cost_of
 from dcdd_core.training.estimate import GPUS, Duration, add_arguments, duration_of, numbers, run, table
@@ -133,11 +134,29 @@ def test_every_option_reaches_the_setup(base, monkeypatch, capsys):
         (["--batch", "0"], "batch must be at least 1"),
         (["--utilisation", "1.5", *SIZES], "utilisation in (0, 1]"),
         (["--base", "/nowhere"], "/nowhere"),
+        (["--grid", "1" + "0" * 30], f"grid must be at most 65,536, got {10**30:,}"),
+        (["--gpus", "65537"], "gpus must be at most 65,536, got 65,537"),
+        (["--pictures", "1" + "0" * 16], "pictures must be a whole number in 1..1,000,000,000,000,000, got 1000"),
+        (["--grid", "65536"], "beyond what can be counted (Storage size calculation overflowed"),
     ],
 )
 def test_what_cannot_be_estimated_is_refused(options, words, base):
     with pytest.raises(ValueError, match=re.escape(words)):
         said(*base, *options)
+
+
+@pytest.mark.parametrize("option", ["base", "json"])
+@pytest.mark.parametrize("text", ["", " "])
+def test_a_path_that_is_empty_is_refused(option, text, capsys):
+    with pytest.raises(SystemExit):
+        main(["estimate", f"--{option}", text])
+    assert f"argument --{option}: expected a path, got {text!r}" in capsys.readouterr().err
+
+
+def test_nothing_is_drawn_for_an_estimate(base, capsys):
+    """The noise of these images would take 18 TB."""
+    said(*base, "--width", "32", "--grid", "16", "--resolution", "4096", "--batch", "65536")
+    assert "65536 images x 1 x 1 GPU; 4096 pixels" in capsys.readouterr().out
 
 
 def test_the_gpus_are_of_a_plausible_kind():
