@@ -9,6 +9,7 @@ from diffusers import FluxTransformer2DModel
 
 from dcdd_core import registry
 from tests.contracts import toy_backbone, toy_codec, toy_vlm
+from tests.models.masked.tiny_masked import save_tiny_masked
 from tests.tiny import fill, save_janus, tiny_flux_config, tiny_vae
 
 TOYS = (toy_vlm.ToyVLM(), toy_codec.ToyCodecFamily(), toy_backbone.ToyBackboneFamily())
@@ -27,6 +28,7 @@ def save_flux(folder: Path) -> Path:
 #: How a small model of each family is written; a family that is missing here fails every contract.
 FILES = {
     "janus": save_janus,
+    "masked": save_tiny_masked,
     "kl": save_vae,
     "flux-fill": save_flux,
     "toy": toy_vlm.save,

@@ -1,0 +1,188 @@
+"""The folder of a masked sampler: config.json, model.safetensors, the text tokenizer's files.
+
+config.json names the sizes of the network, the prompt's template, how it samples by default, and where its image
+tokenizer lies, relative to the folder. Weights are stored as they are, or in 8 bits with one scale a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...files import in_file, write_tensors, write_text
+from ...method.progressive import ProgressiveOptions
+from ...settings import require_text
+from ...types import Codebook
+from ..checkpoints import check_count, load_strictly, read_config, read_headers, read_wanted
+from .network import MaskedConfig, MaskedTransformer
+from .sampler import MaskedSampler
+from .words import Words
+
+MODEL_TYPE = "dcdd_masked"
+_AGAIN = "fetch the whole model again"
+_CODEBOOK = "codebook"
+_SCALE = "_scale"
+_LEAST_ROW = 64
+"""Inputs of the smallest linear layer that is stored in 8 bits; smaller ones hardly take space."""
+_ENTRIES = {"model_type", "name", "template", "tokenizer", "sampling", "network"}
+
+
+def save_masked(
+    folder: Path,
+    network: MaskedTransformer,
+    codebook: Codebook,
+    *,
+    name: str,
+    template: str,
+    tokenizer: str,
+    sampling: ProgressiveOptions,
+    int8: bool = False,
+) -> None:
+    """Writes config.json and model.safetensors; the text tokenizer's files are the caller's to write.
+
+    Args:
+        tokenizer: the image tokenizer's folder, relative to `folder`, with "/".
+        int8: large matrices in 8 bits with a float32 scale a row, the rest in float16; otherwise all as it is.
+
+    Raises:
+        OSError: as `write_tensors`.
+    """
+    tensors: dict[str, torch.Tensor] = {_CODEBOOK: codebook.vectors}
+    rounded = _rounded(network) if int8 else set()
+    for key, value in network.state_dict().items():
+        if key in rounded:
+            tensors[key], tensors[key + _SCALE] = to_int8(value)
+        else:
+            tensors[key] = value.half() if int8 else value
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    config = {
+        "model_type": MODEL_TYPE,
+        "name": name,
+        "template": template,
+        "tokenizer": tokenizer,
+        "sampling": asdict(sampling),
+        "network": asdict(network.config),
+    }
+    write_text(folder / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+
+
+def load_masked(
+    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> MaskedSampler:
+    """The sampler in a folder.
+
+    Raises:
+        ValueError: for an entry of config.json that is missing, unknown or out of range, tensors that are missing,
+            unexpected or of a wrong shape, and files that cannot be read.
+    """
+    folder = Path(folder)
+    config = _config(folder)
+    with in_file(folder / "config.json"):
+        sizes, sampling = MaskedConfig.of(config["network"]), _sampling(config["sampling"])
+        require_text("name", config["name"], remedy=_AGAIN)
+    words = Words.load(folder, config["template"])
+    headers = read_headers(folder)
+    check_count(folder / "config.json", "network.layers", sizes.layers, headers, "layers.")
+    found = read_wanted(folder, headers.__contains__, device=device)
+    with in_file(folder / "model.safetensors"):
+        if _CODEBOOK not in found:
+            raise ValueError(f"has no tensor {_CODEBOOK!r}: {_AGAIN}")
+        codebook = Codebook(found.pop(_CODEBOOK))
+        if (codebook.size, codebook.dim) != (sizes.codes, sizes.code_dim):
+            raise ValueError(
+                f"has a codebook of {codebook.size} x {codebook.dim}, and config.json says {sizes.codes} x "
+                f"{sizes.code_dim}: {_AGAIN}"
+            )
+        tensors = {name: value.to(dtype) for name, value in _restored(found).items()}
+    with torch.device("meta"):
+        network = MaskedTransformer(sizes)
+    load_strictly(network, tensors, str(folder))
+    if len(words.tokenizer) > sizes.words:
+        raise ValueError(
+            f"{folder} has a tokenizer of {len(words.tokenizer)} words and a network of {sizes.words}: they do not "
+            f"belong together, {_AGAIN}"
+        )
+    network.eval().requires_grad_(False)
+    return MaskedSampler(network, words, codebook, name=config["name"], sampling=sampling)
+
+
+def tokenizer_folder(folder: str | Path) -> Path:
+    """Where the image tokenizer of a masked sampler lies.
+
+    Raises:
+        ValueError: for an entry that is no relative path.
+    """
+    folder = Path(folder)
+    said = _config(folder)["tokenizer"]
+    if not isinstance(said, str) or not said or PurePosixPath(said).is_absolute() or Path(said).is_absolute():
+        raise ValueError(
+            f"{folder / 'config.json'}: tokenizer must be the image tokenizer's folder relative to this one, such as "
+            f"'tokenizer', got {said!r}"
+        )
+    return folder / said
+
+
+def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix [M, C] as int8 [M, C] and the float32 scale of each row [M]: weight = int8 * scale, to half a scale."""
+    scale = weight.float().abs().amax(dim=1) / 127
+    whole = (weight.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
+    return whole.to(torch.int8), scale
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    if set(config) != _ENTRIES:
+        missing, unknown = sorted(_ENTRIES - set(config)), sorted(set(config) - _ENTRIES)
+        raise ValueError(f"{folder / 'config.json'} lacks {missing} and has {unknown}, which is unknown: {_AGAIN}")
+    return config
+
+
+def _sampling(values: Any) -> ProgressiveOptions:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"sampling must be an object, got {values!r}: {_AGAIN}")
+    if isinstance(schedule := values.get("schedule"), list):
+        values = {**values, "schedule": tuple(schedule)}
+    try:
+        return ProgressiveOptions(**values)
+    except TypeError as error:
+        raise ValueError(f"sampling has an unknown entry ({error}): {_AGAIN}") from None
+
+
+def _rounded(network: nn.Module) -> set[str]:
+    """Names of the weights that are stored in 8 bits."""
+    return {
+        f"{name}.weight"
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) and layer.in_features >= _LEAST_ROW
+    }
+
+
+def _restored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Float tensors of what `save_masked` wrote.
+
+    Raises:
+        ValueError: for whole numbers without scales, and scales of another shape or of nothing.
+    """
+    restored = {}
+    for name, value in tensors.items():
+        if name.endswith(_SCALE):
+            if tensors.get(name.removesuffix(_SCALE), value).dtype != torch.int8:
+                raise ValueError(f"has {name} and no int8 tensor for it: {_AGAIN}")
+            continue
+        if value.is_floating_point():
+            restored[name] = value
+            continue
+        scale = tensors.get(name + _SCALE)
+        if value.dtype != torch.int8 or value.ndim != 2 or scale is None or scale.shape != value.shape[:1]:
+            raise ValueError(
+                f"has {name} as {value.dtype} {list(value.shape)}; expected floats, or int8 rows with one scale each "
+                f"({name}{_SCALE}): {_AGAIN}"
+            )
+        restored[name] = value.float() * scale.float()[:, None]
+    return restored

@@ -1,0 +1,308 @@
+"""A masked transformer as a `TokenSampler`: all hidden positions are drawn in each pass, and some of them kept.
+
+Shapes: B batch, N tokens (a row-major h x w grid), K codes, C width, L prompt length, U different rows, R rows of the
+network ([conditional ; unconditional], 2 B, or B without guidance), P positions of one image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...method import sampling
+from ...method.progressive import (
+    OrderState,
+    ProgressiveOptions,
+    Stage,
+    find_order,
+    order_noise,
+    order_scores,
+    redrawn,
+    reveal,
+)
+from ...protocols import DEFAULT_SAMPLING, OnProgress, Progress, SamplingOptions
+from ...types import Codebook, TokenLogits
+from ..checkpoints import fingerprint_of
+from ..edits import check_edit, check_request
+from .network import MaskedTransformer, Prefix
+from .words import Words, padded
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Staged:
+    """What `MaskedSampler.sample_stages` gives.
+
+    Attributes:
+        token_logits: the result.
+        stages: one for each pass.
+    """
+
+    token_logits: TokenLogits
+    stages: tuple[Stage, ...]
+
+
+class MaskedSampler:
+    """A `MaskedTransformer` and its words as a `TokenSampler`.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        words: its text tokenizer and template.
+        codebook: of the image tokenizer that it was trained for.
+        name: goes into TokenLogits.model.
+        sampling: how it samples where `sample` gets plain `SamplingOptions`: passes, order, revision.
+        grid, default_guidance: see `TokenSampler`.
+
+    Args:
+        fingerprint: of the original weights, if the model's have been changed (int8).
+    """
+
+    def __init__(
+        self,
+        model: MaskedTransformer,
+        words: Words,
+        codebook: Codebook,
+        *,
+        name: str = "",
+        sampling: ProgressiveOptions | None = None,
+        fingerprint: str | None = None,
+    ):
+        self.model, self.words, self.codebook, self.name = model, words, codebook, name
+        self.sampling = sampling or ProgressiveOptions()
+        self.grid = model.config.grid
+        self.default_guidance = self.sampling.guidance
+        self._fingerprint = fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights, and of the passes that plain options leave to the sampler."""
+        plan = hashlib.sha256(repr(self._plan(DEFAULT_SAMPLING)).encode()).hexdigest()[:8]
+        return f"{self._fingerprint or fingerprint_of(self.model.state_dict())}-{plan}"
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that the tokenizer lacks, each once, in order; byte-level tokenizers lack none."""
+        return self.words.unknown(prompt)
+
+    def known_words(self) -> list[str]:
+        """The tokenizer's words, sorted, without special tokens and punctuation; empty if it is byte-level."""
+        return self.words.known()
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        options: SamplingOptions = DEFAULT_SAMPLING,
+        previous: TokenLogits | None = None,
+        resample: torch.Tensor | None = None,
+        on_progress: OnProgress | None = None,
+        weights_resident: bool = False,
+    ) -> TokenLogits:
+        """Samples an image's tokens for each prompt in a few passes, and keeps the logits that each was drawn from.
+
+        A position's logits are those of the pass that decided it last, l = (l_u + g (l_c - l_u)) / temperature with
+        that pass's guidance g, in float32, before top-k and top-p, which shape the draw alone. The draw is
+        argmax(l + n), Gumbel noise n [K] a function of (sample seed, position), the same in every pass: a position
+        whose distribution has not moved keeps its token.
+
+        Args:
+            options: `ProgressiveOptions`; plain ones leave passes, order and revision to `self.sampling`.
+            previous, resample: as `TokenSampler.sample`. Kept positions are seen from the first pass on, from all
+                sides, and never drawn. With `ProgressiveOptions.start`, the first passes reveal tokens of `previous`,
+                in the order's turn, where `resample` is True.
+            on_progress: called after each pass.
+            weights_resident: makes no difference here.
+
+        Returns:
+            TokenLogits on the model's device, logits float32 [B, N, K], source "vlm".
+
+        Raises:
+            ValueError: for arguments that do not fit each other or the model, and for logits that are not finite.
+        """
+        return self.sample_stages(
+            prompts, seeds=seeds, options=options, previous=previous, resample=resample, on_progress=on_progress
+        ).token_logits
+
+    @torch.no_grad()
+    def sample_stages(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        options: SamplingOptions = DEFAULT_SAMPLING,
+        previous: TokenLogits | None = None,
+        resample: torch.Tensor | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Staged:
+        """`sample`, with what each pass revealed and rewrote. An edit of nothing has no stages.
+
+        Raises:
+            ValueError: as `sample`.
+        """
+        check_request(prompts, seeds)
+        plan = self._plan(options)
+        if plan.start and previous is None:
+            raise ValueError(
+                f"start is {plan.start}, but there are no tokens to start from: give `previous` and `resample`, or "
+                "start at 0"
+            )
+        batch, count, codes = len(prompts), self.grid[0] * self.grid[1], self.codebook.size
+        device = self.model.mask.device
+        hidden = torch.ones(batch, count, dtype=torch.bool)
+        tokens = torch.zeros(batch, count, dtype=torch.int64, device=device)
+        logits = torch.empty(batch, count, codes, dtype=torch.float32, device=device)
+        if previous is not None or resample is not None:
+            hidden = check_edit(self, previous, resample, batch).clone()
+            if not bool(hidden.any()):
+                return Staged(token_logits=previous, stages=())
+            tokens.copy_(previous.tokens)
+            logits.copy_(previous.logits)
+
+        counts = torch.tensor([plan.counts(int(row.sum())) for row in hidden])
+        guidances = plan.guidances()
+        places = torch.full((batch, count), -1)
+        noise = None
+        if plan.temperature != 0:
+            noise = sampling.gumbel_noise_grid(seeds, range(count), codes).to(device)
+        order = order_noise(seeds, count)
+        prefix = self._prefix(prompts, guided=any(g != 1 for g in guidances[plan.start :]))
+        stages = []
+        for i in range(plan.passes):
+            again = redrawn(places, plan.revise) if i >= plan.start else torch.zeros_like(hidden)
+            drawn = _Drawn.nothing(tokens)
+            if i >= plan.start or find_order(plan.order).reads is not None:
+                guidance = guidances[i] if i >= plan.start else 1.0
+                seen = torch.where(hidden.to(device), self.model.mask_token, tokens)
+                needed = hidden | again
+                given = tokens if i < plan.start else None
+                drawn = self._draw(seen, prefix, guidance, needed, plan, noise, given=given, number=i + 1)
+            state = OrderState(
+                grid=self.grid,
+                noise=order,
+                remaining=max(0.0, 1 - (i + 1) / plan.revealing),
+                log_probability=drawn.log_probability,
+                quantisation_error=drawn.quantisation_error,
+                importance=drawn.importance,
+            )
+            chosen, ranks = reveal(order_scores(plan.order, state, plan.order_noise), hidden, counts[:, i])
+            before = tokens
+            if i >= plan.start:
+                decided = (chosen | again).to(device)
+                tokens = torch.where(decided, drawn.tokens, tokens)
+                for row, (mask, part) in enumerate(zip(decided, drawn.logits)):
+                    logits[row, mask] = part[mask[drawn.needed[row]]]
+            places = torch.where(chosen, places.amax(dim=1, keepdim=True) + 1 + ranks, places)
+            hidden = hidden & ~chosen
+            stage = Stage(
+                guidance=guidances[i],
+                tokens=tokens.cpu(),
+                known=~hidden,
+                revealed=chosen,
+                redrawn=again,
+                changed=again & (tokens != before).cpu(),
+            )
+            stages.append(stage)
+            if on_progress is not None:
+                on_progress(Progress(done=i + 1, total=plan.passes, tokens=tokens, known=stage.known))
+        made = TokenLogits(
+            logits,
+            tokens,
+            self.grid,
+            source="vlm",
+            guidance=float(plan.guidance),
+            temperature=float(plan.temperature),
+            model=self.name,
+            codebook=self.codebook.fingerprint,
+        )
+        return Staged(token_logits=made, stages=tuple(stages))
+
+    def _plan(self, options: SamplingOptions) -> ProgressiveOptions:
+        if isinstance(options, ProgressiveOptions):
+            return options
+        drawn = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+        return replace(self.sampling, **drawn)
+
+    def _prefix(self, prompts: Sequence[str], *, guided: bool) -> Prefix:
+        """Of [conditional ; unconditional] rows [2 B], or of the conditional ones [B]."""
+        rows = [self.words.ids(prompt) for prompt in prompts]
+        if guided:
+            rows += [self.words.unconditional(ids) for ids in rows]
+        return self.model.prefix(*padded(rows, self.model.mask.device))
+
+    def _draw(
+        self,
+        seen: torch.Tensor,
+        prefix: Prefix,
+        guidance: float,
+        needed: torch.Tensor,
+        plan: ProgressiveOptions,
+        noise: torch.Tensor | None,
+        *,
+        given: torch.Tensor | None,
+        number: int,
+    ) -> _Drawn:
+        """One pass over tokens [B, N]: draws where `needed`, bool [B, N] on the CPU, or takes the tokens `given`."""
+        batch, device = len(seen), seen.device
+        guided = guidance != 1
+        hidden = self.model(seen.repeat(2, 1), prefix) if guided else self.model(seen, prefix.rows(0, batch))
+        errors, importance = (part.cpu() for part in self.model.scores(hidden[:batch]))
+        drawn = _Drawn.nothing(seen)
+        drawn = replace(drawn, quantisation_error=errors, importance=importance, needed=needed.to(device))
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        # Image by image: the logits of all at once would take several times the memory of the result.
+        for b in range(batch):
+            at = drawn.needed[b]
+            step = self.model.logits(hidden[b, at])
+            if guided:
+                step = sampling.guide(step, self.model.logits(hidden[batch + b, at]), guidance)
+            # Greedy keeps the whole distribution too: it is the draw that goes without noise.
+            step = sampling.temper(step, plan.temperature or 1.0)
+            candidates = sampling.top_p(sampling.top_k(step, plan.top_k), plan.top_p)
+            best, token = sampling.gumbel_max(candidates, 0.0 if noise is None else noise[b, at])
+            if given is not None:
+                token = given[b, at]
+            finite &= best.isfinite().all()
+            drawn.tokens[b, at] = token
+            chances = step.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+            drawn.log_probability[b, needed[b]] = chances.cpu()
+            drawn.logits.append(step)
+        if not bool(finite):
+            raise ValueError(
+                f"pass {number} of {plan.passes} failed in {self.model.mask.dtype}: {sampling.NOT_FINITE}; load the "
+                "model in float32, or check its weights"
+            )
+        return drawn
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Drawn:
+    """What a pass drew, where it was needed.
+
+    Attributes:
+        needed: bool [B, N], on the device.
+        tokens: [B, N] int64, on the device.
+        logits: of each image, [P, K] float32 of the needed positions.
+        log_probability, quantisation_error, importance: [B, N] on the CPU.
+    """
+
+    needed: torch.Tensor
+    tokens: torch.Tensor
+    logits: list[torch.Tensor]
+    log_probability: torch.Tensor
+    quantisation_error: torch.Tensor
+    importance: torch.Tensor
+
+    @classmethod
+    def nothing(cls, tokens: torch.Tensor) -> _Drawn:
+        """Before a pass."""
+        zeros = torch.zeros(tokens.shape)
+        return cls(
+            needed=torch.zeros_like(tokens, dtype=torch.bool),
+            tokens=tokens.clone(),
+            logits=[],
+            log_probability=zeros.clone(),
+            quantisation_error=zeros,
+            importance=zeros,
+        )
