@@ -15,10 +15,24 @@ from pathlib import Path
 from dcdd_core.evaluation.tables import markdown_table, statistics_rows
 from dcdd_core.files import write_text
 
+from . import guided_sections  # noqa: F401  adds to FURTHER
 from .embedded import WEIGHTS
 from .flops import flops_of
 from .section_keys import NO_KEY, ROOT, Provenance, code_hash, files_hash
-from .sections import DCDD, READ, SECTIONS, SERVED, TITLES, VQ, Measured, Rows, TableOptions, measure, parse
+from .sections import (
+    DCDD,
+    FURTHER,
+    READ,
+    SECTIONS,
+    SERVED,
+    TITLES,
+    VQ,
+    Measured,
+    Rows,
+    TableOptions,
+    measure,
+    parse,
+)
 from .sections import token_statistics as statistics_of_row
 
 #: The sections of the tables (the ablation only if its decoders have been trained); the report has more.
@@ -36,6 +50,9 @@ BETTER = {
     "psnr": "↑",
     "perceptual": "↓",
     "text frechet": "↓",
+    "frechet, text detector": "↓",
+    "perceptual, text detector": "↓",
+    "F1": "↑",
     **{f"F1 {name}": "↑" for name in READ},
 }
 TARGETED = {"reconstruction": "reconstruction", "means": "Table 4", "steps": "Table 6", "text": "text to image"}
@@ -78,14 +95,15 @@ def verdicts(results: Mapping[str, Rows]) -> str:
 def section_tables(results: Measured) -> str:
     """The sections' results as Markdown tables, each with its provenance."""
     tables = (
-        f"### {TITLES[name]}\n\n{markdown_table(_cells(name, rows))}\n\n{results.provenance[name]}"
+        f"### {TITLES[name]}\n\n{markdown_table(table_cells(name, rows))}\n\n{results.provenance[name]}"
         for name, rows in results.rows.items()
         if name != "ablation"  # whose means are shown
     )
     return "\n\n".join(tables) + "\n"
 
 
-def _cells(section: str, rows: Rows) -> list[list[str]]:
+def table_cells(section: str, rows: Rows) -> list[list[str]]:
+    """The cells of a section's table, with its heads."""
     if section == "calibration":
         return statistics_rows({name: statistics_of_row(row) for name, row in rows.items()})
     if SERVED in rows:  # equal to one of the other rows, which is marked instead
@@ -148,7 +166,7 @@ def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:
             ablation is compared by code and shipped weights only.
         published: file -> its text.
     """
-    keys = {name: options.key(name) for name in SECTIONS} | {"flops": flops_key(options.weights)}
+    keys = {name: options.key(name) for name in (*SECTIONS, *FURTHER)} | {"flops": flops_key(options.weights)}
     lines = []
     for path, text in published.items():
         for found in Provenance.all_in(text):

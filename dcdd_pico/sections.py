@@ -110,12 +110,16 @@ class EvalSetup:
         ablation: name -> bundle of the ablation's decoders.
         images: [M, S, S, 3] uint8, the test scenes.
         steps: Euler steps.
+        out: folder of measurements.
+        weights: folder of the models' weights.
     """
 
     pico: Models
     reader: SceneReader
     ablation: Mapping[str, Path] = field(default_factory=dict)
     compiled: bool = False
+    out: Path = Path("out/table")
+    weights: Path = WEIGHTS
     images: np.ndarray
     batch: int
     steps: int
@@ -181,6 +185,8 @@ def load_setup(
         reader=load_reader(device=device, weights=weights),
         ablation=ablation,
         compiled=compiled,
+        out=out,
+        weights=weights,
         images=scene_images(out, "test", scenes),
         batch=batch,
         steps=steps,
@@ -360,6 +366,18 @@ _WEIGHTS_READ: dict[str, tuple[str, ...]] = {
     "ablation": ("janus", "vae", "decoder.safetensors", "reader.safetensors"),
     "latency": ("janus", "vae", "decoder.safetensors"),
 }
+
+
+@dataclass(frozen=True)
+class Section:
+    """How a section of another module is measured, and what it reads of the weights folder."""
+
+    measure: Callable[[EvalSetup], Rows]
+    weights: tuple[str, ...]
+
+
+#: Sections that other modules add; the report has none of them.
+FURTHER: dict[str, Section] = {}
 TITLES = {
     "reader": "The metric network on real held-out scenes, and on other renderings of the same facts",
     "calibration": "Distributions, for the first 100 captions and scenes (the paper's Table 1)",
@@ -397,8 +415,11 @@ class TableOptions:
 
     def key(self, section: str) -> str:
         """Today's key of a section: hashes of code, of shipped weights and, for the ablation, of its bundles."""
-        weights = [self.weights / name for name in _WEIGHTS_READ[section]]
-        key = f"{code_hash(SECTIONS[section], load_setup)}-{files_hash(weights)}"
+        further = FURTHER.get(section)
+        read = further.weights if further else _WEIGHTS_READ[section]
+        # A further section's module imports this one as a whole.
+        code = code_hash(further.measure) if further else code_hash(SECTIONS[section], load_setup)
+        key = f"{code}-{files_hash([self.weights / name for name in read])}"
         if section == "ablation" and self.ablation:
             key += f"-{files_hash(self.ablation.values())}"
         return key
@@ -442,7 +463,7 @@ def measure(options: TableOptions, sections: Sequence[str]) -> tuple[EvalSetup, 
         stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
         if (stored.get("key"), stored.get("settings")) != (key, options.settings(section)):
             with torch.no_grad():
-                rows = SECTIONS[section](setup)
+                rows = (FURTHER[section].measure if section in FURTHER else SECTIONS[section])(setup)
             stored = {"key": key, "settings": options.settings(section), "commit": options.commit, "rows": rows}
             write_text(path, json.dumps(stored, indent=1) + "\n")
         results.rows[section] = stored["rows"]

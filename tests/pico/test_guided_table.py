@@ -1,0 +1,119 @@
+"""Tables and verdicts of guidance."""
+
+import sys
+
+import pytest
+
+from dcdd_pico import guided_table, results_table, sections
+from dcdd_pico.guided_sections import ABOVE, BOTH, GUIDED, SDEDIT, TRAINED, VQ, minus, share_name
+from dcdd_pico.guided_table import MARKS, TITLES, tables, verdicts
+from dcdd_pico.section_keys import Provenance
+from dcdd_pico.sections import FURTHER, SECTIONS, EvalSetup, Measured, TableOptions
+
+
+def cell(column, value, low, high):
+    return {column: value, f"{column}: lowest": low, f"{column}: highest": high}
+
+
+def lines_of(results):
+    return {line.split("|")[1].strip(): line for line in verdicts(results).splitlines() if line.startswith("| ")}
+
+
+def test_verdicts_need_the_whole_interval():
+    name = share_name(GUIDED)
+    lines = lines_of(
+        {
+            "guided-reconstruction": {
+                name: cell("ssim", 0.95, 0.9, 1.0)
+                | cell("perceptual", 0.87, 0.8, 0.9)
+                | cell("frechet", 0.7, 0.6, 0.8),
+                minus(BOTH, TRAINED): cell("perceptual", -0.1, -0.2, 0.0) | cell("ssim", -0.1, -0.2, -0.01),
+            },
+            "guided-text": {minus(GUIDED, VQ): cell("frechet", 0.1, -0.1, 0.3), minus(GUIDED, SDEDIT): {}},
+            "guided-photographs": {GUIDED: {ABOVE: 0.9}},
+        }
+    )
+    reconstruction = f"guided-reconstruction, {name}"
+    assert lines[f"{reconstruction}: ssim"].endswith("| at least 0.85 | 0.95 (0.9 to 1) | met |")
+    assert lines[f"{reconstruction}: perceptual"].endswith("| open |")
+    assert lines[f"{reconstruction}: frechet"].endswith("| MISSED |")
+    assert lines[f"{reconstruction}: frechet, text detector"].endswith("|  | not measured |")
+    both = f"guided-reconstruction, {minus(BOTH, TRAINED)}"
+    assert lines[f"{both}: perceptual"].endswith("| at most 0 | -0.1 (-0.2 to 0) | met |")
+    assert lines[f"{both}: ssim"].endswith("| at least 0 | -0.1 (-0.2 to -0.01) | MISSED |")
+    assert lines[f"guided-text, {minus(GUIDED, VQ)}: frechet"].endswith("| open |")
+    assert lines[f"guided-text, {minus(GUIDED, SDEDIT)}: frechet"].endswith("| not measured |")
+    assert lines[f"guided-photographs, {GUIDED}: {ABOVE}"].endswith("| at least 0.9 | 0.9 | met |")
+
+
+def test_photographs_miss_below_nine_of_ten():
+    lines = lines_of({"guided-photographs": {GUIDED: {ABOVE: 0.89}}})
+    assert lines[f"guided-photographs, {GUIDED}: {ABOVE}"].endswith("| MISSED |")
+
+
+def test_rows_differences_and_shares_are_tables_of_their_own():
+    rows = {name: cell("ssim", 0.5, 0.25, 0.75) for name in (VQ, minus(GUIDED, VQ), share_name(GUIDED))}
+    text = tables(Measured({"guided-text": rows}, {"guided-text": Provenance("guided-text", "abc1234", "k-w")}))
+    assert text.splitlines()[:15] == [
+        f"### {TITLES['guided-text']}",
+        "",
+        "|  | ssim ↑ |",
+        "|---|---|",
+        f"| {VQ} | 0.5 (0.25 to 0.75) |",
+        "",
+        "|  | ssim ↑ |",
+        "|---|---|",
+        f"| {minus(GUIDED, VQ)} | 0.5 (0.25 to 0.75) |",
+        "",
+        "|  | ssim ↑ |",
+        "|---|---|",
+        f"| {share_name(GUIDED)} | 0.5 (0.25 to 0.75) |",
+        "",
+        "Section `guided-text`, measured at commit `abc1234`, key `k-w`.",
+    ]
+
+
+def test_the_sections_are_measured_kept_and_written_between_their_marks(tmp_path, monkeypatch, capsys):
+    measured = []
+    for name in FURTHER:
+        section = type(FURTHER[name])(lambda setup, name=name: measured.append(name) or {name: {"ssim": 0.5}}, ())
+        monkeypatch.setitem(FURTHER, name, section)
+    monkeypatch.setattr(TableOptions, "setup", lambda self: None)
+    monkeypatch.setattr(TableOptions, "key", lambda self, name: f"key of {name}")
+    into = tmp_path / "results.md"
+    into.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["guided_table", "--out", str(tmp_path), "--into", str(into), "--commit", "abc"])
+    for _ in range(2):
+        guided_table.main()
+    assert measured == list(TITLES) == [*FURTHER]
+    text = into.read_text()
+    assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
+    found = {one.section: one for one in Provenance.all_in(text)}
+    assert set(found) == set(FURTHER) and found["rulers"] == Provenance("rulers", "abc", "key of rulers")
+    assert (tmp_path / "guided.md").read_text() in capsys.readouterr().out
+
+
+def test_stale_knows_the_sections(monkeypatch, tmp_path):
+    options = TableOptions(out=tmp_path)
+    today = Provenance("guided-text", "abc1234", options.key("guided-text"))
+    other = Provenance("guided-ablation", "abc1234", "1-2")
+    lines = results_table.stale(options, {tmp_path / "a.md": f"{today}\n{other}\n"})
+    assert len(lines) == 1 and "guided-ablation: measured at abc1234 with key 1-2" in lines[0]
+
+
+def test_a_key_is_of_the_code_and_of_the_weights_that_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sections, "code_hash", lambda function: function.__name__)
+    names = {name for section in FURTHER.values() for name in section.weights}
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    options = TableOptions(out=tmp_path, weights=tmp_path)
+    before = {name: options.key(name) for name in FURTHER}
+    (tmp_path / "prior.safetensors").write_bytes(b"other")
+    changed = {name for name in FURTHER if options.key(name) != before[name]}
+    assert changed == set(FURTHER) - {"rulers"}
+    assert len(set(before.values())) == len(FURTHER) and not set(FURTHER) & set(SECTIONS)
+
+
+@pytest.mark.parametrize("field", ["out", "weights"])
+def test_measurements_know_their_folders(field):
+    assert field in EvalSetup.__dataclass_fields__
