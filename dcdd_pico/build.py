@@ -18,9 +18,8 @@ from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.log import read_log
 
 from .build_context import WORK, BuildContext, Recipe
-from .embedded import WEIGHTS
+from .embedded import PRIOR, WEIGHTS
 from .export import export
-from .prior import PRIOR
 from .results_table import results_markdown
 from .scene_cache import encode_scenes
 from .sections import TableOptions

@@ -6,6 +6,8 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 NAME = "pico"
+#: In the folder of the embedded models: what makes their decoder unconditional.
+PRIOR = "prior.safetensors"
 
 
 def model_paths(weights: Path | None = None) -> dict[str, Path]:

@@ -15,6 +15,7 @@ from torch import nn
 from dcdd_core.method.flow import sample_times
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.bundle import DecoderOptions, load_decoder
+from dcdd_core.models.prior import PriorDifference
 from dcdd_core.training.ema import EMA
 from dcdd_core.training.examples import Example
 from dcdd_core.training.loss import velocity_losses
@@ -23,9 +24,8 @@ from dcdd_core.training.trainable import trained_weights
 from dcdd_core.types import Condition
 
 from .build_context import WORK, BuildContext, Recipe, digest
-from .embedded import WEIGHTS, model_paths
+from .embedded import PRIOR, WEIGHTS, model_paths
 from .models import load_pico
-from .prior import PRIOR, PriorDifference
 from .scenes import render_scene, scene_pixels
 from .training_loop import train
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibrate, condition, decode, inspect, load, model_folders, tokens
+from . import calibrate, condition, core_models, decode, guidance, inspect, load, model_folders, tokens
 
 
 class DCDDExtension(ComfyExtension):
     """Every node of the pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = (load, tokens, calibrate, condition, decode, inspect)
+        modules = (load, core_models, tokens, calibrate, condition, decode, guidance, inspect)
         return [node for module in modules for node in module.NODES]
 
 

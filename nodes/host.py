@@ -5,11 +5,12 @@ Shapes: B batch, H W pixels, h' w' latent grid, C latent channels.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import comfy.model_management
 import comfy.model_patcher
@@ -74,13 +75,11 @@ class Managed(Generic[T]):
         _use_comfy_linears(module, comfy.ops.disable_weight_init.Linear)
         for name in eight_bit:
             _use_comfy_linears(module.get_submodule(name), comfy.ops.manual_cast.Linear, torch.float8_e4m3fn)
-        cpu, on = torch.device("cpu"), device_of(placement)
-        off = cpu if placement == "CPU" else comfy.model_management.unet_offload_device()
         self._value = value
-        self._stream = placement == "low VRAM" and on != cpu
+        self._stream = placement == "low VRAM" and device_of(placement).type != "cpu"
         # ComfyUI's log calls a model by its class.
         holder = type(type(module).__name__, (_Holder,), {})(module)
-        self._patcher = _Patcher(holder, load_device=on, offload_device=off)
+        self._patcher = patcher_of(holder, placement)
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +95,52 @@ class Managed(Generic[T]):
     def idle(self) -> T:
         """The model wherever it is now, to read its description from."""
         return self._value
+
+
+def patcher_of(module: nn.Module, placement: str = "auto") -> Any:
+    """What ComfyUI's memory manager holds a module by.
+
+    Args:
+        placement: one of `PLACEMENTS`.
+    """
+    cpu = torch.device("cpu")
+    off = cpu if placement == "CPU" else comfy.model_management.unet_offload_device()
+    return _Patcher(module, load_device=device_of(placement), offload_device=off)
+
+
+def copied(value: T) -> Managed[T]:
+    """A copy of a model, kept beside it, for gradients to pass (`let_gradients_pass`)."""
+    with torch.inference_mode(False):
+        return Managed(copy.deepcopy(value))
+
+
+def accompany(model: Any, *models: Managed) -> None:
+    """Lets ComfyUI load models together with a MODEL, for as long as that samples.
+
+    Args:
+        model: the MODEL's patcher; changed.
+    """
+    model.set_additional_models("DCDD", [one._patcher for one in models])
+
+
+def let_gradients_pass(*models: Managed) -> None:
+    """Makes the weights of models on their device such that gradients can pass them.
+
+    ComfyUI moves models in torch's inference mode. What comes out of it can never be part of a gradient's graph, so
+    such weights are exchanged for copies of themselves.
+    """
+    with torch.inference_mode(False):
+        for model in models:
+            for part in model._patcher.model.modules():
+                streamed = hasattr(part, "comfy_cast_weights")
+                for own in (part._parameters, part._buffers):
+                    for name, tensor in own.items():
+                        if tensor is None:
+                            continue
+                        device = tensor.device if streamed else model.device
+                        if tensor.is_inference() or tensor.device != device:
+                            plain = tensor.detach().to(device, copy=True)
+                            own[name] = nn.Parameter(plain, requires_grad=False) if own is part._parameters else plain
 
 
 def bring(*models: Managed, memory: int = 0) -> None:

@@ -26,10 +26,11 @@ from dcdd_core.models.backbones.flux_fill.inference import of_text_stream
 from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.prior import PriorDifference
 from dcdd_core.types import Calibration, Codebook, Condition, TokenLogits
 from dcdd_pico.build_context import Recipe
+from dcdd_pico.embedded import PRIOR
 from dcdd_pico.export import export
-from dcdd_pico.prior import PRIOR, PriorDifference
 from dcdd_pico.reader import SceneReader
 from dcdd_pico.train_autoencoder import autoencoder_config
 from dcdd_pico.train_decoder import transformer_config

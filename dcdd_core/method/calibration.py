@@ -33,6 +33,8 @@ SMOOTHINGS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 """Values of eps that are tried ("a small grid around zero", paper, 5.2)."""
 AFFINE_STEPS = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)
 """Factors on the affine scale a that are tried ("a narrow neighbourhood of 1", paper, 5.2)."""
+_ANY_SCALE = (1.0, 4096.0)
+"""Range of the scale of a VLM without a calibration."""
 PASSES = 70
 """About how often `fit_calibration` passes over the features: for progress bars."""
 WEIGHTS = {"mean_entropy": 1.0, "entropy_95": 0.25, "mean_confidence": 0.5, "confidence_95": 0.5}
@@ -401,6 +403,26 @@ def _check_features(features: torch.Tensor, codebook: Codebook) -> None:
 def _entropy_and_confidence(probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     entropy = neg_p_ln_p(probabilities).sum(-1) / math.log(probabilities.shape[-1])
     return entropy, probabilities.amax(-1)
+
+
+@torch.no_grad()
+def scale_for_confidence(features: torch.Tensor, codebook: Codebook, confidence: float) -> float:
+    """The scale s at which softmax(s cos(f, e_k)) is as confident on average as a VLM is: our choice for a VLM that has
+    no calibration. The mean of max q over all positions grows with s.
+
+    Args:
+        features: [B, N, D], before quantisation (Eq. 9), such as of the soft VQ decode of what the VLM predicts.
+        confidence: mean max p of the VLM, in 0..1.
+
+    Returns:
+        s in 1..4096; the nearer end where no scale within reaches it.
+    """
+    cosines = proxy_logits(features, codebook)
+
+    def doubt(scale: float) -> float:
+        return 1 - float((scale * cosines).softmax(-1).amax(-1).mean())
+
+    return _bisect(doubt, 1 - confidence, *_ANY_SCALE)
 
 
 def _summarise(parts: Iterable[torch.Tensor]) -> CalibrationStatistics:

@@ -187,7 +187,7 @@ NODE_CLASS_MAPPINGS = {f"TEST_{node.__name__}": node for node in (Picture, Mask,
 def _tensors(value) -> dict[str, torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return {"value": value}
-    if isinstance(value, str):
+    if isinstance(value, (str, float)):
         return {}
     found = {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else value
     return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,10 @@ def core_nodes(comfy: Any, folders: Any) -> dict[str, CoreNode]:
     def scale_by(image: torch.Tensor, upscale_method: str, scale_by: float) -> tuple[torch.Tensor]:
         sides = (round(side * scale_by) for side in image.shape[2:0:-1])
         return (comfy.utils.common_upscale(image.movedim(-1, 1), *sides, upscale_method, "disabled").movedim(1, -1),)
+
+    def sample(model, latent_image: dict, **values: Any) -> tuple[dict[str, Any]]:
+        progress = comfy.utils.ProgressBar(values["steps"])
+        return (_sampled(model, latent_image, progress, **values),)
 
     whole = {"default": 512, "min": 0, "max": 16384}
     image, mask, latent, model, vae, clip, conditioning = (
@@ -138,12 +144,18 @@ def core_nodes(comfy: Any, folders: Any) -> dict[str, CoreNode]:
         "VAELoader": CoreNode({"vae_name": ((),)}, ("VAE",)),
         "CLIPTextEncode": CoreNode({"text": text, "clip": clip}, ("CONDITIONING",)),
         "VAEEncode": CoreNode({"pixels": image, "vae": vae}, ("LATENT",)),
-        "VAEDecode": CoreNode({"samples": latent, "vae": vae}, ("IMAGE",)),
-        "SetLatentNoiseMask": CoreNode({"samples": latent, "mask": mask}, ("LATENT",)),
+        "VAEDecode": CoreNode(
+            {"samples": latent, "vae": vae}, ("IMAGE",), lambda samples, vae: (vae.decode(samples["samples"]),)
+        ),
+        "SetLatentNoiseMask": CoreNode(
+            {"samples": latent, "mask": mask},
+            ("LATENT",),
+            lambda samples, mask: ({**samples, "noise_mask": mask.reshape(-1, 1, *mask.shape[-2:])},),
+        ),
         "DifferentialDiffusion": CoreNode({"model": model, "strength": number}, ("MODEL",)),
         "FluxGuidance": CoreNode({"conditioning": conditioning, "guidance": number}, ("CONDITIONING",)),
         "ConditioningZeroOut": CoreNode({"conditioning": conditioning}, ("CONDITIONING",)),
-        "KSampler": CoreNode(sampling, ("LATENT",)),
+        "KSampler": CoreNode(sampling, ("LATENT",), sample),
     }
 
 
@@ -182,3 +194,44 @@ def _sharpened(image: torch.Tensor, sharpen_radius: int, sigma: float, alpha: fl
     pixels = image.movedim(-1, 1)
     blurred = F.conv2d(F.pad(pixels, [sharpen_radius] * 4, mode="reflect"), kernel, groups=3)
     return ((pixels + 10 * alpha * (pixels - blurred)).clamp(0, 1).movedim(1, -1),)
+
+
+def _sampled(
+    model,
+    latent: dict,
+    progress,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    denoise: float,
+    **_,
+) -> dict[str, Any]:
+    """Euler steps of a model on the flow's path, evenly spaced before its shift, without CFG."""
+    if (sampler_name, scheduler, cfg) != ("euler", "simple", 1.0):
+        raise NotImplementedError(f"no workflow that runs here samples by {sampler_name}, {scheduler}, CFG {cfg}")
+    prepare = lambda model, shape, conds, model_options=None: model.model  # noqa: E731
+    for wrapper in (one for own in model.wrappers.get("prepare_sampling", {}).values() for one in own):
+        prepare = partial(wrapper, prepare)
+    network = prepare(model, list(latent["samples"].shape), {}, model_options=model.model_options)
+    sampling, whole = network.model_sampling, int(steps / denoise)
+    sigmas = [float(sampling.sigmas[-1 - int(k * len(sampling.sigmas) / whole)]) for k in range(whole)] + [0.0]
+    given = network.process_latent_in(latent["samples"])
+    noise = torch.randn(given.shape, generator=torch.Generator().manual_seed(seed))
+    area = latent.get("noise_mask")
+    if area is not None:
+        area = F.interpolate(area, given.shape[2:], mode="bilinear")
+    sigmas = sigmas[-steps - 1 :]
+    x = sampling.noise_scaling(sigmas[0], noise, given)
+    for done, (now, after) in enumerate(pairwise(sigmas), 1):
+        if area is not None:
+            x = area * x + (1 - area) * sampling.noise_scaling(now, noise, given)
+        clean = network.apply_model(x, now)
+        for hook in model.model_options.get("sampler_post_cfg_function", []):
+            clean = hook({"denoised": clean, "sigma": torch.full((len(x),), now), "model": network, "input": x})
+        if area is not None:
+            clean = area * clean + (1 - area) * given
+        x = x + (after - now) * (x - clean) / now
+        progress.update_absolute(done, steps)
+    return {**latent, "samples": network.process_latent_out(x)}

@@ -93,11 +93,34 @@ PARTS: dict[str, Node] = {
     "flux vae": ("TEST_RandomVAE", {"factor": 8}),
     "uncalibrated condition": ("DCDD_LCDMEncoder", {"token_logits": of("proxies"), "vq_vae": of("vq")}),
     "coarse vae": ("TEST_RandomVAE", {"channels": 4, "factor": 8}),
+    "film vae": ("TEST_RandomVAE", {"film": True}),
+    "pico model": ("DCDD_LoadPicoModel", {}),
+    "guide latent": (
+        "DCDD_TokenGuideLatent",
+        {"token_logits": of("sampled"), "vq_vae": of("vq"), "vae": of("pico model", 1)},
+    ),
+    "first sampled": ("TEST_One", {"value": of("sampled")}),
+    "first guide latent": (
+        "DCDD_TokenGuideLatent",
+        {"token_logits": of("first sampled"), "vq_vae": of("vq"), "vae": of("pico model", 1)},
+    ),
+    "guided": (
+        "DCDD_DistributionGuidance",
+        {
+            "model": of("pico model"),
+            "vae": of("pico model", 1),
+            "token_logits": of("sampled"),
+            "vq_vae": of("vq"),
+        },
+    ),
 }
 
 PROXIES = {"token_logits": of("proxies"), "vq_vae": of("vq")}
 DRAW = {"janus": of("janus"), "guidance": 1.0}
 PAINT = {"decoder": of("decoder"), "condition": of("condition"), "steps": 2}
+FOLLOWED = {"token_logits": of("sampled"), "vq_vae": of("vq")}
+GUIDED = {"model": of("pico model"), "vae": of("pico model", 1), **FOLLOWED}
+SHARPENED = {"vae": of("pico model", 1), **FOLLOWED}
 FLUX = {"decoder": of("flux"), "condition": of("flux condition"), "steps": 2}
 DOUBT = {"condition": of("condition"), "threshold": 0.3, "token_size": FACTOR}
 
@@ -545,8 +568,83 @@ def black_left_of_white(found: Found) -> None:
     assert np.median(left) == 0 and np.median(right) == 1
 
 
+def vae_is_picos(found: Found) -> None:
+    """What comes back through it is the scene, and the sampler's steps paint one."""
+    assert psnr(found["decoded"], found["given"]) > 22
+    assert found["painted"].shape == (2, SIDE, SIDE, 3) and found["painted"].std() > 0.05
+
+
+def guidance_is_followed(found: Found) -> None:
+    """More tokens are read in the guided image, also under noise."""
+    for name in ("agreement", "noisy"):
+        guided, plain = (float(found[f"{name} of {each}"]) for each in ("it", "unguided"))
+        assert guided > plain + 0.15, (name, guided, plain)
+
+
+def guidance_is_off(found: Found) -> None:
+    same(found["it"], found["unguided"])
+
+
+def followed_under_the_mask(found: Found) -> None:
+    """The left half of the tokens is followed, the right half is not."""
+    left, right = np.split(found["differs"], 2, axis=2)
+    assert left.mean() < right.mean() - 0.1, (left.mean(), right.mean())
+
+
+def latent_is_the_soft_image(found: Found) -> None:
+    """Of 2 images of 96 pixels, at 1/4; its image is the soft decode."""
+    assert found.arrays["it"]["samples"].shape == (2, 16, 24, 24)
+    assert found["denoise"] == 0.6
+    np.testing.assert_allclose(found["image"], found["soft"], atol=1e-5)
+    assert psnr(found["decoded"], found["soft"]) > 20
+
+
+def latent_is_larger(found: Found) -> None:
+    assert found.arrays["it"]["samples"].shape == (2, 16, 48, 32)
+    assert found["image"].shape == (2, 192, 128, 3)
+
+
+def sharpened_says_more(found: Found) -> None:
+    after, before = float(found["agreement"]), float(found["agreement of soft"])
+    assert after > before + 0.03, (after, before)
+    assert found["it"].shape == (2, SIDE, SIDE, 3)
+    np.testing.assert_allclose(found["it"], found["decoded"], atol=1e-5)
+
+
+def agreement_is_counted(found: Found) -> None:
+    """The same as the encoder's own tokens say, and the mask shows where."""
+    differ = found.arrays["read"]["tokens"] != found.arrays["sampled"]["tokens"]
+    np.testing.assert_allclose(found["it"], 1 - differ.mean(), atol=0.02)
+    assert abs(found["differs"] - tokens_as_pixels(differ)).mean() < 0.02
+    assert 0.2 < float(found["noisy"]) < float(found["it"]) < 0.99
+
+
 def file_is_told(found: Found) -> None:
     assert Path(str(found["it"])) == found.base / "models" / "vae" / "ae.safetensors"
+
+
+def sampler(model: Link, latent: str = "guide latent", steps: int = 6) -> Node:
+    """Core's KSampler, as an artist connects it to a guide latent."""
+    return "KSampler", {
+        "model": model,
+        "seed": 5,
+        "steps": steps,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "positive": of("pico model", 2),
+        "negative": of("pico model", 2),
+        "latent_image": of(latent),
+        "denoise": of("guide latent", 1),
+    }
+
+
+def decoded(samples: str) -> Node:
+    return "VAEDecode", {"samples": of(samples), "vae": of("pico model", 1)}
+
+
+def read(image: Link) -> Node:
+    return "DCDD_TokenAgreement", {"image": image, **FOLLOWED}
 
 
 def scene(seed: int) -> Node:
@@ -1028,6 +1126,164 @@ CASES = [
         check=one_image_alone,
     ),
     Case(
+        name="pico as a core model",
+        node="DCDD_LoadPicoModel",
+        more={
+            "latent": ("VAEEncode", {"pixels": of("scenes"), "vae": of("it", 1)}),
+            "decoded": ("VAEDecode", {"samples": of("latent"), "vae": of("it", 1)}),
+            "sampled model": (sampler(IT)[0], sampler(IT)[1] | {"positive": of("it", 2), "negative": of("it", 2)}),
+            "painted": ("VAEDecode", {"samples": of("sampled model"), "vae": of("it", 1)}),
+        },
+        keep={"decoded": of("decoded"), "painted": of("painted"), "given": of("scenes")},
+        check=vae_is_picos,
+    ),
+    Case(
+        name="guided as the tokens say",
+        node="DCDD_DistributionGuidance",
+        inputs=GUIDED,
+        more={
+            "a": sampler(IT),
+            "b": sampler(of("pico model")),
+            "image": decoded("a"),
+            "plain": decoded("b"),
+            "read": read(of("image")),
+            "read plain": read(of("plain")),
+        },
+        keep={
+            "agreement of it": of("read"),
+            "noisy of it": of("read", 1),
+            "agreement of unguided": of("read plain"),
+            "noisy of unguided": of("read plain", 1),
+        },
+        check=guidance_is_followed,
+        loose=("agreement of it", "noisy of it", "agreement of unguided", "noisy of unguided"),
+    ),
+    *(
+        Case(
+            name=f"guidance that is off: {name}",
+            node="DCDD_DistributionGuidance",
+            inputs={**GUIDED, **values},
+            more={"a": sampler(IT, steps=3), "b": sampler(of("pico model"), steps=3)},
+            keep={"it": of("a"), "unguided": of("b")},
+            check=lambda found: same(found.arrays["it"]["samples"], found.arrays["unguided"]["samples"]),
+        )
+        for name, values in (
+            ("no strength", {"strength": 0.0, "pull": 0.0}),
+            ("before its start", {"start_percent": 1.0}),
+            ("after its end", {"end_percent": 0.0}),
+        )
+    ),
+    Case(
+        name="guided every second step",
+        node="DCDD_DistributionGuidance",
+        inputs={**GUIDED, "every": 2, "weight": "uniform", "codes": "hard: the tokens"},
+        more={"a": sampler(IT, steps=2), "b": sampler(of("guided"), steps=2)},
+        keep={"it": of("a"), "all": of("b")},
+        check=lambda found: np.testing.assert_array_less(
+            0.01, np.abs(found.arrays["it"]["samples"] - found.arrays["all"]["samples"]).mean()
+        ),
+        loose=("it", "all"),
+    ),
+    Case(
+        name="guided under a mask",
+        node="DCDD_DistributionGuidance",
+        inputs={**GUIDED, "mask": of("left half"), "pull": 0.0},
+        more={
+            "left half": ("TEST_Mask", {"bottom": SIDE, "right": SIDE // 2, "value": 1.0}),
+            "a": (sampler(IT)[0], sampler(IT)[1] | {"denoise": 1.0}),
+            "image": decoded("a"),
+            "read": read(of("image")),
+        },
+        keep={"differs": of("read", 2)},
+        check=followed_under_the_mask,
+        loose=("differs",),
+    ),
+    Case(
+        name="latent to start from",
+        node="DCDD_TokenGuideLatent",
+        inputs=SHARPENED,
+        more={
+            "soft": ("DCDD_VQVAEDecode", {**FOLLOWED, "codes": "soft: the expected codes"}),
+            "decoded": ("VAEDecode", {"samples": IT, "vae": of("pico model", 1)}),
+        },
+        keep={
+            "it": IT,
+            "denoise": of("it", 1),
+            "image": of("it", 2),
+            "soft": of("soft"),
+            "decoded": of("decoded"),
+        },
+        check=latent_is_the_soft_image,
+    ),
+    Case(
+        name="latent of another shape",
+        node="DCDD_TokenGuideLatent",
+        inputs={**SHARPENED, "width": 128, "height": 192},
+        keep={"it": IT, "image": of("it", 2)},
+        check=latent_is_larger,
+        notice="stretched to 128 x 192",
+    ),
+    Case(
+        name="latent of sides that do not fit",
+        node="DCDD_TokenGuideLatent",
+        inputs={**SHARPENED, "vae": of("flux vae"), "width": 100, "height": 100},
+        keep={"image": of("it", 2)},
+        check=lambda found: same(np.array(found["image"].shape), np.array((2, 96, 96, 3))),
+        notice="multiples of 8 pixels",
+    ),
+    Case(
+        name="sharpened",
+        node="DCDD_SharpenToTokens",
+        inputs={**SHARPENED, "steps": 4},
+        more={
+            "decoded": ("VAEDecode", {"samples": of("it", 1), "vae": of("pico model", 1)}),
+            "read": read(IT),
+            "read soft": read(of("guide latent", 2)),
+        },
+        keep={"it": IT, "decoded": of("decoded"), "agreement": of("read"), "agreement of soft": of("read soft")},
+        check=sharpened_says_more,
+        reports=[(k, 8) for k in range(1, 9)],
+        previews=8,
+        loose=("it", "decoded", "agreement", "agreement of soft"),
+    ),
+    Case(
+        name="sharpened images of one's own",
+        node="DCDD_SharpenToTokens",
+        inputs={**SHARPENED, "token_logits": of("proxies"), "calibration": of("calibration"), "steps": 2},
+        keep={"it": IT, "given": of("scenes")},
+        check=painted_is_the_scene,
+        loose=("it",),
+    ),
+    Case(
+        name="sharpened without previews",
+        node="DCDD_SharpenToTokens",
+        inputs={**SHARPENED, "token_logits": of("calibrated"), "steps": 1},
+        check=anything,
+        previews=0,
+        previewing="none",
+        loose=("it",),
+    ),
+    Case(
+        name="agreement",
+        node="DCDD_TokenAgreement",
+        inputs={"image": of("image"), **FOLLOWED},
+        more={
+            "image": ("DCDD_VQVAEDecode", FOLLOWED),
+            "read": ("DCDD_VQVAEEncode", {"vq_vae": of("vq"), "image": of("image")}),
+        },
+        keep={
+            "it": IT,
+            "noisy": of("it", 1),
+            "differs": of("it", 2),
+            "read": of("read"),
+            "sampled": of("sampled"),
+        },
+        check=agreement_is_counted,
+        notice="of the tokens are read in the image",
+        reports=[(1, 2), (2, 2)],
+        loose=("it", "noisy", "differs", "read", "sampled"),
+    ),
+    Case(
         name="download that is there",
         node="DCDD_DownloadModel",
         inputs={"model": DOWNLOADED},
@@ -1051,6 +1307,9 @@ def _refusals() -> list[Refusal]:
         for node, inputs, names in (
             ("DCDD_JanusLogitSampler", DRAW, ("guidance", "temperature", "top_p")),
             ("DCDD_UncertaintyMask", DOUBT, ("threshold", "blur")),
+            ("DCDD_DistributionGuidance", GUIDED, ("strength", "pull", "start_percent", "end_percent")),
+            ("DCDD_TokenGuideLatent", SHARPENED, ("start",)),
+            ("DCDD_SharpenToTokens", SHARPENED, ("strength",)),
         )
         for name in names
     ]
@@ -1071,6 +1330,10 @@ def _refusals() -> list[Refusal]:
             ("DCDD_VQVAEDecode", PROXIES, ("token_logits", "vq_vae")),
             ("DCDD_FluxDecoder", PAINT, ("decoder", "condition")),
             ("DCDD_LogitStatistics", {"token_logits": of("proxies")}, ("token_logits",)),
+            ("DCDD_DistributionGuidance", GUIDED, ("vae", "token_logits", "vq_vae", "calibration")),
+            ("DCDD_TokenGuideLatent", SHARPENED, ("vae", "token_logits", "vq_vae")),
+            ("DCDD_SharpenToTokens", SHARPENED, ("vae", "token_logits", "vq_vae")),
+            ("DCDD_TokenAgreement", {"image": of("scenes"), **FOLLOWED}, ("token_logits", "vq_vae")),
         )
         for name in names
         for value in (5, "text")
@@ -1093,6 +1356,8 @@ def _refusals() -> list[Refusal]:
             ("DCDD_UncertaintyMask", DOUBT, "feature", "choose|tail entropy"),
             ("DCDD_UncertaintyMask", DOUBT, "edge", "choose|soft"),
             ("DCDD_DownloadModel", {}, "model", AUTOENCODER),
+            ("DCDD_DistributionGuidance", GUIDED, "codes", "hard: the tokens"),
+            ("DCDD_DistributionGuidance", GUIDED, "weight", "uniform"),
         )
     ]
     files = [
@@ -1123,6 +1388,7 @@ def _refusals() -> list[Refusal]:
             ("DCDD_FluxDecoder", {**PAINT, "mask": of("mask")}, "image"),
             ("DCDD_UncertaintyMask", DOUBT, "image"),
             ("DCDD_CompareDecoders", {"image_b": of("noise")}, "image_a"),
+            ("DCDD_TokenAgreement", FOLLOWED, "image"),
         )
     ]
     edit = {**DRAW, "token_logits": of("calibrated")}
@@ -1144,6 +1410,64 @@ def _refusals() -> list[Refusal]:
         *files,
         *images,
         *masks,
+        Refusal(
+            name="text as a model",
+            node="DCDD_DistributionGuidance",
+            inputs={**GUIDED, "model": "text"},
+            says=("model got str 'text'", "connect a diffusion model"),
+        ),
+        Refusal(
+            name="guidance that ends before it starts",
+            node="DCDD_DistributionGuidance",
+            inputs={**GUIDED, "start_percent": 0.8, "end_percent": 0.2},
+            says=("starts at 0.8 and ends at 0.2", "must not be larger"),
+        ),
+        Refusal(
+            name="guidance by uncalibrated logits of an image",
+            node="DCDD_DistributionGuidance",
+            inputs={**GUIDED, "token_logits": of("proxies")},
+            says=("not calibrated", "connect a calibration, or put a Logit Calibrator"),
+        ),
+        Refusal(
+            name="guidance calibrated twice",
+            node="DCDD_DistributionGuidance",
+            inputs={**GUIDED, "token_logits": of("calibrated"), "calibration": of("calibration")},
+            says=("calibrated already",),
+        ),
+        Refusal(
+            name="guidance of a film",
+            node="DCDD_DistributionGuidance",
+            inputs={**GUIDED, "vae": of("film vae")},
+            says=("video or sound", "models of images"),
+        ),
+        Refusal(
+            name="guidance through another model's VAE",
+            node="KSampler",
+            inputs=sampler(of("guided by another"))[1],
+            more={
+                "guided by another": ("DCDD_DistributionGuidance", {**GUIDED, "vae": of("coarse vae")}),
+            },
+            says=("latents of 4 x", "paints 16 x", "connect the VAE of this model"),
+        ),
+        Refusal(
+            name="guidance of another number of images",
+            node="KSampler",
+            inputs=sampler(of("guided"), "first guide latent")[1],
+            says=("batch of 1, token_logits one of 2", "Token Guide Latent"),
+        ),
+        Refusal(
+            name="guidance under another number of masks",
+            node="KSampler",
+            inputs=sampler(of("guided under three"))[1],
+            more={"guided under three": ("DCDD_DistributionGuidance", {**GUIDED, "mask": of("three masks")})},
+            says=("mask is a batch of 3", "connect one for all, or 2"),
+        ),
+        Refusal(
+            name="agreement of another number of images",
+            node="DCDD_TokenAgreement",
+            inputs={"image": of("three"), **FOLLOWED},
+            says=("batch of 3", "one of 2", "painted from these tokens"),
+        ),
         Refusal(
             name="text as a mask",
             node="DCDD_FluxDecoder",
@@ -1390,6 +1714,8 @@ INTERRUPTIONS = [
     Interruption("DCDD_FluxDecoder", {**PAINT, "steps": 8}, armed="condition", report=3),
     # After its last step, while the autoencoder has the images still to decode.
     Interruption("DCDD_FluxDecoder", PAINT, armed="condition", report=2),
+    Interruption("DCDD_SharpenToTokens", SHARPENED, armed="token_logits", report=3),
+    Interruption("DCDD_TokenAgreement", {"image": of("scenes"), **FOLLOWED}, armed="image"),
     Interruption(
         "DCDD_LogitStatistics",
         {"token_logits": of("sampled"), "token_logits_b": of("proxies")},

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from dcdd_core.models.bundle import DecoderOptions, load_decoder
+from dcdd_core.models.prior import SHIFT, NullCondition, PriorDifference
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.types import Condition
 from dcdd_pico import embedded
+from dcdd_pico.embedded import PRIOR
 from dcdd_pico.models import load_pico
-from dcdd_pico.prior import PRIOR, SHIFT, NullCondition, PriorDifference, load_prior
+from dcdd_pico.prior import load_prior
 from tests.tiny import fill, random_pico
 
 NOTHING = Condition(torch.zeros(2, 1, 1), torch.zeros(2, 1, 4), (1, 1))

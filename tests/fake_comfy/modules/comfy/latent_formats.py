@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 
 
-class Flux:
+class LatentFormat:
+    latent_channels = 4
+
+    def process_in(self, latent):
+        return latent
+
+    def process_out(self, latent):
+        return latent
+
+
+class Flux(LatentFormat):
     latent_channels = 16
 
     def __init__(self):

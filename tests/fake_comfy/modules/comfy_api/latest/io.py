@@ -53,7 +53,7 @@ Float = Custom("FLOAT", **_NUMBER, round=None)
 Boolean = Custom("BOOLEAN", default=None, label_on=None, label_off=None)
 String = Custom("STRING", default=None, multiline=False, placeholder=None, dynamic_prompts=None)
 Combo = Custom("COMBO", options=None, default=None, multiselect=False, control_after_generate=None)
-Image, Mask, Latent, Vae, Model = map(Custom, ("IMAGE", "MASK", "LATENT", "VAE", "MODEL"))
+Image, Mask, Latent, Vae, Model, Conditioning = map(Custom, ("IMAGE", "MASK", "LATENT", "VAE", "MODEL", "CONDITIONING"))
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Schema:
         if self.is_output_node:
             # The page's own metadata, for the node that ends a graph.
             parts["hidden"] = {"prompt": ["PROMPT"], "extra_pnginfo": ["EXTRA_PNGINFO"]}
-        parts = {name: specs for name, specs in parts.items() if specs}
+        parts = {name: specs for name, specs in parts.items() if specs} or {"required": {}}
         return {
             "input": parts,
             "input_order": {name: list(specs) for name, specs in parts.items()},

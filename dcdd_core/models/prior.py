@@ -1,0 +1,139 @@
+"""Unconditional priors: what a decoder's weights become without its condition, as low-rank differences.
+
+Shapes: B batch, L latent tokens, R rank, M token width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..files import read_record, write_record
+from ..types import Condition
+from .bundle import DecoderOptions, load_decoder
+from .decoder import DistributionConditionedDecoder
+
+#: Mu of its time shift: an even schedule.
+SHIFT = 0.0
+_KIND = "low-rank difference to an unconditional prior"
+_PARTS = (".attn.", ".ff.", ".proj_mlp.", ".proj_out.")
+
+
+class LowRank(nn.Module):
+    """W -> W + up down, with down [R, in] and up [out, R]."""
+
+    def __init__(self, outputs: int, inputs: int, rank: int):
+        super().__init__()
+        self.down = nn.Parameter(torch.zeros(rank, inputs))
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + (self.up @ self.down).to(weight)
+
+
+class NullCondition(nn.Module):
+    """In the place of a decoder's adapter: one learned token [M] for every condition."""
+
+    def __init__(self, token: nn.Parameter, patch: int):
+        super().__init__()
+        self.token = token
+        self.patch = patch
+
+    def forward(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
+        """[B, L, M]; of the condition, only the number of its images counts."""
+        length = (latent_size[0] // self.patch) * (latent_size[1] // self.patch)
+        return self.token.expand(len(condition.code_vectors), length, -1)
+
+
+class PriorDifference(nn.Module):
+    """The differences of the layers that change, and one learned token in the place of the condition's.
+
+    Attributes:
+        layers: `LowRank` by the layer's name, with "/" for ".".
+        token: [M], added to every latent token.
+    """
+
+    def __init__(self, decoder: DistributionConditionedDecoder, rank: int):
+        super().__init__()
+        self.layers = nn.ModuleDict(
+            {name.replace(".", "/"): LowRank(*layer.weight.shape, rank) for name, layer in _changed(decoder).items()}
+        )
+        self.token = nn.Parameter(torch.zeros(decoder.backbone.token_width))
+
+    def start(self, seed: int) -> None:
+        """A difference of zero that can be trained: random `down`, `up` zero."""
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.layers.values():
+            bound = 1 / math.sqrt(layer.down.shape[1])
+            nn.init.uniform_(layer.down, -bound, bound, generator=generator)
+
+    def attach(self, decoder: DistributionConditionedDecoder, *, merge: bool) -> None:
+        """Makes the decoder the prior: its transformer's weights, and the token in the place of its adapter.
+
+        Args:
+            merge: adds the differences to the weights for good; False keeps them apart, to be trained.
+        """
+        for name, layer in _changed(decoder).items():
+            difference = self.layers[name.replace(".", "/")]
+            if merge:
+                with torch.no_grad():
+                    layer.weight = nn.Parameter(difference(layer.weight), requires_grad=False)
+            else:
+                parametrize.register_parametrization(layer, "weight", difference)
+        decoder.adapter = NullCondition(self.token, decoder.backbone.patch)
+
+    def save(self, path: Path) -> None:
+        """Writes the difference in half precision.
+
+        Raises:
+            OSError: as `write_record`.
+        """
+        write_record(path, _KIND, {name: value.half() for name, value in self.state_dict().items()}, {})
+
+    @classmethod
+    def load(cls, path: Path, decoder: DistributionConditionedDecoder) -> PriorDifference:
+        """The difference in a file, for this decoder.
+
+        Raises:
+            ValueError: if it is missing, damaged or made for other layers.
+        """
+        names = cls(decoder, 1).state_dict()
+        tensors, _ = read_record(path, _KIND, names, ())
+        made = cls(decoder, len(next(value for name, value in tensors.items() if name.endswith(".down"))))
+        made.load_state_dict({name: value.float() for name, value in tensors.items()})
+        return made.requires_grad_(False)
+
+
+def load_prior(bundle: Path, difference: Path, *, options: DecoderOptions) -> DistributionConditionedDecoder:
+    """A decoder without its condition: it paints images of the kind that it was trained on, of its own choice.
+
+    Args:
+        bundle: the decoder's.
+        difference: the file that `PriorDifference.save` wrote.
+
+    Raises:
+        ValueError: as `load_decoder`, and for a difference that is missing, damaged or made for other layers.
+    """
+    decoder = load_decoder(bundle, options=options)
+    own = PriorDifference.load(difference, decoder).to(options.device)
+    own.attach(decoder, merge=True)
+    decoder.adapter.to(options.dtype)
+    decoder.card = replace(decoder.card, shift=SHIFT)
+    return decoder.eval().requires_grad_(False)
+
+
+def _changed(decoder: DistributionConditionedDecoder) -> dict[str, nn.Linear]:
+    """The linear layers of attention and feed-forward, by name."""
+    return {
+        name: module
+        for name, module in decoder.transformer.named_modules()
+        if isinstance(module, nn.Linear)
+        and name != "proj_out"
+        and any(part in f".{name}." for part in _PARTS)
+        and not decoder.backbone.unused(f"{name}.weight")
+    }

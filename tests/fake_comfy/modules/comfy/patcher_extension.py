@@ -1,0 +1,5 @@
+"""Where other packs put themselves around what ComfyUI does."""
+
+
+class WrappersMP:
+    PREPARE_SAMPLING = "prepare_sampling"
