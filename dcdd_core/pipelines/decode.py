@@ -184,7 +184,7 @@ def canvas_of(
     """
     height, width = decoder.painted_size(condition.grid)
     _check_condition(decoder, condition)
-    _check_part(image, mask, len(condition.code_vectors), (height, width))
+    check_part(image, mask, len(condition.code_vectors), (height, width))
     if image is None:
         return Canvas(given=codec.encode(torch.zeros(1, 3, height, width)), area=torch.ones(1, 1, height, width))
     area = (mask > 0).float()
@@ -214,7 +214,7 @@ def paint(
         seeds: one whole number an image; a batch equals its singles.
         steps: Euler steps; the bundle's own number by default.
         shift: mu of the time shift; the bundle's own by default, or if it has none the backbone's.
-        guide: distribution guidance of these images; None for none.
+        guide: distribution guidance of these images; None for none. Where the canvas keeps an image, nothing is guided.
         start: time to start from, 1 for noise alone; below 1 the guide's soft VQ decode is noised to it, and the
             schedule is scaled.
         on_prepare: called with (layers read, layers) while a new schedule is prepared; may raise to stop.
@@ -244,6 +244,8 @@ def paint(
             f"painting from t = {start} starts from the VQ decode: give a guide, which holds it, or start = 1"
         )
 
+    if guide is not None:
+        guide = guide.under(canvas.area)
     given = codec.normalize(canvas.given.to(device))
     context = backbone.context(given, canvas.area.to(device), card.vae_factor).to(dtype)
     noise = [torch.randn(1, *canvas.given.shape[1:], generator=keyed_generator(seed)) for seed in seeds]
@@ -333,7 +335,12 @@ def _check_seeds(seeds: Sequence[int], batch: int) -> None:
         raise ValueError(f"got {len(seeds)} seeds for {batch} images: give one seed an image")
 
 
-def _check_part(image: torch.Tensor | None, mask: torch.Tensor | None, batch: int, size: tuple[int, int]) -> None:
+def check_part(image: torch.Tensor | None, mask: torch.Tensor | None, batch: int, size: tuple[int, int]) -> None:
+    """Refuses an image and a mask (see `canvas_of`) that do not fit `batch` images of this size.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
     if (image is None) != (mask is None):
         raise ValueError("localised decoding needs an image and a mask: give both, or neither to paint everything")
     for name, value, channels in (("image", image, 3), ("mask", mask, 1)):

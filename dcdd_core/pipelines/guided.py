@@ -69,6 +69,10 @@ class GuidanceOptions:
         """Whether it changes nothing."""
         return self.strength == 0 and self.pull == 0
 
+    def guides(self, time: float, step: int = 0) -> bool:
+        """Whether the step at this time is guided; `step` counts from the first."""
+        return not self.off and self.last <= time <= self.first and step % self.every == 0
+
 
 @dataclass(kw_only=True, eq=False)
 class Fallback:
@@ -101,6 +105,8 @@ class TokenGuide:
         scale: s of the calibration (Eq. 14).
         soft: [B, C, h', w'] normalised latents of the VQ decode of the code vectors, which `pull` draws to.
         free: bool [B or 1, N], positions that nothing pulls; None for none.
+        area: [B or 1, 1, h', w'], 1 where latents are painted, 0 where they are kept and not corrected; None paints
+            everything.
         tile: the way back through `decode` goes in tiles of so many latent positions a side, at least `LEAST_TILE`;
             None for no tiles. The image itself is decoded as a whole while that fits: it takes no more memory than the
             last decode, and tiles of it are normalised differently.
@@ -117,6 +123,7 @@ class TokenGuide:
     soft: torch.Tensor
     options: GuidanceOptions = GuidanceOptions()
     free: torch.Tensor | None = None
+    area: torch.Tensor | None = None
     tile: int | None = None
     host: Host = PLAIN
     fallback: Fallback = field(default_factory=Fallback, repr=False)
@@ -131,8 +138,26 @@ class TokenGuide:
 
     def part(self, first: int, last: int) -> TokenGuide:
         """That of the images first..last - 1."""
-        free = self.free if self.free is None or len(self.free) == 1 else self.free[first:last]
-        return replace(self, condition=self.condition.part(first, last), soft=self.soft[first:last], free=free)
+        free, area = (x if x is None or len(x) == 1 else x[first:last] for x in (self.free, self.area))
+        condition, soft = self.condition.part(first, last), self.soft[first:last]
+        return replace(self, condition=condition, soft=soft, free=free, area=area)
+
+    def under(self, mask: torch.Tensor) -> TokenGuide:
+        """That of images of which a part is painted; the guide itself if that is everything.
+
+        A latent is painted if any of its pixels is. Positions of which less is painted than half of the most that is of
+        any are free, so that a thin mask is guided too.
+
+        Args:
+            mask: [B or 1, 1, H, W], 0 is kept, more is painted; of any size.
+        """
+        painted = (mask > 0).float()
+        if bool(painted.all()):
+            return self
+        shares = F.adaptive_avg_pool2d(painted, self.condition.grid).flatten(1)
+        free = shares < 0.5 * shares.amax(1, keepdim=True)
+        free = free | (shares == 0) if self.free is None else free | (shares == 0) | self.free.to(free.device)
+        return replace(self, free=free, area=F.adaptive_max_pool2d(painted, tuple(self.soft.shape[2:])))
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the VQ encoder reads in images of any size: [B, 3, H, W] in -1..1 -> [B, N, D], differentiable."""
@@ -230,8 +255,7 @@ class TokenGuide:
 
     def guided(self, time: float, step: int = 0) -> bool:
         """Whether the step at this time is guided; `step` counts from the first."""
-        options = self.options
-        return not options.off and options.last <= time <= options.first and step % options.every == 0
+        return self.options.guides(time, step)
 
     @torch.no_grad()
     def correct(self, clean: torch.Tensor, time: float) -> torch.Tensor:
@@ -240,10 +264,21 @@ class TokenGuide:
         Raises:
             ValueError, RuntimeError: as `gradient`.
         """
+        before = clean
         if self.options.strength:
             for _ in range(self.options.gradients):
-                clean = guide_clean(clean, self.gradient(clean), time, self.options.strength)
-        return pull_to(clean, self.soft, time, self.options.pull)
+                clean = self._step(clean, time)
+        clean = pull_to(clean, self.soft, time, self.options.pull)
+        return clean if self.area is None else torch.where(self.area.to(clean) > 0, clean, before)
+
+    def _step(self, clean: torch.Tensor, time: float) -> torch.Tensor:
+        gradient, strength = self.gradient(clean), self.options.strength
+        if self.area is None:
+            return guide_clean(clean, gradient, time, strength)
+        area = self.area.to(gradient)
+        moved = guide_clean(clean, gradient * area, time, strength)
+        # eta is the root mean square of what is painted.
+        return clean + (moved - clean) * area.mean((1, 2, 3), keepdim=True).sqrt().to(clean)
 
     @torch.no_grad()
     def agreement(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from ..method.sampling import keyed_generator
 from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_number
 from ..types import Condition
-from .decode import Decoded, OnDecodeStep, pixels_of
+from .decode import Decoded, OnDecodeStep, check_part, pixels_of
 from .guided import GuidanceOptions, TokenGuide, token_guide
 from .host import PLAIN, Host
 from .oom import one_by_one
@@ -103,6 +103,8 @@ class PriorPipeline:
         options: GuidanceOptions | None = None,
         steps: int = 10,
         start: float = 0.6,
+        image: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
         on_step: OnDecodeStep | None = None,
         host: Host = PLAIN,
         **arguments: Any,
@@ -114,10 +116,14 @@ class PriorPipeline:
             scale: s of the VLM's calibration.
             size: (H, W) of the images.
             steps: of the denoiser that are run, from `start` on.
+            image, mask: to repaint a part, both or neither: see `pipelines.decode.canvas_of`. Where the mask is 0, the
+                latents follow the image's own, noised to each step's time (as in RePaint, arXiv 2201.09865), and the
+                image comes back to the last bit.
             arguments: further ones of the pipeline's own call, such as `guidance_scale`.
 
         Raises:
-            ValueError: for numbers out of range, another tokenizer's condition, and latents that are not finite.
+            ValueError: for numbers out of range, another tokenizer's condition, image and mask that do not fit, and
+                latents that are not finite.
             RuntimeError: if an image does not fit into memory.
         """
         count = len(condition.code_vectors)
@@ -126,14 +132,22 @@ class PriorPipeline:
         require_number("steps", steps, whole=True, least=1, most=_MOST_STEPS)
         require_number("start", start, above=0, most=1)
         size = self.size_for(size)
+        check_part(image, mask, count, size)
+
+        def part_of(k: int) -> list[torch.Tensor | None]:
+            return [x if x is None or len(x) == 1 else x[k : k + 1] for x in (image, mask)]
 
         def run(k: int) -> torch.Tensor:
-            own = condition.part(k, k + 1).to(self.device)
-            guide = token_guide(tokenizer, self.codec, own, scale=scale, options=options, size=size)
-            return self._paint_one(guide, prompts[k], seeds[k], size, steps, start, on_step, arguments)
+            own, (own_image, own_mask) = condition.part(k, k + 1).to(self.device), part_of(k)
+            guide = token_guide(tokenizer, self.codec, own, scale=scale, options=options, size=size, host=host)
+            known = None
+            if own_image is not None:
+                guide = guide.under(own_mask.to(self.device))
+                known = self.codec.normalize(self.codec.encode(own_image))
+            return self._paint_one(guide, prompts[k], seeds[k], size, steps, start, on_step, arguments, known)
 
         latents = torch.cat(list(one_by_one(run, count, host)))
-        pixels = torch.cat([pixels_of(self.codec, latents[k : k + 1]) for k in range(count)])
+        pixels = torch.cat([pixels_of(self.codec, latents[k : k + 1], *part_of(k)) for k in range(count)])
         return Decoded(pixels=pixels, latents=latents)
 
     @torch.no_grad()
@@ -147,16 +161,22 @@ class PriorPipeline:
         start: float,
         on_step: OnDecodeStep | None,
         arguments: dict[str, Any],
+        known: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Raw latents [1, C, h', w'] of one image."""
+        """Raw latents [1, C, h', w'] of one image.
+
+        Args:
+            known: normalised latents of the image to repaint; None for none.
+        """
+        keep = functools.partial(_kept, known, guide.area)
         latent_size = (guide.soft.shape[2], guide.soft.shape[3])
         where = {"height": size[0], "width": size[1]} if self.flow else {}
         # The pipelines run floor(strength * steps) of their schedule's steps, or one more.
         whole = max(steps, round(steps / start))
-        with self._hooked(guide, latent_size, steps, on_step):
+        with self._hooked(guide, latent_size, steps, on_step, keep):
             made = self.pipe(
                 prompt=prompt,
-                image=guide.soft.to(self.pipe.vae.dtype),
+                image=keep(guide.soft).to(self.pipe.vae.dtype),
                 strength=min(1.0, steps / whole),
                 num_inference_steps=whole,
                 generator=keyed_generator(seed),
@@ -171,18 +191,30 @@ class PriorPipeline:
 
     @contextmanager
     def _hooked(
-        self, guide: TokenGuide, latent_size: tuple[int, int], total: int, on_step: OnDecodeStep | None
+        self,
+        guide: TokenGuide,
+        latent_size: tuple[int, int],
+        total: int,
+        on_step: OnDecodeStep | None,
+        keep: Callable[[torch.Tensor], torch.Tensor],
     ) -> Iterator[None]:
-        """Within it the scheduler's steps go on from corrected predictions."""
+        """Within it the scheduler's steps go on from corrected predictions.
+
+        Args:
+            keep: puts what is kept in its place in clean latents. Without randomness of its own, the scheduler's step
+                then leads from the kept latents noised to one time to the same noised to the next.
+        """
         scheduler, plain, done = self.pipe.scheduler, self.pipe.scheduler.step, 0
 
         @functools.wraps(plain)
         def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **options: Any) -> Any:
             nonlocal done
             clean, time, back = self._predicted(model_output, timestep, sample)
-            z = self._unpacked(clean, latent_size)
+            z = predicted = self._unpacked(clean, latent_size)
             if guide.guided(time, done):
                 z = guide.correct(z, time)
+            z = keep(z)
+            if z is not predicted:
                 model_output = back(self._packed(z)).to(model_output.dtype)
             done += 1
             if on_step is not None:
@@ -241,6 +273,11 @@ def load_prior_pipeline(
         warnings.simplefilter("ignore", FutureWarning)
         pipe = AutoPipelineForImage2Image.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     return PriorPipeline(pipe.to(device), codec)
+
+
+def _kept(known: torch.Tensor | None, area: torch.Tensor | None, clean: torch.Tensor) -> torch.Tensor:
+    """Clean latents with the known ones where nothing is painted; without either, themselves."""
+    return clean if known is None or area is None else torch.where(area.to(clean) > 0, clean, known.to(clean))
 
 
 def _kinds() -> str:

@@ -322,3 +322,70 @@ def test_a_gradient_that_is_not_finite_is_refused(guide):
     broken = replace(guide, decode=lambda clean: guide.decode(clean) * torch.nan)
     with pytest.raises(ValueError, match="gradient of distribution guidance holds NaN .* float32"):
         broken.gradient(guide.soft)
+
+
+def half_mask(size=16):
+    """The left half is painted."""
+    mask = torch.zeros(1, 1, size, size)
+    mask[..., : size // 2] = 1
+    return mask
+
+
+def test_under_a_mask_what_is_kept_is_free_and_not_corrected(guide):
+    """A 4 x 4 grid of tokens on 8 x 8 latents."""
+    own = with_options(guide, strength=0.2).under(half_mask())
+    assert own.free.reshape(4, 4).tolist() == [[False, False, True, True]] * 4
+    assert own.area.reshape(8, 8).tolist() == [[1.0] * 4 + [0.0] * 4] * 8
+    z = torch.randn(guide.soft.shape, generator=torch.Generator().manual_seed(2))
+    moved = own.correct(z, 0.8) - z
+    assert not moved[..., 4:].any() and moved[..., :4].abs().min() > 0
+    step = with_options(own, strength=0.2, pull=0).correct(z, 0.8) - z
+    expected = torch.full((2,), 0.2 * noise_share(0.8))
+    torch.testing.assert_close(step[..., :4].square().mean((1, 2, 3)).sqrt(), expected, rtol=1e-3, atol=0)
+
+
+def test_positions_count_by_the_share_of_them_that_is_painted(guide):
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :4, :4] = 1  # all of the first position,
+    mask[..., :4, 4:6] = 0.5  # half of the second: any value above 0 is painted
+    mask[..., :4, 8:9] = 1  # a quarter of the third
+    assert guide.under(mask).free[0, :4].tolist() == [False, False, True, True]
+    thin = torch.zeros(1, 1, 16, 16)
+    thin[..., 5, :] = 1
+    assert guide.under(thin).free.reshape(4, 4).all(1).tolist() == [True, False, True, True]
+    first = torch.zeros(1, 16, dtype=torch.bool)
+    first[0, 0] = True
+    assert replace(guide, free=first).under(mask).free[0, :3].tolist() == [True, False, True]
+    assert guide.under(torch.full((1, 1, 16, 16), 0.1)) is guide
+
+
+def test_a_masked_guide_s_parts_are_those_of_its_images(guide):
+    masks = torch.cat([half_mask(), half_mask().flip(3)])
+    own = guide.under(masks)
+    z = guide.soft + 0.1
+    both = own.correct(z, 0.7)
+    for k in range(2):
+        alone = guide.part(k, k + 1).under(masks[k : k + 1]).correct(z[k : k + 1], 0.7)
+        torch.testing.assert_close(both[k : k + 1], alone)
+        torch.testing.assert_close(own.part(k, k + 1).correct(z[k : k + 1], 0.7), alone)
+
+
+def test_a_part_of_an_image_is_painted_and_guided_under_its_mask(decoder, codec, condition, guide):
+    image, mask = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1, half_mask()
+    own = with_options(guide, strength=0.3, pull=0)
+    asked = {"seeds": SEEDS, "steps": 4, "image": image, "mask": mask}
+    plain, guided = (decode(decoder, codec, condition, guide=one, **asked) for one in (None, own))
+    for painted in (plain, guided):
+        assert torch.equal(painted.pixels[..., 8:], image[..., 8:].expand(2, -1, -1, -1))
+    seen = []
+
+    class Watched(TokenGuide):
+        def correct(self, clean, time):
+            seen.append((self.free, self.area))
+            return super().correct(clean, time)
+
+    within = own.under(mask)
+    decode(decoder, codec, condition, guide=Watched(**vars(own)), **asked)
+    assert len(seen) == 4 and all(torch.equal(f, within.free) and torch.equal(a, within.area) for f, a in seen)
+    before, after = (within.loss(codec.normalize(one.latents)).sum() for one in (plain, guided))
+    assert float(after) < float(before) and not torch.equal(plain.latents[..., :4], guided.latents[..., :4])

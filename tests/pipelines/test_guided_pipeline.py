@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.condition import discrete_condition
@@ -100,6 +101,57 @@ def test_steps_are_counted_and_run_from_the_start_on(prior, tokenizer, condition
     assert times == sorted(set(times), reverse=True) and times[0] < 0.95
 
 
+def repaint(prior, tokenizer, condition, **options):
+    """The left half of an image; the image comes back with what was painted."""
+    image = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    mask = torch.zeros(1, 1, *SIZE)
+    mask[..., :24] = 1
+    return image, paint(prior, tokenizer, condition, image=image, mask=mask, **options)
+
+
+def test_under_a_mask_only_that_part_is_painted(prior, tokenizer, condition):
+    seen = []
+    image, painted = repaint(prior, tokenizer, condition, on_step=lambda done, total, latents: seen.append(latents))
+    assert torch.equal(painted.pixels[..., 24:], image[..., 24:].expand(2, -1, -1, -1))
+    assert not torch.equal(painted.pixels[0, ..., :24], painted.pixels[1, ..., :24])
+    known = prior.codec.encode(image)
+    for latents in seen:  # what the schedulers go on from
+        torch.testing.assert_close(latents[..., 12:], known[..., 12:])
+    # The last step of Stable Diffusion's schedule leaves a little noise.
+    away = (painted.latents - known)[..., 12:].square().mean().sqrt() / known.std()
+    assert away < (1e-5 if prior.flow else 0.05)
+
+
+def test_what_is_kept_follows_the_noised_image(prior, tokenizer, condition):
+    """Each step's kept latents are the known ones with one and the same noise, less and less of it."""
+    found, original = [], type(prior)._predicted
+
+    def predicted(self, output, timestep, sample):
+        made = original(self, output, timestep, sample)
+        found.append((self._unpacked(sample, (16, 24)), made[1]))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(prior), "_predicted", predicted)
+        image, _ = repaint(prior, tokenizer, condition.part(0, 1), seeds=[1])
+    known, noises = prior.codec.normalize(prior.codec.encode(image))[..., 12:], []
+    for x, time in found:
+        clean, spread = 1 - time, time
+        if not prior.flow:  # x = sqrt(a) x0 + sqrt(1 - a) n is the flow's divided by the root of (1 - t)^2 + t^2
+            clean, spread = (each / (time**2 + (1 - time) ** 2) ** 0.5 for each in (clean, spread))
+        noises.append((x[..., 12:] - clean * known) / spread)
+    whole = torch.randn(prior.codec.normalize(prior.codec.encode(image)).shape, generator=keyed_generator(1))
+    assert len(noises) == 4
+    for noise in noises:
+        torch.testing.assert_close(noise, whole[..., 12:], rtol=0, atol=0.01)
+
+
+def test_a_mask_over_everything_is_no_mask(prior, tokenizer, condition):
+    whole = {"image": torch.zeros(1, 3, *SIZE), "mask": torch.ones(1, 1, *SIZE)}
+    masked, plain = (paint(prior, tokenizer, condition, **more) for more in (whole, {}))
+    assert torch.equal(masked.latents, plain.latents) and torch.equal(masked.pixels, plain.pixels)
+
+
 def test_the_scheduler_is_its_own_again_afterwards(prior, tokenizer, condition):
     paint(prior, tokenizer, condition)
     assert "step" not in vars(prior.pipe.scheduler)
@@ -117,6 +169,10 @@ def test_what_does_not_fit_is_refused(prior, tokenizer, condition):
         paint(prior, tokenizer, condition, size=(33, 45))
     with pytest.raises(ValueError, match="got 2 prompts and 1 seeds for 2 images"):
         prior.paint(tokenizer, condition, ["a", "b"], seeds=[1], scale=SCALE, size=SIZE)
+    with pytest.raises(ValueError, match="needs an image and a mask"):
+        paint(prior, tokenizer, condition, image=torch.zeros(1, 3, *SIZE))
+    with pytest.raises(ValueError, match=r"the mask is \[1, 1, 8, 8\], expected \[2 or 1, 1, 32, 48\]"):
+        paint(prior, tokenizer, condition, image=torch.zeros(1, 3, *SIZE), mask=torch.zeros(1, 1, 8, 8))
     for words in ({"steps": 0}, {"start": 0}, {"start": 2}):
         with pytest.raises(ValueError, match=next(iter(words))):
             paint(prior, tokenizer, condition, **words)
