@@ -22,8 +22,8 @@ format: $(READY) ## reformat, and repair what lint can repair
 test: $(READY) ## the tests, without the slow ones
 	$(RUN) -m pytest
 
-test-all: $(READY) ## all tests, with the optional torchao
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[int8]'
+test-all: $(READY) ## all tests, with the optional torchao and onnxruntime
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[int8,ruler]'
 	$(RUN) -m pytest -m ""
 
 comfy-test: $(READY) ## the nodes in a real ComfyUI: COMFYUI_DIR=/path/to/it, COMFYUI_PYTHON=/its/python
@@ -44,8 +44,10 @@ demo: $(READY) ## prompts become images with the embedded models: out/demo.png
 COMMIT = --commit $$(git describe --always --dirty --abbrev=7 --exclude="*")
 
 # In bfloat16 and with torch.compile, which needs a C++ compiler: as the published numbers were measured.
-table: $(READY) ## measure the embedded models where code or weights changed: docs/results.md and their card
+table: $(READY) ## measure the embedded models where code or weights changed: docs/results.md and their card; with the optional onnxruntime
 	$(RUN) -m dcdd_pico.results_table --bf16 --compile $(COMMIT) --into docs/results.md dcdd_pico/weights/README.md
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[ruler]'
+	$(RUN) -m dcdd_pico.guided_table --bf16 $(COMMIT) --into docs/results.md
 
 stale: $(READY) ## list the published tables that were measured with other code or weights; fails if there are any
 	$(RUN) -m dcdd_pico.results_table --stale
