@@ -15,6 +15,8 @@ const CHINESE = {
   "with the bundle, or connected": "随解码器包，或由插槽连接",
   "hard: the tokens": "硬：令牌",
   "soft: the expected codes": "软：期望码",
+  "soft: the distributions": "软：分布",
+  confidence: "置信度",
   "as measured best for the decoder": "对该解码器实测最佳",
   "FLUX: by resolution": "FLUX：按分辨率",
   uniform: "均匀",
