@@ -1,4 +1,4 @@
-"""diffusers pipelines of tiny random networks: FLUX.1, SDXL and Stable Diffusion 1.x."""
+"""diffusers pipelines of tiny random networks: FLUX.1, FLUX.2 [klein], SDXL and Stable Diffusion 1.x."""
 
 import json
 from pathlib import Path
@@ -45,6 +45,72 @@ def flux():
     )
     pipe.encode_prompt = lambda **_: (torch.ones(1, 3, _WIDTH), torch.ones(1, _WIDTH), torch.zeros(3, 3))
     return pipe
+
+
+def klein(width=_WIDTH):
+    """4 raw channels at 2 pixels a latent, 16 in patches; only where diffusers has the class."""
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=width,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 16],
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    vae = fill(vae, 3)
+    generator = torch.Generator().manual_seed(6)
+    vae.bn.running_mean.copy_(0.1 * torch.randn(16, generator=generator))
+    vae.bn.running_var.copy_(0.5 + torch.rand(16, generator=generator))
+    pipe = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=fill(transformer, 1),
+        is_distilled=True,
+    )
+    pipe.encode_prompt = lambda **_: (torch.ones(1, 3, width), torch.zeros(1, 3, 4))
+    return pipe
+
+
+def save_klein(folder: Path) -> Path:
+    """A whole FLUX.2 [klein] pipeline, with text encoder and tokenizer."""
+    from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    words = folder / "words"
+    words.mkdir(parents=True)
+    vocab = {word: k for k, word in enumerate([*"abcdeilru", "Ġ", "<|endoftext|>"])}
+    (words / "vocab.json").write_text(json.dumps(vocab))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = Qwen2TokenizerFast.from_pretrained(words)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    pipe = klein(width=3 * config.hidden_size)
+    del pipe.encode_prompt
+    pipe.register_modules(tokenizer=tokenizer, text_encoder=fill(Qwen3ForCausalLM(config), 4))
+    pipe.save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
 
 
 def sdxl(prediction="epsilon"):

@@ -1,4 +1,5 @@
-"""Distribution guidance of a diffusers pipeline: any FLUX.1, SDXL or Stable Diffusion 1.x folder as the prior.
+"""Distribution guidance of a diffusers pipeline: any FLUX.1, FLUX.2 [klein], SDXL or Stable Diffusion 1.x folder as
+the prior.
 
 The pipeline encodes the prompt with its own text encoders and runs its own denoiser. Its scheduler is asked for the
 predicted clean latents before every step, and gets them back corrected.
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from .. import registry
 from ..files import is_finite, read_json, reading
-from ..method.flow import recover_clean
+from ..method.flow import interpolate, recover_clean, timesteps
 from ..method.guidance import (
     clean_from_noise,
     clean_from_v,
@@ -30,6 +32,7 @@ from ..method.guidance import (
 )
 from ..method.latents import pack, unpack
 from ..method.sampling import keyed_generator
+from ..models.flux2_vae import Flux2Codec
 from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_number
 from ..types import Condition
@@ -42,12 +45,16 @@ from .oom import one_by_one
 READ = {
     "FluxPipeline": "FLUX.1",
     "FluxImg2ImgPipeline": "FLUX.1",
+    "Flux2KleinPipeline": "FLUX.2 [klein]",
     "StableDiffusionXLPipeline": "SDXL",
     "StableDiffusionXLImg2ImgPipeline": "SDXL",
     "StableDiffusionPipeline": "Stable Diffusion 1.x",
     "StableDiffusionImg2ImgPipeline": "Stable Diffusion 1.x",
 }
 _MOST_STEPS = 1000
+_KLEIN = "Flux2KleinPipeline"
+#: The first diffusers that has it.
+_HAS_KLEIN = "0.37"
 
 
 class PriorPipeline:
@@ -170,24 +177,41 @@ class PriorPipeline:
         """
         keep = functools.partial(_kept, known, guide.area)
         latent_size = (guide.soft.shape[2], guide.soft.shape[3])
+        with self._hooked(guide, latent_size, steps, on_step, keep):
+            latents = self._run(keep(guide.soft), prompt, seed, size, steps, start, arguments)
+        if not is_finite(latents):
+            raise ValueError("the pipeline's latents became NaN or infinite: load it in float32 or bfloat16")
+        return latents
+
+    def _run(
+        self,
+        clean: torch.Tensor,
+        prompt: str,
+        seed: int,
+        size: tuple[int, int],
+        steps: int,
+        start: float,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        """Raw latents [1, C, h', w'] float32 of the pipeline's own call.
+
+        Args:
+            clean: normalised latents to start from, before noise.
+        """
         where = {"height": size[0], "width": size[1]} if self.flow else {}
         # The pipelines run floor(strength * steps) of their schedule's steps, or one more.
         whole = max(steps, round(steps / start))
-        with self._hooked(guide, latent_size, steps, on_step, keep):
-            made = self.pipe(
-                prompt=prompt,
-                image=keep(guide.soft).to(self.pipe.vae.dtype),
-                strength=min(1.0, steps / whole),
-                num_inference_steps=whole,
-                generator=keyed_generator(seed),
-                output_type="latent",
-                **where,
-                **arguments,
-            ).images
-        z = self._unpacked(made, latent_size).float()
-        if not is_finite(z):
-            raise ValueError("the pipeline's latents became NaN or infinite: load it in float32 or bfloat16")
-        return self.codec.denormalize(z)
+        made = self.pipe(
+            prompt=prompt,
+            image=clean.to(self.pipe.vae.dtype),
+            strength=min(1.0, steps / whole),
+            num_inference_steps=whole,
+            generator=keyed_generator(seed),
+            output_type="latent",
+            **where,
+            **arguments,
+        ).images
+        return self.codec.denormalize(self._unpacked(made, (clean.shape[2], clean.shape[3])).float())
 
     @contextmanager
     def _hooked(
@@ -250,6 +274,52 @@ class PriorPipeline:
         return pack(latents) if self.flow else latents
 
 
+class KleinPrior(PriorPipeline):
+    """FLUX.2 [klein], which diffusers offers from text alone.
+
+    It is given the noised latents to start from and the times to pass through: an even schedule from 1 to 0, shifted by
+    the model's own mu and scaled to begin at `start`, as `pipelines.decode.paint` has it.
+    """
+
+    def __init__(self, pipe: Any, codec: LatentCodec):
+        super().__init__(pipe, codec)
+        config = {**pipe.scheduler.config, "use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
+        pipe.scheduler = type(pipe.scheduler).from_config(config)  # The times come shifted.
+
+    def _run(
+        self,
+        clean: torch.Tensor,
+        prompt: str,
+        seed: int,
+        size: tuple[int, int],
+        steps: int,
+        start: float,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        mu = compute_empirical_mu(image_seq_len=clean.shape[2] * clean.shape[3], num_steps=steps)
+        times = (start * timesteps(steps, shift=mu))[:-1].tolist()
+        noise = torch.randn(clean.shape, generator=keyed_generator(seed)).to(clean)
+        made = self.pipe(
+            prompt=prompt,
+            latents=interpolate(clean, noise, times[0]),
+            sigmas=times,
+            num_inference_steps=steps,
+            height=size[0],
+            width=size[1],
+            output_type="latent",
+            **arguments,
+        ).images
+        return made.float()
+
+    def _unpacked(self, latents: torch.Tensor, latent_size: tuple[int, int]) -> torch.Tensor:
+        return rearrange(latents, "b (h w) f -> b f h w", h=latent_size[0])
+
+    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
+        return rearrange(latents, "b f h w -> b (h w) f")
+
+
 def load_prior_pipeline(
     folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PriorPipeline:
@@ -258,8 +328,6 @@ def load_prior_pipeline(
     Raises:
         ValueError: for a folder that is none, one of another kind, and files that cannot be read.
     """
-    from diffusers import AutoPipelineForImage2Image
-
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; expected a diffusers pipeline of {_kinds()}")
@@ -267,12 +335,33 @@ def load_prior_pipeline(
     name = index.get("_class_name")
     if name not in READ:
         raise ValueError(f"{folder} holds a {name!r}; expected a diffusers pipeline of {_kinds()}")
+    if name == _KLEIN:
+        return _load_klein(folder, device, dtype)
+    from diffusers import AutoPipelineForImage2Image
+
     codec = registry.load_codec(folder, device=device, dtype=torch.float32)
     with reading(folder, f"a {READ[name]} pipeline"), warnings.catch_warnings():
         # diffusers renames torch_dtype; the oldest one that is supported knows no other name.
         warnings.simplefilter("ignore", FutureWarning)
         pipe = AutoPipelineForImage2Image.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     return PriorPipeline(pipe.to(device), codec)
+
+
+def _load_klein(folder: Path, device: torch.device | str, dtype: torch.dtype) -> KleinPrior:
+    import diffusers
+
+    if not hasattr(diffusers, _KLEIN):
+        raise ValueError(
+            f"{folder} holds a {_KLEIN!r}, which diffusers has since {_HAS_KLEIN}, and this is "
+            f"{diffusers.__version__}: upgrade diffusers"
+        )
+    with reading(folder, f"a {READ[_KLEIN]} pipeline"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        vae = diffusers.AutoencoderKLFlux2.from_pretrained(
+            folder / "vae", torch_dtype=torch.float32, local_files_only=True
+        )
+        pipe = diffusers.Flux2KleinPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    return KleinPrior(pipe.to(device), Flux2Codec(vae.to(device).eval().requires_grad_(False)))
 
 
 def _kept(known: torch.Tensor | None, area: torch.Tensor | None, clean: torch.Tensor) -> torch.Tensor:

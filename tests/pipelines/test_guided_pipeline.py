@@ -1,22 +1,27 @@
 """Distribution guidance of diffusers pipelines: FLUX.1, SDXL and Stable Diffusion 1.x of tiny random networks."""
 
 import json
+import sys
+from types import ModuleType
 
+import diffusers
 import pytest
 import torch
 
 from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.models.flux2_vae import Flux2Codec
 from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.condition import discrete_condition
 from dcdd_core.pipelines.guided import GuidanceOptions, token_guide
-from dcdd_core.pipelines.guided_pipeline import READ, PriorPipeline, load_prior_pipeline
+from dcdd_core.pipelines.guided_pipeline import READ, KleinPrior, PriorPipeline, load_prior_pipeline
 from tests.tiny import tiny_vq
-from tests.tiny_pipelines import flux, save_sd, sd, sdxl
+from tests.tiny_pipelines import flux, klein, save_klein, save_sd, sd, sdxl
 
 SIZE, SCALE = (32, 48), 20.0
 KINDS = {
     "FLUX.1": flux,
+    **({"FLUX.2 klein": klein} if hasattr(diffusers, "Flux2KleinPipeline") else {}),
     "SDXL": sdxl,
     "SDXL v": lambda: sdxl("v_prediction"),
     "SD": sd,
@@ -36,6 +41,8 @@ def condition(tokenizer):
 
 
 def prior_of(pipe):
+    if type(pipe).__name__ == "Flux2KleinPipeline":
+        return KleinPrior(pipe, Flux2Codec(pipe.vae.eval().requires_grad_(False)))
     return PriorPipeline(pipe, KLCodec(pipe.vae.eval().requires_grad_(False)))
 
 
@@ -128,22 +135,25 @@ def test_what_is_kept_follows_the_noised_image(prior, tokenizer, condition):
 
     def predicted(self, output, timestep, sample):
         made = original(self, output, timestep, sample)
-        found.append((self._unpacked(sample, (16, 24)), made[1]))
+        found.append((self._unpacked(sample, latent_size), made[1]))
         return made
+
+    latent_size = prior.codec.normalize(torch.zeros(1, prior.codec.channels, 16, 24)).shape[2:]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(prior), "_predicted", predicted)
         image, _ = repaint(prior, tokenizer, condition.part(0, 1), seeds=[1])
-    known, noises = prior.codec.normalize(prior.codec.encode(image))[..., 12:], []
+    half = latent_size[1] // 2
+    known, noises = prior.codec.normalize(prior.codec.encode(image))[..., half:], []
     for x, time in found:
         clean, spread = 1 - time, time
         if not prior.flow:  # x = sqrt(a) x0 + sqrt(1 - a) n is the flow's divided by the root of (1 - t)^2 + t^2
             clean, spread = (each / (time**2 + (1 - time) ** 2) ** 0.5 for each in (clean, spread))
-        noises.append((x[..., 12:] - clean * known) / spread)
+        noises.append((x[..., half:] - clean * known) / spread)
     whole = torch.randn(prior.codec.normalize(prior.codec.encode(image)).shape, generator=keyed_generator(1))
     assert len(noises) == 4
     for noise in noises:
-        torch.testing.assert_close(noise, whole[..., 12:], rtol=0, atol=0.01)
+        torch.testing.assert_close(noise, whole[..., half:], rtol=0, atol=0.01)
 
 
 def test_a_mask_over_everything_is_no_mask(prior, tokenizer, condition):
@@ -200,10 +210,10 @@ def test_a_folder_paints_with_its_own_text_encoder(tmp_path, tokenizer, conditio
     assert not torch.equal(first.latents[0], other.latents[0]) and torch.equal(first.latents[1], other.latents[1])
 
 
-@pytest.mark.parametrize("name", ["FluxFillPipeline", "Flux2KleinPipeline", "JanusPipeline", None, 3])
+@pytest.mark.parametrize("name", ["FluxFillPipeline", "Flux2Pipeline", "JanusPipeline", None, 3])
 def test_other_pipelines_are_refused_by_name(tmp_path, name):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    with pytest.raises(ValueError, match=rf"holds a {name!r}; expected a diffusers pipeline of FLUX.1, SDXL, Stable"):
+    with pytest.raises(ValueError, match=rf"holds a {name!r}; expected a diffusers pipeline of FLUX.1, FLUX"):
         load_prior_pipeline(tmp_path)
     assert name not in READ
 
@@ -220,3 +230,55 @@ def test_a_folder_that_is_none_or_lacks_its_parts_is_named(tmp_path):
     (folder / "unet" / "config.json").unlink()
     with pytest.raises(ValueError, match="cannot be read as a Stable Diffusion 1.x pipeline"):
         load_prior_pipeline(folder)
+
+
+def test_flux_2_s_latents_are_normalised_as_its_pipeline_has_them():
+    pytest.importorskip("diffusers", minversion="0.37")
+    pipe = klein()
+    codec, pixels = Flux2Codec(pipe.vae), torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(7)) * 2 - 1
+    raw, z = codec.encode(pixels), codec.normalize(codec.encode(pixels))
+    assert raw.shape == (1, 4, 16, 24) and (codec.factor, codec.channels) == (2, 4)
+    torch.testing.assert_close(z, pipe._encode_vae_image(pixels, None))
+    torch.testing.assert_close(codec.denormalize(z), raw)
+    assert z.shape == (1, 16, 8, 12) and codec.decode(raw).shape == pixels.shape
+
+
+def test_flux_2_starts_from_the_noised_vq_decode_and_passes_through_its_times(tokenizer, condition):
+    pytest.importorskip("diffusers", minversion="0.37")
+    prior, given = prior_of(klein()), {}
+    call = type(prior.pipe).__call__
+
+    def watched(self, **arguments):
+        given.update(arguments)
+        return call(self, **arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(prior.pipe), "__call__", watched)
+        paint(prior, tokenizer, condition.part(0, 1), seeds=[3], steps=4, start=0.6)
+    soft = token_guide(tokenizer, prior.codec, condition.part(0, 1), scale=SCALE, size=SIZE).soft
+    noise = torch.randn(soft.shape, generator=keyed_generator(3))
+    torch.testing.assert_close(given["latents"], 0.4 * soft + 0.6 * noise)
+    assert given["sigmas"][0] == pytest.approx(0.6) and len(given["sigmas"]) == 4
+    torch.testing.assert_close(prior.pipe.scheduler.sigmas, torch.tensor([*given["sigmas"], 0.0]))
+
+
+def test_a_flux_2_folder_paints_with_its_own_text_encoder(tmp_path, tokenizer, condition):
+    pytest.importorskip("diffusers", minversion="0.37")
+    prior = load_prior_pipeline(save_klein(tmp_path))
+    assert isinstance(prior, KleinPrior)
+    layers = {"text_encoder_out_layers": (1, 2, 3), "max_sequence_length": 8}
+    asked = {"seeds": [1, 1], "scale": SCALE, "size": SIZE, "steps": 2, **layers}
+    first = prior.paint(tokenizer, condition, ["a", "red circle"], **asked)
+    other = prior.paint(tokenizer, condition, ["b", "red circle"], **asked)
+    assert not torch.equal(first.latents[0], other.latents[0]) and torch.equal(first.latents[1], other.latents[1])
+
+
+def test_a_diffusers_without_flux_2_klein_is_told_which_has_it(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Flux2KleinPipeline"}))
+    old = ModuleType("diffusers")
+    old.__version__ = "0.35.2"
+    monkeypatch.setitem(sys.modules, "diffusers", old)
+    with pytest.raises(
+        ValueError, match=r"'Flux2KleinPipeline', which diffusers has since 0.37, and this is 0.35.2: u"
+    ):
+        load_prior_pipeline(tmp_path)
