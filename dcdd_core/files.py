@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import glob
 import json
 import os
 import re
@@ -37,10 +38,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         OSError: if the block cannot write, such as on a full disk; says what to do.
     """
     path = Path(path)
-    # A name of its own for each writer: two that shared one would mix what they write. No longer than any name may be,
-    # and UTF-8, as other libraries need it.
-    name = path.name[:40].encode("utf-8", "ignore").decode()
-    temporary = path.with_name(f"{name}.{secrets.token_hex(4)}.tmp")
+    # A name of its own for each writer: two that shared one would mix what they write.
+    temporary = path.with_name(f"{_temporary_stem(path)}.{secrets.token_hex(4)}.tmp")
     try:
         with suppress(FileNotFoundError):
             if stat.S_ISDIR(path.stat().st_mode):
@@ -58,6 +57,19 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Removes what writers of `path` left that were killed within `whole_file`. Nobody may be writing it now."""
+    path = Path(path)
+    for leftover in path.parent.glob(f"{glob.escape(_temporary_stem(path))}.{'[0-9a-f]' * 8}.tmp"):
+        with suppress(OSError):
+            leftover.unlink()
+
+
+def _temporary_stem(path: Path) -> str:
+    """No longer than any name may be, and UTF-8, as other libraries need it."""
+    return path.name[:40].encode("utf-8", "ignore").decode()
 
 
 def way_out(error: BaseException, path: str | Path) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from io import BytesIO
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dcdd_core import files
 from dcdd_core.cli import train as cli
 from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card
 from dcdd_core.models.janus.sampler import JanusSampler
@@ -29,15 +31,18 @@ from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.pipelines.load import ModelPaths, load_models
 from dcdd_core.training.checkpoints import load_best
+from dcdd_core.training.held_out import split
+from dcdd_core.training.image_batch import Geometry
 from dcdd_core.training.lock import run_lock
 from dcdd_core.training.log import read_log
 from dcdd_core.training.plan import Plan
 from dcdd_core.training.run import make_accelerator
+from dcdd_core.training.sources import open_images
 from dcdd_core.training.stop import TrainingStopped
 from dcdd_core.types import Calibration
 from dcdd_pico import embedded
 from tests.tiny import random_pico
-from tests.training.runs import png_folder
+from tests.training.runs import forked, png_folder
 
 # By its path: the name "train" may be that of the checkout's folder.
 ROOT = Path(__file__).parents[1]
@@ -144,8 +149,111 @@ def test_an_image_is_held_out_and_the_best_weights_become_a_bundle(run, more_ima
     for path in (bundle, tmp_path / "run" / "log.jsonl"):
         path.unlink()
     assert run("--bundle-now", **options) == 0 and bundle.exists()
-    assert run(**options | {"held-out": 0}) == 1
-    assert "other settings (held_out '" in capsys.readouterr().err
+    for changes, words in (
+        ({"held-out": 0}, "this run began with --held-out 0.1, got 0: give --held-out 0.1 again"),
+        ({"held-out": 0.25}, "this run began with --held-out 0.1, got 0.25: give --held-out 0.1 again"),
+        ({"sample-every": 0}, "--sample-every 0 takes none: give another --sample-every"),
+    ):
+        assert run(**options | changes) == 1
+        assert words in capsys.readouterr().err
+    assert run(**options | {"held-out": 0.09}) == 0  # the same two images
+    other = png_folder(tmp_path / "other", count=30, side=48)
+    assert run(**options | {"data": other}) == 1
+    assert f"images were added to {other}, removed or renamed. Give the images" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_says_that_its_held_out_images_are_others(run, more_images, tmp_path, capsys):
+    options = {"data": more_images, "held-out": 0.1}
+    assert run(**options) == 0
+    newest = tmp_path / "run" / "checkpoints" / "step-00000002" / "training.json"
+    told = json.loads(newest.read_text())
+    del told["checksum"], told["settings"]["held_out_fraction"]
+    newest.write_text(json.dumps(told))
+    assert run(**options) == 0
+    assert run(**options | {"held-out": 0.2}) == 1
+    assert f"added to {more_images}, removed or renamed or --held-out was not 0.2. Give" in capsys.readouterr().err
+
+
+def spoilt(images, folder):
+    """Two of twelve images are unreadable, one is too small, and one file is none."""
+    shutil.copytree(images, folder)
+    for name in ("03.png", "07.png"):
+        (folder / name).write_bytes(b"no image")
+    Image.new("RGB", (9, 9)).save(folder / "05.png")
+    (folder / "notes.txt").write_text("")
+    return folder
+
+
+def test_what_was_left_out_is_said_at_the_end_and_recorded(run, images, tmp_path, capsys):
+    options = {"data": spoilt(images, tmp_path / "spoilt"), "skip-unreadable": 0.2, "batch": 3}
+    lines = [
+        "run: 2 images are unreadable and left out: 03.png, 07.png",
+        "run: 1 images have a side below 48 pixels (--min-side) and are left out: 05.png",
+        "run: 1 file is passed over: 1 .txt",
+        f"run: all of them are named in {tmp_path / 'run' / 'left_out.json'}",
+    ]
+    for changes in ({"steps": 6}, {"steps": 6}, {"steps": 7}):  # finished; and resumed in a later epoch
+        assert run(**options | changes) == 0
+        assert capsys.readouterr().out.splitlines()[-4:] == lines
+        record = json.loads((tmp_path / "run" / "left_out.json").read_text())
+        assert list(record["unreadable"]) == ["03.png", "07.png"] and record["small"] == ["05.png"]
+        assert record["unreadable"]["03.png"].startswith("UnidentifiedImageError")
+        assert record["passed_over"] == "1 file is passed over: 1 .txt"
+    position = tmp_path / "run" / "checkpoints" / "step-00000007" / "position-0.json"
+    assert json.loads(position.read_text())["left_out"]["small"] == ["05.png"]
+
+
+def test_an_unreadable_held_out_image_is_among_what_was_left_out(run, more_images, tmp_path, capsys):
+    shutil.copytree(more_images, tmp_path / "images")
+    geometry = Geometry(resolution=96, token_resolution=96, token_factor=8, vae_factor=4)
+    parts = split(open_images(tmp_path / "images", geometry), 0.1)
+    (tmp_path / "images" / parts.held_out.listed[0].key).write_bytes(b"no image")
+    assert run(data=tmp_path / "images", **{"held-out": 0.1, "sample-every": 2}) == 0
+    assert f"1 images are unreadable and left out: {parts.held_out.listed[0].key}" in capsys.readouterr().out
+
+
+def test_nothing_that_is_left_out_is_recorded_too(run, tmp_path, capsys):
+    assert run() == 0
+    assert "left out" not in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "left_out.json").read_text())
+    assert record == {"unreadable": {}, "small": [], "passed_over": ""}
+
+
+def ended_while_writing(monkeypatch, name, number):
+    """The process gets a signal while the temporary file of this result is written."""
+    real = files._sort_metadata
+
+    def sort(path):
+        if path.name.startswith(name) and path.parent.name == "run":
+            os.kill(os.getpid(), number)
+            raise AssertionError("it went on")
+        real(path)
+
+    monkeypatch.setattr(files, "_sort_metadata", sort)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="sends signals to processes")
+def test_ended_while_the_bundles_are_written_the_same_command_writes_them(
+    run, more_images, tmp_path, capsys, monkeypatch
+):
+    bundles = ("best.safetensors", "decoder.safetensors")
+    options = {"data": more_images, "held-out": 0.1, "sample-every": 1, "steps": 1}
+    assert run(**options, out=tmp_path / "whole") == 0
+    before, folder = signal.getsignal(signal.SIGTERM), tmp_path / "run"
+    for name in bundles:
+        capsys.readouterr()
+        with monkeypatch.context() as patched:
+            ended_while_writing(patched, name, signal.SIGTERM)
+            assert run(**options) == 143
+            assert "run: stopped while its results were written: run the same command" in capsys.readouterr().out
+            assert signal.getsignal(signal.SIGTERM) == before
+            assert not list(folder.rglob("*.tmp")) and not (folder / "decoder.safetensors").exists()
+            ended_while_writing(patched, name, signal.SIGKILL)
+            assert forked(lambda: run(**options)) == [-signal.SIGKILL]
+        assert [path.name[: len(name)] for path in folder.rglob("*.tmp")] == [name]
+    assert run(**options) == 0
+    assert not list(folder.rglob("*.tmp"))
+    assert all((folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in bundles)
 
 
 def test_a_run_that_began_without_held_out_images_goes_on_without(run, more_images, tmp_path, capsys):

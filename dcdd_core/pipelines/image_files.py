@@ -120,9 +120,9 @@ class FolderListing:
             kinds = [
                 f"{count} {suffix or 'without a suffix'}{_reader(suffix)}" for suffix, count in counts.most_common()
             ]
-            parts.append(f"{_files(counts.total())} passed over: {_first(kinds)}")
+            parts.append(f"{_files(counts.total())} passed over: {first_of(kinds)}")
         if self.closed:
-            parts.append(f"{len(self.closed)} folders cannot be opened: {_first(self.closed)}")
+            parts.append(f"{len(self.closed)} folders cannot be opened: {first_of(self.closed)}")
         return "; ".join(parts)
 
 
@@ -171,7 +171,8 @@ def _files(count: int) -> str:
     return "1 file is" if count == 1 else f"{count} files are"
 
 
-def _first(words: Collection[str]) -> str:
+def first_of(words: Collection[str]) -> str:
+    """The first of some words, and how many more there are: "a, b and 7 more"."""
     listed = list(words)
     more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
     return ", ".join(listed[:_NAMED]) + more

@@ -27,7 +27,8 @@ MIN_READ = 100
 
 _ORDER = 41  # keeps the draws of an order apart from others with the same seed
 _CHUNK = 8  # entries that a worker is given at a time
-_MOST_NAMED = 1000  # unreadable images that are looked for, and named
+MOST_NAMED = 1000
+"""Images that are left out and named; of unreadable ones also, how many are looked for."""
 
 # Where to enter a stream: [position in the epoch, number of the file in the epoch's order, row in the file].
 Mark = Sequence[int]
@@ -128,7 +129,8 @@ class ReadCounter:
     Attributes:
         read, unreadable: so far; `read` includes the unreadable ones, but none that are too small.
         small: images that are too small.
-        reasons: name of an unreadable image -> what is wrong with it.
+        reasons: name of an unreadable image -> what is wrong with it; of the first ones.
+        too_small: names of such images, the first ones.
     """
 
     def __init__(self, read: int = 0, unreadable: int = 0, small: int = 0):
@@ -136,6 +138,7 @@ class ReadCounter:
         self.unreadable = unreadable
         self.small = small
         self.reasons: dict[str, str] = {}
+        self.too_small: dict[str, None] = {}
 
     def admit(self, item: Any, source: str) -> bool:
         """Counts an item; returns whether it can be used."""
@@ -144,10 +147,12 @@ class ReadCounter:
             return True
         if item.small:
             self.small += 1
+            if len(self.too_small) < MOST_NAMED:
+                self.too_small[item.key] = None
         else:
             self.read += 1
             self.unreadable += 1
-            if len(self.reasons) < _MOST_NAMED:
+            if len(self.reasons) < MOST_NAMED:
                 self.reasons[item.key] = item.reason
         warnings.warn(f"{item.key} of {source} is skipped: {item.reason}", DCDDWarning, stacklevel=2)
         return False
@@ -265,7 +270,7 @@ class Batches(Generic[Batch]):
         rest = ((None, entry) for entry in self.source.entries(self.shard, epoch, position, mark))
         for _, item in load_in_order(self.source, rest, workers=self.workers):
             found.admit(item, self.source.name)
-            if len(found.reasons) == _MOST_NAMED:
+            if len(found.reasons) == MOST_NAMED:
                 break
         self.source.policy.check(found.read, found.unreadable, found.reasons, self.source.name)
 
@@ -293,6 +298,7 @@ class Batches(Generic[Batch]):
             "mark": None if mark is None else list(mark),
             "read": self.counter.read,
             "unreadable": self.counter.unreadable,
+            "left_out": {"unreadable": self.counter.reasons, "small": list(self.counter.too_small)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -303,6 +309,8 @@ class Batches(Generic[Batch]):
         """
         own = {"source": self.source.fingerprint, **asdict(self.shard)}
         differ = [f"{name} {state.get(name)!r} -> {value!r}" for name, value in own.items() if state.get(name) != value]
+        if state.get("source") != own["source"]:
+            differ[0] = f"{self.source.name} does not hold the same images"
         if differ:
             raise ValueError(
                 f"this position was saved from other data ({', '.join(differ)}): resume with the same images, seed and "
@@ -311,6 +319,8 @@ class Batches(Generic[Batch]):
         mark = state["mark"]
         self._at = (state["epoch"], state["consumed"], mark if mark is None else tuple(mark))
         self.counter = ReadCounter(state["read"], state["unreadable"])
+        named = state.get("left_out", {"unreadable": {}, "small": []})
+        self.counter.reasons, self.counter.too_small = dict(named["unreadable"]), dict.fromkeys(named["small"])
 
 
 class _Loading(Dataset):

@@ -26,6 +26,7 @@ from .cache import FORMAT, CacheCard, read_end, read_line, read_manifest, sha256
 from .encoded_batch import Autocast, EncodedBatch, encode
 from .folders import ImageSource
 from .image_batch import TrainingImage
+from .left_out import LeftOut
 
 _SHARDS = "shards"
 _END = "end.json"
@@ -114,7 +115,7 @@ def write_cache(
             writer.write(number, parts, **kept, mark=marks.pop(number))
             report(f"{folder}: shard {number} with {len(kept['keys'])} images")
     writer.finish(position)
-    for line in _left_out(counter, source):
+    for line in LeftOut.of(source, counter).lines():
         report(f"{folder}: {line}")
     counter.check(source)
 
@@ -125,22 +126,13 @@ def _counted(lines: Sequence[Mapping[str, Any]]) -> ReadCounter:
     small = sum(len(line.get("small", ())) for line in lines)
     counter = ReadCounter(sum(line["read"] for line in lines), len(bad), small)
     counter.reasons = dict.fromkeys(bad, "")
+    counter.too_small = {key: None for line in lines for key in line.get("small", ())}
     return counter
 
 
 def _positions(line: Mapping[str, Any]) -> int:
     """How many images of the source a shard accounts for."""
     return line["read"] + len(line.get("small", ()))
-
-
-def _left_out(counter: ReadCounter, source: ImageSource) -> Iterator[str]:
-    """What was not encoded, in lines."""
-    if counter.unreadable:
-        yield f"{counter.unreadable} of {counter.read} images are unreadable and left out"
-    if counter.small:
-        yield f"{counter.small} images have a side below {source.min_side} pixels (--min-side) and are left out"
-    if source.passed_over:
-        yield source.passed_over
 
 
 class _Writer:

@@ -34,13 +34,25 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
-from ..files import read_json, regular_file, require_checksums, stored_checksums, utf8_path, write_tensors, write_text
+from ..files import (
+    read_json,
+    regular_file,
+    remove_leftovers,
+    require_checksums,
+    stored_checksums,
+    utf8_path,
+    write_tensors,
+    write_text,
+)
 from ..settings import require_same_settings
 from .sharding import load_sharded, save_sharded
 from .write_errors import checkpoint_error, describe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+#: Settings: the fingerprint of the held-out images, and the fraction that `RunConfig.held_out` was.
+HELD_OUT, HELD_OUT_FRACTION = "held_out", "held_out_fraction"
 
 _FORMAT = "dcdd training 1"
 _FOLDER = "checkpoints"
@@ -263,6 +275,7 @@ class Checkpoints:
         """Deletes what killed runs did not finish."""
         for leftover in self.folder.glob("step-*.tmp"):
             shutil.rmtree(leftover)
+        remove_leftovers(self.folder / _BEST)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -324,6 +337,8 @@ def _read_position(path: Path) -> dict[str, Any]:
     _require(path, position, epoch=_COUNT, consumed=_COUNT, read=_COUNT, unreadable=_COUNT, mark=_MARK)
     if "before" in position:
         _require(path, position, before=_CHANGES)
+    if "left_out" in position:
+        _require(path, position, left_out=_LEFT_OUT)
     return position
 
 
@@ -363,11 +378,18 @@ def _are_changes(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, list) and one and all(map(_is_reach, one)) for one in value)
 
 
+def _are_left_out(value: Any) -> bool:
+    unreadable, small = (value.get("unreadable"), value.get("small")) if isinstance(value, dict) else (None, None)
+    named = isinstance(unreadable, dict) and all(isinstance(reason, str) for reason in unreadable.values())
+    return named and isinstance(small, list) and all(isinstance(name, str) for name in small)
+
+
 _COUNT: _Kind = ("a whole number >= 0", _is_count)
 _NUMBER: _Kind = ("a number", _is_number)
 _OBJECT: _Kind = ("an object", lambda value: isinstance(value, dict))
 _MARK: _Kind = ("null, or a list of at least three whole numbers", _is_mark)
 _CHANGES: _Kind = ("a list of lists of positions", _are_changes)
+_LEFT_OUT: _Kind = ("the names of unreadable and of small images", _are_left_out)
 _MEAN: _Kind = (
     "a sum and a count",
     lambda value: isinstance(value, list) and len(value) == 2 and _is_number(value[0]) and _is_count(value[1]),
@@ -390,6 +412,8 @@ def _continued(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, A
     """The settings of a checkpoint, with those that may change on the way as they are now."""
     continued, recipe = dict(before), dict(before.get("recipe", {}))
     continued["processes"] = now["processes"]
+    if HELD_OUT_FRACTION in now:  # Which images they are is what counts.
+        continued[HELD_OUT_FRACTION] = now[HELD_OUT_FRACTION]
     steps = recipe.get("steps")
     if _is_count(steps) and now["recipe"]["steps"] > steps:
         recipe["steps"] = now["recipe"]["steps"]

@@ -8,26 +8,22 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 import torch
 
 from ..method.flow import sample_times
 from ..method.sampling import keyed_generator
 from ..models.decoder import DistributionConditionedDecoder
-from ..types import DCDDWarning
-from .batches import DataShard, Entry, Mark, Source, Unreadable, Wrapped, load_in_order
+from .batches import DataShard, Entry, Mark, ReadCounter, Source, Wrapped, load_in_order
 from .cache import EncodingCache
 from .config import OptimizationConfig
 from .encoded_batch import EncodedBatch
 from .examples import ExampleMaker
 from .loss import velocity_losses
-
-if TYPE_CHECKING:
-    pass
 
 #: Images that are held out at most, and the fewest images of a source that is split.
 MOST, FEWEST_SPLIT = 512, 20
@@ -136,8 +132,11 @@ class HeldOutLoss:
         rank, world: of this process.
         total: [2] of this process -> the sum over all processes.
 
+    Attributes:
+        counter: of the images that this process read.
+
     Raises:
-        ValueError: if none of this process's images can be read.
+        ValueError: in all processes, if no image can be read.
     """
 
     def __init__(
@@ -157,9 +156,11 @@ class HeldOutLoss:
         count = len(held_out.listed)
         draws = math.ceil(_DRAWS / count)
         # With sharded weights all processes must make the same number of forward passes: each has as many items, some
-        # of them of no weight.
-        own = [*range(rank, count, world)] or [0]
-        readable = list(_readable(held_out, own, workers))
+        # of them of no weight. A process whose images cannot be read, or that has none, takes another's.
+        self.counter = ReadCounter()
+        others = (number for number in range(count) if number % world != rank)
+        readable = list(_readable(held_out, range(rank, count, world), workers, self.counter))
+        readable = readable or list(islice(_readable(held_out, others, workers, self.counter), 1))
         if not readable:
             raise ValueError(f"no held-out image of {held_out.name} can be read: check the disk and the files")
         items = [(number, item, float(number % world == rank)) for number, item in readable]
@@ -202,12 +203,11 @@ class HeldOutLoss:
         return torch.cat(times), torch.cat(noises)
 
 
-def _readable(held_out: Listed, numbers: Sequence[int], workers: int) -> Iterator[tuple[int, Any]]:
+def _readable(
+    held_out: Listed, numbers: Iterable[int], workers: int, counter: ReadCounter
+) -> Iterator[tuple[int, Any]]:
     for number, item in load_in_order(held_out, ((i, held_out.listed[i]) for i in numbers), workers=workers):
-        if isinstance(item, Unreadable):
-            problem = f"the held-out {item.key} of {held_out.name} is skipped: {item.reason}"
-            warnings.warn(problem, DCDDWarning, stacklevel=2)
-        else:
+        if counter.admit(item, f"the held-out images of {held_out.name}"):
             yield number, item
 
 

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .batches import Batches, DataShard, Entry, Mark, Source, Wrapped
 
-if TYPE_CHECKING:
-    pass
-
 _MISSING = object()
-_BEFORE = "before"
+_BEFORE, _LEFT_OUT = "before", "left_out"
 
 
 class Redistributed(Wrapped):
@@ -85,8 +82,15 @@ def restore_position(batches: Batches, positions: Sequence[Mapping[str, Any]]) -
             "consumed": 1,  # At 0, an epoch with nothing left would look like a source without images.
             "mark": None,
             **{name: sum(position[name] for position in positions) // shard.world for name in ("read", "unreadable")},
+            _LEFT_OUT: _together([position[_LEFT_OUT] for position in positions if _LEFT_OUT in position]),
         }
     )
+
+
+def _together(left_out: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several processes left out, without the order."""
+    unreadable = {name: reason for own in left_out for name, reason in own["unreadable"].items()}
+    return {"unreadable": unreadable, "small": sorted({name for own in left_out for name in own["small"]})}
 
 
 def _reach(position: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from ..files import remove_leftovers
 from ..method.sampling import keyed_generator
 from ..models.card import DecoderCard
 from ..models.checkpoints import fingerprint_of
@@ -19,14 +20,15 @@ from ..models.decoder import DistributionConditionedDecoder
 from ..pipelines.decode import decode
 from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
 from ..settings import require_at_least, require_at_most, require_same_settings
-from .batches import Batches, DataShard, Source
+from .batches import Batches, DataShard, ReadCounter, Source
 from .cache import CacheCard, EncodingCache
 from .cache_writer import write_cache
-from .checkpoints import load_best, load_ema, newest_checkpoint, settings_of
+from .checkpoints import HELD_OUT, HELD_OUT_FRACTION, load_best, load_ema, newest_checkpoint, settings_of
 from .config import MOST_BATCH, MOST_SHARD, MOST_WORKERS, DataConfig, OptimizationConfig, RunConfig
 from .encoded_batch import encode
 from .examples import ExampleMaker
 from .held_out import FEWEST_SPLIT, HeldOutLoss, Split, count_images, split
+from .left_out import RECORD, LeftOut
 from .lock import run_lock
 from .loss import decoder_loss
 from .plan import Encoders, Plan
@@ -34,7 +36,7 @@ from .progress import ProgressBar
 from .schedules import warmup_cosine
 from .sharding import NO_DEEPSPEED
 from .sources import open_images
-from .stop import TrainingStopped
+from .stop import TrainingStopped, stop_at_once
 from .trainable import frozen_weights, trained_weights
 from .trainer import Evaluation, Trainer
 
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 BUNDLE = "decoder.safetensors"
 #: The bundle of the weights with the lowest loss on held-out images.
 BEST = "best.safetensors"
-_HELD_OUT = "held_out"
 
 
 def make_accelerator(
@@ -137,6 +138,9 @@ def _run_training(
     main = accelerator.is_main_process
     say = report if main else _nothing
     plan.check()
+    if main:
+        for name in (BUNDLE, BEST):
+            remove_leftovers(folder / name)
     newest = newest_checkpoint(folder)
     before = None if newest is None else settings_of(newest)
     encoders = plan.encoders(_device(accelerator))
@@ -155,11 +159,12 @@ def _run_training(
         world=accelerator.num_processes,
         window=data.window,
     )
-    evaluate = _evaluation(encoders, decoder.card, source, parts, run, data, optimization, accelerator)
+    evaluate, held_out = _evaluation(encoders, decoder.card, source, parts, run, data, optimization, accelerator)
+    batches = Batches(source if parts is None else parts.training, size=data.batch, shard=shard, workers=data.workers)
     trainer = Trainer(
         folder,
         decoder,
-        Batches(source if parts is None else parts.training, size=data.batch, shard=shard, workers=data.workers),
+        batches,
         ExampleMaker(decoder.card, encoders.tokenizer, encoders.codec, encoders.geometry, localised=data.localised),
         optimization,
         accelerator=accelerator,
@@ -168,29 +173,46 @@ def _run_training(
             **_decoder_settings(plan, decoder),
             "localised": data.localised,
             "precision": accelerator.mixed_precision,
-            **({} if parts is None else {_HELD_OUT: parts.fingerprint}),
+            **({} if parts is None else {HELD_OUT: parts.fingerprint, HELD_OUT_FRACTION: run.held_out}),
         },
         run=run,
         evaluate=evaluate,
         report=report,
         progress=progress,
     )
+    path = folder / BUNDLE
     try:
         trainer.train()
+        left_out = _left_out(source, [batches.counter, held_out], accelerator)
+        if main:
+            words = f"{folder.name}: stopped while its results were written: run the same command again to write them"
+            with stop_at_once(words):
+                left_out.write(folder)
+                # The best first: a run whose last bundle is written has them all.
+                if parts is not None:
+                    _save_best(folder, plan, encoders, dtype, report)
+                # Into a decoder that is loaded again: the trained one may be sharded over devices.
+                plan.save(path, plan.decoder(encoders, dtype=dtype), load_ema(newest_checkpoint(folder)))
+            report(f"wrote {path}")
+            for line in left_out.lines():
+                report(f"{folder.name}: {line}")
+            if left_out.unreadable or left_out.small:
+                report(f"{folder.name}: all of them are named in {folder / RECORD}")
     except TrainingStopped as stopped:
         say(str(stopped))
         accelerator.end_training()
         raise
-    path = folder / BUNDLE
-    if main:
-        # Into a decoder that is loaded again: the trained one may be sharded over devices.
-        # The best first: a run whose last bundle is written has them all.
-        if parts is not None:
-            _save_best(folder, plan, encoders, dtype, report)
-        plan.save(path, plan.decoder(encoders, dtype=dtype), load_ema(newest_checkpoint(folder)))
-        report(f"wrote {path}")
     accelerator.end_training()
     return path
+
+
+def _left_out(source: Source, counters: Sequence[ReadCounter], accelerator: Accelerator) -> LeftOut:
+    """What all processes left out; they call this together."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        counters = gather_object(list(counters))
+    return LeftOut.of(source, *counters)
 
 
 def _save_best(folder: Path, plan: Plan, encoders: Encoders, dtype: torch.dtype, report: Callable[[str], None]) -> None:
@@ -218,7 +240,7 @@ def run_bundle(folder: Path, plan: Plan, *, accelerator: Accelerator, report: Ca
         before = settings_of(newest)
         encoders, dtype = plan.encoders("cpu"), _frozen_dtype(before.get("precision"))
         decoder = plan.decoder(encoders, dtype=dtype)
-        now = _decoder_settings(plan, decoder) | {"card": asdict(decoder.card)}
+        now = _decoder_settings(plan, decoder) | {"card": decoder.card.to_dict()}
         require_same_settings(
             f"{newest} was",
             {name: before.get(name) for name in now},
@@ -274,15 +296,34 @@ def _split(source: Source, run: RunConfig, before: dict[str, Any] | None, say: C
     Args:
         before: the settings of the run's newest checkpoint, if there is one.
     """
-    if not run.sample_every or not run.held_out:
+    wanted = bool(run.sample_every and run.held_out)
+    if before is not None and HELD_OUT not in before:
+        if wanted:
+            say("this run began without held-out images, and goes on without them")
         return None
-    if before is not None and _HELD_OUT not in before:
-        say("this run began without held-out images, and goes on without them")
-        return None
-    parts = split(source, run.held_out)
-    if parts is None:
+    parts = split(source, run.held_out) if wanted else None
+    if before is not None and (parts is None or parts.fingerprint != before[HELD_OUT]):
+        raise ValueError(_other_images(source, run, before.get(HELD_OUT_FRACTION)))
+    if wanted and parts is None:
         say(f"no images are held out, since there are fewer than {FEWEST_SPLIT}: there is no validation loss")
     return parts
+
+
+def _other_images(source: Source, run: RunConfig, fraction: float | None) -> str:
+    """Why a run does not hold out the images that it began with, and the way out.
+
+    Args:
+        fraction: that it began with; None if an earlier version did not write it down.
+    """
+    if not run.sample_every:
+        return "this run began with held-out images, and --sample-every 0 takes none: give another --sample-every"
+    if fraction is not None and fraction != run.held_out:
+        return f"this run began with --held-out {fraction:g}, got {run.held_out:g}: give --held-out {fraction:g} again"
+    perhaps = f" or --held-out was not {run.held_out:g}" if fraction is None else ""
+    return (
+        f"this run began with other held-out images: images were added to {source.name}, removed or renamed{perhaps}. "
+        "Give the images and the --held-out that it began with, or another --out"
+    )
 
 
 def _evaluation(
@@ -294,12 +335,12 @@ def _evaluation(
     data: DataConfig,
     optimization: OptimizationConfig,
     accelerator: Accelerator,
-) -> Callable[[DistributionConditionedDecoder], Evaluation] | None:
-    """What is evaluated: the loss on held-out images, and a sample sheet."""
+) -> tuple[Callable[[DistributionConditionedDecoder], Evaluation] | None, ReadCounter]:
+    """What is evaluated, the loss on held-out images and a sample sheet; and what was read of these images."""
     shown = source if parts is None else parts.held_out
     sheet = SampleSheet(encoders, card, shown, run.samples, optimization) if run.samples else None
     if parts is None:
-        return sheet
+        return sheet, ReadCounter()
     loss = HeldOutLoss(
         parts.held_out,
         lambda batch: encode(batch, encoders.tokenizer, encoders.codec),
@@ -317,7 +358,7 @@ def _evaluation(
         image = None if sheet is None else sheet(decoder).sheet
         return Evaluation(numbers={"loss": value}, sheet=image, score=value)
 
-    return evaluate
+    return evaluate, loss.counter
 
 
 def _summary(

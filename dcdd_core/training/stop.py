@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 #: torchrun passes a Ctrl-C on that its processes got from the terminal too. Within so many seconds, two are one.
@@ -57,14 +57,35 @@ def stop_on_signals() -> Iterator[StopRequest]:
     is noted.
     """
     request = StopRequest()
+    with _handled(_SIGNALS, request.receive):
+        yield request
+
+
+@contextmanager
+def stop_at_once(message: str) -> Iterator[None]:
+    """Within it SIGTERM raises TrainingStopped, as Ctrl-C raises KeyboardInterrupt: what was being written is removed.
+
+    Raises:
+        TrainingStopped: with this message.
+    """
+
+    def stop(number: int, _frame: object) -> None:
+        raise TrainingStopped(message, number)
+
+    with _handled((signal.SIGTERM,), stop):
+        yield
+
+
+@contextmanager
+def _handled(signals: Iterable[int], handler: Callable[[int, object], None]) -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
-    handled = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+        before = {number: signal.getsignal(number) for number in signals}
+    handled = [number for number, own in before.items() if own not in (signal.SIG_IGN, None)]
     for number in handled:
-        signal.signal(number, request.receive)
+        signal.signal(number, handler)
     try:
-        yield request
+        yield
     finally:
         for number in handled:
             signal.signal(number, before[number])

@@ -516,8 +516,13 @@ def test_a_full_disk_loses_nothing_that_is_finished(tmp_path, whole, images, net
 def test_unreadable_images_are_left_out_and_counted(tmp_path, networks, geometry):
     policy = ReadPolicy(skip_unreadable=0.5)
     source = open_images(folder_of(tmp_path / "some", 10, bad=(2, 4, 5, 6, 7)), geometry, policy=policy)
+    said = []
     with pytest.warns(UserWarning, match="002.png of .*some is skipped: UnidentifiedImageError"):
-        folder = write(tmp_path / "cache", source, networks)
+        folder = write(tmp_path / "cache", source, networks, report=said.append)
+    names = "002.png, 004.png, 005.png, 006.png, 007.png"
+    assert said[-1].endswith(f"5 images are unreadable and left out: {names}")
+    write(folder, source, networks, report=said.append)  # Finished: it is said again.
+    assert said[-1].endswith(names)
     encodings = EncodingCache(folder)
     assert encodings.keys == ["000.png", "001.png", "003.png", "008.png", "009.png"]
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -567,7 +572,7 @@ def test_small_images_are_left_out_of_a_cache_and_counted(tmp_path, networks, ge
         write(tmp_path / "cache", open_images(folder, geometry), networks, report=said.append)
     assert EncodingCache(tmp_path / "cache").keys == ["000.png", "002.png", "003.png", "005.png"]
     assert [line.split(": ", 1)[1] for line in said[-2:]] == [
-        "2 images have a side below 16 pixels (--min-side) and are left out",
+        "2 images have a side below 16 pixels (--min-side) and are left out: 001.png, 004.png",
         "1 file is passed over: 1 .txt",
     ]
     for policy in (ReadPolicy(min_side=12), ReadPolicy(min_side=17)):

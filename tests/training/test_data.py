@@ -214,7 +214,7 @@ def test_a_position_of_other_data_is_refused(paths):
         (Batches(source(paths, "folder"), size=4, shard=shard(seed=2)), "seed 1 -> 2"),
         (Batches(source(paths, "folder"), size=4, shard=shard(seed=1, rank=1, world=2)), "rank 0 -> 1, world 1 -> 2"),
         (Batches(source(paths, "folder"), size=4, shard=shard(seed=1, window=6)), "window 5 -> 6"),
-        (Batches(source(paths, "saved"), size=4, shard=shard(seed=1)), "source '"),
+        (Batches(source(paths, "saved"), size=4, shard=shard(seed=1)), "saved does not hold the same images"),
     ):
         with pytest.raises(ValueError, match=words):
             other.load_state_dict(state)

@@ -1,22 +1,34 @@
 """Held-out images: which they are, and the loss on them."""
 
+import json
+import os
+import shutil
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from dcdd_core.method.flow import interpolate, loss_weight, sample_times, velocity
 from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.pipelines.image_files import ReadPolicy
 from dcdd_core.training import held_out
 from dcdd_core.training.batches import Batches, DataShard
 from dcdd_core.training.cache import EncodingCache
 from dcdd_core.training.cache_writer import write_cache
-from dcdd_core.training.config import OptimizationConfig
+from dcdd_core.training.checkpoints import load_best
+from dcdd_core.training.config import DataConfig, OptimizationConfig, RunConfig
 from dcdd_core.training.encoded_batch import encode
 from dcdd_core.training.examples import ExampleMaker
 from dcdd_core.training.held_out import HeldOutLoss, count_images, split
+from dcdd_core.training.log import read_log
+from dcdd_core.training.plan import Encoders
+from dcdd_core.training.run import _evaluation
 from dcdd_core.training.sources import open_images
+from dcdd_core.training.trainable import choose_trained
+from dcdd_core.training.trainer import Trainer
 from tests.tiny import tiny_decoder
-from tests.training.runs import encoders, png_folder
+from tests.training.runs import accelerator, encoders, forked, png_folder
 from tests.training.test_data import KINDS, paths, source  # noqa: F401  a fixture
 
 
@@ -140,9 +152,69 @@ def test_an_unreadable_held_out_image_is_left_out_and_named(folder, tmp_path):
     whole = losses_on(images, decoder)
     broken, *others = keys(split(images, 0.1).held_out)
     (tmp_path / broken).write_bytes(b"no image")
-    with pytest.warns(UserWarning, match=f"the held-out {broken} of .* is skipped"):
-        assert losses_on(images, decoder) != whole
+    with pytest.warns(UserWarning, match=f"{broken} of the held-out images of .* is skipped"):
+        rest = losses_on(images, decoder)
+    assert rest != whole
+    with pytest.warns(UserWarning):  # Of three processes one has that image alone.
+        assert losses_on(images, decoder, world=3) == pytest.approx(rest, rel=1e-5)
     for other in others:
         (tmp_path / other).write_bytes(b"no image")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no held-out image of .* can be read"):
-        losses_on(images, decoder)
+    for world in (1, 4):
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="no held-out image of .* can be read"):
+            losses_on(images, decoder, world=world)
+
+
+def train_and_evaluate(folder, images, world):
+    """A training whose weights stay as they are, and its loss on held-out images, as a run sets them up."""
+    tokenizer, codec, geometry = encoders()
+    decoder, shared = tiny_decoder(), accelerator()
+    choose_trained(decoder, "all", rank=2)
+    source = open_images(images, geometry, policy=ReadPolicy(skip_unreadable=1.0))
+    settings = RunConfig(samples=0, sample_every=1, save_every=9, log_every=1, held_out=0.1)
+    recipe = OptimizationConfig(steps=2, learning_rate=1e-30, weight_decay=0.0, seed=5)
+    parts = split(source, settings.held_out)
+    assert shared.num_processes == world and len(parts.held_out.listed) == 3
+    given = Encoders(tokenizer=tokenizer, codec=codec, geometry=geometry)
+    data = DataConfig(images=images, batch=2)
+    evaluate, counter = _evaluation(given, decoder.card, source, parts, settings, data, recipe, shared)
+    seen = []
+
+    def scored(decoder):
+        seen.append(evaluate(decoder))
+        return seen[-1]
+
+    Trainer(
+        folder,
+        decoder,
+        Batches(parts.training, size=2, shard=DataShard(rank=shared.process_index, world=world)),
+        ExampleMaker(decoder.card, tokenizer, codec, geometry),
+        recipe,
+        accelerator=shared,
+        settings={},
+        run=settings,
+        evaluate=scored,
+        report=lambda _: None,
+    ).train()
+    (folder / f"scores-{shared.process_index}.json").write_text(json.dumps([one.score for one in seen]))
+    (folder / f"left-out-{shared.process_index}.json").write_text(json.dumps(list(counter.reasons)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+@pytest.mark.parametrize("broken", [0, 1])
+def test_two_processes_of_a_training_find_the_loss_that_one_does(folder, tmp_path, broken):
+    shutil.copytree(folder, tmp_path / "images")
+    gone = [entry.key for entry in split(open_images(folder, encoders()[2]), 0.1).held_out.listed[1:][:broken]]
+    for name in gone:  # All that the second process has.
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    for world in (1, 2):
+        (tmp_path / f"{world}").mkdir()
+        target = partial(train_and_evaluate, tmp_path / f"{world}", tmp_path / "images", world)
+        assert forked(target, world=world, clean=True) == [0] * world
+    first, one, two = (
+        json.loads((tmp_path / name).read_text()) for name in ("1/scores-0.json", "2/scores-0.json", "2/scores-1.json")
+    )
+    assert len(one) == 2 and one == two and one == pytest.approx(first, rel=1e-5)
+    logged = [line["eval/loss"] for line in read_log(tmp_path / "2")]
+    assert logged == pytest.approx(first, rel=1e-5)
+    assert load_best(tmp_path / "2").loss == pytest.approx(min(one)) and load_best(tmp_path / "2").step in (1, 2)
+    assert [json.loads((tmp_path / "2" / f"left-out-{rank}.json").read_text()) for rank in (0, 1)] == [[], gone]

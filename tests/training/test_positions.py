@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from dcdd_core.training.batches import Batches, DataShard
+from dcdd_core.training.batches import Batches, DataShard, Unreadable
 from dcdd_core.training.held_out import Without, split
 from dcdd_core.training.positions import restore_position, saved_position
 from tests.training import test_data
@@ -97,6 +97,25 @@ def test_another_source_is_still_refused(paths):  # noqa: F811
     position = saved_position(Batches(source(paths, "folder"), size=2, shard=shard(0, 1)))
     with pytest.raises(ValueError, match="saved from other data"):
         restore_position(Batches(source(paths, "saved"), size=2, shard=shard(1, 2)), [position])
+
+
+def test_names_of_what_was_left_out_are_kept_by_the_next_processes(paths):  # noqa: F811
+    batches = [Batches(source(paths, "folder"), size=2, shard=shard(rank, 2)) for rank in (0, 1)]
+    for number, own in enumerate(batches):
+        own.counter.admit(Unreadable(f"{number}.png", "half a file"), "somewhere")
+        own.counter.admit(Unreadable("small.png", "9 x 9", small=True), "somewhere")
+    positions = json.loads(json.dumps([saved_position(own) for own in batches]))
+    del positions[1]["left_out"]["unreadable"]["1.png"]
+    positions[1]["left_out"]["unreadable"]["2.png"] = "no image"
+    for world in (1, 3):
+        later = Batches(source(paths, "folder"), size=2, shard=shard(0, world))
+        restore_position(later, positions)
+        assert later.counter.reasons == {"0.png": "half a file", "2.png": "no image"}
+        assert list(later.counter.too_small) == ["small.png"]
+    for position in positions:  # an earlier version's
+        del position["left_out"]
+    restore_position(Batches(source(paths, "folder"), size=2, shard=shard(0, 2)), positions)
+    restore_position(Batches(source(paths, "folder"), size=2, shard=shard(0, 1)), positions)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])

@@ -1,0 +1,70 @@
+"""Which images a training or a cache left out, in words, and as a record in the run's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..files import write_text
+from ..pipelines.image_files import first_of
+from .batches import MOST_NAMED, ReadCounter, Source
+from .folders import ImageSource
+
+#: In a run's folder.
+RECORD = "left_out.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """The images and files of a source that were not used.
+
+    Attributes:
+        unreadable: name of an image -> what is wrong with it; of the first `MOST_NAMED` of each process.
+        small: names of images below `min_side`; of as many.
+        min_side: in pixels; None for a cache, whose images were chosen when it was written.
+        passed_over: files that are not read, in words; "" if there are none.
+    """
+
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    small: tuple[str, ...] = ()
+    min_side: int | None = None
+    passed_over: str = ""
+
+    @classmethod
+    def of(cls, source: Source, *counters: ReadCounter) -> LeftOut:
+        """Those that these counters have met."""
+        unreadable = {name: reason for counter in counters for name, reason in counter.reasons.items()}
+        images = source if isinstance(source, ImageSource) else None
+        return cls(
+            unreadable=dict(sorted(unreadable.items())),
+            small=tuple(sorted({name for counter in counters for name in counter.too_small})),
+            min_side=None if images is None else images.min_side,
+            passed_over="" if images is None else images.passed_over,
+        )
+
+    def lines(self) -> Iterator[str]:
+        """What was left out, with the first names."""
+        if self.unreadable:
+            yield f"{_count(self.unreadable)} are unreadable and left out: {first_of(self.unreadable)}"
+        if self.small:
+            yield (
+                f"{_count(self.small)} have a side below {self.min_side} pixels (--min-side) and are left out: "
+                f"{first_of(self.small)}"
+            )
+        if self.passed_over:
+            yield self.passed_over
+
+    def write(self, folder: Path) -> None:
+        """Writes the record, `RECORD`, with all the names.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        values = {"unreadable": dict(self.unreadable), "small": list(self.small), "passed_over": self.passed_over}
+        write_text(folder / RECORD, json.dumps(values, indent=1) + "\n")
+
+
+def _count(names: Mapping[str, str] | tuple[str, ...]) -> str:
+    return f"{'at least ' if len(names) >= MOST_NAMED else ''}{len(names)} images"
