@@ -1,0 +1,157 @@
+"""Endless training scenes as image tokens: rendered and encoded in blocks, while training reads the block before.
+
+Shapes: B batch, N tokens, S scenes of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from dcdd_core import registry
+from dcdd_core.files import write_tensors
+from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.protocols import ImageTokenizer
+
+from .embedded import model_paths
+from .scenes import SPLIT_SIZE, SPLIT_START, SceneFacts, Split, render_scene, sample_facts, scene_pixels
+
+_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenBatch:
+    """Scenes of one update.
+
+    Attributes:
+        facts: of each; their captions.
+        tokens: [B, N] int64.
+        errors: [B, N] float32, log(1 - cosine) between a position's feature and its code.
+    """
+
+    facts: list[SceneFacts]
+    tokens: torch.Tensor
+    errors: torch.Tensor
+
+
+class SceneTokens:
+    """The training split as tokens, in files of the work folder that any later run with the same tokenizer reads.
+
+    A block of scenes is gone through `uses` times, each time in a new order, before the next is taken: rendering and
+    encoding a scene costs about as much as half an update's share of it. After the last scene of the split the first
+    comes again.
+
+    Args:
+        folder: of the files.
+        weights: of the embedded models, whose tokenizer encodes.
+        name: of the tokenizer's weights, for the files' names.
+        block: scenes of a block.
+        ahead: a process of its own prepares the next block; False makes each when it is asked for.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        weights: Path,
+        name: str,
+        *,
+        seed: int,
+        size: int,
+        block: int = 2048,
+        uses: int = 3,
+        ahead: bool = True,
+    ):
+        self.folder, self.weights, self.name = folder, weights, name
+        self.seed, self.size, self.block, self.uses = seed, size, block, uses
+        self._pool = None
+        if ahead:
+            self._pool = ProcessPoolExecutor(
+                1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+            )
+        self._coming: dict[int, Future[None]] = {}
+        self._held: dict[int, dict[str, torch.Tensor]] = {}
+
+    def batch(self, step: int, size: int) -> TokenBatch:
+        """The scenes of an update; they depend on (seed, step) alone."""
+        indices, parts = [], []
+        for position in range(step * size, (step + 1) * size):
+            number, within = divmod(position, self.block * self.uses)
+            use, place = divmod(within, self.block)
+            # The same for all positions of a use: kept until the next.
+            chosen = int(self._order(number, use)[place])
+            number %= SPLIT_SIZE // self.block
+            indices.append(number * self.block + chosen)
+            held = self._load(number)
+            parts.append((held["tokens"][chosen], held["errors"][chosen]))
+        tokens, errors = (torch.stack(found) for found in zip(*parts))
+        return TokenBatch(facts=scene_facts_of("train", indices), tokens=tokens.long(), errors=errors.float())
+
+    def close(self) -> None:
+        """Ends the process that prepares blocks."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _order(self, number: int, use: int) -> torch.Tensor:
+        if getattr(self, "_ordered", None) != (number, use):
+            self._ordered = (number, use)
+            self._places = torch.randperm(self.block, generator=keyed_generator(self.seed, 1 << 40, number, use))
+        return self._places
+
+    def _load(self, number: int) -> dict[str, torch.Tensor]:
+        if number not in self._held:
+            if self._pool is None:
+                encode_block(*self._job(number))
+            else:
+                self._ask(number).result()
+                self._ask((number + 1) % (SPLIT_SIZE // self.block))
+            self._held = {number: load_file(self._job(number)[0])}
+        return self._held[number]
+
+    def _ask(self, number: int) -> Future[None]:
+        if number not in self._coming:
+            self._coming[number] = self._pool.submit(encode_block, *self._job(number))
+        return self._coming[number]
+
+    def _job(self, number: int) -> tuple[Path, Path, int, int, int]:
+        path = self.folder / f"train-{self.size}-{self.name}-{self.block}x{number}.safetensors"
+        return path, self.weights, number * self.block, self.block, self.size
+
+
+def scene_facts_of(split: Split, indices: Sequence[int]) -> list[SceneFacts]:
+    """The facts of scenes of a split, without rendering them."""
+    return [sample_facts(np.random.default_rng(SPLIT_START[split] + index)) for index in indices]
+
+
+def encode_block(path: Path, weights: Path, first: int, count: int, size: int) -> None:
+    """Writes the tokens and errors of training scenes first..first + count - 1, unless the file is there."""
+    if path.exists():
+        return
+    vlm = model_paths(weights)["vlm"]
+    tokenizer = registry.sampler_family(vlm).load_tokenizer(str(vlm), dtype=torch.float32)
+    tokens, errors = encode_scenes(tokenizer, "train", range(first, first + count), size=size)
+    write_tensors(path, {"tokens": tokens.to(torch.int16), "errors": errors.half()}, {})
+
+
+@torch.no_grad()
+def encode_scenes(
+    tokenizer: ImageTokenizer, split: Split, indices: Sequence[int], *, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Renders and encodes scenes: tokens [S, N] int64 and log(1 - cosine) of feature and code [S, N] float32."""
+    found = []
+    for start in range(0, len(indices), _BATCH):
+        images = np.stack([render_scene(split, k, size=size).image for k in indices[start : start + _BATCH]])
+        with torch.autocast(tokenizer.device.type, dtype=torch.bfloat16):
+            features = F.normalize(tokenizer.features(scene_pixels(images, tokenizer.device)), dim=-1)
+        tokens = tokenizer.tokens(features)
+        cosines = (features * tokenizer.codebook.vectors[tokens]).sum(-1)
+        found.append((tokens.cpu(), (1 - cosines).clamp(min=1e-4).log().cpu()))
+    tokens, errors = (torch.cat(parts) for parts in zip(*found))
+    return tokens, errors
