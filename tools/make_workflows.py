@@ -990,89 +990,247 @@ def edit(graph: Graph) -> None:
     )
 
 
-def without_decoder(graph: Graph) -> None:
-    note = graph.note("""
-        # FLUX repaints Janus, without a trained decoder
-        For public weights only: the VQ-VAE decodes the *expected* codes (**soft**), and plain **FLUX.1-dev** repaints
-        the result, most where Janus was uncertain (**Differential Diffusion** under the soft **Uncertainty Mask**).
+def guide_latent(graph: Graph, sampled: Node, janus: Node, vae: Output, **given: Any) -> Node:
+    given = {"wide": 310, "room": NOTICE, "token_logits": sampled["token_logits"], "vae": vae, **given}
+    return graph.node("DCDD_TokenGuideLatent", vq_vae=janus["vq_vae"], **given)
 
+
+def guided_model(graph: Graph, sampled: Node, janus: Node, model: Output, vae: Output, **given: Any) -> Node:
+    given = {"wide": 310, "first": True, "token_logits": sampled["token_logits"], "model": model, "vae": vae, **given}
+    return graph.node("DCDD_DistributionGuidance", vq_vae=janus["vq_vae"], **given)
+
+
+def ksampler(graph: Graph, model: Output, texts: tuple[Output, Output], latent: Output, **given: Any) -> Node:
+    """Euler steps without CFG, as FLUX and pico take them."""
+    given = {"seed": 0, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "wide": 310, **given}
+    positive, negative = texts
+    return graph.node(
+        "KSampler", preview=True, model=model, positive=positive, negative=negative, latent_image=latent, **given
+    )
+
+
+def agreement(graph: Graph, image: Output, sampled: Node, janus: Node) -> Node:
+    return graph.node(
+        "DCDD_TokenAgreement",
+        wide=310,
+        room=NOTICE,
+        image=image,
+        token_logits=sampled["token_logits"],
+        vq_vae=janus["vq_vae"],
+    )
+
+
+def guidance(graph: Graph) -> None:
+    note = graph.note("""
+        # Distribution guidance
+        Any diffusion model paints what Janus said, **without a trained decoder**: at each step its predicted image is
+        pulled until Janus' own encoder reads in it what Janus predicted. Here pico's diffusion model, which knows
+        neither the prompt nor the tokens, takes the place of your FLUX.
+
+        The sheet shows the VQ-VAE's image, the same diffusion model without guidance, with it, and a decoder that was
+        trained for the tokens.
+        ## Change first
+        - the **prompt** and the **strength** (green)
+        - *start* of *Token Guide Latent*: how much noise the model starts from
+        - *Token Agreement* says how many tokens are read in the image: if far fewer are under noise, *strength* is too
+        high
+        ## With your own model
+        Workflow 8 is the same with FLUX.1-dev.
+    """)
+    janus, decoder = load_janus(graph), load_decoder(graph)
+    pico = graph.node("DCDD_LoadPicoModel", wide=310)
+    prompt = "a large checked blue star in the centre on a lined cream ground"
+    sampled = sampler(graph, janus, prompt=prompt, seed=3, batch_size=3)
+    start = guide_latent(graph, sampled, janus, pico["vae"])
+    guided = guided_model(graph, sampled, janus, pico["model"], pico["vae"])
+    texts = (pico["conditioning"], pico["conditioning"])
+    runs = {
+        title: ksampler(graph, model, texts, start["latent"], title=title, steps=10, denoise=start["denoise"])
+        for title, model in (("Without guidance", pico["model"]), ("Guided", guided["model"]))
+    }
+    plain, painted = (
+        graph.node("VAEDecode", wide=310, samples=run["LATENT"], vae=pico["vae"]) for run in runs.values()
+    )
+    by_vq = vq_decode(graph, sampled["token_logits"], janus["vq_vae"])
+    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
+    trained = paint(graph, decoder, condition, title="Trained decoder")
+    sheet = compare(
+        graph,
+        a=by_vq["image"],
+        b=plain["IMAGE"],
+        c=painted["IMAGE"],
+        d=trained["image"],
+        label_a="VQ-VAE",
+        label_b="without guidance",
+        label_c="guided",
+        label_d="trained decoder",
+    )
+    graph.thumbnail = save(graph, sheet["image"], "guided", "Save the comparison", wide=640, tall=560)
+    told = agreement(graph, painted["IMAGE"], sampled, janus)
+    graph.columns(
+        [note, group("Models", MODELS, [janus, pico, decoder])],
+        [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition])],
+        [group("Guidance", CONDITION, [start, guided])],
+        [group("Your diffusion model", DECODE, list(runs.values()), [plain, painted])],
+        [group("Decoders", DECODE, [by_vq, trained]), group("Check", IMAGE, [told])],
+        [group("Compare", COMPARE, [sheet, graph.thumbnail])],
+    )
+
+
+_OWN_FLUX = """
         It needs FLUX.1-dev (about 24 GB, or an fp8 file). Nothing is downloaded automatically; the page offers the
         files that are missing when this workflow is opened:
         - models/diffusion_models: [flux1-dev.safetensors](https://huggingface.co/black-forest-labs/FLUX.1-dev)
         - models/vae: [ae.safetensors](https://huggingface.co/black-forest-labs/FLUX.1-schnell)
         - models/text_encoders: [clip_l and t5xxl](https://huggingface.co/comfyanonymous/flux_text_encoders)
 
-        Do your files have other names? Choose them in the three loaders.
+        Do your files have other names? Choose them in the three loaders. Another model (SDXL, SD 1.5, a GGUF file):
+        replace the loaders, and give negative prompt and CFG as that model wants them."""
+
+
+def flux_files(graph: Graph) -> tuple[Node, Node, Node]:
+    """Loaders of FLUX.1-dev's transformer, text encoders and VAE."""
+    unet = graph.node("UNETLoader", wide=310, files=[FLUX_DEV], unet_name=Own(FLUX_DEV.name))
+    names = {"clip_name1": Own(CLIP_L.name), "clip_name2": Own(T5.name)}
+    clip = graph.node("DualCLIPLoader", wide=310, files=[CLIP_L, T5], type="flux", **names)
+    return unet, clip, graph.node("VAELoader", wide=310, files=[FLUX_VAE], vae_name=Own(FLUX_VAE.name))
+
+
+def flux_prompt(graph: Graph, clip: Node, text: str, title: str) -> tuple[list[Node], tuple[Output, Output]]:
+    """Its nodes, and the conditioning that FLUX takes for positive and negative."""
+    prompt = graph.node("CLIPTextEncode", title=title, wide=400, tall=140, first=True, clip=clip["CLIP"], text=text)
+    positive = graph.node("FluxGuidance", wide=310, conditioning=prompt["CONDITIONING"], guidance=3.5)
+    negative = graph.node("ConditioningZeroOut", wide=310, conditioning=prompt["CONDITIONING"])
+    return [prompt, positive, negative], (positive["CONDITIONING"], negative["CONDITIONING"])
+
+
+#: Side in pixels of the images that workflows 8 and 9 paint.
+_PAINTED = 768
+
+
+def own_flux(graph: Graph) -> None:
+    note = graph.note(
+        """
+        # Janus-Pro with your own FLUX, no training
+        Janus-Pro composes the image; **FLUX.1-dev** paints it at 768 x 768, guided at each step towards what Janus
+        predicted. No decoder has to be trained.
+"""
+        + _OWN_FLUX
+        + """
         ## Change first
         - *Load Janus*: **Janus-Pro** in models/janus (*Download Model* fetches it). pico only demonstrates the graph
         - the **prompt**, for Janus and for FLUX (green)
-        - **denoise**: low keeps Janus' image, high lets FLUX change more
-    """)
+        - **strength**: 0 is FLUX alone, from Janus' image; too much looks over-cooked
+        - *start* of *Token Guide Latent*: more noise lets FLUX change more
+        """
+    )
     janus = load_janus(graph)
-    unet = graph.node("UNETLoader", wide=310, files=[FLUX_DEV], unet_name=Own(FLUX_DEV.name))
-    clip = graph.node(
-        "DualCLIPLoader",
-        wide=310,
-        files=[CLIP_L, T5],
-        clip_name1=Own(CLIP_L.name),
-        clip_name2=Own(T5.name),
-        type="flux",
-    )
-    vae = graph.node("VAELoader", wide=310, files=[FLUX_VAE], vae_name=Own(FLUX_VAE.name))
+    unet, clip, vae = flux_files(graph)
     sampled = sampler(graph, janus)
-    text = graph.node(
-        "CLIPTextEncode",
-        title="Prompt for FLUX",
-        wide=400,
-        tall=180,
-        first=True,
-        clip=clip["CLIP"],
-        text="a large red heart with white stripes, in the centre of a sky blue wall with fine wavy lines",
-    )
-    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"])
-    soft = vq_decode(graph, sampled["token_logits"], janus["vq_vae"], codes="soft: the expected codes")
-    large = graph.node("ImageScale", wide=340, image=soft["image"], upscale_method="lanczos", width=1024, height=1024)
-    mask = uncertainty_mask(graph, condition, image=large["IMAGE"], edge="soft", threshold=0.0, blur=0.5)
-    before = compare(
+    text, texts = flux_prompt(
         graph,
-        a=large["IMAGE"],
-        b=mask["heat_map"],
-        label_a="what FLUX starts from",
-        label_b="bright: where it may change more",
+        clip,
+        "a large red heart with white stripes, in the centre of a sky blue wall with fine wavy lines",
+        "Prompt for FLUX",
     )
-    graph.thumbnail = preview(graph, before["image"], "Before FLUX", wide=420, tall=330)
-    latent = graph.node("VAEEncode", wide=310, pixels=large["IMAGE"], vae=vae["VAE"])
-    masked = graph.node("SetLatentNoiseMask", wide=310, samples=latent["LATENT"], mask=mask["mask"])
-    model = graph.node("DifferentialDiffusion", wide=310, model=unet["MODEL"])
-    positive = graph.node("FluxGuidance", wide=310, conditioning=text["CONDITIONING"], guidance=3.5)
-    negative = graph.node("ConditioningZeroOut", wide=310, conditioning=text["CONDITIONING"])
-    refined = graph.node(
-        "KSampler",
-        wide=310,
-        preview=True,
-        first=True,
-        model=model["MODEL"],
-        positive=positive["CONDITIONING"],
-        negative=negative["CONDITIONING"],
-        latent_image=masked["LATENT"],
-        seed=0,
-        steps=20,
-        cfg=1.0,
-        sampler_name="euler",
-        scheduler="simple",
-        denoise=0.6,
-    )
-    decoded = graph.node("VAEDecode", wide=310, samples=refined["LATENT"], vae=vae["VAE"])
-    saved = save(graph, decoded["IMAGE"], "by FLUX", "Save the image", wide=640, tall=720)
+    start = guide_latent(graph, sampled, janus, vae["VAE"], width=_PAINTED, height=_PAINTED)
+    guided = guided_model(graph, sampled, janus, unet["MODEL"], vae["VAE"])
+    own = vq_decode(graph, sampled["token_logits"], janus["vq_vae"], codes="soft: the expected codes")
+    graph.thumbnail = preview(graph, own["image"], "Janus' own image", wide=340, tall=330)
+    run = ksampler(graph, guided["model"], texts, start["latent"], denoise=start["denoise"])
+    painted = graph.node("VAEDecode", wide=310, samples=run["LATENT"], vae=vae["VAE"])
+    told = agreement(graph, painted["IMAGE"], sampled, janus)
+    saved = save(graph, painted["IMAGE"], "by FLUX", "Save the image", wide=640, tall=720)
     graph.columns(
         [note, group("Models", MODELS, [janus, unet, clip, vae])],
-        [group("Tokens", TOKENS, [sampled]), group("Prompt for FLUX", IMAGE, [text])],
-        [group("Condition", CONDITION, [condition, mask]), group("Decode", DECODE, [soft, large])],
-        [group("What FLUX gets", COMPARE, [before, graph.thumbnail])],
+        [group("Tokens", TOKENS, [sampled]), group("Prompt for FLUX", IMAGE, text)],
+        [group("Guidance", CONDITION, [start, guided]), group("Check", IMAGE, [told])],
+        [group("FLUX", DECODE, [run, painted])],
+        [group("Decode", DECODE, [own]), group("Compare", COMPARE, [graph.thumbnail])],
+        [group("Result", COMPARE, [saved])],
+    )
+
+
+def repaint_with_flux(graph: Graph) -> None:
+    note = graph.note(
+        """
+        # Repaint under a mask, with your own FLUX
+        Janus draws a first image and then, from a **second prompt**, new tokens under the mask that fit what
+        surrounds them. **FLUX.1-dev** paints the first image, and repaints the part under the mask, guided by the new
+        tokens; all other pixels stay as they are.
+"""
+        + _OWN_FLUX
+        + """
+        ## Change first
+        - *Load Janus*: **Janus-Pro** in models/janus. pico only demonstrates the graph
+        - the **second prompt**, for Janus and for FLUX (green)
+        - the **mask**: *x*, *y* and the size of the white box, or one that you draw
+        - an image of your own in the place of the first: *Load Image*, scaled to 768 x 768, into both
+        *ImageCompositeMasked*; and scaled to 384 x 384 through *VQ-VAE Encode* and *Logit Calibrator* into the second
+        sampler's *token_logits*
+        """
+    )
+    janus = load_janus(graph)
+    unet, clip, vae = flux_files(graph)
+    black = graph.node("SolidMask", title="Keep everything (black)", wide=225, value=0.0, width=768, height=768)
+    white = graph.node("SolidMask", title="except this box (white)", wide=225, value=1.0, width=512, height=512)
+    mask = graph.node(
+        "MaskComposite", wide=225, destination=black["MASK"], source=white["MASK"], x=128, y=128, operation="add"
+    )
+    shown = graph.node("MaskPreview", title="Repainted (white)", wide=225, preview=True, mask=mask["MASK"])
+    first = sampler(graph, janus, first=False)
+    second = sampler(
+        graph,
+        janus,
+        prompt="a large checked purple star in the centre on a wavy sky ground",
+        seed=11,
+        token_logits=first["token_logits"],
+        mask=mask["MASK"],
+    )
+    text, texts = flux_prompt(
+        graph, clip, "a large red heart with white stripes on a sky blue wall with fine wavy lines", "First prompt"
+    )
+    text_again, texts_again = flux_prompt(
+        graph, clip, "a large purple star with a chequered pattern on a sky blue wall", "Second prompt"
+    )
+    sizes = {"width": _PAINTED, "height": _PAINTED}
+    start = guide_latent(graph, first, janus, vae["VAE"], **sizes)
+    guided = guided_model(graph, first, janus, unet["MODEL"], vae["VAE"], first=False)
+    run = ksampler(graph, guided["model"], texts, start["latent"], denoise=start["denoise"], title="First image")
+    before = graph.node("VAEDecode", wide=310, samples=run["LATENT"], vae=vae["VAE"])
+    start_again = guide_latent(graph, second, janus, vae["VAE"], **sizes)
+    pasted = {"x": 0, "y": 0, "resize_source": False, "mask": mask["MASK"], "destination": before["IMAGE"]}
+    canvas = graph.node(
+        "ImageCompositeMasked", title="Janus' new part, pasted", wide=310, source=start_again["image"], **pasted
+    )
+    latent = graph.node("VAEEncode", wide=310, pixels=canvas["IMAGE"], vae=vae["VAE"])
+    masked = graph.node("SetLatentNoiseMask", wide=310, samples=latent["LATENT"], mask=mask["MASK"])
+    guided_again = guided_model(graph, second, janus, unet["MODEL"], vae["VAE"], mask=mask["MASK"])
+    again = ksampler(
+        graph, guided_again["model"], texts_again, masked["LATENT"], denoise=start_again["denoise"], title="Repaint"
+    )
+    part = graph.node("VAEDecode", wide=310, samples=again["LATENT"], vae=vae["VAE"])
+    whole = graph.node("ImageCompositeMasked", title="All else as it was", wide=310, source=part["IMAGE"], **pasted)
+    sheet = compare(
+        graph, a=before["IMAGE"], b=whole["IMAGE"], label_a="the first image", label_b="repainted under the mask"
+    )
+    own, own_again = (vq_decode(graph, each["token_logits"], janus["vq_vae"]) for each in (first, second))
+    drawn = compare(graph, a=own["image"], b=own_again["image"], label_a="Janus' first", label_b="with new tokens")
+    graph.thumbnail = preview(graph, drawn["image"], "What Janus draws", wide=420, tall=330)
+    saved = save(graph, whole["IMAGE"], "repainted", "Save the image", wide=640, tall=720)
+    beside = preview(graph, sheet["image"], "Before and after", wide=640, tall=400)
+    graph.columns(
+        [note, group("Models", MODELS, [janus, unet, clip, vae])],
+        [group("First image", TOKENS, [first]), group("Where to repaint", IMAGE, [black, white], [mask, shown])],
+        [group("New tokens", TOKENS, [second]), group("Prompts for FLUX", IMAGE, [*text, *text_again])],
+        [group("Guidance", CONDITION, [start, guided]), group("FLUX", DECODE, [run, before])],
         [
-            group("FLUX", DECODE, [latent, masked, model, positive, negative], [refined, decoded]),
-            group("Result", COMPARE, [saved]),
+            group("Guidance under the mask", CONDITION, [start_again, guided_again]),
+            group("Canvas", IMAGE, [canvas, latent, masked]),
         ],
+        [group("FLUX repaints", DECODE, [again, part, whole]), group("Janus alone", DECODE, [own, own_again])],
+        [group("What Janus draws", COMPARE, [drawn, graph.thumbnail]), group("Compare", COMPARE, [sheet, beside])],
+        [group("Result", COMPARE, [saved])],
     )
 
 
@@ -1083,7 +1241,9 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     "4 Repaint where Janus was unsure": repaint,
     "5 Look inside, logits and calibration": look_inside,
     "6 Edit, keep tokens and sample the rest": edit,
-    "7 FLUX img2img without a trained decoder": without_decoder,
+    "7 Distribution guidance": guidance,
+    "8 Janus-Pro with your own FLUX, no training": own_flux,
+    "9 Repaint under a mask, with your own FLUX": repaint_with_flux,
 }
 
 

@@ -21,7 +21,7 @@ from tests.shipped import ROOT
 pytestmark = pytest.mark.comfy
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-WITHOUT_DECODER = ROOT / "workflows" / "7 FLUX img2img without a trained decoder.json"
+WITH_FLUX = [path for path in WORKFLOWS if "your own FLUX" in path.stem]
 SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
 
 
@@ -130,7 +130,7 @@ def test_workflow_fits_the_nodes(path, info):
     assert problems(json.loads(path.read_text("utf-8")), info) == []
 
 
-@pytest.mark.parametrize("path", [path for path in WORKFLOWS if path != WITHOUT_DECODER], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in WORKFLOWS if path not in WITH_FLUX], ids=lambda path: path.stem)
 def test_workflow_runs_on_what_ships(path, server, info):
     prompt = to_prompt(json.loads(path.read_text("utf-8")), info)
     assert not missing_files(prompt, info)
@@ -151,7 +151,7 @@ def test_automatic_dtype_follows_the_placement(server):
 
 @pytest.fixture
 def flux(server):
-    """The files of workflow 7 in ComfyUI's folders, and ComfyUI told how small their text encoders are."""
+    """The files of workflows 8 and 9 in ComfyUI's folders, and ComfyUI told how small their text encoders are."""
     files = write_flux(server.base / "models")
     server.post("/test/text_encoders", TEXT_ENCODERS)
     yield
@@ -161,29 +161,36 @@ def flux(server):
         path.unlink()
 
 
-def test_workflow_without_a_decoder_runs_on_a_flux_shaped_checkpoint(server, flux):
+@pytest.mark.parametrize("path", WITH_FLUX, ids=lambda path: path.stem)
+def test_workflow_with_ones_own_flux_runs_on_a_checkpoint_of_its_shape(path, server, flux):
     """The workflow as it is, every node of it real, on random weights.
 
     Less than real are: FLUX's depth (one block of each kind), the depth and inner width of the text encoders, which
-    ComfyUI does not read off their files and is told instead, the picture's size, and the number of steps.
+    ComfyUI does not read off their files and is told instead, the image's size, and the number of steps.
     """
     info = server.get("/object_info")
-    prompt = to_prompt(json.loads(WITHOUT_DECODER.read_text("utf-8")), info)
+    prompt = to_prompt(json.loads(path.read_text("utf-8")), info)
     assert not missing_files(prompt, info)
-    node = {step["class_type"]: name for name, step in prompt.items()}
-    wide, tall, steps = 128, 96, 2
-    prompt[node["ImageScale"]]["inputs"] |= {"width": wide, "height": tall}
-    prompt[node["KSampler"]]["inputs"]["steps"] = steps
-    for kind, name in {"DCDD_UncertaintyMask": "mask", "ImageScale": "start", "VAEDecode": "painted"}.items():
-        prompt[name] = {"class_type": "TEST_Save", "inputs": {"value": (node[kind], 0), "name": name}}
+    side, steps = 128, 2
+    kinds: dict[str, list[str]] = {}
+    for name, node in prompt.items():
+        kinds.setdefault(node["class_type"], []).append(name)
+        node["inputs"] |= {key: side for key in ("width", "height") if key in node["inputs"]}
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = steps
+    for number, name in enumerate(kinds.get("SolidMask", [])):
+        prompt[name]["inputs"] |= {"width": (side, 64)[number], "height": (side, 64)[number]}
+    for name in kinds.get("MaskComposite", []):
+        prompt[name]["inputs"] |= {"x": 32, "y": 32}
+    (saved,) = kinds["SaveImage"]
+    prompt["kept"] = {"class_type": "TEST_Save", "inputs": {"value": prompt[saved]["inputs"]["images"], "name": "kept"}}
     before = len(server.log())
     run = server.run(prompt, seconds=3000)
     assert run.status == "success", f"node {run.node}: {run.error}"
     assert {*run.executed, *run.cached} == set(prompt)
-    assert run.progress[node["KSampler"]][-1] == (steps, steps)
-    mask, start, painted = (server.saved(name)["value"] for name in ("mask", "start", "painted"))
-    assert mask.shape == (1, tall, wide) and mask.min() < mask.max(), "nothing to tell the sure from the unsure"
-    assert start.shape == painted.shape == (1, tall, wide, 3)
+    assert all(run.progress[name][-1] == (steps, steps) for name in kinds["KSampler"])
+    painted = server.saved("kept")["value"]
+    assert painted.shape == (1, side, side, 3)
     assert np.isfinite(painted).all() and painted.std() > 0.01
     # ComfyUI loads what fits and goes on: only its log says that names or shapes were others than it expected.
     log = server.log()[before:]

@@ -1,4 +1,4 @@
-"""The files that workflow 7 asks for, as small as ComfyUI's own loaders let them be, with random weights.
+"""The files that workflows 8 and 9 ask for, as small as ComfyUI's own loaders let them be, with random weights.
 
 ComfyUI tells an architecture from the names and shapes in its file. FLUX.1-dev's width, its text's widths (in 0.3.64)
 and its autoencoder's are fixed there, its depth is not: so the transformer has one double and one single block, the
@@ -28,7 +28,7 @@ TEXT_ENCODERS = {
 
 
 def write_flux(models: Path) -> list[Path]:
-    """The four files under the names that workflow 7 has for them, 0.9 GB in all, in ComfyUI's models folder."""
+    """The four files under the names that the workflows have for them, 0.9 GB in all, in ComfyUI's models folder."""
     files = {
         models / "diffusion_models" / "flux1-dev.safetensors": (transformer(), torch.float8_e4m3fn),
         models / "vae" / "ae.safetensors": (autoencoder(), torch.bfloat16),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -181,7 +182,101 @@ class RandomVAE:
         return (vae,)
 
 
-NODE_CLASS_MAPPINGS = {f"TEST_{node.__name__}": node for node in (Picture, Mask, One, Save, Hold, Interrupt, RandomVAE)}
+class RandomModel:
+    """One of ComfyUI's own architectures, narrow and with random weights, and the conditioning that it takes."""
+
+    RETURN_TYPES = ("MODEL", "CONDITIONING")
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    _UNET = types.MappingProxyType(
+        {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 64,
+            "channel_mult": [1, 2],
+            "num_res_blocks": [1, 1],
+            "transformer_depth": [1, 1],
+            "transformer_depth_output": [1, 1, 1, 1],
+            "transformer_depth_middle": 1,
+            "use_spatial_transformer": True,
+            "legacy": False,
+            "dtype": torch.float32,
+        }
+    )
+    #: Its class in comfy.supported_models, what is said of its network, and the widths of its text.
+    KINDS = types.MappingProxyType(
+        {
+            "SD15": (
+                {**_UNET, "context_dim": 768, "use_linear_in_transformer": False, "adm_in_channels": None},
+                768,
+                768,
+            ),
+            "SDXL": (
+                {
+                    **_UNET,
+                    "context_dim": 2048,
+                    "use_linear_in_transformer": True,
+                    "adm_in_channels": 2816,
+                    "num_classes": "sequential",
+                },
+                2048,
+                1280,
+            ),
+            "Flux": (
+                {
+                    "image_model": "flux",
+                    "in_channels": 16,
+                    "out_channels": 16,
+                    "vec_in_dim": 768,
+                    "context_in_dim": 4096,
+                    "hidden_size": 64,
+                    "mlp_ratio": 4.0,
+                    "num_heads": 2,
+                    "depth": 1,
+                    "depth_single_blocks": 1,
+                    "axes_dim": [8, 12, 12],
+                    "theta": 10000,
+                    "qkv_bias": True,
+                    "guidance_embed": True,
+                    "patch_size": 2,
+                    "dtype": torch.float32,
+                },
+                4096,
+                768,
+            ),
+        }
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"kind": (list(cls.KINDS), {})}}
+
+    def make(self, kind):
+        import comfy.model_patcher
+        import comfy.supported_models
+
+        unet, text, pooled = self.KINDS[kind]
+        if kind == "Flux":
+            from comfy.ldm.flux.model import FluxParams
+
+            # Of newer versions alone: positions of the text, which FLUX.1 has none of.
+            unet = unet | {key: [] for key in ("txt_ids_dims",) if key in {one.name for one in fields(FluxParams)}}
+        config = getattr(comfy.supported_models, kind)(dict(unet))
+        model = config.get_model({}, "")
+        draw = torch.Generator().manual_seed(0)
+        for weight in model.diffusion_model.parameters():
+            spread = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1
+            weight.data = torch.randn(weight.shape, generator=draw) * spread
+        device = comfy.model_management.get_torch_device()
+        patcher = comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=device)
+        said = {"pooled_output": torch.zeros(1, pooled), "guidance": 3.5}
+        return patcher, [[torch.randn(1, 8, text, generator=draw), said]]
+
+
+_NODES = (Picture, Mask, One, Save, Hold, Interrupt, RandomVAE, RandomModel)
+NODE_CLASS_MAPPINGS = {f"TEST_{node.__name__}": node for node in _NODES}
 
 
 def _tensors(value) -> dict[str, torch.Tensor]:

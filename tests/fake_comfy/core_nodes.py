@@ -1,12 +1,12 @@
 """ComfyUI's own nodes in the shipped workflows: what their sockets and widgets are, and what those do that run here.
 
-The nodes of workflow 7, which work on FLUX's files, have sockets alone.
+Those that work on FLUX's files have sockets alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,18 +28,23 @@ class CoreNode:
             model files.
         run: None where only the sockets are known.
         shows: whether it ends a graph.
+        optional: further inputs.
     """
 
     inputs: dict[str, tuple]
     outputs: tuple[str, ...] = ()
     run: Callable[..., Any] | None = None
     shows: bool = False
+    optional: dict[str, tuple] = field(default_factory=dict)
 
     def info(self) -> dict[str, Any]:
         """The node's entry of /object_info."""
-        specs = {k: [list(v[0]) if isinstance(v[0], tuple) else v[0], *v[1:]] for k, v in self.inputs.items()}
+        required, optional = (
+            {k: [list(v[0]) if isinstance(v[0], tuple) else v[0], *v[1:]] for k, v in part.items()}
+            for part in (self.inputs, self.optional)
+        )
         return {
-            "input": {"required": specs},
+            "input": {"required": required} | ({"optional": optional} if optional else {}),
             "output": list(self.outputs),
             "output_name": list(self.outputs),
             "output_node": self.shows,
@@ -143,7 +148,9 @@ def core_nodes(comfy: Any, folders: Any) -> dict[str, CoreNode]:
         ),
         "VAELoader": CoreNode({"vae_name": ((),)}, ("VAE",)),
         "CLIPTextEncode": CoreNode({"text": text, "clip": clip}, ("CONDITIONING",)),
-        "VAEEncode": CoreNode({"pixels": image, "vae": vae}, ("LATENT",)),
+        "VAEEncode": CoreNode(
+            {"pixels": image, "vae": vae}, ("LATENT",), lambda pixels, vae: ({"samples": vae.encode(pixels)},)
+        ),
         "VAEDecode": CoreNode(
             {"samples": latent, "vae": vae}, ("IMAGE",), lambda samples, vae: (vae.decode(samples["samples"]),)
         ),
@@ -152,7 +159,11 @@ def core_nodes(comfy: Any, folders: Any) -> dict[str, CoreNode]:
             ("LATENT",),
             lambda samples, mask: ({**samples, "noise_mask": mask.reshape(-1, 1, *mask.shape[-2:])},),
         ),
-        "DifferentialDiffusion": CoreNode({"model": model, "strength": number}, ("MODEL",)),
+        "ImageCompositeMasked": CoreNode(
+            {"destination": image, "source": image, **placed, "resize_source": ("BOOLEAN", {"default": False})},
+            ("IMAGE",),
+            optional={"mask": mask},
+        ),
         "FluxGuidance": CoreNode({"conditioning": conditioning, "guidance": number}, ("CONDITIONING",)),
         "ConditioningZeroOut": CoreNode({"conditioning": conditioning}, ("CONDITIONING",)),
         "KSampler": CoreNode(sampling, ("LATENT",), sample),

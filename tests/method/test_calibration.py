@@ -24,6 +24,7 @@ from dcdd_core.method.calibration import (
     fit_anchor,
     fit_calibration,
     proxy_logits,
+    scale_for_confidence,
     target_statistics,
     to_log_probabilities,
     to_probabilities,
@@ -512,3 +513,26 @@ def test_fit_tells_its_passes_and_can_be_stopped(monkeypatch):
 
     with pytest.raises(InterruptedError):
         fit_calibration(FEATURES, CODEBOOK, target, on_chunk=stop)
+
+
+@pytest.mark.parametrize("confidence", [0.2, 0.6, 0.95])
+def test_scale_for_confidence_reaches_the_confidence(confidence):
+    generator = torch.Generator().manual_seed(3)
+    codebook = Codebook(torch.randn(64, 8, generator=generator))
+    features = torch.randn(2, 30, 8, generator=generator)
+    scale = scale_for_confidence(features, codebook, confidence)
+    vectors = codebook.vectors.double().numpy()
+    directions = features.double().numpy()
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    scores = scale * directions @ vectors.T
+    q = np.exp(scores - scores.max(-1, keepdims=True))
+    q /= q.sum(-1, keepdims=True)
+    assert q.max(-1).mean() == pytest.approx(confidence, abs=2e-3)
+
+
+def test_scale_for_a_confidence_out_of_reach_is_the_nearer_end():
+    codebook = Codebook(torch.eye(4))
+    features = torch.eye(4)[None]
+    assert scale_for_confidence(features, codebook, 0.0) == pytest.approx(1, rel=1e-2)
+    flat = torch.ones(1, 3, 4)
+    assert scale_for_confidence(flat, codebook, 0.9) == pytest.approx(4096, rel=1e-2)

@@ -1726,10 +1726,10 @@ INTERRUPTIONS = [
 # --- workflows --------------------------------------------------------------------------------------------------------
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-#: It needs the user's FLUX files: its graph is checked, and not run.
-WITHOUT_DECODER = ROOT / "workflows" / "7 FLUX img2img without a trained decoder.json"
+#: They need the user's FLUX files: their graphs are checked, and not run.
+WITH_FLUX = [path for path in WORKFLOWS if "your own FLUX" in path.stem]
 SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
-RUNNABLE = [path for path in WORKFLOWS if path != WITHOUT_DECODER] + SUBGRAPHS
+RUNNABLE = [path for path in WORKFLOWS if path not in WITH_FLUX] + SUBGRAPHS
 
 
 def workflow_prompt(path: Path, info: Values) -> tuple[Values, list[str]]:
