@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from torch._inductor import config as inductor_config
 from dcdd_core.cli import common, main
 from dcdd_core.cli.app import parser
 from dcdd_core.method.flow import resolution_shift
+from dcdd_core.models.card import ServedGuidance
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.token_loop import TokenLoop
 from dcdd_core.pipelines.calibrate import PROMPTS
@@ -23,9 +24,10 @@ from dcdd_core.pipelines.guided import GuidanceOptions
 from dcdd_core.pipelines.images import to_pixels, to_tensor
 from dcdd_core.types import Calibration, TokenLogits
 from dcdd_pico import embedded
+from dcdd_pico.models import load_pico
 from dcdd_pico.scenes import render_scene, scene_pixels
 from tests.tiny import random_pico, save_janus
-from tests.tiny_pipelines import save_sd
+from tests.tiny_pipelines import save_sd, tiny_autoencoder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,6 +101,73 @@ def test_a_pipeline_is_guided_by_the_tokens(tmp_path, one_s_own):
     assert len(list((tmp_path / "out").glob("*-dcdd.png"))) == 1
 
 
+def test_guidance_sees_through_a_small_decoder(tmp_path):
+    """With the trained decoder, with a pipeline, and without either: another image each time."""
+    base, image = str(save_sd(tmp_path / "base")), tmp_path / "scene.png"
+    Image.fromarray(render_scene("test", 0, size=48).image).save(image)
+    small = {channels: str(tmp_path / f"small-{channels}") for channels in (4, 16)}
+    for channels, folder in small.items():
+        tiny_autoencoder(channels).save_pretrained(folder)
+    for words, channels in (
+        (["reconstruct", str(image), "--steps", "1", "--strength", "0.4"], 16),
+        (["reconstruct", str(image), "--steps", "1", "--decoder", "guidance", "--base", base], 4),
+        (["sharpen", str(image), "--steps", "1"], 16),
+    ):
+        made = []
+        for more in ([], ["--guide-decoder", small[channels]]):
+            out = tmp_path / f"out-{len(made)}"
+            assert main([*words, *more, "--out", str(out)]) == 0
+            (path,) = [one for one in out.iterdir() if "-vq" not in one.name]
+            made.append(path.read_bytes())
+            path.unlink()
+        assert made[0] != made[1]
+
+
+def test_a_decoder_is_guided_as_its_card_says(monkeypatch):
+    """With the strength and the shift of the card, if neither is asked for; not without a card of its own."""
+    card = replace(load_pico(with_sampler=False).decoder.card, distribution_guidance=ServedGuidance(strength=0.2))
+    shifted = replace(card, distribution_guidance=ServedGuidance(strength=0.2, shift=1.5))
+    off = replace(card, distribution_guidance=ServedGuidance(strength=0.0, shift=1.5))
+
+    def found(card, *words):
+        args = parser().parse_args(["generate", PROMPT, *words])
+        return common.guidance_of(args, card)[0].strength, common.shift_of(args, card)
+
+    assert found(card) == (0.2, None) and found(shifted) == (0.2, 1.5)
+    assert found(shifted, "--shift", "0.5") == (0.2, 0.5)
+    assert found(shifted, "--strength", "0.3") == (0.3, None) and found(shifted, "--strength", "0") == (0.0, None)
+    assert found(off) == (0.0, None) and found(None) == (0.0, None)
+    assert found(shifted, "--decoder", "guidance") == (0.4, None)
+    assert common.guidance_of(parser().parse_args(["generate", PROMPT]), shifted)[0].pull == 0
+
+
+def test_the_card_s_guidance_paints_and_is_shown(tmp_path, capsys, monkeypatch):
+    def guided(**options):
+        models = load_pico(**options)
+        served = ServedGuidance(strength=0.3, shift=1.5)
+        models.decoder.card = replace(models.decoder.card, distribution_guidance=served)
+        return models
+
+    image, made = tmp_path / "scene.png", {}
+    Image.fromarray(render_scene("test", 0, size=48).image).save(image)
+    asked = ["reconstruct", str(image), "--steps", "2", "--out", str(tmp_path / "out")]
+    for name, loads, words in (
+        ("paper", load_pico, []),
+        ("card", guided, []),
+        ("asked for", load_pico, ["--strength", "0.3", "--shift", "1.5"]),
+        ("off", guided, ["--strength", "0"]),
+    ):
+        monkeypatch.setattr(common, "load_pico", loads)
+        assert main([*asked, *words]) == 0
+        made[name] = (tmp_path / "out" / "scene-dcdd.png").read_bytes()
+    assert made["card"] == made["asked for"] != made["paper"] == made["off"]
+    capsys.readouterr()
+    for loads, words in ((load_pico, "no distribution guidance"), (guided, "of strength 0.3 at shift 1.5")):
+        monkeypatch.setattr(common, "load_pico", loads)
+        assert main(["inspect", "--count", "2", "--out", str(tmp_path / "top.png")]) == 0
+        assert f"{words}\n" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc here")
 def test_a_folder_that_only_seems_writable_is_named_before_the_work(capsys, monkeypatch):
     monkeypatch.setattr(common, "load", None)
@@ -133,12 +202,16 @@ def test_too_strong_sharpening_is_told(tmp_path, capsys):
             "paints sides of multiples of 2 pixels, got 7 x 7",
         ),
         (["--decoder", "guidance", "--base", "nowhere"], "nowhere is not a folder; expected a diffusers pipeline"),
+        (["--guide-decoder", "SMALL"], "--guide-decoder would do nothing without guidance: give a --strength"),
+        (["--strength", "0.1", "--guide-decoder", "SMALL"], "reads 4 channels, but the latents have 16"),
+        (["--strength", "0.1", "--guide-decoder", "BASE"], "base/pipeline has no config.json"),
         (["--janus", "OWN", "--decoder", "guidance"], "give --base FOLDER"),
         (["--janus", "OWN", "--decoder", "guidance", "--base", "BASE"], "and --calibration FILE"),
     ],
 )
 def test_what_guidance_cannot_do_is_said(tmp_path, capsys, one_s_own, words, expected):
-    names = {"BASE": str(save_sd(tmp_path / "base")), "OWN": one_s_own[1]}
+    tiny_autoencoder(4).save_pretrained(tmp_path / "small")
+    names = {"BASE": str(save_sd(tmp_path / "base")), "OWN": one_s_own[1], "SMALL": str(tmp_path / "small")}
     words = [names.get(word, word) for word in words]
     assert main(["generate", PROMPT, *words, "--steps", "1", "--out", str(tmp_path / "a.png")]) == 1
     assert expected in capsys.readouterr().err

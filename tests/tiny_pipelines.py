@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
@@ -219,3 +220,17 @@ def _vae(channels, **more):
         **more,
     )
     return fill(vae, 3)
+
+
+def tiny_autoencoder(channels):
+    """A small autoencoder like TAESD, of 2 pixels a latent, with a scale and a shift that matter."""
+    model = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=channels,
+        scaling_factor=2.0,
+        shift_factor=0.25,
+    )
+    return fill(model, 5)

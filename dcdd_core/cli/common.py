@@ -23,7 +23,8 @@ from ..evaluation.image_folder import ImageFile, LeftOut, large_enough, list_ima
 from ..evaluation.prompts import check_prompt, read_prompts
 from ..method.flow import timesteps
 from ..method.lcdm import map_logits
-from ..models.card import READINGS, DecoderCard
+from ..models.card import READINGS, DecoderCard, ServedGuidance
+from ..models.cheap_decoder import CheapDecoder, load_cheap_decoder
 from ..pipelines.calibrate import PROMPTS
 from ..pipelines.condition import condition_for, serving
 from ..pipelines.decode import decode
@@ -34,7 +35,7 @@ from ..pipelines.images import UnreadableImage, read_rgb, square, to_pixels
 from ..pipelines.load import LoadOptions, ModelPaths, Models, load_models
 from ..pipelines.progress import ProgressBar
 from ..pipelines.sample import sample
-from ..protocols import Progress, SamplingOptions
+from ..protocols import LatentCodec, Progress, SamplingOptions
 from ..types import Calibration, Condition, TokenLogits
 from .arguments import check_out, path
 
@@ -44,7 +45,7 @@ HELD = ("janus_int8", "decoder_8bit", "stream", "compile")
 #: Options that say how the diffusion decoder paints.
 PAINTING = ("steps", "shift", "calibration", "anchor", "reads")
 #: Options of distribution guidance.
-GUIDED = ("strength", "start", "paint_side")
+GUIDED = ("strength", "start", "paint_side", "guide_decoder")
 #: Options that say what is sampled, and how.
 SAMPLING = (
     *("calibration", "prompts", "images", "count", "batch", "guidance", "temperature", "top_k", "top_p", "seed"),
@@ -101,7 +102,7 @@ def model_options(parser: Parser) -> None:
         type=path,
         metavar="PATH",
         help=f"FLUX.1-Fill, if the bundle needs it, file or folder; with --decoder {GUIDANCE}, the folder of a "
-        "diffusers pipeline (FLUX.1, SDXL, Stable Diffusion 1.x)",
+        "diffusers pipeline (FLUX.1, FLUX.2 [klein], SDXL, Stable Diffusion 1.x)",
     )
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     group.add_argument("--janus-int8", action="store_true", help="hold the language model's layers in 8 bits (torchao)")
@@ -144,8 +145,8 @@ def guidance_options(parser: Parser) -> None:
         "--strength",
         type=float,
         metavar="ETA",
-        help="how strongly each step is pulled towards what the VLM's distributions say (default: 0, which is off; "
-        f"with --decoder {GUIDANCE}, {STRENGTH})",
+        help="how strongly each step is pulled towards what the VLM's distributions say; 0 is off (default: the "
+        f"bundle's, which is mostly 0; with --decoder {GUIDANCE}, {STRENGTH})",
     )
     group.add_argument(
         "--start",
@@ -156,6 +157,18 @@ def guidance_options(parser: Parser) -> None:
     )
     group.add_argument(
         "--paint-side", type=int, metavar="PIXELS", help="longer side of what --base paints (default: the VQ decode's)"
+    )
+    guide_decoder_option(group)
+
+
+def guide_decoder_option(parser: Any) -> None:
+    """What guidance sees latents through."""
+    parser.add_argument(
+        "--guide-decoder",
+        type=path,
+        metavar="FOLDER",
+        help="guide through a small decoder of the same latents, such as TAESD or TAEF1 (an AutoencoderTiny folder): "
+        "faster, less exact; the image is still decoded by the autoencoder",
     )
 
 
@@ -271,8 +284,8 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
         if args.base is None or args.calibration is None or idle:
             raise ValueError(
                 f"with --janus, --decoder {GUIDANCE} paints with a diffusers pipeline and compares calibrated "
-                "distributions: give --base FOLDER (FLUX.1, SDXL or Stable Diffusion 1.x) and --calibration FILE, and "
-                f"leave out {idle or 'the rest of the decoder'}"
+                "distributions: give --base FOLDER (FLUX.1, FLUX.2 [klein], SDXL or Stable Diffusion 1.x) and "
+                f"--calibration FILE, and leave out {idle or 'the rest of the decoder'}"
             )
     options = LoadOptions(
         device=device,
@@ -313,9 +326,14 @@ def check_painting(models: Models, args: argparse.Namespace, *others: str) -> No
             f"--paint-side goes with --decoder {GUIDANCE} and --base; other decoders have a size of their own"
         )
     timesteps(1 if args.steps is None else args.steps, shift=args.shift or 0.0)
-    options, start = guidance_of(args)
+    options, start = guidance_of(args, None if models.decoder is None else models.decoder.card)
     if not 0 < start <= 1:
         raise ValueError(f"--start must be above 0 and at most 1, got {start}; 1 starts from noise alone")
+    if of_guidance and args.guide_decoder is not None:
+        if options.strength == 0:
+            raise ValueError("--guide-decoder would do nothing without guidance: give a --strength above 0")
+        if not by_pipeline:
+            guide_decoder_of(args, models.codec)
     if models.decoder is None:
         return
     if card_of(models, args).calibration is None and (not options.off or start < 1):
@@ -390,22 +408,40 @@ def sample_tokens(
         return sample(models.sampler, prompts, seeds=seeds, options=sampling_of(models, args), on_progress=on_progress)
 
 
-def guidance_of(args: argparse.Namespace) -> tuple[GuidanceOptions, float]:
+def guidance_of(args: argparse.Namespace, card: DecoderCard | None = None) -> tuple[GuidanceOptions, float]:
     """How predicted images are pulled, and the time that painting starts from.
+
+    Args:
+        card: of a trained decoder; says the strength by default.
 
     Raises:
         ValueError: for a strength that is negative or not finite.
     """
-    alone = guided(args)
+    alone, served = guided(args), _served(args, card)
     strength, start = (getattr(args, name, None) for name in ("strength", "start"))
-    strength = (STRENGTH if alone else 0.0) if strength is None else strength
+    if strength is None:
+        strength = STRENGTH if alone else 0.0 if served is None else served.strength
     start = (START if alone else 1.0) if start is None else start
     return GuidanceOptions(strength=strength, pull=PULL if alone else 0.0), start
 
 
+def shift_of(args: argparse.Namespace, card: DecoderCard | None) -> float | None:
+    """Mu of the time shift; None for the decoder's own."""
+    served = _served(args, card)
+    return served.shift if args.shift is None and served is not None else args.shift
+
+
+def _served(args: argparse.Namespace, card: DecoderCard | None) -> ServedGuidance | None:
+    """The card's guidance, where it counts: with its own decoder, and no other strength asked for."""
+    if card is None or guided(args) or getattr(args, "strength", 0.0) is not None:
+        return None
+    served = card.distribution_guidance
+    return None if served is None or served.strength == 0 else served
+
+
 def guide_of(models: Models, condition: Condition, args: argparse.Namespace) -> TokenGuide | None:
     """The guide of these images; None without guidance."""
-    options, start = guidance_of(args)
+    options, start = guidance_of(args, models.decoder.card)
     if options.off and start == 1:
         return None
     calibration = card_of(models, args).calibration
@@ -416,7 +452,21 @@ def guide_of(models: Models, condition: Condition, args: argparse.Namespace) -> 
         scale=calibration.scale * calibration.affine_scale,
         options=options,
         size=models.decoder.painted_size(condition.grid),
+        decode=guide_decoder_of(args, models.codec),
     )
+
+
+def guide_decoder_of(args: argparse.Namespace, codec: LatentCodec) -> CheapDecoder | None:
+    """The small decoder asked for, which fits the codec; None for the codec itself.
+
+    Raises:
+        ValueError: as `load_cheap_decoder`, and for latents of other channels.
+    """
+    if args.guide_decoder is None:
+        return None
+    decoder = load_cheap_decoder(args.guide_decoder, device=device_of(args))
+    decoder.require_for(codec)
+    return decoder
 
 
 def paint(models: Models, condition: Condition, seeds: Sequence[int], args: argparse.Namespace) -> torch.Tensor:
@@ -428,9 +478,9 @@ def paint(models: Models, condition: Condition, seeds: Sequence[int], args: argp
             condition,
             seeds=seeds,
             steps=args.steps,
-            shift=args.shift,
+            shift=shift_of(args, models.decoder.card),
             guide=guide_of(models, condition, args),
-            start=guidance_of(args)[1],
+            start=guidance_of(args, models.decoder.card)[1],
             on_step=lambda done, total, _: step(done, total),
         )
     return painted.pixels
@@ -444,7 +494,9 @@ def pipeline_of(args: argparse.Namespace) -> PriorPipeline | None:
     """
     if not guided(args) or args.base is None:
         return None
-    return load_prior_pipeline(args.base, device=device_of(args), dtype=getattr(torch, args.dtype or "float32"))
+    pipeline = load_prior_pipeline(args.base, device=device_of(args), dtype=getattr(torch, args.dtype or "float32"))
+    guide_decoder_of(args, pipeline.codec)  # Before anything is sampled.
+    return pipeline
 
 
 def paint_with(
@@ -476,6 +528,7 @@ def paint_with(
             options=options,
             steps=args.steps or STEPS,
             start=start,
+            decode=guide_decoder_of(args, pipeline.codec),
             on_step=lambda done, total, _: step(done, total),
         )
     return painted.pixels

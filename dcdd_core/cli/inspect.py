@@ -11,6 +11,7 @@ from .. import registry
 from ..evaluation.figures import save_image, top_curve
 from ..evaluation.tables import statistics_table
 from ..method.statistics import describe_logits
+from ..models.card import DecoderCard
 from ..pipelines.calibrate import Proxies, compared
 from ..pipelines.load import Models
 from ..types import Calibration, TokenLogits
@@ -46,9 +47,23 @@ def run(args: argparse.Namespace) -> None:
         if calibration is None and models.decoder is not None:
             calibration = models.decoder.card.calibration
         proxies = Proxies(models.tokenizer, common.material_pixels(models, files, args))
+        if models.decoder is not None:
+            print(served_as(models.decoder.card))
         columns = compared(models.sampler.name, _sampled(models, prompts, args), proxies, calibration)
     print(statistics_table(columns))
     print(f"wrote {save_image(top_curve(columns), args.out)}")
+
+
+def served_as(card: DecoderCard) -> str:
+    """How a decoder paints by default, in a line."""
+    guidance = card.distribution_guidance
+    if guidance is None or guidance.strength == 0:
+        guided = "no distribution guidance"
+    else:
+        shift = "" if guidance.shift is None else f" at shift {guidance.shift:g}"
+        guided = f"distribution guidance of strength {guidance.strength:g}{shift}"
+    shift = "the backbone's shift" if card.shift is None else f"shift {card.shift:g}"
+    return f"decoder: {card.variant}, {card.resolution} px, {card.steps} steps, {shift}, {guided}"
 
 
 def _sampled(models: Models, prompts: Sequence[str], args: argparse.Namespace) -> Iterator[TokenLogits]:

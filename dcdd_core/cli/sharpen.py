@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--strength", type=float, default=_STRENGTH, metavar="ETA", help=f"size of the first (default: {_STRENGTH})"
     )
+    common.guide_decoder_option(command)
     command.add_argument("--side", type=int, metavar="PIXELS", help="shrink images whose longer side is more than this")
     command.add_argument("--out", type=arguments.path, default=Path("out"), metavar="FOLDER")
 
@@ -59,11 +60,12 @@ def run(args: argparse.Namespace) -> None:
         codec, calibration = registry.load_codec(args.vae, device=device), None
     if args.calibration is not None:
         calibration = Calibration.load(args.calibration)
+    small = common.guide_decoder_of(args, codec)
     for path, name in zip(args.image, names):
         proxies = encode(tokenizer, read_image(path, tokenizer, args.side))
         condition = map_logits(proxies, tokenizer.codebook, calibration)
         scale = calibration.scale * calibration.affine_scale
-        guide = token_guide(tokenizer, codec, condition, scale=scale, options=options)
+        guide = token_guide(tokenizer, codec, condition, scale=scale, options=options, decode=small)
         with common.bar("sharpen") as step:
             made = sharpen(guide, guide.soft, steps=args.steps, on_step=lambda done, total, _: step(done, total))
         pixels = codec.decode(codec.denormalize(made))

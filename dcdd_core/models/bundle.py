@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import diffusers
@@ -22,8 +22,7 @@ from ..files import (
     write_tensors,
 )
 from ..settings import shown
-from ..types import Calibration
-from .card import DecoderCard
+from .card import LATER, DecoderCard
 from .checkpoints import StoredTensors, find_tensors, load_strictly, misfits
 from .decoder import DistributionConditionedDecoder
 from .int8 import store_in_int8
@@ -109,7 +108,7 @@ def save_bundle(
             f"{path} was not written: {shown(broken)} hold NaN or infinity in {str(dtype).removeprefix('torch.')}: the "
             "training diverged, resume it from an earlier checkpoint at a lower learning rate"
         )
-    write_tensors(path, tensors, {"format": _FORMAT, "card": json.dumps(asdict(decoder.card))}, checksums=True)
+    write_tensors(path, tensors, {"format": _FORMAT, "card": json.dumps(decoder.card.to_dict())}, checksums=True)
 
 
 def read_card(path: str | Path) -> DecoderCard:
@@ -128,15 +127,14 @@ def read_card(path: str | Path) -> DecoderCard:
     known = {field.name for field in fields(DecoderCard)}
     if not set(values) & known:
         raise ValueError(f"{path} has a card without any of its fields: it is damaged, copy or download it again")
-    if set(values) != known:
+    more, less = sorted(set(values) - known), sorted(known - set(values) - LATER)
+    if more or less:
         raise ValueError(
-            f"{path} was written by another version: its card has {shown(sorted(set(values) - known))} more and "
-            f"{sorted(known - set(values))} less than this one reads; update ComfyUI-DCDD, or train it again"
+            f"{path} was written by another version: its card has {shown(more)} more and {less} less than this one "
+            "reads; update ComfyUI-DCDD, or train it again"
         )
     with _of_card(path):
-        if values["calibration"] is not None:
-            values["calibration"] = Calibration.from_dict(values["calibration"])
-        return DecoderCard(**values)
+        return DecoderCard.from_dict(values)
 
 
 @contextmanager

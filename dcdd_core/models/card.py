@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..settings import require_number, require_text, shown
@@ -14,8 +14,44 @@ VARIANTS = ("discrete", "lcdm", "lcdm+lc")
 READINGS = ("logits", "anchored", "tokens")
 #: The most Euler steps; more change nothing that can be seen.
 MOST_STEPS = 1000
+#: The strongest distribution guidance: ten times the spread of the latents in one step.
+MOST_STRENGTH = 10.0
+_GUIDANCE = "distribution_guidance"
+#: Fields that the first cards did not have, and that are not written where they say nothing.
+LATER = frozenset({_GUIDANCE})
 #: The largest of a card's sizes: far beyond every network's, and small enough to be multiplied.
 _LARGEST = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedGuidance:
+    """The distribution guidance that a decoder paints best with.
+
+    Attributes:
+        strength: eta (`method.guidance.guide_clean`); 0 is off.
+        shift: mu of the time shift to go with it; None for the card's own.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    strength: float
+    shift: float | None = None
+
+    def __post_init__(self):
+        require_number(f"{_GUIDANCE} strength", self.strength, least=0, most=MOST_STRENGTH)
+        require_number(f"{_GUIDANCE} shift", self.shift, least=-100, most=100, optional=True)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> ServedGuidance:
+        """The inverse of `asdict`.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if not isinstance(values, dict) or set(values) != {"strength", "shift"}:
+            raise ValueError(f"{_GUIDANCE} must be an object of strength and shift, got {shown(values)}")
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +77,7 @@ class DecoderCard:
         shift: default mu of the time shift (`method.flow.shift_time`); None for the backbone's own, by resolution.
         guidance: value of the distilled guidance embedding, where the base has one; served as trained.
         licence: of the weights.
+        distribution_guidance: that it is served with by default; None for none, as in the paper.
 
     Raises:
         ValueError: for an unknown variant or reading, values of wrong types, and numbers out of range.
@@ -64,6 +101,7 @@ class DecoderCard:
     shift: float | None = None
     guidance: float = 1.0
     licence: str = ""
+    distribution_guidance: ServedGuidance | None = None
 
     def __post_init__(self):
         for name in ("base", "tokenizer", "codebook", "licence"):
@@ -76,6 +114,10 @@ class DecoderCard:
             raise ValueError(f"reads must be one of {', '.join(READINGS)}, got {shown(self.reads)}")
         if not isinstance(self.calibration, (Calibration, type(None))):
             raise ValueError(f"calibration must be a calibration or None, got {shown(self.calibration)}")
+        if not isinstance(self.distribution_guidance, (ServedGuidance, type(None))):
+            raise ValueError(
+                f"{_GUIDANCE} must be a strength and a shift or None, got {shown(self.distribution_guidance)}"
+            )
         for name in ("code_dim", "width", "resolution", "vae_factor"):
             require_number(name, getattr(self, name), whole=True, least=1, most=_LARGEST)
         if self.width % 8:
@@ -91,6 +133,27 @@ class DecoderCard:
         # As far as `method.flow.timesteps` goes.
         require_number("shift", self.shift, least=-100, most=100, optional=True)
         require_number("guidance", self.guidance, least=0, most=_LARGEST)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without distribution guidance if there is none, as cards were before it."""
+        values = asdict(self)
+        if self.distribution_guidance is None:
+            del values[_GUIDANCE]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DecoderCard:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for values that are none of a card.
+        """
+        values = dict(values)
+        if values["calibration"] is not None:
+            values["calibration"] = Calibration.from_dict(values["calibration"])
+        if values.get(_GUIDANCE) is not None:
+            values[_GUIDANCE] = ServedGuidance.from_dict(values[_GUIDANCE])
+        return cls(**values)
 
     def painted_size(self, grid: tuple[int, int], *, patch: int = 2) -> tuple[int, int]:
         """(H, W) in pixels of the image that an (h, w) grid of tokens becomes.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..files import is_finite
 from ..method.guidance import WEIGHTS, guide_clean, position_weights, pull_to, token_loss
+from ..models.card import MOST_STRENGTH
 from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_number
 from ..types import Codebook, Condition, same_codebook
@@ -21,8 +22,6 @@ from .host import PLAIN, Host
 from .oom import is_out_of_memory
 from .tiles import LEAST_TILE, Decode, decode_in_tiles, gradient_in_tiles
 
-#: The strongest guidance: ten times the spread of the latents in one step.
-MOST_STRENGTH = 10.0
 #: Tiles that are halved for want of memory stay at least so large, in latent positions a side.
 LEAST_HALVED = 16
 
@@ -299,6 +298,7 @@ def token_guide(
     scale: float,
     options: GuidanceOptions | None = None,
     size: tuple[int, int] | None = None,
+    decode: Decode | None = None,
     free: torch.Tensor | None = None,
     tile: int | None = None,
     host: Host = PLAIN,
@@ -308,6 +308,7 @@ def token_guide(
     Args:
         scale: s of the VLM's calibration.
         size: (H, W) of the painted image; the token grid's own by default.
+        decode: how it sees latents; the codec by default, or a cheap stand-in such as `models.cheap_decoder`.
         free, tile, host: see `TokenGuide`.
 
     Raises:
@@ -315,7 +316,7 @@ def token_guide(
     """
     return TokenGuide(
         tokenizer=tokenizer,
-        decode=lambda clean: codec.decode(codec.denormalize(clean)),
+        decode=decode or (lambda clean: codec.decode(codec.denormalize(clean))),
         condition=condition,
         scale=scale,
         soft=soft_latents(tokenizer, codec, condition, size),

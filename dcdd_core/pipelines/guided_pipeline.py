@@ -40,6 +40,7 @@ from .decode import Decoded, OnDecodeStep, check_part, pixels_of
 from .guided import GuidanceOptions, TokenGuide, token_guide
 from .host import PLAIN, Host
 from .oom import one_by_one
+from .tiles import Decode
 
 #: Classes of pipelines that are read, each with a way to say it.
 READ = {
@@ -112,6 +113,7 @@ class PriorPipeline:
         start: float = 0.6,
         image: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        decode: Decode | None = None,
         on_step: OnDecodeStep | None = None,
         host: Host = PLAIN,
         **arguments: Any,
@@ -126,6 +128,7 @@ class PriorPipeline:
             image, mask: to repaint a part, both or neither: see `pipelines.decode.canvas_of`. Where the mask is 0, the
                 latents follow the image's own, noised to each step's time (as in RePaint, arXiv 2201.09865), and the
                 image comes back to the last bit.
+            decode: how guidance sees latents; the pipeline's autoencoder by default, or a cheap stand-in for it.
             arguments: further ones of the pipeline's own call, such as `guidance_scale`.
 
         Raises:
@@ -146,7 +149,9 @@ class PriorPipeline:
 
         def run(k: int) -> torch.Tensor:
             own, (own_image, own_mask) = condition.part(k, k + 1).to(self.device), part_of(k)
-            guide = token_guide(tokenizer, self.codec, own, scale=scale, options=options, size=size, host=host)
+            guide = token_guide(
+                tokenizer, self.codec, own, scale=scale, options=options, size=size, decode=decode, host=host
+            )
             known = None
             if own_image is not None:
                 guide = guide.under(own_mask.to(self.device))

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,7 +242,7 @@ class Trainer:
             settings={
                 **self.settings,
                 "recipe": config.settings(),
-                "card": asdict(self.decoder.card),
+                "card": self.decoder.card.to_dict(),
                 "batch": self.batches.size,
                 "processes": accelerator.num_processes,
             },

@@ -16,7 +16,7 @@ from dcdd_core.method.latents import position_ids
 from dcdd_core.models.backbones.flux_fill.backbone import FluxFill
 from dcdd_core.models.backbones.flux_fill.inference import of_text_stream
 from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card, save_bundle
-from dcdd_core.models.card import DecoderCard
+from dcdd_core.models.card import DecoderCard, ServedGuidance
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.types import Calibration
 from dcdd_pico.embedded import model_paths
@@ -186,6 +186,7 @@ FINE = {
     "pixels_per_token": {"fraction"},
     "shift": {"null", "negative", "zero", "fraction"},
     "guidance": {"zero", "fraction"},
+    "distribution_guidance": {"null"},
 }
 
 
@@ -216,6 +217,41 @@ def test_a_wrong_value_in_a_card_is_named(tmp_path, field, wrong):
     with pytest.raises(ValueError, match=f"d.safetensors .*{field}.*(got|and).*; download the bundle again") as caught:
         read_card(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("shift", [None, 1.5])
+def test_a_card_keeps_its_distribution_guidance(tmp_path, shift):
+    served = ServedGuidance(strength=0.2, shift=shift)
+    save_bundle(tmp_path / "d.safetensors", tiny_decoder(distribution_guidance=served))
+    assert read_card(tmp_path / "d.safetensors") == tiny_card(distribution_guidance=served)
+
+
+def test_a_card_without_distribution_guidance_is_written_as_before(tmp_path):
+    path = tmp_path / "d.safetensors"
+    save_bundle(path, tiny_decoder())
+    with safe_open(path, "pt") as file:
+        assert "distribution_guidance" not in json.loads(file.metadata()["card"])
+    assert read_card(path) == tiny_card() and read_card(path).distribution_guidance is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"strength": 0.2},
+        {"strength": 0.2, "shift": 1, "every": 2},
+        {"strength": -1, "shift": None},
+        {"strength": 11, "shift": None},
+        {"strength": nan, "shift": 1},
+        {"strength": 0.1, "shift": 1000},
+        0.2,
+    ],
+    ids=str,
+)
+def test_wrong_distribution_guidance_in_a_card_is_named(tmp_path, wrong):
+    path = with_card(tmp_path / "d.safetensors", CARD | {"distribution_guidance": wrong})
+    with pytest.raises(ValueError, match=r"card of .*distribution_guidance .* got .*; download the bundle again"):
+        read_card(path)
 
 
 @pytest.mark.parametrize("field", ["scale", "target", "converged", "vlm", "guidance"])
