@@ -40,21 +40,21 @@ GUIDED, TRAINED, BOTH = "SDEdit + guidance", "trained DCDD", "trained DCDD + gui
 #: Time that painting without a trained decoder starts from, and the strength of guidance; chosen, with those below, on
 #: calibration scenes and captions (sections `guided-ablation` and `guided-choice`).
 START, STRENGTH = 0.6, 0.4
-#: Strength of guidance of the trained decoder.
-TRAINED_STRENGTH = 0.05
+#: Strength of guidance of the trained decoder, and of the loss alone.
+TRAINED_STRENGTH, LOSS_STRENGTH = 0.05, 0.1
 
 
 def _prior(name: str, start: float = START, **options: object) -> Way:
     return Way(name=name, paints="prior", guidance=GuidanceOptions(**options), start=start)
 
 
-def _trained(name: str, strength: float, shift: float | None = None) -> Way:
+def _trained(name: str, strength: float) -> Way:
     guidance = GuidanceOptions(strength=strength, pull=0.0) if strength else None
-    return Way(name=name, paints="trained", guidance=guidance, shift=shift)
+    return Way(name=name, paints="trained", guidance=guidance)
 
 
-def _loss(name: str, steps: int) -> Way:
-    return Way(name=name, paints="sharpen", guidance=GuidanceOptions(strength=STRENGTH), steps=steps)
+def _loss(name: str, steps: int, strength: float = LOSS_STRENGTH) -> Way:
+    return Way(name=name, paints="sharpen", guidance=GuidanceOptions(strength=strength), steps=steps)
 
 
 #: The rows of reconstruction and text.
@@ -88,13 +88,13 @@ VARIED = (
     _prior("every second step", strength=STRENGTH, every=2),
     _loss("the loss alone, 4 steps", 4),
     _loss(LOSS_8, 8),
-    _loss("the loss alone, 16 steps", 16),
+    _loss("the loss alone, 8 steps, strength 0.2", 8, 0.2),
+    _loss("the loss alone, 8 steps, strength 0.3", 8, 0.3),
     _loss(LOSS_24, 24),
     _trained(TRAINED, 0.0),
     _trained("trained, strength 0.05", 0.05),
     _trained("trained, strength 0.1", 0.1),
     _trained("trained, strength 0.2", 0.2),
-    _trained("trained, strength 0.2, mu 1.5", 0.2, 1.5),
 )
 #: What was compared on calibration captions.
 CHOICE = (

@@ -1,5 +1,6 @@
 """Scores of guidance by hand, on stubs and on images whose scores are known."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -150,6 +151,7 @@ def rulers(tmp_path, monkeypatch):
     (tmp_path / "reader.safetensors").write_bytes(b"")
     made = Rulers(painters=Painters(tmp_path), reader=StubReader(), detector=Detector())
     monkeypatch.setattr(Rulers, "of", classmethod(lambda cls, setup: made))
+    monkeypatch.setattr(guided_sections, "bootstrap", partial(bootstrap, resamples=20))
     return made
 
 
@@ -161,7 +163,7 @@ def test_reconstruction_measures_each_way_against_the_originals(rulers):
     table = guided_sections.measure_guided_reconstruction(setup(20))
     assert set(table[VQ]) >= set(RECONSTRUCTION) and table[VQ]["images"] == 20
     assert {share_name(GUIDED), minus(GUIDED, SDEDIT), minus(BOTH, TRAINED), minus(GUIDED, VQ)} <= set(table)
-    truth = torch.from_numpy(guided_sections.originals("test", slice(0, 20))).float() / 127.5 - 1
+    truth = torch.tensor(guided_sections.originals("test", slice(0, 20))).float() / 127.5 - 1
     for way in WAYS:
         offset = OFFSETS[way.name]
         means = truth.mean((1, 2, 3))
@@ -175,6 +177,7 @@ def test_reconstruction_measures_each_way_against_the_originals(rulers):
 def test_text_has_no_scores_of_reconstruction(rulers):
     table = guided_sections.measure_guided_text(setup(18))
     assert set(TEXT) <= set(table[VQ]) and "ssim" not in table[VQ]
+    assert "ssim" not in rulers.made(WAYS[0], "text", "test", slice(0, 16))
     assert minus(GUIDED, VQ) in table and minus(GUIDED, SDEDIT) in table and share_name(GUIDED) not in table
 
 
@@ -200,12 +203,23 @@ def test_photographs_count_those_that_are_better(rulers):
     assert np.array_equal((held[1] > held[0])[:4], better.numpy())
 
 
-def test_robustness_measures_what_was_changed(rulers):
-    table = guided_sections.measure_guided_robustness(setup(16))
+def test_robustness_measures_what_was_changed(rulers, monkeypatch):
+    """Originals with a checkerboard, of which the ways leave half: a quarter of its energy."""
+    board = 20 * ((np.arange(16)[:, None] + np.arange(16)) % 2)[None, :, :, None]
+    plain = guided_sections.originals
+    monkeypatch.setattr(
+        guided_sections, "originals", lambda source, part: (plain(source, part) + board).astype(np.uint8)
+    )
+    monkeypatch.setattr(guided_sections, "CHANGES", {"as it is": lambda images: images, "negative": lambda x: -x})
+    table = guided_sections.measure_guided_robustness(setup(64))
     assert list(table)[:2] == ["original", "original through the autoencoder"]
-    assert set(CHANGES) <= set(table["original"]) and "high frequencies" in table[GUIDED]
-    for name in CHANGES:
-        assert table["original"][name] == table["original through the autoencoder"][name]
+    truth = torch.tensor(guided_sections.originals("test", slice(0, 64))).float().mean((1, 2, 3)) / 127.5 - 1
+    for name, means in (("original", truth), (GUIDED, truth * 0.5 + OFFSETS[GUIDED])):
+        assert table[name]["as it is"] == pytest.approx(float((means > 0).float().mean()))
+        assert table[name]["negative"] == pytest.approx(float((means < 0).float().mean()))
+    assert 0 < table[GUIDED]["as it is"] < 1
+    assert table["original"]["high frequencies"] == 1
+    assert table[GUIDED]["high frequencies"] == pytest.approx(0.25)
 
 
 def test_changes_by_hand():
@@ -233,6 +247,7 @@ def test_changes_by_hand():
 def test_high_frequencies_are_those_above_a_quarter_cycle():
     k = torch.arange(32)
     waves = [torch.cos(2 * torch.pi * f * k).expand(1, 3, 32, 32) for f in (1 / 8, 1 / 4, 3 / 8)]
-    slow, limit, fast = (float(high_frequencies(wave)) for wave in waves)
-    assert slow == pytest.approx(0, abs=1e-6) and limit == pytest.approx(0, abs=1e-6)
-    assert fast == pytest.approx(3 * 2 * (32 * 32 / 2) ** 2)
+    for way in (lambda wave: wave, lambda wave: wave.mT):
+        slow, limit, fast = (float(high_frequencies(way(wave))) for wave in waves)
+        assert slow == pytest.approx(0, abs=1e-6) and limit == pytest.approx(0, abs=1e-6)
+        assert fast == pytest.approx(3 * 2 * (32 * 32 / 2) ** 2)
