@@ -5,6 +5,7 @@ The library checks the same of its own callers, in theirs.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import comfy.sd
@@ -19,6 +20,7 @@ from . import host
 from .convert import in_words
 from .sockets import MappedCondition
 
+_UNNAMED = "an unnamed model"
 #: Side in pixels of the image that a VAE is measured on.
 _SCENE = 128
 
@@ -30,9 +32,23 @@ def check_tokenizer(token_logits: TokenLogits, tokenizer: ImageTokenizer, *, nam
         ValueError: naming both models.
     """
     if not _of(token_logits, tokenizer.codebook):
+        came, wanted = _makers(token_logits, tokenizer.name, tokenizer.codebook)
         raise ValueError(
-            f"{name} come from {_maker(token_logits)}, and vq_vae from {tokenizer.name}, which has another codebook: "
+            f"{name} come from {came}, and vq_vae from {wanted}, which has another codebook: "
             f"connect the vq_vae of the Load Janus or Load VQ-VAE that made {name}"
+        )
+
+
+def check_tokens_of_condition(condition: MappedCondition, tokenizer: ImageTokenizer) -> None:
+    """Refuses a tokenizer that the condition's tokens are not of.
+
+    Raises:
+        ValueError: naming both models.
+    """
+    if not same_codebook(condition.codebook, tokenizer.codebook.fingerprint):
+        raise ValueError(
+            f"the condition is made of tokens of {condition.model or 'an unnamed model'}, and vq_vae is "
+            f"{tokenizer.name}, which has another codebook: connect the vq_vae that the LCDM Encoder has"
         )
 
 
@@ -43,10 +59,11 @@ def check_decoder(card: DecoderCard, tokenizer: ImageTokenizer) -> None:
         ValueError: naming both models.
     """
     if not same_codebook(card.codebook, tokenizer.codebook.fingerprint):
+        books = card.codebook, tokenizer.codebook.fingerprint
+        wanted, came = _told_apart(card.tokenizer, tokenizer.name, books)
         raise ValueError(
-            f"the decoder was trained for {card.tokenizer}, and vq_vae is {tokenizer.name}, which has another "
-            f"codebook: use {card.tokenizer} in the Load Janus or Load VQ-VAE, or a decoder that was trained for "
-            f"{tokenizer.name}"
+            f"the decoder was trained for {wanted}, and vq_vae is {came}, which has another codebook: use {wanted} in "
+            f"the Load Janus or Load VQ-VAE, or a decoder that was trained for {came}"
         )
 
 
@@ -57,9 +74,10 @@ def check_edit(token_logits: TokenLogits, sampler: TokenSampler, tokenizer: Imag
         ValueError: naming the nodes to add or to change.
     """
     if not _of(token_logits, sampler.codebook):
+        came, wanted = _makers(token_logits, sampler.name, sampler.codebook)
         raise ValueError(
-            f"token_logits come from {_maker(token_logits)}, and janus is {sampler.name}, which has another codebook: "
-            f"connect token_logits that {sampler.name} or its VQ-VAE made"
+            f"token_logits come from {came}, and janus is {wanted}, which has another codebook: connect token_logits "
+            f"that {wanted} or its VQ-VAE made"
         )
     wrong = []
     if token_logits.source == "proxy" and not token_logits.calibrated:
@@ -121,8 +139,10 @@ def check_calibration(calibration: Calibration, tokenizer: ImageTokenizer) -> No
         ValueError: naming both models.
     """
     if not same_codebook(calibration.codebook, tokenizer.codebook.fingerprint):
+        books = calibration.codebook, tokenizer.codebook.fingerprint
+        came, wanted = _told_apart(calibration.vlm or "another model", tokenizer.name, books)
         raise ValueError(
-            f"the calibration was made for {calibration.vlm or 'another model'}, and vq_vae is {tokenizer.name}, which "
+            f"the calibration was made for {came}, and vq_vae is {wanted}, which "
             "has another codebook: use a calibration or a decoder that was made for this model"
         )
 
@@ -135,9 +155,16 @@ def check_condition(condition: MappedCondition, decoder: DistributionConditioned
     """
     card = decoder.card
     if not same_codebook(card.codebook, condition.codebook) or condition.code_vectors.shape[2] != card.code_dim:
+        numbers = condition.code_vectors.shape[2], card.code_dim
+        came, wanted = _told_apart(
+            condition.model or _UNNAMED,
+            card.tokenizer,
+            (condition.codebook, card.codebook),
+            tuple(f"{number} numbers a code" for number in numbers),
+        )
         raise ValueError(
-            f"the condition is made of tokens of {condition.model or 'an unnamed model'}, and the decoder was trained "
-            f"for {card.tokenizer}, which has another codebook: use {card.tokenizer} in the Load Janus or Load VQ-VAE, "
+            f"the condition is made of tokens of {came}, and the decoder was trained "
+            f"for {wanted}, which has another codebook: use {wanted} in the Load Janus or Load VQ-VAE, "
             "or a decoder that was trained for your model"
         )
     made_for = condition.card
@@ -232,8 +259,33 @@ def _of(token_logits: TokenLogits, codebook: Codebook) -> bool:
     return same and token_logits.logits.shape[2] == codebook.size
 
 
-def _maker(token_logits: TokenLogits) -> str:
-    return token_logits.model or "an unnamed model"
+def _makers(token_logits: TokenLogits, name: str, codebook: Codebook) -> tuple[str, str]:
+    """The model that made the logits and the one of this name and codebook, which is another."""
+    sizes = token_logits.logits.shape[2], codebook.size
+    return _told_apart(
+        token_logits.model or _UNNAMED,
+        name,
+        (token_logits.codebook, codebook.fingerprint),
+        tuple(f"{size:,} codes" for size in sizes),
+    )
+
+
+def _told_apart(
+    first: str, second: str, books: tuple[str | None, str | None], sizes: tuple[str, ...] = ()
+) -> tuple[str, str]:
+    """The names of two models; if they are the same, with what is not.
+
+    Args:
+        books: fingerprints of their codebooks.
+        sizes: of both, in words.
+    """
+    if first != second:
+        return first, second
+    if None in books or books[0] == books[1]:
+        return (f"{first} ({sizes[0]})", f"{second} ({sizes[1]})") if sizes else (first, second)
+    # A fingerprint has eight numbers, of which an artist reads none.
+    short = (hashlib.sha256(book.encode()).hexdigest()[:6] for book in books)
+    return tuple(f"{name} (codebook {book})" for name, book in zip((first, second), short))
 
 
 def served(card: DecoderCard, token_logits: TokenLogits) -> DecoderCard:

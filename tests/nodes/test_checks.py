@@ -1,0 +1,76 @@
+"""Two models that share a name and have different codebooks are told apart in the nodes' messages."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+class Book:
+    """A codebook in so far as the checks read it."""
+
+    def __init__(self, number: float, size: int = 1024):
+        self.size = size
+        self.fingerprint = f"{size}x8:{number:+.3f}" + ",+0.100" * 7
+
+
+def logits(codebook: str | None, size: int = 1024):
+    return SimpleNamespace(model="pico", codebook=codebook, logits=torch.zeros(1, 1, size))
+
+
+@pytest.fixture
+def checks(double):
+    with double._modules.installed():
+        yield sys.modules[f"{double.pack.__name__}.nodes.checks"]
+
+
+OURS, OTHER = Book(0.5), Book(0.7)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("check_tokenizer", (logits(OTHER.fingerprint), SimpleNamespace(name="pico", codebook=OURS))),
+        ("check_edit", (logits(OTHER.fingerprint), SimpleNamespace(name="pico", codebook=OURS), None)),
+        (
+            "check_decoder",
+            (
+                SimpleNamespace(codebook=OTHER.fingerprint, tokenizer="pico"),
+                SimpleNamespace(name="pico", codebook=OURS),
+            ),
+        ),
+        (
+            "check_calibration",
+            (SimpleNamespace(codebook=OTHER.fingerprint, vlm="pico"), SimpleNamespace(name="pico", codebook=OURS)),
+        ),
+        (
+            "check_condition",
+            (
+                SimpleNamespace(codebook=OTHER.fingerprint, model="pico", code_vectors=torch.zeros(1, 1, 8)),
+                SimpleNamespace(card=SimpleNamespace(codebook=OURS.fingerprint, code_dim=8, tokenizer="pico")),
+            ),
+        ),
+    ],
+)
+def test_models_of_one_name_are_told_apart(checks, name, arguments):
+    with pytest.raises(ValueError, match="another codebook") as told:
+        getattr(checks, name)(*arguments)
+    found = re.findall(r"pico( \(codebook [0-9a-f]{6}\))?", str(told.value))
+    assert "" not in found and len(set(found)) == 2
+
+
+@pytest.mark.parametrize("codebook", [None, OURS.fingerprint])
+def test_sizes_tell_models_apart_whose_codebooks_do_not(checks, codebook):
+    with pytest.raises(ValueError, match=r"from pico \(512 codes\), and vq_vae from pico \(1,024 codes\), which has"):
+        checks.check_tokenizer(logits(codebook, 512), SimpleNamespace(name="pico", codebook=OURS))
+    condition = SimpleNamespace(codebook=codebook, model="pico", code_vectors=torch.zeros(1, 1, 4))
+    decoder = SimpleNamespace(card=SimpleNamespace(codebook=OURS.fingerprint, code_dim=8, tokenizer="pico"))
+    with pytest.raises(ValueError, match=r"tokens of pico \(4 numbers a code\), .* for pico \(8 numbers a code\)"):
+        checks.check_condition(condition, decoder)
+
+
+def test_models_of_two_names_are_told_by_these_alone(checks):
+    with pytest.raises(ValueError, match="come from pico, and vq_vae from other, which"):
+        checks.check_tokenizer(logits(OTHER.fingerprint), SimpleNamespace(name="other", codebook=OURS))
