@@ -104,7 +104,10 @@ def test_wrong_tokens_come_from_where_they_should(corruption):
         draws.model.head_out.weight.zero_()
         draws.model.head_out.bias.zero_()
         draws.model.head_out.bias[7] = 99.0
+    read = []
+    draws.model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     assert (draws(tokens, hidden, chosen, ids, torch.Generator())[:, 4:] == 7).all(), "the model's own draws"
+    assert (read[0] == 64).all(), "of positions that it does not see"
     assert torch.equal(corruption([])(tokens, hidden, chosen, ids, torch.Generator()), tokens)
     with pytest.raises(ValueError, match=r"unknown corruptions \['noise'\]"):
         corruption(["noise"])

@@ -1,0 +1,66 @@
+"""A contact sheet of a progressive sampler's passes: the image so far, and what each pass revealed and rewrote.
+
+Shapes: B batch, N tokens (a row-major h x w grid), H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange, repeat
+from PIL import Image
+
+from ..method.progressive import Stage
+from .figures import labelled_grid
+
+REVEALED, CHANGED = (0.2, 0.75, 0.35), (0.95, 0.35, 0.1)
+"""Green for new positions, orange for rewritten ones; 0..1, sRGB."""
+_HIDDEN = -0.55
+"""Of a hidden position, in -1..1: a dark grey."""
+
+
+def stage_sheet(
+    stages: Sequence[Stage],
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    grid: tuple[int, int],
+    *,
+    row: int = 0,
+    title: str = "",
+    side: int = 160,
+) -> Image.Image:
+    """One column a pass: above the image with its hidden positions grey, below the same with what changed in colour.
+
+    Args:
+        decode: tokens [B, N] -> pixels [B, 3, H, W] in -1..1, such as `ImageTokenizer.decode_tokens`.
+        row: which image of the batch.
+        side: height in pixels of each image.
+
+    Raises:
+        ValueError: if there is no pass.
+    """
+    if not stages:
+        raise ValueError("there are no passes to show: this edit changed nothing")
+    tokens = torch.stack([stage.tokens[row].masked_fill(~stage.known[row], 0) for stage in stages])
+    flags = [torch.stack([getattr(stage, name)[row] for stage in stages]) for name in ("known", "revealed", "changed")]
+    pixels = decode(tokens).cpu()
+    known, revealed, changed = (_as_pixels(flag, grid, pixels.shape[2:]) for flag in flags)
+    images = torch.where(known, pixels, _HIDDEN)
+    marked = images.clone()
+    for where, colour in ((revealed, REVEALED), (changed, CHANGED)):
+        tint = torch.tensor(colour)[:, None, None] * 2 - 1
+        marked = torch.where(where, 0.45 * images + 0.55 * tint, marked)
+    counts = [(int(new.sum()), int(old.sum())) for new, old in zip(*flags[1:])]
+    return labelled_grid(
+        [list(images), list(marked)],
+        columns=[f"{number}: +{new}, {old} rewritten" for number, (new, old) in enumerate(counts, start=1)],
+        captions=["the image after each pass; what is hidden is grey", "green: revealed, orange: rewritten"],
+        title=title,
+        side=side,
+    )
+
+
+def _as_pixels(flags: torch.Tensor, grid: tuple[int, int], size: Sequence[int]) -> torch.Tensor:
+    """bool [P, N] -> [P, 1, H, W]."""
+    fields = rearrange(flags, "p (h w) -> p 1 h w", h=grid[0])
+    return repeat(fields, "p c h w -> p c (h a) (w b)", a=size[0] // grid[0], b=size[1] // grid[1])
