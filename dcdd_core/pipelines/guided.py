@@ -20,7 +20,7 @@ from ..settings import require_number
 from ..types import Codebook, Condition, same_codebook
 from .host import PLAIN, Host
 from .oom import is_out_of_memory
-from .tiles import LEAST_TILE, Decode, decode_in_tiles, gradient_in_tiles
+from .tiles import LEAST_TILE, Decode, decode_in_tiles, gradient_at_once, gradient_in_tiles
 
 #: Tiles that are halved for want of memory stay at least so large, in latent positions a side.
 LEAST_HALVED = 16
@@ -78,12 +78,14 @@ class Fallback:
     """What a guide has given up because memory ran out; one for all its parts and steps.
 
     Attributes:
+        twice: images are decoded twice, so that the activations of decoder and encoder are not held together.
         tile: latent positions a side of the tiles it has come down to; None for the guide's own.
         forward: the image is decoded in tiles as well.
         alternating: only every second gradient is computed.
         pausing: the next one is left out.
     """
 
+    twice: bool = False
     tile: int | None = None
     forward: bool = False
     alternating: bool = False
@@ -94,8 +96,9 @@ class Fallback:
 class TokenGuide:
     """Pulls predicted clean latents towards a condition, through a latent decoder and the VLM's VQ encoder.
 
-    The gradient is computed image by image. If it runs out of memory, the way back through the decoder goes in tiles of
-    half the size, down to `LEAST_HALVED`; if that is not enough either, only every second gradient is computed.
+    The gradient is computed image by image. If it runs out of memory, the image is decoded twice; then the way back
+    through the decoder goes in tiles of half the size, down to `LEAST_HALVED`; if that is not enough either, only every
+    second gradient is computed.
 
     Attributes:
         tokenizer: its encoder reads the images, shrunk or enlarged to the token grid's own size.
@@ -106,9 +109,10 @@ class TokenGuide:
         free: bool [B or 1, N], positions that nothing pulls; None for none.
         area: [B or 1, 1, h', w'], 1 where latents are painted, 0 where they are kept and not corrected; None paints
             everything.
-        tile: the way back through `decode` goes in tiles of so many latent positions a side, at least `LEAST_TILE`;
-            None for no tiles. The image itself is decoded as a whole while that fits: it takes no more memory than the
-            last decode, and tiles of it are normalised differently.
+        tile: images are decoded twice, and the way back through `decode` goes in tiles of so many latent positions a
+            side, at least `LEAST_TILE`; None for neither. The first of the two takes the whole image while that fits:
+            without gradients it takes no more memory than the last decode, and a network that normalises over the
+            image would see another one in tiles.
         host: told when memory ran out.
 
     Raises:
@@ -213,14 +217,19 @@ class TokenGuide:
         return gradient
 
     def _of_one(self, clean: torch.Tensor, tile: int | None) -> torch.Tensor:
-        """The gradient of one image in three parts, so that no two networks' activations are held at a time."""
+        """The gradient of one image."""
         with torch.inference_mode(False):
             x = clean.detach().to(torch.promote_types(clean.dtype, torch.float32), copy=True)
-            pixels = self._pixels(x, tile)
-            with torch.enable_grad():
-                pixels.requires_grad_()
-                (by_pixels,) = torch.autograd.grad(self.pixel_loss(pixels).sum(), pixels)
-            return gradient_in_tiles(self.decode, x, by_pixels, tile)
+            if tile is None and not self.fallback.twice:
+                return gradient_at_once(self.decode, x, self._by_pixels)
+            return gradient_in_tiles(self.decode, x, self._by_pixels(self._pixels(x, tile)), tile)
+
+    def _by_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """dL/dpixels of one image."""
+        with torch.enable_grad():
+            pixels = pixels.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.pixel_loss(pixels).sum(), pixels)
+        return gradient
 
     def _pixels(self, clean: torch.Tensor, tile: int | None) -> torch.Tensor:
         """The image of one image's latents, without gradients; in tiles if it does not fit as a whole."""
@@ -235,13 +244,18 @@ class TokenGuide:
         return decode_in_tiles(self.decode, clean, tile)
 
     def _falls_back(self, side: int, tile: int | None) -> bool:
-        """After memory ran out: whether to try again at once, in smaller tiles; if not, the next step is tried.
+        """After memory ran out: whether to try again at once, in another way; if not, the next step is tried.
 
         Args:
             side: the latents' longer one.
             tile: that was tried; None for none.
         """
-        fallback, tile = self.fallback, min(tile or side, side)
+        fallback = self.fallback
+        if tile is None and not fallback.twice:
+            fallback.twice = True
+            self.host.on_fallback("distribution guidance decodes each image twice")
+            return True
+        tile = min(tile or side, side)
         if tile > LEAST_HALVED:
             fallback.tile = max(LEAST_HALVED, (tile + 1) // 2)
             self.host.on_fallback(

@@ -40,6 +40,21 @@ def decode_in_tiles(decode: Decode, latents: torch.Tensor, tile: int | None) -> 
     return image
 
 
+def gradient_at_once(
+    decode: Decode, latents: torch.Tensor, gradient_of: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """dL/dlatents [1, C, h', w'] with a single pass of the decoder, whose activations are held meanwhile.
+
+    Args:
+        gradient_of: pixels [1, 3, H, W] float32 -> dL/dpixels.
+    """
+    with torch.enable_grad():
+        x = latents.detach().clone().requires_grad_()
+        pixels = decode(x).float()
+        (gradient,) = torch.autograd.grad(pixels, x, gradient_of(pixels.detach()))
+    return gradient
+
+
 def gradient_in_tiles(decode: Decode, latents: torch.Tensor, by_pixels: torch.Tensor, tile: int | None) -> torch.Tensor:
     """dL/dlatents [1, C, h', w'] of dL/dpixels [1, 3, H, W]: the vector-Jacobian product of `decode_in_tiles`.
 
@@ -47,19 +62,12 @@ def gradient_in_tiles(decode: Decode, latents: torch.Tensor, by_pixels: torch.Te
         by_pixels: float32.
     """
     if _covers(tile, latents):
-        return _gradient(decode, latents, by_pixels)
+        return gradient_at_once(decode, latents, lambda _: by_pixels)
     factor = by_pixels.shape[2] // latents.shape[2]
     gradient = torch.zeros_like(latents)
     for part, share in _parts(latents, tile):
         weighted = share(factor).to(by_pixels.device) * by_pixels[_scaled(part, factor)]
-        gradient[part] += _gradient(decode, latents[part], weighted)
-    return gradient
-
-
-def _gradient(decode: Decode, latents: torch.Tensor, by_pixels: torch.Tensor) -> torch.Tensor:
-    with torch.enable_grad():
-        x = latents.detach().clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(decode(x).float(), x, by_pixels)
+        gradient[part] += gradient_at_once(decode, latents[part], lambda _, weighted=weighted: weighted)
     return gradient
 
 
