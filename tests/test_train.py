@@ -312,6 +312,18 @@ def test_the_help_says_each_default_once_and_none_where_there_is_none(capsys, wo
         assert option.count("(default: ") <= 1, option
 
 
+@pytest.mark.parametrize("name", ["AnotherTransformer", 5, []])
+def test_a_bundle_of_an_unknown_network_is_named(run, pico, tmp_path, capsys, name):
+    bundle = tmp_path / "strange.safetensors"
+    with safe_open(pico / "decoder.safetensors", "pt") as file:
+        told = file.metadata()
+    card = json.loads(told["card"])
+    card["base_config"]["_class_name"] = name
+    save_file(load_file(pico / "decoder.safetensors"), bundle, metadata=told | {"card": json.dumps(card)})
+    assert run(bundle=bundle) == 1
+    assert f"{bundle}: the decoder's network is a {name!r}; known are Flux" in capsys.readouterr().err
+
+
 def test_a_stop_has_the_status_of_its_signal(run, monkeypatch):
     def stopped(*args, **options):
         raise TrainingStopped("it has said so", 15)

@@ -6,6 +6,7 @@ the order does not depend on the number of workers, and a position is resumed wi
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -199,6 +200,7 @@ def load_in_order(
         collate_fn=_unchanged,
         num_workers=workers,
         generator=torch.Generator(),  # Without one, it draws from the global generator.
+        worker_init_fn=_leave_interrupts,
     )
     for items in loader:
         for item in items:
@@ -334,6 +336,11 @@ class _Loading(Dataset):
             return self.source.load(entry)
         except UnreadableImage as error:
             return Unreadable(entry.key, str(error), isinstance(error, TooSmallImage))
+
+
+def _leave_interrupts(_: int) -> None:
+    """A terminal's Ctrl-C reaches the workers too: the main process alone says what it means, and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _unchanged(items: list[Any]) -> list[Any]:

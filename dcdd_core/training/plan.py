@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import registry
-from ..files import open_tensors
+from ..files import in_file, open_tensors
 from ..models.bundle import DecoderOptions, load_decoder, read_card, save_bundle
 from ..models.card import DecoderCard
 from ..models.checkpoints import load_strictly
@@ -149,12 +149,11 @@ class Plan:
         """Latents a side of one token of the backbone; without a base or a bundle, of the first family's."""
         if self.bundle is not None:
             config = read_card(self.bundle).base_config
-        elif self.base is not None:
-            config = registry.base_family(self.base).config_of(str(self.base))
-        else:
-            config = registry.backbones()[0].config_of(None)
-        with torch.device("meta"):
-            return registry.build_backbone(config).patch
+            with in_file(self.bundle):
+                return _patch_of(config)
+        if self.base is not None:
+            return _patch_of(registry.base_family(self.base).config_of(str(self.base)))
+        return _patch_of(registry.backbones()[0].config_of(None))
 
     def _new(self, encoders: Encoders, dtype: torch.dtype) -> DistributionConditionedDecoder:
         family = registry.base_family(self.base)
@@ -231,6 +230,11 @@ class Plan:
                 stacklevel=2,
             )
         return calibration
+
+
+def _patch_of(config: dict[str, Any]) -> int:
+    with torch.device("meta"):
+        return registry.build_backbone(config).patch
 
 
 def _transformer_names(bundle: Path) -> set[str]:

@@ -3,9 +3,11 @@
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import socket
 import sys
 import tarfile
@@ -23,8 +25,9 @@ from PIL.PngImagePlugin import PngInfo
 from dcdd_core.pipelines import images as image_module
 from dcdd_core.pipelines.image_files import FolderListing, ReadPolicy
 from dcdd_core.pipelines.images import UnreadableImage, read_rgb, square, to_pixels
+from dcdd_core.training import batches as batches_module
 from dcdd_core.training import folders, shards
-from dcdd_core.training.batches import Batches, DataShard
+from dcdd_core.training.batches import Batches, DataShard, Entry, load_in_order
 from dcdd_core.training.folders import ImageFolder
 from dcdd_core.training.image_batch import Geometry
 from dcdd_core.training.sources import open_images
@@ -890,3 +893,24 @@ def test_a_shard_has_a_rank_in_the_world(rank, world):
         DataShard(rank=rank, world=world)
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         DataShard(window=0)
+
+
+class Interrupted:
+    """A source whose images interrupt the process that loads them, as a terminal's Ctrl-C does."""
+
+    def load(self, entry):
+        os.kill(os.getpid(), signal.SIGINT)
+        return entry.key
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_an_interrupt_leaves_the_workers_at_their_work(start, monkeypatch):
+    if start not in multiprocessing.get_all_start_methods():
+        pytest.skip("the system has no such processes")
+    real = batches_module.DataLoader
+    monkeypatch.setattr(
+        batches_module, "DataLoader", lambda *args, **more: real(*args, multiprocessing_context=start, **more)
+    )
+    entries = [(i, Entry(f"{i}", None)) for i in range(20)]
+    found = list(load_in_order(Interrupted(), entries, workers=2))
+    assert found == [(i, f"{i}") for i in range(20)]
