@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a large striped red heart in the centre on a wavy sky ground"
 SEED, SCENE = 8, 0
+#: For the nodes of distribution guidance: the ground's faint texture is what a model loses first.
+RING, RING_SEED = "a large dotted orange ring in the centre on a woven slate ground", 1
 CALIBRATION = "my calibration"
 TOKENS_A_SIDE = 12  # pico's
 #: Largest size of an image, so that pages load quickly and the pack stays small.
@@ -46,6 +48,10 @@ MOST_BYTES = 60_000
 Graph = dict[str, dict[str, Any]]
 
 PICO, HARD, SOFT = "pico (built in)", "hard: the tokens", "soft: the expected codes"
+FOLLOW = "soft: the distributions"
+#: Strengths of guidance to compare; the last is too much.
+STRENGTHS = (0.2, 0.4, 5.0)
+STARTS = (0.3, 0.6, 0.9)
 FEATURES = ("doubt: 1 - confidence", "narrow choice: 1 - margin", "spread: 1 - mass of the top k", "tail entropy")
 #: Widget values, unless a graph gives others.
 WIDGETS: dict[str, dict[str, Any]] = {
@@ -83,6 +89,25 @@ WIDGETS: dict[str, dict[str, Any]] = {
     "DCDD_FluxDecoder": {"seed": SEED, "steps": 0, "schedule": "as measured best for the decoder"},
     "DCDD_PicoScene": {"seed": SCENE, "size": 96, "batch_size": 1},
     "DCDD_CompareDecoders": {"label_d": "", "side": 120},
+    "DCDD_TokenGuideLatent": {"width": 0, "height": 0, "start": 0.6, "codes": FOLLOW},
+    "DCDD_DistributionGuidance": {
+        "strength": 0.4,
+        "pull": 1.0,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "every": 1,
+        "weight": "confidence",
+        "codes": FOLLOW,
+    },
+    "DCDD_SharpenToTokens": {"steps": 8, "strength": 0.3, "codes": FOLLOW},
+    "KSampler": {
+        "seed": SEED,
+        "steps": 10,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 1.0,
+    },
 }
 
 
@@ -134,6 +159,7 @@ def first_graph() -> Graph:
     b.add("soft_mask", "MaskToImage", mask="soft", saved=True)
     repaint = {"image": "by_vq", "mask": "heat_0"}
     b.add("repainted", "DCDD_FluxDecoder", decoder="decoder", condition="condition", saved=True, **repaint)
+    add_guidance(b)
     # Image to image.
     b.add("scenes", "DCDD_PicoScene", batch_size=2, saved=True)
     b.add("captions", "PreviewAny", source="scenes.1")
@@ -165,6 +191,41 @@ def first_graph() -> Graph:
     return b.graph
 
 
+def add_guidance(b: Building) -> None:
+    """Distribution guidance of pico's own diffusion model, and what it is compared with."""
+    b.add("ring", "DCDD_JanusLogitSampler", janus="janus", prompt=RING, seed=RING_SEED)
+    tokens = {"token_logits": "ring", "vq_vae": "janus.1"}
+    b.add("ring_vq", "DCDD_VQVAEDecode", saved=True, **tokens)
+    add_agreement(b, "ring_vq", **tokens)
+    b.add("ring_soft", "DCDD_VQVAEDecode", codes=SOFT, saved=True, **tokens)
+    b.add("ring_condition", "DCDD_LCDMEncoder", decoder="decoder", **tokens)
+    b.add("trained", "DCDD_FluxDecoder", decoder="decoder", condition="ring_condition", saved=True)
+    b.add("prior", "DCDD_LoadPicoModel")
+    b.add("guide", "DCDD_TokenGuideLatent", vae="prior.1", saved=True, output=2, **tokens)
+
+    def paint(name: str, model: str, **options: Any) -> None:
+        given = {"latent_image": "guide", "denoise": "guide.1"} | options
+        b.add(f"{name} latent", "KSampler", model=model, positive="prior.2", negative="prior.2", **given)
+        b.add(name, "VAEDecode", samples=f"{name} latent", vae="prior.1", saved=True)
+
+    paint("unguided", "prior")
+    for k in range(3):
+        paint(f"own_{k}", "prior", denoise=1.0, seed=SEED + k)
+    for k, strength in enumerate(STRENGTHS):
+        b.add(f"model_{k}", "DCDD_DistributionGuidance", model="prior", vae="prior.1", strength=strength, **tokens)
+        paint(f"guided_{k}", f"model_{k}")
+        add_agreement(b, f"guided_{k}", **tokens)
+    for k, start in enumerate(STARTS):
+        b.add(f"guide_{k}", "DCDD_TokenGuideLatent", vae="prior.1", start=start, **tokens)
+        paint(f"started_{k}", "model_1", latent_image=f"guide_{k}", denoise=f"guide_{k}.1")
+    b.add("sharpened", "DCDD_SharpenToTokens", vae="prior.1", saved=True, **tokens)
+
+
+def add_agreement(b: Building, image: str, **tokens: str) -> None:
+    b.add(f"{image} agreement", "DCDD_TokenAgreement", image=image, **tokens)
+    b.add(f"{image} differs", "MaskToImage", mask=f"{image} agreement.2", saved=True)
+
+
 def second_graph() -> Graph:
     """Load Calibration, and the effect of the calibration on one image."""
     b = Building()
@@ -194,6 +255,7 @@ def comfyui(folder: Path, pack: Path) -> Iterator[str]:
         command = [sys.executable, str(folder / "main.py"), "--cpu", "--base-directory", str(base)]
         command += ["--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"]
         command += ["--database-url", "sqlite:///:memory:"]  # by default it is in ComfyUI's own folder
+        command += ["--preview-method", "auto"]  # by default there are none
         log = base / "comfyui.log"
         with log.open("wb") as file:
             server = subprocess.Popen(command, cwd=base, stdout=file, stderr=subprocess.STDOUT)
@@ -450,7 +512,8 @@ class Diagram:
         right = self.NODE_WIDTH if outputs else WIDTH - GAP
         pen.rounded_rectangle([GAP, 0, right, sheet.height - 1], 12, fill=NODE)
         pen.rounded_rectangle([GAP, 0, right, 40], 12, fill=NODE_TITLE)
-        pen.text((GAP + 14, 20), title, fill=NODE_INK, font=font(TEXT), anchor="lm")
+        size = TEXT if font(TEXT).getlength(title) <= right - 2 * GAP - 14 else SMALL
+        pen.text((GAP + 14, 20), title, fill=NODE_INK, font=font(size), anchor="lm")
         top = 62
         for text in rows:
             pen.text((GAP + 14, top), text, fill=NODE_INK, font=font(SMALL), anchor="lm")
@@ -561,9 +624,49 @@ def drawings(results: Path) -> Iterator[tuple[str, Image.Image]]:
             [("image and mask", outlined(by_vq, result("hard_mask"))), ("painted under the mask", result("repainted"))],
         ),
     )
+    yield from guidance_drawings(result, texts)
     captions = texts["captions"].splitlines()
     yield "DCDD_PicoScene", tiles([(captions[k], result("scenes", k)) for k in (0, 1)], size=SMALL)
     yield "DCDD_CompareDecoders", stacked(result("compared"))
+
+
+def guidance_drawings(
+    result: Callable[[str], Image.Image], texts: Mapping[str, str]
+) -> Iterator[tuple[str, Image.Image]]:
+    """(node id, image) for the nodes of distribution guidance."""
+    by_vq = ("VQ-VAE Decode", result("ring_vq"))
+    strengths = [(f"strength {strength:g}", result(f"guided_{k}")) for k, strength in enumerate(STRENGTHS)]
+    yield (
+        "DCDD_DistributionGuidance",
+        tiles(
+            [by_vq, ("KSampler, not guided", result("unguided"))],
+            [("KSampler, guided", result("guided_1")), ("trained decoder", result("trained"))],
+            strengths,
+            size=SMALL,
+        ),
+    )
+    starts = [(f"start {start:g}", result(f"started_{k}")) for k, start in enumerate(STARTS)]
+    yield "DCDD_TokenGuideLatent", tiles([by_vq, ("this node", result("guide"))], starts, size=SMALL)
+    soft = ("VQ-VAE Decode, soft", result("ring_soft"))
+    yield "DCDD_SharpenToTokens", tiles([soft, ("this node", result("sharpened"))], size=SMALL)
+    checked = {"VQ-VAE Decode": "ring_vq", "guided": "guided_1", f"strength {STRENGTHS[2]:g}": "guided_2"}
+    masks = [(shares(texts[f"{name} agreement"]), result(f"{name} differs")) for name in checked.values()]
+    yield "DCDD_TokenAgreement", tiles([(label, result(name)) for label, name in checked.items()], masks, size=SMALL)
+    own = [("", result(f"own_{k}")) for k in range(3)]
+    outputs = [
+        ("model", ("Distribution Guidance",)),
+        ("vae", ("Token Guide Latent", "VAE Decode")),
+        ("conditioning", ("KSampler",)),
+    ]
+    yield (
+        "DCDD_LoadPicoModel",
+        stacked(tiles(own), Diagram().node("Load Pico Diffusion Model", outputs=outputs).drawn()),
+    )
+
+
+def shares(told: str) -> str:
+    """What Token Agreement tells, in short."""
+    return "{} %, under noise {} %".format(*re.findall(r"(\d+)%", told))
 
 
 def write(image: Image.Image, path: Path) -> None:
