@@ -29,6 +29,7 @@ from .train_calibration import fit_pico_calibration
 from .train_decoder import train_pico_decoder
 from .train_janus import save_janus, train_janus
 from .train_prior import train_prior
+from .train_progressive import save_progressive, train_progressive
 from .train_reader import train_reader
 from .train_tokenizer import train_tokenizer, train_vq_decoder
 
@@ -52,6 +53,7 @@ STAGES = (
     "vae-decoder",
     "export",
     "prior",
+    "progressive",
 )
 
 
@@ -113,6 +115,9 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     if not reached("prior"):
         return
     train_prior(context, weights).save(weights / PRIOR)
+    if not reached("progressive"):
+        return
+    save_progressive(context, weights, *train_progressive(context, weights))
 
 
 def main() -> None:

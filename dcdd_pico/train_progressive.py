@@ -217,13 +217,14 @@ def train_progressive(
     ema = EMA(trained, _EMA)
     corruption = Corruption(kinds, codebook, network)
     digest = tokens_digest(tokenizer.model)
+    block = min(_BLOCK, recipe.train_scenes)
     scenes = SceneTokens(
         context.folder / "progressive-tokens",
         weights.resolve(),
         digest,
         seed=recipe.seed,
         size=recipe.size,
-        block=_BLOCK,
+        block=block,
         ahead=ahead,
     )
 
@@ -277,7 +278,7 @@ def train_progressive(
                 start=sampler.fingerprint,
                 corruptions=list(kinds),
                 rate=_RATE,
-                block=_BLOCK,
+                block=block,
             ),
             steps=steps,
             step=step,
@@ -332,7 +333,7 @@ def card(recipe: Recipe, network: MaskedTransformer, log: Sequence[dict[str, Any
 
 A bidirectional transformer of {parameters / 1e6:.1f} M parameters that reveals image tokens in a few passes and revises
 them (`dcdd_core.method.progressive`). It started from pico's Janus and was trained for {recipe.progressive_steps:,}
-updates of {recipe.progressive_batch} scenes ({drawn:,} drawn; a block of {_BLOCK:,} fresh scenes is used three times),
+updates of {recipe.progressive_batch} scenes ({drawn:,} drawn; each fresh scene is drawn three times),
 {last.get("seconds", 0) / 3600:.2f} hours. Weights: int8 with a float32 scale a row.
 
 Command: `python -m dcdd_pico.train_progressive`. Held-out loss in nats a token, and of the two scores, at the end:

@@ -41,7 +41,7 @@ def stage_sheet(
     """
     if not stages:
         raise ValueError("there are no passes to show: this edit changed nothing")
-    tokens = torch.stack([stage.tokens[row].masked_fill(~stage.known[row], 0) for stage in stages])
+    tokens = torch.stack([_filled(stage.tokens[row], stage.known[row], grid) for stage in stages])
     flags = [torch.stack([getattr(stage, name)[row] for stage in stages]) for name in ("known", "revealed", "changed")]
     pixels = decode(tokens).cpu()
     known, revealed, changed = (_as_pixels(flag, grid, pixels.shape[2:]) for flag in flags)
@@ -58,6 +58,15 @@ def stage_sheet(
         title=title,
         side=side,
     )
+
+
+def _filled(tokens: torch.Tensor, known: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Tokens [N] with each hidden position's nearest known one: a decoder mixes neighbours into what is known."""
+    if not bool(known.any()):
+        return torch.zeros_like(tokens)
+    places = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
+    nearest = torch.cdist(places, places[known]).argmin(dim=1)
+    return torch.where(known, tokens, tokens[known][nearest])
 
 
 def _as_pixels(flags: torch.Tensor, grid: tuple[int, int], size: Sequence[int]) -> torch.Tensor:

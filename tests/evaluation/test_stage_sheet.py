@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,17 @@ def test_what_is_revealed_and_rewritten_is_in_colour():
 def test_another_image_of_the_batch():
     first, second = (np.asarray(stage_sheet(STAGES, decode, (2, 2), row=row)) for row in (0, 1))
     assert first.shape == second.shape and (first != second).any()
+    assert second[34 + 20, 12 + 20].tolist() == [0, 0, 0], "its own tokens"
+
+
+def test_a_hidden_position_is_decoded_as_its_nearest_known_one():
+    """Which is what neighbours of it are decoded beside."""
+    read = []
+    stage_sheet(STAGES, lambda tokens: read.append(tokens) or decode(tokens), (2, 2))
+    assert read[0].tolist() == [[1, 1, 1, 1], [1, 0, 1, 1]]
+    hidden = replace(STAGES[0], known=flags(0, 0, 0, 0))
+    stage_sheet([hidden], lambda tokens: read.append(tokens) or decode(tokens), (2, 2))
+    assert read[1].tolist() == [[0, 0, 0, 0]]
 
 
 def test_no_passes_are_refused():
