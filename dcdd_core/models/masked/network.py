@@ -234,5 +234,11 @@ def _turned(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch
 
 
 def _linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """In float32, whatever the weights' dtype: guidance multiplies what half precision rounds away."""
-    return F.linear(x, layer.weight.float(), layer.bias.float())
+    """In float32, whatever the weights' dtype: guidance multiplies what half precision rounds away.
+
+    A layer in float32 is called, since a host may have replaced it by one that fetches its weights.
+    """
+    if layer.weight.dtype == torch.float32:
+        return layer(x)
+    weight, bias = (part.to(x.device, torch.float32) for part in (layer.weight, layer.bias))
+    return F.linear(x, weight, bias)

@@ -118,6 +118,23 @@ def test_logits_and_scores_are_float32_in_half_precision():
     assert not torch.equal(error, importance)
 
 
+@torch.no_grad()
+def test_a_hosts_own_linear_layers_are_called():
+    class Hosted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    network, hidden = tiny_network(), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    for part in (network.head_in, network.head_out, network.scores_in, network.scores_out):
+        part.__class__ = Hosted
+    inner = F.gelu(F.linear(hidden, network.head_in.weight, network.head_in.bias) + 1)
+    expected = F.linear(inner, network.head_out.weight, network.head_out.bias) + 1
+    torch.testing.assert_close(network.logits(hidden), expected)
+    inner = F.gelu(F.linear(hidden, network.scores_in.weight, network.scores_in.bias) + 1)
+    expected = F.linear(inner, network.scores_out.weight, network.scores_out.bias) + 1
+    torch.testing.assert_close(torch.stack(network.scores(hidden), dim=1), expected)
+
+
 def test_all_weights_learn():
     network = fill(MaskedTransformer(tiny_network().config))
     hidden = network(tokens(), network.prefix(*padded(IDS)))
