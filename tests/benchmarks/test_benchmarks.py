@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import __main__, decoder, flux, growth, int8, lcdm, memory, noise, sampler, timing
+from benchmarks import __main__, decoder, flux, growth, guidance, int8, lcdm, memory, noise, sampler, timing
 from benchmarks.peak import Peak, peak
 from benchmarks.targets import Target, verdicts
 from dcdd_core.method.flow import resolution_shift, timesteps
@@ -16,8 +17,11 @@ from dcdd_core.method.lcdm import map_logits
 from dcdd_core.models.backbones.flux_fill.backbone import FluxFill
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.sampler import JanusSampler
+from dcdd_core.models.vae import KLCodec
+from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.pipelines.load import Models
 from dcdd_core.types import Codebook, TokenLogits
-from tests.tiny import tiny_condition, tiny_decoder, tiny_flux_config, tiny_janus
+from tests.tiny import tiny_condition, tiny_decoder, tiny_flux_config, tiny_janus, tiny_vae, tiny_vq
 
 
 def test_lcdm_as_written_is_ours():
@@ -170,6 +174,30 @@ def test_memory_s_rows_are_a_table_of_its_own(capsys: pytest.CaptureFixture, mon
         assert {row[3] for row in steps} == {timing.NOT_MEASURED}
 
 
+def test_the_cost_of_guidance_is_counted_and_measured():
+    codec, tokenizer = KLCodec(tiny_vae().requires_grad_(False).to("meta")), VQTokenizer(tiny_vq().to("meta"))
+    flops, whole = guidance.gradient_cost(codec, tokenizer, 64)
+    more, tiled = guidance.gradient_cost(codec, tokenizer, 64, tile=8)
+    assert flops < more < 3 * flops and tiled < 0.8 * whole  # once more forwards, and where tiles overlap
+    # Forwards, and backwards to the input alone: weights are frozen. Attention's way back takes more.
+    decoded, read = flops_of(codec.model.decode, (1, 16, 32, 32)), flops_of(tokenizer.features, (1, 3, 16, 16))
+    assert 2 * (decoded + read) <= flops < 2.5 * (decoded + read)
+    row = guidance.counted(tiny_flux_config(), codec, tokenizer, 64, 8, name="tiny")
+    assert len(row) == len(guidance.HEAD) and row[0] == "tiny, 64 px, TFLOP" and row[5] == "8"
+    assert guidance.step_flops(tiny_flux_config(), 64, factor=2) > guidance.step_flops(tiny_flux_config(), 32, factor=2)
+    models = Models(
+        tokenizer=VQTokenizer(tiny_vq()), codec=KLCodec(tiny_vae().requires_grad_(False)), decoder=tiny_decoder()
+    )
+    row = guidance.measured(models, torch.zeros(1, 3, 16, 16), 4, name="tiny", steps=1, rounds=1)
+    assert len(row) == len(guidance.HEAD) and 0 < float(row[7]) < 1
+
+
+def flops_of(function, shape):
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        function(torch.zeros(shape, device="meta"))
+    return counted.get_total_flops()
+
+
 def test_growth_is_drawn(tmp_path: Path):
     growth.draw([("a", "b", {1: 1.0, 2: 3.0}), ("c", "d", {1: 1.0})], tmp_path / "new" / "growth.png")
     assert (tmp_path / "new" / "growth.png").stat().st_size > 1000
@@ -225,7 +253,9 @@ def test_verdicts_follow_the_numbers(cells: tuple[str, ...], verdict: list[str])
 
 
 def test_targets_are_of_columns_that_there_are():
-    assert all(target.column in module.HEAD for module in (decoder, lcdm, sampler) for target in module.TARGETS)
+    assert all(
+        target.column in module.HEAD for module in (decoder, guidance, lcdm, sampler) for target in module.TARGETS
+    )
 
 
 def test_noise_is_measured():
