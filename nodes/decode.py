@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import comfy.latent_formats
 import comfy.sd
@@ -19,13 +20,16 @@ from einops import rearrange
 
 from ..dcdd_core import registry
 from ..dcdd_core.method.latents import scale_latents, unscale_latents
+from ..dcdd_core.models.card import DecoderCard
 from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.pipelines.decode import decode, decode_tokens
+from ..dcdd_core.pipelines.guided import MOST_STRENGTH
 from ..dcdd_core.pipelines.load import check_codec
 from ..dcdd_core.protocols import ImageTokenizer, LatentCodec, OnLayer
 from ..dcdd_core.types import TokenLogits
 from . import checks, host
-from .convert import image_of, mask_of, pixels_of, resized
+from .convert import check_finite, image_of, mask_of, pixels_of, resized
+from .guides import decoder_guide
 from .host import Managed, ManagedCodec
 from .sockets import (
     CONNECT_LOGITS,
@@ -42,6 +46,8 @@ from .sockets import (
 
 HARD, SOFT = "hard: the tokens", "soft: the expected codes"
 AS_MEASURED, BY_RESOLUTION, UNIFORM = "as measured best for the decoder", "FLUX: by resolution", "uniform"
+#: Strength of guidance: that of the decoder's card.
+AS_SERVED = -1.0
 SCHEDULES = (AS_MEASURED, BY_RESOLUTION, UNIFORM)
 #: Seconds after which the node says that weights for a new schedule are being loaded.
 _LONG = 1.0
@@ -166,6 +172,23 @@ class FluxDecoder(io.ComfyNode):
                     optional=True,
                     tooltip="A FLUX VAE from ComfyUI's Load VAE, used in place of the decoder's own.",
                 ),
+                VQVAESocket.Input(
+                    "vq_vae",
+                    optional=True,
+                    tooltip="For distribution guidance: the tokenizer that the condition's tokens belong to.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    optional=True,
+                    default=AS_SERVED,
+                    min=AS_SERVED,
+                    max=MOST_STRENGTH,
+                    step=0.05,
+                    tooltip=(
+                        "Distribution guidance on top of the decoder, which needs vq_vae: 0 is off, 0.05 to 0.2 adds "
+                        "detail, more looks over-cooked. -1 uses what the decoder's bundle says, which is mostly 0."
+                    ),
+                ),
             ],
             outputs=[
                 io.Image.Output("painted", display_name="image", tooltip="The decoded image."),
@@ -188,6 +211,8 @@ class FluxDecoder(io.ComfyNode):
         image: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         vae: comfy.sd.VAE | None = None,
+        vq_vae: Managed[ImageTokenizer] | None = None,
+        strength: float = AS_SERVED,
     ) -> io.NodeOutput:
         expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")
         expect(condition, MappedCondition, "condition", "connect the condition of an LCDM Encoder")
@@ -195,6 +220,7 @@ class FluxDecoder(io.ComfyNode):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if (image is None) != (mask is None):
             raise ValueError("painting a part needs an image and a mask: connect both, or neither to paint everything")
+        check_finite(strength=strength)
         model, batch = decoder.decoder.idle, len(condition.code_vectors)
         checks.check_condition(condition, model)
         given = area = None
@@ -217,6 +243,14 @@ class FluxDecoder(io.ComfyNode):
                 host.notice("the mask is empty: nothing is painted, the image stays unchanged")
         codec = _codec(decoder, vae)
         steps = steps or model.card.steps
+        shift = _shift(schedule, model, condition, steps)
+        comfy_host, guide = _host(decoder, codec, condition), None
+        strength, served_shift = _served(model.card, strength, vq_vae)
+        if strength > 0:
+            expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
+            checks.check_tokens_of_condition(condition, vq_vae.idle)
+            comfy_host, guide = decoder_guide(comfy_host, codec, vq_vae, condition, model, strength)
+            shift = served_shift if schedule == AS_MEASURED and served_shift is not None else shift
         progress, preview = host.NodeProgress(steps), _preview(codec, decoder.decoder.device)
         decoded = decode(
             model,
@@ -224,12 +258,13 @@ class FluxDecoder(io.ComfyNode):
             condition,
             seeds=[seed + k for k in range(batch)],
             steps=steps,
-            shift=_shift(schedule, model, condition, steps),
+            shift=shift,
             image=given,
             mask=area,
+            guide=guide,
             on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
             on_prepare=_on_layer(progress, steps),
-            host=_host(decoder, codec, condition),
+            host=comfy_host,
             codec_remedy=_TILES,
         )
         painted = image_of(decoded.pixels)
@@ -243,6 +278,19 @@ class FluxDecoder(io.ComfyNode):
 
 
 NODES = [VQVAEDecode, FluxDecoder]
+
+
+def _served(card: DecoderCard, strength: float, vq_vae: Any) -> tuple[float, float | None]:
+    """The strength of guidance, and mu of the time shift that goes with it; None for the decoder's own."""
+    served = card.distribution_guidance
+    if strength >= 0 or served is None or served.strength == 0:
+        return max(strength, 0.0), None
+    if vq_vae is None:
+        host.notice(
+            f"this decoder paints best with a guidance of strength {served.strength:g}, which needs vq_vae: connect it"
+        )
+        return 0.0, None
+    return served.strength, served.shift
 
 
 def _shift(
@@ -281,7 +329,7 @@ class _CoreCodec:
     model = None
 
     def __init__(self, vae: comfy.sd.VAE, decoder: DistributionConditionedDecoder):
-        card, self._vae = decoder.card, vae
+        card, self.vae = decoder.card, vae
         self.factor, self.channels = vae.downscale_ratio, vae.latent_channels
         # Plain latents, which `check_codec` refuses where the decoder needs others.
         self.shift = 0.0 if card.vae_shift is None else card.vae_shift
@@ -293,11 +341,11 @@ class _CoreCodec:
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """See `LatentCodec.encode`."""
-        return self._vae.encode(image_of(pixels)).float()
+        return self.vae.encode(image_of(pixels)).float()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See `LatentCodec.decode`."""
-        return pixels_of(self._vae.decode(latents))
+        return pixels_of(self.vae.decode(latents))
 
     def normalize(self, latents: torch.Tensor) -> torch.Tensor:
         """See `LatentCodec.normalize`."""

@@ -86,7 +86,10 @@ class DistributionGuidance(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the whole sampling schedule guidance begins.",
+                    tooltip=(
+                        "Where in the whole sampling schedule guidance begins. With a denoise of 0.6 a sampler starts "
+                        "at 0.4 of it, so lower values change nothing."
+                    ),
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -309,9 +312,9 @@ class TokenAgreement(io.ComfyNode):
             "Token Agreement",
             category="guidance",
             description=(
-                "Reads an image with Janus' own encoder and says in how many places it finds what Janus predicted; and "
-                "again under a little noise. If the second number is far lower, the guidance was too strong: it "
-                "fooled the encoder instead of painting."
+                "Reads an image with Janus' own encoder and says in how many places it finds the tokens, and again "
+                "under a little noise. Compare with a VQ-VAE Decode: if more strength lowers the first number, it was "
+                "too strong; if the second falls much further behind, the encoder was fooled."
             ),
             search_aliases=["check", "faithful", "agreement", "over-cooked", "一致"],
             inputs=[

@@ -14,12 +14,11 @@ import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.sd
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
 from ..dcdd_core.method.calibration import scale_for_confidence
 from ..dcdd_core.method.lcdm import map_logits
+from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.pipelines.condition import discrete_condition
 from ..dcdd_core.pipelines.guided import GuidanceOptions, TokenGuide, token_guide
 from ..dcdd_core.pipelines.oom import one_by_one
@@ -27,8 +26,8 @@ from ..dcdd_core.protocols import ImageTokenizer
 from ..dcdd_core.types import Calibration, Condition, TokenLogits
 from . import checks, host
 from .convert import in_words, resized
-from .host import Managed
-from .sockets import CONNECT_LOGITS, CONNECT_VQ, expect
+from .host import Managed, ManagedCodec
+from .sockets import CONNECT_LOGITS, CONNECT_VQ, MappedCondition, expect
 
 SOFT, HARD = "soft: the distributions", "hard: the tokens"
 #: How far the sides of an image may be from the tokens' before the artist is told that it is stretched.
@@ -58,14 +57,7 @@ class FollowedTokens:
         """That of image k."""
         return replace(self, condition=self.condition.part(k, k + 1), soft=self.soft[k : k + 1])
 
-    def guide(
-        self,
-        codec: Any,
-        count: int,
-        size: tuple[int, int],
-        options: GuidanceOptions,
-        mask: torch.Tensor | None = None,
-    ) -> TokenGuide:
+    def guide(self, codec: Any, count: int, size: tuple[int, int], options: GuidanceOptions) -> TokenGuide:
         """Of `count` images, painted at (H, W) = `size`."""
         host.let_gradients_pass(self.tokenizer)
         own = self.condition.to(self.tokenizer.device)
@@ -78,7 +70,6 @@ class FollowedTokens:
             scale=self.scale,
             options=options,
             size=size,
-            free=None if mask is None else _free(mask, own.grid),
             host=host.ComfyHost(),
         )
 
@@ -118,9 +109,7 @@ def followed_tokens(
         if calibration is not None:
             scale = calibration.scale * calibration.affine_scale
         else:
-            with torch.no_grad():
-                features = tokenizer.features(tokenizer.decode_vectors(soft.code_vectors, part.grid))
-            scale = scale_for_confidence(features, tokenizer.codebook, float(soft.uncertainty[..., 0].mean()))
+            scale = _fitted_scale(tokenizer, soft)
         return made, comfy_host.keep(pixels), scale
 
     with host.noticed():
@@ -132,11 +121,6 @@ def followed_tokens(
         scale=sum(scales) / len(scales),
         soft=torch.cat(soft),
     )
-
-
-def _free(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Positions [B, N] of which nothing is under the mask [B, 1, H, W]."""
-    return rearrange(F.adaptive_max_pool2d(mask, grid) <= 0, "b 1 h w -> b (h w)")
 
 
 # --- copies that gradients can pass -----------------------------------------------------------------------------------
@@ -238,6 +222,70 @@ def tell_stretch(size: tuple[int, int], own: tuple[int, int]) -> None:
         )
 
 
+# --- on a decoder -----------------------------------------------------------------------------------------------------
+
+
+class _GuidedHost(host.ComfyHost):
+    """The models of a node, and the copies that gradients pass."""
+
+    def __init__(self, plain: host.ComfyHost, copies: tuple[Managed, ...], memory: int):
+        super().__init__(*plain.models, *copies, besides=plain.besides + memory)
+        self._copies = copies
+
+    def bring(self, memory: int = 0) -> None:
+        super().bring(memory)
+        host.let_gradients_pass(*self._copies)
+
+
+def decoder_guide(
+    plain: host.ComfyHost,
+    codec: Any,
+    vq_vae: Managed[ImageTokenizer],
+    condition: MappedCondition,
+    decoder: DistributionConditionedDecoder,
+    strength: float,
+) -> tuple[host.ComfyHost, TokenGuide]:
+    """Guidance on top of a trained decoder, and the host that brings what it needs.
+
+    Args:
+        plain: the host without guidance.
+        codec: `ManagedCodec`, or a core VAE as a codec that has it as `vae`.
+    """
+    size, tokenizer = decoder.painted_size(condition.grid), _guide_tokenizer(vq_vae)
+    if isinstance(codec, ManagedCodec):
+        own = codec.managed.idle
+        network = _copy_of(own.model, own)
+        sees = network.idle
+    else:
+        own = guide_vae(codec.vae)
+        network, sees = own.network, own.of(codec.normalize, codec.denormalize)
+    both = _GuidedHost(plain, (network, tokenizer), gradient_memory(size))
+    both.bring()
+    mapped = condition.to(tokenizer.device)
+    calibration = None if condition.card is None else condition.card.calibration
+    if calibration is not None:
+        scale = calibration.scale * calibration.affine_scale
+    else:
+        scale = _fitted_scale(tokenizer.idle, mapped)
+    guide = token_guide(
+        tokenizer.idle,
+        sees,
+        mapped,
+        scale=scale,
+        options=GuidanceOptions(strength=strength, pull=0.0),
+        size=size,
+        host=both,
+    )
+    return both, guide
+
+
+def _fitted_scale(tokenizer: ImageTokenizer, condition: Condition) -> float:
+    """s at which the encoder is as confident, of the soft VQ decode, as the condition is."""
+    with torch.no_grad():
+        features = tokenizer.features(tokenizer.decode_vectors(condition.code_vectors, condition.grid))
+    return scale_for_confidence(features, tokenizer.codebook, float(condition.uncertainty[..., 0].mean()))
+
+
 # --- within a sampler -------------------------------------------------------------------------------------------------
 
 
@@ -295,8 +343,7 @@ class SamplerGuidance:
         host.let_gradients_pass(self.tokens.tokenizer)
         if key not in self._guides:
             size = (denoised.shape[-2] * self.vae.factor, denoised.shape[-1] * self.vae.factor)
-            mask = None if self.mask is None else resized(self.mask, *size)
-            guide = self.tokens.guide(codec, len(denoised), size, options, mask)
+            guide = self.tokens.guide(codec, len(denoised), size, options)
             if guide.soft.shape[1:] != denoised.shape[1:]:
                 came, paints = (" x ".join(map(str, each.shape[1:])) for each in (guide.soft, denoised))
                 raise ValueError(
@@ -306,7 +353,7 @@ class SamplerGuidance:
             h, w = guide.condition.grid
             factor = self.tokens.tokenizer.idle.factor
             tell_stretch(size, (h * factor, w * factor))
-            self._guides[key] = guide
+            self._guides[key] = guide if self.mask is None else guide.under(resized(self.mask, *size))
         return self._guides[key]
 
     def _check(self, denoised: torch.Tensor) -> None:

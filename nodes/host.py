@@ -181,17 +181,18 @@ class ComfyHost(Host):
             convolutional: whether the memory that is asked for is that of convolutions.
             besides: bytes that are needed besides it, such as for previews.
         """
-        self._models, self._convolutional, self._besides = models, convolutional, besides
+        self.models, self.besides = models, besides
+        self._convolutional = convolutional
 
     @property
     def weights_resident(self) -> bool:
         """Whether all weights are on their device now, none of them streamed."""
-        return all(model.resident for model in self._models)
+        return all(model.resident for model in self.models)
 
     def bring(self, memory: int = 0) -> None:
         """Brings the models to their device together."""
         memory = convolution_memory(memory) if self._convolutional else memory
-        bring(*self._models, memory=memory + self._besides)
+        bring(*self.models, memory=memory + self.besides)
 
     def check(self) -> None:
         """Stops the node if the user asked for it."""

@@ -148,7 +148,8 @@ def test_imports_point_one_way():
 FAMILIES = {
     "FluxTransformer2DModel": ("dcdd_core.models.backbones.flux_fill",),
     "FluxFill": ("dcdd_core.models.backbones.flux_fill",),
-    "AutoencoderKL": ("dcdd_core.models.vae",),
+    # In the nodes it is ComfyUI's own class of that name.
+    "AutoencoderKL": ("dcdd_core.models.vae", "nodes.core_models"),
     "KLCodec": ("dcdd_core.models.vae",),
     "JanusForConditionalGeneration": ("dcdd_core.models.janus",),
     "JanusSampler": ("dcdd_core.models.janus",),

@@ -25,7 +25,8 @@ class StandIn(types.ModuleType):
     def __getattr__(self, name):
         return MagicMock(name=f"{self.__name__}.{name}")
 
-parts = ("cli_args", "latent_formats", "model_management", "model_patcher", "ops", "sd", "utils")
+parts = ("cli_args", "latent_formats", "ldm", "ldm.models", "ldm.models.autoencoder", "model_base", "model_management")
+parts += ("model_patcher", "model_sampling", "ops", "patcher_extension", "sd", "supported_models_base", "utils")
 names = ["comfy", *(f"comfy.{part}" for part in parts)]
 names += ["comfy_api", "comfy_api.latest", "comfy_execution", "comfy_execution.graph_utils", "comfy_execution.utils"]
 names += ["folder_paths", "latent_preview", "server"]

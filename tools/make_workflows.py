@@ -1032,8 +1032,7 @@ def guidance(graph: Graph) -> None:
         ## Change first
         - the **prompt** and the **strength** (green)
         - *start* of *Token Guide Latent*: how much noise the model starts from
-        - *Token Agreement* says how many tokens are read in the image: if far fewer are under noise, *strength* is too
-        high
+        - *Token Agreement* says how many tokens are read in the image: if more *strength* lowers that, it is too high
         ## With your own model
         Workflow 8 is the same with FLUX.1-dev.
     """)

@@ -33,6 +33,7 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """[out, in], as `weight` is."""
         return weight + (self.up @ self.down).to(weight)
 
 
