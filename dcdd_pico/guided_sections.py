@@ -419,21 +419,17 @@ def measure_rulers(setup: EvalSetup) -> Rows:
     """What both metric networks say of calibration scenes that are damaged more and more."""
     rulers, count = Rulers.of(setup), min(FEW, len(setup.images))
     truth = _pixels(rulers, "calibration", slice(0, count))
-    sets = {
-        "reader": rulers.reader,
-        "text detector": rulers.detector,
-    }
-    real = {name: FrechetStatistics.of([network.frechet_features(truth)]) for name, network in sets.items()}
+    networks = {"": rulers.reader, ", text detector": rulers.detector}
+    real = {name: FrechetStatistics.of([network.frechet_features(truth)]) for name, network in networks.items()}
     rows: Rows = {}
     for damage, levels in DAMAGES.items():
         for level in levels:
-            made = DAMAGE[damage](truth, level)
-            row = {}
-            for name, network in sets.items():
-                row[f"perceptual, {name}"] = float(network.perceptual_distance(truth, made).mean())
+            made, row = DAMAGE[damage](truth, level), {}
+            for name, network in networks.items():
                 statistics = FrechetStatistics.of([network.frechet_features(made)])
-                row[f"frechet, {name}"] = frechet_distance(real[name], statistics)
-            rows[f"{damage} {level:g}"] = row
+                row[f"frechet{name}"] = frechet_distance(real[name], statistics)
+                row[f"perceptual{name}"] = float(network.perceptual_distance(truth, made).mean())
+            rows[f"{damage} {level:g}"] = row | {"images": float(count)}
     return rows
 
 
