@@ -1,0 +1,273 @@
+"""What the masked sampler scores against the autoregressive one: sections of docs/results.md, beside `sections`.
+
+Both metric networks of `guided_sections` measure, on the same captions and with the same decoders. What is sampled and
+scored is kept part by part, so that an interrupted measurement goes on.
+
+Shapes: B images of a part, M images, N tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from dcdd_core import registry
+from dcdd_core.method.progressive import ORDERS, ProgressiveOptions
+from dcdd_core.models.masked.sampler import MaskedSampler
+from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.pipelines.decode import decode
+from dcdd_core.protocols import SamplingOptions
+from dcdd_core.types import Condition, TokenLogits
+
+from .guided_images import Given, kept, scenes_of
+from .guided_sections import F1, Rulers, Scores, parts_of, rows_of, scores_of
+from .progressive import FOLDER, progressive_folder
+from .reader import fact_labels
+from .section_keys import code_hash, files_hash
+from .sections import FURTHER, EvalSetup, Rows, Section
+
+AR = "Janus, 144 passes"
+VQ, DCDD = "VQ-VAE decode", "trained DCDD"
+PASSES = (4, 8, 11, 16, 24, 64)
+#: Passes that are compared with the autoregressive sampler: 13 times fewer than its 144.
+TARGET = 11
+SEEDS = 3
+COLUMNS = ("frechet", "frechet, text detector", *F1)
+REWRITTEN = "tokens rewritten"
+_WEIGHTS = ("janus", "vae", "decoder.safetensors", FOLDER)
+_READ = (*_WEIGHTS, "reader.safetensors")
+
+
+def passes_name(passes: int) -> str:
+    """The row of so many passes."""
+    return f"progressive, {passes} passes"
+
+
+def with_passes(passes: int, guidance: float) -> ProgressiveOptions:
+    """Options of so many passes; a quarter of them, rounded up, only revises."""
+    return ProgressiveOptions(guidance=guidance, passes=passes, revision_passes=(passes + 3) // 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A way to sample tokens.
+
+    Attributes:
+        name: of its row.
+        options: `ProgressiveOptions` for the masked sampler, plain ones for the autoregressive one.
+        seed: added to the number of the image, a million times.
+    """
+
+    name: str
+    options: SamplingOptions
+    seed: int = 0
+
+    @property
+    def file(self) -> str:
+        """Name of its folder: everything but the name of the row."""
+        return hashlib.sha256(f"{self.options} {self.seed}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Both samplers, what decodes their tokens, and what measures the images."""
+
+    setup: EvalSetup
+    rulers: Rulers
+
+    @classmethod
+    def of(cls, setup: EvalSetup) -> Samples:
+        """With the models of a measurement.
+
+        Raises:
+            ValueError: as `Rulers.of`.
+        """
+        return cls(setup=setup, rulers=Rulers.of(setup))
+
+    @cached_property
+    def masked(self) -> MaskedSampler:
+        """The masked sampler among the weights."""
+        return load_progressive(self.setup)
+
+    @cached_property
+    def version(self) -> str:
+        """Of code, weights and precision."""
+        weights = files_hash([self.setup.weights / name for name in _READ])
+        precision = str(self.setup.pico.decoder.dtype).removeprefix("torch.")
+        return f"{code_hash(sampled_of, painted_of)}-{weights}-{precision}"
+
+    def given(self, arm: Arm, part: slice) -> dict[str, torch.Tensor]:
+        """`sampled_of` a part, once."""
+        return self._kept(f"{arm.file}/given", part, lambda: sampled_of(self, arm, part))
+
+    def scores(self, arm: Arm, decoder: str, part: slice) -> dict[str, torch.Tensor]:
+        """`scores_of` a part's images by one decoder."""
+
+        def make() -> dict[str, torch.Tensor]:
+            held = self.given(arm, part)
+            tokenizer = self.setup.pico.tokenizer
+            condition = Condition(
+                held["code_vectors"], held["uncertainty"], tokenizer.grid, codebook=tokenizer.codebook.fingerprint
+            )
+            given = Given(tokens=held["tokens"], condition=condition.to(tokenizer.device, torch.float32))
+            images = painted_of(self.setup, decoder, given, seeds_of(arm, part))
+            return scores_of(self.rulers, images, None, None) | {REWRITTEN: held[REWRITTEN]}
+
+        return self._kept(f"{arm.file}/{decoder}", part, make)
+
+    def _kept(self, name: str, part: slice, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        folder = self.setup.out / "progressive" / self.version
+        return kept(folder / name / f"{part.start:06d}-{part.stop:06d}.npz", make)
+
+
+def load_progressive(setup: EvalSetup) -> MaskedSampler:
+    """The masked sampler among a measurement's weights.
+
+    Raises:
+        ValueError: if it has not been trained.
+    """
+    folder = progressive_folder(setup.weights)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist: train it with `python -m dcdd_pico.train_progressive`")
+    return registry.sampler_family(folder).load_sampler(str(folder), device=setup.pico.tokenizer.device)
+
+
+def seeds_of(arm: Arm, part: slice) -> range:
+    """One for each image of a part; other seeds of an arm share none."""
+    return range(arm.seed * 10**6 + part.start, arm.seed * 10**6 + part.stop)
+
+
+@torch.no_grad()
+def sampled_of(samples: Samples, arm: Arm, part: slice) -> dict[str, torch.Tensor]:
+    """What an arm samples for a part's captions: tokens, their condition, and how many tokens of each image were
+    rewritten, [B, ...] each."""
+    captions = [scene.caption for scene in scenes_of("test", part)]
+    grid, rewritten = sample(samples, arm.options, captions, seeds_of(arm, part))
+    condition = condition_for(samples.setup.pico.decoder.card, grid, samples.setup.pico.tokenizer.codebook)
+    return {
+        "tokens": grid.tokens,
+        "code_vectors": condition.code_vectors,
+        "uncertainty": condition.uncertainty,
+        REWRITTEN: rewritten,
+    }
+
+
+def sample(
+    samples: Samples, options: SamplingOptions, captions: Sequence[str], seeds: Sequence[int]
+) -> tuple[TokenLogits, torch.Tensor]:
+    """The token logits, and how many tokens of each image were rewritten [B]."""
+    if not isinstance(options, ProgressiveOptions):
+        return samples.setup.pico.sampler.sample(captions, seeds=seeds, options=options), torch.zeros(len(captions))
+    found = samples.masked.sample_stages(captions, seeds=seeds, options=options)
+    return found.token_logits, torch.stack([stage.changed.sum(1) for stage in found.stages]).sum(0).float()
+
+
+@torch.no_grad()
+def painted_of(setup: EvalSetup, decoder: str, given: Given, seeds: range) -> torch.Tensor:
+    """Pixels [B, 3, S, S] in -1..1 by one of the decoders."""
+    pico = setup.pico
+    if decoder == VQ:
+        return pico.tokenizer.decode_tokens(given.tokens, given.condition.grid)
+    options = {"steps": setup.steps, "shift": pico.decoder.card.shift}
+    return decode(pico.decoder, pico.codec, given.condition, seeds=seeds, **options).pixels
+
+
+def collect(samples: Samples, arms: Sequence[Arm], decoder: str, count: int) -> dict[str, Scores]:
+    """The scores of each arm by the name of its row, by one decoder."""
+    made: dict[str, list[dict[str, torch.Tensor]]] = {arm.name: [] for arm in arms}
+    real: list[dict[str, torch.Tensor]] = []
+    for part in parts_of(count, decoder):
+        real.append(samples.rulers.real("test", part))
+        for arm in arms:
+            made[arm.name].append(samples.scores(arm, decoder, part))
+    facts = [scene.facts for scene in scenes_of("test", slice(0, count))]
+    labels = {name: found.numpy() for name, found in fact_labels(facts).items()}
+    joined = _joined(real)
+    return {name: Scores(held=_joined(parts), real=joined, labels=labels) for name, parts in made.items()}
+
+
+def measure_passes(setup: EvalSetup) -> Rows:
+    """The number of passes, with both decoders, and each row's difference to the autoregressive sampler's."""
+    samples, rows = Samples.of(setup), {}
+    arms = [Arm(name=AR, options=SamplingOptions(guidance=setup.guidance))]
+    arms += [Arm(name=passes_name(n), options=with_passes(n, setup.guidance)) for n in PASSES]
+    for decoder in (VQ, DCDD):
+        scores = collect(samples, arms, decoder, len(setup.images))
+        scores = {f"{name}, {decoder}": own for name, own in scores.items()}
+        rows |= rows_of(scores, COLUMNS)
+    return rows
+
+
+def measure_orders(setup: EvalSetup) -> Rows:
+    """Orders with and without revision, at `TARGET` passes by the VQ decoder, over `SEEDS` seeds.
+
+    A cell is the mean over the seeds; its lowest and highest are those of the seeds.
+    """
+    samples, rows = Samples.of(setup), {}
+    revising = with_passes(TARGET, setup.guidance)
+    without = replace(revising, revise=0, revision_passes=0)
+    kinds = {
+        f"{order}, {name}": replace(options, order=order)
+        for order in ORDERS
+        for name, options in (("revision", revising), ("no revision", without))
+    }
+    every = np.arange(len(setup.images))
+    for name, options in kinds.items():
+        arms = [Arm(name=f"{seed}", options=options, seed=seed) for seed in range(SEEDS)]
+        found = list(collect(samples, arms, VQ, len(setup.images)).values())
+        rows[name] = {"images": float(len(every))}
+        for column in COLUMNS:
+            rows[name] |= over_seeds(column, [own.score(column, every) for own in found])
+        rows[name] |= over_seeds(REWRITTEN, [float(own.held[REWRITTEN].mean()) for own in found])
+    return rows
+
+
+def over_seeds(column: str, values: Sequence[float]) -> dict[str, float]:
+    """A cell: the mean, and the lowest and highest value as details."""
+    return {column: statistics.fmean(values), f"{column}: lowest": min(values), f"{column}: highest": max(values)}
+
+
+def measure_seconds(setup: EvalSetup, rounds: int = 5) -> Rows:
+    """Median wall time of an image's tokens, one and eight at a time, in one run; a GPU's are not measured.
+
+    A pass of the masked sampler reads all positions again, where the autoregressive one reads a single one from its
+    cache: passes are not seconds.
+    """
+    samples = Samples.of(setup)
+    arms = [Arm(name=AR, options=SamplingOptions(guidance=setup.guidance))]
+    arms += [Arm(name=passes_name(n), options=with_passes(n, setup.guidance)) for n in (8, TARGET, 16)]
+    rows: Rows = {arm.name: {} for arm in arms}
+    for batch in (1, 8):
+        captions = [scene.caption for scene in scenes_of("test", slice(0, batch))]
+        taken: dict[str, list[float]] = {arm.name: [] for arm in arms}
+        for k in range(rounds + 1):
+            for arm in arms:  # in turn, so that what else the machine does falls on all
+                start = time.perf_counter()
+                sample(samples, arm.options, captions, range(k * batch, (k + 1) * batch))
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                taken[arm.name].append((time.perf_counter() - start) / batch)
+        for name, seconds in taken.items():
+            rows[name][f"seconds, batch {batch}"] = statistics.median(seconds[1:])
+            rows[name]["threads"] = float(torch.get_num_threads())
+    return rows
+
+
+def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+
+
+FURTHER.update(
+    {
+        "progressive-passes": Section(measure_passes, _READ),
+        "progressive-orders": Section(measure_orders, _READ),
+        "progressive-seconds": Section(measure_seconds, _READ),
+    }
+)

@@ -1,0 +1,216 @@
+"""Scores of the masked sampler by hand, on stubs whose images are known."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import count
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dcdd_core.evaluation.intervals import bootstrap
+from dcdd_core.method.progressive import ORDERS, ProgressiveOptions
+from dcdd_core.protocols import SamplingOptions
+from dcdd_pico import guided_sections, progressive_sections
+from dcdd_pico.guided_sections import Rulers, minus
+from dcdd_pico.progressive_sections import AR, DCDD, PASSES, REWRITTEN, TARGET, VQ, passes_name, with_passes
+from dcdd_pico.progressive_table import tables, verdicts
+from dcdd_pico.scenes import scene_facts
+from dcdd_pico.section_keys import Provenance
+from dcdd_pico.sections import FURTHER, Measured
+from tests.stub_pico import StubReader
+
+IMAGES = 20
+GREYS = torch.linspace(-0.5, 0.5, IMAGES)
+#: What the trained decoder adds.
+PAINTED = 0.3
+#: Of the autoregressive sampler's images.
+AR_OFFSET = 0.5
+
+
+class Detector(StubReader):
+    """Its features are twice the stub reader's."""
+
+    def frechet_features(self, images):
+        return 2 * super().frechet_features(images)
+
+
+def pixels(values):
+    return values[:, None, None, None].expand(-1, 3, 16, 16)
+
+
+class Sampler:
+    """A token is a thousand times its image's grey plus an offset; it notes what it was asked for."""
+
+    def __init__(self, offset):
+        self.offset, self.asked = offset, []
+
+    def sample(self, captions, *, seeds, options):
+        self.asked.append((options, list(seeds)))
+        assert [seed % 10**6 for seed in seeds][: len(captions)] and len(seeds) == len(captions)
+        offset = self.offset(options, seeds[0] // 10**6)
+        return SimpleNamespace(tokens=((GREYS[[int(c) for c in captions]] + offset) * 1000).round().long()[:, None])
+
+    def sample_stages(self, captions, *, seeds, options):
+        made = self.sample(captions, seeds=seeds, options=options)
+        changed = torch.ones(len(captions), 3, dtype=torch.bool)
+        nothing = torch.zeros_like(changed)
+        return SimpleNamespace(
+            token_logits=made, stages=[SimpleNamespace(changed=changed if options.revise else nothing)] * 2
+        )
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    tokenizer = SimpleNamespace(
+        device="cpu",
+        grid=(1, 1),
+        codebook=SimpleNamespace(fingerprint="the codebook"),
+        decode_tokens=lambda tokens, grid: pixels(tokens[:, 0] / 1000),
+    )
+    decoder = SimpleNamespace(card=SimpleNamespace(shift=1.5), dtype=torch.float32)
+    made = SimpleNamespace(
+        pico=SimpleNamespace(
+            tokenizer=tokenizer,
+            decoder=decoder,
+            codec="the codec",
+            sampler=Sampler(lambda options, _: AR_OFFSET),
+        ),
+        images=[None] * IMAGES,
+        guidance=3.0,
+        steps=7,
+        out=tmp_path / "out",
+        weights=tmp_path / "weights",
+    )
+
+    def condition_for(card, grid, codebook):
+        assert card is decoder.card and codebook is tokenizer.codebook
+        vectors = grid.tokens[..., None] / 1000
+        return SimpleNamespace(code_vectors=vectors, uncertainty=torch.zeros(*grid.tokens.shape, 4))
+
+    def decode(own, codec, condition, *, seeds, steps, shift):
+        assert (own, codec, steps, shift) == (decoder, "the codec", 7, 1.5) and len(seeds) == len(
+            condition.code_vectors
+        )
+        return SimpleNamespace(pixels=pixels(condition.code_vectors[:, 0, 0] + PAINTED))
+
+    def scenes_of(split, part):
+        assert split == "test"
+        facts = scene_facts("test", IMAGES)
+        return [SimpleNamespace(caption=str(k), facts=facts[k]) for k in range(part.start, part.stop)]
+
+    monkeypatch.setattr(progressive_sections, "condition_for", condition_for)
+    monkeypatch.setattr(progressive_sections, "decode", decode)
+    monkeypatch.setattr(progressive_sections, "scenes_of", scenes_of)
+    greys = ((GREYS + 1) * 127.5).round().byte().numpy()
+    monkeypatch.setattr(
+        guided_sections,
+        "originals",
+        lambda source, part: np.broadcast_to(greys[part, None, None, None], (part.stop - part.start, 16, 16, 3)),
+    )
+    monkeypatch.setattr(guided_sections, "bootstrap", partial(bootstrap, resamples=10))
+    painters = SimpleNamespace(pico=made.pico, own_folder=tmp_path / "guided", weights=made.weights)
+    rulers = Rulers(painters=painters, reader=StubReader(), detector=Detector())
+    monkeypatch.setattr(Rulers, "of", classmethod(lambda cls, setup: rulers))
+    made.weights.mkdir()
+    (made.weights / "reader.safetensors").write_bytes(b"")
+    return made
+
+
+@pytest.fixture
+def masked(setup, monkeypatch):
+    """Its images are off by a hundredth for each pass."""
+    made = Sampler(lambda options, _: options.passes / 100)
+    monkeypatch.setattr(progressive_sections, "load_progressive", lambda _: made)
+    return made
+
+
+def test_passes_are_measured_with_both_decoders_against_the_autoregressive_sampler(setup, masked):
+    table = progressive_sections.measure_passes(setup)
+    for decoder, added in ((VQ, 0.0), (DCDD, PAINTED)):
+        own = (AR_OFFSET + added) ** 2
+        assert table[f"{AR}, {decoder}"]["frechet"] == pytest.approx(own, abs=2e-3)
+        for passes in PASSES:
+            name = f"{passes_name(passes)}, {decoder}"
+            expected = (passes / 100 + added) ** 2
+            assert table[name]["frechet"] == pytest.approx(expected, abs=5e-3), name
+            assert table[name]["frechet, text detector"] == pytest.approx(4 * expected, abs=2e-2)
+            difference = table[minus(name, f"{AR}, {decoder}")]
+            assert difference["frechet"] == pytest.approx(expected - own, abs=5e-3)
+            assert difference["frechet: lowest"] <= difference["frechet"] <= difference["frechet: highest"]
+            assert difference["F1"] == 0 and difference["images"] == IMAGES
+    assert {options for options, _ in setup.pico.sampler.asked} == {SamplingOptions(guidance=3.0)}
+    assert [options.passes for options, _ in masked.asked] == [p for _ in range(2) for p in PASSES], "in two parts"
+    assert [k for _, seeds in setup.pico.sampler.asked for k in seeds] == list(range(IMAGES)), "once for both decoders"
+
+
+def test_what_was_sampled_and_scored_is_kept(setup, masked):
+    first = progressive_sections.measure_passes(setup)
+    asked = len(masked.asked)
+    assert progressive_sections.measure_passes(setup) == first and len(masked.asked) == asked
+
+
+def test_orders_are_means_over_seeds(setup, monkeypatch):
+    names = list(ORDERS)
+
+    def offset(options, seed):
+        return names.index(options.order) / 10 + (0.0 if options.revise else 0.04) + seed / 100
+
+    made = Sampler(offset)
+    monkeypatch.setattr(progressive_sections, "load_progressive", lambda _: made)
+    table = progressive_sections.measure_orders(setup)
+    assert set(table) == {f"{order}, {kind}" for order in ORDERS for kind in ("revision", "no revision")}
+    for name, row in table.items():
+        order, kind = name.split(", ")
+        base = names.index(order) / 10 + (0.04 if kind == "no revision" else 0.0)
+        expected = [(base + seed / 100) ** 2 for seed in range(3)]
+        assert row["frechet"] == pytest.approx(sum(expected) / 3, abs=5e-3), name
+        assert row["frechet: lowest"] == pytest.approx(min(expected), abs=5e-3)
+        assert row["frechet: highest"] == pytest.approx(max(expected), abs=5e-3)
+        assert row[REWRITTEN] == (6.0 if kind == "revision" else 0.0)
+    asked = {(options.passes, options.revision_passes, options.revise) for options, _ in made.asked}
+    assert asked == {(TARGET, 3, "all"), (TARGET, 0, 0)}
+
+
+def test_seconds_are_medians_for_an_image(setup, masked, monkeypatch):
+    """The clock goes on by 8 seconds between two looks."""
+    monkeypatch.setattr(progressive_sections.time, "perf_counter", partial(next, count(0, 8)))
+    table = progressive_sections.measure_seconds(setup, rounds=3)
+    assert list(table) == [AR, *(passes_name(n) for n in (8, TARGET, 16))]
+    for row in table.values():
+        assert (row["seconds, batch 1"], row["seconds, batch 8"]) == (8.0, 1.0) and row["threads"] >= 1
+
+
+def test_a_quarter_of_the_passes_revises():
+    for passes, revising in ((4, 1), (8, 2), (11, 3), (16, 4), (64, 16)):
+        assert with_passes(passes, 3.0) == ProgressiveOptions(guidance=3.0, passes=passes, revision_passes=revising)
+
+
+def test_weights_that_were_not_trained_are_asked_for(setup):
+    with pytest.raises(ValueError, match="progressive does not exist: train it with `python -m dcdd_pico.train_prog"):
+        progressive_sections.load_progressive(setup)
+
+
+def test_the_target_is_read_off_the_intervals():
+    row = minus(f"{passes_name(11)}, {VQ}", f"{AR}, {VQ}")
+
+    def told(low, high):
+        held = {"frechet": (low + high) / 2, "frechet: lowest": low, "frechet: highest": high}
+        return next(
+            line for line in verdicts({"progressive-passes": {row: held}}).splitlines() if f"{row}: frechet |" in line
+        )
+
+    assert "| met |" in told(-0.3, -0.1) and "| MISSED |" in told(0.1, 0.3) and "| open |" in told(-0.1, 0.1)
+    assert verdicts({}).count("not measured") == 2 * 7
+
+
+def test_sections_become_tables():
+    assert {"progressive-passes", "progressive-orders", "progressive-seconds"} <= set(FURTHER)
+    row = {"frechet": 0.5, "frechet: lowest": 0.4, "frechet: highest": 0.6}
+    other = minus("a", "b")
+    provenance = {"progressive-passes": Provenance("progressive-passes", "commit", "key")}
+    text = tables(Measured({"progressive-passes": {"a": row, "b": row, other: row}}, provenance))
+    assert "| a | 0.5 (0.4 to 0.6) |" in text and text.index("| b |") < text.index(f"| {other} |")
+    assert "Section `progressive-passes`, measured at commit `commit`, key `key`." in text
