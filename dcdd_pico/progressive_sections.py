@@ -40,6 +40,7 @@ PASSES = (4, 8, 11, 16, 24, 64)
 TARGET = 11
 SEEDS = 3
 COLUMNS = ("frechet", "frechet, text detector", *F1)
+PAPERS = ("quantisation-error", "importance")
 REWRITTEN = "tokens rewritten"
 _WEIGHTS = ("janus", "vae", "decoder.safetensors", FOLDER)
 _READ = (*_WEIGHTS, "reader.safetensors")
@@ -208,14 +209,16 @@ def measure_passes(setup: EvalSetup) -> Rows:
 def measure_orders(setup: EvalSetup) -> Rows:
     """Orders with and without revision, at `TARGET` passes by the VQ decoder, over `SEEDS` seeds.
 
-    A cell is the mean over the seeds; its lowest and highest are those of the seeds.
+    The paper's orders are measured twice: by score alone, and with the positions of a pass apart. A cell is the mean
+    over the seeds; its lowest and highest are those of the seeds.
     """
     samples, rows = Samples.of(setup), {}
     revising = with_passes(TARGET, setup.guidance)
     without = replace(revising, revise=0, revision_passes=0)
     kinds = {
-        f"{order}, {name}": replace(options, order=order)
+        f"{order}{', apart' if spread else ''}, {name}": replace(options, order=order, spread=spread)
         for order in ORDERS
+        for spread in ((0, 1) if order in PAPERS else (0,))
         for name, options in (("revision", revising), ("no revision", without))
     }
     every = np.arange(len(setup.images))

@@ -216,20 +216,30 @@ def _radical_inverse(numbers: np.ndarray, base: int) -> np.ndarray:
 
 
 def reveal(
-    scores: torch.Tensor, hidden: torch.Tensor, counts: Sequence[int] | torch.Tensor
+    scores: torch.Tensor,
+    hidden: torch.Tensor,
+    counts: Sequence[int] | torch.Tensor,
+    *,
+    grid: tuple[int, int] | None = None,
+    spread: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden positions of highest score, `counts` [B] of them a row; of equal scores the first in the grid.
+
+    Tokens of one pass are drawn independently, so neighbours among them may contradict each other, and a score of the
+    model is high for whole areas. With `spread`, a position waits while it is within so many rows and columns of one
+    that was taken before it; only when no other is left are such positions taken, by score [our choice].
 
     Args:
         scores: [B, N].
         hidden: bool [B, N].
+        grid: (h, w), for `spread`.
 
     Returns:
-        What is revealed, bool [B, N], and each hidden position's place among the hidden ones, int64 [B, N] (the highest
-        score is 0); for others it is meaningless.
+        What is revealed, bool [B, N], and in which turn, int64 [B, N] from 0; for other positions it is meaningless.
 
     Raises:
-        ValueError: for a score of a hidden position that is not finite, and for more positions than are hidden.
+        ValueError: for a score of a hidden position that is not finite, for more positions than are hidden, and a
+            `spread` without a grid.
     """
     counts = torch.as_tensor(counts)
     if bool((counts < 0).any()) or bool((counts > hidden.sum(1)).any()):
@@ -239,10 +249,36 @@ def reveal(
         )
     if not bool(scores[hidden].isfinite().all()):
         raise ValueError("a score of the order is NaN or infinite: check the model's weights, or choose another order")
+    if spread == 0:
+        return _highest(scores, hidden, counts)
+    if grid is None:
+        raise ValueError("positions cannot be spread without the grid that they lie in: give `grid`")
+    taken, turns = torch.zeros_like(hidden), torch.zeros(hidden.shape, dtype=torch.int64)
+    near, blocked = _near(grid, spread), ~hidden
+    for turn in range(int(counts.max())):
+        free = ~blocked & (turn < counts)[:, None]
+        rows = free.any(1).nonzero().flatten()
+        if not len(rows):
+            break
+        best = scores.masked_fill(~free, -torch.inf)[rows].argmax(1)
+        taken[rows, best], turns[rows, best] = True, turn
+        blocked[rows] |= near[best]
+    found = taken.sum(1)
+    others, later = _highest(scores, hidden & ~taken, counts - found)
+    return taken | others, torch.where(taken, turns, later + found[:, None])
+
+
+def _highest(scores: torch.Tensor, hidden: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ranked = scores.masked_fill(~hidden, -torch.inf).argsort(dim=1, descending=True, stable=True)
     numbers = torch.arange(hidden.shape[1]).expand_as(ranked)
-    places = torch.empty_like(ranked).scatter_(1, ranked, numbers)
-    return hidden & (places < counts[:, None]), places
+    turns = torch.empty_like(ranked).scatter_(1, ranked, numbers)
+    return hidden & (turns < counts[:, None]), turns
+
+
+def _near(grid: tuple[int, int], spread: int) -> torch.Tensor:
+    """bool [N, N]: whether two positions are within `spread` rows and columns of each other."""
+    places = torch.cartesian_prod(*(torch.arange(side) for side in grid))
+    return (places[:, None] - places).abs().amax(-1) <= spread
 
 
 def redrawn(places: torch.Tensor, revise: Revise) -> torch.Tensor:
@@ -286,6 +322,7 @@ class ProgressiveOptions(SamplingOptions):
         schedule: one of `SCHEDULES`, or a number for each revealing pass (`stage_counts`).
         order: one of `ORDERS`.
         order_noise: temperature of the Gumbel noise in the order; None for the order's own.
+        spread: rows and columns that positions of one pass keep apart, as far as they can (`reveal`); 0 for none.
         revise: which revealed positions each pass draws again: "all", or the last n that were revealed.
         ramp: raises guidance from 1 over the revealing passes (`guidance_ramp`); False applies it whole in each.
         start: the first `start` passes reveal the tokens of `previous` in place of drawn ones: image to image. 0 draws
@@ -300,6 +337,7 @@ class ProgressiveOptions(SamplingOptions):
     schedule: Schedule = "arccos"
     order: str = "halton"
     order_noise: float | None = None
+    spread: int = 0
     revise: Revise = "all"
     ramp: bool = True
     start: int = 0
@@ -319,6 +357,7 @@ class ProgressiveOptions(SamplingOptions):
                 f"start must be less than passes, got {self.start} of {self.passes}: one pass at least has to draw"
             )
         require_number("order_noise", self.order_noise, least=0, optional=True)
+        require_number("spread", self.spread, whole=True, least=0)
         find_order(self.order)
         check_revise(self.revise)
         if self.revise == 0 and self.revision_passes:

@@ -210,7 +210,33 @@ def test_the_highest_hidden_scores_are_revealed(data, batch, count, seed):
         left = [i for i in range(count) if hidden[b, i]]
         ranked = sorted(left, key=lambda i: (-float(scores[b, i]), i))
         assert chosen[b].nonzero().flatten().tolist() == sorted(ranked[: counts[b]])
-        assert [int(places[b, i]) for i in ranked] == list(range(len(left)))
+        assert [int(places[b, i]) for i in ranked[: counts[b]]] == list(range(counts[b]))
+
+
+@given(
+    data=st.data(),
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    spread=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=100, deadline=None)
+def test_spread_positions_keep_apart_as_far_as_they_can(data, grid, spread, seed):
+    draw, count = torch.Generator().manual_seed(seed), grid[0] * grid[1]
+    scores = torch.randint(0, 9, (2, count), generator=draw).double()
+    hidden = torch.rand(2, count, generator=draw) < 0.8
+    counts = [data.draw(st.integers(0, int(row.sum()))) for row in hidden]
+    chosen, turns = reveal(scores, hidden, counts, grid=grid, spread=spread)
+    for b in range(2):
+        ranked = sorted((i for i in range(count) if hidden[b, i]), key=lambda i: (-float(scores[b, i]), i))
+        apart: list[int] = []
+        for i in ranked:
+            far = all(max(abs(i // grid[1] - k // grid[1]), abs(i % grid[1] - k % grid[1])) > spread for k in apart)
+            if far and len(apart) < counts[b]:
+                apart.append(i)
+        rest = [i for i in ranked if i not in apart]
+        expected = (apart + rest)[: counts[b]]
+        assert chosen[b].nonzero().flatten().tolist() == sorted(expected)
+        assert [int(turns[b, i]) for i in expected] == list(range(counts[b]))
 
 
 def test_revealing_what_cannot_be_is_refused():
@@ -223,6 +249,8 @@ def test_revealing_what_cannot_be_is_refused():
     assert reveal(nan, hidden, [1])[0].tolist() == [[False, False, True]], "a score that is not looked at"
     with pytest.raises(ValueError, match="NaN or infinite"):
         reveal(nan.roll(1), hidden, [1])
+    with pytest.raises(ValueError, match="cannot be spread without the grid"):
+        reveal(scores, hidden, [1], spread=1)
 
 
 def test_revision_takes_all_or_the_last():
@@ -254,6 +282,7 @@ def test_options_are_sampling_options_with_a_plan():
         ({"start": -1}, "start must be a whole number of at least 0"),
         ({"order": "size"}, "order must be one of"),
         ({"order_noise": -1.0}, "order_noise must be a finite number of at least 0"),
+        ({"spread": -1}, "spread must be a whole number of at least 0"),
         ({"revise": -1}, "revise must be 'all'"),
         ({"revise": 0}, "3 revision passes have nothing to do"),
         ({"schedule": "sine"}, "schedule must be one of"),

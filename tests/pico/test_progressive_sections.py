@@ -156,15 +156,16 @@ def test_orders_are_means_over_seeds(setup, monkeypatch):
     names = list(ORDERS)
 
     def offset(options, seed):
-        return names.index(options.order) / 10 + (0.0 if options.revise else 0.04) + seed / 100
+        return names.index(options.order) / 10 + 0.02 * options.spread + (0.0 if options.revise else 0.04) + seed / 100
 
     made = Sampler(offset)
     monkeypatch.setattr(progressive_sections, "load_progressive", lambda _: made)
     table = progressive_sections.measure_orders(setup)
-    assert set(table) == {f"{order}, {kind}" for order in ORDERS for kind in ("revision", "no revision")}
+    orders = (*ORDERS, "quantisation-error, apart", "importance, apart")
+    assert set(table) == {f"{order}, {kind}" for order in orders for kind in ("revision", "no revision")}
     for name, row in table.items():
-        order, kind = name.split(", ")
-        base = names.index(order) / 10 + (0.04 if kind == "no revision" else 0.0)
+        order, *apart, kind = name.split(", ")
+        base = names.index(order) / 10 + 0.02 * len(apart) + (0.04 if kind == "no revision" else 0.0)
         expected = [(base + seed / 100) ** 2 for seed in range(3)]
         assert row["frechet"] == pytest.approx(sum(expected) / 3, abs=5e-3), name
         assert row["frechet: lowest"] == pytest.approx(min(expected), abs=5e-3)

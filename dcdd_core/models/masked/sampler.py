@@ -186,14 +186,15 @@ class MaskedSampler:
                 quantisation_error=drawn.quantisation_error,
                 importance=drawn.importance,
             )
-            chosen, ranks = reveal(order_scores(plan.order, state, plan.order_noise), hidden, counts[:, i])
+            scores = order_scores(plan.order, state, plan.order_noise)
+            chosen, turns = reveal(scores, hidden, counts[:, i], grid=self.grid, spread=plan.spread)
             before = tokens
             if i >= plan.start:
                 decided = (chosen | again).to(device)
                 tokens = torch.where(decided, drawn.tokens, tokens)
                 for row, (mask, part) in enumerate(zip(decided, drawn.logits)):
                     logits[row, mask] = part[mask[drawn.needed[row]]]
-            places = torch.where(chosen, places.amax(dim=1, keepdim=True) + 1 + ranks, places)
+            places = torch.where(chosen, places.amax(dim=1, keepdim=True) + 1 + turns, places)
             hidden = hidden & ~chosen
             stage = Stage(
                 guidance=guidances[i],

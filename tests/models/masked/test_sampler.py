@@ -112,6 +112,18 @@ def test_every_order_reveals_everything(sampler, order):
     assert found.stages[-1].known.all()
 
 
+@pytest.mark.parametrize("order", ["importance", "raster"])
+def test_positions_of_a_pass_keep_apart(sampler, order):
+    options = replace(SAMPLING, order=order, spread=1, passes=4, revision_passes=0)
+    stages = sampler.sample_stages(PROMPTS, seeds=SEEDS, options=options).stages
+    for row in range(2):
+        first = stages[0].revealed[row].nonzero().flatten()
+        places = torch.stack([first // 4, first % 4], dim=1).float()
+        apart = torch.cdist(places, places, p=torch.inf) + 9 * torch.eye(len(first))
+        assert len(first) > 1 and apart.min() > 1
+    assert stages[-1].known.all()
+
+
 def test_a_position_whose_distribution_stays_keeps_its_token(sampler):
     options = replace(SAMPLING, ramp=False)
     sampler = blind(sampler)
