@@ -342,14 +342,24 @@ def load_prior_pipeline(
         raise ValueError(f"{folder} holds a {name!r}; expected a diffusers pipeline of {_kinds()}")
     if name == _KLEIN:
         return _load_klein(folder, device, dtype)
-    from diffusers import AutoPipelineForImage2Image
+    import diffusers
 
     codec = registry.load_codec(folder, device=device, dtype=torch.float32)
+    kind = getattr(diffusers, image_to_image(name))
     with reading(folder, f"a {READ[name]} pipeline"), warnings.catch_warnings():
         # diffusers renames torch_dtype; the oldest one that is supported knows no other name.
         warnings.simplefilter("ignore", FutureWarning)
-        pipe = AutoPipelineForImage2Image.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipe = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     return PriorPipeline(pipe.to(device), codec)
+
+
+def image_to_image(name: str) -> str:
+    """The image-to-image class beside a pipeline's class, by diffusers' names.
+
+    AutoPipelineForImage2Image, which knows them too, imports every pipeline, and an old diffusers has some that a newer
+    transformers breaks.
+    """
+    return name.replace("Img2Img", "").replace("Pipeline", "Img2ImgPipeline")
 
 
 def _load_klein(folder: Path, device: torch.device | str, dtype: torch.dtype) -> KleinPrior:

@@ -14,7 +14,7 @@ from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.condition import discrete_condition
 from dcdd_core.pipelines.guided import GuidanceOptions, token_guide
-from dcdd_core.pipelines.guided_pipeline import READ, KleinPrior, PriorPipeline, load_prior_pipeline
+from dcdd_core.pipelines.guided_pipeline import READ, KleinPrior, PriorPipeline, image_to_image, load_prior_pipeline
 from tests.tiny import tiny_vq
 from tests.tiny_pipelines import flux, klein, save_klein, save_sd, sd, sdxl
 
@@ -208,6 +208,12 @@ def test_a_folder_paints_with_its_own_text_encoder(tmp_path, tokenizer, conditio
     first = prior.paint(tokenizer, condition, ["a", "red circle"], seeds=[1, 1], scale=SCALE, size=SIZE, steps=2)
     other = prior.paint(tokenizer, condition, ["b", "red circle"], seeds=[1, 1], scale=SCALE, size=SIZE, steps=2)
     assert not torch.equal(first.latents[0], other.latents[0]) and torch.equal(first.latents[1], other.latents[1])
+
+
+def test_every_kind_but_flux_2_is_painted_from_an_image():
+    for name in READ.keys() - {"Flux2KleinPipeline"}:
+        kind = image_to_image(name)
+        assert hasattr(diffusers, kind) and kind in READ and READ[kind] == READ[name]
 
 
 @pytest.mark.parametrize("name", ["FluxFillPipeline", "Flux2Pipeline", "JanusPipeline", None, 3])
