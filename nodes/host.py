@@ -109,9 +109,15 @@ def patcher_of(module: nn.Module, placement: str = "auto") -> Any:
 
 
 def copied(value: T) -> Managed[T]:
-    """A copy of a model, kept beside it, for gradients to pass (`let_gradients_pass`)."""
+    """A copy of a model, kept beside it, for gradients to pass (`let_gradients_pass`); float16, in which gradients
+    vanish, becomes float32."""
     with torch.inference_mode(False):
-        return Managed(copy.deepcopy(value))
+        twin = copy.deepcopy(value)
+        module = twin if isinstance(twin, nn.Module) else twin.model
+        for part in (*module.parameters(), *module.buffers()):
+            if part.dtype == torch.float16:
+                part.data = part.data.float()
+        return Managed(twin)
 
 
 def accompany(model: Any, *models: Managed) -> None:

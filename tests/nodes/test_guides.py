@@ -56,6 +56,14 @@ def test_a_copy_is_made_once_and_goes_with_its_model(nodes):
     assert len(guides._copies) == count
 
 
+@pytest.mark.parametrize("dtype, kept", [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_a_copy_in_float16_becomes_float32(dtype, kept, nodes):
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3), torch.nn.BatchNorm2d(1)).to(dtype)
+    copy = nodes["host"].copied(network).idle
+    assert {value.dtype for value in copy.state_dict().values() if value.is_floating_point()} == {kept}
+    assert network[0].weight.dtype == dtype
+
+
 def test_memory_that_runs_out_is_told_and_the_image_is_guided_all_the_same(double, nodes, monkeypatch):
     guides = nodes["guides"]
     decode, sizes = guides._Codec.decode, []
