@@ -10,6 +10,7 @@ Shapes: B batch, C latent channels, h' w' latent grid.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,10 @@ class PriorPipeline:
         self.pipe, self.codec, self.flow = pipe, codec, hasattr(pipe, "transformer")
         kind = FlowMatchEulerDiscreteScheduler if self.flow else DDIMScheduler
         with reading("the pipeline's scheduler_config.json", f"the settings of a {kind.__name__}"):
-            pipe.scheduler = kind.from_config(pipe.scheduler.config)
+            # The flow's times come shifted (`_times`).
+            plain = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None} if self.flow else {}
+            self._schedule = dict(pipe.scheduler.config)
+            pipe.scheduler = kind.from_config({**self._schedule, **plain})
         if not self.flow and pipe.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
                 f"the pipeline's model predicts {pipe.scheduler.config.prediction_type!r}; guidance reads models that "
@@ -125,6 +129,7 @@ class PriorPipeline:
             scale: s of the VLM's calibration.
             size: (H, W) of the images.
             steps: of the denoiser that are run, from `start` on.
+            start: t0 of flow models; of SDXL and Stable Diffusion, the share of the schedule that is run.
             image, mask: to repaint a part, both or neither: see `pipelines.decode.canvas_of`. Where the mask is 0, the
                 latents follow the image's own, noised to each step's time (as in RePaint, arXiv 2201.09865), and the
                 image comes back to the last bit.
@@ -203,20 +208,45 @@ class PriorPipeline:
         Args:
             clean: normalised latents to start from, before noise.
         """
-        where = {"height": size[0], "width": size[1]} if self.flow else {}
-        # The pipelines run floor(strength * steps) of their schedule's steps, or one more.
-        whole = max(steps, round(steps / start))
+        latent_size = (clean.shape[2], clean.shape[3])
         made = self.pipe(
             prompt=prompt,
             image=clean.to(self.pipe.vae.dtype),
-            strength=min(1.0, steps / whole),
-            num_inference_steps=whole,
             generator=keyed_generator(seed),
             output_type="latent",
-            **where,
+            **self._part_of_schedule(latent_size, size, steps, start),
             **arguments,
         ).images
-        return self.codec.denormalize(self._unpacked(made, (clean.shape[2], clean.shape[3])).float())
+        return self.codec.denormalize(self._unpacked(made, latent_size).float())
+
+    def _part_of_schedule(
+        self, latent_size: tuple[int, int], size: tuple[int, int], steps: int, start: float
+    ) -> dict[str, Any]:
+        """The pipeline's own words for so many steps from `start` on."""
+        if self.flow:
+            times = self._times(latent_size, steps, start)
+            return {
+                "sigmas": times, "strength": 1.0, "num_inference_steps": steps, "height": size[0], "width": size[1]
+            }  # fmt: skip
+        # These pipelines run floor(strength * steps) of their schedule's steps, or one more.
+        whole = max(steps, round(steps / start))
+        return {"strength": min(1.0, steps / whole), "num_inference_steps": whole}
+
+    def _times(self, latent_size: tuple[int, int], steps: int, start: float) -> list[float]:
+        """An even schedule from 1 to 0, shifted by the model's own mu and scaled to begin at `start`, as
+        `pipelines.decode.paint` has it; without its last 0.
+        """
+        return (start * timesteps(steps, shift=self._shift(latent_size, steps)))[:-1].tolist()
+
+    def _shift(self, latent_size: tuple[int, int], steps: int) -> float:
+        """The model's own mu of the time shift."""
+        schedule = self._schedule
+        if not schedule.get("use_dynamic_shifting"):
+            return math.log(schedule.get("shift", 1.0))
+        few, many = schedule.get("base_image_seq_len", 256), schedule.get("max_image_seq_len", 4096)
+        least, most = schedule.get("base_shift", 0.5), schedule.get("max_shift", 1.15)
+        tokens = (latent_size[0] // 2) * (latent_size[1] // 2)
+        return least + (most - least) * (tokens - few) / (many - few)
 
     @contextmanager
     def _hooked(
@@ -282,14 +312,8 @@ class PriorPipeline:
 class KleinPrior(PriorPipeline):
     """FLUX.2 [klein], which diffusers offers from text alone.
 
-    It is given the noised latents to start from and the times to pass through: an even schedule from 1 to 0, shifted by
-    the model's own mu and scaled to begin at `start`, as `pipelines.decode.paint` has it.
+    It is given the noised latents to start from.
     """
-
-    def __init__(self, pipe: Any, codec: LatentCodec):
-        super().__init__(pipe, codec)
-        config = {**pipe.scheduler.config, "use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
-        pipe.scheduler = type(pipe.scheduler).from_config(config)  # The times come shifted.
 
     def _run(
         self,
@@ -301,10 +325,7 @@ class KleinPrior(PriorPipeline):
         start: float,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
-        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-
-        mu = compute_empirical_mu(image_seq_len=clean.shape[2] * clean.shape[3], num_steps=steps)
-        times = (start * timesteps(steps, shift=mu))[:-1].tolist()
+        times = self._times((clean.shape[2], clean.shape[3]), steps, start)
         noise = torch.randn(clean.shape, generator=keyed_generator(seed)).to(clean)
         made = self.pipe(
             prompt=prompt,
@@ -317,6 +338,11 @@ class KleinPrior(PriorPipeline):
             **arguments,
         ).images
         return made.float()
+
+    def _shift(self, latent_size: tuple[int, int], steps: int) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        return compute_empirical_mu(image_seq_len=latent_size[0] * latent_size[1], num_steps=steps)
 
     def _unpacked(self, latents: torch.Tensor, latent_size: tuple[int, int]) -> torch.Tensor:
         return rearrange(latents, "b (h w) f -> b f h w", h=latent_size[0])

@@ -2,12 +2,15 @@
 
 import json
 import sys
+from math import log
 from types import ModuleType
 
 import diffusers
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
+from dcdd_core.method.flow import timesteps
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.flux2_vae import Flux2Codec
 from dcdd_core.models.vae import KLCodec
@@ -160,6 +163,35 @@ def test_a_mask_over_everything_is_no_mask(prior, tokenizer, condition):
     whole = {"image": torch.zeros(1, 3, *SIZE), "mask": torch.ones(1, 1, *SIZE)}
     masked, plain = (paint(prior, tokenizer, condition, **more) for more in (whole, {}))
     assert torch.equal(masked.latents, plain.latents) and torch.equal(masked.pixels, plain.pixels)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mu"),
+    [
+        ({"use_dynamic_shifting": True}, 0.5 + 0.65 * (96 - 256) / (4096 - 256)),
+        ({"use_dynamic_shifting": True, "base_shift": 0.2, "max_shift": 1.0}, 0.2 + 0.8 * (96 - 256) / (4096 - 256)),
+        ({"use_dynamic_shifting": False, "shift": 3.0}, log(3)),
+    ],
+)
+def test_a_flow_starts_at_its_time_and_keeps_the_model_s_shift(tokenizer, condition, schedule, mu):
+    """FLUX.1 on 8 x 12 tokens: t0 whatever the shift, and the shifted schedule scaled to it."""
+    pipe = flux()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(**schedule)
+    prior, samples = prior_of(pipe), []
+    original = type(prior)._predicted
+
+    def predicted(self, output, timestep, sample):
+        made = original(self, output, timestep, sample)
+        samples.append((self._unpacked(sample, (16, 24)), made[1]))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(prior), "_predicted", predicted)
+        paint(prior, tokenizer, condition.part(0, 1), seeds=[3], steps=4, start=0.6)
+    assert [time for _, time in samples] == pytest.approx((0.6 * timesteps(4, shift=mu))[:-1].tolist(), rel=1e-4)
+    soft = token_guide(tokenizer, prior.codec, condition.part(0, 1), scale=SCALE, size=SIZE).soft
+    noise = torch.randn(soft.shape, generator=keyed_generator(3))
+    torch.testing.assert_close(samples[0][0], 0.4 * soft + 0.6 * noise, rtol=1e-3, atol=1e-3)
 
 
 def test_the_scheduler_is_its_own_again_afterwards(prior, tokenizer, condition):
