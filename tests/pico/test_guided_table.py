@@ -7,6 +7,7 @@ import pytest
 from dcdd_pico import guided_table, results_table, sections
 from dcdd_pico.guided_sections import ABOVE, BOTH, GUIDED, SDEDIT, TRAINED, VQ, minus, share_name
 from dcdd_pico.guided_table import MARKS, TITLES, tables, verdicts
+from dcdd_pico.results_table import PUBLISHED
 from dcdd_pico.section_keys import Provenance
 from dcdd_pico.sections import FURTHER, SECTIONS, EvalSetup, Measured, TableOptions
 
@@ -91,6 +92,16 @@ def test_the_sections_are_measured_kept_and_written_between_their_marks(tmp_path
     found = {one.section: one for one in Provenance.all_in(text)}
     assert set(found) == set(FURTHER) and found["rulers"] == Provenance("rulers", "abc", "key of rulers")
     assert (tmp_path / "guided.md").read_text() in capsys.readouterr().out
+
+
+def test_every_published_table_says_where_it_is_from():
+    text = PUBLISHED[0].read_text("utf-8")
+    block = text.partition(MARKS[0])[2].partition(MARKS[1])[0]
+    sections = [part for part in block.split("\n### ")[1:] if not part.startswith("Targets")]
+    found = [one.section for part in sections for one in Provenance.all_in(part)]
+    assert sections and found == [name for name in TITLES if name in found]
+    assert [part.splitlines()[0] for part in sections] == [TITLES[name] for name in found]
+    assert "### Targets of distribution guidance" in block
 
 
 def test_stale_knows_the_sections(monkeypatch, tmp_path):
