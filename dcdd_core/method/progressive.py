@@ -22,6 +22,7 @@ import torch
 
 from ..protocols import SamplingOptions
 from ..settings import require_number, shown
+from ..types import TokenLogits
 from .sampling import keyed_generator
 
 MOST_PASSES = 4096
@@ -404,6 +405,46 @@ class Stage:
     revealed: torch.Tensor
     redrawn: torch.Tensor
     changed: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Staged:
+    """Sampled tokens with the passes that led to them.
+
+    Attributes:
+        token_logits: the result.
+        stages: one for each pass; none for an edit of nothing.
+    """
+
+    token_logits: TokenLogits
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Staged]) -> Staged:
+        """One batch of parts that were sampled with the same options; a part without passes did nothing in each.
+
+        Raises:
+            ValueError: for parts of another number of passes, and as `TokenLogits.joined`.
+        """
+        counts = {len(part.stages) for part in parts if part.stages}
+        if len(counts) > 1:
+            raise ValueError(f"parts of {sorted(counts)} passes cannot be joined: sample them with the same options")
+        model = next((part.stages for part in parts if part.stages), ())
+        whole = [part.stages or tuple(_idle(part.token_logits, stage.guidance) for stage in model) for part in parts]
+        names = ("tokens", "known", "revealed", "redrawn", "changed")
+        return cls(
+            token_logits=TokenLogits.joined([part.token_logits for part in parts]),
+            stages=tuple(
+                Stage(guidance=same[0].guidance, **{n: torch.cat([getattr(stage, n) for stage in same]) for n in names})
+                for same in zip(*whole)
+            ),
+        )
+
+
+def _idle(token_logits: TokenLogits, guidance: float) -> Stage:
+    tokens = token_logits.tokens.cpu()
+    nothing = torch.zeros_like(tokens, dtype=torch.bool)
+    return Stage(guidance=guidance, tokens=tokens, known=~nothing, revealed=nothing, redrawn=nothing, changed=nothing)
 
 
 def stage_rows(stages: Sequence[Stage]) -> list[dict[str, float]]:

@@ -17,6 +17,7 @@ from ...method.progressive import (
     OrderState,
     ProgressiveOptions,
     Stage,
+    Staged,
     find_order,
     order_noise,
     order_scores,
@@ -29,19 +30,6 @@ from ..checkpoints import fingerprint_of
 from ..edits import check_edit, check_request
 from .network import MaskedTransformer, Prefix
 from .words import Words, padded
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Staged:
-    """What `MaskedSampler.sample_stages` gives.
-
-    Attributes:
-        token_logits: the result.
-        stages: one for each pass.
-    """
-
-    token_logits: TokenLogits
-    stages: tuple[Stage, ...]
 
 
 class MaskedSampler:

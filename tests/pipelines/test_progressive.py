@@ -1,0 +1,103 @@
+"""Sampling in passes: whole, in parts, and refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dcdd_core.method.progressive import Staged, stage_rows
+from dcdd_core.pipelines.host import Host
+from dcdd_core.pipelines.progressive import sample_stages, staged_sampler
+from dcdd_core.types import DCDDWarning
+from tests.contracts.toy_vlm import ToyVLM, save
+from tests.models.masked.tiny_masked import SAMPLING, tiny_masked
+
+PROMPTS, SEEDS = ["a red circle", "a blue square", "the ground"], [3, 4, 5]
+
+
+class Small(Host):
+    """Holds two images."""
+
+    def __init__(self, sampler):
+        self.kept, self.brought = 0, []
+        self.image = sampler.grid[0] * sampler.grid[1] * sampler.codebook.size * 4
+
+    def bring(self, memory=0):
+        self.brought.append(memory)
+        if memory > 6 * self.image:
+            raise torch.OutOfMemoryError("too large")
+
+    def keep(self, result):
+        self.kept += len(result.tokens)
+        return result
+
+
+def same(first: Staged, second: Staged) -> None:
+    assert torch.equal(first.token_logits.tokens, second.token_logits.tokens)
+    torch.testing.assert_close(first.token_logits.logits, second.token_logits.logits, rtol=1e-4, atol=1e-4)
+    assert len(first.stages) == len(second.stages)
+    for one, other in zip(first.stages, second.stages):
+        assert one.guidance == other.guidance
+        for name in ("tokens", "known", "revealed", "redrawn", "changed"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_parts_are_the_whole():
+    sampler, seen = tiny_masked(), []
+    whole = sample_stages(sampler, PROMPTS, seeds=SEEDS, options=SAMPLING)
+    same(whole, sampler.sample_stages(PROMPTS, seeds=SEEDS, options=SAMPLING))
+    host = Small(sampler)
+    with pytest.warns(DCDDWarning, match="continuing with 2 images"):
+        parts = sample_stages(
+            sampler,
+            PROMPTS,
+            seeds=SEEDS,
+            options=SAMPLING,
+            on_progress=lambda now: seen.append((now.first, now.done, len(now.tokens))),
+            host=host,
+        )
+    same(parts, whole)
+    assert host.kept == 3 and host.brought == [9 * host.image, 6 * host.image, 3 * host.image]
+    assert seen == [(0, i, 2) for i in range(1, 6)] + [(2, i, 1) for i in range(1, 6)]
+    assert [row["revealed"] for row in stage_rows(parts.stages)] == list(SAMPLING.counts(16))
+
+
+def test_an_edit_in_parts_with_a_row_that_stays():
+    sampler = tiny_masked()
+    before = sampler.sample(PROMPTS, seeds=[7, 8, 9], options=SAMPLING)
+    hole = torch.zeros(3, 16, dtype=torch.bool)
+    hole[:2, 3:9] = True
+    arguments = {"seeds": SEEDS, "options": SAMPLING, "previous": before, "resample": hole}
+    whole = sample_stages(sampler, PROMPTS, **arguments)
+    with pytest.warns(DCDDWarning):
+        parts = sample_stages(sampler, PROMPTS, **arguments, host=Small(sampler))
+    same(parts, whole)
+    assert torch.equal(parts.token_logits.tokens[2], before.tokens[2]) and not parts.stages[0].revealed[2].any()
+    one = sample_stages(sampler, PROMPTS, **(arguments | {"resample": hole[0]}))
+    assert torch.equal(one.token_logits.tokens[:, ~hole[0]], before.tokens[:, ~hole[0]])
+    nothing = sample_stages(sampler, PROMPTS, **(arguments | {"resample": torch.zeros_like(hole)}))
+    assert nothing.stages == () and torch.equal(nothing.token_logits.tokens, before.tokens)
+
+
+def test_parts_of_other_options_are_not_joined():
+    sampler = tiny_masked()
+    few, many = (
+        sampler.sample_stages(PROMPTS, seeds=SEEDS, options=replace(SAMPLING, passes=passes)) for passes in (3, 5)
+    )
+    with pytest.raises(ValueError, match=r"parts of \[3, 5\] passes cannot be joined"):
+        Staged.joined([few, many])
+
+
+def test_a_seed_for_each_prompt():
+    with pytest.raises(ValueError, match="3 prompts came with 2 seeds"):
+        sample_stages(tiny_masked(), PROMPTS, seeds=SEEDS[:2])
+
+
+def test_a_sampler_without_passes_is_refused(tmp_path):
+    sampler = tiny_masked()
+    assert staged_sampler(sampler) is sampler
+    toy = ToyVLM().load_sampler(save(tmp_path / "toy"))
+    with pytest.raises(ValueError, match="toy samples one token after the other and has no passes to choose"):
+        staged_sampler(toy)
