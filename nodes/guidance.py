@@ -288,7 +288,7 @@ class SharpenToTokens(io.ComfyNode):
         size = (tokens.soft.shape[2], tokens.soft.shape[3])
 
         def run(k: int) -> torch.Tensor:
-            comfy_host.bring(gradient_memory(size))
+            comfy_host.bring(gradient_memory(size, codec.factor))
             unit = codec.of_unit_spread(tokens.soft[k : k + 1])
             guide = tokens.part(k).guide(unit, 1, size, GuidanceOptions(strength=strength))
 

@@ -32,6 +32,9 @@ from .sockets import CONNECT_LOGITS, CONNECT_VQ, MappedCondition, expect
 SOFT, HARD = "soft: the distributions", "hard: the tokens"
 #: How far the sides of an image may be from the tokens' before the artist is told that it is stretched.
 _STRETCH = 1.05
+#: Latents of up to so many positions a side are guided as a whole, 512 pixels of most models; others in tiles of the
+#: second number, so that the way back takes 3.5 GB whatever the image.
+_WHOLE, _TILE = 64, 32
 
 
 # --- what is followed -------------------------------------------------------------------------------------------------
@@ -70,6 +73,7 @@ class FollowedTokens:
             scale=self.scale,
             options=options,
             size=size,
+            tile=tile_of((size[0] // codec.factor, size[1] // codec.factor)),
             host=host.ComfyHost(),
         )
 
@@ -186,6 +190,11 @@ class _Codec:
     normalize: Any
     denormalize: Any
 
+    @property
+    def factor(self) -> int:
+        """Pixels a latent position."""
+        return self.own.factor
+
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] in -1..1 -> raw latents."""
         weight = next(self.own.network.idle.parameters())
@@ -207,10 +216,22 @@ def preview_of(guide: TokenGuide, z: torch.Tensor) -> torch.Tensor | None:
         return guide.decode(z)
 
 
-def gradient_memory(size: tuple[int, int]) -> int:
-    """Bytes that a gradient through VAE and tokenizer takes besides their weights: about four times a decode in
-    float32, of which ComfyUI assumes 2178 bytes a pixel and byte of the dtype [choice, not measured on a GPU]."""
-    return 4 * 4 * 2178 * size[0] * size[1]
+def tile_of(latent_size: tuple[int, int]) -> int | None:
+    """Side in latents of the tiles that a gradient goes back in; None for none."""
+    return None if max(latent_size) <= _WHOLE else _TILE
+
+
+def gradient_memory(size: tuple[int, int], factor: int) -> int:
+    """Bytes that a gradient through VAE and tokenizer takes besides their weights, in float32.
+
+    The image is decoded as a whole, of which ComfyUI assumes 2178 bytes a pixel and byte of the dtype; the way back
+    holds 53,000 bytes a pixel, of the whole or of a tile: `python -m benchmarks guidance`, counted at FLUX.1's shape,
+    not measured on a GPU.
+    """
+    height, width = size
+    tile = tile_of((height // factor, width // factor))
+    held = height * width if tile is None else min(height * width, (tile * factor) ** 2)
+    return 53_000 * held + (0 if tile is None else 4 * 2178 * height * width)
 
 
 def tell_stretch(size: tuple[int, int], own: tuple[int, int]) -> None:
@@ -259,7 +280,8 @@ def decoder_guide(
     else:
         own = guide_vae(codec.vae)
         network, sees = own.network, own.of(codec.normalize, codec.denormalize)
-    both = _GuidedHost(plain, (network, tokenizer), gradient_memory(size))
+    latent_size = (size[0] // codec.factor, size[1] // codec.factor)
+    both = _GuidedHost(plain, (network, tokenizer), gradient_memory(size, codec.factor))
     both.bring()
     mapped = condition.to(tokenizer.device)
     calibration = None if condition.card is None else condition.card.calibration
@@ -274,6 +296,7 @@ def decoder_guide(
         scale=scale,
         options=GuidanceOptions(strength=strength, pull=0.0),
         size=size,
+        tile=tile_of(latent_size),
         host=both,
     )
     return both, guide
@@ -317,9 +340,9 @@ class SamplerGuidance:
         """ComfyUI estimates a model's memory by the number of images: told as many more as a gradient takes."""
         self._guides.clear()
         self._last, self._step = -1.0, 0
-        area = [side * self.vae.factor for side in noise_shape[-2:]]
+        height, width = (side * self.vae.factor for side in noise_shape[-2:])
         one = max(1.0, float(model.model.memory_required([1, *noise_shape[1:]])))
-        more = round(gradient_memory((area[0], area[1])) / one)
+        more = round(gradient_memory((height, width), self.vae.factor) / one)
         return run(model, [noise_shape[0] + more, *noise_shape[1:]], *args, **options)
 
     def __call__(self, args: dict[str, Any]) -> torch.Tensor:

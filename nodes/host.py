@@ -209,6 +209,11 @@ class ComfyHost(Host):
         log.warning("out of memory: continuing with %d images at a time", size)
         comfy.model_management.soft_empty_cache()
 
+    def on_fallback(self, change: str) -> None:
+        """Tells the node and the log, and frees what can be freed."""
+        notice(f"out of memory: {change}")
+        comfy.model_management.soft_empty_cache()
+
     def keep(self, result: Result) -> Result:
         """Moves a result to where it waits for other nodes."""
         return result.to(comfy.model_management.intermediate_device())

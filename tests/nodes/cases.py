@@ -1239,7 +1239,7 @@ CASES = [
     Case(
         name="guided under a mask",
         node="DCDD_DistributionGuidance",
-        inputs={**GUIDED, "mask": of("left half"), "pull": 0.0},
+        inputs={**GUIDED, "mask": of("left half")},
         more={
             "left half": ("TEST_Mask", {"bottom": SIDE, "right": SIDE // 2, "value": 1.0}),
             "a": (sampler(IT)[0], sampler(IT)[1] | {"denoise": 1.0}),
