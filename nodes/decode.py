@@ -221,6 +221,8 @@ class FluxDecoder(io.ComfyNode):
         if (image is None) != (mask is None):
             raise ValueError("painting a part needs an image and a mask: connect both, or neither to paint everything")
         check_finite(strength=strength)
+        if AS_SERVED < strength < 0:
+            raise ValueError(f"strength must be 0 or more, or {AS_SERVED:g} for the decoder's own, got {strength:g}")
         model, batch = decoder.decoder.idle, len(condition.code_vectors)
         checks.check_condition(condition, model)
         given = area = None
@@ -246,8 +248,9 @@ class FluxDecoder(io.ComfyNode):
         shift = _shift(schedule, model, condition, steps)
         comfy_host, guide = _host(decoder, codec, condition), None
         strength, served_shift = _served(model.card, strength, vq_vae)
-        if strength > 0:
+        if strength > 0 or vq_vae is not None:
             expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
+        if strength > 0:
             checks.check_tokens_of_condition(condition, vq_vae.idle)
             comfy_host, guide = decoder_guide(comfy_host, codec, vq_vae, condition, model, strength)
             shift = served_shift if schedule == AS_MEASURED and served_shift is not None else shift

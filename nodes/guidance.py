@@ -28,6 +28,7 @@ from .guides import (
     HARD,
     SOFT,
     SamplerGuidance,
+    denoise_from,
     followed_tokens,
     gradient_memory,
     guide_vae,
@@ -46,6 +47,7 @@ from .sockets import (
     schema,
 )
 
+CONNECT_MODEL = "connect a diffusion model"
 _STEPS = 8
 #: Standard deviation of the noise under which agreement is measured, of pixels in -1..1.
 _NOISE = 0.1
@@ -143,7 +145,7 @@ class DistributionGuidance(io.ComfyNode):
         calibration: Calibration | None = None,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        expect(model, comfy.model_patcher.ModelPatcher, "model", "connect a diffusion model")
+        expect(model, comfy.model_patcher.ModelPatcher, "model", CONNECT_MODEL)
         check_finite(strength=strength, pull=pull, start_percent=start_percent, end_percent=end_percent)
         if start_percent > end_percent:
             raise ValueError(
@@ -153,12 +155,11 @@ class DistributionGuidance(io.ComfyNode):
         guidance = SamplerGuidance(
             tokens=tokens,
             vae=guide_vae(vae),
-            options=GuidanceOptions(strength=strength, pull=pull, every=every, weight=weight),
+            options=GuidanceOptions(strength=strength, pull=pull if strength else 0.0, every=every, weight=weight),
             percent=(start_percent, end_percent),
             mask=None if mask is None else mask_of(mask),
         )
         guided = model.clone()
-        guided.set_model_sampler_post_cfg_function(guidance)
         guidance.join(guided)
         return io.NodeOutput(guided)
 
@@ -199,12 +200,20 @@ class TokenGuideLatent(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     tooltip=(
-                        "How much noise the model starts from. Less stays closer to Janus' image, more leaves the "
-                        "model more freedom; 0.6 is a good start."
+                        "How much noise the model starts from: its share, 0 to 1. Less stays closer to Janus' image, "
+                        "more leaves the model more freedom; 0.6 is a good start."
                     ),
                 ),
                 _codes(),
                 _calibration(),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip=(
+                        "The model that will paint, so that denoise fits its own schedule: FLUX reaches this noise at "
+                        "a lower denoise than others. Without it, denoise is start itself."
+                    ),
+                ),
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="Connect to latent_image of a KSampler."),
@@ -224,8 +233,11 @@ class TokenGuideLatent(io.ComfyNode):
         start: float,
         codes: str,
         calibration: Calibration | None = None,
+        model: Any = None,
     ) -> io.NodeOutput:
         check_finite(start=start)
+        if model is not None:
+            expect(model, comfy.model_patcher.ModelPatcher, "model", CONNECT_MODEL)
         tokens = followed_tokens(token_logits, vq_vae, codes, calibration)
         factor = pixels_a_latent(vae)
         own = tuple(side * vq_vae.idle.factor for side in tokens.condition.grid)
@@ -236,7 +248,8 @@ class TokenGuideLatent(io.ComfyNode):
         tell_stretch(fits, own)
         pixels = F.interpolate(tokens.soft, fits, mode="bicubic", antialias=True) if fits != own else tokens.soft
         image = image_of(pixels)
-        return io.NodeOutput({"samples": vae.encode(image).float()}, start, image)
+        denoise = start if model is None else denoise_from(model.get_model_object("model_sampling"), start)
+        return io.NodeOutput({"samples": vae.encode(image).float()}, denoise, image)
 
 
 class SharpenToTokens(io.ComfyNode):
@@ -288,9 +301,9 @@ class SharpenToTokens(io.ComfyNode):
         size = (tokens.soft.shape[2], tokens.soft.shape[3])
 
         def run(k: int) -> torch.Tensor:
-            comfy_host.bring(gradient_memory(size, codec.factor))
+            comfy_host.bring(gradient_memory(size, codec, size))
             unit = codec.of_unit_spread(tokens.soft[k : k + 1])
-            guide = tokens.part(k).guide(unit, 1, size, GuidanceOptions(strength=strength))
+            guide = tokens.guide(k, unit, size, GuidanceOptions(strength=strength))
 
             def show(done: int, _: int, z: torch.Tensor) -> None:
                 progress.step(k * steps + done, count * steps, preview_of(guide, z))
@@ -317,6 +330,7 @@ class TokenAgreement(io.ComfyNode):
                 "too strong; if the second falls much further behind, the encoder was fooled."
             ),
             search_aliases=["check", "faithful", "agreement", "over-cooked", "一致"],
+            is_output_node=True,
             inputs=[
                 io.Image.Input("image", tooltip="A painted image, of any size."),
                 _logits(),
@@ -387,8 +401,8 @@ def _strength(default: float) -> io.Input:
         max=MOST_STRENGTH,
         step=0.05,
         tooltip=(
-            "How far each step moves the image towards the tokens. 0 is off. Too much of it looks over-cooked: hard "
-            "edges, blotches on plain grounds."
+            "How far each step moves the image towards the tokens. 0 is off; CFG++ and LCM samplers need less. Too "
+            "much looks over-cooked: hard edges, blotches on plain grounds."
         ),
     )
 

@@ -14,18 +14,20 @@ import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.sd
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..dcdd_core.method.calibration import scale_for_confidence
+from ..dcdd_core.method.guidance import time_of_sigma
 from ..dcdd_core.method.lcdm import map_logits
 from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.pipelines.condition import discrete_condition
-from ..dcdd_core.pipelines.guided import GuidanceOptions, TokenGuide, token_guide
+from ..dcdd_core.pipelines.guided import Fallback, GuidanceOptions, TokenGuide, token_guide
 from ..dcdd_core.pipelines.oom import one_by_one
 from ..dcdd_core.protocols import ImageTokenizer
 from ..dcdd_core.types import Calibration, Condition, TokenLogits
 from . import checks, host
-from .convert import in_words, resized
+from .convert import in_words
 from .host import Managed, ManagedCodec
 from .sockets import CONNECT_LOGITS, CONNECT_VQ, MappedCondition, expect
 
@@ -47,35 +49,31 @@ class FollowedTokens:
     Attributes:
         tokenizer: whose encoder reads the images.
         condition: of B images.
-        scale: s of its cosines.
+        scales: s of the cosines, for each image.
         soft: [B, 3, H, W] in -1..1, the VQ decode of the expected code vectors.
     """
 
     tokenizer: Managed[ImageTokenizer]
     condition: Condition
-    scale: float
+    scales: tuple[float, ...]
     soft: torch.Tensor
 
-    def part(self, k: int) -> FollowedTokens:
-        """That of image k."""
-        return replace(self, condition=self.condition.part(k, k + 1), soft=self.soft[k : k + 1])
-
-    def guide(self, codec: Any, count: int, size: tuple[int, int], options: GuidanceOptions) -> TokenGuide:
-        """Of `count` images, painted at (H, W) = `size`."""
+    def guide(
+        self, k: int, codec: Any, size: tuple[int, int], options: GuidanceOptions, fallback: Fallback | None = None
+    ) -> TokenGuide:
+        """Of image k, painted at (H, W) = `size`."""
         host.let_gradients_pass(self.tokenizer)
-        own = self.condition.to(self.tokenizer.device)
-        if len(self.soft) != count:
-            own = Condition.joined([own] * count)
-        return token_guide(
+        guide = token_guide(
             self.tokenizer.idle,
             codec,
-            own,
-            scale=self.scale,
+            self.condition.part(k, k + 1).to(self.tokenizer.device),
+            scale=self.scales[k],
             options=options,
             size=size,
             tile=tile_of((size[0] // codec.factor, size[1] // codec.factor)),
             host=host.ComfyHost(),
         )
+        return guide if fallback is None else replace(guide, fallback=fallback)
 
 
 def followed_tokens(
@@ -122,7 +120,7 @@ def followed_tokens(
     return FollowedTokens(
         tokenizer=_guide_tokenizer(vq_vae),
         condition=Condition.joined(list(conditions)),
-        scale=sum(scales) / len(scales),
+        scales=scales,
         soft=torch.cat(soft),
     )
 
@@ -133,14 +131,20 @@ def followed_tokens(
 _copies: weakref.WeakKeyDictionary[nn.Module, Managed] = weakref.WeakKeyDictionary()
 
 
-def _copy_of(network: nn.Module, value: Any) -> Managed:
+def _copy_of(network: nn.Module, value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Managed:
+    """
+    Args:
+        network: whose copy it is.
+        value: what is copied: the network, or an object around it.
+        device: that the network itself works on.
+    """
     if network not in _copies:
-        _copies[network] = host.copied(value)
+        _copies[network] = host.copied(value, placement="CPU" if device.type == "cpu" else "auto", dtype=dtype)
     return _copies[network]
 
 
 def _guide_tokenizer(vq_vae: Managed[ImageTokenizer]) -> Managed[ImageTokenizer]:
-    return _copy_of(vq_vae.idle.model, vq_vae.idle)
+    return _copy_of(vq_vae.idle.model, vq_vae.idle, vq_vae.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +154,11 @@ class GuideVAE:
     vae: comfy.sd.VAE
     network: Managed[nn.Module]
     factor: int
+
+    @property
+    def bytes_a_weight(self) -> int:
+        """Of the copy."""
+        return next(self.network.idle.parameters()).element_size()
 
     def of_unit_spread(self, pixels: torch.Tensor) -> _Codec:
         """For latents of variance 1: a VAE does not say how large its latents are, so those of an image are measured.
@@ -172,13 +181,18 @@ def guide_vae(vae: comfy.sd.VAE) -> GuideVAE:
         ValueError: for what is no VAE of images.
     """
     factor = pixels_a_latent(vae)
-    return GuideVAE(vae=vae, network=_copy_of(vae.first_stage_model, vae.first_stage_model), factor=factor)
+    network = vae.first_stage_model
+    return GuideVAE(vae=vae, network=_copy_of(network, network, vae.device, vae.vae_dtype), factor=factor)
 
 
 def pixels_a_latent(vae: comfy.sd.VAE) -> int:
     expect(vae, comfy.sd.VAE, "vae", "connect the VAE of your model, from Load VAE or Load Checkpoint")
     if not isinstance(vae.downscale_ratio, int) or getattr(vae, "latent_dim", 2) != 2:
-        raise ValueError("the connected VAE is one for video or sound: guidance works with models of images")
+        raise ValueError(
+            "the connected VAE is one of video or sound (Qwen-Image's is, too): guidance works with models of images "
+            "such as FLUX.1, SDXL and SD 1.5"
+        )
+    vae.throw_exception_if_invalid()
     return vae.downscale_ratio
 
 
@@ -206,7 +220,8 @@ class _Codec:
         """Raw latents -> [B, 3, H, W] in -1..1; differentiable."""
         weight = next(self.own.network.idle.parameters())
         made = self.own.network.idle.decode(latents.to(self.own.network.device, weight.dtype)).float()
-        return self.own.vae.process_output(made) * 2 - 1
+        # A copy: ComfyUI changes it in place.
+        return self.own.vae.process_output(made.clone()) * 2 - 1
 
 
 def preview_of(guide: TokenGuide, z: torch.Tensor) -> torch.Tensor | None:
@@ -221,17 +236,20 @@ def tile_of(latent_size: tuple[int, int]) -> int | None:
     return None if max(latent_size) <= _WHOLE else _TILE
 
 
-def gradient_memory(size: tuple[int, int], factor: int) -> int:
-    """Bytes that a gradient through VAE and tokenizer takes besides their weights, in float32.
+def gradient_memory(size: tuple[int, int], codec: Any, tokens: tuple[int, int]) -> int:
+    """Bytes that a gradient needs at least besides weights: what does not fit is done in smaller parts.
 
-    The image is decoded as a whole, of which ComfyUI assumes 2178 bytes a pixel and byte of the dtype; the way back
-    holds 53,000 bytes a pixel, of the whole or of a tile: `python -m benchmarks guidance`, counted at FLUX.1's shape,
-    not measured on a GPU.
+    A network's way back holds 6000 bytes a pixel and byte of the dtype (counted on the VAE of FLUX.1, by `python -m
+    benchmarks guidance`; not measured on a GPU). It is the encoder's, of the tokens' own image in float32, then the
+    decoder's, of a tile; before both, the image is decoded, of which ComfyUI assumes 2178.
+
+    Args:
+        size: (H, W) of the painted image.
+        tokens: (H, W) of the image that the tokenizer reads.
     """
-    height, width = size
-    tile = tile_of((height // factor, width // factor))
-    held = height * width if tile is None else min(height * width, (tile * factor) ** 2)
-    return 53_000 * held + (0 if tile is None else 4 * 2178 * height * width)
+    pixels, width = size[0] * size[1], codec.bytes_a_weight
+    tile = min(pixels, (_TILE * codec.factor) ** 2)
+    return host.convolution_memory(max(24_000 * tokens[0] * tokens[1], 6_000 * width * tile, 2178 * width * pixels))
 
 
 def tell_stretch(size: tuple[int, int], own: tuple[int, int]) -> None:
@@ -275,13 +293,14 @@ def decoder_guide(
     size, tokenizer = decoder.painted_size(condition.grid), _guide_tokenizer(vq_vae)
     if isinstance(codec, ManagedCodec):
         own = codec.managed.idle
-        network = _copy_of(own.model, own)
-        sees = network.idle
+        network = _copy_of(own.model, own, codec.managed.device)
+        sees, memory = network.idle, codec.working_memory(*size)
     else:
         own = guide_vae(codec.vae)
         network, sees = own.network, own.of(codec.normalize, codec.denormalize)
+        memory = gradient_memory(size, own, tuple(side * tokenizer.idle.factor for side in condition.grid))
     latent_size = (size[0] // codec.factor, size[1] // codec.factor)
-    both = _GuidedHost(plain, (network, tokenizer), gradient_memory(size, codec.factor))
+    both = _GuidedHost(plain, (network, tokenizer), memory)
     both.bring()
     mapped = condition.to(tokenizer.device)
     calibration = None if condition.card is None else condition.card.calibration
@@ -326,58 +345,75 @@ class SamplerGuidance:
     options: GuidanceOptions
     percent: tuple[float, float]
     mask: torch.Tensor | None
-    _guides: dict[tuple, TokenGuide] = field(default_factory=dict)
-    _last: float = -1.0
-    _step: int = 0
+    #: Of the latents that are being sampled, by their shape and device; and what each image has given up for memory.
+    _guides: dict[tuple, list[TokenGuide]] = field(default_factory=dict)
+    _fallbacks: dict[int, Fallback] = field(default_factory=dict)
 
     def join(self, model: Any) -> None:
-        """Lets ComfyUI load the copies together with the model, and keep memory for them."""
-        host.accompany(model, self.vae.network, self.tokens.tokenizer)
-        kind = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
-        model.add_wrapper_with_key(kind, "DCDD", self._prepare)
+        """Makes a MODEL's sampling guided, and its copies and memory part of what ComfyUI loads for it."""
+        model.set_model_sampler_post_cfg_function(self)
+        model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "DCDD", self._prepare)
 
-    def _prepare(self, run: Any, model: Any, noise_shape: Any, *args: Any, **options: Any) -> Any:
+    def _prepare(self, run: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **options: Any) -> Any:
         """ComfyUI estimates a model's memory by the number of images: told as many more as a gradient takes."""
         self._guides.clear()
-        self._last, self._step = -1.0, 0
+        if self.options.off:
+            return run(model, noise_shape, conds, *args, **options)
+        conds = host.with_models(conds, self.vae.network, self.tokens.tokenizer)
         height, width = (side * self.vae.factor for side in noise_shape[-2:])
+        factor, (h, w) = self.tokens.tokenizer.idle.factor, self.tokens.condition.grid
+        memory = gradient_memory((height, width), self.vae, (h * factor, w * factor)) if self.options.strength else 0
         one = max(1.0, float(model.model.memory_required([1, *noise_shape[1:]])))
-        more = round(gradient_memory((height, width), self.vae.factor) / one)
-        return run(model, [noise_shape[0] + more, *noise_shape[1:]], *args, **options)
+        return run(model, [noise_shape[0] + round(memory / one), *noise_shape[1:]], conds, *args, **options)
 
     def __call__(self, args: dict[str, Any]) -> torch.Tensor:
         """See `set_model_sampler_post_cfg_function`: the denoised latents of a step, corrected."""
-        denoised, model = args["denoised"], args["model"]
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        time = self._time(model.model_sampling, float(args["sigma"].max()))
-        step = self._count(time)
-        first, last = (self._time(model.model_sampling, self._sigma(model, each)) for each in self.percent)
+        denoised, model, sigma = args["denoised"], args["model"], args["sigma"].max()
+        time = time_in(model.model_sampling, float(sigma))
+        first, last = (
+            time_in(model.model_sampling, float(model.model_sampling.percent_to_sigma(each))) for each in self.percent
+        )
         options = replace(self.options, first=max(first, last), last=last)
+        # Samplers may predict more than once a step, and at times between two.
+        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"].to(sigma)
+        step = max(0, int((sigmas >= sigma - 1e-6).sum()) - 1)
         if not options.guides(time, step):
             return denoised
         self._check(denoised)
+        made = []
         with host.noticed():
-            guide = self._guide(model, denoised, options)
-            return guide.correct(denoised.to(guide.soft), time).to(denoised)
+            for k, guide in enumerate(self._guides_of(model, denoised, options)):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                made.append(guide.correct(denoised[k : k + 1].to(guide.soft), time).to(denoised))
+        return torch.cat(made)
 
-    def _guide(self, model: Any, denoised: torch.Tensor, options: GuidanceOptions) -> TokenGuide:
+    def _guides_of(self, model: Any, denoised: torch.Tensor, options: GuidanceOptions) -> list[TokenGuide]:
         key = (tuple(denoised.shape), denoised.device)
         codec = self.vae.of(model.process_latent_in, model.process_latent_out)
         host.let_gradients_pass(self.tokens.tokenizer)
-        if key not in self._guides:
-            size = (denoised.shape[-2] * self.vae.factor, denoised.shape[-1] * self.vae.factor)
-            guide = self.tokens.guide(codec, len(denoised), size, options)
+        if key in self._guides:
+            return self._guides[key]
+        size, guides = (denoised.shape[-2] * self.vae.factor, denoised.shape[-1] * self.vae.factor), []
+        for k in range(len(denoised)):
+            fallback = self._fallbacks.setdefault(k, Fallback())
+            guide = self.tokens.guide(k % len(self.tokens.soft), codec, size, options, fallback)
             if guide.soft.shape[1:] != denoised.shape[1:]:
                 came, paints = (" x ".join(map(str, each.shape[1:])) for each in (guide.soft, denoised))
                 raise ValueError(
                     f"the VAE of Distribution Guidance makes latents of {came} (channels, height, width), and the "
                     f"model paints {paints}: connect the VAE of this model; models of video cannot be guided"
                 )
-            h, w = guide.condition.grid
-            factor = self.tokens.tokenizer.idle.factor
-            tell_stretch(size, (h * factor, w * factor))
-            self._guides[key] = guide if self.mask is None else guide.under(resized(self.mask, *size))
-        return self._guides[key]
+            if self.mask is not None:
+                # Stretched, as ComfyUI does with the mask of a latent.
+                mask = self.mask if len(self.mask) == 1 else self.mask[k : k + 1]
+                guide = guide.under(F.interpolate(mask.to(guide.soft.device), size, mode="bilinear"))
+            guides.append(guide)
+        if self.mask is not None and not bool(self.mask.any()):
+            host.notice("the mask of Distribution Guidance is empty: nothing is guided")
+        h, w = self.tokens.condition.grid
+        tell_stretch(size, (h * self.tokens.tokenizer.idle.factor, w * self.tokens.tokenizer.idle.factor))
+        self._guides[key] = guides
+        return guides
 
     def _check(self, denoised: torch.Tensor) -> None:
         count = len(self.tokens.soft)
@@ -392,20 +428,20 @@ class SamplerGuidance:
                 f"{len(denoised)}"
             )
 
-    def _count(self, time: float) -> int:
-        """Number of this step. Samplers may predict more than once a time."""
-        if time > self._last:
-            self._step = 0
-        elif time < self._last:
-            self._step += 1
-        self._last = time
-        return self._step
 
-    @staticmethod
-    def _sigma(model: Any, percent: float) -> float:
-        return float(model.model_sampling.percent_to_sigma(percent))
+def time_in(sampling: Any, sigma: float) -> float:
+    """t of a sigma: itself on the flow's path; else that of noise added to data of unit variance."""
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        return min(1.0, sigma)
+    return time_of_sigma(sigma / getattr(sampling, "sigma_data", 1.0))
 
-    @staticmethod
-    def _time(sampling: Any, sigma: float) -> float:
-        """t of a sigma: itself on the flow's path; sigma / (1 + sigma) where noise is added to what keeps its size."""
-        return min(1.0, sigma) if isinstance(sampling, comfy.model_sampling.CONST) else sigma / (1 + sigma)
+
+def denoise_from(sampling: Any, start: float) -> float:
+    """A sampler's denoise, at which the model starts from time `start`; by bisection, for a model's schedule is its
+    own."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        late = time_in(sampling, float(sampling.percent_to_sigma(1 - middle))) < start
+        low, high = (middle, high) if late else (low, middle)
+    return round(high, 4)

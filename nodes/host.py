@@ -37,6 +37,19 @@ log = logging.getLogger("ComfyUI-DCDD")
 
 #: Where a model may live while it works.
 PLACEMENTS = ("auto", "low VRAM", "CPU")
+#: How names begin of what ComfyUI's memory manager keeps on modules.
+_COMFY_STATE = (
+    "dynamic_",
+    "_v",
+    "_pin",
+    "_prefetch",
+    "comfy_",
+    "prev_comfy_",
+    "weight_lowvram",
+    "bias_lowvram",
+    "weight_function",
+    "bias_function",
+)
 #: From 0.16 on ComfyUI has a patcher of its own for modules that it did not build.
 _Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
@@ -60,13 +73,14 @@ class Managed(Generic[T]):
     small for all of them. Nothing but the sockets holds it: when the last graph lets go, it is gone.
     """
 
-    def __init__(self, value: T, *, placement: str = "auto", eight_bit: tuple[str, ...] = ()):
+    def __init__(self, value: T, *, placement: str = "auto", eight_bit: tuple[str, ...] = (), streamed: bool = True):
         """
         Args:
             value: a network, or an object with one as its `model`, or with None for none.
             placement: one of `PLACEMENTS`: ComfyUI decides, all layers are streamed, or everything stays on the CPU.
             eight_bit: names of submodules whose linear layers are stored in 8 bits (float8_e4m3fn) and compute in the
                 dtype of their input.
+            streamed: False for a model whose layers must not be streamed one by one.
         """
         module = value if isinstance(value, nn.Module) else value.model
         module = nn.Module() if module is None else module
@@ -79,7 +93,7 @@ class Managed(Generic[T]):
         self._stream = placement == "low VRAM" and device_of(placement).type != "cpu"
         # ComfyUI's log calls a model by its class.
         holder = type(type(module).__name__, (_Holder,), {})(module)
-        self._patcher = patcher_of(holder, placement)
+        self._patcher = patcher_of(holder, placement, streamed=streamed)
 
     @property
     def device(self) -> torch.device:
@@ -97,56 +111,81 @@ class Managed(Generic[T]):
         return self._value
 
 
-def patcher_of(module: nn.Module, placement: str = "auto") -> Any:
+def patcher_of(module: nn.Module, placement: str = "auto", *, streamed: bool = True) -> Any:
     """What ComfyUI's memory manager holds a module by.
 
     Args:
         placement: one of `PLACEMENTS`.
+        streamed: see `Managed`.
     """
     cpu = torch.device("cpu")
     off = cpu if placement == "CPU" else comfy.model_management.unet_offload_device()
-    return _Patcher(module, load_device=device_of(placement), offload_device=off)
+    kind = _Patcher if streamed else comfy.model_patcher.ModelPatcher
+    return kind(module, load_device=device_of(placement), offload_device=off)
 
 
-def copied(value: T) -> Managed[T]:
-    """A copy of a model, kept beside it, for gradients to pass (`let_gradients_pass`); float16, in which gradients
-    vanish, becomes float32."""
-    with torch.inference_mode(False):
-        twin = copy.deepcopy(value)
-        module = twin if isinstance(twin, nn.Module) else twin.model
-        for part in (*module.parameters(), *module.buffers()):
-            if part.dtype == torch.float16:
-                part.data = part.data.float()
-        return Managed(twin)
-
-
-def accompany(model: Any, *models: Managed) -> None:
-    """Lets ComfyUI load models together with a MODEL, for as long as that samples.
+def copied(value: T, *, placement: str = "auto", dtype: torch.dtype | None = None) -> Managed[T]:
+    """A copy of a model, kept beside it, for gradients to pass (`let_gradients_pass`).
 
     Args:
-        model: the MODEL's patcher; changed.
+        dtype: of its weights; as they are by default. float16, in which gradients vanish, becomes float32.
     """
-    model.set_additional_models("DCDD", [one._patcher for one in models])
+    with torch.inference_mode(False):
+        twin = _without_comfy_state(value)
+        module = twin if isinstance(twin, nn.Module) else twin.model
+        for part in (*module.parameters(), *module.buffers()):
+            if part.is_floating_point():
+                wanted = part.dtype if dtype is None else dtype
+                part.data = part.data.to(torch.float32 if wanted == torch.float16 else wanted)
+        # Gradients hold every weight that they pass, so nothing would be saved by streaming.
+        managed = Managed(twin, placement=placement, streamed=False)
+        module.to(managed._patcher.offload_device)
+        return managed
+
+
+def _without_comfy_state(value: T) -> T:
+    """A deep copy without what ComfyUI keeps on modules: buffers of its native memory would be freed twice."""
+    module = value if isinstance(value, nn.Module) else value.model
+    taken = [
+        (part, name, part.__dict__.pop(name))
+        for part in module.modules()
+        for name in list(part.__dict__)
+        if name.startswith(_COMFY_STATE) or name.endswith("_comfy_model_dtype")
+    ]
+    try:
+        return copy.deepcopy(value)
+    finally:
+        for part, name, kept in taken:
+            part.__dict__[name] = kept
 
 
 def let_gradients_pass(*models: Managed) -> None:
-    """Makes the weights of models on their device such that gradients can pass them.
+    """Makes the weights of copies on their device such that gradients can pass them.
 
     ComfyUI moves models in torch's inference mode. What comes out of it can never be part of a gradient's graph, so
-    such weights are exchanged for copies of themselves.
+    such weights are exchanged for copies of themselves. Streamed layers share one buffer, which the next layer
+    overwrites before the way back: all weights come to the device.
     """
     with torch.inference_mode(False):
         for model in models:
             for part in model._patcher.model.modules():
-                streamed = hasattr(part, "comfy_cast_weights")
+                if getattr(part, "comfy_cast_weights", False):
+                    part.comfy_cast_weights = False
                 for own in (part._parameters, part._buffers):
                     for name, tensor in own.items():
-                        if tensor is None:
-                            continue
-                        device = tensor.device if streamed else model.device
-                        if tensor.is_inference() or tensor.device != device:
-                            plain = tensor.detach().to(device, copy=True)
+                        if tensor is not None and (tensor.is_inference() or tensor.device != model.device):
+                            plain = tensor.detach().to(model.device, copy=True)
                             own[name] = nn.Parameter(plain, requires_grad=False) if own is part._parameters else plain
+
+
+def with_models(conds: dict[str, list[dict[str, Any]]], *models: Managed) -> dict[str, list[dict[str, Any]]]:
+    """What is sampled for, with models that ComfyUI has to load beside the MODEL while it samples."""
+    for name, own in conds.items():
+        if own:
+            first, *others = own
+            beside = [*first.get("additional_models", []), *(model._patcher for model in models)]
+            return {**conds, name: [{**first, "additional_models": beside}, *others]}
+    return conds
 
 
 def bring(*models: Managed, memory: int = 0) -> None:
@@ -333,13 +372,16 @@ def tell(text: str) -> None:
 
 @contextmanager
 def noticed() -> Iterator[None]:
-    """Turns the library's warnings into notices; other warnings stay warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DCDDWarning)
-        yield
-    ours = [warning for warning in caught if issubclass(warning.category, DCDDWarning)]
-    for text in dict.fromkeys(str(warning.message) for warning in ours):
-        notice(text)
-    for warning in caught:
-        if warning not in ours:
-            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+    """Turns the library's warnings into notices, also those of work that fails; other warnings stay warnings."""
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DCDDWarning)
+            yield
+    finally:
+        ours = [warning for warning in caught if issubclass(warning.category, DCDDWarning)]
+        for text in dict.fromkeys(str(warning.message) for warning in ours):
+            notice(text)
+        for warning in caught:
+            if warning not in ours:
+                warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)

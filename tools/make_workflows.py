@@ -990,8 +990,8 @@ def edit(graph: Graph) -> None:
     )
 
 
-def guide_latent(graph: Graph, sampled: Node, janus: Node, vae: Output, **given: Any) -> Node:
-    given = {"wide": 310, "room": NOTICE, "token_logits": sampled["token_logits"], "vae": vae, **given}
+def guide_latent(graph: Graph, sampled: Node, janus: Node, model: Output, vae: Output, **given: Any) -> Node:
+    given = {"wide": 310, "room": NOTICE, "token_logits": sampled["token_logits"], "model": model, "vae": vae, **given}
     return graph.node("DCDD_TokenGuideLatent", vq_vae=janus["vq_vae"], **given)
 
 
@@ -1040,7 +1040,7 @@ def guidance(graph: Graph) -> None:
     pico = graph.node("DCDD_LoadPicoModel", wide=310)
     prompt = "a large checked blue star in the centre on a lined cream ground"
     sampled = sampler(graph, janus, prompt=prompt, seed=3, batch_size=3)
-    start = guide_latent(graph, sampled, janus, pico["vae"])
+    start = guide_latent(graph, sampled, janus, pico["model"], pico["vae"])
     guided = guided_model(graph, sampled, janus, pico["model"], pico["vae"])
     texts = (pico["conditioning"], pico["conditioning"])
     runs = {
@@ -1132,7 +1132,7 @@ def own_flux(graph: Graph) -> None:
         "a large red heart with white stripes, in the centre of a sky blue wall with fine wavy lines",
         "Prompt for FLUX",
     )
-    start = guide_latent(graph, sampled, janus, vae["VAE"], width=_PAINTED, height=_PAINTED)
+    start = guide_latent(graph, sampled, janus, unet["MODEL"], vae["VAE"], width=_PAINTED, height=_PAINTED)
     guided = guided_model(graph, sampled, janus, unet["MODEL"], vae["VAE"])
     own = vq_decode(graph, sampled["token_logits"], janus["vq_vae"], codes="soft: the expected codes")
     graph.thumbnail = preview(graph, own["image"], "Janus' own image", wide=340, tall=330)
@@ -1193,11 +1193,11 @@ def repaint_with_flux(graph: Graph) -> None:
         graph, clip, "a large purple star with a chequered pattern on a sky blue wall", "Second prompt"
     )
     sizes = {"width": _PAINTED, "height": _PAINTED}
-    start = guide_latent(graph, first, janus, vae["VAE"], **sizes)
+    start = guide_latent(graph, first, janus, unet["MODEL"], vae["VAE"], **sizes)
     guided = guided_model(graph, first, janus, unet["MODEL"], vae["VAE"], first=False)
     run = ksampler(graph, guided["model"], texts, start["latent"], denoise=start["denoise"], title="First image")
     before = graph.node("VAEDecode", wide=310, samples=run["LATENT"], vae=vae["VAE"])
-    start_again = guide_latent(graph, second, janus, vae["VAE"], **sizes)
+    start_again = guide_latent(graph, second, janus, unet["MODEL"], vae["VAE"], **sizes)
     pasted = {"x": 0, "y": 0, "resize_source": False, "mask": mask["MASK"], "destination": before["IMAGE"]}
     canvas = graph.node(
         "ImageCompositeMasked", title="Janus' new part, pasted", wide=310, source=start_again["image"], **pasted

@@ -31,7 +31,7 @@ class GuidanceOptions:
     """How strongly, when and by what predicted images are pulled.
 
     Attributes:
-        strength: eta, the root mean square of a step on latents of unit variance at t = 1; 0 is off.
+        strength: eta, the root mean square of a step on latents of unit variance at t = 1; 0 leaves the pull alone.
         pull: 0..1, how close early steps stay to the soft VQ decode.
         first, last: steps at times last <= t <= first are guided; 1 is pure noise.
         every: only each of so many steps of the schedule, from its first on.

@@ -77,6 +77,17 @@ def everything(graph: Graph) -> Graph:
     part = {"image": painted, "mask": doubt, "steps": 4}
     local = graph.add("repaint", "DCDD_FluxDecoder", decoder=decoder, condition=condition, **part)
     tokens = graph.add("decode", "DCDD_VQVAEDecode", token_logits=edited, vq_vae=vq)
+    pico = graph.add("load_pico", "DCDD_LoadPicoModel")
+    followed = {"token_logits": sampled, "vq_vae": vq}
+    seen = {**followed, "vae": output(pico, 1)}
+    start = graph.add("start", "DCDD_TokenGuideLatent", model=pico, **seen)
+    guided = graph.add("guide", "DCDD_DistributionGuidance", model=pico, **seen)
+    texts = {"positive": output(pico, 2), "negative": output(pico, 2)}
+    steps = {"steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": output(start, 1)}
+    latent = graph.add("sample_guided", "KSampler", model=guided, latent_image=start, **texts, **steps)
+    guided_image = graph.add("decode_guided", "VAEDecode", samples=latent, vae=output(pico, 1))
+    sharp = graph.add("sharpen", "DCDD_SharpenToTokens", steps=2, **seen)
+    graph.add("agree", "DCDD_TokenAgreement", image=guided_image, **followed)
     look = graph.add(
         "statistics",
         "DCDD_LogitStatistics",
@@ -87,6 +98,6 @@ def everything(graph: Graph) -> Graph:
     sheet = graph.add(
         "compare", "DCDD_CompareDecoders", image_a=tokens, image_b=painted, image_c=local, image_d=("encode", 1)
     )
-    for link in (look, sheet, ("doubt", 1)):
+    for link in (look, sheet, sharp, ("doubt", 1)):
         graph.look(link)
     return graph

@@ -42,6 +42,9 @@ def test_every_node_runs_with_progress_and_previews(server, graph):
     assert run.progress["map"] == run.progress["decode"] == [(1, 2), (2, 2)], "one report an image"
     assert run.previews["encode"] == 2 and run.previews["decode"] == 2
     assert run.notices["save"][-1].startswith("saved fitted")
+    assert_reported(run.progress["sharpen"], [(k, 4) for k in range(1, 5)])
+    assert run.previews["sharpen"] == 4 and run.previews["sample_guided"] >= 1
+    assert "of the tokens are read in the image" in run.notices["agree"][-1]
 
 
 def test_cache_runs_only_what_changed(server, graph):

@@ -235,12 +235,21 @@ def _sampled(
         area = F.interpolate(area, given.shape[2:], mode="bilinear")
     sigmas = sigmas[-steps - 1 :]
     x = sampling.noise_scaling(sigmas[0], noise, given)
+    told = {"transformer_options": {"sample_sigmas": torch.tensor(sigmas)}}
     for done, (now, after) in enumerate(pairwise(sigmas), 1):
         if area is not None:
             x = area * x + (1 - area) * sampling.noise_scaling(now, noise, given)
         clean = network.apply_model(x, now)
         for hook in model.model_options.get("sampler_post_cfg_function", []):
-            clean = hook({"denoised": clean, "sigma": torch.full((len(x),), now), "model": network, "input": x})
+            clean = hook(
+                {
+                    "denoised": clean,
+                    "sigma": torch.full((len(x),), now),
+                    "model": network,
+                    "input": x,
+                    "model_options": told,
+                }
+            )
         if area is not None:
             clean = area * clean + (1 - area) * given
         x = x + (after - now) * (x - clean) / now

@@ -1381,7 +1381,7 @@ def _refusals() -> list[Refusal]:
             ("DCDD_LCDMEncoder", {**PROXIES, "decoder": of("decoder")}, ("token_logits", "vq_vae", "decoder")),
             ("DCDD_UncertaintyMask", DOUBT, ("condition",)),
             ("DCDD_VQVAEDecode", PROXIES, ("token_logits", "vq_vae")),
-            ("DCDD_FluxDecoder", PAINT, ("decoder", "condition")),
+            ("DCDD_FluxDecoder", PAINT, ("decoder", "condition", "vq_vae")),
             ("DCDD_LogitStatistics", {"token_logits": of("proxies")}, ("token_logits",)),
             ("DCDD_DistributionGuidance", GUIDED, ("vae", "token_logits", "vq_vae", "calibration")),
             ("DCDD_TokenGuideLatent", SHARPENED, ("vae", "token_logits", "vq_vae")),
@@ -1468,6 +1468,12 @@ def _refusals() -> list[Refusal]:
             node="DCDD_FluxDecoder",
             inputs={**PAINT, "strength": 0.1},
             says=("vq_vae got NoneType", "connect the vq_vae"),
+        ),
+        Refusal(
+            name="guidance of a decoder below zero",
+            node="DCDD_FluxDecoder",
+            inputs={**PAINT, "strength": -0.5},
+            says=("0 or more, or -1 for the decoder's own, got -0.5",),
         ),
         Refusal(
             name="guidance of a decoder by another tokenizer",

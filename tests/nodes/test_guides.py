@@ -49,8 +49,8 @@ def test_a_copy_is_made_once_and_goes_with_its_model(nodes):
     guides = nodes["guides"]
     network = torch.nn.Linear(2, 2)
     count = len(guides._copies)
-    copy = guides._copy_of(network, network)
-    assert guides._copy_of(network, network) is copy and copy.idle is not network
+    copy = guides._copy_of(network, network, torch.device("cpu"))
+    assert guides._copy_of(network, network, torch.device("cpu")) is copy and copy.idle is not network
     assert torch.equal(copy.idle.weight, network.weight)
     del network
     assert len(guides._copies) == count

@@ -16,14 +16,15 @@ class ModelPatcher:
         model.device = offload_device
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.wrappers: dict[str, dict[str, list[Callable]]] = {}
-        self.additional_models: dict[str, list[ModelPatcher]] = {}
 
     def clone(self) -> ModelPatcher:
         twin = copy.copy(self)
         twin.model_options = copy.copy(self.model_options)
         twin.wrappers = {kind: {key: list(own) for key, own in keys.items()} for kind, keys in self.wrappers.items()}
-        twin.additional_models = {key: [one.clone() for one in own] for key, own in self.additional_models.items()}
         return twin
+
+    def get_model_object(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def set_model_sampler_post_cfg_function(self, post_cfg_function: Callable) -> None:
         known = self.model_options.get("sampler_post_cfg_function", [])
@@ -31,6 +32,3 @@ class ModelPatcher:
 
     def add_wrapper_with_key(self, wrapper_type: str, key: str, wrapper: Callable) -> None:
         self.wrappers.setdefault(wrapper_type, {}).setdefault(key, []).append(wrapper)
-
-    def set_additional_models(self, key: str, models: list[ModelPatcher]) -> None:
-        self.additional_models[key] = models

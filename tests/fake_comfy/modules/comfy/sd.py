@@ -14,6 +14,11 @@ class VAE:
         self.downscale_ratio = self.upscale_ratio = 2 ** (len(params["ddconfig"]["ch_mult"]) - 1)
         self.first_stage_model = AutoencoderKL(**params).to(dtype)
         self.first_stage_model.load_state_dict(sd, strict=False)
+        self.vae_dtype, self.device = dtype, torch.device("cpu")
+
+    def throw_exception_if_invalid(self) -> None:
+        if self.first_stage_model is None:
+            raise RuntimeError("ERROR: VAE is invalid: None")
 
     def process_input(self, image: torch.Tensor) -> torch.Tensor:
         return image * 2 - 1
