@@ -21,7 +21,7 @@ import torch
 from einops import rearrange
 
 from .. import registry
-from ..files import is_finite, read_json, reading
+from ..files import is_finite, read_json, reading, utf8_path
 from ..method.flow import interpolate, recover_clean, timesteps
 from ..method.guidance import (
     clean_from_noise,
@@ -372,10 +372,10 @@ def load_prior_pipeline(
 
     codec = registry.load_codec(folder, device=device, dtype=torch.float32)
     kind = getattr(diffusers, image_to_image(name))
-    with reading(folder, f"a {READ[name]} pipeline"), warnings.catch_warnings():
+    with reading(folder, f"a {READ[name]} pipeline"), utf8_path(folder) as readable, warnings.catch_warnings():
         # diffusers renames torch_dtype; the oldest one that is supported knows no other name.
         warnings.simplefilter("ignore", FutureWarning)
-        pipe = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipe = kind.from_pretrained(readable, torch_dtype=dtype, local_files_only=True)
     return PriorPipeline(pipe.to(device), codec)
 
 
@@ -396,12 +396,12 @@ def _load_klein(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
             f"{folder} holds a {_KLEIN!r}, which diffusers has since {_HAS_KLEIN}, and this is "
             f"{diffusers.__version__}: upgrade diffusers"
         )
-    with reading(folder, f"a {READ[_KLEIN]} pipeline"), warnings.catch_warnings():
+    with reading(folder, f"a {READ[_KLEIN]} pipeline"), utf8_path(folder) as readable, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         vae = diffusers.AutoencoderKLFlux2.from_pretrained(
-            folder / "vae", torch_dtype=torch.float32, local_files_only=True
+            readable / "vae", torch_dtype=torch.float32, local_files_only=True
         )
-        pipe = diffusers.Flux2KleinPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        pipe = diffusers.Flux2KleinPipeline.from_pretrained(readable, torch_dtype=dtype, local_files_only=True)
     return KleinPrior(pipe.to(device), Flux2Codec(vae.to(device).eval().requires_grad_(False)))
 
 

@@ -1,8 +1,10 @@
 """Distribution guidance of diffusers pipelines: FLUX.1, SDXL and Stable Diffusion 1.x of tiny random networks."""
 
 import json
+import os
 import sys
 from math import log
+from pathlib import Path
 from types import ModuleType
 
 import diffusers
@@ -320,3 +322,14 @@ def test_a_diffusers_without_flux_2_klein_is_told_which_has_it(tmp_path, monkeyp
         ValueError, match=r"'Flux2KleinPipeline', which diffusers has since 0.37, and this is 0.35.2: u"
     ):
         load_prior_pipeline(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("save", [save_sd, save_klein], ids=["SD", "FLUX.2 klein"])
+def test_a_folder_whose_name_is_not_utf_8_is_read(save, tmp_path):
+    if save is save_klein:
+        pytest.importorskip("diffusers", minversion="0.37")
+    plain, folder = tmp_path / "plain", Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    plain.mkdir()
+    save(plain).rename(folder)
+    assert load_prior_pipeline(folder).size_for((32, 32)) == (32, 32)
