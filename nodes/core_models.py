@@ -12,9 +12,12 @@ import comfy.model_base
 import comfy.model_management
 import comfy.sd
 import comfy.supported_models_base
+import numpy as np
 import torch
+import torch.nn.functional as F
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy_api.latest import io
+from einops import rearrange
 from torch import nn
 
 from ..dcdd_core import registry
@@ -23,6 +26,7 @@ from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.models.prior import load_prior
 from ..dcdd_core.protocols import LatentCodec
 from ..dcdd_pico.embedded import PRIOR, model_paths
+from ..dcdd_pico.scenes import render_scene, scene_pixels
 from . import model_folders
 from .host import patcher_of
 from .sockets import schema
@@ -71,6 +75,9 @@ class LoadPicoModel(io.ComfyNode):
 
 NODES = [LoadPicoModel]
 
+#: Side and number of the scenes that previews' colours are fitted to.
+_SIDE, _SCENES = 96, 16
+
 
 class _Prior(nn.Module):
     """What a sampler asks for a velocity."""
@@ -111,10 +118,14 @@ class _Prior(nn.Module):
 
 def _model(decoder: DistributionConditionedDecoder, codec: LatentCodec) -> Any:
     """The decoder as a MODEL on the flow's path."""
+    colours = _colours(codec)
 
     class Latents(comfy.latent_formats.LatentFormat):
         latent_channels = codec.channels
         spacial_downscale_ratio = codec.factor
+
+        def __init__(self):
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = colours[:-1], colours[-1]
 
         def process_in(self, latent: torch.Tensor) -> torch.Tensor:
             return codec.normalize(latent)
@@ -130,6 +141,17 @@ def _model(decoder: DistributionConditionedDecoder, codec: LatentCodec) -> Any:
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.FLUX)
     model.diffusion_model = _Prior(decoder, codec)
     return patcher_of(model.eval(), "auto")
+
+
+def _colours(codec: LatentCodec) -> list[list[float]]:
+    """[C + 1, 3]: the colour in -1..1 of each channel of normalised latents, and of none, fitted to some scenes; with
+    these ComfyUI's samplers draw their previews."""
+    images = np.stack([render_scene("train", k, size=_SIDE).image for k in range(_SCENES)])
+    pixels = scene_pixels(images, torch.device("cpu"))
+    latents = codec.normalize(codec.encode(pixels))
+    given = rearrange(F.pad(latents, (0, 0, 0, 0, 0, 1), value=1.0), "b c h w -> (b h w) c")
+    wanted = rearrange(F.avg_pool2d(pixels, codec.factor), "b c h w -> (b h w) c")
+    return torch.linalg.lstsq(given, wanted).solution.tolist()
 
 
 def _vae(codec: LatentCodec) -> comfy.sd.VAE:
