@@ -45,8 +45,11 @@ def verdicts(results: Mapping[str, Rows]) -> str:
             verdict = found.below(bound) if most else found.above(bound)
         lines.append([f"{section}, {row}: {column}", f"{'at most' if most else 'at least'} {bound:g}", told, verdict])
 
+    gain = results.get("guided-reconstruction", {}).get(minus(TRAINED, VQ), {})
     for column in (*_LESS, "ssim"):
         add("guided-reconstruction", share_name(GUIDED), column, 0.85)
+        if column in gain and (gain[column] >= 0) == (column in _LESS):
+            lines[-1][-1] = "no gain to share"
     for column in F1:
         add("guided-text", minus(GUIDED, VQ), column, 0.0)
     for other in (VQ, SDEDIT):

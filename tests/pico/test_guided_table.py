@@ -47,6 +47,16 @@ def test_verdicts_need_the_whole_interval():
     assert lines[f"guided-photographs, {GUIDED}: {ABOVE}"].endswith("| at least 0.9 | 0.9 | met |")
 
 
+def test_there_is_no_share_of_a_trained_decoder_that_gains_nothing():
+    name, trained = share_name(GUIDED), minus(TRAINED, VQ)
+    shares = cell("ssim", 0.9, 0.9, 1.0) | cell("frechet", 0.9, 0.9, 1.0)
+    for sign, verdict in ((1, "met"), (-1, "no gain to share")):
+        rows = {name: shares, trained: {"ssim": 0.1 * sign, "frechet": -0.1 * sign}}
+        lines = lines_of({"guided-reconstruction": rows})
+        for column in ("ssim", "frechet"):
+            assert lines[f"guided-reconstruction, {name}: {column}"].endswith(f"| {verdict} |")
+
+
 def test_photographs_miss_below_nine_of_ten():
     lines = lines_of({"guided-photographs": {GUIDED: {ABOVE: 0.89}}})
     assert lines[f"guided-photographs, {GUIDED}: {ABOVE}"].endswith("| MISSED |")
