@@ -185,8 +185,8 @@ class FluxDecoder(io.ComfyNode):
                     max=MOST_STRENGTH,
                     step=0.05,
                     tooltip=(
-                        "Distribution guidance on top of the decoder, which needs vq_vae: 0 is off, 0.05 to 0.2 adds "
-                        "detail, more looks over-cooked. -1 uses what the decoder's bundle says, which is mostly 0."
+                        "Distribution guidance on top of the decoder, which needs vq_vae: 0 is off, 0.05 adds detail, "
+                        "much more looks over-cooked. -1 uses what the decoder's bundle says, which is mostly 0."
                     ),
                 ),
             ],

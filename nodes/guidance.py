@@ -272,7 +272,7 @@ class SharpenToTokens(io.ComfyNode):
                 _vq(),
                 io.Vae.Input("vae", tooltip="Any VAE of images, such as FLUX's or SDXL's; the image is moved in it."),
                 io.Int.Input("steps", default=_STEPS, min=1, max=100, tooltip="Steps of the gradient; 8 are enough."),
-                _strength(0.3),
+                _strength(0.1),
                 _codes(),
                 _calibration(),
             ],

@@ -236,7 +236,7 @@ def test_guidance_has_the_defaults_that_the_help_names(words, expected):
 
 def test_sharpening_has_the_defaults_that_the_help_names():
     args = parser().parse_args(["sharpen", "a.png"])
-    assert (args.steps, args.strength) == (8, 0.3)
+    assert (args.steps, args.strength) == (8, 0.1)
 
 
 def test_sharpening_writes_an_image_and_says_what_the_encoder_reads(tmp_path, capsys):

@@ -16,7 +16,7 @@ from ..types import Calibration
 from . import arguments, common
 from .reconstruct import names_of, read_image
 
-_STRENGTH, _STEPS = 0.3, 8
+_STRENGTH, _STEPS = 0.1, 8
 
 
 def add(commands: Any) -> None:
