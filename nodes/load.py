@@ -173,15 +173,16 @@ class LoadDecoder(io.ComfyNode):
     def execute(cls, bundle: str, base_model: str, vae: str, storage: str, placement: str) -> io.NodeOutput:
         if storage not in STORAGE:
             raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
+        # Older servers let names through that no list has.
+        base = None if base_model == HELD else model_folders.transformer_path(base_model)
+        autoencoder = None if vae == CONNECTED else model_folders.autoencoder_path(vae)
         if bundle == PICO:
+            if base is not None or autoencoder is not None:
+                host.notice("the pico bundle has all its weights and its own VAE: base_model and vae are not used")
             pico = model_paths()
             path, base, autoencoder = pico["decoder"], None, pico["vae"]
-            if base_model != HELD or vae != CONNECTED:
-                host.notice("the pico bundle has all its weights and its own VAE: base_model and vae are not used")
         else:
             path = model_folders.path_of(model_folders.BUNDLES, bundle)
-            base = None if base_model == HELD else model_folders.transformer_path(base_model)
-            autoencoder = None if vae == CONNECTED else model_folders.autoencoder_path(vae)
         compute = _torch_dtype("auto" if storage == "8-bit" else storage, bundle, placement)
         decoder = load_decoder(path, base, DecoderOptions(dtype=compute))
         codec = None

@@ -1415,7 +1415,7 @@ def _refusals() -> list[Refusal]:
     ]
     files = [
         Refusal(
-            name=f"{name} of {node} that is not there",
+            name=f"{name} of {node} {inputs.get('bundle', '')} that is not there",
             node=node,
             inputs={**inputs, name: missing},
             says=(missing, "is not in .*models", "press R"),
@@ -1427,6 +1427,8 @@ def _refusals() -> list[Refusal]:
             ("DCDD_LoadDecoder", {}, "bundle"),
             ("DCDD_LoadDecoder", {"bundle": "bundle.safetensors"}, "base_model"),
             ("DCDD_LoadDecoder", {"bundle": "bundle.safetensors"}, "vae"),
+            ("DCDD_LoadDecoder", {"bundle": PICO}, "base_model"),
+            ("DCDD_LoadDecoder", {"storage": "auto"}, "vae"),
             ("DCDD_LoadCalibration", {}, "file"),
         )
     ]
