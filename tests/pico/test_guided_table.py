@@ -86,7 +86,7 @@ def test_rows_differences_and_shares_are_tables_of_their_own():
 
 def test_the_sections_are_measured_kept_and_written_between_their_marks(tmp_path, monkeypatch, capsys):
     measured = []
-    for name in FURTHER:
+    for name in TITLES:
         section = type(FURTHER[name])(lambda setup, name=name: measured.append(name) or {name: {"ssim": 0.5}}, ())
         monkeypatch.setitem(FURTHER, name, section)
     monkeypatch.setattr(TableOptions, "setup", lambda self: None)
@@ -96,11 +96,11 @@ def test_the_sections_are_measured_kept_and_written_between_their_marks(tmp_path
     monkeypatch.setattr(sys, "argv", ["guided_table", "--out", str(tmp_path), "--into", str(into), "--commit", "abc"])
     for _ in range(2):
         guided_table.main()
-    assert measured == list(TITLES) == [*FURTHER]
+    assert measured == list(TITLES)
     text = into.read_text()
     assert "old" not in text and text.startswith("before\n") and text.endswith("after\n")
     found = {one.section: one for one in Provenance.all_in(text)}
-    assert set(found) == set(FURTHER) and found["rulers"] == Provenance("rulers", "abc", "key of rulers")
+    assert set(found) == set(TITLES) and found["rulers"] == Provenance("rulers", "abc", "key of rulers")
     assert (tmp_path / "guided.md").read_text() in capsys.readouterr().out
 
 
@@ -124,15 +124,15 @@ def test_stale_knows_the_sections(monkeypatch, tmp_path):
 
 def test_a_key_is_of_the_code_and_of_the_weights_that_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(sections, "code_hash", lambda function: function.__name__)
-    names = {name for section in FURTHER.values() for name in section.weights}
+    names = {name for section in TITLES for name in FURTHER[section].weights}
     for name in names:
         (tmp_path / name).write_bytes(name.encode())
     options = TableOptions(out=tmp_path, weights=tmp_path)
-    before = {name: options.key(name) for name in FURTHER}
+    before = {name: options.key(name) for name in TITLES}
     (tmp_path / "prior.safetensors").write_bytes(b"other")
-    changed = {name for name in FURTHER if options.key(name) != before[name]}
-    assert changed == set(FURTHER) - {"rulers"}
-    assert len(set(before.values())) == len(FURTHER) and not set(FURTHER) & set(SECTIONS)
+    changed = {name for name in TITLES if options.key(name) != before[name]}
+    assert changed == set(TITLES) - {"rulers"}
+    assert len(set(before.values())) == len(TITLES) and not set(FURTHER) & set(SECTIONS)
 
 
 @pytest.mark.parametrize("field", ["out", "weights"])
