@@ -27,7 +27,7 @@ PICTURED = {
     "SaveImage",
 }
 #: Nodes that have something to say as the workflows use them.
-TELLING = {"DCDD_LCDMEncoder", "DCDD_SaveCalibration"}
+TELLING = {"DCDD_LCDMEncoder", "DCDD_SaveCalibration", "DCDD_TokenAgreement"}
 #: ComfyUI's own nodes in the workflows with a text of several lines.
 TALL = {"CLIPTextEncode"}
 

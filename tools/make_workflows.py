@@ -1213,6 +1213,7 @@ def repaint_with_flux(graph: Graph) -> None:
     sheet = compare(
         graph, a=before["IMAGE"], b=whole["IMAGE"], label_a="the first image", label_b="repainted under the mask"
     )
+    told = agreement(graph, whole["IMAGE"], second, janus)
     own, own_again = (vq_decode(graph, each["token_logits"], janus["vq_vae"]) for each in (first, second))
     drawn = compare(graph, a=own["image"], b=own_again["image"], label_a="Janus' first", label_b="with new tokens")
     graph.thumbnail = preview(graph, drawn["image"], "What Janus draws", wide=420, tall=330)
@@ -1227,9 +1228,12 @@ def repaint_with_flux(graph: Graph) -> None:
             group("Guidance under the mask", CONDITION, [start_again, guided_again]),
             group("Canvas", IMAGE, [canvas, latent, masked]),
         ],
-        [group("FLUX repaints", DECODE, [again, part, whole]), group("Janus alone", DECODE, [own, own_again])],
+        [
+            group("FLUX repaints", DECODE, [again, part, whole]),
+            group("Janus alone", DECODE, [own, own_again]),
+        ],
         [group("What Janus draws", COMPARE, [drawn, graph.thumbnail]), group("Compare", COMPARE, [sheet, beside])],
-        [group("Result", COMPARE, [saved])],
+        [group("Result", COMPARE, [saved]), group("Check", IMAGE, [told])],
     )
 
 
