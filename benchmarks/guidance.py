@@ -131,7 +131,7 @@ def measured(models: Models, pixels: torch.Tensor, tile: int, *, name: str, step
         models.tokenizer,
         models.codec,
         condition,
-        scale=calibration.scale * calibration.affine_scale,
+        scale=calibration.sharpness,
         options=GuidanceOptions(strength=0.2, pull=0),
         size=models.decoder.painted_size(condition.grid),
     )

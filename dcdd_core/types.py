@@ -390,6 +390,11 @@ class Calibration:
         require_text("calibration vlm", self.vlm, remedy=_CALIBRATED)
         require_text("calibration codebook", self.codebook, optional=True, remedy=_CALIBRATED)
 
+    @property
+    def sharpness(self) -> float:
+        """s a, what cosines are multiplied with (Eq. 14)."""
+        return self.scale * self.affine_scale
+
     def to(self, device: torch.device | str) -> Calibration:
         """Itself: there are no tensors in it."""
         return self

@@ -192,7 +192,4 @@ NODES = [LogitCalibrator, SaveCalibration, LoadCalibration]
 
 
 def _in_words(calibration: Calibration) -> str:
-    return (
-        f"scale {calibration.scale * calibration.affine_scale:.3f}, smoothing {calibration.smoothing:.4f}, "
-        f"anchor {calibration.anchor:.2f}"
-    )
+    return f"scale {calibration.sharpness:.3f}, smoothing {calibration.smoothing:.4f}, anchor {calibration.anchor:.2f}"

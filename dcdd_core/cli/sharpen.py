@@ -64,8 +64,7 @@ def run(args: argparse.Namespace) -> None:
     for path, name in zip(args.image, names):
         proxies = encode(tokenizer, read_image(path, tokenizer, args.side))
         condition = map_logits(proxies, tokenizer.codebook, calibration)
-        scale = calibration.scale * calibration.affine_scale
-        guide = token_guide(tokenizer, codec, condition, scale=scale, options=options, decode=small)
+        guide = token_guide(tokenizer, codec, condition, scale=calibration.sharpness, options=options, decode=small)
         with common.bar("sharpen") as step:
             made = sharpen(guide, guide.soft, steps=args.steps, on_step=lambda done, total, _: step(done, total))
         pixels = codec.decode(codec.denormalize(made))

@@ -128,7 +128,7 @@ def _scores(
     if calibration is None:
         return logits
     if source == "proxy":
-        return logits * (calibration.scale * calibration.affine_scale)
+        return logits * calibration.sharpness
     if source != "vlm":
         raise ValueError(f"source must be 'vlm' or 'proxy', got {source!r}")
     if calibration.anchor == 0:

@@ -29,9 +29,7 @@ def condition(pico):
 @pytest.fixture(scope="module")
 def guide(pico, condition):
     calibration = pico.decoder.card.calibration
-    return token_guide(
-        pico.tokenizer, pico.codec, condition, scale=calibration.scale * calibration.affine_scale, size=(144, 96)
-    )
+    return token_guide(pico.tokenizer, pico.codec, condition, scale=calibration.sharpness, size=(144, 96))
 
 
 @pytest.fixture(scope="module")
