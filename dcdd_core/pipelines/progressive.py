@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -13,7 +12,7 @@ from ..method.progressive import Staged
 from ..protocols import DEFAULT_SAMPLING, OnProgress, SamplingOptions, TokenSampler
 from ..types import TokenLogits
 from .host import PLAIN, Host
-from .oom import in_parts
+from .sample import in_batches, logits_memory
 
 
 @runtime_checkable
@@ -69,20 +68,10 @@ def sample_stages(
         ValueError: as the sampler.
         RuntimeError: if a single image does not fit into memory.
     """
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds: give one seed for each prompt")
-    logits = math.prod(sampler.grid) * sampler.codebook.size * 4
 
-    def run(first: int, last: int) -> Staged:
-        host.bring(3 * (last - first) * logits)  # the result, the noise of all draws, and one pass
-        staged = sampler.sample_stages(
-            prompts[first:last],
-            seeds=seeds[first:last],
-            options=options,
-            previous=None if previous is None else previous.part(first, last),
-            resample=resample if resample is None or resample.ndim == 1 else resample[first:last],
-            on_progress=None if on_progress is None else lambda now: on_progress(replace(now, first=first)),
-        )
+    def draw(part: Sequence[str], **given: Any) -> Staged:
+        staged = sampler.sample_stages(part, options=options, **given)
         return replace(staged, token_logits=host.keep(staged.token_logits))
 
-    return Staged.joined(in_parts(run, len(prompts), host))
+    memory = 3 * logits_memory(sampler)  # the result, the noise of all draws, and one pass
+    return Staged.joined(in_batches(draw, prompts, seeds, previous, resample, on_progress, memory, host))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +14,7 @@ from ..types import TokenLogits
 from .host import PLAIN, Host
 from .oom import in_parts
 
+T = TypeVar("T")
 #: Prompts and one seed for each -> their tokens and logits.
 Sample = Callable[[Sequence[str], Sequence[int]], TokenLogits]
 
@@ -39,25 +41,54 @@ def sample(
         ValueError: as the sampler.
         RuntimeError: if a single image does not fit into memory.
     """
+
+    def draw(part: Sequence[str], **given: Any) -> TokenLogits:
+        return host.keep(sampler.sample(part, options=options, weights_resident=host.weights_resident, **given))
+
+    memory = 2 * logits_memory(sampler)
+    return TokenLogits.joined(in_batches(draw, prompts, seeds, previous, resample, on_progress, memory, host))
+
+
+def in_batches(
+    draw: Callable[..., T],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    previous: TokenLogits | None,
+    resample: torch.Tensor | None,
+    on_progress: OnProgress | None,
+    memory: int,
+    host: Host,
+) -> list[T]:
+    """What `draw` makes of all prompts, or if that runs out of memory, of smaller parts of them.
+
+    Args:
+        draw: called with prompts, and the seeds, previous, resample and on_progress of `TokenSampler.sample`.
+        memory: bytes that one image takes besides the weights.
+
+    Raises:
+        ValueError: for another number of seeds than of prompts.
+        RuntimeError: if a single image does not fit into memory.
+    """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds: give one seed for each prompt")
-    logits = math.prod(sampler.grid) * sampler.codebook.size * 4
 
-    def run(first: int, last: int) -> TokenLogits:
+    def run(first: int, last: int) -> T:
         whole = (first, last) == (0, len(prompts))
-        host.bring(2 * (last - first) * logits)
-        sampled = sampler.sample(
+        host.bring((last - first) * memory)
+        return draw(
             prompts[first:last],
             seeds=seeds[first:last],
-            options=options,
             previous=previous if previous is None or whole else previous.part(first, last),
             resample=resample if resample is None or whole or resample.ndim == 1 else resample[first:last],
             on_progress=None if on_progress is None else lambda now: on_progress(replace(now, first=first)),
-            weights_resident=host.weights_resident,
         )
-        return host.keep(sampled)
 
-    return TokenLogits.joined(in_parts(run, len(prompts), host))
+    return in_parts(run, len(prompts), host)
+
+
+def logits_memory(sampler: TokenSampler) -> int:
+    """Bytes of one image's logits."""
+    return math.prod(sampler.grid) * sampler.codebook.size * 4
 
 
 def edit_prompts(prompts: Sequence[str], count: int) -> list[str]:
