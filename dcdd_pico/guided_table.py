@@ -6,17 +6,13 @@ kept part by part below `<out>/guided`, so that an interrupted run goes on, and 
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
-from dcdd_core.evaluation.intervals import Interval
 from dcdd_core.evaluation.tables import markdown_table
-from dcdd_core.files import write_text
 
 from .guided_sections import ABOVE, BOTH, F1, GUIDED, MEANS, SDEDIT, TRAINED, VQ, minus, share_name
-from .results_table import put_between, table_cells
-from .sections import FURTHER, Measured, Rows, TableOptions, measure, parse
+from .interval_tables import TARGET_HEADS, run, section_texts, target
+from .sections import Measured, Rows
 
 #: Lines of a file between which the tables are written.
 MARKS = ("<!-- guidance -->", "<!-- end of guidance -->")
@@ -34,16 +30,11 @@ _LESS = ("frechet", "frechet, text detector", "perceptual", "perceptual, text de
 
 def verdicts(results: Mapping[str, Rows]) -> str:
     """A Markdown table of the targets: met or MISSED where the whole 95 % interval says so, else open."""
-    lines = [["", "target", "measured (95 % interval)", ""]]
+    lines = [[*TARGET_HEADS]]
 
     def add(section: str, row: str, column: str, bound: float, *, most: bool = False) -> None:
         held = results.get(section, {}).get(row, {})
-        told, verdict = "", "not measured"
-        if column in held:
-            found = Interval(held[column], held[f"{column}: lowest"], held[f"{column}: highest"])
-            told = f"{found.value:.3g} ({found.low:.3g} to {found.high:.3g})"
-            verdict = found.below(bound) if most else found.above(bound)
-        lines.append([f"{section}, {row}: {column}", f"{'at most' if most else 'at least'} {bound:g}", told, verdict])
+        lines.append(target(f"{section}, {row}", held, column, bound, most=most))
 
     gain = results.get("guided-reconstruction", {}).get(minus(TRAINED, VQ), {})
     for column in (*_LESS, "ssim"):
@@ -67,34 +58,12 @@ def verdicts(results: Mapping[str, Rows]) -> str:
 
 
 def tables(results: Measured) -> str:
-    """The sections' results as Markdown, each with its provenance: rows, then differences, then shares."""
-    texts = []
-    for name, rows in results.rows.items():
-        kinds: tuple[Rows, ...] = ({}, {}, {})
-        for row, values in rows.items():
-            kinds[1 if ", minus " in row else 2 if row == share_name(row.split(", share")[0]) else 0][row] = values
-        held = "\n\n".join(markdown_table(table_cells(name, kind)) for kind in kinds if kind)
-        texts.append(f"### {TITLES[name]}\n\n{held}\n\n{results.provenance[name]}\n")
-    return "\n".join([*texts, verdicts(results.rows)])
-
-
-def guided_markdown(options: TableOptions, sections: Sequence[str]) -> str:
-    """Measures what has to be measured; returns the tables, and writes them to `<out>/guided.md`."""
-    _, results = measure(options, sections)
-    text = tables(results)
-    write_text(options.out / "guided.md", text)
-    return text
+    """The sections' results as Markdown, and the targets."""
+    return "\n".join([*section_texts(results, TITLES), verdicts(results.rows)])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sections", nargs="+", choices=list(FURTHER), default=list(TITLES))
-    parser.add_argument("--into", nargs="+", type=Path, default=(), help="files to write the tables into")
-    chosen, options = parse(parser)
-    text = guided_markdown(options, chosen.sections)
-    for path in chosen.into:
-        write_text(path, put_between(MARKS, text, path.read_text("utf-8")))
-    print(text)
+    run(__doc__, TITLES, MARKS, "guided.md", tables)
 
 
 if __name__ == "__main__":
