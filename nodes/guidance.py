@@ -18,7 +18,7 @@ from comfy_api.latest import io
 from einops import rearrange
 
 from ..dcdd_core.method.guidance import WEIGHTS
-from ..dcdd_core.pipelines.guided import MOST_STRENGTH, GuidanceOptions, sharpen
+from ..dcdd_core.pipelines.guided import MOST_STRENGTH, GuidanceOptions, at_grid, sharpen
 from ..dcdd_core.pipelines.oom import one_by_one
 from ..dcdd_core.protocols import ImageTokenizer
 from ..dcdd_core.types import Calibration, TokenLogits
@@ -65,7 +65,7 @@ class DistributionGuidance(io.ComfyNode):
             description=(
                 "Makes your own diffusion model (FLUX, SDXL, SD 1.5) paint what Janus said, without a trained "
                 "decoder: at each step, its predicted image is pulled towards Janus' distributions. Start from a "
-                "Token Guide Latent, with its denoise. Works with any sampler and scheduler, LoRA and ControlNet."
+                "Token Guide Latent, with its denoise. Works with ComfyUI's samplers, LoRA and ControlNet."
             ),
             search_aliases=["token guidance", "guide model", "dcdd", "janus flux", "no training", "分布引导"],
             inputs=[
@@ -297,11 +297,11 @@ class SharpenToTokens(io.ComfyNode):
         tokens = followed_tokens(token_logits, vq_vae, codes, calibration)
         codec, count = guide_vae(vae), len(tokens.condition.code_vectors)
         progress = host.NodeProgress(steps * count)
-        comfy_host = host.ComfyHost(codec.network, tokens.tokenizer, convolutional=True)
+        comfy_host = host.ComfyHost(codec.network, tokens.tokenizer)
         size = (tokens.soft.shape[2], tokens.soft.shape[3])
 
         def run(k: int) -> torch.Tensor:
-            comfy_host.bring(gradient_memory(size, codec, size))
+            comfy_host.bring(gradient_memory(size, codec.network, codec.factor, size))
             unit = codec.of_unit_spread(tokens.soft[k : k + 1])
             guide = tokens.guide(k, unit, size, GuidanceOptions(strength=strength))
 
@@ -355,8 +355,7 @@ class TokenAgreement(io.ComfyNode):
                 f"image is a batch of {len(pixels)}, token_logits one of {len(token_logits.tokens)}: connect the "
                 "images that were painted from these tokens"
             )
-        size = (h * tokenizer.factor, w * tokenizer.factor)
-        small = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+        small = at_grid(tokenizer, pixels, (h, w))
         noise = _NOISE * torch.randn(small.shape, generator=torch.Generator().manual_seed(0))
         comfy_host = host.ComfyHost(vq_vae, convolutional=True)
         progress = host.NodeProgress(len(pixels))

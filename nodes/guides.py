@@ -109,9 +109,9 @@ def followed_tokens(
         made = soft if codes == SOFT else discrete_condition(part, tokenizer.codebook)
         pixels = tokenizer.decode_vectors(made.code_vectors, part.grid)
         if calibration is not None:
-            scale = calibration.scale * calibration.affine_scale
+            scale = calibration.sharpness
         else:
-            scale = _fitted_scale(tokenizer, soft)
+            scale = _fitted_scale(tokenizer, soft, pixels if made is soft else None)
         return made, comfy_host.keep(pixels), scale
 
     with host.noticed():
@@ -154,11 +154,6 @@ class GuideVAE:
     vae: comfy.sd.VAE
     network: Managed[nn.Module]
     factor: int
-
-    @property
-    def bytes_a_weight(self) -> int:
-        """Of the copy."""
-        return next(self.network.idle.parameters()).element_size()
 
     def of_unit_spread(self, pixels: torch.Tensor) -> _Codec:
         """For latents of variance 1: a VAE does not say how large its latents are, so those of an image are measured.
@@ -236,7 +231,7 @@ def tile_of(latent_size: tuple[int, int]) -> int | None:
     return None if max(latent_size) <= _WHOLE else _TILE
 
 
-def gradient_memory(size: tuple[int, int], codec: Any, tokens: tuple[int, int]) -> int:
+def gradient_memory(size: tuple[int, int], network: Managed, factor: int, tokens: tuple[int, int]) -> int:
     """Bytes that a gradient needs at least besides weights: what does not fit is done in smaller parts.
 
     A network's way back holds 6000 bytes a pixel and byte of the dtype (counted on the VAE of FLUX.1, by `python -m
@@ -245,10 +240,11 @@ def gradient_memory(size: tuple[int, int], codec: Any, tokens: tuple[int, int]) 
 
     Args:
         size: (H, W) of the painted image.
+        network: that decodes it, of `factor` pixels a latent position.
         tokens: (H, W) of the image that the tokenizer reads.
     """
-    pixels, width = size[0] * size[1], codec.bytes_a_weight
-    tile = min(pixels, (_TILE * codec.factor) ** 2)
+    pixels, width = size[0] * size[1], next(network.network.parameters()).element_size()
+    tile = min(pixels, (_TILE * factor) ** 2)
     return host.convolution_memory(max(24_000 * tokens[0] * tokens[1], 6_000 * width * tile, 2178 * width * pixels))
 
 
@@ -294,37 +290,38 @@ def decoder_guide(
     if isinstance(codec, ManagedCodec):
         own = codec.managed.idle
         network = _copy_of(own.model, own, codec.managed.device)
-        sees, memory = network.idle, codec.working_memory(*size)
+        sees = network.idle
     else:
         own = guide_vae(codec.vae)
         network, sees = own.network, own.of(codec.normalize, codec.denormalize)
-        memory = gradient_memory(size, own, tuple(side * tokenizer.idle.factor for side in condition.grid))
-    latent_size = (size[0] // codec.factor, size[1] // codec.factor)
-    both = _GuidedHost(plain, (network, tokenizer), memory)
+    h, w = (side * tokenizer.idle.factor for side in condition.grid)
+    both = _GuidedHost(plain, (network, tokenizer), gradient_memory(size, network, codec.factor, (h, w)))
     both.bring()
     mapped = condition.to(tokenizer.device)
     calibration = None if condition.card is None else condition.card.calibration
-    if calibration is not None:
-        scale = calibration.scale * calibration.affine_scale
-    else:
-        scale = _fitted_scale(tokenizer.idle, mapped)
     guide = token_guide(
         tokenizer.idle,
         sees,
         mapped,
-        scale=scale,
+        scale=_fitted_scale(tokenizer.idle, mapped) if calibration is None else calibration.sharpness,
         options=GuidanceOptions(strength=strength, pull=0.0),
         size=size,
-        tile=tile_of(latent_size),
+        tile=tile_of((size[0] // codec.factor, size[1] // codec.factor)),
         host=both,
     )
     return both, guide
 
 
-def _fitted_scale(tokenizer: ImageTokenizer, condition: Condition) -> float:
-    """s at which the encoder is as confident, of the soft VQ decode, as the condition is."""
+def _fitted_scale(tokenizer: ImageTokenizer, condition: Condition, pixels: torch.Tensor | None = None) -> float:
+    """s at which the encoder is as confident, of the soft VQ decode, as the condition is.
+
+    Args:
+        pixels: the soft VQ decode, where it was made already.
+    """
+    if pixels is None:
+        pixels = tokenizer.decode_vectors(condition.code_vectors, condition.grid)
     with torch.no_grad():
-        features = tokenizer.features(tokenizer.decode_vectors(condition.code_vectors, condition.grid))
+        features = tokenizer.features(pixels)
     return scale_for_confidence(features, tokenizer.codebook, float(condition.uncertainty[..., 0].mean()))
 
 
@@ -362,7 +359,7 @@ class SamplerGuidance:
         conds = host.with_models(conds, self.vae.network, self.tokens.tokenizer)
         height, width = (side * self.vae.factor for side in noise_shape[-2:])
         factor, (h, w) = self.tokens.tokenizer.idle.factor, self.tokens.condition.grid
-        memory = gradient_memory((height, width), self.vae, (h * factor, w * factor)) if self.options.strength else 0
+        memory = gradient_memory((height, width), self.vae.network, self.vae.factor, (h * factor, w * factor))
         one = max(1.0, float(model.model.memory_required([1, *noise_shape[1:]])))
         return run(model, [noise_shape[0] + round(memory / one), *noise_shape[1:]], conds, *args, **options)
 

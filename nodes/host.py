@@ -106,6 +106,11 @@ class Managed(Generic[T]):
         return all(weight.device == self.device for weight in self._patcher.model.parameters())
 
     @property
+    def network(self) -> nn.Module:
+        """Its network, wherever it is now."""
+        return self._patcher.model.module
+
+    @property
     def idle(self) -> T:
         """The model wherever it is now, to read its description from."""
         return self._value

@@ -164,11 +164,7 @@ class TokenGuide:
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the VQ encoder reads in images of any size: [B, 3, H, W] in -1..1 -> [B, N, D], differentiable."""
-        h, w = self.condition.grid
-        size = (h * self.tokenizer.factor, w * self.tokenizer.factor)
-        if tuple(pixels.shape[2:]) != size:
-            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-        return self.tokenizer.features(pixels)
+        return self.tokenizer.features(at_grid(self.tokenizer, pixels, self.condition.grid))
 
     def loss(self, clean: torch.Tensor) -> torch.Tensor:
         """L [B] of normalised latents [B, C, h', w'] (`method.guidance.token_loss`); differentiable."""
@@ -302,6 +298,14 @@ class TokenGuide:
         tokens = self.tokenizer.tokens(self.features(pixels))
         wanted = self.tokenizer.tokens(self.condition.code_vectors)
         return (tokens == wanted.to(tokens.device)).float().mean(-1)
+
+
+def at_grid(tokenizer: ImageTokenizer, pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Images [B, 3, H, W] of any size, at the size whose tokens are an (h, w) grid; differentiable."""
+    size = (grid[0] * tokenizer.factor, grid[1] * tokenizer.factor)
+    if tuple(pixels.shape[2:]) == size:
+        return pixels
+    return F.interpolate(pixels, size, mode="bilinear", antialias=True)
 
 
 def token_guide(

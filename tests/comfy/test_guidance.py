@@ -71,8 +71,8 @@ def test_guidance_moves_what_a_core_sampler_paints(kind, server, info):
     assert not np.array_equal(early, guided)
 
 
-def test_guidance_of_two_packs_and_of_a_lora_stay_side_by_side(server, info):
-    """The hook of another node on the same MODEL is still called, and guiding one clone leaves the other as it was."""
+def test_the_hook_of_another_node_is_still_called(server, info):
+    """And guiding one clone of a MODEL leaves the other as it was."""
     artist = Artist(info, "SD15")
     rescaled = artist.graph.add("rescaled", "RescaleCFG", model=artist.model, multiplier=0.7)
     artist.sampled("plain", rescaled)
