@@ -1220,7 +1220,7 @@ CASES = [
             check=lambda found: same(found.arrays["it"]["samples"], found.arrays["unguided"]["samples"]),
         )
         for name, values in (
-            ("no strength", {"strength": 0.0, "pull": 0.0}),
+            ("no strength, whatever the pull", {"strength": 0.0}),
             ("before its start", {"start_percent": 1.0}),
             ("after its end", {"end_percent": 0.0}),
         )

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.nodes.cases import GUIDED, IT, built, of, sampler
+from dcdd_pico.scenes import render_scene
+from tests.nodes.cases import GUIDED, IT, PAINT, built, of, sampler
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +109,234 @@ def test_guided_sampling_stops_within_a_step(double, nodes, monkeypatch):
     graph.add("end", "TEST_Hold", value=of("k"))
     run = double.run(graph.prompt)
     assert (run.status, run.node) == ("interrupted", "k") and len(seen) == 1
+
+
+# --- what ComfyUI is told ---------------------------------------------------------------------------------------------
+
+
+class Schedule:
+    """sigma = exp(mu) / (exp(mu) + 1 / t - 1) as FLUX's, or that of noise added to data of the given spread."""
+
+    def __init__(self, mu: float):
+        self.mu = mu
+
+    def percent_to_sigma(self, percent: float) -> float:
+        t = 1 - percent
+        return 0.0 if t == 0 else np.exp(self.mu) / (np.exp(self.mu) + 1 / t - 1)
+
+
+class Exploding:
+    """Of noise from 14.6 down to .03, evenly in its logarithm; data of spread .5."""
+
+    sigma_data = 0.5
+
+    def percent_to_sigma(self, percent: float) -> float:
+        return 14.6 * (0.03 / 14.6) ** percent
+
+
+@pytest.mark.parametrize(
+    "mu, start, denoise", [(0.0, 0.6, 0.6), (1.15, 0.6, 0.322), (1.15, 1.0, 1.0), (3.0, 0.6, 0.0695)]
+)
+def test_denoise_reaches_the_start_on_a_flow_s_schedule(mu, start, denoise, nodes):
+    guides = nodes["guides"]
+    sampling = type("Flow", (Schedule, guides.comfy.model_sampling.CONST), {})(mu)
+    assert guides.denoise_from(sampling, start) == pytest.approx(denoise, abs=2e-3)
+    assert sampling.percent_to_sigma(1 - guides.denoise_from(sampling, start)) == pytest.approx(start, abs=1e-3)
+
+
+def test_time_of_added_noise_counts_from_the_data_s_spread(nodes):
+    guides, sampling = nodes["guides"], Exploding()
+    assert guides.time_in(sampling, 0.5) == pytest.approx(0.5) and guides.time_in(sampling, 2.0) == pytest.approx(0.8)
+    sigma = sampling.percent_to_sigma(1 - guides.denoise_from(sampling, 0.6))
+    assert sigma / 0.5 / (1 + sigma / 0.5) == pytest.approx(0.6, abs=1e-3)
+
+
+def test_every_counts_steps_of_the_schedule_and_not_predictions(double, nodes, monkeypatch):
+    """A sampler that predicts twice a step, the second time between two: as Heun's or DPM's do."""
+    guides, seen = nodes["guides"], []
+
+    class Stop(Exception):
+        pass
+
+    def guides_of(self, model, denoised, options):
+        raise Stop
+
+    monkeypatch.setattr(guides.SamplerGuidance, "_guides_of", guides_of)
+    monkeypatch.setattr(guides.SamplerGuidance, "_check", lambda self, denoised: None)
+    sampling = type("Flow", (Schedule, guides.comfy.model_sampling.CONST), {})(0.0)
+    guidance = guides.SamplerGuidance(
+        tokens=None, vae=None, options=guides.GuidanceOptions(every=2), percent=(0.0, 1.0), mask=None
+    )
+    sigmas = torch.tensor([0.8, 0.6, 0.4, 0.2, 0.0])
+    told = {"transformer_options": {"sample_sigmas": sigmas}}
+    model = type("Model", (), {"model_sampling": sampling})
+    for sigma in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
+        args = {"denoised": torch.zeros(1), "model": model, "sigma": torch.tensor([sigma]), "model_options": told}
+        try:
+            guidance(args)
+        except Stop:
+            seen.append(sigma)
+    assert seen == [0.8, 0.7, 0.4, 0.3]
+
+
+def test_a_copy_leaves_comfyui_s_own_state_where_it_is(nodes):
+    """Native buffers in it would be freed by both."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    state = {"dynamic_pins": object(), "_v": object(), "_pins": {}, "weight_comfy_model_dtype": torch.float16}
+    network[0].__dict__.update(state)
+    copy = nodes["host"].copied(network)
+    assert not set(state) & set(copy.idle[0].__dict__)
+    assert all(network[0].__dict__[name] is value for name, value in state.items())
+    layer = copy.idle[0]
+    layer.comfy_cast_weights = True  # as a partial load leaves it
+    nodes["host"].let_gradients_pass(copy)
+    assert layer.comfy_cast_weights is False
+
+
+def test_what_is_loaded_beside_a_model_is_told_once_and_changes_no_conditioning(nodes):
+    host = nodes["host"]
+    ours = host.Managed(torch.nn.Linear(1, 1))
+    given = {"positive": [{"additional_models": ["theirs"]}, {}], "negative": [{}]}
+    told = host.with_models(given, ours)
+    assert told["positive"][0]["additional_models"] == ["theirs", ours._patcher]
+    assert told["positive"][1:] == [{}] and told["negative"] == [{}]
+    assert given == {"positive": [{"additional_models": ["theirs"]}, {}], "negative": [{}]}
+    assert host.with_models({"positive": []}, ours) == {"positive": []}
+
+
+@pytest.mark.parametrize(
+    "size, tokens, most",
+    [
+        ((384, 384), (384, 384), 24_000 * 384**2),  # the encoder, in float32
+        ((1024, 1024), (96, 96), 2178 * 4 * 1024**2),  # the decode of the whole
+        ((256, 256), (96, 96), 6_000 * 4 * 256**2),  # the decoder's way back
+    ],
+)
+def test_memory_of_a_gradient_is_that_of_its_largest_part(size, tokens, most, nodes):
+    network = nodes["host"].Managed(torch.nn.Linear(1, 1))
+    assert nodes["guides"].gradient_memory(size, network, 8, tokens) == most
+
+
+@pytest.mark.parametrize("latents, tile", [((48, 64), None), ((65, 8), 32), ((96, 96), 32)])
+def test_large_images_are_guided_in_tiles(latents, tile, nodes):
+    assert nodes["guides"].tile_of(latents) == tile
+
+
+def test_sampling_asks_for_the_memory_of_a_gradient_and_loads_the_copies(double, nodes):
+    guides, host = nodes["guides"], nodes["host"]
+    vae = guides.GuideVAE(vae=None, network=host.Managed(torch.nn.Linear(1, 1)), factor=8)
+    tokenizer = host.Managed(torch.nn.Linear(1, 1))
+    tokenizer._value = type("Tokenizer", (), {"factor": 8})
+    tokens = type("Tokens", (), {"tokenizer": tokenizer, "condition": type("C", (), {"grid": (12, 12)})})
+    asked = []
+
+    def prepare(model, shape, conds, model_options=None):
+        asked.append((shape, conds, model_options))
+
+    model = type("P", (), {"model": type("M", (), {"memory_required": staticmethod(lambda shape: 10**7 * shape[0])})})
+    for strength, more in ((0.4, round(6_000 * 4 * 256**2 / 10**7)), (0.0, 0)):
+        guidance = guides.SamplerGuidance(
+            tokens=tokens,
+            vae=vae,
+            options=guides.GuidanceOptions(strength=strength, pull=strength),
+            percent=(0.0, 1.0),
+            mask=None,
+        )
+        guidance._prepare(prepare, model, [2, 16, 32, 32], {"positive": [{}]}, model_options="theirs")
+        shape, conds, options = asked.pop()
+        assert shape == [2 + more, 16, 32, 32] and options == "theirs"
+        assert conds["positive"][0].get("additional_models", []) == (
+            [vae.network._patcher, tokenizer._patcher] if more else []
+        )
+
+
+# --- values that a graph does not show --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", [0.2, 7.7])
+def test_latents_are_sharpened_at_unit_spread(spread, nodes):
+    """A VAE does not say how large its latents are: SDXL's have a spread of 7.7."""
+
+    class Network(torch.nn.Linear):
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            return spread * pixels / pixels.std()
+
+    guides, network = nodes["guides"], nodes["host"].Managed(Network(1, 1))
+    core = type("VAE", (), {"process_input": staticmethod(lambda image: image)})
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codec = guides.GuideVAE(vae=core, network=network, factor=8).of_unit_spread(pixels)
+    raw = codec.encode(pixels)
+    assert float(codec.normalize(raw).std()) == pytest.approx(1, rel=1e-5)
+    torch.testing.assert_close(codec.denormalize(codec.normalize(raw)), raw)
+
+
+def test_scale_is_fitted_to_the_distributions_whatever_codes_are_followed(double, nodes, monkeypatch):
+    guidance, guides, scales = nodes["guidance"], nodes["guides"], {}
+    followed_tokens = guidance.followed_tokens
+
+    def recording(token_logits, vq_vae, codes, calibration):
+        made = followed_tokens(token_logits, vq_vae, codes, calibration)
+        scales[codes] = made.scales
+        return made
+
+    monkeypatch.setattr(guidance, "followed_tokens", recording)
+    for codes in (guides.SOFT, guides.HARD):
+        inputs = {**GUIDED, "codes": codes}
+        graph = built(double.get("/object_info"), "DCDD_DistributionGuidance", inputs, {})
+        graph.add("end", "TEST_Hold", value=IT)
+        assert double.run(graph.prompt).status == "success"
+    assert scales[guides.SOFT] == scales[guides.HARD] and len(scales[guides.SOFT]) == 2
+    assert scales[guides.SOFT][0] != scales[guides.SOFT][1], "one an image"
+    assert all(60 < scale < 120 for scale in scales[guides.SOFT]), "pico's calibration says 82"
+
+
+@pytest.mark.parametrize(
+    "asked, card, connected, served, told",
+    [
+        (-1.0, None, True, (0.0, None), False),
+        (-1.0, (0.3, 1.5), True, (0.3, 1.5), False),
+        (-1.0, (0.3, 1.5), False, (0.0, None), True),
+        (-1.0, (0.0, 1.5), True, (0.0, None), False),
+        (0.2, (0.3, 1.5), True, (0.2, None), False),
+        (0.0, (0.3, 1.5), True, (0.0, None), False),
+    ],
+)
+def test_strength_of_a_decoder_is_its_card_s_unless_it_is_asked_for(
+    asked, card, connected, served, told, nodes, monkeypatch
+):
+    decode, notices = nodes["decode"], []
+    monkeypatch.setattr(decode.host, "notice", notices.append)
+    guidance = card and type("Served", (), {"strength": card[0], "shift": card[1]})
+    found = decode._served(
+        type("Card", (), {"distribution_guidance": guidance}), asked, object() if connected else None
+    )
+    assert found == served and bool(notices) == told
+    assert not told or "guidance of strength 0.3, which needs vq_vae" in notices[0]
+
+
+@pytest.mark.parametrize(
+    "schedule, shift", [("as measured best for the decoder", 1.5), ("uniform", 0.0)], ids=["measured", "uniform"]
+)
+def test_guidance_of_the_card_brings_its_shift(schedule, shift, double, nodes, monkeypatch):
+    decode, seen = nodes["decode"], []
+    paint = decode.decode
+    monkeypatch.setattr(decode, "_served", lambda *_: (0.05, 1.5))
+    monkeypatch.setattr(decode, "decode", lambda *args, **given: seen.append(given) or paint(*args, **given))
+    inputs = {**PAINT, "vq_vae": of("vq"), "schedule": schedule}
+    graph = built(double.get("/object_info"), "DCDD_FluxDecoder", inputs, {})
+    graph.add("end", "TEST_Hold", value=IT)
+    assert double.run(graph.prompt).status == "success"
+    assert [(given["shift"], given["guide"].options.strength) for given in seen] == [(shift, 0.05)]
+
+
+def test_samplers_preview_pico_in_its_colours(double, nodes):
+    model, vae, _ = double.nodes["DCDD_LoadPicoModel"].run({})[0]
+    look = model.model.latent_format
+    scene = torch.from_numpy(render_scene("test", 4, size=96).image.copy())[None] / 255
+    with torch.inference_mode():
+        z = look.process_in(vae.encode(scene))[0]
+        drawn = torch.einsum("chw,cd->hwd", z, torch.tensor(look.latent_rgb_factors))
+        drawn += torch.tensor(look.latent_rgb_factors_bias)
+    small = torch.nn.functional.avg_pool2d(scene.movedim(-1, 1) * 2 - 1, 4)[0].movedim(0, -1)
+    assert torch.corrcoef(torch.stack([drawn.flatten(), small.flatten()]))[0, 1] > 0.9
+    assert float((drawn - small).abs().mean()) < 0.15
