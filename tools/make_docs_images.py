@@ -99,7 +99,7 @@ WIDGETS: dict[str, dict[str, Any]] = {
         "weight": "confidence",
         "codes": FOLLOW,
     },
-    "DCDD_SharpenToTokens": {"steps": 8, "strength": 0.3, "codes": FOLLOW},
+    "DCDD_SharpenToTokens": {"steps": 8, "strength": 0.1, "codes": FOLLOW},
     "KSampler": {
         "seed": SEED,
         "steps": 10,
