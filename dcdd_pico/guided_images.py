@@ -100,8 +100,9 @@ class Way:
 
     Attributes:
         name: of its row.
-        paints: "vq" the VQ decoder's image of the tokens, "soft" of the expected code vectors; "sharpen" the loss
-            alone; "prior" and "trained" diffusion with pico's unconditional prior or its trained decoder.
+        paints: "vq" the VQ decoder's image of the tokens, "soft" of the expected code vectors, "codec" the latter
+            through the autoencoder; "sharpen" the loss alone; "prior" and "trained" diffusion with pico's unconditional prior
+            or its trained decoder.
         guidance: None for none.
         start: time that diffusion starts from; below 1 from the soft VQ decode with noise.
         steps: of the gradient for "sharpen", else Euler steps.
@@ -110,7 +111,7 @@ class Way:
     """
 
     name: str
-    paints: Literal["vq", "soft", "sharpen", "prior", "trained"]
+    paints: Literal["vq", "soft", "codec", "sharpen", "prior", "trained"]
     guidance: GuidanceOptions | None = None
     start: float = 1.0
     steps: int = 10
@@ -226,8 +227,9 @@ def paint(painters: Painters, way: Way, given: Given, seeds: range) -> torch.Ten
     pico, condition = painters.pico, given.condition
     if way.paints == "vq":
         return pico.tokenizer.decode_tokens(given.tokens, condition.grid)
-    if way.paints == "soft":
-        return pico.tokenizer.decode_vectors(condition.code_vectors, condition.grid)
+    if way.paints in ("soft", "codec"):
+        pixels = pico.tokenizer.decode_vectors(condition.code_vectors, condition.grid)
+        return pixels if way.paints == "soft" else pico.codec.decode(pico.codec.encode(pixels))
     guide = None if way.guidance is None else guide_of(pico, way, given)
     if way.paints == "sharpen":
         latents = sharpen(guide, guide.soft, steps=way.steps)

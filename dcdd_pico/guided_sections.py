@@ -34,6 +34,7 @@ from .sections import FURTHER, READ, EvalSetup, Rows, Section
 
 #: What rows are called.
 VQ, SOFT, SDEDIT = "VQ-VAE decode", "VQ-VAE decode of expected codes", "SDEdit of the soft decode"
+CODEC = "expected codes through the autoencoder"
 LOSS_8, LOSS_24 = "the loss alone, 8 steps", "the loss alone, 24 steps"
 GUIDED, TRAINED, BOTH = "SDEdit + guidance", "trained DCDD", "trained DCDD + guidance"
 
@@ -61,6 +62,7 @@ def _loss(name: str, steps: int, strength: float = LOSS_STRENGTH) -> Way:
 WAYS = (
     Way(name=VQ, paints="vq"),
     Way(name=SOFT, paints="soft"),
+    Way(name=CODEC, paints="codec"),
     _prior(SDEDIT, strength=0.0, pull=0.0),
     _loss(LOSS_8, 8),
     _prior(GUIDED, strength=STRENGTH),
@@ -351,9 +353,12 @@ def measure_guided_text(setup: EvalSetup) -> Rows:
 
 
 def _sdedit_too(scores: dict[str, Scores], columns: Sequence[str], *, trained: str | None = None) -> Rows:
-    """`rows_of`, with what guidance adds to SDEdit and to the trained decoder."""
+    """`rows_of`, with what guidance adds to SDEdit and to the trained decoder.
+
+    Also how far both decoders are from the expected codes through the same autoencoder, which both of them paint with.
+    """
     rows, images = rows_of(scores, columns, trained=trained), len(scores[VQ])
-    for name, without in ((GUIDED, SDEDIT), (BOTH, TRAINED)):
+    for name, without in ((GUIDED, SDEDIT), (BOTH, TRAINED), (GUIDED, CODEC), (TRAINED, CODEC)):
         rows[minus(name, without)] = _row(columns, partial(_difference, scores[name], scores[without]), images)
     return rows
 
@@ -401,7 +406,7 @@ def measure_guided_robustness(setup: EvalSetup) -> Rows:
         truth = _pixels(rulers, "test", part)
         tokens = rulers.painters.given("reconstruction", "test", part).tokens
         images = {"original": truth, "original through the autoencoder": codec.decode(codec.encode(truth))}
-        ways = [way for way in WAYS if way.name not in (SOFT, SDEDIT)]
+        ways = [way for way in WAYS if way.name not in (SOFT, CODEC, SDEDIT)]
         images |= {way.name: rulers.painters.images(way, "reconstruction", "test", part)[0] for way in ways}
         for name, made in images.items():
             scores = {what: agreement(rulers, change(made), tokens) for what, change in CHANGES.items()}

@@ -132,6 +132,8 @@ def test_images_are_those_that_their_row_names(painters, given, monkeypatch):
     assert torch.equal(images["VQ-VAE decode"], pico.tokenizer.decode_tokens(given.tokens, condition.grid))
     soft = pico.tokenizer.decode_vectors(condition.code_vectors, condition.grid)
     assert torch.equal(images["VQ-VAE decode of expected codes"], soft)
+    through = pico.codec.decode(pico.codec.encode(soft))
+    assert torch.equal(images["expected codes through the autoencoder"], through)
     alone = decode(pico.decoder, pico.codec, condition, seeds=[2, 3], steps=1).pixels
     assert torch.equal(images["trained DCDD"], alone)
     assert not torch.equal(images["trained DCDD + guidance"], alone)
