@@ -149,7 +149,10 @@ class MaskedTransformer(nn.Module):
     Attributes:
         config: its sizes.
         mask_token: the number of a hidden token, K.
+        predicts: what `scores` returns, as `OrderState` calls it.
     """
+
+    predicts = ("quantisation_error", "importance")
 
     def __init__(self, config: MaskedConfig):
         super().__init__()
@@ -202,11 +205,11 @@ class MaskedTransformer(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of hidden states [..., C]: [..., K] float32, computed in float32 unless under autocast."""
-        return _linear(self.head_out, F.gelu(_linear(self.head_in, hidden.float()))).float()
+        return float32_linear(self.head_out, F.gelu(float32_linear(self.head_in, hidden.float()))).float()
 
     def scores(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted quantisation error and dynamic importance, each [...] float32, of hidden states [..., C]."""
-        found = _linear(self.scores_out, F.gelu(_linear(self.scores_in, hidden.float()))).float()
+        found = float32_linear(self.scores_out, F.gelu(float32_linear(self.scores_in, hidden.float()))).float()
         return found[..., 0], found[..., 1]
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -233,7 +236,7 @@ def _turned(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def _linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+def float32_linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """In float32, whatever the weights' dtype: guidance multiplies what half precision rounds away.
 
     A layer in float32 is called, since a host may have replaced it by one that fetches its weights.

@@ -14,6 +14,7 @@ import torch
 
 from ...method import sampling
 from ...method.progressive import (
+    ORDERS,
     OrderState,
     ProgressiveOptions,
     Stage,
@@ -36,7 +37,7 @@ class MaskedSampler:
     """A `MaskedTransformer` and its words as a `TokenSampler`.
 
     Attributes:
-        model: the network, in evaluation mode.
+        model: the network, in evaluation mode: a `MaskedTransformer`, or a module with the same properties and methods.
         words: its text tokenizer and template.
         codebook: of the image tokenizer that it was trained for.
         name: goes into TokenLogits.model.
@@ -209,6 +210,13 @@ class MaskedSampler:
 
     def _plan(self, options: SamplingOptions) -> ProgressiveOptions:
         if isinstance(options, ProgressiveOptions):
+            reads = find_order(options.order).reads
+            if reads not in (None, "log_probability", *self.model.predicts):
+                others = [name for name, order in ORDERS.items() if order.reads in (None, "log_probability")]
+                raise ValueError(
+                    f"the order {options.order!r} reads {reads}, which {self.name or 'this model'} was not trained to "
+                    f"predict: choose {', '.join(others[:-1])} or {others[-1]}"
+                )
             return options
         drawn = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
         return replace(self.sampling, **drawn)
@@ -236,9 +244,10 @@ class MaskedSampler:
         batch, device = len(seen), seen.device
         guided = guidance != 1
         hidden = self.model(seen.repeat(2, 1), prefix) if guided else self.model(seen, prefix.rows(0, batch))
-        errors, importance = (part.cpu() for part in self.model.scores(hidden[:batch]))
-        drawn = _Drawn.nothing(seen)
-        drawn = replace(drawn, quantisation_error=errors, importance=importance, needed=needed.to(device))
+        drawn = replace(_Drawn.nothing(seen), needed=needed.to(device))
+        if self.model.predicts:
+            found = (part.cpu() for part in self.model.scores(hidden[:batch]))
+            drawn = replace(drawn, **dict(zip(self.model.predicts, found)))
         finite = torch.ones((), dtype=torch.bool, device=device)
         # Image by image: the logits of all at once would take several times the memory of the result.
         for b in range(batch):
