@@ -336,8 +336,13 @@ def _read_bin(file: Path, names: Collection[str], device: torch.device | str) ->
         yield name, tensor.to(device, copy=True)
 
 
-def _mapped(file: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-    """The tensors of a file that torch.save wrote, memory-mapped, so that only what is used is read."""
+def open_saved(file: Path) -> dict[Any, Any]:
+    """The dict in a file that torch.save wrote. Its tensors are memory-mapped, so that only what is used is read; no
+    code in it is run.
+
+    Raises:
+        ValueError: for a file that is absent, damaged, holds code, or no dict.
+    """
     with reading(regular_file(file, _WEIGHTS), _WEIGHTS), file.open("rb") as raw:
         start = raw.read(512)
     if other := stand_in(start):
@@ -361,6 +366,12 @@ def _mapped(file: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor
         raise ValueError(
             f"{file} holds a {type(held).__name__}, expected tensors by name: take the model's own weights"
         )
+    return held
+
+
+def _mapped(file: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The tensors of these names in a file that torch.save wrote."""
+    held = open_saved(file)
     chosen = {str(name): tensor for name, tensor in held.items() if wanted(str(name))}
     for name, tensor in chosen.items():
         if not isinstance(tensor, torch.Tensor):
