@@ -8,16 +8,19 @@ WEIGHTS = Path(__file__).parent / "weights"
 NAME = "pico"
 #: In the folder of the embedded models: what makes their decoder unconditional.
 PRIOR = "prior.safetensors"
+#: There too: the masked sampler of the same image tokenizer.
+PROGRESSIVE = "progressive"
 
 
-def model_paths(weights: Path | None = None) -> dict[str, Path]:
+def model_paths(weights: Path | None = None, *, progressive: bool = False) -> dict[str, Path]:
     """The paths of the embedded models, keyed as the fields of `dcdd_core.pipelines.load.ModelPaths`.
 
     Args:
         weights: their folder; the shipped one by default.
+        progressive: the masked sampler in the place of Janus.
 
     Raises:
-        ValueError: if the folder is missing.
+        ValueError: if the folder, or that of the masked sampler, is missing.
     """
     weights = weights or WEIGHTS
     if not weights.is_dir():
@@ -25,4 +28,7 @@ def model_paths(weights: Path | None = None) -> dict[str, Path]:
             f"the embedded models are not at {weights}: install the pack again, or in a git clone "
             "`git checkout -- dcdd_pico/weights`"
         )
-    return {"vlm": weights / "janus", "decoder": weights / "decoder.safetensors", "vae": weights / "vae"}
+    vlm = weights / (PROGRESSIVE if progressive else "janus")
+    if progressive and not vlm.is_dir():
+        raise ValueError(f"there is no masked sampler at {vlm}: train it with `python -m dcdd_pico.train_progressive`")
+    return {"vlm": vlm, "decoder": weights / "decoder.safetensors", "vae": weights / "vae"}

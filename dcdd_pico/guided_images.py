@@ -101,8 +101,8 @@ class Way:
     Attributes:
         name: of its row.
         paints: "vq" the VQ decoder's image of the tokens, "soft" of the expected code vectors, "codec" the latter
-            through the autoencoder; "sharpen" the loss alone; "prior" and "trained" diffusion with pico's unconditional prior
-            or its trained decoder.
+            through the autoencoder; "sharpen" the loss alone; "prior" and "trained" diffusion with pico's unconditional
+            prior or its trained decoder.
         guidance: None for none.
         start: time that diffusion starts from; below 1 from the soft VQ decode with noise.
         steps: of the gradient for "sharpen", else Euler steps.

@@ -20,18 +20,20 @@ def load_pico(
     weights: Path | None = None,
     with_sampler: bool = True,
     compiled: bool = False,
+    progressive: bool = False,
 ) -> Models:
     """The embedded models, in float32.
 
     Args:
         weights: their folder; the shipped one by default.
         with_sampler, compiled: see `load_models`.
+        progressive: with the masked sampler in the place of Janus.
 
     Raises:
         ValueError: if the weights are missing.
     """
     return load_models(
-        ModelPaths(**embedded.model_paths(weights)),
+        ModelPaths(**embedded.model_paths(weights, progressive=progressive)),
         LoadOptions(device=device, compiled=compiled),
         name=embedded.NAME,
         with_sampler=with_sampler,

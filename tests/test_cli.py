@@ -19,13 +19,18 @@ from dcdd_core.method.flow import resolution_shift
 from dcdd_core.models.card import ServedGuidance
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.token_loop import TokenLoop
+from dcdd_core.models.masked.sampler import MaskedSampler
 from dcdd_core.pipelines.calibrate import PROMPTS
 from dcdd_core.pipelines.guided import GuidanceOptions
 from dcdd_core.pipelines.images import to_pixels, to_tensor
+from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Calibration, TokenLogits
 from dcdd_pico import embedded
 from dcdd_pico.models import load_pico
+from dcdd_pico.progressive import SAMPLING
 from dcdd_pico.scenes import render_scene, scene_pixels
+from tests.models.masked.tiny_masked import SAMPLING as TINY
+from tests.models.masked.tiny_masked import save_tiny_masked
 from tests.tiny import random_pico, save_janus
 from tests.tiny_pipelines import save_sd, tiny_autoencoder
 
@@ -63,6 +68,78 @@ def test_generate_writes_both_pictures_and_the_logits(tmp_path, capsys):
     kept = TokenLogits.load(logits)
     assert kept.logits.shape == (1, 144, 1024) and kept.guidance == 3.0
     assert str(out) in capsys.readouterr().out
+
+
+def asked_of(monkeypatch):
+    """The options of every sampling in passes, in order."""
+    asked, sample = [], MaskedSampler.sample_stages
+    monkeypatch.setattr(
+        MaskedSampler, "sample_stages", lambda *args, **given: asked.append(given["options"]) or sample(*args, **given)
+    )
+    return asked
+
+
+def test_a_masked_sampler_takes_the_place_of_janus(tmp_path, monkeypatch):
+    asked, images = asked_of(monkeypatch), {}
+    for name, words in {
+        "janus": [],
+        "same": ["--sampler", "autoregressive"],
+        "progressive": ["--sampler", "progressive"],
+        "stages": ["--sampler", "progressive", "--stages", str(tmp_path / "sheet.png")],
+        "raster": ["--sampler", "progressive", "--order", "raster"],
+    }.items():
+        out = tmp_path / f"{name}.png"
+        assert main(["generate", PROMPT, "--steps", "2", *words, "--out", str(out), "--compare"]) == 0
+        images[name] = (tmp_path / f"{name}-vq.png").read_bytes()
+    assert images["same"] == images["janus"] and images["stages"] == images["progressive"]
+    assert len({images[name] for name in ("janus", "progressive", "raster")}) == 3
+    assert size(tmp_path / "sheet.png")[0] > 11 * 96 / 2  # a column a pass
+    assert [(type(o).__name__, o.guidance) for o in asked[:2]] == [("SamplingOptions", 3.0)] * 2
+    assert asked[2] == replace(SAMPLING, guidance=3.0, order="raster")
+
+
+def test_passes_order_and_revision_are_those_asked_for(tmp_path, monkeypatch):
+    asked = asked_of(monkeypatch)
+    folder = save_tiny_masked(tmp_path / "masked")
+    given = ["generate", "a red circle", "a blue circle", "--janus", str(folder), "--out", str(tmp_path / "a.png")]
+    own = replace(TINY, guidance=3.0)
+    for words, expected in (
+        ([], SamplingOptions(guidance=3.0)),
+        (["--passes", "10"], replace(own, passes=10, revision_passes=2)),
+        (["--passes", "1"], replace(own, passes=1, revision_passes=0)),
+        (["--passes", "8", "--revision-passes", "5"], replace(own, passes=8, revision_passes=5)),
+        (["--order", "importance", "--spread", "1"], replace(own, order="importance", spread=1)),
+        (["--revise", "4", "--temperature", "0.5"], replace(own, revise=4, temperature=0.5)),
+        (["--revise", "0", "--passes", "6"], replace(own, revise=0, passes=6, revision_passes=0)),
+        (["--sampler", "progressive", "--guidance", "2"], SamplingOptions(guidance=2.0)),
+    ):
+        assert main([*given, *words]) == 0
+        assert asked.pop() == expected and not asked
+    assert main([*given, "--stages", str(tmp_path / "s.png")]) == 0
+    assert size(tmp_path / "s-1.png") == size(tmp_path / "s-2.png") and not (tmp_path / "s.png").exists()
+
+
+def test_sampling_in_passes_is_refused_in_words(tmp_path, capsys, one_s_own):
+    masked = ["--janus", str(save_tiny_masked(tmp_path / "masked"))]
+    janus, progressive = one_s_own[:2], ["--sampler", "progressive"]
+    for words, told in (
+        (["--passes", "8"], "has no passes to choose"),
+        (["--stages", str(tmp_path / "s.png")], "has no passes to choose"),
+        ([*janus, "--order", "raster"], "has no passes to choose"),
+        ([*janus, *progressive], "holds a sampler of the other kind"),
+        ([*masked, "--sampler", "autoregressive"], "holds a sampler of the other kind"),
+        ([*progressive, "--passes", "0"], "passes must be"),
+        ([*progressive, "--passes", "3", "--revision-passes", "3"], "one pass at least has to reveal"),
+        ([*progressive, "--spread", "-1"], "spread must be"),
+        ([*progressive, "--revise", "-1"], "revise must be"),
+        ([*progressive, "--stages", "a.jpg"], "--stages a.jpg: images are written as PNG"),
+    ):
+        assert main(["generate", "a red circle", *words, "--out", str(tmp_path / "a.png")]) == 1, words
+        assert told in capsys.readouterr().err, words
+    assert not list(tmp_path.glob("*.png"))
+    with pytest.raises(SystemExit):
+        main(["generate", "a", *progressive, "--revise", "some"])
+    assert "--revise: invalid" in capsys.readouterr().err
 
 
 def test_guidance_paints_without_the_trained_decoder(tmp_path):

@@ -26,15 +26,17 @@ from dcdd_core.models.backbones.flux_fill.inference import of_text_stream
 from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.masked.files import save_masked
 from dcdd_core.models.prior import PriorDifference
 from dcdd_core.types import Calibration, Codebook, Condition, TokenLogits
 from dcdd_pico.build_context import Recipe
-from dcdd_pico.embedded import PRIOR
+from dcdd_pico.embedded import PRIOR, PROGRESSIVE
 from dcdd_pico.export import export
+from dcdd_pico.progressive import SAMPLING, TEMPLATE, TOKENIZER, start_from_janus
 from dcdd_pico.reader import SceneReader
 from dcdd_pico.train_autoencoder import autoencoder_config
 from dcdd_pico.train_decoder import transformer_config
-from dcdd_pico.train_janus import janus_config, pico_tokenizer
+from dcdd_pico.train_janus import janus_config, pico_tokenizer, save_tokenizer
 from dcdd_pico.train_tokenizer import tokenizer_config
 
 SPECIAL = ("<|begin_of_sentence|>", "<pad>", "<unk>", "<|User|>", "<|Assistant|>", "<begin_of_image>")
@@ -221,6 +223,17 @@ def random_pico(folder: Path) -> Path:
     reader = fill(SceneReader(), 5)
     export(folder, janus=janus, words=words, vq=vq, vae=vae, decoder=decoder, reader=reader, recipe=Recipe())
     fill(PriorDifference(decoder, 2), 6).save(folder / PRIOR)
+    save_masked(
+        folder / PROGRESSIVE,
+        fill(start_from_janus(janus, 7), 7),
+        codebook,
+        name="random progressive",
+        template=TEMPLATE,
+        tokenizer=TOKENIZER,
+        sampling=SAMPLING,
+        int8=True,
+    )
+    save_tokenizer(words, folder / PROGRESSIVE)
     return folder
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from dcdd_pico.models import load_pico
@@ -23,6 +24,7 @@ from ..evaluation.image_folder import ImageFile, LeftOut, large_enough, list_ima
 from ..evaluation.prompts import check_prompt, read_prompts
 from ..method.flow import timesteps
 from ..method.lcdm import map_logits
+from ..method.progressive import ORDERS, Revise, Staged
 from ..models.card import READINGS, DecoderCard, ServedGuidance
 from ..models.cheap_decoder import CheapDecoder, load_cheap_decoder
 from ..pipelines.calibrate import PROMPTS
@@ -34,6 +36,7 @@ from ..pipelines.image_files import ReadPolicy
 from ..pipelines.images import UnreadableImage, read_rgb, square, to_pixels
 from ..pipelines.load import LoadOptions, ModelPaths, Models, load_models
 from ..pipelines.progress import ProgressBar
+from ..pipelines.progressive import StagedSampler, sample_stages, staged_sampler
 from ..pipelines.sample import sample
 from ..protocols import LatentCodec, Progress, SamplingOptions
 from ..types import Calibration, Condition, TokenLogits
@@ -46,6 +49,10 @@ HELD = ("janus_int8", "decoder_8bit", "stream", "compile")
 PAINTING = ("steps", "shift", "calibration", "anchor", "reads")
 #: Options of distribution guidance.
 GUIDED = ("strength", "start", "paint_side", "guide_decoder")
+#: Options of samplers that reveal many tokens a pass.
+PROGRESSIVE = ("passes", "revision_passes", "order", "spread", "revise")
+#: What --sampler takes: one token after the other, or many at a time.
+SAMPLERS = ("autoregressive", "progressive")
 #: Options that say what is sampled, and how.
 SAMPLING = (
     *("calibration", "prompts", "images", "count", "batch", "guidance", "temperature", "top_k", "top_p", "seed"),
@@ -122,6 +129,39 @@ def sampling_options(parser: Parser) -> None:
     group.add_argument("--temperature", type=float, default=1.0)
     group.add_argument("--top-k", type=int)
     group.add_argument("--top-p", type=float)
+
+
+def progressive_options(parser: Parser) -> None:
+    """How a masked sampler reveals and revises tokens."""
+    group = parser.add_argument_group("progressive sampling: tokens from coarse to fine, many at a time")
+    group.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        help="of the embedded models (default: autoregressive); with --janus, the folder says which it is",
+    )
+    group.add_argument(
+        "--passes", type=int, metavar="N", help="passes of the network, those that only revise among them"
+    )
+    group.add_argument(
+        "--revision-passes",
+        type=int,
+        metavar="N",
+        help="the last of them, which reveal nothing new and only draw again (default: the model's share of --passes)",
+    )
+    group.add_argument("--order", choices=tuple(ORDERS), help="which tokens are revealed first")
+    group.add_argument(
+        "--spread", type=int, metavar="N", help="tokens of one pass keep so many rows and columns apart; 0 for none"
+    )
+    group.add_argument(
+        "--revise",
+        type=_revise,
+        metavar="N",
+        help="which revealed tokens each pass draws again: 'all', or the last N; 0 never takes one back",
+    )
+
+
+def _revise(text: str) -> Revise:
+    return text if text == "all" else int(text)
 
 
 def decoding_options(parser: Parser) -> None:
@@ -268,7 +308,7 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
     Raises:
         ValueError: for options that do nothing with the embedded models, and as the loaders.
     """
-    device = device_of(args)
+    device, kind = device_of(args), getattr(args, "sampler", None)
     if guided(args) and not hasattr(args, "strength"):
         raise ValueError(f"--decoder {GUIDANCE} goes with `dcdd generate` and `dcdd reconstruct`: leave it out")
     if args.janus is None:
@@ -276,7 +316,7 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
         idle = given(args, *(name for name in (*OF_REAL, *HELD) if name not in of_guidance))
         if idle:
             raise ValueError(f"{idle} goes with --janus; without it the embedded models are used")
-        models = load_pico(device=device, with_sampler=with_sampler)
+        models = load_pico(device=device, with_sampler=with_sampler, progressive=kind == SAMPLERS[1])
         own_prior = guided(args) and args.base is None
         return replace(models, decoder=load_prior(device=device)) if own_prior else models
     if guided(args):
@@ -298,7 +338,10 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
     paths = ModelPaths(vlm=args.janus)
     if not guided(args):
         paths = replace(paths, decoder=args.decoder, vae=args.vae, base=args.base)
-    return load_models(paths, options, with_sampler=with_sampler)
+    models = load_models(paths, options, with_sampler=with_sampler)
+    if kind is not None and isinstance(models.sampler, StagedSampler) != (kind == SAMPLERS[1]):
+        raise ValueError(f"--sampler {kind}, but {args.janus} holds a sampler of the other kind: leave --sampler out")
+    return models
 
 
 def guided(args: argparse.Namespace) -> bool:
@@ -359,17 +402,30 @@ def seeds_of(args: argparse.Namespace, count: int) -> list[int]:
 
 
 def sampling_of(models: Models, args: argparse.Namespace) -> SamplingOptions:
-    """As asked for; the guidance by default that of the decoder's calibration, or the VLM's own."""
+    """As asked for; the guidance by default that of the decoder's calibration, or the VLM's own.
+
+    Raises:
+        ValueError: for values out of range, and passes of a sampler that has none.
+    """
     calibration = models.decoder.card.calibration if models.decoder is not None else None
     guidance = args.guidance
     if guidance is None and calibration is not None:
         guidance = calibration.guidance
-    return SamplingOptions(
-        guidance=models.sampler.default_guidance if guidance is None else guidance,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-    )
+    drawn = {
+        "guidance": models.sampler.default_guidance if guidance is None else guidance,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+    }
+    staged = {name: getattr(args, name) for name in PROGRESSIVE if getattr(args, name, None) is not None}
+    if not staged:
+        return SamplingOptions(**drawn)
+    own = staged_sampler(models.sampler).sampling
+    if "passes" in staged and "revision_passes" not in staged and staged.get("revise") != 0:
+        own = own.in_passes(staged["passes"])
+    if staged.get("revise") == 0:
+        staged.setdefault("revision_passes", 0)
+    return replace(own, **drawn, **staged)
 
 
 def warn_of_unknown_words(models: Models, prompts: Sequence[str]) -> None:
@@ -406,6 +462,22 @@ def sample_tokens(
             step(progress.done, progress.total)
 
         return sample(models.sampler, prompts, seeds=seeds, options=sampling_of(models, args), on_progress=on_progress)
+
+
+def sample_in_stages(models: Models, prompts: Sequence[str], seeds: Sequence[int], args: argparse.Namespace) -> Staged:
+    """Token logits of the prompts and the passes that led to them, under a progress bar.
+
+    Raises:
+        ValueError: for a sampler without passes.
+    """
+    sampler = staged_sampler(models.sampler)
+    with bar("passes") as step:
+
+        def on_progress(progress: Progress) -> None:
+            step(progress.done, progress.total)
+
+        options = sampling_of(models, args)
+        return sample_stages(sampler, prompts, seeds=seeds, options=options, on_progress=on_progress)
 
 
 def guidance_of(args: argparse.Namespace, card: DecoderCard | None = None) -> tuple[GuidanceOptions, float]:
@@ -596,19 +668,27 @@ def material_pixels(
         print(f"dcdd: {LeftOut(unreadable=tuple(reasons))}", file=sys.stderr)
 
 
-def check_png(out: Path) -> None:
+def check_png(out: Path, option: str = "--out") -> None:
     """Refuses another suffix, and what cannot be written.
+
+    Args:
+        option: as it is typed, for the message.
 
     Raises:
         ValueError: naming it.
     """
     if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out}: images are written as PNG, give a name that ends in .png")
-    check_out("--out", out)
+        raise ValueError(f"{option} {out}: images are written as PNG, give a name that ends in .png")
+    check_out(option, out)
 
 
 def write_images(images: torch.Tensor, out: Path, suffix: str) -> None:
+    """One image [3, H, W] in -1..1 under the given name, several numbered."""
+    write_sheets([to_image(pixels) for pixels in images], out, suffix)
+
+
+def write_sheets(sheets: Sequence[Image.Image], out: Path, suffix: str = "") -> None:
     """One image under the given name, several numbered."""
-    for i, pixels in enumerate(images):
-        number = f"-{i + 1}" if len(images) > 1 else ""
-        print(f"wrote {save_image(to_image(pixels), out.with_name(f'{out.stem}{number}{suffix}.png'))}")
+    for i, sheet in enumerate(sheets):
+        number = f"-{i + 1}" if len(sheets) > 1 else ""
+        print(f"wrote {save_image(sheet, out.with_name(f'{out.stem}{number}{suffix}.png'))}")

@@ -3,34 +3,61 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
+from ..evaluation.stage_sheet import stage_sheet
+from ..method.progressive import Staged
 from ..pipelines.decode import decode_tokens
+from ..pipelines.load import Models
 from . import arguments, common
 
 
 def add(commands: Any) -> None:
     """Adds the command."""
-    groups = common.model_options, common.sampling_options, common.decoding_options, common.guidance_options
+    groups = (
+        common.model_options,
+        common.sampling_options,
+        common.progressive_options,
+        common.decoding_options,
+        common.guidance_options,
+    )
     command = common.add_command(commands, "generate", run, *groups, help="prompts to images")
     command.add_argument("prompt", nargs="+")
     command.add_argument("--out", type=arguments.path, default=Path("out/generated.png"))
     command.add_argument("--compare", action="store_true", help="write the VQ-VAE's image as well")
     command.add_argument("--logits", type=arguments.path, metavar="FILE", help="save the token logits")
+    command.add_argument(
+        "--stages",
+        type=arguments.path,
+        metavar="PNG",
+        help="draw what each pass revealed and rewrote, for samplers that reveal many tokens a pass",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Prompts to images."""
     common.check_png(args.out)
+    if args.stages is not None:
+        common.check_png(args.stages, "--stages")
     if args.logits is not None:
         arguments.check_out("--logits", args.logits)
     models = common.load(args)
     common.check_painting(models, args, "compare")
+    common.sampling_of(models, args)  # What it refuses is refused before a pipeline is loaded.
     pipeline = common.pipeline_of(args)
     common.warn_of_unknown_words(models, args.prompt)
     seeds = common.seeds_of(args, len(args.prompt))
-    token_logits = common.sample_tokens(models, args.prompt, seeds, args)
+    if args.stages is None:
+        token_logits = common.sample_tokens(models, args.prompt, seeds, args)
+    else:
+        staged = common.sample_in_stages(models, args.prompt, seeds, args)
+        token_logits = staged.token_logits
+        common.write_sheets(_sheets(models, staged, args.prompt), args.stages)
     if args.logits is not None:
         token_logits.save(args.logits)
         print(f"wrote {args.logits}")
@@ -45,3 +72,13 @@ def run(args: argparse.Namespace) -> None:
     common.write_images(painted, args.out, "")
     if args.compare:
         common.write_images(by_vq, args.out, "-vq")
+
+
+def _sheets(models: Models, staged: Staged, prompts: Sequence[str]) -> list[Image.Image]:
+    """A contact sheet of the passes for each image."""
+    grid = staged.token_logits.grid
+
+    def decoded(tokens: torch.Tensor) -> torch.Tensor:
+        return models.tokenizer.decode_tokens(tokens, grid)
+
+    return [stage_sheet(staged.stages, decoded, grid, row=i, title=prompt) for i, prompt in enumerate(prompts)]

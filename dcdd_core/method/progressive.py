@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -370,6 +370,16 @@ class ProgressiveOptions(SamplingOptions):
             revealed_share(0.0, self.schedule)
         else:
             _check_list(self.schedule, self.revealing)
+
+    def in_passes(self, passes: int) -> ProgressiveOptions:
+        """The same in so many passes, of which the same share, rounded, only revises.
+
+        Raises:
+            ValueError: for passes out of range, and a schedule that is a list of another length.
+        """
+        require_number("passes", passes, whole=True, least=1, most=MOST_PASSES)
+        revising = min(passes - 1, round(passes * self.revision_passes / self.passes))
+        return replace(self, passes=passes, revision_passes=revising)
 
     @property
     def revealing(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from ..method.progressive import Staged
+from ..method.progressive import ProgressiveOptions, Staged
 from ..protocols import DEFAULT_SAMPLING, OnProgress, SamplingOptions, TokenSampler
 from ..types import TokenLogits
 from .host import PLAIN, Host
@@ -17,7 +17,13 @@ from .sample import in_batches, logits_memory
 
 @runtime_checkable
 class StagedSampler(TokenSampler, Protocol):
-    """A `TokenSampler` that can tell what each of its passes did."""
+    """A `TokenSampler` that can tell what each of its passes did.
+
+    Attributes:
+        sampling: how it samples where options do not say it: passes, order, revision.
+    """
+
+    sampling: ProgressiveOptions
 
     def sample_stages(
         self,
