@@ -14,6 +14,7 @@ from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.training.batches import Batches
 from dcdd_core.training.config import OptimizationConfig, RunConfig
+from dcdd_core.training.decoder_task import DecoderTask
 from dcdd_core.training.encoded_batch import geometry_for
 from dcdd_core.training.examples import ExampleMaker, proxy_condition
 from dcdd_core.training.trainable import choose_trained
@@ -107,9 +108,8 @@ def train_pico_decoder(
 
     return Trainer(
         context.folder / name,
-        decoder,
+        DecoderTask(decoder, ExampleMaker(card, vq, codec, geometry, localised=_LOCALISED)),
         Batches(SceneEncodings(context, encodings, _STAGE, recipe.decoder_batch), size=recipe.decoder_batch),
-        ExampleMaker(card, vq, codec, geometry, localised=_LOCALISED),
         OptimizationConfig(
             steps=recipe.decoder_steps,
             learning_rate=recipe.decoder_learning_rate,

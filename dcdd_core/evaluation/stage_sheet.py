@@ -5,7 +5,7 @@ Shapes: B batch, N tokens (a row-major h x w grid), H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from einops import rearrange, repeat
@@ -18,6 +18,8 @@ REVEALED, CHANGED = (0.2, 0.75, 0.35), (0.95, 0.35, 0.1)
 """Green for new positions, orange for rewritten ones; 0..1, sRGB."""
 _HIDDEN = -0.55
 """Of a hidden position, in -1..1: a dark grey."""
+_COLUMNS = 12
+"""Passes side by side; more go on below."""
 
 
 def stage_sheet(
@@ -31,6 +33,8 @@ def stage_sheet(
 ) -> Image.Image:
     """One column a pass: above the image with its hidden positions grey, below the same with what changed in colour.
 
+    After 12 passes the sheet goes on below. All sheets of a batch are of one size.
+
     Args:
         decode: tokens [B, N] -> pixels [B, 3, H, W] in -1..1, such as `ImageTokenizer.decode_tokens`.
         row: which image of the batch.
@@ -41,7 +45,7 @@ def stage_sheet(
     """
     if not stages:
         raise ValueError("there are no passes to show: this edit changed nothing")
-    tokens = torch.stack([_filled(stage.tokens[row], stage.known[row], grid) for stage in stages])
+    tokens = torch.stack([nearest_known(stage.tokens[row], stage.known[row], grid) for stage in stages])
     flags = [torch.stack([getattr(stage, name)[row] for stage in stages]) for name in ("known", "revealed", "changed")]
     pixels = decode(tokens).cpu()
     known, revealed, changed = (_as_pixels(flag, grid, pixels.shape[2:]) for flag in flags)
@@ -51,16 +55,31 @@ def stage_sheet(
         tint = torch.tensor(colour)[:, None, None] * 2 - 1
         marked = torch.where(where, 0.45 * images + 0.55 * tint, marked)
     counts = [(int(new.sum()), int(old.sum())) for new, old in zip(*flags[1:])]
-    return labelled_grid(
-        [list(images), list(marked)],
-        columns=[f"{number}: +{new}, {old} rewritten" for number, (new, old) in enumerate(counts, start=1)],
-        captions=["the image after each pass; what is hidden is grey", "green: revealed, orange: rewritten"],
-        title=title,
-        side=side,
+    names = [f"{number}: +{new}, {old} rewritten" for number, (new, old) in enumerate(counts, start=1)]
+    return _below(
+        labelled_grid(
+            [list(row[first : first + _COLUMNS]) for row in (images, marked)],
+            columns=names[first : first + _COLUMNS],
+            captions=["the image after each pass; what is hidden is grey", "green: revealed, orange: rewritten"],
+            title="" if first else title,
+            side=side,
+        )
+        for first in range(0, len(names), _COLUMNS)
     )
 
 
-def _filled(tokens: torch.Tensor, known: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def _below(strips: Iterable[Image.Image]) -> Image.Image:
+    """Strips from top to bottom; the first is the widest."""
+    first, *others = strips
+    sheet = Image.new("RGB", (first.width, first.height + sum(s.height for s in others)), first.getpixel((0, 0)))
+    top = 0
+    for strip in (first, *others):
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    return sheet
+
+
+def nearest_known(tokens: torch.Tensor, known: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Tokens [N] with each hidden position's nearest known one: a decoder mixes neighbours into what is known."""
     if not bool(known.any()):
         return torch.zeros_like(tokens)

@@ -74,6 +74,14 @@ def _held(folder: Path) -> str:
     return _some(names, 8) or "nothing"
 
 
+def model_name(folder: str | Path) -> str:
+    """A folder's name; a snapshot in the hub's cache (models--OWNER--NAME/snapshots/REVISION) has its repository's."""
+    path = Path(folder).resolve()
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return path.parents[1].name.rsplit("--", 1)[1]
+    return path.name
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightFiles:
     """The files that hold a model's weights.

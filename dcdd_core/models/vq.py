@@ -69,8 +69,11 @@ class VQTokenizer:
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"pixels must be [B, 3, H, W] in -1..1, got {list(pixels.shape)}")
         self.grid_of(*pixels.shape[2:])
-        hidden = self.model.quant_conv(self.model.encoder(pixels.to(self.device, self.dtype)))
-        return rearrange(hidden.float(), "b d h w -> b (h w) d")
+        return rearrange(self._encoded(pixels.to(self.device, self.dtype)).float(), "b d h w -> b (h w) d")
+
+    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, 3, H, W] in the network's dtype -> features [B, D, h, w]."""
+        return self.model.quant_conv(self.model.encoder(pixels))
 
     def tokens(self, features: torch.Tensor) -> torch.Tensor:
         """Nearest codes by cosine: features [B, N, D] -> [B, N] int64.
@@ -115,7 +118,11 @@ class VQTokenizer:
         # Without gradients a CPU convolves faster with the channels last; with them its GroupNorm is far slower
         # (docs/embedded.md).
         code_map = code_map.contiguous(memory_format=torch.channels_last)
-        return self.model.decoder(self.model.post_quant_conv(code_map)).float().clamp(-1, 1)
+        return self._decoded(code_map).float().clamp(-1, 1)
+
+    def _decoded(self, code_map: torch.Tensor) -> torch.Tensor:
+        """Code vectors [B, D, h, w] in the network's dtype -> pixels [B, 3, H, W], about in -1..1."""
+        return self.model.decoder(self.model.post_quant_conv(code_map))
 
     def decode_tokens(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Tokens [B, N] -> pixels [B, 3, H, W] in -1..1: the VQ path of the VLM itself.

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from ..method.progressive import ProgressiveOptions, Staged
+from ..method.progressive import ProgressiveOptions, Revise, Staged
 from ..protocols import DEFAULT_SAMPLING, OnProgress, SamplingOptions, TokenSampler
 from ..types import TokenLogits
 from .host import PLAIN, Host
@@ -39,18 +39,66 @@ class StagedSampler(TokenSampler, Protocol):
         ...
 
 
-def staged_sampler(sampler: TokenSampler) -> StagedSampler:
+def staged_sampler(
+    sampler: TokenSampler,
+    *,
+    remedy: str = "take the folder of a masked sampler, or leave out passes, order and revision",
+) -> StagedSampler:
     """The sampler, if it samples in passes.
+
+    Args:
+        remedy: the way out, in the words of the caller's user.
 
     Raises:
         ValueError: for one that does not.
     """
     if not isinstance(sampler, StagedSampler):
         raise ValueError(
-            f"{sampler.name or 'this model'} samples one token after the other and has no passes to choose: take the "
-            "folder of a masked sampler, or leave out passes, order and revision"
+            f"{sampler.name or 'this model'} samples one token after the other and has no passes to choose: {remedy}"
         )
     return sampler
+
+
+def changed_plan(
+    own: ProgressiveOptions,
+    drawn: SamplingOptions,
+    *,
+    passes: int | None = None,
+    revision_passes: int | None = None,
+    order: str | None = None,
+    spread: int | None = None,
+    revise: Revise | None = None,
+    start: int = 0,
+) -> ProgressiveOptions:
+    """A sampler's own options with those that are given.
+
+    Args:
+        own: `StagedSampler.sampling`.
+        drawn: guidance, temperature and filters.
+        passes, order, spread, revise: None for the sampler's own.
+        revision_passes: None for the share of the passes that the sampler has, and for none where `revise` is 0.
+        start: see `ProgressiveOptions`.
+
+    Raises:
+        ValueError: for values out of range, or that do not fit each other.
+    """
+    if revision_passes is None and revise == 0:
+        revision_passes = 0
+    if passes is not None and revision_passes is None:
+        own = own.in_passes(passes)
+    staged = {
+        "passes": passes,
+        "revision_passes": revision_passes,
+        "order": order,
+        "spread": spread,
+        "revise": revise,
+        "start": start,
+        **{name: getattr(drawn, name) for name in ("guidance", "temperature", "top_k", "top_p")},
+    }
+    # Of the filters None is a value: none.
+    return replace(
+        own, **{name: value for name, value in staged.items() if value is not None or name in ("top_k", "top_p")}
+    )
 
 
 def sample_stages(

@@ -25,6 +25,7 @@ from .cache import CacheCard, EncodingCache
 from .cache_writer import write_cache
 from .checkpoints import HELD_OUT, HELD_OUT_FRACTION, load_best, load_ema, newest_checkpoint, settings_of
 from .config import MOST_BATCH, MOST_SHARD, MOST_WORKERS, DataConfig, OptimizationConfig, RunConfig
+from .decoder_task import DecoderTask
 from .encoded_batch import encode
 from .examples import ExampleMaker
 from .held_out import FEWEST_SPLIT, HeldOutLoss, Split, count_images, split
@@ -161,11 +162,13 @@ def _run_training(
     )
     evaluate, held_out = _evaluation(encoders, decoder.card, source, parts, run, data, optimization, accelerator)
     batches = Batches(source if parts is None else parts.training, size=data.batch, shard=shard, workers=data.workers)
+    examples = ExampleMaker(
+        decoder.card, encoders.tokenizer, encoders.codec, encoders.geometry, localised=data.localised
+    )
     trainer = Trainer(
         folder,
-        decoder,
+        DecoderTask(decoder, examples),
         batches,
-        ExampleMaker(decoder.card, encoders.tokenizer, encoders.codec, encoders.geometry, localised=data.localised),
         optimization,
         accelerator=accelerator,
         settings={

@@ -1,4 +1,4 @@
-"""Trains the diffusion decoder on pairs of latents and conditions, in one process or many.
+"""Trains a network, the diffusion decoder or a masked sampler, in one process or many.
 
 An update is a function of its number: its random draws come from generators keyed by the numbers of its micro-batches,
 and checkpoints hold the position in the data. So a run that was killed and resumed computes exactly what an
@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,20 +25,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ..files import whole_file
 from ..method.sampling import keyed_generator
-from ..models.decoder import DistributionConditionedDecoder
 from .batches import Batches
 from .checkpoints import Best, Checkpoints, Resumed, TrainingState, images_per_update, load_best
 from .config import OptimizationConfig, RunConfig
 from .ema import EMA, all_finite
-from .examples import Example
 from .log import RunningMeans, append_to_log, truncate_log
-from .loss import decoder_loss
 from .positions import restore_position, saved_position
 from .progress import ProgressBar
 from .schedules import set_learning_rate, warmup_cosine
 from .sharding import NO_DEEPSPEED, full_tensor, reshard
 from .stop import StopRequest, TrainingStopped, stop_on_signals
-from .trainable import decoder_optimizers, trained_weights
+from .trainable import trained_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How good a decoder is at some point.
+    """How good a network is at some point.
 
     Attributes:
         numbers: for the log, by name.
@@ -60,8 +57,41 @@ class Evaluation:
     score: float | None = None
 
 
+Network = TypeVar("Network", bound=nn.Module)
+Result = TypeVar("Result")
+#: Runs a function on the network with the EMA of its weights, without gradients.
+Averaged = Callable[[Callable[[Network], Result]], Result]
+
+
+class Task(Protocol[Network]):
+    """What a `Trainer` trains, and on which loss.
+
+    Attributes:
+        network: whose weights that require a gradient are trained.
+        blocks: its parts that are compiled, checkpointed and sharded one by one.
+        settings: what its result depends on, as plain JSON values.
+        remedy: what to do once a loss or a weight is no longer finite.
+    """
+
+    network: Network
+    blocks: Sequence[nn.Module]
+    settings: Mapping[str, Any]
+    remedy: str
+
+    def optimizers(self, config: OptimizationConfig, *, sharded: bool) -> list[torch.optim.Optimizer]:
+        """The optimisers of the trained weights, each weight in exactly one."""
+
+    def example(self, batch: Any, generator: torch.Generator, averaged: Averaged) -> Any:
+        """The example of a batch; its random draws come from the generator."""
+
+    def losses(
+        self, network: Network, example: Any, generator: torch.Generator, config: OptimizationConfig
+    ) -> Mapping[str, torch.Tensor]:
+        """Scalars for the log; the one called "loss" is trained."""
+
+
 class ForwardProxy(nn.Module):
-    """Routes every use of a decoder through one forward pass: `proxy(work)` returns `work(decoder)`.
+    """Routes every use of a network through one forward pass: `proxy(work)` returns `work(network)`.
 
     DDP, FSDP and autocast hook into a module's forward pass alone. A decoder's use in training has two
     (`condition_tokens`, `forward`), and sampling has many.
@@ -70,32 +100,30 @@ class ForwardProxy(nn.Module):
         precision: entered in every pass. accelerate does so by itself except for FSDP2.
     """
 
-    def __init__(
-        self, decoder: DistributionConditionedDecoder, precision: Callable[[], AbstractContextManager] = nullcontext
-    ):
+    def __init__(self, network: nn.Module, precision: Callable[[], AbstractContextManager] = nullcontext):
         super().__init__()
-        self.decoder = decoder
+        self.decoder = network  # Any network: the weights' names in checkpoints begin with this.
         self.precision = precision
 
-    def forward(self, work: Callable[[DistributionConditionedDecoder], Any]) -> Any:
-        """The result of `work` on the decoder."""
+    def forward(self, work: Callable[[nn.Module], Any]) -> Any:
+        """The result of `work` on the network."""
         with self.precision():
             return work(self.decoder)
 
 
 class Trainer:
-    """Trains the weights of a decoder that require a gradient. `train` is the whole of it.
+    """Trains the weights of a network that require a gradient. `train` is the whole of it.
 
     Args:
         folder: of the run; receives `log.jsonl`, `checkpoints` (see `Checkpoints`) and the sample sheets of `evaluate`.
+        task: the network and its loss.
         batches: this process's.
-        examples: the example of a batch; its random draws come from the generator that it is given.
         config: how the weights are updated.
         accelerator: one that has prepared nothing yet; its trackers get the numbers of the log.
-        settings: what the examples depend on; those of `config` and the decoder's card are added.
+        settings: what the examples depend on; those of `config` and `task` are added.
         run: how often there are checkpoints, lines of the log and evaluations.
         autocast: entered around the loss, besides the accelerator's mixed precision.
-        evaluate: evaluates the decoder with averaged weights; None for no evaluation.
+        evaluate: evaluates the network with averaged weights; None for no evaluation.
         report: gets the lines to print.
         progress: is shown in the main process, in the place of the log's lines.
     """
@@ -103,23 +131,21 @@ class Trainer:
     def __init__(
         self,
         folder: Path,
-        decoder: DistributionConditionedDecoder,
+        task: Task,
         batches: Batches,
-        examples: Callable[[Any, torch.Generator], Example],
         config: OptimizationConfig,
         *,
         accelerator: Accelerator,
         settings: Mapping[str, Any],
         run: RunConfig,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-        evaluate: Callable[[DistributionConditionedDecoder], Evaluation] | None = None,
+        evaluate: Callable[[Any], Evaluation] | None = None,
         report: Callable[[str], None] = print,
         progress: ProgressBar | None = None,
     ):
         self.folder = folder
-        self.decoder = decoder
+        self.task = task
         self.batches = batches
-        self.examples = examples
         self.config = config
         self.accelerator = accelerator
         self.run = run
@@ -129,13 +155,13 @@ class Trainer:
         self.progress = progress
         self.settings = settings
 
-    def train(self) -> DistributionConditionedDecoder:
+    def train(self) -> nn.Module:
         """Trains from the newest checkpoint, or from the start, to the last update; all processes call this together.
 
         Ctrl-C and SIGTERM, in any process, end it after the update, with a checkpoint; a second one ends it at once.
 
         Returns:
-            The decoder with the EMA of its weights, frozen, in evaluation mode.
+            The network with the EMA of its weights, frozen, in evaluation mode.
 
         Raises:
             ValueError: if the newest checkpoint was made under other settings or is damaged, or the optimiser does
@@ -155,7 +181,7 @@ class Trainer:
             with stop_on_signals() as request, self._shown():
                 self._loop(request)
             self.ema.apply()
-        return self.decoder.eval().requires_grad_(False)
+        return self.task.network.eval().requires_grad_(False)
 
     def _loop(self, request: StopRequest) -> None:
         """The updates that are left."""
@@ -206,13 +232,13 @@ class Trainer:
 
     @contextmanager
     def _wrapped_blocks(self) -> Iterator[None]:
-        """Within it the backbone's blocks are compiled and checkpointed as configured."""
-        blocks = self.decoder.backbone.blocks
+        """Within it the network's blocks are compiled and checkpointed as configured."""
+        blocks = self.task.blocks
         for block in blocks:
             if self.config.compile:
                 block.forward = torch.compile(block.forward, fullgraph=True)
             if self.config.activation_checkpointing:
-                # Not diffusers' own switch: it acts on the network's forward pass, which the backbone does not use.
+                # Not diffusers' own switch: it acts on the network's forward pass, which a backbone does not use.
                 # Outside the compiled function: torch does not compile what is called inside a checkpoint within it.
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         try:
@@ -223,16 +249,16 @@ class Trainer:
 
     def _prepare(self) -> None:
         """The model and the optimisers as accelerate wraps them, the EMA and the checkpoints."""
-        accelerator, config = self.accelerator, self.config
+        accelerator, config, network = self.accelerator, self.config, self.task.network
         accelerator.gradient_accumulation_steps = config.accumulation
-        if accelerator.distributed_type == "FSDP":  # It shards the backbone's blocks, of whatever class they are.
-            kinds = sorted({type(block).__name__ for block in self.decoder.backbone.blocks})
+        if accelerator.distributed_type == "FSDP":  # It shards the blocks, of whatever class they are.
+            kinds = sorted({type(block).__name__ for block in self.task.blocks})
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = kinds
-        self.decoder.train()
-        optimizers = decoder_optimizers(self.decoder, config, sharded=accelerator.distributed_type == "FSDP")
-        proxy = ForwardProxy(self.decoder, _autocast(accelerator))
+        network.train()
+        optimizers = self.task.optimizers(config, sharded=accelerator.distributed_type == "FSDP")
+        proxy = ForwardProxy(network, _autocast(accelerator))
         self.model, *self.optimizers = accelerator.prepare(proxy, *optimizers)
-        self.ema = EMA(trained_weights(self.decoder), config.ema_decay)
+        self.ema = EMA(trained_weights(network), config.ema_decay)
         self.means = RunningMeans()
         self.checkpoints = Checkpoints(
             self.folder,
@@ -242,7 +268,7 @@ class Trainer:
             settings={
                 **self.settings,
                 "recipe": config.settings(),
-                "card": self.decoder.card.to_dict(),
+                **self.task.settings,
                 "batch": self.batches.size,
                 "processes": accelerator.num_processes,
             },
@@ -293,24 +319,31 @@ class Trainer:
         rate = self._learning_rate(config.steps)
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, rate)
-        losses = []
+        found = []
         for k in range(config.accumulation):
             # Counts the micro-batches of all processes.
             number = (self.step * config.accumulation + k) * accelerator.num_processes + accelerator.process_index
             generator = keyed_generator(config.seed, number)
-            example = self.examples(next(stream), generator)
+            example = self.task.example(next(stream), generator, self._averaged)
+            work = partial(self.task.losses, example=example, generator=generator, config=config)
             with accelerator.accumulate(self.model):
                 with self.autocast():
-                    loss = self.model(partial(decoder_loss, example=example, generator=generator, config=config))
-                accelerator.backward(loss)
-                losses.append(loss.detach())
+                    losses = self.model(work)
+                accelerator.backward(losses["loss"])
+                found.append({name: value.detach() for name, value in losses.items()})
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
         self.ema.update()
-        return {"loss": torch.stack(losses).mean(), "gradient_norm": full_tensor(norm).to(accelerator.device)}
+        means = {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
+        return means | {"gradient_norm": full_tensor(norm).to(accelerator.device)}
+
+    def _averaged(self, work: Callable[[nn.Module], Result]) -> Result:
+        """See `Averaged`."""
+        with self.ema.swapped_in(), torch.no_grad(), self.autocast():
+            return self.model(work)
 
     def _log(self) -> None:
         """Evaluates and writes a line of the log, each if it is due."""
@@ -332,12 +365,12 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         """The numbers of an evaluation of the averaged weights; its sheet is written."""
-        self.decoder.eval()
+        self.task.network.eval()
         with self.ema.swapped_in(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             found = self.model(self.evaluate)
             reshard(self.model)
         self._keep_best(found.score)
-        self.decoder.train()
+        self.task.network.train()
         if found.sheet is not None and self.accelerator.is_main_process:
             self._write_sheet(found.sheet)
         return {f"eval/{name}": float(value) for name, value in found.numbers.items()}
@@ -387,9 +420,7 @@ class Trainer:
         if bad := [name for name, is_finite in finite.items() if not is_finite]:
             raise FloatingPointError(
                 f"{self.folder.name}: {', '.join(bad)} stopped being finite before step {self.step}. The last "
-                f"checkpoint is intact ({self.folder / 'checkpoints'}): make a bundle of it (`train.py --bundle-now`, "
-                "with the options of this run), and start another run from that bundle (--bundle) with a lower "
-                "learning rate"
+                f"checkpoint is intact ({self.folder / 'checkpoints'}): {self.task.remedy}"
             )
 
 

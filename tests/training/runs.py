@@ -22,6 +22,7 @@ from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.batches import Batches, DataShard
 from dcdd_core.training.config import OptimizationConfig, RunConfig
+from dcdd_core.training.decoder_task import DecoderTask
 from dcdd_core.training.encoded_batch import geometry_for
 from dcdd_core.training.examples import Example, ExampleMaker
 from dcdd_core.training.image_batch import Geometry
@@ -89,9 +90,8 @@ def run(
     shard = DataShard(rank=workers.process_index, world=workers.num_processes)
     return Trainer(
         folder,
-        decoder,
+        DecoderTask(decoder, examples),
         Batches(open_images(images, geometry), size=batch, shard=shard),
-        examples,
         OptimizationConfig(steps=steps, **RECIPE | changes),
         accelerator=workers,
         settings={},

@@ -18,6 +18,7 @@ from dcdd_core.training.cache import EncodingCache
 from dcdd_core.training.cache_writer import write_cache
 from dcdd_core.training.checkpoints import load_best
 from dcdd_core.training.config import DataConfig, OptimizationConfig, RunConfig
+from dcdd_core.training.decoder_task import DecoderTask
 from dcdd_core.training.encoded_batch import encode
 from dcdd_core.training.examples import ExampleMaker
 from dcdd_core.training.held_out import HeldOutLoss, count_images, split
@@ -185,9 +186,8 @@ def train_and_evaluate(folder, images, world):
 
     Trainer(
         folder,
-        decoder,
+        DecoderTask(decoder, ExampleMaker(decoder.card, tokenizer, codec, geometry)),
         Batches(parts.training, size=2, shard=DataShard(rank=shared.process_index, world=world)),
-        ExampleMaker(decoder.card, tokenizer, codec, geometry),
         recipe,
         accelerator=shared,
         settings={},

@@ -26,6 +26,7 @@ from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.training import checkpoints, stop
 from dcdd_core.training.batches import Batches, DataShard
 from dcdd_core.training.config import OptimizationConfig, RunConfig
+from dcdd_core.training.decoder_task import DecoderTask
 from dcdd_core.training.ema import EMA
 from dcdd_core.training.examples import ExampleMaker
 from dcdd_core.training.log import read_log
@@ -588,8 +589,7 @@ def test_unsupported_kinds_of_sharding_are_refused(tmp_path, kind, plugin, words
     with pytest.raises(ValueError, match=words):
         Trainer(
             tmp_path / "run",
-            tiny_decoder(),
-            None,
+            DecoderTask(tiny_decoder(), None),
             None,
             OptimizationConfig(steps=1),
             accelerator=workers,

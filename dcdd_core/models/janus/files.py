@@ -38,6 +38,7 @@ from ..checkpoints import (
     check_count,
     check_size,
     misfits,
+    model_name,
     quantised,
     read_config,
     read_headers,
@@ -187,7 +188,7 @@ class JanusFolder:
         self._file = self.path / "config.json"
         with in_file(self._file):
             require_text("dcdd_name", self._config.get("dcdd_name"), optional=True)
-        self.name = self._config.get("dcdd_name") or _name(self.path.resolve())
+        self.name = self._config.get("dcdd_name") or model_name(self.path)
         self._layout = _LAYOUTS[self.kind]
 
     def words(self) -> PreTrainedTokenizerFast:
@@ -458,10 +459,3 @@ def _method(said: Any) -> str:
         return "in a way that it does not name"
     bits = 4 if said.get("load_in_4bit") else 8 if said.get("load_in_8bit") else said.get("bits")
     return said["quant_method"] + (f", {bits} bits" if type(bits) is int else "")
-
-
-def _name(path: Path) -> str:
-    """A folder's name; a snapshot in the hub's cache (models--OWNER--NAME/snapshots/REVISION) has its repository's."""
-    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
-        return path.parents[1].name.rsplit("--", 1)[1]
-    return path.name

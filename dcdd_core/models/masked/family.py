@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ... import registry
 from ...protocols import ImageTokenizer
@@ -39,19 +40,7 @@ class MaskedFamily:
             int8: the blocks' linear weights stay in 8 bits in memory too.
         """
         sampler = load_masked(path, device="cpu" if int8 else device, dtype=dtype)
-        if not int8:
-            return sampler
-        model, fingerprint = sampler.model, f"{fingerprint_of(sampler.model.state_dict())} in int8"
-        store_in_int8(model.layers, device)
-        model.to(device)
-        return MaskedSampler(
-            model,
-            sampler.words,
-            sampler.codebook,
-            name=sampler.name,
-            sampling=sampler.sampling,
-            fingerprint=fingerprint,
-        )
+        return in_int8(sampler, sampler.model.layers, device) if int8 else sampler
 
     def load_tokenizer(
         self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
@@ -73,3 +62,17 @@ class MaskedFamily:
     def published_tokenizer(self) -> ImageTokenizer:
         """LlamaGen's, which the published masked samplers are trained on: the shapes of Janus' own."""
         return next(family for family in registry.samplers() if family.name == "janus").published_tokenizer()
+
+
+def in_int8(sampler: MaskedSampler, blocks: nn.Module, device: torch.device | str) -> MaskedSampler:
+    """A sampler, loaded on the CPU, moved to the device with the linear weights of its blocks in 8 bits.
+
+    Raises:
+        ValueError: without torchao.
+    """
+    model, fingerprint = sampler.model, f"{fingerprint_of(sampler.model.state_dict())} in int8"
+    store_in_int8(blocks, device)
+    model.to(device)
+    return MaskedSampler(
+        model, sampler.words, sampler.codebook, name=sampler.name, sampling=sampler.sampling, fingerprint=fingerprint
+    )
