@@ -1,0 +1,56 @@
+"""The decoder's training as the task of a `Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.decoder import DistributionConditionedDecoder
+from .config import OptimizationConfig
+from .examples import Example
+from .loss import decoder_loss
+from .trainable import decoder_optimizers
+from .trainer import Averaged
+
+
+class DecoderTask:
+    """See `trainer.Task`.
+
+    Args:
+        examples: the example of a batch; its random draws come from the generator that it is given.
+    """
+
+    remedy = (
+        "make a bundle of it (`train.py --bundle-now`, with the options of this run), and start another run from that "
+        "bundle (--bundle) with a lower learning rate"
+    )
+
+    def __init__(self, decoder: DistributionConditionedDecoder, examples: Callable[[Any, torch.Generator], Example]):
+        self.network, self.examples = decoder, examples
+        self.settings: Mapping[str, Any] = {"card": decoder.card.to_dict()}
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The backbone's."""
+        return self.network.backbone.blocks
+
+    def optimizers(self, config: OptimizationConfig, *, sharded: bool) -> list[torch.optim.Optimizer]:
+        """See `trainable.decoder_optimizers`."""
+        return decoder_optimizers(self.network, config, sharded=sharded)
+
+    def example(self, batch: Any, generator: torch.Generator, averaged: Averaged) -> Example:
+        """See `trainer.Task`; the averaged weights are not used."""
+        return self.examples(batch, generator)
+
+    def losses(
+        self,
+        network: DistributionConditionedDecoder,
+        example: Example,
+        generator: torch.Generator,
+        config: OptimizationConfig,
+    ) -> dict[str, torch.Tensor]:
+        """See `loss.decoder_loss`."""
+        return {"loss": decoder_loss(network, example, generator, config)}
