@@ -1,0 +1,77 @@
+"""aMUSEd as a family: which folders are its, and how they are loaded.
+
+An open reproduction of MUSE (Patil et al. 2024, arXiv 2401.01808), published as amused/amused-256 and
+amused/amused-512: 8,192 codes, 16 x 16 and 32 x 32 tokens of 16 pixels a side.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import VQModel
+
+from ..checkpoints import read_config
+from .amused_files import NETWORK, PIPELINES, AmusedFolder
+from .amused_tokenizer import AmusedTokenizer
+from .family import in_int8
+from .sampler import MaskedSampler
+
+
+class AmusedFamily:
+    """See `protocols.SamplerFamily`."""
+
+    name = "amused"
+    expected = "the folder of an aMUSEd model (amused-256 or amused-512), as diffusers writes it"
+
+    def reads(self, path: str) -> bool:
+        """A folder whose model_index.json is of an aMUSEd pipeline, or without one, whose transformer is aMUSEd's."""
+        folder = Path(path)
+        if (folder / "model_index.json").exists():
+            return read_config(folder, "model_index.json").get("_class_name") in PIPELINES
+        transformer = folder / "transformer"
+        return (transformer / "config.json").exists() and read_config(transformer).get("_class_name") == NETWORK
+
+    def load_sampler(
+        self,
+        path: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        int8: bool = False,
+        computes_on: torch.device | str | None = None,
+    ) -> MaskedSampler:
+        """See `AmusedFolder.sampler`; `computes_on` makes no difference.
+
+        Args:
+            int8: the transformer's linear weights stay in 8 bits in memory.
+        """
+        sampler = AmusedFolder(path).sampler(dtype=dtype, device="cpu" if int8 else device)
+        return in_int8(sampler, sampler.model.transformer.transformer_layers, device) if int8 else sampler
+
+    def load_tokenizer(
+        self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> AmusedTokenizer:
+        """See `AmusedFolder.tokenizer`."""
+        return AmusedFolder(path).tokenizer(dtype=dtype, device=device)
+
+    def published_tokenizer(self) -> AmusedTokenizer:
+        """That of both published models, at the larger one's grid."""
+        with torch.device("meta"):
+            model = VQModel(
+                block_out_channels=(128, 256, 256, 512, 768),
+                down_block_types=("DownEncoderBlock2D",) * 5,
+                up_block_types=("UpDecoderBlock2D",) * 5,
+                layers_per_block=2,
+                latent_channels=64,
+                num_vq_embeddings=8192,
+                mid_block_add_attention=False,
+                lookup_from_codebook=True,
+                force_upcast=True,
+            )
+        # A codebook's values are checked, so it needs some: these are random.
+        shape = model.quantize.embedding.weight.shape
+        return AmusedTokenizer(model, torch.randn(shape, generator=torch.Generator().manual_seed(0)), grid=(32, 32))
+
+
+FAMILY = AmusedFamily()
