@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from dcdd_core import registry
 from dcdd_core.files import write_tensors
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.protocols import ImageTokenizer
+from dcdd_core.training.masked_loss import tokens_and_errors
 
 from .embedded import model_paths
 from .scenes import SPLIT_SIZE, SPLIT_START, SceneFacts, Split, render_scene, sample_facts, scene_pixels
@@ -149,9 +149,7 @@ def encode_scenes(
     for start in range(0, len(indices), _BATCH):
         images = np.stack([render_scene(split, k, size=size).image for k in indices[start : start + _BATCH]])
         with torch.autocast(tokenizer.device.type, dtype=torch.bfloat16):
-            features = F.normalize(tokenizer.features(scene_pixels(images, tokenizer.device)), dim=-1)
-        tokens = tokenizer.tokens(features)
-        cosines = (features * tokenizer.codebook.vectors[tokens]).sum(-1)
-        found.append((tokens.cpu(), (1 - cosines).clamp(min=1e-4).log().cpu()))
+            features = tokenizer.features(scene_pixels(images, tokenizer.device))
+        found.append(tokens_and_errors(tokenizer, features))
     tokens, errors = (torch.cat(parts) for parts in zip(*found))
     return tokens, errors

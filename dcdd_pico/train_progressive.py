@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ from torch import nn
 from dcdd_core import registry
 from dcdd_core.evaluation.figures import save_image, training_curves
 from dcdd_core.files import write_text
-from dcdd_core.method import masked_modelling
 from dcdd_core.method.masked_modelling import CORRUPTIONS
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.masked.files import save_masked
 from dcdd_core.models.masked.network import MaskedTransformer
-from dcdd_core.models.masked.words import Words, padded
+from dcdd_core.models.masked.words import Words
 from dcdd_core.training.ema import EMA
 from dcdd_core.training.log import read_log
+from dcdd_core.training.masked_loss import Corruption, MaskedExample, drop_captions, make_example, masked_losses
 from dcdd_core.training.optimizers import adamw_with_muon
 from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 from dcdd_core.types import Codebook
@@ -44,149 +44,8 @@ _STAGE = 9
 _RATE = 1e-3
 _DROPPED = 0.1
 _EMA = 0.998
-_NEIGHBOURS = 8
-_MOST_WRONG = 0.4
-"""Largest share of the visible tokens that are replaced; uniform from 0, on average .2."""
-_COMPLETE = 0.1
-"""Share of the images that have no hidden position, as in the passes that only revise."""
-_PROBED = 4
-"""One in so many images is read a second time, with a few more positions revealed, to measure importance."""
-_PROBE = 0.08
-"""Share of the hidden positions that are revealed there."""
-_ERROR_WEIGHT, _IMPORTANCE_WEIGHT = 0.05, 0.02
 _BLOCK = 2048
 _SAVE_EVERY = 250
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Example:
-    """What the network sees of a batch, and what it is asked for.
-
-    Attributes:
-        ids: of the captions, or of the rows without one.
-        tokens: the scenes' own, [B, N] int64.
-        errors: standardised log quantisation error [B, N].
-        hidden, wrong: bool [B, N]; hidden positions, and visible ones with another token than the scene's.
-        seen: [B, N] int64, what stands there: K where hidden.
-        probe: bool [B, N], some of the hidden positions, in the images that are read twice.
-    """
-
-    ids: list[list[int]]
-    tokens: torch.Tensor
-    errors: torch.Tensor
-    hidden: torch.Tensor
-    wrong: torch.Tensor
-    seen: torch.Tensor
-    probe: torch.Tensor
-
-
-class Corruption:
-    """Replaces visible tokens by wrong ones, each image's from one source.
-
-    Args:
-        kinds: some of `CORRUPTIONS`; none leaves all visible tokens right.
-        model: whose draws are "samples"; used as it is when called.
-    """
-
-    def __init__(self, kinds: Sequence[str], codebook: Codebook, model: MaskedTransformer):
-        if unknown := set(kinds) - set(CORRUPTIONS):
-            raise ValueError(f"unknown corruptions {sorted(unknown)}: expected some of {', '.join(CORRUPTIONS)}")
-        self.kinds, self.model = tuple(kinds), model
-        self.neighbours = masked_modelling.neighbours(codebook.vectors.cpu(), _NEIGHBOURS)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        tokens: torch.Tensor,
-        hidden: torch.Tensor,
-        chosen: torch.Tensor,
-        ids: list[list[int]],
-        draw: torch.Generator,
-    ) -> torch.Tensor:
-        """Tokens [B, N] with others at the `chosen` positions (bool [B, N], visible ones); a few may be the same."""
-        if not self.kinds:
-            return tokens
-        kind = torch.randint(len(self.kinds), (len(tokens),), generator=draw)
-        found = tokens.clone()
-        for number, name in enumerate(self.kinds):
-            rows = (kind == number).nonzero().flatten()
-            if not len(rows):
-                continue
-            if name == "shuffled":
-                others = masked_modelling.shuffled(tokens[rows], draw)
-            elif name == "nearest":
-                others = masked_modelling.nearest(tokens[rows], self.neighbours, draw)
-            else:
-                others = self._samples(tokens[rows], (hidden | chosen)[rows], [ids[row] for row in rows], draw)
-            found[rows] = torch.where(chosen[rows], others, tokens[rows])
-        return found
-
-    def _samples(
-        self, tokens: torch.Tensor, hidden: torch.Tensor, ids: list[list[int]], draw: torch.Generator
-    ) -> torch.Tensor:
-        """The model's draws where `hidden`, all at once: the mistakes of a parallel pass."""
-        device = self.model.mask.device
-        seen = tokens.masked_fill(hidden, self.model.mask_token).to(device)
-        chances = self.model.logits(self.model(seen, self.model.prefix(*padded(ids, device)))).softmax(-1).cpu()
-        drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=draw)
-        return drawn.view(tokens.shape)
-
-
-def make_example(
-    ids: list[list[int]], tokens: torch.Tensor, errors: torch.Tensor, corruption: Corruption, draw: torch.Generator
-) -> Example:
-    """Hides and corrupts a batch; everything on the CPU."""
-    batch = len(tokens)
-    shares = masked_modelling.hidden_shares(torch.rand(batch, generator=draw))
-    shares = shares.masked_fill(torch.rand(batch, generator=draw) < _COMPLETE, 0.0)
-    hidden = masked_modelling.pick(shares, torch.ones_like(tokens, dtype=torch.bool), draw)
-    chosen = masked_modelling.pick(_MOST_WRONG * torch.rand(batch, generator=draw), ~hidden, draw)
-    shown = corruption(tokens, hidden, chosen, ids, draw)
-    probe = masked_modelling.pick(torch.full((batch,), _PROBE), hidden, draw)
-    probe[max(1, batch // _PROBED) :] = False
-    return Example(
-        ids=ids,
-        tokens=tokens,
-        errors=errors,
-        hidden=hidden,
-        wrong=~hidden & (shown != tokens),
-        seen=shown.masked_fill(hidden, corruption.model.mask_token),
-        probe=probe,
-    )
-
-
-def losses_of(network: MaskedTransformer, example: Example) -> dict[str, torch.Tensor]:
-    """The losses of a batch, and means to log: cross-entropy where hidden and where wrong.
-
-    "loss" is what is trained: the tokens' weighted cross-entropy and small parts of the two scores' losses.
-    """
-    device = network.mask.device
-    moved = {
-        name: getattr(example, name).to(device) for name in ("tokens", "errors", "hidden", "wrong", "seen", "probe")
-    }
-    tokens, hidden, wrong, seen, probe = (moved[name] for name in ("tokens", "hidden", "wrong", "seen", "probe"))
-    prefix = network.prefix(*padded(example.ids, device))
-    states = network(seen, prefix)
-    token_losses = masked_modelling.token_losses(network.logits(states), tokens)
-    weights = masked_modelling.position_weights(hidden, wrong)
-    predicted_error, predicted_importance = network.scores(states)
-    error_loss = masked_modelling.weighted_mean((predicted_error - moved["errors"]).square(), hidden.float())
-
-    probed = max(1, len(tokens) // _PROBED)
-    with torch.no_grad():
-        more = torch.where(probe, tokens, seen)[:probed]
-        after = masked_modelling.token_losses(network.logits(network(more, prefix.rows(0, probed))), tokens[:probed])
-        parts = (hidden[:probed], probe[:probed])
-        measured = masked_modelling.measured_importance(token_losses[:probed], after, *parts)
-    importance_loss = masked_modelling.importance_loss(predicted_importance[:probed], measured, *parts)
-    token_loss = masked_modelling.weighted_mean(token_losses, weights)
-    return {
-        "loss": token_loss + _ERROR_WEIGHT * error_loss + _IMPORTANCE_WEIGHT * importance_loss,
-        "hidden": masked_modelling.weighted_mean(token_losses, hidden.float()).detach(),
-        "wrong": masked_modelling.weighted_mean(token_losses, wrong.float()).detach(),
-        "error": error_loss.detach(),
-        "importance": importance_loss.detach(),
-    }
 
 
 def train_progressive(
@@ -215,7 +74,7 @@ def train_progressive(
     matrices = [name for name, weight in trained.items() if name.startswith("layers.") and weight.ndim == 2]
     optimizers = adamw_with_muon(trained, matrices, betas=(0.9, 0.95), weight_decay=0.05)
     ema = EMA(trained, _EMA)
-    corruption = Corruption(kinds, codebook, network)
+    corruption = Corruption(kinds, codebook, lambda work: work(network))
     digest = tokens_digest(tokenizer.model)
     block = min(_BLOCK, recipe.train_scenes)
     scenes = SceneTokens(
@@ -234,18 +93,19 @@ def train_progressive(
     )
     mean, deviation = held_out_errors.mean(), held_out_errors.std()
 
-    def example_of(facts: Sequence[Any], tokens: torch.Tensor, errors: torch.Tensor, draw: torch.Generator) -> Example:
+    def example_of(
+        facts: Sequence[Any], tokens: torch.Tensor, errors: torch.Tensor, draw: torch.Generator
+    ) -> MaskedExample:
         ids = [words.ids(one.caption()) for one in facts]
-        dropped = torch.rand(len(ids), generator=draw) < _DROPPED
-        ids = [words.unconditional(row) if drop else row for row, drop in zip(ids, dropped)]
+        ids = drop_captions(ids, _DROPPED, words.unconditional, draw)
         with ema.swapped_in(), context.autocast():
-            return make_example(ids, tokens, (errors - mean) / deviation, corruption, draw)
+            return make_example(ids, tokens, (errors - mean) / deviation, corruption, draw, codes=codebook.size)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         found = scenes.batch(i, size)
         example = example_of(found.facts, found.tokens, found.errors, keyed_generator(recipe.seed, _STAGE, i))
         with context.autocast():
-            losses = losses_of(network, example)
+            losses = masked_losses(network, example)
         network.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -264,7 +124,7 @@ def train_progressive(
             draw = keyed_generator(recipe.seed, _STAGE, 1 << 41, start)
             example = example_of(held_out_facts[part], held_out_tokens[part], held_out_errors[part], draw)
             with ema.swapped_in(), context.autocast():
-                losses = losses_of(network, example)
+                losses = masked_losses(network, example)
             for name, value in losses.items():
                 found.setdefault(name, []).append(float(value))
         return {name: sum(values) / len(values) for name, values in found.items()}

@@ -22,6 +22,7 @@ from ..pipelines.image_files import ReadPolicy
 from ..pipelines.images import TooSmallImage, UnreadableImage
 from ..settings import require_at_least
 from ..types import DCDDWarning
+from .captions import MissingCaption
 
 MIN_READ = 100
 """Images that are read before a share of unreadable ones means anything."""
@@ -128,18 +129,21 @@ class ReadCounter:
     """Counts what was read, and warns of each image that is left out.
 
     Attributes:
-        read, unreadable: so far; `read` includes the unreadable ones, but none that are too small.
+        read, unreadable: so far; `read` includes the unreadable ones, but none that are too small or lack a caption.
         small: images that are too small.
+        bare: images without a caption, where captions are read.
         reasons: name of an unreadable image -> what is wrong with it; of the first ones.
-        too_small: names of such images, the first ones.
+        too_small, uncaptioned: names of such images, the first ones.
     """
 
     def __init__(self, read: int = 0, unreadable: int = 0, small: int = 0):
         self.read = read
         self.unreadable = unreadable
         self.small = small
+        self.bare = 0
         self.reasons: dict[str, str] = {}
         self.too_small: dict[str, None] = {}
+        self.uncaptioned: dict[str, None] = {}
 
     def admit(self, item: Any, source: str) -> bool:
         """Counts an item; returns whether it can be used."""
@@ -150,6 +154,10 @@ class ReadCounter:
             self.small += 1
             if len(self.too_small) < MOST_NAMED:
                 self.too_small[item.key] = None
+        elif item.uncaptioned:
+            self.bare += 1
+            if len(self.uncaptioned) < MOST_NAMED:
+                self.uncaptioned[item.key] = None
         else:
             self.read += 1
             self.unreadable += 1
@@ -166,19 +174,21 @@ class ReadCounter:
         """
         source.policy.check(self.read, self.unreadable, self.reasons, source.name)
         if self.read == self.unreadable:
+            bare = f", and {self.bare} have no caption" if self.bare else ""
             raise ValueError(
-                f"none of the {self.read + self.small} images of {source.name} can be used: {self.unreadable} cannot "
-                f"be read, and {self.small} are too small (see --min-side)"
+                f"none of the {self.read + self.small + self.bare} images of {source.name} can be used: "
+                f"{self.unreadable} cannot be read, and {self.small} are too small (see --min-side){bare}"
             )
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for an item that is left out; `small` if it could be read."""
+    """Stands for an item that is left out; `small` or `uncaptioned` if it could be read."""
 
     key: str
     reason: str
     small: bool = False
+    uncaptioned: bool = False
 
 
 def load_in_order(
@@ -300,7 +310,11 @@ class Batches(Generic[Batch]):
             "mark": None if mark is None else list(mark),
             "read": self.counter.read,
             "unreadable": self.counter.unreadable,
-            "left_out": {"unreadable": self.counter.reasons, "small": list(self.counter.too_small)},
+            "left_out": {
+                "unreadable": self.counter.reasons,
+                "small": list(self.counter.too_small),
+                **({"uncaptioned": list(self.counter.uncaptioned)} if self.counter.uncaptioned else {}),
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -323,6 +337,7 @@ class Batches(Generic[Batch]):
         self.counter = ReadCounter(state["read"], state["unreadable"])
         named = state.get("left_out", {"unreadable": {}, "small": []})
         self.counter.reasons, self.counter.too_small = dict(named["unreadable"]), dict.fromkeys(named["small"])
+        self.counter.uncaptioned = dict.fromkeys(named.get("uncaptioned", ()))
 
 
 class _Loading(Dataset):
@@ -335,7 +350,8 @@ class _Loading(Dataset):
         try:
             return self.source.load(entry)
         except UnreadableImage as error:
-            return Unreadable(entry.key, str(error), isinstance(error, TooSmallImage))
+            kinds = {"small": isinstance(error, TooSmallImage), "uncaptioned": isinstance(error, MissingCaption)}
+            return Unreadable(entry.key, str(error), **kinds)
 
 
 def _leave_interrupts(_: int) -> None:

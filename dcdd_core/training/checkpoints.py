@@ -379,9 +379,12 @@ def _are_changes(value: Any) -> bool:
 
 
 def _are_left_out(value: Any) -> bool:
-    unreadable, small = (value.get("unreadable"), value.get("small")) if isinstance(value, dict) else (None, None)
+    if not isinstance(value, dict):
+        return False
+    unreadable = value.get("unreadable")
     named = isinstance(unreadable, dict) and all(isinstance(reason, str) for reason in unreadable.values())
-    return named and isinstance(small, list) and all(isinstance(name, str) for name in small)
+    lists = (value.get("small"), value.get("uncaptioned", []))
+    return named and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
 
 
 _COUNT: _Kind = ("a whole number >= 0", _is_count)

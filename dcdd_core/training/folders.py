@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from ..pipelines.image_files import DEFAULT_POLICY, FolderListing, ReadPolicy
 from ..pipelines.images import UnreadableImage, read_rgb, square, suffixes
 from .batches import DataShard, Entry, Mark
+from .captions import SUFFIX, Captions, caption_file, caption_of, read_caption
 from .image_batch import Geometry, ImageBatch, TrainingImage
 
 
@@ -23,14 +24,16 @@ class ImageSource:
     Attributes:
         min_side: in pixels; images whose shorter side has fewer are left out.
         passed_over: files that are not read, in words; "" if there are none.
+        captioned: the images are read with their captions, and those without one are left out.
     """
 
-    def __init__(self, name: str, geometry: Geometry, policy: ReadPolicy):
+    def __init__(self, name: str, geometry: Geometry, policy: ReadPolicy, *, captioned: bool = False):
         self.name = name
         self.geometry = geometry
         self.policy = policy
         self.min_side = policy.least(geometry.resolution)
         self.passed_over = ""
+        self.captioned = captioned
 
     @property
     def count(self) -> int | None:
@@ -45,17 +48,22 @@ class ImageSource:
         """The image as it is stored: bytes, a path, or a mapping with either."""
         return entry.data
 
+    def caption(self, entry: Entry) -> Any:
+        """An image's caption as it is stored: bytes, text, or None."""
+        return None
+
     def load(self, entry: Entry) -> TrainingImage:
         """Decodes an image, crops it to a square and resizes it.
 
         Raises:
-            UnreadableImage: if it cannot be decoded, for whatever reason, or is too small.
+            UnreadableImage: if it cannot be decoded, for whatever reason, or is too small, or lacks a caption.
         """
+        caption = caption_of(self.caption(entry)) if self.captioned else None
         image = read_rgb(_encoded(self.content(entry)), min_side=self.min_side)
         pixels = square(image, self.geometry.resolution)
         same = self.geometry.token_resolution == self.geometry.resolution
         token_pixels = pixels if same else square(image, self.geometry.token_resolution)
-        return TrainingImage(key=entry.key, pixels=pixels, token_pixels=token_pixels)
+        return TrainingImage(key=entry.key, pixels=pixels, token_pixels=token_pixels, caption=caption)
 
     def collate(self, items: Sequence[TrainingImage]) -> ImageBatch:
         """Items of `load` as a batch."""
@@ -65,6 +73,7 @@ class ImageSource:
             keys=tuple(item.key for item in items),
             pixels=pixels,
             token_pixels=pixels if same else torch.stack([item.token_pixels for item in items]),
+            captions=tuple(item.caption for item in items),
         )
 
 
@@ -76,12 +85,13 @@ class ImageFolder(ImageSource):
 
     Args:
         listing: of the folder, if there is one already.
+        captions: the caption of "a.jpg" is in "a.txt", beside it; None for images without captions.
 
     Attributes:
         names: relative paths, sorted.
 
     Raises:
-        ValueError: if there are no images.
+        ValueError: if there are no images, or captions are wanted and no image has one.
     """
 
     def __init__(
@@ -91,6 +101,7 @@ class ImageFolder(ImageSource):
         *,
         policy: ReadPolicy = DEFAULT_POLICY,
         listing: FolderListing | None = None,
+        captions: Captions | None = None,
     ):
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -103,7 +114,13 @@ class ImageFolder(ImageSource):
                 f"{folder} holds no images {found}; give a folder with {', '.join(suffixes())} in it or in "
                 "its sub-folders"
             )
-        super().__init__(str(folder), geometry, policy)
+        if captions is not None:
+            _check_captions(self.folder, self.names, set(listing.others), captions)
+        super().__init__(str(folder), geometry, policy, captioned=captions is not None)
+
+    def caption(self, entry: Entry) -> bytes | None:
+        """See `ImageSource.caption`."""
+        return read_caption(entry.data)
 
     @property
     def count(self) -> int:
@@ -126,6 +143,20 @@ class ImageFolder(ImageSource):
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """See `Source.entries`."""
         return (Entry(self.names[i], self.folder / self.names[i]) for i in shard.indices(len(self.names), epoch, start))
+
+
+def _check_captions(folder: Path, images: Sequence[str], others: Set[str], captions: Captions) -> None:
+    """Refuses a folder in which no image has a caption."""
+    if captions.column is not None:
+        raise ValueError(
+            f"{folder} is a folder of images, whose captions are in {SUFFIX} files beside them: leave --caption-column "
+            "out"
+        )
+    if not any(os.fspath(caption_file(Path(name))) in others for name in images):
+        raise ValueError(
+            f"{folder} has no captions, which this training needs: no image has a text file of its own name beside it, "
+            f"such as {caption_file(Path(images[0]))} for {images[0]}"
+        )
 
 
 def digest(lines: Iterable[str]) -> str:

@@ -62,20 +62,25 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingImage:
-    """One image: pixels [3, R, R] and token_pixels [3, T, T], both uint8; `key` names it."""
+    """One image with its name: pixels [3, R, R] and token_pixels [3, T, T], both uint8; the caption, if it is read."""
 
     key: str
     pixels: torch.Tensor
     token_pixels: torch.Tensor
+    caption: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageBatch:
-    """A batch of images: pixels [B, 3, R, R] and token_pixels [B, 3, T, T], both uint8; `keys` name them."""
+    """A batch of images: pixels [B, 3, R, R] and token_pixels [B, 3, T, T], both uint8; `keys` name them.
+
+    Their captions are None unless they are read.
+    """
 
     keys: tuple[str, ...]
     pixels: torch.Tensor
     token_pixels: torch.Tensor
+    captions: tuple[str | None, ...]
 
 
 def _multiples(value: int, unit: int) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..files import write_text
 from ..pipelines.image_files import first_of
@@ -23,12 +24,14 @@ class LeftOut:
     Attributes:
         unreadable: name of an image -> what is wrong with it; of the first `MOST_NAMED` of each process.
         small: names of images below `min_side`; of as many.
+        uncaptioned: names of images without a caption, where captions are read; of as many.
         min_side: in pixels; None for a cache, whose images were chosen when it was written.
         passed_over: files that are not read, in words; "" if there are none.
     """
 
     unreadable: Mapping[str, str] = field(default_factory=dict)
     small: tuple[str, ...] = ()
+    uncaptioned: tuple[str, ...] = ()
     min_side: int | None = None
     passed_over: str = ""
 
@@ -40,6 +43,7 @@ class LeftOut:
         return cls(
             unreadable=dict(sorted(unreadable.items())),
             small=tuple(sorted({name for counter in counters for name in counter.too_small})),
+            uncaptioned=tuple(sorted({name for counter in counters for name in counter.uncaptioned})),
             min_side=None if images is None else images.min_side,
             passed_over="" if images is None else images.passed_over,
         )
@@ -53,6 +57,8 @@ class LeftOut:
                 f"{_count(self.small)} have a side below {self.min_side} pixels (--min-side) and are left out: "
                 f"{first_of(self.small)}"
             )
+        if self.uncaptioned:
+            yield f"{_count(self.uncaptioned)} have no caption and are left out: {first_of(self.uncaptioned)}"
         if self.passed_over:
             yield self.passed_over
 
@@ -62,7 +68,10 @@ class LeftOut:
         Raises:
             OSError: if it cannot be written.
         """
-        values = {"unreadable": dict(self.unreadable), "small": list(self.small), "passed_over": self.passed_over}
+        values: dict[str, Any] = {"unreadable": dict(self.unreadable), "small": list(self.small)}
+        if self.uncaptioned:
+            values["uncaptioned"] = list(self.uncaptioned)
+        values["passed_over"] = self.passed_over
         write_text(folder / RECORD, json.dumps(values, indent=1) + "\n")
 
 

@@ -90,7 +90,10 @@ def restore_position(batches: Batches, positions: Sequence[Mapping[str, Any]]) -
 def _together(left_out: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What several processes left out, without the order."""
     unreadable = {name: reason for own in left_out for name, reason in own["unreadable"].items()}
-    return {"unreadable": unreadable, "small": sorted({name for own in left_out for name in own["small"]})}
+    small, uncaptioned = (
+        sorted({name for own in left_out for name in own.get(kind, ())}) for kind in ("small", "uncaptioned")
+    )
+    return {"unreadable": unreadable, "small": small} | ({"uncaptioned": uncaptioned} if uncaptioned else {})
 
 
 def _reach(position: Mapping[str, Any]) -> dict[str, Any]:

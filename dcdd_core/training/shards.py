@@ -8,7 +8,7 @@ import lzma
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -46,16 +46,16 @@ def tar_fields(file: Path) -> tuple[list[str], list[str]]:
         ValueError: if it cannot be read.
     """
     fields: dict[str, None] = {}
-    for _, held in islice(_samples(file, None, 0), _SAMPLES):
+    for _, held in islice(_samples(file, (), 0), _SAMPLES):
         fields |= dict.fromkeys(held)
     images = [name for name in fields if f".{name.rsplit('.', 1)[-1].lower()}" in suffixes()]
     return list(fields), images or [name for name in fields if name.rsplit(".", 1)[-1].lower() not in _NO_IMAGES]
 
 
-def tar_rows(file: Path, field: str, start: int) -> Iterator[tuple[str, Any]]:
-    """(key, bytes of the field) of each sample from number `start` on; None for a sample without the field, and an
+def tar_rows(file: Path, fields: Sequence[str], start: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(key, bytes of the fields) of each sample from number `start` on; None for a field that a sample lacks, and an
     UnreadableImage for one that is too large."""
-    return ((key, held.get(field)) for key, held in _samples(file, field, start))
+    return ((key, tuple(map(held.get, fields))) for key, held in _samples(file, fields, start))
 
 
 def cut_short(file: Path) -> bool:
@@ -73,24 +73,26 @@ def parquet_schema(file: Path) -> Any:
         return parquet.schema_arrow
 
 
-def parquet_rows(file: Path, column: str, start: int) -> Iterator[Any]:
-    """The values of a column, from row `start` on.
+def parquet_rows(file: Path, columns: Sequence[str], start: int) -> Iterator[tuple[Any, ...]]:
+    """The values of some columns, of images or captions, in each row from `start` on.
 
     Raises:
-        ValueError: if the file declares far more than it can hold, or the column cannot hold images.
+        ValueError: if the file declares far more than it can hold, or a column cannot hold images.
     """
     import pyarrow.types as types
 
     with _parquet(file) as parquet:
-        field = parquet.schema_arrow.field(column)
-        parts = list(field.type) if types.is_struct(field.type) else [field]
-        if any(types.is_nested(part.type) for part in parts):
-            raise ValueError(f"its column {column!r} holds {field.type}, expected images")
+        for column in columns:
+            field = parquet.schema_arrow.field(column)
+            parts = list(field.type) if types.is_struct(field.type) else [field]
+            if any(types.is_nested(part.type) for part in parts):
+                raise ValueError(f"its column {column!r} holds {field.type}, expected images or text")
+        tops = {column.split(".")[0] for column in columns}
         meta, size = parquet.metadata, file.stat().st_size
         for group in range(meta.num_row_groups):
             rows = meta.row_group(group)
             leaves = (rows.column(i) for i in range(rows.num_columns))
-            own = [leaf for leaf in leaves if leaf.path_in_schema.split(".")[0] == column.split(".")[0]]
+            own = [leaf for leaf in leaves if leaf.path_in_schema.split(".")[0] in tops]
             # Besides the values, an offset of 4 bytes and a flag for each row.
             declared = sum(leaf.total_uncompressed_size for leaf in own) + 5 * rows.num_rows
             if declared > max(_SMALL, _MOST_RATIO * size):
@@ -99,13 +101,13 @@ def parquet_rows(file: Path, column: str, start: int) -> Iterator[Any]:
                 start -= rows.num_rows
                 continue
             for batch in parquet.iter_batches(
-                batch_size=_ROWS, row_groups=[group], columns=[column], use_threads=False
+                batch_size=_ROWS, row_groups=[group], columns=list(columns), use_threads=False
             ):
-                for value in batch.column(column):
+                for values in zip(*(batch.column(column) for column in columns)):
                     if start:
                         start -= 1
                     else:
-                        yield value.as_py()
+                        yield tuple(value.as_py() for value in values)
 
 
 @contextmanager
@@ -117,8 +119,8 @@ def _parquet(file: Path) -> Iterator[Any]:
         yield parquet
 
 
-def _samples(file: Path, field: str | None, start: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, its fields) of each sample from number `start` on; the wanted field has its content, the others None.
+def _samples(file: Path, fields: Sequence[str], start: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, its fields) of each sample from number `start` on; the wanted fields have their content, the others None.
 
     Consecutive members that differ only in what follows their first dot are one sample.
     """
@@ -136,7 +138,7 @@ def _samples(file: Path, field: str | None, start: int) -> Iterator[tuple[str, d
                 number, key, held = number + 1, name[1], {}
             if name[2] in held:
                 raise ValueError(f"it has {member.name} twice in a row")
-            wanted = name[2] == field and number >= start
+            wanted = name[2] in fields and number >= start
             held[name[2]] = _content(tar, member) if wanted else None
         if key is not None and number >= start:
             yield key, held

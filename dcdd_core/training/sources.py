@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..pipelines.image_files import DEFAULT_POLICY, FolderListing, ReadPolicy, suffix_of, walk
 from ..types import DCDDWarning
+from .captions import SUFFIX, Captions
 from .folders import ImageFolder, ImageSource
 from .image_batch import Geometry
 from .tabular import SavedDataset, ShardStream
@@ -20,7 +21,12 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def open_images(
-    path: str | Path, geometry: Geometry, *, column: str | None = None, policy: ReadPolicy = DEFAULT_POLICY
+    path: str | Path,
+    geometry: Geometry,
+    *,
+    column: str | None = None,
+    policy: ReadPolicy = DEFAULT_POLICY,
+    captions: Captions | None = None,
 ) -> ImageSource:
     """The images at a local path; nothing is downloaded. Warns of files in a folder that are passed over.
 
@@ -29,9 +35,11 @@ def open_images(
             `Dataset.save_to_disk` wrote; or a pattern such as "shards/{000..127}.tar" or "data/train-*.parquet".
         column: the column of images in a dataset or in webdataset shards ("jpg"); None if there is only one.
         policy: which images may be left out.
+        captions: read the images with their captions, and leave those without one out: a .txt file beside each image of
+            a folder, a column of a dataset, a field of webdataset samples. None for images alone.
 
     Raises:
-        ValueError: if there are no images, or several kinds of files.
+        ValueError: if there are no images, several kinds of files, or no captions where they are wanted.
     """
     text = os.fspath(path)
     if not text.strip():
@@ -39,7 +47,7 @@ def open_images(
     if "://" in text:
         raise ValueError(f"{text} is not a local path, and nothing is downloaded here: give the path of a copy")
     folder = Path(text)
-    options = {"column": column, "policy": policy}
+    options = {"column": column, "policy": policy, "captions": captions}
     if not folder.is_dir():
         return ShardStream(_expand(text), geometry, **options)
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
@@ -47,7 +55,7 @@ def open_images(
     listing = FolderListing.of(folder)
     shards = [folder / name for name in listing.others if suffix_of(name) in _SHARDS]
     if not shards:
-        source: ImageSource = ImageFolder(folder, geometry, policy=policy, listing=listing)
+        source: ImageSource = ImageFolder(folder, geometry, policy=policy, listing=listing, captions=captions)
     elif listing.images:
         raise ValueError(
             f"{folder} holds both images and {shards[0].name}: give the sub-folder of the images, or a pattern such as "
@@ -55,7 +63,8 @@ def open_images(
         )
     else:
         source = ShardStream(shards, geometry, **options)
-    source.passed_over = listing.passed_over(used=_SHARDS if shards else ())
+    read = _SHARDS if shards else () if captions is None else (SUFFIX,)
+    source.passed_over = listing.passed_over(used=read)
     if source.passed_over:
         warnings.warn(f"{folder}: {source.passed_over}", DCDDWarning, stacklevel=2)
     return source

@@ -15,6 +15,7 @@ from ..files import reading, regular_file
 from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
 from ..types import DCDDWarning
 from .batches import DataShard, Entry, Mark
+from .captions import COLUMNS, FIELDS, Captions
 from .folders import ImageSource, digest
 from .image_batch import Geometry
 from .shards import cut_short, is_empty, parquet_rows, parquet_schema, tar_fields, tar_rows
@@ -36,6 +37,7 @@ class SavedDataset(ImageSource):
         *,
         column: str | None = None,
         policy: ReadPolicy = DEFAULT_POLICY,
+        captions: Captions | None = None,
     ):
         datasets = _datasets()
         _check_files(Path(folder))
@@ -49,11 +51,13 @@ class SavedDataset(ImageSource):
                 )
             found = found["train"]
         self.column = _chosen(list(found.features), lambda: _image_columns(found.features), column, str(folder))
-        found = found.with_format(None).select_columns([self.column])
+        self.caption_column = None if captions is None else captions.choose(list(found.features), COLUMNS, str(folder))
+        columns = [self.column, *([] if self.caption_column is None else [self.caption_column])]
+        found = found.with_format(None).select_columns(columns)
         if isinstance(found.features[self.column], datasets.Image):
             found = found.cast_column(self.column, datasets.Image(decode=False))
         self.data = found
-        super().__init__(str(folder), geometry, policy)
+        super().__init__(str(folder), geometry, policy, captioned=captions is not None)
 
     @property
     def count(self) -> int:
@@ -64,7 +68,8 @@ class SavedDataset(ImageSource):
     def fingerprint(self) -> str:
         """Of the number of rows, the column, and the files' names and sizes."""
         files = [Path(file["filename"]) for file in self.data.cache_files]
-        return digest([f"{len(self.data)} {self.column}", *(f"{file.name} {file.stat().st_size}" for file in files)])
+        columns = _joined(self.column, self.caption_column)
+        return digest([f"{len(self.data)} {columns}", *(f"{file.name} {file.stat().st_size}" for file in files)])
 
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """See `Source.entries`."""
@@ -73,6 +78,10 @@ class SavedDataset(ImageSource):
     def content(self, entry: Entry) -> Any:
         """See `ImageSource.content`."""
         return self.data[entry.data][self.column]
+
+    def caption(self, entry: Entry) -> Any:
+        """See `ImageSource.caption`."""
+        return self.data[entry.data][self.caption_column]
 
 
 class ShardStream(ImageSource):
@@ -88,7 +97,7 @@ class ShardStream(ImageSource):
 
     Args:
         files: all .parquet or all .tar.
-        column: as for `open_images`.
+        column, captions: as for `open_images`.
 
     Raises:
         ValueError: for files of another kind or of several splits, for a missing file, and for a missing column.
@@ -101,6 +110,7 @@ class ShardStream(ImageSource):
         *,
         column: str | None = None,
         policy: ReadPolicy = DEFAULT_POLICY,
+        captions: Captions | None = None,
     ):
         self.files = [Path(file) for file in files]
         kinds = {file.suffix.lower() for file in self.files}
@@ -126,13 +136,23 @@ class ShardStream(ImageSource):
             for file in empty:
                 warnings.warn(f"{file} is empty and passed over", DCDDWarning, stacklevel=2)
         self.tar = kinds == {".tar"}
-        self.column = self._column(self.files[0], column)
-        super().__init__(str(self.files[0].parent), geometry, policy)
+        self.column, self.caption_column = self._chosen_columns(self.files[0], column, captions)
+        self._columns = (self.column, *([] if self.caption_column is None else [self.caption_column]))
+        super().__init__(str(self.files[0].parent), geometry, policy, captioned=captions is not None)
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the column, and the files' names and sizes."""
-        return digest([self.column, *(f"{file.name} {file.stat().st_size}" for file in self.files)])
+        columns = _joined(self.column, self.caption_column)
+        return digest([columns, *(f"{file.name} {file.stat().st_size}" for file in self.files)])
+
+    def content(self, entry: Entry) -> Any:
+        """See `ImageSource.content`."""
+        return entry.data[0]
+
+    def caption(self, entry: Entry) -> Any:
+        """See `ImageSource.caption`."""
+        return entry.data[1]
 
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """See `Source.entries`. Without a mark, everything before `start` is read again, but not decoded."""
@@ -155,15 +175,15 @@ class ShardStream(ImageSource):
                 position += 1
 
     def _rows(self, files: Sequence[Path], number: int, row: int) -> Iterator[tuple[int, int, str, Any]]:
-        """(number of the file, row in it, key, undecoded value) of each row from the given one on."""
+        """(number of the file, row in it, key, undecoded values) of each row from the given one on."""
         for j in range(number, len(files)):
             k = row if j == number else 0
             try:
                 if self.tar and cut_short(files[j]):
                     problem = f"{files[j]} has no end marker: images may be missing from it; make it again"
                     warnings.warn(problem, DCDDWarning, stacklevel=2)
-                for name, value in self._open(files[j], k):
-                    yield j, k, f"{files[j].name}:{k if name is None else f'{name}.{self.column}'}", value
+                for name, values in self._open(files[j], k):
+                    yield j, k, f"{files[j].name}:{k if name is None else f'{name}.{self.column}'}", values
                     k += 1
                 if k == 0:
                     warnings.warn(f"{files[j]} has no rows and is passed over", DCDDWarning, stacklevel=2)
@@ -175,25 +195,26 @@ class ShardStream(ImageSource):
                 ) from error
 
     def _open(self, file: Path, start: int) -> Iterator[tuple[str | None, Any]]:
-        """(key in a tar, undecoded value) of each row of a file from row `start` on."""
+        """(key in a tar, undecoded values) of each row of a file from row `start` on."""
         if self.tar:
-            return tar_rows(file, self.column, start)
-        return ((None, value) for value in parquet_rows(file, self.column, start))
+            return tar_rows(file, self._columns, start)
+        return ((None, values) for values in parquet_rows(file, self._columns, start))
 
-    def _column(self, file: Path, wanted: str | None) -> str:
-        """The column of images in a file, and so in all of them."""
+    def _chosen_columns(self, file: Path, wanted: str | None, captions: Captions | None) -> tuple[str, str | None]:
+        """The columns of images and of captions in a file, and so in all of them."""
         try:
-            if self.tar:
-                names, images = tar_fields(file)
-                return _chosen(names, lambda: images, wanted, str(file))
-            schema = parquet_schema(file)
-        except _NoColumn:
-            raise
+            names, images = tar_fields(file) if self.tar else ((), ())
+            schema = None if self.tar else parquet_schema(file)
         except Exception as error:
             kind, said = "a webdataset shard" if self.tar else "a parquet file", " ".join(str(error).split())
             raise ValueError(f"{file} cannot be read as {kind} ({type(error).__name__}: {said})") from error
-        features = _datasets().Features.from_arrow_schema(schema)
-        return _chosen(list(features), lambda: _image_columns(features), wanted, str(file))
+        if schema is not None:
+            features = _datasets().Features.from_arrow_schema(schema)
+            names, images = list(features), [] if wanted is not None else _image_columns(features)
+        column = _chosen(names, lambda: images, wanted, str(file))
+        if captions is None:
+            return column, None
+        return column, captions.choose(names, FIELDS if self.tar else COLUMNS, str(file))
 
 
 def _check_files(folder: Path) -> None:
@@ -211,8 +232,9 @@ def _check_files(folder: Path) -> None:
             regular_file(path, "a part of a saved dataset")
 
 
-class _NoColumn(ValueError):
-    """There is no column of images, or more than one."""
+def _joined(column: str, caption_column: str | None) -> str:
+    """Both columns, for a fingerprint."""
+    return column if caption_column is None else f"{column} {caption_column}"
 
 
 def _datasets():
@@ -231,12 +253,12 @@ def _chosen(names: Sequence[str], images: Callable[[], Sequence[str]], wanted: s
     """
     if wanted is not None:
         if wanted not in names:
-            raise _NoColumn(f"{where} has no column {wanted!r}; it has {', '.join(names)}")
+            raise ValueError(f"{where} has no column {wanted!r}; it has {', '.join(names)}")
         return wanted
     found = images()
     if len(found) != 1:
         problem = f"has several columns of images ({', '.join(found)})" if found else "has no column of images"
-        raise _NoColumn(f"{where} {problem}; name the one to use, of {', '.join(names)}")
+        raise ValueError(f"{where} {problem}; name the one to use, of {', '.join(names)}")
     return found[0]
 
 

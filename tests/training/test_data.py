@@ -631,8 +631,8 @@ def test_a_repeated_value_of_a_parquet_file_is_not_held_in_every_row(tmp_path):
 
     path = parquet_of(tmp_path / "a.parquet", [png(7, (300, 300)) + bytes(10_000_000)] * 60, compression="zstd")
     assert path.stat().st_size < 10_000
-    rows = shards.parquet_rows(path, "image", 0)
-    assert number_of(square(read_rgb(next(rows)), 16)) == 7
+    rows = shards.parquet_rows(path, ["image"], 0)
+    assert number_of(square(read_rgb(next(rows)[0]), 16)) == 7
     assert pa.total_allocated_bytes() < 150e6  # 60 of them have 600 MB
     rows.close()
 

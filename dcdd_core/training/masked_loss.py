@@ -1,0 +1,205 @@
+"""What a masked sampler learns from a batch: images with hidden positions and wrong tokens, and the losses on them.
+
+Shapes: B batch, N tokens, K codes, D code dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..method import masked_modelling
+from ..method.masked_modelling import CORRUPTIONS
+from ..models.masked.network import MaskedTransformer
+from ..models.masked.words import padded
+from ..protocols import ImageTokenizer
+from ..types import Codebook
+
+_NEIGHBOURS = 8
+_MOST_WRONG = 0.4
+"""Largest share of the visible tokens that are replaced; uniform from 0, on average .2."""
+_COMPLETE = 0.1
+"""Share of the images that have no hidden position, as in the passes that only revise."""
+_PROBED = 4
+"""One in so many images is read a second time, with a few more positions revealed, to measure importance."""
+_PROBE = 0.08
+"""Share of the hidden positions that are revealed there."""
+_ERROR_WEIGHT, _IMPORTANCE_WEIGHT = 0.05, 0.02
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskedExample:
+    """What the network sees of a batch, and what it is asked for.
+
+    Attributes:
+        ids: of the captions, or of the rows without one.
+        tokens: the images' own, [B, N] int64.
+        errors: standardised log quantisation error [B, N].
+        hidden, wrong: bool [B, N]; hidden positions, and visible ones with another token than the image's.
+        seen: [B, N] int64, what stands there: K where hidden.
+        probe: bool [B, N], some of the hidden positions, in the images that are read twice.
+    """
+
+    ids: list[list[int]]
+    tokens: torch.Tensor
+    errors: torch.Tensor
+    hidden: torch.Tensor
+    wrong: torch.Tensor
+    seen: torch.Tensor
+    probe: torch.Tensor
+
+
+class Corruption:
+    """Replaces visible tokens by wrong ones, each image's from one source.
+
+    Args:
+        kinds: some of `CORRUPTIONS`; none leaves all visible tokens right.
+        run: runs a function on the model whose draws are "samples", and returns its result.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+
+    def __init__(
+        self, kinds: Sequence[str], codebook: Codebook, run: Callable[[Callable[[MaskedTransformer], Any]], Any]
+    ):
+        if unknown := set(kinds) - set(CORRUPTIONS):
+            raise ValueError(f"unknown corruptions {sorted(unknown)}: expected some of {', '.join(CORRUPTIONS)}")
+        self.kinds, self.run = tuple(kinds), run
+        count = min(_NEIGHBOURS, codebook.size - 1)
+        self.neighbours = masked_modelling.neighbours(codebook.vectors.cpu(), count) if "nearest" in kinds else None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        chosen: torch.Tensor,
+        ids: list[list[int]],
+        draw: torch.Generator,
+    ) -> torch.Tensor:
+        """Tokens [B, N] with others at the `chosen` positions (bool [B, N], visible ones); a few may be the same."""
+        if not self.kinds:
+            return tokens
+        kind = torch.randint(len(self.kinds), (len(tokens),), generator=draw)
+        found = tokens.clone()
+        for number, name in enumerate(self.kinds):
+            rows = (kind == number).nonzero().flatten()
+            if not len(rows):
+                continue
+            if name == "shuffled":
+                others = masked_modelling.shuffled(tokens[rows], draw)
+            elif name == "nearest":
+                others = masked_modelling.nearest(tokens[rows], self.neighbours, draw)
+            else:
+                others = self._samples(tokens[rows], (hidden | chosen)[rows], [ids[row] for row in rows], draw)
+            found[rows] = torch.where(chosen[rows], others, tokens[rows])
+        return found
+
+    def _samples(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, ids: list[list[int]], draw: torch.Generator
+    ) -> torch.Tensor:
+        """The model's draws where `hidden`, all at once: the mistakes of a parallel pass."""
+
+        def chances_of(model: MaskedTransformer) -> torch.Tensor:
+            device = model.mask.device
+            seen = tokens.masked_fill(hidden, model.mask_token).to(device)
+            return model.logits(model(seen, model.prefix(*padded(ids, device)))).softmax(-1).cpu()
+
+        drawn = torch.multinomial(self.run(chances_of).flatten(0, 1), 1, generator=draw)
+        return drawn.view(tokens.shape)
+
+
+def tokens_and_errors(tokenizer: ImageTokenizer, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B, N] int64 and log quantisation errors [B, N] float32 of features [B, N, D], on the CPU.
+
+    The error is log(1 - cosine) between a position's feature and its code.
+    """
+    features = F.normalize(features, dim=-1)
+    tokens = tokenizer.tokens(features)
+    cosines = (features * tokenizer.codebook.vectors[tokens]).sum(-1)
+    return tokens.cpu(), (1 - cosines).clamp(min=1e-4).log().cpu()
+
+
+def drop_captions(
+    ids: Sequence[list[int]],
+    share: float,
+    unconditional: Callable[[list[int]], list[int]],
+    draw: torch.Generator,
+) -> list[list[int]]:
+    """The ids of captions, a share of them replaced by the row without a prompt, which guidance is trained on."""
+    dropped = torch.rand(len(ids), generator=draw) < share
+    return [unconditional(row) if drop else row for row, drop in zip(ids, dropped)]
+
+
+def make_example(
+    ids: list[list[int]],
+    tokens: torch.Tensor,
+    errors: torch.Tensor,
+    corruption: Corruption,
+    draw: torch.Generator,
+    *,
+    codes: int,
+    schedule: str = "arccos",
+) -> MaskedExample:
+    """Hides and corrupts a batch; everything on the CPU.
+
+    Args:
+        codes: K.
+        schedule: one of `masked_modelling.HIDDEN_SHARES`.
+    """
+    batch = len(tokens)
+    shares = masked_modelling.hidden_shares(torch.rand(batch, generator=draw), schedule)
+    shares = shares.masked_fill(torch.rand(batch, generator=draw) < _COMPLETE, 0.0)
+    hidden = masked_modelling.pick(shares, torch.ones_like(tokens, dtype=torch.bool), draw)
+    chosen = masked_modelling.pick(_MOST_WRONG * torch.rand(batch, generator=draw), ~hidden, draw)
+    shown = corruption(tokens, hidden, chosen, ids, draw)
+    probe = masked_modelling.pick(torch.full((batch,), _PROBE), hidden, draw)
+    probe[max(1, batch // _PROBED) :] = False
+    return MaskedExample(
+        ids=ids,
+        tokens=tokens,
+        errors=errors,
+        hidden=hidden,
+        wrong=~hidden & (shown != tokens),
+        seen=shown.masked_fill(hidden, codes),
+        probe=probe,
+    )
+
+
+def masked_losses(network: MaskedTransformer, example: MaskedExample) -> dict[str, torch.Tensor]:
+    """The losses of a batch, and means to log: cross-entropy where hidden and where wrong.
+
+    "loss" is what is trained: the tokens' weighted cross-entropy and small parts of the two scores' losses.
+    """
+    device = network.mask.device
+    moved = {
+        name: getattr(example, name).to(device) for name in ("tokens", "errors", "hidden", "wrong", "seen", "probe")
+    }
+    tokens, hidden, wrong, seen, probe = (moved[name] for name in ("tokens", "hidden", "wrong", "seen", "probe"))
+    prefix = network.prefix(*padded(example.ids, device))
+    states = network(seen, prefix)
+    token_losses = masked_modelling.token_losses(network.logits(states), tokens)
+    weights = masked_modelling.position_weights(hidden, wrong)
+    predicted_error, predicted_importance = network.scores(states)
+    error_loss = masked_modelling.weighted_mean((predicted_error - moved["errors"]).square(), hidden.float())
+
+    probed = max(1, len(tokens) // _PROBED)
+    with torch.no_grad():
+        more = torch.where(probe, tokens, seen)[:probed]
+        after = masked_modelling.token_losses(network.logits(network(more, prefix.rows(0, probed))), tokens[:probed])
+        parts = (hidden[:probed], probe[:probed])
+        measured = masked_modelling.measured_importance(token_losses[:probed], after, *parts)
+    importance_loss = masked_modelling.importance_loss(predicted_importance[:probed], measured, *parts)
+    token_loss = masked_modelling.weighted_mean(token_losses, weights)
+    return {
+        "loss": token_loss + _ERROR_WEIGHT * error_loss + _IMPORTANCE_WEIGHT * importance_loss,
+        "hidden": masked_modelling.weighted_mean(token_losses, hidden.float()).detach(),
+        "wrong": masked_modelling.weighted_mean(token_losses, wrong.float()).detach(),
+        "error": error_loss.detach(),
+        "importance": importance_loss.detach(),
+    }
