@@ -18,7 +18,11 @@ from .protocols import Backbone, BackboneFamily, CodecFamily, LatentCodec, Sampl
 from .settings import shown
 
 #: Module below this package, and the family's name in it.
-_SAMPLERS: tuple[tuple[str, str], ...] = ((".models.janus", "FAMILY"), (".models.masked", "FAMILY"))
+_SAMPLERS: tuple[tuple[str, str], ...] = (
+    (".models.janus", "FAMILY"),
+    (".models.masked", "FAMILY"),
+    (".models.masked.amused", "FAMILY"),
+)
 _CODECS: tuple[tuple[str, str], ...] = ((".models.vae", "FAMILY"),)
 _BACKBONES: tuple[tuple[str, str], ...] = ((".models.backbones.flux_fill", "FAMILY"),)
 

@@ -11,6 +11,7 @@ from dcdd_core import registry
 from tests.contracts import toy_backbone, toy_codec, toy_vlm
 from tests.models.masked.tiny_masked import save_tiny_masked
 from tests.tiny import fill, save_janus, tiny_flux_config, tiny_vae
+from tests.tiny_amused import save_tiny_amused
 
 TOYS = (toy_vlm.ToyVLM(), toy_codec.ToyCodecFamily(), toy_backbone.ToyBackboneFamily())
 
@@ -29,6 +30,7 @@ def save_flux(folder: Path) -> Path:
 FILES = {
     "janus": save_janus,
     "masked": save_tiny_masked,
+    "amused": save_tiny_amused,
     "kl": save_vae,
     "flux-fill": save_flux,
     "toy": toy_vlm.save,

@@ -183,6 +183,8 @@ def test_only_its_own_files_are_read(name, files, tmp_path):
         registry.sampler_family(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         registry.sampler_family(tmp_path / "none")
-    (tmp_path / "config.json").write_text((files(name) / "config.json").read_text())
+    for configuration in ("config.json", "model_index.json"):
+        if (files(name) / configuration).exists():
+            (tmp_path / configuration).write_text((files(name) / configuration).read_text())
     with pytest.raises(ValueError):
         registry.sampler_family(tmp_path).load_sampler(str(tmp_path))

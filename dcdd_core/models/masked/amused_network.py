@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection
 
 CROP = (0, 0)
-"""Left and top pixel that an image is cropped at, as the network is told: the whole image."""
+"""Top and left pixel that an image is cropped at, as the network is told: the whole image."""
 AESTHETIC_SCORE = 6.0
 """Of LAION's aesthetic predictor, as the network is told: what its authors sample with."""
 CONDITIONS = 5

@@ -219,6 +219,8 @@ class MaskedSampler:
                 )
             return options
         drawn = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+        if options.temperature == 0:
+            drawn["order_noise"] = 0.0  # Greedy: the seed decides nothing, the order neither.
         return replace(self.sampling, **drawn)
 
     def _prefix(self, prompts: Sequence[str], *, guided: bool) -> Prefix:
