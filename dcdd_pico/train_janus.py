@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import torch
@@ -21,9 +20,9 @@ from transformers import (
 )
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from dcdd_core.files import write_text
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
+from dcdd_core.models.text_tokenizer import save_tokenizer
 from dcdd_core.training.ema import EMA
 from dcdd_core.training.optimizers import adamw_with_muon
 from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
@@ -185,22 +184,6 @@ def next_token_loss(
 
 def _all_prompts(facts: list[SceneFacts], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     return [prompt_ids(tokenizer, f.caption()) for f in facts]
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes a tokenizer so that transformers 4 reads it as well as 5.
-
-    transformers 5 writes the list of further special tokens under a name that 4 expects a dictionary at, and names a
-    class that 4 has not.
-    """
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text("utf-8"))
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.pop("backend", None)
-    write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def save_janus(

@@ -22,9 +22,11 @@ from dcdd_core.evaluation.figures import save_image, training_curves
 from dcdd_core.files import write_text
 from dcdd_core.method.masked_modelling import CORRUPTIONS
 from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.models.janus.masked_start import TEMPLATE, start_from_janus
 from dcdd_core.models.masked.files import save_masked
 from dcdd_core.models.masked.network import MaskedTransformer
 from dcdd_core.models.masked.words import Words
+from dcdd_core.models.text_tokenizer import save_tokenizer
 from dcdd_core.training.ema import EMA
 from dcdd_core.training.log import read_log
 from dcdd_core.training.masked_loss import Corruption, MaskedExample, drop_captions, make_example, masked_losses
@@ -34,9 +36,8 @@ from dcdd_core.types import Codebook
 
 from .build_context import WORK, BuildContext, Recipe
 from .embedded import WEIGHTS, model_paths
-from .progressive import SAMPLING, TEMPLATE, TOKENIZER, progressive_folder, start_from_janus
+from .progressive import SAMPLING, TOKENIZER, progressive_folder
 from .scene_tokens import SceneTokens, encode_scenes, scene_facts_of
-from .train_janus import save_tokenizer
 from .train_tokenizer import tokens_digest
 from .training_loop import train
 

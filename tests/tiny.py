@@ -26,13 +26,14 @@ from dcdd_core.models.backbones.flux_fill.inference import of_text_stream
 from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.janus.masked_start import TEMPLATE, start_from_janus
 from dcdd_core.models.masked.files import save_masked
 from dcdd_core.models.prior import PriorDifference
 from dcdd_core.types import Calibration, Codebook, Condition, TokenLogits
 from dcdd_pico.build_context import Recipe
 from dcdd_pico.embedded import PRIOR, PROGRESSIVE
 from dcdd_pico.export import export
-from dcdd_pico.progressive import SAMPLING, TEMPLATE, TOKENIZER, start_from_janus
+from dcdd_pico.progressive import SAMPLING, TOKENIZER
 from dcdd_pico.reader import SceneReader
 from dcdd_pico.train_autoencoder import autoencoder_config
 from dcdd_pico.train_decoder import transformer_config

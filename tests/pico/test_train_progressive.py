@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 import dcdd_pico.train_progressive as stage
 from dcdd_core import registry
+from dcdd_core.models.janus.masked_start import TEMPLATE, start_from_janus
 from dcdd_core.models.masked.files import load_masked
 from dcdd_core.models.masked.words import padded
 from dcdd_core.protocols import SamplingOptions
 from dcdd_pico.build_context import BuildContext, Recipe
-from dcdd_pico.progressive import SAMPLING, TEMPLATE, progressive_folder, start_from_janus
+from dcdd_pico.progressive import SAMPLING, progressive_folder
 from dcdd_pico.scene_tokens import SceneTokens, encode_scenes, scene_facts_of
 from dcdd_pico.scenes import scene_facts
 from tests.tiny import random_pico, tiny_janus

@@ -9,8 +9,10 @@ from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..checkpoints import read_config
+from ..masked.sampler import MaskedSampler
 from ..vq import VQTokenizer
 from .files import KINDS
+from .masked_start import masked_start
 from .sampler import JanusSampler
 from .tokenizer import load_tokenizer
 
@@ -42,6 +44,10 @@ class JanusFamily:
     ) -> VQTokenizer:
         """See `tokenizer.load_tokenizer`."""
         return load_tokenizer(path, device=device, dtype=dtype)
+
+    def start_masked(self, path: str, *, grid: tuple[int, int], seed: int) -> MaskedSampler:
+        """A masked sampler that starts from a Janus, for training; see `masked_start`."""
+        return masked_start(self.load_sampler(path), seed, grid=grid)
 
     def published_tokenizer(self) -> VQTokenizer:
         """Janus-Pro's: transformers' own defaults."""
