@@ -21,6 +21,7 @@ from .settings import shown
 _SAMPLERS: tuple[tuple[str, str], ...] = (
     (".models.janus", "FAMILY"),
     (".models.masked", "FAMILY"),
+    (".models.masked.bigfix", "FAMILY"),
     (".models.masked.amused", "FAMILY"),
 )
 _CODECS: tuple[tuple[str, str], ...] = ((".models.vae", "FAMILY"),)

@@ -629,6 +629,48 @@ def load_strictly(
     module.load_state_dict(dict(tensors), strict=not unused, assign=True)
 
 
+def load_renamed(
+    module: nn.Module,
+    held: Mapping[str, Any],
+    rename: Callable[[str], str],
+    file: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Loads a module on "meta" with tensors under another layout's names, as `open_saved` finds them in `file`.
+
+    Args:
+        rename: from a name in the module to the layout's.
+        dtype: as `read_wanted`.
+
+    Raises:
+        ValueError: naming missing and unexpected tensors and shapes that do not fit, in the layout's names; for weights
+            that are no floats, and NaN or infinity in them.
+    """
+    expected = {rename(name): (name, value.shape) for name, value in module.state_dict().items()}
+    shapes = {name: tuple(value.shape) if isinstance(value, torch.Tensor) else None for name, value in held.items()}
+    misfit = misfits(
+        missing=sorted(set(expected) - set(shapes)),
+        unexpected=sorted(set(shapes) - set(expected)),
+        wrong=[
+            f"{name} is {'no tensor' if shapes[name] is None else list(shapes[name])}, expected {list(shape)}"
+            for name, (_, shape) in expected.items()
+            if name in shapes and shapes[name] != tuple(shape)
+        ],
+    )
+    if misfit:
+        raise ValueError(f"{file} does not fit {type(module).__name__}; {misfit}: download it again, from its author")
+    if how := quantised({name: _SPELLINGS.get(held[name].dtype, str(held[name].dtype)) for name in expected}):
+        raise ValueError(f"{file} is quantised {how}, which is not read: take the original file")
+    tensors = {}
+    for theirs, (name, _) in expected.items():
+        # Copied: a file that is replaced later must not change the model through its mapping.
+        tensors[name] = held[theirs].to(device, dtype or held[theirs].dtype, copy=True)
+        check_finite(tensors[name], theirs, file)
+    module.load_state_dict(tensors, assign=True)
+
+
 def fingerprint_of(tensors: Mapping[str, torch.Tensor], most: int = 1024) -> str:
     """16 hexadecimal digits of the names, shapes and up to `most` values, evenly spread, of each tensor.
 

@@ -12,6 +12,7 @@ from tests.contracts import toy_backbone, toy_codec, toy_vlm
 from tests.models.masked.tiny_masked import save_tiny_masked
 from tests.tiny import fill, save_janus, tiny_flux_config, tiny_vae
 from tests.tiny_amused import save_tiny_amused
+from tests.tiny_bigfix import save_bigfix
 
 TOYS = (toy_vlm.ToyVLM(), toy_codec.ToyCodecFamily(), toy_backbone.ToyBackboneFamily())
 
@@ -31,6 +32,7 @@ FILES = {
     "janus": save_janus,
     "masked": save_tiny_masked,
     "amused": save_tiny_amused,
+    "bigfix": save_bigfix,
     "kl": save_vae,
     "flux-fill": save_flux,
     "toy": toy_vlm.save,

@@ -1,0 +1,129 @@
+"""BIGFix (Besnier et al. 2025, arXiv 2510.12231), a published masked sampler of images from text, as a family.
+
+How its released sampler's settings are said here: guidance_scale w is guidance 1 + w; a softmax temperature t, which
+multiplies the logits there, is temperature 1 / t. Theirs draws everything revealed again in each pass, but for the
+second, with new noise; here in the second too, and with the noise of a position, so that one whose distribution stays
+keeps its token. Its Halton order has rows by base 2 and columns by base 3, this one's the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ... import registry
+from ...method.progressive import ProgressiveOptions
+from ...protocols import ImageTokenizer
+from ...types import Codebook
+from ..checkpoints import fingerprint_of, read_config
+from ..int8 import store_in_int8
+from ..janus import llamagen
+from .bigfix_files import CHECKPOINT, MODEL_TYPE, TEXT, TOKENIZER, BigFixFolder, checkpoints
+from .bigfix_network import BigFixPrefix, BigFixTransformer
+from .bigfix_text import BigFixWords
+from .sampler import MaskedSampler
+
+SAMPLING = ProgressiveOptions(
+    guidance=6.0, top_p=0.8, passes=32, revision_passes=0, schedule="arccos", order="halton", revise="all", ramp=False
+)
+"""As the released configuration samples: 32 steps, guidance_scale 5, top-p 0.8."""
+
+
+class BigFixSampler(MaskedSampler):
+    """A `BigFixTransformer` as a `TokenSampler`; everything but reading prompts is the masked sampler's.
+
+    A row without a prompt has zeros for its text and asks for low rewards, one with a prompt for high ones
+    (`bigfix_network`): guidance leads away from both. Plain `SamplingOptions` say all filters themselves, so that the
+    released top-p of 0.8 is used where they, or options made from `sampling`, ask for it.
+    """
+
+    model: BigFixTransformer
+    words: BigFixWords
+
+    def __init__(
+        self,
+        model: BigFixTransformer,
+        words: BigFixWords,
+        codebook: Codebook,
+        *,
+        name: str = "",
+        sampling: ProgressiveOptions = SAMPLING,
+        fingerprint: str | None = None,
+    ):
+        super().__init__(model, words, codebook, name=name, sampling=sampling, fingerprint=fingerprint)
+
+    def _prefix(self, prompts: Sequence[str], *, guided: bool) -> BigFixPrefix:
+        ids, real = self.words.padded([self.words.ids(prompt) for prompt in prompts], self.model.mask.device)
+        return self.model.prefix(ids, real, guided=guided)
+
+
+class BigFixFamily:
+    """See `protocols.SamplerFamily`."""
+
+    name = "bigfix"
+    expected = f"the folder of BIGFix, with {CHECKPOINT}, {TOKENIZER} and the folder {TEXT}"
+
+    def reads(self, path: str) -> bool:
+        """A folder whose config.json says so, or without one, that holds a file BigFix*.pth."""
+        folder = Path(path)
+        if (folder / "config.json").exists():
+            return read_config(folder).get("model_type") == MODEL_TYPE
+        return folder.is_dir() and any(file.name.lower().startswith("bigfix") for file in checkpoints(folder))
+
+    def load_sampler(
+        self,
+        path: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        int8: bool = False,
+        computes_on: torch.device | str | None = None,
+    ) -> BigFixSampler:
+        """The sampler in a folder; `computes_on` makes no difference.
+
+        Args:
+            int8: the blocks' linear weights, and those of the text encoder's, in 8 bits.
+
+        Raises:
+            ValueError: as `BigFixFolder`.
+        """
+        folder = BigFixFolder(path)
+        codebook, words = folder.codebook(), folder.words()
+        model = folder.load_network(device="cpu" if int8 else device, dtype=dtype)
+        if len(words.tokenizer) > model.text_encoder.config.vocab_size:
+            raise ValueError(
+                f"{folder.text} has a tokenizer of {len(words.tokenizer)} words and an encoder of "
+                f"{model.text_encoder.config.vocab_size}: they do not belong together, take google/{TEXT}"
+            )
+        fingerprint = None
+        if int8:
+            fingerprint = f"{fingerprint_of(model.state_dict())} in int8"
+            store_in_int8(model.layers, device)
+            store_in_int8(model.text_encoder.encoder.block, device)
+            model.to(device)
+        return BigFixSampler(model, words, codebook, name=folder.name, fingerprint=fingerprint)
+
+    def load_tokenizer(
+        self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> ImageTokenizer:
+        """LlamaGen's, of the folder.
+
+        Raises:
+            ValueError: as `BigFixFolder` and `llamagen.load_tokenizer`.
+        """
+        folder = BigFixFolder(path)
+        return llamagen.load_tokenizer(
+            folder.tokenizer, grid=folder.config().grid, name=folder.name, device=device, dtype=dtype
+        )
+
+    def published_tokenizer(self) -> ImageTokenizer:
+        """LlamaGen's: the shapes of Janus' own, on the grid of 512 x 512 pixels."""
+        tokenizer = next(family for family in registry.samplers() if family.name == "janus").published_tokenizer()
+        tokenizer.grid = (32, 32)
+        return tokenizer
+
+
+FAMILY = BigFixFamily()
+"""BIGFix as a family: which folders are its, and how they are loaded."""

@@ -1,0 +1,151 @@
+"""BIGFix's text side: prompts as ids for T5, and T5's encoder from the folder of a whole T5 model.
+
+Shapes: L text slots.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from ...files import read_json, reading, utf8_path
+from ..checkpoints import (
+    check_count,
+    check_size,
+    load_strictly,
+    quantised,
+    read_config,
+    read_headers,
+    read_wanted,
+    whole_number,
+)
+
+TEXT_SLOTS = 120
+"""L of the published model: shorter prompts are padded to it."""
+
+_EXPECTED = "a text tokenizer"
+_AGAIN = "fetch the folder of google/flan-t5-xl again"
+_PARTS = ("shared.", "encoder.")
+_TIED = "encoder.embed_tokens.weight"
+# Entries of config.json, and the tensor and axis whose length each is.
+_SIZES = (
+    ("vocab_size", "shared.weight", 0),
+    ("d_model", "shared.weight", 1),
+    ("d_ff", "encoder.block.0.layer.1.DenseReluDense.wo.weight", 1),
+    ("num_heads", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", 1),
+    (
+        "relative_attention_num_buckets",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        0,
+    ),
+)
+
+
+class BigFixWords:
+    """T5's tokenizer, which ends every prompt with its end token and pads it on the right.
+
+    Attributes:
+        tokenizer: has a pad token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        if tokenizer.pad_token is None:
+            raise ValueError(f"the tokenizer names no pad_token: {_AGAIN}")
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, folder: Path) -> BigFixWords:
+        """From the tokenizer.json and tokenizer_config.json of a folder.
+
+        Raises:
+            ValueError: naming a file that is missing or damaged.
+        """
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            read_json(folder / name, _EXPECTED, _AGAIN)
+        with reading(folder / "tokenizer.json", _EXPECTED, _AGAIN), utf8_path(folder) as readable:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(readable, local_files_only=True)
+        return cls(tokenizer)
+
+    def ids(self, prompt: str) -> list[int]:
+        """The ids of a prompt with the end token, at most L and without padding.
+
+        Raises:
+            ValueError: for a blank prompt, and one of more than L tokens, whose end would not be read.
+        """
+        if not prompt.strip():
+            raise ValueError("the prompt is blank: say what to draw (for an image without a prompt, use guidance 0)")
+        encoded = self.tokenizer(prompt.strip(), return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        if len(ids) > TEXT_SLOTS:
+            unread = prompt.strip()[encoded["offset_mapping"][TEXT_SLOTS - 1][0] :]
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens with the end token, and BIGFix reads {TEXT_SLOTS}: shorten it by "
+                f"what begins with {unread[:40]!r}"
+            )
+        return ids
+
+    def padded(self, rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids of `ids` as one tensor [B, L], padded on the right, and bool [B, L]: where they are no padding."""
+        ids = torch.full((len(rows), TEXT_SLOTS), self.tokenizer.pad_token_id)
+        real = torch.zeros(len(rows), TEXT_SLOTS, dtype=torch.bool)
+        for row, found in enumerate(rows):
+            ids[row, : len(found)] = torch.tensor(found)
+            real[row, : len(found)] = True
+        return ids.to(device), real.to(device)
+
+    def unknown(self, prompt: str) -> list[str]:
+        """Parts of the prompt that the tokenizer lacks, such as letters of other scripts, each once, in order."""
+        encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        spans = zip(encoded["input_ids"], encoded["offset_mapping"])
+        unknown = self.tokenizer.unk_token_id
+        return list(dict.fromkeys(prompt[start:end].strip() for word, (start, end) in spans if word == unknown))
+
+    def known(self) -> list[str]:
+        """None by name: it reads any text, in pieces of words."""
+        return []
+
+
+def load_text_encoder(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> T5EncoderModel:
+    """The encoder in the folder of a T5 model, whole or the encoder alone; nothing of the decoder is read.
+
+    In float16 the last layer of each feed-forward stays in float32, since its values leave float16's range.
+
+    Raises:
+        ValueError: for entries of config.json that are wrong or not the weights', quantised weights, tensors that are
+            missing, unexpected or of a wrong shape, and files that cannot be read.
+    """
+    config = read_config(folder)
+    if config.get("model_type") != "t5":
+        raise ValueError(f"{folder} holds a model of type {config.get('model_type')!r}, expected 't5': {_AGAIN}")
+    file = folder / "config.json"
+    headers = read_headers(folder, lambda name: name.startswith(_PARTS))
+    check_count(
+        file,
+        "num_layers",
+        whole_number(config, "num_layers", str(folder), remedy=_AGAIN),
+        headers,
+        "encoder.block.",
+    )
+    usual = {"relative_attention_num_buckets": 32}
+    for entry, name, axis in _SIZES:
+        declared = whole_number(config, entry, str(folder), usual=usual.get(entry), remedy=_AGAIN)
+        check_size(file, entry, declared, headers, name, axis)
+    width = whole_number(config, "d_kv", str(folder), remedy=_AGAIN) * config["num_heads"]
+    check_size(file, "d_kv * num_heads", width, headers, "encoder.block.0.layer.0.SelfAttention.q.weight", 0)
+    if how := quantised({name: header.dtype for name, header in headers.items()}, headers):
+        raise ValueError(f"{folder} is quantised {how}, which is not read: take the original model")
+    with reading(file, "the configuration of a T5 model", _AGAIN), torch.device("meta"):
+        model = T5EncoderModel(T5Config.from_dict(config))
+    found = read_wanted(folder, lambda name: name.startswith(_PARTS))
+    found.pop(_TIED, None)
+    tensors = {
+        name: value.to(device, torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype)
+        for name, value in found.items()
+    }
+    load_strictly(model, tensors, str(folder), unused=[_TIED])
+    model.set_input_embeddings(model.shared)
+    return model.eval().requires_grad_(False)
