@@ -154,7 +154,9 @@ FAMILIES = {
     "JanusForConditionalGeneration": ("dcdd_core.models.janus",),
     "JanusSampler": ("dcdd_core.models.janus",),
     "JanusVQVAE": ("dcdd_core.models.janus", "dcdd_core.models.vq"),
-    "VQTokenizer": ("dcdd_core.models.janus", "dcdd_core.models.vq"),
+    "VQTokenizer": ("dcdd_core.models.janus", "dcdd_core.models.masked", "dcdd_core.models.vq"),
+    "UVit2DModel": ("dcdd_core.models.masked",),
+    "VQModel": ("dcdd_core.models.masked",),
 }
 
 
