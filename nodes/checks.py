@@ -82,13 +82,13 @@ def check_edit(token_logits: TokenLogits, sampler: TokenSampler, tokenizer: Imag
     wrong = []
     if token_logits.source == "proxy" and not token_logits.calibrated:
         wrong.append(
-            "token_logits come straight from a VQ-VAE Encode, and Janus cannot go on from them: add a Logit "
+            "token_logits come straight from a VQ-VAE Encode, and no sampler can go on from them: add a Logit "
             "Calibrator between the two nodes"
         )
     if token_logits.source == "vlm" and token_logits.calibrated:
         wrong.append(
-            "token_logits were sampled and then calibrated: connect the Janus Logit Sampler that sampled them itself, "
-            "without the Logit Calibrator"
+            "token_logits were sampled and then calibrated: connect the node that sampled them itself, without the "
+            "Logit Calibrator"
         )
     if token_logits.grid != sampler.grid:
         came, wanted = (
@@ -190,7 +190,7 @@ def without_provenance(token_logits: TokenLogits, calibration: Calibration) -> C
     """The calibration without what it was measured on; says on the node if that is not how the logits were sampled."""
     if token_logits.source == "vlm" and not token_logits.calibrated:
         differ = [
-            f"sampled with {name} {came:g} and calibrated for {own:g}: set {name} to {own:g} in the Janus Logit Sampler"
+            f"sampled with {name} {came:g} and calibrated for {own:g}: set {name} to {own:g} in the node that samples"
             for name in ("guidance", "temperature")
             if None not in (came := getattr(token_logits, name), own := getattr(calibration, name)) and came != own
         ]

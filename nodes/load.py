@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..dcdd_core import registry
+from ..dcdd_core.files import read_json
 from ..dcdd_core.models.bundle import DecoderOptions, load_decoder
 from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download
 from ..dcdd_core.pipelines.load import check_codec
@@ -28,7 +29,7 @@ STORAGE = ("auto", "float32", "bfloat16", "float16", "8-bit")
 
 
 class LoadJanus(io.ComfyNode):
-    """Janus or Janus-Pro, with its tokenizer."""
+    """Janus, Janus-Pro or a masked sampler, with its tokenizer."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -39,17 +40,21 @@ class LoadJanus(io.ComfyNode):
             description=(
                 "Loads a Janus or Janus-Pro model, which turns a prompt into image tokens, together with its "
                 "VQ-VAE. Put the model's whole folder into models/janus (the transformers or the DeepSeek layout). "
-                "'pico' is a tiny model that comes with the pack, so every workflow can be tried without a "
-                "download."
+                "Folders of masked samplers go there too, for the Progressive Token Sampler. 'pico' is a tiny model "
+                "that comes with the pack, so every workflow can be tried without a download."
             ),
-            search_aliases=["janus pro", "deepseek", "vlm", "autoregressive", "llm loader", "llamagen"],
+            search_aliases=["janus pro", "deepseek", "vlm", "autoregressive", "llm loader", "llamagen", "masked model"],
             inputs=[
                 _model(),
                 _dtype(),
                 _placement(),
             ],
             outputs=[
-                JanusModelSocket.Output("janus", display_name="janus", tooltip="Connect to a Janus Logit Sampler."),
+                JanusModelSocket.Output(
+                    "janus",
+                    display_name="janus",
+                    tooltip="Connect to a Janus Logit Sampler, or a masked sampler to a Progressive Token Sampler.",
+                ),
                 VQVAESocket.Output("vq_vae", display_name="vq_vae", tooltip="Converts between images and tokens."),
             ],
         )
@@ -250,7 +255,10 @@ def _model() -> io.Combo.Input:
         "model",
         options=[PICO, *model_folders.folders(model_folders.JANUS, holding="config.json")],
         default=PICO,
-        tooltip="A folder in models/janus that holds a Janus or Janus-Pro model, or the tiny built-in model.",
+        tooltip=(
+            "A folder in models/janus that holds a Janus or Janus-Pro model or a masked sampler, or the tiny built-in "
+            "model."
+        ),
     )
 
 
@@ -283,7 +291,13 @@ def _folder(model: str) -> Path:
 
 
 def _state(model: str) -> str:
-    return model_folders.state_of(_folder(model))
+    """Of the model's folder, and of its image tokenizer's where config.json names one elsewhere."""
+    folder = _folder(model)
+    config = read_json(folder / "config.json", "a model's configuration", "fetch the whole model again")
+    said = config.get("tokenizer")
+    tokenizer = folder / said if isinstance(said, str) else folder
+    places = dict.fromkeys(path.resolve() for path in (folder, tokenizer) if path.is_dir())
+    return "|".join(map(model_folders.state_of, places))
 
 
 def _tokenizer(folder: Path, model: str, placement: str) -> Managed[ImageTokenizer]:

@@ -17,7 +17,7 @@ from ..dcdd_core.types import Condition, Source
 from .host import Managed, ManagedCodec
 
 CATEGORY = "DCDD"
-CONNECT_LOGITS = "connect the token_logits of a Janus Logit Sampler or a VQ-VAE Encode"
+CONNECT_LOGITS = "connect the token_logits of a Janus Logit Sampler, Progressive Token Sampler or VQ-VAE Encode"
 CONNECT_VQ = "connect the vq_vae of a Load Janus or Load VQ-VAE"
 
 JanusModelSocket = io.Custom("JANUS_MODEL")

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 from einops import repeat
 
+from ..dcdd_core.evaluation.stage_sheet import nearest_known, stage_sheet
+from ..dcdd_core.method.progressive import ORDERS, Staged
 from ..dcdd_core.method.uncertainty import tokens_under_mask
 from ..dcdd_core.pipelines.encode import encode, fitting_size
+from ..dcdd_core.pipelines.oom import one_by_one
+from ..dcdd_core.pipelines.progressive import changed_plan, sample_stages, staged_sampler
 from ..dcdd_core.pipelines.sample import edit_prompts, partial_tokens, sample
-from ..dcdd_core.protocols import ImageTokenizer, Progress, SamplingOptions, TokenSampler
+from ..dcdd_core.protocols import ImageTokenizer, OnProgress, Progress, SamplingOptions, TokenSampler
 from ..dcdd_core.types import TokenLogits
 from . import checks, host
-from .convert import check_finite, image_of, mask_of, pixels_of, resized
+from .convert import check_finite, from_pil, image_of, mask_of, pixels_of, resized
 from .host import Managed
 from .sockets import (
     CONNECT_LOGITS,
@@ -26,6 +32,13 @@ from .sockets import (
     expect,
     schema,
 )
+
+#: The combo value that leaves the order to the model.
+OWN_ORDER = "the model's own"
+#: Of the Progressive Token Sampler: the sheet of its passes is an image.
+MOST_PASSES = 100
+#: Images of a batch in a preview, and with a sheet of their passes.
+MOST_SHOWN = 4
 
 
 class JanusLogitSampler(io.ComfyNode):
@@ -50,101 +63,130 @@ class JanusLogitSampler(io.ComfyNode):
                 "edit tokens",
                 "自回归",
             ],
-            inputs=[
-                JanusModelSocket.Input("janus", tooltip="From Load Janus."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    default="a large striped red heart in the centre on a wavy sky ground",
+            inputs=_inputs(),
+            outputs=[_sampled()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        janus: JanusModel,
+        token_logits: TokenLogits | None = None,
+        mask: torch.Tensor | None = None,
+        **drawn,
+    ) -> io.NodeOutput:
+        request = _requested(janus, token_logits, mask, **drawn)
+        sampler, previewing = janus.sampler.idle, host.shows_previews()
+        with host.noticed():
+            sampled = sample(
+                sampler,
+                request.prompts,
+                seeds=request.seeds,
+                options=request.options,
+                previous=token_logits,
+                resample=request.resample,
+                on_progress=_reporting(janus, math.prod(sampler.grid), token_logits, previewing),
+                host=_host(janus, previewing),
+            )
+        return io.NodeOutput(sampled)
+
+
+class ProgressiveTokenSampler(io.ComfyNode):
+    """Prompt -> tokens with all their logits, many of them in each of a few passes."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "ProgressiveTokenSampler",
+            "Progressive Token Sampler",
+            category="tokens",
+            description=(
+                "Samples an image from a prompt in a few passes, from coarse to fine: each pass reveals many tokens "
+                "at once and draws earlier ones again, so that mistakes are taken back. It needs a masked sampler. "
+                "Connect token_logits and a mask to sample again under the mask alone, which sees both sides of the "
+                "hole; or start from their tokens: image to image."
+            ),
+            search_aliases=[
+                "masked sampler",
+                "parallel sampler",
+                "maskgit",
+                "coarse to fine",
+                "token inpainting",
+                "revision",
+                "渐进",
+            ],
+            inputs=_inputs(
+                io.Int.Input(
+                    "passes",
+                    default=0,
+                    min=0,
+                    max=MOST_PASSES,
                     tooltip=(
-                        "What the image should show. pico knows only the words of its own small world; the "
-                        "node lists the words that it does not know."
+                        "How often the model runs; 0 uses its own number. More passes take longer, and fewer tokens "
+                        "are drawn at the same time."
                     ),
                 ),
                 io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
+                    "revision_passes",
+                    default=-1,
+                    min=-1,
+                    max=MOST_PASSES - 1,
                     tooltip=(
-                        "Seed of the first image; each further image of the batch adds 1. An image comes out "
-                        "the same in a batch and alone."
+                        "How many of the passes, the last ones, reveal nothing new and only draw again. -1 uses the "
+                        "model's own share of the passes."
                     ),
                 ),
-                io.Float.Input(
-                    "guidance",
-                    default=-1.0,
-                    min=-1.0,
-                    max=20.0,
-                    step=0.1,
+                io.Combo.Input(
+                    "order",
+                    options=[OWN_ORDER, *ORDERS],
+                    default=OWN_ORDER,
                     tooltip=(
-                        "How closely the prompt is followed (classifier-free guidance). -1 uses the model's own: 5 for "
-                        "Janus-Pro, 3 for pico, the built-in model. 1 turns guidance off and takes half the time."
+                        "Which tokens are revealed first. 'quantisation-error': those that the codebook says well. "
+                        "'importance': those that help the others most. 'confidence': those the model is sure of. "
+                        "'halton': evenly spread. Not every model can give the first two."
                     ),
-                ),
-                io.Float.Input(
-                    "temperature",
-                    default=1.0,
-                    min=0.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Below 1, sampling is safer; above 1, more varied. 0 always takes the most likely token.",
                 ),
                 io.Int.Input(
-                    "top_k",
-                    default=0,
-                    min=0,
+                    "spread",
+                    default=-1,
+                    min=-1,
+                    max=64,
+                    tooltip=(
+                        "Tokens of one pass keep so many rows and columns apart, as far as they can; 0 for none. -1 "
+                        "uses the model's own."
+                    ),
+                ),
+                io.Int.Input(
+                    "revise",
+                    default=-1,
+                    min=-1,
                     max=65536,
                     tooltip=(
-                        "Samples only from the k most likely tokens; 0 means all. The logits that are kept are "
-                        "always complete."
-                    ),
-                ),
-                io.Float.Input(
-                    "top_p",
-                    default=1.0,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "Samples only from the most likely tokens whose probabilities add up to this value; 1 "
-                        "means all."
+                        "Each pass draws so many of the revealed tokens again, the latest ones; 0 never takes one "
+                        "back, and as many as the image has tokens draws all again. -1 uses the model's own."
                     ),
                 ),
                 io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=256,
+                    "start",
+                    default=0,
+                    min=0,
+                    max=MOST_PASSES - 1,
                     tooltip=(
-                        "Number of images. In an edit, the batch size of the connected token_logits is used instead."
+                        "Image to image: the first passes, so many, reveal the tokens of token_logits instead of "
+                        "drawing them. Higher stays closer to that image; 0 draws everything."
                     ),
                 ),
-                io.Boolean.Input(
-                    "prompt_per_line",
-                    default=False,
-                    tooltip="Treats each line of the prompt as a prompt of its own, with batch_size images for each.",
-                ),
-                TokenLogitsSocket.Input(
-                    "token_logits",
-                    optional=True,
-                    tooltip=(
-                        "For an edit: the tokens to keep outside the mask, from this sampler, or from an image of "
-                        "your own through VQ-VAE Encode and Logit Calibrator."
-                    ),
-                ),
-                io.Mask.Input("mask", optional=True, tooltip="For an edit: white where tokens are sampled again."),
-            ],
+            ),
             outputs=[
-                TokenLogitsSocket.Output(
-                    "sampled",
-                    display_name="token_logits",
+                _sampled(),
+                io.Image.Output(
+                    "stages",
+                    display_name="stages",
                     tooltip=(
-                        "Tokens with their distributions. Connect to LCDM Encoder, VQ-VAE Decode or Logit Statistics."
+                        "A contact sheet of the passes for each image, at most four: what each revealed is green, "
+                        "what it rewrote orange."
                     ),
-                )
+                ),
             ],
         )
 
@@ -152,57 +194,55 @@ class JanusLogitSampler(io.ComfyNode):
     def execute(
         cls,
         janus: JanusModel,
-        prompt: str,
-        seed: int,
-        guidance: float,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        batch_size: int,
-        prompt_per_line: bool,
+        passes: int,
+        revision_passes: int,
+        order: str,
+        spread: int,
+        revise: int,
+        start: int,
         token_logits: TokenLogits | None = None,
         mask: torch.Tensor | None = None,
+        **drawn,
     ) -> io.NodeOutput:
-        expect(janus, JanusModel, "janus", "connect the janus output of Load Janus")
-        check_finite(guidance=guidance, temperature=temperature, top_p=top_p)
-        if (token_logits is None) != (mask is None):
-            raise ValueError("an edit needs token_logits and a mask: connect both, or neither to sample a new image")
-        sampler, tokenizer = janus.sampler.idle, janus.vq.idle
-        lines = [line for line in prompt.splitlines() if line.strip()] if prompt_per_line else [prompt]
-        resample = None
-        if token_logits is None:
-            prompts = [line for line in lines or [""] for _ in range(batch_size)]
-        else:
-            expect(token_logits, TokenLogits, "token_logits", CONNECT_LOGITS)
-            checks.check_edit(token_logits, sampler, tokenizer)
-            prompts = edit_prompts(lines, len(token_logits.tokens))
-            resample = _under_mask(mask, token_logits)
-        _name_unknown_words(sampler, "\n".join(lines))
-        progress, previewing = host.NodeProgress(math.prod(sampler.grid)), host.shows_previews()
-
-        def on_progress(now: Progress) -> None:
-            # A preview for each row of tokens, or for each step that is worth more than a row.
-            rows, before = (done * sampler.grid[0] // now.total for done in (now.done, now.done - 1))
-            preview = _so_far(tokenizer, sampler.grid, now, token_logits) if previewing and rows > before else None
-            progress.step(now.done, now.total, preview)
-
+        request = _requested(janus, token_logits, mask, start=start, **drawn)
+        sampler = staged_sampler(
+            janus.sampler.idle,
+            remedy="connect it to a Janus Logit Sampler, or choose a masked sampler in Load Janus",
+        )
+        if start and token_logits is None:
+            raise ValueError(
+                f"start is {start}, but there are no tokens to start from: connect token_logits, or set start to 0"
+            )
+        if revise == 0 and revision_passes > 0:
+            raise ValueError(
+                f"{revision_passes} revision_passes have nothing to draw again where revise is 0: set revision_passes "
+                "to 0, or revise to -1 or more than 0"
+            )
+        plan = changed_plan(
+            sampler.sampling,
+            request.options,
+            passes=passes or None,
+            revision_passes=None if revision_passes < 0 else revision_passes,
+            order=None if order == OWN_ORDER else order,
+            spread=None if spread < 0 else spread,
+            revise=None if revise < 0 else revise,
+            start=start,
+        )
+        previewing = host.shows_previews()
         with host.noticed():
-            sampled = sample(
+            staged = sample_stages(
                 sampler,
-                prompts,
-                seeds=[seed + k for k in range(len(prompts))],
-                options=SamplingOptions(
-                    guidance=sampler.default_guidance if guidance < 0 else guidance,
-                    temperature=temperature,
-                    top_k=top_k or None,
-                    top_p=top_p if top_p < 1 else None,
-                ),
+                request.prompts,
+                seeds=request.seeds,
+                options=plan,
                 previous=token_logits,
-                resample=resample,
-                on_progress=on_progress,
+                resample=request.resample,
+                on_progress=_reporting(janus, plan.passes, token_logits, previewing),
                 host=_host(janus, previewing),
             )
-        return io.NodeOutput(sampled)
+        # Without a pass there is nothing to show; the node has said why.
+        sheets = _sheets(janus, staged, request.prompts) if staged.stages else ExecutionBlocker(None)
+        return io.NodeOutput(staged.token_logits, sheets)
 
 
 class VQVAEEncode(io.ComfyNode):
@@ -263,7 +303,179 @@ class VQVAEEncode(io.ComfyNode):
         return io.NodeOutput(encoded, image_of(pixels))
 
 
-NODES = [JanusLogitSampler, VQVAEEncode]
+NODES = [JanusLogitSampler, ProgressiveTokenSampler, VQVAEEncode]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What both samplers are asked for.
+
+    Attributes:
+        prompts, seeds: one an image.
+        resample: bool [B, N] of an edit.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    options: SamplingOptions
+    resample: torch.Tensor | None
+
+
+def _requested(
+    janus: JanusModel,
+    token_logits: TokenLogits | None,
+    mask: torch.Tensor | None,
+    *,
+    prompt: str,
+    seed: int,
+    guidance: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    batch_size: int,
+    prompt_per_line: bool,
+    start: int | None = None,
+) -> _Request:
+    """
+    Args:
+        start: of a sampler in passes; from 1 on, token_logits without a mask are those of a whole image to start from.
+
+    Raises:
+        ValueError: for what does not fit together, in the words of the node.
+    """
+    expect(janus, JanusModel, "janus", "connect the janus output of Load Janus")
+    check_finite(guidance=guidance, temperature=temperature, top_p=top_p)
+    if (token_logits is None) != (mask is None) and not (start and mask is None):
+        instead = "" if start is None else "; to start from all of token_logits, set start to 1 or more"
+        raise ValueError(
+            f"an edit needs token_logits and a mask: connect both, or neither to sample a new image{instead}"
+        )
+    sampler = janus.sampler.idle
+    lines = [line for line in prompt.splitlines() if line.strip()] if prompt_per_line else [prompt]
+    resample = None
+    if token_logits is None:
+        prompts = [line for line in lines or [""] for _ in range(batch_size)]
+    else:
+        expect(token_logits, TokenLogits, "token_logits", CONNECT_LOGITS)
+        checks.check_edit(token_logits, sampler, janus.vq.idle)
+        prompts = edit_prompts(lines, len(token_logits.tokens))
+        whole = torch.ones(token_logits.tokens.shape, dtype=torch.bool)
+        resample = whole if mask is None else _under_mask(mask, token_logits)
+    _name_unknown_words(sampler, "\n".join(lines))
+    options = SamplingOptions(
+        guidance=sampler.default_guidance if guidance < 0 else guidance,
+        temperature=temperature,
+        top_k=top_k or None,
+        top_p=top_p if top_p < 1 else None,
+    )
+    seeds = [seed + k for k in range(len(prompts))]
+    return _Request(prompts=prompts, seeds=seeds, options=options, resample=resample)
+
+
+def _inputs(*own: io.Input) -> list[io.Input]:
+    """Of both samplers; those that only one of them has come after the prompt."""
+    return [
+        JanusModelSocket.Input("janus", tooltip="From Load Janus."),
+        io.String.Input(
+            "prompt",
+            multiline=True,
+            dynamic_prompts=True,
+            default="a large striped red heart in the centre on a wavy sky ground",
+            tooltip=(
+                "What the image should show. pico knows only the words of its own small world; the "
+                "node lists the words that it does not know."
+            ),
+        ),
+        *own,
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**63 - 1,
+            control_after_generate=True,
+            tooltip=(
+                "Seed of the first image; each further image of the batch adds 1. An image comes out "
+                "the same in a batch and alone."
+            ),
+        ),
+        io.Float.Input(
+            "guidance",
+            default=-1.0,
+            min=-1.0,
+            max=20.0,
+            step=0.1,
+            tooltip=(
+                "How closely the prompt is followed (classifier-free guidance). -1 uses the model's own: 5 for "
+                "Janus-Pro, 3 for pico, the built-in model. 1 turns guidance off and takes half the time."
+            ),
+        ),
+        io.Float.Input(
+            "temperature",
+            default=1.0,
+            min=0.0,
+            max=4.0,
+            step=0.05,
+            tooltip="Below 1, sampling is safer; above 1, more varied. 0 always takes the most likely token.",
+        ),
+        io.Int.Input(
+            "top_k",
+            default=0,
+            min=0,
+            max=65536,
+            tooltip=(
+                "Samples only from the k most likely tokens; 0 means all. The logits that are kept are always complete."
+            ),
+        ),
+        io.Float.Input(
+            "top_p",
+            default=1.0,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="Samples only from the most likely tokens whose probabilities add up to this value; 1 means all.",
+        ),
+        io.Int.Input(
+            "batch_size",
+            default=1,
+            min=1,
+            max=256,
+            tooltip="Number of images. In an edit, the batch size of the connected token_logits is used instead.",
+        ),
+        io.Boolean.Input(
+            "prompt_per_line",
+            default=False,
+            tooltip="Treats each line of the prompt as a prompt of its own, with batch_size images for each.",
+        ),
+        TokenLogitsSocket.Input(
+            "token_logits",
+            optional=True,
+            tooltip=(
+                "For an edit: the tokens to keep outside the mask, from this sampler, or from an image of "
+                "your own through VQ-VAE Encode and Logit Calibrator."
+            ),
+        ),
+        io.Mask.Input("mask", optional=True, tooltip="For an edit: white where tokens are sampled again."),
+    ]
+
+
+def _sampled() -> io.Output:
+    return TokenLogitsSocket.Output(
+        "sampled",
+        display_name="token_logits",
+        tooltip="Tokens with their distributions. Connect to LCDM Encoder, VQ-VAE Decode or Logit Statistics.",
+    )
+
+
+def _reporting(janus: JanusModel, total: int, token_logits: TokenLogits | None, previewing: bool) -> OnProgress:
+    """Moves the node's bar, with a preview for each row of tokens, or for each step that is worth more than a row."""
+    tokenizer, grid, progress = janus.vq.idle, janus.sampler.idle.grid, host.NodeProgress(total)
+
+    def on_progress(now: Progress) -> None:
+        rows, before = (done * grid[0] // now.total for done in (now.done, now.done - 1))
+        preview = _so_far(tokenizer, grid, now, token_logits) if previewing and rows > before else None
+        progress.step(now.done, now.total, preview)
+
+    return on_progress
 
 
 def _host(janus: JanusModel, previewing: bool) -> host.ComfyHost:
@@ -297,11 +509,31 @@ def _so_far(
     tokenizer: ImageTokenizer, grid: tuple[int, int], now: Progress, previous: TokenLogits | None
 ) -> torch.Tensor:
     """Up to four images while they are sampled: tokens that are not known yet are dark, or in an edit as before."""
-    before = None if previous is None else previous.part(now.first, now.first + len(now.tokens))
-    tokens = partial_tokens(now.tokens, now.known, before)[:4]
+    tokens, known = now.tokens[:MOST_SHOWN].cpu(), now.known[:MOST_SHOWN].cpu()
+    if previous is None:
+        tokens = torch.stack([nearest_known(*one, grid) for one in zip(tokens, known)])
+    else:
+        tokens = partial_tokens(tokens, known, previous.part(now.first, now.first + len(tokens)))
     pixels = torch.cat([tokenizer.decode_tokens(one, grid) for one in tokens.split(1)])
     if previous is None:
         side = tokenizer.factor
-        shown = repeat(now.known[:4], "b (h w) -> b 1 (h f) (w g)", h=grid[0], f=side, g=side)
+        shown = repeat(known, "b (h w) -> b 1 (h f) (w g)", h=grid[0], f=side, g=side)
         pixels = torch.where(shown.to(pixels.device), pixels, -0.8)
     return pixels
+
+
+def _sheets(janus: JanusModel, staged: Staged, prompts: list[str]) -> torch.Tensor:
+    """The passes of up to four images as an IMAGE, a contact sheet for each."""
+    tokenizer, grid = janus.vq.idle, staged.token_logits.grid
+    alone, memory = host.ComfyHost(janus.vq, convolutional=True), tokenizer.working_memory(grid)
+
+    def decode(tokens: torch.Tensor) -> torch.Tensor:
+        def one(k: int) -> torch.Tensor:
+            alone.bring(memory)
+            return tokenizer.decode_tokens(tokens[k : k + 1], grid).cpu()
+
+        return torch.cat(list(one_by_one(one, len(tokens), alone)))
+
+    shown = enumerate(prompts[:MOST_SHOWN])
+    sheets = [stage_sheet(staged.stages, decode, grid, row=row, title=" ".join(text.split())) for row, text in shown]
+    return torch.cat([from_pil(sheet) for sheet in sheets])

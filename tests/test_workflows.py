@@ -19,6 +19,7 @@ NOTES = {"MarkdownNote", "Note"}
 PICTURED = {
     "DCDD_FluxDecoder",
     "DCDD_JanusLogitSampler",
+    "DCDD_ProgressiveTokenSampler",
     "DCDD_VQVAEDecode",
     "DCDD_VQVAEEncode",
     "KSampler",

@@ -105,7 +105,6 @@ def edit_prompts(prompts: Sequence[str], count: int) -> list[str]:
     return [prompt for prompt in prompts for _ in range(count // len(prompts))]
 
 
-def partial_tokens(tokens: torch.Tensor, known: torch.Tensor, previous: TokenLogits | None = None) -> torch.Tensor:
-    """Tokens to preview while they are sampled: those known, and elsewhere those of `previous`, or code 0; [B, N]."""
-    before = torch.zeros_like(tokens) if previous is None else previous.tokens.to(tokens)
-    return torch.where(known.to(tokens.device), tokens, before)
+def partial_tokens(tokens: torch.Tensor, known: torch.Tensor, previous: TokenLogits) -> torch.Tensor:
+    """Tokens to preview while an edit is sampled: those known, and elsewhere those of `previous`; [B, N]."""
+    return torch.where(known.to(tokens.device), tokens, previous.tokens.to(tokens))

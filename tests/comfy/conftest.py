@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ def prepare(base: Path) -> Path:
 
     models/janus/another    pico with its codebook in another order
     models/janus/cut        the same with the beginning of its weights alone
+    models/janus/masked     a masked sampler with random weights, of pico's tokens; its image tokenizer is pico's own
     elsewhere/models/tiny   another Janus altogether: 4 x 4 tokens of 64 codes; in a folder of extra_model_paths.yaml
     models/dcdd             pico's decoder as bundle.safetensors; cut.safetensors, half of it; damaged.safetensors, the
                             JSON in its header spoilt; uncalibrated.safetensors, without its calibration
@@ -79,6 +81,7 @@ def prepare(base: Path) -> Path:
     shutil.copytree(another, cut)
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:100_000])
     save_janus(base / "elsewhere" / "models" / "tiny")
+    save_random_masked(models / "janus" / "masked", weights / "janus")
 
     bundle = (weights / "decoder.safetensors").read_bytes()
     calibrations = models / "dcdd" / "calibrations"
@@ -102,3 +105,38 @@ def prepare(base: Path) -> Path:
     # JSON is YAML.
     extra.write_text(json.dumps({"tests": {"base_path": str(base / "elsewhere"), "janus": "models"}}), "utf-8")
     return extra
+
+
+def save_random_masked(folder: Path, janus: Path) -> None:
+    """A masked sampler of pico's tokens with random weights; its image tokenizer lies in pico's own folder."""
+    from dcdd_core import registry
+    from dcdd_core.method.progressive import ProgressiveOptions
+    from dcdd_core.models.masked.files import save_masked
+    from dcdd_core.models.masked.network import MaskedConfig, MaskedTransformer
+    from dcdd_core.models.masked.words import Words
+    from tests.tiny import fill
+
+    template = "{prompt}"
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(janus / name, folder)
+    codebook = registry.sampler_family(janus).load_tokenizer(str(janus)).codebook
+    sizes = MaskedConfig(
+        grid=(12, 12),
+        codes=codebook.size,
+        code_dim=codebook.dim,
+        words=len(Words.load(folder, template).tokenizer),
+        width=32,
+        layers=2,
+        heads=2,
+        hidden=64,
+    )
+    save_masked(
+        folder,
+        fill(MaskedTransformer(sizes), 9),
+        codebook,
+        name="masked",
+        template=template,
+        tokenizer=os.path.relpath(janus, folder).replace(os.sep, "/"),
+        sampling=ProgressiveOptions(guidance=3.0, passes=6, revision_passes=2),
+    )

@@ -58,7 +58,7 @@ def default(spec: list) -> Any:
 
 
 def everything(graph: Graph) -> Graph:
-    """A prompt that uses every node of the pack, with pico."""
+    """A prompt that uses every node of the pack, with pico; in passes samples `masked` of `conftest.prepare`."""
     janus = graph.add("load", "DCDD_LoadJanus")
     vq = graph.add("load_vq", "DCDD_LoadVQVAE")
     decoder = graph.add("load_decoder", "DCDD_LoadDecoder")
@@ -71,6 +71,9 @@ def everything(graph: Graph) -> Graph:
     calibrated = graph.add("calibrate", "DCDD_LogitCalibrator", token_logits=proxies, vq_vae=vq, calibration=read)
     mask = graph.add("mask", "TEST_Mask", left=48, bottom=96, right=96, value=1.0)
     edited = graph.add("edit", "DCDD_JanusLogitSampler", janus=janus, guidance=1.0, token_logits=calibrated, mask=mask)
+    masked = graph.add("load_masked", "DCDD_LoadJanus", model="masked")
+    draw = {"janus": masked, "passes": 4, "start": 1, "token_logits": calibrated, "mask": mask}
+    passes = graph.add("sample_in_passes", "DCDD_ProgressiveTokenSampler", **draw)
     condition = graph.add("map", "DCDD_LCDMEncoder", token_logits=sampled, vq_vae=vq, decoder=decoder)
     doubt = graph.add("doubt", "DCDD_UncertaintyMask", condition=condition, token_size=8)
     painted = graph.add("paint", "DCDD_FluxDecoder", decoder=decoder, condition=condition, steps=4)
@@ -98,6 +101,6 @@ def everything(graph: Graph) -> Graph:
     sheet = graph.add(
         "compare", "DCDD_CompareDecoders", image_a=tokens, image_b=painted, image_c=local, image_d=("encode", 1)
     )
-    for link in (look, sheet, sharp, ("doubt", 1)):
+    for link in (look, sheet, sharp, output(passes, 1), ("doubt", 1)):
         graph.look(link)
     return graph

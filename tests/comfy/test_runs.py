@@ -34,6 +34,8 @@ def test_every_node_runs_with_progress_and_previews(server, graph):
     tokens = 144
     assert_reported(run.progress["sample"], [(k, tokens) for k in range(1, tokens + 1)])
     assert run.previews["sample"] >= 3 and run.previews["edit"] >= 3
+    assert_reported(run.progress["sample_in_passes"], [(k, 4) for k in range(1, 5)])
+    assert run.previews["sample_in_passes"] == 4, "one preview a pass"
     assert_reported(run.progress["paint"], [(k, 4) for k in range(1, 5)])
     assert run.progress["paint"][-4:] == [(k, 4) for k in range(1, 5)], "one report a step, for each has a preview"
     assert run.previews["paint"] == 4 and run.previews["repaint"] == 4, "one preview a step"

@@ -57,8 +57,10 @@ async def out_of_memory(request):
     """From now on, steps with more than `above` pictures run out of memory (null: none does); says how many did."""
     decoder = _pack_module("dcdd_core.models.decoder").DistributionConditionedDecoder
     loop = _pack_module("dcdd_core.models.janus.token_loop").TokenLoop
+    masked = _pack_module("dcdd_core.models.masked.network").MaskedTransformer
     if decoder.forward.__name__ != "limited":
         decoder.forward, loop._embed = _limited(decoder.forward), _limited(loop._embed)
+        masked._embed = _limited(masked._embed)
     raised = _memory["raised"]
     _memory.update(above=(await request.json())["above"], raised=0, steps=0)
     return web.json_response({"raised": raised})

@@ -80,6 +80,20 @@ def test_a_hidden_position_is_decoded_as_its_nearest_known_one():
     assert read[1].tolist() == [[0, 0, 0, 0]]
 
 
+def test_many_passes_go_on_below():
+    """Lines of 12 passes; the title is on the first alone."""
+    passes = [STAGES[0]] * 13 + [STAGES[1]]
+    sheet = np.asarray(stage_sheet(passes, decode, (2, 2), side=40, title="title"))
+    # labelled_grid: margins of 12, a head of 66 with a title and 34 without, 26 for a caption.
+    line = 2 * (40 + 26 + 12)
+    assert sheet.shape == (66 + line + 34 + line, 12 + 12 * (40 + 12), 3)
+    top, paper = 66 + line + 34, sheet[0, 0]
+    last = sheet[top : top + 40, 12 + 52 : 12 + 52 + 40]
+    assert last[5, 5].tolist() == [255] * 3 and last[30, 30].tolist() == [255] * 3, "the 14th, all of it known"
+    assert last[5, 30].tolist() == [0] * 3
+    assert (sheet[66 + line :, 12 + 2 * 52 + 120 :] == paper).all(), "nothing is beside it"
+
+
 def test_no_passes_are_refused():
     with pytest.raises(ValueError, match="no passes to show"):
         stage_sheet([], decode, (2, 2))

@@ -50,6 +50,7 @@ IT = of("it")
 #: The nodes that cases build on, two images in each batch.
 PARTS: dict[str, Node] = {
     "janus": ("DCDD_LoadJanus", {}),
+    "masked": ("DCDD_LoadJanus", {"model": "masked"}),
     "vq": ("DCDD_LoadVQVAE", {}),
     "decoder": ("DCDD_LoadDecoder", {}),
     "bare": ("DCDD_LoadDecoder", {"bundle": "bundle.safetensors"}),
@@ -117,6 +118,7 @@ PARTS: dict[str, Node] = {
 
 PROXIES = {"token_logits": of("proxies"), "vq_vae": of("vq")}
 DRAW = {"janus": of("janus"), "guidance": 1.0}
+REVEAL = {"janus": of("masked"), "guidance": 1.0}
 PAINT = {"decoder": of("decoder"), "condition": of("condition"), "steps": 2}
 FOLLOWED = {"token_logits": of("sampled"), "vq_vae": of("vq")}
 GUIDED = {"model": of("pico model"), "vae": of("pico model", 1), **FOLLOWED}
@@ -356,6 +358,39 @@ def edit_keeps_the_rest(found: Found) -> None:
     for name in ("tokens", "logits"):
         same(after[name][:, ~inside], before[name][:, ~inside])
     assert (after["tokens"] != before["tokens"])[:, inside].mean() > 0.25
+
+
+def options_matter(found: Found) -> None:
+    """Each option changes the tokens, and where it is the model's own it changes nothing."""
+    plain = found.arrays["it"]["tokens"]
+    for name, arrays in found.arrays.items():
+        if name == "as it is":
+            same(arrays["tokens"], plain)
+            same(arrays["logits"], found.arrays["it"]["logits"])
+        elif name != "it":
+            assert (arrays["tokens"] != plain).mean() > 0.02, f"{name} changes nothing"
+
+
+def start_keeps_what_it_reveals(found: Found) -> None:
+    """8 of 9 passes without revision reveal given tokens: the rest are those of the last pass alone."""
+    kept = found.arrays["it"]["tokens"] == found.arrays["given"]["tokens"]
+    assert 0.6 < kept.mean() < 0.95, kept.mean()
+    earlier = found.arrays["earlier"]["tokens"] == found.arrays["given"]["tokens"]
+    assert earlier.mean() < kept.mean() - 0.1, (earlier.mean(), kept.mean())
+
+
+def passes_are_shown(found: Found) -> None:
+    """4 of a batch of 5, one column a pass; new positions are green, and the last column is the image."""
+    sheets = found["it"]
+    assert sheets.shape[0] == 4 and sheets.shape[2] == 12 + 3 * (160 + 12)
+    assert not np.array_equal(sheets[0], sheets[1])
+    # Below the title and the names, each image is 160 pixels high.
+    top, below = 66, 66 + 160 + 26 + 12
+    plain, marked = (sheets[0][row : row + 160, 12:172] for row in (top, below))
+    assert (marked - plain)[..., 1].mean() > (marked - plain)[..., [0, 2]].mean() + 0.02
+    last = sheets[0][top : top + 160, 12 + 2 * 172 : 12 + 2 * 172 + 160]
+    blocks = ((np.arange(160) + 0.5) * SIDE / 160).astype(int)
+    np.testing.assert_allclose(last, found["decoded"][0][blocks][:, blocks], atol=0.01)
 
 
 def empty_mask_keeps_tokens(found: Found) -> None:
@@ -672,6 +707,19 @@ def painter(condition: str, seed: int, **values: Any) -> Node:
 HEART = "a large striped red heart in the centre on a wavy sky ground"  # the sampler's default
 LINES = f"{HEART}\n\na small red ring on a plain ground"
 COMBINED = {"image": of("noise"), "mask": of("mask")}
+PROGRESSIVE = "DCDD_ProgressiveTokenSampler"
+#: Of `masked`, whose own are 6 passes, 2 of them for revision, in Halton's order, and all are drawn again.
+PASSES: dict[str, Values] = {
+    "as it is": {"passes": 6, "revision_passes": 2, "order": "halton", "spread": 0, "revise": TOKENS},
+    "more passes": {"passes": 9},
+    "no revision pass": {"revision_passes": 0},
+    "another order": {"order": "importance"},
+    "kept apart": {"order": "raster", "spread": 3},
+    "not apart": {"order": "raster"},
+    "a few revised": {"revise": 5},
+    "none revised": {"revise": 0},
+}
+STARTED = {**REVEAL, "token_logits": of("calibrated"), "passes": 9, "revision_passes": 0, "revise": 0}
 AUTOENCODER = "autoencoder"
 SCHEMAS = json.loads(SNAPSHOT.read_text("utf-8"))
 DOWNLOADED = next(
@@ -770,6 +818,86 @@ CASES = [
         loose=("it",),
     ),
     Case(
+        name="masked sampler token by token",
+        node="DCDD_JanusLogitSampler",
+        inputs={"janus": of("masked"), "seed": 7},
+        more={"other": (PROGRESSIVE, {"janus": of("masked"), "seed": 7})},
+        keep={"it": IT, "other": of("other")},
+        check=same_as_another,
+        reports=[(k, 6) for k in range(1, 7)],
+        previews=6,
+    ),
+    Case(
+        name="revealed batch",
+        node=PROGRESSIVE,
+        inputs={**REVEAL, "seed": 7, "batch_size": 2},
+        more={
+            "first": (PROGRESSIVE, {**REVEAL, "seed": 7}),
+            "second": (PROGRESSIVE, {**REVEAL, "seed": 8}),
+        },
+        keep={"it": IT, "first": of("first"), "second": of("second")},
+        check=batch_is_its_singles,
+        reports=[(k, 6) for k in range(1, 7)],
+        previews=6,
+    ),
+    Case(
+        name="options of passes",
+        node=PROGRESSIVE,
+        inputs={"janus": of("masked"), "seed": 7},
+        more={name: (PROGRESSIVE, {"janus": of("masked"), "seed": 7, **values}) for name, values in PASSES.items()},
+        keep={"it": IT, **{name: of(name) for name in PASSES}},
+        check=options_matter,
+    ),
+    Case(
+        name="tokens drawn again under a mask",
+        node=PROGRESSIVE,
+        inputs={**REVEAL, "token_logits": of("calibrated"), "mask": of("mask"), "seed": 77},
+        keep={"it": IT, "given": of("calibrated")},
+        check=edit_keeps_the_rest,
+        reports=[(k, 6) for k in range(1, 7)],
+    ),
+    Case(
+        name="tokens drawn again under nothing",
+        node=PROGRESSIVE,
+        inputs={**REVEAL, "token_logits": of("calibrated"), "mask": of("empty mask")},
+        more={"end": ("TEST_Hold", {"value": of("it", 1)})},
+        keep={"it": IT, "given": of("calibrated")},
+        check=empty_mask_keeps_tokens,
+        notice="mask is empty",
+        reports=[],
+    ),
+    Case(
+        name="tokens to start from",
+        node=PROGRESSIVE,
+        inputs={**STARTED, "start": 8},
+        more={"earlier": (PROGRESSIVE, {**STARTED, "start": 4})},
+        keep={"it": IT, "earlier": of("earlier"), "given": of("calibrated")},
+        check=start_keeps_what_it_reveals,
+    ),
+    Case(
+        name="tokens to start from under a mask",
+        node=PROGRESSIVE,
+        inputs={**STARTED, "start": 2, "mask": of("mask")},
+        keep={"it": IT, "given": of("calibrated")},
+        check=edit_keeps_the_rest,
+    ),
+    Case(
+        name="sheets of the passes",
+        node=PROGRESSIVE,
+        inputs={**REVEAL, "passes": 3, "batch_size": 5},
+        more={"image": ("DCDD_VQVAEDecode", {"token_logits": IT, "vq_vae": of("masked", 1)})},
+        keep={"it": of("it", 1), "decoded": of("image")},
+        check=passes_are_shown,
+        previews=3,
+    ),
+    Case(
+        name="unknown words of a masked sampler",
+        node=PROGRESSIVE,
+        inputs={**REVEAL, "prompt": "a red zebra"},
+        check=anything,
+        notice="masked does not know zebra",
+    ),
+    Case(
         name="tokens of scenes",
         node="DCDD_VQVAEEncode",
         inputs={"vq_vae": of("vq"), "image": of("scenes")},
@@ -864,7 +992,7 @@ CASES = [
         inputs={"token_logits": of("unguided"), "vq_vae": of("vq"), "decoder": of("decoder")},
         more={"unguided": ("DCDD_JanusLogitSampler", {**DRAW, "seed": 7})},
         check=anything,
-        notice="set guidance to 3 in the Janus Logit Sampler",
+        notice="set guidance to 3 in the node that samples",
     ),
     Case(
         name="mask of doubt",
@@ -1049,6 +1177,7 @@ CASES = [
         )
         for node, inputs in (
             ("DCDD_JanusLogitSampler", DRAW),
+            ("DCDD_ProgressiveTokenSampler", REVEAL),
             ("DCDD_VQVAEEncode", {"vq_vae": of("vq"), "image": of("scenes")}),
             ("DCDD_VQVAEDecode", PROXIES),
             ("DCDD_FluxDecoder", PAINT),
@@ -1358,6 +1487,7 @@ def _refusals() -> list[Refusal]:
         )
         for node, inputs, names in (
             ("DCDD_JanusLogitSampler", DRAW, ("guidance", "temperature", "top_p")),
+            (PROGRESSIVE, REVEAL, ("guidance", "temperature", "top_p")),
             ("DCDD_UncertaintyMask", DOUBT, ("threshold", "blur")),
             ("DCDD_FluxDecoder", PAINT, ("strength",)),
             ("DCDD_DistributionGuidance", GUIDED, ("strength", "pull", "start_percent", "end_percent")),
@@ -1375,6 +1505,7 @@ def _refusals() -> list[Refusal]:
         )
         for node, inputs, names in (
             ("DCDD_JanusLogitSampler", DRAW, ("janus",)),
+            (PROGRESSIVE, {**REVEAL, "mask": of("mask")}, ("janus", "token_logits")),
             ("DCDD_VQVAEEncode", {"vq_vae": of("vq"), "image": of("noise")}, ("vq_vae",)),
             ("DCDD_LogitCalibrator", {**PROXIES, "decoder": of("decoder")}, ("token_logits", "vq_vae", "decoder")),
             ("DCDD_SaveCalibration", {"calibration": of("calibration")}, ("calibration",)),
@@ -1409,6 +1540,7 @@ def _refusals() -> list[Refusal]:
             ("DCDD_UncertaintyMask", DOUBT, "feature", "choose|tail entropy"),
             ("DCDD_UncertaintyMask", DOUBT, "edge", "choose|soft"),
             ("DCDD_DownloadModel", {}, "model", AUTOENCODER),
+            (PROGRESSIVE, REVEAL, "order", "halton"),
             ("DCDD_DistributionGuidance", GUIDED, "codes", "hard: the tokens"),
             ("DCDD_DistributionGuidance", GUIDED, "weight", "uniform"),
         )
@@ -1456,6 +1588,7 @@ def _refusals() -> list[Refusal]:
         for node, inputs in (
             ("DCDD_FluxDecoder", {**PAINT, "image": of("noise")}),
             ("DCDD_JanusLogitSampler", edit),
+            (PROGRESSIVE, {**REVEAL, "token_logits": of("calibrated")}),
         )
     ]
     return [
@@ -1558,6 +1691,66 @@ def _refusals() -> list[Refusal]:
             node="DCDD_JanusLogitSampler",
             inputs=edit,
             says=("token_logits and a mask", "connect both"),
+        ),
+        Refusal(
+            name="passes of a model that has none",
+            node=PROGRESSIVE,
+            inputs=DRAW,
+            says=("pico samples one token after the other", "connect it to a Janus Logit Sampler", "Load Janus"),
+        ),
+        Refusal(
+            name="start without tokens",
+            node=PROGRESSIVE,
+            inputs={**REVEAL, "start": 2},
+            says=("start is 2", "no tokens to start from", "connect token_logits", "set start to 0"),
+        ),
+        Refusal(
+            name="mask without tokens to start from",
+            node=PROGRESSIVE,
+            inputs={**REVEAL, "start": 2, "mask": of("mask")},
+            says=("token_logits and a mask", "connect both"),
+        ),
+        Refusal(
+            name="tokens without a mask that are not to start from",
+            node=PROGRESSIVE,
+            inputs={**REVEAL, "token_logits": of("calibrated")},
+            says=("token_logits and a mask", "connect both", "start to 1 or more"),
+        ),
+        Refusal(
+            name="start after the last pass",
+            node=PROGRESSIVE,
+            inputs={**STARTED, "start": 9},
+            says=("start must be less than passes, got 9 of 9", "has to draw"),
+        ),
+        Refusal(
+            name="revision passes alone",
+            node=PROGRESSIVE,
+            inputs={**REVEAL, "passes": 4, "revision_passes": 4},
+            says=("revision_passes must be less than passes, got 4 of 4", "has to reveal"),
+        ),
+        Refusal(
+            name="revision of nothing",
+            node=PROGRESSIVE,
+            inputs={**REVEAL, "revision_passes": 1, "revise": 0},
+            says=("1 revision_passes have nothing to draw again", "set revision_passes to 0, or revise to -1"),
+        ),
+        Refusal(
+            name="blank prompt of a masked sampler",
+            node=PROGRESSIVE,
+            inputs={**REVEAL, "prompt": " \n "},
+            says=("prompt is blank", "say what to draw"),
+        ),
+        Refusal(
+            name="tokens drawn again among uncalibrated ones",
+            node=PROGRESSIVE,
+            inputs={**REVEAL, "token_logits": of("proxies"), "mask": of("mask")},
+            says=("straight from a VQ-VAE Encode", "add a Logit Calibrator"),
+        ),
+        Refusal(
+            name="tokens drawn again among another model's",
+            node=PROGRESSIVE,
+            inputs={**REVEAL, "token_logits": of("other proxies"), "mask": of("mask")},
+            says=("come from another", "janus is masked", "codebook", "connect"),
         ),
         Refusal(
             name="lines that do not come out even",
@@ -1780,6 +1973,9 @@ REFUSALS = _refusals()
 INTERRUPTIONS = [
     Interruption("DCDD_PicoScene", {"batch_size": 3, "seed": 1}, armed="seed"),
     Interruption("DCDD_JanusLogitSampler", DRAW, armed="janus", report=30),
+    Interruption(PROGRESSIVE, REVEAL, armed="janus", report=3),
+    # After its last pass, while the sheets have the passes still to decode.
+    Interruption(PROGRESSIVE, {**REVEAL, "passes": 2}, armed="janus", report=2),
     Interruption("DCDD_VQVAEEncode", {"vq_vae": of("vq"), "image": of("three")}, armed="image"),
     Interruption("DCDD_LogitCalibrator", {**PROXIES, "reference": of("sampled")}, armed="reference", report=3),
     Interruption("DCDD_LCDMEncoder", PROXIES, armed="token_logits"),

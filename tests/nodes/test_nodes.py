@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import time
 from collections.abc import Callable
 from functools import cache
 
@@ -45,6 +47,19 @@ def test_node(case: Case, double, info):
 
 def test_every_node_has_a_case():
     assert {case.node for case in CASES} | {"DCDD_LoadJanus", "DCDD_LoadVQVAE", "DCDD_LoadCalibration"} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("file", ["models/janus/masked/config.json", f"custom_nodes/{PACK}/dcdd_pico/weights/janus"])
+def test_masked_sampler_is_loaded_again_when_its_files_change(file, double, info):
+    """Also those of its image tokenizer, which config.json names elsewhere."""
+    prompt = built(info, "TEST_Hold", {"value": of("masked")}, {}).prompt
+    assert "masked" in double.run(prompt).executed + double.run(prompt).cached
+    assert "masked" in double.run(prompt).cached
+    path = double.base / file
+    path = path / "config.json" if path.is_dir() else path
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
+    assert "masked" in double.run(prompt).executed
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

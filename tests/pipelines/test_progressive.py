@@ -9,7 +9,8 @@ import torch
 
 from dcdd_core.method.progressive import Staged, stage_rows
 from dcdd_core.pipelines.host import Host
-from dcdd_core.pipelines.progressive import sample_stages, staged_sampler
+from dcdd_core.pipelines.progressive import changed_plan, sample_stages, staged_sampler
+from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import DCDDWarning
 from tests.contracts.toy_vlm import ToyVLM, save
 from tests.models.masked.tiny_masked import SAMPLING, tiny_masked
@@ -101,3 +102,40 @@ def test_a_sampler_without_passes_is_refused(tmp_path):
     toy = ToyVLM().load_sampler(save(tmp_path / "toy"))
     with pytest.raises(ValueError, match="toy samples one token after the other and has no passes to choose"):
         staged_sampler(toy)
+    with pytest.raises(ValueError, match="has no passes to choose: use another node"):
+        staged_sampler(toy, remedy="use another node")
+
+
+DRAWN = SamplingOptions(guidance=2.0, temperature=0.5, top_k=7, top_p=0.9)
+
+
+def test_a_samplers_own_plan_with_what_is_given():
+    own = replace(SAMPLING, order="confidence", spread=2, top_k=3, top_p=0.5)  # 5 passes, 1 of them for revision
+    drawn = {"guidance": 2.0, "temperature": 0.5, "top_k": 7, "top_p": 0.9}
+    assert changed_plan(own, DRAWN) == replace(own, **drawn)
+    given = {"passes": 7, "revision_passes": 3, "order": "raster", "spread": 0, "revise": 5, "start": 2}
+    assert changed_plan(own, DRAWN, **given) == replace(own, **drawn, **given)
+    assert changed_plan(own, SamplingOptions()).top_k is None, "no filter is a choice too"
+
+
+@pytest.mark.parametrize(
+    ("given", "revising"),
+    [
+        ({"passes": 10}, 2),
+        ({"passes": 1}, 0),
+        ({"passes": 10, "revision_passes": 0}, 0),
+        ({"revise": 0}, 0),
+        ({"passes": 10, "revise": 0}, 0),
+        ({"revise": 4}, 1),
+    ],
+)
+def test_revision_keeps_its_share_of_other_passes(given, revising):
+    """And where nothing is revised, no pass is for that alone."""
+    assert changed_plan(SAMPLING, DRAWN, **given).revision_passes == revising
+
+
+def test_plans_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="4 revision passes have nothing to do where revise is 0"):
+        changed_plan(SAMPLING, DRAWN, revise=0, revision_passes=4)
+    with pytest.raises(ValueError, match="order must be one of"):
+        changed_plan(SAMPLING, DRAWN, order="odd")

@@ -35,6 +35,8 @@ SEARCHES = {
     "temperature scaling": "DCDD_LogitCalibrator",
     "entropy": "DCDD_LogitStatistics",
     "test image": "DCDD_PicoScene",
+    "coarse to fine": "DCDD_ProgressiveTokenSampler",
+    "masked sampler": "DCDD_ProgressiveTokenSampler",
     "export calibration": "DCDD_SaveCalibration",
     "no diffusion": "DCDD_SharpenToTokens",
     "over-cooked": "DCDD_TokenAgreement",
@@ -46,6 +48,7 @@ SEARCHES = {
     "llamagen": "DCDD_LoadVQVAE",
     "自回归": "DCDD_JanusLogitSampler",
     "令牌": "DCDD_VQVAEEncode",
+    "渐进": "DCDD_ProgressiveTokenSampler",
     "扩散解码": "DCDD_FluxDecoder",
 }
 LANGUAGES = ("en", "zh")
