@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import CLIPTokenizerFast
 
 from ...files import read_json, reading, utf8_path
+from ...settings import shown
 
 _EXPECTED = "a CLIP tokenizer"
 _AGAIN = "fetch the tokenizer's files again"
@@ -60,8 +61,8 @@ class AmusedWords:
         ids = self._padded(prompt)
         if len(ids) > self.length:
             raise ValueError(
-                f"the prompt has {len(ids)} text tokens with beginning and end, and the text encoder reads "
-                f"{self.length}: shorten it"
+                f"the prompt {shown(prompt, 40)} has {len(ids)} text tokens with beginning and end, and the text "
+                f"encoder reads {self.length}: shorten it"
             )
         return ids
 
