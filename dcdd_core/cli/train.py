@@ -1,4 +1,4 @@
-"""`dcdd train`: trains a decoder for a VLM on images; encodes images in advance; estimates what a training takes."""
+"""`dcdd train`: trains a decoder for a VLM, or a masked sampler of its tokens; encodes images; estimates a training."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .arguments import path, path_text, printable_output
 
 try:
     from ..training import estimate
-    from ..training.config import DataConfig, OptimizationConfig, RunConfig
-    from ..training.held_out import MOST
-    from ..training.optimizers import OPTIMIZERS
+    from ..training.config import DataConfig, OptimizationConfig
     from ..training.plan import Plan
     from ..training.progress import ProgressBar
     from ..training.run import make_accelerator, run_bundle, run_cache, run_training
     from ..training.stop import TrainingStopped
     from ..training.trainable import TRAINED
+    from . import train_progressive
+    from . import training_options as options
 except ImportError as error:
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6):
         raise
     sys.exit(f"train.py: training needs torch 2.6 or newer, this is {torch.__version__} ({error}): update torch")
 
-COMMANDS = ("train", "cache", "estimate")
+COMMANDS = ("train", "cache", "estimate", "progressive")
 _PICO = "pico"
 _RANK = 16
 _LESS_MEMORY = (
@@ -120,14 +120,7 @@ def train(args: argparse.Namespace) -> None:
         min_side=args.min_side,
         skip_unreadable=args.skip_unreadable,
     )
-    run = RunConfig(
-        samples=args.samples,
-        sample_every=args.sample_every,
-        save_every=_save_every(args.steps) if args.save_every is None else args.save_every,
-        log_every=args.log_every,
-        keep=args.keep,
-        held_out=args.held_out,
-    )
+    run = options.run_config(args)
     accelerator = make_accelerator(args.out, cpu=args.cpu, precision=args.precision, tracker=args.tracker)
     if args.bundle_now:
         run_bundle(args.out, plan, accelerator=accelerator, report=accelerator.print)
@@ -135,11 +128,6 @@ def train(args: argparse.Namespace) -> None:
         progress = ProgressBar(args.out.name, args.steps)
         report = accelerator.print
         run_training(args.out, plan, optimization, data, run, accelerator=accelerator, report=report, progress=progress)
-
-
-def _save_every(steps: int) -> int:
-    """Four checkpoints in a run that is shorter than 2000 updates."""
-    return min(RunConfig.save_every, max(1, steps // 4))
 
 
 def cache(args: argparse.Namespace) -> None:
@@ -190,29 +178,21 @@ def _refuse_idle(args: argparse.Namespace) -> None:
             raise ValueError(f"{', '.join(given)} would do nothing: {reason}; leave it out")
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a help text that does not say it, if there is one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or isinstance(action.default, bool) or "(default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
-
-
 def parser(prog: str) -> argparse.ArgumentParser:
-    """The parser of the three commands."""
+    """The parser of the commands."""
     top = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = top.add_subparsers(required=True, metavar=f"{{{','.join(COMMANDS)}}}")
     _add_train(commands, prog)
     _add_cache(commands)
     command = commands.add_parser(
         "estimate",
-        formatter_class=_Help,
+        formatter_class=options.Help,
         help="estimate the memory and time of a training",
         description="Estimates the memory and time of a training. No weights are loaded: shapes are enough.",
     )
     command.set_defaults(run=estimate.run)
     estimate.add_arguments(command, path)
+    train_progressive.add(commands)
     return top
 
 
@@ -224,22 +204,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         help="folder of a VLM (only its image tokenizer is read), or 'pico', the embedded one",
     )
     command.add_argument("--vae", type=path, help="FLUX's autoencoder: a diffusers folder, or ae.safetensors")
-    command.add_argument("--column", help="column of the images, in a dataset or in webdataset shards")
-    command.add_argument(
-        "--min-side",
-        type=int,
-        metavar="PIXELS",
-        help="leave out images whose shorter side is smaller, rather than enlarge them (default: half of --resolution)",
-    )
-    command.add_argument(
-        "--skip-unreadable",
-        type=float,
-        metavar="SHARE",
-        default=ReadPolicy.skip_unreadable,
-        help="the largest share of the images that may be unreadable and left out",
-    )
+    options.add_images(command, side="--resolution")
     command.add_argument("--resolution", type=int, help="side of the images in pixels (default: the VLM's own)")
-    command.add_argument("--workers", type=int, default=0, help="processes that decode images, per device")
     command.add_argument("--out", type=path, required=True, help="folder to write to; a run there is resumed")
     command.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
 
@@ -248,7 +214,7 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     command = commands.add_parser(
         "train",
         prog=prog,
-        formatter_class=_Help,
+        formatter_class=options.Help,
         help="train a decoder (the default)",
         description="Trains a decoder and writes its bundle, OUT/decoder.safetensors. The same command resumes a run "
         "that was stopped.",
@@ -263,75 +229,27 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     group.add_argument("--licence", help="licence of the result (default: that of the starting point)")
 
     group = command.add_argument_group("data")
-    source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--data",
-        type=path_text,
-        help="a folder of images, parquet files or webdataset shards, a saved dataset, or a pattern of shards",
-    )
-    source.add_argument("--cache", type=path, help="a folder that `train.py cache` wrote")
+    options.add_source(group)
     data = {field.name: field.default for field in fields(DataConfig)}
-    group.add_argument("--verify", action="store_true", help="first compare the whole --cache with its checksums")
     group.add_argument("--variant", default="lcdm+lc", choices=VARIANTS, help="kind of condition")
     group.add_argument(
         "--localised", type=float, default=data["localised"], help="fraction of images that train localised decoding"
-    )
-    group.add_argument(
-        "--window", type=int, default=data["window"], help="images of a stream that are shuffled at a time"
     )
 
     group = command.add_argument_group("optimisation")
     default = {field.name: field.default for field in fields(OptimizationConfig)}
     group.add_argument("--train", default="attention", choices=TRAINED, help="what is trained, besides the adapter")
     group.add_argument("--rank", type=int, default=_RANK, help="rank of --train lora")
-    group.add_argument("--steps", type=int, default=50_000, help="updates of the weights")
-    group.add_argument("--batch", type=int, default=data["batch"], help="images per device and micro-batch")
-    group.add_argument("--accumulate", type=int, default=default["accumulation"], help="micro-batches per update")
-    group.add_argument("--learning-rate", type=float, default=1e-4, help="the peak, after the warm-up; then a cosine")
-    group.add_argument("--warmup", type=int, default=500, help="updates of linear warm-up")
-    group.add_argument("--weight-decay", type=float, default=default["weight_decay"], help="of the optimiser")
-    group.add_argument("--clip", type=float, default=default["clip"], help="largest gradient norm; inf for any")
-    group.add_argument("--average-decay", type=float, default=0.9999, help="decay of the weights' EMA")
+    defaults = {"learning_rate": 1e-4, "weight_decay": default["weight_decay"], "ema_decay": 0.9999}
+    options.add_updates(group, **defaults, batch=data["batch"])
     group.add_argument("--density", default=default["density"], choices=DENSITIES, help="of the sampled times")
     group.add_argument(
         "--shift", type=float, default=default["shift"], help="mu of the time shift; positive means more noise"
     )
     group.add_argument("--weighting", default=default["weighting"], choices=WEIGHTINGS, help="of the loss over time")
-    group.add_argument("--optimizer", default=default["optimizer"], choices=OPTIMIZERS, help="optimiser")
-    group.add_argument(
-        "--precision",
-        choices=("bf16", "no"),
-        help="mixed precision (default: the launcher's, or else bf16 on a GPU and no on a CPU)",
-    )
-    group.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
-    group.add_argument("--seed", type=int, default=default["seed"], help="of all random draws")
 
-    group = command.add_argument_group("logging and checkpoints")
-    run = {field.name: field.default for field in fields(RunConfig)}
-    group.add_argument("--tracker", help="one of accelerate's, such as tensorboard; log.jsonl is written anyway")
-    group.add_argument("--samples", type=int, default=run["samples"], help="images on a sample sheet")
-    group.add_argument(
-        "--sample-every",
-        type=int,
-        default=run["sample_every"],
-        help="updates between evaluations: the loss on held-out images, and sample sheets",
-    )
-    group.add_argument(
-        "--held-out",
-        type=float,
-        default=run["held_out"],
-        metavar="FRACTION",
-        help=f"of the images, at most {MOST}, that are never trained on: eval/loss is the loss on them, and "
-        "OUT/best.safetensors the weights with the lowest; 0 for none",
-    )
-    group.add_argument(
-        "--save-every",
-        type=int,
-        help=f"updates between checkpoints (default: {run['save_every']}, or a quarter of a shorter run)",
-    )
-    group.add_argument("--keep", type=int, default=run["keep"], help="checkpoints that are kept, the newest")
-    group.add_argument("--log-every", type=int, default=run["log_every"], help="updates between lines of the log")
+    group = options.add_logging(command, best="OUT/best.safetensors")
     group.add_argument(
         "--bundle-now",
         action="store_true",
@@ -342,7 +260,7 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
 def _add_cache(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "cache",
-        formatter_class=_Help,
+        formatter_class=options.Help,
         help="encode images once, for any number of trainings",
         description="Encodes all images once, for any number of trainings (--cache). The same command continues an "
         "unfinished cache.",

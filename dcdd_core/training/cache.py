@@ -74,8 +74,8 @@ class CacheCard:
         """The card of encodings by these networks at these sizes."""
         return cls(
             codebook=tokenizer.codebook.fingerprint,
-            tokenizer=_encoder_fingerprint(tokenizer.model),
-            autoencoder=_encoder_fingerprint(codec.model),
+            tokenizer=encoder_fingerprint(tokenizer.model),
+            autoencoder=encoder_fingerprint(codec.model),
             vae_shift=codec.shift,
             vae_scale=codec.scale,
             code_dim=tokenizer.codebook.dim,
@@ -376,7 +376,7 @@ def sha256(path: Path) -> str:
     return found.hexdigest()
 
 
-def _encoder_fingerprint(model: nn.Module) -> str:
+def encoder_fingerprint(model: nn.Module) -> str:
     """Of the weights that encode; hashed as bfloat16, so that a copy in that type has the same.
 
     Those of `encoder` and `quant_conv`, as diffusers and transformers name them, or of the whole network.

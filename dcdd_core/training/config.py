@@ -9,6 +9,7 @@ from typing import Any
 from ..method.flow import DENSITIES, WEIGHTINGS
 from ..pipelines.image_files import ReadPolicy
 from ..settings import require_at_least, require_at_most, require_number
+from .captions import Captions
 from .optimizers import OPTIMIZERS
 
 #: The names of checkpoints have eight digits.
@@ -105,6 +106,7 @@ class DataConfig:
         workers: processes that decode images, for each training process.
         localised: see `ExampleMaker`.
         min_side, skip_unreadable: which images may be left out (`ReadPolicy`).
+        captions: the images are read with their captions.
 
     Raises:
         ValueError: unless there is exactly one of images and cache, and for numbers out of range.
@@ -120,6 +122,7 @@ class DataConfig:
     localised: float = 0.2
     min_side: int | None = None
     skip_unreadable: float = ReadPolicy.skip_unreadable
+    captions: Captions | None = None
 
     def __post_init__(self):
         if (self.images is None) == (self.cache is None):

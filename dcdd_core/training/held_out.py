@@ -159,8 +159,8 @@ class HeldOutLoss:
         # of them of no weight. A process whose images cannot be read, or that has none, takes another's.
         self.counter = ReadCounter()
         others = (number for number in range(count) if number % world != rank)
-        readable = list(_readable(held_out, range(rank, count, world), workers, self.counter))
-        readable = readable or list(islice(_readable(held_out, others, workers, self.counter), 1))
+        readable = list(read_listed(held_out, range(rank, count, world), workers, self.counter))
+        readable = readable or list(islice(read_listed(held_out, others, workers, self.counter), 1))
         if not readable:
             raise ValueError(f"no held-out image of {held_out.name} can be read: check the disk and the files")
         items = [(number, item, float(number % world == rank)) for number, item in readable]
@@ -203,9 +203,10 @@ class HeldOutLoss:
         return torch.cat(times), torch.cat(noises)
 
 
-def _readable(
+def read_listed(
     held_out: Listed, numbers: Iterable[int], workers: int, counter: ReadCounter
 ) -> Iterator[tuple[int, Any]]:
+    """(number, item) of the held-out images of these numbers that can be used; all are counted."""
     for number, item in load_in_order(held_out, ((i, held_out.listed[i]) for i in numbers), workers=workers):
         if counter.admit(item, f"the held-out images of {held_out.name}"):
             yield number, item

@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, K codes, D code dim.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,12 @@ class Corruption:
         self.kinds, self.run = tuple(kinds), run
         count = min(_NEIGHBOURS, codebook.size - 1)
         self.neighbours = masked_modelling.neighbours(codebook.vectors.cpu(), count) if "nearest" in kinds else None
+
+    def drawing(self, run: Callable[[Callable[[MaskedTransformer], Any]], Any]) -> Corruption:
+        """The same with another `run`."""
+        other = copy.copy(self)
+        other.run = run
+        return other
 
     @torch.no_grad()
     def __call__(

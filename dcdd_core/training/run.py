@@ -137,20 +137,20 @@ def _run_training(
     progress: ProgressBar | None,
 ) -> Path:
     main = accelerator.is_main_process
-    say = report if main else _nothing
+    say = report if main else say_nothing
     plan.check()
     if main:
         for name in (BUNDLE, BEST):
             remove_leftovers(folder / name)
     newest = newest_checkpoint(folder)
     before = None if newest is None else settings_of(newest)
-    encoders = plan.encoders(_device(accelerator))
+    encoders = plan.encoders(process_device(accelerator))
     card = CacheCard.of(encoders.tokenizer, encoders.codec, encoders.geometry, pixels=data.localised > 0)
     source = _open(data, encoders, card, accelerator)
-    parts = _split(source, run, before, say)
+    parts = split_for_run(source, run, before, say)
     dtype = _frozen_dtype(accelerator.mixed_precision)
     decoder = plan.decoder(encoders, dtype=dtype)
-    for line in _summary(decoder, optimization, data, parts, source, accelerator):
+    for line in summary(decoder, optimization, data, parts, source, accelerator):
         say(f"{folder.name}: {line}")
     say(f"{folder.name}: mixed precision {accelerator.mixed_precision}, frozen weights held in {dtype}")
     accelerator.init_trackers("dcdd", config={name: str(value) for name, value in asdict(optimization).items()})
@@ -186,7 +186,7 @@ def _run_training(
     path = folder / BUNDLE
     try:
         trainer.train()
-        left_out = _left_out(source, [batches.counter, held_out], accelerator)
+        left_out = left_out_of(source, [batches.counter, held_out], accelerator)
         if main:
             words = f"{folder.name}: stopped while its results were written: run the same command again to write them"
             with stop_at_once(words):
@@ -209,7 +209,7 @@ def _run_training(
     return path
 
 
-def _left_out(source: Source, counters: Sequence[ReadCounter], accelerator: Accelerator) -> LeftOut:
+def left_out_of(source: Source, counters: Sequence[ReadCounter], accelerator: Accelerator) -> LeftOut:
     """What all processes left out; they call this together."""
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
@@ -276,7 +276,7 @@ def run_cache(
     require_at_most(MOST_WORKERS, workers=workers)
     require_at_most(MOST_BATCH, batch=batch)
     require_at_most(MOST_SHARD, shard_size=shard_size)
-    encoders = plan.encoders(_device(accelerator))
+    encoders = plan.encoders(process_device(accelerator))
     write_cache(
         folder,
         open_images(images, encoders.geometry, column=column, policy=policy),
@@ -293,7 +293,9 @@ def run_cache(
     accelerator.end_training()
 
 
-def _split(source: Source, run: RunConfig, before: dict[str, Any] | None, say: Callable[[str], None]) -> Split | None:
+def split_for_run(
+    source: Source, run: RunConfig, before: dict[str, Any] | None, say: Callable[[str], None]
+) -> Split | None:
     """The held-out split of a run; None if it has none.
 
     Args:
@@ -364,8 +366,8 @@ def _evaluation(
     return evaluate, loss.counter
 
 
-def _summary(
-    decoder: DistributionConditionedDecoder,
+def summary(
+    network: torch.nn.Module,
     config: OptimizationConfig,
     data: DataConfig,
     parts: Split | None,
@@ -383,7 +385,7 @@ def _summary(
     images = "a stream of images" if count is None else f"{count - held_out:,} images"
     yield f"{images}, and {held_out} held out that are never trained on"
     trained, frozen = (
-        sum(weight.numel() for weight in weights(decoder).values()) for weights in (trained_weights, frozen_weights)
+        sum(weight.numel() for weight in weights(network).values()) for weights in (trained_weights, frozen_weights)
     )
     yield f"{trained:,} trained parameters, and {frozen:,} frozen ones"
     yield (
@@ -453,10 +455,10 @@ def _frozen_dtype(precision: str | None) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _nothing(_: str) -> None:
+def say_nothing(_: str) -> None:
     """What a process says that is not the main one."""
 
 
-def _device(accelerator: Accelerator) -> torch.device:
+def process_device(accelerator: Accelerator) -> torch.device:
     """The process's device; accelerate numbers those of several processes on a CPU, which safetensors refuses."""
     return torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device

@@ -1,0 +1,191 @@
+"""`dcdd train progressive`: trains a masked sampler for an image tokenizer on captioned images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dcdd_pico.embedded import model_paths
+
+from ..method.masked_modelling import CORRUPTIONS, HIDDEN_SHARES
+from ..pipelines.image_files import ReadPolicy
+from ..training.captions import COLUMNS, FIELDS, Captions
+from ..training.config import DataConfig, OptimizationConfig
+from ..training.masked_plan import HEADS, LAYERS, TEMPLATE, WIDTH, MaskedPlan
+from ..training.masked_run import run_masked, run_sampler
+from ..training.masked_task import MaskingConfig
+from ..training.progress import ProgressBar
+from ..training.run import make_accelerator
+from . import training_options as options
+from .arguments import path, path_text
+
+_PICO = "pico"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains a masked sampler, or resumes; with --sampler-now writes that of the newest checkpoint instead."""
+    optimization = OptimizationConfig(
+        steps=args.steps,
+        accumulation=args.accumulate,
+        learning_rate=args.learning_rate,
+        warmup=args.warmup,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        ema_decay=args.average_decay,
+        seed=args.seed,
+        optimizer=args.optimizer,
+        activation_checkpointing=args.checkpointing,
+    )
+    masking = MaskingConfig(
+        corruptions=tuple(args.corruptions),
+        schedule=args.mask_schedule,
+        dropped=args.drop_captions,
+        words=args.caption_tokens,
+    )
+    _refuse_idle(args)
+    plan = MaskedPlan(
+        vlm=model_paths()["vlm"] if args.vlm == _PICO else Path(args.vlm),
+        start=args.start_from,
+        text=args.text_tokenizer,
+        template=args.template,
+        side=args.side,
+        width=args.width,
+        layers=args.layers,
+        heads=args.heads,
+        seed=args.seed,
+    )
+    data = DataConfig(
+        images=args.data,
+        column=args.column,
+        cache=args.cache,
+        verify=args.verify,
+        batch=args.batch,
+        window=args.window,
+        workers=args.workers,
+        min_side=args.min_side,
+        skip_unreadable=args.skip_unreadable,
+        captions=Captions(column=args.caption_column),
+    )
+    settings = options.run_config(args)
+    accelerator = make_accelerator(args.out, cpu=args.cpu, precision=args.precision, tracker=args.tracker)
+    if args.sampler_now:
+        run_sampler(args.out, plan, accelerator=accelerator, report=accelerator.print)
+        return
+    run_masked(
+        args.out,
+        plan,
+        optimization,
+        data,
+        masking,
+        settings,
+        accelerator=accelerator,
+        report=accelerator.print,
+        progress=ProgressBar(args.out.name, args.steps),
+    )
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Refuses options that would do nothing beside --cache.
+
+    Raises:
+        ValueError: naming them.
+    """
+    images = {
+        "--column": None,
+        "--caption-column": None,
+        "--min-side": None,
+        "--skip-unreadable": ReadPolicy.skip_unreadable,
+    }
+    given = [name for name, default in images.items() if getattr(args, name[2:].replace("-", "_")) != default]
+    if args.cache is not None and given:
+        raise ValueError(
+            f"{', '.join(given)} would do nothing: what a cache holds was chosen when it was written; leave it out"
+        )
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    command = commands.add_parser(
+        "progressive",
+        formatter_class=options.Help,
+        help="train a masked sampler: captions to image tokens, many at a time",
+        description="Trains a masked sampler for an image tokenizer on captioned images, and writes its folder, "
+        "OUT/sampler, which `dcdd generate --janus` reads. The same command resumes a run that was stopped.",
+    )
+    command.set_defaults(run=run)
+    command.add_argument(
+        "--vlm",
+        "--janus",
+        type=path_text,
+        required=True,
+        help="folder of a VLM or of an image tokenizer alone (only the tokenizer is read), or 'pico', the embedded one",
+    )
+    command.add_argument("--out", type=path, required=True, help="folder to write to; a run there is resumed")
+    command.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+
+    group = command.add_argument_group("network")
+    group.add_argument("--side", type=int, help="side of the images in pixels (default: the VLM's own)")
+    group.add_argument("--width", type=int, help=f"of a new network (default: {WIDTH})")
+    group.add_argument("--layers", type=int, help=f"blocks of a new network (default: {LAYERS})")
+    group.add_argument("--heads", type=int, help=f"attention heads of a new network (default: {HEADS})")
+    group.add_argument(
+        "--text-tokenizer",
+        type=path,
+        metavar="FOLDER",
+        help="tokenizer.json and tokenizer_config.json of a new network's text (default: those of --vlm)",
+    )
+    group.add_argument("--template", help=f"around the captions of a new network (default: '{TEMPLATE}')")
+    group.add_argument(
+        "--start-from",
+        type=path,
+        metavar="FOLDER",
+        help="a masked sampler, or a Janus, whose weights, words and sizes the network starts with",
+    )
+
+    group = command.add_argument_group("data")
+    options.add_source(group)
+    options.add_images(command, side="--side")
+    columns, field = " or ".join(COLUMNS), FIELDS[0]
+    group.add_argument(
+        "--caption-column",
+        metavar="NAME",
+        help=f"column of the captions (default: {columns}), or field of webdataset samples (default: {field}); in a "
+        "folder, the caption of a.jpg is in a.txt",
+    )
+    group.add_argument(
+        "--caption-tokens",
+        type=int,
+        default=MaskingConfig.words,
+        help="the longest prompt, in tokens with the template; longer captions are cut",
+    )
+
+    group = command.add_argument_group("optimisation")
+    group.add_argument(
+        "--drop-captions",
+        type=float,
+        metavar="SHARE",
+        default=MaskingConfig.dropped,
+        help="the share of captions that are left out, for guidance",
+    )
+    group.add_argument(
+        "--corruptions",
+        nargs="*",
+        default=CORRUPTIONS,
+        choices=CORRUPTIONS,
+        help="where the wrong tokens come from that it learns to take back; none of them trains no revision",
+    )
+    group.add_argument(
+        "--mask-schedule",
+        default=MaskingConfig.schedule,
+        choices=HIDDEN_SHARES,
+        help="of the share of hidden positions in training",
+    )
+    options.add_updates(group, learning_rate=3e-4, weight_decay=0.05, ema_decay=0.999, batch=32)
+
+    group = options.add_logging(command, best="OUT/best")
+    group.add_argument(
+        "--sampler-now",
+        action="store_true",
+        help="only write the sampler of the newest checkpoint, OUT/sampler-step-N; the run may still be going",
+    )
