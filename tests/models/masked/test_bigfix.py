@@ -122,7 +122,7 @@ def test_stages_revise_and_edits_keep_the_rest(sampler):
 def test_what_it_samples_goes_through_calibration_lcdm_and_the_decoder(folder, sampler):
     tokenizer = registry.sampler_family(folder).load_tokenizer(str(folder), dtype=torch.float32)
     made = sampler.sample(PROMPTS, seeds=SEEDS, options=FEW)
-    assert made.model == sampler.name == tokenizer.name == "BigFix_tiny"
+    assert made.model == sampler.name == tokenizer.name == "BigFix_tiny" and made.grid == tokenizer.grid == (4, 4)
     proxies = tokenizer.encode(tokenizer.decode_tokens(made.tokens, made.grid))
     calibrated = apply_calibration(proxies, tokenizer.codebook, Calibration(scale=25.0, smoothing=0.01))
     for logits in (made, calibrated):
@@ -156,8 +156,13 @@ def test_the_prompt_alone_takes_half_the_rows(sampler):
     hook = sampler.model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     for guidance in (1.0, 2.0):
         sampler.sample(PROMPTS, seeds=SEEDS, options=replace(FEW, passes=1, guidance=guidance))
+    sampler.sample(PROMPTS, seeds=SEEDS, options=replace(FEW, ramp=True, passes=2))
     hook.remove()
-    assert rows == [2, 4]
+    assert rows == [2, 4, 2, 4], "a ramp starts with the prompt alone"
+    ramped = sampler.sample(PROMPTS, seeds=SEEDS, options=replace(FEW, ramp=True, passes=2, revise=0))
+    alone = sampler.sample(PROMPTS, seeds=SEEDS, options=replace(FEW, passes=2, revise=0, guidance=1.0))
+    first = halton_places((4, 4)) < FEW.counts(16)[0]
+    torch.testing.assert_close(ramped.logits[:, first], alone.logits[:, first], rtol=1e-4, atol=1e-4)
 
 
 def test_plain_options_say_the_filters_and_leave_the_passes(sampler):
