@@ -22,7 +22,9 @@ from .arguments import path, path_text, printable_output
 
 try:
     from ..training import estimate
+    from ..training.captions import Captions
     from ..training.config import DataConfig, OptimizationConfig
+    from ..training.masked_plan import MaskedPlan
     from ..training.plan import Plan
     from ..training.progress import ProgressBar
     from ..training.run import make_accelerator, run_bundle, run_cache, run_training
@@ -131,13 +133,23 @@ def train(args: argparse.Namespace) -> None:
 
 
 def cache(args: argparse.Namespace) -> None:
-    """Encodes images once, for any number of trainings."""
+    """Encodes images once, for any number of trainings.
+
+    Raises:
+        ValueError: also for a cache that is neither for decoders nor for masked samplers.
+    """
+    if args.caption_column is not None and not args.captions:
+        raise ValueError("--caption-column would do nothing without --captions: give both, or leave it out")
+    tokens_alone = args.captions and args.vae is None and args.vlm != _PICO
+    if tokens_alone and args.keep_pixels:
+        raise ValueError("--keep-pixels would do nothing without --vae: pixels are for decoders; leave it out")
     run_cache(
         args.out,
-        _plan(args),
+        MaskedPlan(vlm=Path(args.vlm), side=args.resolution) if tokens_alone else _plan(args),
         accelerator=make_accelerator(cpu=args.cpu),
         images=args.data,
         column=args.column,
+        captions=Captions(column=args.caption_column) if args.captions else None,
         batch=args.batch,
         shard_size=args.shard_size,
         workers=args.workers,
@@ -270,6 +282,12 @@ def _add_cache(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--data", type=path_text, required=True, help="images, as for training")
     command.add_argument("--batch", type=int, default=16, help="images encoded at a time")
     command.add_argument("--shard-size", type=int, default=1024, help="images per file")
+    command.add_argument(
+        "--captions",
+        action="store_true",
+        help="keep the images' captions, for `train.py progressive`; without --vae it keeps no latents for decoders",
+    )
+    options.add_caption_column(command)
     command.add_argument(
         "--keep-pixels", action="store_true", help="for training with --localised; takes several times the space"
     )

@@ -10,7 +10,7 @@ from dcdd_pico.embedded import model_paths
 
 from ..method.masked_modelling import CORRUPTIONS, HIDDEN_SHARES
 from ..pipelines.image_files import ReadPolicy
-from ..training.captions import COLUMNS, FIELDS, Captions
+from ..training.captions import Captions
 from ..training.config import DataConfig, OptimizationConfig
 from ..training.masked_plan import HEADS, LAYERS, TEMPLATE, WIDTH, MaskedPlan
 from ..training.masked_run import run_masked, run_sampler
@@ -146,13 +146,7 @@ def add(commands: Any) -> None:
     group = command.add_argument_group("data")
     options.add_source(group)
     options.add_images(command, side="--side")
-    columns, field = " or ".join(COLUMNS), FIELDS[0]
-    group.add_argument(
-        "--caption-column",
-        metavar="NAME",
-        help=f"column of the captions (default: {columns}), or field of webdataset samples (default: {field}); in a "
-        "folder, the caption of a.jpg is in a.txt",
-    )
+    options.add_caption_column(group)
     group.add_argument(
         "--caption-tokens",
         type=int,

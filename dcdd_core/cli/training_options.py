@@ -6,6 +6,7 @@ import argparse
 from dataclasses import fields
 
 from ..pipelines.image_files import ReadPolicy
+from ..training.captions import COLUMNS, FIELDS
 from ..training.config import DataConfig, OptimizationConfig, RunConfig
 from ..training.held_out import MOST
 from ..training.optimizers import OPTIMIZERS
@@ -42,6 +43,17 @@ def add_images(command: argparse.ArgumentParser, *, side: str) -> None:
         help="the largest share of the images that may be unreadable and left out",
     )
     command.add_argument("--workers", type=int, default=0, help="processes that decode images, per device")
+
+
+def add_caption_column(group: argparse._ActionsContainer) -> None:
+    """Where the captions of images are."""
+    columns = " or ".join(COLUMNS)
+    group.add_argument(
+        "--caption-column",
+        metavar="NAME",
+        help=f"column of the captions, or field of webdataset samples (default: {columns} in a dataset, "
+        f"{' or '.join(FIELDS)} in a sample); in a folder, the caption of a.jpg is in a.txt",
+    )
 
 
 def add_source(group: argparse._ArgumentGroup) -> None:

@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, D code dimension, C latent channels, h' w' latent gri
 A cache is a folder:
     manifest.json          what made it, and for each shard its file, number of images, size and SHA-256
     shards/00000.safetensors, ...   features [M, N, D] and latents [M, C, h', w'], float16; pixels [M, 3, R, R] uint8
-                           if they are kept; the names of the images in the header
+                           if they are kept; the names of the images in the header, and their captions if they are kept
     shards/00000.json, ... the manifest's line for one shard: so several processes and runs can add to the cache
 """
 
@@ -51,6 +51,7 @@ class CacheCard:
     Attributes:
         codebook: its fingerprint (`Codebook.fingerprint`).
         tokenizer, autoencoder: fingerprints of the two encoders' weights; a bfloat16 copy has the same.
+            The autoencoder is None for a cache without latents, whose C is 0.
         vae_shift, vae_scale: of the normalised latents; None for a codec without them.
         code_dim, channels: D and C.
         geometry: the sizes.
@@ -59,7 +60,7 @@ class CacheCard:
 
     codebook: str
     tokenizer: str
-    autoencoder: str
+    autoencoder: str | None
     vae_shift: float | None
     vae_scale: float | None
     code_dim: int
@@ -69,17 +70,17 @@ class CacheCard:
 
     @classmethod
     def of(
-        cls, tokenizer: ImageTokenizer, codec: LatentCodec, geometry: Geometry, *, pixels: bool = False
+        cls, tokenizer: ImageTokenizer, codec: LatentCodec | None, geometry: Geometry, *, pixels: bool = False
     ) -> CacheCard:
         """The card of encodings by these networks at these sizes."""
         return cls(
             codebook=tokenizer.codebook.fingerprint,
             tokenizer=encoder_fingerprint(tokenizer.model),
-            autoencoder=encoder_fingerprint(codec.model),
-            vae_shift=codec.shift,
-            vae_scale=codec.scale,
+            autoencoder=None if codec is None else encoder_fingerprint(codec.model),
+            vae_shift=None if codec is None else codec.shift,
+            vae_scale=None if codec is None else codec.scale,
             code_dim=tokenizer.codebook.dim,
-            channels=codec.channels,
+            channels=0 if codec is None else codec.channels,
             geometry=geometry,
             pixels=pixels,
         )
@@ -94,11 +95,11 @@ class CacheCard:
         _require_fields("card", values, [field.name for field in fields(cls)])
         _require_fields("card.geometry", values["geometry"], [field.name for field in fields(Geometry)])
         for name in ("codebook", "tokenizer", "autoencoder"):
-            require_text(f"card.{name}", values[name])
+            require_text(f"card.{name}", values[name], optional=name == "autoencoder")
         for name in ("vae_shift", "vae_scale"):
             require_number(f"card.{name}", values[name], optional=True)
-        for name in ("code_dim", "channels"):
-            require_number(f"card.{name}", values[name], whole=True, least=1)
+        for name, least in (("code_dim", 1), ("channels", 0 if values["autoencoder"] is None else 1)):
+            require_number(f"card.{name}", values[name], whole=True, least=least)
         if not isinstance(values["pixels"], bool):
             raise ValueError(f"card.pixels must be true or false, got {shown(values['pixels'])}")
         return cls(**{**values, "geometry": Geometry(**values["geometry"])})
@@ -109,20 +110,17 @@ class CacheCard:
             return {}
         (h, w), size = self.geometry.grid, self.geometry.resolution
         latents = size // self.geometry.vae_factor
-        held = {
-            "features": ("F16", [items, h * w, self.code_dim]),
-            "latents": ("F16", [items, self.channels, latents, latents]),
-        }
+        held = {"features": ("F16", [items, h * w, self.code_dim])}
+        if self.autoencoder is not None:
+            held["latents"] = ("F16", [items, self.channels, latents, latents])
         return held | ({"pixels": ("U8", [items, 3, size, size])} if self.pixels else {})
 
     def misfits(self, wanted: CacheCard) -> list[str]:
         """What differs from the wanted card, in words; pixels that are not needed do no harm."""
-        found = []
-        if not same_codebook(self.codebook, wanted.codebook):
-            found.append(f"its tokenizer has another codebook ({self.codebook}, expected {wanted.codebook})")
-        elif self.tokenizer != wanted.tokenizer:
-            found.append(f"its tokenizer has another encoder ({self.tokenizer}, expected {wanted.tokenizer})")
-        if self.autoencoder != wanted.autoencoder:
+        found = self._token_misfits(wanted)
+        if self.autoencoder is None and wanted.autoencoder is not None:
+            found.append("it holds no latents, as it was written without an autoencoder")
+        elif self.autoencoder != wanted.autoencoder:
             found.append(f"it was made with another autoencoder ({self.autoencoder}, expected {wanted.autoencoder})")
         elif not (_close(self.vae_shift, wanted.vae_shift) and _close(self.vae_scale, wanted.vae_scale)):
             found.append(
@@ -139,6 +137,22 @@ class CacheCard:
             )
         return found
 
+    def _token_misfits(self, wanted: CacheCard) -> list[str]:
+        if not same_codebook(self.codebook, wanted.codebook):
+            return [f"its tokenizer has another codebook ({self.codebook}, expected {wanted.codebook})"]
+        if self.tokenizer != wanted.tokenizer:
+            return [f"its tokenizer has another encoder ({self.tokenizer}, expected {wanted.tokenizer})"]
+        return []
+
+    def misfits_of_tokens(self, wanted: CacheCard) -> list[str]:
+        """As `misfits`, of the features and their size alone."""
+        found = self._token_misfits(wanted)
+        for name in ("token_resolution", "token_factor"):
+            own, expected = getattr(self.geometry, name), getattr(wanted.geometry, name)
+            if own != expected:
+                found.append(f"its {name.replace('_', ' ')} is {own}, expected {expected}")
+        return found
+
 
 class EncodingCache:
     """A finished cache, with random access: a `Source` of `EncodedBatch`es.
@@ -148,6 +162,7 @@ class EncodingCache:
 
     Attributes:
         card: what made it.
+        captioned: whether the captions of its images are kept.
         policy: without meaning: what is unreadable was left out when the cache was written.
 
     Raises:
@@ -162,6 +177,7 @@ class EncodingCache:
         manifest = read_manifest(self.folder)
         self.card = CacheCard.from_dict(manifest["card"])
         self.geometry = self.card.geometry
+        self.captioned: bool = manifest.get("captions", False)
         self._shards: list[dict[str, Any]] = manifest["shards"]
         if not manifest["complete"]:
             raise ValueError(
@@ -178,6 +194,7 @@ class EncodingCache:
         if not self._shards or not len(self):
             raise ValueError(f"the cache {folder} holds no images: write it again from others into another folder")
         self._open: dict[int, dict[str, Any]] = {}
+        self._captions: dict[int, list[str]] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -193,7 +210,7 @@ class EncodingCache:
         return self.collate([self.load(Entry(str(i), int(i))) for i in indices])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # Every process opens the files itself.
+        return self.__dict__ | {"_open": {}, "_captions": {}}  # Every process opens the files itself.
 
     @cached_property
     def fingerprint(self) -> str:
@@ -211,7 +228,22 @@ class EncodingCache:
         Raises:
             ValueError: naming each difference.
         """
-        if misfits := self.card.misfits(wanted):
+        self._refuse(self.card.misfits(wanted))
+
+    def require_captions(self, wanted: CacheCard) -> None:
+        """Refuses a cache that does not fit for learning tokens from captions.
+
+        Args:
+            wanted: its latents and its pixels do not matter.
+
+        Raises:
+            ValueError: naming each difference.
+        """
+        bare = [] if self.captioned else ["it has no captions, as it was written without --captions"]
+        self._refuse([*self.card.misfits_of_tokens(wanted), *bare])
+
+    def _refuse(self, misfits: Sequence[str]) -> None:
+        if misfits:
             raise ValueError(
                 f"the cache {self.folder} does not fit: {'; '.join(misfits)}. Use the networks and sizes that it was "
                 "made with, or write another cache into another folder"
@@ -236,17 +268,31 @@ class EncodingCache:
         """See `batches.Source.entries`."""
         return (Entry(str(i), i) for i in shard.indices(len(self), epoch, start))
 
-    def load(self, entry: Entry) -> dict[str, torch.Tensor]:
-        """One image's features [N, D] and latents [C, h', w'] in float16, and pixels [3, R, R] uint8 if kept."""
+    def load(self, entry: Entry) -> dict[str, Any]:
+        """One image's features [N, D] and latents [C, h', w'] in float16, pixels [3, R, R] uint8 and its caption, each
+        if it is kept."""
         number = int(np.searchsorted(self._ends, entry.data, side="right"))
         row = entry.data - (int(self._ends[number - 1]) if number else 0)
-        return {name: values[row : row + 1][0] for name, values in self._shard(number).items()}
+        found = {name: values[row : row + 1][0] for name, values in self._shard(number).items()}
+        return found | ({"caption": self._captions_of(number)[row]} if self.captioned else {})
 
-    def collate(self, items: Sequence[dict[str, torch.Tensor]]) -> EncodedBatch:
+    def collate(self, items: Sequence[dict[str, Any]]) -> EncodedBatch:
         """A batch of items of `load`, in float32."""
-        stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        stacked = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "caption"}
         pixels = to_pixels(stacked["pixels"], "cpu") if "pixels" in stacked else None
-        return EncodedBatch(features=stacked["features"].float(), latents=stacked["latents"].float(), pixels=pixels)
+        latents = stacked["latents"].float() if "latents" in stacked else None
+        captions = tuple(item["caption"] for item in items) if self.captioned else None
+        return EncodedBatch(features=stacked["features"].float(), latents=latents, pixels=pixels, captions=captions)
+
+    def _captions_of(self, number: int) -> list[str]:
+        """The captions of a shard's images."""
+        if number not in self._captions:
+            found, path = self._header(number).get("captions"), self.folder / self._shards[number]["file"]
+            items = self._shards[number]["items"]
+            if not isinstance(found, list) or len(found) != items or not all(isinstance(one, str) for one in found):
+                raise ValueError(f"{path} has the captions {shown(found)}, expected {items} texts: {_SHARD_AGAIN}")
+            self._captions[number] = found
+        return self._captions[number]
 
     def _shard(self, number: int) -> dict[str, Any]:
         """Slices of a shard's memory-mapped tensors."""
@@ -296,6 +342,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             require_text(f"source.{name}", value, remedy=_ANOTHER)
         require_number("shard_size", manifest["shard_size"], whole=True, least=1, remedy=_ANOTHER)
         require_number("min_side", manifest.get("min_side"), whole=True, least=1, optional=True, remedy=_ANOTHER)
+        if not isinstance(manifest.get("captions", False), bool):
+            raise ValueError(f"captions must be true or false, got {shown(manifest['captions'])}: {_ANOTHER}")
         if not isinstance(manifest["complete"], bool) or not isinstance(manifest["shards"], list):
             raise ValueError(
                 f"expected complete to be true or false and shards a list, got {shown(manifest['complete'])} and "
@@ -317,7 +365,7 @@ def read_line(path: Path) -> dict[str, Any]:
     with in_file(path):
         _check_shard("the line", line, more=("read", "unreadable", "mark"), remedy=again)
         require_number("read", line["read"], whole=True, least=0, remedy=again)
-        for name in ("unreadable", "small"):
+        for name in ("unreadable", "small", "uncaptioned"):
             names = line.get(name, [])
             if not isinstance(names, list) or not all(isinstance(key, str) for key in names):
                 raise ValueError(f"{name} must be a list of names, got {shown(names)}: {again}")

@@ -36,7 +36,7 @@ def write_cache(
     folder: str | Path,
     source: ImageSource,
     tokenizer: ImageTokenizer,
-    codec: LatentCodec,
+    codec: LatentCodec | None,
     *,
     shard_size: int = 1024,
     batch_size: int = 16,
@@ -58,7 +58,8 @@ def write_cache(
     them.
 
     Args:
-        source: the images, with their sizes; see `sources.open_images`.
+        source: the images, with their sizes; see `sources.open_images`. Captions are kept where they are read.
+        codec: None for a cache without latents, for masked samplers alone.
         shard_size: images per shard, before unreadable ones are skipped.
         keep_pixels: for localised training, which encodes masked images; takes several times the space.
         rank, world: this process writes every `world`-th shard, from `rank` on; the cache is complete when all
@@ -98,21 +99,22 @@ def write_cache(
                 kept["keys"].append(key)
                 yield item
             else:
-                kept["small" if item.small else "unreadable"].append(key)
+                kept["small" if item.small else "uncaptioned" if item.uncaptioned else "unreadable"].append(key)
             bar.update()
 
     total = None if (count := source.count) is None or world > 1 else count - sum(map(_positions, own))
     with ProgressBar(label="cache", total=total, unit="image", shown=rank == 0) as bar:
         shards = groupby(load_in_order(source, missing(), workers=workers), key=lambda loaded: loaded[0][0])
         for number, loaded in shards:
-            kept: dict[str, list[str]] = {"keys": [], "unreadable": [], "small": []}
+            kept: dict[str, list[str]] = {"keys": [], "unreadable": [], "small": [], "uncaptioned": []}
             images = usable(loaded, kept)
-            parts = []
+            parts, captions = [], []
             while batch := list(islice(images, batch_size)):
+                captions += [image.caption for image in batch]
                 parts.append(
                     _stored(batch, encode(source.collate(batch), tokenizer, codec, autocast=autocast), keep_pixels)
                 )
-            writer.write(number, parts, **kept, mark=marks.pop(number))
+            writer.write(number, parts, **kept, captions=captions, mark=marks.pop(number))
             report(f"{folder}: shard {number} with {len(kept['keys'])} images")
     writer.finish(position)
     for line in LeftOut.of(source, counter).lines():
@@ -127,12 +129,14 @@ def _counted(lines: Sequence[Mapping[str, Any]]) -> ReadCounter:
     counter = ReadCounter(sum(line["read"] for line in lines), len(bad), small)
     counter.reasons = dict.fromkeys(bad, "")
     counter.too_small = {key: None for line in lines for key in line.get("small", ())}
+    counter.uncaptioned = {key: None for line in lines for key in line.get("uncaptioned", ())}
+    counter.bare = len(counter.uncaptioned)
     return counter
 
 
 def _positions(line: Mapping[str, Any]) -> int:
     """How many images of the source a shard accounts for."""
-    return line["read"] + len(line.get("small", ()))
+    return line["read"] + len(line.get("small", ())) + len(line.get("uncaptioned", ()))
 
 
 class _Writer:
@@ -204,12 +208,17 @@ class _Writer:
         keys: list[str],
         unreadable: list[str],
         small: list[str],
+        uncaptioned: list[str],
+        captions: list[str],
         mark: Mark | None,
     ) -> None:
         """Writes a shard, then its line, then the manifest: if killed in between, the shard is made again."""
         tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in (parts[0] if parts else ())}
         # One entry: safetensors writes several in no fixed order.
-        header = {"dcdd": json.dumps({"format": FORMAT, "card": asdict(self.card), "keys": keys})}
+        told = {"format": FORMAT, "card": asdict(self.card), "keys": keys}
+        if self.source.captioned:
+            told["captions"] = captions
+        header = {"dcdd": json.dumps(told)}
         data = safetensors.torch.save(tensors, metadata=header)
         name = f"{_SHARDS}/{number:05}.safetensors"
         line = {
@@ -220,6 +229,7 @@ class _Writer:
             "read": len(keys) + len(unreadable),
             "unreadable": unreadable,
             **({"small": small} if small else {}),
+            **({"uncaptioned": uncaptioned} if uncaptioned else {}),
             "mark": None if mark is None else list(mark),
         }
         self._put(name, data)
@@ -244,6 +254,8 @@ class _Writer:
     def _compare(self, manifest: Mapping[str, Any]) -> None:
         card = CacheCard.from_dict(manifest["card"])
         misfits = card.misfits(self.card) + (["it keeps the pixels"] if card.pixels and not self.card.pixels else [])
+        if manifest.get("captions", False) != self.source.captioned:
+            misfits.append(f"it {'keeps' if manifest.get('captions') else 'does not keep'} the images' captions")
         if manifest["source"]["fingerprint"] != self.source.fingerprint:
             misfits.append(f"it is of other images: those of {manifest['source']['name']} when it was written")
         if manifest["shard_size"] != self.shard_size:
@@ -287,6 +299,7 @@ class _Writer:
                 "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
                 "shard_size": self.shard_size,
                 **({} if self._all_sizes else {"min_side": self.source.min_side}),
+                **({"captions": True} if self.source.captioned else {}),
                 "complete": needed is not None and set(lines) == set(needed),
                 "items": sum(line["items"] for line in lines.values()),
                 "unreadable": sum(len(line["unreadable"]) for line in lines.values()),
@@ -311,7 +324,8 @@ class _Writer:
 
 def _stored(images: Sequence[TrainingImage], batch: EncodedBatch, keep_pixels: bool) -> dict[str, torch.Tensor]:
     """What a shard stores of a batch: float16 encodings, and uint8 pixels if wanted."""
-    stored = {name: getattr(batch, name).half().cpu() for name in ("features", "latents")}
+    found = {name: getattr(batch, name) for name in ("features", "latents")}
+    stored = {name: value.half().cpu() for name, value in found.items() if value is not None}
     for name, values in stored.items():
         finite = values.flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,18 +20,20 @@ Autocast = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedBatch:
-    """What the decoder learns from, before the condition is computed (`examples.Example`).
+    """What a decoder or a masked sampler learns from, before the condition is computed (`examples.Example`).
 
     Attributes:
         features: [B, N, D] float32, of the tokenizer's encoder before quantisation (Eq. 9).
-        latents: [B, C, h', w'] float32, normalised (Eq. 17).
+        latents: [B, C, h', w'] float32, normalised (Eq. 17); None from a cache that was written without a codec.
         pixels: [B, 3, R, R] float32 in -1..1, for the masked images of localised training; None from a cache without
             them.
+        captions: of the images; None where they were not read.
     """
 
     features: torch.Tensor
-    latents: torch.Tensor
+    latents: torch.Tensor | None
     pixels: torch.Tensor | None = None
+    captions: tuple[str | None, ...] | None = None
 
 
 def geometry_for(
@@ -54,20 +56,26 @@ def geometry_for(
 def encode(
     batch: ImageBatch | EncodedBatch,
     tokenizer: ImageTokenizer,
-    codec: LatentCodec,
+    codec: LatentCodec | None,
     *,
     autocast: Autocast = nullcontext,
 ) -> EncodedBatch:
-    """The encodings of a batch, on the codec's device; those from a cache are only moved there."""
-    device = device_of(codec)
+    """The encodings of a batch, on the codec's device; those from a cache are only moved there.
+
+    Args:
+        codec: None for no latents, on the tokenizer's device.
+    """
+    device = tokenizer.device if codec is None else device_of(codec)
     if isinstance(batch, EncodedBatch):
-        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-        return EncodedBatch(**{name: None if t is None else t.to(device) for name, t in values.items()})
+        tensors = {
+            name: value for name in ("features", "latents", "pixels") if (value := getattr(batch, name)) is not None
+        }
+        return replace(batch, **{name: tensor.to(device) for name, tensor in tensors.items()})
     pixels = to_pixels(batch.pixels, device)
     with autocast():
         features = tokenizer.features(to_pixels(batch.token_pixels, tokenizer.device))
-        latents = normalized_latents(codec, pixels)
-    return EncodedBatch(features=features.to(device), latents=latents, pixels=pixels)
+        latents = None if codec is None else normalized_latents(codec, pixels)
+    return EncodedBatch(features=features.to(device), latents=latents, pixels=pixels, captions=batch.captions)
 
 
 def normalized_latents(codec: LatentCodec, pixels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ..protocols import ImageTokenizer
 from ..settings import require_at_least, require_at_most
 from ..types import same_codebook
 from .image_batch import Geometry
+from .plan import Encoders
 
 WIDTH, LAYERS, HEADS = 512, 12, 8
 """Of a new network, about 40 M weights besides the words and the codes [choice]."""
@@ -108,6 +109,15 @@ class MaskedPlan:
             ValueError: as the family's loader.
         """
         return registry.sampler_family(self.vlm).load_tokenizer(str(self.vlm), device=device, dtype=torch.float32)
+
+    def encoders(self, device: torch.device | str) -> Encoders:
+        """The image tokenizer with the sizes of the images, for a cache.
+
+        Raises:
+            ValueError: as `tokenizer` and `geometry`.
+        """
+        tokenizer = self.tokenizer(device)
+        return Encoders(tokenizer=tokenizer, codec=None, geometry=self.geometry(tokenizer))
 
     def geometry(self, tokenizer: ImageTokenizer) -> Geometry:
         """The sizes of the training images.

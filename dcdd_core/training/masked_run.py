@@ -16,7 +16,7 @@ from ..models.masked.sampler import MaskedSampler
 from ..protocols import ImageTokenizer
 from ..settings import require_same_settings
 from .batches import Batches, DataShard, Source
-from .cache import EncodingCache, encoder_fingerprint
+from .cache import CacheCard, EncodingCache, encoder_fingerprint
 from .checkpoints import HELD_OUT, HELD_OUT_FRACTION, load_best, load_ema, newest_checkpoint, settings_of
 from .config import DataConfig, OptimizationConfig, RunConfig
 from .held_out import Split
@@ -189,7 +189,7 @@ def _open(data: DataConfig, tokenizer: ImageTokenizer, geometry: Geometry, accel
     if data.cache is None:
         return open_images(data.images, geometry, column=data.column, policy=data.policy, captions=data.captions)
     source = EncodingCache(data.cache)
-    source.require_captions(tokenizer, geometry)
+    source.require_captions(CacheCard.of(tokenizer, None, geometry))
     if data.verify:
         source.verify(rank=accelerator.process_index, world=accelerator.num_processes)
     return source

@@ -31,10 +31,10 @@ _MOST = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """The two frozen networks that encode training images, and the sizes of these images."""
+    """The frozen networks that encode training images, and the sizes of these images; no codec for no latents."""
 
     tokenizer: ImageTokenizer
-    codec: LatentCodec
+    codec: LatentCodec | None
     geometry: Geometry
 
 

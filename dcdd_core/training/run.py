@@ -23,6 +23,7 @@ from ..settings import require_at_least, require_at_most, require_same_settings
 from .batches import Batches, DataShard, ReadCounter, Source
 from .cache import CacheCard, EncodingCache
 from .cache_writer import write_cache
+from .captions import Captions
 from .checkpoints import HELD_OUT, HELD_OUT_FRACTION, load_best, load_ema, newest_checkpoint, settings_of
 from .config import MOST_BATCH, MOST_SHARD, MOST_WORKERS, DataConfig, OptimizationConfig, RunConfig
 from .decoder_task import DecoderTask
@@ -32,6 +33,7 @@ from .held_out import FEWEST_SPLIT, HeldOutLoss, Split, count_images, split
 from .left_out import RECORD, LeftOut
 from .lock import run_lock
 from .loss import decoder_loss
+from .masked_plan import MaskedPlan
 from .plan import Encoders, Plan
 from .progress import ProgressBar
 from .schedules import warmup_cosine
@@ -258,11 +260,12 @@ def run_bundle(folder: Path, plan: Plan, *, accelerator: Accelerator, report: Ca
 
 def run_cache(
     folder: Path,
-    plan: Plan,
+    plan: Plan | MaskedPlan,
     *,
     accelerator: Accelerator,
     images: str | Path,
     column: str | None = None,
+    captions: Captions | None = None,
     batch: int = 16,
     shard_size: int = 1024,
     workers: int = 0,
@@ -279,7 +282,7 @@ def run_cache(
     encoders = plan.encoders(process_device(accelerator))
     write_cache(
         folder,
-        open_images(images, encoders.geometry, column=column, policy=policy),
+        open_images(images, encoders.geometry, column=column, policy=policy, captions=captions),
         encoders.tokenizer,
         encoders.codec,
         shard_size=shard_size,
