@@ -253,7 +253,7 @@ _OFFERED = {f"{name} ({model.gigabytes:g} GB)": model for name, model in KNOWN_M
 def _model() -> io.Combo.Input:
     return io.Combo.Input(
         "model",
-        options=[PICO, *model_folders.folders(model_folders.JANUS, holding="config.json")],
+        options=[PICO, *model_folders.samplers()],
         default=PICO,
         tooltip=(
             "A folder in models/janus that holds a Janus or Janus-Pro model or a masked sampler, or the tiny built-in "
@@ -293,10 +293,10 @@ def _folder(model: str) -> Path:
 def _state(model: str) -> str:
     """Of the model's folder, and of its image tokenizer's where config.json names one elsewhere."""
     folder = _folder(model)
-    config = read_json(folder / "config.json", "a model's configuration", "fetch the whole model again")
-    said = config.get("tokenizer")
-    tokenizer = folder / said if isinstance(said, str) else folder
-    places = dict.fromkeys(path.resolve() for path in (folder, tokenizer) if path.is_dir())
+    places, config = [folder], folder / "config.json"
+    if config.exists():
+        said = read_json(config, "a model's configuration", "fetch the whole model again").get("tokenizer")
+        places += [folder / said] if isinstance(said, str) and (folder / said).is_dir() else []
     return "|".join(map(model_folders.state_of, places))
 
 

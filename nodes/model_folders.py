@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import folder_paths
@@ -31,9 +31,9 @@ def files(key: str) -> list[str]:
     return folder_paths.get_filename_list(key)
 
 
-def folders(key: str, *, holding: str) -> list[str]:
-    """Names of the folders of a kind, at any depth, that hold a file or folder of that name: OWNER/NAME, or what the
-    hub's cache makes of it, models--OWNER--NAME/snapshots/REVISION."""
+def folders(key: str, *holding: str) -> list[str]:
+    """Names of the folders of a kind, at any depth, that hold a file or folder of one of these names, or patterns:
+    OWNER/NAME, or what the hub's cache makes of it, models--OWNER--NAME/snapshots/REVISION."""
     found = (
         path.relative_to(root).as_posix()
         for root in map(Path, folder_paths.get_folder_paths(key))
@@ -42,8 +42,15 @@ def folders(key: str, *, holding: str) -> list[str]:
     return sorted(dict.fromkeys(found))
 
 
-def _holders(root: Path, holding: str) -> Iterator[Path]:
-    """Folders below `root` that hold `holding`; these are not searched. Links are followed, and loops of them end."""
+def samplers() -> list[str]:
+    """Folders of token samplers in models/janus. Published masked ones have a pipeline's index, or a checkpoint of
+    torch.save, in the place of a configuration."""
+    return folders(JANUS, "config.json", "model_index.json", "*.pth")
+
+
+def _holders(root: Path, holding: Collection[str]) -> Iterator[Path]:
+    """Folders below `root` that hold one of `holding`; these are not searched. Links are followed, and loops of them
+    end."""
     waiting, searched = [root], set()
     while waiting:
         folder = waiting.pop()
@@ -55,7 +62,7 @@ def _holders(root: Path, holding: str) -> Iterator[Path]:
         except OSError:  # Not readable, or gone: as os.walk, and so ComfyUI, does.
             continue
         for child in children:
-            if (child / holding).exists():
+            if any(path.exists() for pattern in holding for path in child.glob(pattern)):
                 yield child
             elif not child.name.startswith("."):
                 waiting.append(child)
@@ -63,12 +70,12 @@ def _holders(root: Path, holding: str) -> Iterator[Path]:
 
 def transformers() -> list[str]:
     """What may hold a diffusion transformer: model files, and diffusers folders, which end in a slash."""
-    return [*files("diffusion_models"), *(f"{name}/" for name in folders("diffusers", holding="transformer"))]
+    return [*files("diffusion_models"), *(f"{name}/" for name in folders("diffusers", "transformer"))]
 
 
 def autoencoders() -> list[str]:
     """What may hold an autoencoder: VAE files, and diffusers folders, which end in a slash."""
-    return [*files("vae"), *(f"{name}/" for name in folders("diffusers", holding="vae"))]
+    return [*files("vae"), *(f"{name}/" for name in folders("diffusers", "vae"))]
 
 
 def transformer_path(name: str) -> Path:

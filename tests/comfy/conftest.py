@@ -45,6 +45,7 @@ def prepare(base: Path) -> Path:
 
     models/janus/another    pico with its codebook in another order
     models/janus/cut        the same with the beginning of its weights alone
+    models/janus/amused, models/janus/bigfix    tiny ones in the layouts of published masked samplers
     models/janus/masked     a masked sampler with random weights, of pico's tokens; its image tokenizer is pico's own
     elsewhere/models/tiny   another Janus altogether: 4 x 4 tokens of 64 codes; in a folder of extra_model_paths.yaml
     models/dcdd             pico's decoder as bundle.safetensors; cut.safetensors, half of it; damaged.safetensors, the
@@ -59,6 +60,8 @@ def prepare(base: Path) -> Path:
 
     from dcdd_core.types import Calibration
     from tests.tiny import random_pico, save_flux_like, save_janus
+    from tests.tiny_amused import save_tiny_amused
+    from tests.tiny_bigfix import save_bigfix
 
     pack = copy_pack(base / "custom_nodes")
     weights = pack / "dcdd_pico" / "weights"
@@ -82,6 +85,8 @@ def prepare(base: Path) -> Path:
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:100_000])
     save_janus(base / "elsewhere" / "models" / "tiny")
     save_random_masked(models / "janus" / "masked", weights / "janus")
+    save_tiny_amused(models / "janus" / "amused")
+    save_bigfix(models / "janus" / "bigfix")
 
     bundle = (weights / "decoder.safetensors").read_bytes()
     calibrations = models / "dcdd" / "calibrations"

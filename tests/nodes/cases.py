@@ -379,6 +379,14 @@ def start_keeps_what_it_reveals(found: Found) -> None:
     assert earlier.mean() < kept.mean() - 0.1, (earlier.mean(), kept.mean())
 
 
+def tiny_is_sampled(found: Found) -> None:
+    """4 x 4 tokens, each in the sheet, whose last image is not of one colour."""
+    assert found.arrays["it"]["tokens"].shape == (1, 16) and np.isfinite(found.arrays["it"]["logits"]).all()
+    sheet = found["stages"][0]
+    assert sheet.shape[1] == 12 + 4 * (160 + 12)
+    assert sheet[66 : 66 + 160, -172:-12].std() > 0.01
+
+
 def passes_are_shown(found: Found) -> None:
     """4 of a batch of 5, one column a pass; new positions are green, and the last column is the image."""
     sheets = found["it"]
@@ -889,6 +897,19 @@ CASES = [
         keep={"it": of("it", 1), "decoded": of("image")},
         check=passes_are_shown,
         previews=3,
+    ),
+    *(
+        Case(
+            name=f"passes of {model}",
+            node=PROGRESSIVE,
+            inputs={"janus": of("loaded"), "prompt": "a red circle", "passes": 4},
+            more={"loaded": ("DCDD_LoadJanus", {"model": model})},
+            keep={"it": IT, "stages": of("it", 1)},
+            check=tiny_is_sampled,
+            reports=[(k, 4) for k in range(1, 5)],
+            previews=4,
+        )
+        for model in ("amused", "bigfix")
     ),
     Case(
         name="unknown words of a masked sampler",
@@ -1697,6 +1718,13 @@ def _refusals() -> list[Refusal]:
             node=PROGRESSIVE,
             inputs=DRAW,
             says=("pico samples one token after the other", "connect it to a Janus Logit Sampler", "Load Janus"),
+        ),
+        Refusal(
+            name="order that a model cannot give",
+            node=PROGRESSIVE,
+            inputs={"janus": of("bigfix"), "prompt": "a red circle", "order": "importance"},
+            more={"bigfix": ("DCDD_LoadJanus", {"model": "bigfix"})},
+            says=("importance", "was not trained to predict", "choose"),
         ),
         Refusal(
             name="start without tokens",

@@ -36,7 +36,7 @@ def put(path: Path) -> Path:
 
 
 def listed(model_folders: ModuleType) -> list[str]:
-    return model_folders.folders("janus", holding="config.json")
+    return model_folders.samplers()
 
 
 def test_folders_are_listed_at_any_depth_and_found_by_their_names(tmp_path, model_folders):
@@ -75,6 +75,16 @@ def test_links_are_followed_and_loops_end(tmp_path, model_folders):
     (elsewhere / "owner" / "itself").symlink_to(elsewhere / "owner")
     (janus / "gone").symlink_to(tmp_path / "nowhere")
     assert listed(model_folders) == ["linked/owner/model", "same"]
+
+
+def test_published_masked_samplers_are_listed_and_their_parts_are_not(tmp_path, model_folders):
+    janus = tmp_path / "models" / "janus"
+    put(janus / "amused" / "amused-512" / "model_index.json")
+    put(janus / "amused" / "amused-512" / "transformer" / "config.json")
+    put(janus / "BIGFix" / "BigFix_XLarge.pth")
+    put(janus / "BIGFix" / "flan-t5-xl" / "config.json")
+    put(janus / "else" / "notes.txt")
+    assert listed(model_folders) == ["BIGFix", "amused/amused-512"]
 
 
 def test_diffusers_folders_are_listed_below_their_owners(tmp_path, model_folders):
