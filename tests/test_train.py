@@ -302,7 +302,7 @@ def test_what_can_fail_is_checked_before_anything_is_loaded(run, tmp_path, capsy
         assert words in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [["--help"], ["cache", "--help"], ["estimate", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["cache", "--help"], ["estimate", "--help"], ["progressive", "--help"]])
 def test_the_help_says_each_default_once_and_none_where_there_is_none(capsys, words):
     with pytest.raises(SystemExit):
         main(words)

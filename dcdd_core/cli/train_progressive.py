@@ -10,8 +10,11 @@ from dcdd_pico.embedded import model_paths
 
 from ..method.masked_modelling import CORRUPTIONS, HIDDEN_SHARES
 from ..pipelines.image_files import ReadPolicy
+from ..settings import require_number
+from ..training import estimate
 from ..training.captions import Captions
 from ..training.config import DataConfig, OptimizationConfig
+from ..training.masked_cost import MaskedSetup, masked_cost
 from ..training.masked_plan import HEADS, LAYERS, TEMPLATE, WIDTH, MaskedPlan
 from ..training.masked_run import run_masked, run_sampler
 from ..training.masked_task import MaskingConfig
@@ -20,6 +23,7 @@ from ..training.run import make_accelerator
 from . import training_options as options
 from .arguments import path, path_text
 
+MOST_GPUS = 2**16
 _PICO = "pico"
 
 
@@ -68,6 +72,9 @@ def run(args: argparse.Namespace) -> None:
         captions=Captions(column=args.caption_column),
     )
     settings = options.run_config(args)
+    if args.estimate:
+        _estimate(args, plan, masking)
+        return
     accelerator = make_accelerator(args.out, cpu=args.cpu, precision=args.precision, tracker=args.tracker)
     if args.sampler_now:
         run_sampler(args.out, plan, accelerator=accelerator, report=accelerator.print)
@@ -82,6 +89,52 @@ def run(args: argparse.Namespace) -> None:
         accelerator=accelerator,
         report=accelerator.print,
         progress=ProgressBar(args.out.name, args.steps),
+    )
+
+
+def _estimate(args: argparse.Namespace, plan: MaskedPlan, masking: MaskingConfig) -> None:
+    """Prints the memory and the time that a training takes.
+
+    Raises:
+        ValueError: for numbers out of range, and as the loaders.
+    """
+    args.precision = args.precision or "bf16"
+    estimate.check_gpu(args)
+    require_number("gpus", args.gpus, whole=True, least=1, most=MOST_GPUS)
+    plan.check()
+    tokenizer = plan.tokenizer("cpu")
+    geometry = plan.geometry(tokenizer)
+    new = plan.start is None
+    setup = MaskedSetup(
+        config=plan.config(tokenizer, geometry) if new else plan.sampler(tokenizer, geometry).model.config,
+        geometry=geometry,
+        words=masking.words,
+        drawn=("samples" in masking.corruptions) / max(1, len(masking.corruptions)),
+        cached=args.cache is not None,
+        batch=args.batch,
+        accumulate=args.accumulate,
+        optimizer=args.optimizer,
+        precision=args.precision,
+        checkpointing=args.checkpointing,
+        gpus=args.gpus,
+    )
+    cost = masked_cost(setup, tokenizer)
+    images = args.steps * args.batch * args.accumulate * args.gpus
+    teraflops, memory = estimate.gpu_of(args)
+    duration = estimate.duration_of(setup, cost, images=images, teraflops=teraflops, utilisation=args.utilisation)
+    verdict = "fits" if estimate.fits(cost, memory) else "does NOT fit: try --checkpointing, or a smaller --batch with"
+    verdict += "" if estimate.fits(cost, memory) else " more --accumulate"
+    config, count = setup.config, cost.weights["trained"]
+    print(f"{count / 1e6:.1f} M weights: width {config.width}, {config.layers} blocks, {config.heads} heads")
+    print(
+        f"{args.batch} images x {args.accumulate} x {args.gpus} GPU; {geometry.resolution} pixels, {config.tokens} "
+        f"tokens of {config.codes} codes, prompts of {masking.words} tokens; precision {args.precision}, "
+        f"{args.optimizer}\n"
+    )
+    print("\n".join(estimate.lines(cost, duration, memory, verdict)))
+    print(
+        "\nMemory not counted: the GPU's context and libraries, fragmentation, the sample sheets;\n"
+        "time not counted: encoding images, drawing wrong tokens on the CPU, and waiting for data and other GPUs."
     )
 
 
@@ -176,6 +229,13 @@ def add(commands: Any) -> None:
         help="of the share of hidden positions in training",
     )
     options.add_updates(group, learning_rate=3e-4, weight_decay=0.05, ema_decay=0.999, batch=32)
+
+    group = command.add_argument_group("estimate")
+    group.add_argument(
+        "--estimate", action="store_true", help="only say what this training takes, from the network's shapes"
+    )
+    group.add_argument("--gpus", type=int, default=1)
+    estimate.add_gpu_arguments(group)
 
     group = options.add_logging(command, best="OUT/best")
     group.add_argument(

@@ -17,6 +17,7 @@ from .. import registry
 from ..files import write_text
 from ..settings import require_number
 from .cost import SHARDINGS, Cost, TrainingSetup, cost_of
+from .masked_cost import MaskedSetup
 from .optimizers import OPTIMIZERS
 from .trainable import TRAINED
 
@@ -75,7 +76,9 @@ class Duration:
     hours: float
 
 
-def duration_of(setup: TrainingSetup, cost: Cost, *, images: int, teraflops: float, utilisation: float) -> Duration:
+def duration_of(
+    setup: TrainingSetup | MaskedSetup, cost: Cost, *, images: int, teraflops: float, utilisation: float
+) -> Duration:
     """The time that the FLOPs take; waiting for data and other GPUs is part of `utilisation` or not counted.
 
     Raises:
@@ -130,6 +133,15 @@ def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], Path] =
         "--sharding", default=default["sharding"], choices=SHARDINGS, help="what is sharded over the GPUs"
     )
     parser.add_argument("--gpus", type=int, default=default["gpus"])
+    add_gpu_arguments(parser)
+    parser.add_argument(
+        "--pictures", type=int, default=1_600_000, help="images seen in total; the default is the paper's"
+    )
+    parser.add_argument("--json", type=path, metavar="FILE", help="also write the numbers as JSON")
+
+
+def add_gpu_arguments(parser: argparse._ActionsContainer) -> None:
+    """Adds the options that say what a GPU can do."""
     parser.add_argument("--gpu", default="a100-80gb", choices=GPUS)
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a GPU (default: the published)")
     parser.add_argument(
@@ -138,10 +150,6 @@ def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], Path] =
     parser.add_argument(
         "--utilisation", type=float, default=0.35, help="fraction of the peak that is reached; the default is a guess"
     )
-    parser.add_argument(
-        "--pictures", type=int, default=1_600_000, help="images seen in total; the default is the paper's"
-    )
-    parser.add_argument("--json", type=path, metavar="FILE", help="also write the numbers as JSON")
 
 
 def run(chosen: argparse.Namespace) -> None:
@@ -151,11 +159,8 @@ def run(chosen: argparse.Namespace) -> None:
         ValueError: for options that are out of range or exclude each other.
         OSError: if the JSON cannot be written, such as on a full disk.
     """
-    for name in ("memory", "tflops"):
-        require_number(name, getattr(chosen, name), above=0, most=_MOST, optional=True)
+    check_gpu(chosen)
     require_number("pictures", chosen.pictures, whole=True, least=1, most=_MOST_IMAGES)
-    if chosen.precision == "no" and chosen.tflops is None:
-        raise ValueError("the published peaks are for bfloat16: give --tflops for training without mixed precision")
     named = {name: getattr(chosen, name) for name in TrainingSetup.__dataclass_fields__ if hasattr(chosen, name)}
     if chosen.base is not None:
         named["config"] = registry.base_family(chosen.base).config_of(str(chosen.base))
@@ -167,19 +172,31 @@ def run(chosen: argparse.Namespace) -> None:
         raise ValueError(
             f"these sizes are beyond what can be counted ({said}): give a smaller --grid, --batch or --resolution"
         ) from error
-    gpu = GPUS[chosen.gpu]
-    duration = duration_of(
-        setup,
-        cost,
-        images=chosen.pictures,
-        teraflops=gpu.teraflops if chosen.tflops is None else chosen.tflops,
-        utilisation=chosen.utilisation,
-    )
-    memory = int((gpu.memory if chosen.memory is None else chosen.memory) * 2**30)
+    teraflops, memory = gpu_of(chosen)
+    duration = duration_of(setup, cost, images=chosen.pictures, teraflops=teraflops, utilisation=chosen.utilisation)
     print(table(setup, cost, duration, memory))
     if chosen.json is not None:
         write_text(chosen.json, json.dumps(numbers(setup, cost, duration, memory), indent=1) + "\n")
         print(f"wrote {chosen.json}")
+
+
+def check_gpu(chosen: argparse.Namespace) -> None:
+    """Refuses numbers of a GPU that are out of range.
+
+    Raises:
+        ValueError: also for training without mixed precision, whose peak is not published.
+    """
+    for name in ("memory", "tflops"):
+        require_number(name, getattr(chosen, name), above=0, most=_MOST, optional=True)
+    if chosen.precision == "no" and chosen.tflops is None:
+        raise ValueError("the published peaks are for bfloat16: give --tflops for training without mixed precision")
+
+
+def gpu_of(chosen: argparse.Namespace) -> tuple[float, int]:
+    """Peak in TFLOP/s and memory in bytes of the chosen GPU."""
+    gpu = GPUS[chosen.gpu]
+    teraflops = gpu.teraflops if chosen.tflops is None else chosen.tflops
+    return teraflops, int((gpu.memory if chosen.memory is None else chosen.memory) * 2**30)
 
 
 def numbers(setup: TrainingSetup, cost: Cost, duration: Duration, memory: int) -> dict[str, Any]:
@@ -187,7 +204,7 @@ def numbers(setup: TrainingSetup, cost: Cost, duration: Duration, memory: int) -
     costs = _renamed(asdict(cost))
     costs["memory"] = _renamed(cost.memory)
     values = {"setup": asdict(setup), **costs, "peak": cost.peak, "run": _renamed(asdict(duration))}
-    return values | {"gpu_memory": memory, "fits": _fits(cost, memory)}
+    return values | {"gpu_memory": memory, "fits": fits(cost, memory)}
 
 
 def table(setup: TrainingSetup, cost: Cost, duration: Duration, memory: int) -> str:
@@ -195,6 +212,23 @@ def table(setup: TrainingSetup, cost: Cost, duration: Duration, memory: int) -> 
     weights = {name: f"{count / 1e9:.2f}" for name, count in cost.weights.items()}
     sharding = "" if setup.gpus == 1 else f", {setup.sharding}"
     how = [f"precision {setup.precision}", setup.optimizer, *(["checkpointing"] if setup.checkpointing else [])]
+    verdict = "fits" if fits(cost, memory) else f"does NOT fit: {_advice(setup)}"
+    return "\n".join(
+        [
+            f"{weights['all']} G weights, trained: {weights['trained']} ({setup.train})",
+            f"{setup.batch} images x {setup.accumulate} x {setup.gpus} GPU{sharding}; {setup.resolution} pixels, "
+            f"{cost.latent_tokens} latent tokens; {', '.join(how)}",
+            "",
+            *lines(cost, duration, memory, verdict),
+            "",
+            "Memory not counted: the GPU's context and libraries, fragmentation, the sample sheets;",
+            "time not counted: encoding images, and waiting for data and other GPUs.",
+        ]
+    )
+
+
+def lines(cost: Cost, duration: Duration, memory: int, verdict: str) -> list[str]:
+    """What a training takes, as lines of text."""
     rows = [(name, count) for name, count in cost.memory.items() if count]
     rows += [
         ("encoding a batch", cost.encoding),
@@ -204,28 +238,18 @@ def table(setup: TrainingSetup, cost: Cost, duration: Duration, memory: int) -> 
         ("or optimiser's step, with gradients", cost.optimizer_step),
         ("peak", cost.peak),
     ]
-    verdict = "fits" if _fits(cost, memory) else f"does NOT fit: {_advice(setup)}"
-    return "\n".join(
-        [
-            f"{weights['all']} G weights, trained: {weights['trained']} ({setup.train})",
-            f"{setup.batch} images x {setup.accumulate} x {setup.gpus} GPU{sharding}; {setup.resolution} pixels, "
-            f"{cost.latent_tokens} latent tokens; {', '.join(how)}",
-            "",
-            f"{'each GPU':<40}{'GB':>8}",
-            *(f"{name:<40}{count / 1e9:>8.2f}" for name, count in rows),
-            f"{'available':<40}{memory / 1e9:>8.2f}  {verdict}",
-            "",
-            f"{'TFLOPs per update':<40}{cost.flops / 1e12:>8.1f}",
-            f"{'  of a forward pass':<40}{cost.forward_flops / 1e12:>8.1f}",
-            f"{'seconds per update':<40}{duration.seconds:>8.2f}  at {duration.utilisation:.0%} of "
-            f"{duration.teraflops:g} TFLOP/s",
-            f"{'updates':<40}{duration.updates:>8}  of {duration.batch} images",
-            f"{'hours':<40}{duration.hours:>8.1f}",
-            "",
-            "Memory not counted: the GPU's context and libraries, fragmentation, the sample sheets;",
-            "time not counted: encoding images, and waiting for data and other GPUs.",
-        ]
-    )
+    return [
+        f"{'each GPU':<40}{'GB':>8}",
+        *(f"{name:<40}{count / 1e9:>8.2f}" for name, count in rows),
+        f"{'available':<40}{memory / 1e9:>8.2f}  {verdict}",
+        "",
+        f"{'TFLOPs per update':<40}{cost.flops / 1e12:>8.1f}",
+        f"{'  of a forward pass':<40}{cost.forward_flops / 1e12:>8.1f}",
+        f"{'seconds per update':<40}{duration.seconds:>8.2f}  at {duration.utilisation:.0%} of "
+        f"{duration.teraflops:g} TFLOP/s",
+        f"{'updates':<40}{duration.updates:>8}  of {duration.batch} images",
+        f"{'hours':<40}{duration.hours:>8.1f}",
+    ]
 
 
 #: Names in the JSON file, where they differ from the attributes.
@@ -242,7 +266,8 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {_IN_JSON.get(name, name): value for name, value in values.items()}
 
 
-def _fits(cost: Cost, memory: int) -> bool:
+def fits(cost: Cost, memory: int) -> bool:
+    """Whether a training fits into so many bytes of a GPU."""
     return cost.peak <= _USABLE * memory
 
 

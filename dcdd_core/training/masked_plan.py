@@ -93,6 +93,10 @@ class MaskedPlan:
                 raise ValueError(f"{path} does not exist; expected {expected}")
         registry.sampler_family(self.vlm)
         if self.start is None:
+            if self.text is None and not (Path(self.vlm) / "tokenizer.json").exists():
+                raise ValueError(
+                    f"{self.vlm} has no text tokenizer (tokenizer.json): give the folder of one with --text-tokenizer"
+                )
             self._words()
             return
         family = registry.sampler_family(self.start)

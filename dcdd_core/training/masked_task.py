@@ -234,8 +234,8 @@ class MaskedTask:
         options = {"betas": (0.9, 0.95), "weight_decay": config.weight_decay}
         if config.optimizer == "adamw8bit":
             return [adamw_8bit(weights.values(), **options)]
-        hidden = [name for name, weight in weights.items() if name.startswith("layers.") and weight.ndim == 2]
-        return list(adamw_with_muon(weights, hidden if config.optimizer == "muon" else [], **options).values())
+        matrices = muon_matrices(weights) if config.optimizer == "muon" else []
+        return list(adamw_with_muon(weights, matrices, **options).values())
 
     def example(self, batch: Any, generator: torch.Generator, averaged: Averaged) -> MaskedExample:
         """See `trainer.Task`; wrong tokens are draws of the averaged weights."""
@@ -266,6 +266,11 @@ class MaskedTask:
     ) -> dict[str, torch.Tensor]:
         """See `masked_loss.masked_losses`."""
         return masked_losses(network, example)
+
+
+def muon_matrices(weights: Mapping[str, nn.Parameter]) -> list[str]:
+    """The names of a masked transformer's weights that Muon updates: the matrices inside the blocks."""
+    return [name for name, weight in weights.items() if name.startswith("layers.") and weight.ndim == 2]
 
 
 class MaskedHeldOut:

@@ -19,18 +19,24 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import JanusForConditionalGeneration
 
 from dcdd_core import registry
 from dcdd_core.cli.train import main
 from dcdd_core.models.janus.masked_start import TEMPLATE
 from dcdd_core.models.masked.words import Words
 from dcdd_core.protocols import SamplingOptions
+from dcdd_core.training.batches import Batches, DataShard
+from dcdd_core.training.captions import Captions
+from dcdd_core.training.config import OptimizationConfig
+from dcdd_core.training.image_batch import Geometry
 from dcdd_core.training.log import read_log
 from dcdd_core.training.masked_plan import MaskedPlan
-from dcdd_core.training.masked_task import CaptionReader, MaskedTask
+from dcdd_core.training.masked_task import CaptionReader, ErrorScale, MaskedTask, MaskingConfig, TokenEncoder
+from dcdd_core.training.sources import open_images
 from dcdd_pico.train_janus import pico_tokenizer
 from tests.models.masked.tiny_masked import save_tiny_masked
-from tests.tiny import save_janus, tiny_tokenizer
+from tests.tiny import fill, save_janus, tiny_janus, tiny_tokenizer, tiny_vq
 from tests.training.runs import forked, losses, png_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
@@ -163,11 +169,6 @@ def test_parquet_webdataset_and_saved_datasets_train_too(run, images, tmp_path, 
 
 
 def test_each_image_comes_with_its_own_caption(images, tmp_path):
-    from dcdd_core.training.batches import Batches, DataShard
-    from dcdd_core.training.captions import Captions
-    from dcdd_core.training.image_batch import Geometry
-    from dcdd_core.training.sources import open_images
-
     geometry = Geometry(resolution=16, token_resolution=16, token_factor=4, vae_factor=1)
     paths = [images, parquet_of(images, tmp_path / "a.parquet"), tar_of(images, tmp_path / "a.tar")]
     wanted = {}
@@ -302,6 +303,62 @@ def test_it_starts_from_a_janus_whose_heads_have_their_own_keys(run, janus, tmp_
     sizes = dict.fromkeys(("width", "layers", "heads"))
     assert run(**sizes, **{"start-from": janus}) == 1
     assert "2 key heads for 4 heads" in capsys.readouterr().err
+    model, words = tiny_janus()
+    model.config.text_config.num_key_value_heads = 4
+    own = fill(JanusForConditionalGeneration(model.config))
+    own.save_pretrained(tmp_path / "janus")
+    words.save_pretrained(tmp_path / "janus")
+    options = {"start-from": tmp_path / "janus", "vlm": tmp_path / "janus", "learning-rate": 1e-9, "steps": 1}
+    for side, grid in ((None, (4, 4)), (32, (8, 8))):
+        out = tmp_path / f"{side}"
+        assert run(**sizes, **options, side=side, out=out, **{"min-side": 1}) == 0
+        sampler = sampler_in(out / "sampler")
+        assert sampler.grid == grid and sampler.words.template == TEMPLATE
+        began = sampler.model.layers[1].k.weight, own.model.language_model.layers[1].self_attn.k_proj.weight
+        torch.testing.assert_close(*began, rtol=0, atol=1e-6)
+
+
+def test_a_tokenizer_alone_needs_words_from_elsewhere(run, janus, tmp_path, capsys):
+    tiny_vq().save_pretrained(tmp_path / "vq")
+    assert run(vlm=tmp_path / "vq") == 1
+    assert (
+        f"{tmp_path / 'vq'} has no text tokenizer (tokenizer.json): give the folder of one" in capsys.readouterr().err
+    )
+    assert run(vlm=tmp_path / "vq", steps=1, **{"text-tokenizer": janus}) == 0
+    assert sampler_in(tmp_path / "run" / "sampler").words.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_an_estimate_is_of_the_very_options_and_starts_nothing(run, tmp_path, capsys):
+    assert run("--estimate", precision=None, gpu="h100", gpus=2, steps=100) == 0
+    said = capsys.readouterr().out
+    assert "width 32, 1 blocks, 2 heads" in said and "16 pixels, 16 tokens of 64 codes" in said
+    assert "updates                                      100  of 6 images" in said and "communication" in said
+    assert not (tmp_path / "run").exists()
+    assert run("--estimate") == 1
+    assert "give --tflops for training without mixed precision" in capsys.readouterr().err
+    assert run("--estimate", precision=None, memory=1e-3) == 0
+    assert "does NOT fit: try --checkpointing" in capsys.readouterr().out
+
+
+def test_sharded_weights_are_refused(janus):
+    plan = MaskedPlan(vlm=janus, width=32, layers=1, heads=2)
+    tokenizer = plan.tokenizer("cpu")
+    sampler = plan.sampler(tokenizer, plan.geometry(tokenizer))
+    scale = ErrorScale(mean=-1.0, deviation=0.5)
+    task = MaskedTask(sampler, TokenEncoder(tokenizer), scale, MaskingConfig(), settings={})
+    with pytest.raises(ValueError, match="trained with DDP: .* choose configs/accelerate/ddp.yaml"):
+        task.optimizers(OptimizationConfig(steps=1), sharded=True)
+
+
+def test_errors_are_predicted_in_units_of_what_is_usual(janus, images):
+    plan = MaskedPlan(vlm=janus, width=32, layers=1, heads=2)
+    tokenizer = plan.tokenizer("cpu")
+    source, encode = open_images(images, plan.geometry(tokenizer), captions=Captions()), TokenEncoder(tokenizer)
+    scale = ErrorScale.of(source, encode, batch=5)
+    everything = encode(source.collate([source.load(entry) for entry in source.entries(DataShard(seed=None), 0)]))
+    found = scale.standardised(everything.errors)
+    assert abs(float(found.mean())) < 0.01 and float(found.std()) == pytest.approx(1, abs=0.01)
+    assert scale == ErrorScale(mean=round(scale.mean, 3), deviation=round(scale.deviation, 3))
 
 
 def test_a_run_is_not_resumed_with_other_masking_words_or_sizes(run, tmp_path, capsys):

@@ -11,6 +11,7 @@ E width of a head, M hidden size of a block.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,7 +198,8 @@ class MaskedTransformer(nn.Module):
         count, length = tokens.shape[1], prefix.keys[0].shape[2]
         slots = torch.arange(length + count, device=tokens.device)
         rotary = self._rotary(slots[length:] - prefix.padding[:, None])
-        real = (slots >= prefix.padding[:, None])[:, None, None] if bool(prefix.padding.any()) else None
+        padded = tokens.is_meta or bool(prefix.padding.any())  # Of shapes alone it cannot be told.
+        real = (slots >= prefix.padding[:, None])[:, None, None] if padded else None
         x = self._embed(tokens)
         for block, before in zip(self.layers, zip(prefix.keys, prefix.values)):
             x, _, _ = block(x, rotary, real, before)
@@ -215,7 +217,7 @@ class MaskedTransformer(nn.Module):
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[R, N, C]; in the weights' own dtype, also under autocast, which would round similar codes to the same."""
         hidden = tokens == self.mask_token
-        with torch.autocast(tokens.device.type, enabled=False):
+        with nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False):
             codes = self.codes(tokens.masked_fill(hidden, 0))
             aligned = self.align_out(F.gelu(self.align_in(codes)))
         return torch.where(hidden[..., None], self.mask, aligned) + self.positions
