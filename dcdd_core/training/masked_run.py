@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from .batches import Batches, DataShard, Source
 from .cache import CacheCard, EncodingCache, encoder_fingerprint
 from .checkpoints import HELD_OUT, HELD_OUT_FRACTION, load_best, load_ema, newest_checkpoint, settings_of
 from .config import DataConfig, OptimizationConfig, RunConfig
+from .folders import digest
 from .held_out import Split
 from .image_batch import Geometry
 from .left_out import RECORD
@@ -204,7 +204,7 @@ def _settings(
         "codebook": tokenizer.codebook.fingerprint,
         "tokenizer": encoder_fingerprint(tokenizer.model),
         "side": geometry.token_resolution,
-        "words": hashlib.sha256(words.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16],
+        "words": digest(f"{word} {number}" for word, number in sorted(words.tokenizer.get_vocab().items())),
         "template": words.template,
         "start": fingerprint_of(sampler.model.state_dict()),
     }
