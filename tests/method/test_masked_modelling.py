@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcdd_core.method import masked_modelling
 from dcdd_core.method.masked_modelling import (
     hidden_shares,
     importance_loss,
@@ -104,3 +105,23 @@ def test_importance_by_hand():
     # |4.5 - 2.5| - 0.5; the second image has nothing left to lose.
     assert float(importance_loss(predicted, measured, hidden, revealed)) == pytest.approx(1.5)
     assert float(importance_loss(predicted, measured, hidden, torch.zeros_like(hidden))) == 0
+
+
+def test_schedules_of_hidden_shares_have_their_means():
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    for schedule, mean in (("arccos", 2 / torch.pi), ("cosine", 2 / torch.pi), ("linear", 0.5)):
+        shares = masked_modelling.hidden_shares(u, schedule)
+        assert float(shares.min()) >= 0 and float(shares.max()) <= 1
+        assert float(shares.mean()) == pytest.approx(mean, abs=1e-3)
+    nearly_all = [(masked_modelling.hidden_shares(u, name) > 0.95).float().mean() for name in ("cosine", "arccos")]
+    assert nearly_all[0] > 2 * nearly_all[1]
+    with pytest.raises(ValueError, match="must be one of arccos, cosine, linear, got 'square'"):
+        masked_modelling.hidden_shares(u, "square")
+
+
+def test_codes_are_compared_a_part_at_a_time(monkeypatch):
+    vectors = torch.nn.functional.normalize(torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    whole = masked_modelling.neighbours(vectors, 3)
+    monkeypatch.setattr(masked_modelling, "_CHUNK", 7)
+    assert torch.equal(masked_modelling.neighbours(vectors, 3), whole)
+    assert not (whole == torch.arange(50)[:, None]).any()

@@ -208,7 +208,15 @@ def test_a_cache_with_captions_trains_as_the_images_do(run, janus, images, tmp_p
     direct, cached = (losses(tmp_path / name) for name in ("direct", "cached"))
     for one, other in zip(direct, cached, strict=True):
         assert other == pytest.approx(one, rel=5e-2)
-    capsys.readouterr()
+    gap = shutil.copytree(images, tmp_path / "images")
+    (gap / "05.txt").unlink()
+    for said in ("shard 2 with 4 images", "keeping 3 finished shards"):
+        capsys.readouterr()
+        assert cache(tmp_path / "gap", "--captions", data=gap) == 0
+        out = capsys.readouterr().out
+        assert said in out and "1 images have no caption and are left out: 05.png" in out
+    held = json.loads((tmp_path / "gap" / "manifest.json").read_text())
+    assert held["complete"] and held["items"] == 23
     assert cache(tmp_path / "bare", "--captions", "--keep-pixels") == 1
     assert "--keep-pixels would do nothing without --vae" in capsys.readouterr().err
     assert cache(tmp_path / "cache", "--captions", resolution=32) == 1
