@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> i
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{prog}: {_LESS_MEMORY}", file=sys.stderr)
+        print(f"{prog}: {getattr(args, 'less_memory', _LESS_MEMORY)}", file=sys.stderr)
         return 1
     except TrainingStopped as stopped:  # It has said so.
         return stopped.status
@@ -200,7 +200,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "estimate",
         formatter_class=options.Help,
         help="estimate the memory and time of a training",
-        description="Estimates the memory and time of a training. No weights are loaded: shapes are enough.",
+        description="Estimates the memory and time of a training. No weights are loaded: shapes are enough. That "
+        "of a masked sampler is estimated by `train.py progressive --estimate`.",
     )
     command.set_defaults(run=estimate.run)
     estimate.add_arguments(command, path)

@@ -23,8 +23,13 @@ from ..training.run import make_accelerator
 from . import training_options as options
 from .arguments import path, path_text
 
-MOST_GPUS = 2**16
+_MOST_GPUS = 2**16
+_GPUS = 1
 _PICO = "pico"
+_LESS_MEMORY = (
+    "out of memory: resume the run with --checkpointing, or with a smaller --batch and as much more --accumulate; or "
+    "start a new one with --optimizer adamw8bit, or a smaller --width"
+)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -100,7 +105,7 @@ def _estimate(args: argparse.Namespace, plan: MaskedPlan, masking: MaskingConfig
     """
     args.precision = args.precision or "bf16"
     estimate.check_gpu(args)
-    require_number("gpus", args.gpus, whole=True, least=1, most=MOST_GPUS)
+    require_number("gpus", args.gpus, whole=True, least=1, most=_MOST_GPUS)
     plan.check()
     tokenizer = plan.tokenizer("cpu")
     geometry = plan.geometry(tokenizer)
@@ -139,7 +144,7 @@ def _estimate(args: argparse.Namespace, plan: MaskedPlan, masking: MaskingConfig
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
-    """Refuses options that would do nothing beside --cache.
+    """Refuses options that would do nothing beside --cache, or without --estimate.
 
     Raises:
         ValueError: naming them.
@@ -155,6 +160,10 @@ def _refuse_idle(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{', '.join(given)} would do nothing: what a cache holds was chosen when it was written; leave it out"
         )
+    numbers = {"--gpus": _GPUS, "--memory": None, "--tflops": None}
+    given = [name for name, default in numbers.items() if getattr(args, name[2:]) != default]
+    if given and not args.estimate:
+        raise ValueError(f"{', '.join(given)} would do nothing without --estimate: give that too, or leave it out")
 
 
 def add(commands: Any) -> None:
@@ -166,7 +175,7 @@ def add(commands: Any) -> None:
         description="Trains a masked sampler for an image tokenizer on captioned images, and writes its folder, "
         "OUT/sampler, which `dcdd generate --janus` reads. The same command resumes a run that was stopped.",
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, less_memory=_LESS_MEMORY)
     command.add_argument(
         "--vlm",
         "--janus",
@@ -234,7 +243,7 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--estimate", action="store_true", help="only say what this training takes, from the network's shapes"
     )
-    group.add_argument("--gpus", type=int, default=1)
+    group.add_argument("--gpus", type=int, default=_GPUS)
     estimate.add_gpu_arguments(group)
 
     group = options.add_logging(command, best="OUT/best")

@@ -33,7 +33,7 @@ class EncodedBatch:
     features: torch.Tensor
     latents: torch.Tensor | None
     pixels: torch.Tensor | None = None
-    captions: tuple[str | None, ...] | None = None
+    captions: tuple[str, ...] | None = None
 
 
 def geometry_for(

@@ -73,7 +73,7 @@ class ImageSource:
             keys=tuple(item.key for item in items),
             pixels=pixels,
             token_pixels=pixels if same else torch.stack([item.token_pixels for item in items]),
-            captions=tuple(item.caption for item in items),
+            captions=tuple(item.caption for item in items) if self.captioned else None,
         )
 
 

@@ -80,7 +80,7 @@ class ImageBatch:
     keys: tuple[str, ...]
     pixels: torch.Tensor
     token_pixels: torch.Tensor
-    captions: tuple[str | None, ...]
+    captions: tuple[str, ...] | None = None
 
 
 def _multiples(value: int, unit: int) -> str:

@@ -393,6 +393,16 @@ def test_an_example_has_the_captions_the_units_and_the_masks_that_were_asked_for
         assert float(example.hidden.float().mean()) == pytest.approx(0.45, abs=0.05)
 
 
+def test_out_of_memory_says_what_this_training_can_do(run, capsys, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(MaskedPlan, "tokenizer", full)
+    assert run() == 1
+    said = capsys.readouterr().err
+    assert "a smaller --batch and as much more --accumulate" in said and "lora" not in said
+
+
 def test_sharded_weights_are_refused(janus):
     task = task_of(janus)
     with pytest.raises(ValueError, match="trained with DDP: .* choose configs/accelerate/ddp.yaml"):
@@ -437,6 +447,7 @@ def test_a_run_is_not_resumed_with_other_masking_words_or_sizes(run, tmp_path, c
         ({"steps": 0}, "steps and accumulation must be at least 1, got 0 and 1"),
         ({"drop-captions": 1.5}, "drop-captions must be a finite number in 0..1, got 1.5"),
         ({"caption-tokens": 2}, "caption-tokens must be a whole number in 8..4,096, got 2"),
+        ({"gpus": 2, "tflops": 5}, "--gpus, --tflops would do nothing without --estimate: give that too"),
         ({"template": "no place"}, 'template must hold "{prompt}" once'),
         ({"cache": "nowhere", "data": None, "caption-column": "text"}, "--caption-column would do nothing: what a"),
     ],
