@@ -69,6 +69,7 @@ class Progress:
         done, total: units of work, such as positions of a row-by-row sampler or passes of a parallel one.
         tokens: [B, N] int64, a view to read; what is not `known` yet is meaningless.
         known: bool [B, N], True where a token is decided.
+        passes: of the network so far; 0 where a sampler does not tell.
         first: number of the first of these images among all that are sampled: `pipelines.sample` splits batches.
     """
 
@@ -76,6 +77,7 @@ class Progress:
     total: int
     tokens: torch.Tensor
     known: torch.Tensor
+    passes: int = 0
     first: int = 0
 
 
@@ -130,6 +132,7 @@ class TokenSampler(Protocol):
         previous: TokenLogits | None = None,
         resample: torch.Tensor | None = None,
         on_progress: OnProgress | None = None,
+        parallel: int | None = None,
         weights_resident: bool = False,
     ) -> TokenLogits:
         """Samples one image's tokens for each prompt, and keeps the logits each was drawn from.
@@ -140,6 +143,8 @@ class TokenSampler(Protocol):
             seeds: one a prompt.
             previous, resample: an edit. Where `resample` (bool [N] or [B, N]) is False, the tokens and logits of
                 `previous` stay; both or neither.
+            parallel: how many positions a pass may draw, for samplers that draw one after the other; the sample does
+                not depend on it, up to rounding. None takes what is fastest; 1 draws one by one.
             weights_resident: a host's promise that its own linear layers compute what torch's do, and that all weights
                 stay on the device during the call.
 

@@ -28,6 +28,7 @@ def sample(
     previous: TokenLogits | None = None,
     resample: torch.Tensor | None = None,
     on_progress: OnProgress | None = None,
+    parallel: int | None = None,
     host: Host = PLAIN,
 ) -> TokenLogits:
     """`TokenSampler.sample`; if a batch runs out of memory, in smaller parts, with the same result.
@@ -36,6 +37,7 @@ def sample(
         resample: bool [N] or [B, N].
         on_progress: as the sampler's; of several parts, each starts from the beginning, and `Progress.first` tells
             them apart.
+        parallel: as the sampler's.
 
     Raises:
         ValueError: as the sampler.
@@ -43,7 +45,8 @@ def sample(
     """
 
     def draw(part: Sequence[str], **given: Any) -> TokenLogits:
-        return host.keep(sampler.sample(part, options=options, weights_resident=host.weights_resident, **given))
+        how = {"options": options, "parallel": parallel, "weights_resident": host.weights_resident}
+        return host.keep(sampler.sample(part, **how, **given))
 
     memory = 2 * logits_memory(sampler)
     return TokenLogits.joined(in_batches(draw, prompts, seeds, previous, resample, on_progress, memory, host))

@@ -99,7 +99,8 @@ def test_progress_ends_at_the_result(sampler, run):
         options=OPTIONS,
         on_progress=lambda p: seen.append((p.done, p.total, p.tokens.clone(), p.known.clone())),
     )
-    assert [done for done, *_ in seen] == list(range(1, seen[-1][1] + 1))
+    counts = [done for done, *_ in seen]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == seen[-1][1]
     for (_, _, _, before), (_, _, _, after) in pairwise(seen):
         assert bool((after | ~before).all()), "what is known stays known"
     assert bool(seen[-1][3].all()) and torch.equal(seen[-1][2], run.tokens)

@@ -105,6 +105,7 @@ class ToySampler:
         previous=None,
         resample=None,
         on_progress=None,
+        parallel=None,
         weights_resident=False,
     ):
         check_request(prompts, seeds)

@@ -19,13 +19,14 @@ from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase
 
 from ...files import in_file
 from ...protocols import DEFAULT_SAMPLING, OnProgress, Progress, SamplingOptions
+from ...settings import require_number
 from ...types import Codebook, TokenLogits
 from ..checkpoints import fingerprint_of
 from ..edits import check_edit, check_request
 from ..fused_linear import fuse_weights
 from ..int8 import store_in_int8
 from .files import SAMPLERS, JanusFolder
-from .token_loop import TokenLoop, check_language, groups_of
+from .token_loop import TokenLoop, check_language, groups_of, window_for
 
 CHECK_EVERY = 8
 """Positions between the checks for finite logits, each of which waits for the device."""
@@ -194,6 +195,7 @@ class JanusSampler:
         previous: TokenLogits | None = None,
         resample: torch.Tensor | None = None,
         on_progress: OnProgress | None = None,
+        parallel: int | None = None,
         weights_resident: bool = False,
     ) -> TokenLogits:
         """Samples an image's tokens for each prompt, and keeps the logits l of Eqs. 4-5 that each was drawn from.
@@ -217,8 +219,10 @@ class JanusSampler:
                 `resample` is False. The result's guidance and temperature are this call's.
             resample: bool [N] or [B, N], True where to sample again; goes with `previous`, and if nothing is True,
                 `previous` is returned. With the same prompts, seeds and settings the earlier run comes again.
-            on_progress: called after each sampled position. An edit starts at its first resampled position and ends
-                after its last.
+            on_progress: called after each pass, of which the first reads the prompt. An edit starts at its first
+                resampled position and ends after its last; `done` is that of the slowest row.
+            parallel: how many positions a pass draws, of which those stand that draws one by one would give
+                (`TokenLoop`); None takes `window_for`.
             weights_resident: on a CUDA GPU, one step is then recorded and replayed.
 
         Returns:
@@ -228,6 +232,7 @@ class JanusSampler:
             ValueError: for arguments that do not fit each other or the model, and for logits that are not finite.
         """
         check_request(prompts, seeds)
+        require_number("parallel", parallel, whole=True, least=1, optional=True, remedy="1 draws one by one")
         language = self.model.model.language_model
         device = language.device
         batch, count, codes = len(prompts), self.grid[0] * self.grid[1], self.codebook.size
@@ -245,27 +250,33 @@ class JanusSampler:
             known = ~anew
             first, last, anew = int(columns[0]), int(columns[-1]), anew.to(device)
 
+        rows = batch if options.guidance == 1 else 2 * batch
+        window = window_for(rows, device) if parallel is None else parallel
         loop = TokenLoop(
             self.model,
             tokens,
             logits,
             first=first,
+            last=last,
+            grid=self.grid,
             anew=anew,
             options=options,
+            window=window,
             weights_resident=weights_resident,
         )
-        hidden = loop.start(*self._rows(prompts, guided=options.guidance != 1), last=last, seeds=seeds)
-        for i in range(first, last + 1):
-            loop.put_noise()
-            if i == first:
-                loop.draw(hidden)
-            else:
-                loop.advance()
-            if i == last or (i - first) % CHECK_EVERY == CHECK_EVERY - 1:
+        loop.start(*self._rows(prompts, guided=options.guidance != 1), seeds=seeds)
+        checked = first
+        while True:
+            done = min(loop.reached)
+            if loop.done or done - checked >= CHECK_EVERY:
                 loop.check()
+                checked = done
             if on_progress is not None:
-                known[:, i] = True
-                on_progress(Progress(done=i + 1, total=count, tokens=tokens, known=known))
+                drawn = known | (torch.arange(count) < torch.tensor(loop.reached)[:, None])
+                on_progress(Progress(done=done, total=count, tokens=tokens, known=drawn, passes=loop.passes))
+            if loop.done:
+                break
+            loop.advance()
         return TokenLogits(
             logits,
             tokens,

@@ -1,4 +1,4 @@
-"""Janus' decode loop over image tokens, one position at a time: embedding, layers, head, guidance, draw, all in place.
+"""Janus' decode loop over image tokens, many positions a pass: embedding, layers, head, guidance, draw, all in place.
 
 The layers are transformers' Llama modules, called in the order of its `forward`; a host may replace the linear ones. On
 a CPU their products are split across threads (`fused_linear`) and the modules themselves are not called. The loop
@@ -79,17 +79,22 @@ class LlamaReader:
         copies.cache[..., :filled, :] = self.cache[:, :, rows, :, :filled]
         return copies
 
-    def read(self, embeddings: torch.Tensor, slots: torch.Tensor, seen: int | None = None) -> torch.Tensor:
-        """Embeddings [R, Q, C] for the next slots [Q] -> the last one's hidden state [R, C].
+    def read(
+        self, embeddings: torch.Tensor, slots: torch.Tensor, seen: int | None = None, *, whole: bool = False
+    ) -> torch.Tensor:
+        """Embeddings [R, Q, C] for slots [Q], or [R, Q] of each row's own -> the last one's hidden state [R, C].
 
         Args:
-            seen: slots[-1] + 1, the number of slots filled then. None where the host does not know it: all S slots are
-                looked at then, under a mask.
+            seen: the highest slot + 1: slots from there on are empty. None where the host does not know it: all S slots
+                are looked at then, under a mask.
+            whole: all hidden states [R, Q, C].
         """
         rows, count = embeddings.shape[:2]
         shape, grouped = (rows, count, -1, self.width), self.heads[0] != self.heads[1]
-        cos, sin = self.rotary.index_select(3, slots)
-        masked = count > 1 or seen is None or self.padded
+        shared = slots.ndim == 1
+        where = slots if shared else slots[:, None, :, None]
+        cos, sin = self.rotary.index_select(3, slots) if shared else self.rotary.take_along_dim(where[None], dim=3)
+        masked = count > 1 or seen is None or self.padded or not shared
         mask = self._visible(slots)[..., :seen] if masked else None
         # Flat rows and plain views: each einops string would cost a layer as much time as its norm does.
         hidden = embeddings.flatten(0, 1)
@@ -101,33 +106,46 @@ class LlamaReader:
             turned = torch.cat([q, k], dim=1)
             turned = torch.addcmul(turned * cos, turned.roll(self.width // 2, -1), sin)
             q, k = turned.split_with_sizes(self.heads, dim=1)
-            keys.index_copy_(2, slots, k)
-            values.index_copy_(2, slots, v)
+            if shared:
+                keys.index_copy_(2, slots, k)
+                values.index_copy_(2, slots, v)
+            else:
+                places = where.expand_as(k)
+                keys.scatter_(2, places, k)
+                values.scatter_(2, places, v)
             x = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=grouped)
             hidden = hidden + to_out(x.transpose(1, 2).flatten(2).flatten(0, 1))[0]
             gate, up = to_gated(_normed(mlp_norm, hidden))
             hidden = hidden + from_gated(activation(gate) * up)[0]
-        return _normed(self.language.norm, hidden.view(rows, count, -1)[:, -1])
+        hidden = hidden.view(rows, count, -1)
+        return _normed(self.language.norm, hidden if whole else hidden[:, -1])
 
     def _visible(self, slots: torch.Tensor) -> torch.Tensor:
         """bool [R, 1, Q, S]."""
-        queries = slots[:, None]
+        queries = slots[..., None]
         past = (queries >= self.slots) & (self.slots >= self.padding[:, None, None])
         return (past | (queries == self.slots))[:, None]
 
 
 class TokenLoop:
-    """Draws position after position into `tokens` [B, N] and `logits` [B, N, K], which belong to the caller.
+    """Draws positions into `tokens` [B, N] and `logits` [B, N, K], which belong to the caller: W at a time, exactly.
 
-    All that changes from step to step lies in tensors that stay where they are, so that a GPU can replay one recorded
-    step; the host waits for it in `check` alone. Call `start`, then `put_noise` and `draw`, then for every further
-    position `put_noise` and `advance`.
+    A pass reads the last token that stands and W - 1 guesses of what follows, and draws all W positions. Since noise is
+    keyed by position, a draw whose guesses before it were all right is the sequential sampler's own: so many stand, at
+    least one, and the others are the next pass's guesses. By induction over positions the result is that of W = 1, up
+    to the rounding of a product of W rows for one of a single row (Song et al. 2021, arXiv 2002.03629: Jacobi decoding;
+    Teng et al. 2024, arXiv 2410.01699, for images).
+
+    All that changes from pass to pass lies in tensors that stay where they are, so that a GPU can replay one recorded
+    pass. A position's noise lies in `logits` until its own logits take the place. Rows of a batch advance each at its
+    own pace. Call `start`, then `advance` until `done`.
 
     Attributes:
-        position: [1], the next to be drawn; `drawn` is the same number as the host knows it.
-        anew: bool [B, N], where a draw counts; None for everywhere.
-        ahead: the next position's noise on the host, drawn by the `advance` before it; None before the first.
-        recordable: whether replaying a step does what the step does.
+        window: W; at most the positions after the first.
+        next: [B], each row's first position that does not stand; `reached` is the same as the host knows it.
+        anew: bool [B, N], where a draw counts; None for everywhere. Other positions are guesses that are always right.
+        passes: of the network since `start`, which counts as one.
+        recordable: whether replaying a pass does what the pass does.
     """
 
     def __init__(
@@ -137,56 +155,67 @@ class TokenLoop:
         logits: torch.Tensor,
         *,
         first: int,
+        last: int,
+        grid: tuple[int, int],
         anew: torch.Tensor | None,
         options: SamplingOptions,
+        window: int,
         weights_resident: bool,
     ):
+        """
+        Args:
+            first, last: the positions that are drawn.
+            grid: (h, w) of the tokens; guesses copy the row above.
+        """
         self.model, self.head = model, _float_head(model)
         self.tokens, self.logits, self.anew = tokens, logits, anew
-        self.options = options
-        self.first = self.drawn = first
-        self.position = torch.tensor([first], device=tokens.device)
-        self.noise = torch.zeros_like(logits[:, 0])
-        self.ahead: torch.Tensor | None = None
+        self.options, self.columns = options, grid[1]
+        self.first, self.last = first, last
+        self.window = max(1, min(window, last - first))
+        self.next = torch.full((len(tokens),), first, device=tokens.device)
+        self.reached = [first] * len(tokens)
+        self.passes = self.noised = 0
+        self.ahead = torch.arange(self.window, device=tokens.device)
         self.best = torch.zeros(tokens.shape, device=tokens.device)
         parts = (model.model.language_model, model.model.generation_aligner, self.head)
         self.recordable = tokens.is_cuda and all(_stays(part, tokens.device, weights_resident) for part in parts)
         self.replay: Callable[[], None] | None = None
         self.resident = weights_resident
 
+    @property
+    def done(self) -> bool:
+        """Whether all rows are drawn."""
+        return min(self.reached) > self.last
+
     @torch.inference_mode()
-    def start(
-        self, ids: torch.Tensor, padding: torch.Tensor, rows: torch.Tensor, *, last: int, seeds: Sequence[int]
-    ) -> torch.Tensor:
-        """Reads the prompts, each different one once, and the tokens before `first` -> hidden state [R, C].
+    def start(self, ids: torch.Tensor, padding: torch.Tensor, rows: torch.Tensor, *, seeds: Sequence[int]) -> None:
+        """Reads the prompts, each different one once, and the tokens before `first`; draws that.
 
         Args:
             ids, padding: of U different prompts, [U, L] and [U], see `LlamaReader`.
             rows: [R], which of them each row has.
-            last: the last position that will be drawn.
             seeds: of the B samples' noise.
         """
         language, device, length = self.model.model.language_model, self.tokens.device, ids.shape[1]
-        self.last, self.seeds = last, seeds
+        self.seeds, self.noised = seeds, self.first
         prompts = LlamaReader(language, padding.to(device), length, resident=self.resident)
         hidden = prompts.read(language.get_input_embeddings()(ids.to(device)), prompts.slots, length)
-        self.reader = prompts.spread(rows.to(device), length, length + last)
+        self.reader = prompts.spread(rows.to(device), length, length + self.last)
         self.shift = length - 1
         if self.first == 0:
-            return hidden[rows.to(device)]
-        slots = self.reader.slots[length : length + self.first]
-        return self.reader.read(self._embed(self.tokens[:, : self.first]), slots, length + self.first)
-
-    def put_noise(self) -> None:
-        """Puts the noise of the next position in its place, while a GPU still works on the last; greedy has none."""
-        if self.options.temperature == 0:
-            return
-        self.noise.copy_(self._draw_noise() if self.ahead is None else self.ahead, non_blocking=True)
+            hidden = hidden[rows.to(device)]
+        else:
+            slots = self.reader.slots[length : length + self.first]
+            hidden = self.reader.read(self._embed(self.tokens[:, : self.first]), slots, length + self.first)
+        self._put_noise()
+        self._draw(hidden[:, None], self.next[:, None].clone())
+        self._tell()
 
     def advance(self) -> None:
-        """Reads the token before the next position, and draws that."""
+        """One pass: at least one more position stands in each row that is not done."""
         if not self.recordable:
-            self._step(self.shift + self.drawn + 1)
+            most = min(max(self.reached), self.last + 1 - self.window)
+            self._step(self.shift + most + self.window)
         elif self.replay is None:
             # Once for real, which prepares the kernels; recording runs nothing.
             self._step()
@@ -194,58 +223,107 @@ class TokenLoop:
             with torch.cuda.graph(graph):
                 self._step()
             self.replay = graph.replay
-            self.drawn -= 1
         else:
             self.replay()
-            self.drawn += 1
-        # Before the host waits for the GPU, in `check` or for a preview: the GPU would stand idle for it afterwards.
-        if self.options.temperature != 0 and self.drawn <= self.last:
-            self.ahead = self._draw_noise()
+        # Before the host waits for the GPU, which would stand idle for it afterwards.
+        self._put_noise()
+        self._tell()
+
+    def check(self) -> None:
+        """Waits for the device; a ValueError names the first position drawn from logits that were not finite."""
+        broken = ~torch.isfinite(self.best).all(dim=0)
+        if bool(broken.any()):
+            step = int(broken.nonzero()[0]) + 1
+            raise ValueError(
+                f"step {step} of {self.tokens.shape[1]} failed in {self.reader.cache.dtype}: {sampling.NOT_FINITE}; "
+                "load the model in float32 (bfloat16 often does too where float16 overflows), or check its weights"
+            )
+
+    def _tell(self) -> None:
+        """Tells the host where the rows are. Alone, each pass moves all by one, and nothing is waited for."""
+        self.passes += 1
+        if self.window == 1 or self.passes == 1:
+            self.reached = [row + 1 for row in self.reached]
+        else:
+            self.reached = self.next.tolist()
+
+    def _put_noise(self) -> None:
+        """Draws the noise of the positions that the next pass may need; greedy has none."""
+        until = min(self.last + 1, max(self.reached) + 2 * self.window)
+        if self.options.temperature == 0 or until <= self.noised:
+            return
+        noise = sampling.gumbel_noise_grid(self.seeds, range(self.noised, until), self.logits.shape[2])
+        if self.logits.is_cuda:  # pinned memory is handed out again when the GPU has read it
+            noise = noise.pin_memory()
+        held = self.logits[:, self.noised : until]
+        noise = noise.to(held.device, non_blocking=True)
+        if self.anew is not None:
+            noise = torch.where(self.anew[:, self.noised : until, None], noise, held)
+        held.copy_(noise)
+        self.noised = until
 
     @torch.inference_mode()
-    def draw(self, hidden: torch.Tensor) -> None:
-        """Draws the next position from the hidden state [R, C] of what stands before it."""
+    def _step(self, seen: int | None = None) -> None:
+        places = self._places()
+        embeddings = self._embed(self.tokens.gather(1, places - 1))
+        slots = places[0] if self.window == 1 or len(places) == 1 else places.repeat(len(embeddings) // len(places), 1)
+        self._draw(self.reader.read(embeddings, slots + self.shift, seen, whole=True), places)
+
+    def _draw(self, hidden: torch.Tensor, places: torch.Tensor) -> None:
+        """Draws positions `places` [B, Q] from hidden states [R, Q, C] of what stands or is guessed before them."""
         step = self.head(hidden.float())
         if self.options.guidance != 1:
             step = sampling.guide(*step.chunk(2), self.options.guidance)
         # Greedy keeps the whole distribution too: it is the draw that goes without noise.
         step = sampling.temper(step, self.options.temperature or 1.0)
         candidates = sampling.top_p(sampling.top_k(step, self.options.top_k), self.options.top_p)
-        best, drawn = sampling.gumbel_max(candidates, self.noise)
+        at = places[..., None].expand_as(step)
+        held = self.logits.gather(1, at)  # noise, where a position was never drawn
+        best, drawn = sampling.gumbel_max(candidates, held if self.options.temperature else 0.0)
+        guessed, stands = self.tokens.gather(1, places), places < self.next[:, None]
         if self.anew is not None:
-            chosen = self.anew.index_select(1, self.position)[:, 0]
-            drawn = torch.where(chosen, drawn, self.tokens.index_select(1, self.position)[:, 0])
-            step = torch.where(chosen[:, None], step, self.logits.index_select(1, self.position)[:, 0])
-        self.best.index_copy_(1, self.position, best[:, None])
-        self.tokens.index_copy_(1, self.position, drawn[:, None])
-        self.logits.index_copy_(1, self.position, step[:, None])
-        self.position.add_(1)
-        self.drawn += 1
+            stands = stands | ~self.anew.gather(1, places)
+        drawn = torch.where(stands, guessed, drawn)
+        agreed = 1 + (drawn == guessed)[:, :-1].cumprod(1).sum(1)
+        new = ~stands & (self.ahead[: places.shape[1]] < agreed[:, None])
+        self.best.scatter_(1, places, torch.where(new, best, self.best.gather(1, places)))
+        self.tokens.scatter_(1, places, drawn)
+        self.logits.scatter_(1, at, torch.where(new[..., None], step, held))
+        self.next.copy_(torch.maximum(self.next, places[:, 0] + agreed))
+        self._guess(places[:, -1:])
 
-    def check(self) -> None:
-        """Waits for the device; a ValueError names the first position drawn from logits that were not finite."""
-        broken = ~torch.isfinite(self.best[:, self.first : self.drawn]).all(dim=0)
-        if bool(broken.any()):
-            step = self.first + int(broken.nonzero()[0]) + 1
-            raise ValueError(
-                f"step {step} of {self.tokens.shape[1]} failed in {self.reader.cache.dtype}: {sampling.NOT_FINITE}; "
-                "load the model in float32 (bfloat16 often does too where float16 overflows), or check its weights"
-            )
+    def _guess(self, drawn: torch.Tensor) -> None:
+        """Guesses what the next pass reads beyond the positions that were `drawn` up to, [B, 1]: the last one's token.
 
-    def _draw_noise(self) -> torch.Tensor:
-        """[B, K] on the host, for the next position; pinned memory is handed out again when the GPU has read it."""
-        noise = sampling.gumbel_noise_grid(self.seeds, [self.drawn], self.noise.shape[1])[:, 0]
-        return noise.pin_memory() if self.noise.is_cuda else noise
+        What else was tried is not better (docs/performance.md): nearly every guess is the draw of an earlier pass.
+        """
+        if self.window == 1:
+            return
+        places = self._places()
+        fresh = places > drawn
+        if self.anew is not None:
+            fresh &= self.anew.gather(1, places)
+        held = self.tokens.gather(1, places)
+        self.tokens.scatter_(1, places, torch.where(fresh, self.tokens.gather(1, drawn), held))
 
-    @torch.inference_mode()
-    def _step(self, seen: int | None = None) -> None:
-        before = self.tokens.index_select(1, self.position - 1)
-        self.draw(self.reader.read(self._embed(before), self.position + self.shift, seen))
+    def _places(self) -> torch.Tensor:
+        """The positions [B, W] of the next pass; at the end of an image some of them stand already."""
+        return self.next.clamp(max=self.last + 1 - self.window)[:, None] + self.ahead
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Image tokens [B, Q] -> what the language model reads of them, the same in both halves [R, Q, C]."""
         embeddings = self.model.prepare_embeddings_for_image_generation(tokens)
         return embeddings if self.options.guidance == 1 else embeddings.repeat(2, 1, 1)
+
+
+def window_for(rows: int, device: torch.device) -> int:
+    """How many positions of R rows a pass draws where nothing else is asked for (`python -m benchmarks parallel`).
+
+    On a GPU a pass takes as long as reading the weights up to some 128 rows of a product; on a CPU it is bound by
+    arithmetic from some 24 on.
+    """
+    most, widest = (24, 12) if device.type == "cpu" else (128, 64)
+    return max(1, min(widest, most // rows))
 
 
 def groups_of(layer: nn.Module) -> tuple[tuple[nn.Linear, ...], ...]:

@@ -87,6 +87,7 @@ class MaskedSampler:
         previous: TokenLogits | None = None,
         resample: torch.Tensor | None = None,
         on_progress: OnProgress | None = None,
+        parallel: int | None = None,
         weights_resident: bool = False,
     ) -> TokenLogits:
         """Samples an image's tokens for each prompt in a few passes, and keeps the logits that each was drawn from.
@@ -102,7 +103,7 @@ class MaskedSampler:
                 sides, and never drawn. With `ProgressiveOptions.start`, the first passes reveal tokens of `previous`,
                 in the order's turn, where `resample` is True.
             on_progress: called after each pass.
-            weights_resident: makes no difference here.
+            parallel, weights_resident: make no difference here: passes are the options'.
 
         Returns:
             TokenLogits on the model's device, logits float32 [B, N, K], source "vlm".
@@ -195,7 +196,7 @@ class MaskedSampler:
             )
             stages.append(stage)
             if on_progress is not None:
-                on_progress(Progress(done=i + 1, total=plan.passes, tokens=tokens, known=stage.known))
+                on_progress(Progress(done=i + 1, total=plan.passes, tokens=tokens, known=stage.known, passes=i + 1))
         made = TokenLogits(
             logits,
             tokens,

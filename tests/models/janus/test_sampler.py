@@ -187,7 +187,7 @@ def test_head_of_a_half_precision_model_runs_in_float32(sampler: JanusSampler):
     inputs = []
     model.model.generation_head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model.to(torch.bfloat16)
-    JanusSampler(model, tokenizer).sample(["red"], seeds=[0], options=SamplingOptions(guidance=1))
+    JanusSampler(model, tokenizer).sample(["red"], seeds=[0], options=SamplingOptions(guidance=1), parallel=1)
     assert len(inputs) == N and all(x.dtype == torch.float32 for x in inputs)
 
 
@@ -294,7 +294,10 @@ def test_a_picture_is_edited_by_its_calibrated_proxies(sampler: JanusSampler, ru
 def test_progress_names_every_position(sampler: JanusSampler, run: TokenLogits):
     seen = []
     sampler.sample(
-        PROMPTS, seeds=SEEDS, on_progress=lambda p: seen.append((p.done, p.total, p.tokens.clone(), p.known.clone()))
+        PROMPTS,
+        seeds=SEEDS,
+        parallel=1,
+        on_progress=lambda p: seen.append((p.done, p.total, p.tokens.clone(), p.known.clone())),
     )
     assert [(done, total) for done, total, _, _ in seen] == [(i + 1, N) for i in range(N)]
     for done, _, tokens, known in seen:
@@ -307,6 +310,7 @@ def test_progress_names_every_position(sampler: JanusSampler, run: TokenLogits):
         seeds=SEEDS,
         previous=run,
         resample=resample,
+        parallel=1,
         on_progress=lambda p: seen.append((p.done, p.known[0].tolist())),
     )
     assert [done for done, _ in seen] == [4, 5, 6, 7]

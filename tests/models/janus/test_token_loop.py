@@ -143,13 +143,13 @@ def test_what_it_would_read_otherwise_is_refused():
 def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch):
     read, sizes = LlamaReader.read, []
 
-    def counted(self, embeddings: torch.Tensor, *args) -> torch.Tensor:
+    def counted(self, embeddings: torch.Tensor, *args, **named) -> torch.Tensor:
         sizes.append(tuple(embeddings.shape[:2]))
-        return read(self, embeddings, *args)
+        return read(self, embeddings, *args, **named)
 
     monkeypatch.setattr(janus_step.LlamaReader, "read", counted)
     sampler = JanusSampler(*tiny_janus())
-    sampler.sample(["a red circle"] * 3 + ["a red square"], seeds=range(4))
+    sampler.sample(["a red circle"] * 3 + ["a red square"], seeds=range(4), parallel=1)
     # Two prompts of one length, and the one unconditional row of that length; then 8 rows for each of 15 tokens.
     assert sizes == [(3, 9), *[(8, 1)] * 15]
 
@@ -195,11 +195,17 @@ def test_noise_is_drawn_once_and_before_anything_waits_for_the_device(monkeypatc
     monkeypatch.setattr(sampling, "gumbel_noise", lambda seed, *at: seen.append((seed, at[0])) or noise(seed, *at))
     monkeypatch.setattr(TokenLoop, "check", lambda self: seen.append("check") or check(self))
     sampler = JanusSampler(*tiny_janus())
-    run = sampler.sample(["red"], seeds=[7])
-    assert seen == [*((7, i) for i in range(9)), "check", *((7, i) for i in range(9, 16)), "check"]
+    run = sampler.sample(["red"], seeds=[7], parallel=1)
+    early = [(7, i) for i in range(9)]  # one position beyond the eighth
+    assert seen == [*early, "check", *((7, i) for i in range(len(early), 16)), "check"]
     seen.clear()
-    sampler.sample(["red"], seeds=[7], previous=run, resample=(torch.arange(16) >= 3) & (torch.arange(16) < 6))
+    resample = (torch.arange(16) >= 3) & (torch.arange(16) < 6)
+    sampler.sample(["red"], seeds=[7], previous=run, resample=resample, parallel=1)
     assert seen == [(7, 3), (7, 4), (7, 5), "check"]
+    for window in (2, 5, 16):
+        seen.clear()
+        sampler.sample(["red"], seeds=[7], parallel=window)
+        assert [key for key in seen if key != "check"] == [(7, i) for i in range(16)]
     seen.clear()
     sampler.sample(["red"], seeds=[7], options=SamplingOptions(temperature=0.0))
     assert seen == ["check", "check"]
