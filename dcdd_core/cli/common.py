@@ -39,6 +39,7 @@ from ..pipelines.progress import ProgressBar
 from ..pipelines.progressive import StagedSampler, sample_stages, staged_sampler
 from ..pipelines.sample import sample
 from ..protocols import LatentCodec, Progress, SamplingOptions
+from ..settings import require_number
 from ..types import Calibration, Condition, TokenLogits
 from .arguments import check_out, path
 
@@ -56,7 +57,7 @@ SAMPLERS = ("autoregressive", "progressive")
 #: Options that say what is sampled, and how.
 SAMPLING = (
     *("calibration", "prompts", "images", "count", "batch", "guidance", "temperature", "top_k", "top_p", "seed"),
-    *("min_side", "skip_unreadable"),
+    *("parallel", "min_side", "skip_unreadable"),
 )
 #: Options that say which images may be left out.
 READING = ("min_side", "skip_unreadable")
@@ -129,6 +130,13 @@ def sampling_options(parser: Parser) -> None:
     group.add_argument("--temperature", type=float, default=1.0)
     group.add_argument("--top-k", type=int)
     group.add_argument("--top-p", type=float)
+    group.add_argument(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="tokens that a pass of an autoregressive VLM draws, of which those stand that draws one by one would give: "
+        "the image does not depend on it (default: what is fastest; 1: one by one)",
+    )
 
 
 def progressive_options(parser: Parser) -> None:
@@ -270,6 +278,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be a whole number of 64 bits, got {args.seed}")
     if "temperature" in held:
         names = ("temperature", "top_k", "top_p")
+        require_number("--parallel", args.parallel, whole=True, least=1, optional=True, remedy="1 draws one by one")
         SamplingOptions(
             guidance=1.0 if args.guidance is None else args.guidance, **{name: held[name] for name in names}
         )
@@ -453,15 +462,32 @@ def bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def sample_tokens(
-    models: Models, prompts: Sequence[str], seeds: Sequence[int], args: argparse.Namespace
+    models: Models,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    args: argparse.Namespace,
+    report: Callable[[str], None] | None = None,
 ) -> TokenLogits:
-    """Token logits of the prompts, under a progress bar."""
+    """Token logits of the prompts, under a progress bar.
+
+    Args:
+        report: told in how many passes of the network they were sampled.
+    """
+    passes: dict[int, int] = {}  # of each part of the batch, if it was split
     with bar("tokens") as step:
 
         def on_progress(progress: Progress) -> None:
             step(progress.done, progress.total)
+            passes[progress.first] = progress.passes
 
-        return sample(models.sampler, prompts, seeds=seeds, options=sampling_of(models, args), on_progress=on_progress)
+        options = sampling_of(models, args)
+        found = sample(
+            models.sampler, prompts, seeds=seeds, options=options, parallel=args.parallel, on_progress=on_progress
+        )
+    if report is not None:
+        images = f" for each of {len(prompts)} images" if len(prompts) > 1 else ""
+        report(f"{found.tokens.shape[1]} tokens{images} in {sum(passes.values())} passes")
+    return found
 
 
 def sample_in_stages(models: Models, prompts: Sequence[str], seeds: Sequence[int], args: argparse.Namespace) -> Staged:

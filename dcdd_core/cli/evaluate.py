@@ -116,7 +116,7 @@ def text(args: argparse.Namespace) -> None:
             common.warn_of_unknown_words(models, [prompt.text for prompt in (*prompts, *geneval)])
 
         def sampled(texts: Sequence[str], seeds: Sequence[int]) -> TokenLogits:
-            return sample(models.sampler, texts, seeds=seeds, options=options)
+            return sample(models.sampler, texts, seeds=seeds, options=options, parallel=args.parallel)
 
         if prompts:
             report = evaluate_text(

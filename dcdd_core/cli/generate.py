@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     common.warn_of_unknown_words(models, args.prompt)
     seeds = common.seeds_of(args, len(args.prompt))
     if args.stages is None:
-        token_logits = common.sample_tokens(models, args.prompt, seeds, args)
+        token_logits = common.sample_tokens(models, args.prompt, seeds, args, report=print)
     else:
         staged = common.sample_in_stages(models, args.prompt, seeds, args)
         token_logits = staged.token_logits
