@@ -142,6 +142,19 @@ def test_sampling_in_passes_is_refused_in_words(tmp_path, capsys, one_s_own):
     assert "--revise: invalid" in capsys.readouterr().err
 
 
+def test_many_tokens_a_pass_are_the_same_image(tmp_path, capsys):
+    images, told = {}, {}
+    for name, words in {"default": [], "one": ["--parallel", "1"], "many": ["--parallel", "40"]}.items():
+        out = tmp_path / f"{name}.png"
+        assert main(["generate", PROMPT, "--steps", "2", *words, "--out", str(out), "--compare"]) == 0
+        images[name] = (tmp_path / f"{name}-vq.png").read_bytes()
+        told[name] = int(re.search(r"144 tokens in (\d+) passes", capsys.readouterr().out)[1])
+    assert len(set(images.values())) == 1
+    assert told["one"] == 144 > told["default"] >= told["many"]
+    assert main(["generate", PROMPT, "--parallel", "0"]) == 1
+    assert "--parallel must be a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_guidance_paints_without_the_trained_decoder(tmp_path):
     """The prior, a strength on top of the trained decoder, and the trained decoder alone are three images."""
     images = {}

@@ -36,7 +36,7 @@ from ..pipelines.image_files import ReadPolicy
 from ..pipelines.images import UnreadableImage, read_rgb, square, to_pixels
 from ..pipelines.load import LoadOptions, ModelPaths, Models, load_models
 from ..pipelines.progress import ProgressBar
-from ..pipelines.progressive import StagedSampler, sample_stages, staged_sampler
+from ..pipelines.progressive import StagedSampler, changed_plan, sample_stages, staged_sampler
 from ..pipelines.sample import sample
 from ..protocols import LatentCodec, Progress, SamplingOptions
 from ..settings import require_number
@@ -134,8 +134,8 @@ def sampling_options(parser: Parser) -> None:
         "--parallel",
         type=int,
         metavar="N",
-        help="tokens that a pass of an autoregressive VLM draws, of which those stand that draws one by one would give: "
-        "the image does not depend on it (default: what is fastest; 1: one by one)",
+        help="tokens that an autoregressive VLM draws in each pass; those that drawing one by one would give are kept, so "
+        "that the image does not depend on it (default: what is fastest; 1: one by one)",
     )
 
 
@@ -420,21 +420,16 @@ def sampling_of(models: Models, args: argparse.Namespace) -> SamplingOptions:
     guidance = args.guidance
     if guidance is None and calibration is not None:
         guidance = calibration.guidance
-    drawn = {
-        "guidance": models.sampler.default_guidance if guidance is None else guidance,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-    }
+    options = SamplingOptions(
+        guidance=models.sampler.default_guidance if guidance is None else guidance,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+    )
     staged = {name: getattr(args, name) for name in PROGRESSIVE if getattr(args, name, None) is not None}
     if not staged:
-        return SamplingOptions(**drawn)
-    own = staged_sampler(models.sampler).sampling
-    if "passes" in staged and "revision_passes" not in staged and staged.get("revise") != 0:
-        own = own.in_passes(staged["passes"])
-    if staged.get("revise") == 0:
-        staged.setdefault("revision_passes", 0)
-    return replace(own, **drawn, **staged)
+        return options
+    return changed_plan(staged_sampler(models.sampler).sampling, options, **staged)
 
 
 def warn_of_unknown_words(models: Models, prompts: Sequence[str]) -> None:

@@ -104,7 +104,9 @@ def test_an_image_of_one_token_is_few_passes(sampler):
 
 def test_a_window_of_none_is_refused(sampler):
     for wrong in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match="parallel must be a whole number of at least 1 or None, got .*: 1 draws one by one"):
+        with pytest.raises(
+            ValueError, match="parallel must be a whole number of at least 1 or None, got .*: 1 draws one by one"
+        ):
             sampler.sample(["red"], seeds=[0], parallel=wrong)
 
 
