@@ -134,8 +134,8 @@ def sampling_options(parser: Parser) -> None:
         "--parallel",
         type=int,
         metavar="N",
-        help="tokens that an autoregressive VLM draws in each pass; those that drawing one by one would give are kept, so "
-        "that the image does not depend on it (default: what is fastest; 1: one by one)",
+        help="tokens that an autoregressive VLM draws in each pass; those that drawing one by one would give are kept, "
+        "so that the image does not depend on it (default: what is fastest; 1: one by one)",
     )
 
 

@@ -1,0 +1,70 @@
+"""Tokens many at a time: passes, and seconds per call, of pico with its trained weights
+
+Passes do not depend on the machine. The same captions and seeds in every row, and the same tokens: `TokenLoop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.targets import Target
+from benchmarks.timing import alternating
+from dcdd_core.models.janus.sampler import JanusSampler
+from dcdd_core.protocols import SamplingOptions
+from dcdd_pico.models import load_pico
+from dcdd_pico.scenes import scene_facts
+
+HEAD = ("guidance, batch", "window", "passes", "fewer", "seconds", "of one by one", "tokens that differ")
+WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+GUIDANCES, BATCHES = (1.0, 3.0, 5.0), (1, 4)
+TARGETS = (
+    *(
+        Target(
+            row=(f"3, {batch}", "chosen by rows and device"),
+            column="of one by one",
+            relation="at most",
+            bound=1.0,
+            source="chosen: never slower than one by one",
+        )
+        for batch in BATCHES
+    ),
+)
+
+
+def passes_of(sampler: JanusSampler, **given: object) -> tuple[torch.Tensor, int]:
+    """Tokens, and passes of the network."""
+    seen: list[int] = []
+    found = sampler.sample(on_progress=lambda now: seen.append(now.passes), **given)
+    return found.tokens, seen[-1]
+
+
+def rows(captions: int = 8, rounds: int = 3) -> list[tuple[str, ...]]:
+    sampler, found = load_pico().sampler, []
+    prompts = [facts.caption() for facts in scene_facts("calibration", captions)]
+    for guidance in GUIDANCES:
+        for batch in BATCHES:
+            parts = [range(k, k + batch) for k in range(0, captions, batch)]
+            names = {str(window): window for window in WINDOWS} | {"chosen by rows and device": None}
+
+            def run(window: int | None, part: range, guidance: float = guidance) -> tuple[torch.Tensor, int]:
+                options = SamplingOptions(guidance=guidance)
+                texts = [prompts[k] for k in part]
+                return passes_of(sampler, prompts=texts, seeds=part, options=options, parallel=window)
+
+            def timed(window: int | None, parts: list[range] = parts) -> Callable[[], object]:
+                return lambda: run(window, parts[0])
+
+            seconds = alternating({name: timed(window) for name, window in names.items()}, rounds)
+            held = {name: [run(window, part) for part in parts] for name, window in names.items()}
+            alone = held["1"]
+            for name, drawn in held.items():
+                passes = sum(count for _, count in drawn) / len(drawn)
+                differ = sum(int((ours != theirs).sum()) for (ours, _), (theirs, _) in zip(drawn, alone))
+                ratio = sorted(a / b for a, b in zip(seconds[name], seconds["1"]))[rounds // 2]
+                took = sorted(seconds[name])[rounds // 2]
+                fewer = sum(count for _, count in alone) / len(alone) / passes
+                cells = (f"{passes:.1f}", f"{fewer:.2f}", f"{took:.3g}", f"{ratio:.2f}", str(differ))
+                found.append((f"{guidance:g}, {batch}", name, *cells))
+    return found
