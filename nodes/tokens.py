@@ -469,10 +469,13 @@ def _sampled() -> io.Output:
 def _reporting(janus: JanusModel, total: int, token_logits: TokenLogits | None, previewing: bool) -> OnProgress:
     """Moves the node's bar, with a preview for each row of tokens, or for each step that is worth more than a row."""
     tokenizer, grid, progress = janus.vq.idle, janus.sampler.idle.grid, host.NodeProgress(total)
+    shown = 0
 
     def on_progress(now: Progress) -> None:
-        rows, before = (done * grid[0] // now.total for done in (now.done, now.done - 1))
-        preview = _so_far(tokenizer, grid, now, token_logits) if previewing and rows > before else None
+        nonlocal shown
+        rows = now.done * grid[0] // now.total
+        preview = _so_far(tokenizer, grid, now, token_logits) if previewing and rows > shown else None
+        shown = rows  # less than before where a part of the batch begins
         progress.step(now.done, now.total, preview)
 
     return on_progress
