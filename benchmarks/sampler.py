@@ -29,6 +29,7 @@ PROMPT = "a large striped red heart in the centre on a wavy sky ground"
 GUIDANCE = 5.0
 #: Memory bandwidth of an H100 (SXM) in bytes/s. A step of a large model cannot be faster than reading its weights.
 H100_BYTES = 3.35e12
+_ONE_BY_ONE = "ours, one token a pass"
 _OURS, _GENERATE, _LIMIT = "ours, with all logits kept", "transformers' generate", "limit by an H100's memory bandwidth"
 _PICO, _LARGE = "pico (CPU, float32)", "Janus-Pro-7B's shape (GPU, bfloat16)"
 TARGETS = (
@@ -120,8 +121,14 @@ def contest(
 ) -> list[tuple[str, ...]]:
     ids = torch.tensor([prompt_ids(sampler.tokenizer, PROMPT)] * batch, device=model.device)
     pad, count = sampler.tokenizer.pad_token_id, sampler.grid[0] * sampler.grid[1]
+
+    def ours(parallel: int | None) -> Callable[[], object]:
+        options, seeds = SamplingOptions(guidance=GUIDANCE), range(batch)
+        return lambda: sampler.sample([PROMPT] * batch, seeds=seeds, options=options, parallel=parallel)
+
     functions = {
-        _OURS: lambda: sampler.sample([PROMPT] * batch, seeds=range(batch), options=SamplingOptions(guidance=GUIDANCE)),
+        _OURS: ours(None),
+        _ONE_BY_ONE: ours(1),
         _GENERATE: generate(model, ids, pad),
         "DeepSeek's loop": deepseek(model, ids, pad, count),
     }

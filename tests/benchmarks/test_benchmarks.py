@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import __main__, decoder, flux, growth, guidance, int8, lcdm, memory, noise, sampler, timing
+from benchmarks import __main__, decoder, flux, growth, guidance, int8, lcdm, memory, noise, parallel, sampler, timing
 from benchmarks.peak import Peak, peak
 from benchmarks.targets import Target, verdicts
 from dcdd_core.method.flow import resolution_shift, timesteps
@@ -51,7 +51,7 @@ def test_sampler_contest_runs(monkeypatch: pytest.MonkeyPatch):
     ours = JanusSampler(*tiny_janus())
     ours.model.model.vision_model.config.num_image_tokens = 16
     found = sampler.contest("tiny", ours.model, ours, 2, 1)
-    assert [len(row) for row in found] == [len(sampler.HEAD)] * 3
+    assert [len(row) for row in found] == [len(sampler.HEAD)] * 4
     ids = torch.tensor([sampler.prompt_ids(ours.tokenizer, "a red circle")])
     assert sampler.generate(ours.model, ids, 1)().shape == (1, 16)
     assert sampler.deepseek(ours.model, ids, 1, 16)().shape == (1, 16)
@@ -69,13 +69,32 @@ def test_every_contestant_guides_and_draws_as_many_tokens(monkeypatch: pytest.Mo
     activation.register_forward_pre_hook(lambda _, args: rows.append(args[0].numel() // args[0].shape[-1]))
     head.register_forward_pre_hook(lambda _, args: rows.append(("drawn from", len(args[0]))))
     sampler.contest("tiny", ours.model, ours, 2, 1)
-    assert len(contestants) == 3
+    assert len(contestants) == 4
+    together = contestants.pop("ours, with all logits kept")()
+    assert torch.equal(together.tokens, contestants["ours, one token a pass"]().tokens)
     for name, run in contestants.items():
         rows.clear()
         run()
         # The prompt is read first: by ours its two different rows, by the others all four.
-        assert rows[0] == (2 if name == "ours, with all logits kept" else 4) * 9, name
+        assert rows[0] == (2 if name == "ours, one token a pass" else 4) * 9, name
         assert rows[1:] == [("drawn from", 4), *[4, ("drawn from", 4)] * 15], name
+
+
+def test_many_tokens_a_pass_are_fewer_passes_and_the_same_tokens(monkeypatch: pytest.MonkeyPatch):
+    tiny = JanusSampler(*tiny_janus())
+    monkeypatch.setattr(parallel, "load_pico", lambda: SimpleNamespace(sampler=tiny))
+    facts = [SimpleNamespace(caption=lambda: "a red circle")] * 4
+    monkeypatch.setattr(parallel, "scene_facts", lambda split, count: facts[:count])
+    monkeypatch.setattr(parallel, "GUIDANCES", (3.0,))
+    found = parallel.rows(captions=4, rounds=1)
+    assert {len(row) for row in found} == {len(parallel.HEAD)}
+    assert len(found) == len(parallel.BATCHES) * (len(parallel.WINDOWS) + 1)
+    for row in found:
+        cells = dict(zip(parallel.HEAD, row))
+        assert cells["tokens that differ"] == "0" and 1 <= float(cells["passes"]) <= 16
+        assert float(cells["fewer"]) == pytest.approx(16 / float(cells["passes"]), abs=0.02)
+        assert cells["window"] != "1" or (cells["passes"], cells["of one by one"]) == ("16.0", "1.00")
+    assert float(dict(zip(parallel.HEAD, found[9]))["passes"]) < 16
 
 
 def test_reread_logits_are_the_models_own():
