@@ -27,7 +27,7 @@ from .log import read_log
 from .masked_plan import MaskedPlan
 from .masked_task import ErrorScale, MaskedHeldOut, MaskedSampleSheet, MaskedTask, MaskingConfig, TokenEncoder
 from .progress import ProgressBar
-from .run import left_out_of, process_device, say_nothing, split_for_run, summary
+from .run import ends_training, left_out_of, process_device, say_nothing, split_for_run, summary
 from .sources import open_images
 from .stop import TrainingStopped, stop_at_once
 from .trainer import Evaluation, Trainer
@@ -64,7 +64,7 @@ def run_masked(
         ValueError, FloatingPointError, OSError, TrainingStopped: see `Trainer.train`, `MaskedPlan` and the sources of
             images.
     """
-    with run_lock(folder, accelerator):
+    with run_lock(folder, accelerator), ends_training(accelerator):
         return _run(folder, plan, optimization, data, masking, run, accelerator, report, progress)
 
 
@@ -145,9 +145,7 @@ def _run(
                 report(f"{folder.name}: all of them are named in {folder / RECORD}")
     except TrainingStopped as stopped:
         say(str(stopped))
-        accelerator.end_training()
         raise
-    accelerator.end_training()
     return path
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +126,7 @@ def run_training(
         ValueError: also if another training runs in the folder, or it cannot be written to.
         ValueError, FloatingPointError, OSError, TrainingStopped: see `Trainer.train`, `Plan` and the sources of images.
     """
-    with run_lock(folder, accelerator):
+    with run_lock(folder, accelerator), ends_training(accelerator):
         return _run_training(folder, plan, optimization, data, run, accelerator, report, progress)
 
 
@@ -205,10 +207,26 @@ def _run_training(
                 report(f"{folder.name}: all of them are named in {folder / RECORD}")
     except TrainingStopped as stopped:
         say(str(stopped))
+        raise
+    return path
+
+
+@contextmanager
+def ends_training(accelerator: Accelerator) -> Iterator[None]:
+    """Ends the accelerator's work when what was made in the block is gone, at its end and where a training was stopped.
+
+    A wrapper of `DistributedDataParallel` must not outlive the process group: as its last owner it would wait, holding
+    the interpreter's lock, for gloo's threads, which wait for that lock.
+    """
+    try:
+        yield
+    except TrainingStopped as stopped:
+        traceback.clear_frames(stopped.__traceback__)
+        accelerator.free_memory()
         accelerator.end_training()
         raise
+    accelerator.free_memory()
     accelerator.end_training()
-    return path
 
 
 def left_out_of(source: Source, counters: Sequence[ReadCounter], accelerator: Accelerator) -> LeftOut:
