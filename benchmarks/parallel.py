@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.targets import Target
-from benchmarks.timing import alternating
+from benchmarks.timing import compared
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.protocols import SamplingOptions
 from dcdd_pico.models import load_pico
@@ -19,17 +19,15 @@ from dcdd_pico.scenes import scene_facts
 HEAD = ("guidance, batch", "window", "passes", "fewer", "seconds", "of one by one", "tokens that differ")
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 GUIDANCES, BATCHES = (1.0, 3.0, 5.0), (1, 4)
-TARGETS = (
-    *(
-        Target(
-            row=(f"3, {batch}", "chosen by rows and device"),
-            column="of one by one",
-            relation="at most",
-            bound=1.0,
-            source="chosen: never slower than one by one",
-        )
-        for batch in BATCHES
-    ),
+TARGETS = tuple(
+    Target(
+        row=(f"3, {batch}", "chosen by rows and device"),
+        column="of one by one",
+        relation="at most",
+        bound=1.0,
+        source="chosen: never slower than one by one",
+    )
+    for batch in BATCHES
 )
 
 
@@ -56,15 +54,13 @@ def rows(captions: int = 8, rounds: int = 3) -> list[tuple[str, ...]]:
             def timed(window: int | None, parts: list[range] = parts) -> Callable[[], object]:
                 return lambda: run(window, parts[0])
 
-            seconds = alternating({name: timed(window) for name, window in names.items()}, rounds)
-            held = {name: [run(window, part) for part in parts] for name, window in names.items()}
-            alone = held["1"]
-            for name, drawn in held.items():
-                passes = sum(count for _, count in drawn) / len(drawn)
-                differ = sum(int((ours != theirs).sum()) for (ours, _), (theirs, _) in zip(drawn, alone))
-                ratio = sorted(a / b for a, b in zip(seconds[name], seconds["1"]))[rounds // 2]
-                took = sorted(seconds[name])[rounds // 2]
-                fewer = sum(count for _, count in alone) / len(alone) / passes
-                cells = (f"{passes:.1f}", f"{fewer:.2f}", f"{took:.3g}", f"{ratio:.2f}", str(differ))
-                found.append((f"{guidance:g}, {batch}", name, *cells))
+            what = f"{guidance:g}, {batch}"
+            timings = compared(what, {name: timed(window) for name, window in names.items()}, rounds)
+            drawn = {name: [run(window, part) for part in parts] for name, window in names.items()}
+            alone = drawn["1"]
+            means = {name: sum(count for _, count in held) / len(held) for name, held in drawn.items()}
+            for _, name, seconds, ratio in timings:
+                differ = sum(int((ours != theirs).sum()) for (ours, _), (theirs, _) in zip(drawn[name], alone))
+                passes = f"{means[name]:.1f}", f"{means['1'] / means[name]:.2f}"
+                found.append((what, name, *passes, seconds, ratio, str(differ)))
     return found

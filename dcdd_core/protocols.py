@@ -144,7 +144,7 @@ class TokenSampler(Protocol):
             previous, resample: an edit. Where `resample` (bool [N] or [B, N]) is False, the tokens and logits of
                 `previous` stay; both or neither.
             parallel: how many positions a pass may draw, for samplers that draw one after the other; the sample does
-                not depend on it, up to rounding. None takes what is fastest; 1 draws one by one.
+                not depend on it, up to rounding. None leaves it to the sampler; 1 draws one by one.
             weights_resident: a host's promise that its own linear layers compute what torch's do, and that all weights
                 stay on the device during the call.
 

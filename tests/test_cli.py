@@ -130,6 +130,7 @@ def test_sampling_in_passes_is_refused_in_words(tmp_path, capsys, one_s_own):
         ([*masked, "--sampler", "autoregressive"], "holds a sampler of the other kind"),
         ([*progressive, "--passes", "0"], "passes must be"),
         ([*progressive, "--passes", "3", "--revision-passes", "3"], "one pass at least has to reveal"),
+        ([*progressive, "--parallel", "4"], "--parallel would do nothing"),
         ([*progressive, "--spread", "-1"], "spread must be"),
         ([*progressive, "--revise", "-1"], "revise must be"),
         ([*progressive, "--stages", "a.jpg"], "--stages a.jpg: images are written as PNG"),

@@ -135,7 +135,8 @@ def sampling_options(parser: Parser) -> None:
         type=int,
         metavar="N",
         help="tokens that an autoregressive VLM draws in each pass; those that drawing one by one would give are kept, "
-        "so that the image does not depend on it (default: what is fastest; 1: one by one)",
+        "so that in float32 the image does not depend on it; half precision rounds otherwise, and gives another image "
+        "of the same distributions (default: on a CPU in float32 what is fastest, else 1: one by one)",
     )
 
 
@@ -414,7 +415,7 @@ def sampling_of(models: Models, args: argparse.Namespace) -> SamplingOptions:
     """As asked for; the guidance by default that of the decoder's calibration, or the VLM's own.
 
     Raises:
-        ValueError: for values out of range, and passes of a sampler that has none.
+        ValueError: for values out of range, passes of a sampler that has none, and --parallel of one that has.
     """
     calibration = models.decoder.card.calibration if models.decoder is not None else None
     guidance = args.guidance
@@ -426,6 +427,11 @@ def sampling_of(models: Models, args: argparse.Namespace) -> SamplingOptions:
         top_k=args.top_k,
         top_p=args.top_p,
     )
+    if args.parallel is not None and isinstance(models.sampler, StagedSampler):
+        raise ValueError(
+            f"--parallel would do nothing: {models.sampler.name or 'this model'} draws many tokens in each of its "
+            "passes; leave it out, or choose --passes with `dcdd generate`"
+        )
     staged = {name: getattr(args, name) for name in PROGRESSIVE if getattr(args, name, None) is not None}
     if not staged:
         return options

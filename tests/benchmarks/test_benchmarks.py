@@ -9,7 +9,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import __main__, decoder, flux, growth, guidance, int8, lcdm, memory, noise, parallel, sampler, timing
+from benchmarks import (
+    __main__,
+    decoder,
+    flux,
+    growth,
+    guidance,
+    int8,
+    lcdm,
+    memory,
+    noise,
+    parallel,
+    rounding,
+    sampler,
+    timing,
+)
 from benchmarks.peak import Peak, peak
 from benchmarks.targets import Target, verdicts
 from dcdd_core.method.flow import resolution_shift, timesteps
@@ -21,7 +35,7 @@ from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.load import Models
 from dcdd_core.types import Codebook, TokenLogits
-from tests.tiny import tiny_condition, tiny_decoder, tiny_flux_config, tiny_janus, tiny_vae, tiny_vq
+from tests.tiny import save_janus, tiny_condition, tiny_decoder, tiny_flux_config, tiny_janus, tiny_vae, tiny_vq
 
 
 def test_lcdm_as_written_is_ours():
@@ -95,6 +109,29 @@ def test_many_tokens_a_pass_are_fewer_passes_and_the_same_tokens(monkeypatch: py
         assert float(cells["fewer"]) == pytest.approx(16 / float(cells["passes"]), abs=0.02)
         assert cells["window"] != "1" or (cells["passes"], cells["of one by one"]) == ("16.0", "1.00")
     assert float(dict(zip(parallel.HEAD, found[9]))["passes"]) < 16
+
+
+def test_rounding_is_compared_up_to_the_first_other_token():
+    def held(tokens: list[int], logits: list[list[float]]) -> TokenLogits:
+        return TokenLogits(torch.tensor([logits]), torch.tensor([tokens]), (1, len(tokens)))
+
+    even, odd = [0.0, 0.0], [0.0, 3**0.5]
+    one, other = held([0, 1, 1], [even, even, even]), held([0, 0, 1], [odd, even, odd])
+    p, q = 0.5, 1 / (1 + torch.tensor(3**0.5).exp())
+    first = p * torch.log(p / q) + p * torch.log(p / (1 - q))
+    assert rounding.divergence(one, other) == pytest.approx(float(first / 2), rel=1e-5)
+    assert rounding.divergence(one, one) == 0
+    row = rounding.compared("a", [one, one], [other, one])
+    assert row == ("a", "2", "1", "0.167", f"{float(first / 4):.2g}")
+
+
+def test_rounding_shows_in_half_precision_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(rounding, "model_paths", lambda: {"vlm": save_janus(tmp_path / "janus")})
+    monkeypatch.setattr(rounding, "scene_facts", lambda *_: [SimpleNamespace(caption=lambda: "a red circle")] * 3)
+    found = [dict(zip(rounding.HEAD, row)) for row in rounding.rows()]
+    divergences = [float(row["KL up to the first, nats a token"]) for row in found]
+    assert found[0]["tokens that differ"] == "0" and divergences[0] < 1e-6
+    assert min(divergences[1:]) > 1e-6
 
 
 def test_reread_logits_are_the_models_own():

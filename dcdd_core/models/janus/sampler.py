@@ -222,7 +222,8 @@ class JanusSampler:
             on_progress: called after each pass, of which the first reads the prompt. An edit starts at its first
                 resampled position and ends after its last; `done` is that of the slowest row.
             parallel: how many positions a pass draws, of which those stand that draws one by one would give
-                (`TokenLoop`); None takes `window_for`.
+                (`TokenLoop`); None takes `window_for`. In half precision, where rounding depends on the number of rows,
+                a sample is another draw of the same distributions.
             weights_resident: on a CUDA GPU, one step is then recorded and replayed.
 
         Returns:
@@ -250,8 +251,8 @@ class JanusSampler:
             known = ~anew
             first, last, anew = int(columns[0]), int(columns[-1]), anew.to(device)
 
-        rows = batch if options.guidance == 1 else 2 * batch
-        window = window_for(rows, device) if parallel is None else parallel
+        guided = options.guidance != 1
+        window = window_for(batch * (1 + guided), device, language.dtype) if parallel is None else parallel
         loop = TokenLoop(
             self.model,
             tokens,
@@ -264,7 +265,7 @@ class JanusSampler:
             window=window,
             weights_resident=weights_resident,
         )
-        loop.start(*self._rows(prompts, guided=options.guidance != 1), seeds=seeds)
+        loop.start(*self._rows(prompts, guided=guided), seeds=seeds)
         checked = first
         while True:
             done = min(loop.reached)

@@ -316,14 +316,16 @@ class TokenLoop:
         return embeddings if self.options.guidance == 1 else embeddings.repeat(2, 1, 1)
 
 
-def window_for(rows: int, device: torch.device) -> int:
-    """How many positions of R rows a pass draws where nothing else is asked for (`python -m benchmarks parallel`).
+def window_for(rows: int, device: torch.device, dtype: torch.dtype) -> int:
+    """How many positions of R rows a pass draws where nothing else is asked for.
 
-    On a GPU a pass takes as long as reading the weights up to some 128 rows of a product; on a CPU it is bound by
-    arithmetic from some 24 on.
+    On a CPU a pass is bound by arithmetic from some 24 rows of a product on (`python -m benchmarks parallel`). In half
+    precision the rounding of a product depends on its rows, so that a seed would give another image; on a GPU nothing
+    was measured. There positions are drawn one by one.
     """
-    most, widest = (24, 12) if device.type == "cpu" else (128, 64)
-    return max(1, min(widest, most // rows))
+    if device.type != "cpu" or dtype != torch.float32:
+        return 1
+    return max(1, min(12, 24 // rows))
 
 
 def groups_of(layer: nn.Module) -> tuple[tuple[nn.Linear, ...], ...]:

@@ -24,7 +24,7 @@ def sampler() -> JanusSampler:
     return JanusSampler(*tiny_janus())
 
 
-def passes_of(sampler: JanusSampler, prompts: Sequence[str], window: int, **given) -> tuple[TokenLogits, list]:
+def passes_of(sampler: JanusSampler, prompts: Sequence[str], window: int | None, **given) -> tuple[TokenLogits, list]:
     seen = []
     return sampler.sample(prompts, parallel=window, on_progress=seen.append, **given), seen
 
@@ -112,5 +112,16 @@ def test_a_window_of_none_is_refused(sampler):
 
 def test_the_window_shrinks_with_the_rows():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [window_for(rows, cpu) for rows in (1, 2, 8, 24, 500)] == [12, 12, 3, 1, 1]
-    assert [window_for(rows, gpu) for rows in (1, 2, 8, 128, 500)] == [64, 64, 16, 1, 1]
+    assert [window_for(rows, cpu, torch.float32) for rows in (1, 2, 8, 24, 500)] == [12, 12, 3, 1, 1]
+    assert window_for(2, gpu, torch.float32) == window_for(2, cpu, torch.bfloat16) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_is_drawn_one_by_one_unless_asked(dtype):
+    model, tokenizer = tiny_janus()
+    sampler = JanusSampler(model.to(dtype), tokenizer)
+    given = {"seeds": [0], "options": SamplingOptions(guidance=1.0, top_k=2)}
+    _, seen = passes_of(sampler, ["red"], None, **given)
+    assert (len(seen) == N) == (dtype == torch.bfloat16)
+    _, asked = passes_of(sampler, ["red"], 8, **given)
+    assert len(asked) < N
