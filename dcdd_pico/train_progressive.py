@@ -30,6 +30,7 @@ from dcdd_core.models.text_tokenizer import save_tokenizer
 from dcdd_core.training.ema import EMA
 from dcdd_core.training.log import read_log
 from dcdd_core.training.masked_loss import Corruption, MaskedExample, drop_captions, make_example, masked_losses
+from dcdd_core.training.masked_task import muon_matrices
 from dcdd_core.training.optimizers import adamw_with_muon
 from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 from dcdd_core.types import Codebook
@@ -72,8 +73,7 @@ def train_progressive(
     words = Words(sampler.tokenizer, TEMPLATE)
     network = start_from_janus(sampler.model, recipe.seed + _STAGE).to(device)
     trained = dict(network.named_parameters())
-    matrices = [name for name, weight in trained.items() if name.startswith("layers.") and weight.ndim == 2]
-    optimizers = adamw_with_muon(trained, matrices, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizers = adamw_with_muon(trained, muon_matrices(trained), betas=(0.9, 0.95), weight_decay=0.05)
     ema = EMA(trained, _EMA)
     corruption = Corruption(kinds, codebook, lambda work: work(network))
     digest = tokens_digest(tokenizer.model)

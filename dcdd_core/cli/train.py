@@ -84,21 +84,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> i
 
 def train(args: argparse.Namespace) -> None:
     """Trains a decoder, or resumes; with --bundle-now writes a bundle of the newest checkpoint instead."""
-    optimization = OptimizationConfig(
-        steps=args.steps,
-        accumulation=args.accumulate,
-        learning_rate=args.learning_rate,
-        warmup=args.warmup,
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        ema_decay=args.average_decay,
-        density=args.density,
-        shift=args.shift,
-        weighting=args.weighting,
-        seed=args.seed,
-        optimizer=args.optimizer,
-        compile=args.compile,
-        activation_checkpointing=args.checkpointing,
+    optimization = options.optimization_config(
+        args, density=args.density, shift=args.shift, weighting=args.weighting, compile=args.compile
     )
     plan = _plan(
         args,
@@ -110,18 +97,7 @@ def train(args: argparse.Namespace) -> None:
         licence=args.licence,
         **{name: getattr(args, name) for name in ("base", "bundle", "width") if getattr(args, name) is not None},
     )
-    data = DataConfig(
-        images=args.data,
-        column=args.column,
-        cache=args.cache,
-        verify=args.verify,
-        batch=args.batch,
-        window=args.window,
-        workers=args.workers,
-        localised=args.localised,
-        min_side=args.min_side,
-        skip_unreadable=args.skip_unreadable,
-    )
+    data = options.data_config(args, localised=args.localised)
     run = options.run_config(args)
     accelerator = make_accelerator(args.out, cpu=args.cpu, precision=args.precision, tracker=args.tracker)
     if args.bundle_now:
@@ -158,16 +134,16 @@ def cache(args: argparse.Namespace) -> None:
     )
 
 
-def _plan(args: argparse.Namespace, **options) -> Plan:
+def _plan(args: argparse.Namespace, **given) -> Plan:
     _refuse_idle(args)
     if args.vlm == _PICO:
         pico = model_paths()
-        options = {"vae": pico["vae"], "bundle": pico["decoder"]} | options
-        return Plan(vlm=pico["vlm"], resolution=args.resolution, **options)
+        given = {"vae": pico["vae"], "bundle": pico["decoder"]} | given
+        return Plan(vlm=pico["vlm"], resolution=args.resolution, **given)
     if args.vae is None:
         registry.sampler_family(args.vlm)  # One that is absent is named first.
         raise ValueError("give --vae, the autoencoder whose latents the decoder paints: only pico has its own")
-    return Plan(vlm=Path(args.vlm), vae=args.vae, resolution=args.resolution, **options)
+    return Plan(vlm=Path(args.vlm), vae=args.vae, resolution=args.resolution, **given)
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
@@ -177,17 +153,14 @@ def _refuse_idle(args: argparse.Namespace) -> None:
         ValueError: naming them, and why.
     """
     held = vars(args)
-    images = {"--column": None, "--min-side": None, "--skip-unreadable": ReadPolicy.skip_unreadable}
     starts = args.vlm == _PICO or held.get("bundle") is not None
-    for idle, options, reason in (
+    cases = [
         (args.vlm == _PICO, {"--vae": None}, "pico has its own autoencoder"),
         (starts, {"--width": None}, "the decoder that is started from has its own adapter"),
         (held.get("train") != "lora", {"--rank": _RANK}, "only --train lora has a rank"),
-        (held.get("cache") is not None, images, "what a cache holds was chosen when it was written"),
-    ):
-        given = [name for name, default in options.items() if held.get(name[2:].replace("-", "_"), default) != default]
-        if idle and given:
-            raise ValueError(f"{', '.join(given)} would do nothing: {reason}; leave it out")
+        (held.get("cache") is not None, options.IMAGES, options.CACHED),
+    ]
+    options.refuse_idle(args, cases)
 
 
 def parser(prog: str) -> argparse.ArgumentParser:

@@ -9,11 +9,9 @@ from typing import Any
 from dcdd_pico.embedded import model_paths
 
 from ..method.masked_modelling import CORRUPTIONS, HIDDEN_SHARES
-from ..pipelines.image_files import ReadPolicy
 from ..settings import require_number
 from ..training import estimate
 from ..training.captions import Captions
-from ..training.config import DataConfig, OptimizationConfig
 from ..training.masked_cost import MaskedSetup, masked_cost
 from ..training.masked_plan import HEADS, LAYERS, TEMPLATE, WIDTH, MaskedPlan
 from ..training.masked_run import run_masked, run_sampler
@@ -34,18 +32,7 @@ _LESS_MEMORY = (
 
 def run(args: argparse.Namespace) -> None:
     """Trains a masked sampler, or resumes; with --sampler-now writes that of the newest checkpoint instead."""
-    optimization = OptimizationConfig(
-        steps=args.steps,
-        accumulation=args.accumulate,
-        learning_rate=args.learning_rate,
-        warmup=args.warmup,
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        ema_decay=args.average_decay,
-        seed=args.seed,
-        optimizer=args.optimizer,
-        activation_checkpointing=args.checkpointing,
-    )
+    optimization = options.optimization_config(args)
     masking = MaskingConfig(
         corruptions=tuple(args.corruptions),
         schedule=args.mask_schedule,
@@ -64,18 +51,7 @@ def run(args: argparse.Namespace) -> None:
         heads=args.heads,
         seed=args.seed,
     )
-    data = DataConfig(
-        images=args.data,
-        column=args.column,
-        cache=args.cache,
-        verify=args.verify,
-        batch=args.batch,
-        window=args.window,
-        workers=args.workers,
-        min_side=args.min_side,
-        skip_unreadable=args.skip_unreadable,
-        captions=Captions(column=args.caption_column),
-    )
+    data = options.data_config(args, captions=Captions(column=args.caption_column))
     settings = options.run_config(args)
     if args.estimate:
         _estimate(args, plan, masking)
@@ -127,8 +103,8 @@ def _estimate(args: argparse.Namespace, plan: MaskedPlan, masking: MaskingConfig
     images = args.steps * args.batch * args.accumulate * args.gpus
     teraflops, memory = estimate.gpu_of(args)
     duration = estimate.duration_of(setup, cost, images=images, teraflops=teraflops, utilisation=args.utilisation)
-    verdict = "fits" if estimate.fits(cost, memory) else "does NOT fit: try --checkpointing, or a smaller --batch with"
-    verdict += "" if estimate.fits(cost, memory) else " more --accumulate"
+    advice = "try --checkpointing, or a smaller --batch with more --accumulate"
+    verdict = "fits" if estimate.fits(cost, memory) else f"does NOT fit: {advice}"
     config, count = setup.config, cost.weights["trained"]
     print(f"{count / 1e6:.1f} M weights: width {config.width}, {config.layers} blocks, {config.heads} heads")
     print(
@@ -149,19 +125,9 @@ def _refuse_idle(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming them.
     """
-    images = {
-        "--column": None,
-        "--caption-column": None,
-        "--min-side": None,
-        "--skip-unreadable": ReadPolicy.skip_unreadable,
-    }
-    given = [name for name, default in images.items() if getattr(args, name[2:].replace("-", "_")) != default]
-    if args.cache is not None and given:
-        raise ValueError(
-            f"{', '.join(given)} would do nothing: what a cache holds was chosen when it was written; leave it out"
-        )
-    numbers = {"--gpus": _GPUS, "--memory": None, "--tflops": None}
-    given = [name for name, default in numbers.items() if getattr(args, name[2:]) != default]
+    images = {**options.IMAGES, "--caption-column": None}
+    options.refuse_idle(args, [(args.cache is not None, images, options.CACHED)])
+    given = options.given(args, {"--gpus": _GPUS, **estimate.GPU_OPTIONS})
     if given and not args.estimate:
         raise ValueError(f"{', '.join(given)} would do nothing without --estimate: give that too, or leave it out")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from typing import Any
 
 from ..pipelines.image_files import ReadPolicy
 from ..training.captions import COLUMNS, FIELDS
@@ -11,6 +13,11 @@ from ..training.config import DataConfig, OptimizationConfig, RunConfig
 from ..training.held_out import MOST
 from ..training.optimizers import OPTIMIZERS
 from .arguments import path, path_text
+
+#: Options of `add_images` that say which images are used, with their defaults.
+IMAGES: Mapping[str, Any] = {"--column": None, "--min-side": None, "--skip-unreadable": ReadPolicy.skip_unreadable}
+#: Why they would do nothing beside --cache.
+CACHED = "what a cache holds was chosen when it was written"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -128,6 +135,67 @@ def add_logging(command: argparse.ArgumentParser, *, best: str) -> argparse._Arg
     group.add_argument("--keep", type=int, default=run["keep"], help="checkpoints that are kept, the newest")
     group.add_argument("--log-every", type=int, default=run["log_every"], help="updates between lines of the log")
     return group
+
+
+def optimization_config(args: argparse.Namespace, **own: Any) -> OptimizationConfig:
+    """What `add_updates` asked for, and a command's own settings.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+    return OptimizationConfig(
+        steps=args.steps,
+        accumulation=args.accumulate,
+        learning_rate=args.learning_rate,
+        warmup=args.warmup,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        ema_decay=args.average_decay,
+        seed=args.seed,
+        optimizer=args.optimizer,
+        activation_checkpointing=args.checkpointing,
+        **own,
+    )
+
+
+def data_config(args: argparse.Namespace, **own: Any) -> DataConfig:
+    """What `add_source` and `add_images` asked for, and a command's own settings.
+
+    Raises:
+        ValueError: for numbers out of range, and for --verify without --cache.
+    """
+    return DataConfig(
+        images=args.data,
+        column=args.column,
+        cache=args.cache,
+        verify=args.verify,
+        batch=args.batch,
+        window=args.window,
+        workers=args.workers,
+        min_side=args.min_side,
+        skip_unreadable=args.skip_unreadable,
+        **own,
+    )
+
+
+def given(args: argparse.Namespace, defaults: Mapping[str, Any]) -> list[str]:
+    """The options that do not have these defaults; those that the command lacks are not given."""
+    held = vars(args)
+    return [name for name, default in defaults.items() if held.get(name[2:].replace("-", "_"), default) != default]
+
+
+def refuse_idle(args: argparse.Namespace, cases: Iterable[tuple[bool, Mapping[str, Any], str]]) -> None:
+    """Refuses options that would do nothing.
+
+    Args:
+        cases: (whether they would do nothing, the options with their defaults, why) of some options.
+
+    Raises:
+        ValueError: naming those that are given, and why.
+    """
+    for idle, defaults, reason in cases:
+        if idle and (found := given(args, defaults)):
+            raise ValueError(f"{', '.join(found)} would do nothing: {reason}; leave it out")
 
 
 def run_config(args: argparse.Namespace) -> RunConfig:

@@ -75,8 +75,8 @@ class CacheCard:
         """The card of encodings by these networks at these sizes."""
         return cls(
             codebook=tokenizer.codebook.fingerprint,
-            tokenizer=encoder_fingerprint(tokenizer.model),
-            autoencoder=None if codec is None else encoder_fingerprint(codec.model),
+            tokenizer=_encoder_fingerprint(tokenizer.model),
+            autoencoder=None if codec is None else _encoder_fingerprint(codec.model),
             vae_shift=None if codec is None else codec.shift,
             vae_scale=None if codec is None else codec.scale,
             code_dim=tokenizer.codebook.dim,
@@ -424,7 +424,7 @@ def sha256(path: Path) -> str:
     return found.hexdigest()
 
 
-def encoder_fingerprint(model: nn.Module) -> str:
+def _encoder_fingerprint(model: nn.Module) -> str:
     """Of the weights that encode; hashed as bfloat16, so that a copy in that type has the same.
 
     Those of `encoder` and `quant_conv`, as diffusers and transformers name them, or of the whole network.

@@ -57,6 +57,10 @@ GPUS = {
 }
 
 
+#: Options that say what a GPU can do, with their defaults.
+GPU_OPTIONS: Mapping[str, Any] = {"--gpu": "a100-80gb", "--memory": None, "--tflops": None, "--utilisation": 0.35}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Duration:
     """How long a training takes on GPUs that reach the fraction `utilisation` of their peak.
@@ -141,14 +145,17 @@ def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], Path] =
 
 
 def add_gpu_arguments(parser: argparse._ActionsContainer) -> None:
-    """Adds the options that say what a GPU can do."""
-    parser.add_argument("--gpu", default="a100-80gb", choices=GPUS)
+    """Adds `GPU_OPTIONS`."""
+    parser.add_argument("--gpu", default=GPU_OPTIONS["--gpu"], choices=GPUS)
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a GPU (default: the published)")
     parser.add_argument(
         "--tflops", type=float, help="peak of a GPU in TFLOP/s (default: the published one, of bfloat16)"
     )
     parser.add_argument(
-        "--utilisation", type=float, default=0.35, help="fraction of the peak that is reached; the default is a guess"
+        "--utilisation",
+        type=float,
+        default=GPU_OPTIONS["--utilisation"],
+        help="fraction of the peak that is reached; the default is a guess",
     )
 
 

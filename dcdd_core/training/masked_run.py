@@ -9,27 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..files import write_text
+from ..files import remove_leftovers, write_text
 from ..models.checkpoints import fingerprint_of, load_strictly
 from ..models.masked.sampler import MaskedSampler
 from ..protocols import ImageTokenizer
-from ..settings import require_same_settings
-from .batches import Batches, DataShard, Source
-from .cache import CacheCard, EncodingCache, encoder_fingerprint
+from .batches import Batches, DataShard, ReadCounter
+from .cache import CacheCard
 from .checkpoints import HELD_OUT, HELD_OUT_FRACTION, load_best, load_ema, newest_checkpoint, settings_of
 from .config import DataConfig, OptimizationConfig, RunConfig
 from .folders import digest
 from .held_out import Split
-from .image_batch import Geometry
-from .left_out import RECORD
 from .lock import run_lock
 from .log import read_log
 from .masked_plan import MaskedPlan
 from .masked_task import ErrorScale, MaskedHeldOut, MaskedSampleSheet, MaskedTask, MaskingConfig, TokenEncoder
 from .progress import ProgressBar
-from .run import ends_training, left_out_of, process_device, say_nothing, split_for_run, summary
-from .sources import open_images
-from .stop import TrainingStopped, stop_at_once
+from .run import (
+    ends_training,
+    open_source,
+    process_device,
+    require_settings_of,
+    say_nothing,
+    split_for_run,
+    summary,
+    train_and_write,
+)
 from .trainer import Evaluation, Trainer
 
 if TYPE_CHECKING:
@@ -79,19 +83,22 @@ def _run(
     report: Callable[[str], None],
     progress: ProgressBar | None,
 ) -> Path:
-    main = accelerator.is_main_process
-    say = report if main else say_nothing
+    say = report if accelerator.is_main_process else say_nothing
     plan.check()
+    if accelerator.is_main_process:
+        for name in (SAMPLER, BEST):
+            remove_leftovers(folder / name / "model.safetensors")
     newest = newest_checkpoint(folder)
     before = None if newest is None else settings_of(newest)
     device = process_device(accelerator)
     tokenizer = plan.tokenizer(device)
     geometry = plan.geometry(tokenizer)
-    source = _open(data, tokenizer, geometry, accelerator)
+    card = CacheCard.of(tokenizer, None, geometry)
+    source = open_source(data, geometry, lambda cache: cache.require_captions(card), accelerator)
     parts = split_for_run(source, run, before, say)
     sampler = plan.sampler(tokenizer, geometry)
     sampler.name = folder.resolve().name
-    settings = _settings(plan, sampler, tokenizer, geometry)
+    settings = _settings(sampler, card)
     sampler.model.to(device)
     encode = TokenEncoder(tokenizer)
     training = source if parts is None else parts.training
@@ -100,7 +107,7 @@ def _run(
     settings |= {"precision": accelerator.mixed_precision}
     if parts is not None:
         settings |= {HELD_OUT: parts.fingerprint, HELD_OUT_FRACTION: run.held_out}
-    task = MaskedTask(sampler, encode, scale, masking, settings=settings)
+    task = MaskedTask(sampler, encode, scale, masking)
     for line in summary(task.network, optimization, data, parts, source, accelerator):
         say(f"{folder.name}: {line}")
     accelerator.init_trackers("dcdd", config={name: str(value) for name, value in asdict(optimization).items()})
@@ -123,30 +130,15 @@ def _run(
         batches,
         optimization,
         accelerator=accelerator,
-        settings={},
+        settings=settings,
         run=run,
         evaluate=evaluate if run.sample_every else None,
         report=report,
         progress=progress,
     )
-    path = folder / SAMPLER
-    try:
-        trainer.train()
-        counters = [batches.counter, *([] if held_out is None else [held_out.counter])]
-        left_out = left_out_of(source, counters, accelerator)
-        if main:
-            words = f"{folder.name}: stopped while its results were written: run the same command again to write them"
-            with stop_at_once(words):
-                left_out.write(folder)
-                _write(folder, plan, sampler, tokenizer, report)
-            for line in left_out.lines():
-                report(f"{folder.name}: {line}")
-            if left_out.unreadable or left_out.small or left_out.uncaptioned:
-                report(f"{folder.name}: all of them are named in {folder / RECORD}")
-    except TrainingStopped as stopped:
-        say(str(stopped))
-        raise
-    return path
+    counter = ReadCounter() if held_out is None else held_out.counter
+    train_and_write(trainer, lambda: _write(folder, plan, sampler, tokenizer, report), source, counter)
+    return folder / SAMPLER
 
 
 def run_sampler(
@@ -171,37 +163,23 @@ def run_sampler(
         geometry = plan.geometry(tokenizer)
         sampler = plan.sampler(tokenizer, geometry)
         sampler.name = folder.resolve().name
-        now = _settings(plan, sampler, tokenizer, geometry) | {"network": asdict(sampler.model.config)}
-        require_same_settings(
-            f"{newest} was",
-            {name: before.get(name) for name in now},
-            now,
-            remedy="use those settings, which are the options of the run",
-        )
+        card = CacheCard.of(tokenizer, None, geometry)
+        require_settings_of(newest, before, _settings(sampler, card) | {"network": asdict(sampler.model.config)})
         _write(folder, plan, sampler, tokenizer, report, path)
     return path
 
 
-def _open(data: DataConfig, tokenizer: ImageTokenizer, geometry: Geometry, accelerator: Accelerator) -> Source:
-    """The captioned images or encodings to train on."""
-    if data.cache is None:
-        return open_images(data.images, geometry, column=data.column, policy=data.policy, captions=data.captions)
-    source = EncodingCache(data.cache)
-    source.require_captions(CacheCard.of(tokenizer, None, geometry))
-    if data.verify:
-        source.verify(rank=accelerator.process_index, world=accelerator.num_processes)
-    return source
+def _settings(sampler: MaskedSampler, card: CacheCard) -> dict[str, Any]:
+    """What a checkpoint depends on, besides what `MaskedTask` adds; the network is still as it starts.
 
-
-def _settings(
-    plan: MaskedPlan, sampler: MaskedSampler, tokenizer: ImageTokenizer, geometry: Geometry
-) -> dict[str, Any]:
-    """What a checkpoint depends on, besides what `MaskedTask` adds; the network is still as it starts."""
+    Args:
+        card: of the encodings that are trained on.
+    """
     words = sampler.words
     return {
-        "codebook": tokenizer.codebook.fingerprint,
-        "tokenizer": encoder_fingerprint(tokenizer.model),
-        "side": geometry.token_resolution,
+        "codebook": card.codebook,
+        "tokenizer": card.tokenizer,
+        "side": card.geometry.token_resolution,
         "words": digest(f"{word} {number}" for word, number in sorted(words.tokenizer.get_vocab().items())),
         "template": words.template,
         "start": fingerprint_of(sampler.model.state_dict()),

@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import nn
 
@@ -32,9 +31,8 @@ from .encoded_batch import EncodedBatch
 from .held_out import Listed, read_listed
 from .image_batch import ImageBatch
 from .masked_loss import Corruption, MaskedExample, drop_captions, make_example, masked_losses, tokens_and_errors
-from .optimizers import adamw_8bit, adamw_with_muon
-from .trainable import trained_weights
-from .trainer import Averaged
+from .trainable import optimizers_of, trained_weights
+from .trainer import Averaged, sample_sheet
 
 _MEASURED = 256  # images whose quantisation errors say what is usual [choice]
 _DRAWS = 64  # examples that a held-out loss is the mean of, at least [choice]
@@ -189,7 +187,6 @@ class MaskedTask:
 
     Args:
         sampler: its network is trained; on the device that it is on.
-        settings: what the result depends on besides the network and the masking.
     """
 
     remedy = (
@@ -197,22 +194,13 @@ class MaskedTask:
         "run from that folder (--start-from) with a lower learning rate"
     )
 
-    def __init__(
-        self,
-        sampler: MaskedSampler,
-        encode: TokenEncoder,
-        scale: ErrorScale,
-        masking: MaskingConfig,
-        *,
-        settings: Mapping[str, Any],
-    ):
+    def __init__(self, sampler: MaskedSampler, encode: TokenEncoder, scale: ErrorScale, masking: MaskingConfig):
         self.network: MaskedTransformer = sampler.model
         self.encode, self.scale, self.masking = encode, scale, masking
         self.reader = CaptionReader(sampler.words, masking.words)
         self.codebook = sampler.codebook
         self.blocks: Sequence[nn.Module] = self.network.layers
-        self.settings = {
-            **settings,
+        self.settings: Mapping[str, Any] = {
             "network": asdict(self.network.config),
             "masking": asdict(masking),
             "error_scale": asdict(scale),
@@ -231,11 +219,7 @@ class MaskedTask:
                 "gather the weights for them in some processes alone; choose configs/accelerate/ddp.yaml"
             )
         weights = trained_weights(self.network)
-        options = {"betas": (0.9, 0.95), "weight_decay": config.weight_decay}
-        if config.optimizer == "adamw8bit":
-            return [adamw_8bit(weights.values(), **options)]
-        matrices = muon_matrices(weights) if config.optimizer == "muon" else []
-        return list(adamw_with_muon(weights, matrices, **options).values())
+        return optimizers_of(weights, config, matrices=muon_matrices(weights), betas=(0.9, 0.95))
 
     def example(self, batch: Any, generator: torch.Generator, averaged: Averaged) -> MaskedExample:
         """See `trainer.Task`; wrong tokens are draws of the averaged weights."""
@@ -357,9 +341,7 @@ class MaskedSampleSheet:
         own = self.sampler
         sampler = MaskedSampler(network, own.words, own.codebook, name=own.name, sampling=own.sampling)
         sampled = sampler.sample(self.captions, seeds=range(len(self.captions)), options=own.sampling)
-        columns = torch.stack([self.reference, self._decoded(sampled.tokens)])
-        sheet = ((rearrange(columns, "k b c h w -> (b h) (k w) c").clamp(-1, 1) + 1) * 127.5).round().byte()
-        return Image.fromarray(sheet.cpu().numpy())
+        return sample_sheet([self.reference, self._decoded(sampled.tokens)])
 
     def _decoded(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.tokenizer.decode_tokens(tokens.to(self.tokenizer.device), self.sampler.grid)

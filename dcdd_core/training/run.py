@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
-from PIL import Image
 
 from ..files import remove_leftovers
 from ..method.sampling import keyed_generator
@@ -32,6 +30,7 @@ from .decoder_task import DecoderTask
 from .encoded_batch import encode
 from .examples import ExampleMaker
 from .held_out import FEWEST_SPLIT, HeldOutLoss, Split, count_images, split
+from .image_batch import Geometry
 from .left_out import RECORD, LeftOut
 from .lock import run_lock
 from .loss import decoder_loss
@@ -43,7 +42,7 @@ from .sharding import NO_DEEPSPEED
 from .sources import open_images
 from .stop import TrainingStopped, stop_at_once
 from .trainable import frozen_weights, trained_weights
-from .trainer import Evaluation, Trainer
+from .trainer import Evaluation, Trainer, sample_sheet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -150,7 +149,7 @@ def _run_training(
     before = None if newest is None else settings_of(newest)
     encoders = plan.encoders(process_device(accelerator))
     card = CacheCard.of(encoders.tokenizer, encoders.codec, encoders.geometry, pixels=data.localised > 0)
-    source = _open(data, encoders, card, accelerator)
+    source = open_source(data, encoders.geometry, lambda cache: cache.require(card), accelerator)
     parts = split_for_run(source, run, before, say)
     dtype = _frozen_dtype(accelerator.mixed_precision)
     decoder = plan.decoder(encoders, dtype=dtype)
@@ -188,27 +187,48 @@ def _run_training(
         progress=progress,
     )
     path = folder / BUNDLE
+
+    def write() -> None:
+        # The best first: a run whose last bundle is written has them all.
+        if parts is not None:
+            _save_best(folder, plan, encoders, dtype, report)
+        # Into a decoder that is loaded again: the trained one may be sharded over devices.
+        plan.save(path, plan.decoder(encoders, dtype=dtype), load_ema(newest_checkpoint(folder)))
+        report(f"wrote {path}")
+
+    train_and_write(trainer, write, source, held_out)
+    return path
+
+
+def train_and_write(trainer: Trainer, write: Callable[[], None], source: Source, held_out: ReadCounter) -> None:
+    """Trains to the end; then the main process writes the results, and what was left out of the images.
+
+    Args:
+        write: writes the results into the run's folder.
+        held_out: of what this process read of the held-out images.
+
+    Raises:
+        ValueError, FloatingPointError, OSError, TrainingStopped: see `Trainer.train`; of the last, the main process
+            has reported what it says.
+    """
+    folder, accelerator = trainer.folder, trainer.accelerator
+    say = trainer.report if accelerator.is_main_process else say_nothing
     try:
         trainer.train()
-        left_out = left_out_of(source, [batches.counter, held_out], accelerator)
-        if main:
+        # A resumed run has another counter than before `train`.
+        left_out = _left_out(source, [trainer.batches.counter, held_out], accelerator)
+        if accelerator.is_main_process:
             words = f"{folder.name}: stopped while its results were written: run the same command again to write them"
             with stop_at_once(words):
                 left_out.write(folder)
-                # The best first: a run whose last bundle is written has them all.
-                if parts is not None:
-                    _save_best(folder, plan, encoders, dtype, report)
-                # Into a decoder that is loaded again: the trained one may be sharded over devices.
-                plan.save(path, plan.decoder(encoders, dtype=dtype), load_ema(newest_checkpoint(folder)))
-            report(f"wrote {path}")
+                write()
             for line in left_out.lines():
-                report(f"{folder.name}: {line}")
-            if left_out.unreadable or left_out.small:
-                report(f"{folder.name}: all of them are named in {folder / RECORD}")
+                say(f"{folder.name}: {line}")
+            if left_out.unreadable or left_out.small or left_out.uncaptioned:
+                say(f"{folder.name}: all of them are named in {folder / RECORD}")
     except TrainingStopped as stopped:
         say(str(stopped))
         raise
-    return path
 
 
 @contextmanager
@@ -222,14 +242,18 @@ def ends_training(accelerator: Accelerator) -> Iterator[None]:
         yield
     except TrainingStopped as stopped:
         traceback.clear_frames(stopped.__traceback__)
-        accelerator.free_memory()
-        accelerator.end_training()
+        _end(accelerator)
         raise
-    accelerator.free_memory()
+    _end(accelerator)
+
+
+def _end(accelerator: Accelerator) -> None:
+    if accelerator.distributed_type != "NO":  # It collects garbage, which takes as long as a short training.
+        accelerator.free_memory()
     accelerator.end_training()
 
 
-def left_out_of(source: Source, counters: Sequence[ReadCounter], accelerator: Accelerator) -> LeftOut:
+def _left_out(source: Source, counters: Sequence[ReadCounter], accelerator: Accelerator) -> LeftOut:
     """What all processes left out; they call this together."""
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
@@ -263,17 +287,25 @@ def run_bundle(folder: Path, plan: Plan, *, accelerator: Accelerator, report: Ca
         before = settings_of(newest)
         encoders, dtype = plan.encoders("cpu"), _frozen_dtype(before.get("precision"))
         decoder = plan.decoder(encoders, dtype=dtype)
-        now = _decoder_settings(plan, decoder) | {"card": decoder.card.to_dict()}
-        require_same_settings(
-            f"{newest} was",
-            {name: before.get(name) for name in now},
-            now,
-            remedy="use those settings, which are the options of the run",
-        )
+        require_settings_of(newest, before, _decoder_settings(plan, decoder) | {"card": decoder.card.to_dict()})
         plan.save(path, decoder, load_ema(newest))
         report(f"wrote {path}")
         _save_best(folder, plan, encoders, dtype, report)
     return path
+
+
+def require_settings_of(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses a plan that is not the one that a checkpoint was made with.
+
+    Args:
+        before: the checkpoint's settings.
+        now: the plan's, which are some of them.
+
+    Raises:
+        ValueError: naming each difference.
+    """
+    remedy = "use those settings, which are the options of the run"
+    require_same_settings(f"{checkpoint} was", {name: before.get(name) for name in now}, now, remedy=remedy)
 
 
 def run_cache(
@@ -450,17 +482,22 @@ class SampleSheet:
         painted = decode(decoder, self.codec, self.example.condition, seeds=range(self.count)).pixels
         generator = keyed_generator(self.optimization.seed)
         loss = decoder_loss(decoder, self.example, generator, self.optimization)
-        columns = torch.stack([images.to(painted) for images in (*self.references, painted)])
-        sheet = ((rearrange(columns, "k b c h w -> (b h) (k w) c").clamp(-1, 1) + 1) * 127.5).round().byte()
-        return Evaluation(numbers={"training_loss": float(loss)}, sheet=Image.fromarray(sheet.cpu().numpy()))
+        sheet = sample_sheet([images.to(painted) for images in (*self.references, painted)])
+        return Evaluation(numbers={"training_loss": float(loss)}, sheet=sheet)
 
 
-def _open(data: DataConfig, encoders: Encoders, card: CacheCard, accelerator: Accelerator) -> Source:
-    """The source of the images or encodings to train on."""
+def open_source(
+    data: DataConfig, geometry: Geometry, require: Callable[[EncodingCache], None], accelerator: Accelerator
+) -> Source:
+    """The source of the images or encodings to train on.
+
+    Args:
+        require: refuses a cache that does not fit.
+    """
     if data.cache is None:
-        return open_images(data.images, encoders.geometry, column=data.column, policy=data.policy)
+        return open_images(data.images, geometry, column=data.column, policy=data.policy, captions=data.captions)
     source = EncodingCache(data.cache)
-    source.require(card)
+    require(source)
     if data.verify:
         source.verify(rank=accelerator.process_index, world=accelerator.num_processes)
     return source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 
 import torch
 from torch import nn
@@ -54,13 +54,30 @@ def frozen_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 def decoder_optimizers(
     decoder: DistributionConditionedDecoder, config: OptimizationConfig, *, sharded: bool = False
 ) -> list[torch.optim.Optimizer]:
-    """The optimisers of a decoder's trained weights, each weight in exactly one; `sharded` as for `adamw_8bit`."""
-    weights = trained_weights(decoder)
-    options = {"betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+    """The optimisers of a decoder's trained weights; see `optimizers_of`."""
+    weights, matrices = trained_weights(decoder), muon_matrices(decoder)
+    return optimizers_of(weights, config, matrices=matrices, betas=(0.9, 0.99), sharded=sharded)
+
+
+def optimizers_of(
+    weights: Mapping[str, nn.Parameter],
+    config: OptimizationConfig,
+    *,
+    matrices: Collection[str],
+    betas: tuple[float, float],
+    sharded: bool = False,
+) -> list[torch.optim.Optimizer]:
+    """The optimisers of trained weights, each weight in exactly one.
+
+    Args:
+        matrices: the names of those that Muon updates, where it is chosen.
+        betas: of AdamW.
+        sharded: as for `adamw_8bit`.
+    """
+    options = {"betas": betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw8bit":
         return [adamw_8bit(weights.values(), **options, sharded=sharded)]
-    matrices = muon_matrices(decoder) if config.optimizer == "muon" else []
-    return list(adamw_with_muon(weights, matrices, **options).values())
+    return list(adamw_with_muon(weights, matrices if config.optimizer == "muon" else (), **options).values())
 
 
 def muon_matrices(decoder: DistributionConditionedDecoder) -> Sequence[str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -55,6 +56,12 @@ class Evaluation:
     numbers: Mapping[str, float] = field(default_factory=dict)
     sheet: Image.Image | None = None
     score: float | None = None
+
+
+def sample_sheet(columns: Sequence[torch.Tensor]) -> Image.Image:
+    """Images in -1..1 side by side: each of the columns is [B, 3, H, W], and a row of the sheet is one of the B."""
+    sheet = rearrange(torch.stack(list(columns)), "k b c h w -> (b h) (k w) c").clamp(-1, 1)
+    return Image.fromarray(((sheet + 1) * 127.5).round().byte().cpu().numpy())
 
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from dcdd_core.cli.train import main
 from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.batches import Batches, DataShard
@@ -32,6 +33,7 @@ from dcdd_core.training.trainable import choose_trained
 from dcdd_core.training.trainer import Trainer
 from tests.tiny import tiny_condition, tiny_decoder, tiny_vae, tiny_vq
 
+CAPTIONS = ("a red circle on the left", "a blue square", "a green circle and a red square")
 RECIPE = {"learning_rate": 3e-3, "warmup": 2, "ema_decay": 0.9}
 
 
@@ -41,6 +43,17 @@ def png_folder(folder: Path, count: int = 7, side: int = 20) -> Path:
     for i in range(count):
         noise = random.Random(i).randbytes(3 * side * side)
         PIL.Image.frombytes("RGB", (side, side), noise).save(folder / f"{i:02}.png")
+    return folder
+
+
+def caption_of(index: int) -> str:
+    return CAPTIONS[index % len(CAPTIONS)]
+
+
+def captioned_folder(folder: Path, count: int = 24) -> Path:
+    """Images of noise, each with a caption in a text file."""
+    for index, path in enumerate(sorted(png_folder(folder, count=count).glob("*.png"))):
+        path.with_suffix(".txt").write_text(caption_of(index) + "\n")
     return folder
 
 
@@ -134,6 +147,12 @@ def _connected(target, rank: int, world: int, port: int) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)  # the other threads were not forked
     target()
+
+
+def launched(words: list[str]) -> None:
+    """`train.py` with these words, in a process of `forked`."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(words) == 0
 
 
 def kill_at(number: int):

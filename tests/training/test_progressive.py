@@ -22,37 +22,27 @@ from safetensors.torch import load_file
 from transformers import JanusForConditionalGeneration
 
 from dcdd_core import registry
+from dcdd_core.cli import train_progressive
 from dcdd_core.cli.train import main
 from dcdd_core.models.janus.masked_start import TEMPLATE
-from dcdd_core.models.masked.words import Words
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.training.batches import Batches, DataShard
 from dcdd_core.training.captions import Captions
-from dcdd_core.training.config import OptimizationConfig
 from dcdd_core.training.image_batch import Geometry
 from dcdd_core.training.log import read_log
 from dcdd_core.training.masked_plan import MaskedPlan
 from dcdd_core.training.masked_task import (
-    CaptionedTokens,
-    CaptionReader,
     ErrorScale,
     MaskedTask,
-    MaskingConfig,
-    TokenEncoder,
 )
 from dcdd_core.training.sources import open_images
-from dcdd_pico.train_janus import pico_tokenizer
 from tests.models.masked.tiny_masked import save_tiny_masked
 from tests.tiny import fill, save_janus, tiny_janus, tiny_tokenizer, tiny_vq
-from tests.training.runs import forked, losses, png_folder
+from tests.training.runs import CAPTIONS, caption_of, captioned_folder, forked, launched, losses, png_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-CAPTIONS = ("a red circle on the left", "a blue square", "a green circle and a red square")
-
-
-def caption_of(index: int) -> str:
-    return CAPTIONS[index % len(CAPTIONS)]
+UNEVALUATED = {"sample-every": 0}
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +53,7 @@ def janus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     """24 images with captions."""
-    folder = png_folder(tmp_path_factory.mktemp("images") / "folder", count=24)
-    for index, path in enumerate(sorted(folder.glob("*.png"))):
-        path.with_suffix(".txt").write_text(caption_of(index) + "\n")
-    return folder
+    return captioned_folder(tmp_path_factory.mktemp("images") / "folder")
 
 
 def parquet_of(images: Path, path: Path, column: str = "caption") -> Path:
@@ -90,7 +77,7 @@ def command(vlm: Path, data: Path | None, out: Path, *words: str, **changes) -> 
     AcceleratorState._reset_state(reset_partial_state=True)
     options = {
         **{"vlm": vlm, "data": data, "out": out, "steps": 4, "batch": 3, "width": 32, "layers": 1, "heads": 2},
-        **{"log-every": 1, "samples": 0, "warmup": 1, "precision": "no", "sample-every": 2},
+        **{"log-every": 1, "samples": 0, "warmup": 1, "precision": "no", "sample-every": 4},
     }
     options = {name: value for name, value in (options | changes).items() if value is not None}
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -250,14 +237,19 @@ def killed(words: list[str], number: int) -> None:
 
 @needs_fork
 def test_killed_and_resumed_it_is_the_uninterrupted_run(run, janus, images, tmp_path):
-    options = {"steps": 6, "save-every": 2, "accumulate": 2, "optimizer": "muon"}
+    options = {"steps": 6, "sample-every": 3, "save-every": 2, "accumulate": 2, "optimizer": "muon"}
     assert run(out=tmp_path / "whole" / "run", **options) == 0
     words = command(janus, images, tmp_path / "cut" / "run", **options)
     assert forked(partial(killed, words, 9)) == [-signal.SIGKILL]
+    leftover = tmp_path / "cut" / "run" / "sampler" / "model.safetensors.01234567.tmp"
+    leftover.parent.mkdir()
+    leftover.touch()  # As of a process that was killed while it wrote the sampler.
     assert run(out=tmp_path / "cut" / "run", **options) == 0
     assert losses(tmp_path / "cut" / "run") == losses(tmp_path / "whole" / "run")
     one, other = (tmp_path / name / "run" / "sampler" / "model.safetensors" for name in ("whole", "cut"))
     assert one.read_bytes() == other.read_bytes()
+    assert not leftover.exists()
+    assert "| updates | 6 of 6 images" in (leftover.parent / "README.md").read_text()
 
 
 def test_sigterm_ends_it_with_a_checkpoint_from_which_it_goes_on(run, tmp_path, monkeypatch, capsys):
@@ -275,16 +267,25 @@ def test_sigterm_ends_it_with_a_checkpoint_from_which_it_goes_on(run, tmp_path, 
     assert losses(tmp_path / "run") == losses(tmp_path / "whole" / "run")
 
 
+def test_the_weights_that_draw_wrong_tokens_are_the_ema(run, tmp_path, monkeypatch):
+    original, seen = MaskedTask.example, []
+
+    def example(self, batch, generator, averaged):
+        seen.append((averaged(lambda network: network.mask.detach().clone()), self.network.mask.detach().clone()))
+        return original(self, batch, generator, averaged)
+
+    monkeypatch.setattr(MaskedTask, "example", example)
+    assert run(**{"save-every": 1, "keep": 4}, **UNEVALUATED) == 0
+    for step, (average, trained) in list(enumerate(seen))[2:]:
+        held = load_file(tmp_path / "run" / "checkpoints" / f"step-{step:08}" / "average.safetensors")
+        assert torch.equal(average, held["mask"]) and not torch.equal(average, trained)
+
+
 def test_mixed_precision_and_recomputed_activations_change_little(run, tmp_path):
-    assert run(out=tmp_path / "plain", steps=1) == 0
-    assert run("--checkpointing", out=tmp_path / "bf16", steps=1, precision="bf16") == 0
+    assert run(out=tmp_path / "plain", steps=1, **UNEVALUATED) == 0
+    assert run("--checkpointing", out=tmp_path / "bf16", steps=1, precision="bf16", **UNEVALUATED) == 0
     plain, mixed = (losses(tmp_path / name)[0] for name in ("plain", "bf16"))
     assert mixed != plain and mixed[:3] == pytest.approx(plain[:3], rel=2e-2)
-
-
-def launched(words: list[str]) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert main(words) == 0
 
 
 @needs_fork
@@ -298,10 +299,8 @@ def test_two_processes_train_together(janus, images, tmp_path):
 
 
 def test_the_loss_goes_down_on_a_few_images(run, tmp_path):
-    few = png_folder(tmp_path / "few", count=3)
-    for index, path in enumerate(sorted(few.glob("*.png"))):
-        path.with_suffix(".txt").write_text(caption_of(index))
-    options = {"learning-rate": 1e-2, "average-decay": 0.9, "drop-captions": 0, "log-every": 10}
+    few = captioned_folder(tmp_path / "few", count=3)
+    options = {"learning-rate": 1e-2, "average-decay": 0.9, "drop-captions": 0, "log-every": 10, **UNEVALUATED}
     assert run(data=few, steps=60, width=64, **options) == 0
     found = [line["hidden"] for line in read_log(tmp_path / "run")]
     assert found[-1] < 0.6 * found[0]
@@ -310,7 +309,7 @@ def test_the_loss_goes_down_on_a_few_images(run, tmp_path):
 def test_it_starts_from_a_masked_sampler_and_keeps_what_that_knows(run, tmp_path, capsys):
     start = save_tiny_masked(tmp_path / "start")
     sizes = dict.fromkeys(("width", "layers", "heads"))
-    assert run(**sizes, **{"start-from": start, "learning-rate": 1e-9, "steps": 1}) == 0
+    assert run(**sizes, **{"start-from": start, "learning-rate": 1e-9, "steps": 1, **UNEVALUATED}) == 0
     before, after = sampler_in(start), sampler_in(tmp_path / "run" / "sampler")
     assert after.words.template == before.words.template == TEMPLATE and after.sampling == before.sampling
     for name, value in before.model.state_dict().items():
@@ -335,9 +334,9 @@ def test_it_starts_from_a_janus_whose_heads_have_their_own_keys(run, janus, tmp_
     options = {"start-from": tmp_path / "janus", "vlm": tmp_path / "janus", "learning-rate": 1e-9, "steps": 1}
     for side, grid in ((None, (4, 4)), (32, (8, 8))):
         out = tmp_path / f"{side}"
-        assert run(**sizes, **options, side=side, out=out, **{"min-side": 1}) == 0
+        assert run(**sizes, **options, side=side, out=out, **{"min-side": 1}, **UNEVALUATED) == 0
         sampler = sampler_in(out / "sampler")
-        assert sampler.grid == grid and sampler.words.template == TEMPLATE
+        assert sampler.grid == grid and sampler.words.template == TEMPLATE and sampler.sampling.guidance == 3.0
         began = sampler.model.layers[1].k.weight, own.model.language_model.layers[1].self_attn.k_proj.weight
         torch.testing.assert_close(*began, rtol=0, atol=1e-6)
 
@@ -348,49 +347,30 @@ def test_a_tokenizer_alone_needs_words_from_elsewhere(run, janus, tmp_path, caps
     assert (
         f"{tmp_path / 'vq'} has no text tokenizer (tokenizer.json): give the folder of one" in capsys.readouterr().err
     )
-    assert run(vlm=tmp_path / "vq", steps=1, **{"text-tokenizer": janus}) == 0
+    assert run(vlm=tmp_path / "vq", steps=1, **{"text-tokenizer": janus}, **UNEVALUATED) == 0
     assert sampler_in(tmp_path / "run" / "sampler").words.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
 
 
-def test_an_estimate_is_of_the_very_options_and_starts_nothing(run, tmp_path, capsys):
+def test_an_estimate_is_of_the_very_options_and_starts_nothing(run, tmp_path, capsys, monkeypatch):
     assert run("--estimate", precision=None, gpu="h100", gpus=2, steps=100) == 0
     said = capsys.readouterr().out
     assert "width 32, 1 blocks, 2 heads" in said and "16 pixels, 16 tokens of 64 codes" in said
     assert "updates                                      100  of 6 images" in said and "communication" in said
     assert not (tmp_path / "run").exists()
+    setups = []
+    monkeypatch.setattr(train_progressive, "masked_cost", lambda setup, _: setups.append(setup) or 1 / 0)
+    for options in ({}, {"corruptions": "samples", "optimizer": "muon", "accumulate": 2}):
+        with pytest.raises(ZeroDivisionError):
+            run("--estimate", precision=None, gpus=2, **options)
+    one, other = setups
+    assert (one.drawn, one.words, one.batch, one.gpus, one.cached) == (1 / 3, 128, 3, 2, False)
+    assert (one.precision, one.optimizer, one.accumulate) == ("bf16", "adamw", 1)
+    assert (other.drawn, other.optimizer, other.accumulate) == (1, "muon", 2)
+    monkeypatch.undo()
     assert run("--estimate") == 1
     assert "give --tflops for training without mixed precision" in capsys.readouterr().err
     assert run("--estimate", precision=None, memory=1e-3) == 0
     assert "does NOT fit: try --checkpointing" in capsys.readouterr().out
-
-
-def task_of(janus: Path, **masking) -> MaskedTask:
-    plan = MaskedPlan(vlm=janus, width=32, layers=1, heads=2)
-    tokenizer = plan.tokenizer("cpu")
-    sampler = plan.sampler(tokenizer, plan.geometry(tokenizer))
-    scale = ErrorScale(mean=-1.0, deviation=0.5)
-    return MaskedTask(sampler, TokenEncoder(tokenizer), scale, MaskingConfig(**masking), settings={})
-
-
-def test_an_example_has_the_captions_the_units_and_the_masks_that_were_asked_for(janus):
-    count = 200
-    batch = CaptionedTokens(
-        tokens=torch.randint(64, (count, 16), generator=torch.Generator().manual_seed(0)),
-        errors=torch.full((count, 16), -0.5),
-        captions=tuple(map(caption_of, range(count))),
-    )
-    for dropped in (0.0, 0.3, 1.0):
-        task = task_of(janus, dropped=dropped, corruptions=(), schedule="linear")
-        example = task.masked(batch, torch.Generator().manual_seed(1))
-        words = task.reader.words
-        full = [words.ids(caption) for caption in batch.captions]
-        found = [ids == row for ids, row in zip(example.ids, full)]
-        assert 1 - sum(found) / count == pytest.approx(dropped, abs=0.1 * (0 < dropped < 1))
-        gone = [(ids, row) for ids, row, kept in zip(example.ids, full, found) if not kept]
-        assert all(ids == words.unconditional(row) for ids, row in gone)
-        assert (example.errors == 1).all() and not example.wrong.any()
-        # Of "linear" the mean is a half, a tenth of the images being complete.
-        assert float(example.hidden.float().mean()) == pytest.approx(0.45, abs=0.05)
 
 
 def test_out_of_memory_says_what_this_training_can_do(run, capsys, monkeypatch):
@@ -401,23 +381,6 @@ def test_out_of_memory_says_what_this_training_can_do(run, capsys, monkeypatch):
     assert run() == 1
     said = capsys.readouterr().err
     assert "a smaller --batch and as much more --accumulate" in said and "lora" not in said
-
-
-def test_sharded_weights_are_refused(janus):
-    task = task_of(janus)
-    with pytest.raises(ValueError, match="trained with DDP: .* choose configs/accelerate/ddp.yaml"):
-        task.optimizers(OptimizationConfig(steps=1), sharded=True)
-
-
-def test_errors_are_predicted_in_units_of_what_is_usual(janus, images):
-    plan = MaskedPlan(vlm=janus, width=32, layers=1, heads=2)
-    tokenizer = plan.tokenizer("cpu")
-    source, encode = open_images(images, plan.geometry(tokenizer), captions=Captions()), TokenEncoder(tokenizer)
-    scale = ErrorScale.of(source, encode, batch=5)
-    everything = encode(source.collate([source.load(entry) for entry in source.entries(DataShard(seed=None), 0)]))
-    found = scale.standardised(everything.errors)
-    assert abs(float(found.mean())) < 0.01 and float(found.std()) == pytest.approx(1, abs=0.01)
-    assert scale == ErrorScale(mean=round(scale.mean, 3), deviation=round(scale.deviation, 3))
 
 
 def test_a_run_is_not_resumed_with_other_masking_words_or_sizes(run, tmp_path, capsys):
@@ -448,6 +411,7 @@ def test_a_run_is_not_resumed_with_other_masking_words_or_sizes(run, tmp_path, c
         ({"drop-captions": 1.5}, "drop-captions must be a finite number in 0..1, got 1.5"),
         ({"caption-tokens": 2}, "caption-tokens must be a whole number in 8..4,096, got 2"),
         ({"gpus": 2, "tflops": 5}, "--gpus, --tflops would do nothing without --estimate: give that too"),
+        ({"gpu": "h100", "utilisation": 0.5}, "--gpu, --utilisation would do nothing without --estimate: give that"),
         ({"template": "no place"}, 'template must hold "{prompt}" once'),
         ({"cache": "nowhere", "data": None, "caption-column": "text"}, "--caption-column would do nothing: what a"),
     ],
@@ -478,16 +442,3 @@ def test_images_without_captions_are_a_clear_error(run, images, tmp_path, capsys
     (bare / "00.txt").write_text(" ")
     assert run(data=bare) == 1
     assert "none of the 3 images of" in (said := capsys.readouterr().err) and "and 3 have no caption" in said
-
-
-def test_long_captions_are_cut_at_their_end():
-    words = Words(tiny_tokenizer(), TEMPLATE)
-    around = len(words.ids("a")) - 1
-    reader = CaptionReader(words, around + 3)
-    with pytest.warns(UserWarning, match=f"captions of more than {around + 3} tokens are cut"):
-        assert reader.ids("a red circle on the left") == words.ids("a red circle")
-    assert reader.ids("a blue square") == words.ids("a blue square")
-    with pytest.raises(ValueError, match="the template alone takes"):
-        CaptionReader(words, around)
-    byte_pairs = Words(pico_tokenizer(), TEMPLATE)
-    assert len(CaptionReader(byte_pairs, around + 4).ids("a large plain red star at the top")) <= around + 4

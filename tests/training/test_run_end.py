@@ -15,6 +15,8 @@ class Wrapper:
 
 
 class Accelerator:
+    distributed_type = "MULTI_CPU"
+
     def __init__(self):
         self.models, self.alive = [], []
 
