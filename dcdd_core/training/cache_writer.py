@@ -181,10 +181,17 @@ class _Writer:
             if number % self.shard.world != self.shard.rank:
                 continue
             written = own.stat().st_mtime_ns
+            changed = {
+                kind
+                for kind in ("unreadable", "uncaptioned")
+                if any((self.source.changed(key) or 0) > written for key in line.get(kind, ()))
+            }
             if not (path.is_file() and sha256(path) == line["sha256"]):
                 reason = "is missing or damaged"
-            elif any((self.source.changed(key) or 0) > written for key in line["unreadable"]):
+            elif "unreadable" in changed:
                 reason = "lacks images that were unreadable and have changed"
+            elif changed:
+                reason = "lacks images that had no caption and have changed"
             else:
                 continue
             warnings.warn(f"{path} {reason}; it is made again", DCDDWarning, stacklevel=3)

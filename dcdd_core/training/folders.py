@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class ImageSource:
         return None
 
     def changed(self, key: str) -> int | None:
-        """When the file of an image was last changed, in nanoseconds; None if that cannot be told."""
+        """When an image's file, or that of its caption, was last changed, in nanoseconds; None if it cannot be told."""
         return None
 
     def content(self, entry: Entry) -> Any:
@@ -129,11 +130,12 @@ class ImageFolder(ImageSource):
 
     def changed(self, key: str) -> int | None:
         """See `ImageSource.changed`."""
-        try:
-            status = (self.folder / key).stat()
-        except OSError:
-            return None
-        return max(status.st_mtime_ns, status.st_ctime_ns)
+        path, times = self.folder / key, []
+        for file in (path, caption_file(path)) if self.captioned else (path,):
+            with suppress(OSError):
+                status = file.stat()
+                times += [status.st_mtime_ns, status.st_ctime_ns]
+        return max(times, default=None)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -104,6 +104,7 @@ def test_names_of_what_was_left_out_are_kept_by_the_next_processes(paths):  # no
     for number, own in enumerate(batches):
         own.counter.admit(Unreadable(f"{number}.png", "half a file"), "somewhere")
         own.counter.admit(Unreadable("small.png", "9 x 9", small=True), "somewhere")
+        own.counter.admit(Unreadable(f"bare{number}.png", "it has no caption", uncaptioned=True), "somewhere")
     positions = json.loads(json.dumps([saved_position(own) for own in batches]))
     del positions[1]["left_out"]["unreadable"]["1.png"]
     positions[1]["left_out"]["unreadable"]["2.png"] = "no image"
@@ -112,6 +113,7 @@ def test_names_of_what_was_left_out_are_kept_by_the_next_processes(paths):  # no
         restore_position(later, positions)
         assert later.counter.reasons == {"0.png": "half a file", "2.png": "no image"}
         assert list(later.counter.too_small) == ["small.png"]
+        assert list(later.counter.uncaptioned) == ["bare0.png", "bare1.png"]
     for position in positions:  # an earlier version's
         del position["left_out"]
     restore_position(Batches(source(paths, "folder"), size=2, shard=shard(0, 2)), positions)

@@ -109,8 +109,13 @@ def test_a_folder_of_captioned_images_becomes_a_sampler_that_paints(run, images,
     folder = tmp_path / "run" / "sampler"
     assert f"wrote {folder}, of step 8" in said
     assert "run: 2 images have no caption and are left out: 05.png, 06.png" in said
+    assert f"run: all of them are named in {tmp_path / 'run' / 'left_out.json'}" in said
     record = json.loads((tmp_path / "run" / "left_out.json").read_text())
     assert record["uncaptioned"] == ["05.png", "06.png"] and not record["unreadable"]
+    # Finished: what was left out is known from the checkpoint.
+    assert run(data=tmp_path / "images", samples=2, steps=8) == 0
+    assert "run: 2 images have no caption and are left out: 05.png, 06.png" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "left_out.json").read_text()) == record
     with Image.open(tmp_path / "run" / "samples" / "step-00000008.png") as sheet:
         assert sheet.size == (2 * 16, 2 * 16), "images beside their samples"
     # It does not need the folder that it was trained from.
@@ -204,6 +209,16 @@ def test_a_cache_with_captions_trains_as_the_images_do(run, janus, images, tmp_p
         assert said in out and "1 images have no caption and are left out: 05.png" in out
     held = json.loads((tmp_path / "gap" / "manifest.json").read_text())
     assert held["complete"] and held["items"] == 23
+    (gap / "05.txt").write_text("a red circle")  # Added later: its shard is made again.
+    assert cache(tmp_path / "gap", "--captions", data=gap) == 0
+    assert "00000.safetensors lacks images that had no caption and have changed" in capsys.readouterr().err
+    assert json.loads((tmp_path / "gap" / "manifest.json").read_text())["items"] == 24
+    blank = png_folder(tmp_path / "blank", count=3)
+    for path in blank.glob("*.png"):
+        path.with_suffix(".txt").write_text(" ")
+    for _ in range(2):  # The second time nothing is read.
+        assert cache(tmp_path / "nothing", "--captions", data=blank) == 1
+        assert "none of the 3 images of" in (said := capsys.readouterr().err) and "and 3 have no caption" in said
     assert cache(tmp_path / "bare", "--captions", "--keep-pixels") == 1
     assert "--keep-pixels would do nothing without --vae" in capsys.readouterr().err
     assert cache(tmp_path / "cache", "--captions", resolution=32) == 1

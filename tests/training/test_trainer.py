@@ -421,6 +421,12 @@ def test_a_checkpoint_without_checksums_resumes_and_its_fields_are_checked(tmp_p
             '{"epoch": 1, "consumed": 0, "read": 1, "unreadable": 0, "mark": null, "left_out": {"small": 3}}',
             "'left_out' holds .* expected the names of unreadable and of small images",
         ),
+        (
+            position,
+            '{"epoch": 1, "consumed": 0, "read": 1, "unreadable": 0, "mark": null, '
+            '"left_out": {"unreadable": {}, "small": [], "uncaptioned": [3]}}',
+            "'left_out' holds .* expected the names of unreadable and of small images",
+        ),
         ("means-0.json", means, "the field 'loss' holds '1', expected a sum and a count"),
         ("means-0.json", "[" * 10**5, "cannot be read as running means"),
     ):
