@@ -30,6 +30,8 @@ GUIDANCE = 3.0
 """That a new network is sampled with [choice]."""
 _MULTIPLE = 64
 _MOST = 2**16
+_MOST_GRID = 1024
+"""That `MaskedConfig` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +129,20 @@ class MaskedPlan:
         """The sizes of the training images.
 
         Raises:
-            ValueError: for a side that is no whole number of tokens, and a token grid that is not square.
+            ValueError: for a side that is no whole number of tokens or has too many of them, and a token grid that is
+                not square.
         """
         rows, columns = tokenizer.grid
         if self.side is None and rows != columns:
             raise ValueError(f"{self.vlm} paints {rows} x {columns} tokens; training needs a square grid: give --side")
         side = self.side or rows * tokenizer.factor
-        return Geometry(resolution=side, token_resolution=side, token_factor=tokenizer.factor, vae_factor=1)
+        geometry = Geometry(resolution=side, token_resolution=side, token_factor=tokenizer.factor, vae_factor=1)
+        if geometry.grid[0] > _MOST_GRID:
+            raise ValueError(
+                f"images of {side} pixels have {_times(geometry.grid)} tokens, at most {_MOST_GRID} x {_MOST_GRID} can "
+                "be painted: take smaller ones (--side)"
+            )
+        return geometry
 
     def sampler(self, tokenizer: ImageTokenizer, geometry: Geometry) -> MaskedSampler:
         """The sampler to train, on the CPU in float32; all its weights require a gradient.

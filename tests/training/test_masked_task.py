@@ -192,3 +192,12 @@ def test_a_new_network_starts_with_the_codes_and_without_an_opinion(janus, width
     assert all(map(torch.equal, network.parameters(), again.parameters()))
     other = MaskedPlan(vlm=janus, width=width, layers=1, heads=2, seed=4).sampler(tokenizer, plan.geometry(tokenizer))
     assert not torch.equal(network.words.weight, other.model.words.weight)
+
+
+def test_images_of_too_many_tokens_are_refused_with_the_option_to_change(janus):
+    plan = MaskedPlan(vlm=janus, side=4100)
+    with pytest.raises(ValueError, match=r"4100 pixels have 1025 x 1025 tokens, .* take smaller ones \(--side\)"):
+        plan.geometry(plan.tokenizer("cpu"))
+    plan = MaskedPlan(vlm=janus, side=4096)
+    tokenizer = plan.tokenizer("cpu")
+    assert plan.config(tokenizer, plan.geometry(tokenizer)).grid == (1024, 1024)
