@@ -23,10 +23,11 @@ from transformers import JanusForConditionalGeneration
 
 from dcdd_core import registry
 from dcdd_core.cli import train_progressive
-from dcdd_core.cli.train import main
+from dcdd_core.cli.train import main, parser
 from dcdd_core.models.janus.masked_start import TEMPLATE
 from dcdd_core.protocols import SamplingOptions
-from dcdd_core.training.batches import Batches, DataShard
+from dcdd_core.training.batches import Batches, DataShard, Entry
+from dcdd_core.training.cache import EncodingCache
 from dcdd_core.training.captions import Captions
 from dcdd_core.training.image_batch import Geometry
 from dcdd_core.training.log import read_log
@@ -200,6 +201,12 @@ def test_a_cache_with_captions_trains_as_the_images_do(run, janus, images, tmp_p
     direct, cached = (losses(tmp_path / name) for name in ("direct", "cached"))
     for one, other in zip(direct, cached, strict=True):
         assert other == pytest.approx(one, rel=5e-2)
+    header = EncodingCache._header
+    for damaged in (None, ["a"], [5] * 10):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(EncodingCache, "_header", lambda *given, new=damaged: header(*given) | {"captions": new})
+            with pytest.raises(ValueError, match="00000.safetensors has the captions .*, expected 10 texts"):
+                EncodingCache(tmp_path / "cache").load(Entry("0", 0))
     gap = shutil.copytree(images, tmp_path / "images")
     (gap / "05.txt").unlink()
     for said in ("shard 2 with 4 images", "keeping 3 finished shards"):
@@ -386,6 +393,14 @@ def test_an_estimate_is_of_the_very_options_and_starts_nothing(run, tmp_path, ca
     assert "give --tflops for training without mixed precision" in capsys.readouterr().err
     assert run("--estimate", precision=None, memory=1e-3) == 0
     assert "does NOT fit: try --checkpointing" in capsys.readouterr().out
+
+
+def test_the_options_have_the_defaults_that_are_published():
+    args = parser("train.py").parse_args(["progressive", "--vlm", "pico", "--data", "images", "--out", "run"])
+    assert (args.steps, args.batch, args.learning_rate, args.warmup) == (50_000, 32, 3e-4, 500)
+    assert (args.weight_decay, args.average_decay, args.optimizer) == (0.05, 0.999, "adamw")
+    assert (args.drop_captions, args.caption_tokens, args.mask_schedule) == (0.1, 128, "arccos")
+    assert tuple(args.corruptions) == ("shuffled", "nearest", "samples")
 
 
 def test_out_of_memory_says_what_this_training_can_do(run, capsys, monkeypatch):
