@@ -22,13 +22,14 @@ from safetensors.torch import load_file
 from transformers import JanusForConditionalGeneration
 
 from dcdd_core import registry
-from dcdd_core.cli import train_progressive
+from dcdd_core.cli import train_progressive, training_options
 from dcdd_core.cli.train import main, parser
 from dcdd_core.models.janus.masked_start import TEMPLATE
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.training.batches import Batches, DataShard, Entry
 from dcdd_core.training.cache import EncodingCache
 from dcdd_core.training.captions import Captions
+from dcdd_core.training.config import DataConfig, OptimizationConfig, RunConfig
 from dcdd_core.training.image_batch import Geometry
 from dcdd_core.training.log import read_log
 from dcdd_core.training.masked_plan import MaskedPlan
@@ -401,6 +402,29 @@ def test_the_options_have_the_defaults_that_are_published():
     assert (args.weight_decay, args.average_decay, args.optimizer) == (0.05, 0.999, "adamw")
     assert (args.drop_captions, args.caption_tokens, args.mask_schedule) == (0.1, 128, "arccos")
     assert tuple(args.corruptions) == ("shuffled", "nearest", "samples")
+
+
+def test_every_option_reaches_what_it_is_named_after():
+    words = "--steps 9 --accumulate 2 --learning-rate 0.01 --warmup 3 --weight-decay 0.3 --clip 2 --average-decay 0.5"
+    words += " --seed 7 --optimizer muon --checkpointing --column jpg --batch 5 --window 6 --workers 1 --min-side 4"
+    words += " --skip-unreadable 0.2 --samples 1 --sample-every 4 --save-every 3 --log-every 2 --keep 8 --held-out 0.1"
+    args = parser("train.py").parse_args(f"progressive --vlm pico --data images --out run {words}".split())
+    assert training_options.optimization_config(args) == OptimizationConfig(
+        steps=9,
+        accumulation=2,
+        learning_rate=0.01,
+        warmup=3,
+        weight_decay=0.3,
+        clip=2,
+        ema_decay=0.5,
+        seed=7,
+        optimizer="muon",
+        activation_checkpointing=True,
+    )
+    data = {"images": "images", "column": "jpg", "batch": 5, "window": 6, "workers": 1, "min_side": 4}
+    assert training_options.data_config(args) == DataConfig(**data, skip_unreadable=0.2)
+    every = {"sample_every": 4, "save_every": 3, "log_every": 2}
+    assert training_options.run_config(args) == RunConfig(samples=1, **every, keep=8, held_out=0.1)
 
 
 def test_out_of_memory_says_what_this_training_can_do(run, capsys, monkeypatch):
