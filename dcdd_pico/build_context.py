@@ -54,7 +54,7 @@ class Recipe:
     decoder_shift: float = 1.5
     choice_scenes: int = 1_024
     prior_steps: int = 1_500
-    progressive_steps: int = 5_000
+    progressive_steps: int = 2_400
     progressive_batch: int = 32
     variant_steps: int = 1_000
     variant_seeds: int = 3
