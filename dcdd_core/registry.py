@@ -159,15 +159,17 @@ def _found(path: Path) -> str:
             return "is a GGUF file" if file.read(4) == b"GGUF" else "is a file"
     if not path.is_dir():
         return "is a device, pipe or socket"
-    if not (path / "config.json").exists():
-        held = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
-        return f"has no config.json (it holds {held})"
-    config = _config(path)
-    kind = config.get("model_type") or config.get("_class_name")
-    return f"holds a {shown(kind)}" if kind else "holds no known model"
+    for name in ("config.json", "model_index.json"):
+        config = _config(path, name)
+        if kind := config.get("model_type") or config.get("_class_name"):
+            return f"holds a {shown(kind)}"
+    held = sorted(child.name for child in path.iterdir())
+    if "config.json" in held or "model_index.json" in held:
+        return "holds no known model"
+    return f"has no config.json (it holds {', '.join(held[:8]) or 'nothing'})"
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json; empty if there is none."""
-    path = folder / "config.json"
+def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A folder's configuration of this name; empty if there is none. A diffusers pipeline has a model_index.json."""
+    path = folder / name
     return read_json(path, "a model's configuration") if path.exists() else {}

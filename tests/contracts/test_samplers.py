@@ -189,3 +189,23 @@ def test_only_its_own_files_are_read(name, files, tmp_path):
             (tmp_path / configuration).write_text((files(name) / configuration).read_text())
     with pytest.raises(ValueError):
         registry.sampler_family(tmp_path).load_sampler(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("configurations", "words"),
+    [
+        ({"model_index.json": '{"_class_name": "StableDiffusionPipeline"}'}, "holds a 'StableDiffusionPipeline'"),
+        ({"config.json": '{"model_type": "llama"}', "model_index.json": "{}"}, "holds a 'llama'"),
+        ({"config.json": "{}"}, "holds no known model"),
+        ({"model_index.json": "{}"}, "holds no known model"),
+        ({"model_index.json": "[]"}, "model_index.json holds a list, expected"),
+        ({"weights.bin": ""}, r"has no config.json \(it holds weights.bin\)"),
+    ],
+)
+def test_a_foreign_folder_is_told_by_what_it_says_it_is(tmp_path, configurations, words):
+    for name, text in configurations.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words) as refused:
+        registry.sampler_family(tmp_path)
+    if "list" not in words:
+        assert "expected a VLM: " in str(refused.value) and "as `train.py progressive` writes it" in str(refused.value)

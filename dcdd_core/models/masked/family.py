@@ -19,7 +19,7 @@ class MaskedFamily:
     """See `protocols.SamplerFamily`."""
 
     name = "masked"
-    expected = f"the folder of a masked sampler (model_type {MODEL_TYPE!r}), as `dcdd_pico.train_progressive` writes it"
+    expected = f"the folder of a masked sampler (model_type {MODEL_TYPE!r}), as `train.py progressive` writes it"
 
     def reads(self, path: str) -> bool:
         """A folder whose config.json is of a masked sampler."""
