@@ -16,9 +16,9 @@ from torch._inductor import config as inductor_config
 from dcdd_core.cli import common, main
 from dcdd_core.cli.app import parser
 from dcdd_core.method.flow import resolution_shift
+from dcdd_core.models.autoregressive.token_loop import TokenLoop
 from dcdd_core.models.card import ServedGuidance
 from dcdd_core.models.decoder import DistributionConditionedDecoder
-from dcdd_core.models.janus.token_loop import TokenLoop
 from dcdd_core.models.masked.sampler import MaskedSampler
 from dcdd_core.pipelines.calibrate import PROMPTS
 from dcdd_core.pipelines.guided import GuidanceOptions

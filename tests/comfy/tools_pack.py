@@ -56,7 +56,7 @@ def _limited(step):
 async def out_of_memory(request):
     """From now on, steps with more than `above` pictures run out of memory (null: none does); says how many did."""
     decoder = _pack_module("dcdd_core.models.decoder").DistributionConditionedDecoder
-    loop = _pack_module("dcdd_core.models.janus.token_loop").TokenLoop
+    loop = _pack_module("dcdd_core.models.autoregressive.token_loop").TokenLoop
     masked = _pack_module("dcdd_core.models.masked.network").MaskedTransformer
     if decoder.forward.__name__ != "limited":
         decoder.forward, loop._embed = _limited(decoder.forward), _limited(loop._embed)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from dcdd_core.models.autoregressive.token_loop import TokenLoop
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.janus.sampler import JanusSampler
-from dcdd_core.models.janus.token_loop import TokenLoop
 from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.decode import decode, decode_tokens

@@ -14,10 +14,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from dcdd_core.method.sampling import gumbel_noise_grid
+from dcdd_core.models.autoregressive import sampler as autoregressive
+from dcdd_core.models.autoregressive.token_loop import LlamaReader
 from dcdd_core.models.fused_linear import FusedLinear
-from dcdd_core.models.janus import sampler as janus
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
-from dcdd_core.models.janus.token_loop import LlamaReader
 from dcdd_core.protocols import Progress, SamplingOptions
 from dcdd_core.types import Codebook, TokenLogits
 from tests.models.janus.make_golden_janus import GOLDEN, GUIDANCE, PROMPTS, deepseek_loop, template_ids
@@ -452,7 +452,7 @@ def test_int8_is_for_the_layers_alone(folder: Path, monkeypatch: pytest.MonkeyPa
             if isinstance(layer, torch.nn.Linear):
                 layer.weight.data.zero_()
 
-    monkeypatch.setattr(janus, "store_in_int8", rounded)
+    monkeypatch.setattr(autoregressive, "store_in_int8", rounded)
     move = JanusForConditionalGeneration.to
     monkeypatch.setattr(JanusForConditionalGeneration, "to", lambda model, *to: calls.append("all") or move(model, *to))
     changed = JanusSampler.load(folder, int8=True).model.state_dict()

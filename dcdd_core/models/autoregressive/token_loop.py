@@ -1,4 +1,4 @@
-"""Janus' decode loop over image tokens, many positions a pass: embedding, layers, head, guidance, draw, all in place.
+"""The decode loop over image tokens, many positions a pass: embedding, layers, head, guidance, draw, all in place.
 
 The layers are transformers' Llama modules, called in the order of its `forward`; a host may replace the linear ones. On
 a CPU their products are split across threads (`fused_linear`) and the modules themselves are not called. The loop
@@ -6,18 +6,21 @@ leaves out what costs more than a single token's arithmetic: masks and rotary ta
 empty cache slots, and the library's Python around each layer.
 
 Shapes: B batch, N tokens, K codes, R rows of the language model ([conditional ; unconditional], 2 B, or B without
-guidance), Q queries, S slots of the cache, C hidden size, H heads, G heads of keys and values, D width of a head.
+guidance), U different prompts, L slots of a prompt, Q queries, S slots of the cache, C hidden size, H heads, G heads of
+keys and values, D width of a head.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import JanusForConditionalGeneration, LlamaModel
+from transformers import LlamaModel
 
 from ...method import sampling
 from ...protocols import SamplingOptions
@@ -40,6 +43,40 @@ def check_language(language: nn.Module) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenNetwork:
+    """An autoregressive model of images, as the loop calls it: all that differs between families.
+
+    Attributes:
+        language: the layers, which `LlamaReader` reads.
+        embed: image tokens [B, Q] int64 -> [B, Q, C].
+        head: hidden states [R, Q, C] float32 -> logits [R, Q, K], in float32 (`in_float32`).
+        embedders: the modules that `embed` calls.
+        counts_prompt: whether positions count a prompt's tokens. Otherwise 0 is the image's first token, and all of a
+            prompt have negative positions.
+    """
+
+    language: LlamaModel
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    head: nn.Module
+    embedders: tuple[nn.Module, ...]
+    counts_prompt: bool = True
+
+
+class Prompts(NamedTuple):
+    """What the loop reads before an image.
+
+    Attributes:
+        embeddings: of U different prompts, [U, L, C], padded on the left.
+        padding: how much of each is padding, [U].
+        rows: which of them each row has, [R].
+    """
+
+    embeddings: torch.Tensor
+    padding: torch.Tensor
+    rows: torch.Tensor
+
+
 class LlamaReader:
     """A Llama's KV cache over R rows, and its forward pass over the next tokens.
 
@@ -47,10 +84,19 @@ class LlamaReader:
     attends to itself only: a query that attends to nothing would be NaN, and NaN would spread through the cache.
     """
 
-    def __init__(self, language: LlamaModel, padding: torch.Tensor, length: int, *, resident: bool = False):
+    def __init__(
+        self,
+        language: LlamaModel,
+        padding: torch.Tensor,
+        length: int,
+        *,
+        origin: torch.Tensor | None = None,
+        resident: bool = False,
+    ):
         """
         Args:
             length: S, all that will ever be read.
+            origin: [R], the slot of each row whose position is 0; None for the first one after the padding.
             resident: `weights_resident` of `TokenSampler.sample`.
         """
         config, width = language.config, language.layers[0].self_attn.head_dim
@@ -60,7 +106,7 @@ class LlamaReader:
         self.resident = resident
         self.heads, self.width = (config.num_attention_heads, config.num_key_value_heads), width
         self.scale = language.layers[0].self_attn.scaling
-        self.padding = padding
+        self.padding, self.origin = padding, padding if origin is None else origin
         self.padded = bool(padding.any())
         self.slots = torch.arange(length, device=padding.device)
         self.cache = torch.zeros(
@@ -68,14 +114,15 @@ class LlamaReader:
             dtype=language.embed_tokens.weight.dtype,
             device=padding.device,
         )
-        cos, sin = language.rotary_emb(self.cache, (self.slots - padding[:, None]).clamp_(min=0))
+        cos, sin = language.rotary_emb(self.cache, self.slots - self.origin[:, None])
         # rotate_half(x) = [-x2, x1]; the minus sign is folded into sin, so that a roll does the rest.
         sin = torch.cat([-sin[..., : width // 2], sin[..., width // 2 :]], dim=-1)
         self.rotary = torch.stack([cos, sin])[:, :, None]
 
     def spread(self, rows: torch.Tensor, filled: int, length: int) -> LlamaReader:
         """A reader of `length` slots whose rows [R'] are copies of these, as far as these are filled."""
-        copies = LlamaReader(self.language, self.padding[rows], length, resident=self.resident)
+        padding, origin = self.padding[rows], self.origin[rows]
+        copies = LlamaReader(self.language, padding, length, origin=origin, resident=self.resident)
         copies.cache[..., :filled, :] = self.cache[:, :, rows, :, :filled]
         return copies
 
@@ -150,7 +197,7 @@ class TokenLoop:
 
     def __init__(
         self,
-        model: JanusForConditionalGeneration,
+        network: TokenNetwork,
         tokens: torch.Tensor,
         logits: torch.Tensor,
         *,
@@ -167,7 +214,7 @@ class TokenLoop:
             first, last: the positions that are drawn.
             grid: (h, w) of the tokens; guesses copy the row above.
         """
-        self.model, self.head = model, _float_head(model)
+        self.network = network
         self.tokens, self.logits, self.anew = tokens, logits, anew
         self.options, self.columns = options, grid[1]
         self.first, self.last = first, last
@@ -177,7 +224,7 @@ class TokenLoop:
         self.passes = self.noised = 0
         self.ahead = torch.arange(self.window, device=tokens.device)
         self.best = torch.zeros(tokens.shape, device=tokens.device)
-        parts = (model.model.language_model, model.model.generation_aligner, self.head)
+        parts = (network.language, network.head, *network.embedders)
         self.recordable = tokens.is_cuda and all(_stays(part, tokens.device, weights_resident) for part in parts)
         self.replay: Callable[[], None] | None = None
         self.resident = weights_resident
@@ -188,22 +235,22 @@ class TokenLoop:
         return min(self.reached) > self.last
 
     @torch.inference_mode()
-    def start(self, ids: torch.Tensor, padding: torch.Tensor, rows: torch.Tensor, *, seeds: Sequence[int]) -> None:
+    def start(self, prompts: Prompts, *, seeds: Sequence[int]) -> None:
         """Reads the prompts, each different one once, and the tokens before `first`; draws that.
 
         Args:
-            ids, padding: of U different prompts, [U, L] and [U], see `LlamaReader`.
-            rows: [R], which of them each row has.
             seeds: of the B samples' noise.
         """
-        language, device, length = self.model.model.language_model, self.tokens.device, ids.shape[1]
+        device, length = self.tokens.device, prompts.embeddings.shape[1]
+        padding, rows = prompts.padding.to(device), prompts.rows.to(device)
         self.seeds, self.noised = seeds, self.first
-        prompts = LlamaReader(language, padding.to(device), length, resident=self.resident)
-        hidden = prompts.read(language.get_input_embeddings()(ids.to(device)), prompts.slots, length)
-        self.reader = prompts.spread(rows.to(device), length, length + self.last)
+        origin = None if self.network.counts_prompt else torch.full_like(padding, length)
+        reader = LlamaReader(self.network.language, padding, length, origin=origin, resident=self.resident)
+        hidden = reader.read(prompts.embeddings.to(device), reader.slots, length)
+        self.reader = reader.spread(rows, length, length + self.last)
         self.shift = length - 1
         if self.first == 0:
-            hidden = hidden[rows.to(device)]
+            hidden = hidden[rows]
         else:
             slots = self.reader.slots[length : length + self.first]
             hidden = self.reader.read(self._embed(self.tokens[:, : self.first]), slots, length + self.first)
@@ -271,7 +318,7 @@ class TokenLoop:
 
     def _draw(self, hidden: torch.Tensor, places: torch.Tensor) -> None:
         """Draws positions `places` [B, Q] from hidden states [R, Q, C] of what stands or is guessed before them."""
-        step = self.head(hidden.float())
+        step = self.network.head(hidden.float())
         if self.options.guidance != 1:
             step = sampling.guide(*step.chunk(2), self.options.guidance)
         # Greedy keeps the whole distribution too: it is the draw that goes without noise.
@@ -312,7 +359,7 @@ class TokenLoop:
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Image tokens [B, Q] -> what the language model reads of them, the same in both halves [R, Q, C]."""
-        embeddings = self.model.prepare_embeddings_for_image_generation(tokens)
+        embeddings = self.network.embed(tokens)
         return embeddings if self.options.guidance == 1 else embeddings.repeat(2, 1, 1)
 
 
@@ -362,8 +409,7 @@ def _normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
-def _float_head(model: JanusForConditionalGeneration) -> nn.Module:
-    """The generation head in float32: guidance multiplies what half precision would round away."""
-    head = model.model.generation_head
+def in_float32(head: nn.Module) -> nn.Module:
+    """A head, or a copy of it in float32: guidance multiplies what half precision would round away."""
     single = all(weight.dtype == torch.float32 for weight in head.parameters())
     return head if single else copy.deepcopy(head).float()

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcdd_core.models.autoregressive.token_loop import window_for
 from dcdd_core.models.janus.sampler import JanusSampler
-from dcdd_core.models.janus.token_loop import window_for
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import TokenLogits
 from tests.tiny import tiny_janus

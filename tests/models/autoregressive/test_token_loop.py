@@ -9,9 +9,9 @@ from transformers import GPT2Config, GPT2Model, JanusForConditionalGeneration, L
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core.method import sampling
-from dcdd_core.models.janus import token_loop as janus_step
+from dcdd_core.models.autoregressive import token_loop
+from dcdd_core.models.autoregressive.token_loop import LlamaReader, TokenLoop, check_language
 from dcdd_core.models.janus.sampler import JanusSampler
-from dcdd_core.models.janus.token_loop import LlamaReader, TokenLoop, check_language
 from dcdd_core.protocols import SamplingOptions
 from dcdd_pico.train_janus import janus_config, pico_tokenizer
 from dcdd_pico.train_tokenizer import tokenizer_config
@@ -99,11 +99,11 @@ def test_other_linear_layers_stay_only_where_the_host_says_so():
         pass
 
     plain, cpu = nn.Sequential(nn.Linear(2, 2)), torch.device("cpu")
-    assert janus_step._stays(plain, cpu, resident=False)
-    assert not janus_step._stays(plain, torch.device("meta"), resident=True), "wherever its weights are not"
+    assert token_loop._stays(plain, cpu, resident=False)
+    assert not token_loop._stays(plain, torch.device("meta"), resident=True), "wherever its weights are not"
     foreign = nn.Sequential(Streamed(2, 2))
-    assert not janus_step._stays(foreign, cpu, resident=False)
-    assert janus_step._stays(foreign, cpu, resident=True)
+    assert not token_loop._stays(foreign, cpu, resident=False)
+    assert token_loop._stays(foreign, cpu, resident=True)
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch):
         sizes.append(tuple(embeddings.shape[:2]))
         return read(self, embeddings, *args, **named)
 
-    monkeypatch.setattr(janus_step.LlamaReader, "read", counted)
+    monkeypatch.setattr(token_loop.LlamaReader, "read", counted)
     sampler = JanusSampler(*tiny_janus())
     sampler.sample(["a red circle"] * 3 + ["a red square"], seeds=range(4), parallel=1)
     # Two prompts of one length, and the one unconditional row of that length; then 8 rows for each of 15 tokens.
@@ -216,7 +216,7 @@ def test_a_recorded_run_is_the_plain_one(monkeypatch: pytest.MonkeyPatch):
     model, tokenizer = tiny_janus()
     sampler = JanusSampler(model.cuda(), tokenizer)
     recorded = sampler.sample(["red", "a blue square"], seeds=[0, 1])
-    monkeypatch.setattr(janus_step, "_stays", lambda *_: False)
+    monkeypatch.setattr(token_loop, "_stays", lambda *_: False)
     plain = sampler.sample(["red", "a blue square"], seeds=[0, 1])
     assert torch.equal(recorded.tokens, plain.tokens)
     torch.testing.assert_close(recorded.logits, plain.logits, rtol=0, atol=1e-3)

@@ -1,0 +1,1 @@
+"""What autoregressive models of images share: the decode loop and the sampler around it."""

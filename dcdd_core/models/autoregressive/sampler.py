@@ -1,0 +1,221 @@
+"""An autoregressive model of images as a `TokenSampler`; what differs between families is their prompts and network.
+
+Every step's logits are kept, the noise of a draw depends only on sample seed and position, and guidance and everything
+after the last hidden state run in float32.
+
+Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dim, R rows of the language model ([conditional ;
+unconditional], 2 B, or B without guidance).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import LlamaModel
+
+from ...protocols import DEFAULT_SAMPLING, OnProgress, Progress, SamplingOptions
+from ...settings import require_number
+from ...types import Codebook, TokenLogits
+from ..checkpoints import fingerprint_of
+from ..edits import check_edit, check_request
+from ..fused_linear import fuse_weights
+from ..int8 import store_in_int8
+from .token_loop import Prompts, TokenLoop, TokenNetwork, groups_of, window_for
+
+CHECK_EVERY = 8
+"""Positions between the checks for finite logits, each of which waits for the device."""
+
+
+class AutoregressiveSampler(ABC):
+    """A language model of image tokens as a `TokenSampler`.
+
+    Attributes:
+        model: used as it is; bring it in evaluation mode. Its dtype is the transformer's, the head runs in float32.
+        name: goes into TokenLogits.model.
+        grid, codebook, default_guidance: see `TokenSampler`.
+
+    Args:
+        fingerprint: of the original weights, if the model's have been changed (int8).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        grid: tuple[int, int],
+        codebook: Codebook,
+        default_guidance: float,
+        fingerprint: str | None,
+    ):
+        self.model, self.name, self.grid, self.codebook = model, name, grid, codebook
+        self.default_guidance = default_guidance
+        self._fingerprint = fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights: what samples depend on besides the arguments of `sample`."""
+        return self._fingerprint or fingerprint_of(self.model.state_dict())
+
+    @abstractmethod
+    def unknown_words(self, prompt: str) -> list[str]:
+        """See `TokenSampler`."""
+
+    @abstractmethod
+    def known_words(self) -> list[str]:
+        """See `TokenSampler`."""
+
+    @abstractmethod
+    def _network(self) -> TokenNetwork:
+        """For the loop."""
+
+    @abstractmethod
+    def _prompts(self, prompts: Sequence[str], *, guided: bool) -> Prompts:
+        """What the loop reads: rows [conditional ; unconditional] if `guided`, or the conditional ones alone."""
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        options: SamplingOptions = DEFAULT_SAMPLING,
+        previous: TokenLogits | None = None,
+        resample: torch.Tensor | None = None,
+        on_progress: OnProgress | None = None,
+        parallel: int | None = None,
+        weights_resident: bool = False,
+    ) -> TokenLogits:
+        """Samples an image's tokens for each prompt, and keeps the logits l of Eqs. 4-5 that each was drawn from.
+
+        l = (l_u + guidance (l_c - l_u)) / temperature, in float32, before top-k and top-p, which shape the draw alone.
+        The draw is argmax(l + g), Gumbel noise g [K] a function of (sample seed, position): a sample depends on its own
+        prompt and seed, up to float rounding, whatever else is in the batch and whatever was resampled before (our
+        choice; the released loops draw from the global generator). Prompts of different lengths are padded on the left,
+        and that padding is neither attended nor counted in positions. The global generator is not touched.
+
+        Memory allocated for the call: the logits, 4 B N K bytes (38 MB an image of 576 x 16384); keys and values of R
+        rows; for a model in half precision the head in float32, 4 bytes a weight (151 MB for Janus-Pro-1B, 336 MB for
+        7B, 84 MB for LlamaGen-XL).
+
+        Args:
+            prompts: B texts.
+            seeds: B numbers, one a sample.
+            options: guidance 1 is the prompt alone and takes half the work; temperature 0 takes the most likely code,
+                with logits undivided.
+            previous: an earlier result, or the calibrated proxies of an image, whose tokens and logits stay where
+                `resample` is False. The result's guidance and temperature are this call's.
+            resample: bool [N] or [B, N], True where to sample again; goes with `previous`, and if nothing is True,
+                `previous` is returned. With the same prompts, seeds and settings the earlier run comes again.
+            on_progress: called after each pass, of which the first reads the prompt. An edit starts at its first
+                resampled position and ends after its last; `done` is that of the slowest row.
+            parallel: how many positions a pass draws, of which those stand that draws one by one would give
+                (`TokenLoop`); None takes `window_for`. In half precision, where rounding depends on the number of rows,
+                a sample is another draw of the same distributions.
+            weights_resident: on a CUDA GPU, one step is then recorded and replayed.
+
+        Returns:
+            TokenLogits on the model's device, logits float32 [B, N, K], source "vlm".
+
+        Raises:
+            ValueError: for arguments that do not fit each other or the model, and for logits that are not finite.
+        """
+        check_request(prompts, seeds)
+        require_number("parallel", parallel, whole=True, least=1, optional=True, remedy="1 draws one by one")
+        network = self._network()
+        device, dtype = network.language.device, network.language.dtype
+        batch, count, codes = len(prompts), self.grid[0] * self.grid[1], self.codebook.size
+        logits = torch.empty(batch, count, codes, dtype=torch.float32, device=device)
+        tokens = torch.zeros(batch, count, dtype=torch.int64, device=device)
+        known = torch.zeros(batch, count, dtype=torch.bool)
+        first, last, anew = 0, count - 1, None
+        if previous is not None or resample is not None:
+            anew = check_edit(self, previous, resample, batch)
+            if not bool(anew.any()):
+                return previous
+            logits.copy_(previous.logits)
+            tokens.copy_(previous.tokens)
+            columns = anew.any(dim=0).nonzero()
+            known = ~anew
+            first, last, anew = int(columns[0]), int(columns[-1]), anew.to(device)
+
+        guided = options.guidance != 1
+        window = window_for(batch * (1 + guided), device, dtype) if parallel is None else parallel
+        loop = TokenLoop(
+            network,
+            tokens,
+            logits,
+            first=first,
+            last=last,
+            grid=self.grid,
+            anew=anew,
+            options=options,
+            window=window,
+            weights_resident=weights_resident,
+        )
+        loop.start(self._prompts(prompts, guided=guided), seeds=seeds)
+        checked = first
+        while True:
+            done = min(loop.reached)
+            if loop.done or done - checked >= CHECK_EVERY:
+                loop.check()
+                checked = done
+            if on_progress is not None:
+                drawn = known | (torch.arange(count) < torch.tensor(loop.reached)[:, None])
+                on_progress(Progress(done=done, total=count, tokens=tokens, known=drawn, passes=loop.passes))
+            if loop.done:
+                break
+            loop.advance()
+        return TokenLogits(
+            logits,
+            tokens,
+            self.grid,
+            source="vlm",
+            guidance=float(options.guidance),
+            temperature=float(options.temperature),
+            model=self.name,
+            codebook=self.codebook.fingerprint,
+        )
+
+
+def place_weights(
+    model: nn.Module,
+    language: LlamaModel,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    int8: bool,
+    computes_on: torch.device | str | None,
+) -> str | None:
+    """Moves a model to the device, its language model's layers in 8 bits or as a CPU reads them fastest.
+
+    Args:
+        dtype: of the weights.
+        int8, computes_on: as `SamplerFamily.load_sampler`.
+
+    Returns:
+        The fingerprint of the original weights, if these were changed.
+
+    Raises:
+        ValueError: for int8 without torchao.
+    """
+    fingerprint = None
+    if int8:
+        fingerprint = f"{fingerprint_of(model.state_dict())} in int8"
+        store_in_int8(language.layers, device)
+    model.to(device)
+    if not int8 and torch.device(computes_on or device).type == "cpu" and dtype == torch.float32:
+        _store_by_columns(model, language)
+    return fingerprint
+
+
+def _store_by_columns(model: nn.Module, language: LlamaModel) -> None:
+    """Stores the weights of a model and its language model in the layout in which a CPU multiplies few rows fastest."""
+    together = [group for layer in language.layers for group in groups_of(layer)]
+    grouped = {layer for group in together for layer in group}
+    others = (layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in grouped)
+    for group in [*together, *((layer,) for layer in others)]:
+        fuse_weights(group)
