@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from dcdd_core.models.janus.llamagen import llamagen_name
+from dcdd_core.models.llamagen.tokenizer import llamagen_name
 from tests.tiny import WORDS, fill, tiny_vq
 
 Weights = dict[str, torch.Tensor]

@@ -19,10 +19,10 @@ from ...protocols import ImageTokenizer
 from ...types import Codebook
 from ..checkpoints import fingerprint_of, read_config
 from ..int8 import store_in_int8
-from ..janus import llamagen
+from ..llamagen import tokenizer as llamagen
+from ..t5 import T5Words
 from .bigfix_files import CHECKPOINT, MODEL_TYPE, TEXT, TOKENIZER, BigFixFolder, checkpoints
 from .bigfix_network import BigFixPrefix, BigFixTransformer
-from .bigfix_text import BigFixWords
 from .sampler import MaskedSampler
 
 SAMPLING = ProgressiveOptions(
@@ -40,12 +40,12 @@ class BigFixSampler(MaskedSampler):
     """
 
     model: BigFixTransformer
-    words: BigFixWords
+    words: T5Words
 
     def __init__(
         self,
         model: BigFixTransformer,
-        words: BigFixWords,
+        words: T5Words,
         codebook: Codebook,
         *,
         name: str = "",

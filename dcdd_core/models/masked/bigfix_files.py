@@ -17,9 +17,9 @@ import torch
 
 from ...types import Codebook
 from ..checkpoints import load_renamed, open_saved, read_config, whole_number
-from ..janus import llamagen
+from ..llamagen import tokenizer as llamagen
+from ..t5 import T5Words, load_text_encoder
 from .bigfix_network import REWARDS, BigFixConfig, BigFixTransformer
-from .bigfix_text import BigFixWords, load_text_encoder
 
 MODEL_TYPE = "bigfix"
 CHECKPOINT = "BigFix_XLarge_aplha02_res512_MiroFT.pth"
@@ -170,13 +170,13 @@ class BigFixFolder:
             )
         return codebook
 
-    def words(self) -> BigFixWords:
+    def words(self) -> T5Words:
         """The tokenizer of prompts.
 
         Raises:
-            ValueError: as `text` and `BigFixWords.load`.
+            ValueError: as `text` and `T5Words.load`.
         """
-        return BigFixWords.load(self.text)
+        return T5Words.load(self.text)
 
     @property
     def _heads(self) -> int | None:

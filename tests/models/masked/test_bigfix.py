@@ -19,10 +19,10 @@ from dcdd_core import registry
 from dcdd_core.method.calibration import apply_calibration
 from dcdd_core.method.lcdm import map_logits
 from dcdd_core.method.progressive import ProgressiveOptions, halton_places
-from dcdd_core.models.janus import llamagen
+from dcdd_core.models.llamagen import tokenizer as llamagen
 from dcdd_core.models.masked.bigfix import SAMPLING
 from dcdd_core.models.masked.bigfix_files import BigFixFolder
-from dcdd_core.models.masked.bigfix_text import TEXT_SLOTS, BigFixWords
+from dcdd_core.models.t5 import TEXT_SLOTS, T5Words
 from dcdd_core.pipelines.progressive import sample_stages, staged_sampler
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Calibration, TokenLogits
@@ -133,7 +133,7 @@ def test_what_it_samples_goes_through_calibration_lcdm_and_the_decoder(folder, s
 
 
 def test_prompts_are_padded_on_the_right_to_all_slots():
-    words = BigFixWords(tiny_words())
+    words = T5Words(tiny_words())
     rows = [words.ids(prompt) for prompt in (" a red circle ", "a blue square on the left")]
     assert rows[0] == [*tiny_words().convert_tokens_to_ids(["a", "red", "circle"]), 1], "ends with </s>"
     ids, real = words.padded(rows)
@@ -143,9 +143,9 @@ def test_prompts_are_padded_on_the_right_to_all_slots():
 
 
 def test_prompts_that_would_not_be_read_whole_are_refused(sampler):
-    words = BigFixWords(tiny_words())
+    words = T5Words(tiny_words())
     assert len(words.ids("red " * 119)) == 120
-    with pytest.raises(ValueError, match="has 122 tokens with the end token, and BIGFix reads 120: .* 'blue green'"):
+    with pytest.raises(ValueError, match="has 122 tokens with the end token, and 120 are read: .* 'blue green'"):
         words.ids("red " * 119 + "blue green")
     with pytest.raises(ValueError, match="blank"):
         sampler.sample([" "], seeds=[1])

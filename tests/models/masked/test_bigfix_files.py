@@ -13,10 +13,10 @@ from transformers import T5ForConditionalGeneration
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core import registry
-from dcdd_core.models.janus import llamagen
+from dcdd_core.models.llamagen import tokenizer as llamagen
 from dcdd_core.models.masked.bigfix_files import BigFixFolder, bigfix_name, network_config
 from dcdd_core.models.masked.bigfix_network import BigFixConfig, BigFixTransformer
-from dcdd_core.models.masked.bigfix_text import load_text_encoder
+from dcdd_core.models.t5 import load_text_encoder
 from tests.tiny import tiny_tokenizer
 from tests.tiny_bigfix import (
     NAME,

@@ -1,4 +1,4 @@
-"""BIGFix's text side: prompts as ids for T5, and T5's encoder from the folder of a whole T5 model.
+"""T5 as image models read text: prompts as ids, and the encoder from the folder of a whole T5 model.
 
 Shapes: L text slots.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from ...files import read_json, reading, utf8_path
-from ..checkpoints import (
+from ..files import read_json, reading, utf8_path
+from .checkpoints import (
     check_count,
     check_size,
     load_strictly,
@@ -23,7 +23,7 @@ from ..checkpoints import (
 )
 
 TEXT_SLOTS = 120
-"""L of the published model: shorter prompts are padded to it."""
+"""L of BIGFix and LlamaGen, which read no more of a prompt."""
 
 _EXPECTED = "a text tokenizer"
 _AGAIN = "fetch the folder of google/flan-t5-xl again"
@@ -43,7 +43,7 @@ _SIZES = (
 )
 
 
-class BigFixWords:
+class T5Words:
     """T5's tokenizer, which ends every prompt with its end token and pads it on the right.
 
     Attributes:
@@ -56,7 +56,7 @@ class BigFixWords:
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, folder: Path) -> BigFixWords:
+    def load(cls, folder: Path) -> T5Words:
         """From the tokenizer.json and tokenizer_config.json of a folder.
 
         Raises:
@@ -81,8 +81,8 @@ class BigFixWords:
         if len(ids) > TEXT_SLOTS:
             unread = prompt.strip()[encoded["offset_mapping"][TEXT_SLOTS - 1][0] :]
             raise ValueError(
-                f"the prompt has {len(ids)} tokens with the end token, and BIGFix reads {TEXT_SLOTS}: shorten it by "
-                f"what begins with {unread[:40]!r}"
+                f"the prompt has {len(ids)} tokens with the end token, and {TEXT_SLOTS} are read: shorten it by what "
+                f"begins with {unread[:40]!r}"
             )
         return ids
 

@@ -15,8 +15,8 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ...types import Codebook
 from ..checkpoints import check_finite, load_renamed, open_saved
+from ..janus.deepseek import BOOKKEEPING, deepseek_name
 from ..vq import VQTokenizer
-from .deepseek import BOOKKEEPING, deepseek_name
 
 _PART = "gen_vision_model."
 _CODES = "quantize.embedding.weight"
