@@ -129,7 +129,7 @@ class Samples:
 
 
 def load_progressive(setup: EvalSetup) -> MaskedSampler:
-    """The masked sampler among a measurement's weights.
+    """The masked sampler among a measurement's weights, in the decoder's precision.
 
     Raises:
         ValueError: if it has not been trained.
@@ -137,7 +137,8 @@ def load_progressive(setup: EvalSetup) -> MaskedSampler:
     folder = progressive_folder(setup.weights)
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist: train it with `python -m dcdd_pico.train_progressive`")
-    return registry.sampler_family(folder).load_sampler(str(folder), device=setup.pico.tokenizer.device)
+    where = {"device": setup.pico.tokenizer.device, "dtype": setup.pico.decoder.dtype}
+    return registry.sampler_family(folder).load_sampler(str(folder), **where)
 
 
 def seeds_of(arm: Arm, part: slice) -> range:

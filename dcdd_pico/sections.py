@@ -527,7 +527,9 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, TableOpt
     parser.add_argument("--steps", type=int, default=TableOptions.steps, help="Euler steps")
     parser.add_argument("--batch", type=int, default=TableOptions.batch, help="images at once")
     parser.add_argument("--commit", default=TableOptions.commit, help="commit to record with what is measured")
-    parser.add_argument("--bf16", action="store_true", help="run the diffusion transformers in bfloat16")
+    parser.add_argument(
+        "--bf16", action="store_true", help="run the diffusion transformers and the masked sampler in bfloat16"
+    )
     parser.add_argument(
         "--compile", dest="compiled", action="store_true", help="compile their blocks (needs a C++ compiler)"
     )

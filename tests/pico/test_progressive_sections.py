@@ -194,6 +194,18 @@ def test_weights_that_were_not_trained_are_asked_for(setup):
         progressive_sections.load_progressive(setup)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_masked_sampler_has_the_precision_of_the_decoder(setup, monkeypatch, dtype):
+    setup.pico.decoder.dtype = dtype
+    folder = setup.weights / "progressive"
+    folder.mkdir()
+    asked = []
+    family = SimpleNamespace(load_sampler=lambda path, **where: asked.append((path, where)))
+    monkeypatch.setattr(progressive_sections.registry, "sampler_family", lambda path: family if path == folder else None)
+    progressive_sections.load_progressive(setup)
+    assert asked == [(str(folder), {"device": setup.pico.tokenizer.device, "dtype": dtype})]
+
+
 def test_the_target_is_read_off_the_intervals():
     row = minus(f"{passes_name(11)}, {VQ}", f"{AR}, {VQ}")
 
