@@ -201,7 +201,9 @@ def test_the_masked_sampler_has_the_precision_of_the_decoder(setup, monkeypatch,
     folder.mkdir()
     asked = []
     family = SimpleNamespace(load_sampler=lambda path, **where: asked.append((path, where)))
-    monkeypatch.setattr(progressive_sections.registry, "sampler_family", lambda path: family if path == folder else None)
+    monkeypatch.setattr(
+        progressive_sections.registry, "sampler_family", lambda path: family if path == folder else None
+    )
     progressive_sections.load_progressive(setup)
     assert asked == [(str(folder), {"device": setup.pico.tokenizer.device, "dtype": dtype})]
 
