@@ -28,7 +28,8 @@ HIDDEN_SHARES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cosine": lambda u: torch.cos(u * math.pi / 2),
     "linear": lambda u: 1 - u,
 }
-"""Share of hidden positions of uniform numbers u in [0, 1), by MaskGIT's names of schedules (arXiv 2202.04200).
+"""Share of hidden positions of uniform numbers u in [0, 1): what the schedule of this name hides when u of the passes
+are done (`progressive.SCHEDULES`, with its sources).
 
 Its mean is .64 by "arccos" and "cosine", and .5 by "linear"; "cosine" has the most images that are nearly all hidden.
 """

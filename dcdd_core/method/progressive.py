@@ -29,10 +29,12 @@ MOST_PASSES = 4096
 """A limit against slips: as many passes as a 64 x 64 grid has tokens."""
 _ORDER_KEY = 0x0DE5
 """Keeps the noise of the order apart from that of the tokens."""
+# 8 passes over 144 positions, "cosine": 3 8 13 18 22 25 27 28; "arccos": 11 12 12 13 14 16 20 46; "linear": 18 each.
 _SHARES: Mapping[str, Callable[[float], float]] = {
-    # MaskGIT's (Chang et al. 2022, arXiv 2202.04200): few positions first.
+    # MaskGIT's (Chang et al. 2022, arXiv 2202.04200), as aMUSEd's: few positions first.
     "cosine": lambda t: 1 - math.cos(math.pi / 2 * t),
-    # Halton-MaskGIT's (Besnier et al. 2025, arXiv 2503.17076): few first, even fewer than "cosine" at the start.
+    # Of MaskGIT's reproduction (Besnier and Chen 2023, arXiv 2310.14400), Halton-MaskGIT (arXiv 2503.17076) and BIGFix:
+    # more first than "cosine", and a third of all in the last of 8 passes.
     "arccos": lambda t: 1 - math.acos(t) * 2 / math.pi,
     "linear": lambda t: t,
 }
@@ -100,7 +102,6 @@ class OrderState:
     Attributes:
         grid: (h, w).
         noise: standard Gumbel noise [B, N] of `order_noise`.
-        remaining: share of the revealing passes after this one, 1 (excluded) .. 0.
         log_probability: of the tokens that this pass drew, under guidance and temperature [B, N].
         quantisation_error: as the model predicts it, in standard deviations from its mean [B, N].
         importance: what revealing a position takes off the loss of the others, as the model predicts it [B, N].
@@ -108,7 +109,6 @@ class OrderState:
 
     grid: tuple[int, int]
     noise: torch.Tensor
-    remaining: float
     log_probability: torch.Tensor | None = None
     quantisation_error: torch.Tensor | None = None
     importance: torch.Tensor | None = None
@@ -121,7 +121,7 @@ class Order(NamedTuple):
         scores: [B, N] of a state; the highest are revealed first.
         reads: the field of the state that the network predicts; None for an order of grid and noise alone, for which no
             network has to run.
-        noise: temperature of the Gumbel noise that is added to the scores, before it is annealed.
+        noise: temperature of the Gumbel noise that is added to the scores in the first pass.
     """
 
     scores: Callable[[OrderState], torch.Tensor]
@@ -133,7 +133,8 @@ class Order(NamedTuple):
 ORDERS: Mapping[str, Order] = {
     "quantisation-error": Order(lambda state: -state.quantisation_error, reads="quantisation_error"),
     "importance": Order(lambda state: state.importance, reads="importance"),
-    # MaskGIT's, with the temperature that its authors use.
+    # MaskGIT's, with the temperature that its authors use. In their code the noise of pass i of 1..R has (1 - i / R) of
+    # it; here it falls as in the released samplers of aMUSEd and BIGFix (`ProgressiveOptions.order_noises`).
     "confidence": Order(lambda state: state.log_probability, reads="log_probability", noise=4.5),
     "halton": Order(lambda state: -halton_places(state.grid).expand_as(state.noise)),
     "random": Order(lambda state: state.noise),
@@ -141,11 +142,11 @@ ORDERS: Mapping[str, Order] = {
 }
 
 
-def order_scores(order: str, state: OrderState, noise: float | None = None) -> torch.Tensor:
-    """Scores [B, N] float64 on the CPU: the order's own, plus annealed Gumbel noise, T remaining g.
+def order_scores(order: str, state: OrderState, temperature: float = 0.0) -> torch.Tensor:
+    """Scores [B, N] float64 on the CPU: the order's own, plus Gumbel noise of this temperature.
 
     Args:
-        noise: T; None for the order's own. Orders that read no prediction take none.
+        temperature: of this pass (`ProgressiveOptions.order_noises`). Orders that read no prediction take no noise.
 
     Raises:
         ValueError: for an unknown order, and a state without what the order reads.
@@ -154,10 +155,9 @@ def order_scores(order: str, state: OrderState, noise: float | None = None) -> t
     if chosen.reads is not None and getattr(state, chosen.reads) is None:
         raise ValueError(f"the order {order!r} reads {chosen.reads}, which is missing: run the network first")
     scores = chosen.scores(state).double().cpu()
-    temperature = chosen.noise if noise is None else noise
     if chosen.reads is None or temperature == 0:
         return scores
-    return scores + temperature * state.remaining * state.noise.double()
+    return scores + temperature * state.noise.double()
 
 
 def find_order(order: str) -> Order:
@@ -322,7 +322,7 @@ class ProgressiveOptions(SamplingOptions):
         revision_passes: the last of them, which reveal nothing new and only draw again.
         schedule: one of `SCHEDULES`, or a number for each revealing pass (`stage_counts`).
         order: one of `ORDERS`.
-        order_noise: temperature of the Gumbel noise in the order; None for the order's own.
+        order_noise: temperature of the Gumbel noise in the order in the first pass; None for the order's own.
         spread: rows and columns that positions of one pass keep apart, as far as they can (`reveal`); 0 for none.
         revise: which revealed positions each pass draws again: "all", or the last n that were revealed.
         ramp: raises guidance from 1 over the revealing passes (`guidance_ramp`); False applies it whole in each.
@@ -389,6 +389,14 @@ class ProgressiveOptions(SamplingOptions):
     def counts(self, hidden: int) -> tuple[int, ...]:
         """How many of `hidden` positions each pass reveals."""
         return stage_counts(hidden, self.revealing, self.schedule) + (0,) * self.revision_passes
+
+    def order_noises(self) -> tuple[float, ...]:
+        """Temperature of the order's Gumbel noise in each pass: linearly from that of the first to 0 in the last that
+        reveals."""
+        first, last = self.order_noise, max(1, self.revealing - 1)
+        if first is None:
+            first = find_order(self.order).noise
+        return tuple(first * (last - i) / last for i in range(self.revealing)) + (0.0,) * self.revision_passes
 
     def guidances(self) -> tuple[float, ...]:
         """Guidance of each pass."""
@@ -475,8 +483,8 @@ def _check_list(schedule: Sequence[float], passes: int) -> None:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a tuple of numbers, got {shown(schedule)}")
     if len(schedule) != passes:
         raise ValueError(
-            f"schedule has {len(schedule)} numbers for {passes} revealing passes: give one for each, without the "
-            "revision passes"
+            f"schedule has {len(schedule)} numbers for {passes} revealing passes, those that only revise left out: "
+            f"give as many passes as it has numbers, {passes} numbers, or one of {', '.join(SCHEDULES)}"
         )
     for i, number in enumerate(schedule):
         require_number(f"schedule[{i}]", number, least=0, most=1e9)

@@ -24,6 +24,7 @@ from dcdd_core.method.masked_modelling import (
     token_losses,
     weighted_mean,
 )
+from dcdd_core.method.progressive import SCHEDULES, revealed_share
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -117,6 +118,15 @@ def test_schedules_of_hidden_shares_have_their_means():
     assert nearly_all[0] > 2 * nearly_all[1]
     with pytest.raises(ValueError, match="must be one of arccos, cosine, linear, got 'square'"):
         masked_modelling.hidden_shares(u, "square")
+
+
+def test_training_hides_what_sampling_has_not_revealed():
+    """A schedule of one name means the same in both, in the same direction."""
+    assert set(masked_modelling.HIDDEN_SHARES) == set(SCHEDULES)
+    for schedule in SCHEDULES:
+        for t in (0.0, 0.125, 0.5, 0.875, 1.0):
+            hidden = float(hidden_shares(torch.tensor(t, dtype=torch.float64), schedule))
+            assert hidden == pytest.approx(1 - revealed_share(t, schedule), abs=1e-9)
 
 
 def test_codes_are_compared_a_part_at_a_time(monkeypatch):

@@ -32,13 +32,12 @@ from dcdd_core.method.progressive import (
 from dcdd_core.protocols import SamplingOptions
 
 
-def state(batch: int = 2, grid=(3, 4), remaining: float = 0.5, seed: int = 0) -> OrderState:
+def state(batch: int = 2, grid=(3, 4), seed: int = 0) -> OrderState:
     draw, count = torch.Generator().manual_seed(seed), grid[0] * grid[1]
     parts = [torch.randn(batch, count, generator=draw) for _ in range(3)]
     return OrderState(
         grid=grid,
         noise=order_noise(range(batch), count),
-        remaining=remaining,
         log_probability=-parts[0].abs(),
         quantisation_error=parts[1],
         importance=parts[2],
@@ -64,6 +63,8 @@ def test_counts_of_pico_by_hand():
     assert stage_counts(144, 4, "cosine") == (11, 31, 47, 55)
     # floor(144 (1 - 2 acos(i / 4) / pi) + 1/2): 23, 48, 78, 144
     assert stage_counts(144, 4, "arccos") == (23, 25, 30, 66)
+    assert stage_counts(144, 8, "cosine") == (3, 8, 13, 18, 22, 25, 27, 28)
+    assert stage_counts(144, 8, "arccos") == (11, 12, 12, 13, 14, 16, 20, 46)
     assert stage_counts(5, 8, "linear") == (1, 1, 1, 1, 1, 0, 0, 0)
     assert stage_counts(0, 3, "cosine") == (0, 0, 0)
     assert stage_counts(10, 10, "cosine") == (1,) * 10
@@ -157,24 +158,30 @@ def test_orders_are_one_interface_and_say_what_comes_first():
     assert scores["raster"].argsort(dim=1, descending=True)[1].tolist() == list(range(12))
     assert torch.equal(scores["random"], found.noise)
     assert torch.equal(scores["halton"].argsort(dim=1, descending=True)[0], halton_places((3, 4)).argsort())
-    expected = found.log_probability.double() + 4.5 * 0.5 * found.noise
-    torch.testing.assert_close(scores["confidence"], expected)
+    assert torch.equal(scores["confidence"], found.log_probability.double())
     with pytest.raises(ValueError, match="order must be one of quantisation-error, importance"):
         order_scores("size", found)
 
 
+def test_noise_of_the_order_has_the_temperature_of_the_pass():
+    found = state()
+    for name, order in ORDERS.items():
+        added = order_scores(name, found, 1.8) - order_scores(name, found)
+        expected = torch.zeros(2, 12).double() if order.reads is None else 1.8 * found.noise
+        torch.testing.assert_close(added, expected)
+
+
 def test_noise_of_the_order_is_annealed_and_can_be_set():
-    early, late = state(remaining=0.9), state(remaining=0.0)
-    torch.testing.assert_close(order_scores("confidence", late), late.log_probability.double())
-    for name in ("confidence", "importance"):
-        spread = order_scores(name, early, 2.0) - order_scores(name, late, 0.0)
-        torch.testing.assert_close(spread, 1.8 * early.noise)
-    for name in ("halton", "random", "raster"):
-        assert torch.equal(order_scores(name, early, 7.0), order_scores(name, late, 0.0))
+    own = ProgressiveOptions(order="confidence", passes=6, revision_passes=2)
+    assert own.order_noises() == (4.5, 3.0, 1.5, 0.0, 0.0, 0.0)
+    assert replace(own, order="importance").order_noises() == (0.0,) * 6
+    assert replace(own, order="importance", order_noise=3.0).order_noises() == (3.0, 2.0, 1.0, 0.0, 0.0, 0.0)
+    assert own.in_passes(4).order_noises() == (4.5, 2.25, 0.0, 0.0)
+    assert own.in_passes(1).order_noises() == (4.5,)
 
 
 def test_fixed_orders_need_no_prediction_and_others_do():
-    bare = OrderState(grid=(3, 4), noise=order_noise([5, 6], 12), remaining=0.5)
+    bare = OrderState(grid=(3, 4), noise=order_noise([5, 6], 12))
     for name, order in ORDERS.items():
         if order.reads is None:
             assert torch.equal(order_scores(name, bare), order_scores(name, replace(state(), noise=bare.noise)))
@@ -286,7 +293,11 @@ def test_options_are_sampling_options_with_a_plan():
         ({"revise": -1}, "revise must be 'all'"),
         ({"revise": 0}, "3 revision passes have nothing to do"),
         ({"schedule": "sine"}, "schedule must be one of"),
-        ({"schedule": (1.0, 1.0)}, "schedule has 2 numbers for 8 revealing passes"),
+        (
+            {"schedule": (1.0, 1.0)},
+            "schedule has 2 numbers for 8 revealing passes, .*: give as many passes as it has numbers, 8 numbers, or "
+            "one of cosine, arccos, linear",
+        ),
         ({"guidance": math.nan}, "guidance"),
     ],
 )

@@ -134,6 +134,16 @@ def test_revision_keeps_its_share_of_other_passes(given, revising):
     assert changed_plan(SAMPLING, DRAWN, **given).revision_passes == revising
 
 
+@pytest.mark.parametrize(
+    ("given", "passes"), [({"passes": 9}, 7), ({"passes": 9, "revision_passes": 0}, 9), ({"revision_passes": 2}, 3)]
+)
+def test_a_schedule_that_is_a_list_names_the_passes_it_is_for(given, passes):
+    own = replace(SAMPLING, schedule=(1.0, 2.0, 3.0, 4.0))
+    assert changed_plan(own, DRAWN, passes=6, revision_passes=2).schedule == own.schedule
+    with pytest.raises(ValueError, match=f"has 4 numbers for {passes} revealing passes, .* as many passes as it has"):
+        changed_plan(own, DRAWN, **given)
+
+
 def test_plans_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="4 revision passes have nothing to do where revise is 0"):
         changed_plan(SAMPLING, DRAWN, revise=0, revision_passes=4)

@@ -40,7 +40,6 @@ PIPELINES = ("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline")
 """What a model_index.json calls such a folder."""
 NETWORK = "UVit2DModel"
 _AGAIN = "fetch the whole model again (amused/amused-256 or amused/amused-512)"
-_PASSES = 12
 _CODES = "quantize.embedding.weight"
 _POSITIONS = "text_model.embeddings.position_ids"
 """A buffer of whole numbers, which older versions of transformers stored."""
@@ -302,12 +301,11 @@ class AmusedFolder:
                 raise ValueError(f"masking_schedule must be 'cosine' or 'linear', got {shown(schedule)}: {_AGAIN}")
         plan = ProgressiveOptions(
             guidance=10.0,
-            passes=_PASSES,
+            passes=12,
             revision_passes=0,
             schedule=schedule,
             order="confidence",
-            # The scheduler lowers it from 2 in the first pass to 0 in the last.
-            order_noise=2.0 * _PASSES / (_PASSES - 1),
+            order_noise=2.0,
             revise=0,
             ramp=False,
         )

@@ -151,7 +151,7 @@ class MaskedSampler:
             logits.copy_(previous.logits)
 
         counts = torch.tensor([plan.counts(int(row.sum())) for row in hidden])
-        guidances = plan.guidances()
+        guidances, noises = plan.guidances(), plan.order_noises()
         places = torch.full((batch, count), -1)
         noise = None
         if plan.temperature != 0:
@@ -171,12 +171,11 @@ class MaskedSampler:
             state = OrderState(
                 grid=self.grid,
                 noise=order,
-                remaining=max(0.0, 1 - (i + 1) / plan.revealing),
                 log_probability=drawn.log_probability,
                 quantisation_error=drawn.quantisation_error,
                 importance=drawn.importance,
             )
-            scores = order_scores(plan.order, state, plan.order_noise)
+            scores = order_scores(plan.order, state, noises[i])
             chosen, turns = reveal(scores, hidden, counts[:, i], grid=self.grid, spread=plan.spread)
             before = tokens
             if i >= plan.start:

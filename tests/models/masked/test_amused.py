@@ -16,6 +16,8 @@ from dcdd_core.method.progressive import ProgressiveOptions
 from dcdd_core.models.masked.amused import FAMILY
 from dcdd_core.models.masked.amused_tokenizer import unit_rows
 from dcdd_core.models.masked.words import padded
+from dcdd_core.pipelines.progressive import changed_plan
+from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Codebook
 from tests.tiny_amused import CODES, MASK, save_tiny_amused
 
@@ -110,10 +112,14 @@ def test_by_default_it_samples_as_the_pipeline_does(sampler):
     assert (plan.guidance, plan.passes, plan.revision_passes, plan.revise) == (10.0, 12, 0, 0)
     assert (plan.order, plan.schedule, plan.temperature) == ("confidence", "cosine", 1.0)
     assert set(plan.guidances()) == {10.0} == {sampler.default_guidance}
-    cooled = [plan.order_noise * (1 - (i + 1) / plan.passes) for i in range(plan.passes)]
+
+
+@pytest.mark.parametrize("passes", [1, 2, 6, 12, 40])
+def test_in_any_number_of_passes_it_samples_as_diffusers_scheduler(sampler, passes):
+    plan = changed_plan(sampler.sampling, SamplingOptions(guidance=10.0), passes=passes)
     scheduler = AmusedScheduler(mask_token_id=MASK)
-    scheduler.set_timesteps(plan.passes)
-    torch.testing.assert_close(torch.tensor(cooled), scheduler.temperatures)
+    scheduler.set_timesteps(passes)
+    torch.testing.assert_close(torch.tensor(plan.order_noises()), scheduler.temperatures)
     for count in (256, 1024):
         tokens, shown = torch.full((1, count), MASK), 0
         flat = torch.zeros(1, count, CODES)
