@@ -20,6 +20,7 @@ from .settings import shown
 #: Module below this package, and the family's name in it.
 _SAMPLERS: tuple[tuple[str, str], ...] = (
     (".models.janus", "FAMILY"),
+    (".models.llamagen", "FAMILY"),
     (".models.masked", "FAMILY"),
     (".models.masked.bigfix", "FAMILY"),
     (".models.masked.amused", "FAMILY"),

@@ -153,8 +153,15 @@ FAMILIES = {
     "KLCodec": ("dcdd_core.models.vae",),
     "JanusForConditionalGeneration": ("dcdd_core.models.janus",),
     "JanusSampler": ("dcdd_core.models.janus",),
-    "JanusVQVAE": ("dcdd_core.models.janus", "dcdd_core.models.vq"),
-    "VQTokenizer": ("dcdd_core.models.janus", "dcdd_core.models.masked", "dcdd_core.models.vq"),
+    "JanusVQVAE": ("dcdd_core.models.janus", "dcdd_core.models.llamagen", "dcdd_core.models.vq"),
+    "LlamaGenSampler": ("dcdd_core.models.llamagen",),
+    "LlamaGenTransformer": ("dcdd_core.models.llamagen",),
+    "VQTokenizer": (
+        "dcdd_core.models.janus",
+        "dcdd_core.models.llamagen",
+        "dcdd_core.models.masked",
+        "dcdd_core.models.vq",
+    ),
     "UVit2DModel": ("dcdd_core.models.masked",),
     "VQModel": ("dcdd_core.models.masked",),
 }

@@ -5,6 +5,7 @@ Sizes are compared before anything is read: a safetensors header, or the records
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -346,7 +347,7 @@ def _read_bin(file: Path, names: Collection[str], device: torch.device | str) ->
 
 def open_saved(file: Path) -> dict[Any, Any]:
     """The dict in a file that torch.save wrote. Its tensors are memory-mapped, so that only what is used is read; no
-    code in it is run.
+    code in it is run. Trainers write their options beside the weights: an `argparse.Namespace`, which is let through.
 
     Raises:
         ValueError: for a file that is absent, damaged, holds code, or no dict.
@@ -356,7 +357,7 @@ def open_saved(file: Path) -> dict[Any, Any]:
     if other := stand_in(start):
         raise ValueError(f"{file} cannot be read as weights that torch.save wrote, it is {other}: {_DAMAGED}")
     try:
-        with utf8_path(file) as readable:
+        with utf8_path(file) as readable, torch.serialization.safe_globals([argparse.Namespace]):
             held = torch.load(readable, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError) as error:
         raise ValueError(

@@ -107,6 +107,24 @@ class T5Words:
         return []
 
 
+def load_text(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[T5Words, T5EncoderModel]:
+    """The tokenizer and the encoder in the folder of a T5 model.
+
+    Raises:
+        ValueError: as `T5Words.load` and `load_text_encoder`, and if the tokenizer has more words than the encoder.
+    """
+    words = T5Words.load(folder)
+    encoder = load_text_encoder(folder, device=device, dtype=dtype)
+    if len(words.tokenizer) > encoder.config.vocab_size:
+        raise ValueError(
+            f"{folder} has a tokenizer of {len(words.tokenizer)} words and an encoder of {encoder.config.vocab_size}: "
+            f"they do not belong together; {_AGAIN}"
+        )
+    return words, encoder
+
+
 def load_text_encoder(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> T5EncoderModel:

@@ -13,6 +13,7 @@ from tests.models.masked.tiny_masked import save_tiny_masked
 from tests.tiny import fill, save_janus, tiny_flux_config, tiny_vae
 from tests.tiny_amused import save_tiny_amused
 from tests.tiny_bigfix import save_bigfix
+from tests.tiny_llamagen import save_llamagen
 
 TOYS = (toy_vlm.ToyVLM(), toy_codec.ToyCodecFamily(), toy_backbone.ToyBackboneFamily())
 
@@ -30,6 +31,7 @@ def save_flux(folder: Path) -> Path:
 #: How a small model of each family is written; a family that is missing here fails every contract.
 FILES = {
     "janus": save_janus,
+    "llamagen": save_llamagen,
     "masked": save_tiny_masked,
     "amused": save_tiny_amused,
     "bigfix": save_bigfix,

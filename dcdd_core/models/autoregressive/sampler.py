@@ -189,12 +189,14 @@ def place_weights(
     dtype: torch.dtype,
     int8: bool,
     computes_on: torch.device | str | None,
+    also: Sequence[nn.Module] = (),
 ) -> str | None:
     """Moves a model to the device, its language model's layers in 8 bits or as a CPU reads them fastest.
 
     Args:
         dtype: of the weights.
         int8, computes_on: as `SamplerFamily.load_sampler`.
+        also: parts of the model beside the layers whose linear weights are to be in 8 bits.
 
     Returns:
         The fingerprint of the original weights, if these were changed.
@@ -205,7 +207,8 @@ def place_weights(
     fingerprint = None
     if int8:
         fingerprint = f"{fingerprint_of(model.state_dict())} in int8"
-        store_in_int8(language.layers, device)
+        for part in (language.layers, *also):
+            store_in_int8(part, device)
     model.to(device)
     if not int8 and torch.device(computes_on or device).type == "cpu" and dtype == torch.float32:
         _store_by_columns(model, language)

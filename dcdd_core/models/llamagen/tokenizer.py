@@ -1,4 +1,4 @@
-"""LlamaGen's VQ-16 tokenizer in the file that its authors publish (Sun et al. 2024, arXiv 2406.06525).
+"""LlamaGen's VQ-16 tokenizer in the file that its authors publish, or the same tensors as safetensors.
 
 Janus' image tokenizer is trained from it: the same network, under the names that DeepSeek's files have too.
 """
@@ -14,13 +14,16 @@ from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ...types import Codebook
-from ..checkpoints import check_finite, load_renamed, open_saved
+from ..checkpoints import check_finite, load_renamed, open_saved, read_wanted
 from ..janus.deepseek import BOOKKEEPING, deepseek_name
 from ..vq import VQTokenizer
 
+NAME = "vq_ds16_t2i"
+"""Of the published file, without its ending."""
+
 _PART = "gen_vision_model."
 _CODES = "quantize.embedding.weight"
-_AGAIN = "take vq_ds16_t2i.pt of llvictorll/BigFIX"
+_AGAIN = f"take {NAME}.pt of peizesun/llamagen_t2i or llvictorll/BigFIX"
 
 
 def load_codebook(file: str | Path) -> Codebook:
@@ -68,9 +71,12 @@ def llamagen_name(name: str) -> str:
 
 def _tensors(file: Path) -> dict[str, Any]:
     """Without training statistics."""
-    held = open_saved(file).get("model")
+    if file.suffix == ".safetensors":
+        held, where = read_wanted(file, lambda name: True), ""
+    else:
+        held, where = open_saved(file).get("model"), " under 'model'"
     if not isinstance(held, Mapping) or _CODES not in held:
-        raise ValueError(f"{file} has no tokenizer of images under 'model', as LlamaGen's files have: {_AGAIN}")
+        raise ValueError(f"{file} has no tokenizer of images{where}, as LlamaGen's files have: {_AGAIN}")
     return {str(name): value for name, value in held.items() if name != BOOKKEEPING.removeprefix(_PART)}
 
 

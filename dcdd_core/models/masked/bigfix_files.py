@@ -18,14 +18,14 @@ import torch
 from ...types import Codebook
 from ..checkpoints import load_renamed, open_saved, read_config, whole_number
 from ..llamagen import tokenizer as llamagen
-from ..t5 import T5Words, load_text_encoder
+from ..t5 import T5Words, load_text
 from .bigfix_network import REWARDS, BigFixConfig, BigFixTransformer
 
 MODEL_TYPE = "bigfix"
 CHECKPOINT = "BigFix_XLarge_aplha02_res512_MiroFT.pth"
 """The published file, as its authors spell it."""
 REPOSITORY = "llvictorll/BigFIX"
-TOKENIZER = "vq_ds16_t2i.pt"
+TOKENIZER = f"{llamagen.NAME}.pt"
 TEXT = "flan-t5-xl"
 
 _AGAIN = f"take {CHECKPOINT} of {REPOSITORY}"
@@ -123,11 +123,11 @@ class BigFixFolder:
 
     def load_network(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> BigFixTransformer:
-        """The transformer with its text encoder.
+    ) -> tuple[BigFixTransformer, T5Words]:
+        """The transformer with its text encoder, and the tokenizer of prompts.
 
         Raises:
-            ValueError: as `text`, `read_network` and `load_text_encoder`, and for a text encoder of another width.
+            ValueError: as `text`, `read_network` and `t5.load_text`, and for a text encoder of another width.
         """
         remedy = f"take google/{TEXT}"
         width, trained = whole_number(read_config(self.text), "d_model", str(self.text), remedy=remedy), self.config()
@@ -137,8 +137,8 @@ class BigFixFolder:
                 f"{trained.text_width}: {remedy}"
             )
         network = self.read_network(device=device, dtype=dtype)
-        network.text_encoder = load_text_encoder(self.text, device=device, dtype=dtype)
-        return network.eval().requires_grad_(False)
+        words, network.text_encoder = load_text(self.text, device=device, dtype=dtype)
+        return network.eval().requires_grad_(False), words
 
     def read_network(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -169,14 +169,6 @@ class BigFixFolder:
                 f"take {TOKENIZER} of {REPOSITORY}"
             )
         return codebook
-
-    def words(self) -> T5Words:
-        """The tokenizer of prompts.
-
-        Raises:
-            ValueError: as `text` and `T5Words.load`.
-        """
-        return T5Words.load(self.text)
 
     @property
     def _heads(self) -> int | None:

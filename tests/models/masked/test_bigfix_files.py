@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,7 +224,9 @@ def test_files_that_are_no_checkpoints_are_refused(folder):
     with pytest.raises(ValueError, match="has no 'model_state_dict', as BIGFix's trainer saves"):
         load(folder)
     torch.save({"model_state_dict": tiny_weights(), "args": Namespace(vit_size="xlarge")}, file)
-    with pytest.raises(ValueError, match=r"holds argparse\.Namespace besides tensors, which could run code"):
+    assert load(folder).grid == (4, 4), "a trainer's options are no code"
+    torch.save({"model_state_dict": tiny_weights(), "args": SimpleNamespace(vit_size="xlarge")}, file)
+    with pytest.raises(ValueError, match=r"holds types\.SimpleNamespace besides tensors, which could run code"):
         load(folder)
     file.write_bytes(whole[:-2000])
     with pytest.raises(ValueError, match="it is cut short, damaged"):

@@ -1,0 +1,132 @@
+"""Captions as LlamaGen was trained with them, and a file of what a text encoder made of them.
+
+Its authors clean every caption twice (language/t5.py, after PixArt and DeepFloyd IF); a prompt that is not cleaned is
+one that it never saw. The rules are theirs, but for ftfy's repair of wrongly decoded text, of which ligatures and wide
+letters alone are undone here.
+
+Shapes: n tokens of a caption, S width of the text features.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote_plus
+
+import torch
+
+from ...files import read_record, write_record
+
+_KIND = "set of text features by caption"
+_ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+
+# What is replaced by what, in order; before and after text that was escaped twice is read.
+_FIRST = (
+    (r"@\w+\b", ""),  # nicknames
+    (r"[\u31c0-\u4dbf\u4dc0-\u9fff]+", ""),  # strokes and ideographs of East Asia
+    (r"-+", "-"),
+    (r"[`´«»“”¨]", '"'),
+    (r"[‘’]", "'"),
+    (r"&quot;?|&amp", ""),
+    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # internet addresses
+    (r"\d:\d\d\s+$", ""),
+    (r"\\n", " "),
+    (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # numbers of articles
+    (rf"\S+\.(?:{_ENDINGS})", ""),  # names of files
+    (r"[\"']{2,}", '"'),
+    (r"\.{2,}", " "),
+    (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
+    (r"\s+\.\s+", " "),
+)
+_SECOND = (
+    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # jc6640
+    (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),  # jc6640vc
+    (r"\b\d+[a-zA-Z]+\d+\b", ""),  # 6640vc231
+    (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
+    (r"(?:free\s)?download(?:\sfree)?", ""),
+    (r"\bclick\b\s(?:for|on)\s\w+", ""),
+    (rf"\b(?:{_ENDINGS})(?:\simages?)?", ""),
+    (r"\bpage\s+\d+\b", ""),
+    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
+    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # sizes, also with a Cyrillic x
+    (r"\b\s+:\s+", ": "),
+    (r"(\D[,./])\b", r"\1 "),
+    (r"\s+", " "),
+    (r"^[\"']([\w\W]+)[\"']$", r"\1"),
+    (r"^['_,\-:;]|['_,\-:+]$", ""),
+    (r"^\.\S+$", ""),
+)
+_ADDRESS = r"\b(?:(?:https?|www):(?:/{1,3}|[a-z0-9%])|[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))"
+
+
+def clean_caption(caption: str) -> str:
+    """A caption as the network was trained with it; empty if nothing is left."""
+    return _cleaned(_cleaned(caption))
+
+
+def _cleaned(caption: str) -> str:
+    caption = unquote_plus(caption).strip().lower().replace("<person>", "person")
+    caption = _text_of(re.sub(_ADDRESS, "", caption))
+    caption = "".join("-" if unicodedata.category(c) == "Pd" else c for c in caption)
+    caption = _replaced(caption, _FIRST)
+    if len(re.findall("[-_]", caption)) > 3:  # a name of words tied together
+        caption = re.sub("[-_]", " ", caption)
+    caption = html.unescape(html.unescape("".join(_plain(c) for c in caption))).strip()
+    return _replaced(caption, _SECOND).strip()
+
+
+def _replaced(caption: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, by in rules:
+        caption = re.sub(pattern, by, caption)
+    return caption
+
+
+def _plain(character: str) -> str:
+    """The letters of a ligature or a wide letter; any other character as it is."""
+    kind = unicodedata.decomposition(character).partition(" ")[0]
+    wide = kind in ("<wide>", "<narrow>") or "\ufb00" <= character <= "\ufb06"
+    return unicodedata.normalize("NFKC", character) if wide else character
+
+
+def _text_of(markup: str) -> str:
+    """What an HTML text says, without its tags."""
+    parts: list[str] = []
+    reader = HTMLParser(convert_charrefs=True)
+    reader.handle_data = parts.append
+    reader.feed(markup)
+    reader.close()
+    return "".join(parts)
+
+
+def save_captions(file: str | Path, features: Mapping[str, torch.Tensor]) -> None:
+    """Writes features [n, S] by cleaned caption, so that the text encoder need not be there for them.
+
+    Raises:
+        ValueError: without captions.
+        OSError: if the file cannot be written.
+    """
+    if not features:
+        raise ValueError("there are no captions to save: give at least one")
+    values = [part.detach().cpu() for part in features.values()]
+    fields = {"captions": list(features), "lengths": [len(part) for part in values]}
+    write_record(file, _KIND, {"features": torch.cat(values)}, fields)
+
+
+def load_captions(file: str | Path) -> dict[str, torch.Tensor]:
+    """What `save_captions` wrote, on the CPU.
+
+    Raises:
+        ValueError: for a file that is damaged or holds something else.
+    """
+    tensors, fields = read_record(file, _KIND, {"features"}, {"captions", "lengths"})
+    features, captions, lengths = tensors["features"], fields["captions"], fields["lengths"]
+    if features.ndim != 2 or len(captions) != len(lengths) or sum(lengths) != len(features) or min(lengths) < 1:
+        raise ValueError(
+            f"{file} holds {list(features.shape)} features for {len(captions)} captions of {sum(lengths)} tokens: it "
+            "is damaged, make it again"
+        )
+    return dict(zip(captions, features.split(lengths)))

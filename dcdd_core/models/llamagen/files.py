@@ -1,0 +1,369 @@
+"""A folder with LlamaGen: the transformer's checkpoint, its tokenizer of images, and a T5 model.
+
+The checkpoint is as its authors publish it (t2i_XL_stage2_512.pt and the like, or the same tensors as safetensors), or
+a copy in the layout of transformers' Llama with model.safetensors and config.json. Sizes are those of its tensors, but
+for two that no tensor shows: the heads, which are 64 wide in the published models, and the tokens of an image, which
+the published file's name says. Where both are other, the folder needs a config.json:
+{"model_type": "llamagen", "num_attention_heads": 20, "block_size": 1024}.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from einops import rearrange
+
+from ...types import Codebook
+from ..checkpoints import (
+    load_renamed,
+    model_name,
+    open_saved,
+    read_config,
+    read_headers,
+    read_wanted,
+    weight_files,
+    whole_number,
+)
+from ..t5 import T5Words, load_text
+from . import tokenizer
+from .captions import load_captions
+from .network import LlamaGenConfig, LlamaGenTransformer
+
+MODEL_TYPE = "llamagen"
+CHECKPOINTS = ("t2i_XL_stage1_256.pt", "t2i_XL_stage2_512.pt")
+"""The published files, of 256 and 512 pixels, as their authors spell them."""
+REPOSITORY = "peizesun/llamagen_t2i"
+TEXT = "flan-t5-xl"
+CAPTIONS = "captions.safetensors"
+"""Text features of captions that need no text encoder (`captions.save_captions`)."""
+
+_AGAIN = f"take {' or '.join(CHECKPOINTS)} of {REPOSITORY}"
+_PIXELS_A_TOKEN = 16
+_HEAD_WIDTH = 64
+_ENDINGS = (".pt", ".safetensors")
+#: What a Llama's configuration has beside a Llama's own entries, in copies for transformers.
+_CAPTIONED = ("block_size", "caption_dim", "cls_token_num")
+# A side in pixels at the end of a published file's name.
+_SIDE = re.compile(r"_(\d+)$")
+# Beginnings of names that a compiled or distributed model adds.
+_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
+_QKV = "attention.wqkv.weight"
+
+# Modules, in our names and in their authors'.
+_MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        "caption_in": "cls_embedding.cap_proj.fc1",
+        "caption_out": "cls_embedding.cap_proj.fc2",
+        "language.embed_tokens": "tok_embeddings",
+        "language.norm": "norm",
+        "head": "output",
+    }
+)
+_LAYER: Mapping[str, str] = MappingProxyType(
+    {
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+)
+_NULL = "cls_embedding.uncond_embedding"
+
+
+class LlamaGenFolder:
+    """The parts of a folder, none of them read.
+
+    Attributes:
+        path: the folder.
+        checkpoint: a file, or the folder itself where it is in transformers' layout.
+        name: of the model: the checkpoint's, without its ending, since folders are renamed; of a copy for transformers
+            the folder's.
+
+    Raises:
+        ValueError: naming the part that is missing, and where it comes from; for several checkpoints, and a config.json
+            with unknown entries.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._config = read_config(self.path) if (self.path / "config.json").exists() else {"model_type": MODEL_TYPE}
+        if self._config.get("model_type") == MODEL_TYPE:
+            known = {"model_type", "num_attention_heads", "block_size"}
+            if unknown := sorted(set(self._config) - known):
+                raise ValueError(
+                    f"{self.path / 'config.json'} has {unknown}, expected {', '.join(sorted(known))} alone"
+                )
+            found = checkpoints(self.path)
+            if len(found) > 1:
+                raise ValueError(
+                    f"{self.path} holds {', '.join(file.name for file in found)}, and nothing says which is the model: "
+                    "leave one of them there"
+                )
+            if not found:
+                raise ValueError(f"{self.path} has no checkpoint of LlamaGen: {_AGAIN}")
+            # transformers gives every model the same name.
+            self.checkpoint, self.name = found[0], found[0].stem if found[0].stem != "model" else model_name(self.path)
+        else:
+            self.checkpoint, self.name = self.path, model_name(self.path)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The file of the image tokenizer.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        for ending in _ENDINGS:
+            if (file := self.path / f"{tokenizer.NAME}{ending}").exists():
+                return file
+        raise ValueError(f"{self.path} has no {tokenizer.NAME}.pt, its image tokenizer: put that of {REPOSITORY} there")
+
+    def config(self) -> LlamaGenConfig:
+        """The transformer's sizes; only names and shapes are read.
+
+        Raises:
+            ValueError: as `network_config`, and for a file that is damaged, holds code or is no such checkpoint.
+        """
+        if self.checkpoint.suffix == ".pt":
+            shapes = {
+                name: tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+                for name, value in self._tensors().items()
+            }
+        else:
+            shapes = {_WRAPPED.sub("", name): header.shape for name, header in self._headers().items()}
+        return self._sizes(shapes)
+
+    def load_network(
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> LlamaGenTransformer:
+        """The transformer, without a text encoder.
+
+        Raises:
+            ValueError: as `config`, and for tensors that are missing, unexpected or of a wrong shape, in the file's
+                names.
+        """
+        held = self._tensors()
+        config = self._sizes({name: tuple(getattr(value, "shape", ())) for name, value in held.items()})
+        with torch.device("meta"):
+            network = LlamaGenTransformer(config)
+        rename = transformers_name if _is_transformers(held) else released_name
+        load_renamed(network, split_qkv(held), rename, self._source, dtype=dtype, device=device)
+        for layer in network.language.layers:
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                part.weight.data = halves_of_pairs(part.weight.data, config.heads)
+        return network.eval().requires_grad_(False)
+
+    def load_text(
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> tuple[T5Words, torch.nn.Module] | tuple[None, None]:
+        """The tokenizer of prompts and T5's encoder; None for both where the folder has captions' features instead.
+
+        Raises:
+            ValueError: as `t5.load_text`; if there is neither, and for a text encoder of another width.
+        """
+        text = self.path / TEXT
+        if not text.is_dir():
+            if (self.path / CAPTIONS).exists():
+                return None, None
+            raise ValueError(
+                f"{self.path} has no folder {TEXT}, its text encoder: put the files of google/{TEXT} there "
+                "(config.json, tokenizer.json, tokenizer_config.json, and the safetensors files with their index)"
+            )
+        remedy, trained = f"take google/{TEXT}", self.config().text_width
+        width = whole_number(read_config(text), "d_model", str(text), remedy=remedy)
+        if width != trained:
+            raise ValueError(
+                f"{text} has a text encoder of width {width}, and {self.name} was trained with {trained}: {remedy}"
+            )
+        return load_text(text, device=device, dtype=dtype)
+
+    def load_captions(self) -> dict[str, torch.Tensor]:
+        """Features that were saved, by cleaned caption; none without the file.
+
+        Raises:
+            ValueError: as `captions.load_captions`, and for features of another width.
+        """
+        file = self.path / CAPTIONS
+        if not file.exists():
+            return {}
+        found, trained = load_captions(file), self.config().text_width
+        if any(features.shape[1] != trained for features in found.values()):
+            width = next(iter(found.values())).shape[1]
+            raise ValueError(
+                f"{file} has features of width {width}, and {self.name} was trained with {trained}: save them again "
+                "with this model's text encoder"
+            )
+        return found
+
+    def codebook(self) -> Codebook:
+        """The image tokenizer's.
+
+        Raises:
+            ValueError: as `config` and `tokenizer.load_codebook`, and for another number of codes than the
+                transformer's.
+        """
+        codebook, codes = tokenizer.load_codebook(self.tokenizer), self.config().codes
+        if codebook.size != codes:
+            raise ValueError(
+                f"{self.tokenizer} has {codebook.size:,} codes, and {self.name} was trained with {codes:,}: take "
+                f"{tokenizer.NAME}.pt of {REPOSITORY}"
+            )
+        return codebook
+
+    @property
+    def _source(self) -> Path:
+        """The checkpoint's file, for errors."""
+        return self.checkpoint if self.checkpoint.is_file() else weight_files(self.checkpoint).files[0]
+
+    def _headers(self) -> dict[str, Any]:
+        return read_headers(self.checkpoint)
+
+    def _tensors(self) -> dict[str, Any]:
+        """By name; those of a .pt are mapped and not read."""
+        if self.checkpoint.suffix != ".pt":
+            held: Mapping[str, Any] = read_wanted(self.checkpoint, lambda name: True)
+        else:
+            saved = open_saved(self.checkpoint)
+            held = next((saved[part] for part in ("model", "module", "state_dict") if part in saved), saved)
+            if not isinstance(held, Mapping):
+                raise ValueError(f"{self.checkpoint} holds a {type(held).__name__}, expected tensors by name: {_AGAIN}")
+        return {_WRAPPED.sub("", str(name)): value for name, value in held.items()}
+
+    def _sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> LlamaGenConfig:
+        return network_config(shapes, heads=self._entry("num_attention_heads"), tokens=self._count(), file=self._source)
+
+    def _count(self) -> int:
+        """Tokens of an image."""
+        if (count := self._entry("block_size")) is not None:
+            return count
+        side = _SIDE.search(self.name)
+        if side is None or int(side[1]) % _PIXELS_A_TOKEN:
+            raise ValueError(
+                f"nothing says how many tokens an image of {self._source} has: keep the published name of the file, "
+                f"which ends with the side in pixels ({CHECKPOINTS[1]}), or put a config.json beside it, such as "
+                f'{{"model_type": "{MODEL_TYPE}", "block_size": 1024}}'
+            )
+        return (int(side[1]) // _PIXELS_A_TOKEN) ** 2
+
+    def _entry(self, name: str) -> int | None:
+        if name not in self._config:
+            return None
+        return whole_number(self._config, name, str(self.path), remedy="take the number it was trained with")
+
+
+def reads(path: str | Path) -> bool:
+    """Whether a folder is LlamaGen's: by its config.json, or without one, by a file t2i_*."""
+    folder = Path(path)
+    if (folder / "config.json").exists():
+        config = read_config(folder)
+        captioned = config.get("model_type") == "llama" and any(name in config for name in _CAPTIONED)
+        return captioned or config.get("model_type") == MODEL_TYPE
+    return folder.is_dir() and any(file.name.lower().startswith("t2i_") for file in checkpoints(folder))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The files of a folder that may hold the transformer."""
+    others = (tokenizer.NAME, Path(CAPTIONS).stem)
+    found = (file for ending in _ENDINGS for file in folder.glob(f"*{ending}"))
+    return sorted(file for file in found if not file.name.startswith(".") and file.stem not in others)
+
+
+def released_name(name: str) -> str:
+    """The authors' name of a tensor in a `LlamaGenTransformer`; of queries, keys and values see `split_qkv`."""
+    if name == "null":
+        return _NULL
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("language.layers."):
+        return f"{_MODULES[module]}.{kind}"
+    _, _, number, *part = module.split(".")
+    part = ".".join(part)
+    if part.startswith("self_attn.") and part not in _LAYER:
+        return _rows_of(f"layers.{number}.{_QKV}", part[len("self_attn.")])
+    return f"layers.{number}.{_LAYER[part]}.{kind}"
+
+
+def transformers_name(name: str) -> str:
+    """The name of a tensor in a copy for transformers."""
+    if name == "null":
+        return f"model.{_NULL}"
+    if name.startswith("caption_"):
+        return f"model.{released_name(name)}"
+    if name.startswith("head."):
+        return f"lm_{name}"
+    return f"model.{name.removeprefix('language.')}"
+
+
+def split_qkv(held: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by name, with queries, keys and values apart where they are stacked in equal parts."""
+    apart = {}
+    for name, value in held.items():
+        stacked = name.endswith(_QKV) and isinstance(value, torch.Tensor) and value.ndim == 2 and len(value) % 3 == 0
+        apart |= dict(zip((_rows_of(name, part) for part in "qkv"), value.chunk(3))) if stacked else {name: value}
+    return apart
+
+
+def _rows_of(name: str, part: str) -> str:
+    return f"{name} ({part})"
+
+
+def halves_of_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a projection whose rotary pairs are neighbours, as a Llama has them, half a head apart: [C, C]."""
+    return rearrange(weight, "(h d pair) c -> (h pair d) c", h=heads, pair=2).contiguous()
+
+
+def network_config(
+    shapes: Mapping[str, tuple[int, ...]], *, heads: int | None, tokens: int, file: Path
+) -> LlamaGenConfig:
+    """The sizes that a checkpoint's tensors have.
+
+    Args:
+        shapes: of its tensors, by their authors' names or by transformers'.
+        heads: None for heads of 64.
+        tokens: N.
+
+    Raises:
+        ValueError: for tensors that are missing or that no such network has, and a count of tokens that is no square.
+    """
+    rename = transformers_name if _is_transformers(shapes) else released_name
+    found = {
+        name: _matrix(shapes, rename(name), file)
+        for name in ("null", "caption_in.weight", "language.embed_tokens.weight")
+    }
+    inner = _matrix(shapes, rename("language.layers.0.mlp.gate_proj.weight"), file)[0]
+    side = round(tokens**0.5)
+    if side**2 != tokens:
+        raise ValueError(f"{file} has {tokens:,} tokens an image, expected a square of them: {_AGAIN}")
+    codes, width = found["language.embed_tokens.weight"]
+    slots, text_width = found["null"]
+    beginning = re.escape(rename("language.layers.0.input_layernorm.weight")).split("0", 1)[0]
+    layers = {match[1] for name in shapes if (match := re.match(rf"{beginning}(\d+)\.", name))}
+    return LlamaGenConfig(
+        grid=(side, side),
+        codes=codes,
+        text_width=text_width,
+        text_slots=slots,
+        width=width,
+        layers=len(layers),
+        heads=heads or max(1, width // _HEAD_WIDTH),
+        hidden=inner,
+    )
+
+
+def _is_transformers(names: Mapping[str, Any]) -> bool:
+    return "model.embed_tokens.weight" in names
+
+
+def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str, file: Path) -> tuple[int, int]:
+    shape = shapes.get(name)
+    if shape is None:
+        raise ValueError(f"{file} has no tensor {name}, as a text-to-image checkpoint of LlamaGen has: {_AGAIN}")
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{file} has {name} as {list(shape)}, expected a matrix: {_AGAIN}")
+    return shape
