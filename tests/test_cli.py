@@ -32,6 +32,7 @@ from dcdd_pico.scenes import render_scene, scene_pixels
 from tests.models.masked.tiny_masked import SAMPLING as TINY
 from tests.models.masked.tiny_masked import save_tiny_masked
 from tests.tiny import random_pico, save_janus
+from tests.tiny_amused import save_tiny_amused
 from tests.tiny_pipelines import save_sd, tiny_autoencoder
 
 
@@ -120,27 +121,70 @@ def test_passes_order_and_revision_are_those_asked_for(tmp_path, monkeypatch):
 
 
 def test_sampling_in_passes_is_refused_in_words(tmp_path, capsys, one_s_own):
-    masked = ["--janus", str(save_tiny_masked(tmp_path / "masked"))]
+    masked, listed = (["--janus", str(save_tiny_masked(tmp_path / name))] for name in ("masked", "listed"))
+    config = json.loads((tmp_path / "listed" / "config.json").read_text())
+    config["sampling"]["schedule"] = [1, 2, 3, 4]
+    (tmp_path / "listed" / "config.json").write_text(json.dumps(config))
+    amused = ["--janus", str(save_tiny_amused(tmp_path / "amused"))]
     janus, progressive = one_s_own[:2], ["--sampler", "progressive"]
     for words, told in (
-        (["--passes", "8"], "has no passes to choose"),
-        (["--stages", str(tmp_path / "s.png")], "has no passes to choose"),
-        ([*janus, "--order", "raster"], "has no passes to choose"),
+        (["--passes", "8"], "has no passes to choose: add --sampler progressive, or leave out --passes"),
+        (["--stages", str(tmp_path / "s.png")], "add --sampler progressive, or leave out --stages"),
+        ([*janus, "--order", "raster", "--spread", "2"], "give the folder of a masked sampler, or leave out --order"),
         ([*janus, *progressive], "holds a sampler of the other kind"),
         ([*masked, "--sampler", "autoregressive"], "holds a sampler of the other kind"),
-        ([*progressive, "--passes", "0"], "passes must be"),
-        ([*progressive, "--passes", "3", "--revision-passes", "3"], "one pass at least has to reveal"),
+        ([*progressive, "--revision-passes", "11"], "revision_passes must be less than passes, got 11 of 11"),
+        ([*amused, "--order", "importance"], "was not trained to predict: choose confidence, halton, random or raster"),
+        ([*listed, "--passes", "9"], "schedule has 4 numbers for 7 revealing passes"),
+        ([*listed, "--passes", "9"], ": give as many passes as it has numbers, 7 numbers, or one of cosine"),
         ([*progressive, "--parallel", "4"], "--parallel would do nothing"),
-        ([*progressive, "--spread", "-1"], "spread must be"),
-        ([*progressive, "--revise", "-1"], "revise must be"),
         ([*progressive, "--stages", "a.jpg"], "--stages a.jpg: images are written as PNG"),
     ):
         assert main(["generate", "a red circle", *words, "--out", str(tmp_path / "a.png")]) == 1, words
-        assert told in capsys.readouterr().err, words
+        assert told in one_line(capsys.readouterr().err), words
     assert not list(tmp_path.glob("*.png"))
-    with pytest.raises(SystemExit):
-        main(["generate", "a", *progressive, "--revise", "some"])
-    assert "--revise: invalid" in capsys.readouterr().err
+
+
+def one_line(told: str) -> str:
+    """An error, without the library's progress bars."""
+    errors = [line for line in told.splitlines() if line.startswith("dcdd: ")]
+    assert len(errors) == 1, told
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--passes 0", "passes must be a whole number in 1..4,096, got 0"),
+        ("--passes 1000000000", "passes must be a whole number in 1..4,096, got 1000000000"),
+        ("--passes 3 --revision-passes 3", "revision_passes must be less than passes, got 3 of 3: one pass at least"),
+        ("--revision-passes -1", "revision_passes must be a whole number of at least 0, got -1"),
+        ("--revise 0 --revision-passes 2", "2 revision passes have nothing to do where revise is 0"),
+        ("--spread -1", "spread must be a whole number in 0..1,024, got -1"),
+        (f"--spread 1{'0' * 30}", "spread must be a whole number in 0..1,024, got 1000"),
+        ("--revise -1", "revise must be 'all' or a whole number of positions in 0..1,048,576, got -1"),
+        (f"--revise 1{'0' * 30}", "revise must be 'all' or a whole number of positions in 0..1,048,576, got 1000"),
+    ],
+)
+def test_passes_that_make_no_sense_are_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, words, told):
+    monkeypatch.setattr(common, "load", lambda args: pytest.fail("it loads"))
+    given = ["generate", "a red circle", "--sampler", "progressive", *words.split(), "--out", str(tmp_path / "a.png")]
+    assert main(given) == 1
+    assert told in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--revise", "some"], "argument --revise: expected 'all' or a whole number, got 'some'"),
+        (["--order", "odd"], "argument --order: invalid choice: 'odd' (choose from"),
+        (["--passes", "many"], "argument --passes: invalid int value: 'many'"),
+    ],
+)
+def test_words_that_are_no_value_are_named(capsys, words, told):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "a", "--sampler", "progressive", *words])
+    assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_many_tokens_a_pass_are_the_same_image(tmp_path, capsys):

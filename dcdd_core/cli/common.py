@@ -24,7 +24,7 @@ from ..evaluation.image_folder import ImageFile, LeftOut, large_enough, list_ima
 from ..evaluation.prompts import check_prompt, read_prompts
 from ..method.flow import timesteps
 from ..method.lcdm import map_logits
-from ..method.progressive import ORDERS, Revise, Staged
+from ..method.progressive import MOST_PASSES, ORDERS, ProgressiveOptions, Revise, Staged
 from ..models.card import READINGS, DecoderCard, ServedGuidance
 from ..models.cheap_decoder import CheapDecoder, load_cheap_decoder
 from ..pipelines.calibrate import PROMPTS
@@ -170,7 +170,10 @@ def progressive_options(parser: Parser) -> None:
 
 
 def _revise(text: str) -> Revise:
-    return text if text == "all" else int(text)
+    try:
+        return text if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected 'all' or a whole number, got {text!r}") from None
 
 
 def decoding_options(parser: Parser) -> None:
@@ -283,6 +286,9 @@ def check_options(args: argparse.Namespace) -> None:
         SamplingOptions(
             guidance=1.0 if args.guidance is None else args.guidance, **{name: held[name] for name in names}
         )
+    if "passes" in held:
+        # What the sampler's own plan adds is checked with it.
+        ProgressiveOptions(**{"passes": MOST_PASSES, "revision_passes": 0, **_staged(args)})
     if "skip_unreadable" in held:
         policy_of(args)
     if "shift" in held and held["calibration"] is not None:
@@ -432,10 +438,19 @@ def sampling_of(models: Models, args: argparse.Namespace) -> SamplingOptions:
             f"--parallel would do nothing: {models.sampler.name or 'this model'} draws many tokens in each of its "
             "passes; leave it out, or choose --passes with `dcdd generate`"
         )
-    staged = {name: getattr(args, name) for name in PROGRESSIVE if getattr(args, name, None) is not None}
-    if not staged:
-        return options
-    return changed_plan(staged_sampler(models.sampler).sampling, options, **staged)
+    staged = _staged(args)
+    return changed_plan(_staged_sampler(models, args).sampling, options, **staged) if staged else options
+
+
+def _staged(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of passes that are given."""
+    return {name: getattr(args, name) for name in PROGRESSIVE if getattr(args, name, None) is not None}
+
+
+def _staged_sampler(models: Models, args: argparse.Namespace) -> StagedSampler:
+    other = f"add --sampler {SAMPLERS[1]}" if args.janus is None else "give the folder of a masked sampler"
+    remedy = f"{other}, or leave out {given(args, *PROGRESSIVE, 'stages')}"
+    return staged_sampler(models.sampler, remedy=remedy)
 
 
 def warn_of_unknown_words(models: Models, prompts: Sequence[str]) -> None:
@@ -497,7 +512,7 @@ def sample_in_stages(models: Models, prompts: Sequence[str], seeds: Sequence[int
     Raises:
         ValueError: for a sampler without passes.
     """
-    sampler = staged_sampler(models.sampler)
+    sampler = _staged_sampler(models, args)
     with bar("passes") as step:
 
         def on_progress(progress: Progress) -> None:

@@ -27,6 +27,8 @@ from .sampling import keyed_generator
 
 MOST_PASSES = 4096
 """A limit against slips: as many passes as a 64 x 64 grid has tokens."""
+_MOST_SIDE = 1024
+"""Of a grid."""
 _ORDER_KEY = 0x0DE5
 """Keeps the noise of the order apart from that of the tokens."""
 # 8 passes over 144 positions, "cosine": 3 8 13 18 22 25 27 28; "arccos": 11 12 12 13 14 16 20 46; "linear": 18 each.
@@ -302,14 +304,15 @@ def redrawn(places: torch.Tensor, revise: Revise) -> torch.Tensor:
 
 
 def check_revise(revise: Revise) -> None:
-    """Refuses what is neither "all" nor a whole number >= 0.
+    """Refuses what is neither "all" nor a number of positions.
 
     Raises:
         ValueError: with what came.
     """
-    if revise != "all" and (type(revise) is not int or revise < 0):
+    if revise != "all" and (type(revise) is not int or not 0 <= revise <= _MOST_SIDE**2):
         raise ValueError(
-            f"revise must be 'all' or a whole number >= 0 of positions, got {shown(revise)}: 0 rewrites nothing"
+            f"revise must be 'all' or a whole number of positions in 0..{_MOST_SIDE**2:,}, got {shown(revise)}: 0 "
+            "rewrites nothing"
         )
 
 
@@ -358,7 +361,7 @@ class ProgressiveOptions(SamplingOptions):
                 f"start must be less than passes, got {self.start} of {self.passes}: one pass at least has to draw"
             )
         require_number("order_noise", self.order_noise, least=0, optional=True)
-        require_number("spread", self.spread, whole=True, least=0)
+        require_number("spread", self.spread, whole=True, least=0, most=_MOST_SIDE)
         find_order(self.order)
         check_revise(self.revise)
         if self.revise == 0 and self.revision_passes:

@@ -266,7 +266,7 @@ def test_revision_takes_all_or_the_last():
     assert redrawn(places, 2).tolist() == [[True, False, False, False, True], [False, False, True, False, False]]
     assert not redrawn(places, 0).any()
     assert torch.equal(redrawn(places, 9), redrawn(places, "all"))
-    for wrong in (-1, 1.0, "some", None, True):
+    for wrong in (-1, 1.0, "some", None, True, 10**30):
         with pytest.raises(ValueError, match="revise must be 'all' or a whole number"):
             redrawn(places, wrong)
 
@@ -289,8 +289,9 @@ def test_options_are_sampling_options_with_a_plan():
         ({"start": -1}, "start must be a whole number of at least 0"),
         ({"order": "size"}, "order must be one of"),
         ({"order_noise": -1.0}, "order_noise must be a finite number of at least 0"),
-        ({"spread": -1}, "spread must be a whole number of at least 0"),
-        ({"revise": -1}, "revise must be 'all'"),
+        ({"spread": -1}, "spread must be a whole number in 0..1,024"),
+        ({"spread": 10**30}, "spread must be a whole number in 0..1,024"),
+        ({"revise": -1}, "revise must be 'all' or a whole number of positions in 0..1,048,576, got -1"),
         ({"revise": 0}, "3 revision passes have nothing to do"),
         ({"schedule": "sine"}, "schedule must be one of"),
         (
