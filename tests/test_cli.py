@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import asdict, replace
 
@@ -14,7 +15,7 @@ from PIL import Image
 from torch._inductor import config as inductor_config
 
 from dcdd_core.cli import common, main
-from dcdd_core.cli.app import parser
+from dcdd_core.cli.app import COMMANDS, parser
 from dcdd_core.method.flow import resolution_shift
 from dcdd_core.models.autoregressive.token_loop import TokenLoop
 from dcdd_core.models.card import ServedGuidance
@@ -60,6 +61,24 @@ def one_s_own(tmp_path):
 def size(path):
     with Image.open(path) as image:
         return image.size
+
+
+HELP = """
+import sys
+from dcdd_core.cli import main
+try:
+    main(["--help"])
+finally:
+    print(*sorted({"diffusers", "matplotlib", "numpy", "scipy", "torch", "transformers"} & set(sys.modules)))
+"""
+
+
+def test_help_names_the_commands_and_loads_no_library_of_models():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
+    *told, loaded = done.stdout.splitlines()
+    assert loaded == ""
+    named = [line.split()[0] for line in told if line.startswith("    ") and not line.startswith("     ")]
+    assert named == [*COMMANDS, "train"]
 
 
 def test_generate_writes_both_pictures_and_the_logits(tmp_path, capsys):

@@ -310,7 +310,7 @@ sys.modules[name] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 
 importlib.import_module(name + ".dcdd_core")
-report["early"] = sorted({"diffusers", "matplotlib", "skimage", "transformers"} & set(sys.modules))
+report["early"] = sorted({"diffusers", "matplotlib", "skimage", "torch", "transformers"} & set(sys.modules))
 
 modules = ["dcdd_pico.embedded", "dcdd_pico.scenes"]
 for top, folders, files in os.walk(os.path.join(folder, "dcdd_core")):

@@ -6,17 +6,27 @@ import argparse
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from types import MappingProxyType
 
 import PIL.Image
-from transformers.utils import logging as transformers_logging
 
-from ..pipelines.oom import is_out_of_memory
-from . import calibrate, demo, evaluate, generate, inspect, reconstruct, sharpen
 from .arguments import printable_output
-from .common import check_options
 
-COMMANDS = (generate, reconstruct, sharpen, calibrate, inspect, evaluate, demo)
+#: By name what `--help` says of each command. A command's module, of the same name, is imported where it is asked for:
+#: torch, transformers and diffusers take seconds, which neither a help text nor another command needs.
+COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "generate": "prompts to images",
+        "reconstruct": "images through the tokenizer and back",
+        "sharpen": "images through the tokenizer, without a diffusion model",
+        "calibrate": "fit a calibration to a VLM",
+        "inspect": "Table 1 and Figure 6 for a VLM",
+        "evaluate": "both decoders in numbers: tables, plots, GenEval's folders",
+        "demo": "both decoders side by side on one sheet",
+    }
+)
 _COMPILER = "install a C++ compiler, and on a GPU Triton as well, or leave out --compile"
 _LESS_MEMORY = "use a smaller image, --dtype bfloat16, --janus-int8, --decoder-8bit or --stream"
 
@@ -26,10 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for a failure that is explained, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["train"]:
-        from .train import main as train  # Its imports take seconds, and no other command needs them.
+        from .train import main as train
 
         return train(words[1:], prog="dcdd train")
-    args = parser().parse_args(words)
+    args = parser(word for word in words if word in COMMANDS).parse_args(words)
+    from transformers.utils import logging as transformers_logging
+
+    from ..pipelines.oom import is_out_of_memory
+    from .common import check_options
+
     args.command = shlex.join(["dcdd", *words])
     transformers_logging.disable_progress_bar()
     try:
@@ -60,12 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def parser(whole: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The parser of all commands, those of `whole` with their options."""
     found = argparse.ArgumentParser(prog="dcdd", description=__doc__)
     commands = found.add_subparsers(required=True, metavar="command")
-    for command in COMMANDS:
-        command.add(commands)
+    whole = set(whole)
+    for name, help in COMMANDS.items():
+        if name in whole:
+            import_module(f".{name}", __package__).add(commands, help)
+        else:
+            commands.add_parser(name, help=help)
     # For the help text: `main` passes its words on.
     commands.add_parser("train", add_help=False, help="train a decoder, encode its images, estimate what it takes")
     return found

@@ -26,10 +26,10 @@ PROMPTS = (
 SCENES = (4, 12, 25, 44)
 
 
-def add(commands: Any) -> None:
+def add(commands: Any, help: str) -> None:
     """Adds the command."""
     groups = common.sampling_options, common.decoding_options
-    command = common.add_command(commands, "demo", run, *groups, help="both decoders side by side on one sheet")
+    command = common.add_command(commands, "demo", run, *groups, help=help)
     command.add_argument("prompt", nargs="*", help="in place of the four built-in prompts")
     command.add_argument("--out", type=arguments.path, default=Path("out/demo.png"))
 

@@ -20,13 +20,10 @@ from ..types import TokenLogits
 from . import arguments, common
 
 
-def add(commands: Any) -> None:
+def add(commands: Any, help: str) -> None:
     """Adds the two commands."""
-    what = commands.add_parser(
-        "evaluate",
-        help="both decoders in numbers: tables, plots, GenEval's folders",
-        description="Both decoders in numbers.",
-    ).add_subparsers(required=True, metavar="what")
+    what = commands.add_parser("evaluate", help=help, description="Both decoders in numbers.")
+    what = what.add_subparsers(required=True, metavar="what")
     command = common.add_command(
         what,
         "reconstruction",

@@ -17,7 +17,7 @@ from ..pipelines.load import Models
 from . import arguments, common
 
 
-def add(commands: Any) -> None:
+def add(commands: Any, help: str) -> None:
     """Adds the command."""
     groups = (
         common.model_options,
@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
         common.decoding_options,
         common.guidance_options,
     )
-    command = common.add_command(commands, "generate", run, *groups, help="prompts to images")
+    command = common.add_command(commands, "generate", run, *groups, help=help)
     command.add_argument("prompt", nargs="+")
     command.add_argument("--out", type=arguments.path, default=Path("out/generated.png"))
     command.add_argument("--compare", action="store_true", help="write the VQ-VAE's image as well")

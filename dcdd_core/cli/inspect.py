@@ -18,10 +18,10 @@ from ..types import Calibration, TokenLogits
 from . import arguments, common
 
 
-def add(commands: Any) -> None:
+def add(commands: Any, help: str) -> None:
     """Adds the command."""
     groups = common.model_options, common.sampling_options, common.material_options(count=25)
-    command = common.add_command(commands, "inspect", run, *groups, help="Table 1 and Figure 6 for a VLM")
+    command = common.add_command(commands, "inspect", run, *groups, help=help)
     command.add_argument(
         "--logits", nargs="+", type=arguments.path, metavar="FILE", help="saved token logits to describe instead"
     )

@@ -20,10 +20,10 @@ from . import arguments, common
 _MOST_TOKENS = 64 * 64
 
 
-def add(commands: Any) -> None:
+def add(commands: Any, help: str) -> None:
     """Adds the command."""
     groups = common.model_options, common.decoding_options, common.guidance_options
-    command = common.add_command(commands, "reconstruct", run, *groups, help="images through the tokenizer and back")
+    command = common.add_command(commands, "reconstruct", run, *groups, help=help)
     command.add_argument("image", nargs="+", type=arguments.path)
     command.add_argument(
         "--prompt", dest="prompt_of_base", default="", metavar="TEXT", help="what the pipeline in --base is told"

@@ -19,11 +19,9 @@ from .reconstruct import names_of, read_image
 _STRENGTH, _STEPS = 0.1, 8
 
 
-def add(commands: Any) -> None:
+def add(commands: Any, help: str) -> None:
     """Adds the command."""
-    command = common.add_command(
-        commands, "sharpen", run, help="images through the tokenizer, without a diffusion model"
-    )
+    command = common.add_command(commands, "sharpen", run, help=help)
     command.add_argument("image", nargs="+", type=arguments.path)
     command.add_argument(
         "--janus", type=arguments.path, metavar="FOLDER", help="a Janus model; the embedded one without"
