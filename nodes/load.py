@@ -20,6 +20,9 @@ from .host import Managed, ManagedCodec
 from .sockets import Decoder, DecoderSocket, JanusModel, JanusModelSocket, VQVAESocket, schema
 
 PICO = "pico (built in)"
+PICO_PROGRESSIVE = "pico progressive (built in)"
+#: Combo values of the models that come with the pack.
+BUILT_IN = (PICO, PICO_PROGRESSIVE)
 CONNECTED = "with the bundle, or connected"
 HELD = "in the bundle"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -40,12 +43,16 @@ class LoadJanus(io.ComfyNode):
             description=(
                 "Loads a Janus or Janus-Pro model, which turns a prompt into image tokens, together with its "
                 "VQ-VAE. Put the model's whole folder into models/janus (the transformers or the DeepSeek layout). "
-                "Folders of masked samplers go there too, for the Progressive Token Sampler. 'pico' is a tiny model "
-                "that comes with the pack, so every workflow can be tried without a download."
+                "Folders of masked samplers go there too, for the Progressive Token Sampler. 'pico' and 'pico "
+                "progressive' are tiny models that come with the pack, so that you can start without a download."
             ),
             search_aliases=["janus pro", "deepseek", "vlm", "autoregressive", "llm loader", "llamagen", "masked model"],
             inputs=[
-                _model(),
+                _model(
+                    BUILT_IN,
+                    "A folder in models/janus that holds a Janus or Janus-Pro model or a masked sampler, or one of the "
+                    "two tiny built-in models: 'pico' samples one token after the other, 'pico progressive' in passes.",
+                ),
                 _dtype(),
                 _placement(),
             ],
@@ -53,7 +60,7 @@ class LoadJanus(io.ComfyNode):
                 JanusModelSocket.Output(
                     "janus",
                     display_name="janus",
-                    tooltip="Connect to a Janus Logit Sampler, or a masked sampler to a Progressive Token Sampler.",
+                    tooltip="Connect to a Janus Logit Sampler; a masked sampler also to a Progressive Token Sampler.",
                 ),
                 VQVAESocket.Output("vq_vae", display_name="vq_vae", tooltip="Converts between images and tokens."),
             ],
@@ -68,8 +75,10 @@ class LoadJanus(io.ComfyNode):
         folder, torch_dtype = _folder(model), _torch_dtype(dtype, model, placement)
         family = registry.sampler_family(folder)
         sampler = family.load_sampler(str(folder), dtype=torch_dtype, computes_on=host.device_of(placement))
+        if model in BUILT_IN:
+            sampler.name = NAME
         if model == PICO:
-            sampler.name, sampler.default_guidance = NAME, _PICO_GUIDANCE
+            sampler.default_guidance = _PICO_GUIDANCE
         vq = _tokenizer(folder, model, placement)
         return io.NodeOutput(JanusModel(sampler=Managed(sampler, placement=placement), vq=vq), vq)
 
@@ -88,7 +97,10 @@ class LoadVQVAE(io.ComfyNode):
                 "image needs nothing else, so the language model, several gigabytes, is not loaded."
             ),
             search_aliases=["tokenizer", "vqgan", "vq-16", "janus vae", "llamagen"],
-            inputs=[_model(), _placement()],
+            inputs=[
+                _model((PICO,), "A folder in models/janus whose VQ-VAE to load, or the tiny built-in one."),
+                _placement(),
+            ],
             outputs=[
                 VQVAESocket.Output("vq_vae", display_name="vq_vae", tooltip="Converts between images and tokens.")
             ],
@@ -250,16 +262,8 @@ NODES = [LoadJanus, LoadVQVAE, LoadDecoder, DownloadModel]
 _OFFERED = {f"{name} ({model.gigabytes:g} GB)": model for name, model in KNOWN_MODELS.items()}
 
 
-def _model() -> io.Combo.Input:
-    return io.Combo.Input(
-        "model",
-        options=[PICO, *model_folders.samplers()],
-        default=PICO,
-        tooltip=(
-            "A folder in models/janus that holds a Janus or Janus-Pro model or a masked sampler, or the tiny built-in "
-            "model."
-        ),
-    )
+def _model(built_in: tuple[str, ...], tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input("model", options=[*built_in, *model_folders.samplers()], default=PICO, tooltip=tooltip)
 
 
 def _dtype() -> io.Combo.Input:
@@ -287,7 +291,9 @@ def _placement() -> io.Combo.Input:
 
 
 def _folder(model: str) -> Path:
-    return model_paths()["vlm"] if model == PICO else model_folders.path_of(model_folders.JANUS, model)
+    if model in BUILT_IN:
+        return model_paths(progressive=model == PICO_PROGRESSIVE)["vlm"]
+    return model_folders.path_of(model_folders.JANUS, model)
 
 
 def _state(model: str) -> str:
@@ -303,7 +309,7 @@ def _state(model: str) -> str:
 def _tokenizer(folder: Path, model: str, placement: str) -> Managed[ImageTokenizer]:
     """In float32: its features decide which token a patch becomes."""
     tokenizer = registry.sampler_family(folder).load_tokenizer(str(folder), dtype=torch.float32)
-    if model == PICO:
+    if model in BUILT_IN:
         tokenizer.name = NAME
     return Managed(tokenizer, placement=placement)
 
@@ -319,7 +325,7 @@ def _torch_dtype(name: str, model: str, placement: str) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     device = host.device_of(placement)
-    if model == PICO or device.type == "cpu":
+    if model in BUILT_IN or device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float16
 

@@ -15,13 +15,15 @@ from ..dcdd_core.method.progressive import ORDERS, Staged
 from ..dcdd_core.method.uncertainty import tokens_under_mask
 from ..dcdd_core.pipelines.encode import encode, fitting_size
 from ..dcdd_core.pipelines.oom import one_by_one
-from ..dcdd_core.pipelines.progressive import changed_plan, sample_stages, staged_sampler
+from ..dcdd_core.pipelines.progressive import StagedSampler, changed_plan, sample_stages, staged_sampler
 from ..dcdd_core.pipelines.sample import edit_prompts, partial_tokens, sample
-from ..dcdd_core.protocols import ImageTokenizer, OnProgress, Progress, SamplingOptions, TokenSampler
+from ..dcdd_core.protocols import ImageTokenizer, Progress, SamplingOptions, TokenSampler
+from ..dcdd_core.settings import require_number
 from ..dcdd_core.types import TokenLogits
 from . import checks, host
 from .convert import check_finite, from_pil, image_of, mask_of, pixels_of, resized
 from .host import Managed
+from .load import PICO_PROGRESSIVE
 from .sockets import (
     CONNECT_LOGITS,
     CONNECT_VQ,
@@ -37,6 +39,8 @@ from .sockets import (
 OWN_ORDER = "the model's own"
 #: Of the Progressive Token Sampler: the sheet of its passes is an image.
 MOST_PASSES = 100
+#: Of the Janus Logit Sampler: more than an image of Janus has tokens.
+MOST_PARALLEL = 1024
 #: Images of a batch in a preview, and with a sheet of their passes.
 MOST_SHOWN = 4
 
@@ -63,7 +67,23 @@ class JanusLogitSampler(io.ComfyNode):
                 "edit tokens",
                 "自回归",
             ],
-            inputs=_inputs(),
+            inputs=[
+                *_inputs(),
+                # Last, and optional: graphs that were saved without it go on as they are.
+                io.Int.Input(
+                    "parallel_tokens",
+                    optional=True,
+                    default=0,
+                    min=0,
+                    max=MOST_PARALLEL,
+                    tooltip=(
+                        "For speed: how many tokens the model guesses ahead at a time. 0 is automatic (several on a "
+                        "CPU in float32, otherwise one), 1 is off: one token after the other. Wrong guesses are "
+                        "thrown away, so in float32 the image stays the same. In bfloat16 and float16 a change of "
+                        "this number gives another image for the same seed, neither better nor worse."
+                    ),
+                ),
+            ],
             outputs=[_sampled()],
         )
 
@@ -73,10 +93,12 @@ class JanusLogitSampler(io.ComfyNode):
         janus: JanusModel,
         token_logits: TokenLogits | None = None,
         mask: torch.Tensor | None = None,
+        parallel_tokens: int = 0,
         **drawn,
     ) -> io.NodeOutput:
         request = _requested(janus, token_logits, mask, **drawn)
         sampler, previewing = janus.sampler.idle, host.shows_previews()
+        report = _Report(janus, math.prod(sampler.grid), token_logits, previewing)
         with host.noticed():
             sampled = sample(
                 sampler,
@@ -85,9 +107,11 @@ class JanusLogitSampler(io.ComfyNode):
                 options=request.options,
                 previous=token_logits,
                 resample=request.resample,
-                on_progress=_reporting(janus, math.prod(sampler.grid), token_logits, previewing),
+                on_progress=report,
+                parallel=_parallel(parallel_tokens, sampler),
                 host=_host(janus, previewing),
             )
+            report.tell_passes(request)
         return io.NodeOutput(sampled)
 
 
@@ -102,9 +126,10 @@ class ProgressiveTokenSampler(io.ComfyNode):
             category="tokens",
             description=(
                 "Samples an image from a prompt in a few passes, from coarse to fine: each pass reveals many tokens "
-                "at once and draws earlier ones again, so that mistakes are taken back. It needs a masked sampler. "
-                "Connect token_logits and a mask to sample again under the mask alone, which sees both sides of the "
-                "hole; or start from their tokens: image to image."
+                "at once and draws earlier ones again, which corrects mistakes. It needs a masked sampler, such as "
+                "'pico progressive (built in)' in Load Janus. To inpaint, connect token_logits and a mask: only tokens "
+                "under the mask are sampled again, and the model sees the image on all sides of them. For image to "
+                "image, connect token_logits and set start."
             ),
             search_aliases=[
                 "masked sampler",
@@ -122,8 +147,8 @@ class ProgressiveTokenSampler(io.ComfyNode):
                     min=0,
                     max=MOST_PASSES,
                     tooltip=(
-                        "How often the model runs; 0 uses its own number. More passes take longer, and fewer tokens "
-                        "are drawn at the same time."
+                        "How often the model runs; 0 uses its own number (pico progressive: 11). More passes take "
+                        "longer and decide fewer tokens at a time."
                     ),
                 ),
                 io.Int.Input(
@@ -132,8 +157,8 @@ class ProgressiveTokenSampler(io.ComfyNode):
                     min=-1,
                     max=MOST_PASSES - 1,
                     tooltip=(
-                        "How many of the passes, the last ones, reveal nothing new and only draw again. -1 uses the "
-                        "model's own share of the passes."
+                        "How many of the passes are kept for the end, where nothing new is revealed and tokens are "
+                        "only corrected. -1 uses the model's own share of the passes."
                     ),
                 ),
                 io.Combo.Input(
@@ -141,9 +166,10 @@ class ProgressiveTokenSampler(io.ComfyNode):
                     options=[OWN_ORDER, *ORDERS],
                     default=OWN_ORDER,
                     tooltip=(
-                        "Which tokens are revealed first. 'quantisation-error': those that the codebook says well. "
-                        "'importance': those that help the others most. 'confidence': those the model is sure of. "
-                        "'halton': evenly spread. Not every model can give the first two."
+                        "Which tokens are revealed first. 'quantisation-error': those that the codebook represents "
+                        "best. 'importance': those that help the others most. 'confidence': those that the model is "
+                        "most certain of. 'halton': evenly spread. 'random' and 'raster' (row by row): to compare. Not "
+                        "every model can give the first two."
                     ),
                 ),
                 io.Int.Input(
@@ -152,8 +178,8 @@ class ProgressiveTokenSampler(io.ComfyNode):
                     min=-1,
                     max=64,
                     tooltip=(
-                        "Tokens of one pass keep so many rows and columns apart, as far as they can; 0 for none. -1 "
-                        "uses the model's own."
+                        "How many rows or columns of tokens lie between two that are revealed in the same pass, where "
+                        "there is room. 0 lets them be neighbours. -1 uses the model's own."
                     ),
                 ),
                 io.Int.Input(
@@ -162,8 +188,9 @@ class ProgressiveTokenSampler(io.ComfyNode):
                     min=-1,
                     max=65536,
                     tooltip=(
-                        "Each pass draws so many of the revealed tokens again, the latest ones; 0 never takes one "
-                        "back, and as many as the image has tokens draws all again. -1 uses the model's own."
+                        "How many of the tokens that are there already each pass draws again, the newest first. 0 "
+                        "never changes a token; the number of tokens in the image (pico: 144) draws all again. -1 uses "
+                        "the model's own."
                     ),
                 ),
                 io.Int.Input(
@@ -172,8 +199,9 @@ class ProgressiveTokenSampler(io.ComfyNode):
                     min=0,
                     max=MOST_PASSES - 1,
                     tooltip=(
-                        "Image to image: the first passes, so many, reveal the tokens of token_logits instead of "
-                        "drawing them. Higher stays closer to that image; 0 draws everything."
+                        "Image to image: in this many passes at the beginning, tokens are taken from token_logits "
+                        "instead of being drawn. Higher stays closer to that image; 0 draws everything. It has to be "
+                        "less than the number of passes."
                     ),
                 ),
             ),
@@ -183,8 +211,8 @@ class ProgressiveTokenSampler(io.ComfyNode):
                     "stages",
                     display_name="stages",
                     tooltip=(
-                        "A contact sheet of the passes for each image, at most four: what each revealed is green, "
-                        "what it rewrote orange."
+                        "A contact sheet for each of the first four images: every pass from left to right, with new "
+                        "tokens in green and rewritten ones in orange."
                     ),
                 ),
             ],
@@ -207,7 +235,10 @@ class ProgressiveTokenSampler(io.ComfyNode):
         request = _requested(janus, token_logits, mask, start=start, **drawn)
         sampler = staged_sampler(
             janus.sampler.idle,
-            remedy="connect it to a Janus Logit Sampler, or choose a masked sampler in Load Janus",
+            remedy=(
+                "connect it to a Janus Logit Sampler, or choose a masked sampler in Load Janus, such as "
+                f"'{PICO_PROGRESSIVE}'"
+            ),
         )
         if start and token_logits is None:
             raise ValueError(
@@ -229,6 +260,7 @@ class ProgressiveTokenSampler(io.ComfyNode):
             start=start,
         )
         previewing = host.shows_previews()
+        report = _Report(janus, plan.passes, token_logits, previewing)
         with host.noticed():
             staged = sample_stages(
                 sampler,
@@ -237,9 +269,10 @@ class ProgressiveTokenSampler(io.ComfyNode):
                 options=plan,
                 previous=token_logits,
                 resample=request.resample,
-                on_progress=_reporting(janus, plan.passes, token_logits, previewing),
+                on_progress=report,
                 host=_host(janus, previewing),
             )
+            report.tell_passes(request)
         # Without a pass there is nothing to show; the node has said why.
         sheets = _sheets(janus, staged, request.prompts) if staged.stages else ExecutionBlocker(None)
         return io.NodeOutput(staged.token_logits, sheets)
@@ -313,12 +346,14 @@ class _Request:
     Attributes:
         prompts, seeds: one an image.
         resample: bool [B, N] of an edit.
+        warning: what was said on the node about the prompt; "" for nothing.
     """
 
     prompts: list[str]
     seeds: list[int]
     options: SamplingOptions
     resample: torch.Tensor | None
+    warning: str
 
 
 def _requested(
@@ -361,7 +396,8 @@ def _requested(
         prompts = edit_prompts(lines, len(token_logits.tokens))
         whole = torch.ones(token_logits.tokens.shape, dtype=torch.bool)
         resample = whole if mask is None else _under_mask(mask, token_logits)
-    _name_unknown_words(sampler, "\n".join(lines))
+    if warning := _unknown_words(sampler, "\n".join(lines)):
+        host.notice(warning)
     options = SamplingOptions(
         guidance=sampler.default_guidance if guidance < 0 else guidance,
         temperature=temperature,
@@ -369,7 +405,7 @@ def _requested(
         top_p=top_p if top_p < 1 else None,
     )
     seeds = [seed + k for k in range(len(prompts))]
-    return _Request(prompts=prompts, seeds=seeds, options=options, resample=resample)
+    return _Request(prompts=prompts, seeds=seeds, options=options, resample=resample, warning=warning)
 
 
 def _inputs(*own: io.Input) -> list[io.Input]:
@@ -406,7 +442,7 @@ def _inputs(*own: io.Input) -> list[io.Input]:
             step=0.1,
             tooltip=(
                 "How closely the prompt is followed (classifier-free guidance). -1 uses the model's own: 5 for "
-                "Janus-Pro, 3 for pico, the built-in model. 1 turns guidance off and takes half the time."
+                "Janus-Pro, 3 for the built-in pico models. 1 turns guidance off and takes half the time."
             ),
         ),
         io.Float.Input(
@@ -450,8 +486,8 @@ def _inputs(*own: io.Input) -> list[io.Input]:
             "token_logits",
             optional=True,
             tooltip=(
-                "For an edit: the tokens to keep outside the mask, from this sampler, or from an image of "
-                "your own through VQ-VAE Encode and Logit Calibrator."
+                "For an edit: the tokens of an image; those outside the mask are kept. From a sampler, or from an "
+                "image of your own through VQ-VAE Encode and Logit Calibrator."
             ),
         ),
         io.Mask.Input("mask", optional=True, tooltip="For an edit: white where tokens are sampled again."),
@@ -466,19 +502,52 @@ def _sampled() -> io.Output:
     )
 
 
-def _reporting(janus: JanusModel, total: int, token_logits: TokenLogits | None, previewing: bool) -> OnProgress:
-    """Moves the node's bar, with a preview for each row of tokens, or for each step that is worth more than a row."""
-    tokenizer, grid, progress = janus.vq.idle, janus.sampler.idle.grid, host.NodeProgress(total)
-    shown = 0
+def _parallel(tokens: int, sampler: TokenSampler) -> int | None:
+    """The widget's number for `pipelines.sample`.
 
-    def on_progress(now: Progress) -> None:
-        nonlocal shown
-        rows = now.done * grid[0] // now.total
-        preview = _so_far(tokenizer, grid, now, token_logits) if previewing and rows > shown else None
-        shown = rows  # less than before where a part of the batch begins
-        progress.step(now.done, now.total, preview)
+    Raises:
+        ValueError: for a number out of range, and for one that is not 0 with a sampler in passes.
+    """
+    require_number(
+        "parallel_tokens", tokens, whole=True, least=0, most=MOST_PARALLEL, remedy="0 is automatic, 1 is off"
+    )
+    if tokens and isinstance(sampler, StagedSampler):
+        raise ValueError(
+            f"parallel_tokens is {tokens}, but {sampler.name or 'this model'} is a masked sampler, which draws many "
+            "tokens in each pass anyway: set it to 0; a Progressive Token Sampler lets you choose the passes"
+        )
+    return tokens or None
 
-    return on_progress
+
+class _Report:
+    """Moves the node's bar, with a preview for each row of tokens, or for each step that is worth more than a row; at
+    the end it tells on the node how many passes of the model there were."""
+
+    def __init__(self, janus: JanusModel, total: int, token_logits: TokenLogits | None, previewing: bool):
+        self._tokenizer, self._grid = janus.vq.idle, janus.sampler.idle.grid
+        self._previous, self._previewing = token_logits, previewing
+        self._bar = host.NodeProgress(total)
+        self._shown = 0
+        self._passes: dict[int, int] = {}  # of each part of the batch, if it was split
+
+    def __call__(self, now: Progress) -> None:
+        rows = now.done * self._grid[0] // now.total
+        wanted = self._previewing and rows > self._shown
+        self._shown = rows  # less than before where a part of the batch begins
+        self._passes[now.first] = now.passes
+        self._bar.step(
+            now.done, now.total, _so_far(self._tokenizer, self._grid, now, self._previous) if wanted else None
+        )
+
+    def tell_passes(self, request: _Request) -> None:
+        """Says it below what was said before, which it would replace; nothing if there was no pass."""
+        if not self._passes:
+            return
+        drawn = [math.prod(self._grid)] if request.resample is None else request.resample.sum(dim=1).tolist()
+        count = f"{max(drawn)} tokens" if min(drawn) == max(drawn) else f"{min(drawn)} to {max(drawn)} tokens"
+        images = f" for each of {len(request.prompts)} images" if len(request.prompts) > 1 else ""
+        lines = [request.warning, f"{count}{images} in {sum(self._passes.values())} passes"]
+        host.tell("\n".join(filter(None, lines)))
 
 
 def _host(janus: JanusModel, previewing: bool) -> host.ComfyHost:
@@ -501,11 +570,12 @@ def _under_mask(mask: torch.Tensor, token_logits: TokenLogits) -> torch.Tensor:
     return area.expand(batch, -1).cpu()
 
 
-def _name_unknown_words(sampler: TokenSampler, prompt: str) -> None:
+def _unknown_words(sampler: TokenSampler, prompt: str) -> str:
+    """A sentence about the words that mean nothing to the sampler; "" if there are none."""
     unknown, known = sampler.unknown_words(prompt), sampler.known_words()
-    if unknown:
-        instead = f" It knows: {', '.join(known)}" if known else ""
-        host.notice(f"{sampler.name} does not know {', '.join(unknown)}.{instead}")
+    if not unknown:
+        return ""
+    return f"{sampler.name} does not know {', '.join(unknown)}." + (f" It knows: {', '.join(known)}" if known else "")
 
 
 def _so_far(

@@ -47,7 +47,8 @@ MOST_BYTES = 60_000
 
 Graph = dict[str, dict[str, Any]]
 
-PICO, HARD, SOFT = "pico (built in)", "hard: the tokens", "soft: the expected codes"
+PICO, PICO_PROGRESSIVE = "pico (built in)", "pico progressive (built in)"
+HARD, SOFT = "hard: the tokens", "soft: the expected codes"
 FOLLOW = "soft: the distributions"
 #: Strengths of guidance to compare; the last is too much.
 STRENGTHS = (0.2, 0.4, 5.0)
@@ -68,6 +69,23 @@ WIDGETS: dict[str, dict[str, Any]] = {
         "prompt": PROMPT,
         "seed": SEED,
         "guidance": 3.0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "batch_size": 1,
+        "prompt_per_line": False,
+        "parallel_tokens": 1,  # a preview for each row
+    },
+    "DCDD_ProgressiveTokenSampler": {
+        "prompt": PROMPT,
+        "passes": 0,
+        "revision_passes": -1,
+        "order": "the model's own",
+        "spread": -1,
+        "revise": -1,
+        "start": 0,
+        "seed": SEED,
+        "guidance": -1.0,
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
@@ -149,6 +167,8 @@ def first_graph() -> Graph:
     b.add("by_vq_soft", "DCDD_VQVAEDecode", token_logits="sampled", vq_vae="janus.1", codes=SOFT, saved=True)
     b.add("condition", "DCDD_LCDMEncoder", token_logits="sampled", vq_vae="janus.1", decoder="decoder")
     b.add("painted", "DCDD_FluxDecoder", decoder="decoder", condition="condition", saved=True)
+    b.add("masked", "DCDD_LoadJanus", model=PICO_PROGRESSIVE)
+    b.add("passes", "DCDD_ProgressiveTokenSampler", janus="masked", saved=True, output=1)
     # Without the decoder: the uncertainty of Janus itself.
     b.add("uncertain", "DCDD_LCDMEncoder", token_logits="sampled", vq_vae="janus.1")
     for k, feature in enumerate(FEATURES):
@@ -437,6 +457,13 @@ def curve_of(sheet: Image.Image) -> Image.Image:
     return ImageOps.expand(right.crop(ImageOps.invert(right.convert("L")).getbbox()), 16, "white")
 
 
+def pass_of(sheet: Image.Image, number: int) -> tuple[Image.Image, Image.Image]:
+    """One pass, 1.., of a contact sheet of passes: the image after it, and the same with what changed in colour."""
+    left = 12 + (number - 1) * 172
+    after, marked = (sheet.crop((left, top, left + 160, top + 160)) for top in (66, 264))
+    return after, marked
+
+
 def legend(*names: str) -> Image.Image:
     """The names of the curves, larger than the node draws them."""
     strip, pen = blank(28)
@@ -587,8 +614,12 @@ def drawings(results: Path) -> Iterator[tuple[str, Image.Image]]:
     yield from diagrams(texts["kept"])
 
     grown = [Image.open(path).convert("RGB") for path in sorted(results.glob("sampled.preview_*.jpg"))]
-    stages = [(f"{share} %", grown[len(grown) * share // 100 - 1]) for share in (25, 50, 75, 100)]
+    stages = [(f"{share}%", grown[len(grown) * share // 100 - 1]) for share in (25, 50, 75, 100)]
     yield "DCDD_JanusLogitSampler", tiles(stages[:2], stages[2:])
+    passes = {k: pass_of(result("passes"), k) for k in (2, 5, 8, 11)}
+    after, marked = ([image[row] for image in passes.values()] for row in (0, 1))
+    labels = [f"pass {k}" for k in passes]
+    yield "DCDD_ProgressiveTokenSampler", tiles(list(zip(labels, after)), [("", image) for image in marked])
 
     original = ("the image", result("scene"))
     tokens = (f"{TOKENS_A_SIDE} x {TOKENS_A_SIDE} tokens", gridded(result("scene")))
@@ -666,7 +697,7 @@ def guidance_drawings(
 
 def shares(told: str) -> str:
     """What Token Agreement tells, in short."""
-    return "{} %, under noise {} %".format(*re.findall(r"(\d+)%", told))
+    return "{}%, under noise {}%".format(*re.findall(r"(\d+)%", told))
 
 
 def write(image: Image.Image, path: Path) -> None:

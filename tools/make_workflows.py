@@ -213,9 +213,9 @@ class Graph:
         self.definitions, self.name, self.inside = definitions, name, inside
         self.nodes: list[Node] = []
         self.groups: list[Group] = []
-        #: The node with the final image, and the fraction of its width that the thumbnail crops from the left.
+        #: The node with the final image, and between which fractions of its width the thumbnail shows it.
         self.thumbnail: Node | None = None
-        self.thumbnail_cut = 0.0
+        self.thumbnail_part = (0.0, 1.0)
 
     def node(
         self,
@@ -614,9 +614,10 @@ def result_of(url: str, graph: Graph) -> Image.Image:
     return Image.open(io.BytesIO(ask(url, f"/view?{query}"))).convert("RGB")
 
 
-def thumbnail(image: Image.Image, cut: float, side: int = 400) -> Image.Image:
-    """Scales an image to fit a square, on the background colour of the comparison sheets."""
-    image = image.crop((round(cut * image.width), 0, *image.size))
+def thumbnail(image: Image.Image, part: tuple[float, float], side: int = 400) -> Image.Image:
+    """Scales a part of an image to fit a square, on the background colour of the comparison sheets."""
+    left, right = (round(end * image.width) for end in part)
+    image = image.crop((left, 0, right, image.height))
     scale = side / max(image.size)
     size = [round(length * scale) for length in image.size]
     square = Image.new("RGB", (side, side), (250, 249, 246))
@@ -650,8 +651,8 @@ CLIP_L, T5 = (
 )
 
 
-def load_janus(graph: Graph) -> Node:
-    return graph.node("DCDD_LoadJanus", wide=310)
+def load_janus(graph: Graph, model: str = "pico (built in)") -> Node:
+    return graph.node("DCDD_LoadJanus", wide=310, model=model)
 
 
 def load_decoder(graph: Graph) -> Node:
@@ -662,6 +663,14 @@ def sampler(graph: Graph, janus: Node, **given: Any) -> Node:
     """Leaves room for the preview on and below it: in Nodes 2.0 the prompt widget does not shrink for a preview."""
     given = {"prompt": PROMPT, "seed": 1, "first": True, **given}
     return graph.node("DCDD_JanusLogitSampler", janus=janus["janus"], wide=400, preview=True, room=PREVIEW, **given)
+
+
+def sampler_in_passes(graph: Graph, janus: Node, **given: Any) -> Node:
+    """Room as `sampler`."""
+    given = {"prompt": PROMPT, "seed": 1, "first": True, **given}
+    return graph.node(
+        "DCDD_ProgressiveTokenSampler", janus=janus["janus"], wide=400, preview=True, room=PREVIEW, **given
+    )
 
 
 def lcdm(graph: Graph, logits: Output, vq_vae: Output, decoder: Node | None = None) -> Node:
@@ -926,7 +935,7 @@ def look_inside(graph: Graph) -> None:
         names="Janus, proxies, decoder's, fitted here",
     )
     graph.thumbnail = save(graph, sheet["image"], "logits", "Save the sheet", wide=900, tall=420)
-    graph.thumbnail_cut = 0.535  # only the curve: the table would be too small to read
+    graph.thumbnail_part = (0.535, 1.0)  # only the curve: the table would be too small to read
     graph.columns(
         [note],
         [group("Models", MODELS, [janus, decoder]), group("Image", IMAGE, [scenes])],
@@ -1237,6 +1246,112 @@ def repaint_with_flux(graph: Graph) -> None:
     )
 
 
+_PICO_PROGRESSIVE = "pico progressive (built in)"
+
+
+def progressive(graph: Graph) -> None:
+    note = graph.note("""
+        # Progressive: from coarse to fine
+        A masked sampler draws all tokens in a few **passes**. Each pass reveals many tokens at once (green) and draws
+        earlier ones again (orange), so that mistakes are taken back. The first sheet shows every pass; below it, both
+        decoders decode the same tokens.
+
+        Press **Run**: it works as it is, with *pico progressive*, which comes with the pack.
+        ## Change first
+        - the **prompt** (green). pico knows the words of one small world: shapes, colours, patterns, places, grounds
+        - **passes**: 4 is a sketch, more than 16 takes longer and changes little; 0 takes the model's own number
+        - **revise** 0: tokens stay as they were first drawn. Mistakes then stay too
+        - **order**: which tokens come first
+        ## With real models
+        - *Load Janus*: a masked sampler in models/janus: aMUSEd, BIGFix, or one that you trained. Janus and Janus-Pro
+        draw one token after the other: workflow 1
+        - *Load DCDD Decoder*: a bundle that was trained for the same tokenizer
+    """)
+    janus, decoder = load_janus(graph, _PICO_PROGRESSIVE), load_decoder(graph)
+    sampled = sampler_in_passes(graph, janus)
+    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
+    by_vq = vq_decode(graph, sampled["token_logits"], janus["vq_vae"])
+    painted = paint(graph, decoder, condition)
+    graph.thumbnail = preview(graph, sampled["stages"], "Every pass: green is new, orange is rewritten", 1000, 380)
+    graph.thumbnail_part = (0.455, 0.726)  # three passes: eleven would be too small to see
+    sheet = compare(graph, a=by_vq["image"], b=painted["image"])
+    saved = save(graph, sheet["image"], "in passes", "Save the comparison", wide=540, tall=420)
+    graph.columns(
+        [note, group("Models", MODELS, [janus, decoder])],
+        [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition])],
+        [group("Decode", DECODE, [by_vq, painted])],
+        [group("Passes", IMAGE, [graph.thumbnail]), group("Compare", COMPARE, [sheet], [saved])],
+    )
+
+
+def inpaint(graph: Graph) -> None:
+    note = graph.note("""
+        # Inpaint with tokens
+        An image becomes tokens. Those under the **mask** are drawn anew from the prompt by a masked sampler, which sees
+        the image on **all sides** of the hole from its first pass on. Then the FLUX decoder paints the new part; all
+        other pixels stay exactly as they are.
+
+        **Pico Scene** renders the image, so no file is needed.
+        ## Change first
+        - the **prompt** (green): what the whole image should show
+        - the **mask**: *x*, *y* and the size of the white box. Every token that it touches is drawn again
+        - the sampler's **seed**, for other attempts, and **amount**, for more of them at once
+        - **start** 2 or more: the new part keeps more of what was there
+        - **your own image**: *Load Image*, *Upscale Image* to the model's size (pico: 96 x 96; crop *center*), in place
+        of *Pico Scene*, and the mask that you draw with *Open in MaskEditor*
+        ## With real models
+        - *Load Janus*: a masked sampler in models/janus: aMUSEd, BIGFix, or one that you trained
+        - *Load DCDD Decoder*: a bundle that was trained for the same tokenizer
+    """)
+    janus, decoder = load_janus(graph, _PICO_PROGRESSIVE), load_decoder(graph)
+    scene = graph.node("DCDD_PicoScene", wide=310, seed=6, size=SIDE, batch_size=1)
+    black = graph.node("SolidMask", title="Keep everything (black)", wide=225, value=0.0, width=384, height=384)
+    white = graph.node("SolidMask", title="except this box (white)", wide=225, value=1.0, width=256, height=256)
+    mask = graph.node(
+        "MaskComposite", wide=225, destination=black["MASK"], source=white["MASK"], x=64, y=64, operation="add"
+    )
+    shown = graph.node("MaskPreview", title="Drawn again (white)", wide=225, preview=True, mask=mask["MASK"])
+    attempts = graph.node("RepeatImageBatch", title="So many attempts", wide=310, image=scene["image"], amount=2)
+    tokens = encode(graph, janus["vq_vae"], attempts["IMAGE"])
+    calibrated = graph.node(
+        "DCDD_LogitCalibrator",
+        wide=310,
+        token_logits=tokens["token_logits"],
+        vq_vae=janus["vq_vae"],
+        decoder=decoder["decoder"],
+    )
+    sampled = sampler_in_passes(
+        graph,
+        janus,
+        prompt="a large plain yellow star in the centre on a dotted rose ground",
+        token_logits=calibrated["token_logits"],
+        mask=mask["MASK"],
+    )
+    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
+    by_vq = vq_decode(graph, sampled["token_logits"], janus["vq_vae"])
+    painted = paint(graph, decoder, condition, image=tokens["image"], mask=mask["MASK"])
+    passes = preview(graph, sampled["stages"], "Every pass: green is new, orange is rewritten", 900, 560)
+    sheet = compare(
+        graph,
+        "seed 1\nseed 2",
+        a=tokens["image"],
+        b=by_vq["image"],
+        c=painted["image"],
+        label_a="the image",
+        label_b="VQ-VAE decode, new tokens",
+        label_c="DCDD decode, under the mask",
+    )
+    graph.thumbnail = save(graph, sheet["image"], "inpainted", "Save the comparison", wide=560, tall=360)
+    graph.columns(
+        [note, group("Models", MODELS, [janus, decoder])],
+        [group("Image", IMAGE, [scene, attempts]), group("Where to draw again", IMAGE, [black, white], [mask, shown])],
+        [group("Its tokens", TOKENS, [tokens, calibrated])],
+        [group("New tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition])],
+        [group("Decode", DECODE, [by_vq, painted])],
+        [group("Passes", IMAGE, [passes]), group("Compare", COMPARE, [sheet], [graph.thumbnail])],
+    )
+
+
 WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     "1 Text to image, both decoders": both_decoders,
     "2 Reconstruct a picture": reconstruct,
@@ -1247,6 +1362,8 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     "7 Distribution guidance": guidance,
     "8 Janus-Pro with your own FLUX, no training": own_flux,
     "9 Repaint under a mask, with your own FLUX": repaint_with_flux,
+    "10 Progressive, coarse to fine": progressive,
+    "11 Inpaint with tokens": inpaint,
 }
 
 
@@ -1322,7 +1439,7 @@ def make(definitions: dict[str, Any], only: str, url: str | None) -> None:
             build(graph)
             write(ROOT / "workflows" / f"{name}.json", graph.workflow())
             if url is not None:
-                thumbnail(result_of(url, graph), graph.thumbnail_cut).save(
+                thumbnail(result_of(url, graph), graph.thumbnail_part).save(
                     ROOT / "workflows" / f"{name}.jpg", quality=88
                 )
     if not only:

@@ -58,7 +58,7 @@ def default(spec: list) -> Any:
 
 
 def everything(graph: Graph) -> Graph:
-    """A prompt that uses every node of the pack, with pico; in passes samples `masked` of `conftest.prepare`."""
+    """A prompt that uses every node of the pack, with pico."""
     janus = graph.add("load", "DCDD_LoadJanus")
     vq = graph.add("load_vq", "DCDD_LoadVQVAE")
     decoder = graph.add("load_decoder", "DCDD_LoadDecoder")
@@ -70,8 +70,9 @@ def everything(graph: Graph) -> Graph:
     read = graph.add("read", "DCDD_LoadCalibration", file="good.safetensors")
     calibrated = graph.add("calibrate", "DCDD_LogitCalibrator", token_logits=proxies, vq_vae=vq, calibration=read)
     mask = graph.add("mask", "TEST_Mask", left=48, bottom=96, right=96, value=1.0)
-    edited = graph.add("edit", "DCDD_JanusLogitSampler", janus=janus, guidance=1.0, token_logits=calibrated, mask=mask)
-    masked = graph.add("load_masked", "DCDD_LoadJanus", model="masked")
+    edit = {"token_logits": calibrated, "mask": mask, "parallel_tokens": 4}
+    edited = graph.add("edit", "DCDD_JanusLogitSampler", janus=janus, guidance=1.0, **edit)
+    masked = graph.add("load_masked", "DCDD_LoadJanus", model="pico progressive (built in)")
     draw = {"janus": masked, "passes": 4, "start": 1, "token_logits": calibrated, "mask": mask}
     passes = graph.add("sample_in_passes", "DCDD_ProgressiveTokenSampler", **draw)
     condition = graph.add("map", "DCDD_LCDMEncoder", token_logits=sampled, vq_vae=vq, decoder=decoder)

@@ -117,6 +117,11 @@ def core_nodes(comfy: Any, folders: Any) -> dict[str, CoreNode]:
             ("MASK",),
             _composite,
         ),
+        "RepeatImageBatch": CoreNode(
+            {"image": image, "amount": ("INT", {"default": 1, "min": 1, "max": 4096})},
+            ("IMAGE",),
+            lambda image, amount: (image.repeat(amount, 1, 1, 1),),
+        ),
         "ImageScaleBy": CoreNode(
             {**scaled, "scale_by": ("FLOAT", {"default": 1.0, "min": 0.01, "max": 8.0})}, ("IMAGE",), scale_by
         ),

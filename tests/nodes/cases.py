@@ -28,6 +28,7 @@ Node = tuple[str, Values]
 Arrays = dict[str, np.ndarray]
 
 PICO, FACTOR, GRID = "pico (built in)", 8, 12
+PICO_PROGRESSIVE = "pico progressive (built in)"
 SIDE, TOKENS = FACTOR * GRID, GRID * GRID
 
 
@@ -52,6 +53,7 @@ IT = of("it")
 PARTS: dict[str, Node] = {
     "janus": ("DCDD_LoadJanus", {}),
     "masked": ("DCDD_LoadJanus", {"model": "masked"}),
+    "pico in passes": ("DCDD_LoadJanus", {"model": PICO_PROGRESSIVE}),
     "vq": ("DCDD_LoadVQVAE", {}),
     "decoder": ("DCDD_LoadDecoder", {}),
     "bare": ("DCDD_LoadDecoder", {"bundle": "bundle.safetensors"}),
@@ -276,6 +278,10 @@ def notices(run: Run) -> list[str]:
     return [text for text in run.notices["it"] if "schedule" not in text]
 
 
+#: What a sampler says after its work.
+PASSES_TOLD = re.compile(r"\d+ (to \d+ )?tokens( for each of \d+ images)? in \d+ passes")
+
+
 def check(case: Case, found: Found) -> None:
     """All that is said of a case that ran."""
     case.check(found)
@@ -289,7 +295,10 @@ def check(case: Case, found: Found) -> None:
     for name, says in case.blocked.items():
         assert re.search(says, run.blocked[name]), run.blocked[name]
     told = notices(run)
-    assert any(case.notice in text for text in told) if case.notice else not told, told
+    if case.notice:
+        assert any(case.notice in text for text in told), told
+    else:
+        assert all(PASSES_TOLD.fullmatch(text) for text in told), told
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -323,7 +332,19 @@ def batch_is_its_singles_in_fewer_passes(found: Found) -> None:
     batch_is_its_singles(found)
     told = list(dict.fromkeys(step for step in found.run.progress["it"] if step[0] > 0))
     assert {total for _, total in told} == {TOKENS} and told == sorted(told) and told[-1] == (TOKENS, TOKENS)
-    assert len(told) < TOKENS
+    assert passes_told(found) >= len(told) and passes_told(found) < TOKENS
+
+
+def passes_told(found: Found) -> int:
+    return int(re.search(r"in (\d+) passes$", found.run.notices["it"][-1])[1])
+
+
+def parallel_tokens_change_nothing(found: Found) -> None:
+    """But the number of passes."""
+    assert passes_told(found) == TOKENS
+    for name in ("chosen", "twenty"):
+        for key, value in found.arrays["it"].items():
+            close(value, found.arrays[name][key])
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -355,6 +376,8 @@ def prompt_and_guidance_matter(found: Found) -> None:
     """At the first position, which no seed has a part in."""
     other, plain, guided = (found.arrays[name]["logits"][0, 0] for name in ("it", "first", "guided"))
     assert np.abs(other - plain).mean() > 0.1 and np.abs(guided - plain).mean() > 0.1
+    said = found.run.notices["it"][-1]
+    assert "does not know zebra" in said and f"{TOKENS} tokens in" in said, "the last line replaces those before it"
 
 
 def edit_keeps_the_rest(found: Found) -> None:
@@ -391,6 +414,16 @@ def tiny_is_sampled(found: Found) -> None:
     sheet = found["stages"][0]
     assert sheet.shape[1] == 12 + 4 * (160 + 12)
     assert sheet[66 : 66 + 160, -172:-12].std() > 0.01
+
+
+def pico_is_sampled_in_passes(found: Found) -> None:
+    """By the guidance that it has of its own, in as many columns as passes."""
+    for name, value in found.arrays["it"].items():
+        same(value, found.arrays["guided"][name])
+    assert found.arrays["it"]["logits"].shape == (2, TOKENS, 1024)
+    assert not np.array_equal(*found.arrays["it"]["tokens"])
+    assert found["stages"].shape[0] == 2 and found["stages"].shape[2] == 12 + 4 * (160 + 12)
+    assert found["decoded"].shape == found["painted"].shape == (2, SIDE, SIDE, 3)
 
 
 def passes_are_shown(found: Found) -> None:
@@ -767,6 +800,20 @@ CASES = [
         keep={"it": IT, "first": of("first"), "second": of("second")},
         check=batch_is_its_singles_in_fewer_passes,
         previews=GRID,
+        notice=f"{TOKENS} tokens for each of 2 images in ",
+    ),
+    Case(
+        name="one token after the other",
+        node="DCDD_JanusLogitSampler",
+        inputs={**DRAW, "seed": 7, "parallel_tokens": 1},
+        more={
+            "chosen": ("DCDD_JanusLogitSampler", {**DRAW, "seed": 7}),
+            "twenty": ("DCDD_JanusLogitSampler", {**DRAW, "seed": 7, "parallel_tokens": 20}),
+        },
+        keep={"it": IT, "chosen": of("chosen"), "twenty": of("twenty")},
+        check=parallel_tokens_change_nothing,
+        reports=[(k, TOKENS) for k in range(1, TOKENS + 1)],
+        notice=f"{TOKENS} tokens in {TOKENS} passes",
     ),
     Case(
         name="a line an image",
@@ -809,6 +856,7 @@ CASES = [
         inputs={**DRAW, "token_logits": of("calibrated"), "mask": of("mask"), "seed": 77},
         keep={"it": IT, "given": of("calibrated")},
         check=edit_keeps_the_rest,
+        notice="36 tokens for each of 2 images in ",
     ),
     Case(
         name="edit of nothing",
@@ -915,6 +963,31 @@ CASES = [
             previews=4,
         )
         for model in ("amused", "bigfix")
+    ),
+    Case(
+        name="pico in passes",
+        node=PROGRESSIVE,
+        inputs={"janus": of("pico in passes"), "seed": 3, "passes": 4, "batch_size": 2},
+        more={
+            "guided": (
+                PROGRESSIVE,
+                {"janus": of("pico in passes"), "seed": 3, "passes": 4, "batch_size": 2, "guidance": 3.0},
+            ),
+            "image": ("DCDD_VQVAEDecode", {"token_logits": IT, "vq_vae": of("pico in passes", 1)}),
+            "mapped": ("DCDD_LCDMEncoder", {"token_logits": IT, "vq_vae": of("vq"), "decoder": of("decoder")}),
+            "paint": painter("mapped", 1),
+        },
+        keep={
+            "it": IT,
+            "guided": of("guided"),
+            "stages": of("it", 1),
+            "decoded": of("image"),
+            "painted": of("paint"),
+        },
+        check=pico_is_sampled_in_passes,
+        reports=[(k, 4) for k in range(1, 5)],
+        previews=4,
+        notice=f"{TOKENS} tokens for each of 2 images in 4 passes",
     ),
     Case(
         name="unknown words of a masked sampler",
@@ -1722,7 +1795,27 @@ def _refusals() -> list[Refusal]:
             name="passes of a model that has none",
             node=PROGRESSIVE,
             inputs=DRAW,
-            says=("pico samples one token after the other", "connect it to a Janus Logit Sampler", "Load Janus"),
+            says=(
+                "pico samples one token after the other",
+                "connect it to a Janus Logit Sampler",
+                r"Load Janus, such as 'pico progressive \(built in\)'",
+            ),
+        ),
+        *(
+            Refusal(
+                name=f"{number} parallel tokens",
+                node="DCDD_JanusLogitSampler",
+                inputs={**DRAW, "parallel_tokens": of("number")},
+                more={"number": ("TEST_Interrupt", {"value": number, "node": "nobody"})},
+                says=(r"parallel_tokens must be a whole number in 0\.\.1,024", "0 is automatic, 1 is off"),
+            )
+            for number in (-1, 1025, "many")
+        ),
+        Refusal(
+            name="parallel tokens of a masked sampler",
+            node="DCDD_JanusLogitSampler",
+            inputs={"janus": of("masked"), "parallel_tokens": 8},
+            says=("parallel_tokens is 8", "masked is a masked sampler", "set it to 0", "Progressive Token Sampler"),
         ),
         Refusal(
             name="order that a model cannot give",
@@ -1926,6 +2019,13 @@ def _refusals() -> list[Refusal]:
             inputs={"dtype": "float32"},
             says=("pico", "weights", "again"),
             away=f"custom_nodes/{PACK}/dcdd_pico/weights",
+        ),
+        Refusal(
+            name="pico in passes that is not there",
+            node="DCDD_LoadJanus",
+            inputs={"model": PICO_PROGRESSIVE, "dtype": "float32"},
+            says=("pico progressive", "weights", "install the pack again"),
+            away=f"custom_nodes/{PACK}/dcdd_pico/weights/progressive",
         ),
         Refusal(
             name="download without a network",
