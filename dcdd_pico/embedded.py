@@ -31,7 +31,7 @@ def model_paths(weights: Path | None = None, *, progressive: bool = False) -> di
     vlm = weights / (PROGRESSIVE if progressive else "janus")
     if progressive and not vlm.is_dir():
         raise ValueError(
-            f"the embedded masked sampler (pico progressive) is not at {vlm}: install the pack again, or in a git clone "
+            f"the embedded sampler pico progressive is not at {vlm}: install the pack again, or in a git clone "
             f"`git checkout -- dcdd_pico/weights/{PROGRESSIVE}`"
         )
     return {"vlm": vlm, "decoder": weights / "decoder.safetensors", "vae": weights / "vae"}
