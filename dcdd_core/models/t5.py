@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
-from ..files import read_json, reading, utf8_path
+from ..files import reading
 from .checkpoints import (
     check_count,
     check_size,
@@ -21,11 +21,11 @@ from .checkpoints import (
     read_wanted,
     whole_number,
 )
+from .text_tokenizer import load_text_tokenizer, require_prompt, unknown_words
 
 TEXT_SLOTS = 120
 """L of BIGFix and LlamaGen, which read no more of a prompt."""
 
-_EXPECTED = "a text tokenizer"
 _AGAIN = "fetch the folder of google/flan-t5-xl again"
 _PARTS = ("shared.", "encoder.")
 _TIED = "encoder.embed_tokens.weight"
@@ -62,11 +62,7 @@ class T5Words:
         Raises:
             ValueError: naming a file that is missing or damaged.
         """
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            read_json(folder / name, _EXPECTED, _AGAIN)
-        with reading(folder / "tokenizer.json", _EXPECTED, _AGAIN), utf8_path(folder) as readable:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(readable, local_files_only=True)
-        return cls(tokenizer)
+        return cls(load_text_tokenizer(folder, _AGAIN))
 
     def ids(self, prompt: str) -> list[int]:
         """The ids of a prompt with the end token, at most L and without padding.
@@ -74,12 +70,11 @@ class T5Words:
         Raises:
             ValueError: for a blank prompt, and one of more than L tokens, whose end would not be read.
         """
-        if not prompt.strip():
-            raise ValueError("the prompt is blank: say what to draw (for an image without a prompt, use guidance 0)")
-        encoded = self.tokenizer(prompt.strip(), return_offsets_mapping=True)
+        prompt = require_prompt(prompt)
+        encoded = self.tokenizer(prompt, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         if len(ids) > TEXT_SLOTS:
-            unread = prompt.strip()[encoded["offset_mapping"][TEXT_SLOTS - 1][0] :]
+            unread = prompt[encoded["offset_mapping"][TEXT_SLOTS - 1][0] :]
             raise ValueError(
                 f"the prompt has {len(ids)} tokens with the end token, and {TEXT_SLOTS} are read: shorten it by what "
                 f"begins with {unread[:40]!r}"
@@ -96,11 +91,8 @@ class T5Words:
         return ids.to(device), real.to(device)
 
     def unknown(self, prompt: str) -> list[str]:
-        """Parts of the prompt that the tokenizer lacks, such as letters of other scripts, each once, in order."""
-        encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-        spans = zip(encoded["input_ids"], encoded["offset_mapping"])
-        unknown = self.tokenizer.unk_token_id
-        return list(dict.fromkeys(prompt[start:end].strip() for word, (start, end) in spans if word == unknown))
+        """See `text_tokenizer.unknown_words`; they are such as letters of other scripts."""
+        return unknown_words(self.tokenizer, prompt)
 
     def known(self) -> list[str]:
         """None by name: it reads any text, in pieces of words."""

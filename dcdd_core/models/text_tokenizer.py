@@ -1,13 +1,30 @@
-"""Files of a text tokenizer."""
+"""Text tokenizers: their files, and what samplers ask of a prompt."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..files import write_text
+from ..files import read_json, reading, utf8_path, write_text
+
+_EXPECTED = "a text tokenizer"
+
+
+def load_text_tokenizer(folder: Path, remedy: str) -> PreTrainedTokenizerFast:
+    """From the tokenizer.json and tokenizer_config.json of a folder.
+
+    Args:
+        remedy: the way out, for errors.
+
+    Raises:
+        ValueError: naming a file that is missing or damaged.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        read_json(folder / name, _EXPECTED, remedy)
+    with reading(folder / "tokenizer.json", _EXPECTED, remedy), utf8_path(folder) as readable:
+        return PreTrainedTokenizerFast.from_pretrained(readable, local_files_only=True)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -24,3 +41,32 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.pop("backend", None)
     write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def require_prompt(prompt: str) -> str:
+    """A prompt without its outer white space.
+
+    Raises:
+        ValueError: for a blank one.
+    """
+    if not (text := prompt.strip()):
+        raise ValueError("the prompt is blank: say what to draw (for an image without a prompt, use guidance 0)")
+    return text
+
+
+def unknown_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
+    """Parts of the prompt that the tokenizer lacks, each once, in order; byte-level tokenizers lack none."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    spans = zip(encoded["input_ids"], encoded["offset_mapping"])
+    return list(dict.fromkeys(prompt[start:end].strip() for word, (start, end) in spans if word == unknown))
+
+
+def known_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokenizer's words, sorted, without special tokens and punctuation; empty if it is byte-level."""
+    if tokenizer.unk_token_id is None:
+        return []
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    return sorted(word for word in words if word.isalpha())

@@ -18,6 +18,7 @@ from ...files import in_file
 from ...types import Codebook
 from ..autoregressive.sampler import AutoregressiveSampler, place_weights
 from ..autoregressive.token_loop import Prompts, TokenNetwork, check_language, in_float32
+from ..text_tokenizer import known_words, require_prompt, unknown_words
 from .files import SAMPLERS, JanusFolder
 
 _IMAGE_START = "<begin_of_image>"
@@ -34,11 +35,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     Raises:
         ValueError: for a blank prompt, or a tokenizer without a BOS or begin-of-image token.
     """
-    if not prompt.strip():
-        raise ValueError("the prompt is blank: say what to draw (for an image without a prompt, use guidance 0)")
+    text = _templated(require_prompt(prompt))
     if tokenizer.bos_token_id is None:
         raise ValueError("the tokenizer names no BOS token: add bos_token to its tokenizer_config.json")
-    ids = tokenizer(_templated(prompt), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if ids[-1] != _token_id(tokenizer, _IMAGE_START):
         raise ValueError(
             f"the tokenizer does not read {_IMAGE_START} as one token: take a Janus model's tokenizer, "
@@ -150,20 +150,12 @@ class JanusSampler(AutoregressiveSampler):
             return cls(model, tokenizer, name=found.name, fingerprint=fingerprint)
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that the tokenizer lacks, each once, in order; byte-level tokenizers lack none."""
-        unknown = self.tokenizer.unk_token_id
-        if unknown is None:
-            return []
-        encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-        spans = zip(encoded["input_ids"], encoded["offset_mapping"])
-        return list(dict.fromkeys(prompt[start:end] for word, (start, end) in spans if word == unknown))
+        """See `text_tokenizer.unknown_words`."""
+        return unknown_words(self.tokenizer, prompt)
 
     def known_words(self) -> list[str]:
-        """The tokenizer's words, sorted, without special tokens and punctuation; empty if it is byte-level."""
-        if self.tokenizer.unk_token_id is None:
-            return []
-        words = set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens)
-        return sorted(word for word in words if word.isalpha())
+        """See `text_tokenizer.known_words`."""
+        return known_words(self.tokenizer)
 
     def _network(self) -> TokenNetwork:
         model = self.model.model
@@ -194,7 +186,7 @@ class JanusSampler(AutoregressiveSampler):
 
 
 def _templated(prompt: str) -> str:
-    return f"<|User|>: {prompt.strip()}\n\n<|Assistant|>:{_IMAGE_START}"
+    return f"<|User|>: {prompt}\n\n<|Assistant|>:{_IMAGE_START}"
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:

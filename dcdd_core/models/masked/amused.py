@@ -14,11 +14,11 @@ from diffusers import VQModel
 from ..checkpoints import read_config
 from .amused_files import NETWORK, PIPELINES, AmusedFolder
 from .amused_tokenizer import AmusedTokenizer
-from .family import in_int8
+from .family import LoadsMasked
 from .sampler import MaskedSampler
 
 
-class AmusedFamily:
+class AmusedFamily(LoadsMasked):
     """See `protocols.SamplerFamily`."""
 
     name = "amused"
@@ -32,22 +32,9 @@ class AmusedFamily:
         transformer = folder / "transformer"
         return (transformer / "config.json").exists() and read_config(transformer).get("_class_name") == NETWORK
 
-    def load_sampler(
-        self,
-        path: str,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        int8: bool = False,
-        computes_on: torch.device | str | None = None,
-    ) -> MaskedSampler:
-        """See `AmusedFolder.sampler`; `computes_on` makes no difference.
-
-        Args:
-            int8: the transformer's linear weights stay in 8 bits in memory.
-        """
-        sampler = AmusedFolder(path).sampler(dtype=dtype, device="cpu" if int8 else device)
-        return in_int8(sampler, sampler.model.transformer.transformer_layers, device) if int8 else sampler
+    def read_sampler(self, path: str, *, device: torch.device | str, dtype: torch.dtype) -> MaskedSampler:
+        """See `AmusedFolder.sampler`."""
+        return AmusedFolder(path).sampler(device=device, dtype=dtype)
 
     def load_tokenizer(
         self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None

@@ -88,6 +88,11 @@ class AmusedNetwork(nn.Module):
         """The embedding of a hidden token, [width]."""
         return self.transformer.embed.embeddings.weight[self.mask_token]
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """See `MaskedTransformer`."""
+        return (self.transformer.transformer_layers,)
+
     def prefix(self, ids: torch.Tensor, padding: torch.Tensor) -> AmusedPrefix:
         """Reads prompts.
 

@@ -12,6 +12,7 @@ from transformers import CLIPTokenizerFast
 
 from ...files import read_json, reading, utf8_path
 from ...settings import shown
+from ..text_tokenizer import require_prompt
 
 _EXPECTED = "a CLIP tokenizer"
 _AGAIN = "fetch the tokenizer's files again"
@@ -56,9 +57,7 @@ class AmusedWords:
         Raises:
             ValueError: for a prompt that is blank or longer than L.
         """
-        if not prompt.strip():
-            raise ValueError("the prompt is blank: say what to draw (for an image without a prompt, use guidance 0)")
-        ids = self._padded(prompt)
+        ids = self._padded(require_prompt(prompt))
         if len(ids) > self.length:
             raise ValueError(
                 f"the prompt {shown(prompt, 40)} has {len(ids)} text tokens with beginning and end, and the text "

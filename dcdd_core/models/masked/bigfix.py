@@ -16,13 +16,12 @@ import torch
 from ... import registry
 from ...method.progressive import ProgressiveOptions
 from ...protocols import ImageTokenizer
-from ...types import Codebook
-from ..checkpoints import fingerprint_of, read_config
-from ..int8 import store_in_int8
+from ..checkpoints import read_config
 from ..llamagen import tokenizer as llamagen
 from ..t5 import T5Words
 from .bigfix_files import CHECKPOINT, MODEL_TYPE, TEXT, TOKENIZER, BigFixFolder, checkpoints
 from .bigfix_network import BigFixPrefix, BigFixTransformer
+from .family import LoadsMasked
 from .sampler import MaskedSampler
 
 SAMPLING = ProgressiveOptions(
@@ -42,24 +41,12 @@ class BigFixSampler(MaskedSampler):
     model: BigFixTransformer
     words: T5Words
 
-    def __init__(
-        self,
-        model: BigFixTransformer,
-        words: T5Words,
-        codebook: Codebook,
-        *,
-        name: str = "",
-        sampling: ProgressiveOptions = SAMPLING,
-        fingerprint: str | None = None,
-    ):
-        super().__init__(model, words, codebook, name=name, sampling=sampling, fingerprint=fingerprint)
-
     def _prefix(self, prompts: Sequence[str], *, guided: bool) -> BigFixPrefix:
         ids, real = self.words.padded([self.words.ids(prompt) for prompt in prompts], self.model.mask.device)
         return self.model.prefix(ids, real, guided=guided)
 
 
-class BigFixFamily:
+class BigFixFamily(LoadsMasked):
     """See `protocols.SamplerFamily`."""
 
     name = "bigfix"
@@ -72,33 +59,16 @@ class BigFixFamily:
             return read_config(folder).get("model_type") == MODEL_TYPE
         return folder.is_dir() and any(file.name.lower().startswith("bigfix") for file in checkpoints(folder))
 
-    def load_sampler(
-        self,
-        path: str,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        int8: bool = False,
-        computes_on: torch.device | str | None = None,
-    ) -> BigFixSampler:
-        """The sampler in a folder; `computes_on` makes no difference.
-
-        Args:
-            int8: the blocks' linear weights, and those of the text encoder's, in 8 bits.
+    def read_sampler(self, path: str, *, device: torch.device | str, dtype: torch.dtype) -> BigFixSampler:
+        """The sampler in a folder.
 
         Raises:
             ValueError: as `BigFixFolder`.
         """
         folder = BigFixFolder(path)
         codebook = folder.codebook()
-        model, words = folder.load_network(device="cpu" if int8 else device, dtype=dtype)
-        fingerprint = None
-        if int8:
-            fingerprint = f"{fingerprint_of(model.state_dict())} in int8"
-            store_in_int8(model.layers, device)
-            store_in_int8(model.text_encoder.encoder.block, device)
-            model.to(device)
-        return BigFixSampler(model, words, codebook, name=folder.name, fingerprint=fingerprint)
+        model, words = folder.load_network(device=device, dtype=dtype)
+        return BigFixSampler(model, words, codebook, name=folder.name, sampling=SAMPLING)
 
     def load_tokenizer(
         self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None

@@ -183,6 +183,11 @@ class BigFixTransformer(nn.Module):
         """The embedding of a hidden token, [C]."""
         return self.codes.weight[self.mask_token]
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """See `MaskedTransformer`; those of the text encoder too."""
+        return (self.layers, self.text_encoder.encoder.block)
+
     def prefix(self, ids: torch.Tensor, real: torch.Tensor, *, guided: bool) -> BigFixPrefix:
         """Reads prompts: [conditional ; unconditional] rows if `guided`, or the conditional ones alone.
 

@@ -1,29 +1,21 @@
-"""Masked samplers as a family: which folders are its, and how they are loaded."""
+"""Masked samplers as families: what loads them, and the family of those that are trained here."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ... import registry
 from ...protocols import ImageTokenizer
-from ..checkpoints import fingerprint_of, read_config
-from ..int8 import store_in_int8
+from ..checkpoints import read_config
 from .files import MODEL_TYPE, load_masked, tokenizer_folder
 from .sampler import MaskedSampler
 
 
-class MaskedFamily:
-    """See `protocols.SamplerFamily`."""
-
-    name = "masked"
-    expected = f"the folder of a masked sampler (model_type {MODEL_TYPE!r}), as `train.py progressive` writes it"
-
-    def reads(self, path: str) -> bool:
-        """A folder whose config.json is of a masked sampler."""
-        return (Path(path) / "config.json").exists() and read_config(path).get("model_type") == MODEL_TYPE
+class LoadsMasked(ABC):
+    """How every family of masked samplers loads one; see `protocols.SamplerFamily`."""
 
     def load_sampler(
         self,
@@ -34,13 +26,37 @@ class MaskedFamily:
         int8: bool = False,
         computes_on: torch.device | str | None = None,
     ) -> MaskedSampler:
-        """See `files.load_masked`; `computes_on` makes no difference.
+        """The sampler in a folder; `computes_on` makes no difference.
 
         Args:
-            int8: the blocks' linear weights stay in 8 bits in memory too.
+            int8: the linear weights of the network's `blocks` stay in 8 bits in memory too.
+
+        Raises:
+            ValueError: as `read_sampler`, and for int8 without torchao.
         """
-        sampler = load_masked(path, device="cpu" if int8 else device, dtype=dtype)
-        return in_int8(sampler, sampler.model.layers, device) if int8 else sampler
+        sampler = self.read_sampler(path, device="cpu" if int8 else device, dtype=dtype)
+        if int8:
+            sampler.store_in_int8(device)
+        return sampler
+
+    @abstractmethod
+    def read_sampler(self, path: str, *, device: torch.device | str, dtype: torch.dtype) -> MaskedSampler:
+        """The sampler in a folder, its weights as they are."""
+
+
+class MaskedFamily(LoadsMasked):
+    """See `protocols.SamplerFamily`."""
+
+    name = "masked"
+    expected = f"the folder of a masked sampler (model_type {MODEL_TYPE!r}), as `train.py progressive` writes it"
+
+    def reads(self, path: str) -> bool:
+        """A folder whose config.json is of a masked sampler."""
+        return (Path(path) / "config.json").exists() and read_config(path).get("model_type") == MODEL_TYPE
+
+    def read_sampler(self, path: str, *, device: torch.device | str, dtype: torch.dtype) -> MaskedSampler:
+        """See `files.load_masked`."""
+        return load_masked(path, device=device, dtype=dtype)
 
     def load_tokenizer(
         self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
@@ -62,17 +78,3 @@ class MaskedFamily:
     def published_tokenizer(self) -> ImageTokenizer:
         """LlamaGen's, which the published masked samplers are trained on: the shapes of Janus' own."""
         return next(family for family in registry.samplers() if family.name == "janus").published_tokenizer()
-
-
-def in_int8(sampler: MaskedSampler, blocks: nn.Module, device: torch.device | str) -> MaskedSampler:
-    """A sampler, loaded on the CPU, moved to the device with the linear weights of its blocks in 8 bits.
-
-    Raises:
-        ValueError: without torchao.
-    """
-    model, fingerprint = sampler.model, f"{fingerprint_of(sampler.model.state_dict())} in int8"
-    store_in_int8(blocks, device)
-    model.to(device)
-    return MaskedSampler(
-        model, sampler.words, sampler.codebook, name=sampler.name, sampling=sampler.sampling, fingerprint=fingerprint
-    )

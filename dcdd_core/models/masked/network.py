@@ -174,6 +174,11 @@ class MaskedTransformer(nn.Module):
         """K."""
         return self.config.codes
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The parts whose linear weights may be stored in 8 bits."""
+        return (self.layers,)
+
     def prefix(self, ids: torch.Tensor, padding: torch.Tensor) -> Prefix:
         """Reads prompts.
 

@@ -29,6 +29,7 @@ from ...protocols import DEFAULT_SAMPLING, OnProgress, Progress, SamplingOptions
 from ...types import Codebook, TokenLogits
 from ..checkpoints import fingerprint_of
 from ..edits import check_edit, check_request
+from ..int8 import store_in_int8
 from .network import MaskedTransformer, Prefix
 from .words import Words, padded
 
@@ -43,9 +44,6 @@ class MaskedSampler:
         name: goes into TokenLogits.model.
         sampling: how it samples where `sample` gets plain `SamplingOptions`: passes, order, revision.
         grid, default_guidance: see `TokenSampler`.
-
-    Args:
-        fingerprint: of the original weights, if the model's have been changed (int8).
     """
 
     def __init__(
@@ -56,19 +54,29 @@ class MaskedSampler:
         *,
         name: str = "",
         sampling: ProgressiveOptions | None = None,
-        fingerprint: str | None = None,
     ):
         self.model, self.words, self.codebook, self.name = model, words, codebook, name
         self.sampling = sampling or ProgressiveOptions()
         self.grid = model.config.grid
         self.default_guidance = self.sampling.guidance
-        self._fingerprint = fingerprint
+        self._stored: str | None = None
 
     @property
     def fingerprint(self) -> str:
         """Of the weights, and of the passes that plain options leave to the sampler."""
         plan = hashlib.sha256(repr(self._plan(DEFAULT_SAMPLING)).encode()).hexdigest()[:8]
-        return f"{self._fingerprint or fingerprint_of(self.model.state_dict())}-{plan}"
+        return f"{self._stored or fingerprint_of(self.model.state_dict())}-{plan}"
+
+    def store_in_int8(self, device: torch.device | str) -> None:
+        """Moves the network, which was loaded on the CPU, to the device, the linear weights of its blocks in 8 bits.
+
+        Raises:
+            ValueError: without torchao.
+        """
+        self._stored = f"{fingerprint_of(self.model.state_dict())} in int8"
+        for part in self.model.blocks:
+            store_in_int8(part, device)
+        self.model.to(device)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the tokenizer lacks, each once, in order; byte-level tokenizers lack none."""

@@ -9,12 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from ...files import read_json, reading, utf8_path
-
-_EXPECTED = "a text tokenizer"
-_AGAIN = "fetch the tokenizer's files again"
+from ..text_tokenizer import known_words, load_text_tokenizer, require_prompt, unknown_words
 
 
 class Words:
@@ -43,11 +40,7 @@ class Words:
         Raises:
             ValueError: naming a file that is missing or damaged.
         """
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            read_json(folder / name, _EXPECTED, _AGAIN)
-        with reading(folder / "tokenizer.json", _EXPECTED, _AGAIN), utf8_path(folder) as readable:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(readable, local_files_only=True)
-        return cls(tokenizer, template)
+        return cls(load_text_tokenizer(folder, "fetch the tokenizer's files again"), template)
 
     def ids(self, prompt: str) -> list[int]:
         """The ids [L] of a prompt: BOS, then the template around the text without its outer white space.
@@ -55,9 +48,7 @@ class Words:
         Raises:
             ValueError: for a blank prompt.
         """
-        if not prompt.strip():
-            raise ValueError("the prompt is blank: say what to draw (for an image without a prompt, use guidance 0)")
-        text = self.template.replace("{prompt}", prompt.strip())
+        text = self.template.replace("{prompt}", require_prompt(prompt))
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
         return ids if ids[:1] == [bos] else [bos, *ids]
@@ -69,20 +60,12 @@ class Words:
         return [ids[0], *[self.tokenizer.pad_token_id] * (len(ids) - 1 - len(last)), *last]
 
     def unknown(self, prompt: str) -> list[str]:
-        """Words that the tokenizer lacks, each once, in order; byte-level tokenizers lack none."""
-        unknown = self.tokenizer.unk_token_id
-        if unknown is None:
-            return []
-        encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-        spans = zip(encoded["input_ids"], encoded["offset_mapping"])
-        return list(dict.fromkeys(prompt[start:end] for word, (start, end) in spans if word == unknown))
+        """See `text_tokenizer.unknown_words`."""
+        return unknown_words(self.tokenizer, prompt)
 
     def known(self) -> list[str]:
-        """The tokenizer's words, sorted, without special tokens and punctuation; empty if it is byte-level."""
-        if self.tokenizer.unk_token_id is None:
-            return []
-        words = set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens)
-        return sorted(word for word in words if word.isalpha())
+        """See `text_tokenizer.known_words`."""
+        return known_words(self.tokenizer)
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
