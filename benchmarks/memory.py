@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
-from transformers import JanusForConditionalGeneration
+from transformers import JanusForConditionalGeneration, T5Config, T5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,12 +27,27 @@ from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG
 from dcdd_core.models.backbones.flux_fill.inference import drop_text, fold_modulations
 from dcdd_core.models.checkpoints import StoredTensors
 from dcdd_core.models.janus.deepseek import janus_config
+from dcdd_core.models.llamagen.network import LlamaGenConfig, LlamaGenTransformer
 from dcdd_core.models.vae import FLUX_VAE_CONFIG
 from dcdd_core.types import Condition
 
 HEAD = ("model", "weights", "GB, computed", "GB, measured")
 #: Width, MLP width, layers and heads of Janus-Pro's language models.
 JANUS_PRO = {"Janus-Pro-1B": (2048, 5632, 24, 16), "Janus-Pro-7B": (4096, 11008, 30, 32)}
+#: Both published checkpoints; only the grid of the second is 32 x 32.
+LLAMAGEN_XL = LlamaGenConfig(
+    grid=(16, 16), codes=16384, text_width=2048, text_slots=120, width=1280, layers=36, heads=20, hidden=3584
+)
+#: As google/flan-t5-xl's config.json has them.
+FLAN_T5_XL = {
+    "d_model": 2048,
+    "d_kv": 64,
+    "d_ff": 5120,
+    "num_layers": 24,
+    "num_heads": 32,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}
 _NOT_LOADED = ("lm_head", "model.vision_model", "model.aligner", "model.vqmodel")
 _PROMPT, _CODES, _STEPS = 64, 16384, 30
 #: All blocks of its kind are alike, and larger than the single ones.
@@ -73,6 +88,24 @@ def janus(name: str) -> JanusForConditionalGeneration:
     }
     with torch.device("meta"):
         return JanusForConditionalGeneration(janus_config(config, name))
+
+
+def llamagen_rows() -> list[tuple[str, str, str, str]]:
+    """LlamaGen-XL, which comes for two sizes of image, and the T5 encoder that reads its captions."""
+    with torch.device("meta"):
+        model = LlamaGenTransformer(LLAMAGEN_XL)
+        text = T5EncoderModel(T5Config(**FLAN_T5_XL))
+    rows = [
+        ("LlamaGen-XL, sampling, without its text encoder", "bfloat16", size(model, lambda _: 2)),
+        # Its embedding has two names.
+        ("flan-t5-xl's encoder, for LlamaGen and BIGFix", "bfloat16", 2 * sum(p.numel() for p in text.parameters())),
+    ]
+    for side in (256, 512):
+        tokens, config = (side // 16) ** 2, LLAMAGEN_XL
+        cache = 2 * 2 * 2 * config.layers * config.width * (tokens + config.text_slots)
+        name = f"LlamaGen-XL, plus per image of {side} pixels: KV cache and logits"
+        rows.append((name, "", cache + 4 * tokens * config.codes))
+    return [(name, weights, _gigabytes(found), "-") for name, weights, found in rows]
 
 
 def flux_sizes() -> dict[str, int]:
@@ -176,6 +209,7 @@ def rows() -> list[tuple[str, str, str, str]]:
         found.append((f"{name}, sampling", "bfloat16", _gigabytes(weights), "-"))
         found.append((f"{name}, plus per image: KV cache and logits", "", _gigabytes(cache + 4 * IMAGE * _CODES), "-"))
     found.append(("Janus-Pro's VQ-VAE", "float32", _gigabytes(size(model.model.vqmodel, lambda _: 4)), "-"))
+    found += llamagen_rows()
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(dict(FLUX_VAE_CONFIG))
     found += flux_rows()

@@ -93,9 +93,14 @@ def add_command(
 
 def model_options(parser: Parser) -> None:
     """Which models, and how they are held."""
-    group = parser.add_argument_group("models (the embedded ones without --janus)")
+    group = parser.add_argument_group("models (the embedded ones without --vlm)")
     group.add_argument(
-        "--janus", type=path, metavar="FOLDER", help="Janus or Janus-Pro, transformers' or DeepSeek's layout"
+        "--vlm",
+        "--janus",
+        dest="janus",
+        type=path,
+        metavar="FOLDER",
+        help="Janus or Janus-Pro (transformers' or DeepSeek's layout), LlamaGen, or a masked sampler",
     )
     group.add_argument(
         "--decoder",
@@ -113,7 +118,13 @@ def model_options(parser: Parser) -> None:
         "diffusers pipeline (FLUX.1, FLUX.2 [klein], SDXL, Stable Diffusion 1.x)",
     )
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
-    group.add_argument("--janus-int8", action="store_true", help="hold the language model's layers in 8 bits (torchao)")
+    group.add_argument(
+        "--vlm-int8",
+        "--janus-int8",
+        dest="janus_int8",
+        action="store_true",
+        help="hold the language model's layers in 8 bits (torchao)",
+    )
     group.add_argument(
         "--decoder-8bit", action="store_true", help="hold the diffusion decoder's layers in 8 bits (torchao)"
     )

@@ -24,7 +24,7 @@ def add(commands: Any, help: str) -> None:
     command = common.add_command(commands, "sharpen", run, help=help)
     command.add_argument("image", nargs="+", type=arguments.path)
     command.add_argument(
-        "--janus", type=arguments.path, metavar="FOLDER", help="a Janus model; the embedded one without"
+        "--vlm", "--janus", dest="janus", type=arguments.path, metavar="FOLDER", help="a VLM; the embedded one without"
     )
     command.add_argument(
         "--vae", type=arguments.path, metavar="PATH", help="an autoencoder, file or folder; with --janus"

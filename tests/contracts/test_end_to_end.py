@@ -1,4 +1,4 @@
-"""A family is one file: each toy goes through a training, the command line and the nodes without a line of its own."""
+"""A family is one file: each goes through a training, the command line and the nodes without a line of its own."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.contracts import toy_backbone, toy_codec, toy_vlm
 from tests.contracts.conftest import save_vae
 from tests.fake_comfy.fixture import double
 from tests.tiny import fill, save_janus, tiny_flux_config
+from tests.tiny_llamagen import save_llamagen
 
 __all__ = ["double"]
 
@@ -41,6 +42,7 @@ def toy(folder: Path, channels: int) -> Path:
 
 #: What is written for the VLM, the codec and the base, and the channels of the codec's latents.
 WORLDS = {
+    "LlamaGen": (save_llamagen, save_vae, flux, 16),
     "a VLM": (toy_vlm.save, save_vae, flux, 16),
     "a codec": (save_janus, toy_codec.save, flux, 12),
     "a backbone": (save_janus, save_vae, toy, 16),
@@ -80,7 +82,7 @@ def test_ten_steps_train_a_decoder(world):
 
 
 def test_dcdd_generates(world, tmp_path, capsys):
-    models = ["--janus", str(world / "vlm"), "--decoder", str(world / "run" / "decoder.safetensors")]
+    models = ["--vlm", str(world / "vlm"), "--decoder", str(world / "run" / "decoder.safetensors")]
     models += ["--vae", str(world / "vae"), "--base", str(world / "base")]
     out = tmp_path / "a.png"
     assert main(["generate", PROMPT, *models, "--steps", "2", "--compare", "--out", str(out)]) == 0, capsys.readouterr()
