@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import registry
-from ..vq import VQTokenizer
+from ...protocols import ImageTokenizer
 from . import files, tokenizer
 from .sampler import LlamaGenSampler
 
@@ -37,18 +37,15 @@ class LlamaGenFamily:
 
     def load_tokenizer(
         self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> VQTokenizer:
+    ) -> ImageTokenizer:
         """The image tokenizer of a folder.
 
         Raises:
-            ValueError: as `LlamaGenFolder` and `tokenizer.load_tokenizer`.
+            ValueError: as `LlamaGenFolder` and its `load_tokenizer`.
         """
-        found = files.LlamaGenFolder(path)
-        return tokenizer.load_tokenizer(
-            found.tokenizer, grid=found.config().grid, name=found.name, device=device, dtype=dtype
-        )
+        return files.LlamaGenFolder(path).load_tokenizer(device=device, dtype=dtype)
 
-    def published_tokenizer(self) -> VQTokenizer:
+    def published_tokenizer(self) -> ImageTokenizer:
         """The shapes of Janus' own, on the grid of 256 x 256 pixels."""
         found = next(family for family in registry.samplers() if family.name == "janus").published_tokenizer()
         found.grid = (16, 16)

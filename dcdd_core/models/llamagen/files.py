@@ -4,20 +4,25 @@ The checkpoint is as its authors publish it (t2i_XL_stage2_512.pt and the like, 
 a copy in the layout of transformers' Llama with model.safetensors and config.json. Sizes are those of its tensors, but
 for two that no tensor shows: the heads, which are 64 wide in the published models, and the tokens of an image, which
 the published file's name says. Where both are other, the folder needs a config.json:
-{"model_type": "llamagen", "num_attention_heads": 20, "block_size": 1024}.
+{"model_type": "llamagen", "num_attention_heads": 20, "block_size": 1024}. It may also give the model's "dcdd_name", and
+as "tokenizer" the folder of another model, relative to this one, whose tokenizer of images is taken.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from einops import rearrange
 
+from ... import registry
+from ...files import in_file, write_tensors
+from ...protocols import ImageTokenizer
+from ...settings import require_text
 from ...types import Codebook
 from ..checkpoints import (
     load_renamed,
@@ -39,6 +44,8 @@ CHECKPOINTS = ("t2i_XL_stage1_256.pt", "t2i_XL_stage2_512.pt")
 """The published files, of 256 and 512 pixels, as their authors spell them."""
 REPOSITORY = "peizesun/llamagen_t2i"
 TEXT = "flan-t5-xl"
+OTHER_TEXT = "text_encoder"
+"""The folder of a T5 model that is not the published one's."""
 CAPTIONS = "captions.safetensors"
 """Text features of captions that need no text encoder (`captions.save_captions`)."""
 
@@ -95,7 +102,7 @@ class LlamaGenFolder:
         self.path = Path(path)
         self._config = read_config(self.path) if (self.path / "config.json").exists() else {"model_type": MODEL_TYPE}
         if self._config.get("model_type") == MODEL_TYPE:
-            known = {"model_type", "num_attention_heads", "block_size"}
+            known = {"model_type", "num_attention_heads", "block_size", "dcdd_name", "tokenizer"}
             if unknown := sorted(set(self._config) - known):
                 raise ValueError(
                     f"{self.path / 'config.json'} has {unknown}, expected {', '.join(sorted(known))} alone"
@@ -112,14 +119,26 @@ class LlamaGenFolder:
             self.checkpoint, self.name = found[0], found[0].stem if found[0].stem != "model" else model_name(self.path)
         else:
             self.checkpoint, self.name = self.path, model_name(self.path)
+        with in_file(self.path / "config.json"):
+            require_text("dcdd_name", self._config.get("dcdd_name"), optional=True)
+        self.name = self._config.get("dcdd_name") or self.name
 
     @property
     def tokenizer(self) -> Path:
-        """The file of the image tokenizer.
+        """The file of the image tokenizer, or the folder of another model that has it.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is none, and for an entry of config.json that is no relative path to another folder.
         """
+        if (said := self._config.get("tokenizer")) is not None:
+            if not isinstance(said, str) or not said or PurePosixPath(said).is_absolute() or Path(said).is_absolute():
+                raise ValueError(
+                    f"{self.path / 'config.json'}: tokenizer must be the folder of a model relative to this one, such "
+                    f"as '../janus', got {said!r}"
+                )
+            if (other := self.path / said).resolve() == self.path.resolve():
+                raise ValueError(f"{self.path / 'config.json'}: tokenizer is this very folder: leave it out")
+            return other
         for ending in _ENDINGS:
             if (file := self.path / f"{tokenizer.NAME}{ending}").exists():
                 return file
@@ -168,8 +187,8 @@ class LlamaGenFolder:
         Raises:
             ValueError: as `t5.load_text`; if there is neither, and for a text encoder of another width.
         """
-        text = self.path / TEXT
-        if not text.is_dir():
+        text = next((self.path / name for name in (TEXT, OTHER_TEXT) if (self.path / name).is_dir()), None)
+        if text is None:
             if (self.path / CAPTIONS).exists():
                 return None, None
             raise ValueError(
@@ -209,13 +228,27 @@ class LlamaGenFolder:
             ValueError: as `config` and `tokenizer.load_codebook`, and for another number of codes than the
                 transformer's.
         """
-        codebook, codes = tokenizer.load_codebook(self.tokenizer), self.config().codes
+        where, codes = self.tokenizer, self.config().codes
+        codebook = self.load_tokenizer().codebook if where.is_dir() else tokenizer.load_codebook(where)
         if codebook.size != codes:
             raise ValueError(
-                f"{self.tokenizer} has {codebook.size:,} codes, and {self.name} was trained with {codes:,}: take "
+                f"{where} has {codebook.size:,} codes, and {self.name} was trained with {codes:,}: take "
                 f"{tokenizer.NAME}.pt of {REPOSITORY}"
             )
         return codebook
+
+    def load_tokenizer(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> ImageTokenizer:
+        """The image tokenizer, on the grid of the transformer's images.
+
+        Raises:
+            ValueError: as `config` and `tokenizer.load_tokenizer`, or the other model's family.
+        """
+        where, grid = self.tokenizer, self.config().grid
+        if not where.is_dir():
+            return tokenizer.load_tokenizer(where, grid=grid, name=self.name, device=device, dtype=dtype)
+        found = registry.sampler_family(where).load_tokenizer(str(where), device=device, dtype=dtype)
+        found.grid, found.name = grid, self.name
+        return found
 
     @property
     def _source(self) -> Path:
@@ -300,6 +333,24 @@ def transformers_name(name: str) -> str:
     return f"model.{name.removeprefix('language.')}"
 
 
+def save_network(file: Path, network: LlamaGenTransformer, *, dtype: torch.dtype) -> None:
+    """Writes a transformer, without its text encoder, under its authors' names.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    tensors, heads = {}, network.config.heads
+    for name, value in network.state_dict().items():
+        if not name.startswith("text_encoder."):
+            turned = name.endswith(("q_proj.weight", "k_proj.weight"))
+            value = pairs_of_halves(value, heads) if turned else value
+            tensors[released_name(name)] = value.to(dtype)
+    for i in range(network.config.layers):
+        stacked = f"layers.{i}.{_QKV}"
+        tensors[stacked] = torch.cat([tensors.pop(_rows_of(stacked, part)) for part in "qkv"])
+    write_tensors(file, tensors, {"format": "pt"})
+
+
 def split_qkv(held: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors by name, with queries, keys and values apart where they are stacked in equal parts."""
     apart = {}
@@ -316,6 +367,11 @@ def _rows_of(name: str, part: str) -> str:
 def halves_of_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of a projection whose rotary pairs are neighbours, as a Llama has them, half a head apart: [C, C]."""
     return rearrange(weight, "(h d pair) c -> (h pair d) c", h=heads, pair=2).contiguous()
+
+
+def pairs_of_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `halves_of_pairs`."""
+    return rearrange(weight, "(h pair d) c -> (h d pair) c", h=heads, pair=2).contiguous()
 
 
 def network_config(

@@ -11,59 +11,43 @@ D width of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaModel, T5EncoderModel
 
-from ...settings import require_number
+from ..sizes import GridTransformerConfig
 
 NORM_EPS = 1e-5
 ROPE_BASE = 10000.0
 
-_AGAIN = "take a text-to-image checkpoint of LlamaGen as it was published"
-
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaGenConfig:
-    """The sizes of a network.
+class LlamaGenConfig(GridTransformerConfig):
+    """See `GridTransformerConfig`.
 
     Attributes:
-        grid: (h, w) of its images.
-        codes: K.
         text_width, text_slots: S, and L, the longest caption.
-        width, layers, heads, hidden: C, number of layers, heads, and the inner width of the feed-forward.
 
     Raises:
         ValueError: for values out of range.
     """
 
-    grid: tuple[int, int]
-    codes: int
+    remedy: ClassVar[str] = "take a text-to-image checkpoint of LlamaGen as it was published"
+
     text_width: int
     text_slots: int
-    width: int
-    layers: int
-    heads: int
-    hidden: int
 
     def __post_init__(self):
-        for name, side in zip(("rows of the grid", "columns of the grid"), self.grid, strict=True):
-            require_number(name, side, whole=True, least=1, most=1024, remedy=_AGAIN)
-        require_number("codes", self.codes, whole=True, least=2, remedy=_AGAIN)
-        for name in ("text_width", "text_slots", "width", "layers", "heads", "hidden"):
-            require_number(name, getattr(self, name), whole=True, least=1, remedy=_AGAIN)
+        super().__post_init__()
+        self._require_counts("text_width", "text_slots")
         if self.width % (4 * self.heads):
             raise ValueError(
                 f"width {self.width} must be a multiple of 4 times the heads, {4 * self.heads}: half of a head turns "
-                f"with the row, half with the column, in pairs; {_AGAIN}"
+                f"with the row, half with the column, in pairs; {self.remedy}"
             )
-
-    @property
-    def tokens(self) -> int:
-        """N."""
-        return self.grid[0] * self.grid[1]
 
 
 class GridRotary(nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dcdd_core import registry
 from dcdd_core.models.llamagen import tokenizer as images
@@ -19,10 +19,12 @@ from dcdd_core.models.llamagen.files import (
     network_config,
     reads,
     released_name,
+    save_network,
     split_qkv,
     transformers_name,
 )
 from dcdd_core.models.llamagen.network import LlamaGenConfig, LlamaGenTransformer
+from tests.tiny import save_janus
 from tests.tiny_bigfix import tiny_llamagen
 from tests.tiny_llamagen import NAME, released_shapes, save_llamagen, tiny_weights
 
@@ -132,6 +134,28 @@ def test_a_copy_for_transformers_is_read_with_its_own_configuration(folder):
         load(folder)
 
 
+def test_a_saved_network_is_the_same(folder):
+    expected = load(folder)
+    (folder / f"{NAME}.pt").unlink()
+    save_network(folder / f"{NAME}.safetensors", expected.model, dtype=torch.float32)
+    assert set(load_file(folder / f"{NAME}.safetensors")) == set(tiny_weights())
+    assert same(load(folder), expected)
+
+
+def test_the_image_tokenizer_of_another_model_is_taken(folder, tmp_path):
+    family = registry.sampler_family(folder)
+    (folder / "vq_ds16_t2i.pt").unlink()
+    save_janus(tmp_path / "janus")
+    change_json(folder / "config.json", tokenizer="../janus", dcdd_name="tiny")
+    tokenizer, sampler = family.load_tokenizer(str(folder)), load(folder)
+    assert tokenizer.name == sampler.name == "tiny" and tokenizer.grid == sampler.grid == (4, 4)
+    assert tokenizer.codebook.fingerprint == sampler.codebook.fingerprint
+    for said, words in (("/x", "relative to this one"), (3, "relative to this one"), (".", "this very folder")):
+        change_json(folder / "config.json", tokenizer=said)
+        with pytest.raises(ValueError, match=words):
+            family.load_tokenizer(str(folder))
+
+
 def test_a_tokenizer_as_safetensors_is_the_same(folder):
     family = registry.sampler_family(folder)
     expected = family.load_tokenizer(str(folder))
@@ -225,7 +249,7 @@ def test_parts_that_do_not_belong_together_are_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"heads": 2}, r"config\.json has \['heads'\], expected block_size, model_type, num_attention_heads alone"),
+        ({"heads": 2}, r"config\.json has \['heads'\], expected block_size, dcdd_name, model_type, .* alone"),
         ({"num_attention_heads": "2"}, "num_attention_heads '2' in its config.json, expected a whole number from 1"),
         ({"num_attention_heads": 3}, "width 32 must be a multiple of 4 times the heads, 12"),
         ({"block_size": 15}, "has 15 tokens an image, expected a square"),
