@@ -11,7 +11,7 @@ E width of a head, M hidden size of a block, P = N + registers + 1 positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import nn
 from transformers import T5EncoderModel
 
-from ...settings import require_number
+from ..sizes import GridTransformerConfig
 from .network import float32_linear
 
 REWARDS = 3
@@ -28,46 +28,29 @@ WANTED_REWARD, UNWANTED_REWARD = 0.8, 0.2
 """Of rows with and without the prompt, in the released sampler."""
 NORM_EPS = 1e-5
 
-_AGAIN = "take a checkpoint of BIGFix as it was published"
-
 
 @dataclass(frozen=True, kw_only=True)
-class BigFixConfig:
-    """The sizes of a network.
+class BigFixConfig(GridTransformerConfig):
+    """See `GridTransformerConfig`.
 
     Attributes:
-        grid: (h, w) of its images.
-        codes: K.
         text_width: S.
-        width, layers, heads, hidden: C, number of blocks, H, M.
         registers: positions beside the image that hold no token.
 
     Raises:
         ValueError: for values out of range.
     """
 
-    grid: tuple[int, int]
-    codes: int
+    remedy: ClassVar[str] = "take a checkpoint of BIGFix as it was published"
+
     text_width: int
-    width: int
-    layers: int
-    heads: int
-    hidden: int
     registers: int
 
     def __post_init__(self):
-        for name, side in zip(("rows of the grid", "columns of the grid"), self.grid, strict=True):
-            require_number(name, side, whole=True, least=1, most=1024, remedy=_AGAIN)
-        require_number("codes", self.codes, whole=True, least=2, remedy=_AGAIN)
-        for name in ("text_width", "width", "layers", "heads", "hidden", "registers"):
-            require_number(name, getattr(self, name), whole=True, least=1, remedy=_AGAIN)
+        super().__post_init__()
+        self._require_counts("text_width", "registers")
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}: {_AGAIN}")
-
-    @property
-    def tokens(self) -> int:
-        """N."""
-        return self.grid[0] * self.grid[1]
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}: {self.remedy}")
 
 
 class Modulation(NamedTuple):

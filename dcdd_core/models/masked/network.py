@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,55 +21,39 @@ from einops import rearrange
 from torch import nn
 
 from ...settings import require_number
-
-_AGAIN = "fetch config.json again"
+from ..sizes import GridTransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedConfig:
-    """The sizes of a network.
+class MaskedConfig(GridTransformerConfig):
+    """See `GridTransformerConfig`.
 
     Attributes:
-        grid: (h, w) of its images.
-        codes, code_dim: K, D.
+        code_dim: D.
         words: size of the text vocabulary.
-        width, layers, heads, hidden: C, number of blocks, H, M.
         rope_theta, norm_eps: of the rotary embedding and the norms.
 
     Raises:
         ValueError: for values out of range.
     """
 
-    grid: tuple[int, int]
-    codes: int
+    remedy: ClassVar[str] = "fetch config.json again"
+
     code_dim: int
     words: int
-    width: int
-    layers: int
-    heads: int
-    hidden: int
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        if not isinstance(self.grid, tuple) or len(self.grid) != 2:
-            raise ValueError(f"grid must be two whole numbers (h, w), got {self.grid!r}: {_AGAIN}")
-        for name, side in zip(("rows of the grid", "columns of the grid"), self.grid):
-            require_number(name, side, whole=True, least=1, most=1024, remedy=_AGAIN)
-        require_number("codes", self.codes, whole=True, least=2, remedy=_AGAIN)
-        for name in ("code_dim", "words", "width", "layers", "heads", "hidden"):
-            require_number(name, getattr(self, name), whole=True, least=1, remedy=_AGAIN)
-        require_number("rope_theta", self.rope_theta, above=0, remedy=_AGAIN)
-        require_number("norm_eps", self.norm_eps, above=0, remedy=_AGAIN)
+        super().__post_init__()
+        self._require_counts("code_dim", "words")
+        for name in ("rope_theta", "norm_eps"):
+            require_number(name, getattr(self, name), above=0, remedy=self.remedy)
         if self.width % (2 * self.heads):
             raise ValueError(
-                f"width {self.width} must be an even multiple of heads {self.heads}, for the rotary embedding: {_AGAIN}"
+                f"width {self.width} must be an even multiple of heads {self.heads}, for the rotary embedding: "
+                f"{self.remedy}"
             )
-
-    @property
-    def tokens(self) -> int:
-        """N."""
-        return self.grid[0] * self.grid[1]
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> MaskedConfig:
@@ -82,7 +66,7 @@ class MaskedConfig:
             return cls(**{**values, "grid": tuple(values["grid"])})
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"the sizes of a masked transformer are incomplete or unknown ({error}): {_AGAIN}"
+                f"the sizes of a masked transformer are incomplete or unknown ({error}): {cls.remedy}"
             ) from None
 
 

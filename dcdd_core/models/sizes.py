@@ -1,0 +1,49 @@
+"""The sizes that transformers over a grid of image tokens have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..settings import require_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridTransformerConfig:
+    """The sizes of a network.
+
+    Attributes:
+        remedy: the way out of sizes that are wrong, for errors.
+        grid: (h, w) of its images.
+        codes: K.
+        width, layers, heads, hidden: C, number of blocks, heads, inner width of a feed-forward.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    remedy: ClassVar[str]
+
+    grid: tuple[int, int]
+    codes: int
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+
+    def __post_init__(self):
+        if not isinstance(self.grid, tuple) or len(self.grid) != 2:
+            raise ValueError(f"grid must be two whole numbers (h, w), got {self.grid!r}: {self.remedy}")
+        for name, side in zip(("rows of the grid", "columns of the grid"), self.grid):
+            require_number(name, side, whole=True, least=1, most=1024, remedy=self.remedy)
+        require_number("codes", self.codes, whole=True, least=2, remedy=self.remedy)
+        self._require_counts("width", "layers", "heads", "hidden")
+
+    @property
+    def tokens(self) -> int:
+        """N, those of an image."""
+        return self.grid[0] * self.grid[1]
+
+    def _require_counts(self, *names: str) -> None:
+        for name in names:
+            require_number(name, getattr(self, name), whole=True, least=1, remedy=self.remedy)
