@@ -20,6 +20,7 @@ from benchmarks import (
     memory,
     noise,
     parallel,
+    pass_cost,
     rounding,
     sampler,
     timing,
@@ -312,10 +313,85 @@ def test_verdicts_follow_the_numbers(cells: tuple[str, ...], verdict: list[str])
 
 def test_targets_are_of_columns_that_there_are():
     assert all(
-        target.column in module.HEAD for module in (decoder, guidance, lcdm, sampler) for target in module.TARGETS
+        target.column in module.HEAD
+        for module in (decoder, guidance, lcdm, parallel, sampler)
+        for target in module.TARGETS
     )
 
 
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_the_known_answers_of_its_authors(counter: str, key: str, words: str):
+    """Random123's kat_vectors."""
+    start = [torch.tensor([int(word, 16)]) for word in counter.split()]
+    drawn = noise.philox(start, tuple(int(word, 16) for word in key.split()))
+    assert " ".join(f"{int(word):08x}" for word in drawn) == words
+
+
+def test_philox_noise_is_gumbel_and_a_function_of_its_key():
+    drawn = noise.philox_noise([3, 4], range(8), 4096)
+    assert drawn.shape == (2, 8, 4096) and drawn.dtype == torch.float32 and bool(torch.isfinite(drawn).all())
+    # Mean: Euler's constant; variance: pi**2 / 6.
+    assert float(drawn.mean()) == pytest.approx(0.5772, abs=0.02)
+    assert float(drawn.var()) == pytest.approx(1.6449, abs=0.05)
+    assert torch.equal(drawn[1:, 5:6], noise.philox_noise([4], [5], 4096))
+    assert len(drawn.unique()) > 0.99 * drawn.numel()
+
+
 def test_noise_is_measured():
-    found = noise.rows(batches=(1, 2), rounds=1)
-    assert [len(row) for row in found] == [len(noise.HEAD)] * 2 and float(found[0][1]) > 0
+    found = [dict(zip(noise.HEAD, row, strict=True)) for row in noise.rows(sizes=((1, 1), (2, 3)), codes=64, rounds=1)]
+    assert [row["images, positions"] for row in found] == ["1, 1", "1, 1", "2, 3", "2, 3"]
+    assert found[0]["times ours"] == found[2]["times ours"] == "1.00" and all(float(row["ms"]) > 0 for row in found)
+
+
+def test_the_cost_of_a_pass_is_measured_and_an_image_s_predicted(monkeypatch: pytest.MonkeyPatch):
+    tiny = JanusSampler(*tiny_janus())
+    monkeypatch.setattr(pass_cost, "PROMPT", "a red circle")
+    monkeypatch.setattr(pass_cost, "load_pico", lambda: SimpleNamespace(sampler=tiny))
+    facts = [SimpleNamespace(caption=lambda: "a red circle")] * 2
+    monkeypatch.setattr(pass_cost, "scene_facts", lambda split, count: facts[:count])
+    monkeypatch.setattr(pass_cost, "with_random_weights", lambda name, device, dtype: tiny)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pass_cost, "bandwidth", lambda: 1e6)
+    monkeypatch.setattr(pass_cost, "clock", iter(range(10**6)).__next__)
+    found = [dict(zip(pass_cost.HEAD, row, strict=True)) for row in pass_cost.rows((1, 4), captions=2, rounds=1)]
+    cpu, gpu = found[:4], found[4:]
+    assert [row["window"] for row in found] == ["1", "4"] * 4
+    for row in cpu:
+        assert row["seconds a pass"] == "1"
+        passes = float(row["passes an image, as pico"])
+        assert float(row["seconds an image, predicted"]) == pytest.approx(passes, abs=0.5)
+        assert passes == 16 if row["window"] == "1" else passes < 16
+    head = sum(4 * weight.numel() for weight in tiny.model.model.generation_head.parameters())
+    layers = sum(weight.numel() for weight in tiny.model.model.language_model.layers.parameters())
+    for row, size in zip(cpu[::2], (4, 2)):
+        assert float(row["limit"]) == pytest.approx((size * layers + head) / 1e6, rel=0.01)
+    for row in gpu:
+        assert row["seconds a pass"] == timing.NOT_MEASURED and row["seconds an image, predicted"] == "-"
+    assert gpu[0]["passes an image, as pico"] == "576" and float(gpu[1]["passes an image, as pico"]) < 576
+    # 7B's layers are 12.1 GB in bfloat16, and its head 0.34 in float32.
+    assert float(gpu[2]["limit"].split()[0]) == pytest.approx(12.48e9 / sampler.H100_BYTES, rel=0.01)
+
+
+def test_timed_passes_leave_out_the_prompt_s_and_the_recorded_one():
+    tiny, seen = JanusSampler(*tiny_janus()), []
+    sample = tiny.sample
+    tiny.sample = lambda prompts, on_progress, **given: sample(
+        ["red"], on_progress=lambda now: (seen.append(now.passes), on_progress(now)), **given
+    )
+    assert len(pass_cost.seconds_of_passes(tiny, 1, count=3)) == 3 and seen == [1, 2, 3, 4, 5]
+
+
+def test_random_weights_of_a_published_shape_are_those_that_sampling_reads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(memory.JANUS_PRO, "Janus-Pro-1B", (64, 96, 1, 2))
+    monkeypatch.setattr(pass_cost, "PROMPT", "red")
+    made = pass_cost.with_random_weights("Janus-Pro-1B", "cpu", torch.bfloat16)
+    assert made.grid == (24, 24) and made.codebook.size == 16384
+    assert len(pass_cost.seconds_of_passes(made, 4, count=2)) == 2
+    assert made.model.model.vision_model.embeddings.patch_embedding.weight.is_meta
