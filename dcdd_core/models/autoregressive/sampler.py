@@ -150,7 +150,6 @@ class AutoregressiveSampler(ABC):
             logits,
             first=first,
             last=last,
-            grid=self.grid,
             anew=anew,
             options=options,
             window=window,

@@ -203,7 +203,6 @@ class TokenLoop:
         *,
         first: int,
         last: int,
-        grid: tuple[int, int],
         anew: torch.Tensor | None,
         options: SamplingOptions,
         window: int,
@@ -212,11 +211,10 @@ class TokenLoop:
         """
         Args:
             first, last: the positions that are drawn.
-            grid: (h, w) of the tokens; guesses copy the row above.
         """
         self.network = network
         self.tokens, self.logits, self.anew = tokens, logits, anew
-        self.options, self.columns = options, grid[1]
+        self.options = options
         self.first, self.last = first, last
         self.window = max(1, min(window, last - first))
         self.next = torch.full((len(tokens),), first, device=tokens.device)
