@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dcdd_core import registry
-from dcdd_core.method.progressive import ORDERS, ProgressiveOptions
+from dcdd_core.method.progressive import ORDERS, SCHEDULES, ProgressiveOptions
 from dcdd_core.models.masked.sampler import MaskedSampler
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
@@ -208,10 +208,11 @@ def measure_passes(setup: EvalSetup) -> Rows:
 
 
 def measure_orders(setup: EvalSetup) -> Rows:
-    """Orders with and without revision, at `TARGET` passes by the VQ decoder, over `SEEDS` seeds.
+    """Orders with and without revision, and schedules, at `TARGET` passes by the VQ decoder, over `SEEDS` seeds.
 
-    The paper's orders are measured twice: by score alone, and with the positions of a pass apart. A cell is the mean
-    over the seeds; its lowest and highest are those of the seeds.
+    The paper's orders are measured twice: by score alone, and with the positions of a pass apart. Other schedules than
+    the default are measured in the default order. A cell is the mean over the seeds; its lowest and highest are those
+    of the seeds.
     """
     samples, rows = Samples.of(setup), {}
     revising = with_passes(TARGET, setup.guidance)
@@ -221,6 +222,11 @@ def measure_orders(setup: EvalSetup) -> Rows:
         for order in ORDERS
         for spread in ((0, 1) if order in PAPERS else (0,))
         for name, options in (("revision", revising), ("no revision", without))
+    }
+    kinds |= {
+        f"{revising.order}, {schedule} schedule, revision": replace(revising, schedule=schedule)
+        for schedule in SCHEDULES
+        if schedule != revising.schedule
     }
     every = np.arange(len(setup.images))
     for name, options in kinds.items():

@@ -26,6 +26,8 @@ IMAGES = 20
 GREYS = torch.linspace(-0.5, 0.5, IMAGES)
 #: What the trained decoder adds.
 PAINTED = 0.3
+#: What a schedule adds.
+SCHEDULED = {"arccos": 0.0, "cosine": 0.03, "linear": 0.06}
 #: Of the autoregressive sampler's images.
 AR_OFFSET = 0.5
 
@@ -156,16 +158,19 @@ def test_orders_are_means_over_seeds(setup, monkeypatch):
     names = list(ORDERS)
 
     def offset(options, seed):
-        return names.index(options.order) / 10 + 0.02 * options.spread + (0.0 if options.revise else 0.04) + seed / 100
+        base = names.index(options.order) / 10 + 0.02 * options.spread + SCHEDULED[options.schedule]
+        return base + (0.0 if options.revise else 0.04) + seed / 100
 
     made = Sampler(offset)
     monkeypatch.setattr(progressive_sections, "load_progressive", lambda _: made)
     table = progressive_sections.measure_orders(setup)
     orders = (*ORDERS, "quantisation-error, apart", "importance, apart")
-    assert set(table) == {f"{order}, {kind}" for order in orders for kind in ("revision", "no revision")}
+    expected = {f"{order}, {kind}" for order in orders for kind in ("revision", "no revision")}
+    assert set(table) == expected | {f"halton, {schedule} schedule, revision" for schedule in ("cosine", "linear")}
     for name, row in table.items():
-        order, *apart, kind = name.split(", ")
-        base = names.index(order) / 10 + 0.02 * len(apart) + (0.04 if kind == "no revision" else 0.0)
+        order, *more, kind = name.split(", ")
+        added = {"apart": 0.02} | {f"{schedule} schedule": value for schedule, value in SCHEDULED.items()}
+        base = names.index(order) / 10 + sum(added[k] for k in more) + (0.04 if kind == "no revision" else 0.0)
         expected = [(base + seed / 100) ** 2 for seed in range(3)]
         assert row["frechet"] == pytest.approx(sum(expected) / 3, abs=5e-3), name
         assert row["frechet: lowest"] == pytest.approx(min(expected), abs=5e-3)
