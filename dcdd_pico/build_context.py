@@ -56,6 +56,8 @@ class Recipe:
     prior_steps: int = 1_500
     progressive_steps: int = 2_400
     progressive_batch: int = 32
+    llamagen_steps: int = 4_000
+    llamagen_batch: int = 32
     variant_steps: int = 1_000
     variant_seeds: int = 3
     compiled: bool = False

@@ -10,6 +10,8 @@ NAME = "pico"
 PRIOR = "prior.safetensors"
 #: There too: the masked sampler of the same image tokenizer.
 PROGRESSIVE = "progressive"
+#: And a second autoregressive model of these tokens, once it is trained.
+LLAMAGEN = "llamagen"
 
 
 def model_paths(weights: Path | None = None, *, progressive: bool = False) -> dict[str, Path]:
