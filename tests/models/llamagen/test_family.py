@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dcdd_core import registry
+from dcdd_core.cli import main
 from dcdd_core.method.lcdm import map_logits
 from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.llamagen.tokenizer import llamagen_name
 from dcdd_core.pipelines.load import ModelPaths, load_models
-from dcdd_core.types import Codebook
+from dcdd_core.types import Calibration, Codebook
 from tests.tiny import save_janus, tiny_decoder, tiny_janus, tiny_vae, tiny_vq
 from tests.tiny_llamagen import save_llamagen
 
@@ -52,6 +55,21 @@ def test_janus_edits_none_of_its_tokens(folder, run):
         JanusSampler(*tiny_janus()).sample(
             PROMPTS, seeds=SEEDS, previous=run, resample=torch.ones(16, dtype=torch.bool)
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_its_calibration_is_fitted_at_its_own_guidance(folder, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for k in range(2):
+        noise = np.random.default_rng(k).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "images" / f"{k}.png")
+    out = tmp_path / "calibration.safetensors"
+    given = ["--vlm", str(folder), "--images", str(tmp_path / "images"), "--count", "2", "--out", str(out)]
+    assert main(["calibrate", *given]) == 0, capsys.readouterr()
+    calibration = Calibration.load(out)
+    assert (calibration.guidance, calibration.vlm) == (7.5, "t2i_tiny")
+    tokenizer = registry.sampler_family(folder).load_tokenizer(str(folder))
+    assert calibration.codebook == tokenizer.codebook.fingerprint
 
 
 def test_a_janus_folder_is_not_its_own(tmp_path):
