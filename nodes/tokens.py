@@ -540,13 +540,14 @@ class _Report:
         )
 
     def tell_passes(self, request: _Request) -> None:
-        """Says it below what was said before, which it would replace; nothing if there was no pass."""
-        if not self._passes:
+        """Below what was said before, which it would replace. Nothing if there was no pass, or none was told."""
+        passes = sum(self._passes.values())
+        if passes == 0:
             return
         drawn = [math.prod(self._grid)] if request.resample is None else request.resample.sum(dim=1).tolist()
         count = f"{max(drawn)} tokens" if min(drawn) == max(drawn) else f"{min(drawn)} to {max(drawn)} tokens"
         images = f" for each of {len(request.prompts)} images" if len(request.prompts) > 1 else ""
-        lines = [request.warning, f"{count}{images} in {sum(self._passes.values())} passes"]
+        lines = [request.warning, f"{count}{images} in {passes} passes"]
         host.tell("\n".join(filter(None, lines)))
 
 

@@ -28,7 +28,13 @@ PICTURED = {
     "SaveImage",
 }
 #: Nodes that have something to say as the workflows use them.
-TELLING = {"DCDD_LCDMEncoder", "DCDD_SaveCalibration", "DCDD_TokenAgreement"}
+TELLING = {
+    "DCDD_JanusLogitSampler",
+    "DCDD_LCDMEncoder",
+    "DCDD_ProgressiveTokenSampler",
+    "DCDD_SaveCalibration",
+    "DCDD_TokenAgreement",
+}
 #: ComfyUI's own nodes in the workflows with a text of several lines.
 TALL = {"CLIPTextEncode"}
 

@@ -718,6 +718,7 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, default=ROOT, help="the copy of the pack to run; default: this one")
     parser.add_argument("--results", type=Path, help="folder for the raw results; they are reused if present")
     parser.add_argument("--out", type=Path, default=ROOT / "web" / "docs" / "images")
+    parser.add_argument("--only", default="", help="only images of nodes with this text in their ids")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dcdd_results_") as temporary:
         results = given.results or Path(temporary)
@@ -728,7 +729,8 @@ def main() -> None:
             with comfyui(Path(given.comfyui).expanduser().resolve(), given.pack.resolve()) as address:
                 asyncio.run(collect(address, results))
         for name, image in drawings(results):
-            write(image, given.out / f"{name}.jpg")
+            if given.only.lower() in name.lower():
+                write(image, given.out / f"{name}.jpg")
 
 
 if __name__ == "__main__":

@@ -1259,8 +1259,8 @@ def progressive(graph: Graph) -> None:
         Press **Run**: it works as it is, with *pico progressive*, which comes with the pack.
         ## Change first
         - the **prompt** (green). pico knows the words of one small world: shapes, colours, patterns, places, grounds
-        - **passes**: 4 is a sketch, more than 16 takes longer and changes little; 0 takes the model's own number
-        - **revise** 0: tokens stay as they were first drawn. Mistakes then stay too
+        - **passes**: few give a sketch, many take longer; 0 is the model's own number, 11
+        - **revise** 0: tokens stay as they were first drawn, mistakes too
         - **order**: which tokens come first
         ## With real models
         - *Load Janus*: a masked sampler in models/janus: aMUSEd, BIGFix, or one that you trained. Janus and Janus-Pro
@@ -1295,7 +1295,7 @@ def inpaint(graph: Graph) -> None:
         ## Change first
         - the **prompt** (green): what the whole image should show
         - the **mask**: *x*, *y* and the size of the white box. Every token that it touches is drawn again
-        - the sampler's **seed**, for other attempts, and **amount**, for more of them at once
+        - the sampler's **seed**, for other attempts, and *Number of attempts*, for more of them at once
         - **start** 2 or more: the new part keeps more of what was there
         - **your own image**: *Load Image*, *Upscale Image* to the model's size (pico: 96 x 96; crop *center*), in place
         of *Pico Scene*, and the mask that you draw with *Open in MaskEditor*
@@ -1311,7 +1311,7 @@ def inpaint(graph: Graph) -> None:
         "MaskComposite", wide=225, destination=black["MASK"], source=white["MASK"], x=64, y=64, operation="add"
     )
     shown = graph.node("MaskPreview", title="Drawn again (white)", wide=225, preview=True, mask=mask["MASK"])
-    attempts = graph.node("RepeatImageBatch", title="So many attempts", wide=310, image=scene["image"], amount=2)
+    attempts = graph.node("RepeatImageBatch", title="Number of attempts", wide=310, image=scene["image"], amount=2)
     tokens = encode(graph, janus["vq_vae"], attempts["IMAGE"])
     calibrated = graph.node(
         "DCDD_LogitCalibrator",

@@ -87,9 +87,11 @@ def test_outputs_are_called_by_name_and_not_by_type(ours):
 
 
 def test_combos_list_what_is_there(ours):
-    janus = options(inputs(ours["DCDD_LoadJanus"])["model"])
     # The last of a folder of extra_model_paths.yaml.
-    assert janus[1:] == ["amused", "another", "bigfix", "cut", "masked", "tiny"]
+    folders = ["amused", "another", "bigfix", "cut", "masked", "tiny"]
+    built_in = ["pico (built in)", "pico progressive (built in)"]
+    assert options(inputs(ours["DCDD_LoadJanus"])["model"]) == [*built_in, *folders]
+    assert options(inputs(ours["DCDD_LoadVQVAE"])["model"]) == [built_in[0], *folders]
     decoder = inputs(ours["DCDD_LoadDecoder"])
     bundles = ["bundle.safetensors", "cut.safetensors", "damaged.safetensors", "flux.safetensors"]
     bundles.append("uncalibrated.safetensors")

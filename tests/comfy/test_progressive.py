@@ -102,6 +102,7 @@ def test_batch_that_does_not_fit_is_split(server, graph, masked):
         server.post("/test/out_of_memory", {"above": None})
     assert run.status == "success", run.error
     assert raised == 2, "three images, then two, did not fit"
+    assert run.notices["draw"][-1] == "144 tokens for each of 3 images in 9 passes"
     for k in range(3):
         graph.keep(graph.add(f"draw_{k}", NODE, seed=60 + k, **draw), f"one_{k}")
         graph.keep((f"draw_{k}", 1), f"sheet_{k}")

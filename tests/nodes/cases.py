@@ -391,6 +391,14 @@ def edit_keeps_the_rest(found: Found) -> None:
     assert (after["tokens"] != before["tokens"])[:, inside].mean() > 0.25
 
 
+def edit_says_how_much(found: Found) -> None:
+    outside = found["mask"][:, ::FACTOR, ::FACTOR].reshape(2, TOKENS) == 0
+    same(found.arrays["it"]["tokens"][outside], found.arrays["given"]["tokens"][outside])
+    least, most = sorted((~outside).sum(1))
+    assert least < most, "the masks are to differ, for the test to tell"
+    assert found.run.notices["it"][-1].startswith(f"{least} to {most} tokens for each of 2 images in ")
+
+
 def options_matter(found: Found) -> None:
     """Each way gives other tokens than all others, and the model's own, spelled out, the same."""
     for name, value in found.arrays["as it is"].items():
@@ -857,6 +865,15 @@ CASES = [
         keep={"it": IT, "given": of("calibrated")},
         check=edit_keeps_the_rest,
         notice="36 tokens for each of 2 images in ",
+    ),
+    Case(
+        name="edit of more in one image than in another",
+        node="DCDD_JanusLogitSampler",
+        inputs={**DRAW, "token_logits": of("calibrated"), "mask": of("doubtful"), "seed": 77},
+        more={"doubtful": ("DCDD_UncertaintyMask", DOUBT)},
+        keep={"it": IT, "given": of("calibrated"), "mask": of("doubtful")},
+        check=edit_says_how_much,
+        notice=" tokens for each of 2 images in ",
     ),
     Case(
         name="edit of nothing",
