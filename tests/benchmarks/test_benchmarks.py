@@ -21,6 +21,7 @@ from benchmarks import (
     noise,
     parallel,
     pass_cost,
+    products,
     rounding,
     sampler,
     timing,
@@ -395,3 +396,12 @@ def test_random_weights_of_a_published_shape_are_those_that_sampling_reads(monke
     assert made.grid == (24, 24) and made.codebook.size == 16384
     assert len(pass_cost.seconds_of_passes(made, 4, count=2)) == 2
     assert made.model.model.vision_model.embeddings.patch_embedding.weight.is_meta
+
+
+def test_products_are_the_same_in_every_way():
+    ours, *others = [product() for product in products.products(64, 128, 5).values()]
+    assert [tuple(made.shape) for made in ours] == [(5, 192), (5, 64), (5, 256), (5, 64)] * 2
+    for made in others:
+        torch.testing.assert_close(made, ours, rtol=1e-4, atol=1e-5)
+    found = products.rows(["pico"], [2], rounds=1)
+    assert found[0][:2] == ("pico, 2", "ours") and {len(row) for row in found} == {len(products.HEAD)}
