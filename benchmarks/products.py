@@ -1,7 +1,7 @@
 """Matrix products of a pass on the CPU, float32: seconds for all linear layers of two blocks, by number of rows
 
-Ours is a batched product by MKL over weights stored by columns (`fused_linear`). oneDNN's linear operator has no public
-name in torch for float32: here it is the one that torch.compile calls.
+Ours (`fused_linear`) chooses by rows and weights between MKL and oneDNN over weights stored by columns. oneDNN's linear
+operator has no public name in torch for float32: it is the one that torch.compile calls.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ ROWS = (2, 8, 24, 64)
 _BLOCKS = 2
 
 
+def by_mkl(rows: torch.Tensor, fused: FusedLinear) -> torch.Tensor:
+    """A product [R, O], a part of the columns by each thread."""
+    return torch.bmm(rows.expand(len(fused.parts), *rows.shape), fused.parts).transpose(0, 1).flatten(1)
+
+
 def products(width: int, inner: int, rows: int) -> dict[str, Callable[[], object]]:
     """By name, the products of all layers; inputs are random."""
     sizes = [(width, 3 * width), (width, width), (width, 2 * inner), (inner, width)] * _BLOCKS
@@ -36,7 +41,11 @@ def products(width: int, inner: int, rows: int) -> dict[str, Callable[[], object
     def each(product: Callable, held: Sequence[object]) -> Callable[[], list[torch.Tensor]]:
         return torch.inference_mode()(lambda: [product(x, w) for x, w in zip(given, held)])
 
-    found = {"ours": each(lambda x, fused: fused(x)[0], ours), "F.linear, weights by rows": each(F.linear, weights)}
+    found = {
+        "ours": each(lambda x, fused: fused(x)[0], ours),
+        "MKL, weights by columns": each(by_mkl, ours),
+        "F.linear, weights by rows": each(F.linear, weights),
+    }
     if torch.backends.mkldnn.is_available():
 
         def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

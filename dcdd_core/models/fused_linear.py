@@ -1,7 +1,8 @@
 """Fused linear layers for the few rows of a decode step on a CPU, whose time goes into reading the weights.
 
 A BLAS multiplies few rows with one thread. With the weights stored by columns, their columns can be split across all
-threads, and layers that read the same input become one product.
+threads, and layers that read the same input become one product. Where weights are large and rows not so few, oneDNN
+multiplies faster than MKL.
 
 Shapes: R rows, I input width, O output width, P parts.
 """
@@ -15,6 +16,8 @@ from torch import nn
 
 #: A thread gets at least this many columns.
 MIN_COLUMNS = 64
+#: From so many rows and weights on oneDNN multiplies (`python -m benchmarks products`).
+ONEDNN_ROWS, ONEDNN_WEIGHTS = 4, 2**20
 
 
 def fuse_weights(layers: Sequence[nn.Linear]) -> None:
@@ -45,11 +48,16 @@ class FusedLinear:
             matrix = _matrix([layer.weight for layer in layers])
             self.sizes = [layer.out_features for layer in layers]
         self.parts = None if matrix is None else _split(matrix)
+        self.weight = matrix.t() if matrix is not None and _suits_onednn(matrix) else None
 
     def __call__(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
         """Rows [R, I] -> [R, O] of each layer."""
         if self.parts is None:
             return [layer(rows) for layer in self.layers]
+        if self.weight is not None and len(rows) >= ONEDNN_ROWS:
+            # For float32 torch gives it no public name: this is the operator that torch.compile calls.
+            product = torch.ops.mkldnn._linear_pointwise(rows, self.weight, None, "none", [], "")
+            return product.split_with_sizes(self.sizes, dim=1)
         product = torch.bmm(rows.expand(len(self.parts), *rows.shape), self.parts)
         return product.transpose(0, 1).flatten(1).split_with_sizes(self.sizes, dim=1)
 
@@ -69,6 +77,13 @@ def _matrix(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
             return None
         start += len(weight) * weight.element_size()
     return first.detach().as_strided((inputs, width), (width, 1))
+
+
+def _suits_onednn(matrix: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies with it where rows are many; measured where MKL is the other choice."""
+    there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    there = there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return there and matrix.dtype == torch.float32 and matrix.numel() >= ONEDNN_WEIGHTS
 
 
 def _split(matrix: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcdd_core.models import fused_linear as columns
 from dcdd_core.models.fused_linear import FusedLinear, fuse_weights
@@ -68,9 +69,45 @@ def test_rows_elsewhere_are_for_the_layers():
     assert FusedLinear(group, resident=True, device=torch.device("meta")).parts is None
 
 
+class Operators(TorchDispatchMode):
+    """Notes the names of what is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
-def test_weights_that_change_are_seen():
-    group, x = layers(64, 64), torch.randn(2, 48)
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+@pytest.mark.parametrize(
+    ("rows", "inputs", "onednn"), [(3, 1024, False), (4, 1024, True), (40, 1024, True), (40, 1023, False)]
+)
+def test_onednn_multiplies_many_rows_with_large_weights(monkeypatch, rows, inputs, onednn):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    plain = layers(768, 128, 128, inputs=inputs)
+    x = torch.randn(rows, inputs)
+    expected = [layer(x) for layer in plain]
+    fuse_weights(plain)
+    together = FusedLinear(plain, resident=False, device=CPU)
+    with Operators() as called:
+        found = together(x)
+    assert any("_linear_pointwise" in name for name in called.names) == onednn
+    for made, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert FusedLinear(plain, resident=False, device=CPU).weight is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("least", [columns.ONEDNN_WEIGHTS, 0])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_weights_that_change_are_seen(monkeypatch, least, rows):
+    monkeypatch.setattr(columns, "ONEDNN_WEIGHTS", least)
+    group, x = layers(64, 64), torch.randn(rows, 48)
     fuse_weights(group)
     together = FusedLinear(group, resident=False, device=CPU)
     group[1].weight.mul_(2)
