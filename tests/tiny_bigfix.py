@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from dcdd_core.models.llamagen.tokenizer import llamagen_name
@@ -88,7 +89,13 @@ def tiny_text_encoder() -> T5EncoderModel:
         pad_token_id=0,
         eos_token_id=1,
     )
-    return fill(T5EncoderModel(config))
+    model = T5EncoderModel(config)
+    # A module of its own in transformers 5, the shared one in 4: here the same values are drawn in both.
+    model.encoder.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+    fill(model)
+    model.shared.weight = model.encoder.embed_tokens.weight
+    model.set_input_embeddings(model.shared)
+    return model
 
 
 def tiny_words() -> PreTrainedTokenizerFast:
