@@ -1323,7 +1323,7 @@ def inpaint(graph: Graph) -> None:
     sampled = sampler_in_passes(
         graph,
         janus,
-        prompt="a large plain yellow star in the centre on a dotted rose ground",
+        prompt="a large striped green heart in the centre on a dotted rose ground",
         token_logits=calibrated["token_logits"],
         mask=mask["MASK"],
     )

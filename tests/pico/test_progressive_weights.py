@@ -47,7 +47,7 @@ def test_the_command_samples_with_them_without_a_path(tmp_path, capsys):
 @torch.no_grad()
 def test_a_sentence_becomes_its_image(models):
     facts = scene_facts("test", 12)
-    tokens = models.sampler.sample([f.caption() for f in facts], seeds=range(12)).tokens
+    tokens = models.sampler.sample([f.caption() for f in facts], seeds=range(12), options=SAMPLING).tokens
     answers = load_reader()(models.tokenizer.decode_tokens(tokens, models.sampler.grid))
     labels = fact_labels(facts)
     for fact in ("colour", "place", "ground_colour"):
@@ -64,7 +64,8 @@ def test_a_hole_is_filled_from_the_prompt_and_what_surrounds_it(models):
     hole[2:10, 2:10] = True
     hole = hole.flatten()
     prompt = "a large plain yellow star in the centre on a dotted rose ground"
-    filled = sample_stages(models.sampler, [prompt], seeds=[1], previous=given, resample=hole).token_logits
+    edit = {"previous": given, "resample": hole}
+    filled = sample_stages(models.sampler, [prompt], seeds=[1], options=SAMPLING, **edit).token_logits
     for name in ("tokens", "logits"):
         assert torch.equal(getattr(filled, name)[:, ~hole], getattr(given, name)[:, ~hole])
     image = models.tokenizer.decode_tokens(filled.tokens, filled.grid)[0]
