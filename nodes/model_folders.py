@@ -43,9 +43,9 @@ def folders(key: str, *holding: str) -> list[str]:
 
 
 def samplers() -> list[str]:
-    """Folders of token samplers in models/janus. Published masked ones have a pipeline's index, or a checkpoint of
-    torch.save, in the place of a configuration."""
-    return folders(JANUS, "config.json", "model_index.json", "*.pth")
+    """Folders of token samplers in models/janus. Other published ones than Janus have a pipeline's index (aMUSEd) or a
+    checkpoint (BIGFix, LlamaGen) in the place of a configuration."""
+    return folders(JANUS, "config.json", "model_index.json", "*.pth", "t2i_*.pt", "t2i_*.safetensors")
 
 
 def _holders(root: Path, holding: Collection[str]) -> Iterator[Path]:

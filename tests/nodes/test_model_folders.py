@@ -77,14 +77,17 @@ def test_links_are_followed_and_loops_end(tmp_path, model_folders):
     assert listed(model_folders) == ["linked/owner/model", "same"]
 
 
-def test_published_masked_samplers_are_listed_and_their_parts_are_not(tmp_path, model_folders):
+def test_published_samplers_are_listed_and_their_parts_are_not(tmp_path, model_folders):
     janus = tmp_path / "models" / "janus"
     put(janus / "amused" / "amused-512" / "model_index.json")
     put(janus / "amused" / "amused-512" / "transformer" / "config.json")
     put(janus / "BIGFix" / "BigFix_XLarge.pth")
     put(janus / "BIGFix" / "flan-t5-xl" / "config.json")
+    for folder, suffix in (("LlamaGen", "pt"), ("LlamaGen-512", "safetensors")):
+        put(janus / folder / f"t2i_XL_stage2_512.{suffix}")
+        put(janus / folder / "flan-t5-xl" / "config.json")
     put(janus / "else" / "notes.txt")
-    assert listed(model_folders) == ["BIGFix", "amused/amused-512"]
+    assert listed(model_folders) == ["BIGFix", "LlamaGen", "LlamaGen-512", "amused/amused-512"]
 
 
 def test_diffusers_folders_are_listed_below_their_owners(tmp_path, model_folders):
