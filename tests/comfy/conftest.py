@@ -59,7 +59,6 @@ def prepare(base: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     from dcdd_core.types import Calibration
-    from dcdd_pico.embedded import PROGRESSIVE
     from tests.tiny import random_pico, save_flux_like, save_janus
     from tests.tiny_amused import save_tiny_amused
     from tests.tiny_bigfix import save_bigfix
@@ -68,8 +67,6 @@ def prepare(base: Path) -> Path:
     weights = pack / "dcdd_pico" / "weights"
     if not (weights / "decoder.safetensors").is_file():
         random_pico(weights)
-    if not (weights / PROGRESSIVE).is_dir():  # Until it is shipped.
-        save_random_masked(weights / PROGRESSIVE, weights / "janus")
     tools = base / "custom_nodes" / "dcdd_test_tools"
     tools.mkdir()
     shutil.copy(Path(__file__).with_name("tools_pack.py"), tools / "__init__.py")

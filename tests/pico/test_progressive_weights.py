@@ -15,7 +15,6 @@ from dcdd_pico.reader import fact_labels
 from dcdd_pico.scenes import render_scene, scene_facts, scene_pixels
 
 FOLDER = progressive_folder(WEIGHTS)
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="pico's masked sampler is still being trained")
 
 PROMPT = "a large plain red circle in the centre on a plain sky ground"
 
