@@ -547,7 +547,7 @@ class _Report:
         drawn = [math.prod(self._grid)] if request.resample is None else request.resample.sum(dim=1).tolist()
         count = f"{max(drawn)} tokens" if min(drawn) == max(drawn) else f"{min(drawn)} to {max(drawn)} tokens"
         images = f" for each of {len(request.prompts)} images" if len(request.prompts) > 1 else ""
-        lines = [request.warning, f"{count}{images} in {passes} passes"]
+        lines = [request.warning, f"{count}{images} in {passes} {'pass' if passes == 1 else 'passes'}"]
         host.tell("\n".join(filter(None, lines)))
 
 

@@ -34,6 +34,7 @@ from tests.models.masked.tiny_masked import SAMPLING as TINY
 from tests.models.masked.tiny_masked import save_tiny_masked
 from tests.tiny import random_pico, save_janus
 from tests.tiny_amused import save_tiny_amused
+from tests.tiny_llamagen import save_llamagen
 from tests.tiny_pipelines import save_sd, tiny_autoencoder
 
 
@@ -118,7 +119,7 @@ def test_a_masked_sampler_takes_the_place_of_janus(tmp_path, monkeypatch):
     assert asked[2] == replace(SAMPLING, guidance=3.0, order="raster")
 
 
-def test_passes_order_and_revision_are_those_asked_for(tmp_path, monkeypatch):
+def test_passes_order_and_revision_are_those_asked_for(tmp_path, monkeypatch, capsys):
     asked = asked_of(monkeypatch)
     folder = save_tiny_masked(tmp_path / "masked")
     given = ["generate", "a red circle", "a blue circle", "--janus", str(folder), "--out", str(tmp_path / "a.png")]
@@ -135,8 +136,12 @@ def test_passes_order_and_revision_are_those_asked_for(tmp_path, monkeypatch):
     ):
         assert main([*given, *words]) == 0
         assert asked.pop() == expected and not asked
+    capsys.readouterr()
     assert main([*given, "--stages", str(tmp_path / "s.png")]) == 0
     assert size(tmp_path / "s-1.png") == size(tmp_path / "s-2.png") and not (tmp_path / "s.png").exists()
+    assert capsys.readouterr().out.startswith(f"16 tokens for each of 2 images in {TINY.passes} passes\n")
+    assert main([*given, "--passes", "1"]) == 0
+    assert capsys.readouterr().out.startswith("16 tokens for each of 2 images in 1 pass\n")
 
 
 def test_sampling_in_passes_is_refused_in_words(tmp_path, capsys, one_s_own):
@@ -158,6 +163,7 @@ def test_sampling_in_passes_is_refused_in_words(tmp_path, capsys, one_s_own):
         ([*listed, "--passes", "9"], ": give as many passes as it has numbers, 7 numbers, or one of cosine"),
         ([*progressive, "--parallel", "4"], "--parallel would do nothing"),
         ([*progressive, "--stages", "a.jpg"], "--stages a.jpg: images are written as PNG"),
+        ([*progressive, "--stages", str(tmp_path / "a.png")], f"--stages and --out are both {tmp_path / 'a.png'}: "),
     ):
         assert main(["generate", "a red circle", *words, "--out", str(tmp_path / "a.png")]) == 1, words
         assert told in one_line(capsys.readouterr().err), words
@@ -434,7 +440,9 @@ def test_the_shift_is_the_decoder_s_own_or_the_one_asked_for(tmp_path):
 
 def test_unknown_words_are_named(tmp_path, capsys):
     main(["generate", "a red unicorn in the centre", "--steps", "1", "--out", str(tmp_path / "a.png")])
-    assert "does not know unicorn" in capsys.readouterr().err
+    assert "does not know unicorn (in: a red unicorn in the centre); it knows a, and, at" in capsys.readouterr().err
+    main(["generate", "a red \u2603", "--vlm", str(save_llamagen(tmp_path / "l")), "--out", str(tmp_path / "a.png")])
+    assert one_line(capsys.readouterr().err).endswith(" does not know \u2603 (in: a red \u2603)")
 
 
 def test_reconstruct_takes_any_size_from_a_token_up(tmp_path):

@@ -469,9 +469,10 @@ def warn_of_unknown_words(models: Models, prompts: Sequence[str]) -> None:
     for prompt in prompts:
         unknown = models.sampler.unknown_words(prompt)
         if unknown:
+            known = models.sampler.known_words()
             print(
-                f"dcdd: {models.sampler.name} does not know {', '.join(unknown)} (in: {prompt}); it knows "
-                f"{', '.join(models.sampler.known_words())}",
+                f"dcdd: {models.sampler.name} does not know {', '.join(unknown)} (in: {prompt})"
+                + (f"; it knows {', '.join(known)}" if known else ""),
                 file=sys.stderr,
             )
 
@@ -512,25 +513,42 @@ def sample_tokens(
             models.sampler, prompts, seeds=seeds, options=options, parallel=args.parallel, on_progress=on_progress
         )
     if report is not None:
-        images = f" for each of {len(prompts)} images" if len(prompts) > 1 else ""
-        report(f"{found.tokens.shape[1]} tokens{images} in {sum(passes.values())} passes")
+        report(_passes_told(found, sum(passes.values())))
     return found
 
 
-def sample_in_stages(models: Models, prompts: Sequence[str], seeds: Sequence[int], args: argparse.Namespace) -> Staged:
+def sample_in_stages(
+    models: Models,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    args: argparse.Namespace,
+    report: Callable[[str], None],
+) -> Staged:
     """Token logits of the prompts and the passes that led to them, under a progress bar.
+
+    Args:
+        report: as `sample_tokens`.
 
     Raises:
         ValueError: for a sampler without passes.
     """
-    sampler = _staged_sampler(models, args)
+    sampler, passes = _staged_sampler(models, args), {}
     with bar("passes") as step:
 
         def on_progress(progress: Progress) -> None:
             step(progress.done, progress.total)
+            passes[progress.first] = progress.passes
 
         options = sampling_of(models, args)
-        return sample_stages(sampler, prompts, seeds=seeds, options=options, on_progress=on_progress)
+        found = sample_stages(sampler, prompts, seeds=seeds, options=options, on_progress=on_progress)
+    report(_passes_told(found.token_logits, sum(passes.values())))
+    return found
+
+
+def _passes_told(sampled: TokenLogits, passes: int) -> str:
+    images, count = sampled.tokens.shape
+    each = f" for each of {images} images" if images > 1 else ""
+    return f"{count} tokens{each} in {passes} {'pass' if passes == 1 else 'passes'}"
 
 
 def guidance_of(args: argparse.Namespace, card: DecoderCard | None = None) -> tuple[GuidanceOptions, float]:

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
     common.check_png(args.out)
     if args.stages is not None:
         common.check_png(args.stages, "--stages")
+        if args.stages.absolute() == args.out.absolute():
+            raise ValueError(f"--stages and --out are both {args.out}: give the passes a name of their own")
     if args.logits is not None:
         arguments.check_out("--logits", args.logits)
     models = common.load(args)
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.stages is None:
         token_logits = common.sample_tokens(models, args.prompt, seeds, args, report=print)
     else:
-        staged = common.sample_in_stages(models, args.prompt, seeds, args)
+        staged = common.sample_in_stages(models, args.prompt, seeds, args, report=print)
         token_logits = staged.token_logits
         common.write_sheets(_sheets(models, staged, args.prompt), args.stages)
     if args.logits is not None:

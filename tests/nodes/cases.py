@@ -279,7 +279,7 @@ def notices(run: Run) -> list[str]:
 
 
 #: What a sampler says after its work.
-PASSES_TOLD = re.compile(r"\d+ (to \d+ )?tokens( for each of \d+ images)? in \d+ passes")
+PASSES_TOLD = re.compile(r"\d+ (to \d+ )?tokens( for each of \d+ images)? in (1 pass|\d+ passes)")
 
 
 def check(case: Case, found: Found) -> None:
