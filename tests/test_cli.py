@@ -21,6 +21,7 @@ from dcdd_core.models.autoregressive.token_loop import TokenLoop
 from dcdd_core.models.card import ServedGuidance
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.masked.sampler import MaskedSampler
+from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.calibrate import PROMPTS
 from dcdd_core.pipelines.guided import GuidanceOptions
 from dcdd_core.pipelines.images import to_pixels, to_tensor
@@ -142,6 +143,14 @@ def test_passes_order_and_revision_are_those_asked_for(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.startswith(f"16 tokens for each of 2 images in {TINY.passes} passes\n")
     assert main([*given, "--passes", "1"]) == 0
     assert capsys.readouterr().out.startswith("16 tokens for each of 2 images in 1 pass\n")
+
+
+def test_a_sheet_of_many_passes_takes_the_memory_of_one(tmp_path, monkeypatch):
+    decode, batches = VQTokenizer.decode_tokens, []
+    monkeypatch.setattr(VQTokenizer, "decode_tokens", lambda self, t, *a: batches.append(len(t)) or decode(self, t, *a))
+    words = ["--janus", str(save_tiny_masked(tmp_path / "masked")), "--passes", "20", "--out", str(tmp_path / "a.png")]
+    assert main(["generate", "a red circle", *words, "--stages", str(tmp_path / "s.png")]) == 0
+    assert batches == [1] * 21  # the last is the image
 
 
 def test_sampling_in_passes_is_refused_in_words(tmp_path, capsys, one_s_own):

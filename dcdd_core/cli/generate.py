@@ -14,6 +14,7 @@ from ..evaluation.stage_sheet import stage_sheet
 from ..method.progressive import Staged
 from ..pipelines.decode import decode_tokens
 from ..pipelines.load import Models
+from ..pipelines.oom import one_by_one
 from . import arguments, common
 
 
@@ -77,10 +78,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sheets(models: Models, staged: Staged, prompts: Sequence[str]) -> list[Image.Image]:
-    """A contact sheet of the passes for each image."""
+    """A contact sheet of the passes for each image; one pass is decoded at a time, since there may be many."""
     grid = staged.token_logits.grid
 
     def decoded(tokens: torch.Tensor) -> torch.Tensor:
-        return models.tokenizer.decode_tokens(tokens, grid)
+        def one(k: int) -> torch.Tensor:
+            return models.tokenizer.decode_tokens(tokens[k : k + 1], grid).cpu()
+
+        return torch.cat(list(one_by_one(one, len(tokens))))
 
     return [stage_sheet(staged.stages, decoded, grid, row=i, title=prompt) for i, prompt in enumerate(prompts)]
