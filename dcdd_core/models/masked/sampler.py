@@ -73,10 +73,11 @@ class MaskedSampler:
         Raises:
             ValueError: without torchao.
         """
-        self._stored = f"{fingerprint_of(self.model.state_dict())} in int8"
+        stored = f"{fingerprint_of(self.model.state_dict())} in int8"
         for part in self.model.blocks:
             store_in_int8(part, device)
         self.model.to(device)
+        self._stored = stored
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the tokenizer lacks, each once, in order; byte-level tokenizers lack none."""

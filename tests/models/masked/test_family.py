@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -47,3 +49,13 @@ def test_eight_bits_are_read_on_the_cpu_and_moved(tmp_path, monkeypatch, name):
     small = family.load_sampler(str(folder), device="meta", int8=True)
     assert set(seen) == {("cpu", "meta")}
     assert {weight.device.type for weight in small.model.parameters()} == {"meta"}
+
+
+def test_weights_that_were_not_stored_in_eight_bits_keep_their_fingerprint(tmp_path, monkeypatch):
+    folder = save_tiny_masked(tmp_path / "model")
+    sampler = registry.sampler_family(folder).load_sampler(str(folder))
+    before = sampler.fingerprint
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ValueError, match="need torchao"):
+        sampler.store_in_int8("cpu")
+    assert sampler.fingerprint == before
