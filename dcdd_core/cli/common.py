@@ -170,7 +170,7 @@ def progressive_options(parser: Parser) -> None:
     )
     group.add_argument("--order", choices=tuple(ORDERS), help="which tokens are revealed first")
     group.add_argument(
-        "--spread", type=int, metavar="N", help="tokens of one pass keep so many rows and columns apart; 0 for none"
+        "--spread", type=int, metavar="N", help="rows or columns of tokens between two of one pass, where there is room"
     )
     group.add_argument(
         "--revise",
