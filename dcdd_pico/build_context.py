@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dcdd_core.files import write_text
 from dcdd_core.method.sampling import keyed_generator
 
+from .embedded import WEIGHTS
 from .scene_arrays import scene_images
 from .scenes import SceneFacts, scene_facts
 
@@ -123,6 +125,27 @@ class BuildContext:
         attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
         with torch.autocast(self.device.type, dtype=torch.bfloat16), attention:
             yield
+
+
+def stage_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a command that trains a stage from the weights that are there."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--folder", type=Path, default=WORK, help="work folder")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def stage_context(chosen: argparse.Namespace, **changed: Any) -> BuildContext:
+    """The build that made `chosen.weights`, with fields of its recipe changed that are not None.
+
+    Raises:
+        ValueError: as `Recipe.load`.
+    """
+    recipe = replace(
+        Recipe.load(chosen.weights), **{name: value for name, value in changed.items() if value is not None}
+    )
+    return BuildContext(folder=chosen.folder, device=torch.device(chosen.device), recipe=recipe)
 
 
 def digest(module: nn.Module) -> str:

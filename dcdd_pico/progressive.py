@@ -6,8 +6,8 @@ from pathlib import Path
 
 from dcdd_core.method.progressive import ProgressiveOptions
 
-FOLDER = "progressive"
-"""Below the embedded weights."""
+from .embedded import PROGRESSIVE
+
 TOKENIZER = "../janus"
 """Its image tokenizer, Janus' own, as seen from there."""
 SAMPLING = ProgressiveOptions(guidance=3.0)
@@ -15,4 +15,4 @@ SAMPLING = ProgressiveOptions(guidance=3.0)
 
 def progressive_folder(weights: Path) -> Path:
     """Where the masked sampler lies among the embedded weights."""
-    return weights / FOLDER
+    return weights / PROGRESSIVE

@@ -26,9 +26,10 @@ from dcdd_core.pipelines.decode import decode
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Condition, TokenLogits
 
+from .embedded import PROGRESSIVE
 from .guided_images import Given, kept, scenes_of
 from .guided_sections import F1, Rulers, Scores, parts_of, rows_of, scores_of
-from .progressive import FOLDER, progressive_folder
+from .progressive import progressive_folder
 from .reader import fact_labels
 from .section_keys import code_hash, files_hash
 from .sections import FURTHER, EvalSetup, Rows, Section
@@ -42,7 +43,7 @@ SEEDS = 3
 COLUMNS = ("frechet", "frechet, text detector", *F1)
 PAPERS = ("quantisation-error", "importance")
 REWRITTEN = "tokens rewritten"
-_WEIGHTS = ("janus", "vae", "decoder.safetensors", FOLDER)
+_WEIGHTS = ("janus", "vae", "decoder.safetensors", PROGRESSIVE)
 _READ = (*_WEIGHTS, "reader.safetensors")
 
 

@@ -12,10 +12,8 @@ Shapes: B batch, N tokens, K codes, n tokens of a caption.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +39,12 @@ from dcdd_core.training.optimizers import adamw_with_muon
 from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 from dcdd_core.types import Codebook
 
-from .build_context import WORK, BuildContext, Recipe
-from .embedded import LLAMAGEN, WEIGHTS, model_paths
+from .build_context import BuildContext, Recipe, stage_context, stage_parser
+from .embedded import LLAMAGEN, model_paths
 from .scene_tokens import SceneTokens, encode_scenes, scene_facts_of
 from .scenes import SceneFacts, vocabulary
 from .train_tokenizer import tokens_digest
-from .training_loop import train
+from .training_loop import last_held_out, train
 
 _STAGE = 10
 _RATE = 2e-3
@@ -232,41 +230,29 @@ def save_llamagen(context: BuildContext, weights: Path, network: LlamaGenTransfo
 
 def card(recipe: Recipe, network: LlamaGenTransformer, log: Sequence[dict[str, Any]]) -> str:
     """What the weights are, in Markdown."""
-    last = next((line for line in reversed(log) if "eval/loss" in line), {})
     text = sum(weight.numel() for weight in network.text_encoder.parameters())
     layers = sum(weight.numel() for weight in network.parameters()) - text
     drawn = recipe.llamagen_steps * recipe.llamagen_batch
-    rows = "\n".join(
-        f"| {name.removeprefix('eval/')} | {last[name]:.4f} |" for name in last if name.startswith("eval/")
-    )
+    seconds, table = last_held_out(log)
     return f"""# pico's LlamaGen
 
 LlamaGen's text-to-image transformer with {layers / 1e6:.1f} M parameters on pico's image tokenizer, and in the place of
 flan-t5-xl a T5 encoder of {text / 1e6:.1f} M, trained with it. Trained for {recipe.llamagen_steps:,} updates of
 {recipe.llamagen_batch} scenes ({drawn:,} drawn; each fresh scene is drawn three times),
-{last.get("seconds", 0) / 3600:.2f} hours. Weights: float16.
+{seconds / 3600:.2f} hours. Weights: float16.
 
 Command: `python -m dcdd_pico.train_llamagen`. Held-out loss in nats a token at the end:
 
-| held-out | |
-|---|---|
-{rows}
+{table}
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=WORK, help="work folder")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = stage_parser(__doc__)
     parser.add_argument("--steps", type=int, help="updates; the recipe's by default")
     chosen = parser.parse_args()
-    recipe = Recipe.load(chosen.weights)
-    if chosen.steps is not None:
-        recipe = replace(recipe, llamagen_steps=chosen.steps)
-    context = BuildContext(folder=chosen.folder, device=torch.device(chosen.device), recipe=recipe)
-    network = train_llamagen(context, chosen.weights)
-    print(save_llamagen(context, chosen.weights, network))
+    context = stage_context(chosen, llamagen_steps=chosen.steps)
+    print(save_llamagen(context, chosen.weights, train_llamagen(context, chosen.weights)))
 
 
 if __name__ == "__main__":

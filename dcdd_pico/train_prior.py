@@ -6,7 +6,6 @@ prior paints scenes of no caption in particular; distribution guidance then says
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -23,8 +22,8 @@ from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 from dcdd_core.training.trainable import trained_weights
 from dcdd_core.types import Condition
 
-from .build_context import WORK, BuildContext, Recipe, digest
-from .embedded import PRIOR, WEIGHTS, model_paths
+from .build_context import BuildContext, digest, stage_context, stage_parser
+from .embedded import PRIOR, model_paths
 from .models import load_pico
 from .scenes import render_scene, scene_pixels
 from .training_loop import train
@@ -106,14 +105,8 @@ def train_prior(context: BuildContext, weights: Path) -> PriorDifference:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=WORK, help="work folder")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    chosen = parser.parse_args()
-    recipe = Recipe.load(chosen.weights)
-    context = BuildContext(folder=chosen.folder, device=torch.device(chosen.device), recipe=recipe)
-    train_prior(context, chosen.weights).save(chosen.weights / PRIOR)
+    chosen = stage_parser(__doc__).parse_args()
+    train_prior(stage_context(chosen), chosen.weights).save(chosen.weights / PRIOR)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ Shapes: B batch, N tokens, K codes.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +33,12 @@ from dcdd_core.training.optimizers import adamw_with_muon
 from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 from dcdd_core.types import Codebook
 
-from .build_context import WORK, BuildContext, Recipe
-from .embedded import WEIGHTS, model_paths
+from .build_context import BuildContext, Recipe, stage_context, stage_parser
+from .embedded import model_paths
 from .progressive import SAMPLING, TOKENIZER, progressive_folder
 from .scene_tokens import SceneTokens, encode_scenes, scene_facts_of
 from .train_tokenizer import tokens_digest
-from .training_loop import train
+from .training_loop import last_held_out, train
 
 _STAGE = 9
 _RATE = 1e-3
@@ -184,39 +182,28 @@ def save_progressive(context: BuildContext, weights: Path, network: MaskedTransf
 
 def card(recipe: Recipe, network: MaskedTransformer, log: Sequence[dict[str, Any]]) -> str:
     """What the weights are, in Markdown."""
-    last = next((line for line in reversed(log) if "eval/loss" in line), {})
     parameters = sum(weight.numel() for weight in network.parameters())
     drawn = recipe.progressive_steps * recipe.progressive_batch
-    rows = "\n".join(
-        f"| {name.removeprefix('eval/')} | {last[name]:.4f} |" for name in last if name.startswith("eval/")
-    )
+    seconds, table = last_held_out(log)
     return f"""# pico's masked sampler
 
 A bidirectional transformer of {parameters / 1e6:.1f} M parameters that reveals image tokens in a few passes and revises
 them (`dcdd_core.method.progressive`). It started from pico's Janus and was trained for {recipe.progressive_steps:,}
 updates of {recipe.progressive_batch} scenes ({drawn:,} drawn; each fresh scene is drawn three times),
-{last.get("seconds", 0) / 3600:.2f} hours. Weights: int8 with a float32 scale a row.
+{seconds / 3600:.2f} hours. Weights: int8 with a float32 scale a row.
 
 Command: `python -m dcdd_pico.train_progressive`. Held-out loss in nats a token, and of the two scores, at the end:
 
-| held-out | |
-|---|---|
-{rows}
+{table}
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=WORK, help="work folder")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = stage_parser(__doc__)
     parser.add_argument("--steps", type=int, help="updates; the recipe's by default")
     parser.add_argument("--corruptions", nargs="*", default=CORRUPTIONS, choices=CORRUPTIONS)
     chosen = parser.parse_args()
-    recipe = Recipe.load(chosen.weights)
-    if chosen.steps is not None:
-        recipe = replace(recipe, progressive_steps=chosen.steps)
-    context = BuildContext(folder=chosen.folder, device=torch.device(chosen.device), recipe=recipe)
+    context = stage_context(chosen, progressive_steps=chosen.steps)
     trained = train_progressive(context, chosen.weights, kinds=chosen.corruptions)
     print(save_progressive(context, chosen.weights, *trained))
 

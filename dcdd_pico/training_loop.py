@@ -14,12 +14,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from dcdd_core.evaluation.tables import markdown_table
 from dcdd_core.settings import require_same_settings
 from dcdd_core.training.log import RunningMeans, append_to_log, truncate_log
 from dcdd_core.training.write_errors import checkpoint_error, describe
@@ -136,3 +137,11 @@ def _resume(
         part.load_state_dict(saved["parts"][name])
     means.load_state_dict(saved.get("means", {}))
     return saved["step"], saved["seconds"]
+
+
+def last_held_out(log: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
+    """The seconds of a training until its last evaluation, and what that one measured, as a Markdown table."""
+    last = next((line for line in reversed(log) if "eval/loss" in line), {})
+    names = [name for name in last if name.startswith("eval/")]
+    rows = [[name.removeprefix("eval/"), f"{last[name]:.4f}"] for name in names]
+    return last.get("seconds", 0.0), markdown_table([["held-out", ""], *rows])

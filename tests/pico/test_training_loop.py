@@ -2,13 +2,15 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.training.log import read_log
-from dcdd_pico.training_loop import train
+from dcdd_pico.build_context import Recipe, stage_context, stage_parser
+from dcdd_pico.training_loop import last_held_out, train
 
 SETTINGS = {"seed": 7, "sizes": [1, 2]}
 
@@ -117,3 +119,22 @@ def test_a_damaged_checkpoint_is_said(tmp_path):
         checkpoint.write_bytes(broken)
         with pytest.raises(ValueError, match="checkpoint.pt is damaged .*move it away"):
             run(tmp_path, 10)
+
+
+def test_the_last_evaluation_is_a_table_with_its_seconds():
+    log = [
+        {"step": 1, "seconds": 10.0, "eval/loss": 3.0},
+        {"step": 2, "seconds": 20.0, "eval/loss": 2.0, "eval/wrong": 1.23456, "loss": 9.0},
+        {"step": 3, "seconds": 30.0, "loss": 8.0},
+    ]
+    assert last_held_out(log) == (20.0, "| held-out |  |\n|---|---|\n| loss | 2.0000 |\n| wrong | 1.2346 |")
+    assert last_held_out([])[0] == 0
+
+
+def test_a_stage_has_the_recipe_of_its_weights(tmp_path):
+    Recipe(seed=5, progressive_steps=7).save(tmp_path)
+    chosen = stage_parser(None).parse_args(["--weights", str(tmp_path), "--folder", "work", "--device", "cpu"])
+    context = stage_context(chosen, progressive_steps=None)
+    assert (context.folder, context.device) == (Path("work"), torch.device("cpu"))
+    assert (context.recipe.seed, context.recipe.progressive_steps) == (5, 7)
+    assert stage_context(chosen, progressive_steps=3).recipe.progressive_steps == 3
