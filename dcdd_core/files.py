@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .int8_rows import restored
 from .settings import shown
 
 #: What the system says of a disk that is full: no space, no quota, no larger file.
@@ -369,12 +370,13 @@ def write_record(path: str | Path, kind: str, tensors: Mapping[str, torch.Tensor
 
 
 def read_record(
-    path: str | Path, kind: str, names: Collection[str], fields: Collection[str]
+    path: str | Path, kind: str, names: Collection[str], fields: Collection[str], *, int8_rows: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors, on the CPU, and the JSON values that `write_record` wrote.
 
     Args:
         names, fields: exactly those the file must hold.
+        int8_rows: matrices may be stored in 8 bits (`int8_rows.rounded`), and are float32 then.
 
     Raises:
         ValueError: naming a file that is absent, damaged or of another kind.
@@ -383,6 +385,9 @@ def read_record(
     with open_tensors(path, expected, _AGAIN) as file, reading(path, expected, _AGAIN):
         header = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if int8_rows:
+        with in_file(path):
+            tensors = restored(tensors, remedy=_AGAIN)
     if header.get("format") != "dcdd" or header.get("kind") != kind or set(tensors) != set(names):
         found = " ".join(header.get("kind", "no known kind of thing").split())[:80]
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Writes the weights that are shipped: half precision, in the file layouts of the full-size models."""
+"""Writes the weights that are shipped: half precision or 8 bits, in the file layouts of the full-size models."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from dcdd_core.files import write_tensors
+from dcdd_core.int8_rows import rounded
 from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 
@@ -21,6 +22,8 @@ from .train_janus import save_janus
 
 #: The weights are in git, which keeps every version.
 MOST_BYTES = 48 * 10**6
+#: Two thirds of the reader's weights. Facts are read with them; Frechet features and perceptual distances are not.
+READER_IN_INT8 = ("hidden.2.weight",)
 
 
 def export(
@@ -49,8 +52,7 @@ def export(
     save_janus(fresh / "janus", janus, words)
     copy.deepcopy(vae).half().save_pretrained(fresh / "vae")
     save_bundle(fresh / "decoder.safetensors", decoder, dtype=torch.float16)
-    tensors = {k: v.half() if v.is_floating_point() else v for k, v in reader.state_dict().items()}
-    write_tensors(fresh / "reader.safetensors", tensors, {})
+    write_tensors(fresh / "reader.safetensors", rounded(reader.state_dict(), READER_IN_INT8), {})
     for path in fresh.rglob("*.safetensors"):  # safetensors 0.8 lets nobody else read what save_pretrained writes
         shutil.copymode(fresh / "reader.safetensors", path)
     recipe.save(fresh)

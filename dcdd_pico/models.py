@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from dcdd_core.evaluation.networks import FeatureNetwork, PerceptualNetwork
+from dcdd_core.files import in_file
+from dcdd_core.int8_rows import restored
 from dcdd_core.models.checkpoints import fingerprint_of, load_strictly, read_tensors
 from dcdd_core.pipelines.load import LoadOptions, ModelPaths, Models, load_models
 
@@ -49,7 +51,9 @@ def load_reader(*, device: torch.device | str = "cpu", weights: Path | None = No
     with torch.device("meta"):
         reader = SceneReader()
     path = (weights or embedded.WEIGHTS) / "reader.safetensors"
-    load_strictly(reader, read_tensors(path, dtype=torch.float32, device=device), str(path))
+    with in_file(path):
+        tensors = restored(read_tensors(path, dtype=torch.float32, device=device), remedy="install the pack again")
+    load_strictly(reader, tensors, str(path))
     return reader.eval().requires_grad_(False)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..files import read_record, write_record
+from ..int8_rows import rounded
 from ..types import Condition
 from .bundle import DecoderOptions, load_decoder
 from .decoder import DistributionConditionedDecoder
@@ -89,12 +90,13 @@ class PriorDifference(nn.Module):
         decoder.adapter = NullCondition(self.token, decoder.backbone.patch)
 
     def save(self, path: Path) -> None:
-        """Writes the difference in half precision.
+        """Writes the difference in 8 bits.
 
         Raises:
             OSError: as `write_record`.
         """
-        write_record(path, _KIND, {name: value.half() for name, value in self.state_dict().items()}, {})
+        held = self.state_dict()
+        write_record(path, _KIND, rounded(held, [name for name, value in held.items() if value.ndim == 2]), {})
 
     @classmethod
     def load(cls, path: Path, decoder: DistributionConditionedDecoder) -> PriorDifference:
@@ -104,7 +106,7 @@ class PriorDifference(nn.Module):
             ValueError: if it is missing, damaged or made for other layers.
         """
         names = cls(decoder, 1).state_dict()
-        tensors, _ = read_record(path, _KIND, names, ())
+        tensors, _ = read_record(path, _KIND, names, (), int8_rows=True)
         made = cls(decoder, len(next(value for name, value in tensors.items() if name.endswith(".down"))))
         made.load_state_dict({name: value.float() for name, value in tensors.items()})
         return made.requires_grad_(False)

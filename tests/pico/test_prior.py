@@ -97,7 +97,12 @@ def test_the_difference_comes_back_from_its_file(weights, tmp_path):
     again = PriorDifference.load(tmp_path / PRIOR, decoder)
     assert all(not weight.requires_grad for weight in again.parameters())
     for name, value in difference.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value.half().float())
+        read = again.state_dict()[name]
+        if value.ndim == 2:
+            step = value.abs().amax(1, keepdim=True) / 127
+            assert ((read - value).abs() <= 0.5 * step * 1.0001).all(), name
+        else:
+            assert torch.equal(read, value.half().float()), name
 
 
 def test_the_token_is_repeated_over_the_latent_tokens():

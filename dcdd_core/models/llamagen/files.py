@@ -21,6 +21,7 @@ from einops import rearrange
 
 from ... import registry
 from ...files import in_file, write_tensors
+from ...int8_rows import restored, rounded
 from ...protocols import ImageTokenizer
 from ...settings import require_text
 from ...types import Codebook
@@ -261,7 +262,8 @@ class LlamaGenFolder:
     def _tensors(self) -> dict[str, Any]:
         """By name; those of a .pt are mapped and not read."""
         if self.checkpoint.suffix != ".pt":
-            held: Mapping[str, Any] = read_wanted(self.checkpoint, lambda name: True)
+            with in_file(self._source):
+                held: Mapping[str, Any] = restored(read_wanted(self.checkpoint, lambda name: True), remedy=_AGAIN)
         else:
             saved = open_saved(self.checkpoint)
             held = next((saved[part] for part in ("model", "module", "state_dict") if part in saved), saved)
@@ -333,8 +335,11 @@ def transformers_name(name: str) -> str:
     return f"model.{name.removeprefix('language.')}"
 
 
-def save_network(file: Path, network: LlamaGenTransformer, *, dtype: torch.dtype) -> None:
+def save_network(file: Path, network: LlamaGenTransformer, *, int8: bool = False) -> None:
     """Writes a transformer, without its text encoder, under its authors' names.
+
+    Args:
+        int8: matrices in 8 bits with a float32 scale a row, the rest in float16; otherwise all as it is.
 
     Raises:
         OSError: if the file cannot be written.
@@ -344,10 +349,12 @@ def save_network(file: Path, network: LlamaGenTransformer, *, dtype: torch.dtype
         if not name.startswith("text_encoder."):
             turned = name.endswith(("q_proj.weight", "k_proj.weight"))
             value = pairs_of_halves(value, heads) if turned else value
-            tensors[released_name(name)] = value.to(dtype)
+            tensors[released_name(name)] = value
     for i in range(network.config.layers):
         stacked = f"layers.{i}.{_QKV}"
         tensors[stacked] = torch.cat([tensors.pop(_rows_of(stacked, part)) for part in "qkv"])
+    if int8:
+        tensors = rounded(tensors, [name for name, value in tensors.items() if value.ndim == 2])
     write_tensors(file, tensors, {"format": "pt"})
 
 

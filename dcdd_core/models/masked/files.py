@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...files import in_file, write_tensors, write_text
+from ...int8_rows import restored, rounded
 from ...method.progressive import ProgressiveOptions
 from ...settings import require_text
 from ...types import Codebook
@@ -27,7 +28,6 @@ from .words import Words
 MODEL_TYPE = "dcdd_masked"
 _AGAIN = "fetch the whole model again"
 _CODEBOOK = "codebook"
-_SCALE = "_scale"
 _LEAST_ROW = 64
 """Inputs of the smallest linear layer that is stored in 8 bits; smaller ones hardly take space."""
 _ENTRIES = {"model_type", "name", "template", "tokenizer", "sampling", "network"}
@@ -53,13 +53,8 @@ def save_masked(
     Raises:
         OSError: as `write_tensors`.
     """
-    tensors: dict[str, torch.Tensor] = {_CODEBOOK: codebook.vectors}
-    rounded = _rounded(network) if int8 else set()
-    for key, value in network.state_dict().items():
-        if key in rounded:
-            tensors[key], tensors[key + _SCALE] = to_int8(value)
-        else:
-            tensors[key] = value.half() if int8 else value
+    held = network.state_dict()
+    tensors = {_CODEBOOK: codebook.vectors} | (rounded(held, _large(network)) if int8 else held)
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     config = {
         "model_type": MODEL_TYPE,
@@ -99,7 +94,7 @@ def load_masked(
                 f"has a codebook of {codebook.size} x {codebook.dim}, and config.json says {sizes.codes} x "
                 f"{sizes.code_dim}: {_AGAIN}"
             )
-        tensors = {name: value.to(dtype) for name, value in _restored(found).items()}
+        tensors = {name: value.to(dtype) for name, value in restored(found, remedy=_AGAIN).items()}
     with torch.device("meta"):
         network = MaskedTransformer(sizes)
     load_strictly(network, tensors, str(folder))
@@ -128,13 +123,6 @@ def tokenizer_folder(folder: str | Path) -> Path:
     return folder / said
 
 
-def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix [M, C] as int8 [M, C] and the float32 scale of each row [M]: weight = int8 * scale, to half a scale."""
-    scale = weight.float().abs().amax(dim=1) / 127
-    whole = (weight.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
-    return whole.to(torch.int8), scale
-
-
 def _config(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     if set(config) != _ENTRIES:
@@ -154,35 +142,10 @@ def _sampling(values: Any) -> ProgressiveOptions:
         raise ValueError(f"sampling has an unknown entry ({error}): {_AGAIN}") from None
 
 
-def _rounded(network: nn.Module) -> set[str]:
+def _large(network: nn.Module) -> set[str]:
     """Names of the weights that are stored in 8 bits."""
     return {
         f"{name}.weight"
         for name, layer in network.named_modules()
         if isinstance(layer, nn.Linear) and layer.in_features >= _LEAST_ROW
     }
-
-
-def _restored(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Float tensors of what `save_masked` wrote.
-
-    Raises:
-        ValueError: for whole numbers without scales, and scales of another shape or of nothing.
-    """
-    restored = {}
-    for name, value in tensors.items():
-        if name.endswith(_SCALE):
-            if tensors.get(name.removesuffix(_SCALE), value).dtype != torch.int8:
-                raise ValueError(f"has {name} and no int8 tensor for it: {_AGAIN}")
-            continue
-        if value.is_floating_point():
-            restored[name] = value
-            continue
-        scale = tensors.get(name + _SCALE)
-        if value.dtype != torch.int8 or value.ndim != 2 or scale is None or scale.shape != value.shape[:1]:
-            raise ValueError(
-                f"has {name} as {value.dtype} {list(value.shape)}; expected floats, or int8 rows with one scale each "
-                f"({name}{_SCALE}): {_AGAIN}"
-            )
-        restored[name] = value.float() * scale.float()[:, None]
-    return restored

@@ -137,9 +137,22 @@ def test_a_copy_for_transformers_is_read_with_its_own_configuration(folder):
 def test_a_saved_network_is_the_same(folder):
     expected = load(folder)
     (folder / f"{NAME}.pt").unlink()
-    save_network(folder / f"{NAME}.safetensors", expected.model, dtype=torch.float32)
+    save_network(folder / f"{NAME}.safetensors", expected.model)
     assert set(load_file(folder / f"{NAME}.safetensors")) == set(tiny_weights())
     assert same(load(folder), expected)
+
+
+def test_a_network_in_eight_bits_is_the_same_to_half_a_step(folder):
+    expected = load(folder)
+    (folder / f"{NAME}.pt").unlink()
+    save_network(folder / f"{NAME}.safetensors", expected.model, int8=True)
+    stored, found = load_file(folder / f"{NAME}.safetensors"), load(folder)
+    assert stored["layers.0.attention.wqkv.weight"].dtype == torch.int8
+    assert found.model.config == expected.model.config
+    for name, value in expected.model.state_dict().items():
+        if not name.startswith("text_encoder."):
+            step = value.abs().amax(-1, keepdim=True) / 127 if value.ndim == 2 else value.abs() / 2**10
+            assert ((found.model.state_dict()[name] - value).abs() <= 0.5001 * step).all(), name
 
 
 def test_the_image_tokenizer_of_another_model_is_taken(folder, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dcdd_core import registry
-from dcdd_core.models.masked.files import load_masked, to_int8
+from dcdd_core.models.masked.files import load_masked
 from tests.models.masked.tiny_masked import SAMPLING, save_tiny_masked, tiny_masked
 
 
@@ -59,11 +59,6 @@ def test_eight_bits_are_read_back_to_half_a_step(tmp_path):
         else:
             assert torch.equal(loaded[name], value.half().float())
     assert load_masked(folder).model.mask.dtype == torch.float32
-
-
-def test_a_row_of_zeros_stays_zeros():
-    whole, scale = to_int8(torch.tensor([[0.0, 0.0], [127.0, -63.4]]))
-    assert whole.tolist() == [[0, 0], [127, -63]] and scale.tolist() == [0.0, 1.0]
 
 
 def test_the_image_tokenizer_lies_where_the_configuration_says(folder, tmp_path):

@@ -1,0 +1,65 @@
+"""Matrices that files hold in 8 bits, with a scale a row beside them: W = int8 * scale.
+
+Shapes: M rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+#: What the name of a matrix' scales adds to its own.
+SCALE = "_scale"
+
+
+def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix [M, C] as int8 [M, C] and the float32 scale of each row [M]: weight = int8 * scale, to half a scale."""
+    scale = weight.float().abs().amax(dim=1) / 127
+    whole = (weight.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
+    return whole.to(torch.int8), scale
+
+
+def rounded(tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
+    """The named matrices in 8 bits, each with its scales; of the rest, floats in float16.
+
+    Raises:
+        KeyError: for a name that is not among the tensors.
+    """
+    stored = {}
+    if missing := sorted(set(names) - set(tensors)):
+        raise KeyError(f"no tensors {missing}")
+    for name, value in tensors.items():
+        if name in names:
+            stored[name], stored[name + SCALE] = to_int8(value)
+        else:
+            stored[name] = value.half() if value.is_floating_point() else value
+    return stored
+
+
+def restored(tensors: Mapping[str, torch.Tensor], *, remedy: str) -> dict[str, torch.Tensor]:
+    """What `rounded` stored, its matrices in float32 again; other tensors stay as they are.
+
+    Args:
+        remedy: what to do about a file whose tensors do not fit together.
+
+    Raises:
+        ValueError: for whole numbers that are not int8 rows with a scale each, and scales of nothing.
+    """
+    found = {}
+    for name, value in tensors.items():
+        if name.endswith(SCALE):
+            if tensors.get(name.removesuffix(SCALE), value).dtype != torch.int8:
+                raise ValueError(f"has {name} and no int8 tensor for it: {remedy}")
+            continue
+        if value.is_floating_point() or not value.ndim:  # a counter has no dimension
+            found[name] = value
+            continue
+        scale = tensors.get(name + SCALE)
+        if value.dtype != torch.int8 or value.ndim != 2 or scale is None or scale.shape != value.shape[:1]:
+            raise ValueError(
+                f"has {name} as {value.dtype} {list(value.shape)}; expected floats, or int8 rows with one scale each "
+                f"({name}{SCALE}): {remedy}"
+            )
+        found[name] = value.float() * scale.float()[:, None]
+    return found
