@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 WEIGHTS = Path(__file__).parent / "weights"
 NAME = "pico"
 #: In the folder of the embedded models: what makes their decoder unconditional.
 PRIOR = "prior.safetensors"
-#: There too: the masked sampler of the same image tokenizer.
-PROGRESSIVE = "progressive"
-#: And a second autoregressive model of these tokens, once it is trained.
-LLAMAGEN = "llamagen"
+#: There too, the VLMs, which all sample the tokens of Janus' image tokenizer: autoregressive, masked, autoregressive.
+JANUS, PROGRESSIVE, LLAMAGEN = "janus", "progressive", "llamagen"
+#: What commands call them -> their folder.
+VLMS: Mapping[str, str] = MappingProxyType(
+    {NAME: JANUS, f"{NAME}-{PROGRESSIVE}": PROGRESSIVE, f"{NAME}-{LLAMAGEN}": LLAMAGEN}
+)
 
 
-def model_paths(weights: Path | None = None, *, progressive: bool = False) -> dict[str, Path]:
+def model_paths(weights: Path | None = None, *, vlm: str = JANUS) -> dict[str, Path]:
     """The paths of the embedded models, keyed as the fields of `dcdd_core.pipelines.load.ModelPaths`.
 
     Args:
         weights: their folder; the shipped one by default.
-        progressive: the masked sampler in the place of Janus.
+        vlm: which of them.
 
     Raises:
-        ValueError: if the folder, or that of the masked sampler, is missing.
+        ValueError: if the folder, or that of the VLM, is missing.
     """
     weights = weights or WEIGHTS
     if not weights.is_dir():
@@ -30,10 +34,10 @@ def model_paths(weights: Path | None = None, *, progressive: bool = False) -> di
             f"the embedded models are not at {weights}: install the pack again, or in a git clone "
             "`git checkout -- dcdd_pico/weights`"
         )
-    vlm = weights / (PROGRESSIVE if progressive else "janus")
-    if progressive and not vlm.is_dir():
+    folder = weights / vlm
+    if not folder.is_dir():
         raise ValueError(
-            f"the embedded sampler pico progressive is not at {vlm}: install the pack again, or in a git clone "
-            f"`git checkout -- dcdd_pico/weights/{PROGRESSIVE}`"
+            f"the embedded {NAME} {vlm} is not at {folder}: install the pack again, or in a git clone "
+            f"`git checkout -- dcdd_pico/weights/{vlm}`"
         )
-    return {"vlm": vlm, "decoder": weights / "decoder.safetensors", "vae": weights / "vae"}
+    return {"vlm": folder, "decoder": weights / "decoder.safetensors", "vae": weights / "vae"}

@@ -22,20 +22,20 @@ def load_pico(
     weights: Path | None = None,
     with_sampler: bool = True,
     compiled: bool = False,
-    progressive: bool = False,
+    vlm: str = embedded.JANUS,
 ) -> Models:
     """The embedded models, in float32.
 
     Args:
         weights: their folder; the shipped one by default.
         with_sampler, compiled: see `load_models`.
-        progressive: with the masked sampler in the place of Janus.
+        vlm: see `embedded.model_paths`.
 
     Raises:
         ValueError: if the weights are missing.
     """
     return load_models(
-        ModelPaths(**embedded.model_paths(weights, progressive=progressive)),
+        ModelPaths(**embedded.model_paths(weights, vlm=vlm)),
         LoadOptions(device=device, compiled=compiled),
         name=embedded.NAME,
         with_sampler=with_sampler,

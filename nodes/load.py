@@ -14,7 +14,7 @@ from ..dcdd_core.models.bundle import DecoderOptions, load_decoder
 from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download
 from ..dcdd_core.pipelines.load import check_codec
 from ..dcdd_core.protocols import ImageTokenizer
-from ..dcdd_pico.embedded import NAME, model_paths
+from ..dcdd_pico.embedded import JANUS, NAME, PROGRESSIVE, model_paths
 from . import host, model_folders
 from .host import Managed, ManagedCodec
 from .sockets import Decoder, DecoderSocket, JanusModel, JanusModelSocket, VQVAESocket, schema
@@ -292,7 +292,7 @@ def _placement() -> io.Combo.Input:
 
 def _folder(model: str) -> Path:
     if model in BUILT_IN:
-        return model_paths(progressive=model == PICO_PROGRESSIVE)["vlm"]
+        return model_paths(vlm=PROGRESSIVE if model == PICO_PROGRESSIVE else JANUS)["vlm"]
     return model_folders.path_of(model_folders.JANUS, model)
 
 

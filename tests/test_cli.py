@@ -145,6 +145,14 @@ def test_passes_order_and_revision_are_those_asked_for(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.startswith("16 tokens for each of 2 images in 1 pass\n")
 
 
+def test_the_embedded_samplers_go_by_name(tmp_path, capsys):
+    assert main(["generate", "a red circle", "--vlm", "pico-progressive", "--out", str(tmp_path / "a.png")]) == 0
+    assert capsys.readouterr().out.startswith("144 tokens in 11 passes\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "a red circle", "--vlm", "pico", "--janus", str(tmp_path)])
+    assert "argument --vlm/--janus: given twice: leave one of them out" in capsys.readouterr().err
+
+
 def test_a_sheet_of_many_passes_takes_the_memory_of_one(tmp_path, monkeypatch):
     decode, batches = VQTokenizer.decode_tokens, []
     monkeypatch.setattr(VQTokenizer, "decode_tokens", lambda self, t, *a: batches.append(len(t)) or decode(self, t, *a))
@@ -166,6 +174,9 @@ def test_sampling_in_passes_is_refused_in_words(tmp_path, capsys, one_s_own):
         ([*janus, "--order", "raster", "--spread", "2"], "give the folder of a masked sampler, or leave out --order"),
         ([*janus, *progressive], "holds a sampler of the other kind"),
         ([*masked, "--sampler", "autoregressive"], "holds a sampler of the other kind"),
+        (["--vlm", "pico", *progressive], "--sampler progressive, but pico holds a sampler of the other kind"),
+        (["--vlm", "pico-progressive", "--sampler", "autoregressive"], "holds a sampler of the other kind"),
+        (["--vlm", "pico", "--dtype", "bfloat16"], "--dtype goes with the folder of a VLM in --vlm"),
         ([*progressive, "--revision-passes", "11"], "revision_passes must be less than passes, got 11 of 11"),
         ([*amused, "--order", "importance"], "was not trained to predict: choose confidence, halton, random or raster"),
         ([*listed, "--passes", "9"], "schedule has 4 numbers for 7 revealing passes"),
@@ -611,7 +622,7 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         (["generate", PROMPT, "--steps", "0"], "steps"),
         (["generate", PROMPT, "--shift", "nan"], "shift must be a number"),
         (["demo", "--shift", "inf"], "shift must be a number"),
-        (["generate", PROMPT, "--decoder", "x"], "--janus"),
+        (["generate", PROMPT, "--decoder", "x"], "goes with the folder of a VLM in --vlm"),
         (["generate", PROMPT, "--out", "a.jpg"], ".png"),
         (["generate", PROMPT, "--anchor", "1", "--reads", "tokens"], "exclude"),
         (["generate", PROMPT, "--device", "cuda:99"], "--device cuda:99"),
@@ -915,7 +926,10 @@ def test_how_models_are_held_reaches_their_loaders(tmp_path, monkeypatch, capsys
     assert main(["generate", PROMPT, *real]) == 1
     assert all(seen[name] is False for name in ("sampler_int8", "eight_bit", "streamed", "compiled"))
     capsys.readouterr()
-    assert main(["generate", PROMPT, "--stream"]) == 1 and "--stream goes with --janus" in capsys.readouterr().err
+    assert (
+        main(["generate", PROMPT, "--stream"]) == 1
+        and "--stream goes with the folder of a VLM" in capsys.readouterr().err
+    )
 
 
 def test_a_decoder_in_eight_bits_paints(tmp_path):

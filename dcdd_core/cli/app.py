@@ -28,7 +28,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     }
 )
 _COMPILER = "install a C++ compiler, and on a GPU Triton as well, or leave out --compile"
-_LESS_MEMORY = "use a smaller image, --dtype bfloat16, --janus-int8, --decoder-8bit or --stream"
+_LESS_MEMORY = "use a smaller image, --dtype bfloat16, --vlm-int8, --decoder-8bit or --stream"
 
 
 @printable_output()

@@ -10,6 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from dcdd_pico.embedded import VLMS
 
 
 def path(text: str) -> Path:
@@ -26,6 +29,40 @@ def path_text(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
     return text
+
+
+class VLMOption(argparse.Action):
+    """An option that takes a VLM's folder, or the name of an embedded one.
+
+    The folder is in `janus`, the name in `embedded`; the other of them is None. It is given once, by any of its names.
+    """
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, **options, type=path)
+
+    def __call__(self, parser, namespace, values: Any, option_string=None):
+        if namespace.janus is not None or getattr(namespace, "embedded", None) is not None:
+            raise argparse.ArgumentError(self, "given twice: leave one of them out")
+        name = str(values)
+        namespace.janus, namespace.embedded = (None, name) if name in VLMS else (values, None)
+
+
+def add_vlm_option(parser: Any, help: str) -> None:
+    """Adds --vlm, which used to be called --janus.
+
+    Args:
+        parser: or a group of its options.
+        help: which VLMs it takes.
+    """
+    parser.add_argument(
+        "--vlm", "--janus", dest="janus", action=VLMOption, metavar="FOLDER", help=f"{help}; or {', '.join(VLMS)}"
+    )
+    parser.set_defaults(embedded=None)
+
+
+def embedded_vlm(args: argparse.Namespace, default: str) -> str:
+    """The folder of the embedded VLM that was named, among the embedded models."""
+    return default if args.embedded is None else VLMS[args.embedded]
 
 
 @contextmanager

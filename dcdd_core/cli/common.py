@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from dcdd_pico import embedded
 from dcdd_pico.models import load_pico
 from dcdd_pico.prior import load_prior
 from dcdd_pico.scenes import render_scene, scene_facts, scene_pixels
@@ -41,7 +42,7 @@ from ..pipelines.sample import sample
 from ..protocols import LatentCodec, Progress, SamplingOptions
 from ..settings import require_number
 from ..types import Calibration, Condition, TokenLogits
-from .arguments import check_out, path
+from .arguments import add_vlm_option, check_out, embedded_vlm, path
 
 #: Options that choose real models, and those that say how they are held.
 OF_REAL = ("decoder", "vae", "base", "dtype")
@@ -93,15 +94,8 @@ def add_command(
 
 def model_options(parser: Parser) -> None:
     """Which models, and how they are held."""
-    group = parser.add_argument_group("models (the embedded ones without --vlm)")
-    group.add_argument(
-        "--vlm",
-        "--janus",
-        dest="janus",
-        type=path,
-        metavar="FOLDER",
-        help="Janus or Janus-Pro (transformers' or DeepSeek's layout), LlamaGen, or a masked sampler",
-    )
+    group = parser.add_argument_group("models (the embedded ones without a folder)")
+    add_vlm_option(group, "Janus or Janus-Pro (transformers' or DeepSeek's layout), LlamaGen, or a masked sampler")
     group.add_argument(
         "--decoder",
         type=path,
@@ -157,7 +151,7 @@ def progressive_options(parser: Parser) -> None:
     group.add_argument(
         "--sampler",
         choices=SAMPLERS,
-        help="of the embedded models (default: autoregressive); with --janus, the folder says which it is",
+        help="of the embedded models (default: autoregressive); with --vlm, the model says which it is",
     )
     group.add_argument(
         "--passes", type=int, metavar="N", help="passes of the network, those that only revise among them"
@@ -342,17 +336,19 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
         of_guidance = ("decoder", "base", "dtype") if guided(args) else ()
         idle = given(args, *(name for name in (*OF_REAL, *HELD) if name not in of_guidance))
         if idle:
-            raise ValueError(f"{idle} goes with --janus; without it the embedded models are used")
-        models = load_pico(device=device, with_sampler=with_sampler, progressive=kind == SAMPLERS[1])
+            raise ValueError(f"{idle} goes with the folder of a VLM in --vlm; the embedded ones are used as they are")
+        vlm = embedded_vlm(args, embedded.PROGRESSIVE if kind == SAMPLERS[1] else embedded.JANUS)
+        models = load_pico(device=device, with_sampler=with_sampler, vlm=vlm)
+        _check_kind(models, kind, args.embedded)
         own_prior = guided(args) and args.base is None
         return replace(models, decoder=load_prior(device=device)) if own_prior else models
     if guided(args):
         idle = given(args, "vae", *(name for name in HELD if name != "janus_int8"))
         if args.base is None or args.calibration is None or idle:
             raise ValueError(
-                f"with --janus, --decoder {GUIDANCE} paints with a diffusers pipeline and compares calibrated "
-                "distributions: give --base FOLDER (FLUX.1, FLUX.2 [klein], SDXL or Stable Diffusion 1.x) and "
-                f"--calibration FILE, and leave out {idle or 'the rest of the decoder'}"
+                f"with a folder in --vlm, --decoder {GUIDANCE} paints with a diffusers pipeline and compares "
+                "calibrated distributions: give --base FOLDER (FLUX.1, FLUX.2 [klein], SDXL or Stable Diffusion 1.x) "
+                f"and --calibration FILE, and leave out {idle or 'the rest of the decoder'}"
             )
     options = LoadOptions(
         device=device,
@@ -366,9 +362,13 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
     if not guided(args):
         paths = replace(paths, decoder=args.decoder, vae=args.vae, base=args.base)
     models = load_models(paths, options, with_sampler=with_sampler)
-    if kind is not None and isinstance(models.sampler, StagedSampler) != (kind == SAMPLERS[1]):
-        raise ValueError(f"--sampler {kind}, but {args.janus} holds a sampler of the other kind: leave --sampler out")
+    _check_kind(models, kind, args.janus)
     return models
+
+
+def _check_kind(models: Models, kind: str | None, vlm: Path | str | None) -> None:
+    if None not in (kind, vlm, models.sampler) and isinstance(models.sampler, StagedSampler) != (kind == SAMPLERS[1]):
+        raise ValueError(f"--sampler {kind}, but {vlm} holds a sampler of the other kind: leave --sampler out")
 
 
 def guided(args: argparse.Namespace) -> bool:
@@ -690,12 +690,12 @@ def calibration_material(args: argparse.Namespace) -> tuple[list[str], list[Imag
     Raises:
         ValueError: for counts below 1, and for a VLM of your own without images.
     """
-    count, embedded = args.count, args.janus is None
+    count, ours = args.count, args.janus is None
     if count < 1:
         raise ValueError(f"--count must be at least 1, best 100; got {count}")
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
-    if args.prompts is None and embedded:
+    if args.prompts is None and ours:
         prompts = [facts.caption() for facts in scene_facts("calibration", count)]
     else:
         prompts = [prompt.text for prompt in read_prompts(args.prompts or PROMPTS)[:count]]
@@ -705,7 +705,7 @@ def calibration_material(args: argparse.Namespace) -> tuple[list[str], list[Imag
         return prompts, [found[i * len(found) // count] for i in range(count)]
     if idle := given(args, *READING):
         raise ValueError(f"{idle} would do nothing without --images: leave it out")
-    if embedded:
+    if ours:
         return prompts, None
     raise ValueError(
         "a VLM of your own needs real images: what its tokenizer sees in them is calibrated to what the VLM says. Give "

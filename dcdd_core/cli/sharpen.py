@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dcdd_pico.embedded import JANUS
+
 from .. import registry
 from ..evaluation.figures import save_image, to_image
 from ..method.lcdm import map_logits
@@ -23,13 +25,13 @@ def add(commands: Any, help: str) -> None:
     """Adds the command."""
     command = common.add_command(commands, "sharpen", run, help=help)
     command.add_argument("image", nargs="+", type=arguments.path)
+    arguments.add_vlm_option(command, "a VLM (default: the embedded one)")
     command.add_argument(
-        "--vlm", "--janus", dest="janus", type=arguments.path, metavar="FOLDER", help="a VLM; the embedded one without"
+        "--vae", type=arguments.path, metavar="PATH", help="an autoencoder, file or folder; with a folder in --vlm"
     )
     command.add_argument(
-        "--vae", type=arguments.path, metavar="PATH", help="an autoencoder, file or folder; with --janus"
+        "--calibration", type=arguments.path, metavar="FILE", help="of the VLM; needed with a folder in --vlm"
     )
-    command.add_argument("--calibration", type=arguments.path, metavar="FILE", help="of the VLM; needed with --janus")
     command.add_argument("--steps", type=int, default=_STEPS, help=f"steps of the gradient (default: {_STEPS})")
     command.add_argument(
         "--strength", type=float, default=_STRENGTH, metavar="ETA", help=f"size of the first (default: {_STRENGTH})"
@@ -48,12 +50,14 @@ def run(args: argparse.Namespace) -> None:
     device = common.device_of(args)
     if args.janus is None:
         if args.vae is not None:
-            raise ValueError("--vae goes with --janus; without it the embedded models are used")
-        models = common.load_pico(device=device, with_sampler=False)
+            raise ValueError("--vae goes with the folder of a VLM in --vlm; the embedded ones are used as they are")
+        models = common.load_pico(device=device, with_sampler=False, vlm=arguments.embedded_vlm(args, JANUS))
         tokenizer, codec, calibration = models.tokenizer, models.codec, models.decoder.card.calibration
     else:
         if args.vae is None or args.calibration is None:
-            raise ValueError("with --janus, sharpening needs --vae (such as FLUX.1's ae.safetensors) and --calibration")
+            raise ValueError(
+                "with a folder in --vlm, sharpening needs --vae (such as FLUX.1's ae.safetensors) and --calibration"
+            )
         tokenizer = registry.sampler_family(args.janus).load_tokenizer(str(args.janus), device=device)
         codec, calibration = registry.load_codec(args.vae, device=device), None
     if args.calibration is not None:

@@ -139,7 +139,7 @@ def add(commands: Any) -> None:
         formatter_class=options.Help,
         help="train a masked sampler: captions to image tokens, many at a time",
         description="Trains a masked sampler for an image tokenizer on captioned images, and writes its folder, "
-        "OUT/sampler, which `dcdd generate --janus` reads. The same command resumes a run that was stopped.",
+        "OUT/sampler, which `dcdd generate --vlm` reads. The same command resumes a run that was stopped.",
     )
     command.set_defaults(run=run, less_memory=_LESS_MEMORY)
     command.add_argument(

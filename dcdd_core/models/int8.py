@@ -18,7 +18,7 @@ def store_in_int8(module: nn.Module, device: torch.device | str) -> None:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ValueError(
-            f"weights in 8 bits need torchao ({error}): pip install torchao, or load without --janus-int8 and "
+            f"weights in 8 bits need torchao ({error}): pip install torchao, or load without --vlm-int8 and "
             "--decoder-8bit (int8, eight_bit)"
         ) from error
     # torchao would change inductor's settings for the whole process; older versions also lower float32's precision.

@@ -269,7 +269,7 @@ def card(
 
 A bidirectional transformer of {parameters:,} parameters that reveals an image's tokens in a few passes and
 revises them. ComfyUI-DCDD trained it on captioned images (`train.py progressive`), and loads it:
-`dcdd generate --janus FOLDER "a prompt"`.
+`dcdd generate --vlm FOLDER "a prompt"`.
 
 | | |
 |---|---|

@@ -8,7 +8,7 @@ from dcdd_core.cli import main
 from dcdd_core.method.calibration import apply_calibration
 from dcdd_core.pipelines.progressive import sample_stages
 from dcdd_core.types import same_codebook
-from dcdd_pico.embedded import WEIGHTS
+from dcdd_pico.embedded import PROGRESSIVE, WEIGHTS
 from dcdd_pico.models import load_pico, load_reader
 from dcdd_pico.progressive import SAMPLING, progressive_folder
 from dcdd_pico.reader import fact_labels
@@ -21,7 +21,7 @@ PROMPT = "a large plain red circle in the centre on a plain sky ground"
 
 @pytest.fixture(scope="module")
 def models():
-    return load_pico(progressive=True)
+    return load_pico(vlm=PROGRESSIVE)
 
 
 def test_they_are_small_and_of_picos_tokens(models):

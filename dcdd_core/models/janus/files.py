@@ -290,7 +290,7 @@ class JanusFolder:
     def _quantised(self, how: str) -> str:
         return (
             f"{self.path} is quantised {how}, which is not read: take the folder of the original model, and load that "
-            "in 8 bits (--janus-int8) where memory is short"
+            "in 8 bits (--vlm-int8) where memory is short"
         )
 
     def _model_config(self) -> JanusConfig:
