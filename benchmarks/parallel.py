@@ -5,13 +5,13 @@ Passes do not depend on the machine. The same captions and seeds in every row, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from benchmarks.targets import Target
 from benchmarks.timing import compared
-from dcdd_core.models.janus.sampler import JanusSampler
+from dcdd_core.models.autoregressive.sampler import AutoregressiveSampler
 from dcdd_core.protocols import SamplingOptions
 from dcdd_pico.models import load_pico
 from dcdd_pico.scenes import scene_facts
@@ -31,7 +31,7 @@ TARGETS = tuple(
 )
 
 
-def passes_of(sampler: JanusSampler, **given: object) -> tuple[torch.Tensor, int]:
+def passes_of(sampler: AutoregressiveSampler, **given: object) -> tuple[torch.Tensor, int]:
     """Tokens, and passes of the network."""
     seen: list[int] = []
     found = sampler.sample(on_progress=lambda now: seen.append(now.passes), **given)
@@ -39,12 +39,19 @@ def passes_of(sampler: JanusSampler, **given: object) -> tuple[torch.Tensor, int
 
 
 def rows(captions: int = 8, rounds: int = 3) -> list[tuple[str, ...]]:
-    sampler, found = load_pico().sampler, []
+    return rows_of(load_pico().sampler, GUIDANCES, WINDOWS, captions, rounds)
+
+
+def rows_of(
+    sampler: AutoregressiveSampler, guidances: Sequence[float], windows: Sequence[int], captions: int, rounds: int
+) -> list[tuple[str, ...]]:
+    """One for each guidance, batch and window, and for the window that is chosen; the first window is 1."""
+    found = []
     prompts = [facts.caption() for facts in scene_facts("calibration", captions)]
-    for guidance in GUIDANCES:
+    for guidance in guidances:
         for batch in BATCHES:
             parts = [range(k, k + batch) for k in range(0, captions, batch)]
-            names = {str(window): window for window in WINDOWS} | {"chosen by rows and device": None}
+            names = {str(window): window for window in windows} | {"chosen by rows and device": None}
 
             def run(window: int | None, part: range, guidance: float = guidance) -> tuple[torch.Tensor, int]:
                 options = SamplingOptions(guidance=guidance)

@@ -20,6 +20,7 @@ from benchmarks import (
     memory,
     noise,
     parallel,
+    parallel_llamagen,
     pass_cost,
     products,
     rounding,
@@ -111,6 +112,20 @@ def test_many_tokens_a_pass_are_fewer_passes_and_the_same_tokens(monkeypatch: py
         assert float(cells["fewer"]) == pytest.approx(16 / float(cells["passes"]), abs=0.02)
         assert cells["window"] != "1" or (cells["passes"], cells["of one by one"]) == ("16.0", "1.00")
     assert float(dict(zip(parallel.HEAD, found[9]))["passes"]) < 16
+
+
+def test_llamagen_is_measured_in_the_same_way_at_its_own_guidance(monkeypatch: pytest.MonkeyPatch):
+    tiny = JanusSampler(*tiny_janus())
+    tiny.default_guidance = 2.5
+    loaded = []
+    monkeypatch.setattr(parallel_llamagen, "load_pico", lambda vlm: loaded.append(vlm) or SimpleNamespace(sampler=tiny))
+    monkeypatch.setattr(
+        parallel, "scene_facts", lambda split, count: [SimpleNamespace(caption=lambda: "a red circle")] * count
+    )
+    found = parallel_llamagen.rows(captions=4, rounds=1)
+    assert loaded == ["llamagen"] and {row[0] for row in found} == {"2.5, 1", "2.5, 4"}
+    assert [row[1] for row in found[:6]] == ["1", "4", "8", "12", "16", "chosen by rows and device"]
+    assert {row[-1] for row in found} == {"0"} and float(found[3][2]) < 16
 
 
 def test_rounding_is_compared_up_to_the_first_other_token():
