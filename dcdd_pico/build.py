@@ -28,6 +28,7 @@ from .train_autoencoder import train_autoencoder, train_vae_decoder
 from .train_calibration import fit_pico_calibration
 from .train_decoder import train_pico_decoder
 from .train_janus import save_janus, train_janus
+from .train_llamagen import save_llamagen, train_llamagen
 from .train_prior import train_prior
 from .train_progressive import save_progressive, train_progressive
 from .train_reader import train_reader
@@ -54,6 +55,7 @@ STAGES = (
     "export",
     "prior",
     "progressive",
+    "llamagen",
 )
 
 
@@ -118,6 +120,9 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     if not reached("progressive"):
         return
     save_progressive(context, weights, *train_progressive(context, weights))
+    if not reached("llamagen"):
+        return
+    save_llamagen(context, weights, train_llamagen(context, weights))
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ Shapes: B batch, N tokens, K codes, n tokens of a caption.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,8 @@ def save_llamagen(context: BuildContext, weights: Path, network: LlamaGenTransfo
     encoder = T5EncoderModel(network.text_encoder.config)
     encoder.load_state_dict(network.text_encoder.state_dict())
     encoder.half().save_pretrained(text)
+    # safetensors 0.8 lets nobody else read what save_pretrained writes.
+    shutil.copymode(folder / _CHECKPOINT, text / "model.safetensors")
     save_tokenizer(pico_words(), text)
     config = {
         "model_type": MODEL_TYPE,

@@ -13,6 +13,7 @@ from dcdd_core.protocols import SamplingOptions
 from dcdd_pico.ablation import train_ablation
 from dcdd_pico.build import build
 from dcdd_pico.build_context import BuildContext, Recipe
+from dcdd_pico.embedded import LLAMAGEN
 from dcdd_pico.models import load_pico, load_reader
 from dcdd_pico.progressive import progressive_folder
 from dcdd_pico.sections import ablation_files
@@ -34,6 +35,8 @@ SMALL = Recipe(
     prior_steps=2,
     progressive_steps=2,
     progressive_batch=2,
+    llamagen_steps=2,
+    llamagen_batch=2,
     decoder_batch=3,
     choice_scenes=8,
     variant_steps=1,
@@ -55,6 +58,8 @@ def test_the_whole_build_in_small(tmp_path):
     load_reader(weights=tmp_path / "weights")
     masked = load_masked(progressive_folder(tmp_path / "weights"))
     assert masked.sample(["a red circle"], seeds=[0]).codebook == models.tokenizer.codebook.fingerprint
+    llamagen = load_pico(weights=tmp_path / "weights", vlm=LLAMAGEN).sampler
+    assert llamagen.sample(["a red circle"], seeds=[0]).codebook == models.tokenizer.codebook.fingerprint
     grid = models.sampler.sample(
         ["a red circle"], seeds=[0], options=SamplingOptions(guidance=models.decoder.card.calibration.guidance)
     )
