@@ -159,6 +159,30 @@ class TokenSampler(Protocol):
 
 
 @runtime_checkable
+class TeacherForced(Protocol):
+    """A `TokenSampler` that draws one token after the other, and so has distributions for an image that is there."""
+
+    def teacher_forced(
+        self, prompts: Sequence[str], tokens: torch.Tensor, *, options: SamplingOptions = DEFAULT_SAMPLING
+    ) -> TokenLogits:
+        """What the sampler would have drawn each token of an image from, given the prompt and the tokens before it.
+
+        Args:
+            prompts: B texts.
+            tokens: int64 [B, N] of the images, as its image tokenizer reads them.
+            options: guidance and temperature; the filters act on no logits that are kept.
+
+        Returns:
+            TokenLogits of these tokens on the model's device, logits float32 [B, N, K] after guidance and temperature,
+            source "vlm". An image's do not depend on what else is in the batch, up to rounding.
+
+        Raises:
+            ValueError: for prompts and tokens that do not fit each other or the model.
+        """
+        ...
+
+
+@runtime_checkable
 class ImageTokenizer(Protocol):
     """Images to tokens with proxy logits, and tokens or code vectors to images.
 

@@ -23,6 +23,7 @@ from ..checkpoints import fingerprint_of
 from ..edits import check_edit, check_request
 from ..fused_linear import fuse_weights
 from ..int8 import store_in_int8
+from .teacher_forcing import check_tokens, teacher_forced_logits
 from .token_loop import Prompts, TokenLoop, TokenNetwork, groups_of, window_for
 
 CHECK_EVERY = 8
@@ -168,6 +169,29 @@ class AutoregressiveSampler(ABC):
             if loop.done:
                 break
             loop.advance()
+        return self._told(logits, tokens, options)
+
+    @torch.no_grad()
+    def teacher_forced(
+        self, prompts: Sequence[str], tokens: torch.Tensor, *, options: SamplingOptions = DEFAULT_SAMPLING
+    ) -> TokenLogits:
+        """See `TeacherForced`: each position's logits given the prompt and the image's tokens before it.
+
+        They are those that `sample` keeps where it draws these tokens, up to float rounding. One pass reads the
+        prompts, one all tokens. Memory allocated for the call: the logits twice, 4 B N K bytes each (38 MB an image of
+        576 x 16384); keys and values of R rows; the head in float32, as in `sample`.
+
+        Raises:
+            ValueError: also for logits that are not finite.
+        """
+        check_tokens(prompts, tokens, count=self.grid[0] * self.grid[1], codes=self.codebook.size)
+        network = self._network()
+        given = tokens.to(network.language.device)
+        read = self._prompts(prompts, guided=options.guidance != 1)
+        return self._told(teacher_forced_logits(network, read, given, options), given, options)
+
+    def _told(self, logits: torch.Tensor, tokens: torch.Tensor, options: SamplingOptions) -> TokenLogits:
+        """Logits and tokens with how they were made."""
         return TokenLogits(
             logits,
             tokens,
