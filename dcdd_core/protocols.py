@@ -37,7 +37,8 @@ class SamplingOptions:
         guidance: classifier-free guidance w, at most `MOST_GUIDANCE` either way; 1 is the prompt alone, 0 no
             prompt at all.
         temperature: T, within `TEMPERATURES`, or 0, which takes the most likely code.
-        top_k, top_p: filters of the draw (`method.sampling`); None for none. The logits that are kept stay whole.
+        top_k, top_p: filters of the draw (`method.sampling`). None is no top_p, and as top_k what the sampler's
+            authors use, for most of them none; 0 is no top_k. The logits that are kept stay whole.
 
     Raises:
         ValueError: for values out of range.
@@ -56,7 +57,7 @@ class SamplingOptions:
             remedy = "or 0, which is greedy; 1 changes nothing"
             require_number("temperature", self.temperature, least=least, most=most, remedy=remedy)
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
-            raise ValueError(f"top_k must be a whole number >= 0, got {self.top_k!r}; 0 or None switches it off")
+            raise ValueError(f"top_k must be a whole number >= 0, got {self.top_k!r}; 0 switches it off")
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p!r}; 1 or None switches it off")
 
@@ -81,7 +82,7 @@ class Progress:
     first: int = 0
 
 
-#: Guidance 5, temperature 1, no filter: what DeepSeek samples Janus with.
+#: Guidance 5, temperature 1, no filter but the sampler's own: what DeepSeek samples Janus with.
 DEFAULT_SAMPLING = SamplingOptions()
 
 

@@ -95,7 +95,7 @@ def start(codebook: Codebook, grid: tuple[int, int], words: int, seed: int) -> L
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = LlamaGenTransformer(network_config(codebook.size, grid))
-        network.text_encoder = T5EncoderModel(text_config(words))
+        network.text_encoder = T5EncoderModel(text_config(words))  # trained as a part of the network
         with torch.no_grad():
             nn.init.normal_(network.null, std=network.config.text_width**-0.5)
             nn.init.zeros_(network.head.weight)

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..dcdd_core import registry
 from ..dcdd_core.files import read_json
 from ..dcdd_core.models.bundle import DecoderOptions, load_decoder
-from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download
+from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download_model
 from ..dcdd_core.pipelines.load import check_codec
 from ..dcdd_core.protocols import ImageTokenizer
 from ..dcdd_pico.embedded import JANUS, NAME, PROGRESSIVE, model_paths
@@ -251,7 +251,7 @@ class DownloadModel(io.ComfyNode):
         def on_progress(there: int, whole: int) -> None:
             progress.step(round(1000 * there / max(1, whole)), 1000)
 
-        download(known.repository, folder, files=known.files, on_progress=on_progress)
+        download_model(known, folder, on_progress=on_progress)
         host.tell(f"{model} is at {path}. Its licence: {known.licence}")
         return io.NodeOutput(str(path))
 
@@ -341,4 +341,4 @@ def _offer(model: str) -> tuple[KnownModel, Path, Path]:
     known = _OFFERED[model]
     key, *below = known.folder.split("/")
     folder = model_folders.model_folder(key).joinpath(*below)
-    return known, folder, folder / known.files[0] if len(known.files) == 1 else folder
+    return known, folder, folder / known.file if known.file else folder

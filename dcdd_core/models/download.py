@@ -35,7 +35,25 @@ from huggingface_hub.utils import build_hf_headers
 OnProgress = Callable[[int, int], None]
 
 _READABLE = (".json", ".safetensors")
+#: Taken only where it is named in full: a pickle, of which the loaders read tensors alone (`torch.load` with
+#: weights_only=True).
+_PICKLED = ".pt"
 _TIMEOUT = 30.0  # seconds, for the hub's answer to the first request
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownPart:
+    """What is needed of one repository.
+
+    Attributes:
+        repository: on the hub.
+        files: names or patterns of names, as `download` takes them.
+        below: where they belong in the model's folder; "" for the folder itself.
+    """
+
+    repository: str
+    files: tuple[str, ...]
+    below: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,58 +61,111 @@ class KnownModel:
     """A published model that this library works with.
 
     Attributes:
-        repository: on the hub.
-        files: what is needed of it.
+        parts: what is needed of the hub.
         folder: where it belongs below ComfyUI's `models`.
         gigabytes: size of the download, in 10^9 bytes.
-        licence: of the weights, by name.
+        licence: of the weights, by name, or where it is said.
         gated: whether its page asks to accept the licence first.
     """
 
-    repository: str
-    files: tuple[str, ...]
+    parts: tuple[KnownPart, ...]
     folder: str
     gigabytes: float
     licence: str
     gated: bool
 
+    @property
+    def file(self) -> str | None:
+        """Its only file; None if it is a folder of several."""
+        files = [name for part in self.parts for name in part.files]
+        return files[0] if len(files) == 1 else None
+
+
+def _janus_pro(size: str, gigabytes: float) -> KnownModel:
+    return KnownModel(
+        parts=(KnownPart(repository=f"deepseek-community/Janus-Pro-{size}", files=("*.json", "*.safetensors")),),
+        folder=f"janus/Janus-Pro-{size}",
+        gigabytes=gigabytes,
+        licence="MIT (code), DeepSeek Model License (weights)",
+        gated=False,
+    )
+
+
+def _flux_fill(file: str, folder: str, gigabytes: float) -> KnownModel:
+    return KnownModel(
+        parts=(KnownPart(repository="black-forest-labs/FLUX.1-Fill-dev", files=(file,)),),
+        folder=folder,
+        gigabytes=gigabytes,
+        licence="FLUX.1 [dev] Non-Commercial License",
+        gated=True,
+    )
+
+
+#: The encoder lies in the first of two files; the second, of 2 GB, has a part of the decoder, which is not read.
+_FLAN_T5_XL = KnownPart(
+    repository="google/flan-t5-xl",
+    files=(
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+    ),
+    below="flan-t5-xl",
+)
+
+
+def _llamagen(stage: int, pixels: int) -> KnownModel:
+    """777,923,840 weights of the transformer and 72 M of the tokenizer in float32, beside 9.45 GB of flan-t5-xl."""
+    repository = "peizesun/llamagen_t2i"
+    files = (f"t2i_XL_stage{stage}_{pixels}.pt", "vq_ds16_t2i.pt")
+    return KnownModel(
+        parts=(KnownPart(repository=repository, files=files), _FLAN_T5_XL),
+        folder=f"janus/LlamaGen-XL-{pixels}",
+        gigabytes=12.8,
+        licence=(
+            "MIT (code, FoundationVision/LlamaGen), Apache-2.0 (flan-t5-xl); that of LlamaGen's weights is not known "
+            f"to us: see the page of {repository}"
+        ),
+        gated=False,
+    )
+
 
 KNOWN_MODELS: Mapping[str, KnownModel] = MappingProxyType(
     {
-        "Janus-Pro-1B": KnownModel(
-            repository="deepseek-community/Janus-Pro-1B",
-            files=("*.json", "*.safetensors"),
-            folder="janus/Janus-Pro-1B",
-            gigabytes=4.2,
-            licence="MIT (code), DeepSeek Model License (weights)",
-            gated=False,
-        ),
-        "Janus-Pro-7B": KnownModel(
-            repository="deepseek-community/Janus-Pro-7B",
-            files=("*.json", "*.safetensors"),
-            folder="janus/Janus-Pro-7B",
-            gigabytes=14.8,
-            licence="MIT (code), DeepSeek Model License (weights)",
-            gated=False,
-        ),
-        "FLUX.1-Fill-dev": KnownModel(
-            repository="black-forest-labs/FLUX.1-Fill-dev",
-            files=("flux1-fill-dev.safetensors",),
-            folder="diffusion_models",
-            gigabytes=23.8,
-            licence="FLUX.1 [dev] Non-Commercial License",
-            gated=True,
-        ),
-        "FLUX.1-Fill-dev's autoencoder": KnownModel(
-            repository="black-forest-labs/FLUX.1-Fill-dev",
-            files=("ae.safetensors",),
-            folder="vae",
-            gigabytes=0.34,
-            licence="FLUX.1 [dev] Non-Commercial License",
-            gated=True,
-        ),
+        "Janus-Pro-1B": _janus_pro("1B", 4.2),
+        "Janus-Pro-7B": _janus_pro("7B", 14.8),
+        "LlamaGen-XL, 256 px": _llamagen(1, 256),
+        "LlamaGen-XL, 512 px": _llamagen(2, 512),
+        "FLUX.1-Fill-dev": _flux_fill("flux1-fill-dev.safetensors", "diffusion_models", 23.8),
+        "FLUX.1-Fill-dev's autoencoder": _flux_fill("ae.safetensors", "vae", 0.34),
     }
 )
+
+
+def download_model(
+    model: KnownModel,
+    folder: str | Path,
+    *,
+    token: str | None = None,
+    endpoint: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """`download` of all parts of a model: what one of them refuses is said before anything comes.
+
+    Args:
+        folder: the model's own.
+        token, endpoint, on_progress: as `download`; progress is that of all parts together.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: as `download`.
+    """
+    folder = Path(folder)
+    _bring([(part.repository, folder / part.below, part.files) for part in model.parts], token, endpoint, on_progress)
+    return folder
 
 
 def download(
@@ -115,7 +186,8 @@ def download(
     Args:
         repository: such as "black-forest-labs/FLUX.1-Fill-dev".
         folder: made if it is not there; the repository's own folders are kept below it.
-        files: names or patterns of names (`*.json`); only `.safetensors` and `.json` files are downloaded.
+        files: names or patterns of names (`*.json`); only `.safetensors` and `.json` files are downloaded, and `.pt`
+            files that are named in full, no pattern.
         token: of the user's account; None takes HF_TOKEN or what `hf auth login` stored.
         endpoint: the hub's address; None takes HF_ENDPOINT or huggingface.co.
         on_progress: may raise to stop the download; its exception comes through, unless it is an OSError.
@@ -129,58 +201,108 @@ def download(
             another size is present. Says what to do.
     """
     folder = Path(folder)
-    api = HfApi(endpoint=endpoint, token=token)
-    with _explained(repository, folder, api.endpoint):
-        # One commit for all files, though the repository may change while they come.
-        try:
-            info = api.model_info(repository, files_metadata=True, timeout=_TIMEOUT)
-        except (OSError, HTTPError) as error:
-            there = [folder / name for name in files]  # A pattern is no file's name.
-            if isinstance(error, HfHubHTTPError) or not all(path.is_file() for path in there):
-                raise
-            if on_progress is not None:
-                on_progress(*[sum(path.stat().st_size for path in there)] * 2)
-            return folder
-        held = {file.rfilename: file for file in info.siblings or ()}
-        chosen = [held[name] for name in _choose(repository, list(held), files)]
-        parts = [_Part(file, folder) for file in chosen]
-        if different := [part.found for part in parts if part.found]:
-            raise ValueError(
-                f"{folder} holds files of the same name but another size: {', '.join(different)}. They may be "
-                "yours, or cut or changed ones: move, rename or delete them, and start again"
-            )
-        total = sum(part.size for part in parts)
-        missing = total - sum(part.came for part in parts)
-        folder.mkdir(parents=True, exist_ok=True)
-        if missing > (free := shutil.disk_usage(folder).free):
-            raise ValueError(
-                f"{repository} needs {missing / 1e9:.1f} GB more in {folder}, where {free / 1e9:.1f} GB are free: "
-                "make room, or choose a folder on another disk"
-            )
-        headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}  # or sizes and ranges mean nothing
-        for i, part in enumerate(parts):
-            others = sum(other.came for other in parts[:i] + parts[i + 1 :])
-
-            def report(came: int, others: int = others) -> None:
-                if on_progress is not None:
-                    on_progress(others + came, total)
-
-            report(part.came)
-            if not part.is_whole:
-                url = hf_hub_url(repository, part.name, revision=info.sha, endpoint=endpoint)
-                part.fetch(url, headers, report)
+    _bring([(repository, folder, files)], token, endpoint, on_progress)
     return folder
+
+
+def _bring(
+    wanted: Sequence[tuple[str, Path, Sequence[str]]],
+    token: str | None,
+    endpoint: str | None,
+    on_progress: OnProgress | None,
+) -> None:
+    """Downloads (repository, folder, names or patterns); nothing comes before all of them are found to be possible."""
+    api = HfApi(endpoint=endpoint, token=token)
+    found = []
+    for repository, folder, files in wanted:
+        with _explained(repository, folder, api.endpoint):
+            found.append(_ask(api, repository, folder, files))
+    missing = sum(one.size - one.came for one in found)
+    for one in found:
+        with _explained(one.repository, one.folder, api.endpoint):
+            one.folder.mkdir(parents=True, exist_ok=True)
+            if missing > (free := shutil.disk_usage(one.folder).free):
+                raise ValueError(
+                    f"{one.repository} needs {missing / 1e9:.1f} GB more in {one.folder}, where {free / 1e9:.1f} GB "
+                    "are free: make room, or choose a folder on another disk"
+                )
+    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}  # or sizes and ranges mean nothing
+    total = sum(one.size for one in found)
+    for one in found:
+        with _explained(one.repository, one.folder, api.endpoint):
+            for part in one.parts or (None,):
+                others = sum(other.came for other in found) - (part.came if part else 0)
+
+                def report(came: int, others: int = others) -> None:
+                    if on_progress is not None:
+                        on_progress(others + came, total)
+
+                report(part.came if part else 0)
+                if part and not part.is_whole:
+                    url = hf_hub_url(one.repository, part.name, revision=one.commit, endpoint=endpoint)
+                    part.fetch(url, headers, report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """Files of one repository.
+
+    Attributes:
+        folder: they go there.
+        commit: one for all of them, though the repository may change while they come.
+        parts: empty where the hub could not be asked, and all are there.
+        there: bytes of these.
+    """
+
+    repository: str
+    folder: Path
+    commit: str = ""
+    parts: tuple[_Part, ...] = ()
+    there: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return self.there + sum(part.size for part in self.parts)
+
+    @property
+    def came(self) -> int:
+        """Bytes that are there."""
+        return self.there + sum(part.came for part in self.parts)
+
+
+def _ask(api: HfApi, repository: str, folder: Path, files: Sequence[str]) -> _Wanted:
+    """What the hub has of these files."""
+    try:
+        info = api.model_info(repository, files_metadata=True, timeout=_TIMEOUT)
+    except (OSError, HTTPError) as error:
+        there = [folder / name for name in files]  # A pattern is no file's name.
+        if isinstance(error, HfHubHTTPError) or not all(path.is_file() for path in there):
+            raise
+        return _Wanted(repository=repository, folder=folder, there=sum(path.stat().st_size for path in there))
+    held = {file.rfilename: file for file in info.siblings or ()}
+    parts = tuple(_Part(held[name], folder) for name in _choose(repository, list(held), files))
+    if different := [part.found for part in parts if part.found]:
+        raise ValueError(
+            f"{folder} holds files of the same name but another size: {', '.join(different)}. They may be "
+            "yours, or cut or changed ones: move, rename or delete them, and start again"
+        )
+    return _Wanted(repository=repository, folder=folder, commit=info.sha, parts=parts)
 
 
 def _choose(repository: str, held: list[str], patterns: Sequence[str]) -> list[str]:
     """The readable names that match the patterns."""
-    readable = [name for name in held if PurePosixPath(name).suffix in _READABLE]
+    readable = [
+        name
+        for name in held
+        if PurePosixPath(name).suffix in _READABLE or (name.endswith(_PICKLED) and name in patterns)
+    ]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in readable):
             shown = ", ".join(sorted(held)[:8]) or "nothing"
             raise ValueError(
-                f"{repository} has no {pattern} that can be read here ({' and '.join(_READABLE)} files can); it holds "
-                f"{shown}{', ...' if len(held) > 8 else ''}"
+                f"{repository} has no {pattern} that can be read here ({' and '.join(_READABLE)} files can, and "
+                f"{_PICKLED} files that are named in full); it holds {shown}{', ...' if len(held) > 8 else ''}"
             )
     return [name for name in readable if any(fnmatchcase(name, pattern) for pattern in patterns)]
 

@@ -1,10 +1,13 @@
-"""T5 as image models read text: prompts as ids, and the encoder from the folder of a whole T5 model.
+"""T5 as image models read text: prompts as ids, the encoder from the folder of a whole T5 model, and text features.
 
-Shapes: L text slots.
+Shapes: L text slots, n tokens of a text, S width of the text features.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from ..files import reading
 from .checkpoints import (
     check_count,
     check_size,
+    fingerprint_of,
     load_strictly,
     quantised,
     read_config,
@@ -21,10 +25,15 @@ from .checkpoints import (
     read_wanted,
     whole_number,
 )
+from .int8 import store_in_int8
 from .text_tokenizer import load_text_tokenizer, require_prompt, unknown_words
 
 TEXT_SLOTS = 120
 """L of BIGFix and LlamaGen, which read no more of a prompt."""
+KEPT = 1024
+"""Texts whose features are kept: of flan-t5-xl in bfloat16, 0.5 GB if all have L tokens."""
+IN_INT8 = " in int8"
+"""Ends the fingerprint of an encoder whose weights were rounded."""
 
 _AGAIN = "fetch the folder of google/flan-t5-xl again"
 _PARTS = ("shared.", "encoder.")
@@ -99,28 +108,101 @@ class T5Words:
         return []
 
 
-def load_text(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[T5Words, T5EncoderModel]:
+class T5Text:
+    """Text features by T5, whose encoder is on the sampler's device only while it encodes.
+
+    flan-t5-xl's encoder is larger than LlamaGen's transformer, and is needed for prompts that are new alone: features
+    of the last `KEPT` texts are kept. Where it computes changes features by rounding alone, keeping them by nothing.
+
+    Attributes:
+        words: the tokenizer.
+        encoder: rests where it is; `features` moves it there and back.
+        fingerprint: of the encoder's weights as they are stored, so that it does not depend on the dtype; with
+            `IN_INT8` where they were rounded.
+        stays: True to encode where the encoder rests, which is slow on a CPU, but takes no memory of the device.
+    """
+
+    def __init__(self, words: T5Words, encoder: T5EncoderModel, *, fingerprint: str, stays: bool = False):
+        self.words, self.encoder, self.fingerprint, self.stays = words, encoder, fingerprint, stays
+        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def store_in_int8(self) -> None:
+        """Rounds the linear weights of the encoder's blocks to 8 bits, where it rests.
+
+        Raises:
+            ValueError: without torchao.
+        """
+        store_in_int8(self.encoder.encoder.block, self.encoder.device)
+        self.fingerprint += IN_INT8
+
+    def memory(self, texts: Sequence[str]) -> int:
+        """Bytes that encoding these texts takes on another device: the encoder's weights; 0 where nothing moves."""
+        if self.stays or all(text in self._kept for text in texts):
+            return 0
+        return sum(weight.numel() * weight.element_size() for weight in self.encoder.parameters())
+
+    @torch.no_grad()
+    def features(self, texts: Sequence[str], device: torch.device | str) -> dict[str, torch.Tensor]:
+        """The features [n, S] of each text, on the CPU, in the encoder's dtype.
+
+        Args:
+            device: where to encode those that are not kept, unless the encoder `stays`.
+
+        Raises:
+            ValueError: as `T5Words.ids`, before anything is moved.
+        """
+        found = {text: self._kept.get(text) for text in texts}
+        ids = {text: self.words.ids(text) for text, known in found.items() if known is None}
+        if ids:
+            with self._on(self.encoder.device if self.stays else torch.device(device)):
+                for text, row in ids.items():
+                    states = self.encoder(input_ids=torch.tensor([row], device=self.encoder.device))
+                    found[text] = states.last_hidden_state[0].cpu()
+        for text, values in found.items():
+            self._kept[text] = values
+            self._kept.move_to_end(text)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return found
+
+    @contextmanager
+    def _on(self, device: torch.device) -> Iterator[None]:
+        """The encoder on a device, and back where it rests, also after an error."""
+        rests = self.encoder.device
+        if device == rests:
+            yield
+            return
+        try:
+            self.encoder.to(device)
+            yield
+        finally:
+            self.encoder.to(rests)
+
+
+def load_text(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> T5Text:
     """The tokenizer and the encoder in the folder of a T5 model.
+
+    Args:
+        device: where the encoder rests.
 
     Raises:
         ValueError: as `T5Words.load` and `load_text_encoder`, and if the tokenizer has more words than the encoder.
     """
     words = T5Words.load(folder)
-    encoder = load_text_encoder(folder, device=device, dtype=dtype)
+    encoder, fingerprint = load_text_encoder(folder, device=device, dtype=dtype)
     if len(words.tokenizer) > encoder.config.vocab_size:
         raise ValueError(
             f"{folder} has a tokenizer of {len(words.tokenizer)} words and an encoder of {encoder.config.vocab_size}: "
             f"they do not belong together; {_AGAIN}"
         )
-    return words, encoder
+    return T5Text(words, encoder, fingerprint=fingerprint)
 
 
 def load_text_encoder(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> T5EncoderModel:
-    """The encoder in the folder of a T5 model, whole or the encoder alone; nothing of the decoder is read.
+) -> tuple[T5EncoderModel, str]:
+    """The encoder in the folder of a T5 model, whole or the encoder alone, and the fingerprint of its weights as they
+    are stored; nothing of the decoder is read.
 
     In float16 the last layer of each feed-forward stays in float32, since its values leave float16's range.
 
@@ -152,10 +234,11 @@ def load_text_encoder(
         model = T5EncoderModel(T5Config.from_dict(config))
     found = read_wanted(folder, lambda name: name.startswith(_PARTS))
     found.pop(_TIED, None)
+    fingerprint = fingerprint_of(found)
     tensors = {
         name: value.to(device, torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype)
         for name, value in found.items()
     }
     load_strictly(model, tensors, str(folder), unused=[_TIED])
     model.set_input_embeddings(model.shared)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), fingerprint

@@ -5,18 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from ..protocols import DEFAULT_SAMPLING, OnProgress, SamplingOptions, TokenSampler
 from ..types import TokenLogits
 from .host import PLAIN, Host
-from .oom import in_parts
+from .oom import in_parts, is_out_of_memory
 
 T = TypeVar("T")
 #: Prompts and one seed for each -> their tokens and logits.
 Sample = Callable[[Sequence[str], Sequence[int]], TokenLogits]
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A `TokenSampler` whose text encoder lies elsewhere, and comes to the device only to read prompts."""
+
+    def text_memory(self, prompts: Sequence[str]) -> int:
+        """Bytes that reading them takes on the device beside `model`; 0 if nothing moves, or all have been read."""
+        ...
+
+    def read(self, prompts: Sequence[str], *, moved: bool = True) -> None:
+        """Reads prompts, so that `sample` needs no text encoder for them.
+
+        Args:
+            moved: False to read them where the text encoder lies.
+        """
+        ...
 
 
 def sample(
@@ -31,7 +48,8 @@ def sample(
     parallel: int | None = None,
     host: Host = PLAIN,
 ) -> TokenLogits:
-    """`TokenSampler.sample`; if a batch runs out of memory, in smaller parts, with the same result.
+    """`TokenSampler.sample`; if a batch runs out of memory, in smaller parts, with the same result. Where there is no
+    room for a text encoder on the device, prompts are read on the CPU.
 
     Args:
         resample: bool [N] or [B, N].
@@ -48,8 +66,24 @@ def sample(
         how = {"options": options, "parallel": parallel, "weights_resident": host.weights_resident}
         return host.keep(sampler.sample(part, **how, **given))
 
+    if isinstance(sampler, ReadsText) and (resample is None or bool(resample.any())):
+        _read(sampler, prompts, host)
     memory = 2 * logits_memory(sampler)
     return TokenLogits.joined(in_batches(draw, prompts, seeds, previous, resample, on_progress, memory, host))
+
+
+def _read(sampler: ReadsText, prompts: Sequence[str], host: Host) -> None:
+    """Reads prompts before logits take memory: neither needs room beside the other."""
+    if not (memory := sampler.text_memory(prompts)):
+        return
+    host.bring(memory)
+    try:
+        return sampler.read(prompts)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    host.on_fallback("the text encoder reads the prompt on the CPU")
+    sampler.read(prompts, moved=False)
 
 
 def in_batches(

@@ -15,11 +15,23 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import pytest
 
-from dcdd_core.models.download import KNOWN_MODELS, _ReportingFile, download
+from dcdd_core.models.download import (
+    KNOWN_MODELS,
+    KnownModel,
+    KnownPart,
+    _ReportingFile,
+    download,
+    download_model,
+)
+from dcdd_core.models.llamagen.files import CHECKPOINTS
+from dcdd_core.models.llamagen.files import REPOSITORY as LLAMAGEN
+from dcdd_core.models.llamagen.files import TEXT as FLAN_T5_XL
+from dcdd_core.models.llamagen.tokenizer import NAME as VQ
 
 REPOSITORY = "someone/model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = bytes(range(256)) * 400
+WITH_HASH = (".safetensors", ".bin", ".pt")
 FILES = {
     "config.json": b'{"a": 1}',
     "model.safetensors": WEIGHTS,
@@ -30,9 +42,11 @@ FILES = {
 
 
 class Hub:
-    """A hub with one repository, and ways to fail.
+    """A hub with one repository, or more, and ways to fail.
 
     Attributes:
+        files: of the one repository, by name.
+        others: of others, by the repository's name.
         asked: (path, Range header or None) of every request.
         cut_after: the next answers break off after so many bytes, one after the other.
         deny: maps a path's beginning to (status, headers) that answer it.
@@ -41,7 +55,7 @@ class Hub:
     """
 
     def __init__(self):
-        self.files = dict(FILES)
+        self.files, self.others = dict(FILES), {}
         self.asked, self.cut_after, self.deny = [], [], {}
         self.tokens, self.spoiled = set(), False
         hub = self
@@ -64,20 +78,25 @@ class Hub:
         for start, (status, headers) in self.deny.items():
             if path.startswith(start):
                 return self.send(request, status, b"", headers)
-        if path == f"/api/models/{REPOSITORY}":
+        held = {REPOSITORY: self.files, **self.others}
+        if (repository := path.removeprefix("/api/models/")) in held:
             assert urlsplit(request.path).query.lower() == "blobs=true"
-            body = {"id": REPOSITORY, "sha": COMMIT, "siblings": [self.sibling(n, c) for n, c in self.files.items()]}
+            siblings = [self.sibling(*file) for file in held[repository].items()]
+            body = {"id": repository, "sha": COMMIT, "siblings": siblings}
             return self.send(request, 200, json.dumps(body).encode(), {})
-        name = path.removeprefix(f"/{REPOSITORY}/resolve/{COMMIT}/")
-        if name in self.files and path.endswith(".safetensors"):
-            # As the hub does it, weights lie with another server.
-            return self.send(request, 302, b"", {"Location": f"/storage/{name}"})
-        name = name.removeprefix("/storage/")
-        if name not in self.files:
+        for repository, files in held.items():
+            name = path.removeprefix(f"/{repository}/resolve/{COMMIT}/")
+            if name in files and path.endswith(WITH_HASH):
+                # As the hub does it, weights lie with another server.
+                return self.send(request, 302, b"", {"Location": f"/storage/{name}"})
+            name = name.removeprefix("/storage/")
+            if name in files:
+                break
+        else:
             missing = "EntryNotFound" if path.startswith(f"/{REPOSITORY}/") else "RepoNotFound"
             return self.send(request, 404, b"", {"X-Error-Code": missing})
-        content = self.files[name]
-        if self.spoiled and name.endswith(".safetensors"):
+        content = files[name]
+        if self.spoiled and name.endswith(WITH_HASH):
             content = content[:-1] + b"x"
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         first = int((request.headers["Range"] or "bytes=0-").removeprefix("bytes=").rstrip("-"))
@@ -99,7 +118,7 @@ class Hub:
 
     def sibling(self, name, content):
         value = {"rfilename": name, "size": len(content), "blobId": hashlib.sha1(content).hexdigest()}
-        if PurePosixPath(name).suffix in (".safetensors", ".bin"):
+        if PurePosixPath(name).suffix in WITH_HASH:
             value["lfs"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 134}
         return value
 
@@ -368,8 +387,74 @@ def test_a_folder_that_cannot_be_made_is_explained(tmp_path, hub):
         download(REPOSITORY, tmp_path / "file" / "folder", files=["config.json"], endpoint=hub.endpoint)
 
 
+def test_pickles_come_only_where_they_are_named_in_full(tmp_path, hub):
+    hub.files["model.pt"] = WEIGHTS[:3000]
+    download(REPOSITORY, tmp_path / "all", files=["*"], endpoint=hub.endpoint)
+    assert "model.pt" not in held(tmp_path / "all")
+    with pytest.raises(ValueError, match=r"no \*\.pt that can be read here .*and \.pt files that are named in full"):
+        download(REPOSITORY, tmp_path, files=["*.pt"], endpoint=hub.endpoint)
+    download(REPOSITORY, tmp_path / "named", files=["model.pt"], endpoint=hub.endpoint)
+    assert (tmp_path / "named" / "model.pt").read_bytes() == WEIGHTS[:3000]
+    hub.spoiled = True
+    with pytest.raises(ValueError, match=r"model\.pt came damaged and was deleted"):
+        download(REPOSITORY, tmp_path / "spoiled", files=["model.pt"], endpoint=hub.endpoint)
+
+
+TEXT = "someone/text"
+TWO_PARTS = KnownModel(
+    parts=(
+        KnownPart(repository=REPOSITORY, files=("model.pt", "config.json")),
+        KnownPart(repository=TEXT, files=("config.json", "model.safetensors"), below="text"),
+    ),
+    folder="janus/both",
+    gigabytes=1.0,
+    licence="of both",
+    gated=False,
+)
+
+
+def test_parts_of_a_model_come_together(tmp_path, hub, monkeypatch):
+    hub.files = {"model.pt": WEIGHTS, "config.json": b"{}"}
+    hub.others[TEXT] = {"config.json": b'{"d": 1}', "model.safetensors": WEIGHTS[:9000], "model-2.safetensors": b"no"}
+    seen = []
+    done = download_model(TWO_PARTS, tmp_path / "m", endpoint=hub.endpoint, on_progress=lambda *x: seen.append(x))
+    assert held(done) == {"model.pt", "config.json", "text/config.json", "text/model.safetensors"}
+    assert (done / "text" / "config.json").read_bytes() == b'{"d": 1}' and (done / "config.json").read_bytes() == b"{}"
+    total = len(WEIGHTS) + 9000 + 10
+    assert seen[0] == (0, total) and seen[-1] == (total, total) and {whole for _, whole in seen} == {total}
+    assert [came for came, _ in seen] == sorted(came for came, _ in seen)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    seen.clear()
+    download_model(TWO_PARTS, tmp_path / "m", on_progress=lambda *x: seen.append(x))
+    assert set(seen) == {(total, total)}
+
+
+def test_nothing_of_a_model_comes_while_a_part_is_refused(tmp_path, hub, monkeypatch):
+    hub.files = {"model.pt": WEIGHTS, "config.json": b"{}"}
+    with pytest.raises(ValueError, match="has no someone/text, or hides it"):
+        download_model(TWO_PARTS, tmp_path, endpoint=hub.endpoint)
+    hub.others[TEXT] = {"config.json": b"{}", "model.safetensors": WEIGHTS}
+    usage = namedtuple("usage", "total used free")
+    # Room for either of the parts, but not for both.
+    monkeypatch.setattr("dcdd_core.models.download.shutil.disk_usage", lambda path: usage(1, 1, 150_000))
+    with pytest.raises(ValueError, match=r"needs 0\.0 GB more in .*: make room"):
+        download_model(TWO_PARTS, tmp_path, endpoint=hub.endpoint)
+    assert not hub.asked_for("model.pt") and not held(tmp_path)
+
+
 @pytest.mark.parametrize("model", KNOWN_MODELS.values(), ids=KNOWN_MODELS)
 def test_known_models_say_all_that_a_user_must_know(model):
-    assert model.repository.count("/") == 1 and model.files and model.licence and model.gigabytes > 0
-    assert not model.folder.startswith("/") and all(name.endswith((".safetensors", ".json")) for name in model.files)
-    assert model.gated == model.repository.startswith("black-forest-labs/")
+    assert model.licence and model.gigabytes > 0 and not model.folder.startswith("/")
+    for part in model.parts:
+        assert part.repository.count("/") == 1 and part.files and not part.below.startswith("/")
+        assert all(name.endswith((".safetensors", ".json", ".pt")) for name in part.files)
+        assert not any("*" in name for name in part.files if name.endswith(".pt"))
+        assert model.gated == part.repository.startswith("black-forest-labs/")
+
+
+@pytest.mark.parametrize(("name", "checkpoint"), list(zip(("LlamaGen-XL, 256 px", "LlamaGen-XL, 512 px"), CHECKPOINTS)))
+def test_llamagen_comes_as_its_folder_is_read(name, checkpoint):
+    weights, text = KNOWN_MODELS[name].parts
+    assert (weights.repository, weights.files, weights.below) == (LLAMAGEN, (checkpoint, f"{VQ}.pt"), "")
+    assert text.below == FLAN_T5_XL and set(text.files) >= {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert "not known to us: see the page of peizesun/llamagen_t2i" in KNOWN_MODELS[name].licence

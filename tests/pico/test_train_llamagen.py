@@ -41,6 +41,7 @@ def test_its_loss_is_that_of_what_it_samples_from(weights, tmp_path):
     network = fill(stage.start(codebook, (12, 12), len(stage.pico_words()), 0))
     words = T5Words(stage.pico_words())
     sampler = registry.sampler_family(written(network, weights, tmp_path)).load_sampler(str(weights / "llamagen"))
+    sampler.model.text_encoder = sampler.text.encoder  # where training has it
     for guidance in (1.0, 0.0):
         run = sampler.sample(PROMPTS, seeds=[0, 1], options=SamplingOptions(guidance=guidance))
         expected = torch.nn.functional.cross_entropy(run.logits.mT, run.tokens, reduction="none")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ class AutoregressiveSampler(ABC):
         model: used as it is; bring it in evaluation mode. Its dtype is the transformer's, the head runs in float32.
         name: goes into TokenLogits.model.
         grid, codebook, default_guidance: see `TokenSampler`.
+        default_top_k: the top-k of options that leave it to the sampler; None for none.
 
     Args:
         fingerprint: of the original weights, if the model's have been changed (int8).
@@ -54,6 +56,7 @@ class AutoregressiveSampler(ABC):
     ):
         self.model, self.name, self.grid, self.codebook = model, name, grid, codebook
         self.default_guidance = default_guidance
+        self.default_top_k: int | None = None
         self._fingerprint = fingerprint
 
     @property
@@ -106,7 +109,7 @@ class AutoregressiveSampler(ABC):
             prompts: B texts.
             seeds: B numbers, one a sample.
             options: guidance 1 is the prompt alone and takes half the work; temperature 0 takes the most likely code,
-                with logits undivided.
+                with logits undivided; top-k None is `default_top_k`.
             previous: an earlier result, or the calibrated proxies of an image, whose tokens and logits stay where
                 `resample` is False. The result's guidance and temperature are this call's.
             resample: bool [N] or [B, N], True where to sample again; goes with `previous`, and if nothing is True,
@@ -143,6 +146,8 @@ class AutoregressiveSampler(ABC):
             known = ~anew
             first, last, anew = int(columns[0]), int(columns[-1]), anew.to(device)
 
+        if options.top_k is None:
+            options = replace(options, top_k=self.default_top_k)
         guided = options.guidance != 1
         window = window_for(batch * (1 + guided), device, dtype) if parallel is None else parallel
         loop = TokenLoop(
@@ -212,14 +217,12 @@ def place_weights(
     dtype: torch.dtype,
     int8: bool,
     computes_on: torch.device | str | None,
-    also: Sequence[nn.Module] = (),
 ) -> str | None:
     """Moves a model to the device, its language model's layers in 8 bits or as a CPU reads them fastest.
 
     Args:
         dtype: of the weights.
         int8, computes_on: as `SamplerFamily.load_sampler`.
-        also: parts of the model beside the layers whose linear weights are to be in 8 bits.
 
     Returns:
         The fingerprint of the original weights, if these were changed.
@@ -230,8 +233,7 @@ def place_weights(
     fingerprint = None
     if int8:
         fingerprint = f"{fingerprint_of(model.state_dict())} in int8"
-        for part in (language.layers, *also):
-            store_in_int8(part, device)
+        store_in_int8(language.layers, device)
     model.to(device)
     if not int8 and torch.device(computes_on or device).type == "cpu" and dtype == torch.float32:
         _store_by_columns(model, language)

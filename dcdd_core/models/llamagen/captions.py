@@ -13,13 +13,15 @@ import html
 import re
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote_plus
 
 import torch
 
-from ...files import read_record, write_record
+from ...files import in_file, is_finite, read_record, write_record
+from ...settings import require_text
 
 _KIND = "set of text features by caption"
 _ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
@@ -68,6 +70,20 @@ def clean_caption(caption: str) -> str:
     return _cleaned(_cleaned(caption))
 
 
+def require_caption(prompt: str) -> str:
+    """`clean_caption` of a prompt.
+
+    Raises:
+        ValueError: if nothing is left of it.
+    """
+    if not (caption := clean_caption(prompt)):
+        raise ValueError(
+            f"the prompt {prompt.strip()[:40]!r} is blank once it is cleaned as LlamaGen's captions are: say what to "
+            "draw (for an image without a prompt, use guidance 0)"
+        )
+    return caption
+
+
 def _cleaned(caption: str) -> str:
     caption = unquote_plus(caption).strip().lower().replace("<person>", "person")
     caption = _text_of(re.sub(_ADDRESS, "", caption))
@@ -102,31 +118,81 @@ def _text_of(markup: str) -> str:
     return "".join(parts)
 
 
-def save_captions(file: str | Path, features: Mapping[str, torch.Tensor]) -> None:
-    """Writes features [n, S] by cleaned caption, so that the text encoder need not be there for them.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Captions:
+    """What a text encoder made of captions.
+
+    Attributes:
+        features: [n, S] by cleaned caption, on the CPU, all of one dtype.
+        encoder: the encoder's fingerprint (`T5Text.fingerprint`).
 
     Raises:
-        ValueError: without captions.
+        ValueError: without captions, for features that are not such, and for other dtypes or widths than the first's.
+    """
+
+    features: Mapping[str, torch.Tensor]
+    encoder: str
+
+    def __post_init__(self):
+        require_text("encoder", self.encoder)
+        if not self.features:
+            raise ValueError("there are no captions to save: give at least one")
+        for caption, values in self.features.items():
+            if values.ndim != 2 or not len(values) or (values.dtype, values.shape[1]) != (self.dtype, self.width):
+                raise ValueError(
+                    f"the features of {caption[:40]!r} are {list(values.shape)} in {values.dtype}, expected [n, "
+                    f"{self.width}] in {self.dtype} as those of the other captions: encode all by one text encoder"
+                )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all features."""
+        return next(iter(self.features.values())).dtype
+
+    @property
+    def width(self) -> int:
+        """S."""
+        return next(iter(self.features.values())).shape[-1]
+
+
+def save_captions(file: str | Path, captions: Captions) -> None:
+    """Writes text features whole or not at all, so that the text encoder need not be there for these captions.
+
+    Raises:
         OSError: if the file cannot be written.
     """
-    if not features:
-        raise ValueError("there are no captions to save: give at least one")
-    values = [part.detach().cpu() for part in features.values()]
-    fields = {"captions": list(features), "lengths": [len(part) for part in values]}
+    values = [part.detach().cpu() for part in captions.features.values()]
+    fields = {
+        "captions": list(captions.features),
+        "lengths": [len(part) for part in values],
+        "encoder": captions.encoder,
+    }
     write_record(file, _KIND, {"features": torch.cat(values)}, fields)
 
 
-def load_captions(file: str | Path) -> dict[str, torch.Tensor]:
-    """What `save_captions` wrote, on the CPU.
+def load_captions(file: str | Path) -> Captions:
+    """What `save_captions` wrote.
 
     Raises:
         ValueError: for a file that is damaged or holds something else.
     """
-    tensors, fields = read_record(file, _KIND, {"features"}, {"captions", "lengths"})
+    tensors, fields = read_record(file, _KIND, {"features"}, {"captions", "lengths", "encoder"})
     features, captions, lengths = tensors["features"], fields["captions"], fields["lengths"]
-    if features.ndim != 2 or len(captions) != len(lengths) or sum(lengths) != len(features) or min(lengths) < 1:
+    if (
+        not isinstance(captions, list)
+        or not isinstance(lengths, list)
+        or not all(isinstance(caption, str) for caption in captions)
+        or not all(isinstance(length, int) and length > 0 for length in lengths)
+        or not features.is_floating_point()
+        or features.ndim != 2
+        or not len(set(captions)) == len(captions) == len(lengths) > 0
+        or sum(lengths) != len(features)
+    ):
         raise ValueError(
-            f"{file} holds {list(features.shape)} features for {len(captions)} captions of {sum(lengths)} tokens: it "
-            "is damaged, make it again"
+            f"{file} holds {list(features.shape)} features of captions whose list does not fit them: it is damaged, "
+            "make it again with `dcdd captions`"
         )
-    return dict(zip(captions, features.split(lengths)))
+    if not is_finite(features):
+        raise ValueError(f"{file} has features that are not finite: make it again with `dcdd captions`")
+    with in_file(file):
+        return Captions(features=dict(zip(captions, features.split(lengths))), encoder=fields["encoder"])

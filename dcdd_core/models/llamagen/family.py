@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ... import registry
 from ...protocols import ImageTokenizer
 from . import files, tokenizer
 from .sampler import LlamaGenSampler
@@ -47,6 +46,4 @@ class LlamaGenFamily:
 
     def published_tokenizer(self) -> ImageTokenizer:
         """The shapes of Janus' own, on the grid of 256 x 256 pixels."""
-        found = next(family for family in registry.samplers() if family.name == "janus").published_tokenizer()
-        found.grid = (16, 16)
-        return found
+        return tokenizer.published_tokenizer((16, 16))

@@ -4,14 +4,16 @@ The checkpoint is as its authors publish it (t2i_XL_stage2_512.pt and the like, 
 a copy in the layout of transformers' Llama with model.safetensors and config.json. Sizes are those of its tensors, but
 for two that no tensor shows: the heads, which are 64 wide in the published models, and the tokens of an image, which
 the published file's name says. Where both are other, the folder needs a config.json:
-{"model_type": "llamagen", "num_attention_heads": 20, "block_size": 1024}. It may also give the model's "dcdd_name", and
-as "tokenizer" the folder of another model, relative to this one, whose tokenizer of images is taken.
+{"model_type": "llamagen", "num_attention_heads": 20, "block_size": 1024}. It may also give the model's "dcdd_name", the
+"guidance" that it samples with by default, then without the published top-k, and as "tokenizer" the folder of another
+model, relative to this one, whose tokenizer of images is taken.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
@@ -22,8 +24,8 @@ from einops import rearrange
 from ... import registry
 from ...files import in_file, write_tensors
 from ...int8_rows import restored, rounded
-from ...protocols import ImageTokenizer
-from ...settings import require_text
+from ...protocols import MOST_GUIDANCE, ImageTokenizer
+from ...settings import require_number, require_text
 from ...types import Codebook
 from ..checkpoints import (
     load_renamed,
@@ -35,9 +37,9 @@ from ..checkpoints import (
     weight_files,
     whole_number,
 )
-from ..t5 import T5Words, load_text
+from ..t5 import T5Text, load_text
 from . import tokenizer
-from .captions import load_captions
+from .captions import Captions, load_captions
 from .network import LlamaGenConfig, LlamaGenTransformer
 
 MODEL_TYPE = "llamagen"
@@ -93,6 +95,7 @@ class LlamaGenFolder:
         checkpoint: a file, or the folder itself where it is in transformers' layout.
         name: of the model: the checkpoint's, without its ending, since folders are renamed; of a copy for transformers
             the folder's.
+        guidance: that config.json says to sample with; None without.
 
     Raises:
         ValueError: naming the part that is missing, and where it comes from; for several checkpoints, and a config.json
@@ -103,7 +106,7 @@ class LlamaGenFolder:
         self.path = Path(path)
         self._config = read_config(self.path) if (self.path / "config.json").exists() else {"model_type": MODEL_TYPE}
         if self._config.get("model_type") == MODEL_TYPE:
-            known = {"model_type", "num_attention_heads", "block_size", "dcdd_name", "tokenizer"}
+            known = {"model_type", "num_attention_heads", "block_size", "dcdd_name", "guidance", "tokenizer"}
             if unknown := sorted(set(self._config) - known):
                 raise ValueError(
                     f"{self.path / 'config.json'} has {unknown}, expected {', '.join(sorted(known))} alone"
@@ -122,6 +125,9 @@ class LlamaGenFolder:
             self.checkpoint, self.name = self.path, model_name(self.path)
         with in_file(self.path / "config.json"):
             require_text("dcdd_name", self._config.get("dcdd_name"), optional=True)
+            self.guidance: float | None = self._config.get("guidance")
+            limits = {"least": -MOST_GUIDANCE, "most": MOST_GUIDANCE}
+            require_number("guidance", self.guidance, **limits, optional=True, remedy="leave it out for the published")
         self.name = self._config.get("dcdd_name") or self.name
 
     @property
@@ -145,20 +151,19 @@ class LlamaGenFolder:
                 return file
         raise ValueError(f"{self.path} has no {tokenizer.NAME}.pt, its image tokenizer: put that of {REPOSITORY} there")
 
+    @cached_property
     def config(self) -> LlamaGenConfig:
-        """The transformer's sizes; only names and shapes are read.
+        """The transformer's sizes; only names and shapes are read, once.
 
         Raises:
             ValueError: as `network_config`, and for a file that is damaged, holds code or is no such checkpoint.
         """
         if self.checkpoint.suffix == ".pt":
-            shapes = {
-                name: tuple(value.shape) if isinstance(value, torch.Tensor) else ()
-                for name, value in self._tensors().items()
-            }
+            shapes = {name: tuple(getattr(value, "shape", ())) for name, value in self._saved.items()}
         else:
-            shapes = {_WRAPPED.sub("", name): header.shape for name, header in self._headers().items()}
-        return self._sizes(shapes)
+            headers = read_headers(self.checkpoint)
+            shapes = {_WRAPPED.sub("", name): header.shape for name, header in headers.items()}
+        return network_config(shapes, heads=self._entry("num_attention_heads"), tokens=self._count(), file=self._source)
 
     def load_network(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -169,8 +174,13 @@ class LlamaGenFolder:
             ValueError: as `config`, and for tensors that are missing, unexpected or of a wrong shape, in the file's
                 names.
         """
-        held = self._tensors()
-        config = self._sizes({name: tuple(getattr(value, "shape", ())) for name, value in held.items()})
+        config = self.config
+        if self.checkpoint.suffix == ".pt":
+            held = self._saved
+        else:
+            with in_file(self._source):
+                read = restored(read_wanted(self.checkpoint, lambda name: True), remedy=_AGAIN)
+            held = {_WRAPPED.sub("", name): value for name, value in read.items()}
         with torch.device("meta"):
             network = LlamaGenTransformer(config)
         rename = transformers_name if _is_transformers(held) else released_name
@@ -180,10 +190,8 @@ class LlamaGenFolder:
                 part.weight.data = halves_of_pairs(part.weight.data, config.heads)
         return network.eval().requires_grad_(False)
 
-    def load_text(
-        self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> tuple[T5Words, torch.nn.Module] | tuple[None, None]:
-        """The tokenizer of prompts and T5's encoder; None for both where the folder has captions' features instead.
+    def load_text(self, *, dtype: torch.dtype = torch.float32) -> T5Text | None:
+        """T5's encoder, on the CPU, with its tokenizer; None where the folder has captions' features instead.
 
         Raises:
             ValueError: as `t5.load_text`; if there is neither, and for a text encoder of another width.
@@ -191,34 +199,34 @@ class LlamaGenFolder:
         text = next((self.path / name for name in (TEXT, OTHER_TEXT) if (self.path / name).is_dir()), None)
         if text is None:
             if (self.path / CAPTIONS).exists():
-                return None, None
+                return None
             raise ValueError(
                 f"{self.path} has no folder {TEXT}, its text encoder: put the files of google/{TEXT} there "
-                "(config.json, tokenizer.json, tokenizer_config.json, and the safetensors files with their index)"
+                "(config.json, tokenizer.json, tokenizer_config.json, and the safetensors files with their index), or "
+                f"the features of your prompts, {CAPTIONS}, which `dcdd captions` makes where {TEXT} is"
             )
-        remedy, trained = f"take google/{TEXT}", self.config().text_width
+        remedy, trained = f"take google/{TEXT}", self.config.text_width
         width = whole_number(read_config(text), "d_model", str(text), remedy=remedy)
         if width != trained:
             raise ValueError(
                 f"{text} has a text encoder of width {width}, and {self.name} was trained with {trained}: {remedy}"
             )
-        return load_text(text, device=device, dtype=dtype)
+        return load_text(text, dtype=dtype)
 
-    def load_captions(self) -> dict[str, torch.Tensor]:
-        """Features that were saved, by cleaned caption; none without the file.
+    def load_captions(self) -> Captions | None:
+        """Features that were saved; None without the file.
 
         Raises:
             ValueError: as `captions.load_captions`, and for features of another width.
         """
         file = self.path / CAPTIONS
         if not file.exists():
-            return {}
-        found, trained = load_captions(file), self.config().text_width
-        if any(features.shape[1] != trained for features in found.values()):
-            width = next(iter(found.values())).shape[1]
+            return None
+        found, trained = load_captions(file), self.config.text_width
+        if found.width != trained:
             raise ValueError(
-                f"{file} has features of width {width}, and {self.name} was trained with {trained}: save them again "
-                "with this model's text encoder"
+                f"{file} has features of width {found.width}, and {self.name} was trained with {trained}: make them "
+                "again with this model's text encoder (`dcdd captions`)"
             )
         return found
 
@@ -229,14 +237,9 @@ class LlamaGenFolder:
             ValueError: as `config` and `tokenizer.load_codebook`, and for another number of codes than the
                 transformer's.
         """
-        where, codes = self.tokenizer, self.config().codes
+        where = self.tokenizer
         codebook = self.load_tokenizer().codebook if where.is_dir() else tokenizer.load_codebook(where)
-        if codebook.size != codes:
-            raise ValueError(
-                f"{where} has {codebook.size:,} codes, and {self.name} was trained with {codes:,}: take "
-                f"{tokenizer.NAME}.pt of {REPOSITORY}"
-            )
-        return codebook
+        return tokenizer.require_codes(codebook, where, self.config.codes, self.name, REPOSITORY)
 
     def load_tokenizer(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> ImageTokenizer:
         """The image tokenizer, on the grid of the transformer's images.
@@ -244,7 +247,7 @@ class LlamaGenFolder:
         Raises:
             ValueError: as `config` and `tokenizer.load_tokenizer`, or the other model's family.
         """
-        where, grid = self.tokenizer, self.config().grid
+        where, grid = self.tokenizer, self.config.grid
         if not where.is_dir():
             return tokenizer.load_tokenizer(where, grid=grid, name=self.name, device=device, dtype=dtype)
         found = registry.sampler_family(where).load_tokenizer(str(where), device=device, dtype=dtype)
@@ -256,23 +259,14 @@ class LlamaGenFolder:
         """The checkpoint's file, for errors."""
         return self.checkpoint if self.checkpoint.is_file() else weight_files(self.checkpoint).files[0]
 
-    def _headers(self) -> dict[str, Any]:
-        return read_headers(self.checkpoint)
-
-    def _tensors(self) -> dict[str, Any]:
-        """By name; those of a .pt are mapped and not read."""
-        if self.checkpoint.suffix != ".pt":
-            with in_file(self._source):
-                held: Mapping[str, Any] = restored(read_wanted(self.checkpoint, lambda name: True), remedy=_AGAIN)
-        else:
-            saved = open_saved(self.checkpoint)
-            held = next((saved[part] for part in ("model", "module", "state_dict") if part in saved), saved)
-            if not isinstance(held, Mapping):
-                raise ValueError(f"{self.checkpoint} holds a {type(held).__name__}, expected tensors by name: {_AGAIN}")
+    @cached_property
+    def _saved(self) -> dict[str, Any]:
+        """Tensors of a .pt by name, which are mapped and not read."""
+        saved = open_saved(self.checkpoint)
+        held = next((saved[part] for part in ("model", "module", "state_dict") if part in saved), saved)
+        if not isinstance(held, Mapping):
+            raise ValueError(f"{self.checkpoint} holds a {type(held).__name__}, expected tensors by name: {_AGAIN}")
         return {_WRAPPED.sub("", str(name)): value for name, value in held.items()}
-
-    def _sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> LlamaGenConfig:
-        return network_config(shapes, heads=self._entry("num_attention_heads"), tokens=self._count(), file=self._source)
 
     def _count(self) -> int:
         """Tokens of an image."""
@@ -336,7 +330,7 @@ def transformers_name(name: str) -> str:
 
 
 def save_network(file: Path, network: LlamaGenTransformer, *, int8: bool = False) -> None:
-    """Writes a transformer, without its text encoder, under its authors' names.
+    """Writes a transformer under its authors' names, without a text encoder that was trained as a part of it.
 
     Args:
         int8: matrices in 8 bits with a float32 scale a row, the rest in float16; otherwise all as it is.

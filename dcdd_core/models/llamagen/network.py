@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaModel, T5EncoderModel
+from transformers import LlamaConfig, LlamaModel
 
 from ..sizes import GridTransformerConfig
 
@@ -85,7 +85,6 @@ class LlamaGenTransformer(nn.Module):
         config: its sizes.
         null: features of no caption, [L, S], learned.
         language: its layers, and the embedding of image tokens.
-        text_encoder: T5's encoder, set when its weights are read; part of the network, so that hosts move both.
     """
 
     def __init__(self, config: LlamaGenConfig):
@@ -110,7 +109,6 @@ class LlamaGenTransformer(nn.Module):
         )
         self.language.rotary_emb = GridRotary(config.grid[1], config.width // config.heads)
         self.head = nn.Linear(config.width, config.codes, bias=False)
-        self.text_encoder: T5EncoderModel | None = None
 
     def captions(self, features: torch.Tensor) -> torch.Tensor:
         """What the layers read of text features: [..., S] -> [..., C]."""

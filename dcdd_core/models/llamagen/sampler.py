@@ -1,15 +1,15 @@
 """LlamaGen as a sampler of image tokens from text (Sun et al. 2024, arXiv 2406.06525).
 
 It computes the released loop: cleaned captions, T5's features, a learned row of no caption under the caption's own
-mask, guidance 7.5. Plain `SamplingOptions` say all filters themselves, so the released top-k of 1000 is used where they
-ask for it (`SAMPLING`). What is not the released loop's is in `autoregressive.sampler`.
+mask, guidance 7.5 and top-k 1000 unless options or the folder's config.json say another. What is not the released
+loop's is in `autoregressive.sampler`.
 
 Shapes: S width of the text features, L caption slots, n tokens of a caption.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +19,8 @@ from ...protocols import SamplingOptions
 from ...types import Codebook
 from ..autoregressive.sampler import AutoregressiveSampler, place_weights
 from ..autoregressive.token_loop import Prompts, TokenNetwork, in_float32
-from ..t5 import T5Words
-from .captions import clean_caption, save_captions
+from ..t5 import IN_INT8, T5Text
+from .captions import Captions, clean_caption, require_caption, save_captions
 from .files import CAPTIONS, TEXT, LlamaGenFolder
 from .network import LlamaGenTransformer
 
@@ -31,9 +31,16 @@ SAMPLING = SamplingOptions(guidance=7.5, top_k=1000)
 class LlamaGenSampler(AutoregressiveSampler):
     """A `LlamaGenTransformer` with its text side as a `TokenSampler`.
 
+    The text encoder is no part of `model`: hosts that move that leave it where it rests, and it comes to the model's
+    device only while it reads prompts that are new (`T5Text`; `text.stays` keeps it where it rests).
+
     Attributes, besides those of `AutoregressiveSampler`:
-        words: the text encoder's tokenizer; None without an encoder.
+        text: the text encoder with its tokenizer; None without.
         known: text features [n, S] by cleaned caption, which need no encoder.
+
+    Args:
+        known: features of the text encoder `text`, or where that is None, of the one that they name.
+        sampling: guidance and top-k of options that leave them to the sampler.
 
     Raises:
         ValueError: for a model without an encoder of text and without known captions.
@@ -44,24 +51,27 @@ class LlamaGenSampler(AutoregressiveSampler):
     def __init__(
         self,
         model: LlamaGenTransformer,
-        words: T5Words | None,
+        text: T5Text | None,
         codebook: Codebook,
         *,
         name: str = "",
-        known: Mapping[str, torch.Tensor] | None = None,
+        known: Captions | None = None,
+        sampling: SamplingOptions = SAMPLING,
         fingerprint: str | None = None,
     ):
-        if words is None and not known:
+        if text is None and known is None:
             raise ValueError(f"there is no text encoder and no caption whose features are known: give one ({TEXT})")
         super().__init__(
             model,
             name=name,
             grid=model.config.grid,
             codebook=codebook,
-            default_guidance=SAMPLING.guidance,
+            default_guidance=sampling.guidance,
             fingerprint=fingerprint,
         )
-        self.words, self.known = words, dict(known or {})
+        self.default_top_k = sampling.top_k
+        self.text, self.known = text, dict(known.features if known else {})
+        self._encoder = text.fingerprint if text else known.encoder
 
     @classmethod
     def load(
@@ -76,31 +86,54 @@ class LlamaGenSampler(AutoregressiveSampler):
         """The sampler in a folder (see `files`); nothing is downloaded.
 
         Args:
+            device: of the transformer; the text encoder rests on the CPU.
             int8, computes_on: as `JanusSampler.load`; int8 is for the text encoder's linear weights too.
 
         Raises:
-            ValueError: for int8 without torchao, and as `LlamaGenFolder`.
+            ValueError: for int8 without torchao, for saved features of another text encoder than the folder's, and as
+                `LlamaGenFolder`.
         """
-        found, at = LlamaGenFolder(folder), "cpu" if int8 else device
-        codebook, known = found.codebook(), found.load_captions()
-        words, encoder = found.load_text(device=at, dtype=dtype)
-        model = found.load_network(device=at, dtype=dtype)
-        model.text_encoder = encoder
-        also = [] if encoder is None else [encoder.encoder.block]
+        found = LlamaGenFolder(folder)
+        codebook, known, text = found.codebook(), found.load_captions(), found.load_text(dtype=dtype)
+        if text and known and known.encoder.removesuffix(IN_INT8) != text.fingerprint:
+            raise ValueError(
+                f"{found.path / CAPTIONS} has features of another text encoder than the one in that folder: remove "
+                "one of the two, or make the file again with `dcdd captions`"
+            )
+        if text and int8:
+            text.store_in_int8()
+        model = found.load_network(device="cpu" if int8 else device, dtype=dtype)
         fingerprint = place_weights(
-            model, model.language, device=device, dtype=dtype, int8=int8, computes_on=computes_on, also=also
+            model, model.language, device=device, dtype=dtype, int8=int8, computes_on=computes_on
         )
-        return cls(model, words, codebook, name=found.name, known=known, fingerprint=fingerprint)
+        sampling = SAMPLING if found.guidance is None else SamplingOptions(guidance=found.guidance)
+        return cls(model, text, codebook, name=found.name, known=known, sampling=sampling, fingerprint=fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `AutoregressiveSampler`; the text encoder's is a part of it, also where its features alone are there."""
+        return f"{super().fingerprint}-{self._encoder}"
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Parts of the cleaned prompt that the text encoder's tokenizer lacks, each once, in order."""
-        return [] if self.words is None else self.words.unknown(clean_caption(prompt))
+        return [] if self.text is None else self.text.words.unknown(clean_caption(prompt))
 
     def known_words(self) -> list[str]:
         """None by name: it reads any text, in pieces of words."""
         return []
 
-    @torch.no_grad()
+    def text_memory(self, prompts: Sequence[str]) -> int:
+        """See `pipelines.sample.ReadsText`."""
+        return 0 if self.text is None else self.text.memory(self._unknown(prompts))
+
+    def read(self, prompts: Sequence[str], *, moved: bool = True) -> None:
+        """See `pipelines.sample.ReadsText`.
+
+        Raises:
+            ValueError: as `features`.
+        """
+        self._features(prompts, moved=moved)
+
     def features(self, prompt: str) -> torch.Tensor:
         """The text features [n, S] of a prompt, which is cleaned first: those known, or the text encoder's.
 
@@ -108,22 +141,7 @@ class LlamaGenSampler(AutoregressiveSampler):
             ValueError: for a prompt of which cleaning leaves nothing, one of more than L tokens, and one that is not
                 known where there is no encoder.
         """
-        caption = clean_caption(prompt)
-        if not caption:
-            raise ValueError(
-                f"the prompt {prompt.strip()[:40]!r} is blank once it is cleaned as LlamaGen's captions are: say what "
-                "to draw (for an image without a prompt, use guidance 0)"
-            )
-        if caption in self.known:
-            return self.known[caption]
-        if self.words is None:
-            raise ValueError(
-                f"{self.name or 'this model'} has no text encoder, and its {len(self.known)} known captions do not "
-                f"hold {caption[:40]!r}: put google/{TEXT} into its folder {TEXT}, or add the caption to {CAPTIONS}"
-            )
-        encoder = self.model.text_encoder
-        ids = torch.tensor([self.words.ids(caption)], device=self.model.language.device)
-        return encoder(input_ids=ids).last_hidden_state[0]
+        return self._features([prompt], moved=True)[prompt]
 
     def save_captions(self, file: str | Path, prompts: Sequence[str]) -> None:
         """Writes the text features of prompts, after those known; as captions.safetensors in the folder of a model they
@@ -133,7 +151,32 @@ class LlamaGenSampler(AutoregressiveSampler):
             ValueError: as `features`, and without any.
             OSError: if the file cannot be written.
         """
-        save_captions(file, self.known | {clean_caption(prompt): self.features(prompt) for prompt in prompts})
+        new = {clean_caption(prompt): values for prompt, values in self._features(prompts, moved=True).items()}
+        save_captions(file, Captions(features=self.known | new, encoder=self._encoder))
+
+    def _features(self, prompts: Sequence[str], *, moved: bool) -> dict[str, torch.Tensor]:
+        """By prompt, each once."""
+        unknown = self._unknown(prompts)
+        if unknown and self.text is None:
+            raise ValueError(
+                f"{self.name or 'this model'} has no text encoder, and its {len(self.known)} known captions do not "
+                f"hold {unknown[0][:40]!r}: put google/{TEXT} into its folder {TEXT}, or add the caption to {CAPTIONS} "
+                "with `dcdd captions`"
+            )
+        found = dict(self.known)
+        if unknown:
+            found |= self.text.features(unknown, self._device if moved else self.text.encoder.device)
+        return {prompt: found[clean_caption(prompt)] for prompt in dict.fromkeys(prompts)}
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the network is."""
+        return self.model.language.device
+
+    def _unknown(self, prompts: Sequence[str]) -> list[str]:
+        """The captions of prompts whose features are not known."""
+        captions = {prompt: require_caption(prompt) for prompt in prompts}
+        return [caption for caption in dict.fromkeys(captions.values()) if caption not in self.known]
 
     def _network(self) -> TokenNetwork:
         language = self.model.language
@@ -146,7 +189,7 @@ class LlamaGenSampler(AutoregressiveSampler):
         )
 
     def _prompts(self, prompts: Sequence[str], *, guided: bool) -> Prompts:
-        features = {prompt: self.features(prompt) for prompt in dict.fromkeys(prompts)}
+        features: dict[str | int, torch.Tensor] = {**self._features(prompts, moved=True)}
         lengths = {prompt: len(values) for prompt, values in features.items()}
         rows: list[str | int] = list(prompts)
         if guided:  # The row of no caption is as long as that of the caption, and sees the last of its slots.

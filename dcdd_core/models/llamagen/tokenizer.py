@@ -13,6 +13,8 @@ import torch
 from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from ... import registry
+from ...protocols import ImageTokenizer
 from ...types import Codebook
 from ..checkpoints import check_finite, load_renamed, open_saved, read_wanted
 from ..janus.deepseek import BOOKKEEPING, deepseek_name
@@ -62,6 +64,34 @@ def load_tokenizer(
     tokenizer = VQTokenizer(model, name=name)
     tokenizer.grid = grid
     return tokenizer
+
+
+def require_codes(codebook: Codebook, where: Path, codes: int, trained: str, repository: str) -> Codebook:
+    """The codebook, if it is as large as a transformer's vocabulary.
+
+    Args:
+        where: its file, for errors, as are the name of what was `trained` and the `repository` that has both.
+
+    Raises:
+        ValueError: for another number of codes.
+    """
+    if codebook.size != codes:
+        raise ValueError(
+            f"{where} has {codebook.size:,} codes, and {trained} was trained with {codes:,}: take {NAME}.pt of "
+            f"{repository}"
+        )
+    return codebook
+
+
+def published_tokenizer(grid: tuple[int, int]) -> ImageTokenizer:
+    """`SamplerFamily.published_tokenizer` of the families that sample these tokens: the shapes of Janus' own.
+
+    Args:
+        grid: (h, w) of the images that the family paints.
+    """
+    found = next(family for family in registry.samplers() if family.name == "janus").published_tokenizer()
+    found.grid = grid
+    return found
 
 
 def llamagen_name(name: str) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from ... import registry
 from ...method.progressive import ProgressiveOptions
 from ...protocols import ImageTokenizer
 from ..checkpoints import read_config
@@ -85,9 +84,7 @@ class BigFixFamily(LoadsMasked):
 
     def published_tokenizer(self) -> ImageTokenizer:
         """LlamaGen's: the shapes of Janus' own, on the grid of 512 x 512 pixels."""
-        tokenizer = next(family for family in registry.samplers() if family.name == "janus").published_tokenizer()
-        tokenizer.grid = (32, 32)
-        return tokenizer
+        return llamagen.published_tokenizer((32, 32))
 
 
 FAMILY = BigFixFamily()

@@ -137,8 +137,9 @@ class BigFixFolder:
                 f"{trained.text_width}: {remedy}"
             )
         network = self.read_network(device=device, dtype=dtype)
-        words, network.text_encoder = load_text(self.text, device=device, dtype=dtype)
-        return network.eval().requires_grad_(False), words
+        text = load_text(self.text, device=device, dtype=dtype)
+        network.text_encoder = text.encoder
+        return network.eval().requires_grad_(False), text.words
 
     def read_network(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -163,12 +164,7 @@ class BigFixFolder:
                 transformer's.
         """
         codebook, codes = llamagen.load_codebook(self.tokenizer), self.config().codes
-        if codebook.size != codes:
-            raise ValueError(
-                f"{self.tokenizer} has {codebook.size:,} codes, and {self.checkpoint.name} was trained with {codes:,}: "
-                f"take {TOKENIZER} of {REPOSITORY}"
-            )
-        return codebook
+        return llamagen.require_codes(codebook, self.tokenizer, codes, self.checkpoint.name, REPOSITORY)
 
     @property
     def _heads(self) -> int | None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dcdd_core import registry
 from dcdd_core.models.llamagen import tokenizer as images
-from dcdd_core.models.llamagen.captions import save_captions
+from dcdd_core.models.llamagen.captions import Captions, save_captions
 from dcdd_core.models.llamagen.files import (
     LlamaGenFolder,
     network_config,
@@ -97,7 +97,7 @@ def test_the_published_names_say_the_side(folder, name, side):
     (folder / f"{NAME}.pt").rename(folder / f"{name}.pt")
     change_json(folder / "config.json", block_size=None)
     found = LlamaGenFolder(folder)
-    assert found.config().grid == (side, side) and found.name == name
+    assert found.config.grid == (side, side) and found.name == name
 
 
 def test_every_way_of_saving_holds_the_same_model(folder):
@@ -254,15 +254,16 @@ def test_parts_that_do_not_belong_together_are_refused(folder):
     save(folder, weights | changed)
     with pytest.raises(ValueError, match="text encoder of width 16, and t2i_tiny was trained with 24"):
         load(folder)
-    save_captions(folder / "captions.safetensors", {"a dog": torch.ones(2, 16)})
-    with pytest.raises(ValueError, match="features of width 16, and t2i_tiny was trained with 24: save them again"):
+    captions = Captions(features={"a dog": torch.ones(2, 16)}, encoder="0")
+    save_captions(folder / "captions.safetensors", captions)
+    with pytest.raises(ValueError, match="features of width 16, and t2i_tiny was trained with 24: make them again"):
         load(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"heads": 2}, r"config\.json has \['heads'\], expected block_size, dcdd_name, model_type, .* alone"),
+        ({"heads": 2}, r"config\.json has \['heads'\], expected block_size, dcdd_name, guidance, model_type, .* alone"),
         ({"num_attention_heads": "2"}, "num_attention_heads '2' in its config.json, expected a whole number from 1"),
         ({"num_attention_heads": 3}, "width 32 must be a multiple of 4 times the heads, 12"),
         ({"block_size": 15}, "has 15 tokens an image, expected a square"),

@@ -12,18 +12,24 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dcdd_core import registry
 from dcdd_core.method.calibration import apply_calibration
 from dcdd_core.method.lcdm import map_logits
+from dcdd_core.models import t5
 from dcdd_core.models.autoregressive import sampler as autoregressive
 from dcdd_core.models.autoregressive.token_loop import LlamaReader, TokenLoop
 from dcdd_core.models.fused_linear import FusedLinear
+from dcdd_core.models.llamagen import files
+from dcdd_core.models.llamagen.captions import Captions, load_captions, save_captions
 from dcdd_core.models.llamagen.network import GridRotary
 from dcdd_core.models.llamagen.sampler import SAMPLING, LlamaGenSampler
 from dcdd_core.models.t5 import TEXT_SLOTS
+from dcdd_core.pipelines.host import Host
+from dcdd_core.pipelines.sample import sample
 from dcdd_core.protocols import SamplingOptions
-from dcdd_core.types import Calibration, Codebook
+from dcdd_core.types import Calibration, Codebook, DCDDWarning
 from tests.models.llamagen.make_golden_llamagen import CODES, GOLDEN
 from tests.tiny_llamagen import NAME, save_llamagen
 
@@ -104,9 +110,40 @@ def test_equal_captions_are_read_once_and_cleaned_first(sampler, monkeypatch):
     assert torch.equal(run.tokens[0], run.tokens[1])
 
 
-def test_it_samples_as_its_authors_do(sampler):
-    assert sampler.default_guidance == SAMPLING.guidance == 7.5 and SAMPLING.top_k == 1000
+def asked_of(monkeypatch):
+    """The options of every token loop, in order."""
+    asked, start = [], TokenLoop.start
+    monkeypatch.setattr(
+        TokenLoop, "start", lambda self, *args, **given: asked.append(self.options) or start(self, *args, **given)
+    )
+    return asked
+
+
+def test_it_samples_as_its_authors_do(folder, sampler, monkeypatch):
     assert (sampler.name, sampler.grid, sampler.codebook.size) == (NAME, (4, 4), 64)
+    asked = asked_of(monkeypatch)
+    sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(guidance=sampler.default_guidance))
+    sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(top_k=0, top_p=0.5))
+    sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(top_k=7))
+    assert [(options.guidance, options.top_k) for options in asked] == [(7.5, 1000), (5.0, 0), (5.0, 7)]
+    assert SamplingOptions(guidance=7.5, temperature=1.0, top_k=1000) == SAMPLING
+
+
+def test_its_own_top_k_decides_what_is_drawn(sampler, monkeypatch):
+    greedy = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(temperature=0.0))
+    assert not torch.equal(sampler.sample(PROMPTS, seeds=SEEDS).tokens, greedy.tokens)
+    monkeypatch.setattr(sampler, "default_top_k", 1)
+    assert torch.equal(sampler.sample(PROMPTS, seeds=SEEDS).tokens, greedy.tokens)
+    off = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(top_k=0))
+    assert not torch.equal(off.tokens, greedy.tokens)
+
+
+def test_a_folder_says_another_guidance(folder, tmp_path):
+    own = shutil.copytree(folder, tmp_path / "own")
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | {"guidance": 3}))
+    found = LlamaGenSampler.load(own)
+    assert (found.default_guidance, found.default_top_k) == (3, None)
 
 
 @pytest.mark.parametrize("prompt", ["", "  ", "(***)", "jc6640"])
@@ -121,24 +158,147 @@ def test_prompts_that_would_not_be_read_whole_are_refused(sampler):
         sampler.features("red " * TEXT_SLOTS)
 
 
+def on_a_gpu(sampler: LlamaGenSampler, monkeypatch, *, room: bool = True) -> list[str]:
+    """Where the text encoder of a sampler goes whose network seems to be on a GPU, and "encode" where it computes; in
+    truth all stays on the CPU.
+
+    Args:
+        room: whether the encoder fits on the GPU.
+    """
+    told, encoder = [], sampler.text.encoder
+    forward = encoder.forward
+
+    def to(device):
+        told.append(str(device))
+        if not room and str(device) == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def encode(*args, **given):
+        told.append("encode")
+        return forward(*args, **given)
+
+    monkeypatch.setattr(LlamaGenSampler, "_device", torch.device("cuda"))
+    monkeypatch.setattr(encoder, "to", to)
+    monkeypatch.setattr(encoder, "forward", encode)
+    return told
+
+
+def test_the_text_encoder_is_on_the_device_only_while_it_reads(folder, monkeypatch):
+    plain = LlamaGenSampler.load(folder).sample(PROMPTS, seeds=SEEDS)
+    sampler, passes = LlamaGenSampler.load(folder), []
+    told, whole = on_a_gpu(sampler, monkeypatch), ["cuda", "encode", "encode", "cpu"]
+    moved = sampler.sample(PROMPTS, seeds=SEEDS, on_progress=lambda now: passes.append(list(told)))
+    # It is back before the first token is drawn, and does not come again.
+    assert passes and all(so_far == whole for so_far in passes)
+    assert torch.equal(moved.logits, plain.logits) and torch.equal(moved.tokens, plain.tokens)
+    again = sampler.sample(PROMPTS, seeds=SEEDS)
+    assert told == whole and torch.equal(again.logits, plain.logits)
+    sampler.sample([*PROMPTS, "a green star"], seeds=[1, 2, 3])
+    assert told == [*whole, "cuda", "encode", "cpu"]
+    sampler.text.stays = True
+    sampler.sample(["a green circle"], seeds=[1])
+    assert told == [*whole, "cuda", "encode", "cpu", "encode"]
+
+
+def test_the_text_encoder_is_no_part_of_what_a_host_moves(folder):
+    sampler = LlamaGenSampler.load(folder)
+    theirs = {id(weight) for weight in sampler.text.encoder.parameters()}
+    assert theirs and not theirs & {id(weight) for weight in sampler.model.parameters()}
+
+
+class Counting(Host):
+    """Remembers the memory that it was asked for."""
+
+    def __init__(self):
+        self.asked: list[int] = []
+
+    def bring(self, memory: int = 0) -> None:
+        self.asked.append(memory)
+
+
+def test_memory_for_the_text_encoder_is_asked_for_before_that_for_logits(folder):
+    sampler, host = LlamaGenSampler.load(folder), Counting()
+    expected = sampler.sample(PROMPTS, seeds=SEEDS)
+    sampler = LlamaGenSampler.load(folder)
+    weights = sum(weight.numel() * weight.element_size() for weight in sampler.text.encoder.parameters())
+    logits = 2 * len(PROMPTS) * 16 * 64 * 4
+    for asked in ([weights, logits], [logits]):  # what has been read needs no encoder
+        host.asked.clear()
+        assert torch.equal(sample(sampler, PROMPTS, seeds=SEEDS, host=host).logits, expected.logits)
+        assert host.asked == asked
+    sampler.text.stays = True
+    host.asked.clear()
+    sample(sampler, ["a green star"], seeds=[0], host=host)
+    assert host.asked == [logits // 2]
+    # An edit that changes nothing reads nothing.
+    host.asked.clear()
+    sampler.text.stays = False
+    keep = torch.zeros(16, dtype=torch.bool)
+    sample(sampler, ["never read", " "], seeds=SEEDS, previous=expected, resample=keep, host=host)
+    assert host.asked == [logits]
+
+
+def test_without_room_for_the_text_encoder_prompts_are_read_on_the_cpu(folder, monkeypatch):
+    expected = LlamaGenSampler.load(folder).sample(PROMPTS, seeds=SEEDS)
+    sampler = LlamaGenSampler.load(folder)
+    told = on_a_gpu(sampler, monkeypatch, room=False)
+    with pytest.warns(DCDDWarning, match="out of memory: the text encoder reads the prompt on the CPU"):
+        made = sample(sampler, PROMPTS, seeds=SEEDS)
+    assert told == ["cuda", "cpu", "encode", "encode"] and torch.equal(made.logits, expected.logits)
+
+
 def test_known_captions_need_no_text_encoder(folder, sampler, tmp_path):
     expected = sampler.sample(PROMPTS, seeds=SEEDS)
     lone = shutil.copytree(folder, tmp_path / "lone")
     sampler.save_captions(lone / "captions.safetensors", PROMPTS)
     both = LlamaGenSampler.load(lone)
     assert torch.equal(both.known["a blue square"], sampler.features("a blue square"))
-    both.model.text_encoder = None  # what is known is not encoded
+    both.text.encoder = None  # what is known is not encoded
     assert torch.equal(both.sample(PROMPTS, seeds=SEEDS).tokens, expected.tokens)
 
     shutil.rmtree(lone / "flan-t5-xl")
     alone = LlamaGenSampler.load(lone)
-    assert alone.model.text_encoder is None and alone.unknown_words("zebra") == []
+    assert alone.text is None and alone.unknown_words("zebra") == [] and alone.text_memory(["zebra"]) == 0
+    assert alone.fingerprint == sampler.fingerprint == both.fingerprint
     run = alone.sample(["  A blue SQUARE", PROMPTS[0]], seeds=SEEDS[::-1])
     assert torch.equal(run.tokens, expected.tokens.flip(0))
-    with pytest.raises(ValueError, match="t2i_tiny has no text encoder, and its 2 known captions do not hold 'a green"):
+    with pytest.raises(
+        ValueError,
+        match="t2i_tiny has no text encoder, and its 2 known captions do not hold 'a green.* with `dcdd captions`",
+    ):
         alone.sample(["a green square"], seeds=[0])
     alone.save_captions(lone / "captions.safetensors", [])
     assert set(LlamaGenSampler.load(lone).known) == set(both.known)
+
+
+def test_captions_of_another_text_encoder_are_refused(folder, sampler, tmp_path):
+    lone = shutil.copytree(folder, tmp_path / "lone")
+    sampler.save_captions(lone / "captions.safetensors", PROMPTS)
+    # The same encoder in another precision, or rounded, is the same encoder.
+    assert LlamaGenSampler.load(lone, dtype=torch.bfloat16).known
+    saved = load_captions(lone / "captions.safetensors")
+    for encoder, refused in ((f"{saved.encoder} in int8", False), ("0123456789abcdef", True)):
+        save_captions(lone / "captions.safetensors", Captions(features=saved.features, encoder=encoder))
+        if refused:
+            with pytest.raises(ValueError, match="has features of another text encoder than the one in that folder"):
+                LlamaGenSampler.load(lone)
+        else:
+            assert LlamaGenSampler.load(lone).known
+
+
+def test_the_text_encoder_counts_in_the_fingerprint(folder, sampler, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    weights = other / "flan-t5-xl" / "model.safetensors"
+    held = load_file(weights)
+    save_file(held | {"shared.weight": held["shared.weight"] + 1}, weights)
+    assert LlamaGenSampler.load(other).fingerprint != sampler.fingerprint == LlamaGenSampler.load(folder).fingerprint
+
+
+def test_a_folder_is_read_once(folder, monkeypatch):
+    opened, open_saved = [], files.open_saved
+    monkeypatch.setattr(files, "open_saved", lambda file: opened.append(file.name) or open_saved(file))
+    LlamaGenSampler.load(folder)
+    assert opened == [f"{NAME}.pt"]
 
 
 def test_int8_is_for_the_layers_and_the_text_encoder(folder, monkeypatch):
@@ -148,18 +308,19 @@ def test_int8_is_for_the_layers_and_the_text_encoder(folder, monkeypatch):
                 layer.weight.data = torch.zeros_like(layer.weight)
 
     own = LlamaGenSampler.load(folder)
-    monkeypatch.setattr(autoregressive, "store_in_int8", rounded)
+    for module in (autoregressive, t5):
+        monkeypatch.setattr(module, "store_in_int8", rounded)
     changed = LlamaGenSampler.load(folder, int8=True)
-    before = own.model.state_dict()
-    touched = {name for name, weight in changed.model.state_dict().items() if not torch.equal(weight, before[name])}
-    assert touched == {
-        name
-        for name, weight in before.items()
-        if name.startswith(("language.layers.", "text_encoder.encoder.block."))
-        and weight.ndim == 2
-        and "relative_attention_bias" not in name
-    }
-    assert changed.fingerprint == f"{own.fingerprint} in int8"
+    for part, prefix in ((lambda one: one.model, "language.layers."), (lambda one: one.text.encoder, "encoder.block.")):
+        before = part(own).state_dict()
+        touched = {name for name, weight in part(changed).state_dict().items() if not torch.equal(weight, before[name])}
+        assert touched == {
+            name
+            for name, weight in before.items()
+            if name.startswith(prefix) and weight.ndim == 2 and "relative_attention_bias" not in name
+        }
+    network, text = own.fingerprint.split("-")
+    assert changed.fingerprint == f"{network} in int8-{text} in int8"
 
 
 def test_int8_samples(folder):

@@ -305,7 +305,7 @@ def test_the_encoder_of_a_whole_t5_is_read(folder, tmp_path):
     config = tmp_path / "whole" / "config.json"
     # As google's says it.
     change_json(config, is_gated_act=None, dense_act_fn=None, tie_word_embeddings=False, n_positions=512)
-    loaded = load_text_encoder(tmp_path / "whole")
+    loaded, _ = load_text_encoder(tmp_path / "whole")
     ids = torch.tensor([[3, 4, 5, 1, 0]])
     for name, value in encoder.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
