@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "sharpen": "images through the tokenizer, without a diffusion model",
         "calibrate": "fit a calibration to a VLM",
         "inspect": "Table 1 and Figure 6 for a VLM",
+        "captions": "prompts to text features, which take the place of LlamaGen's text encoder",
         "evaluate": "both decoders in numbers: tables, plots, GenEval's folders",
         "demo": "both decoders side by side on one sheet",
     }

@@ -154,7 +154,7 @@ class T5Text:
         found = {text: self._kept.get(text) for text in texts}
         ids = {text: self.words.ids(text) for text, known in found.items() if known is None}
         if ids:
-            with self._on(self.encoder.device if self.stays else torch.device(device)):
+            with self.on(self.encoder.device if self.stays else device):
                 for text, row in ids.items():
                     states = self.encoder(input_ids=torch.tensor([row], device=self.encoder.device))
                     found[text] = states.last_hidden_state[0].cpu()
@@ -166,10 +166,11 @@ class T5Text:
         return found
 
     @contextmanager
-    def _on(self, device: torch.device) -> Iterator[None]:
-        """The encoder on a device, and back where it rests, also after an error."""
+    def on(self, device: torch.device | str) -> Iterator[None]:
+        """Within it the encoder is on a device, however often `features` is called; then where it rests, also after an
+        error."""
         rests = self.encoder.device
-        if device == rests:
+        if torch.device(device) == rests:
             yield
             return
         try:

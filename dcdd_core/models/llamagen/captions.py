@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import html
 import re
+import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +23,10 @@ import torch
 
 from ...files import in_file, is_finite, read_record, write_record
 from ...settings import require_text
+from ..t5 import T5Text
+
+SAVE_EVERY = 120.0
+"""Seconds between two writes of what has been encoded."""
 
 _KIND = "set of text features by caption"
 _ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
@@ -196,3 +201,79 @@ def load_captions(file: str | Path) -> Captions:
         raise ValueError(f"{file} has features that are not finite: make it again with `dcdd captions`")
     with in_file(file):
         return Captions(features=dict(zip(captions, features.split(lengths))), encoder=fields["encoder"])
+
+
+def add_captions(
+    file: str | Path,
+    prompts: Sequence[str],
+    text: T5Text,
+    *,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[int, int]:
+    """Adds features of prompts to a file, which is made where there is none; those that it has stay.
+
+    The file is written whole every few minutes and at the end, also where that is an error or Ctrl-C.
+
+    Args:
+        device: where to encode.
+        on_progress: called with (captions that are there, captions of these prompts).
+
+    Returns:
+        The number of new captions, and of all that the file has now.
+
+    Raises:
+        ValueError: for prompts as `require_caption` and `T5Words.ids`, for a file that is none of these, and for one
+            with features of another text encoder or dtype; nothing has been encoded then.
+        OSError: if the file cannot be written.
+    """
+    captions = list(dict.fromkeys(map(require_caption, prompts)))
+    held = _held(file, text)
+    missing = [caption for caption in captions if caption not in held]
+    for caption in missing:
+        text.words.ids(caption)
+    found, written, last = dict(held), len(held), time.monotonic()
+
+    def write() -> None:
+        nonlocal written, last
+        if len(found) > written:
+            save_captions(file, Captions(features=found, encoder=text.fingerprint))
+            written, last = len(found), time.monotonic()
+
+    def tell() -> None:
+        if on_progress is not None:
+            on_progress(len(captions) - len(missing) + len(found) - len(held), len(captions))
+
+    tell()
+    try:
+        with text.on(device):
+            for caption in missing:
+                found |= text.features([caption], device)
+                tell()
+                if time.monotonic() - last > SAVE_EVERY:
+                    write()
+    finally:
+        write()
+    return len(missing), len(found)
+
+
+def _held(file: str | Path, text: T5Text) -> dict[str, torch.Tensor]:
+    """What a file has already, of this text encoder in its dtype."""
+    if not Path(file).exists():
+        return {}
+    held, dtype = load_captions(file), text.encoder.dtype
+    if held.encoder != text.fingerprint:
+        raise ValueError(
+            f"{file} has features of another text encoder ({held.encoder}, this is {text.fingerprint}): give another "
+            "name, or delete it"
+        )
+    if held.dtype != dtype:
+        raise ValueError(
+            f"{file} has features in {_name(held.dtype)}, and this text encoder is in {_name(dtype)}: load it in "
+            f"{_name(held.dtype)}, give another name, or delete the file"
+        )
+    return dict(held.features)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
