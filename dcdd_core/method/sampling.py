@@ -21,18 +21,18 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: floa
     """Classifier-free guidance, uncond + g (cond - uncond); a code that either bars (-inf) stays barred.
 
     Args:
-        conditional, unconditional: logits [..., K] of one shape.
+        conditional, unconditional: logits [..., K] of one shape, or a decoder's velocities.
         guidance: g; 1 is the conditional model, 0 the unconditional.
 
     Returns:
-        [..., K] float32: guidance amplifies the rounding of half precision.
+        Of their shape, float32: guidance amplifies the rounding of half precision.
 
     Raises:
         ValueError: for different shapes, or a g that is not finite.
     """
     if conditional.shape != unconditional.shape:
         raise ValueError(
-            f"conditional {list(conditional.shape)} and unconditional {list(unconditional.shape)} logits must have one "
+            f"conditional {list(conditional.shape)} and unconditional {list(unconditional.shape)} values must have one "
             "shape: split the rows of the batch in two halves"
         )
     if not math.isfinite(guidance):

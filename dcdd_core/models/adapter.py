@@ -14,6 +14,20 @@ from torch import nn
 from ..types import Condition
 
 
+class NullCondition(nn.Module):
+    """What stands for "no condition": one learned token [M], the same at every position."""
+
+    def __init__(self, token: nn.Parameter, patch: int):
+        super().__init__()
+        self.token = token
+        self.patch = patch
+
+    def forward(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
+        """[B, h' w' / p^2, M]; of the condition, only the number of its images counts."""
+        length = (latent_size[0] // self.patch) * (latent_size[1] // self.patch)
+        return self.token.expand(len(condition.code_vectors), length, -1)
+
+
 class ConditionEncoder(nn.Module):
     """C_map = concat(SiLU(GroupNorm(Conv(W c))), upsample(u)), then a linear map of its patches.
 
@@ -24,9 +38,13 @@ class ConditionEncoder(nn.Module):
         width: C, a multiple of 8.
         inner: M, the width of the transformer's tokens.
         patch: p, latents a side of one of the transformer's tokens.
+        null: with a null condition.
+
+    Attributes:
+        null: stands for a condition that is left out; None for an adapter that was not trained to leave any out.
     """
 
-    def __init__(self, code_dim: int, width: int, inner: int, *, patch: int = 2):
+    def __init__(self, code_dim: int, width: int, inner: int, *, patch: int = 2, null: bool = False):
         super().__init__()
         self.project = nn.Linear(code_dim, width)
         self.refine = nn.Conv2d(width, width, 3, padding=1)
@@ -35,6 +53,15 @@ class ConditionEncoder(nn.Module):
         self.fuse = nn.Linear(patch**2 * (width + 4), inner)
         nn.init.zeros_(self.fuse.weight)
         nn.init.zeros_(self.fuse.bias)
+        self.null: NullCondition | None = None
+        self.keep_null(null)
+
+    def keep_null(self, wanted: bool) -> None:
+        """With a null condition: its own, or a new one that adds nothing, the base model's own; or without one."""
+        if not wanted:
+            self.null = None
+        elif self.null is None:
+            self.null = NullCondition(nn.Parameter(torch.zeros_like(self.fuse.bias)), self.patch)
 
     def forward(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
         """Condition on an (h, w) grid, latent size (h', w'), multiples of p -> [B, h' w' / p^2, M].

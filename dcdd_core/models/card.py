@@ -16,9 +16,12 @@ READINGS = ("logits", "anchored", "tokens")
 MOST_STEPS = 1000
 #: The strongest distribution guidance: ten times the spread of the latents in one step.
 MOST_STRENGTH = 10.0
+#: The strongest guidance on the condition; images fall apart long before it [choice].
+MOST_CONDITION_GUIDANCE = 20.0
 _GUIDANCE = "distribution_guidance"
+_OFF = {_GUIDANCE: None, "condition_dropout": 0.0, "condition_guidance": 1.0}
 #: Fields that the first cards did not have, and that are not written where they say nothing.
-LATER = frozenset({_GUIDANCE})
+LATER = frozenset(_OFF)
 #: The largest of a card's sizes: far beyond every network's, and small enough to be multiplied.
 _LARGEST = 2**16
 
@@ -78,6 +81,9 @@ class DecoderCard:
         guidance: value of the distilled guidance embedding, where the base has one; served as trained.
         licence: of the weights.
         distribution_guidance: that it is served with by default; None for none, as in the paper.
+        condition_dropout: share of the training examples whose condition was left out, 0 for none, as in the paper;
+            above 0 the decoder has a null condition (`adapter.NullCondition`) and can be guided on the condition.
+        condition_guidance: w, the guidance on the condition that it is served with by default; 1 is off.
 
     Raises:
         ValueError: for an unknown variant or reading, values of wrong types, and numbers out of range.
@@ -102,6 +108,8 @@ class DecoderCard:
     guidance: float = 1.0
     licence: str = ""
     distribution_guidance: ServedGuidance | None = None
+    condition_dropout: float = 0.0
+    condition_guidance: float = 1.0
 
     def __post_init__(self):
         for name in ("base", "tokenizer", "codebook", "licence"):
@@ -133,13 +141,27 @@ class DecoderCard:
         # As far as `method.flow.timesteps` goes.
         require_number("shift", self.shift, least=-100, most=100, optional=True)
         require_number("guidance", self.guidance, least=0, most=_LARGEST)
+        require_number("condition_dropout", self.condition_dropout, least=0, below=1)
+        self.condition_guidance_of(self.condition_guidance)
+
+    def condition_guidance_of(self, asked: float | None) -> float:
+        """w: what was asked for, or by default the card's own.
+
+        Raises:
+            ValueError: for a w out of range, and one that is not 1 for a decoder that was trained with all conditions.
+        """
+        w = self.condition_guidance if asked is None else asked
+        require_number("condition_guidance", w, least=0, most=MOST_CONDITION_GUIDANCE, remedy="1 is off")
+        if w != 1 and self.condition_dropout == 0:
+            raise ValueError(
+                f"condition_guidance must be 1, which is off, got {w:g}: this decoder never saw an image without its "
+                "condition; train one that did, `train.py --drop-condition 0.1`, from this one if you like (--bundle)"
+            )
+        return w
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; without distribution guidance if there is none, as cards were before it."""
-        values = asdict(self)
-        if self.distribution_guidance is None:
-            del values[_GUIDANCE]
-        return values
+        """For JSON; without what says nothing, as cards were before it."""
+        return {name: value for name, value in asdict(self).items() if name not in _OFF or value != _OFF[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderCard:

@@ -34,7 +34,9 @@ class DistributionConditionedDecoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.transformer = backbone.model
-        self.adapter = ConditionEncoder(card.code_dim, card.width, backbone.token_width, patch=backbone.patch)
+        self.adapter = ConditionEncoder(
+            card.code_dim, card.width, backbone.token_width, patch=backbone.patch, null=card.condition_dropout > 0
+        )
         self.card = card
 
     @classmethod
@@ -72,6 +74,11 @@ class DistributionConditionedDecoder(nn.Module):
     def condition_tokens(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
         """The condition's share of the fused tokens, [B, L, M]; the same at every step, so computed once (Eq. 22)."""
         return self.adapter(condition, latent_size)
+
+    def null_tokens(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
+        """What takes their place where a condition is left out, [B, L, M]; of a decoder that was trained to leave some
+        out (`DecoderCard.condition_dropout`)."""
+        return self.adapter.null(condition, latent_size)
 
     def forward(
         self,

@@ -1,6 +1,6 @@
 """Unconditional priors: what a decoder's weights become without its condition, as low-rank differences.
 
-Shapes: B batch, L latent tokens, R rank, M token width.
+Shapes: R rank, M token width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..files import read_record, write_record
 from ..int8_rows import rounded
-from ..types import Condition
+from .adapter import NullCondition
 from .bundle import DecoderOptions, load_decoder
 from .decoder import DistributionConditionedDecoder
 
@@ -36,20 +36,6 @@ class LowRank(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """[out, in], as `weight` is."""
         return weight + (self.up @ self.down).to(weight)
-
-
-class NullCondition(nn.Module):
-    """In the place of a decoder's adapter: one learned token [M] for every condition."""
-
-    def __init__(self, token: nn.Parameter, patch: int):
-        super().__init__()
-        self.token = token
-        self.patch = patch
-
-    def forward(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
-        """[B, L, M]; of the condition, only the number of its images counts."""
-        length = (latent_size[0] // self.patch) * (latent_size[1] // self.patch)
-        return self.token.expand(len(condition.code_vectors), length, -1)
 
 
 class PriorDifference(nn.Module):
@@ -126,7 +112,8 @@ def load_prior(bundle: Path, difference: Path, *, options: DecoderOptions) -> Di
     own = PriorDifference.load(difference, decoder).to(options.device)
     own.attach(decoder, merge=True)
     decoder.adapter.to(options.dtype)
-    decoder.card = replace(decoder.card, shift=SHIFT)
+    # It has no condition that could be left out.
+    decoder.card = replace(decoder.card, shift=SHIFT, condition_dropout=0.0, condition_guidance=1.0)
     return decoder.eval().requires_grad_(False)
 
 

@@ -22,6 +22,7 @@ from ..models.decoder import DistributionConditionedDecoder
 from ..protocols import ImageTokenizer, LatentCodec, OnLayer
 from ..settings import require_number
 from ..types import Condition, TokenLogits, same_codebook
+from .condition_guidance import ConditionedVelocity
 from .guided import TokenGuide
 from .host import PLAIN, Host
 from .oom import in_parts, one_by_one
@@ -70,6 +71,7 @@ def decode(
     seeds: Sequence[int],
     steps: int | None = None,
     shift: float | None = None,
+    condition_guidance: float | None = None,
     image: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     guide: TokenGuide | None = None,
@@ -93,11 +95,12 @@ def decode(
     """
     batch = len(condition.code_vectors)
     _check_seeds(seeds, batch)
+    w = decoder.card.condition_guidance_of(condition_guidance)
     (canvas,) = in_parts(lambda *_: canvas_of(codec, decoder, condition, image, mask), 1, host, remedy=codec_remedy)
     latent_size = (canvas.given.shape[2], canvas.given.shape[3])
 
     def run(first: int, last: int) -> torch.Tensor:
-        host.bring(decoder.backbone.working_memory(last - first, latent_size))
+        host.bring(decoder.backbone.working_memory((last - first) * (1 if w == 1 else 2), latent_size))
         return paint(
             decoder,
             codec,
@@ -106,10 +109,12 @@ def decode(
             seeds=seeds[first:last],
             steps=steps,
             shift=shift,
+            condition_guidance=w,
             guide=None if guide is None else guide.part(first, last),
             start=start,
             on_step=on_step,
             on_prepare=on_prepare,
+            host=host,
         )
 
     latents = torch.cat(in_parts(run, batch, host))
@@ -202,10 +207,12 @@ def paint(
     seeds: Sequence[int],
     steps: int | None = None,
     shift: float | None = None,
+    condition_guidance: float | None = None,
     guide: TokenGuide | None = None,
     start: float = 1.0,
     on_step: OnDecodeStep | None = None,
     on_prepare: OnLayer | None = None,
+    host: Host = PLAIN,
 ) -> torch.Tensor:
     """Euler steps from noise to raw latents [B, C, h', w'] float32.
 
@@ -214,15 +221,19 @@ def paint(
         seeds: one whole number an image; a batch equals its singles.
         steps: Euler steps; the bundle's own number by default.
         shift: mu of the time shift; the bundle's own by default, or if it has none the backbone's.
+        condition_guidance: w of v_null + w (v_cond - v_null), for a decoder that was trained with dropped conditions
+            (`ConditionedVelocity`); 1 is off, and any other about doubles the time of a step. The bundle's own by
+            default. It comes before the guide's.
         guide: distribution guidance of these images; None for none. Where the canvas keeps an image, nothing is guided.
         start: time to start from, 1 for noise alone; below 1 the guide's soft VQ decode is noised to it, and the
             schedule is scaled.
         on_prepare: called with (layers read, layers) while a new schedule is prepared; may raise to stop.
+        host: told when memory ran out.
 
     Raises:
-        ValueError: for another tokenizer's condition, a wrong number of seeds or steps, a start outside 0..1 or below 1
-            without a guide, and a canvas that is not
-            finite; naming the first step after which the latents are not.
+        ValueError: for another tokenizer's condition, a wrong number of seeds or steps, a condition_guidance out of
+            range or of a decoder that was trained with all of its conditions, a start outside 0..1 or below 1 without a
+            guide, and a canvas that is not finite; naming the first step after which the latents are not.
     """
     card, backbone, batch = decoder.card, decoder.backbone, len(condition.code_vectors)
     _check_condition(decoder, condition)
@@ -232,6 +243,7 @@ def paint(
     size = (height, width)
     steps = card.steps if steps is None else steps
     require_number("steps", steps, whole=True, least=1, most=MOST_STEPS)
+    w = card.condition_guidance_of(condition_guidance)
     if not is_finite(canvas.given):
         raise ValueError(
             "the autoencoder's latents of the image to keep hold NaN or infinity: check that image, or load the "
@@ -251,7 +263,7 @@ def paint(
     noise = [torch.randn(1, *canvas.given.shape[1:], generator=keyed_generator(seed)) for seed in seeds]
     x = torch.cat(noise).to(device)  # float32: Euler steps add up small differences.
     x = backbone.pack(x if start == 1 else interpolate(guide.soft.to(x), x, start))
-    fused = decoder.condition_tokens(condition.to(device, dtype), size)
+    velocity_of = ConditionedVelocity(decoder, condition.to(device, dtype), size, w, host)
     if shift is None:
         shift = backbone.default_shift(x.shape[1], steps) if card.shift is None else card.shift
     times = (start * timesteps(steps, shift=shift)).tolist()
@@ -259,7 +271,7 @@ def paint(
     finite: list[torch.Tensor] = []
     for i, (now, after) in enumerate(pairwise(times)):
         t = torch.full((batch,), now)
-        v = decoder(x.to(dtype), context, fused, t, size).float()
+        v = velocity_of(x.to(dtype), context, t)
         if guide is not None and guide.guided(now, i):
             clean = guide.correct(backbone.unpack(recover_clean(x, v, now), size), now)
             v = velocity_towards(x, backbone.pack(clean), now)

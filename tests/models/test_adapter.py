@@ -12,6 +12,20 @@ def test_it_starts_at_zero():
     assert tokens.shape == (2, 16, 32) and not tokens.any()
 
 
+def test_the_null_condition_is_one_token_everywhere_and_starts_as_the_base_model():
+    encoder = ConditionEncoder(8, 16, 32, null=True)
+    assert not encoder.null(tiny_condition(), (8, 8)).any()
+    with torch.no_grad():
+        encoder.null.token.copy_(torch.arange(32))
+    assert encoder.null(tiny_condition(3), (4, 8)).tolist() == [[list(range(32))] * 8] * 3
+    encoder.keep_null(True)
+    assert encoder.null.token.tolist() == list(range(32))
+    encoder.keep_null(False)
+    assert encoder.null is None and set(encoder.state_dict()) == set(ConditionEncoder(8, 16, 32).state_dict())
+    encoder.keep_null(True)
+    assert not encoder.null.token.any() and encoder.null.token.requires_grad
+
+
 @torch.no_grad()
 def test_a_token_reaches_its_own_patch_and_its_neighbours_only():
     encoder = fill(ConditionEncoder(8, 16, 32))

@@ -187,6 +187,7 @@ FINE = {
     "shift": {"null", "negative", "zero", "fraction"},
     "guidance": {"zero", "fraction"},
     "distribution_guidance": {"null"},
+    "condition_dropout": {"zero"},
 }
 
 
@@ -252,6 +253,54 @@ def test_wrong_distribution_guidance_in_a_card_is_named(tmp_path, wrong):
     path = with_card(tmp_path / "d.safetensors", CARD | {"distribution_guidance": wrong})
     with pytest.raises(ValueError, match=r"card of .*distribution_guidance .* got .*; download the bundle again"):
         read_card(path)
+
+
+def test_a_card_keeps_its_condition_guidance(tmp_path):
+    served = {"condition_dropout": 0.1, "condition_guidance": 2.5}
+    save_bundle(tmp_path / "d.safetensors", tiny_decoder(**served))
+    assert read_card(tmp_path / "d.safetensors") == tiny_card(**served)
+    assert tiny_card(condition_dropout=0.1).condition_guidance == 1
+
+
+def test_a_card_of_a_decoder_that_saw_all_conditions_is_written_as_before(tmp_path):
+    path = tmp_path / "d.safetensors"
+    save_bundle(path, tiny_decoder())
+    with safe_open(path, "pt") as file:
+        assert not [name for name in json.loads(file.metadata()["card"]) if name.startswith("condition_")]
+        assert not [name for name in file.keys() if "null" in name]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"condition_dropout": 1}, r"condition_dropout .* of at least 0 and below 1, got 1"),
+        ({"condition_guidance": 2.0}, "condition_guidance must be 1, which is off, got 2: .*without its condition"),
+        ({"condition_dropout": 0.1, "condition_guidance": 20.5}, r"condition_guidance .* in 0\.\.20.*, got 20.5"),
+    ],
+    ids=str,
+)
+def test_wrong_condition_guidance_in_a_card_is_named(tmp_path, wrong, words):
+    path = with_card(tmp_path / "d.safetensors", CARD | wrong)
+    with pytest.raises(ValueError, match=f"card of .*{words}.*; download the bundle again"):
+        read_card(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bundle_keeps_its_null_condition(tmp_path, dtype):
+    decoder, path = tiny_decoder(condition_dropout=0.1), tmp_path / "d.safetensors"
+    save_bundle(path, decoder, dtype=dtype)
+    again = load_decoder(path)
+    tokens = decoder.null_tokens(tiny_condition(2), SIZE)
+    assert tokens.shape == (2, 16, 32) and tokens.abs().min() > 0.1
+    assert torch.equal(again.null_tokens(tiny_condition(2), SIZE), tokens.to(dtype))
+    tensors = load_file(path)
+    del tensors["adapter.null.token"]
+    with_card(path, asdict(decoder.card), tensors)
+    with pytest.raises(ValueError, match=r"d.safetensors does not fit .*; missing: adapter.null.token"):
+        load_decoder(path)
+    with_card(path, asdict(tiny_card()), load_file(path) | {"adapter.null.token": torch.zeros(32)})
+    with pytest.raises(ValueError, match=r"unexpected: adapter.null.token"):
+        load_decoder(path)
 
 
 @pytest.mark.parametrize("field", ["scale", "target", "converged", "vlm", "guidance"])
