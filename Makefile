@@ -49,6 +49,7 @@ table: $(READY) ## measure the embedded models where code or weights changed: do
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[ruler]'
 	$(RUN) -m dcdd_pico.guided_table --bf16 $(COMMIT) --into docs/results.md
 	$(RUN) -m dcdd_pico.progressive_table --bf16 $(COMMIT) --into docs/results.md
+	$(RUN) -m dcdd_pico.llamagen_table --bf16 $(COMMIT) --into docs/results.md
 
 stale: $(READY) ## list the published tables that were measured with other code or weights; fails if there are any
 	$(RUN) -m dcdd_pico.results_table --stale

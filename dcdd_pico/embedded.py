@@ -10,8 +10,12 @@ WEIGHTS = Path(__file__).parent / "weights"
 NAME = "pico"
 #: In the folder of the embedded models: what makes their decoder unconditional.
 PRIOR = "prior.safetensors"
+#: And a small decoder of the latents, which guidance can look through.
+CHEAP = "cheap_decoder"
 #: There too, the VLMs, which all sample the tokens of Janus' image tokenizer: autoregressive, masked, autoregressive.
 JANUS, PROGRESSIVE, LLAMAGEN = "janus", "progressive", "llamagen"
+#: Of LlamaGen; the decoder's own is Janus'. Not in its folder, where it would be taken for another model.
+CALIBRATION = f"{LLAMAGEN}-calibration.safetensors"
 #: What commands call them -> their folder.
 VLMS: Mapping[str, str] = MappingProxyType(
     {NAME: JANUS, f"{NAME}-{PROGRESSIVE}": PROGRESSIVE, f"{NAME}-{LLAMAGEN}": LLAMAGEN}

@@ -29,7 +29,7 @@ from dcdd_core.pipelines.load import Models
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Condition
 
-from .embedded import WEIGHTS
+from .embedded import JANUS, WEIGHTS
 from .prior import PRIOR, load_prior
 from .scenes import Scene, Split, render_scene, scene_pixels
 from .section_keys import code_hash, files_hash
@@ -150,11 +150,15 @@ class Painters:
         pico: tokenizer, codec, sampler, and the trained decoder.
         folder: where images are kept.
         weights: folder of the weights.
+        read: what images depend on there.
+        name: begins the name of the folder of its own, where that does not say all.
     """
 
     pico: Models
     folder: Path
     weights: Path = WEIGHTS
+    read: tuple[str, ...] = (JANUS, "vae", "decoder.safetensors", PRIOR)
+    name: str = ""
 
     @cached_property
     def prior(self) -> DistributionConditionedDecoder:
@@ -165,9 +169,9 @@ class Painters:
     @cached_property
     def own_folder(self) -> Path:
         """The folder of today's code, weights and precision."""
-        weights = [self.weights / name for name in ("janus", "vae", "decoder.safetensors", PRIOR)]
+        weights = [self.weights / name for name in self.read]
         precision = str(self.pico.decoder.dtype).removeprefix("torch.")
-        return self.folder / f"{code_hash(paint, given_of)}-{files_hash(weights)}-{precision}"
+        return self.folder / f"{self.name}{code_hash(paint, given_of)}-{files_hash(weights)}-{precision}"
 
     def given(self, task: Task, source: Source, part: slice) -> Given:
         """Tokens and distributions of a part, sampled or encoded once."""

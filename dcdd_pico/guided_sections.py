@@ -12,6 +12,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -113,6 +114,8 @@ CHOICE = (
 )
 #: Column: share of photographs with a better SSIM than the VQ decode's.
 ABOVE = "photographs above the VQ decode"
+#: In the names of rows of ratios.
+RATIO = "ratio"
 #: Images of the smaller sections, at most.
 FEW = 64
 
@@ -147,11 +150,12 @@ class Rulers:
 
     @cached_property
     def _version(self) -> str:
-        return f"{code_hash(scores_of)}-{files_hash([self.painters.weights / 'reader.safetensors'])}"
+        return f"{code_hash(scores_of, _pixels)}-{files_hash([self.painters.weights / 'reader.safetensors'])}"
 
     def real(self, source: Source, part: slice) -> dict[str, torch.Tensor]:
-        """`scores_of` a part's originals."""
-        return self._kept(f"{source}/originals", part, lambda: scores_of(self, _pixels(self, source, part), None, None))
+        """`scores_of` a part's originals, which are one for all painters."""
+        folder = self.painters.folder / f"originals-{self._version}/{source}"
+        return _kept(folder, part, lambda: scores_of(self, _pixels(self, source, part), None, None))
 
     def made(self, way: Way, task: Task, source: Source, part: slice) -> dict[str, torch.Tensor]:
         """`scores_of` a part's images of one way, with its seconds."""
@@ -162,11 +166,11 @@ class Rulers:
             scores = scores_of(self, images, truth, self.painters.given(task, source, part).tokens)
             return scores | {"seconds": torch.full((len(images),), seconds)}
 
-        return self._kept(f"{task}-{source}/{way.file}", part, make)
+        return _kept(self.painters.own_folder / f"scores-{self._version}/{task}-{source}/{way.file}", part, make)
 
-    def _kept(self, name: str, part: slice, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        folder = self.painters.own_folder / f"scores-{self._version}"
-        return kept(folder / name / f"{part.start:06d}-{part.stop:06d}.npz", make)
+
+def _kept(folder: Path, part: slice, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return kept(folder / f"{part.start:06d}-{part.stop:06d}.npz", make)
 
 
 def _pixels(rulers: Rulers, source: Source, part: slice) -> torch.Tensor:
@@ -298,15 +302,15 @@ def rows_of(scores: dict[str, Scores], columns: Sequence[str], *, trained: str |
     base_name, base = next(iter(scores.items()))
     images, rows = len(base), {}
     for name, own in scores.items():
-        rows[name] = _row(columns, own.score, images)
+        rows[name] = row_of(columns, own.score, images)
     others = [(name, own) for name, own in scores.items() if name != base_name]
     for name, own in others:
-        rows[minus(name, base_name)] = _row(columns, partial(_difference, own, base), images)
+        rows[minus(name, base_name)] = row_of(columns, partial(difference, own, base), images)
     if trained is not None:
         for name, own in others:
             if name != trained:
                 share = partial(_share, own, base, scores[trained])
-                rows[share_name(name)] = _row([column for column in columns if column in SHARED], share, images)
+                rows[share_name(name)] = row_of([column for column in columns if column in SHARED], share, images)
     return rows
 
 
@@ -320,15 +324,23 @@ def share_name(name: str) -> str:
     return f"{name}, share of the trained decoder's gain"
 
 
-def _row(columns: Sequence[str], score: Callable[[str, np.ndarray], float], images: int) -> dict[str, float]:
+def row_of(columns: Sequence[str], score: Callable[[str, np.ndarray], float], images: int) -> dict[str, float]:
+    """A row: a function of a column and of some of the images, by index, with its interval; and how many images."""
     row: dict[str, float] = {}
     for column in columns:
         row |= cells(column, interval(column, partial(score, column), images))
     return row | {"images": float(images)}
 
 
-def _difference(own: Scores, other: Scores, column: str, k: np.ndarray) -> float:
+def difference(own: Scores, other: Scores, column: str, k: np.ndarray) -> float:
+    """A column's score of some of the images, by index, minus that of another way."""
     return own.score(column, k) - other.score(column, k)
+
+
+def ratio(own: Scores, other: Scores, column: str, k: np.ndarray) -> float:
+    """As `difference`, divided by that of another way; NaN where that is 0."""
+    below = other.score(column, k)
+    return own.score(column, k) / below if below else float("nan")
 
 
 def _share(own: Scores, base: Scores, trained: Scores, column: str, k: np.ndarray) -> float:
@@ -359,7 +371,7 @@ def _sdedit_too(scores: dict[str, Scores], columns: Sequence[str], *, trained: s
     """
     rows, images = rows_of(scores, columns, trained=trained), len(scores[VQ])
     for name, without in ((GUIDED, SDEDIT), (BOTH, TRAINED), (GUIDED, CODEC), (TRAINED, CODEC)):
-        rows[minus(name, without)] = _row(columns, partial(_difference, scores[name], scores[without]), images)
+        rows[minus(name, without)] = row_of(columns, partial(difference, scores[name], scores[without]), images)
     return rows
 
 
@@ -367,7 +379,7 @@ def measure_guided_ablation(setup: EvalSetup) -> Rows:
     """One setting at a time on calibration scenes; seconds of one CPU thread an image."""
     scores = collect(Rulers.of(setup), VARIED, "reconstruction", "calibration", min(FEW, len(setup.images)))
     columns = ("ssim", "perceptual", "perceptual, text detector", "token agreement", "frechet")
-    rows = {name: _row(columns, own.score, len(own)) for name, own in scores.items()}
+    rows = {name: row_of(columns, own.score, len(own)) for name, own in scores.items()}
     return {name: row | {"seconds": float(np.median(scores[name].held["seconds"]))} for name, row in rows.items()}
 
 
@@ -375,7 +387,7 @@ def measure_guided_choice(setup: EvalSetup) -> Rows:
     """Settings on calibration captions."""
     scores = collect(Rulers.of(setup), CHOICE, "text", "calibration", min(FEW, len(setup.images)))
     columns = ("frechet", "F1", "token agreement")  # the text detector takes no part in a choice
-    return {name: _row(columns, own.score, len(own)) for name, own in scores.items()}
+    return {name: row_of(columns, own.score, len(own)) for name, own in scores.items()}
 
 
 def measure_guided_photographs(setup: EvalSetup) -> Rows:
@@ -415,7 +427,7 @@ def measure_guided_robustness(setup: EvalSetup) -> Rows:
     columns = (*CHANGES, "high frequencies")
     joined = {name: _joined(parts) for name, parts in found.items()}
     return {
-        name: _row(columns, lambda column, k, held=held: float(held[column][k].mean()), count)
+        name: row_of(columns, lambda column, k, held=held: float(held[column][k].mean()), count)
         for name, held in joined.items()
     }
 

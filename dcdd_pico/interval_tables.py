@@ -10,7 +10,7 @@ from dcdd_core.evaluation.intervals import Interval
 from dcdd_core.evaluation.tables import markdown_table
 from dcdd_core.files import write_text
 
-from .guided_sections import share_name
+from .guided_sections import RATIO, share_name
 from .results_table import put_between, table_cells
 from .sections import Measured, Rows, measure, parse
 
@@ -35,15 +35,21 @@ def target(what: str, held: Mapping[str, float], column: str, bound: float, *, m
 
 
 def section_texts(results: Measured, titles: Mapping[str, str]) -> list[str]:
-    """Each section as Markdown with its provenance: rows, then differences, then shares."""
+    """Each section as Markdown with its provenance: rows, then differences, then shares, then ratios."""
     texts = []
     for name, rows in results.rows.items():
-        kinds: tuple[Rows, ...] = ({}, {}, {})
+        kinds: tuple[Rows, ...] = ({}, {}, {}, {})
         for row, values in rows.items():
-            kinds[1 if ", minus " in row else 2 if row == share_name(row.split(", share")[0]) else 0][row] = values
+            kinds[_kind(row)][row] = values
         held = "\n\n".join(markdown_table(table_cells(name, kind)) for kind in kinds if kind)
         texts.append(f"### {titles[name]}\n\n{held}\n\n{results.provenance[name]}\n")
     return texts
+
+
+def _kind(row: str) -> int:
+    if RATIO in row:
+        return 3
+    return 1 if ", minus " in row else 2 if row == share_name(row.split(", share")[0]) else 0
 
 
 def run(

@@ -10,7 +10,9 @@ from dcdd_core.evaluation.networks import FeatureNetwork, PerceptualNetwork
 from dcdd_core.files import in_file
 from dcdd_core.int8_rows import restored
 from dcdd_core.models.checkpoints import fingerprint_of, load_strictly, read_tensors
+from dcdd_core.pipelines.condition import serving
 from dcdd_core.pipelines.load import LoadOptions, ModelPaths, Models, load_models
+from dcdd_core.types import Calibration
 
 from . import embedded
 from .reader import SceneReader
@@ -24,7 +26,7 @@ def load_pico(
     compiled: bool = False,
     vlm: str = embedded.JANUS,
 ) -> Models:
-    """The embedded models, in float32.
+    """The embedded models, in float32. The decoder's card has the calibration of the VLM.
 
     Args:
         weights: their folder; the shipped one by default.
@@ -34,12 +36,17 @@ def load_pico(
     Raises:
         ValueError: if the weights are missing.
     """
-    return load_models(
-        ModelPaths(**embedded.model_paths(weights, vlm=vlm)),
+    paths = embedded.model_paths(weights, vlm=vlm)
+    models = load_models(
+        ModelPaths(**paths),
         LoadOptions(device=device, compiled=compiled),
-        name=embedded.NAME,
+        name=None if vlm == embedded.LLAMAGEN else embedded.NAME,  # its files name it
         with_sampler=with_sampler,
     )
+    own = paths["vlm"].with_name(embedded.CALIBRATION)
+    if vlm == embedded.LLAMAGEN and own.exists():
+        models.decoder.card = serving(models.decoder.card, calibration=Calibration.load(own))
+    return models
 
 
 def load_reader(*, device: torch.device | str = "cpu", weights: Path | None = None) -> SceneReader:

@@ -15,7 +15,7 @@ from pathlib import Path
 from dcdd_core.evaluation.tables import markdown_table, statistics_rows
 from dcdd_core.files import write_text
 
-from . import guided_sections, progressive_sections  # noqa: F401  add to FURTHER
+from . import guided_sections, llamagen_sections, progressive_sections  # noqa: F401  add to FURTHER
 from .embedded import WEIGHTS
 from .flops import flops_of
 from .section_keys import NO_KEY, ROOT, Provenance, code_hash, files_hash

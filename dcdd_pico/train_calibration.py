@@ -9,7 +9,7 @@ import torch
 from dcdd_core.method.calibration import anchor_statistics, fit_anchor, fit_calibration, proxy_logits, target_statistics
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.vq import VQTokenizer
-from dcdd_core.protocols import SamplingOptions
+from dcdd_core.protocols import SamplingOptions, TokenSampler
 from dcdd_core.types import Calibration, TokenLogits
 
 from .build_context import BuildContext, digest
@@ -33,33 +33,31 @@ def fit_pico_calibration(
     path = context.folder / f"calibration-{digest(sampler.model)}-{guidance:g}-{count}.safetensors"
     if path.exists():
         return Calibration.load(path)
-    features = torch.from_numpy(encodings.features[:count].copy()).float()
-    grids = sample_captions(sampler, context, count)
-    target = target_statistics(grids)
-    calibration = fit_calibration(
-        features,
-        vq.codebook,
-        target,
-        vlm=sampler.name,
-        guidance=guidance,
-        temperature=1.0,
-    )
-    logits = proxy_logits(features, vq.codebook)
-    side = math.isqrt(features.shape[1])
-    proxies = TokenLogits(logits, logits.argmax(-1), (side, side), source="proxy", codebook=vq.codebook.fingerprint)
-    calibration = fit_anchor(grids, vq.codebook, anchor_statistics(proxies, vq.codebook, calibration), calibration)
+    calibration = fit_sampler(sampler, torch.from_numpy(encodings.features[:count].copy()).float(), guidance)
     calibration.save(path)
     return calibration
 
 
-def sample_captions(sampler: JanusSampler, context: BuildContext, count: int) -> list[TokenLogits]:
+def fit_sampler(sampler: TokenSampler, features: torch.Tensor, guidance: float) -> Calibration:
+    """Fits the proxies of scenes' features [M, N, D], and the anchor, to samples of as many calibration captions."""
+    codebook = sampler.codebook
+    grids = sample_captions(sampler, len(features), guidance)
+    target = target_statistics(grids)
+    calibration = fit_calibration(features, codebook, target, vlm=sampler.name, guidance=guidance, temperature=1.0)
+    logits = proxy_logits(features, codebook)
+    side = math.isqrt(features.shape[1])
+    proxies = TokenLogits(logits, logits.argmax(-1), (side, side), source="proxy", codebook=codebook.fingerprint)
+    return fit_anchor(grids, codebook, anchor_statistics(proxies, codebook, calibration), calibration)
+
+
+def sample_captions(sampler: TokenSampler, count: int, guidance: float) -> list[TokenLogits]:
     """Token logits sampled for the first `count` calibration captions, in batches."""
     captions = [facts.caption() for facts in scene_facts("calibration", count)]
     return [
         sampler.sample(
             captions[k : k + _BATCH],
             seeds=range(k, min(count, k + _BATCH)),
-            options=SamplingOptions(guidance=context.recipe.guidance),
+            options=SamplingOptions(guidance=guidance),
         )
         for k in range(0, count, _BATCH)
     ]

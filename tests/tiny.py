@@ -30,14 +30,16 @@ from dcdd_core.models.janus.masked_start import TEMPLATE, start_from_janus
 from dcdd_core.models.masked.files import save_masked
 from dcdd_core.models.prior import PriorDifference
 from dcdd_core.types import Calibration, Codebook, Condition, TokenLogits
-from dcdd_pico.build_context import Recipe
+from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.embedded import PRIOR, PROGRESSIVE
 from dcdd_pico.export import export
+from dcdd_pico.models import load_pico
 from dcdd_pico.progressive import SAMPLING, TOKENIZER
 from dcdd_pico.reader import SceneReader
 from dcdd_pico.train_autoencoder import autoencoder_config
 from dcdd_pico.train_decoder import transformer_config
 from dcdd_pico.train_janus import janus_config, pico_tokenizer, save_tokenizer
+from dcdd_pico.train_llamagen import pico_words, save_llamagen, start
 from dcdd_pico.train_tokenizer import tokenizer_config
 
 SPECIAL = ("<|begin_of_sentence|>", "<pad>", "<unk>", "<|User|>", "<|Assistant|>", "<begin_of_image>")
@@ -236,6 +238,14 @@ def random_pico(folder: Path) -> Path:
     )
     save_tokenizer(words, folder / PROGRESSIVE)
     return folder
+
+
+def random_llamagen(weights: Path) -> Path:
+    """pico's LlamaGen with random weights, beside those of `random_pico`."""
+    tokenizer = load_pico(weights=weights, with_sampler=False).tokenizer
+    network = fill(start(tokenizer.codebook, tokenizer.grid, len(pico_words()), 0), 8)
+    work = weights.with_name("llamagen-work")
+    return save_llamagen(BuildContext(folder=work, device=torch.device("cpu"), recipe=Recipe()), weights, network)
 
 
 def save_flux_like(bundle: Path, vae_folder: Path, card: Mapping[str, Any]) -> None:

@@ -130,7 +130,7 @@ class Painters:
     )
 
     def __init__(self, folder):
-        self.own_folder, self.weights, self.painted = folder, folder, []
+        self.folder, self.own_folder, self.weights, self.painted = folder, folder, folder, []
 
     def given(self, task, source, part):
         return SimpleNamespace(tokens=torch.ones(part.stop - part.start, 1, dtype=torch.int64))

@@ -113,7 +113,7 @@ def setup(tmp_path, monkeypatch):
         lambda source, part: np.broadcast_to(greys[part, None, None, None], (part.stop - part.start, 16, 16, 3)),
     )
     monkeypatch.setattr(guided_sections, "bootstrap", partial(bootstrap, resamples=10))
-    painters = SimpleNamespace(pico=made.pico, own_folder=tmp_path / "guided", weights=made.weights)
+    painters = SimpleNamespace(pico=made.pico, folder=tmp_path / "guided", weights=made.weights)
     rulers = Rulers(painters=painters, reader=StubReader(), detector=Detector())
     monkeypatch.setattr(Rulers, "of", classmethod(lambda cls, setup: rulers))
     made.weights.mkdir()

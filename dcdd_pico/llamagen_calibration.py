@@ -1,0 +1,63 @@
+"""Calibrates pico's LlamaGen: `python -m dcdd_pico.llamagen_calibration`, with the optional `ruler`.
+
+Chooses its guidance on calibration captions (section `llamagen-choice`, measured where it has to be), and fits the
+calibration of the proxies, and the anchor, to its own distributions. Both are written beside its weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from dcdd_core.files import write_text
+from dcdd_core.models.checkpoints import read_config
+from dcdd_core.pipelines.calibrate import verdict
+from dcdd_core.types import Calibration
+
+from .build_context import Recipe
+from .embedded import CALIBRATION, LLAMAGEN
+from .llamagen_sections import chosen_guidance
+from .models import load_pico
+from .scenes import render_scene, scene_pixels
+from .sections import measure, parse
+from .train_calibration import fit_sampler
+
+_CHOICE = "llamagen-choice"
+
+
+def fit_llamagen_calibration(weights: Path, guidance: float, *, device: torch.device | str = "cpu") -> Calibration:
+    """Fits it as Janus', to calibration captions and training scenes. Writes it, and its config.json with the guidance.
+
+    Args:
+        weights: of the embedded models; their recipe says the number of captions and scenes.
+
+    Raises:
+        ValueError: if a part of the weights is missing.
+    """
+    recipe, folder = Recipe.load(weights), weights / LLAMAGEN
+    pico = load_pico(weights=weights, device=device, vlm=LLAMAGEN)
+    images = [render_scene("train", k, size=recipe.size).image for k in range(recipe.calibration_images)]
+    features = torch.cat([pico.tokenizer.features(scene_pixels(image[None], device)) for image in images])
+    calibration = fit_sampler(pico.sampler, features, guidance)
+    calibration.save(weights / CALIBRATION)
+    config = read_config(folder) | {"guidance": guidance}
+    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    return calibration
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--guidance", type=float, help=f"of its samples; by default what {_CHOICE} says")
+    chosen, options = parse(parser)
+    guidance = chosen.guidance
+    if guidance is None:
+        guidance = chosen_guidance(measure(options, [_CHOICE])[1].rows[_CHOICE])
+    calibration = fit_llamagen_calibration(options.weights, guidance, device=options.device)
+    print(f"guidance {guidance:g}\n{verdict(calibration)}")
+
+
+if __name__ == "__main__":
+    main()
