@@ -370,6 +370,94 @@ def test_too_strong_sharpening_is_told(tmp_path, capsys):
     assert ("choose a lower --strength" in told.err) == (after < before)
 
 
+@pytest.fixture
+def with_null(monkeypatch):
+    """Makes the embedded decoder one that was trained with dropped conditions; gives what loads it, by its card."""
+
+    def loads(**served):
+        def load(**options):
+            models = load_pico(**options)
+            models.decoder.card = replace(models.decoder.card, condition_dropout=0.1, **served)
+            models.decoder.adapter.keep_null(True)
+            return models
+
+        monkeypatch.setattr(common, "load_pico", load)
+        monkeypatch.setattr("dcdd_core.cli.demo.load_pico", load)
+
+    return loads
+
+
+def test_guidance_on_the_condition_is_the_card_s_or_the_one_asked_for(tmp_path, capsys, with_null):
+    image, made = tmp_path / "scene.png", {}
+    Image.fromarray(render_scene("test", 0, size=48).image).save(image)
+    for name, served, words in (
+        ("plain", {}, []),
+        ("card", {"condition_guidance": 2.0}, []),
+        ("asked for", {}, ["--condition-guidance", "2"]),
+        ("off", {"condition_guidance": 2.0}, ["--condition-guidance", "1"]),
+    ):
+        with_null(**served)
+        assert main(["reconstruct", str(image), "--steps", "2", "--out", str(tmp_path / "out"), *words]) == 0
+        made[name] = (tmp_path / "out" / "scene-dcdd.png").read_bytes()
+    assert made["card"] == made["asked for"] != made["plain"] == made["off"]
+    capsys.readouterr()
+    with_null(condition_guidance=2.0)
+    assert main(["inspect", "--count", "2", "--out", str(tmp_path / "top.png")]) == 0
+    assert "condition guidance of 2, no distribution guidance\n" in capsys.readouterr().out
+
+
+def test_every_command_that_paints_takes_guidance_on_the_condition(tmp_path, monkeypatch, with_null):
+    class Painted(Exception):
+        pass
+
+    def decode(*_, **options):
+        seen.append(options["condition_guidance"])
+        raise Painted
+
+    with_null()
+    seen, scenes = [], tmp_path / "scenes"
+    scenes.mkdir()
+    for i in range(3):
+        Image.fromarray(render_scene("test", i).image).save(scenes / f"{i}.png")
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n" * 3)
+    monkeypatch.setattr(common, "decode", decode)
+    monkeypatch.setattr("dcdd_core.evaluation.decoding.decode", decode)
+    sources = ["--images", str(scenes)], ["--prompts", str(tmp_path / "prompts.txt"), "--references", str(scenes)]
+    for words in (
+        ["generate", PROMPT, "--out", str(tmp_path / "a.png")],
+        ["demo", PROMPT, "--out", str(tmp_path / "a.png")],
+        ["reconstruct", str(scenes / "0.png"), "--out", str(tmp_path / "b")],
+        ["evaluate", "reconstruction", *sources[0], "--out", str(tmp_path / "c")],
+        ["evaluate", "text", *sources[1], "--out", str(tmp_path / "d")],
+    ):
+        with pytest.raises(Painted):
+            main([*words, "--condition-guidance", "1.5"])
+    assert seen == [1.5] * 5
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["generate", PROMPT, "--condition-guidance", "2"],
+            "condition_guidance must be 1, which is off, got 2: this decoder never saw an image without",
+        ),
+        (["demo", "--condition-guidance", "-1"], "condition_guidance must be a finite number in 0..20.0, got -1.0"),
+        (["generate", PROMPT, "--condition-guidance", "nan"], "condition_guidance must be a finite number in 0..20"),
+        (
+            ["generate", PROMPT, "--decoder", "guidance", "--condition-guidance", "1"],
+            "--condition-guidance would do nothing with --decoder guidance, whose prior has no condition: leave it out",
+        ),
+    ],
+)
+def test_guidance_on_the_condition_that_cannot_be_is_refused_before_anything_is_sampled(
+    tmp_path, capsys, monkeypatch, words, expected
+):
+    monkeypatch.setattr(common, "sample", None)
+    assert main([*words, "--out", str(tmp_path / "a.png")]) == 1
+    assert expected in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -906,7 +994,7 @@ def test_a_folder_of_one_s_own_works_without_a_decoder(tmp_path, capsys):
     folder = save_janus(tmp_path / "janus")
     assert main(["generate", "a red circle", "--janus", str(folder), "--out", str(tmp_path / "a.png")]) == 0
     assert size(tmp_path / "a.png") == (16, 16)
-    for nothing in ("--steps", "--shift", "--anchor"):
+    for nothing in ("--steps", "--shift", "--anchor", "--condition-guidance"):
         assert main(["generate", "a red circle", "--janus", str(folder), nothing, "0"]) == 1
         assert f"{nothing} would do nothing without a decoder" in capsys.readouterr().err
 

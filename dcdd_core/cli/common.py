@@ -48,7 +48,7 @@ from .arguments import add_vlm_option, check_out, embedded_vlm, path
 OF_REAL = ("decoder", "vae", "base", "dtype")
 HELD = ("janus_int8", "decoder_8bit", "stream", "compile")
 #: Options that say how the diffusion decoder paints.
-PAINTING = ("steps", "shift", "calibration", "anchor", "reads")
+PAINTING = ("steps", "shift", "condition_guidance", "calibration", "anchor", "reads")
 #: Options of distribution guidance.
 GUIDED = ("strength", "start", "paint_side", "guide_decoder")
 #: Options of samplers that reveal many tokens a pass.
@@ -189,6 +189,13 @@ def decoding_options(parser: Parser) -> None:
         type=float,
         metavar="MU",
         help="time shift; a higher one spends more steps near the noise (default: the bundle's)",
+    )
+    parser.add_argument(
+        "--condition-guidance",
+        type=float,
+        metavar="W",
+        help="push each step on from what it would be without the condition; 1 is off, others take about twice the "
+        "time and need a decoder that was trained with --drop-condition (default: the bundle's, which is mostly 1)",
     )
     parser.add_argument("--calibration", type=path, metavar="FILE", help="in place of the bundle's own")
     parser.add_argument("--anchor", type=float, metavar="BETA", help="read logits anchored by this much")
@@ -391,6 +398,11 @@ def check_painting(models: Models, args: argparse.Namespace, *others: str) -> No
     idle = given(args, "shift", *(() if models.decoder is not None else ("anchor", "reads")))
     if by_pipeline and idle:
         raise ValueError(f"{idle} would do nothing with the pipeline in --base: leave it out")
+    if guided(args) and args.condition_guidance is not None:
+        raise ValueError(
+            f"--condition-guidance would do nothing with --decoder {GUIDANCE}, whose prior has no condition: leave it "
+            "out"
+        )
     if of_guidance and args.paint_side is not None and not by_pipeline:
         raise ValueError(
             f"--paint-side goes with --decoder {GUIDANCE} and --base; other decoders have a size of their own"
@@ -406,6 +418,7 @@ def check_painting(models: Models, args: argparse.Namespace, *others: str) -> No
             guide_decoder_of(args, models.codec)
     if models.decoder is None:
         return
+    models.decoder.card.condition_guidance_of(args.condition_guidance)
     if card_of(models, args).calibration is None and (not options.off or start < 1):
         raise ValueError("distribution guidance compares calibrated distributions: give --calibration FILE")
 
@@ -420,7 +433,8 @@ def decoders_of(models: Models, args: argparse.Namespace) -> Decoders:
     """Both decoders, as asked for."""
     check_painting(models, args)
     card = card_of(models, args) if models.decoder is not None else None
-    return Decoders(models=models, card=card, steps=args.steps, shift=args.shift)
+    options = {name: getattr(args, name) for name in ("steps", "shift", "condition_guidance")}
+    return Decoders(models=models, card=card, **options)
 
 
 def seeds_of(args: argparse.Namespace, count: int) -> list[int]:
@@ -622,6 +636,7 @@ def paint(models: Models, condition: Condition, seeds: Sequence[int], args: argp
             seeds=seeds,
             steps=args.steps,
             shift=shift_of(args, models.decoder.card),
+            condition_guidance=args.condition_guidance,
             guide=guide_of(models, condition, args),
             start=guidance_of(args, models.decoder.card)[1],
             on_step=lambda done, total, _: step(done, total),

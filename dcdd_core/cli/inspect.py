@@ -63,6 +63,8 @@ def served_as(card: DecoderCard) -> str:
         shift = "" if guidance.shift is None else f" at shift {guidance.shift:g}"
         guided = f"distribution guidance of strength {guidance.strength:g}{shift}"
     shift = "the backbone's shift" if card.shift is None else f"shift {card.shift:g}"
+    if card.condition_guidance != 1:
+        guided = f"condition guidance of {card.condition_guidance:g}, {guided}"
     return f"decoder: {card.variant}, {card.resolution} px, {card.steps} steps, {shift}, {guided}"
 
 

@@ -32,12 +32,14 @@ class Decoders:
         card: the decoder's, as served; None without a decoder.
         steps: Euler steps of the decoder; the bundle's default if None.
         shift: mu of the time shift; the bundle's default if None.
+        condition_guidance: see `pipelines.decode.paint`; the bundle's default if None.
     """
 
     models: Models
     card: DecoderCard | None = None
     steps: int | None = None
     shift: float | None = None
+    condition_guidance: float | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -68,8 +70,8 @@ class Decoders:
         painted = {"vq": decode_tokens(models.tokenizer, token_logits)}
         if self.card is not None:
             condition = condition_for(self.card, token_logits, models.tokenizer.codebook)
-            options = {"seeds": seeds, "steps": self.steps, "shift": self.shift}
-            painted["dcdd"] = decode(models.decoder, models.codec, condition, **options).pixels
+            options = {name: getattr(self, name) for name in ("steps", "shift", "condition_guidance")}
+            painted["dcdd"] = decode(models.decoder, models.codec, condition, seeds=seeds, **options).pixels
         return painted
 
     def settings(self) -> dict[str, Any]:
@@ -90,6 +92,9 @@ class Decoders:
                 "shift": models.decoder.card.shift if self.shift is None else self.shift,
                 **{name: getattr(models.decoder.card, name) for name in _CARD_FIELDS},
             }
+            # Results from before there was such guidance do not name it.
+            if (w := models.decoder.card.condition_guidance_of(self.condition_guidance)) != 1:
+                settings["condition_guidance"] = w
         return settings
 
 

@@ -28,6 +28,7 @@ from dcdd_core.evaluation.metrics import psnr, ssim
 from dcdd_core.evaluation.networks import FeatureNetwork
 from dcdd_core.evaluation.prompts import Prompt, read_geneval
 from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.pipelines.decode import Decoded
 from dcdd_core.pipelines.distributed import Processes
 from dcdd_core.pipelines.image_files import ReadPolicy
 from dcdd_core.types import TokenLogits
@@ -220,6 +221,19 @@ def test_a_decoder_that_is_served_otherwise_is_another(decoders):
     finally:
         decoder.card = card
     assert replace(decoders, shift=2.0).settings() == settings | {"shift": 2.0}
+
+
+def test_guidance_on_the_condition_is_painted_with_and_named_where_it_is_on(decoders, monkeypatch):
+    settings, decoder, seen = decoders.settings(), decoders.models.decoder, []
+    monkeypatch.setattr(decoder, "card", replace(decoder.card, condition_dropout=0.1, condition_guidance=2.0))
+    assert decoders.settings() == settings | {"condition_guidance": 2.0}
+    assert replace(decoders, condition_guidance=3.0).settings() == settings | {"condition_guidance": 3.0}
+    assert replace(decoders, condition_guidance=1.0).settings() == settings
+    painted = Decoded(pixels=torch.zeros(1), latents=torch.zeros(1))
+    monkeypatch.setattr(decoding, "decode", lambda *_, **options: seen.append(options) or painted)
+    logits = decoders.models.tokenizer.encode(torch.zeros(1, 3, 96, 96))
+    replace(decoders, condition_guidance=3.0, shift=0.5).paint(logits, [7])
+    assert seen == [{"seeds": [7], "steps": 1, "shift": 0.5, "condition_guidance": 3.0}]
 
 
 def test_known_statistics_take_the_place_of_the_images(whole, tmp_path, images, decoders, networks):
