@@ -119,6 +119,8 @@ def _base(command: tuple[str, ...], models: str, out: Path) -> dict[str | None, 
         ("dcdd", "calibrate"): {"--count": "1", "--out": "out.safetensors"},
         ("dcdd", "inspect"): {"--count": "2", "--out": "out.png"},
         ("dcdd", "demo"): {"--out": "out.png"},
+        ("dcdd", "captions"): {"--vlm": str(WEIGHTS / "llamagen"), "--prompts": str(out / "prompts.txt")}
+        | {"--out": "captions.safetensors"},
         ("dcdd", "evaluate", "text"): {"--prompts": str(out / "prompts.txt"), "--references": images}
         | {"--out": "out", "--steps": "1"},
         ("train.py", "train"): training | {"--precision": "no", "--warmup": "0"},
