@@ -52,5 +52,5 @@ class DecoderTask:
         generator: torch.Generator,
         config: OptimizationConfig,
     ) -> dict[str, torch.Tensor]:
-        """See `loss.decoder_loss`."""
-        return {"loss": decoder_loss(network, example, generator, config)}
+        """See `loss.decoder_loss`; conditions are left out at the rate that the card states."""
+        return {"loss": decoder_loss(network, example, generator, config, drop=network.card.condition_dropout)}

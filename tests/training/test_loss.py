@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from dcdd_core.method.flow import sample_times
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.training.config import OptimizationConfig
 from dcdd_core.training.examples import Example
-from dcdd_core.training.loss import decoder_loss
+from dcdd_core.training.loss import decoder_loss, velocity_losses
+from dcdd_core.training.trainable import choose_trained
 from tests.tiny import tiny_condition, tiny_decoder
 
 BATCH, CHANNELS, SIDE, FACTOR = 3, 16, 8, 2
@@ -119,6 +121,69 @@ def test_the_error_of_a_prediction_in_bfloat16_is_computed_in_float32(monkeypatc
     monkeypatch.setattr(decoder, "forward", lambda packed, *rest: torch.zeros_like(packed))
     assert loss.dtype == torch.float32
     assert torch.equal(loss, decoder_loss(decoder, example, keyed_generator(1), OptimizationConfig(steps=1)))
+
+
+def seen_with(monkeypatch, decoder, example, drop, seed=5):
+    """The arguments of the network's forward pass."""
+    seen, forward = [], type(decoder).forward
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "forward", lambda *given: seen.append(given) or forward(decoder, *given))
+        loss = decoder_loss(decoder, example, keyed_generator(0, seed), OptimizationConfig(steps=1), drop=drop)
+    return *seen, loss
+
+
+def test_a_share_of_the_conditions_is_the_null_one(monkeypatch, example):
+    """Whose, is drawn after the times and noises, which therefore do not depend on the share."""
+    decoder = tiny_decoder(condition_dropout=0.4)
+    own = decoder.condition_tokens(example.condition, (SIDE, SIDE))
+    null = decoder.adapter.null.token.expand(SIDE * SIDE // 4, -1)
+    assert all((one - null).abs().max() > 0.1 for one in own)
+    dropped = []
+    for seed in range(200):
+        (packed, context, tokens, t, _), _ = seen_with(monkeypatch, decoder, example, 0.4, seed)
+        generator = keyed_generator(0, seed)
+        torch.testing.assert_close(t, sample_times(BATCH, generator=generator))
+        torch.randn(example.latents.shape, generator=generator)
+        expected = torch.rand(BATCH, generator=generator) < 0.4
+        for k in range(BATCH):
+            torch.testing.assert_close(tokens[k], null if expected[k] else own[k], rtol=0, atol=0)
+        dropped.append(expected)
+        if seed < 3:
+            (every_packed, every_context, every, every_t, _), _ = seen_with(monkeypatch, decoder, example, 0.0, seed)
+            assert torch.equal(packed, every_packed) and torch.equal(t, every_t)
+            assert torch.equal(context, every_context) and torch.equal(every, own)
+    assert 0.34 < torch.stack(dropped).float().mean() < 0.46
+
+
+def test_without_dropping_it_is_the_loss_as_before(example):
+    decoder, config = tiny_decoder(), OptimizationConfig(steps=1)
+    generator, other = keyed_generator(1), keyed_generator(1)
+    t = sample_times(BATCH, generator=other)
+    noise = torch.randn(example.latents.shape, generator=other)
+    expected = velocity_losses(decoder, example, t, noise, "uniform").mean()
+    assert torch.equal(decoder_loss(decoder, example, generator, config), expected)
+    assert torch.equal(generator.get_state(), other.get_state())
+
+
+@pytest.mark.parametrize("what", ["all", "adapter", "lora"])
+def test_the_null_condition_learns_from_dropped_images_alone(example, what):
+    """And the adapter from the others; both have a gradient in every step, as DDP needs."""
+    decoder = tiny_decoder(condition_dropout=0.5)
+    choose_trained(decoder, what, rank=2)
+    t, noise = torch.full((BATCH,), 0.5), torch.ones(example.latents.shape)
+    for dropped in ([False] * 3, [True] * 3, [True, False, False]):
+        decoder.zero_grad(set_to_none=True)
+        velocity_losses(decoder, example, t, noise, "uniform", torch.tensor(dropped)).sum().backward()
+        assert bool(decoder.adapter.null.token.grad.any()) == any(dropped)
+        assert bool(decoder.adapter.fuse.weight.grad.any()) == (not all(dropped))
+        assert all(weight.grad is not None for weight in decoder.adapter.parameters())
+
+
+def test_a_null_condition_does_not_change_the_precision(monkeypatch, example):
+    decoder = tiny_decoder(condition_dropout=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        (_, _, tokens, _, _), _ = seen_with(monkeypatch, decoder, example, 0.5)
+    assert tokens.dtype == decoder.adapter.fuse.weight.bfloat16().dtype
 
 
 def test_times_are_shifted_as_configured(monkeypatch, example):
