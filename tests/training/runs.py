@@ -85,7 +85,7 @@ def run(
     """Trains `what` of the tiny decoder, or the one given; `on_batch(k)` is called before the k-th batch is used."""
     tokenizer, codec, geometry = encoders()
     if decoder is None:
-        decoder = tiny_decoder()
+        decoder = tiny_decoder(condition_dropout=changes.pop("condition_dropout", 0.0))
         choose_trained(decoder, what, rank=2)
     every = {"save_every": 3, "log_every": 1}
     every |= {

@@ -57,7 +57,7 @@ def whole(tmp_path_factory, images):
     return folder, run(folder, images)
 
 
-def by_hand(decoder, images, shard, numbers, *, seed=0):
+def by_hand(decoder, images, shard, numbers, *, seed=0, drop=0.0):
     """The losses of a shard's first batches, which have these numbers among those of all processes."""
     tokenizer, codec, geometry = encoders()
     make, config = ExampleMaker(decoder.card, tokenizer, codec, geometry, localised=0.3), OptimizationConfig(steps=1)
@@ -65,7 +65,7 @@ def by_hand(decoder, images, shard, numbers, *, seed=0):
     found = []
     for number in numbers:
         generator = keyed_generator(seed, number)
-        found.append(decoder_loss(decoder, make(next(stream), generator), generator, config))
+        found.append(decoder_loss(decoder, make(next(stream), generator), generator, config, drop=drop))
     return torch.stack(found)
 
 
@@ -117,6 +117,7 @@ def test_training_lowers_the_loss(tmp_path, optimizer):
         {"optimizer": "adamw", "accumulation": 2},
         {"optimizer": "muon"},
         {"what": "lora"},
+        {"what": "adapter", "condition_dropout": 0.5},
         pytest.param({"optimizer": "adamw8bit"}, marks=needs_torchao),
     ],
 )
@@ -152,6 +153,18 @@ def test_two_processes_are_killed_and_resumed_as_one_is(tmp_path, images):
     assert "An update sees 2 images (4 before)" in said[2]
     assert together(partial(run, tmp_path / "cut", images, steps=12)) == [0, 0]
     assert len(losses(tmp_path / "cut")) == 12
+
+
+@needs_fork
+def test_two_processes_leave_conditions_out_each_by_its_own_draws(tmp_path, images):
+    """Also where a process leaves none out, or all: every weight has a gradient, for which DDP would wait."""
+    changes = {"what": "adapter", "condition_dropout": 0.5}
+    assert forked(partial(run, tmp_path, images, **changes), world=2, clean=True) == [0, 0]
+    decoder, shards = tiny_decoder(condition_dropout=0.5), [DataShard(rank=k, world=2) for k in (0, 1)]
+    firsts = [float(by_hand(decoder, images, shards[k], [k], drop=0.5).detach()) for k in (0, 1)]
+    found = losses(tmp_path)
+    assert len(found) == 8 and found[0][1] == pytest.approx(sum(firsts) / 2, rel=1e-4)
+    assert firsts != [float(by_hand(decoder, images, shards[k], [k]).detach()) for k in (0, 1)]
 
 
 @needs_fork
@@ -356,6 +369,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, images):
         ({"steps": 3, "optimizer": "muon"}, "recipe.optimizer 'adamw' -> 'muon'"),
         ({"steps": 3, "batch": 1}, "batch 2 -> 1"),
         ({"steps": 3, "decoder": tiny_decoder(variant="lcdm", calibration=None)}, "card.variant 'lcdm.lc' -> 'lcdm'"),
+        ({"steps": 3, "condition_dropout": 0.2}, "card.condition_dropout None -> 0.2"),
     ):
         with pytest.raises(ValueError, match=words):
             run(tmp_path, images, **changes)
