@@ -26,6 +26,7 @@ from .sections import TableOptions
 from .serving import choose_serving
 from .train_autoencoder import train_autoencoder, train_vae_decoder
 from .train_calibration import fit_pico_calibration
+from .train_cheap_decoder import save_cheap_decoder, train_cheap_decoder
 from .train_decoder import train_pico_decoder
 from .train_janus import save_janus, train_janus
 from .train_llamagen import save_llamagen, train_llamagen
@@ -54,6 +55,7 @@ STAGES = (
     "vae-decoder",
     "export",
     "prior",
+    "cheap-decoder",
     "progressive",
     "llamagen",
 )
@@ -117,6 +119,9 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     if not reached("prior"):
         return
     train_prior(context, weights).save(weights / PRIOR)
+    if not reached("cheap-decoder"):
+        return
+    save_cheap_decoder(weights, train_cheap_decoder(context, weights))
     if not reached("progressive"):
         return
     save_progressive(context, weights, *train_progressive(context, weights))

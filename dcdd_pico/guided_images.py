@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from dcdd_core.files import whole_file
+from dcdd_core.models.cheap_decoder import CheapDecoder, load_cheap_decoder
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
@@ -29,7 +30,7 @@ from dcdd_core.pipelines.load import Models
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Condition
 
-from .embedded import JANUS, WEIGHTS
+from .embedded import CHEAP, JANUS, WEIGHTS
 from .prior import PRIOR, load_prior
 from .scenes import Scene, Split, render_scene, scene_pixels
 from .section_keys import code_hash, files_hash
@@ -108,6 +109,7 @@ class Way:
         steps: of the gradient for "sharpen", else Euler steps.
         shift: mu of the time shift; None for the decoder's own.
         tokens_alone: the loss takes the token of each position for its distribution.
+        cheap: guidance looks through the small latent decoder.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Way:
     steps: int = 10
     shift: float | None = None
     tokens_alone: bool = False
+    cheap: bool = False
 
     @property
     def file(self) -> str:
@@ -125,7 +128,7 @@ class Way:
         words = [self.paints, f"{self.start:g}", str(self.steps), f"{self.shift}", "tokens" * self.tokens_alone]
         if g is not None:
             words += [f"{g.strength:g}", f"{g.pull:g}", f"{g.first:g}", f"{g.last:g}", str(g.every), str(g.gradients)]
-            words += [g.weight]
+            words += [g.weight, "cheap" * self.cheap]
         return "-".join(word for word in words if word)
 
 
@@ -157,7 +160,7 @@ class Painters:
     pico: Models
     folder: Path
     weights: Path = WEIGHTS
-    read: tuple[str, ...] = (JANUS, "vae", "decoder.safetensors", PRIOR)
+    read: tuple[str, ...] = (JANUS, "vae", "decoder.safetensors", PRIOR, CHEAP)
     name: str = ""
 
     @cached_property
@@ -165,6 +168,11 @@ class Painters:
         """Pico's unconditional prior, in the precision of the decoder."""
         pico = self.pico
         return load_prior(device=pico.tokenizer.device, weights=self.weights, dtype=pico.decoder.dtype)
+
+    @cached_property
+    def cheap(self) -> CheapDecoder:
+        """Pico's small latent decoder."""
+        return load_cheap_decoder(self.weights / CHEAP, device=self.pico.tokenizer.device)
 
     @cached_property
     def own_folder(self) -> Path:
@@ -234,7 +242,7 @@ def paint(painters: Painters, way: Way, given: Given, seeds: range) -> torch.Ten
     if way.paints in ("soft", "codec"):
         pixels = pico.tokenizer.decode_vectors(condition.code_vectors, condition.grid)
         return pixels if way.paints == "soft" else pico.codec.decode(pico.codec.encode(pixels))
-    guide = None if way.guidance is None else guide_of(pico, way, given)
+    guide = None if way.guidance is None else guide_of(painters, way, given)
     if way.paints == "sharpen":
         latents = sharpen(guide, guide.soft, steps=way.steps)
         return pico.codec.decode(pico.codec.denormalize(latents))
@@ -243,14 +251,16 @@ def paint(painters: Painters, way: Way, given: Given, seeds: range) -> torch.Ten
     return decode(decoder, pico.codec, condition, **options).pixels
 
 
-def guide_of(pico: Models, way: Way, given: Given) -> TokenGuide:
+def guide_of(painters: Painters, way: Way, given: Given) -> TokenGuide:
     """The guide of a way; its soft VQ decode is that of the distributions even where the loss takes tokens."""
+    pico = painters.pico
     guide = token_guide(
         pico.tokenizer,
         pico.codec,
         given.condition,
         scale=pico.decoder.card.calibration.scale,
         options=way.guidance,
+        decode=painters.cheap if way.cheap else None,
     )
     if not way.tokens_alone:
         return guide

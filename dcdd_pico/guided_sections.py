@@ -25,6 +25,7 @@ from dcdd_core.evaluation.intervals import Interval, block_jackknife, bootstrap
 from dcdd_core.evaluation.metrics import psnr, ssim
 from dcdd_core.pipelines.guided import GuidanceOptions
 
+from .embedded import CHEAP
 from .guided_images import PART, PHOTOGRAPHS, TILES, Painters, Source, Task, Way, kept, originals, scenes_of
 from .prior import PRIOR
 from .reader import FACTS, SceneReader, fact_labels
@@ -89,6 +90,13 @@ VARIED = (
     _prior("strength 0.6", strength=0.6),
     _prior("2 gradients a step", strength=STRENGTH, gradients=2),
     _prior("every second step", strength=STRENGTH, every=2),
+    Way(
+        name="through the small latent decoder",
+        paints="prior",
+        guidance=GuidanceOptions(strength=STRENGTH),
+        start=START,
+        cheap=True,
+    ),
     _loss("the loss alone, 4 steps", 4),
     _loss(LOSS_8, 8),
     _loss("the loss alone, 8 steps, strength 0.2", 8, 0.2),
@@ -114,8 +122,8 @@ CHOICE = (
 )
 #: Column: share of photographs with a better SSIM than the VQ decode's.
 ABOVE = "photographs above the VQ decode"
-#: In the names of rows of ratios.
-RATIO = "ratio"
+#: In the names of rows of ratios, and of no other.
+RATIO = "ratio of"
 #: Images of the smaller sections, at most.
 FEW = 64
 
@@ -537,7 +545,7 @@ FURTHER.update(
         "guided-text": Section(measure_guided_text, _READ),
         "guided-photographs": Section(measure_guided_photographs, _READ),
         "guided-robustness": Section(measure_guided_robustness, _READ),
-        "guided-ablation": Section(measure_guided_ablation, _READ),
+        "guided-ablation": Section(measure_guided_ablation, (*_READ, CHEAP)),
         "guided-choice": Section(measure_guided_choice, _READ),
         "rulers": Section(measure_rulers, ("reader.safetensors",)),
     }

@@ -73,6 +73,8 @@ def load_cheap_decoder(
     config = read_config(folder)
     if config.get("_class_name") != "AutoencoderTiny":
         raise ValueError(f"{folder} holds a {shown(config.get('_class_name'))}; expected {_KIND}")
+    # diffusers writes this entry, and warns of it when it reads it.
+    config = {name: value for name, value in config.items() if name != "block_out_channels"}
     with reading(folder, _KIND), torch.device("meta"):
         model = AutoencoderTiny.from_config(config)
     load_strictly(model, read_tensors(folder, dtype=dtype, device=device), str(folder))

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from dcdd_core.models.bundle import read_card
 from dcdd_core.models.card import VARIANTS
+from dcdd_core.models.cheap_decoder import load_cheap_decoder
 from dcdd_core.models.masked.files import load_masked
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
@@ -13,7 +14,7 @@ from dcdd_core.protocols import SamplingOptions
 from dcdd_pico.ablation import train_ablation
 from dcdd_pico.build import build
 from dcdd_pico.build_context import BuildContext, Recipe
-from dcdd_pico.embedded import LLAMAGEN
+from dcdd_pico.embedded import CHEAP, LLAMAGEN
 from dcdd_pico.models import load_pico, load_reader
 from dcdd_pico.progressive import progressive_folder
 from dcdd_pico.sections import ablation_files
@@ -33,6 +34,7 @@ SMALL = Recipe(
     janus_batch=2,
     decoder_steps=2,
     prior_steps=2,
+    cheap_steps=2,
     progressive_steps=2,
     progressive_batch=2,
     llamagen_steps=2,
@@ -56,6 +58,7 @@ def test_the_whole_build_in_small(tmp_path):
     assert Recipe.load(tmp_path / "weights") == SMALL
     models = load_pico(weights=tmp_path / "weights")
     load_reader(weights=tmp_path / "weights")
+    load_cheap_decoder(tmp_path / "weights" / CHEAP).require_for(models.codec)
     masked = load_masked(progressive_folder(tmp_path / "weights"))
     assert masked.sample(["a red circle"], seeds=[0]).codebook == models.tokenizer.codebook.fingerprint
     llamagen = load_pico(weights=tmp_path / "weights", vlm=LLAMAGEN).sampler

@@ -5,13 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 
 from dcdd_core.method.guidance import WEIGHTS
+from dcdd_core.models.cheap_decoder import load_cheap_decoder
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.pipelines.guided import GuidanceOptions
 from dcdd_pico import guided_images
 from dcdd_pico.build_context import Recipe
+from dcdd_pico.embedded import CHEAP
 from dcdd_pico.guided_images import (
     FIRST,
     PHOTOGRAPHS,
@@ -30,7 +33,8 @@ from dcdd_pico.guided_sections import CHOICE, VARIED, WAYS
 from dcdd_pico.models import load_pico
 from dcdd_pico.scenes import SPLIT_SIZE, SPLIT_START, render_scene
 from dcdd_pico.sections import TableOptions
-from tests.tiny import random_pico
+from dcdd_pico.train_cheap_decoder import cheap_config, save_cheap_decoder
+from tests.tiny import fill, random_pico
 
 PART = slice(2, 4)
 
@@ -77,6 +81,7 @@ def test_every_row_has_its_own_name_and_images():
         replace(own, steps=3),
         replace(own, shift=1.5),
         replace(own, tokens_alone=True),
+        replace(own, cheap=True),
         replace(own, guidance=None),
         *(
             replace(own, guidance=GuidanceOptions(**options))
@@ -137,7 +142,7 @@ def test_images_are_those_that_their_row_names(painters, given, monkeypatch):
     alone = decode(pico.decoder, pico.codec, condition, seeds=[2, 3], steps=1).pixels
     assert torch.equal(images["trained DCDD"], alone)
     assert not torch.equal(images["trained DCDD + guidance"], alone)
-    guide = guide_of(pico, ways["SDEdit of the soft decode"], given)
+    guide = guide_of(painters, ways["SDEdit of the soft decode"], given)
     sdedit = decode(painters.prior, pico.codec, condition, seeds=[2, 3], steps=1, guide=guide, start=0.6).pixels
     assert torch.equal(images["SDEdit of the soft decode"], sdedit)
     distinct = [made for name, made in images.items()]
@@ -146,9 +151,19 @@ def test_images_are_those_that_their_row_names(painters, given, monkeypatch):
 
 def test_tokens_alone_change_the_loss_and_not_the_soft_decode(painters, given):
     way = Way(name="a", paints="prior", guidance=GuidanceOptions())
-    soft, hard = guide_of(painters.pico, way, given), guide_of(painters.pico, replace(way, tokens_alone=True), given)
+    soft, hard = guide_of(painters, way, given), guide_of(painters, replace(way, tokens_alone=True), given)
     assert torch.equal(soft.soft, hard.soft) and torch.equal(soft.condition.uncertainty, hard.condition.uncertainty)
     assert torch.equal(hard.condition.code_vectors, painters.pico.tokenizer.codebook.vectors[given.tokens])
+
+
+def test_guidance_looks_through_the_small_decoder_where_a_row_says_so(painters, given):
+    tiny = AutoencoderTiny(**cheap_config(16))
+    save_cheap_decoder(painters.weights, fill(tiny, 3))
+    way = Way(name="a", paints="prior", guidance=GuidanceOptions(), cheap=True)
+    z = given.condition.code_vectors.new_ones(1, 16, 24, 24)
+    through, own = (guide_of(painters, one, given).decode(z) for one in (way, replace(way, cheap=False)))
+    assert torch.equal(through, load_cheap_decoder(painters.weights / CHEAP)(z))
+    assert torch.equal(own, painters.pico.codec.decode(painters.pico.codec.denormalize(z)))
 
 
 def test_images_are_kept_with_their_seconds(painters, monkeypatch):

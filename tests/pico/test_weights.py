@@ -1,14 +1,16 @@
 """The shipped weights on a few held-out scenes: minimum quality of every part."""
 
+import numpy as np
 import pytest
 import torch
 
-from dcdd_core.evaluation.metrics import ssim
+from dcdd_core.evaluation.metrics import psnr, ssim
+from dcdd_core.models.cheap_decoder import load_cheap_decoder
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import same_codebook
-from dcdd_pico.embedded import WEIGHTS
+from dcdd_pico.embedded import CHEAP, WEIGHTS
 from dcdd_pico.export import MOST_BYTES
 from dcdd_pico.models import load_pico, load_reader
 from dcdd_pico.reader import fact_labels
@@ -72,6 +74,16 @@ def test_both_decoders_reconstruct_and_the_diffusion_decoder_is_nearer(models, r
 
 
 @torch.no_grad()
+def test_the_small_decoder_shows_what_the_autoencoder_does(models):
+    small = load_cheap_decoder(WEIGHTS / CHEAP)
+    small.require_for(models.codec)
+    latents = models.codec.encode(scene_pixels(np.stack([render_scene("test", k, size=96).image for k in range(4)])))
+    whole, seen = models.codec.decode(latents), small(models.codec.normalize(latents))
+    assert psnr(whole, seen).mean() > 24
+    tokens = models.tokenizer.tokens(models.tokenizer.features(whole))
+    assert (models.tokenizer.tokens(models.tokenizer.features(seen)) == tokens).float().mean() > 0.5
+
+
 def test_a_sentence_becomes_its_image(models, reader):
     facts = [scene.facts for scene in SCENES[:12]]
     grid = models.sampler.sample(

@@ -1,0 +1,70 @@
+"""Training of pico's small latent decoder: it learns the autoencoder's pixels, stops, goes on and is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dcdd_pico.train_cheap_decoder as stage
+from dcdd_core.models.cheap_decoder import CheapDecoder, load_cheap_decoder
+from dcdd_pico.build_context import BuildContext, Recipe
+from dcdd_pico.embedded import CHEAP
+from dcdd_pico.models import load_pico
+from dcdd_pico.scenes import render_scene, scene_pixels
+from tests.tiny import random_pico
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return random_pico(tmp_path_factory.mktemp("pico") / "weights")
+
+
+def context(folder: Path, steps: int = 2) -> BuildContext:
+    return BuildContext(folder=folder, device=torch.device("cpu"), recipe=Recipe(cheap_steps=steps))
+
+
+@torch.no_grad()
+def distance(model, weights: Path) -> float:
+    """Of its pixels to the autoencoder's, on a scene that it was not trained on."""
+    codec = load_pico(weights=weights, with_sampler=False).codec
+    latents = codec.encode(scene_pixels(render_scene("test", 3, size=96).image[None]))
+    return float(F.l1_loss(CheapDecoder(model)(codec.normalize(latents)), codec.decode(latents)))
+
+
+def test_it_comes_nearer_to_the_autoencoder(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "_HELD_OUT", 1)
+    one, more = (stage.train_cheap_decoder(context(tmp_path / str(n), n), weights) for n in (1, 12))
+    assert distance(more, weights) < 0.9 * distance(one, weights)
+
+
+def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "_HELD_OUT", 1)
+    train = stage.train
+    monkeypatch.setattr(
+        stage, "train", lambda *given, **options: train(*given, **options | {"save_every": 1, "evaluate_every": 1})
+    )
+    whole, render = stage.train_cheap_decoder(context(tmp_path / "a"), weights), stage.render_scene
+
+    def stop(split, index, *, size):
+        if (split, index) == ("train", stage._BATCH):
+            raise KeyboardInterrupt
+        return render(split, index, size=size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "render_scene", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stage.train_cheap_decoder(context(tmp_path / "b"), weights)
+    again = stage.train_cheap_decoder(context(tmp_path / "b"), weights)
+    for (name, value), other in zip(whole.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(value, other), name
+
+    folder = stage.save_cheap_decoder(weights, whole)
+    assert folder == weights / CHEAP and sum(path.stat().st_size for path in folder.iterdir()) < 150_000
+    assert len({path.stat().st_mode & 0o777 for path in folder.iterdir()}) == 1
+    loaded = load_cheap_decoder(folder)
+    loaded.require_for(load_pico(weights=weights, with_sampler=False).codec)
+    z = torch.randn(1, 16, 24, 24, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded(z), CheapDecoder(whole.float())(z), atol=1e-2, rtol=1e-2)
