@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dcdd_core import files
 from dcdd_core.cli import train as cli
-from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card
+from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card, save_bundle
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
@@ -363,6 +364,64 @@ def test_a_run_starts_from_a_bundle_with_other_numbers(run, tmp_path):
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6, msg=name)
 
 
+def test_conditions_are_left_out_and_the_bundle_says_so_and_can_be_guided(run, pico, tmp_path, capsys):
+    options = {"drop-condition": 0.5, "learning-rate": 0.1, "warmup": 0}
+    assert run(**options) == 0
+    assert "run: the condition is left out in a share of 0.5 of the examples" in capsys.readouterr().out
+    bundle = tmp_path / "run" / "decoder.safetensors"
+    card = read_card(bundle)
+    assert (card.condition_dropout, card.condition_guidance) == (0.5, 1.0)
+    assert load_file(bundle)["adapter.null.token"].abs().max() > 0
+    models = load_models(ModelPaths(vlm=pico / "janus", decoder=bundle, vae=pico / "vae"))
+    proxies = models.tokenizer.encode(torch.zeros(1, 3, 96, 96))
+    condition = condition_for(models.decoder.card, proxies, models.tokenizer.codebook)
+    plain, guided = (
+        decode(models.decoder, models.codec, condition, seeds=[1], steps=1, condition_guidance=w).latents
+        for w in (None, 3.0)
+    )
+    assert plain.shape == guided.shape and (plain - guided).abs().max() > 1e-3
+    for words in ((), ("--bundle-now",)):
+        for given, share in ((None, 0), (0, 0), (0.25, 0.25)):
+            assert run(*words, **options | {"drop-condition": given}) == 1
+            words_of = f"this run began with --drop-condition 0.5, got {share}: give --drop-condition 0.5 again, or"
+            assert words_of in capsys.readouterr().err
+    assert run(**options) == 0 and run("--bundle-now", **options) == 0
+
+
+def test_a_run_without_dropped_conditions_does_not_begin_to_leave_some_out(run, pico, tmp_path, capsys):
+    assert run() == 0
+    bundle = tmp_path / "run" / "decoder.safetensors"
+    assert read_card(bundle).condition_dropout == 0
+    assert load_file(bundle).keys() == load_file(pico / "decoder.safetensors").keys()
+    assert run(**{"drop-condition": 0.1}) == 1
+    assert "this run began with --drop-condition 0, got 0.1: give --drop-condition 0 again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trained", ["lora", "adapter"])
+def test_a_bundle_brings_its_null_condition_and_its_share(run, tmp_path, trained):
+    def share_of(folder):
+        card = read_card(tmp_path / folder / "decoder.safetensors")
+        return card.condition_dropout, card.condition_guidance
+
+    def null_of(folder):
+        return load_file(tmp_path / folder / "decoder.safetensors").get("adapter.null.token")
+
+    assert run(train=trained, **{"drop-condition": 0.5, "learning-rate": 0.1, "warmup": 0}) == 0
+    bundle, still = tmp_path / "run" / "decoder.safetensors", {"train": trained, "learning-rate": 1e-9}
+    decoder = load_decoder(bundle, options=DecoderOptions(fold=False))
+    decoder.card = replace(decoder.card, condition_guidance=2.0)
+    bundle = tmp_path / "guided.safetensors"
+    save_bundle(bundle, decoder)
+    assert run(out=tmp_path / "again", bundle=bundle, **still) == 0
+    assert share_of("again") == (0.5, 2.0) and null_of("run").abs().max() > 0
+    torch.testing.assert_close(null_of("again"), null_of("run"), rtol=0, atol=1e-6)
+    assert run(out=tmp_path / "less", bundle=bundle, **still, **{"drop-condition": 0.1}) == 0
+    assert share_of("less") == (0.1, 2.0)
+    torch.testing.assert_close(null_of("less"), null_of("run"), rtol=0, atol=1e-6)
+    assert run(out=tmp_path / "none", bundle=bundle, **still, **{"drop-condition": 0}) == 0
+    assert share_of("none") == (0.0, 1.0) and null_of("none") is None
+
+
 @pytest.mark.parametrize(
     ("gpu", "bf16", "launcher", "chosen", "expected"),
     [
@@ -564,6 +623,11 @@ def test_errors_are_one_line_with_the_way_out(run, capsys, tmp_path, options, wo
         ({"resolution": 0}, "resolution must be at least 1, got 0"),
         ({"width": 0, "bundle": None, "base": "nowhere"}, "width must be at least 1, got 0"),
         ({"rank": 0, "train": "lora"}, "rank must be at least 1, got 0"),
+        ({"drop-condition": 1}, "drop-condition must be a finite number of at least 0 and below 1 or None, got 1.0"),
+        (
+            {"drop-condition": -0.1},
+            "drop-condition must be a finite number of at least 0 and below 1 or None, got -0.1",
+        ),
     ],
 )
 def test_what_must_be_above_zero_is_refused_before_anything_is_loaded(run, capsys, options, words):

@@ -95,6 +95,7 @@ def train(args: argparse.Namespace) -> None:
         rank=args.rank,
         seed=args.seed,
         licence=args.licence,
+        drop_condition=args.drop_condition,
         **{name: getattr(args, name) for name in ("base", "bundle", "width") if getattr(args, name) is not None},
     )
     data = options.data_config(args, localised=args.localised)
@@ -218,6 +219,13 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     options.add_source(group)
     data = {field.name: field.default for field in fields(DataConfig)}
     group.add_argument("--variant", default="lcdm+lc", choices=VARIANTS, help="kind of condition")
+    group.add_argument(
+        "--drop-condition",
+        type=float,
+        metavar="SHARE",
+        help="share of the examples whose condition is left out, 0.1 is usual; the decoder can then be guided on the "
+        "condition, `dcdd generate --condition-guidance` (default: that of --bundle, or 0)",
+    )
     group.add_argument(
         "--localised", type=float, default=data["localised"], help="fraction of images that train localised decoding"
     )

@@ -18,7 +18,7 @@ from ..models.checkpoints import load_strictly
 from ..models.decoder import DistributionConditionedDecoder
 from ..pipelines.load import check_codec
 from ..protocols import ImageTokenizer, LatentCodec
-from ..settings import require_at_least
+from ..settings import require_at_least, require_number
 from ..types import Calibration, DCDDWarning, same_codebook
 from .encoded_batch import geometry_for
 from .image_batch import Geometry
@@ -54,9 +54,10 @@ class Plan:
         trained, rank: see `choose_trained`.
         seed: of what starts at random: a new adapter and low-rank updates.
         licence: of the result; None for that of what it starts from.
+        drop_condition: share of the examples whose condition is left out, below 1; None for that of `bundle`, or 0.
 
     Raises:
-        ValueError: for a resolution, a width or a rank out of range.
+        ValueError: for a resolution, a width, a rank or a share out of range.
     """
 
     vlm: Path
@@ -71,8 +72,10 @@ class Plan:
     rank: int = 16
     seed: int = 0
     licence: str | None = None
+    drop_condition: float | None = None
 
     def __post_init__(self):
+        require_number("drop-condition", self.drop_condition, least=0, below=1, optional=True)
         sizes = {} if self.resolution is None else {"resolution": self.resolution}
         require_at_least(1, **sizes, width=self.width, rank=self.rank)
         for name, size in {**sizes, "width": self.width, "rank": self.rank}.items():
@@ -145,6 +148,13 @@ class Plan:
         merge_lora(decoder)
         save_bundle(path, decoder, trained=lambda name: name in changed)
 
+    @property
+    def condition_dropout(self) -> float:
+        """`drop_condition`, or the default in its place."""
+        if self.drop_condition is not None:
+            return self.drop_condition
+        return 0.0 if self.bundle is None else read_card(self.bundle).condition_dropout
+
     def _patch(self) -> int:
         """Latents a side of one token of the backbone; without a base or a bundle, of the first family's."""
         if self.bundle is not None:
@@ -182,6 +192,7 @@ class Plan:
             )
         check_codec(encoders.codec, decoder, remedy=f"give the autoencoder that {self.bundle} was trained with")
         decoder.card = replace(decoder.card, **self._card_of(encoders, decoder.card.calibration))
+        decoder.adapter.keep_null(decoder.card.condition_dropout > 0)
         return decoder
 
     def _card_of(self, encoders: Encoders, calibration: Calibration | None) -> dict[str, Any]:
@@ -198,6 +209,8 @@ class Plan:
             "vae_factor": codec.factor,
             "vae_shift": codec.shift,
             "vae_scale": codec.scale,
+            "condition_dropout": self.condition_dropout,
+            **({} if self.condition_dropout else {"condition_guidance": 1.0}),
             **({} if self.licence is None else {"licence": self.licence}),
         }
 

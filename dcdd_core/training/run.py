@@ -147,6 +147,7 @@ def _run_training(
             remove_leftovers(folder / name)
     newest = newest_checkpoint(folder)
     before = None if newest is None else settings_of(newest)
+    _require_same_dropping(before, plan)
     encoders = plan.encoders(process_device(accelerator))
     card = CacheCard.of(encoders.tokenizer, encoders.codec, encoders.geometry, pixels=data.localised > 0)
     source = open_source(data, encoders.geometry, lambda cache: cache.require(card), accelerator)
@@ -155,6 +156,8 @@ def _run_training(
     decoder = plan.decoder(encoders, dtype=dtype)
     for line in summary(decoder, optimization, data, parts, source, accelerator):
         say(f"{folder.name}: {line}")
+    if plan.condition_dropout:
+        say(f"{folder.name}: the condition is left out in a share of {plan.condition_dropout:g} of the examples")
     say(f"{folder.name}: mixed precision {accelerator.mixed_precision}, frozen weights held in {dtype}")
     accelerator.init_trackers("dcdd", config={name: str(value) for name, value in asdict(optimization).items()})
     shard = DataShard(
@@ -285,6 +288,7 @@ def run_bundle(folder: Path, plan: Plan, *, accelerator: Accelerator, report: Ca
     path = (folder / BUNDLE).with_stem(f"{Path(BUNDLE).stem}-{newest.name}")
     if accelerator.is_main_process:
         before = settings_of(newest)
+        _require_same_dropping(before, plan)
         encoders, dtype = plan.encoders("cpu"), _frozen_dtype(before.get("precision"))
         decoder = plan.decoder(encoders, dtype=dtype)
         require_settings_of(newest, before, _decoder_settings(plan, decoder) | {"card": decoder.card.to_dict()})
@@ -306,6 +310,20 @@ def require_settings_of(checkpoint: Path, before: Mapping[str, Any], now: Mappin
     """
     remedy = "use those settings, which are the options of the run"
     require_same_settings(f"{checkpoint} was", {name: before.get(name) for name in now}, now, remedy=remedy)
+
+
+def _require_same_dropping(before: Mapping[str, Any] | None, plan: Plan) -> None:
+    """Refuses to go on with another share of conditions that are left out.
+
+    Args:
+        before: the settings of the run's newest checkpoint, if there is one.
+    """
+    began = plan.condition_dropout if before is None else before.get("card", {}).get("condition_dropout", 0.0)
+    if began != plan.condition_dropout:
+        raise ValueError(
+            f"this run began with --drop-condition {began:g}, got {plan.condition_dropout:g}: give --drop-condition "
+            f"{began:g} again, or another --out"
+        )
 
 
 def run_cache(
