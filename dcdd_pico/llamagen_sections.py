@@ -40,6 +40,7 @@ CHOICE = 256
 LOSS = "loss, nats a token"
 RECONSTRUCTION = ("frechet", "frechet, text detector", "ssim", "psnr", "perceptual", "perceptual, text detector")
 TEXT = ("frechet", "frechet, text detector", *F1)
+RATIOS = ("frechet", "frechet, text detector", "F1")
 #: Its weights, without config.json, which names the guidance that is chosen here.
 _NETWORK = (f"{LLAMAGEN}/t2i_pico.safetensors", f"{LLAMAGEN}/text_encoder")
 _CALIBRATED = (*_NETWORK, CALIBRATION)
@@ -59,12 +60,12 @@ def row_name(vlm: str, decoder: str) -> str:
 
 def calibrated_name(vlm: str) -> str:
     """The row of reconstructions with a VLM's calibration."""
-    return f"{DCDD}, {NAMES[vlm]}'s calibration"
+    return f"{DCDD}, calibration of {NAMES[vlm]}"
 
 
 def ratio_name(vlm: str) -> str:
     """The row of what the trained decoder's scores are, divided by the VQ decode's."""
-    return f"{NAMES[vlm]}, {RATIO} of {DCDD} to {VQ}"
+    return f"{NAMES[vlm]}, {RATIO} {DCDD} to {VQ}"
 
 
 def load_llamagen(setup: EvalSetup, *, calibrated: bool = True) -> Models:
@@ -82,24 +83,24 @@ def load_llamagen(setup: EvalSetup, *, calibrated: bool = True) -> Models:
     return pico
 
 
-def rulers_of(setup: EvalSetup, pico: Models, *weights: str) -> Rulers:
-    """What measures images of LlamaGen, and keeps them beside those of Janus.
+def of_llamagen(rulers: Rulers, pico: Models, *read: str) -> Rulers:
+    """What measures images of LlamaGen, and keeps them beside those of Janus, of whose measurement `rulers` is.
 
     Args:
-        weights: what images depend on.
+        read: of the weights, what images depend on.
     """
-    rulers = Rulers.of(setup)
     name = f"llamagen-{pico.decoder.card.calibration.guidance:g}-"
-    painters = Painters(pico=pico, folder=rulers.painters.folder, weights=setup.weights, read=weights, name=name)
-    return replace(rulers, painters=painters)
+    own = rulers.painters
+    return replace(rulers, painters=Painters(pico=pico, folder=own.folder, weights=own.weights, read=read, name=name))
 
 
 def measure_choice(setup: EvalSetup) -> Rows:
     """Guidances by the VQ decode, on the first `CHOICE` calibration captions of a range that calibrated nothing."""
-    pico, count, rows = load_llamagen(setup, calibrated=False), min(CHOICE, len(setup.images)), {}
+    pico, rulers, rows = load_llamagen(setup, calibrated=False), Rulers.of(setup), {}
+    count = min(CHOICE, len(setup.images))
     for guidance in GUIDANCES:
-        rulers = rulers_of(setup, at_guidance(pico, guidance), *_NETWORK, JANUS)
-        scores = collect(rulers, [Way(name=VQ, paints="vq")], "text", "calibration", count)[VQ]
+        own = of_llamagen(rulers, at_guidance(pico, guidance), *_NETWORK, JANUS)
+        scores = collect(own, [Way(name=VQ, paints="vq")], "text", "calibration", count)[VQ]
         rows[guidance_name(guidance)] = row_of(("frechet", "F1"), scores.score, count)
     return rows
 
@@ -173,21 +174,20 @@ def measure_text(setup: EvalSetup) -> Rows:
     rows[minus(row_name(LLAMAGEN, VQ), row_name(JANUS, VQ))] = row_of(TEXT, apart, count)
     ratios = {vlm: partial(ratio, scores[DCDD], scores[VQ]) for vlm, scores in own.items()}
     for vlm, score in ratios.items():
-        rows[ratio_name(vlm)] = row_of(TEXT, score, count)
+        rows[ratio_name(vlm)] = row_of(RATIOS, score, count)
 
     def of_ratios(column: str, k: np.ndarray) -> float:
         return ratios[LLAMAGEN](column, k) - ratios[JANUS](column, k)
 
-    rows[minus(ratio_name(LLAMAGEN), ratio_name(JANUS))] = row_of(TEXT, of_ratios, count)
+    rows[minus(ratio_name(LLAMAGEN), ratio_name(JANUS))] = row_of(RATIOS, of_ratios, count)
     return rows
 
 
 def _collected(setup: EvalSetup, pico: Models, task: Literal["reconstruction", "text"]) -> dict[str, dict[str, Scores]]:
     """Scores by VLM and decoder; Janus' are those that `guided_sections` keeps."""
     ways = [Way(name=VQ, paints="vq"), Way(name=DCDD, paints="trained", steps=setup.steps)]
-    rulers = {JANUS: Rulers.of(setup), LLAMAGEN: rulers_of(setup, pico, *_CALIBRATED, *_PAINTED)}
-    own = {}
-    for vlm, each in rulers.items():
+    rulers, own = Rulers.of(setup), {}
+    for vlm, each in ((JANUS, rulers), (LLAMAGEN, of_llamagen(rulers, pico, *_CALIBRATED, *_PAINTED))):
         # Images are encoded into the same tokens for both.
         of = ways[1:] if (vlm, task) == (LLAMAGEN, "reconstruction") else ways
         own[vlm] = collect(each, of, task, "test", len(setup.images))

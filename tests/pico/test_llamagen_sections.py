@@ -25,6 +25,7 @@ from dcdd_pico.llamagen_sections import (
     DCDD,
     GUIDANCES,
     LOSS,
+    RATIOS,
     RECONSTRUCTION,
     TEXT,
     VQ,
@@ -167,9 +168,9 @@ def test_text_compares_both_vlms_with_both_decoders(setup):
         assert found == pytest.approx([0.04 / 0.16, 0.25 / 0.36, 0.25 / 0.36 - 0.25], abs=1e-3)
     assert table[ratio_name(JANUS)]["F1"] == 1 and table[apart]["F1"] == table[gains[JANUS]]["F1"] == 0
     for name, row in table.items():
-        assert set(row) - {"guidance", "images"} == {
-            f"{column}{detail}" for column in TEXT for detail in ("", ": lowest", ": highest")
-        }
+        columns = RATIOS if "ratio of" in name else TEXT
+        details = ("", ": lowest", ": highest")
+        assert set(row) - {"guidance", "images"} == {f"{column}{detail}" for column in columns for detail in details}
         assert row["images"] == IMAGES and ("guidance" in row) == (name in names.values())
     assert [table[names[key]]["guidance"] for key in OFFSETS] == [3.0, 3.0, 2.0, 2.0]
     for painters in (setup.janus.painters, setup.painters[0]):
@@ -276,7 +277,7 @@ def test_its_own_guidance_and_calibration_make_its_conditions(weights, tmp_path,
     assert setup.pico.decoder.card.calibration.guidance == 3.0 and setup.pico.sampler.name == "pico"
     own = Calibration.load(weights / CALIBRATION)
     assert pico.decoder.card.calibration == own and pico.sampler.name == "pico llamagen"
-    rulers = llamagen_sections.rulers_of(setup, pico, JANUS, LLAMAGEN)
+    rulers = llamagen_sections.of_llamagen(Rulers.of(setup), pico, JANUS, LLAMAGEN)
     part = slice(0, 2)
     found = rulers.painters.given("text", "test", part)
     captions = [scene.caption for scene in scenes_of("test", part)]
@@ -289,7 +290,7 @@ def test_its_own_guidance_and_calibration_make_its_conditions(weights, tmp_path,
     assert not [str(one.message) for one in recwarn if "calibrate" in str(one.message)]
 
     other = llamagen_sections.at_guidance(pico, 5.0)
-    tokens = llamagen_sections.rulers_of(setup, other, JANUS, LLAMAGEN).painters.given("text", "test", part).tokens
+    tokens = llamagen_sections.of_llamagen(rulers, other, JANUS, LLAMAGEN).painters.given("text", "test", part).tokens
     grid = pico.sampler.sample(captions, seeds=[0, 1], options=SamplingOptions(guidance=5.0))
     assert torch.equal(tokens, grid.tokens) and pico.decoder.card.calibration == own
 

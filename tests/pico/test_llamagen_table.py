@@ -76,7 +76,7 @@ def test_the_guidance_is_that_of_the_choice():
 
 
 def test_rows_differences_and_ratios_are_tables_of_their_own():
-    names = (row_name(LLAMAGEN, VQ), GAINS[LLAMAGEN], ratio_name(LLAMAGEN), APART)
+    names = (calibrated_name(LLAMAGEN), RECONSTRUCTED, ratio_name(LLAMAGEN), APART)
     rows = {name: cell("frechet", 0.25, 0.75) for name in reversed(names)}
     section = "llamagen-text"
     text = tables(Measured({section: rows}, {section: Provenance(section, "abc1234", "k-w")}))
