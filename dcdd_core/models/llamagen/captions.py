@@ -1,8 +1,8 @@
 """Captions as LlamaGen was trained with them, and a file of what a text encoder made of them.
 
 Its authors clean every caption twice (language/t5.py, after PixArt and DeepFloyd IF); a prompt that is not cleaned is
-one that it never saw. The rules are theirs, but for ftfy's repair of wrongly decoded text, of which ligatures and wide
-letters alone are undone here.
+one that it never saw. The rules are theirs, but for ftfy's repair of text that was decoded wrongly: of what ftfy does,
+ligatures, wide letters, control characters and composed letters (NFC) alone are done here.
 
 Shapes: n tokens of a caption, S width of the text features.
 """
@@ -67,7 +67,9 @@ _SECOND = (
     (r"^['_,\-:;]|['_,\-:+]$", ""),
     (r"^\.\S+$", ""),
 )
-_ADDRESS = r"\b(?:(?:https?|www):(?:/{1,3}|[a-z0-9%])|[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@))"
+_CONTROL = r"[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffb]"  # ftfy's, a byte order mark among them
+_SITE = r"[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+_ADDRESSES = tuple((rf"\b(?:{scheme}:(?:/{{1,3}}|[a-z0-9%])|{_SITE})", "") for scheme in ("https?", "www"))
 
 
 def clean_caption(caption: str) -> str:
@@ -91,12 +93,13 @@ def require_caption(prompt: str) -> str:
 
 def _cleaned(caption: str) -> str:
     caption = unquote_plus(caption).strip().lower().replace("<person>", "person")
-    caption = _text_of(re.sub(_ADDRESS, "", caption))
+    caption = _text_of(_replaced(caption, _ADDRESSES))
     caption = "".join("-" if unicodedata.category(c) == "Pd" else c for c in caption)
     caption = _replaced(caption, _FIRST)
     if len(re.findall("[-_]", caption)) > 3:  # a name of words tied together
         caption = re.sub("[-_]", " ", caption)
-    caption = html.unescape(html.unescape("".join(_plain(c) for c in caption))).strip()
+    caption = unicodedata.normalize("NFC", re.sub(_CONTROL, "", "".join(_plain(c) for c in caption)))
+    caption = html.unescape(html.unescape(caption)).strip()
     return _replaced(caption, _SECOND).strip()
 
 
@@ -117,7 +120,8 @@ def _text_of(markup: str) -> str:
     """What an HTML text says, without its tags."""
     parts: list[str] = []
     reader = HTMLParser(convert_charrefs=True)
-    reader.handle_data = parts.append
+    # Scripts and styles are no text.
+    reader.handle_data = lambda data: None if reader.cdata_elem else parts.append(data)
     reader.feed(markup)
     reader.close()
     return "".join(parts)

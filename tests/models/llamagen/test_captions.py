@@ -25,6 +25,21 @@ def test_captions_are_cleaned_as_by_the_released_code():
     assert [clean_caption(caption) for caption, _ in cleaned] == [expected for _, expected in cleaned]
 
 
+@pytest.mark.parametrize(
+    ("caption", "cleaned"),
+    [
+        ("a dog <script>var x;</script><style>p {}</style>runs", "a dog runs"),
+        ("\ufeffa dog\x07 runs", "a dog runs"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("http:foo.co a dog", "a dog"),
+        ("www:foo.co a dog", "www: a dog"),
+    ],
+)
+def test_rarer_captions_too(caption, cleaned):
+    """What that code made of them with ftfy 6.3 and beautifulsoup4 4.15."""
+    assert clean_caption(caption) == cleaned
+
+
 def test_a_plain_caption_stays():
     for caption in ("a red circle on the left", "an astronaut's horse, 3 trees: half-timbered", "été à la plage"):
         assert clean_caption(caption) == caption
