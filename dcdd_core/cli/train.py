@@ -15,7 +15,7 @@ from dcdd_pico.embedded import model_paths
 
 from .. import registry
 from ..method.flow import DENSITIES, WEIGHTINGS
-from ..models.card import VARIANTS
+from ..models.card import READINGS, VARIANTS
 from ..pipelines.image_files import ReadPolicy
 from ..pipelines.oom import is_out_of_memory
 from .arguments import path, path_text, printable_output
@@ -91,6 +91,7 @@ def train(args: argparse.Namespace) -> None:
         args,
         calibration=args.calibration,
         variant=args.variant,
+        reads=args.reads,
         trained=args.train,
         rank=args.rank,
         seed=args.seed,
@@ -98,7 +99,8 @@ def train(args: argparse.Namespace) -> None:
         drop_condition=args.drop_condition,
         **{name: getattr(args, name) for name in ("base", "bundle", "width") if getattr(args, name) is not None},
     )
-    data = options.data_config(args, localised=args.localised)
+    captions = Captions(column=args.caption_column, required=False) if args.vlm_conditions and args.data else None
+    data = options.data_config(args, localised=args.localised, vlm_conditions=args.vlm_conditions, captions=captions)
     run = options.run_config(args)
     accelerator = make_accelerator(args.out, cpu=args.cpu, precision=args.precision, tracker=args.tracker)
     if args.bundle_now:
@@ -115,22 +117,36 @@ def cache(args: argparse.Namespace) -> None:
     Raises:
         ValueError: also for a cache that is neither for decoders nor for masked samplers.
     """
-    if args.caption_column is not None and not args.captions:
-        raise ValueError("--caption-column would do nothing without --captions: give both, or leave it out")
+    captioned = args.captions or args.vlm_conditions
+    if args.caption_column is not None and not captioned:
+        raise ValueError(
+            "--caption-column would do nothing without --captions or --vlm-conditions: give one of them, or leave it "
+            "out"
+        )
+    of_decoder = {"--calibration": None, "--bundle": None, "--reads": None}
+    options.refuse_idle(
+        args, [(not args.vlm_conditions, of_decoder, "without --vlm-conditions a cache belongs to no decoder")]
+    )
     tokens_alone = args.captions and args.vae is None and args.vlm != _PICO
     if tokens_alone and args.keep_pixels:
         raise ValueError("--keep-pixels would do nothing without --vae: pixels are for decoders; leave it out")
+    if tokens_alone and args.vlm_conditions:
+        raise ValueError("--vlm-conditions are for decoders, whose latents need --vae: give it, or leave them out")
+    served = {"calibration": args.calibration, "reads": args.reads}
+    if args.bundle is not None:
+        served["bundle"] = args.bundle
     run_cache(
         args.out,
-        MaskedPlan(vlm=Path(args.vlm), side=args.resolution) if tokens_alone else _plan(args),
+        MaskedPlan(vlm=Path(args.vlm), side=args.resolution) if tokens_alone else _plan(args, **served),
         accelerator=make_accelerator(cpu=args.cpu),
         images=args.data,
         column=args.column,
-        captions=Captions(column=args.caption_column) if args.captions else None,
+        captions=Captions(column=args.caption_column, required=args.captions) if captioned else None,
         batch=args.batch,
         shard_size=args.shard_size,
         workers=args.workers,
         keep_pixels=args.keep_pixels,
+        vlm_conditions=args.vlm_conditions,
         policy=ReadPolicy(min_side=args.min_side, skip_unreadable=args.skip_unreadable),
     )
 
@@ -159,7 +175,12 @@ def _refuse_idle(args: argparse.Namespace) -> None:
         (args.vlm == _PICO, {"--vae": None}, "pico has its own autoencoder"),
         (starts, {"--width": None}, "the decoder that is started from has its own adapter"),
         (held.get("train") != "lora", {"--rank": _RANK}, "only --train lora has a rank"),
-        (held.get("cache") is not None, options.IMAGES, options.CACHED),
+        (held.get("cache") is not None, {**options.IMAGES, "--caption-column": None}, options.CACHED),
+        (
+            not (args.vlm_conditions or held.get("captions")),
+            {"--caption-column": None},
+            "without --vlm-conditions no captions are read",
+        ),
     ]
     options.refuse_idle(args, cases)
 
@@ -188,7 +209,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         "--vlm",
         type=path_text,
         required=True,
-        help="folder of a VLM (only its image tokenizer is read), or 'pico', the embedded one",
+        help="folder of a VLM, or 'pico', the embedded one; without --vlm-conditions only its image tokenizer is read",
     )
     command.add_argument("--vae", type=path, help="FLUX's autoencoder: a diffusers folder, or ae.safetensors")
     options.add_images(command, side="--resolution")
@@ -219,6 +240,16 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     options.add_source(group)
     data = {field.name: field.default for field in fields(DataConfig)}
     group.add_argument("--variant", default="lcdm+lc", choices=VARIANTS, help="kind of condition")
+    group.add_argument(
+        "--vlm-conditions",
+        type=float,
+        metavar="SHARE",
+        default=data["vlm_conditions"],
+        help="the share of the examples whose condition is the VLM's own of image and caption, in the place of "
+        "proxies; images without a caption keep proxies",
+    )
+    options.add_caption_column(group)
+    _add_reads(group)
     group.add_argument(
         "--drop-condition",
         type=float,
@@ -251,6 +282,14 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     )
 
 
+def _add_reads(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--reads",
+        choices=READINGS,
+        help="what of the VLM's output the decoder is served (default: as --bundle says, or its logits)",
+    )
+
+
 def _add_cache(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "cache",
@@ -267,8 +306,18 @@ def _add_cache(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--captions",
         action="store_true",
-        help="keep the images' captions, for `train.py progressive`; without --vae it keeps no latents for decoders",
+        help="keep the images' captions, for `train.py progressive`, and leave images without one out; without --vae "
+        "it keeps no latents for decoders",
     )
+    command.add_argument(
+        "--vlm-conditions",
+        action="store_true",
+        help="also keep the VLM's own conditions of images and captions, for trainings with --vlm-conditions; they "
+        "belong to one decoder's calibration",
+    )
+    command.add_argument("--bundle", type=path, help="the decoder bundle that --vlm-conditions are for")
+    command.add_argument("--calibration", type=path, help="of --vlm-conditions (default: that of --bundle)")
+    _add_reads(command)
     options.add_caption_column(command)
     command.add_argument(
         "--keep-pixels", action="store_true", help="for training with --localised; takes several times the space"

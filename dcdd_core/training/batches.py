@@ -23,6 +23,7 @@ from ..pipelines.images import TooSmallImage, UnreadableImage
 from ..settings import require_at_least
 from ..types import DCDDWarning
 from .captions import MissingCaption
+from .image_batch import TrainingImage
 
 MIN_READ = 100
 """Images that are read before a share of unreadable ones means anything."""
@@ -134,6 +135,7 @@ class ReadCounter:
         bare: images without a caption, where captions are read.
         reasons: name of an unreadable image -> what is wrong with it; of the first ones.
         too_small, uncaptioned: names of such images, the first ones.
+        without_caption: names of images that are used without one, the first ones.
     """
 
     def __init__(self, read: int = 0, unreadable: int = 0, small: int = 0):
@@ -144,11 +146,14 @@ class ReadCounter:
         self.reasons: dict[str, str] = {}
         self.too_small: dict[str, None] = {}
         self.uncaptioned: dict[str, None] = {}
+        self.without_caption: dict[str, None] = {}
 
     def admit(self, item: Any, source: str) -> bool:
         """Counts an item; returns whether it can be used."""
         if not isinstance(item, Unreadable):
             self.read += 1
+            if isinstance(item, TrainingImage) and item.uncaptioned and len(self.without_caption) < MOST_NAMED:
+                self.without_caption[item.key] = None
             return True
         if item.small:
             self.small += 1
@@ -314,6 +319,7 @@ class Batches(Generic[Batch]):
                 "unreadable": self.counter.reasons,
                 "small": list(self.counter.too_small),
                 **({"uncaptioned": list(self.counter.uncaptioned)} if self.counter.uncaptioned else {}),
+                **({"without_caption": list(self.counter.without_caption)} if self.counter.without_caption else {}),
             },
         }
 
@@ -338,6 +344,7 @@ class Batches(Generic[Batch]):
         named = state.get("left_out", {"unreadable": {}, "small": []})
         self.counter.reasons, self.counter.too_small = dict(named["unreadable"]), dict.fromkeys(named["small"])
         self.counter.uncaptioned = dict.fromkeys(named.get("uncaptioned", ()))
+        self.counter.without_caption = dict.fromkeys(named.get("without_caption", ()))
 
 
 class _Loading(Dataset):

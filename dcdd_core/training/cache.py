@@ -5,7 +5,9 @@ Shapes: B batch, N tokens, D code dimension, C latent channels, h' w' latent gri
 A cache is a folder:
     manifest.json          what made it, and for each shard its file, number of images, size and SHA-256
     shards/00000.safetensors, ...   features [M, N, D] and latents [M, C, h', w'], float16; pixels [M, 3, R, R] uint8
-                           if they are kept; the names of the images in the header, and their captions if they are kept
+                           if they are kept; a VLM's conditions, vlm_vectors [M, N, D] and vlm_uncertainty [M, N, 4]
+                           float16, and vlm_known [M] bool; the names of the images in the header, and their captions if
+                           they are kept
     shards/00000.json, ... the manifest's line for one shard: so several processes and runs can add to the cache
 """
 
@@ -33,8 +35,9 @@ from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_number, require_text, shown
 from ..types import same_codebook
 from .batches import DataShard, Entry
-from .encoded_batch import EncodedBatch
+from .encoded_batch import VLM_TENSORS, EncodedBatch
 from .image_batch import Geometry
+from .vlm_conditions import Served
 
 FORMAT = "dcdd encodings 1"
 
@@ -56,6 +59,7 @@ class CacheCard:
         code_dim, channels: D and C.
         geometry: the sizes.
         pixels: whether the images' pixels are kept.
+        vlm: how the VLM's conditions of captioned images are made; None for a cache without them.
     """
 
     codebook: str
@@ -67,10 +71,17 @@ class CacheCard:
     channels: int
     geometry: Geometry
     pixels: bool
+    vlm: Served | None = None
 
     @classmethod
     def of(
-        cls, tokenizer: ImageTokenizer, codec: LatentCodec | None, geometry: Geometry, *, pixels: bool = False
+        cls,
+        tokenizer: ImageTokenizer,
+        codec: LatentCodec | None,
+        geometry: Geometry,
+        *,
+        pixels: bool = False,
+        vlm: Served | None = None,
     ) -> CacheCard:
         """The card of encodings by these networks at these sizes."""
         return cls(
@@ -83,15 +94,25 @@ class CacheCard:
             channels=0 if codec is None else codec.channels,
             geometry=geometry,
             pixels=pixels,
+            vlm=vlm,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without the VLM if there is none, as cards were before it."""
+        values = asdict(self)
+        if self.vlm is None:
+            del values["vlm"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Any) -> CacheCard:
-        """The inverse of `asdict`.
+        """The inverse of `to_dict`.
 
         Raises:
             ValueError: naming the field that is missing, unknown, or of another type.
         """
+        if isinstance(values, dict):
+            values = {"vlm": None} | values
         _require_fields("card", values, [field.name for field in fields(cls)])
         _require_fields("card.geometry", values["geometry"], [field.name for field in fields(Geometry)])
         for name in ("codebook", "tokenizer", "autoencoder"):
@@ -102,7 +123,11 @@ class CacheCard:
             require_number(f"card.{name}", values[name], whole=True, least=least)
         if not isinstance(values["pixels"], bool):
             raise ValueError(f"card.pixels must be true or false, got {shown(values['pixels'])}")
-        return cls(**{**values, "geometry": Geometry(**values["geometry"])})
+        try:
+            vlm = None if values["vlm"] is None else Served.from_dict(values["vlm"])
+        except ValueError as error:
+            raise ValueError(f"card.vlm: {error}: {_ANOTHER}") from error
+        return cls(**{**values, "geometry": Geometry(**values["geometry"]), "vlm": vlm})
 
     def layout(self, items: int) -> dict[str, tuple[str, list[int]]]:
         """Tensor -> (safetensors' name of its type, shape) of a shard with so many images."""
@@ -113,10 +138,15 @@ class CacheCard:
         held = {"features": ("F16", [items, h * w, self.code_dim])}
         if self.autoencoder is not None:
             held["latents"] = ("F16", [items, self.channels, latents, latents])
-        return held | ({"pixels": ("U8", [items, 3, size, size])} if self.pixels else {})
+        if self.pixels:
+            held["pixels"] = ("U8", [items, 3, size, size])
+        if self.vlm is not None:
+            sizes = {"vlm_vectors": [items, h * w, self.code_dim], "vlm_uncertainty": [items, h * w, 4]}
+            held |= {name: ("F16", shape) for name, shape in sizes.items()} | {"vlm_known": ("BOOL", [items])}
+        return held
 
     def misfits(self, wanted: CacheCard) -> list[str]:
-        """What differs from the wanted card, in words; pixels that are not needed do no harm."""
+        """What differs from the wanted card, in words; pixels and VLM conditions that are not needed do no harm."""
         found = self._token_misfits(wanted)
         if self.autoencoder is None and wanted.autoencoder is not None:
             found.append("it holds no latents, as it was written without an autoencoder")
@@ -135,6 +165,9 @@ class CacheCard:
                 "it does not keep the images' pixels, which localised training needs (train with --localised 0, or "
                 "write a cache with --keep-pixels)"
             )
+        if wanted.vlm is not None:
+            bare = "it holds no conditions of a VLM, as it was written without --vlm-conditions"
+            found += [bare] if self.vlm is None else self.vlm.misfits(wanted.vlm)
         return found
 
     def _token_misfits(self, wanted: CacheCard) -> list[str]:
@@ -269,8 +302,8 @@ class EncodingCache:
         return (Entry(str(i), i) for i in shard.indices(len(self), epoch, start))
 
     def load(self, entry: Entry) -> dict[str, Any]:
-        """One image's features [N, D] and latents [C, h', w'] in float16, pixels [3, R, R] uint8 and its caption, each
-        if it is kept."""
+        """One image's features [N, D] and latents [C, h', w'] in float16, pixels [3, R, R] uint8, conditions of the VLM
+        and caption, each if it is kept."""
         number = int(np.searchsorted(self._ends, entry.data, side="right"))
         row = entry.data - (int(self._ends[number - 1]) if number else 0)
         found = {name: values[row : row + 1][0] for name, values in self._shard(number).items()}
@@ -282,7 +315,19 @@ class EncodingCache:
         pixels = to_pixels(stacked["pixels"], "cpu") if "pixels" in stacked else None
         latents = stacked["latents"].float() if "latents" in stacked else None
         captions = tuple(item["caption"] for item in items) if self.captioned else None
-        return EncodedBatch(features=stacked["features"].float(), latents=latents, pixels=pixels, captions=captions)
+        vlm = {name: stacked[name] for name in VLM_TENSORS if name in stacked}
+        vlm = {name: value if value.dtype == torch.bool else value.float() for name, value in vlm.items()}
+        return EncodedBatch(
+            features=stacked["features"].float(), latents=latents, pixels=pixels, captions=captions, **vlm
+        )
+
+    @property
+    def known(self) -> int:
+        """How many images have conditions of a VLM; 0 for a cache without them."""
+        if self.card.vlm is None:
+            return 0
+        numbers = (number for number, shard in enumerate(self._shards) if shard["items"])
+        return sum(int(self._shard(number)["vlm_known"][:].sum()) for number in numbers)
 
     def _captions_of(self, number: int) -> list[str]:
         """The captions of a shard's images."""
@@ -365,7 +410,7 @@ def read_line(path: Path) -> dict[str, Any]:
     with in_file(path):
         _check_shard("the line", line, more=("read", "unreadable", "mark"), remedy=again)
         require_number("read", line["read"], whole=True, least=0, remedy=again)
-        for name in ("unreadable", "small", "uncaptioned"):
+        for name in ("unreadable", "small", "uncaptioned", "without_caption"):
             names = line.get(name, [])
             if not isinstance(names, list) or not all(isinstance(key, str) for key in names):
                 raise ValueError(f"{name} must be a list of names, got {shown(names)}: {again}")

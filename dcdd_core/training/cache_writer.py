@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ from ..settings import require_at_least
 from ..types import DCDDWarning
 from .batches import DataShard, Entry, Mark, ReadCounter, load_in_order
 from .cache import FORMAT, CacheCard, read_end, read_line, read_manifest, sha256
-from .encoded_batch import Autocast, EncodedBatch, encode
+from .encoded_batch import VLM_TENSORS, Autocast, EncodedBatch, encode
 from .folders import ImageSource
 from .image_batch import TrainingImage
 from .left_out import LeftOut
+from .vlm_conditions import VLMConditions, with_conditions
 
 _SHARDS = "shards"
 _END = "end.json"
@@ -41,6 +41,7 @@ def write_cache(
     shard_size: int = 1024,
     batch_size: int = 16,
     keep_pixels: bool = False,
+    conditions: VLMConditions | None = None,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
@@ -62,6 +63,7 @@ def write_cache(
         codec: None for a cache without latents, for masked samplers alone.
         shard_size: images per shard, before unreadable ones are skipped.
         keep_pixels: for localised training, which encodes masked images; takes several times the space.
+        conditions: of the VLM, of those images that have a caption; the source has to read captions. None for none.
         rank, world: this process writes every `world`-th shard, from `rank` on; the cache is complete when all
             processes are done.
         workers: processes that decode images.
@@ -73,7 +75,10 @@ def write_cache(
         OSError: if the disk is full; finished shards are kept.
     """
     require_at_least(1, shard_size=shard_size, batch_size=batch_size)
-    card = CacheCard.of(tokenizer, codec, source.geometry, pixels=keep_pixels)
+    if conditions is not None and source.captions is None:
+        raise ValueError("the VLM's conditions need captions: open the images with them")
+    served = None if conditions is None else conditions.served
+    card = CacheCard.of(tokenizer, codec, source.geometry, pixels=keep_pixels, vlm=served)
     writer = _Writer(Path(folder), card, source, shard_size, DataShard(seed=None, rank=rank, world=world))
     finished = writer.begin()
     own = [line for number, line in finished.items() if number % world == rank]
@@ -97,6 +102,8 @@ def write_cache(
         for (_, key), item in loaded:
             if counter.admit(item, source.name):
                 kept["keys"].append(key)
+                if item.uncaptioned:
+                    kept["without_caption"].append(key)
                 yield item
             else:
                 kept["small" if item.small else "uncaptioned" if item.uncaptioned else "unreadable"].append(key)
@@ -106,20 +113,23 @@ def write_cache(
     with ProgressBar(label="cache", total=total, unit="image", shown=rank == 0) as bar:
         shards = groupby(load_in_order(source, missing(), workers=workers), key=lambda loaded: loaded[0][0])
         for number, loaded in shards:
-            kept: dict[str, list[str]] = {"keys": [], "unreadable": [], "small": [], "uncaptioned": []}
+            kept: dict[str, list[str]] = {"keys": [], "unreadable": [], "small": []}
+            kept |= {"uncaptioned": [], "without_caption": []}
             images = usable(loaded, kept)
             parts, captions = [], []
             while batch := list(islice(images, batch_size)):
                 captions += [image.caption for image in batch]
-                parts.append(
-                    _stored(batch, encode(source.collate(batch), tokenizer, codec, autocast=autocast), keep_pixels)
-                )
+                encoded = encode(source.collate(batch), tokenizer, codec, autocast=autocast)
+                if conditions is not None:
+                    encoded = with_conditions(encoded, conditions)
+                parts.append(_stored(batch, encoded, keep_pixels))
             writer.write(number, parts, **kept, captions=captions, mark=marks.pop(number))
             report(f"{folder}: shard {number} with {len(kept['keys'])} images")
     writer.finish(position)
     for line in LeftOut.of(source, counter).lines():
         report(f"{folder}: {line}")
-    counter.check(source)
+    if counter.read + counter.small + counter.bare:  # Of few shards a process may have none.
+        counter.check(source)
 
 
 def _counted(lines: Sequence[Mapping[str, Any]]) -> ReadCounter:
@@ -131,6 +141,7 @@ def _counted(lines: Sequence[Mapping[str, Any]]) -> ReadCounter:
     counter.too_small = {key: None for line in lines for key in line.get("small", ())}
     counter.uncaptioned = {key: None for line in lines for key in line.get("uncaptioned", ())}
     counter.bare = len(counter.uncaptioned)
+    counter.without_caption = {key: None for line in lines for key in line.get("without_caption", ())}
     return counter
 
 
@@ -183,7 +194,7 @@ class _Writer:
             written = own.stat().st_mtime_ns
             changed = {
                 kind
-                for kind in ("unreadable", "uncaptioned")
+                for kind in ("unreadable", "uncaptioned", "without_caption")
                 if any((self.source.changed(key) or 0) > written for key in line.get(kind, ()))
             }
             if not (path.is_file() and sha256(path) == line["sha256"]):
@@ -216,13 +227,14 @@ class _Writer:
         unreadable: list[str],
         small: list[str],
         uncaptioned: list[str],
+        without_caption: list[str],
         captions: list[str],
         mark: Mark | None,
     ) -> None:
         """Writes a shard, then its line, then the manifest: if killed in between, the shard is made again."""
         tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in (parts[0] if parts else ())}
         # One entry: safetensors writes several in no fixed order.
-        told = {"format": FORMAT, "card": asdict(self.card), "keys": keys}
+        told = {"format": FORMAT, "card": self.card.to_dict(), "keys": keys}
         if self.source.captioned:
             told["captions"] = captions
         header = {"dcdd": json.dumps(told)}
@@ -237,6 +249,7 @@ class _Writer:
             "unreadable": unreadable,
             **({"small": small} if small else {}),
             **({"uncaptioned": uncaptioned} if uncaptioned else {}),
+            **({"without_caption": without_caption} if without_caption else {}),
             "mark": None if mark is None else list(mark),
         }
         self._put(name, data)
@@ -261,6 +274,7 @@ class _Writer:
     def _compare(self, manifest: Mapping[str, Any]) -> None:
         card = CacheCard.from_dict(manifest["card"])
         misfits = card.misfits(self.card) + (["it keeps the pixels"] if card.pixels and not self.card.pixels else [])
+        misfits += ["it holds a VLM's conditions"] if card.vlm is not None and self.card.vlm is None else []
         if manifest.get("captions", False) != self.source.captioned:
             misfits.append(f"it {'keeps' if manifest.get('captions') else 'does not keep'} the images' captions")
         if manifest["source"]["fingerprint"] != self.source.fingerprint:
@@ -302,7 +316,7 @@ class _Writer:
             needed = None if end is None else range(-(-end // self.shard_size))
             manifest = {
                 "format": FORMAT,
-                "card": asdict(self.card),
+                "card": self.card.to_dict(),
                 "source": {"name": self.source.name, "fingerprint": self.source.fingerprint},
                 "shard_size": self.shard_size,
                 **({} if self._all_sizes else {"min_side": self.source.min_side}),
@@ -331,10 +345,11 @@ class _Writer:
 
 def _stored(images: Sequence[TrainingImage], batch: EncodedBatch, keep_pixels: bool) -> dict[str, torch.Tensor]:
     """What a shard stores of a batch: float16 encodings, and uint8 pixels if wanted."""
-    found = {name: getattr(batch, name) for name in ("features", "latents")}
-    stored = {name: value.half().cpu() for name, value in found.items() if value is not None}
+    found = {name: getattr(batch, name) for name in ("features", "latents", *VLM_TENSORS)}
+    held = {name: value.cpu() for name, value in found.items() if value is not None}
+    stored = {name: value if value.dtype == torch.bool else value.half() for name, value in held.items()}
     for name, values in stored.items():
-        finite = values.flatten(1).isfinite().all(dim=1)
+        finite = values.reshape(len(values), -1).isfinite().all(dim=1)
         if not bool(finite.all()):
             raise ValueError(
                 f"the {name} of {images[int(finite.int().argmin())].key} hold NaN or numbers beyond float16's range: "

@@ -25,9 +25,11 @@ class Captions:
 
     Attributes:
         column: of a dataset, or the field of webdataset samples; None for the first of `COLUMNS` or `FIELDS`.
+        required: images without a caption are left out; otherwise they are read without one.
     """
 
     column: str | None = None
+    required: bool = True
 
     def choose(self, names: Sequence[str], known: Sequence[str], where: str) -> str:
         """The column or field of the captions among those that a source has.
@@ -48,7 +50,7 @@ class Captions:
 
 
 class MissingCaption(UnreadableImage):
-    """An image without a caption is skipped; there may be any number of them."""
+    """An image without a caption is skipped where captions are required; there may be any number of them."""
 
 
 def caption_file(image: Path) -> Path:

@@ -383,7 +383,7 @@ def _are_left_out(value: Any) -> bool:
         return False
     unreadable = value.get("unreadable")
     named = isinstance(unreadable, dict) and all(isinstance(reason, str) for reason in unreadable.values())
-    lists = (value.get("small"), value.get("uncaptioned", []))
+    lists = (value.get("small"), value.get("uncaptioned", []), value.get("without_caption", []))
     return named and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
 
 

@@ -107,6 +107,7 @@ class DataConfig:
         localised: see `ExampleMaker`.
         min_side, skip_unreadable: which images may be left out (`ReadPolicy`).
         captions: the images are read with their captions.
+        vlm_conditions: see `ExampleMaker`'s vlm_share.
 
     Raises:
         ValueError: unless there is exactly one of images and cache, and for numbers out of range.
@@ -123,6 +124,7 @@ class DataConfig:
     min_side: int | None = None
     skip_unreadable: float = ReadPolicy.skip_unreadable
     captions: Captions | None = None
+    vlm_conditions: float = 0.0
 
     def __post_init__(self):
         if (self.images is None) == (self.cache is None):
@@ -136,6 +138,7 @@ class DataConfig:
         require_at_most(MOST_WINDOW, window=self.window)
         if not 0 <= self.localised <= 1:
             raise ValueError(f"the fraction of localised images must lie in 0..1, got {self.localised!r}")
+        require_number("vlm-conditions", self.vlm_conditions, least=0, most=1, remedy="0 trains on proxies alone")
         _ = self.policy
 
     @property

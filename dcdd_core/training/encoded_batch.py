@@ -27,13 +27,24 @@ class EncodedBatch:
         latents: [B, C, h', w'] float32, normalised (Eq. 17); None from a cache that was written without a codec.
         pixels: [B, 3, R, R] float32 in -1..1, for the masked images of localised training; None from a cache without
             them.
-        captions: of the images; None where they were not read.
+        captions: of the images; None where they were not read, and of an image that has none.
+        vlm_vectors, vlm_uncertainty: [B, N, D] and [B, N, 4] float32, the condition from the VLM's own distributions
+            of an image (`vlm_conditions`) where they are known, and zeros elsewhere; None for none at all.
+        vlm_known: bool [B], where they are.
     """
 
     features: torch.Tensor
     latents: torch.Tensor | None
     pixels: torch.Tensor | None = None
-    captions: tuple[str, ...] | None = None
+    captions: tuple[str | None, ...] | None = None
+    vlm_vectors: torch.Tensor | None = None
+    vlm_uncertainty: torch.Tensor | None = None
+    vlm_known: torch.Tensor | None = None
+
+
+#: Names of the tensors that the conditions of a VLM are, in batches and in caches.
+VLM_TENSORS = ("vlm_vectors", "vlm_uncertainty", "vlm_known")
+TENSORS = ("features", "latents", "pixels", *VLM_TENSORS)
 
 
 def geometry_for(
@@ -67,9 +78,7 @@ def encode(
     """
     device = tokenizer.device if codec is None else device_of(codec)
     if isinstance(batch, EncodedBatch):
-        tensors = {
-            name: value for name in ("features", "latents", "pixels") if (value := getattr(batch, name)) is not None
-        }
+        tensors = {name: value for name in TENSORS if (value := getattr(batch, name)) is not None}
         return replace(batch, **{name: tensor.to(device) for name, tensor in tensors.items()})
     pixels = to_pixels(batch.pixels, device)
     with autocast():

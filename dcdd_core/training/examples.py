@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, D code dimension, C latent channels, h' w' latent gri
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +14,11 @@ from ..method.calibration import proxy_logits
 from ..models.card import DecoderCard
 from ..pipelines.condition import condition_for
 from ..protocols import ImageTokenizer, LatentCodec
+from ..settings import require_number
 from ..types import Codebook, Condition, TokenLogits
 from .encoded_batch import EncodedBatch, device_of, encode, normalized_latents
 from .image_batch import Geometry, ImageBatch
+from .vlm_conditions import VLMConditions, choice, mixed, with_conditions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +48,11 @@ class ExampleMaker:
         geometry: the sizes of the batches.
         localised: fraction of the images that train localised decoding: the decoder paints a box and is given the rest.
             Needs the images' pixels.
+        vlm_share: fraction of the images that get the VLM's conditions in the place of proxies, if they have a caption.
+        conditions: makes them; None where the batches have them.
 
     Raises:
-        ValueError: for a fraction outside 0..1.
+        ValueError: for fractions outside 0..1.
     """
 
     def __init__(
@@ -58,14 +63,18 @@ class ExampleMaker:
         geometry: Geometry,
         *,
         localised: float = 0.0,
+        vlm_share: float = 0.0,
+        conditions: VLMConditions | None = None,
     ):
         if not 0 <= localised <= 1:
             raise ValueError(f"the fraction of localised images must lie in 0..1, got {localised!r}")
+        require_number("the share of the VLM's conditions", vlm_share, least=0, most=1)
         self.card = card
         self.tokenizer = tokenizer
         self.codec = codec
         self.geometry = geometry
         self.localised = localised
+        self.vlm_share, self.conditions = vlm_share, conditions
         side, device = geometry.resolution, device_of(codec)
         self._blank = normalized_latents(codec, torch.zeros(1, 3, side, side, device=device))
         self._everywhere = torch.ones(1, 1, side, side, device=device)
@@ -74,17 +83,37 @@ class ExampleMaker:
         """The example of a batch.
 
         Args:
-            generator: draws which images are localised, and their boxes.
+            generator: draws which images are localised, and their boxes; its seed says which get the VLM's conditions.
 
         Raises:
-            ValueError: if an image is to be localised and the batch has no pixels.
+            ValueError: if an image is to be localised and the batch has no pixels, and if it is to get the VLM's
+                conditions and nothing has or makes them.
         """
         encoded = encode(batch, self.tokenizer, self.codec)
         condition = proxy_condition(encoded.features, self.card, self.tokenizer.codebook, self.geometry.grid)
+        if self.vlm_share:
+            chosen = choice(self.vlm_share, len(encoded.features), generator)
+            condition = mixed(condition, self._with_vlm(encoded, chosen), chosen)
         example = Example(
             latents=encoded.latents, condition=condition, masked_latents=self._blank, mask=self._everywhere
         )
         return self._localise(example, encoded.pixels, generator) if self.localised else example
+
+    def with_share(self, vlm_share: float) -> ExampleMaker:
+        """The same for another share of the VLM's conditions."""
+        other = copy(self)
+        other.vlm_share = vlm_share
+        return other
+
+    def _with_vlm(self, encoded: EncodedBatch, chosen: torch.Tensor) -> EncodedBatch:
+        if encoded.vlm_known is not None:
+            return encoded
+        if self.conditions is None or encoded.captions is None:
+            raise ValueError(
+                "the VLM's conditions need captions and the VLM: use images with captions, or a cache that was written "
+                "with --vlm-conditions"
+            )
+        return with_conditions(encoded, self.conditions, chosen)
 
     def _localise(self, example: Example, pixels: torch.Tensor | None, generator: torch.Generator) -> Example:
         count = len(example.latents)

@@ -15,7 +15,7 @@ import torch
 from ..pipelines.image_files import DEFAULT_POLICY, FolderListing, ReadPolicy
 from ..pipelines.images import UnreadableImage, read_rgb, square, suffixes
 from .batches import DataShard, Entry, Mark
-from .captions import SUFFIX, Captions, caption_file, caption_of, read_caption
+from .captions import SUFFIX, Captions, MissingCaption, caption_file, caption_of, read_caption
 from .image_batch import Geometry, ImageBatch, TrainingImage
 
 
@@ -25,16 +25,18 @@ class ImageSource:
     Attributes:
         min_side: in pixels; images whose shorter side has fewer are left out.
         passed_over: files that are not read, in words; "" if there are none.
-        captioned: the images are read with their captions, and those without one are left out.
+        captions: how the images' captions are read; None if they are not.
+        captioned: every image has a caption: those without one are left out.
     """
 
-    def __init__(self, name: str, geometry: Geometry, policy: ReadPolicy, *, captioned: bool = False):
+    def __init__(self, name: str, geometry: Geometry, policy: ReadPolicy, *, captions: Captions | None = None):
         self.name = name
         self.geometry = geometry
         self.policy = policy
         self.min_side = policy.least(geometry.resolution)
         self.passed_over = ""
-        self.captioned = captioned
+        self.captions = captions
+        self.captioned = captions is not None and captions.required
 
     @property
     def count(self) -> int | None:
@@ -57,14 +59,25 @@ class ImageSource:
         """Decodes an image, crops it to a square and resizes it.
 
         Raises:
-            UnreadableImage: if it cannot be decoded, for whatever reason, or is too small, or lacks a caption.
+            UnreadableImage: if it cannot be decoded, for whatever reason, or is too small, or lacks a caption that is
+                required.
         """
-        caption = caption_of(self.caption(entry)) if self.captioned else None
+        caption = None if self.captions is None else self._caption_of(entry, self.captions)
         image = read_rgb(_encoded(self.content(entry)), min_side=self.min_side)
         pixels = square(image, self.geometry.resolution)
         same = self.geometry.token_resolution == self.geometry.resolution
         token_pixels = pixels if same else square(image, self.geometry.token_resolution)
-        return TrainingImage(key=entry.key, pixels=pixels, token_pixels=token_pixels, caption=caption)
+        bare = self.captions is not None and caption is None
+        return TrainingImage(key=entry.key, pixels=pixels, token_pixels=token_pixels, caption=caption, uncaptioned=bare)
+
+    def _caption_of(self, entry: Entry, captions: Captions) -> str | None:
+        """An image's caption; None if it has none and none is required."""
+        try:
+            return caption_of(self.caption(entry))
+        except MissingCaption:
+            if captions.required:
+                raise
+            return None
 
     def collate(self, items: Sequence[TrainingImage]) -> ImageBatch:
         """Items of `load` as a batch."""
@@ -74,7 +87,7 @@ class ImageSource:
             keys=tuple(item.key for item in items),
             pixels=pixels,
             token_pixels=pixels if same else torch.stack([item.token_pixels for item in items]),
-            captions=tuple(item.caption for item in items) if self.captioned else None,
+            captions=None if self.captions is None else tuple(item.caption for item in items),
         )
 
 
@@ -117,7 +130,7 @@ class ImageFolder(ImageSource):
             )
         if captions is not None:
             _check_captions(self.folder, self.names, set(listing.others), captions)
-        super().__init__(str(folder), geometry, policy, captioned=captions is not None)
+        super().__init__(str(folder), geometry, policy, captions=captions)
 
     def caption(self, entry: Entry) -> bytes | None:
         """See `ImageSource.caption`."""
@@ -131,7 +144,7 @@ class ImageFolder(ImageSource):
     def changed(self, key: str) -> int | None:
         """See `ImageSource.changed`."""
         path, times = self.folder / key, []
-        for file in (path, caption_file(path)) if self.captioned else (path,):
+        for file in (path, caption_file(path)) if self.captions is not None else (path,):
             with suppress(OSError):
                 status = file.stat()
                 times += [status.st_mtime_ns, status.st_ctime_ns]

@@ -21,7 +21,7 @@ from ..models.decoder import DistributionConditionedDecoder
 from .batches import DataShard, Entry, Mark, ReadCounter, Source, Wrapped, load_in_order
 from .cache import EncodingCache
 from .config import OptimizationConfig
-from .encoded_batch import EncodedBatch
+from .encoded_batch import VLM_TENSORS, EncodedBatch
 from .examples import ExampleMaker
 from .loss import velocity_losses
 
@@ -128,9 +128,10 @@ class HeldOutLoss:
         held_out: the images.
         encode: of a batch of theirs.
         make: without localised decoding.
+        vlm_share: of the training; 0 for a training on proxies alone.
         batch: images at a time.
         rank, world: of this process.
-        total: [2] of this process -> the sum over all processes.
+        total: a vector of this process -> the sum over all processes.
 
     Attributes:
         counter: of the images that this process read.
@@ -151,8 +152,9 @@ class HeldOutLoss:
         world: int,
         total: Callable[[torch.Tensor], torch.Tensor],
         workers: int = 0,
+        vlm_share: float = 0.0,
     ):
-        self.make, self.config, self.total = make, config, total
+        self.make, self.config, self.total, self.vlm_share = make, config, total, vlm_share
         count = len(held_out.listed)
         draws = math.ceil(_DRAWS / count)
         # With sharded weights all processes must make the same number of forward passes: each has as many items, some
@@ -169,29 +171,55 @@ class HeldOutLoss:
             encode(held_out.collate([item for _, item, _ in items[start : start + batch]]))
             for start in range(0, len(items), batch)
         ]
-        self.features = torch.cat([part.features.cpu() for part in encoded])
-        self.latents = torch.cat([part.latents.cpu() for part in encoded])
+        names = ("features", "latents", *(VLM_TENSORS if vlm_share else ()))
+        self.tensors = {name: torch.cat([getattr(part, name).cpu() for part in encoded]) for name in names}
         self.weights = torch.tensor([weight for _, _, weight in items])
         # (item, its image's number, draw): the draws of a few images fill batches too.
         self.pairs = [(i, number, draw) for i, (number, *_) in enumerate(items) for draw in range(draws)]
         self.batch = batch
 
-    def __call__(self, decoder: DistributionConditionedDecoder) -> float:
-        """The mean over all held-out images of all processes."""
-        found = torch.zeros(2)
+    def __call__(self, decoder: DistributionConditionedDecoder, *, dropped: bool = False) -> float:
+        """The mean over all held-out images of all processes, on proxies.
+
+        Args:
+            dropped: with the decoder's null condition in the place of every condition.
+        """
+        loss, weight = self._sums(decoder, self.make, self.weights[:, None], dropped=dropped)[0]
+        return loss / weight
+
+    def numbers(self, decoder: DistributionConditionedDecoder) -> dict[str, float]:
+        """The "loss"; in a training with a VLM's conditions also that on proxies alone, "loss_proxies", and that on
+        the VLM's alone, "loss_vlm", of those images that have them. "loss" is then what is trained: the two kinds by
+        their share."""
+        proxies = self(decoder)
+        if not self.vlm_share:
+            return {"loss": proxies}
+        weights = torch.stack([self.weights, self.weights * self.tensors["vlm_known"]], dim=1)
+        every, own = self._sums(decoder, self.make.with_share(1.0), weights)
+        found = {"loss": (1 - self.vlm_share) * proxies + self.vlm_share * every[0] / every[1], "loss_proxies": proxies}
+        return found | ({"loss_vlm": own[0] / own[1]} if own[1] else {})
+
+    def _sums(
+        self,
+        decoder: DistributionConditionedDecoder,
+        make: ExampleMaker,
+        weights: torch.Tensor,
+        *,
+        dropped: bool = False,
+    ) -> list[list[float]]:
+        """For each column of weights [items, columns]: the weighted sum of the losses of all processes, and of the
+        weights."""
+        found = torch.zeros(weights.shape[1], 2)
         for start in range(0, len(self.pairs), self.batch):
             pairs = self.pairs[start : start + self.batch]
             index = [i for i, *_ in pairs]
-            batch, weights = (
-                EncodedBatch(features=self.features[index], latents=self.latents[index]),
-                self.weights[index],
-            )
+            batch = EncodedBatch(**{name: values[index] for name, values in self.tensors.items()})
             t, noise = self._drawn(pairs)
-            example = self.make(batch, keyed_generator(0))
-            losses = velocity_losses(decoder, example, t, noise, self.config.weighting)
-            found += torch.stack([(losses.float().cpu() * weights).sum(), weights.sum()])
-        loss, weight = self.total(found).tolist()
-        return loss / weight
+            example = make(batch, keyed_generator(0))
+            which = torch.ones(len(t), dtype=torch.bool) if dropped else None
+            losses = velocity_losses(decoder, example, t, noise, self.config.weighting, which).float().cpu()
+            found += torch.stack([losses @ weights[index], weights[index].sum(0)], dim=1)
+        return self.total(found.flatten()).reshape(-1, 2).tolist()
 
     def _drawn(self, pairs: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Times [B] and noises [B, C, h', w'], each a function of the image's number and the draw's."""
@@ -199,7 +227,7 @@ class HeldOutLoss:
         for _, number, draw in pairs:
             generator = keyed_generator(self.config.seed, _KEY, number, draw)
             times.append(sample_times(1, generator=generator, density=self.config.density, shift=self.config.shift))
-            noises.append(torch.randn(1, *self.latents.shape[1:], generator=generator))
+            noises.append(torch.randn(1, *self.tensors["latents"].shape[1:], generator=generator))
         return torch.cat(times), torch.cat(noises)
 
 

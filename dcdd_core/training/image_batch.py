@@ -62,25 +62,29 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingImage:
-    """One image with its name: pixels [3, R, R] and token_pixels [3, T, T], both uint8; the caption, if it is read."""
+    """One image with its name: pixels [3, R, R] and token_pixels [3, T, T], both uint8; the caption, if it is read.
+
+    `uncaptioned` where captions are read, and it has none.
+    """
 
     key: str
     pixels: torch.Tensor
     token_pixels: torch.Tensor
     caption: str | None = None
+    uncaptioned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageBatch:
     """A batch of images: pixels [B, 3, R, R] and token_pixels [B, 3, T, T], both uint8; `keys` name them.
 
-    Their captions are None unless they are read.
+    Their captions are None unless they are read; one of them is None where an image may lack it and does.
     """
 
     keys: tuple[str, ...]
     pixels: torch.Tensor
     token_pixels: torch.Tensor
-    captions: tuple[str, ...] | None = None
+    captions: tuple[str | None, ...] | None = None
 
 
 def _multiples(value: int, unit: int) -> str:

@@ -24,7 +24,8 @@ class LeftOut:
     Attributes:
         unreadable: name of an image -> what is wrong with it; of the first `MOST_NAMED` of each process.
         small: names of images below `min_side`; of as many.
-        uncaptioned: names of images without a caption, where captions are read; of as many.
+        uncaptioned: names of images without a caption, where captions are required; of as many.
+        without_caption: names of images that lack one and are used, where captions may be absent; of as many.
         min_side: in pixels; None for a cache, whose images were chosen when it was written.
         passed_over: files that are not read, in words; "" if there are none.
     """
@@ -32,6 +33,7 @@ class LeftOut:
     unreadable: Mapping[str, str] = field(default_factory=dict)
     small: tuple[str, ...] = ()
     uncaptioned: tuple[str, ...] = ()
+    without_caption: tuple[str, ...] = ()
     min_side: int | None = None
     passed_over: str = ""
 
@@ -44,6 +46,7 @@ class LeftOut:
             unreadable=dict(sorted(unreadable.items())),
             small=tuple(sorted({name for counter in counters for name in counter.too_small})),
             uncaptioned=tuple(sorted({name for counter in counters for name in counter.uncaptioned})),
+            without_caption=tuple(sorted({name for counter in counters for name in counter.without_caption})),
             min_side=None if images is None else images.min_side,
             passed_over="" if images is None else images.passed_over,
         )
@@ -59,6 +62,8 @@ class LeftOut:
             )
         if self.uncaptioned:
             yield f"{_count(self.uncaptioned)} have no caption and are left out: {first_of(self.uncaptioned)}"
+        if self.without_caption:
+            yield f"{_count(self.without_caption)} have no caption and keep proxies: {first_of(self.without_caption)}"
         if self.passed_over:
             yield self.passed_over
 
@@ -71,6 +76,8 @@ class LeftOut:
         values: dict[str, Any] = {"unreadable": dict(self.unreadable), "small": list(self.small)}
         if self.uncaptioned:
             values["uncaptioned"] = list(self.uncaptioned)
+        if self.without_caption:
+            values["without_caption"] = list(self.without_caption)
         values["passed_over"] = self.passed_over
         write_text(folder / RECORD, json.dumps(values, indent=1) + "\n")
 

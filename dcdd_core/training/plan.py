@@ -23,6 +23,7 @@ from ..types import Calibration, DCDDWarning, same_codebook
 from .encoded_batch import geometry_for
 from .image_batch import Geometry
 from .trainable import changed_by_training, choose_trained, merge_lora
+from .vlm_conditions import Served, VLMConditions
 
 _NOTHING = "there is nothing to train: give the base (FLUX.1-Fill), or a decoder bundle to start from"
 #: Pixels a side, and channels; beyond any network.
@@ -43,12 +44,14 @@ class Plan:
     """What a decoder is made from.
 
     Attributes:
-        vlm: files of a VLM (`registry.sampler_family`); only its image tokenizer is read.
+        vlm: files of a VLM (`registry.sampler_family`); only its image tokenizer is read, but for `conditions`.
         vae: files of a latent codec (`registry.codec_family`).
         base: files of a diffusion transformer (`registry.base_family`); None if `bundle` holds all of its weights.
         bundle: a decoder to start from; None for a new adapter on the base.
         calibration: a file of `Calibration.save`, for the variant "lcdm+lc"; None for that of `bundle`.
         variant: the kind of condition, as in the paper's Table 4 (`DecoderCard.variant`).
+        reads: what of the VLM's output the decoder is served (`DecoderCard.reads`); None for as `bundle` says, or as
+            the paper does.
         resolution: R, pixels a side; None for the VLM's own.
         width: of a new adapter [choice].
         trained, rank: see `choose_trained`.
@@ -66,6 +69,7 @@ class Plan:
     bundle: Path | None = None
     calibration: Path | None = None
     variant: str = "lcdm+lc"
+    reads: str | None = None
     resolution: int | None = None
     width: int = 128
     trained: str = "attention"
@@ -117,6 +121,32 @@ class Plan:
         resolution = self.resolution or own
         geometry = geometry_for(tokenizer, codec, patch=self._patch(), resolution=resolution, token_resolution=own)
         return Encoders(tokenizer=tokenizer, codec=codec, geometry=geometry)
+
+    def condition_card(self, encoders: Encoders) -> DecoderCard:
+        """The card of the decoder as far as conditions go; no weights are read.
+
+        Raises:
+            ValueError: for a calibration that is missing, or of another tokenizer.
+        """
+        if self.bundle is None:
+            return DecoderCard(base="", base_config={}, width=self.width, **self._card_of(encoders, None))
+        card = read_card(self.bundle)
+        return replace(card, **self._card_of(encoders, card.calibration))
+
+    def conditions(self, card: DecoderCard, encoders: Encoders) -> VLMConditions:
+        """Loads the VLM, in bfloat16 on a GPU and in float32 on a CPU, for its own conditions.
+
+        Args:
+            card: of the decoder, or `condition_card`.
+
+        Raises:
+            ValueError: as `VLMConditions`, and for files of another kind.
+        """
+        Served.of(card)  # Before the VLM is read.
+        device = encoders.tokenizer.device
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        sampler = registry.sampler_family(self.vlm).load_sampler(str(self.vlm), device=device, dtype=dtype)
+        return VLMConditions(sampler, card, encoders.tokenizer)
 
     def decoder(self, encoders: Encoders, *, dtype: torch.dtype = torch.float32) -> DistributionConditionedDecoder:
         """Loads the decoder to train, on the CPU, without unused weights; trained weights require a gradient.
@@ -212,6 +242,7 @@ class Plan:
             "condition_dropout": self.condition_dropout,
             **({} if self.condition_dropout else {"condition_guidance": 1.0}),
             **({} if self.licence is None else {"licence": self.licence}),
+            **({} if self.reads is None else {"reads": self.reads}),
         }
 
     def _calibration(self, tokenizer: ImageTokenizer | None, calibration: Calibration | None) -> Calibration | None:

@@ -15,6 +15,7 @@ from .batches import Batches, DataShard, Entry, Mark, Source, Wrapped
 
 _MISSING = object()
 _BEFORE, _LEFT_OUT = "before", "left_out"
+_IF_ANY = ("uncaptioned", "without_caption")
 
 
 class Redistributed(Wrapped):
@@ -90,10 +91,8 @@ def restore_position(batches: Batches, positions: Sequence[Mapping[str, Any]]) -
 def _together(left_out: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What several processes left out, without the order."""
     unreadable = {name: reason for own in left_out for name, reason in own["unreadable"].items()}
-    small, uncaptioned = (
-        sorted({name for own in left_out for name in own.get(kind, ())}) for kind in ("small", "uncaptioned")
-    )
-    return {"unreadable": unreadable, "small": small} | ({"uncaptioned": uncaptioned} if uncaptioned else {})
+    small, *others = (sorted({name for own in left_out for name in own.get(kind, ())}) for kind in ("small", *_IF_ANY))
+    return {"unreadable": unreadable, "small": small} | {kind: names for kind, names in zip(_IF_ANY, others) if names}
 
 
 def _reach(position: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from .captions import Captions
 from .checkpoints import HELD_OUT, HELD_OUT_FRACTION, load_best, load_ema, newest_checkpoint, settings_of
 from .config import MOST_BATCH, MOST_SHARD, MOST_WORKERS, DataConfig, OptimizationConfig, RunConfig
 from .decoder_task import DecoderTask
-from .encoded_batch import encode
+from .encoded_batch import EncodedBatch, encode
 from .examples import ExampleMaker
 from .held_out import FEWEST_SPLIT, HeldOutLoss, Split, count_images, split
 from .image_batch import Geometry
@@ -43,6 +43,7 @@ from .sources import open_images
 from .stop import TrainingStopped, stop_at_once
 from .trainable import frozen_weights, trained_weights
 from .trainer import Evaluation, Trainer, sample_sheet
+from .vlm_conditions import Served, VLMConditions, with_conditions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -149,8 +150,10 @@ def _run_training(
     before = None if newest is None else settings_of(newest)
     _require_same_dropping(before, plan)
     encoders = plan.encoders(process_device(accelerator))
+    share = data.vlm_conditions
     card = CacheCard.of(encoders.tokenizer, encoders.codec, encoders.geometry, pixels=data.localised > 0)
-    source = open_source(data, encoders.geometry, lambda cache: cache.require(card), accelerator)
+    served = Served.of(plan.condition_card(encoders)) if share else None
+    source = open_source(data, encoders.geometry, lambda cache: cache.require(replace(card, vlm=served)), accelerator)
     parts = split_for_run(source, run, before, say)
     dtype = _frozen_dtype(accelerator.mixed_precision)
     decoder = plan.decoder(encoders, dtype=dtype)
@@ -159,6 +162,22 @@ def _run_training(
     if plan.condition_dropout:
         say(f"{folder.name}: the condition is left out in a share of {plan.condition_dropout:g} of the examples")
     say(f"{folder.name}: mixed precision {accelerator.mixed_precision}, frozen weights held in {dtype}")
+    conditions = None
+    if share:
+        if isinstance(source, EncodingCache):
+            served = source.card.vlm
+            if not (known := source.known):
+                raise ValueError(
+                    f"no image of the cache {data.cache} has a VLM's conditions, since none had a caption: train "
+                    "without --vlm-conditions, or write a cache of captioned images"
+                )
+            say(
+                f"{folder.name}: {known:,} of {len(source):,} images have the VLM's conditions, the others keep proxies"
+            )
+        else:
+            conditions = plan.conditions(decoder.card, encoders)
+            served = conditions.served
+        say(f"{folder.name}: the VLM's own conditions in a share of {share:g} of the examples: {served.words()}")
     accelerator.init_trackers("dcdd", config={name: str(value) for name, value in asdict(optimization).items()})
     shard = DataShard(
         seed=optimization.seed,
@@ -166,10 +185,18 @@ def _run_training(
         world=accelerator.num_processes,
         window=data.window,
     )
-    evaluate, held_out = _evaluation(encoders, decoder.card, source, parts, run, data, optimization, accelerator)
+    evaluate, held_out = _evaluation(
+        encoders, decoder.card, source, parts, run, data, optimization, accelerator, conditions
+    )
     batches = Batches(source if parts is None else parts.training, size=data.batch, shard=shard, workers=data.workers)
     examples = ExampleMaker(
-        decoder.card, encoders.tokenizer, encoders.codec, encoders.geometry, localised=data.localised
+        decoder.card,
+        encoders.tokenizer,
+        encoders.codec,
+        encoders.geometry,
+        localised=data.localised,
+        vlm_share=share,
+        conditions=conditions,
     )
     trainer = Trainer(
         folder,
@@ -178,9 +205,10 @@ def _run_training(
         optimization,
         accelerator=accelerator,
         settings={
-            "encodings": asdict(card),
+            "encodings": card.to_dict(),
             **_decoder_settings(plan, decoder),
             "localised": data.localised,
+            **({} if served is None else {"vlm_conditions": {"share": share, **asdict(served)}}),
             "precision": accelerator.mixed_precision,
             **({} if parts is None else {HELD_OUT: parts.fingerprint, HELD_OUT_FRACTION: run.held_out}),
         },
@@ -227,7 +255,7 @@ def train_and_write(trainer: Trainer, write: Callable[[], None], source: Source,
                 write()
             for line in left_out.lines():
                 say(f"{folder.name}: {line}")
-            if left_out.unreadable or left_out.small or left_out.uncaptioned:
+            if left_out.unreadable or left_out.small or left_out.uncaptioned or left_out.without_caption:
                 say(f"{folder.name}: all of them are named in {folder / RECORD}")
     except TrainingStopped as stopped:
         say(str(stopped))
@@ -338,16 +366,24 @@ def run_cache(
     shard_size: int = 1024,
     workers: int = 0,
     keep_pixels: bool = False,
+    vlm_conditions: bool = False,
     policy: ReadPolicy = DEFAULT_POLICY,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Encodes all images into a cache, each process its shards; see `write_cache`."""
+    """Encodes all images into a cache, each process its shards; see `write_cache`.
+
+    Args:
+        vlm_conditions: also of the VLM's conditions of images that have a caption; a plan of a decoder then.
+    """
     require_at_least(0, workers=workers)
     require_at_least(1, batch=batch, shard_size=shard_size)
     require_at_most(MOST_WORKERS, workers=workers)
     require_at_most(MOST_BATCH, batch=batch)
     require_at_most(MOST_SHARD, shard_size=shard_size)
     encoders = plan.encoders(process_device(accelerator))
+    conditions = plan.conditions(plan.condition_card(encoders), encoders) if vlm_conditions else None
+    if conditions is not None and accelerator.is_main_process:
+        report(f"{folder}: the VLM's own conditions: {conditions.served.words()}")
     write_cache(
         folder,
         open_images(images, encoders.geometry, column=column, policy=policy, captions=captions),
@@ -356,6 +392,7 @@ def run_cache(
         shard_size=shard_size,
         batch_size=batch,
         keep_pixels=keep_pixels,
+        conditions=conditions,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         workers=workers,
@@ -411,15 +448,25 @@ def _evaluation(
     data: DataConfig,
     optimization: OptimizationConfig,
     accelerator: Accelerator,
+    conditions: VLMConditions | None = None,
 ) -> tuple[Callable[[DistributionConditionedDecoder], Evaluation] | None, ReadCounter]:
-    """What is evaluated, the loss on held-out images and a sample sheet; and what was read of these images."""
+    """What is evaluated, the loss on held-out images and a sample sheet; and what was read of these images.
+
+    Args:
+        conditions: make those of the VLM; None where the batches have them, or the training has none.
+    """
+
+    def encoded(batch: Any) -> EncodedBatch:
+        found = encode(batch, encoders.tokenizer, encoders.codec)
+        return found if conditions is None else with_conditions(found, conditions)
+
     shown = source if parts is None else parts.held_out
     sheet = SampleSheet(encoders, card, shown, run.samples, optimization) if run.samples else None
     if parts is None:
         return sheet, ReadCounter()
     loss = HeldOutLoss(
         parts.held_out,
-        lambda batch: encode(batch, encoders.tokenizer, encoders.codec),
+        encoded,
         ExampleMaker(card, encoders.tokenizer, encoders.codec, encoders.geometry),
         optimization,
         batch=data.batch,
@@ -427,12 +474,15 @@ def _evaluation(
         world=accelerator.num_processes,
         total=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum"),
         workers=data.workers,
+        vlm_share=data.vlm_conditions,
     )
 
     def evaluate(decoder: DistributionConditionedDecoder) -> Evaluation:
-        value = loss(decoder)
+        numbers = loss.numbers(decoder)
+        if decoder.card.condition_dropout:
+            numbers["loss_without_condition"] = loss(decoder, dropped=True)
         image = None if sheet is None else sheet(decoder).sheet
-        return Evaluation(numbers={"loss": value}, sheet=image, score=value)
+        return Evaluation(numbers=numbers, sheet=image, score=numbers["loss"])
 
     return evaluate, loss.counter
 

@@ -35,8 +35,8 @@ def open_images(
             `Dataset.save_to_disk` wrote; or a pattern such as "shards/{000..127}.tar" or "data/train-*.parquet".
         column: the column of images in a dataset or in webdataset shards ("jpg"); None if there is only one.
         policy: which images may be left out.
-        captions: read the images with their captions, and leave those without one out: a .txt file beside each image of
-            a folder, a column of a dataset, a field of webdataset samples. None for images alone.
+        captions: read the images with their captions, and leave those without one out if they are required: a .txt file
+            beside each image of a folder, a column of a dataset, a field of webdataset samples. None for images alone.
 
     Raises:
         ValueError: if there are no images, several kinds of files, or no captions where they are wanted.

@@ -57,7 +57,7 @@ class SavedDataset(ImageSource):
         if isinstance(found.features[self.column], datasets.Image):
             found = found.cast_column(self.column, datasets.Image(decode=False))
         self.data = found
-        super().__init__(str(folder), geometry, policy, captioned=captions is not None)
+        super().__init__(str(folder), geometry, policy, captions=captions)
 
     @property
     def count(self) -> int:
@@ -138,7 +138,7 @@ class ShardStream(ImageSource):
         self.tar = kinds == {".tar"}
         self.column, self.caption_column = self._chosen_columns(self.files[0], column, captions)
         self._columns = (self.column, *([] if self.caption_column is None else [self.caption_column]))
-        super().__init__(str(self.files[0].parent), geometry, policy, captioned=captions is not None)
+        super().__init__(str(self.files[0].parent), geometry, policy, captions=captions)
 
     @cached_property
     def fingerprint(self) -> str:
