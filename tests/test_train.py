@@ -388,6 +388,16 @@ def test_conditions_are_left_out_and_the_bundle_says_so_and_can_be_guided(run, p
     assert run(**options) == 0 and run("--bundle-now", **options) == 0
 
 
+def test_the_loss_on_held_out_images_is_told_without_the_condition_too(run, more_images, tmp_path):
+    options = {"data": more_images, "sample-every": 1, "held-out": 0.1, "learning-rate": 1e-2, "warmup": 0, "steps": 3}
+    assert run(**options, **{"drop-condition": 0.5}) == 0
+    lines = read_log(tmp_path / "run")
+    assert all(line["eval/loss_without_condition"] != line["eval/loss"] for line in lines) and len(lines) == 3
+    assert load_best(tmp_path / "run").loss == min(line["eval/loss"] for line in lines)
+    assert run(**options, out=tmp_path / "other") == 0
+    assert not [line for line in read_log(tmp_path / "other") if "eval/loss_without_condition" in line]
+
+
 def test_a_run_without_dropped_conditions_does_not_begin_to_leave_some_out(run, pico, tmp_path, capsys):
     assert run() == 0
     bundle = tmp_path / "run" / "decoder.safetensors"

@@ -94,7 +94,7 @@ def test_a_cache_holds_out_the_images_that_the_folder_does(folder, tmp_path):
     assert found == keys(split(images, 0.2).held_out)
 
 
-def losses_on(images, decoder, *, world=1, batch=2, seed=0, fraction=0.1):
+def losses_on(images, decoder, *, world=1, batch=2, seed=0, fraction=0.1, **options):
     """The loss on held-out images, by so many processes one after the other."""
     tokenizer, codec, geometry = encoders()
     parts, sums, value = split(images, fraction), [], None
@@ -110,7 +110,7 @@ def losses_on(images, decoder, *, world=1, batch=2, seed=0, fraction=0.1):
                 world=world,
                 total=(lambda own: sum(sums)) if last else (lambda own: sums.append(own) or torch.ones(2)),
             )
-            value = loss(decoder)
+            value = loss(decoder, **options)
     return value
 
 
@@ -139,6 +139,19 @@ def test_the_loss_is_the_mean_over_the_held_out_images_at_fixed_times_and_noises
             error = (v - backbone.pack(velocity(z0, noise))).double().square().mean()
             expected.append(float(loss_weight(t, "sigma_sqrt") * error))
     assert found == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_loss_without_the_condition_is_the_loss_of_the_null_one(folder):
+    """At the same times and noises: with the null condition's token in the adapter's place it is the same number."""
+    decoder, images = tiny_decoder(condition_dropout=0.1), open_images(folder, encoders()[2])
+    found = losses_on(images, decoder, dropped=True)
+    assert found == losses_on(images, decoder, dropped=True)
+    assert losses_on(images, decoder, world=2, dropped=True) == pytest.approx(found, rel=1e-5)
+    with_it = losses_on(images, decoder)
+    assert with_it == losses_on(images, decoder, dropped=False) != pytest.approx(found, rel=1e-3)
+    decoder.adapter = decoder.adapter.null
+    assert losses_on(images, decoder) == pytest.approx(found, rel=1e-6)
 
 
 def ordered(parts):
