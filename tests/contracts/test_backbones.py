@@ -116,6 +116,23 @@ def test_an_untrained_adapter_adds_nothing(decoder):
     assert torch.equal(velocity(decoder), velocity(decoder, condition=tiny_condition(seed=3)))
 
 
+@torch.no_grad()
+def test_a_null_condition_starts_as_the_base_model_and_is_read(decoder, monkeypatch):
+    def without():
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, "condition_tokens", decoder.null_tokens)
+            return velocity(decoder)
+
+    decoder.adapter.keep_null(True)
+    with_it, new = velocity(decoder), without()
+    assert decoder.null_tokens(tiny_condition(), SIZE).shape == decoder.condition_tokens(tiny_condition(), SIZE).shape
+    decoder.adapter.null.token.copy_(torch.linspace(-1, 1, decoder.backbone.token_width))  # norms take a mean away
+    assert (without() - new).abs().max() > 1e-4 and (with_it - new).abs().max() > 1e-4
+    torch.nn.init.zeros_(decoder.adapter.fuse.weight)
+    torch.nn.init.zeros_(decoder.adapter.fuse.bias)
+    assert torch.equal(velocity(decoder), new)
+
+
 def test_what_is_unused_cannot_reach_the_output(decoder):
     before, reached = velocity(decoder), []
     for name, weight in decoder.transformer.named_parameters():

@@ -54,8 +54,8 @@ def sharded_accelerator(precision="no"):
     return found
 
 
-def train(folder, images, dtype=torch.float32, what="attention", **changes):
-    decoder = tiny_decoder().to(dtype)
+def train(folder, images, dtype=torch.float32, what="attention", condition_dropout=0.0, **changes):
+    decoder = tiny_decoder(condition_dropout=condition_dropout).to(dtype)
     choose_trained(decoder, what)
     data, recipe = example(), OptimizationConfig(steps=1)
 
@@ -98,6 +98,17 @@ def test_they_are_trained_evaluated_and_saved_as_unsharded_ones_are(tmp_path, im
             train(tmp_path / "cut", images)
 
     assert forked(refused, world=2) == [0, 0]
+
+
+def test_conditions_are_left_out_as_with_unsharded_weights(tmp_path, images, monkeypatch):
+    changes = {"what": "adapter", "condition_dropout": 0.5}
+    assert forked(lambda: train(tmp_path / "whole", images, **changes), world=2) == [0, 0]
+    monkeypatch.setattr(runs, "accelerator", sharded_accelerator)
+    assert forked(lambda: train(tmp_path / "parts", images, **changes), world=2) == [0, 0]
+    found, expected = losses(tmp_path / "parts"), losses(tmp_path / "whole")
+    assert len(found) == 5
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_a_full_disk_is_reported(tmp_path, images, monkeypatch):
