@@ -15,12 +15,14 @@ from ..dcdd_core.models.card import DecoderCard
 from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.protocols import ImageTokenizer, LatentCodec, TokenSampler
 from ..dcdd_core.types import Calibration, Codebook, TokenLogits, same_codebook
+from ..dcdd_pico.embedded import CALIBRATION, LLAMAGEN, NAME, model_paths
 from ..dcdd_pico.scenes import render_scene, scene_pixels
 from . import host
 from .convert import in_words
 from .sockets import MappedCondition
 
 _UNNAMED = "an unnamed model"
+_UNTRAINED = "where there is none, Distribution Guidance paints with any diffusion model"
 #: Side in pixels of the image that a VAE is measured on.
 _SCENE = 128
 
@@ -63,7 +65,7 @@ def check_decoder(card: DecoderCard, tokenizer: ImageTokenizer) -> None:
         wanted, came = _told_apart(card.tokenizer, tokenizer.name, books)
         raise ValueError(
             f"the decoder was trained for {wanted}, and vq_vae is {came}, which has another codebook: use {wanted} in "
-            f"the Load Janus or Load VQ-VAE, or a decoder that was trained for {came}"
+            f"the Load Janus or Load VQ-VAE, or a decoder that was trained for {came}; {_UNTRAINED}"
         )
 
 
@@ -165,7 +167,7 @@ def check_condition(condition: MappedCondition, decoder: DistributionConditioned
         raise ValueError(
             f"the condition is made of tokens of {came}, and the decoder was trained "
             f"for {wanted}, which has another codebook: use {wanted} in the Load Janus or Load VQ-VAE, "
-            "or a decoder that was trained for your model"
+            f"or a decoder that was trained for {came}; {_UNTRAINED}"
         )
     made_for = condition.card
     needs_calibration = card.variant == "lcdm+lc" and card.calibration is not None
@@ -289,7 +291,22 @@ def _told_apart(
 
 
 def served(card: DecoderCard, token_logits: TokenLogits) -> DecoderCard:
-    """The card to map these logits with; says on the node if they were not sampled as it was calibrated."""
-    if card.calibration is None or card.variant == "discrete" or card.reads == "tokens":
+    """The card to map these logits with; says on the node if they were not sampled as it was calibrated.
+
+    An embedded VLM may have a calibration of its own, which then takes the place of the one that was made for another.
+    """
+    calibration = card.calibration
+    if calibration is None or card.variant == "discrete" or card.reads == "tokens":
         return card
-    return replace(card, calibration=without_provenance(token_logits, card.calibration))
+    sampled = token_logits.source == "vlm" and not token_logits.calibrated
+    if sampled and calibration.vlm != token_logits.model and same_codebook(card.codebook, token_logits.codebook):
+        calibration = _own_calibration(token_logits.model) or calibration
+    return replace(card, calibration=without_provenance(token_logits, calibration))
+
+
+def _own_calibration(model: str) -> Calibration | None:
+    """Of the embedded VLM of that name, if it has one."""
+    if model != f"{NAME} {LLAMAGEN}":
+        return None
+    file = model_paths(vlm=LLAMAGEN)["vlm"].with_name(CALIBRATION)
+    return Calibration.load(file) if file.exists() else None

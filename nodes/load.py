@@ -1,7 +1,8 @@
-"""Loaders: Janus, its tokenizer alone, and the diffusion decoder."""
+"""Loaders: Janus or another sampler of image tokens, its tokenizer alone, and the diffusion decoder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import comfy.model_management
@@ -14,25 +15,28 @@ from ..dcdd_core.models.bundle import DecoderOptions, load_decoder
 from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download_model
 from ..dcdd_core.pipelines.load import check_codec
 from ..dcdd_core.protocols import ImageTokenizer
-from ..dcdd_pico.embedded import JANUS, NAME, PROGRESSIVE, model_paths
+from ..dcdd_pico.embedded import JANUS, LLAMAGEN, NAME, PROGRESSIVE, model_paths
 from . import host, model_folders
 from .host import Managed, ManagedCodec
 from .sockets import Decoder, DecoderSocket, JanusModel, JanusModelSocket, VQVAESocket, schema
 
 PICO = "pico (built in)"
 PICO_PROGRESSIVE = "pico progressive (built in)"
-#: Combo values of the models that come with the pack.
-BUILT_IN = (PICO, PICO_PROGRESSIVE)
+PICO_LLAMAGEN = "pico llamagen (built in)"
+#: Combo values of the models that come with the pack -> their folders.
+BUILT_IN = {PICO: JANUS, PICO_PROGRESSIVE: PROGRESSIVE, PICO_LLAMAGEN: LLAMAGEN}
 CONNECTED = "with the bundle, or connected"
 HELD = "in the bundle"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-#: What pico's decoder is calibrated for.
+#: What pico's decoder is calibrated for. The other built-in models' own files say their guidance.
 _PICO_GUIDANCE = 3.0
+#: Built-in models that share the name, since they share the decoder's calibration. LlamaGen's files say its own name.
+_NAMED_PICO = (PICO, PICO_PROGRESSIVE)
 STORAGE = ("auto", "float32", "bfloat16", "float16", "8-bit")
 
 
 class LoadJanus(io.ComfyNode):
-    """Janus, Janus-Pro or a masked sampler, with its tokenizer."""
+    """Janus, Janus-Pro, LlamaGen or a masked sampler, with its tokenizer."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -41,17 +45,19 @@ class LoadJanus(io.ComfyNode):
             "Load Janus",
             category="loaders",
             description=(
-                "Loads a Janus or Janus-Pro model, which turns a prompt into image tokens, together with its "
-                "VQ-VAE. Put the model's whole folder into models/janus (the transformers or the DeepSeek layout). "
-                "Folders of masked samplers go there too, for the Progressive Token Sampler. 'pico' and 'pico "
+                "Loads a Janus, Janus-Pro or LlamaGen model, which turns a prompt into image tokens, together with "
+                "its VQ-VAE. Put the model's whole folder into models/janus: Janus in the transformers or the DeepSeek "
+                "layout, LlamaGen with its checkpoint, its VQ-VAE and the folder flan-t5-xl. Folders of masked "
+                "samplers go there too, for the Progressive Token Sampler. 'pico', 'pico llamagen' and 'pico "
                 "progressive' are tiny models that come with the pack, so that you can start without a download."
             ),
             search_aliases=["janus pro", "deepseek", "vlm", "autoregressive", "llm loader", "llamagen", "masked model"],
             inputs=[
                 _model(
                     BUILT_IN,
-                    "A folder in models/janus that holds a Janus or Janus-Pro model or a masked sampler, or one of the "
-                    "two tiny built-in models: 'pico' samples one token after the other, 'pico progressive' in passes.",
+                    "A folder in models/janus that holds a Janus, Janus-Pro or LlamaGen model or a masked sampler, or "
+                    "one of the three tiny built-in models: 'pico' (a Janus) and 'pico llamagen' sample one token "
+                    "after the other, 'pico progressive' in passes.",
                 ),
                 _dtype(),
                 _placement(),
@@ -75,7 +81,7 @@ class LoadJanus(io.ComfyNode):
         folder, torch_dtype = _folder(model), _torch_dtype(dtype, model, placement)
         family = registry.sampler_family(folder)
         sampler = family.load_sampler(str(folder), dtype=torch_dtype, computes_on=host.device_of(placement))
-        if model in BUILT_IN:
+        if model in _NAMED_PICO:
             sampler.name = NAME
         if model == PICO:
             sampler.default_guidance = _PICO_GUIDANCE
@@ -84,7 +90,7 @@ class LoadJanus(io.ComfyNode):
 
 
 class LoadVQVAE(io.ComfyNode):
-    """Only the tokenizer of a Janus model."""
+    """Only the tokenizer of a sampler."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -93,12 +99,17 @@ class LoadVQVAE(io.ComfyNode):
             "Load VQ-VAE",
             category="loaders",
             description=(
-                "Loads only the image tokenizer (VQ-VAE) of a Janus folder in models/janus. Reconstructing an "
-                "image needs nothing else, so the language model, several gigabytes, is not loaded."
+                "Loads only the image tokenizer (VQ-VAE) of a Janus or LlamaGen folder, or that of a masked sampler, "
+                "in models/janus. Reconstructing an image needs nothing else, so the language model, several "
+                "gigabytes, is not loaded."
             ),
             search_aliases=["tokenizer", "vqgan", "vq-16", "janus vae", "llamagen"],
             inputs=[
-                _model((PICO,), "A folder in models/janus whose VQ-VAE to load, or the tiny built-in one."),
+                _model(
+                    (PICO,),
+                    "A folder in models/janus whose VQ-VAE to load, or the tiny built-in one, which all pico models "
+                    "share.",
+                ),
                 _placement(),
             ],
             outputs=[
@@ -262,7 +273,7 @@ NODES = [LoadJanus, LoadVQVAE, LoadDecoder, DownloadModel]
 _OFFERED = {f"{name} ({model.gigabytes:g} GB)": model for name, model in KNOWN_MODELS.items()}
 
 
-def _model(built_in: tuple[str, ...], tooltip: str) -> io.Combo.Input:
+def _model(built_in: Iterable[str], tooltip: str) -> io.Combo.Input:
     return io.Combo.Input("model", options=[*built_in, *model_folders.samplers()], default=PICO, tooltip=tooltip)
 
 
@@ -292,7 +303,7 @@ def _placement() -> io.Combo.Input:
 
 def _folder(model: str) -> Path:
     if model in BUILT_IN:
-        return model_paths(vlm=PROGRESSIVE if model == PICO_PROGRESSIVE else JANUS)["vlm"]
+        return model_paths(vlm=BUILT_IN[model])["vlm"]
     return model_folders.path_of(model_folders.JANUS, model)
 
 
@@ -309,7 +320,7 @@ def _state(model: str) -> str:
 def _tokenizer(folder: Path, model: str, placement: str) -> Managed[ImageTokenizer]:
     """In float32: its features decide which token a patch becomes."""
     tokenizer = registry.sampler_family(folder).load_tokenizer(str(folder), dtype=torch.float32)
-    if model in BUILT_IN:
+    if model in _NAMED_PICO:
         tokenizer.name = NAME
     return Managed(tokenizer, placement=placement)
 

@@ -211,8 +211,8 @@ class ProgressiveTokenSampler(io.ComfyNode):
                     "stages",
                     display_name="stages",
                     tooltip=(
-                        "A contact sheet for each of the first four images: every pass from left to right, with new "
-                        "tokens in green and rewritten ones in orange."
+                        "A contact sheet for each of the first four images: every pass from left to right, 12 to a "
+                        "row, with new tokens in green and rewritten ones in orange."
                     ),
                 ),
             ],
@@ -401,7 +401,7 @@ def _requested(
     options = SamplingOptions(
         guidance=sampler.default_guidance if guidance < 0 else guidance,
         temperature=temperature,
-        top_k=top_k or None,
+        top_k=_own_top_k(sampler) if top_k < 0 else top_k,
         top_p=top_p if top_p < 1 else None,
     )
     seeds = [seed + k for k in range(len(prompts))]
@@ -442,7 +442,8 @@ def _inputs(*own: io.Input) -> list[io.Input]:
             step=0.1,
             tooltip=(
                 "How closely the prompt is followed (classifier-free guidance). -1 uses the model's own: 5 for "
-                "Janus-Pro, 3 for the built-in pico models. 1 turns guidance off and takes half the time."
+                "Janus-Pro, 7.5 for LlamaGen, 3 for pico, 1.5 for pico llamagen. 1 turns guidance off and takes half "
+                "the time."
             ),
         ),
         io.Float.Input(
@@ -455,11 +456,12 @@ def _inputs(*own: io.Input) -> list[io.Input]:
         ),
         io.Int.Input(
             "top_k",
-            default=0,
-            min=0,
+            default=-1,
+            min=-1,
             max=65536,
             tooltip=(
-                "Samples only from the k most likely tokens; 0 means all. The logits that are kept are always complete."
+                "Samples only from the k most likely tokens; 0 means all. -1 uses the model's own: 1000 for LlamaGen, "
+                "all for the others. The logits that are kept are always complete."
             ),
         ),
         io.Float.Input(
@@ -500,6 +502,11 @@ def _sampled() -> io.Output:
         display_name="token_logits",
         tooltip="Tokens with their distributions. Connect to LCDM Encoder, VQ-VAE Decode or Logit Statistics.",
     )
+
+
+def _own_top_k(sampler: TokenSampler) -> int | None:
+    """For `SamplingOptions`, where None leaves it to a sampler that draws one token after the other."""
+    return sampler.sampling.top_k if isinstance(sampler, StagedSampler) else None
 
 
 def _parallel(tokens: int, sampler: TokenSampler) -> int | None:

@@ -59,7 +59,14 @@ CORE_NODES = {
     },
 }
 #: What the pages quote besides sockets, options and paths; the last is an option only where nothing was saved yet.
-QUOTED = {"dcdd calibrate", "hf auth login", "HF_HUB_OFFLINE", "HF_TOKEN", "none yet: fit one and save it"}
+QUOTED = {
+    "dcdd calibrate",
+    "dcdd captions",
+    "hf auth login",
+    "HF_HUB_OFFLINE",
+    "HF_TOKEN",
+    "none yet: fit one and save it",
+}
 MOST_BYTES = 60_000
 CHINESE = re.compile("[\u4e00-\u9fff]")
 

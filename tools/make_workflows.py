@@ -1246,7 +1246,7 @@ def repaint_with_flux(graph: Graph) -> None:
     )
 
 
-_PICO_PROGRESSIVE = "pico progressive (built in)"
+_PICO_PROGRESSIVE, _PICO_LLAMAGEN = "pico progressive (built in)", "pico llamagen (built in)"
 
 
 def progressive(graph: Graph) -> None:
@@ -1352,6 +1352,48 @@ def inpaint(graph: Graph) -> None:
     )
 
 
+def llamagen(graph: Graph) -> None:
+    note = graph.note("""
+        # LlamaGen, both decoders
+        **LlamaGen** is another model that samples an image token by token; it reads the prompt with a T5 text encoder.
+        It takes Janus' place, and all other nodes stay as they are: its own **VQ-VAE** decodes the tokens, and the
+        **FLUX decoder** also gets how certain it was at each position.
+
+        Press **Run**: it works as it is, with *pico llamagen*, a tiny model that comes with the pack.
+        ## Change first
+        - the **prompt** (green). pico knows the words of one small world: shapes, colours, patterns, places, grounds
+        - the sampler's **seed**, for another image
+        - *Load Janus*: **pico (built in)** shows what Janus makes of the same prompt
+        ## With the published LlamaGen
+        - *Load Janus*: a folder in models/janus with t2i_XL_stage2_512.pt (or t2i_XL_stage1_256.pt), vq_ds16_t2i.pt,
+        and google/flan-t5-xl in its folder flan-t5-xl (the node *Download Model* fetches them all)
+        - *guidance* and *top_k* at -1 are its authors' own: 7.5 and 1000
+        - no decoder for it is published, and those of other models are refused. Let your own FLUX paint, by
+        *Distribution Guidance* (workflow 8, with LlamaGen in its *Load Janus*), or train a decoder
+    """)
+    janus, decoder = load_janus(graph, _PICO_LLAMAGEN), load_decoder(graph)
+    sampled = sampler(graph, janus, batch_size=2)
+    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
+    mask = uncertainty_mask(graph, condition)
+    by_vq = vq_decode(graph, sampled["token_logits"], janus["vq_vae"])
+    painted = paint(graph, decoder, condition)
+    sheet = compare(
+        graph,
+        "sampler seed 1\nsampler seed 2",
+        a=by_vq["image"],
+        b=painted["image"],
+        c=mask["heat_map"],
+        label_c="where LlamaGen was unsure (bright)",
+    )
+    graph.thumbnail = save(graph, sheet["image"], "LlamaGen", "Save the comparison", wide=800, tall=700)
+    graph.columns(
+        [note, group("Models", MODELS, [janus, decoder])],
+        [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition, mask])],
+        [group("Decode", DECODE, [by_vq, painted])],
+        [group("Compare", COMPARE, [sheet, graph.thumbnail])],
+    )
+
+
 WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     "1 Text to image, both decoders": both_decoders,
     "2 Reconstruct a picture": reconstruct,
@@ -1364,6 +1406,7 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
     "9 Repaint under a mask, with your own FLUX": repaint_with_flux,
     "10 Progressive, coarse to fine": progressive,
     "11 Inpaint with tokens": inpaint,
+    "12 LlamaGen, both decoders": llamagen,
 }
 
 

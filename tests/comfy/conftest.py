@@ -46,11 +46,13 @@ def prepare(base: Path) -> Path:
     models/janus/another    pico with its codebook in another order
     models/janus/cut        the same with the beginning of its weights alone
     models/janus/amused, models/janus/bigfix    tiny ones in the layouts of published masked samplers
+    models/janus/llamagen   a tiny t2i_tiny as LlamaGen's authors publish it: 4 x 4 tokens of 64 codes
     models/janus/masked     a masked sampler with random weights, of pico's tokens; its image tokenizer is pico's own
     elsewhere/models/tiny   another Janus altogether: 4 x 4 tokens of 64 codes; in a folder of extra_model_paths.yaml
     models/dcdd             pico's decoder as bundle.safetensors; cut.safetensors, half of it; damaged.safetensors, the
                             JSON in its header spoilt; uncalibrated.safetensors, without its calibration
-    models/dcdd/calibrations    good.safetensors, and damaged in the same two ways
+    models/dcdd/calibrations    good.safetensors, and damaged in the same two ways; pico llamagen.safetensors, the
+                            embedded model's own
     models/diffusers/pico/vae   pico's autoencoder
     models/dcdd/flux.safetensors, models/diffusers/flux/vae     a decoder of pico's tokens with random weights that
                             paints latents of FLUX's size and scale, and its autoencoder
@@ -59,9 +61,11 @@ def prepare(base: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     from dcdd_core.types import Calibration
+    from dcdd_pico.embedded import CALIBRATION
     from tests.tiny import random_pico, save_flux_like, save_janus
     from tests.tiny_amused import save_tiny_amused
     from tests.tiny_bigfix import save_bigfix
+    from tests.tiny_llamagen import save_llamagen
 
     pack = copy_pack(base / "custom_nodes")
     weights = pack / "dcdd_pico" / "weights"
@@ -87,6 +91,7 @@ def prepare(base: Path) -> Path:
     save_random_masked(models / "janus" / "masked", weights / "janus")
     save_tiny_amused(models / "janus" / "amused")
     save_bigfix(models / "janus" / "bigfix")
+    save_llamagen(models / "janus" / "llamagen")
 
     bundle = (weights / "decoder.safetensors").read_bytes()
     calibrations = models / "dcdd" / "calibrations"
@@ -100,6 +105,7 @@ def prepare(base: Path) -> Path:
     Calibration.from_dict(card["calibration"]).save(calibrations / "good.safetensors")
     header["card"] = json.dumps(card | {"calibration": None})
     save_file(load_file(weights / "decoder.safetensors"), models / "dcdd" / "uncalibrated.safetensors", header)
+    shutil.copy(weights / CALIBRATION, calibrations / "pico llamagen.safetensors")
     good = (calibrations / "good.safetensors").read_bytes()
     (calibrations / "cut.safetensors").write_bytes(good[: len(good) // 2])
     (calibrations / "damaged.safetensors").write_bytes(good.replace(rb'"{\"scale', rb'"[\"scale'))

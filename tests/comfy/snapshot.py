@@ -26,7 +26,7 @@ MODEL_FILES = {
     ("DCDD_LoadCalibration", "file"),
 }
 #: How options begin that do not come from files.
-BUILT_IN = ("pico (", "pico progressive (", "in the bundle", "with the bundle")
+BUILT_IN = ("pico (", "pico progressive (", "pico llamagen (", "in the bundle", "with the bundle")
 # What the oldest and the newest supported ComfyUI both tell.
 _TOLD = ("input", "input_order", "output", "output_name", "output_tooltips", "display_name", "description")
 _TOLD += ("category", "output_node", "python_module")

@@ -88,8 +88,8 @@ def test_outputs_are_called_by_name_and_not_by_type(ours):
 
 def test_combos_list_what_is_there(ours):
     # The last of a folder of extra_model_paths.yaml.
-    folders = ["amused", "another", "bigfix", "cut", "masked", "tiny"]
-    built_in = ["pico (built in)", "pico progressive (built in)"]
+    folders = ["amused", "another", "bigfix", "cut", "llamagen", "masked", "tiny"]
+    built_in = ["pico (built in)", "pico progressive (built in)", "pico llamagen (built in)"]
     assert options(inputs(ours["DCDD_LoadJanus"])["model"]) == [*built_in, *folders]
     assert options(inputs(ours["DCDD_LoadVQVAE"])["model"]) == [built_in[0], *folders]
     decoder = inputs(ours["DCDD_LoadDecoder"])

@@ -28,7 +28,7 @@ Node = tuple[str, Values]
 Arrays = dict[str, np.ndarray]
 
 PICO, FACTOR, GRID = "pico (built in)", 8, 12
-PICO_PROGRESSIVE = "pico progressive (built in)"
+PICO_PROGRESSIVE, PICO_LLAMAGEN = "pico progressive (built in)", "pico llamagen (built in)"
 SIDE, TOKENS = FACTOR * GRID, GRID * GRID
 
 
@@ -48,12 +48,15 @@ def of(name: str, index: int = 0) -> Link:
 
 
 IT = of("it")
+STAR = "a large plain red star in the centre on a plain sky ground"
 
 #: The nodes that cases build on, two images in each batch.
 PARTS: dict[str, Node] = {
     "janus": ("DCDD_LoadJanus", {}),
     "masked": ("DCDD_LoadJanus", {"model": "masked"}),
     "pico in passes": ("DCDD_LoadJanus", {"model": PICO_PROGRESSIVE}),
+    "pico llamagen": ("DCDD_LoadJanus", {"model": PICO_LLAMAGEN}),
+    "llamagen": ("DCDD_LoadJanus", {"model": "llamagen"}),
     "vq": ("DCDD_LoadVQVAE", {}),
     "decoder": ("DCDD_LoadDecoder", {}),
     "bare": ("DCDD_LoadDecoder", {"bundle": "bundle.safetensors"}),
@@ -66,6 +69,11 @@ PARTS: dict[str, Node] = {
     "wide": ("TEST_Picture", {"fill": "noise", "height": 128}),
     "proxies": ("DCDD_VQVAEEncode", {"vq_vae": of("vq"), "image": of("scenes")}),
     "sampled": ("DCDD_JanusLogitSampler", {"janus": of("janus"), "seed": 11, "guidance": 3.0, "batch_size": 2}),
+    "of llamagen": ("DCDD_JanusLogitSampler", {"janus": of("llamagen"), "prompt": "a red circle"}),
+    "of pico llamagen": (
+        "DCDD_JanusLogitSampler",
+        {"janus": of("pico llamagen"), "prompt": STAR, "seed": 3, "batch_size": 2},
+    ),
     "calibration": ("DCDD_LoadCalibration", {"file": "good.safetensors"}),
     "calibrated": (
         "DCDD_LogitCalibrator",
@@ -119,6 +127,8 @@ PARTS: dict[str, Node] = {
     ),
 }
 
+#: The tokenizer of the tiny LlamaGen.
+VQ_16 = of("llamagen", 1)
 PROXIES = {"token_logits": of("proxies"), "vq_vae": of("vq")}
 DRAW = {"janus": of("janus"), "guidance": 1.0}
 REVEAL = {"janus": of("masked"), "guidance": 1.0}
@@ -432,6 +442,34 @@ def pico_is_sampled_in_passes(found: Found) -> None:
     assert not np.array_equal(*found.arrays["it"]["tokens"])
     assert found["stages"].shape[0] == 2 and found["stages"].shape[2] == 12 + 4 * (160 + 12)
     assert found["decoded"].shape == found["painted"].shape == (2, SIDE, SIDE, 3)
+
+
+def llamagen_is_sampled(found: Found) -> None:
+    """4 x 4 tokens as its authors sample them: guidance 7.5, of the 1000 most likely codes, which are all 64."""
+    for name in ("as published", "all codes"):
+        for key, value in found.arrays["it"].items():
+            close(value, found.arrays[name][key])
+    assert found.arrays["it"]["tokens"].shape == (1, 16) and found.arrays["it"]["logits"].shape == (1, 16, 64)
+    assert found["decoded"].shape == (1, 16, 16, 3) and found["decoded"].std() > 0.01
+
+
+def pico_llamagen_is_sampled(found: Found) -> None:
+    """Another model than Janus, of the same tokens, which depend on its prompt; guided as its folder says."""
+    file = found.base / "custom_nodes" / PACK / "dcdd_pico" / "weights" / "llamagen" / "config.json"
+    own = json.loads(file.read_text("utf-8"))["guidance"]
+    plain, guided, other = (found.arrays[name]["logits"][0, 0] for name in ("it", "guided", "other"))
+    null = found.arrays["without a prompt"]["logits"][0, 0]
+    np.testing.assert_allclose(guided, null + own * (plain - null), atol=2e-3)
+    assert np.abs(plain - other).mean() > 0.1 and np.abs(plain - found.arrays["janus"]["logits"][0, 0]).mean() > 0.1
+    assert found.arrays["guided"]["logits"].shape == (2, TOKENS, 1024)
+    assert not np.array_equal(*found.arrays["guided"]["tokens"])
+
+
+def own_calibration_is_used(found: Found) -> None:
+    for name, value in found.arrays["it"].items():
+        np.testing.assert_allclose(value, found.arrays["by hand"][name], atol=1e-4)
+    assert np.abs(found.arrays["it"]["code_vectors"] - found.arrays["as Janus"]["code_vectors"]).max() > 1e-3
+    assert found["painted"].shape == (2, SIDE, SIDE, 3)
 
 
 def passes_are_shown(found: Found) -> None:
@@ -775,6 +813,7 @@ PASSES: dict[str, Values] = {
     "none revised": {"revise": 0},
 }
 STARTED = {**REVEAL, "token_logits": of("calibrated"), "passes": 9, "revision_passes": 0, "revise": 0}
+ANCHORED = {"token_logits": of("of pico llamagen"), "vq_vae": of("vq"), "anchored": True}
 AUTOENCODER = "autoencoder"
 SCHEMAS = json.loads(SNAPSHOT.read_text("utf-8"))
 DOWNLOADED = next(
@@ -1005,6 +1044,92 @@ CASES = [
         reports=[(k, 4) for k in range(1, 5)],
         previews=4,
         notice=f"{TOKENS} tokens for each of 2 images in 4 passes",
+    ),
+    Case(
+        name="LlamaGen as it is published",
+        node="DCDD_JanusLogitSampler",
+        inputs={"janus": of("llamagen"), "prompt": "a red circle", "seed": 4},
+        more={
+            "as published": (
+                "DCDD_JanusLogitSampler",
+                {"janus": of("llamagen"), "prompt": " A red (circle)", "seed": 4, "guidance": 7.5, "top_k": 1000},
+            ),
+            "all codes": (
+                "DCDD_JanusLogitSampler",
+                {"janus": of("llamagen"), "prompt": "a red circle", "seed": 4, "top_k": 0, "parallel_tokens": 1},
+            ),
+            "image": ("DCDD_VQVAEDecode", {"token_logits": IT, "vq_vae": of("llamagen", 1)}),
+        },
+        keep={
+            "it": IT,
+            "as published": of("as published"),
+            "all codes": of("all codes"),
+            "decoded": of("image"),
+        },
+        check=llamagen_is_sampled,
+        previews=4,
+        notice="16 tokens in ",
+    ),
+    Case(
+        name="pico LlamaGen",
+        node="DCDD_JanusLogitSampler",
+        inputs={"janus": of("pico llamagen"), "prompt": STAR, "seed": 3, "guidance": 1.0},
+        more={
+            "without a prompt": (
+                "DCDD_JanusLogitSampler",
+                {"janus": of("pico llamagen"), "prompt": STAR, "seed": 3, "guidance": 0.0},
+            ),
+            "other": (
+                "DCDD_JanusLogitSampler",
+                {"janus": of("pico llamagen"), "prompt": HEART, "seed": 3, "guidance": 1.0},
+            ),
+            "by janus": ("DCDD_JanusLogitSampler", {**DRAW, "prompt": STAR, "seed": 3}),
+        },
+        keep={
+            "it": IT,
+            "guided": of("of pico llamagen"),
+            "without a prompt": of("without a prompt"),
+            "other": of("other"),
+            "janus": of("by janus"),
+        },
+        check=pico_llamagen_is_sampled,
+        previews=GRID,
+        notice=f"{TOKENS} tokens in ",
+    ),
+    Case(
+        name="pico LlamaGen's words",
+        node="DCDD_JanusLogitSampler",
+        inputs={"janus": of("pico llamagen"), "prompt": "a red zebra", "guidance": 1.0},
+        check=anything,
+        notice="does not know zebra",
+    ),
+    Case(
+        name="pico LlamaGen's edit of an image",
+        node="DCDD_JanusLogitSampler",
+        inputs={
+            "janus": of("pico llamagen"),
+            "token_logits": of("calibrated"),
+            "mask": of("mask"),
+            "seed": 77,
+        },
+        keep={"it": IT, "given": of("calibrated")},
+        check=edit_keeps_the_rest,
+        notice="36 tokens for each of 2 images in ",
+    ),
+    Case(
+        name="condition of pico LlamaGen",
+        node="DCDD_LCDMEncoder",
+        inputs={"token_logits": of("of pico llamagen"), "vq_vae": of("vq"), "decoder": of("decoder")},
+        more={
+            "paint": painter("it", 1),
+            "its own": ("DCDD_LoadCalibration", {"file": "pico llamagen.safetensors"}),
+            "pulled": ("DCDD_LogitCalibrator", {**ANCHORED, "calibration": of("its own")}),
+            "by hand": ("DCDD_LCDMEncoder", {"token_logits": of("pulled"), "vq_vae": of("vq")}),
+            "pulled as Janus": ("DCDD_LogitCalibrator", {**ANCHORED, "decoder": of("decoder")}),
+            "as Janus": ("DCDD_LCDMEncoder", {"token_logits": of("pulled as Janus"), "vq_vae": of("vq")}),
+        },
+        keep={"it": IT, "by hand": of("by hand"), "as Janus": of("as Janus"), "painted": of("paint")},
+        check=own_calibration_is_used,
     ),
     Case(
         name="unknown words of a masked sampler",
@@ -1951,6 +2076,43 @@ def _refusals() -> list[Refusal]:
                 ("DCDD_LogitCalibrator", {"vq_vae": of("other vq"), "decoder": of("decoder")}, "calibration was made"),
             )
         ),
+        *(
+            Refusal(
+                name=f"LlamaGen at {node}: {says[-1]}",
+                node=node,
+                inputs=inputs,
+                more={"its condition": ("DCDD_LCDMEncoder", {"token_logits": of("of llamagen"), "vq_vae": VQ_16})},
+                says=says,
+            )
+            for node, inputs, says in (
+                (
+                    "DCDD_LCDMEncoder",
+                    {"token_logits": of("of llamagen"), "vq_vae": VQ_16, "decoder": of("decoder")},
+                    ("trained for pico", "vq_vae is t2i_tiny", "use pico in", "for t2i_tiny; .* Distribution Guidance"),
+                ),
+                (
+                    "DCDD_FluxDecoder",
+                    {**PAINT, "condition": of("its condition")},
+                    ("tokens of t2i_tiny", "trained for pico", "use pico in", "for t2i_tiny; .* Distribution Guidance"),
+                ),
+                (
+                    "DCDD_LogitCalibrator",
+                    {"token_logits": of("of llamagen"), "vq_vae": VQ_16, "decoder": of("decoder")},
+                    ("calibration was made for pico", "vq_vae is t2i_tiny", "was made for this model"),
+                ),
+                (
+                    "DCDD_VQVAEDecode",
+                    {"token_logits": of("of llamagen"), "vq_vae": of("vq")},
+                    ("come from t2i_tiny", "vq_vae from pico", "connect the vq_vae"),
+                ),
+                (
+                    "DCDD_JanusLogitSampler",
+                    {"janus": of("llamagen"), "token_logits": of("calibrated"), "mask": of("mask")},
+                    ("come from pico", "janus is t2i_tiny", "connect token_logits that t2i_tiny"),
+                ),
+                (PROGRESSIVE, {"janus": of("llamagen")}, ("t2i_tiny samples one", "connect it to a Janus Logit")),
+            )
+        ),
         Refusal(
             name="condition of another model",
             node="DCDD_FluxDecoder",
@@ -2043,6 +2205,13 @@ def _refusals() -> list[Refusal]:
             inputs={"model": PICO_PROGRESSIVE, "dtype": "float32"},
             says=("pico progressive", "weights", "install the pack again"),
             away=f"custom_nodes/{PACK}/dcdd_pico/weights/progressive",
+        ),
+        Refusal(
+            name="pico LlamaGen that is not there",
+            node="DCDD_LoadJanus",
+            inputs={"model": PICO_LLAMAGEN, "dtype": "float32"},
+            says=("pico llamagen", "weights", "install the pack again"),
+            away=f"custom_nodes/{PACK}/dcdd_pico/weights/llamagen",
         ),
         Refusal(
             name="download without a network",

@@ -5,6 +5,7 @@ import { app } from "../../../scripts/app.js";
 const CHINESE = {
   "pico (built in)": "pico（内置）",
   "pico progressive (built in)": "pico 渐进（内置）",
+  "pico llamagen (built in)": "pico LlamaGen（内置）",
   auto: "自动",
   float32: "float32",
   bfloat16: "bfloat16",

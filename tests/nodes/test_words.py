@@ -1,0 +1,97 @@
+"""Numbers that the nodes' words name, against the code and the weights that they are of."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from dcdd_core.evaluation import stage_sheet
+from dcdd_core.models.autoregressive.token_loop import window_for
+from dcdd_core.models.bundle import read_card
+from dcdd_core.models.janus.sampler import JanusSampler
+from dcdd_core.models.llamagen.sampler import SAMPLING
+from dcdd_pico.embedded import LLAMAGEN, PROGRESSIVE, WEIGHTS
+from tests.comfy.snapshot import SNAPSHOT, inputs
+from tests.shipped import ROOT
+from tests.tiny import tiny_janus
+
+INFO = json.loads(SNAPSHOT.read_text("utf-8"))
+CHINESE = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text("utf-8"))
+JANUS, MASKED = "DCDD_JanusLogitSampler", "DCDD_ProgressiveTokenSampler"
+SAMPLERS = (JANUS, MASKED)
+CPU = torch.device("cpu")
+
+
+def pages(node: str) -> tuple[str, str]:
+    """The help pages, English and Chinese."""
+    docs = ROOT / "web" / "docs"
+    return (docs / f"{node}.md").read_text("utf-8"), (docs / node / "zh.md").read_text("utf-8")
+
+
+def tooltips(node: str, name: str) -> tuple[str, str]:
+    return inputs(INFO[node])[name][1]["tooltip"], CHINESE[node]["inputs"][name]["tooltip"]
+
+
+def numbers(texts: tuple[str, str], english: str, chinese: str) -> list[tuple[str, ...]]:
+    """What the groups of the two patterns find, each of which has to be there once."""
+    found = []
+    for text, pattern in zip(texts, (english, chinese)):
+        matches = re.findall(pattern, text)
+        assert len(matches) == 1, f"{pattern!r} is there {len(matches)} times in: {text}"
+        found.append(matches[0] if isinstance(matches[0], tuple) else (matches[0],))
+    return found
+
+
+def config_of(vlm: str) -> dict:
+    return json.loads((WEIGHTS / vlm / "config.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("texts", [tooltips(MASKED, "passes"), pages(MASKED)], ids=["tooltips", "pages"])
+def test_picos_passes(texts):
+    own = str(config_of(PROGRESSIVE)["sampling"]["passes"])
+    assert numbers(texts, r"pico progressive: (\d+)", r"pico (?:progressive|渐进) ?为 (\d+)") == [(own,)] * 2
+
+
+def test_picos_passes_in_the_workflow():
+    (path,) = (ROOT / "workflows").glob("10 *.json")
+    own = config_of(PROGRESSIVE)["sampling"]["passes"]
+    assert re.findall(r"0 is the model's own number, (\d+)", path.read_text("utf-8")) == [str(own)]
+
+
+def test_picos_tokens():
+    rows, columns = config_of(PROGRESSIVE)["network"]["grid"]
+    assert re.findall(r"pico: (\d+)\)", tooltips(MASKED, "revise")[0]) == [str(rows * columns)]
+
+
+def test_tokens_that_are_guessed_ahead():
+    """With guidance, two rows an image; fewer in a batch, and none where they were not measured to be faster."""
+    most = window_for(2, CPU, torch.float32)
+    assert numbers(pages(JANUS), r"up to (\d+) tokens at a time", r"每次最多 (\d+) 个") == [(str(most),)] * 2
+    assert window_for(1, CPU, torch.float32) == most > window_for(4, CPU, torch.float32)
+    assert window_for(2, CPU, torch.bfloat16) == window_for(2, torch.device("cuda"), torch.float32) == 1
+
+
+def test_passes_in_a_row_of_the_sheet():
+    output = INFO[MASKED]["output_tooltips"][1], CHINESE[MASKED]["outputs"]["1"]["tooltip"]
+    for texts in (output, pages(MASKED)):
+        assert numbers(texts, r"(\d+) to a row", r"每行 (\d+) 遍") == [(str(stage_sheet._COLUMNS),)] * 2
+
+
+@pytest.mark.parametrize("texts", [*(tooltips(node, "guidance") for node in SAMPLERS), pages(JANUS)])
+def test_guidances_of_the_models(texts):
+    janus = JanusSampler(*tiny_janus()).default_guidance
+    pico = read_card(WEIGHTS / "decoder.safetensors").calibration.guidance
+    assert pico == config_of(PROGRESSIVE)["sampling"]["guidance"]
+    own = tuple(f"{number:g}" for number in (janus, SAMPLING.guidance, pico, config_of(LLAMAGEN)["guidance"]))
+    english = r"own: ([\d.]+) for Janus-Pro, ([\d.]+) for LlamaGen, ([\d.]+) for pico, ([\d.]+) for pico llamagen"
+    chinese = r"Janus-Pro 为 ([\d.]+)，LlamaGen 为 ([\d.]+)，pico 为 ([\d.]+)，pico (?:llamagen|LlamaGen) 为 ([\d.]+)"
+    assert numbers(texts, english, chinese) == [own] * 2
+
+
+@pytest.mark.parametrize("texts", [*(tooltips(node, "top_k") for node in SAMPLERS), pages(JANUS)])
+def test_top_k_of_the_models(texts):
+    own = [(str(SAMPLING.top_k),)] * 2
+    assert numbers(texts, r"own: (\d+) for LlamaGen", r"LlamaGen 为 (\d+)，其他模型为全部") == own
