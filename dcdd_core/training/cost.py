@@ -21,7 +21,7 @@ from .. import registry
 from ..models.card import DecoderCard
 from ..models.decoder import DistributionConditionedDecoder
 from ..protocols import ImageTokenizer, LatentCodec
-from ..settings import require_at_least, require_at_most
+from ..settings import require_at_least, require_at_most, require_number
 from .config import OptimizationConfig
 from .dry_run import DryRun, Meter, dry_run, dry_run_peak
 from .encoded_batch import normalized_latents
@@ -29,6 +29,7 @@ from .examples import Example
 from .loss import velocity_losses
 from .optimizers import OPTIMIZERS, muon
 from .trainable import TRAINED, choose_trained, muon_matrices, trained_weights
+from .vlm_cost import PUBLISHED
 
 #: DDP holds everything on every GPU (Li et al. 2020, arXiv 2006.15704); FSDP shards weights, gradients and the
 #: optimiser's states (full shard, Zhao et al. 2023, arXiv 2304.11277).
@@ -53,6 +54,9 @@ class TrainingSetup:
         average: an EMA of the trained weights, in float32.
         localised: fraction of localised images, which are masked and encoded again at every step.
         cached: the images come encoded, from a cache.
+        vlm_conditions: share of the examples that get the VLM's own conditions: from the cache, or else made by the VLM
+            at every step.
+        vlm_model: that VLM, one of `vlm_cost.PUBLISHED`.
         sharding: one of `SHARDINGS`.
 
     Raises:
@@ -73,11 +77,14 @@ class TrainingSetup:
     average: bool = True
     localised: float = 0.2
     cached: bool = False
+    vlm_conditions: float = 0.0
+    vlm_model: str = "Janus-Pro-1B"
     sharding: str = "ddp"
     gpus: int = 1
 
     def __post_init__(self):
         known = {"train": TRAINED, "precision": ("bf16", "no"), "optimizer": OPTIMIZERS, "sharding": SHARDINGS}
+        known["vlm_model"] = tuple(PUBLISHED)
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -86,6 +93,7 @@ class TrainingSetup:
         require_at_most(_MOST, **{name: getattr(self, name) for name in counts})
         if not 0 <= self.localised <= 1:
             raise ValueError(f"localised must be a fraction in 0..1, got {self.localised}")
+        require_number("vlm-conditions", self.vlm_conditions, least=0, most=1)
         if self.optimizer == "muon" and self.sharding != "ddp":
             raise ValueError(f"muon needs whole matrices, but {self.sharding} shards them: take ddp, or adamw")
 
@@ -154,6 +162,13 @@ def cost_of(setup: TrainingSetup) -> Cost:
         "tokenizer, in float32": sum(weight.nbytes for weight in tokenizer.model.parameters()),
         "autoencoder, in float32": sum(weight.nbytes for weight in codec.model.parameters()),
     }
+    vlm, tokens = PUBLISHED[setup.vlm_model], setup.grid**2
+    share = 0.0 if setup.cached else setup.vlm_conditions
+    encoding = encoding_peak(setup, tokenizer, codec)
+    if share:
+        memory["VLM, in bfloat16"] = 2 * vlm.weights
+        # All of a batch's examples may be chosen.
+        encoding = max(encoding, vlm.working_memory(setup.batch, tokens))
     own = math.ceil(gradients / shards)
     if shards == 1 and setup.accumulate == 1:
         step = dry.peak
@@ -164,13 +179,13 @@ def cost_of(setup: TrainingSetup) -> Cost:
         weights={"all": everything, "trained": count},
         latent_tokens=(setup.resolution // unit) ** 2,
         memory=memory,
-        encoding=encoding_peak(setup, tokenizer, codec) + (own if setup.accumulate > 1 else 0),
+        encoding=encoding + (own if setup.accumulate > 1 else 0),
         step=step,
         optimizer_step=own + temporary,
         activations=dry.activations,
         gradients=own,
         forward_flops=dry.forward_flops,
-        flops=dry.flops * setup.accumulate + optimizer_flops,
+        flops=(dry.flops + round(share * setup.batch * vlm.flops(tokens))) * setup.accumulate + optimizer_flops,
     )
 
 

@@ -20,6 +20,7 @@ from .cost import SHARDINGS, Cost, TrainingSetup, cost_of
 from .masked_cost import MaskedSetup
 from .optimizers import OPTIMIZERS
 from .trainable import TRAINED
+from .vlm_cost import CACHE_BATCH, PUBLISHED
 
 _USABLE = 0.92
 """A training fits up to this fraction of a GPU's memory [choice]: the rest is for what is not counted."""
@@ -127,6 +128,16 @@ def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], Path] =
         "--localised", type=float, default=default["localised"], help="fraction of images that train localised decoding"
     )
     parser.add_argument("--cached", action="store_true", help="the images come encoded, from a cache")
+    parser.add_argument(
+        "--vlm-conditions",
+        type=float,
+        metavar="SHARE",
+        default=default["vlm_conditions"],
+        help="the share of the examples that get the VLM's own conditions, with --cached from the cache",
+    )
+    parser.add_argument(
+        "--vlm-model", default=default["vlm_model"], choices=PUBLISHED, help="the VLM of --vlm-conditions"
+    )
     parser.add_argument("--batch", type=int, default=default["batch"], help="images per GPU and micro-batch")
     parser.add_argument("--accumulate", type=int, default=default["accumulate"], help="micro-batches per update")
     parser.add_argument("--optimizer", default=default["optimizer"], choices=OPTIMIZERS)
@@ -167,6 +178,8 @@ def run(chosen: argparse.Namespace) -> None:
         OSError: if the JSON cannot be written, such as on a full disk.
     """
     check_gpu(chosen)
+    if chosen.vlm_model != TrainingSetup.vlm_model and not chosen.vlm_conditions:
+        raise ValueError("--vlm-model would do nothing without --vlm-conditions: give both, or leave it out")
     require_number("pictures", chosen.pictures, whole=True, least=1, most=_MOST_IMAGES)
     named = {name: getattr(chosen, name) for name in TrainingSetup.__dataclass_fields__ if hasattr(chosen, name)}
     if chosen.base is not None:
@@ -211,6 +224,8 @@ def numbers(setup: TrainingSetup, cost: Cost, duration: Duration, memory: int) -
     costs = _renamed(asdict(cost))
     costs["memory"] = _renamed(cost.memory)
     values = {"setup": asdict(setup), **costs, "peak": cost.peak, "run": _renamed(asdict(duration))}
+    once = caching(setup, duration)
+    values |= {} if once is None else {"caching_vlm_conditions": once}
     return values | {"gpu_memory": memory, "fits": fits(cost, memory)}
 
 
@@ -227,6 +242,8 @@ def table(setup: TrainingSetup, cost: Cost, duration: Duration, memory: int) -> 
             f"{cost.latent_tokens} latent tokens; {', '.join(how)}",
             "",
             *lines(cost, duration, memory, verdict),
+            *([""] if setup.vlm_conditions else []),
+            *_caching_lines(setup, duration),
             "",
             "Memory not counted: the GPU's context and libraries, fragmentation, the sample sheets;",
             "time not counted: encoding images, and waiting for data and other GPUs.",
@@ -256,6 +273,35 @@ def lines(cost: Cost, duration: Duration, memory: int, verdict: str) -> list[str
         f"{duration.teraflops:g} TFLOP/s",
         f"{'updates':<40}{duration.updates:>8}  of {duration.batch} images",
         f"{'hours':<40}{duration.hours:>8.1f}",
+    ]
+
+
+def caching(setup: TrainingSetup, duration: Duration) -> dict[str, float] | None:
+    """What `train.py cache --vlm-conditions` takes, once: bytes of weights and of a batch on each GPU, FLOPs of an
+    image, and hours for a million images on all GPUs; None if there is none."""
+    if not setup.vlm_conditions or not setup.cached:
+        return None
+    vlm, tokens = PUBLISHED[setup.vlm_model], setup.grid**2
+    flops = vlm.flops(tokens)
+    hours = 1e6 * flops / (1e12 * duration.teraflops * duration.utilisation) / 3600 / setup.gpus
+    memory = {"weights": 2 * vlm.weights, "batch": vlm.working_memory(CACHE_BATCH, tokens)}
+    return {**memory, "operations": flops, "hours_per_million": hours}
+
+
+def _caching_lines(setup: TrainingSetup, duration: Duration) -> list[str]:
+    if not setup.vlm_conditions:
+        return []
+    found = caching(setup, duration)
+    if found is None:
+        return [
+            f"Counted at every step: {setup.vlm_model}'s pass over a share of {setup.vlm_conditions:g} of the images."
+        ]
+    return [
+        f"Before, once: {setup.vlm_model} in `train.py cache --vlm-conditions`, {CACHE_BATCH} images at a time",
+        f"{'GB of its weights, in bfloat16':<40}{found['weights'] / 1e9:>8.2f}",
+        f"{'GB besides':<40}{found['batch'] / 1e9:>8.2f}",
+        f"{'TFLOPs per image':<40}{found['operations'] / 1e12:>8.1f}",
+        f"{'hours per million images':<40}{found['hours_per_million']:>8.1f}",
     ]
 
 

@@ -7,11 +7,17 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from dcdd_core.cli.train import main
+from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids
 from dcdd_core.training import estimate
 from dcdd_core.training.cost import TrainingSetup, cost_of
 from dcdd_core.training.estimate import GPUS, Duration, add_arguments, duration_of, numbers, run, table
+from dcdd_core.training.vlm_cost import PUBLISHED, VLMShape
+from tests.tiny import tiny_janus
 from tests.training.runs import files_of_at_most
 from tests.training.test_cost import CONFIG, SMALL
 
@@ -161,3 +167,51 @@ def test_nothing_is_drawn_for_an_estimate(base, capsys):
 
 def test_the_gpus_are_of_a_plausible_kind():
     assert all(10 < gpu.teraflops < 5000 and 8 <= gpu.memory <= 300 for gpu in GPUS.values())
+
+
+def test_the_vlm_s_conditions_are_counted_at_every_step_or_once_in_the_cache(tmp_path, base, cost, capsys):
+    file, options = tmp_path / "e.json", [*base, *SIZES, "--pictures", "1000", "--gpu", "h100"]
+
+    def written(*more):
+        said(*options, *more, "--json", str(file))
+        return json.loads(file.read_text()), capsys.readouterr().out
+
+    vlm, tokens = PUBLISHED["Janus-Pro-1B"], 16**2
+    assert 2.9e9 < 2 * vlm.weights < 3.1e9 < 13e9 < 2 * PUBLISHED["Janus-Pro-7B"].weights < 13.4e9
+    plain, printed = written()
+    assert "VLM, in bfloat16" not in plain["memory"] and "caching_vlm_conditions" not in plain
+    assert "Janus" not in printed
+    found, printed = written("--vlm-conditions", "0.25")
+    assert found["memory"]["VLM, in bfloat16"] == 2 * vlm.weights
+    assert found["encoding"] == max(plain["encoding"], vlm.working_memory(2, tokens))
+    assert found["operations"] - plain["operations"] == round(0.25 * 2 * vlm.flops(tokens))
+    assert "Counted at every step: Janus-Pro-1B's pass over a share of 0.25 of the images." in printed
+    without, _ = written("--cached")
+    once, printed = written("--vlm-conditions", "0.25", "--cached", "--gpus", "4", "--vlm-model", "Janus-Pro-7B")
+    assert once["memory"].keys() == without["memory"].keys() and once["operations"] == without["operations"]
+    flops = PUBLISHED["Janus-Pro-7B"].flops(tokens)
+    assert once["caching_vlm_conditions"]["operations"] == flops
+    assert once["caching_vlm_conditions"]["hours_per_million"] == pytest.approx(
+        1e6 * flops / (989e12 * 0.35) / 3600 / 4
+    )
+    assert "Before, once: Janus-Pro-7B in `train.py cache --vlm-conditions`, 16 images at a time" in printed
+    with pytest.raises(ValueError, match="--vlm-model would do nothing without --vlm-conditions"):
+        said(*options, "--vlm-model", "Janus-Pro-7B")
+    with pytest.raises(ValueError, match="vlm-conditions must be a finite number in 0..1, got 2"):
+        said(*options, "--vlm-conditions", "2")
+
+
+@torch.no_grad()
+def test_the_flops_of_the_vlm_are_those_that_pytorch_counts():
+    """Of a teacher-forced pass of the tiny Janus, whose attention is made of products that are counted."""
+    model, words = tiny_janus()
+    sampler, prompt = JanusSampler(model, words), "a red circle"
+    shape = VLMShape(width=32, inner=64, layers=2, heads=4, key_heads=2, words=len(words), codes=64, code_dim=8)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sampler.teacher_forced([prompt], torch.zeros(1, 16, dtype=torch.int64))
+    length = len(prompt_ids(words, prompt))
+    assert counter.get_total_flops() == shape.flops(16, length)
+    parts = (model.model.language_model, model.model.generation_head, model.model.generation_aligner)
+    parts += (model.model.generation_embeddings,)
+    held = sum(weight.numel() for part in parts for weight in part.parameters() if weight.ndim > 1)
+    assert shape.weights == held
