@@ -20,6 +20,7 @@ from dcdd_core.training.log import read_log
 from .build_context import WORK, BuildContext, Recipe
 from .embedded import PRIOR, WEIGHTS
 from .export import export
+from .llamagen_calibration import fit_llamagen_calibration
 from .results_table import results_markdown
 from .scene_cache import encode_scenes
 from .sections import TableOptions
@@ -128,6 +129,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     if not reached("llamagen"):
         return
     save_llamagen(context, weights, train_llamagen(context, weights))
+    fit_llamagen_calibration(weights, context.recipe.llamagen_guidance, device=context.device)
 
 
 def main() -> None:

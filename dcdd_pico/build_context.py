@@ -60,6 +60,7 @@ class Recipe:
     progressive_batch: int = 32
     llamagen_steps: int = 4_000
     llamagen_batch: int = 32
+    llamagen_guidance: float = 1.5
     cheap_steps: int = 1_000
     variant_steps: int = 1_000
     variant_seeds: int = 3

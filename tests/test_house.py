@@ -25,12 +25,13 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 
 # Room -> the rooms it may import from, itself always included. A module belongs to the longest name that fits it.
-FOUNDATION = ("dcdd_core.types", "dcdd_core.protocols", "dcdd_core.files", "dcdd_core.settings")
+FOUNDATION = ("dcdd_core.types", "dcdd_core.protocols", "dcdd_core.files", "dcdd_core.int8_rows", "dcdd_core.settings")
 MODELS = ("dcdd_core.models", "dcdd_core.registry", "dcdd_core.method", *FOUNDATION)
 # What of the embedded world the nodes use. It imports nothing of the library.
 PICO_LEAVES = ("dcdd_pico.embedded", "dcdd_pico.scenes")
 ROOMS: dict[str, tuple[str, ...]] = {
-    "dcdd_core.files": ("dcdd_core.settings",),
+    "dcdd_core.files": ("dcdd_core.int8_rows", "dcdd_core.settings"),
+    "dcdd_core.int8_rows": (),
     "dcdd_core.settings": (),
     "dcdd_core.types": ("dcdd_core.files", "dcdd_core.settings"),
     "dcdd_core.protocols": ("dcdd_core.types", "dcdd_core.settings"),

@@ -61,8 +61,9 @@ def test_the_whole_build_in_small(tmp_path):
     load_cheap_decoder(tmp_path / "weights" / CHEAP).require_for(models.codec)
     masked = load_masked(progressive_folder(tmp_path / "weights"))
     assert masked.sample(["a red circle"], seeds=[0]).codebook == models.tokenizer.codebook.fingerprint
-    llamagen = load_pico(weights=tmp_path / "weights", vlm=LLAMAGEN).sampler
-    assert llamagen.sample(["a red circle"], seeds=[0]).codebook == models.tokenizer.codebook.fingerprint
+    other = load_pico(weights=tmp_path / "weights", vlm=LLAMAGEN)
+    assert other.sampler.sample(["a red circle"], seeds=[0]).codebook == models.tokenizer.codebook.fingerprint
+    assert other.decoder.card.calibration.guidance == other.sampler.default_guidance == SMALL.llamagen_guidance
     grid = models.sampler.sample(
         ["a red circle"], seeds=[0], options=SamplingOptions(guidance=models.decoder.card.calibration.guidance)
     )
