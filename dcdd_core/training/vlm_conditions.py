@@ -149,9 +149,22 @@ class VLMConditions:
         Args:
             features: [M, N, D], of the tokenizer's encoder before quantisation.
             captions: M.
+
+        Raises:
+            ValueError: naming a caption that the VLM cannot read.
         """
         tokens = self.tokenizer.tokens(features)
-        logits = self.sampler.teacher_forced(captions, tokens, options=self.options)
+        try:
+            logits = self.sampler.teacher_forced(captions, tokens, options=self.options)
+        except ValueError as error:
+            if len(captions) == 1:
+                raise ValueError(
+                    f"the VLM's conditions of the image with the caption {captions[0][:60]!r} cannot be made: {error}. "
+                    "Change the caption, or remove it: without one the image keeps proxies"
+                ) from error
+            for row in range(len(captions)):  # to find the one
+                self(features[row : row + 1], captions[row : row + 1])
+            raise
         return condition_for(self.card, logits, self.tokenizer.codebook)
 
 

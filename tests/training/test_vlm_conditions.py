@@ -121,6 +121,18 @@ def test_images_without_a_caption_have_none_and_the_others_those_of_their_own(sa
     assert not none.vlm_known.any()
 
 
+def test_a_caption_that_the_vlm_cannot_read_is_named(images):
+    model, words = tiny_janus()
+    model.model.language_model.config.max_position_embeddings = 16 + 30
+    make, features = VLMConditions(JanusSampler(model, words), card(), encoders()[0]), encoded(images, 3).features
+    make(features, CAPTIONS)
+    long = "green " + "circle " * 40
+    with pytest.raises(
+        ValueError, match="the caption 'green circle .* a prompt has .* Change the caption, or remove it"
+    ):
+        make(features, [CAPTIONS[0], long, CAPTIONS[1]])
+
+
 def test_a_share_is_chosen_by_seed_micro_batch_and_place_and_moves_no_other_draw():
     draws = [choice(0.3, 500, keyed_generator(7, step)) for step in range(8)]
     assert abs(float(torch.stack(draws).float().mean()) - 0.3) < 0.03
