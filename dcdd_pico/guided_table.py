@@ -63,7 +63,7 @@ def tables(results: Measured) -> str:
 
 
 def main() -> None:
-    run(__doc__, TITLES, MARKS, "guided.md", tables)
+    run(__doc__, TITLES, MARKS, "guided.md", tables, steps=False)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,13 @@ def _kind(row: str) -> int:
 
 
 def run(
-    doc: str | None, titles: Mapping[str, str], marks: tuple[str, str], file: str, tables: Callable[[Measured], str]
+    doc: str | None,
+    titles: Mapping[str, str],
+    marks: tuple[str, str],
+    file: str,
+    tables: Callable[[Measured], str],
+    *,
+    steps: bool = True,
 ) -> None:
     """The command: measures what has to be measured, and writes the tables to `<out>/<file>` and between the marks.
 
@@ -61,11 +67,12 @@ def run(
         doc: what --help says.
         titles: of the sections, which are all measured unless some are asked for.
         tables: of what was measured, as Markdown.
+        steps: see `parse`.
     """
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--sections", nargs="+", choices=list(titles), default=list(titles))
     parser.add_argument("--into", nargs="+", type=Path, default=(), help="files to write the tables into")
-    chosen, options = parse(parser)
+    chosen, options = parse(parser, steps=steps)
     _, results = measure(options, chosen.sections)
     text = tables(results)
     write_text(options.out / file, text)

@@ -508,8 +508,12 @@ def ablation_files(folder: Path) -> dict[str, Path]:
     return {f"{name}, seed {seed}": seeds[name][seed] for seed in whole for name in VARIANTS}
 
 
-def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, TableOptions]:
-    """Adds the options of `TableOptions` to a command's own and parses them: the namespace, and the options."""
+def parse(parser: argparse.ArgumentParser, *, steps: bool = True) -> tuple[argparse.Namespace, TableOptions]:
+    """Adds the options of `TableOptions` to a command's own and parses them: the namespace, and the options.
+
+    Args:
+        steps: False where the rows themselves say the number of Euler steps.
+    """
     parser.add_argument(
         "--out",
         type=Path,
@@ -524,7 +528,8 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, TableOpt
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the models compute"
     )
-    parser.add_argument("--steps", type=int, default=TableOptions.steps, help="Euler steps")
+    if steps:
+        parser.add_argument("--steps", type=int, default=TableOptions.steps, help="Euler steps")
     parser.add_argument("--batch", type=int, default=TableOptions.batch, help="images at once")
     parser.add_argument("--commit", default=TableOptions.commit, help="commit to record with what is measured")
     parser.add_argument(

@@ -104,6 +104,13 @@ def test_the_sections_are_measured_kept_and_written_between_their_marks(tmp_path
     assert (tmp_path / "guided.md").read_text() in capsys.readouterr().out
 
 
+def test_steps_are_not_an_option_where_rows_say_them(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["guided_table", "--steps", "5"])
+    with pytest.raises(SystemExit):
+        guided_table.main()
+    assert "unrecognized arguments: --steps" in capsys.readouterr().err
+
+
 def test_every_published_table_says_where_it_is_from():
     text = PUBLISHED[0].read_text("utf-8")
     block = text.partition(MARKS[0])[2].partition(MARKS[1])[0]
