@@ -45,3 +45,13 @@ def model_paths(weights: Path | None = None, *, vlm: str = JANUS) -> dict[str, P
             f"`git checkout -- dcdd_pico/weights/{vlm}`"
         )
     return {"vlm": folder, "decoder": weights / "decoder.safetensors", "vae": weights / "vae"}
+
+
+def own_calibration(weights: Path | None = None, *, vlm: str) -> Path | None:
+    """The calibration that an embedded VLM is served with in place of the one on the decoder's card; None without.
+
+    Args:
+        weights, vlm: see `model_paths`.
+    """
+    file = (weights or WEIGHTS) / CALIBRATION
+    return file if vlm == LLAMAGEN and file.exists() else None

@@ -43,8 +43,7 @@ def load_pico(
         name=None if vlm == embedded.LLAMAGEN else embedded.NAME,  # its files name it
         with_sampler=with_sampler,
     )
-    own = paths["vlm"].with_name(embedded.CALIBRATION)
-    if vlm == embedded.LLAMAGEN and own.exists():
+    if (own := embedded.own_calibration(weights, vlm=vlm)) is not None:
         models.decoder.card = serving(models.decoder.card, calibration=Calibration.load(own))
     return models
 

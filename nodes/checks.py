@@ -15,7 +15,7 @@ from ..dcdd_core.models.card import DecoderCard
 from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.protocols import ImageTokenizer, LatentCodec, TokenSampler
 from ..dcdd_core.types import Calibration, Codebook, TokenLogits, same_codebook
-from ..dcdd_pico.embedded import CALIBRATION, LLAMAGEN, NAME, model_paths
+from ..dcdd_pico.embedded import LLAMAGEN, NAME, own_calibration
 from ..dcdd_pico.scenes import render_scene, scene_pixels
 from . import host
 from .convert import in_words
@@ -308,5 +308,5 @@ def _own_calibration(model: str) -> Calibration | None:
     """Of the embedded VLM of that name, if it has one."""
     if model != f"{NAME} {LLAMAGEN}":
         return None
-    file = model_paths(vlm=LLAMAGEN)["vlm"].with_name(CALIBRATION)
-    return Calibration.load(file) if file.exists() else None
+    file = own_calibration(vlm=LLAMAGEN)
+    return None if file is None else Calibration.load(file)

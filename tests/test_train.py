@@ -42,7 +42,7 @@ from dcdd_core.training.sources import open_images
 from dcdd_core.training.stop import TrainingStopped
 from dcdd_core.types import Calibration
 from dcdd_pico import embedded
-from tests.tiny import random_pico
+from tests.tiny import random_llamagen, random_pico
 from tests.training.runs import forked, png_folder
 
 # By its path: the name "train" may be that of the checkout's folder.
@@ -352,6 +352,22 @@ def test_a_bundle_of_pico_is_calibrated_for_the_vlm_in_its_own_folder_whatever_t
     del told["dcdd_name"]
     config.write_text(json.dumps(told))
     assert JanusSampler.load(tmp_path / "renamed").name == "renamed"
+
+
+def test_an_embedded_vlm_brings_its_own_calibration(run, pico, tmp_path, capsys, monkeypatch):
+    weights, bundle = shutil.copytree(pico, tmp_path / "pico"), tmp_path / "run" / "decoder.safetensors"
+    random_llamagen(weights)
+    monkeypatch.setattr(embedded, "WEIGHTS", weights)
+    of_janus = read_card(weights / "decoder.safetensors").calibration
+    own = replace(of_janus, scale=17.0, guidance=1.5, vlm="pico llamagen")
+    own.save(weights / embedded.CALIBRATION)
+    assert run(vlm="pico-llamagen") == 0, capsys.readouterr().err
+    assert read_card(bundle).calibration == own
+    for changes in ({"vlm": "pico"}, {"vlm": "pico-llamagen", "bundle": weights / "decoder.safetensors"}):
+        assert run(out=tmp_path / changes["vlm"], **changes) == 0, capsys.readouterr().err
+        assert read_card(tmp_path / changes["vlm"] / "decoder.safetensors").calibration == of_janus
+    assert run(vlm="pico-progressive", vae=weights / "vae") == 1
+    assert "pico has its own autoencoder" in capsys.readouterr().err
 
 
 def test_a_run_starts_from_a_bundle_with_other_numbers(run, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dcdd_pico.embedded import model_paths
+from dcdd_pico.embedded import VLMS, model_paths, own_calibration
 
 from .. import registry
 from ..method.flow import DENSITIES, WEIGHTINGS
@@ -38,7 +38,6 @@ except ImportError as error:
     sys.exit(f"train.py: training needs torch 2.6 or newer, this is {torch.__version__} ({error}): update torch")
 
 COMMANDS = ("train", "cache", "estimate", "progressive")
-_PICO = "pico"
 _RANK = 16
 _LESS_MEMORY = (
     "out of memory: resume the run with --checkpointing, or start a new one with a smaller --batch and more "
@@ -127,7 +126,7 @@ def cache(args: argparse.Namespace) -> None:
     options.refuse_idle(
         args, [(not args.vlm_conditions, of_decoder, "without --vlm-conditions a cache belongs to no decoder")]
     )
-    tokens_alone = args.captions and args.vae is None and args.vlm != _PICO
+    tokens_alone = args.captions and args.vae is None and args.vlm not in VLMS
     if tokens_alone and args.keep_pixels:
         raise ValueError("--keep-pixels would do nothing without --vae: pixels are for decoders; leave it out")
     if tokens_alone and args.vlm_conditions:
@@ -153,8 +152,11 @@ def cache(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace, **given) -> Plan:
     _refuse_idle(args)
-    if args.vlm == _PICO:
-        pico = model_paths()
+    if args.vlm in VLMS:
+        vlm = VLMS[args.vlm]
+        pico = model_paths(vlm=vlm)
+        if "bundle" not in given and given.get("calibration") is None and given.get("variant") in (None, "lcdm+lc"):
+            given["calibration"] = own_calibration(vlm=vlm)
         given = {"vae": pico["vae"], "bundle": pico["decoder"]} | given
         return Plan(vlm=pico["vlm"], resolution=args.resolution, **given)
     if args.vae is None:
@@ -170,9 +172,9 @@ def _refuse_idle(args: argparse.Namespace) -> None:
         ValueError: naming them, and why.
     """
     held = vars(args)
-    starts = args.vlm == _PICO or held.get("bundle") is not None
+    starts = args.vlm in VLMS or held.get("bundle") is not None
     cases = [
-        (args.vlm == _PICO, {"--vae": None}, "pico has its own autoencoder"),
+        (args.vlm in VLMS, {"--vae": None}, "pico has its own autoencoder"),
         (starts, {"--width": None}, "the decoder that is started from has its own adapter"),
         (held.get("train") != "lora", {"--rank": _RANK}, "only --train lora has a rank"),
         (held.get("cache") is not None, {**options.IMAGES, "--caption-column": None}, options.CACHED),
@@ -209,7 +211,8 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         "--vlm",
         type=path_text,
         required=True,
-        help="folder of a VLM, or 'pico', the embedded one; without --vlm-conditions only its image tokenizer is read",
+        help=f"folder of a VLM, or an embedded one ({', '.join(VLMS)}); without --vlm-conditions only its image "
+        "tokenizer is read",
     )
     command.add_argument("--vae", type=path, help="FLUX's autoencoder: a diffusers folder, or ae.safetensors")
     options.add_images(command, side="--resolution")
