@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from dcdd_pico.embedded import VLMS
+
 from ..evaluation.prompts import read_prompts
 from ..pipelines.captions import caption_family
 from . import arguments, common
@@ -37,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     """Text features of prompts, made once: a folder with captions.safetensors samples these prompts without its text
     encoder, which for LlamaGen is larger than the rest of it. What --out holds already is kept. Run the same command
     again to resume a stopped run."""
+    if str(args.vlm) in VLMS:
+        raise ValueError(f"{args.vlm} is embedded and needs no saved captions: give the folder of another LlamaGen")
     device, family = common.device_of(args), caption_family(args.vlm)
     out = args.out or family.captions_file(str(args.vlm))
     arguments.check_out("--out", out)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dcdd_core.cli import main
+from dcdd_core.cli import common, main
+from dcdd_core.models import t5
 from dcdd_core.models.autoregressive.token_loop import TokenLoop
 from dcdd_core.models.llamagen import captions
 from dcdd_core.models.llamagen.captions import Captions, load_captions, save_captions
 from dcdd_core.models.llamagen.sampler import LlamaGenSampler
-from dcdd_core.models.t5 import T5Text
+from dcdd_core.models.t5 import IN_INT8, T5Text
 from tests.tiny import save_janus
 from tests.tiny_llamagen import save_llamagen
 
@@ -173,9 +174,26 @@ def test_prompts_that_cannot_be_encoded_are_refused_before_any_is(folder, prompt
     assert encoded == [] and not (folder / "captions.safetensors").exists()
 
 
+def test_the_device_and_eight_bits_are_the_text_encoder_s(folder, prompts, monkeypatch):
+    told = []
+
+    def add(file, prompts, text, *, device, on_progress):
+        told.append((str(device), text.fingerprint.endswith(IN_INT8)))
+        return 0, len(prompts)
+
+    monkeypatch.setattr(common, "device_of", lambda args: torch.device("cuda"))
+    monkeypatch.setattr(t5, "store_in_int8", lambda module, device: None)
+    monkeypatch.setattr(captions, "add_captions", add)
+    assert run(folder, prompts) == run(folder, prompts, "--vlm-int8") == 0
+    assert told == [("cuda", False), ("cuda", True)]
+
+
 def test_what_it_cannot_work_with_is_refused(folder, prompts, tmp_path, capsys):
-    refused("has no use for saved features of captions", capsys, save_janus(tmp_path / "janus"), prompts)
+    janus = save_janus(tmp_path / "janus")
+    capsys.readouterr()  # transformers' bar
+    refused("has no use for saved features of captions", capsys, janus, prompts)
     refused("is a folder: give the name of a file", capsys, folder, prompts, "--out", str(tmp_path))
     refused("nothing.txt", capsys, folder, tmp_path / "nothing.txt")
     refused("expected a VLM", capsys, tmp_path / "nowhere", prompts)
+    refused("pico-llamagen is embedded and needs no saved captions", capsys, "pico-llamagen", prompts)
     refused("cannot be used here", capsys, folder, prompts, "--device", "meta")

@@ -159,9 +159,10 @@ def test_the_image_tokenizer_of_another_model_is_taken(folder, tmp_path):
     family = registry.sampler_family(folder)
     (folder / "vq_ds16_t2i.pt").unlink()
     save_janus(tmp_path / "janus")
-    change_json(folder / "config.json", tokenizer="../janus", dcdd_name="tiny")
+    change_json(folder / "config.json", tokenizer="../janus", dcdd_name="tiny", block_size=36)
     tokenizer, sampler = family.load_tokenizer(str(folder)), load(folder)
-    assert tokenizer.name == sampler.name == "tiny" and tokenizer.grid == sampler.grid == (4, 4)
+    # Janus' own images are of 4 x 4 tokens.
+    assert tokenizer.name == sampler.name == "tiny" and tokenizer.grid == sampler.grid == (6, 6)
     assert tokenizer.codebook.fingerprint == sampler.codebook.fingerprint
     for said, words in (("/x", "relative to this one"), (3, "relative to this one"), (".", "this very folder")):
         change_json(folder / "config.json", tokenizer=said)
@@ -268,6 +269,9 @@ def test_parts_that_do_not_belong_together_are_refused(folder):
         ({"num_attention_heads": 3}, "width 32 must be a multiple of 4 times the heads, 12"),
         ({"block_size": 15}, "has 15 tokens an image, expected a square"),
         ({"block_size": None}, "nothing says how many tokens an image of"),
+        ({"guidance": "strong"}, r"config\.json: guidance must be .*'strong'"),
+        ({"guidance": 1e4}, r"config\.json: guidance must be .*10000"),
+        ({"dcdd_name": 7}, r"config\.json: dcdd_name must be a text.*7"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(folder, changes, words):

@@ -206,6 +206,14 @@ def test_the_text_encoder_is_no_part_of_what_a_host_moves(folder):
     assert theirs and not theirs & {id(weight) for weight in sampler.model.parameters()}
 
 
+def test_features_of_the_last_texts_are_kept(folder, monkeypatch):
+    monkeypatch.setattr(t5, "KEPT", 2)
+    text = LlamaGenSampler.load(folder).text
+    for caption in ("red", "blue", "red", "green"):
+        text.features([caption], "cpu")
+    assert text.memory(["red", "green"]) == 0 < text.memory(["blue"])
+
+
 class Counting(Host):
     """Remembers the memory that it was asked for."""
 
