@@ -135,7 +135,8 @@ class LlamaGenFolder:
         """The file of the image tokenizer, or the folder of another model that has it.
 
         Raises:
-            ValueError: if there is none, and for an entry of config.json that is no relative path to another folder.
+            ValueError: if there is none, and for an entry of config.json that is no relative path to
+                another folder that is there.
         """
         if (said := self._config.get("tokenizer")) is not None:
             if not isinstance(said, str) or not said or PurePosixPath(said).is_absolute() or Path(said).is_absolute():
@@ -145,6 +146,11 @@ class LlamaGenFolder:
                 )
             if (other := self.path / said).resolve() == self.path.resolve():
                 raise ValueError(f"{self.path / 'config.json'}: tokenizer is this very folder: leave it out")
+            if not other.exists():
+                raise ValueError(
+                    f"{self.path / 'config.json'}: tokenizer is {said!r}, which does not exist beside this folder: put "
+                    f"that model there, or put {tokenizer.NAME}.pt here and leave the entry out"
+                )
             return other
         for ending in _ENDINGS:
             if (file := self.path / f"{tokenizer.NAME}{ending}").exists():

@@ -164,7 +164,12 @@ def test_the_image_tokenizer_of_another_model_is_taken(folder, tmp_path):
     # Janus' own images are of 4 x 4 tokens.
     assert tokenizer.name == sampler.name == "tiny" and tokenizer.grid == sampler.grid == (6, 6)
     assert tokenizer.codebook.fingerprint == sampler.codebook.fingerprint
-    for said, words in (("/x", "relative to this one"), (3, "relative to this one"), (".", "this very folder")):
+    for said, words in (
+        ("/x", "relative to this one"),
+        (3, "relative to this one"),
+        (".", "this very folder"),
+        ("../no", r"config\.json: tokenizer is '\.\./no', which does not exist"),
+    ):
         change_json(folder / "config.json", tokenizer=said)
         with pytest.raises(ValueError, match=words):
             family.load_tokenizer(str(folder))
