@@ -29,12 +29,16 @@ from dcdd_core.models.checkpoints import StoredTensors
 from dcdd_core.models.janus.deepseek import janus_config
 from dcdd_core.models.llamagen.network import LlamaGenConfig, LlamaGenTransformer
 from dcdd_core.models.vae import FLUX_VAE_CONFIG
-from dcdd_core.training.vlm_cost import PUBLISHED
+from dcdd_core.training.vlm_cost import PUBLISHED, JanusShape
 from dcdd_core.types import Condition
 
 HEAD = ("model", "weights", "GB, computed", "GB, measured")
 #: Width, MLP width, layers and heads of Janus-Pro's language models.
-JANUS_PRO = {name: (shape.width, shape.inner, shape.layers, shape.heads) for name, shape in PUBLISHED.items()}
+JANUS_PRO = {
+    name: (shape.width, shape.inner, shape.layers, shape.heads)
+    for name, shape in PUBLISHED.items()
+    if isinstance(shape, JanusShape)
+}
 #: Both published checkpoints; only the grid of the second is 32 x 32.
 LLAMAGEN_XL = LlamaGenConfig(
     grid=(16, 16), codes=16384, text_width=2048, text_slots=120, width=1280, layers=36, heads=20, hidden=3584

@@ -5,6 +5,7 @@ Shapes: N tokens, K codes, C width, L slots of a prompt.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,13 +16,14 @@ CACHE_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLMShape:
-    """The sizes of a Janus' language model, with the embedding and the head of its image tokens.
+class VLMShape(ABC):
+    """The sizes of a VLM's language model, a Llama's.
 
     Attributes:
         width, inner: C, and the inner width of the feed-forward layers.
         layers, heads, key_heads: their number, and the heads of an attention layer and of its keys and values.
-        words, codes, code_dim: of text, K and D.
+        codes: K.
+        prompt: L.
     """
 
     width: int
@@ -29,15 +31,83 @@ class VLMShape:
     layers: int
     heads: int
     key_heads: int
-    words: int = 102400
     codes: int = 16384
-    code_dim: int = 8
+    prompt: int = PROMPT
+
+    @property
+    def weights(self) -> int:
+        """All that are read; biases and norms are not counted."""
+        return self._of_layers + self._of_head + self._of_aligner + self._of_prompt + self._embedded
+
+    def flops(self, tokens: int) -> int:
+        """Of one image with its caption: two rows of the prompt and of all tokens but the last, attention to all slots
+        that are filled, and the head."""
+        read, slots = tokens - 1, self.prompt + tokens - 1
+        attended = self.prompt * self.prompt + read * slots
+        row = 2 * self._of_layers * slots + 4 * self.layers * self.width * attended
+        pass_of_tokens = row + 2 * self._of_aligner * read + 2 * self._of_head * tokens
+        return 2 * pass_of_tokens + 2 * self.prompt * (self._rows_of_prompt * self._of_prompt + self._of_text)
+
+    def working_memory(self, images: int, tokens: int) -> int:
+        """Bytes besides the weights in bfloat16, for so many images at a time: an estimate.
+
+        Keys and values of two rows, what the widest layer holds of them, the logits twice and the head in float32.
+        """
+        rows, slots = 2 * images, self.prompt + tokens - 1
+        cache = 2 * 2 * self.layers * self._keys * rows * slots
+        layer = 2 * rows * slots * (4 * self.width + 3 * self.inner)
+        return cache + layer + 2 * 4 * images * tokens * self.codes + 4 * self._of_head
+
+    @property
+    def _keys(self) -> int:
+        return self.width * self.key_heads // self.heads
 
     @property
     def _of_layers(self) -> int:
         """Weights of the matrices of all layers."""
-        keys = self.width * self.key_heads // self.heads
-        return self.layers * (2 * self.width * (self.width + keys) + 3 * self.width * self.inner)
+        return self.layers * (2 * self.width * (self.width + self._keys) + 3 * self.width * self.inner)
+
+    @property
+    @abstractmethod
+    def _of_head(self) -> int:
+        """Weights that turn a state into logits."""
+
+    @property
+    @abstractmethod
+    def _of_aligner(self) -> int:
+        """Weights that an image token's embedding passes."""
+
+    @property
+    @abstractmethod
+    def _of_prompt(self) -> int:
+        """Weights that a slot of the prompt passes before the layers."""
+
+    @property
+    @abstractmethod
+    def _rows_of_prompt(self) -> int:
+        """Rows an image that pass them."""
+
+    @property
+    @abstractmethod
+    def _of_text(self) -> int:
+        """Weights of a text encoder, which lies elsewhere, by slot and image."""
+
+    @property
+    @abstractmethod
+    def _embedded(self) -> int:
+        """Weights of tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JanusShape(VLMShape):
+    """Janus, with the embedding and the head of its image tokens.
+
+    Attributes:
+        words, code_dim: of text, and D.
+    """
+
+    words: int = 102400
+    code_dim: int = 8
 
     @property
     def _of_head(self) -> int:
@@ -47,34 +117,54 @@ class VLMShape:
     def _of_aligner(self) -> int:
         return self.width * (self.code_dim + self.width)
 
+    _of_prompt = _rows_of_prompt = _of_text = 0
+
     @property
-    def weights(self) -> int:
-        """All that are read; biases and norms are not counted."""
-        embedded = self.words * self.width + self.codes * self.code_dim
-        return self._of_layers + self._of_head + self._of_aligner + embedded
-
-    def flops(self, tokens: int, prompt: int = PROMPT) -> int:
-        """Of one image with its caption: two rows of the prompt and of all tokens but the last, attention to all slots
-        that are filled, and the head."""
-        read, slots = tokens - 1, prompt + tokens - 1
-        attended = prompt * prompt + read * slots
-        row = 2 * self._of_layers * slots + 4 * self.layers * self.width * attended
-        return 2 * (row + 2 * self._of_aligner * read + 2 * self._of_head * tokens)
-
-    def working_memory(self, images: int, tokens: int, prompt: int = PROMPT) -> int:
-        """Bytes besides the weights in bfloat16, for so many images at a time: an estimate.
-
-        Keys and values of two rows, what the widest layer holds of them, the logits twice and the head in float32.
-        """
-        rows, slots = 2 * images, prompt + tokens - 1
-        keys = self.width * self.key_heads // self.heads
-        cache = 2 * 2 * self.layers * keys * rows * slots
-        layer = 2 * rows * slots * (4 * self.width + 3 * self.inner)
-        return cache + layer + 2 * 4 * images * tokens * self.codes + 4 * self._of_head
+    def _embedded(self) -> int:
+        return self.words * self.width + self.codes * self.code_dim
 
 
-#: Janus-Pro's, by the names of `train.py estimate --vlm-model`.
+@dataclass(frozen=True, kw_only=True)
+class LlamaGenShape(VLMShape):
+    """LlamaGen, which reads a text encoder's features of the caption.
+
+    Attributes:
+        text_width, slots: of the features, and the most of them.
+        text: weights of the text encoder's layers. It rests on the CPU between prompts and is not among `weights`.
+    """
+
+    text_width: int
+    text: int
+    slots: int = 120
+
+    @property
+    def _of_head(self) -> int:
+        return self.width * self.codes
+
+    _of_aligner = 0
+
+    @property
+    def _of_prompt(self) -> int:
+        return self.width * (self.text_width + self.width)
+
+    _rows_of_prompt = 2
+
+    @property
+    def _of_text(self) -> int:
+        return self.text
+
+    @property
+    def _embedded(self) -> int:
+        return self.codes * self.width + self.slots * self.text_width
+
+
+#: flan-t5-xl's 24 encoder layers: attention of 32 heads of 64, and a gated feed-forward of 5120.
+_FLAN_T5_XL = 24 * (4 * 2048 * 2048 + 3 * 2048 * 5120)
+#: By the names of `train.py estimate --vlm-model`.
 PUBLISHED: Mapping[str, VLMShape] = {
-    "Janus-Pro-1B": VLMShape(width=2048, inner=5632, layers=24, heads=16, key_heads=16),
-    "Janus-Pro-7B": VLMShape(width=4096, inner=11008, layers=30, heads=32, key_heads=32),
+    "Janus-Pro-1B": JanusShape(width=2048, inner=5632, layers=24, heads=16, key_heads=16),
+    "Janus-Pro-7B": JanusShape(width=4096, inner=11008, layers=30, heads=32, key_heads=32),
+    "LlamaGen-XL": LlamaGenShape(
+        width=1280, inner=3584, layers=36, heads=20, key_heads=20, text_width=2048, text=_FLAN_T5_XL
+    ),
 }

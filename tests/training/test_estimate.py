@@ -13,11 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcdd_core.cli.train import main
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids
+from dcdd_core.models.llamagen.sampler import LlamaGenSampler
 from dcdd_core.training import estimate
 from dcdd_core.training.cost import TrainingSetup, cost_of
 from dcdd_core.training.estimate import GPUS, Duration, add_arguments, duration_of, numbers, run, table
-from dcdd_core.training.vlm_cost import PUBLISHED, VLMShape
+from dcdd_core.training.vlm_cost import PUBLISHED, JanusShape, LlamaGenShape
 from tests.tiny import tiny_janus
+from tests.tiny_llamagen import save_llamagen
 from tests.training.runs import files_of_at_most
 from tests.training.test_cost import CONFIG, SMALL
 
@@ -206,12 +208,36 @@ def test_the_flops_of_the_vlm_are_those_that_pytorch_counts():
     """Of a teacher-forced pass of the tiny Janus, whose attention is made of products that are counted."""
     model, words = tiny_janus()
     sampler, prompt = JanusSampler(model, words), "a red circle"
-    shape = VLMShape(width=32, inner=64, layers=2, heads=4, key_heads=2, words=len(words), codes=64, code_dim=8)
+    sizes = {"width": 32, "inner": 64, "layers": 2, "heads": 4, "key_heads": 2, "codes": 64}
+    shape = JanusShape(**sizes, words=len(words), code_dim=8, prompt=len(prompt_ids(words, prompt)))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         sampler.teacher_forced([prompt], torch.zeros(1, 16, dtype=torch.int64))
-    length = len(prompt_ids(words, prompt))
-    assert counter.get_total_flops() == shape.flops(16, length)
+    assert counter.get_total_flops() == shape.flops(16)
     parts = (model.model.language_model, model.model.generation_head, model.model.generation_aligner)
     parts += (model.model.generation_embeddings,)
     held = sum(weight.numel() for part in parts for weight in part.parameters() if weight.ndim > 1)
     assert shape.weights == held
+
+
+@torch.no_grad()
+def test_the_flops_of_llamagen_are_those_that_pytorch_counts(tmp_path):
+    """Of a teacher-forced pass of the tiny LlamaGen, the text encoder's apart."""
+    sampler, prompt = LlamaGenSampler.load(save_llamagen(tmp_path / "llamagen")), "a red circle"
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as first:
+        sampler.teacher_forced([prompt], tokens)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sampler.teacher_forced([prompt], tokens)
+    assert first.get_total_flops() > counter.get_total_flops()  # its features are kept
+    sizes = {"width": 32, "inner": 64, "layers": 2, "heads": 2, "key_heads": 2, "codes": 64, "text_width": 16}
+    shape = LlamaGenShape(**sizes, text=0, prompt=len(prompt.split()) + 1)
+    assert counter.get_total_flops() == shape.flops(16)
+    encoded = LlamaGenShape(**sizes, text=1000, prompt=4).flops(16) - shape.flops(16)
+    assert encoded == 2 * 4 * 1000
+    held = sum(weight.numel() for weight in sampler.model.parameters() if weight.ndim > 1)
+    assert shape.weights == held
+
+
+def test_published_llamagen_is_as_large_as_its_files_say():
+    """775 M parameters, as its authors' table of models says."""
+    assert PUBLISHED["LlamaGen-XL"].weights / 1e6 == pytest.approx(775, rel=0.01)
