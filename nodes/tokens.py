@@ -460,8 +460,8 @@ def _inputs(*own: io.Input) -> list[io.Input]:
             min=-1,
             max=65536,
             tooltip=(
-                "Samples only from the k most likely tokens; 0 means all. -1 uses the model's own: 1000 for LlamaGen, "
-                "all for the others. The logits that are kept are always complete."
+                "Samples only from the k most likely tokens; 0 means all. -1 uses the model's own: 1000 for the "
+                "published LlamaGen, all for the others. The logits that are kept are always complete."
             ),
         ),
         io.Float.Input(

@@ -1360,6 +1360,7 @@ def llamagen(graph: Graph) -> None:
         **FLUX decoder** also gets how certain it was at each position.
 
         Press **Run**: it works as it is, with *pico llamagen*, a tiny model that comes with the pack.
+        It is weaker than *pico*: grounds and colours come out as you ask, shapes often do not.
         ## Change first
         - the **prompt** (green). pico knows the words of one small world: shapes, colours, patterns, places, grounds
         - the sampler's **seed**, for another image

@@ -94,4 +94,5 @@ def test_guidances_of_the_models(texts):
 @pytest.mark.parametrize("texts", [*(tooltips(node, "top_k") for node in SAMPLERS), pages(JANUS)])
 def test_top_k_of_the_models(texts):
     own = [(str(SAMPLING.top_k),)] * 2
-    assert numbers(texts, r"own: (\d+) for LlamaGen", r"LlamaGen 为 (\d+)，其他模型为全部") == own
+    english, chinese = r"own: (\d+) for the published LlamaGen", r"已发布的 LlamaGen 为 (\d+)，其他模型为全部"
+    assert numbers(texts, english, chinese) == own
