@@ -717,6 +717,40 @@ def preview(graph: Graph, image: Output, title: str, wide: int = 310, tall: int 
     return graph.node("PreviewImage", title=title, wide=wide, tall=tall, preview=True, images=image)
 
 
+def side_by_side(
+    graph: Graph, note: Node, *, who: str, prefix: str, model: str = "pico (built in)", pictures: bool = False
+) -> None:
+    """Two images of a prompt by both decoders, and where the model was unsure.
+
+    Args:
+        who: the model in words.
+        model: of Load Janus.
+        pictures: saves the images of the diffusion decoder too, without captions.
+    """
+    janus, decoder = load_janus(graph, model), load_decoder(graph)
+    sampled = sampler(graph, janus, batch_size=2)
+    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
+    mask = uncertainty_mask(graph, condition)
+    by_vq = vq_decode(graph, sampled["token_logits"], janus["vq_vae"])
+    painted = paint(graph, decoder, condition)
+    sheet = compare(
+        graph,
+        "sampler seed 1\nsampler seed 2",
+        a=by_vq["image"],
+        b=painted["image"],
+        c=mask["heat_map"],
+        label_c=f"where {who} was unsure (bright)",
+    )
+    saved = [save(graph, painted["image"], "picture", "Save the images")] if pictures else []
+    graph.thumbnail = save(graph, sheet["image"], prefix, "Save the comparison", wide=800, tall=700)
+    graph.columns(
+        [note, group("Models", MODELS, [janus, decoder])],
+        [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition, mask])],
+        [group("Decode", DECODE, [by_vq, painted, *saved])],
+        [group("Compare", COMPARE, [sheet, graph.thumbnail])],
+    )
+
+
 def both_decoders(graph: Graph) -> None:
     note = graph.note("""
         # Text to image, both decoders
@@ -733,28 +767,7 @@ def both_decoders(graph: Graph) -> None:
         - *Load Janus*: Janus-Pro, in models/janus (the node *Download Model* fetches it)
         - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
     """)
-    janus, decoder = load_janus(graph), load_decoder(graph)
-    sampled = sampler(graph, janus, batch_size=2)
-    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
-    mask = uncertainty_mask(graph, condition)
-    by_vq = vq_decode(graph, sampled["token_logits"], janus["vq_vae"])
-    painted = paint(graph, decoder, condition)
-    sheet = compare(
-        graph,
-        "sampler seed 1\nsampler seed 2",
-        a=by_vq["image"],
-        b=painted["image"],
-        c=mask["heat_map"],
-        label_c="where Janus was unsure (bright)",
-    )
-    images = save(graph, painted["image"], "picture", "Save the images")
-    graph.thumbnail = save(graph, sheet["image"], "both decoders", "Save the comparison", wide=800, tall=700)
-    graph.columns(
-        [note, group("Models", MODELS, [janus, decoder])],
-        [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition, mask])],
-        [group("Decode", DECODE, [by_vq, painted, images])],
-        [group("Compare", COMPARE, [sheet, graph.thumbnail])],
-    )
+    side_by_side(graph, note, who="Janus", prefix="both decoders", pictures=True)
 
 
 def reconstruct(graph: Graph) -> None:
@@ -1372,27 +1385,7 @@ def llamagen(graph: Graph) -> None:
         - no decoder for it is published, and those of other models are refused. Let your own FLUX paint, by
         *Distribution Guidance* (workflow 8, with LlamaGen in its *Load Janus*), or train a decoder
     """)
-    janus, decoder = load_janus(graph, _PICO_LLAMAGEN), load_decoder(graph)
-    sampled = sampler(graph, janus, batch_size=2)
-    condition = lcdm(graph, sampled["token_logits"], janus["vq_vae"], decoder)
-    mask = uncertainty_mask(graph, condition)
-    by_vq = vq_decode(graph, sampled["token_logits"], janus["vq_vae"])
-    painted = paint(graph, decoder, condition)
-    sheet = compare(
-        graph,
-        "sampler seed 1\nsampler seed 2",
-        a=by_vq["image"],
-        b=painted["image"],
-        c=mask["heat_map"],
-        label_c="where LlamaGen was unsure (bright)",
-    )
-    graph.thumbnail = save(graph, sheet["image"], "LlamaGen", "Save the comparison", wide=800, tall=700)
-    graph.columns(
-        [note, group("Models", MODELS, [janus, decoder])],
-        [group("Tokens", TOKENS, [sampled]), group("Condition", CONDITION, [condition, mask])],
-        [group("Decode", DECODE, [by_vq, painted])],
-        [group("Compare", COMPARE, [sheet, graph.thumbnail])],
-    )
+    side_by_side(graph, note, who="LlamaGen", prefix="LlamaGen", model=_PICO_LLAMAGEN)
 
 
 WORKFLOWS: dict[str, Callable[[Graph], None]] = {
