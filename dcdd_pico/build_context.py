@@ -21,8 +21,8 @@ from dcdd_core.files import write_text
 from dcdd_core.method.sampling import keyed_generator
 
 from .embedded import WEIGHTS
-from .scene_arrays import scene_images
-from .scenes import SceneFacts, scene_facts
+from .scene_arrays import rendered, scene_images
+from .scenes import SceneFacts, Split, scene_facts, scene_pixels
 
 #: Default work folder of a build. The ablation's decoders, which are not shipped, are looked for here.
 WORK = Path.home() / ".cache" / "dcdd" / "pico"
@@ -108,6 +108,10 @@ class BuildContext:
     @cached_property
     def held_out_facts(self) -> list[SceneFacts]:
         return scene_facts("calibration", self.recipe.held_out_scenes)
+
+    def fresh_pixels(self, split: Split, first: int, count: int) -> torch.Tensor:
+        """Scenes first..first + count - 1 of a split, rendered now: [count, 3, S, S] in -1..1."""
+        return scene_pixels(rendered(split, first, count, self.recipe.size), self.device)
 
     def settings(self, *names: str, **more: Any) -> dict[str, Any]:
         """Everything a stage's result depends on, for its checkpoint: fields of the recipe by name, and `more`."""

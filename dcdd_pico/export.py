@@ -53,8 +53,7 @@ def export(
     copy.deepcopy(vae).half().save_pretrained(fresh / "vae")
     save_bundle(fresh / "decoder.safetensors", decoder, dtype=torch.float16)
     write_tensors(fresh / "reader.safetensors", rounded(reader.state_dict(), READER_IN_INT8), {})
-    for path in fresh.rglob("*.safetensors"):  # safetensors 0.8 lets nobody else read what save_pretrained writes
-        shutil.copymode(fresh / "reader.safetensors", path)
+    let_others_read(fresh, like=fresh / "reader.safetensors")
     recipe.save(fresh)
     size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
     if size > MOST_BYTES:
@@ -65,3 +64,12 @@ def export(
             shutil.copy2(kept, fresh)
         shutil.rmtree(weights)
     fresh.rename(weights)
+
+
+def let_others_read(folder: Path, *, like: Path) -> None:
+    """Gives all safetensors files in a folder another file's permissions.
+
+    safetensors 0.8 lets nobody but the owner read what `save_pretrained` writes.
+    """
+    for path in folder.rglob("*.safetensors"):
+        shutil.copymode(like, path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -75,13 +75,7 @@ WAYS = (
 VARIED = (
     WAYS[0],
     _prior(GUIDED, strength=STRENGTH),
-    Way(
-        name="p: the tokens alone",
-        paints="prior",
-        guidance=GuidanceOptions(strength=STRENGTH),
-        start=START,
-        tokens_alone=True,
-    ),
+    replace(_prior("p: the tokens alone", strength=STRENGTH), tokens_alone=True),
     _prior("weight: uniform", strength=STRENGTH, weight="uniform"),
     _prior("pull 0", strength=STRENGTH, pull=0.0),
     _prior("start 0.4", start=0.4, strength=STRENGTH),
@@ -90,13 +84,7 @@ VARIED = (
     _prior("strength 0.6", strength=0.6),
     _prior("2 gradients a step", strength=STRENGTH, gradients=2),
     _prior("every second step", strength=STRENGTH, every=2),
-    Way(
-        name="through the small latent decoder",
-        paints="prior",
-        guidance=GuidanceOptions(strength=STRENGTH),
-        start=START,
-        cheap=True,
-    ),
+    replace(_prior("through the small latent decoder", strength=STRENGTH), cheap=True),
     _loss("the loss alone, 4 steps", 4),
     _loss(LOSS_8, 8),
     _loss("the loss alone, 8 steps, strength 0.2", 8, 0.2),

@@ -21,17 +21,17 @@ def scene_images(folder: Path, split: Split, count: int, *, size: int = 96) -> n
     path = folder / f"scenes-{split}-{count}-{size}.npy"
     if not path.exists():
         chunk = 500
-        jobs = [(split, start, min(count, start + chunk), size) for start in range(0, count, chunk)]
+        jobs = [(split, start, min(chunk, count - start), size) for start in range(0, count, chunk)]
         with whole_file(path) as temporary:
             images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
             with ProcessPoolExecutor(os.cpu_count()) as pool:
-                for (_, start, stop, _), block in zip(jobs, pool.map(_render_range, jobs)):
-                    images[start:stop] = block
+                for (_, start, length, _), block in zip(jobs, pool.map(rendered, *zip(*jobs))):
+                    images[start : start + length] = block
             images.flush()
             del images
     return np.load(path, mmap_mode="r")
 
 
-def _render_range(job: tuple[Split, int, int, int]) -> np.ndarray:
-    split, start, stop, size = job
-    return np.stack([render_scene(split, index, size=size).image for index in range(start, stop)])
+def rendered(split: Split, first: int, count: int, size: int) -> np.ndarray:
+    """Scenes first..first + count - 1 of a split, [count, size, size, 3] uint8."""
+    return np.stack([render_scene(split, first + k, size=size).image for k in range(count)])

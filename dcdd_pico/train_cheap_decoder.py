@@ -6,7 +6,6 @@ autoencoder makes of the latents of fresh training scenes. Its encoder, which a 
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -20,8 +19,9 @@ from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 
 from .build_context import BuildContext, digest, stage_context, stage_parser
 from .embedded import CHEAP
+from .export import let_others_read
 from .models import load_pico
-from .scenes import Split, render_scene, scene_pixels
+from .scenes import Split
 from .training_loop import train
 
 _STAGE = 11
@@ -61,10 +61,7 @@ def train_cheap_decoder(context: BuildContext, weights: Path) -> AutoencoderTiny
     @torch.no_grad()
     def pairs(split: Split, first: int, count: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents [B, C, h', w'] and the autoencoder's pixels of them [B, 3, S, S]."""
-        images = torch.stack(
-            [torch.from_numpy(render_scene(split, first + k, size=recipe.size).image) for k in range(count)]
-        )
-        clean = codec.normalize(codec.encode(scene_pixels(images.numpy(), device)))
+        clean = codec.normalize(codec.encode(context.fresh_pixels(split, first, count)))
         drawn = torch.randn(clean.shape, generator=keyed_generator(recipe.seed, _STAGE, first))
         clean = clean + noise * torch.rand(count, 1, 1, 1, generator=keyed_generator(first, _STAGE)) * drawn
         return clean, codec.decode(codec.denormalize(clean))
@@ -108,8 +105,7 @@ def save_cheap_decoder(weights: Path, model: AutoencoderTiny) -> Path:
     """Writes the decoder beside the models in `weights`, in half precision; returns its folder."""
     folder = weights / CHEAP
     model.half().save_pretrained(folder)
-    # safetensors 0.8 lets nobody else read what save_pretrained writes.
-    shutil.copymode(folder / "config.json", folder / "diffusion_pytorch_model.safetensors")
+    let_others_read(folder, like=folder / "config.json")
     return folder
 
 

@@ -13,7 +13,6 @@ Shapes: B batch, N tokens, K codes, n tokens of a caption.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from dcdd_core.types import Codebook
 
 from .build_context import BuildContext, Recipe, stage_context, stage_parser
 from .embedded import LLAMAGEN, model_paths
+from .export import let_others_read
 from .scene_tokens import SceneTokens, encode_scenes, scene_facts_of
 from .scenes import SceneFacts, vocabulary
 from .train_tokenizer import tokens_digest
@@ -214,8 +214,7 @@ def save_llamagen(context: BuildContext, weights: Path, network: LlamaGenTransfo
     encoder = T5EncoderModel(network.text_encoder.config)
     encoder.load_state_dict(network.text_encoder.state_dict())
     encoder.half().save_pretrained(text)
-    # safetensors 0.8 lets nobody else read what save_pretrained writes.
-    shutil.copymode(folder / _CHECKPOINT, text / "model.safetensors")
+    let_others_read(text, like=folder / _CHECKPOINT)
     save_tokenizer(pico_words(), text)
     config = {
         "model_type": MODEL_TYPE,

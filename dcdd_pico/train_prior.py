@@ -25,7 +25,7 @@ from dcdd_core.types import Condition
 from .build_context import BuildContext, digest, stage_context, stage_parser
 from .embedded import PRIOR, model_paths
 from .models import load_pico
-from .scenes import render_scene, scene_pixels
+from .scenes import Split
 from .training_loop import train
 
 _STAGE = 8
@@ -49,11 +49,8 @@ def train_prior(context: BuildContext, weights: Path) -> PriorDifference:
     optimizer = torch.optim.AdamW(difference.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
     ema = EMA(trained_weights(difference), 0.998)
 
-    def latents_of(split: str, first: int, count: int) -> torch.Tensor:
-        images = torch.stack(
-            [torch.from_numpy(render_scene(split, first + k, size=context.recipe.size).image) for k in range(count)]
-        )
-        return codec.normalize(codec.encode(scene_pixels(images.numpy(), device)))
+    def latents_of(split: Split, first: int, count: int) -> torch.Tensor:
+        return codec.normalize(codec.encode(context.fresh_pixels(split, first, count)))
 
     def loss_of(z0: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         t = sample_times(len(z0), generator=draw)

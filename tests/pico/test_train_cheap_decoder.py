@@ -40,21 +40,35 @@ def test_it_comes_nearer_to_the_autoencoder(weights, tmp_path, monkeypatch):
     assert distance(more, weights) < 0.9 * distance(one, weights)
 
 
+def test_it_is_shown_latents_with_noise_and_what_the_autoencoder_makes_of_them(weights, tmp_path, monkeypatch):
+    """The latents of a batch are those of its scenes with noise of no more than `_NOISE`, each with its own amount."""
+    monkeypatch.setattr(stage, "_HELD_OUT", 1)
+    codec, seen = load_pico(weights=weights, with_sampler=False).codec, []
+    decode = stage.AutoencoderTiny.decode
+    monkeypatch.setattr(stage.AutoencoderTiny, "decode", lambda self, z: seen.append(z) or decode(self, z))
+    one = context(tmp_path, 1)
+    stage.train_cheap_decoder(one, weights)
+    clean = codec.normalize(codec.encode(one.fresh_pixels("train", 0, stage._BATCH)))
+    amounts = (seen[0] - clean).std(dim=(1, 2, 3))
+    assert (amounts > 0).all() and (amounts < 1.1 * stage._NOISE).all() and len(set(amounts.tolist())) == stage._BATCH
+    assert torch.equal(seen[1], codec.normalize(codec.encode(one.fresh_pixels("calibration", 0, 1))))
+
+
 def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "_HELD_OUT", 1)
     train = stage.train
     monkeypatch.setattr(
         stage, "train", lambda *given, **options: train(*given, **options | {"save_every": 1, "evaluate_every": 1})
     )
-    whole, render = stage.train_cheap_decoder(context(tmp_path / "a"), weights), stage.render_scene
+    whole, render = stage.train_cheap_decoder(context(tmp_path / "a"), weights), BuildContext.fresh_pixels
 
-    def stop(split, index, *, size):
-        if (split, index) == ("train", stage._BATCH):
+    def stop(self, split, first, count):
+        if (split, first) == ("train", stage._BATCH):
             raise KeyboardInterrupt
-        return render(split, index, size=size)
+        return render(self, split, first, count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "render_scene", stop)
+        patch.setattr(BuildContext, "fresh_pixels", stop)
         with pytest.raises(KeyboardInterrupt):
             stage.train_cheap_decoder(context(tmp_path / "b"), weights)
     again = stage.train_cheap_decoder(context(tmp_path / "b"), weights)
