@@ -78,6 +78,7 @@ def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatc
 
     folder = stage.save_llamagen(contexts[0], weights, whole)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 6 * 10**6
+    assert len({path.stat().st_mode for path in folder.rglob("*.safetensors")}) == 1, "all can be read by all"
     assert "| without caption |" in (folder / "README.md").read_text()
     assert (tmp_path / "a" / "llamagen-curves.png").exists()
     family = registry.sampler_family(folder)
