@@ -43,10 +43,11 @@ demo: $(READY) ## prompts become images with the embedded models: out/demo.png
 # Published tables name the commit that they were measured at.
 COMMIT = --commit $$(git describe --always --dirty --abbrev=7 --exclude="*")
 
-# In bfloat16 and with torch.compile, which needs a C++ compiler: as the published numbers were measured.
+RULER = $(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[ruler]'
+
 table: $(READY) ## measure the embedded models where code or weights changed: docs/results.md and their card; with the optional onnxruntime
-	$(RUN) -m dcdd_pico.results_table --bf16 --compile $(COMMIT) --into docs/results.md dcdd_pico/weights/README.md
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[ruler]'
+	$(RULER)
+	$(RUN) -m dcdd_pico.results_table --bf16 $(COMMIT) --into docs/results.md dcdd_pico/weights/README.md
 	$(RUN) -m dcdd_pico.guided_table --bf16 $(COMMIT) --into docs/results.md
 	$(RUN) -m dcdd_pico.progressive_table --bf16 $(COMMIT) --into docs/results.md
 	$(RUN) -m dcdd_pico.llamagen_table --bf16 $(COMMIT) --into docs/results.md
@@ -57,8 +58,9 @@ stale: $(READY) ## list the published tables that were measured with other code 
 ablation: $(READY) ## train the nine decoders of Table 4, for `make table` and `make report`
 	$(RUN) -m dcdd_pico.ablation --compile
 
-report: ablation ## the paper's tables on the embedded models, with plots: docs/report.md
-	$(RUN) -m dcdd_pico.paper_report --bf16 --compile $(COMMIT)
+report: ablation ## the paper's tables on the embedded models, with plots: docs/report.md; with the optional onnxruntime
+	$(RULER)
+	$(RUN) -m dcdd_pico.paper_report --bf16 $(COMMIT)
 
 bench: $(READY) ## speed and memory against the plain ways: docs/bench.md, docs/growth.png; with the optional torchao
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[int8]'

@@ -30,9 +30,9 @@ from .guided_images import PART, PHOTOGRAPHS, TILES, Painters, Source, Task, Way
 from .prior import PRIOR
 from .reader import FACTS, SceneReader, fact_labels
 from .ruler import TextDetectorRuler
-from .scenes import scene_pixels
+from .scenes import Split, scene_pixels
 from .section_keys import code_hash, files_hash
-from .sections import FURTHER, READ, EvalSetup, Rows, Section
+from .sections import READ, SECTIONS, EvalSetup, Rows, Section
 
 #: What rows are called.
 VQ, SOFT, SDEDIT = "VQ-VAE decode", "VQ-VAE decode of expected codes", "SDEdit of the soft decode"
@@ -110,8 +110,6 @@ CHOICE = (
 )
 #: Column: share of photographs with a better SSIM than the VQ decode's.
 ABOVE = "photographs above the VQ decode"
-#: In the names of rows of ratios, and of no other.
-RATIO = "ratio of"
 #: Images of the smaller sections, at most.
 FEW = 64
 
@@ -141,7 +139,8 @@ class Rulers:
         Raises:
             ValueError: as `TextDetectorRuler`.
         """
-        painters = Painters(pico=setup.pico, folder=setup.out / "guided", weights=setup.weights)
+        own = {"folder": setup.out / "guided", "weights": setup.weights, "name": "compiled-" * setup.compiled}
+        painters = Painters(pico=setup.pico, **own)
         return cls(painters=painters, reader=setup.reader, detector=TextDetectorRuler(threads=torch.get_num_threads()))
 
     @cached_property
@@ -152,6 +151,19 @@ class Rulers:
         """`scores_of` a part's originals, which are one for all painters."""
         folder = self.painters.folder / f"originals-{self._version}/{source}"
         return _kept(folder, part, lambda: scores_of(self, _pixels(self, source, part), None, None))
+
+    def of_images(
+        self, name: str, part: slice, make: Callable[[], torch.Tensor], *, original: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """`scores_of` images of a part's test scenes that `make` returns.
+
+        Args:
+            name: of the folder that the scores are kept in.
+            original: whether they are to resemble their originals, rather than show the same facts.
+        """
+        folder = self.painters.own_folder / f"scores-{self._version}/{name}"
+        truth = partial(_pixels, self, "test", part)
+        return _kept(folder, part, lambda: scores_of(self, make(), truth() if original else None, None))
 
     def made(self, way: Way, task: Task, source: Source, part: slice) -> dict[str, torch.Tensor]:
         """`scores_of` a part's images of one way, with its seconds."""
@@ -220,6 +232,16 @@ class Scores:
     labels: dict[str, np.ndarray]
     _known: dict[tuple[str, bytes], float] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        made: Sequence[dict[str, torch.Tensor]],
+        real: Sequence[dict[str, torch.Tensor]],
+        labels: dict[str, np.ndarray],
+    ) -> Scores:
+        """Of the scores of parts, in order."""
+        return cls(held=_joined(made), real=_joined(real), labels=labels)
+
     def __len__(self) -> int:
         return len(self.held["reader features"])
 
@@ -278,12 +300,14 @@ def collect(rulers: Rulers, ways: Sequence[Way], task: Task, source: Source, cou
         real.append(rulers.real(source, part))
         for way in ways:
             made[way.name].append(rulers.made(way, task, source, part))
-    labels = {}
-    if source != "photographs":
-        facts = [scene.facts for scene in scenes_of(source, slice(0, count))]
-        labels = {name: found.numpy() for name, found in fact_labels(facts).items()}
-    joined = _joined(real)
-    return {name: Scores(held=_joined(parts), real=joined, labels=labels) for name, parts in made.items()}
+    labels = {} if source == "photographs" else labels_of(source, count)
+    return {name: Scores.of(parts, real, labels) for name, parts in made.items()}
+
+
+def labels_of(source: Split, count: int) -> dict[str, np.ndarray]:
+    """The facts of the first scenes of a source: fact -> [M]."""
+    facts = [scene.facts for scene in scenes_of(source, slice(0, count))]
+    return {name: found.numpy() for name, found in fact_labels(facts).items()}
 
 
 def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
@@ -527,7 +551,7 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 _READ = ("janus", "vae", "decoder.safetensors", PRIOR, "reader.safetensors")
-FURTHER.update(
+SECTIONS.update(
     {
         "guided-reconstruction": Section(measure_guided_reconstruction, _READ),
         "guided-text": Section(measure_guided_text, _READ),

@@ -1,19 +1,34 @@
-"""Tables whose numbers have 95 % intervals: rows, their differences, shares of a gain, and targets."""
+"""Sections as Markdown tables: rows, differences, shares of a gain and ratios with 95 % intervals, and targets."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from dcdd_core.evaluation.intervals import Interval
-from dcdd_core.evaluation.tables import markdown_table
+from dcdd_core.evaluation.tables import markdown_table, statistics_rows
 from dcdd_core.files import write_text
 
-from .guided_sections import RATIO, share_name
-from .results_table import put_between, table_cells
-from .sections import Measured, Rows, measure, parse
+from .guided_sections import share_name
+from .sections import RATIO, READ, SERVED, Measured, Rows, measure, parse
+from .sections import token_statistics as statistics_of_row
 
+#: Which way a column is better.
+BETTER = {
+    "frechet": "↓",
+    "ssim": "↑",
+    "psnr": "↑",
+    "perceptual": "↓",
+    "text frechet": "↓",
+    "text frechet, text detector": "↓",
+    "frechet, text detector": "↓",
+    "perceptual, text detector": "↓",
+    "F1": "↑",
+    **{f"F1 {name}": "↑" for name in READ},
+}
+#: A target without numbers, and how the title of a table of targets begins.
+_NOT_MEASURED, _TARGETS = "not measured", "Targets"
 #: Heads of a table of targets.
 TARGET_HEADS = ("", "target", "measured (95 % interval)", "")
 
@@ -26,7 +41,7 @@ def target(what: str, held: Mapping[str, float], column: str, bound: float, *, m
         held: the row's numbers; without the column it was not measured.
         most: whether the bound is an upper one.
     """
-    told, verdict = "", "not measured"
+    told, verdict = "", _NOT_MEASURED
     if column in held:
         found = Interval(held[column], held[f"{column}: lowest"], held[f"{column}: highest"])
         told = f"{found.value:.3g} ({found.low:.3g} to {found.high:.3g})"
@@ -35,15 +50,102 @@ def target(what: str, held: Mapping[str, float], column: str, bound: float, *, m
 
 
 def section_texts(results: Measured, titles: Mapping[str, str]) -> list[str]:
-    """Each section as Markdown with its provenance: rows, then differences, then shares, then ratios."""
+    """Each section that has a title as Markdown with its provenance: rows, differences, shares, ratios."""
     texts = []
     for name, rows in results.rows.items():
+        if name not in titles:
+            continue
         kinds: tuple[Rows, ...] = ({}, {}, {}, {})
         for row, values in rows.items():
             kinds[_kind(row)][row] = values
         held = "\n\n".join(markdown_table(table_cells(name, kind)) for kind in kinds if kind)
         texts.append(f"### {titles[name]}\n\n{held}\n\n{results.provenance[name]}\n")
     return texts
+
+
+def table_cells(section: str, rows: Rows) -> list[list[str]]:
+    """The cells of a section's table, with its heads."""
+    if section == "calibration":
+        return statistics_rows({name: statistics_of_row(row) for name, row in rows.items()})
+    served = [row for name, row in rows.items() if SERVED in name]  # equal to another row, which is marked instead
+    rows = {f"{name} (served)" if row in served else name: row for name, row in rows.items() if SERVED not in name}
+    columns = [column for column in max(rows.values(), key=len) if ":" not in column]
+    heads = [f"{column} {BETTER[column]}" if column in BETTER else column for column in columns]
+    return [["", *heads], *([name, *(cell(row, column) for column in columns)] for name, row in rows.items())]
+
+
+def cell(row: Mapping[str, float], column: str) -> str:
+    """A score with its interval or spread, where it has one; empty for a row without the column."""
+    if column not in row:
+        return ""
+    low, high = f"{column}: lowest", f"{column}: highest"
+    return f"{row[column]:.4g}" + (f" ({row[low]:.4g} to {row[high]:.4g})" if low in row else "")
+
+
+def put_between(marks: tuple[str, str], text: str, into: str) -> str:
+    """Replaces what is between two lines of a text.
+
+    Raises:
+        ValueError: if the lines are missing.
+    """
+    before, _, after = _parted(marks, into)
+    return f"{before}{marks[0]}\n\n{text.strip()}\n\n{marks[1]}{after}"
+
+
+def put_among(marks: tuple[str, str], text: str, into: str, titles: Iterable[str]) -> str:
+    """`put_between`, keeping what is there of tables that the text lacks, and of targets that it has not measured.
+
+    Args:
+        titles: of all tables; others that are there are dropped.
+
+    Raises:
+        ValueError: as `put_between`.
+    """
+    old, new = (_by_title(part) for part in (_parted(marks, into)[1], text))
+    known = {*titles, *new}
+    tables = {title: new.get(title, old[title]) for title in old if title in known} | new
+    for title in [title for title in tables if title.startswith(_TARGETS)]:
+        tables[title] = _with_targets_of(tables.pop(title), old.get(title, ""))  # to the end
+    return put_between(marks, "\n\n".join(f"### {title}\n\n{body}" for title, body in tables.items()), into)
+
+
+def write_into(files: Iterable[Path], marks: tuple[str, str], text: str, titles: Iterable[str] | None) -> None:
+    """Writes tables between the marks of files.
+
+    Args:
+        titles: of all tables, where the text may lack some that are to stay; None to replace all.
+
+    Raises:
+        ValueError: as `put_between`.
+    """
+    for path in files:
+        held = path.read_text("utf-8")
+        whole = titles is None
+        write_text(path, put_between(marks, text, held) if whole else put_among(marks, text, held, titles))
+
+
+def _parted(marks: tuple[str, str], text: str) -> tuple[str, str, str]:
+    before, first, rest = text.partition(marks[0] + "\n")
+    inside, second, after = rest.partition(marks[1])
+    if not first or not second:
+        raise ValueError(f"the file lacks the lines {marks[0]} and {marks[1]} between which the tables go: add them")
+    return before, inside, after
+
+
+def _by_title(text: str) -> dict[str, str]:
+    parts = (part.partition("\n") for part in f"\n{text}".split("\n### ")[1:])
+    return {title: body.strip() for title, _, body in parts}
+
+
+def _with_targets_of(table: str, old: str) -> str:
+    def words(line: str) -> list[str]:
+        return [word.strip() for word in line.split("|")]
+
+    published = {words(line)[1]: line for line in old.splitlines() if line.startswith("|")}
+    return "\n".join(
+        published.get(words(line)[1], line) if line.startswith("|") and words(line)[-2] == _NOT_MEASURED else line
+        for line in table.splitlines()
+    )
 
 
 def _kind(row: str) -> int:
@@ -70,12 +172,11 @@ def run(
         steps: see `parse`.
     """
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--sections", nargs="+", choices=list(titles), default=list(titles))
+    parser.add_argument("--sections", nargs="+", choices=list(titles), help="only these; others stay as published")
     parser.add_argument("--into", nargs="+", type=Path, default=(), help="files to write the tables into")
     chosen, options = parse(parser, steps=steps)
-    _, results = measure(options, chosen.sections)
+    _, results = measure(options, chosen.sections or list(titles))
     text = tables(results)
     write_text(options.out / file, text)
-    for path in chosen.into:
-        write_text(path, put_between(marks, text, path.read_text("utf-8")))
+    write_into(chosen.into, marks, text, None if chosen.sections is None else titles.values())
     print(text)

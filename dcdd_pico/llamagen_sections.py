@@ -25,10 +25,10 @@ from dcdd_core.protocols import SamplingOptions, TeacherForced
 
 from .embedded import CALIBRATION, JANUS, LLAMAGEN
 from .guided_images import Painters, Way, originals, scenes_of
-from .guided_sections import F1, RATIO, Rulers, Scores, collect, difference, minus, parts_of, ratio, row_of, rows_of
+from .guided_sections import F1, Rulers, Scores, collect, difference, minus, parts_of, ratio, row_of, rows_of
 from .models import load_pico
 from .scenes import scene_pixels
-from .sections import FURTHER, EvalSetup, Rows, Section
+from .sections import SECTIONS, EvalSetup, Rows, Section, ratio_name
 
 #: What rows are called.
 NAMES = {JANUS: "Janus", LLAMAGEN: "LlamaGen"}
@@ -63,9 +63,9 @@ def calibrated_name(vlm: str) -> str:
     return f"{DCDD}, calibration of {NAMES[vlm]}"
 
 
-def ratio_name(vlm: str) -> str:
+def gain_name(vlm: str) -> str:
     """The row of what the trained decoder's scores are, divided by the VQ decode's."""
-    return f"{NAMES[vlm]}, {RATIO} {DCDD} to {VQ}"
+    return f"{NAMES[vlm]}, {ratio_name(DCDD, VQ)}"
 
 
 def load_llamagen(setup: EvalSetup, *, calibrated: bool = True) -> Models:
@@ -174,12 +174,12 @@ def measure_text(setup: EvalSetup) -> Rows:
     rows[minus(row_name(LLAMAGEN, VQ), row_name(JANUS, VQ))] = row_of(TEXT, apart, count)
     ratios = {vlm: partial(ratio, scores[DCDD], scores[VQ]) for vlm, scores in own.items()}
     for vlm, score in ratios.items():
-        rows[ratio_name(vlm)] = row_of(RATIOS, score, count)
+        rows[gain_name(vlm)] = row_of(RATIOS, score, count)
 
     def of_ratios(column: str, k: np.ndarray) -> float:
         return ratios[LLAMAGEN](column, k) - ratios[JANUS](column, k)
 
-    rows[minus(ratio_name(LLAMAGEN), ratio_name(JANUS))] = row_of(RATIOS, of_ratios, count)
+    rows[minus(gain_name(LLAMAGEN), gain_name(JANUS))] = row_of(RATIOS, of_ratios, count)
     return rows
 
 
@@ -198,7 +198,7 @@ def _mean_of(values: np.ndarray):
     return lambda _, images: float(values[images].mean())
 
 
-FURTHER.update(
+SECTIONS.update(
     {
         "llamagen-choice": Section(measure_choice, (*_NETWORK, JANUS, _READER)),
         "llamagen-loss": Section(measure_loss, (*_NETWORK, JANUS)),

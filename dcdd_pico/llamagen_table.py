@@ -21,7 +21,7 @@ from .llamagen_sections import (
     VQ,
     calibrated_name,
     chosen_guidance,
-    ratio_name,
+    gain_name,
     row_name,
 )
 from .sections import Measured, Rows
@@ -54,7 +54,7 @@ def verdicts(results: Mapping[str, Rows]) -> str:
             add("llamagen-text", row, column, most=column in _FRECHET)
     add("llamagen-loss", minus(NAMES[LLAMAGEN], NAMES[JANUS]), LOSS, most=False)
     for column in _FRECHET:
-        add("llamagen-text", minus(ratio_name(LLAMAGEN), ratio_name(JANUS)), column, most=False)
+        add("llamagen-text", minus(gain_name(LLAMAGEN), gain_name(JANUS)), column, most=False)
     lines.append(_guidance_line(results))
     return f"### Targets of LlamaGen, and of its differences to Janus\n\n{markdown_table(lines)}\n"
 

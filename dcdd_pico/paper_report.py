@@ -24,14 +24,15 @@ from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import TokenLogits
 
 from .build_context import Recipe
+from .interval_tables import cell
+from .results_table import REPORT
 from .scenes import scene_facts, scene_pixels
 from .sections import (
     ABLATION_SCORES,
     BY_LOGITS,
     DCDD,
+    RATIO,
     READ,
-    SCORES,
-    SECTIONS,
     SERVED,
     STEP_COUNTS,
     VQ,
@@ -41,62 +42,78 @@ from .sections import (
     TableOptions,
     measure,
     parse,
+    ratio_name,
+    steps_name,
     token_statistics,
 )
 
-_SCORES = dict(zip(SCORES, ("rFID ↓", "SSIM ↑", "perceptual distance ↓"), strict=True))
-_ABLATION_HEADS = dict(zip(ABLATION_SCORES, (*_SCORES.values(), "gFID ↓"), strict=True))
+_SCORES = {
+    "frechet": "rFID ↓",
+    "frechet, text detector": "rFID, text detector ↓",
+    "ssim": "SSIM ↑",
+    "perceptual": "perceptual distance ↓",
+    "perceptual, text detector": "perceptual, text detector ↓",
+}
+_TEXT_HEADS = {"frechet": "gFID ↓", "frechet, text detector": "gFID, text detector ↓"}
+_TEXT_HEADS |= {f"F1 {fact}": f"F1 {fact} ↑" for fact in READ}
+_ABLATION_HEADS = dict(zip(ABLATION_SCORES, (*_SCORES.values(), "gFID ↓", "gFID, text detector ↓"), strict=True))
+#: Details of a score that are its interval.
+_ENDS = ("lowest", "highest")
 #: Command that a section needs first.
 _HOW = {"ablation": "python -m dcdd_pico.ablation"}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A comparison in the paper: its name, the paper's two values, and the places of ours (section, row, column)."""
+    """A ratio in the paper: its name, the paper's two values, and where ours is: section, two rows, column."""
 
     words: str
     theirs: tuple[float, float]
-    ours: tuple[tuple[str, str, str], tuple[str, str, str]]
-
-
-def _claim(words: str, theirs: tuple[float, float], section: str, rows: tuple[str, str], column: str) -> Claim:
-    first, second = rows
-    return Claim(words, theirs, ((section, first, column), (section, second, column)))
+    section: str
+    row: str
+    baseline: str
+    column: str
 
 
 #: arXiv 2603.13389, its Tables 2 (ImageNet), 3, 4 and 6.
 CLAIMS = (
-    _claim("rFID, DCDD to VQ-VAE", (0.7535, 2.8511), "reconstruction", (DCDD, VQ), "frechet"),
-    _claim("SSIM, DCDD to VQ-VAE", (0.5957, 0.5786), "reconstruction", (DCDD, VQ), "ssim"),
-    _claim("perceptual, DCDD to VQ-VAE", (0.1374, 0.1541), "reconstruction", (DCDD, VQ), "perceptual"),
-    _claim("gFID, DCDD to VQ-VAE", (9.4160, 14.2888), "text", (BY_LOGITS, VQ), "frechet"),
-    _claim("gFID, DCDD as served to VQ-VAE", (9.4160, 14.2888), "text", (SERVED, VQ), "frechet"),
-    _claim("rFID, LCDM to discrete", (31.2049, 33.5081), "means", ("lcdm", "discrete"), "frechet"),
-    _claim("SSIM, LCDM to discrete", (0.4275, 0.4244), "means", ("lcdm", "discrete"), "ssim"),
-    _claim("perceptual, LCDM to discrete", (0.4009, 0.4132), "means", ("lcdm", "discrete"), "perceptual"),
-    _claim("rFID, LCDM + LC to LCDM", (30.5760, 31.2049), "means", ("lcdm+lc", "lcdm"), "frechet"),
-    _claim("SSIM, LCDM + LC to LCDM", (0.4360, 0.4275), "means", ("lcdm+lc", "lcdm"), "ssim"),
-    _claim("perceptual, LCDM + LC to LCDM", (0.3875, 0.4009), "means", ("lcdm+lc", "lcdm"), "perceptual"),
-    _claim("rFID, 10 steps to 30", (20.8859, 17.6969), "steps", ("DCDD, 10 steps", "DCDD, 30 steps"), "frechet"),
-    _claim("SSIM, 10 steps to 30", (0.5995, 0.5954), "steps", ("DCDD, 10 steps", "DCDD, 30 steps"), "ssim"),
+    Claim("rFID, DCDD to VQ-VAE", (0.7535, 2.8511), "reconstruction", DCDD, VQ, "frechet"),
+    Claim("SSIM, DCDD to VQ-VAE", (0.5957, 0.5786), "reconstruction", DCDD, VQ, "ssim"),
+    Claim("perceptual, DCDD to VQ-VAE", (0.1374, 0.1541), "reconstruction", DCDD, VQ, "perceptual"),
+    Claim("gFID, DCDD to VQ-VAE", (9.4160, 14.2888), "text", BY_LOGITS, VQ, "frechet"),
+    Claim("gFID, DCDD as served to VQ-VAE", (9.4160, 14.2888), "text", SERVED, VQ, "frechet"),
+    Claim("rFID, LCDM to discrete", (31.2049, 33.5081), "means", "lcdm", "discrete", "frechet"),
+    Claim("SSIM, LCDM to discrete", (0.4275, 0.4244), "means", "lcdm", "discrete", "ssim"),
+    Claim("perceptual, LCDM to discrete", (0.4009, 0.4132), "means", "lcdm", "discrete", "perceptual"),
+    Claim("rFID, LCDM + LC to LCDM", (30.5760, 31.2049), "means", "lcdm+lc", "lcdm", "frechet"),
+    Claim("SSIM, LCDM + LC to LCDM", (0.4360, 0.4275), "means", "lcdm+lc", "lcdm", "ssim"),
+    Claim("perceptual, LCDM + LC to LCDM", (0.3875, 0.4009), "means", "lcdm+lc", "lcdm", "perceptual"),
+    Claim("rFID, 10 steps to 30", (20.8859, 17.6969), "steps", steps_name(10), steps_name(30), "frechet"),
+    Claim("SSIM, 10 steps to 30", (0.5995, 0.5954), "steps", steps_name(10), steps_name(30), "ssim"),
 )
+#: Columns of the second network beside the first's, where it measures the same.
+_SECOND = {"frechet": "frechet, text detector", "perceptual": "perceptual, text detector"}
 
 
 def agreement(results: Mapping[str, Rows]) -> str:
-    """A Markdown table of the paper's ratios beside ours, and whether both are on the same side of 1."""
-    lines = [["", "paper", "pico", ""]]
+    """A Markdown table of the paper's ratios beside ours by both networks.
+
+    The last column says whether they are on the same side of 1, by the scene reader: where the whole interval is, or
+    with it in part.
+    """
+    lines = [["", "paper", "pico, scene reader", "pico, text detector", ""]]
     for claim in CLAIMS:
-        try:
-            ours = [results[section][row][column] for section, row, column in claim.ours]
-        except KeyError:
-            lines.append([claim.words, f"{claim.theirs[0] / claim.theirs[1]:.3f}", "not measured", ""])
+        paper = claim.theirs[0] / claim.theirs[1]
+        row = results.get(claim.section, {}).get(ratio_name(claim.row, claim.baseline))
+        if row is None:
+            lines.append([claim.words, f"{paper:.3f}", "not measured", "", ""])
             continue
-        paper, pico = claim.theirs[0] / claim.theirs[1], ours[0] / ours[1]
-        verdict = "same direction" if (paper - 1) * (pico - 1) > 0 else "**opposite direction**"
-        (section, first, column), (_, second, _) = claim.ours
-        if section == "means" and _overlap(results[section][first], results[section][second], column):
-            verdict += ", within the spread of seeds"
-        lines.append([claim.words, f"{paper:.3f}", f"{pico:.3f}", verdict])
+        low, high = (row[f"{claim.column}: {end}"] - 1 for end in ("lowest", "highest"))
+        side = "same" if (paper - 1) * (row[claim.column] - 1) > 0 else "**opposite**"
+        verdict = f"{side} direction" + (", may be chance" if low <= 0 <= high else "")
+        lines.append(
+            [claim.words, f"{paper:.3f}", cell(row, claim.column), cell(row, _SECOND.get(claim.column, "")), verdict]
+        )
     return markdown_table(lines)
 
 
@@ -112,11 +129,14 @@ def report_markdown(results: Measured, *, options: TableOptions, causes: str) ->
         "The tables of *High-Fidelity Text-to-Image Generation from Pre-Trained Vision-Language Models via "
         "Distribution-Conditioned Diffusion Decoding* (arXiv 2603.13389), measured on pico: "
         f"{options.scenes:,} held-out scenes of 96 x 96 pixels, {options.steps} Euler steps unless stated otherwise. "
-        "Frechet distances (rFID, gFID) and perceptual distances use the features of the scene reader, which took no "
-        "part in any training. They can be compared with each other, but not with distances by Inception or LPIPS.",
+        "Two networks measure Frechet distances (rFID, gFID) and perceptual distances: the scene reader, where no "
+        "other is named, and a text detector that others trained on real images. They can be compared with each "
+        "other, but not with distances by Inception or LPIPS. Brackets are 95 % intervals.",
         "## Comparison with the paper",
-        "Ratios, since absolute values of the two data sets cannot be compared. The last column only says whether both "
-        "ratios are on the same side of 1, not whether they are equally large.",
+        "Ratios, since absolute values of the two data sets cannot be compared. The last column only says whether the "
+        "paper's ratio and the scene reader's are on the same side of 1, not whether they are equally large. *May be "
+        "chance* where the interval includes 1. For Table 4 (LCDM, discrete) brackets are the lowest and the highest "
+        "ratio of a seed.",
         agreement(measured),
         causes.strip(),
     ]
@@ -140,42 +160,36 @@ def report_markdown(results: Measured, *, options: TableOptions, causes: str) ->
     section(
         "Table 2: reconstruction",
         "reconstruction",
-        _scores(measured.get("reconstruction", {})),
+        _table(_plain(measured.get("reconstruction", {})), _SCORES),
         "![Held-out scenes, reconstructed](report/table-2.png)",
     )
-    rows = measured.get("text", {})
-    details = [name for name in next(iter(rows.values()), {}) if name.startswith("frechet: ")]
-    heads = ["gFID ↓", *(f"F1 {fact} ↑" for fact in READ)]
+    rows = _plain(measured.get("text", {}))
     chance = {name: row for name, row in measured.get("reader", {}).items() if "frechet" in row}
     rows = rows | chance
-    shapes = [name.removeprefix("frechet: ") for name in details]
+    details = [name for name in next(iter(rows.values()), {}) if name.startswith("frechet: ")]
+    shapes = {name: name.removeprefix("frechet: ") for name in details if name.split(": ")[1] not in _ENDS}
     section(
         "Table 3: text to image",
         "text",
         "The rows of all decoders are from the same sampled tokens and logits. The F1 of the facts that the reader "
         "finds in the images takes the place of GenEval."
         + (" The last row is the chance level: other renderings of the same facts." if chance else ""),
-        _table(heads, {name: [row["frechet"], *(row[f"F1 {fact}"] for fact in READ)] for name, row in rows.items()}),
+        _table(rows, _TEXT_HEADS),
         "gFID by shape:",
-        _table(shapes, {name: [row[detail] for detail in details] for name, row in rows.items()}),
+        _table(rows, shapes),
         "![Images of captions](report/table-3.png)",
         also=["reader"] if chance else [],
     )
-    rows = measured.get("means", {})
+    rows = _plain(measured.get("means", {}))
     section(
         "Table 4: what the decoder is conditioned on",
         "ablation",
         f"Decoders trained from scratch for {recipe.variant_steps:,} steps each (the shipped decoder: "
         f"{recipe.decoder_steps:,}), with {len(measured.get('ablation', {})) // len(VARIANTS)} seeds per variant "
-        "(`python -m dcdd_pico.ablation`). The mean over seeds, with the lowest and highest value. The first three "
-        "columns are reconstruction, as in the paper. gFID is of images of captions, decoded from the logits as the "
-        "VLM gave them (beta = 0).",
-        markdown_table(
-            [
-                ["", *_ABLATION_HEADS.values()],
-                *([name, *(_spread(row, column) for column in _ABLATION_HEADS)] for name, row in rows.items()),
-            ]
-        ),
+        "(`python -m dcdd_pico.ablation`). The mean over seeds, with the lowest and highest value. gFID is of images "
+        "of captions, decoded from the logits as the VLM gave them (beta = 0); the other columns are reconstruction, "
+        "as in the paper.",
+        _table(rows, _ABLATION_HEADS),
         "![Every seed](report/table-4.png)",
         "![Scenes, reconstructed by the decoders of the first seed](report/table-4-pictures.png)",
         "![Images of captions by the same decoders, from the same tokens and logits](report/table-4-captions.png)",
@@ -186,7 +200,7 @@ def report_markdown(results: Measured, *, options: TableOptions, causes: str) ->
         "Table 6: the number of steps",
         "steps",
         "On the first 512 scenes, with the time shift that the decoder is served with, which was chosen at ten steps.",
-        _scores(measured.get("steps", {})),
+        _table(_plain(measured.get("steps", {})), _SCORES),
         "![By number of steps](report/table-6.png)",
     )
     return "\n\n".join(parts) + "\n"
@@ -211,7 +225,7 @@ def draw(setup: EvalSetup, results: Mapping[str, Rows], folder: Path, *, scenes:
             head: {
                 f"seed {k}": [by_seed[name][k][column] for name in VARIANTS] for k in range(len(by_seed[VARIANTS[0]]))
             }
-            for column, head in _ABLATION_HEADS.items()
+            for column, head in _plotted(_ABLATION_HEADS).items()
         }
         save_image(score_lines(panels, along=VARIANTS), folder / "table-4.png")
         reconstructed, painted = _ablation_grids(setup, sampled, scenes)
@@ -221,17 +235,12 @@ def draw(setup: EvalSetup, results: Mapping[str, Rows], folder: Path, *, scenes:
         rows = results["steps"]
         panels = {
             head: {
-                "DCDD": [rows[f"DCDD, {count} steps"][column] for count in STEP_COUNTS],
+                "DCDD": [rows[steps_name(count)][column] for count in STEP_COUNTS],
                 VQ: [rows[VQ][column]] * len(STEP_COUNTS),
             }
-            for column, head in _SCORES.items()
+            for column, head in _plotted(_SCORES).items()
         }
         save_image(score_lines(panels, along=STEP_COUNTS, label="steps"), folder / "table-6.png")
-
-
-def _overlap(first: Mapping[str, float], second: Mapping[str, float], column: str) -> bool:
-    (a, b), (c, d) = ((row[f"{column}: lowest"], row[f"{column}: highest"]) for row in (first, second))
-    return a <= d and c <= b
 
 
 def _reconstructions(setup: EvalSetup, count: int) -> Image.Image:
@@ -278,25 +287,27 @@ def _grid(columns: Mapping[str, torch.Tensor], count: int) -> Image.Image:
     return labelled_grid(rows, columns=list(columns), captions=captions)
 
 
-def _scores(rows: Rows) -> str:
-    return _table(list(_SCORES.values()), {name: [row[column] for column in _SCORES] for name, row in rows.items()})
+def _plotted(heads: Mapping[str, str]) -> dict[str, str]:
+    """The columns that plots have room for: those of the scene reader."""
+    return {column: head for column, head in heads.items() if "text detector" not in column}
 
 
-def _spread(row: Mapping[str, float], column: str) -> str:
-    return f"{row[column]:.4g} ({row[f'{column}: lowest']:.4g} to {row[f'{column}: highest']:.4g})"
+def _plain(rows: Rows) -> Rows:
+    """The rows that are no ratios of others."""
+    return {name: row for name, row in rows.items() if RATIO not in name}
 
 
 def _latency(stages: Rows, text: Rows) -> str:
     seconds = {name: row["seconds"] for name, row in stages.items()}
     plain = seconds["Janus"] + seconds[VQ]
     ours = sum(value for name, value in seconds.items() if name != VQ)
-    split = _table(["seconds"], {name: [value] for name, value in seconds.items()})
+    split = _table(stages, {"seconds": "seconds"})
     trade = markdown_table(
         [
             ["", "gFID ↓", "seconds ↓"],
             ["Janus + VQ-VAE", f"{text[VQ]['frechet']:.4g}", f"{plain:.4g}"],
             ["Janus + DCDD", f"{text[SERVED]['frechet']:.4g}", f"{ours:.4g}"],
-            ["change", f"{text[SERVED]['frechet'] / text[VQ]['frechet'] - 1:+.1%}", f"{ours / plain - 1:+.1%}"],
+            ["change", f"{text[ratio_name(SERVED, VQ)]['frechet'] - 1:+.1%}", f"{ours / plain - 1:+.1%}"],
         ]
     )
     words = (
@@ -307,16 +318,18 @@ def _latency(stages: Rows, text: Rows) -> str:
     return f"{words}\n\n{split}\n\n{trade}"
 
 
-def _table(heads: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
-    lines = ([name, *(f"{value:.4g}" for value in values)] for name, values in rows.items())
-    return markdown_table([["", *heads], *lines])
+def _table(rows: Rows, heads: Mapping[str, str]) -> str:
+    """Columns of rows, under heads of their own."""
+    return markdown_table(
+        [["", *heads.values()], *([name, *(cell(row, c) for c in heads)] for name, row in rows.items())]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the report is written")
     chosen, options = parse(parser)
-    sections = [name for name in SECTIONS if name != "ablation" or options.ablation]
+    sections = [name for name in REPORT if name != "ablation" or options.ablation]
     setup, results = measure(options, sections)
     with torch.no_grad():
         draw(setup, results.rows, chosen.docs / "report")

@@ -28,11 +28,10 @@ from dcdd_core.types import Condition, TokenLogits
 
 from .embedded import PROGRESSIVE
 from .guided_images import Given, kept, scenes_of
-from .guided_sections import F1, Rulers, Scores, parts_of, rows_of, scores_of
+from .guided_sections import F1, Rulers, Scores, labels_of, parts_of, rows_of, scores_of
 from .progressive import progressive_folder
-from .reader import fact_labels
 from .section_keys import code_hash, files_hash
-from .sections import FURTHER, EvalSetup, Rows, Section
+from .sections import SECTIONS, EvalSetup, Rows, Section
 
 AR = "Janus, 144 passes"
 VQ, DCDD = "VQ-VAE decode", "trained DCDD"
@@ -190,10 +189,8 @@ def collect(samples: Samples, arms: Sequence[Arm], decoder: str, count: int) -> 
         real.append(samples.rulers.real("test", part))
         for arm in arms:
             made[arm.name].append(samples.scores(arm, decoder, part))
-    facts = [scene.facts for scene in scenes_of("test", slice(0, count))]
-    labels = {name: found.numpy() for name, found in fact_labels(facts).items()}
-    joined = _joined(real)
-    return {name: Scores(held=_joined(parts), real=joined, labels=labels) for name, parts in made.items()}
+    labels = labels_of("test", count)
+    return {name: Scores.of(parts, real, labels) for name, parts in made.items()}
 
 
 def measure_passes(setup: EvalSetup) -> Rows:
@@ -271,11 +268,7 @@ def measure_seconds(setup: EvalSetup, rounds: int = 5) -> Rows:
     return rows
 
 
-def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
-    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
-
-
-FURTHER.update(
+SECTIONS.update(
     {
         "progressive-passes": Section(measure_passes, _READ),
         "progressive-orders": Section(measure_orders, _READ),

@@ -12,16 +12,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dcdd_core.evaluation.tables import markdown_table, statistics_rows
+from dcdd_core.evaluation.tables import markdown_table
 from dcdd_core.files import write_text
 
-from . import guided_sections, llamagen_sections, progressive_sections  # noqa: F401  add to FURTHER
+from . import guided_sections, llamagen_sections, paper_sections, progressive_sections  # noqa: F401  add to SECTIONS
 from .embedded import WEIGHTS
 from .flops import flops_of
+from .interval_tables import TARGET_HEADS, section_texts, target, write_into
 from .section_keys import NO_KEY, ROOT, Provenance, code_hash, files_hash
 from .sections import (
     DCDD,
-    FURTHER,
     READ,
     SECTIONS,
     SERVED,
@@ -32,11 +32,16 @@ from .sections import (
     TableOptions,
     measure,
     parse,
+    ratio_name,
+    steps_name,
 )
-from .sections import token_statistics as statistics_of_row
 
-#: The sections of the tables (the ablation only if its decoders have been trained); the report has more.
+#: The sections of the tables (the ablation only if its decoders have been trained).
 TABLE = ("reconstruction", "text", "steps", "ablation", "calibration", "reader")
+#: Those of the report.
+REPORT = (*TABLE, "latency")
+#: Title of the table that is no section.
+FLOPS = "Training FLOPs"
 
 #: The files that publish sections.
 PUBLISHED = (ROOT / "docs" / "results.md", ROOT / "docs" / "report.md", WEIGHTS / "README.md")
@@ -44,94 +49,56 @@ PUBLISHED = (ROOT / "docs" / "results.md", ROOT / "docs" / "report.md", WEIGHTS 
 #: Lines of a file between which the tables are written.
 MARKS = ("<!-- table -->", "<!-- end of the table -->")
 
-BETTER = {
-    "frechet": "↓",
-    "ssim": "↑",
-    "psnr": "↑",
-    "perceptual": "↓",
-    "text frechet": "↓",
-    "frechet, text detector": "↓",
-    "perceptual, text detector": "↓",
-    "F1": "↑",
-    **{f"F1 {name}": "↑" for name in READ},
-}
 TARGETED = {"reconstruction": "reconstruction", "means": "Table 4", "steps": "Table 6", "text": "text to image"}
 
-#: Section, row, column, the row of the baseline, and the bound on the ratio of the two.
+#: Section, row, the row of the baseline, column, and the bound on the ratio of the two.
 TARGETS = (
-    ("reconstruction", DCDD, "frechet", VQ, "at most", 0.40),
-    ("reconstruction", DCDD, "ssim", VQ, "at least", 1.03),
-    ("reconstruction", DCDD, "perceptual", VQ, "at most", 0.89),
-    ("means", "lcdm+lc", "frechet", "discrete", "at most", 1.0),
-    ("means", "lcdm+lc", "ssim", "discrete", "at least", 1.0),
-    ("means", "lcdm+lc", "perceptual", "discrete", "at most", 1.0),
-    ("steps", "DCDD, 10 steps", "frechet", VQ, "at most", 1.0),
-    ("steps", "DCDD, 10 steps", "perceptual", VQ, "at most", 1.0),
-    ("steps", "DCDD, 10 steps", "ssim", VQ, "at least", 1.0),
-    ("text", SERVED, "frechet", VQ, "at most", 0.66),
-    *(("text", SERVED, f"F1 {fact}", VQ, "at least", 1.0) for fact in READ),
+    ("reconstruction", DCDD, VQ, "frechet", "at most", 0.40),
+    ("reconstruction", DCDD, VQ, "frechet, text detector", "at most", 0.75),
+    ("reconstruction", DCDD, VQ, "ssim", "at least", 1.035),
+    ("reconstruction", DCDD, VQ, "perceptual, text detector", "at most", 0.80),
+    ("text", SERVED, VQ, "frechet", "at most", 0.75),
+    ("text", SERVED, VQ, "frechet, text detector", "at most", 0.75),
+    *(("text", SERVED, VQ, f"F1 {fact}", "at least", 0.99) for fact in READ),
+    ("text", SERVED, VQ, "F1", "at least", 1.02),
+    ("steps", steps_name(10), VQ, "frechet", "at most", 1.0),
+    ("steps", steps_name(10), VQ, "perceptual", "at most", 1.0),
+    ("steps", steps_name(10), VQ, "ssim", "at least", 1.0),
+    ("means", "lcdm+lc", "discrete", "frechet", "at most", 1.0),
+    ("means", "lcdm+lc", "discrete", "ssim", "at least", 1.0),
+    ("means", "lcdm+lc", "discrete", "perceptual", "at most", 1.0),
+    ("means", "lcdm", "discrete", "text frechet", "at most", 1.0),
+    ("means", "lcdm+lc", "lcdm", "text frechet", "at most", 1.0),
 )
+#: The point estimate that one of the networks must give at least: the paper's own ratio.
+POINT = ("text", SERVED, VQ, 0.66)
 
 
 def verdicts(results: Mapping[str, Rows]) -> str:
-    """A Markdown table of the targets, with the measured ratio: met, MISSED or not measured."""
-    lines = [["", "baseline", "target", "measured", ""]]
-    for section, row, column, baseline, relation, bound in TARGETS:
-        rows = results.get(section, {})
-        ratio, verdict = "", "not measured"
-        if row in rows and baseline in rows:
-            ours, theirs = rows[row][column], rows[baseline][column]
-            kept = ours <= bound * theirs if relation == "at most" else ours >= bound * theirs
-            ratio, verdict = f"{ours / theirs:.3f}" if theirs else f"{ours:.3g} to 0", "met" if kept else "MISSED"
-        lines.append([f"{TARGETED[section]}, {row}: {column}", baseline, f"{relation} {bound:g}", ratio, verdict])
+    """A Markdown table of the targets: met or MISSED where the whole interval of the ratio says so, else open.
+
+    Those of Table 4 have the lowest and the highest ratio of a seed in the place of an interval.
+    """
+    lines = [[*TARGET_HEADS]]
+    for section, row, baseline, column, relation, bound in TARGETS:
+        held = results.get(section, {}).get(ratio_name(row, baseline), {})
+        name = f"{TARGETED[section]}, {ratio_name(row, baseline)}"
+        lines.append(target(name, held, column, bound, most=relation == "at most"))
+    section, row, baseline, bound = POINT
+    held = results.get(section, {}).get(ratio_name(row, baseline), {})
+    found = [held[column] for column in ("frechet", "frechet, text detector") if column in held]
+    told, verdict = ("", "not measured") if not found else (f"{min(found):.3g}", "MISSED")
+    if found and min(found) <= bound:
+        verdict = "met"
+    name = f"{TARGETED[section]}, {ratio_name(row, baseline)}: frechet by one of the networks"
+    lines.append([name, f"at most {bound:g}, point estimate", told, verdict])
     columns = results.get("calibration", {})
+    told, verdict = "", "not measured"
     if columns:
         gap = abs(columns["Janus"]["entropy"] - columns["calibrated proxies"]["entropy"])
-        verdict = "met" if gap <= 0.02 else "MISSED"
-        lines.append(["calibrated proxies: mean entropy", "Janus", "within 0.02", f"{gap:.4f}", verdict])
-    return f"### Targets (ratios to the baseline, from the tables above)\n\n{markdown_table(lines)}\n"
-
-
-def section_tables(results: Measured) -> str:
-    """The sections' results as Markdown tables, each with its provenance."""
-    tables = (
-        f"### {TITLES[name]}\n\n{markdown_table(table_cells(name, rows))}\n\n{results.provenance[name]}"
-        for name, rows in results.rows.items()
-        if name != "ablation"  # whose means are shown
-    )
-    return "\n\n".join(tables) + "\n"
-
-
-def table_cells(section: str, rows: Rows) -> list[list[str]]:
-    """The cells of a section's table, with its heads."""
-    if section == "calibration":
-        return statistics_rows({name: statistics_of_row(row) for name, row in rows.items()})
-    if SERVED in rows:  # equal to one of the other rows, which is marked instead
-        served = rows[SERVED]
-        rows = {f"{name} (served)" if row == served else name: row for name, row in rows.items() if name != SERVED}
-    columns = [column for column in max(rows.values(), key=len) if ":" not in column]
-
-    def cell(row: Mapping[str, float], column: str) -> str:
-        if column not in row:
-            return ""
-        low, high = f"{column}: lowest", f"{column}: highest"
-        return f"{row[column]:.4g}" + (f" ({row[low]:.4g} to {row[high]:.4g})" if low in row else "")
-
-    heads = [f"{column} {BETTER[column]}" if column in BETTER else column for column in columns]
-    return [["", *heads], *([name, *(cell(row, column) for column in columns)] for name, row in rows.items())]
-
-
-def put_between(marks: tuple[str, str], text: str, into: str) -> str:
-    """Replaces what is between two lines of a text.
-
-    Raises:
-        ValueError: if the lines are missing.
-    """
-    before, first, rest = into.partition(marks[0] + "\n")
-    _, second, after = rest.partition(marks[1])
-    if not first or not second:
-        raise ValueError(f"the file lacks the lines {marks[0]} and {marks[1]} between which the tables go: add them")
-    return f"{before}{first}\n{text.strip()}\n\n{second}{after}"
+        told, verdict = f"{gap:.4f}", "met" if gap <= 0.02 else "MISSED"
+    lines.append(["mean entropy of calibrated proxies, minus Janus'", "within 0.02", told, verdict])
+    return f"### Targets (ratios, from the tables above)\n\n{markdown_table(lines)}\n"
 
 
 def flops_key(weights: Path) -> str:
@@ -144,7 +111,7 @@ def results_markdown(options: TableOptions, sections: Sequence[str] | None = Non
     """Measures what has to be measured; returns all tables as Markdown, and writes them to `<out>/table.md`.
 
     Args:
-        sections: of `SECTIONS`; by default those of docs/results.md.
+        sections: of `REPORT`; by default those of docs/results.md.
     """
     _, results = measure(options, sections or [name for name in TABLE if name != "ablation" or options.ablation])
     flops = Provenance("flops", options.commit, flops_key(options.weights))
@@ -155,7 +122,8 @@ def results_markdown(options: TableOptions, sections: Sequence[str] | None = Non
 
 def all_tables(results: Measured, flops: str, flops_provenance: Provenance) -> str:
     """The sections' tables, the targets and the training FLOPs."""
-    return f"{section_tables(results)}\n{verdicts(results.rows)}\n### Training FLOPs\n\n{flops}\n{flops_provenance}\n"
+    parts = [*section_texts(results, TITLES), verdicts(results.rows), f"### {FLOPS}\n\n{flops}\n{flops_provenance}\n"]
+    return "\n".join(parts)
 
 
 def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:
@@ -166,7 +134,7 @@ def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:
             ablation is compared by code and shipped weights only.
         published: file -> its text.
     """
-    keys = {name: options.key(name) for name in (*SECTIONS, *FURTHER)} | {"flops": flops_key(options.weights)}
+    keys = {name: options.key(name) for name in SECTIONS} | {"flops": flops_key(options.weights)}
     lines = []
     for path, text in published.items():
         for found in Provenance.all_in(text):
@@ -182,7 +150,7 @@ def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS))
+    parser.add_argument("--sections", nargs="+", choices=REPORT, help="only these; others stay as published")
     parser.add_argument("--into", nargs="+", type=Path, default=(), help="files to write the tables into")
     parser.add_argument("--stale", action="store_true", help="list the published sections to measure again; 1 if any")
     chosen, options = parse(parser)
@@ -193,8 +161,7 @@ def main() -> None:
     if "ablation" in (chosen.sections or ()) and not options.ablation:
         parser.error(f"{chosen.work} holds no decoders of the ablation: `python -m dcdd_pico.ablation` trains them")
     text = results_markdown(options, chosen.sections)
-    for path in chosen.into:
-        write_text(path, put_between(MARKS, text, path.read_text("utf-8")))
+    write_into(chosen.into, MARKS, text, None if chosen.sections is None else [*TITLES.values(), FLOPS])
     print(text)
 
 

@@ -1,6 +1,6 @@
 """Measures the embedded models on held-out scenes, in sections: one for each table of docs/results.md and the report.
 
-The metric network is the scene reader that took no part in any training.
+Here are what all sections share, and the two that compare no images; other modules add theirs to `SECTIONS`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torchmetrics.functional.classification import multiclass_f1_score
 from tqdm import tqdm
 
-from dcdd_core.evaluation.frechet import FrechetStatistics, features_of, frechet_distance
-from dcdd_core.evaluation.metrics import psnr, ssim
 from dcdd_core.files import write_text
 from dcdd_core.method.statistics import TokenStatistics, describe_logits
-from dcdd_core.models.bundle import DecoderOptions, load_decoder
 from dcdd_core.models.card import VARIANTS
 from dcdd_core.models.decoder import DistributionConditionedDecoder
-from dcdd_core.pipelines.condition import condition_for, serving
+from dcdd_core.pipelines.condition import condition_for
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.pipelines.load import Models
 from dcdd_core.protocols import SamplingOptions
@@ -38,9 +34,9 @@ from dcdd_core.types import Condition, DCDDWarning, TokenLogits
 from .build_context import WORK
 from .embedded import WEIGHTS
 from .models import load_pico, load_reader
-from .reader import FACTS, SceneReader, fact_labels
+from .reader import SceneReader
 from .scene_arrays import scene_images
-from .scenes import draw, scene_facts, scene_pixels
+from .scenes import scene_facts, scene_pixels
 from .section_keys import Provenance, code_hash, files_hash
 
 #: Row -> column -> value. A column with a colon ("frechet: heart") is a detail of the column before the colon.
@@ -51,55 +47,34 @@ BY_LOGITS = "DCDD, the VLM's logits (beta = 0)"
 VQ = "VQ-VAE decode"
 DCDD = "DCDD (LCDM + LC)"
 RERENDERED = "the same facts, rendered again"
-SCORES = ("frechet", "ssim", "perceptual")
+#: In the names of rows of ratios, and of no other.
+RATIO = "ratio of"
 #: Scores of the ablation.
-ABLATION_SCORES = (*SCORES, "text frechet")
+ABLATION_SCORES = (
+    "frechet",
+    "frechet, text detector",
+    "ssim",
+    "perceptual",
+    "perceptual, text detector",
+    "text frechet",
+    "text frechet, text detector",
+)
+#: Variants of the ablation that are compared, and with which.
+COMPARED = (("lcdm", "discrete"), ("lcdm+lc", "lcdm"), ("lcdm+lc", "discrete"))
 #: Facts whose F1 is reported.
 READ = ("shape", "colour", "texture", "place")
-#: Seed of the jitter of scenes that are rendered a second time.
-_RERENDERED = 1
 STEP_COUNTS = (5, 10, 15, 20, 25, 30, 35)
 T = TypeVar("T")
 
 
-@dataclass
-class RowMetrics:
-    """What is collected of the images of one table row, batch by batch."""
+def ratio_name(name: str, baseline: str) -> str:
+    """The row of a row's scores divided by those of a baseline."""
+    return f"{RATIO} {name} to {baseline}"
 
-    features: list[torch.Tensor] = field(default_factory=list)
-    answers: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {name: [] for name in FACTS})
-    scores: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"ssim": [], "psnr": [], "perceptual": []})
 
-    def add(self, reader: SceneReader, images: torch.Tensor, truth: torch.Tensor | None) -> None:
-        """Adds images [B, 3, S, S] in -1..1, and the originals that they reconstruct, if any."""
-        self.features.append(features_of(images, reader.frechet_features))
-        for name, logits in reader(images).items():
-            self.answers[name].append(logits.argmax(1).cpu())
-        if truth is not None:
-            self.scores["ssim"].append(ssim(truth, images))
-            self.scores["psnr"].append(psnr(truth, images).cpu())
-            self.scores["perceptual"].append(reader.perceptual_distance(truth, images).cpu())
-
-    def row(self, real: torch.Tensor, labels: dict[str, torch.Tensor], *, by: str | None = None) -> dict[str, float]:
-        """The row: Frechet distance to features `real` [M, F], mean scores, macro F1 of the facts read from the images.
-
-        Args:
-            labels: the true facts, as `fact_labels`.
-            by: a fact: adds the Frechet distance for each of its answers that has at least two images.
-        """
-        made = torch.cat(self.features)
-        row = {"frechet": _distance(real, made)}
-        for k, answer in enumerate(FACTS[by] if by else ()):
-            some = labels[by] == k
-            if some.sum() > 1:
-                row[f"frechet: {answer}"] = _distance(real[some], made[some])
-        row |= {name: float(torch.cat(parts).double().mean()) for name, parts in self.scores.items() if parts}
-        for name in READ:
-            read = torch.cat(self.answers[name])
-            row[f"F1 {name}"] = float(
-                multiclass_f1_score(read, labels[name][: len(read)], len(FACTS[name]), average="macro")
-            )
-        return row
+def steps_name(steps: int) -> str:
+    """The row of a number of Euler steps."""
+    return f"DCDD, {steps} steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,19 +121,10 @@ class EvalSetup:
                 self.pico.sampler.sample(captions[part], seeds=seeds, options=SamplingOptions(guidance=self.guidance)),
             )
 
-    def paint(
-        self, decoder: DistributionConditionedDecoder, condition: Condition, part: slice, steps: int | None = None
-    ) -> torch.Tensor:
+    def paint(self, decoder: DistributionConditionedDecoder, condition: Condition, part: slice) -> torch.Tensor:
         """Decodes a condition: pixels [B, 3, S, S] in -1..1. Every decoder uses the time shift of the shipped one."""
         seeds, shift = range(part.start, part.stop), self.pico.decoder.card.shift
-        return decode(decoder, self.pico.codec, condition, seeds=seeds, steps=steps or self.steps, shift=shift).pixels
-
-    def real_features(self, count: int | None = None) -> torch.Tensor:
-        found = [features_of(pixels, self.reader.frechet_features) for _, pixels in self.scenes("real scenes", count)]
-        return torch.cat(found)
-
-    def labels(self, count: int | None = None) -> dict[str, torch.Tensor]:
-        return fact_labels(scene_facts("test", count or len(self.images)))
+        return decode(decoder, self.pico.codec, condition, seeds=seeds, steps=self.steps, shift=shift).pixels
 
 
 def load_setup(
@@ -194,99 +160,6 @@ def load_setup(
     )
 
 
-def measure_reader(setup: EvalSetup) -> Rows:
-    """How well the metric network reads real scenes; its distances mean little below an F1 of 0.9.
-
-    Also the distance of other renderings of the same facts, which is the chance level of text to image.
-    """
-    facts, size = scene_facts("test", len(setup.images)), setup.images.shape[1]
-    scenes, rerendered = RowMetrics(), RowMetrics()
-    for part, pixels in setup.scenes("reader"):
-        scenes.add(setup.reader, pixels, None)
-        drawn = [
-            draw(facts[k], np.random.default_rng([_RERENDERED, k]), size=size) for k in range(part.start, part.stop)
-        ]
-        rerendered.add(setup.reader, scene_pixels(np.stack(drawn), pixels.device), None)
-    real, labels = torch.cat(scenes.features), setup.labels()
-    read = {name: value for name, value in scenes.row(real, labels).items() if name != "frechet"}
-    return {"real scenes": read, RERENDERED: rerendered.row(real, labels, by="shape")}
-
-
-def measure_reconstruction(setup: EvalSetup) -> Rows:
-    """The paper's Table 2: held-out scenes, encoded and decoded again."""
-    pico, metrics = setup.pico, {}
-    for part, pixels in setup.scenes("reconstruction"):
-        grid = pico.tokenizer.encode(pixels)
-        condition = condition_for(pico.decoder.card, grid, pico.tokenizer.codebook)
-        images = {
-            VQ: pico.tokenizer.decode_tokens(grid.tokens, grid.grid),
-            "VQ-VAE decode of expected codes": pico.tokenizer.decode_vectors(condition.code_vectors, grid.grid),
-            DCDD: setup.paint(pico.decoder, condition, part),
-        }
-        for name, made in images.items():
-            metrics.setdefault(name, RowMetrics()).add(setup.reader, made, pixels)
-    return _rows(setup, metrics)
-
-
-def measure_text(setup: EvalSetup) -> Rows:
-    """The paper's Table 3: images of the scenes' captions, all rows from the same sampled tokens and logits."""
-    pico, metrics = setup.pico, {}
-    for part, grid in setup.sampled("text to image"):
-        card, codebook = pico.decoder.card, pico.tokenizer.codebook
-        images = {VQ: pico.tokenizer.decode_tokens(grid.tokens, grid.grid)}
-        ways = {
-            BY_LOGITS: "logits",
-            f"DCDD, anchored logits (beta = {card.calibration.anchor:.3g})": "anchored",
-            "DCDD, the sampled tokens alone": "tokens",
-        }
-        for name, reads in ways.items():
-            condition = condition_for(serving(card, reads=reads), grid, codebook)
-            images[name] = setup.paint(pico.decoder, condition, part)
-            if reads == card.reads:
-                images[SERVED] = images[name]
-        for name, made in images.items():
-            metrics.setdefault(name, RowMetrics()).add(setup.reader, made, None)
-    return _rows(setup, metrics, by="shape")
-
-
-def measure_steps(setup: EvalSetup, count: int = 512) -> Rows:
-    """The paper's Table 6: the number of Euler steps, on the first `count` scenes."""
-    pico, metrics = setup.pico, {}
-    for part, pixels in setup.scenes("steps", count):
-        grid = pico.tokenizer.encode(pixels)
-        condition = condition_for(pico.decoder.card, grid, pico.tokenizer.codebook)
-        metrics.setdefault(VQ, RowMetrics()).add(
-            setup.reader, pico.tokenizer.decode_tokens(grid.tokens, grid.grid), pixels
-        )
-        for steps in STEP_COUNTS:
-            made = setup.paint(pico.decoder, condition, part, steps)
-            metrics.setdefault(f"DCDD, {steps} steps", RowMetrics()).add(setup.reader, made, pixels)
-    return _rows(setup, metrics, count)
-
-
-def measure_ablation(setup: EvalSetup) -> Rows:
-    """The paper's Table 4: what a decoder is conditioned on, one row for each of `setup.ablation`.
-
-    The scores are those of reconstruction. "text frechet" is the distance of images of the scenes' captions, decoded
-    from the same tokens and logits in every row, with the logits as the VLM gave them (beta = 0).
-    """
-    pico, rows = setup.pico, {}
-    real, labels = setup.real_features(), setup.labels()
-    grids = [grid for _, grid in setup.sampled("captions")]
-    for name, path in setup.ablation.items():
-        decoder = load_decoder(
-            path,
-            options=DecoderOptions(device=pico.tokenizer.device, dtype=pico.decoder.dtype, compiled=setup.compiled),
-        )
-        scenes, texts = RowMetrics(), RowMetrics()
-        for (part, pixels), grid in zip(setup.scenes(name), grids, strict=True):
-            for row_metrics, given, truth in ((scenes, pico.tokenizer.encode(pixels), pixels), (texts, grid, None)):
-                condition = condition_for(decoder.card, given, pico.tokenizer.codebook)
-                row_metrics.add(setup.reader, setup.paint(decoder, condition, part), truth)
-        rows[name] = scenes.row(real, labels) | {"text frechet": texts.row(real, labels)["frechet"]}
-    return rows
-
-
 def measure_latency(setup: EvalSetup, rounds: int = 7) -> Rows:
     """The paper's Table 5: median seconds of each stage for a single image, over `rounds` images after a warm-up."""
     pico, card = setup.pico, setup.pico.decoder.card
@@ -306,7 +179,7 @@ def measure_latency(setup: EvalSetup, rounds: int = 7) -> Rows:
         grid = timed("Janus", partial(pico.sampler.sample, [caption], seeds=[k], options=options))
         timed(VQ, partial(pico.tokenizer.decode_tokens, grid.tokens, grid.grid))
         condition = timed("LCDM", partial(condition_for, card, grid, pico.tokenizer.codebook))
-        timed(f"DCDD, {setup.steps} steps", partial(setup.paint, pico.decoder, condition, slice(k, k + 1)))
+        timed(steps_name(setup.steps), partial(setup.paint, pico.decoder, condition, slice(k, k + 1)))
     return {stage: {"seconds": statistics.median(times[1:])} for stage, times in seconds.items()}
 
 
@@ -338,48 +211,20 @@ def token_statistics(row: Mapping[str, float]) -> TokenStatistics:
     return TokenStatistics(**single, curve=curve, tokens=0)
 
 
-def _rows(setup: EvalSetup, metrics: dict[str, RowMetrics], count: int | None = None, *, by: str | None = None) -> Rows:
-    real, labels = setup.real_features(count), setup.labels(count)
-    return {name: row_metrics.row(real, labels, by=by) for name, row_metrics in metrics.items()}
-
-
-def _distance(real: torch.Tensor, made: torch.Tensor) -> float:
-    return frechet_distance(FrechetStatistics.of([real]), FrechetStatistics.of([made]))
-
-
-SECTIONS: dict[str, Callable[[EvalSetup], Rows]] = {
-    "reader": measure_reader,
-    "calibration": measure_calibration,
-    "reconstruction": measure_reconstruction,
-    "text": measure_text,
-    "steps": measure_steps,
-    "ablation": measure_ablation,
-    "latency": measure_latency,
-}
-#: Section -> what it reads of the weights folder.
-_WEIGHTS_READ: dict[str, tuple[str, ...]] = {
-    "reader": ("reader.safetensors",),
-    "calibration": ("janus", "decoder.safetensors"),
-    "reconstruction": ("janus", "vae", "decoder.safetensors", "reader.safetensors"),
-    "text": ("janus", "vae", "decoder.safetensors", "reader.safetensors"),
-    "steps": ("janus", "vae", "decoder.safetensors", "reader.safetensors"),
-    "ablation": ("janus", "vae", "decoder.safetensors", "reader.safetensors"),
-    "latency": ("janus", "vae", "decoder.safetensors"),
-}
-
-
 @dataclass(frozen=True)
 class Section:
-    """How a section of another module is measured, and what it reads of the weights folder."""
+    """How a section is measured, and what it reads of the weights folder."""
 
     measure: Callable[[EvalSetup], Rows]
     weights: tuple[str, ...]
 
 
-#: Sections that other modules add; the report has none of them.
-FURTHER: dict[str, Section] = {}
+SECTIONS: dict[str, Section] = {
+    "calibration": Section(measure_calibration, ("janus", "decoder.safetensors")),
+    "latency": Section(measure_latency, ("janus", "vae", "decoder.safetensors")),
+}
 TITLES = {
-    "reader": "The metric network on real held-out scenes, and on other renderings of the same facts",
+    "reader": "The metric networks on real held-out scenes, and on other renderings of the same facts",
     "calibration": "Distributions, for the first 100 captions and scenes (the paper's Table 1)",
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
@@ -415,11 +260,10 @@ class TableOptions:
 
     def key(self, section: str) -> str:
         """Today's key of a section: hashes of code, of shipped weights and, for the ablation, of its bundles."""
-        further = FURTHER.get(section)
-        read = further.weights if further else _WEIGHTS_READ[section]
-        # A further section's module imports this one as a whole.
-        code = code_hash(further.measure) if further else code_hash(SECTIONS[section], load_setup)
-        key = f"{code}-{files_hash([self.weights / name for name in read])}"
+        own = SECTIONS[section]
+        # Sections of other modules import this one as a whole.
+        here = (load_setup,) if own.measure.__module__ == __name__ else ()
+        key = f"{code_hash(own.measure, *here)}-{files_hash([self.weights / name for name in own.weights])}"
         if section == "ablation" and self.ablation:
             key += f"-{files_hash(self.ablation.values())}"
         return key
@@ -463,7 +307,7 @@ def measure(options: TableOptions, sections: Sequence[str]) -> tuple[EvalSetup, 
         stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
         if (stored.get("key"), stored.get("settings")) != (key, options.settings(section)):
             with torch.no_grad():
-                rows = (FURTHER[section].measure if section in FURTHER else SECTIONS[section])(setup)
+                rows = SECTIONS[section].measure(setup)
             stored = {"key": key, "settings": options.settings(section), "commit": options.commit, "rows": rows}
             write_text(path, json.dumps(stored, indent=1) + "\n")
         results.rows[section] = stored["rows"]
@@ -475,15 +319,26 @@ def measure(options: TableOptions, sections: Sequence[str]) -> tuple[EvalSetup, 
 
 
 def ablation_means(rows: Rows) -> Rows:
-    """Statistics over seeds: variant -> mean of each score, with its lowest and highest value as details."""
+    """Statistics over seeds: variant -> mean of each score, with its lowest and highest value as details.
+
+    For the variants that are compared also the ratio of their means, with the lowest and highest of a seed's ratios.
+    """
+    seeds = {name: [row for one, row in rows.items() if one.startswith(f"{name}, ")] for name in VARIANTS}
+
+    def spread(column: str, value: float, values: Sequence[float]) -> dict[str, float]:
+        return {column: value, f"{column}: lowest": min(values), f"{column}: highest": max(values)}
+
     means: Rows = {}
-    for variant in VARIANTS:
-        of = [row for name, row in rows.items() if name.startswith(f"{variant}, ")]
+    for variant, of in seeds.items():
         means[variant] = {}
         for column in ABLATION_SCORES:
             values = [row[column] for row in of]
-            spread = {f"{column}: lowest": min(values), f"{column}: highest": max(values)}
-            means[variant] |= {column: sum(values) / len(values)} | spread
+            means[variant] |= spread(column, statistics.fmean(values), values)
+    for variant, baseline in COMPARED:
+        row = means.setdefault(ratio_name(variant, baseline), {})
+        for column in ABLATION_SCORES:
+            values = [own[column] / other[column] for own, other in zip(seeds[variant], seeds[baseline], strict=True)]
+            row |= spread(column, means[variant][column] / means[baseline][column], values)
     return means
 
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from dcdd_pico.sections import FURTHER, TableOptions
+from dcdd_pico.sections import SECTIONS, TableOptions
 
 
 def written_by(command: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> str:
@@ -19,8 +19,8 @@ def written_by(command: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatc
     """
     measured = []
     for name in command.TITLES:
-        section = type(FURTHER[name])(lambda setup, name=name: measured.append(name) or {name: {"ssim": 0.5}}, ())
-        monkeypatch.setitem(FURTHER, name, section)
+        section = type(SECTIONS[name])(lambda setup, name=name: measured.append(name) or {name: {"ssim": 0.5}}, ())
+        monkeypatch.setitem(SECTIONS, name, section)
     monkeypatch.setattr(TableOptions, "setup", lambda self: None)
     monkeypatch.setattr(TableOptions, "key", lambda self, name: f"key of {name}")
     into, (first, last) = folder / "results.md", command.MARKS

@@ -9,7 +9,7 @@ from dcdd_pico.guided_sections import ABOVE, BOTH, GUIDED, SDEDIT, TRAINED, VQ, 
 from dcdd_pico.guided_table import MARKS, TITLES, tables, verdicts
 from dcdd_pico.results_table import PUBLISHED
 from dcdd_pico.section_keys import Provenance
-from dcdd_pico.sections import FURTHER, SECTIONS, EvalSetup, Measured, TableOptions
+from dcdd_pico.sections import SECTIONS, EvalSetup, Measured, TableOptions
 from tests.pico.table_commands import written_by
 
 
@@ -119,7 +119,7 @@ def test_stale_knows_the_sections(monkeypatch, tmp_path):
 
 def test_a_key_is_of_the_code_and_of_the_weights_that_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(sections, "code_hash", lambda function: function.__name__)
-    names = {name for section in TITLES for name in FURTHER[section].weights}
+    names = {name for section in TITLES for name in SECTIONS[section].weights}
     for name in names:
         (tmp_path / name).write_bytes(name.encode())
     options = TableOptions(out=tmp_path, weights=tmp_path)
@@ -127,7 +127,7 @@ def test_a_key_is_of_the_code_and_of_the_weights_that_are_read(tmp_path, monkeyp
     (tmp_path / "prior.safetensors").write_bytes(b"other")
     changed = {name for name in TITLES if options.key(name) != before[name]}
     assert changed == set(TITLES) - {"rulers"}
-    assert len(set(before.values())) == len(TITLES) and not set(FURTHER) & set(SECTIONS)
+    assert len(set(before.values())) == len(TITLES)
 
 
 @pytest.mark.parametrize("field", ["out", "weights"])

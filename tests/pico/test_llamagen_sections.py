@@ -31,12 +31,12 @@ from dcdd_pico.llamagen_sections import (
     VQ,
     calibrated_name,
     chosen_guidance,
+    gain_name,
     guidance_name,
-    ratio_name,
     row_name,
 )
 from dcdd_pico.models import load_pico
-from dcdd_pico.sections import FURTHER, TableOptions
+from dcdd_pico.sections import SECTIONS, TableOptions
 from tests.stub_pico import StubReader
 from tests.tiny import random_llamagen, random_pico, tiny_card
 
@@ -44,7 +44,7 @@ IMAGES = 20
 GREYS = np.linspace(20, 200, 300).astype(np.uint8)
 #: How far images are from the originals: a Frechet distance of the square.
 OFFSETS = {(JANUS, VQ): 0.4, (JANUS, DCDD): 0.2, (LLAMAGEN, VQ): 0.6, (LLAMAGEN, DCDD): 0.5}
-SECTIONS = ("llamagen-choice", "llamagen-loss", "llamagen-reconstruction", "llamagen-text")
+OWN = ("llamagen-choice", "llamagen-loss", "llamagen-reconstruction", "llamagen-text")
 
 
 class Detector(StubReader):
@@ -155,18 +155,18 @@ def test_text_compares_both_vlms_with_both_decoders(setup):
     table = llamagen_sections.measure_text(setup)
     names = {key: row_name(*key) for key in OFFSETS}
     weaker = minus(names[LLAMAGEN, VQ], names[JANUS, VQ])
-    apart = minus(ratio_name(LLAMAGEN), ratio_name(JANUS))
+    apart = minus(gain_name(LLAMAGEN), gain_name(JANUS))
     gains = {vlm: minus(names[vlm, DCDD], names[vlm, VQ]) for vlm in (JANUS, LLAMAGEN)}
-    assert set(table) == {*names.values(), *gains.values(), weaker, ratio_name(JANUS), ratio_name(LLAMAGEN), apart}
+    assert set(table) == {*names.values(), *gains.values(), weaker, gain_name(JANUS), gain_name(LLAMAGEN), apart}
     expected = {names[key]: offset**2 for key, offset in OFFSETS.items()}
     expected |= {gains[JANUS]: 0.04 - 0.16, gains[LLAMAGEN]: 0.25 - 0.36, weaker: 0.36 - 0.16}
     for name, value in expected.items():
         assert table[name]["frechet"] == pytest.approx(value, abs=1e-4), name
         assert table[name]["frechet, text detector"] == pytest.approx(4 * value, abs=4e-4)
     for column in ("frechet", "frechet, text detector"):
-        found = [table[name][column] for name in (ratio_name(JANUS), ratio_name(LLAMAGEN), apart)]
+        found = [table[name][column] for name in (gain_name(JANUS), gain_name(LLAMAGEN), apart)]
         assert found == pytest.approx([0.04 / 0.16, 0.25 / 0.36, 0.25 / 0.36 - 0.25], abs=1e-3)
-    assert table[ratio_name(JANUS)]["F1"] == 1 and table[apart]["F1"] == table[gains[JANUS]]["F1"] == 0
+    assert table[gain_name(JANUS)]["F1"] == 1 and table[apart]["F1"] == table[gains[JANUS]]["F1"] == 0
     for name, row in table.items():
         columns = RATIOS if "ratio of" in name else TEXT
         details = ("", ": lowest", ": highest")
@@ -309,25 +309,25 @@ def test_the_loss_is_that_of_the_logits_that_are_sampled_from(weights, vlm):
 def test_keys_are_of_the_weights_that_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(sections, "code_hash", lambda function: function.__name__)
     options = TableOptions(out=tmp_path, weights=tmp_path)
-    names = {name for section in SECTIONS for name in FURTHER[section].weights} | {f"{LLAMAGEN}/config.json"}
+    names = {name for section in OWN for name in SECTIONS[section].weights} | {f"{LLAMAGEN}/config.json"}
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
 
     def changed(name):
-        before = {section: options.key(section) for section in SECTIONS}
+        before = {section: options.key(section) for section in OWN}
         (tmp_path / name).write_bytes(b"other")
-        return {section for section in SECTIONS if options.key(section) != before[section]}
+        return {section for section in OWN if options.key(section) != before[section]}
 
     painted = {"llamagen-reconstruction", "llamagen-text"}
     assert changed(CALIBRATION) == painted == changed("decoder.safetensors")
     assert changed(f"{LLAMAGEN}/config.json") == set(), "it names the guidance that is chosen"
-    assert changed(f"{LLAMAGEN}/t2i_pico.safetensors") == set(SECTIONS) == changed(JANUS)
-    assert changed("reader.safetensors") == set(SECTIONS) - {"llamagen-loss"}
+    assert changed(f"{LLAMAGEN}/t2i_pico.safetensors") == set(OWN) == changed(JANUS)
+    assert changed("reader.safetensors") == set(OWN) - {"llamagen-loss"}
 
 
 def test_the_paths_are_those_that_are_written(weights):
-    for section in SECTIONS:
-        for name in FURTHER[section].weights:
+    for section in OWN:
+        for name in SECTIONS[section].weights:
             assert (weights / name).exists(), name
     assert F1[0] == "F1" and replace(load_pico(weights=weights)).sampler.name == "pico"

@@ -12,8 +12,8 @@ from dcdd_pico.llamagen_sections import (
     RECONSTRUCTION,
     VQ,
     calibrated_name,
+    gain_name,
     guidance_name,
-    ratio_name,
     row_name,
 )
 from dcdd_pico.llamagen_table import MARKS, TITLES, tables, verdicts
@@ -24,7 +24,7 @@ from tests.pico.table_commands import written_by
 
 RECONSTRUCTED = minus(calibrated_name(LLAMAGEN), VQ)
 GAINS = {vlm: minus(row_name(vlm, DCDD), row_name(vlm, VQ)) for vlm in (JANUS, LLAMAGEN)}
-APART = minus(ratio_name(LLAMAGEN), ratio_name(JANUS))
+APART = minus(gain_name(LLAMAGEN), gain_name(JANUS))
 
 
 def cell(column, low, high):
@@ -75,7 +75,7 @@ def test_the_guidance_is_that_of_the_choice():
 
 
 def test_rows_differences_and_ratios_are_tables_of_their_own():
-    names = (calibrated_name(LLAMAGEN), RECONSTRUCTED, ratio_name(LLAMAGEN), APART)
+    names = (calibrated_name(LLAMAGEN), RECONSTRUCTED, gain_name(LLAMAGEN), APART)
     rows = {name: cell("frechet", 0.25, 0.75) for name in reversed(names)}
     section = "llamagen-text"
     text = tables(Measured({section: rows}, {section: Provenance(section, "abc1234", "k-w")}))

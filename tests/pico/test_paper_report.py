@@ -6,16 +6,18 @@ import re
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dcdd_core.evaluation.intervals import bootstrap
 from dcdd_core.models.bundle import DecoderOptions, load_decoder, save_bundle
 from dcdd_core.models.card import VARIANTS
 from dcdd_core.types import DCDDWarning
-from dcdd_pico import paper_report
+from dcdd_pico import guided_sections, paper_report, paper_sections
 from dcdd_pico import sections as measured_sections
 from dcdd_pico.paper_report import CLAIMS, agreement, draw, report_markdown
 from dcdd_pico.scenes import scene_facts, scene_pixels
@@ -26,57 +28,79 @@ from dcdd_pico.sections import (
     DCDD,
     READ,
     RERENDERED,
-    SCORES,
     SECTIONS,
     SERVED,
     STEP_COUNTS,
     VQ,
     Measured,
+    Section,
     TableOptions,
     ablation_files,
     ablation_means,
     measure,
     parse,
+    ratio_name,
+    steps_name,
     token_statistics,
 )
 from tests.stub_pico import OFFSETS, pixels, stub_setup
 from tests.tiny import random_pico, tiny_card
 
+SCORES = ("frechet", "frechet, text detector", "ssim", "perceptual", "perceptual, text detector")
+
 
 def seeds(**of):
-    """Rows of two seeds: a variant's scores, and 1.1 times these."""
+    """Rows of two seeds: a variant's scores, 1 where none is given, and 1.1 times these."""
     return {
-        f"{name}, seed {seed}": {
-            column: value * (1 + seed / 10) for column, value in zip(ABLATION_SCORES, (*values, 1), strict=True)
-        }
+        f"{name}, seed {seed}": {column: values.get(column, 1.0) * (1 + seed / 10) for column in ABLATION_SCORES}
         for seed in range(2)
         for name, values in of.items()
     }
 
 
 def test_means_and_spread_are_those_of_the_seeds():
-    means = ablation_means(seeds(**{"discrete": (2, 1, 4), "lcdm": (1, 1, 1), "lcdm+lc": (3, 1, 1)}))
-    assert list(means) == list(VARIANTS)
-    row = means["discrete"]
-    assert (row["frechet"], row["frechet: lowest"], row["frechet: highest"]) == pytest.approx((2.1, 2, 2.2))
-    assert means["lcdm+lc"]["frechet"] == pytest.approx(3.15)
+    rows = seeds(**{"discrete": {"frechet": 2}, "lcdm": {"frechet": 1}, "lcdm+lc": {"frechet": 3}})
+    rows["lcdm, seed 1"]["frechet"] = 2.2
+    means = ablation_means(rows)
+    ratios = [ratio_name(*pair) for pair in (("lcdm", "discrete"), ("lcdm+lc", "lcdm"), ("lcdm+lc", "discrete"))]
+    assert list(means) == [*VARIANTS, *ratios]
+
+    def spread(name):
+        row = means[name]
+        return pytest.approx((row["frechet"], row["frechet: lowest"], row["frechet: highest"]))
+
+    assert spread("discrete") == (2.1, 2, 2.2) and spread("lcdm+lc") == (3.15, 3, 3.3)
+    assert spread(ratios[0]) == (1.6 / 2.1, 0.5, 1.0)
+    assert spread(ratios[1]) == (3.15 / 1.6, 1.5, 3.0) and spread(ratios[2]) == (1.5, 1.5, 1.5)
+
+
+def ratios(value, low, high, columns=SCORES):
+    return {k: v for c in columns for k, v in ((c, value), (f"{c}: lowest", low), (f"{c}: highest", high))}
 
 
 def test_agreement_compares_directions():
-    rows = {"DCDD (LCDM + LC)": dict.fromkeys(SCORES, 0.5), "VQ-VAE decode": dict.fromkeys(SCORES, 1.0)}
-    lines = agreement({"reconstruction": rows}).splitlines()[2:]
+    lines = agreement({"reconstruction": {ratio_name(DCDD, VQ): ratios(0.5, 0.4, 0.6)}}).splitlines()
+    assert lines[0] == "|  | paper | pico, scene reader | pico, text detector |  |"
+    lines = lines[2:]
     assert len(lines) == len(CLAIMS)
-    assert lines[0].endswith("| 0.264 | 0.500 | same direction |")
-    assert lines[1].endswith("| 1.030 | 0.500 | **opposite direction** |")
-    assert lines[3].endswith("| 0.659 | not measured |  |")
+    assert lines[0].endswith("| 0.264 | 0.5 (0.4 to 0.6) | 0.5 (0.4 to 0.6) | same direction |")
+    assert lines[1].endswith("| 1.030 | 0.5 (0.4 to 0.6) |  | **opposite** direction |")
+    assert lines[3].endswith("| 0.659 | not measured |  |  |")
 
 
-def test_agreement_says_where_seeds_differ_more_than_variants():
-    rows = {"discrete": (2, 1, 4), "lcdm": (1.9, 1.3, 1), "lcdm+lc": (1, 1.2, 1)}
-    lines = agreement({"means": ablation_means(seeds(**rows))}).splitlines()[7:]
-    assert lines[0].endswith("| 0.950 | same direction, within the spread of seeds |")
-    assert lines[1].endswith("| 1.300 | same direction |")
-    assert lines[4].endswith("| 0.923 | **opposite direction**, within the spread of seeds |")
+@pytest.mark.parametrize(
+    "value, low, high, verdict",
+    [
+        (0.9, 0.8, 0.99, "same direction"),
+        (0.9, 0.8, 1.0, "same direction, may be chance"),
+        (1.1, 0.9, 1.3, "**opposite** direction, may be chance"),
+        (1.1, 1.01, 1.3, "**opposite** direction"),
+        (1.0, 1.0, 1.0, "**opposite** direction, may be chance"),
+    ],
+)
+def test_agreement_says_where_the_interval_includes_no_change(value, low, high, verdict):
+    line = agreement({"means": {ratio_name("lcdm", "discrete"): ratios(value, low, high)}}).splitlines()[7]
+    assert line.startswith("| rFID, LCDM to discrete | 0.931 |") and line.endswith(f"| {verdict} |")
 
 
 def test_each_claim_compares_the_rows_and_the_column_that_it_names():
@@ -87,24 +111,31 @@ def test_each_claim_compares_the_rows_and_the_column_that_it_names():
         ("DCDD as served", "gFID"): ("text", SERVED),
         ("VQ-VAE", "gFID"): ("text", VQ),
         **{(name, "rFID"): ("means", name.lower().replace(" + ", "+")) for name in ("LCDM", "LCDM + LC", "discrete")},
-        **{(f"{count} steps", "rFID"): ("steps", f"DCDD, {count} steps") for count in (10, 30)},
+        **{(f"{count} steps", "rFID"): ("steps", steps_name(count)) for count in (10, 30)},
     }
     columns = {"rFID": "frechet", "gFID": "frechet", "SSIM": "ssim", "perceptual": "perceptual"}
+    second = {"frechet": "frechet, text detector", "perceptual": "perceptual, text detector"}
     # arXiv 2603.13389: Tables 2, 3 (twice), 4 and 6
     paper = (0.264, 1.030, 0.892, 0.659, 0.659, 0.931, 1.007, 0.970, 0.980, 1.020, 0.967, 1.180, 1.007)
     for claim, ratio in zip(CLAIMS, paper, strict=True):
         metric, _, both = claim.words.partition(", ")
-        first, second = both.replace("to 30", "to 30 steps").split(" to ")
+        names = both.replace("to 30", "to 30 steps").split(" to ")
         kind = "gFID" if metric == "gFID" else "rFID"
-        named = [rows[name, kind] for name in (first, second)]
-        assert claim.ours == tuple((*place, columns[metric]) for place in named)
-        results = {section: {} for section, _ in named}
-        for (section, row), value in zip(named, (3.0, 2.0)):
-            spread = {f"{columns[metric]}: lowest": value, f"{columns[metric]}: highest": value}
-            results[section][row] = {columns[metric]: value} | spread
-        line = next(line for line in agreement(results).splitlines() if line.startswith(f"| {claim.words} |"))
-        assert line.startswith(f"| {claim.words} | {ratio:.3f} | 1.500 | ")
+        (section, row), (other, baseline) = (rows[name, kind] for name in names)
+        column = columns[metric]
+        assert (claim.section, claim.row, claim.baseline, claim.column) == (section, row, baseline, column)
+        assert section == other
+        held = ratios(9, 8, 10) | ratios(1.5, 1.4, 1.6, [column])
+        if column in second:
+            held |= ratios(1.7, 1.6, 1.8, [second[column]])
+        table = agreement({section: {ratio_name(row, baseline): held}}).splitlines()
+        line = next(line for line in table if line.startswith(f"| {claim.words} |"))
+        shown = "1.7 (1.6 to 1.8)" if column in second else ""
+        assert line.startswith(f"| {claim.words} | {ratio:.3f} | 1.5 (1.4 to 1.6) | {shown} | ")
         assert line.endswith("| same direction |") == (ratio > 1)
+
+
+TEXT = ("frechet", "frechet, text detector", *(f"F1 {fact}" for fact in READ))
 
 
 def everything():
@@ -112,18 +143,23 @@ def everything():
     numbers = itertools.count(1)
 
     def row(*columns):
-        return {column: next(numbers) + 0.5 for column in columns}
+        """With an interval, except for details."""
+        found = {column: next(numbers) + 0.5 for column in columns}
+        plain = {column: value for column, value in found.items() if ":" not in column}
+        ends = (("lowest", -0.1), ("highest", 0.1))
+        return found | {f"{column}: {end}": value + by for column, value in plain.items() for end, by in ends}
 
     facts = [f"F1 {fact}" for fact in READ]
     rows = {
         "reconstruction": {name: row(*SCORES) for name in (VQ, DCDD)},
-        "text": {name: row("frechet", "frechet: heart", *facts) for name in (VQ, BY_LOGITS, SERVED)},
-        "reader": {"real scenes": row(*facts), RERENDERED: row("frechet", "frechet: heart", *facts)},
+        "text": {name: row(*TEXT, "frechet: heart") for name in (VQ, BY_LOGITS, SERVED)},
+        "reader": {"real scenes": row(*facts), RERENDERED: row(*TEXT, "frechet: heart")},
         "steps": {name: row(*SCORES) for name in (VQ, *(f"DCDD, {count} steps" for count in STEP_COUNTS))},
         "ablation": {f"{name}, seed 0": row(*ABLATION_SCORES) for name in VARIANTS},
         "latency": {name: row("seconds") for name in ("Janus", VQ, "LCDM", "DCDD, 10 steps")},
     }
     rows["means"] = ablation_means(rows["ablation"])
+    rows["text"][ratio_name(SERVED, VQ)] = ratios(0.75, 0.7, 0.8, TEXT)
     return Measured(rows, {name: Provenance(name, "abc1234", f"key-{name}") for name in rows})
 
 
@@ -133,23 +169,26 @@ def test_each_table_shows_its_own_section():
     parts = {part[:7]: part for part in text.split("\n## ")}
 
     def lines(rows, columns):
-        return [" | ".join([f"| {name}", *(f"{row[column]:.4g}" for column in columns)]) + " |" for name, row in rows]
+        shown = [(name, row) for name, row in rows if "ratio of" not in name]
+        return [" | ".join([f"| {name}", *(told(row, column) for column in columns)]) + " |" for name, row in shown]
+
+    def told(row, column):
+        value, low, high = (row.get(name) for name in (column, f"{column}: lowest", f"{column}: highest"))
+        return f"{value:.4g}" + ("" if low is None else f" ({low:.4g} to {high:.4g})")
 
     rows = results.rows
-    facts = ["frechet", *(f"F1 {fact}" for fact in READ)]
     chance = (RERENDERED, rows["reader"][RERENDERED])
     expected = {
         "Table 2": lines(rows["reconstruction"].items(), SCORES),
-        "Table 3": lines([*rows["text"].items(), chance], facts)
+        "Table 3": lines([*rows["text"].items(), chance], TEXT)
         + lines([*rows["text"].items(), chance], ["frechet: heart"]),
         "Table 5": lines(rows["latency"].items(), ["seconds"]),
         "Table 6": lines(rows["steps"].items(), SCORES),
     }
     for table, shown in expected.items():
         assert all(line in parts[table].splitlines() for line in shown), table
-    for name, row in rows["means"].items():
-        cells = [f"{row[c]:.4g} ({row[c]:.4g} to {row[c]:.4g})" for c in ABLATION_SCORES]
-        assert " | ".join([f"| {name}", *cells]) + " |" in parts["Table 4"].splitlines()
+    assert all(line in parts["Table 4"].splitlines() for line in lines(rows["means"].items(), ABLATION_SCORES))
+    assert "| ratio of" not in text and "| heart |" in text and "lowest |" not in text
     sources = {"Table 2": "reconstruction", "Table 3": "text", "Table 4": "ablation", "Table 6": "steps"}
     assert all(str(results.provenance[section]) in parts[table] for table, section in sources.items())
     assert "real scenes" not in text
@@ -160,6 +199,7 @@ def test_table_5_sums_the_stages_of_each_path():
     seconds = {"Janus": 0.5, VQ: 0.1, "LCDM": 0.05, "DCDD, 10 steps": 0.25}
     results.rows["latency"] = {name: {"seconds": value} for name, value in seconds.items()}
     results.rows["text"][VQ]["frechet"], results.rows["text"][SERVED]["frechet"] = 0.2, 0.15
+    results.rows["latency"] = {name: {"seconds": value} for name, value in seconds.items()}
     text = report_markdown(results, options=TableOptions(out=Path()), causes="")
     for line in ("| Janus + VQ-VAE | 0.2 | 0.6 |", "| Janus + DCDD | 0.15 | 0.8 |", "| change | -25.0% | +33.3% |"):
         assert line in text.splitlines()
@@ -202,7 +242,8 @@ def test_a_section_is_measured_again_when_what_it_depends_on_changed(tmp_path, m
     section = "calibration"
     monkeypatch.setattr(TableOptions, "setup", lambda self: self)
     monkeypatch.setattr(TableOptions, "key", lambda self, name: f"key of {name}")
-    monkeypatch.setitem(SECTIONS, section, lambda setup: measured.append(setup.steps) or {"row": {"top_1": 0.5}})
+    own = Section(lambda setup: measured.append(setup.steps) or {"row": {"top_1": 0.5}}, ())
+    monkeypatch.setitem(SECTIONS, section, own)
     plain = TableOptions(out=tmp_path, commit="abc1234")
     _, first = measure(plain, [section])
     _, again = measure(replace(plain, commit="later"), [section])
@@ -242,7 +283,9 @@ def test_the_whole_report_in_small(tmp_path, monkeypatch):
     decoder = load_decoder(weights / "decoder.safetensors", options=DecoderOptions(dtype=torch.float32, fold=False))
     for name in VARIANTS:
         save_bundle(tmp_path / "variants" / f"{name}-0.safetensors", decoder, dtype=torch.float16)
-    monkeypatch.setattr(measured_sections, "STEP_COUNTS", (1, 10, 30))
+    monkeypatch.setattr(paper_sections, "STEP_COUNTS", (1, 10, 30))
+    monkeypatch.setattr(guided_sections, "bootstrap", partial(bootstrap, resamples=10))
+    pytest.importorskip("onnxruntime", reason="the second metric network is the optional `ruler`")
     monkeypatch.setattr(paper_report, "STEP_COUNTS", (1, 10, 30))
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -305,7 +348,7 @@ def test_plots_show_their_own_section(drawn, monkeypatch):
             f"seed {seed}": [results["ablation"][f"{name}, seed {seed}"][column] for name in VARIANTS]
             for seed in (0, 1)
         }
-        for head, column in zip(heads, ABLATION_SCORES, strict=True)
+        for head, column in zip(heads, ("frechet", "ssim", "perceptual", "text frechet"), strict=True)
     }
     assert found["table-4.png"] == ["lines", ablation, {"along": VARIANTS}]
     steps = {
@@ -313,7 +356,7 @@ def test_plots_show_their_own_section(drawn, monkeypatch):
             "DCDD": [results["steps"][f"DCDD, {count} steps"][column] for count in STEP_COUNTS],
             VQ: [results["steps"][VQ][column]] * 7,
         }
-        for head, column in zip(heads, SCORES)
+        for head, column in zip(heads, ("frechet", "ssim", "perceptual"))
     }
     assert found["table-6.png"] == ["lines", steps, {"along": STEP_COUNTS, "label": "steps"}]
     for name, kind in (("table-4-pictures.png", "scenes"), ("table-4-captions.png", "captions")):
@@ -424,21 +467,3 @@ def test_latency_and_text_alone_make_table_5():
     results = Measured({name: whole.rows[name] for name in ("latency", "text")}, whole.provenance)
     text = report_markdown(results, options=TableOptions(out=Path()), causes="")
     assert "| change |" in text
-
-
-@pytest.mark.parametrize("ratio, verdict", [(1.5, "**opposite"), (1, "**opposite"), (0.5, "same")])
-def test_a_ratio_of_one_agrees_with_nothing(ratio, verdict):
-    rows = {"reconstruction": {DCDD: {"frechet": ratio}, VQ: {"frechet": 1.0}}}
-    assert f"| {verdict} direction" in agreement(rows).splitlines()[2]
-
-
-@pytest.mark.parametrize(
-    "first, second, within",
-    [((1, 2), (2, 3), True), ((2, 3), (1, 2), True), ((1, 2), (2.5, 3), False), ((2.5, 3), (1, 2), False)],
-)
-def test_spreads_that_touch_overlap(first, second, within):
-    def row(low, high):
-        return {"frechet": (low + high) / 2, "frechet: lowest": low, "frechet: highest": high}
-
-    line = agreement({"means": {"lcdm": row(*first), "discrete": row(*second)}}).splitlines()[7]
-    assert line.startswith("| rFID, LCDM to discrete |") and line.endswith("within the spread of seeds |") == within

@@ -19,7 +19,7 @@ from dcdd_pico.progressive_sections import AR, DCDD, PASSES, REWRITTEN, TARGET, 
 from dcdd_pico.progressive_table import tables, verdicts
 from dcdd_pico.scenes import scene_facts
 from dcdd_pico.section_keys import Provenance
-from dcdd_pico.sections import FURTHER, Measured
+from dcdd_pico.sections import SECTIONS, Measured
 from tests.stub_pico import StubReader
 
 IMAGES = 20
@@ -227,7 +227,7 @@ def test_the_target_is_read_off_the_intervals():
 
 
 def test_sections_become_tables():
-    assert {"progressive-passes", "progressive-orders", "progressive-seconds"} <= set(FURTHER)
+    assert {"progressive-passes", "progressive-orders", "progressive-seconds"} <= set(SECTIONS)
     row = {"frechet": 0.5, "frechet: lowest": 0.4, "frechet: highest": 0.6}
     other = minus("a", "b")
     provenance = {"progressive-passes": Provenance("progressive-passes", "commit", "key")}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dcdd_pico import flops, sections
-from dcdd_pico.results_table import MARKS, PUBLISHED, TABLE, stale
+from dcdd_pico import flops, paper_sections, sections
+from dcdd_pico.results_table import MARKS, PUBLISHED, REPORT, TABLE, stale
 from dcdd_pico.section_keys import NO_KEY, ROOT, Provenance, code_hash, files_hash, imported_modules
-from dcdd_pico.sections import SECTIONS, TableOptions
+from dcdd_pico.sections import SECTIONS, Section, TableOptions
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +28,19 @@ def changed(root, path, old, new):
     file = root / path
     text = file.read_text("utf-8")
     assert old in text
-    before = {name: code_hash(function, root=root) for name, function in SECTIONS.items()}
+    before = {name: code_hash(own.measure, root=root) for name, own in SECTIONS.items() if name in REPORT}
     try:
         file.write_text(text.replace(old, new, 1), "utf-8")
-        return {name for name, function in SECTIONS.items() if code_hash(function, root=root) != before[name]}
+        return {name for name in before if code_hash(SECTIONS[name].measure, root=root) != before[name]}
     finally:
         file.write_text(text, "utf-8")
 
 
 def test_the_copy_has_the_hashes_of_the_original(copied):
-    for function in SECTIONS.values():
+    functions = [SECTIONS[name].measure for name in REPORT]
+    for function in functions:
         assert code_hash(function, root=copied) == code_hash(function)
-    assert len({code_hash(function) for function in SECTIONS.values()}) == len(SECTIONS)
+    assert len({code_hash(function) for function in functions}) == len(REPORT)
 
 
 def test_a_transitive_dependency_changes_the_key(copied):
@@ -69,10 +70,10 @@ def test_other_modules_do_not_change_the_key(copied):
 
 
 def test_only_the_definitions_that_a_section_uses_count(copied):
-    assert changed(copied, "dcdd_pico/sections.py", "rounds: int = 7", "rounds: int = 8") == {"latency"}
-    assert changed(copied, "dcdd_pico/sections.py", "35)\n", "36)\n") == {"steps"}
-    metrics = changed(copied, "dcdd_pico/sections.py", 'average="macro"', 'average="micro"')
-    assert metrics == {"reader", "reconstruction", "text", "steps", "ablation"}
+    images = {"reader", "reconstruction", "text", "steps", "ablation"}
+    assert changed(copied, "dcdd_pico/sections.py", "count: int = 100", "count: int = 99") == images | {"calibration"}
+    assert changed(copied, "dcdd_pico/paper_sections.py", "STEPPED = 512", "STEPPED = 511") == {"steps"}
+    assert changed(copied, "dcdd_pico/guided_sections.py", "2 * hits", "3 * hits") == images
 
 
 def test_files_are_hashed_by_name_and_content(tmp_path):
@@ -100,12 +101,9 @@ def weights(tmp_path):
 
 def test_a_key_covers_the_weights_that_the_section_reads(weights):
     options = TableOptions(out=Path(), weights=weights)
-    before = {name: options.key(name) for name in SECTIONS}
+    before = {name: options.key(name) for name in REPORT}
     (weights / "reader.safetensors").write_text("other")
-    assert {name for name in SECTIONS if options.key(name) != before[name]} == set(SECTIONS) - {
-        "calibration",
-        "latency",
-    }
+    assert {name for name in REPORT if options.key(name) != before[name]} == {*REPORT} - {"calibration", "latency"}
 
 
 def test_published_sections_are_stale_until_measured_with_today_s_code_and_weights(weights, monkeypatch):
@@ -116,7 +114,8 @@ def test_published_sections_are_stale_until_measured_with_today_s_code_and_weigh
     assert Provenance.all_in(text) == [current, old]
     (line,) = stale(options, {Path("results.md"): text})
     assert line == "results.md: text: measured at 0123456 before keys were recorded"
-    monkeypatch.setitem(SECTIONS, "steps", sections.measure_text)  # as if it were measured in another way
+    # As if it were measured in another way.
+    monkeypatch.setitem(SECTIONS, "steps", Section(paper_sections.measure_text, SECTIONS["steps"].weights))
     assert len(stale(options, {Path("results.md"): text})) == 2
     (line,) = stale(options, {Path("a"): str(Provenance("gone", "1", "x-y"))})
     assert line.endswith("there is no such section any more")
@@ -134,7 +133,7 @@ def test_the_ablation_is_compared_without_its_bundles_where_they_are_missing(wei
 
 
 def test_the_flops_have_a_key():
-    assert code_hash(flops.flops_of) != code_hash(sections.measure_reader)
+    assert code_hash(flops.flops_of) != code_hash(paper_sections.measure_reader)
 
 
 def test_every_published_table_says_where_it_is_from():
@@ -145,7 +144,7 @@ def test_every_published_table_says_where_it_is_from():
     assert [found.section for table in tables for found in Provenance.all_in(table)] == [*_shown(TABLE), "flops"]
     parts = [part for part in report.split("\n## ") if part.startswith("Table ")]
     assert len(parts) == 6 and all(Provenance.all_in(part) for part in parts)
-    assert {found.section for found in Provenance.all_in(report)} == set(SECTIONS)
+    assert {found.section for found in Provenance.all_in(report)} == {*REPORT}
 
 
 def _shown(names):

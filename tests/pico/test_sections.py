@@ -1,4 +1,4 @@
-"""Every row of the tables measures the images that it names (see `stub_pico`)."""
+"""What all sections share, and the two that compare no images (see `stub_pico`)."""
 
 import argparse
 import inspect
@@ -6,120 +6,29 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from dcdd_core.method.statistics import TokenStatistics
-from dcdd_core.models.card import VARIANTS
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Calibration
-from dcdd_pico import sections
+from dcdd_pico import paper_sections, sections
 from dcdd_pico.build_context import WORK
-from dcdd_pico.reader import FACTS, fact_labels
+from dcdd_pico.results_table import REPORT
 from dcdd_pico.scenes import scene_facts
 from dcdd_pico.sections import (
-    BY_LOGITS,
-    DCDD,
-    READ,
-    RERENDERED,
-    SERVED,
     VQ,
-    RowMetrics,
     TableOptions,
     measure,
     parse,
 )
-from tests.stub_pico import COUNT, GREYS, OFFSETS, SCENES, stub_setup
+from tests.stub_pico import stub_setup
 from tests.tiny import tiny_card
-
-ANCHORED = "DCDD, anchored logits (beta = 7)"
-TOKENS = "DCDD, the sampled tokens alone"
 
 
 @pytest.fixture
 def setup(monkeypatch):
     return stub_setup(monkeypatch)
-
-
-def scores(offset, count=COUNT):
-    """What a row with this offset must say, worked out by hand."""
-    x = SCENES[:count].double().numpy()
-    y, c1 = x + offset, (0.01 * 2) ** 2
-    return {
-        "frechet": offset**2,
-        "ssim": float(((2 * x * y + c1) / (x * x + y * y + c1)).mean()),
-        "psnr": 10 * np.log10(4 / offset**2),
-        "perceptual": offset,
-    }
-
-
-def assert_row(row, expected):
-    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
-
-def test_table_2_names_the_images_that_it_measures(setup):
-    rows = sections.measure_reconstruction(setup)
-    assert list(rows) == [VQ, "VQ-VAE decode of expected codes", DCDD]
-    for name, offset in zip(rows, ("vq", "expected", "proxy")):
-        assert_row(rows[name], scores(OFFSETS[offset]))
-
-
-def test_table_3_names_the_images_that_it_measures(setup):
-    rows = sections.measure_text(setup)
-    expected = {VQ: "vq", BY_LOGITS: "logits", ANCHORED: "anchored", SERVED: "anchored", TOKENS: "tokens"}
-    assert rows.keys() == expected.keys()
-    shapes = fact_labels(scene_facts("test", COUNT))["shape"]
-    for name, offset in expected.items():
-        assert_row(rows[name], {"frechet": OFFSETS[offset] ** 2})
-        assert "ssim" not in rows[name] and "psnr" not in rows[name]
-        details = {key for key in rows[name] if key.startswith("frechet: ")}
-        assert details == {f"frechet: {FACTS['shape'][k]}" for k in set(shapes.tolist()) if (shapes == k).sum() > 1}
-
-
-def test_what_is_served_is_the_card_s_reading(setup):
-    setup.pico.decoder.card = tiny_card(calibration=setup.pico.decoder.card.calibration, reads="tokens", shift=1.5)
-    rows = sections.measure_text(setup)
-    assert rows[SERVED] == rows[TOKENS] != rows[ANCHORED]
-
-
-def test_table_6_names_the_steps_that_it_measures(setup):
-    rows = sections.measure_steps(setup, count=4)
-    assert list(rows) == [VQ, *(f"DCDD, {steps} steps" for steps in (5, 10, 15, 20, 25, 30, 35))]
-    assert_row(rows[VQ], scores(OFFSETS["vq"], 4))
-    for steps in (5, 10, 15, 20, 25, 30, 35):
-        assert_row(rows[f"DCDD, {steps} steps"], scores(OFFSETS["proxy"] + (steps - 10) / 1000, 4))
-
-
-def test_table_4_names_the_decoders_that_it_measures(setup, monkeypatch):
-    def load_decoder(path, *, options):
-        assert options == {"device": "cpu", "dtype": torch.float32, "compiled": False}
-        return SimpleNamespace(card=tiny_card(base="of the ablation", variant=path, reads="logits", calibration=None))
-
-    monkeypatch.setattr(sections, "load_decoder", load_decoder)
-    monkeypatch.setattr(sections, "DecoderOptions", lambda **options: options)
-    object.__setattr__(setup, "ablation", {f"{variant}, seed 0": variant for variant in VARIANTS})
-    rows = sections.measure_ablation(setup)
-    assert list(rows) == list(setup.ablation)
-    for name, variant in setup.ablation.items():
-        assert_row(rows[name], scores(OFFSETS[variant]) | {"text frechet": OFFSETS[variant] ** 2})
-
-
-def test_the_chance_level_is_that_of_other_renderings(setup, monkeypatch):
-    seen = []
-
-    def draw(facts, rng, *, size):
-        seen.append((facts, rng.integers(1000)))
-        k = len(seen) - 1
-        return np.full((size, size, 3), GREYS[k] + 10, np.uint8)
-
-    monkeypatch.setattr(sections, "draw", draw)
-    rows = sections.measure_reader(setup)
-    assert list(rows) == ["real scenes", RERENDERED] and "frechet" not in rows["real scenes"]
-    assert any(name.startswith("frechet: ") for name in rows[RERENDERED])
-    assert_row(rows[RERENDERED], {"frechet": (10 / 127.5) ** 2})
-    assert [facts for facts, _ in seen] == scene_facts("test", COUNT)
-    assert [number for _, number in seen] == [np.random.default_rng([1, k]).integers(1000) for k in range(COUNT)]
 
 
 def test_table_1_names_the_logits_that_it_describes(setup, monkeypatch):
@@ -197,9 +106,9 @@ def test_the_tables_sizes_are_those_that_their_titles_name():
     """The report says the first 512 scenes, the first 100 captions, the median of seven."""
     default = {
         measure: {name: one.default for name, one in inspect.signature(measure).parameters.items() if name != "setup"}
-        for measure in (sections.measure_steps, sections.measure_calibration, sections.measure_latency)
+        for measure in (sections.measure_calibration, sections.measure_latency)
     }
-    assert list(default.values()) == [{"count": 512}, {"count": 100}, {"rounds": 7}]
+    assert list(default.values()) == [{"count": 100}, {"rounds": 7}] and paper_sections.STEPPED == 512
     options = TableOptions(out=Path())
     assert (options.scenes, options.steps, options.batch) == (2048, 10, 64)
     assert not options.bf16 and not options.compiled and options.ablation == {}
@@ -294,7 +203,7 @@ def test_a_key_is_of_the_measurement_of_loading_and_of_the_weights_that_are_read
 def test_measurements_are_kept_with_a_line_for_each_value(tmp_path, monkeypatch):
     monkeypatch.setattr(TableOptions, "setup", lambda self: self)
     monkeypatch.setattr(TableOptions, "key", lambda self, name: "a key")
-    monkeypatch.setitem(sections.SECTIONS, "steps", lambda setup: {"row": {"psnr": 1.5}})
+    monkeypatch.setitem(sections.SECTIONS, "steps", sections.Section(lambda setup: {"row": {"psnr": 1.5}}, ()))
     measure(TableOptions(out=tmp_path, scenes=7), ["steps"])
     lines = (tmp_path / "steps.json").read_text().splitlines()
     assert lines[0] == "{" and lines[1] == ' "key": "a key",' and lines[-1] == "}"
@@ -304,30 +213,8 @@ def test_only_the_ablation_s_key_follows_its_bundles(tmp_path):
     (tmp_path / "lcdm-0.safetensors").write_bytes(b"one")
     ablation = {"lcdm, seed 0": tmp_path / "lcdm-0.safetensors"}
     without, with_it = TableOptions(out=Path()), TableOptions(out=Path(), ablation=ablation)
-    changed = {name for name in sections.SECTIONS if without.key(name) != with_it.key(name)}
+    changed = {name for name in REPORT if without.key(name) != with_it.key(name)}
     assert changed == {"ablation"}
     before = with_it.key("ablation")
     (tmp_path / "lcdm-0.safetensors").write_bytes(b"two")
     assert with_it.key("ablation") != before
-
-
-def test_f1_by_hand():
-    """Three of four shapes are read right: per class 2 TP / (2 TP + FP + FN), mean over the classes that occur."""
-    metrics = RowMetrics()
-    metrics.features = [torch.zeros(4, 1)]
-    metrics.answers = {name: [torch.tensor([0, 0]), torch.tensor([1, 2])] for name in READ}
-    labels = {name: torch.tensor([0, 1, 1, 2]) for name in READ}
-    row = metrics.row(torch.zeros(4, 1), labels)
-    expected = (2 / 3 + 2 / 3 + 1) / 3
-    assert [row[f"F1 {name}"] for name in READ] == pytest.approx([expected] * 4)
-
-
-def test_details_are_the_distances_of_the_images_with_that_fact():
-    metrics = RowMetrics()
-    metrics.features = [torch.tensor([[0.0], [1.0], [10.0], [11.0], [5.0]])]
-    metrics.answers = {name: [torch.zeros(5, dtype=torch.int64)] for name in READ}
-    labels = {name: torch.tensor([0, 0, 1, 1, 2]) for name in READ}
-    row = metrics.row(torch.tensor([[2.0], [3.0], [10.5], [11.5], [0.0]]), labels, by="shape")
-    first, second, third = FACTS["shape"][:3]
-    assert row[f"frechet: {first}"] == pytest.approx(4) and row[f"frechet: {second}"] == pytest.approx(0.25)
-    assert f"frechet: {third}" not in row  # one image has no covariance
