@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -273,3 +274,14 @@ def test_words_and_rows(sampler):
     for template in ("", "{prompt}{prompt}", 3):
         with pytest.raises(ValueError, match="template must hold"):
             type(words)(words.tokenizer, template)
+
+
+@pytest.mark.parametrize("kind", [SamplingOptions, partial(ProgressiveOptions, passes=5)])
+def test_top_k_that_is_not_given_is_the_sampler_s_own(sampler, kind):
+    def drawn(top_k):
+        return sampler.sample(PROMPTS, seeds=SEEDS, options=kind(guidance=2.0, top_k=top_k)).tokens
+
+    all_codes, one_code = drawn(0), drawn(1)
+    assert torch.equal(drawn(None), all_codes) and not torch.equal(one_code, all_codes)
+    sampler.sampling = replace(sampler.sampling, top_k=1)
+    assert torch.equal(drawn(None), one_code) and torch.equal(drawn(0), all_codes)
