@@ -113,6 +113,47 @@ def test_every_order_reveals_everything(sampler, order):
     assert found.stages[-1].known.all()
 
 
+@torch.no_grad()
+def test_predicted_scores_are_those_with_the_prompt(sampler):
+    """Guidance reads each image with and without it."""
+    nothing = torch.full((2, 16), 64)
+    rows = [sampler.words.ids(prompt) for prompt in PROMPTS]
+    with_prompt, without = (
+        torch.stack(sampler.model.scores(sampler.model(nothing, sampler.model.prefix(*padded(ids)))))
+        for ids in (rows, [sampler.words.unconditional(ids) for ids in rows])
+    )
+    for order, at, sign in (("quantisation-error", 0, -1), ("importance", 1, 1)):
+        options = replace(SAMPLING, order=order, ramp=False, passes=4, revision_passes=0)
+        first = sampler.sample_stages(PROMPTS, seeds=SEEDS, options=options).stages[0].revealed
+        count = int(first[0].sum())
+        expected, other = (
+            torch.zeros(2, 16, dtype=torch.bool).scatter(1, (sign * found[at]).topk(count, dim=1).indices, True)
+            for found in (with_prompt, without)
+        )
+        assert torch.equal(first, expected) and not torch.equal(expected, other)
+
+
+def test_confidence_is_of_the_whole_distribution(sampler):
+    """Guided and tempered; filters shape the draw alone."""
+    options = replace(
+        SAMPLING, order="confidence", order_noise=0.0, ramp=False, temperature=0.7, top_k=2, passes=4, revision_passes=0
+    )
+    first = sampler.sample_stages(PROMPTS, seeds=SEEDS, options=options).stages[0].revealed
+    nothing = torch.zeros(2, 16, dtype=torch.bool)
+    logits = guided_logits(sampler, torch.zeros(2, 16, dtype=torch.int64), nothing, 3.0, 0.7)
+    filtered = sampling.top_k(logits, 2)
+    drawn = sampling.gumbel_max(filtered, sampling.gumbel_noise_grid(SEEDS, range(16), 64))[1]
+    expected, other = (
+        nothing.scatter(
+            1,
+            found.log_softmax(-1).gather(-1, drawn[..., None])[..., 0].topk(int(first[0].sum()), dim=1).indices,
+            True,
+        )
+        for found in (logits, filtered)
+    )
+    assert torch.equal(first, expected) and not torch.equal(expected, other)
+
+
 @pytest.mark.parametrize("order", ["importance", "raster"])
 def test_positions_of_a_pass_keep_apart(sampler, order):
     options = replace(SAMPLING, order=order, spread=1, passes=4, revision_passes=0)
