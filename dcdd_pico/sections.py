@@ -112,6 +112,7 @@ class EvalSetup:
         steps: Euler steps.
         out: folder of measurements.
         weights: folder of the models' weights.
+        work: work folder of the build.
     """
 
     pico: Models
@@ -120,6 +121,7 @@ class EvalSetup:
     compiled: bool = False
     out: Path = Path("out/table")
     weights: Path = WEIGHTS
+    work: Path = WORK
     images: np.ndarray
     batch: int
     steps: int
@@ -165,6 +167,7 @@ def load_setup(
     *,
     out: Path,
     weights: Path,
+    work: Path,
     scenes: int,
     steps: int,
     batch: int,
@@ -187,6 +190,7 @@ def load_setup(
         compiled=compiled,
         out=out,
         weights=weights,
+        work=work,
         images=scene_images(out, "test", scenes),
         batch=batch,
         steps=steps,
@@ -370,10 +374,14 @@ _WEIGHTS_READ: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Section:
-    """How a section of another module is measured, and what it reads of the weights folder."""
+    """How a section of another module is measured, and what it reads of the weights folder and of the work folder.
+
+    What the work folder lacks of it is not measured.
+    """
 
     measure: Callable[[EvalSetup], Rows]
     weights: tuple[str, ...]
+    work: tuple[str, ...] = ()
 
 
 #: Sections that other modules add; the report has none of them.
@@ -399,6 +407,7 @@ class TableOptions:
 
     out: Path
     weights: Path = WEIGHTS
+    work: Path = WORK
     scenes: int = 2048
     steps: int = 10
     batch: int = 64
@@ -414,19 +423,23 @@ class TableOptions:
         return load_setup(**chosen)
 
     def key(self, section: str) -> str:
-        """Today's key of a section: hashes of code, of shipped weights and, for the ablation, of its bundles."""
+        """Today's key of a section: hashes of code, of shipped weights and, if it reads any, of decoders in the work
+        folder."""
         further = FURTHER.get(section)
         read = further.weights if further else _WEIGHTS_READ[section]
         # A further section's module imports this one as a whole.
         code = code_hash(further.measure) if further else code_hash(SECTIONS[section], load_setup)
         key = f"{code}-{files_hash([self.weights / name for name in read])}"
-        if section == "ablation" and self.ablation:
-            key += f"-{files_hash(self.ablation.values())}"
+        trained = list(self.ablation.values()) if section == "ablation" else []
+        if further:
+            trained = [path for name in further.work if (path := self.work / name).exists()]
+        if trained:
+            key += f"-{files_hash(trained)}"
         return key
 
     def settings(self, section: str) -> list[Any]:
         """The options that a section's numbers depend on in addition to its key; for latency, the machine too."""
-        machine = [platform.node(), torch.get_num_threads()] if section == "latency" else []
+        machine = [platform.node(), torch.get_num_threads()] if section.endswith("latency") else []
         return [self.scenes, self.steps, self.bf16, self.compiled, self.device, *machine]
 
     def command(self, *sections: str) -> str:
