@@ -4,7 +4,8 @@ The VQ-VAE decoder is the baseline of the diffusion decoder and should have had 
 diffusion decoder generates latents, which the autoencoder's decoder turns into pixels. The paper takes that decoder
 from FLUX; here it was trained as well, and is listed separately. Counted are the matrix products, convolutions and
 attention of the decoders' forward and backward passes, with 2 FLOPs per multiply-add (`torch.utils.flop_counter`).
-Encoders, discriminators and perceptual networks are not counted.
+Encoders, discriminators and perceptual networks are not counted: only decoders other than the diffusion decoder are
+trained with these, so that what is called as many FLOPs is a little more for the others.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import argparse
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
@@ -28,6 +32,10 @@ from dcdd_core.types import Condition
 
 from .build_context import Recipe
 from .embedded import WEIGHTS
+from .feed_forward import FeedForwardDecoder
+from .gan_finetune import PatchDiscriminator, discriminator_loss, generator_loss
+from .image_losses import reconstruction_loss
+from .reader import SceneReader
 
 
 def vq_flops(vq: JanusVQVAE) -> int:
@@ -63,6 +71,43 @@ def vae_flops(vae: AutoencoderKL, size: int) -> int:
     return _counted(lambda: decoding.decode(torch.zeros(1, vae.config.latent_channels, side, side)).sample.sum())
 
 
+def feed_forward_flops(decoder: FeedForwardDecoder) -> int:
+    """Training FLOPs of a feed-forward decoder for one image."""
+    card, decoding = decoder.card, copy.deepcopy(decoder).requires_grad_(True)
+    h, w = card.grid
+    condition = Condition(torch.zeros(1, h * w, card.code_dim), torch.zeros(1, h * w, 4), (h, w))
+    return _counted(lambda: decoding(condition).sum())
+
+
+def loss_flops(size: tuple[int, int]) -> int:
+    """FLOPs of an image's losses where a decoder is trained with a GAN loss, forward and backward: the perceptual
+    distance, and the discriminator's updates; without the adaptive weight. For comparison: they count nowhere."""
+    reader, discriminator = SceneReader().eval().requires_grad_(False), PatchDiscriminator()
+    pixels, decoded = torch.zeros(1, 3, *size), torch.zeros(1, 3, *size, requires_grad=True)
+
+    def losses() -> torch.Tensor:
+        of_decoder, _ = reconstruction_loss(pixels, decoded, reader, nullcontext)
+        of_decoder = of_decoder + generator_loss(discriminator(decoded))
+        return of_decoder + discriminator_loss(discriminator(pixels), discriminator(decoded.detach()))
+
+    return _counted(losses)
+
+
+def parameters(*networks: nn.Module) -> int:
+    """How many they have."""
+    return sum(weight.numel() for network in networks for weight in network.parameters())
+
+
+def load_dcdd(path: Path) -> DistributionConditionedDecoder:
+    """The diffusion decoder of a bundle with all that it was trained with."""
+    return load_decoder(path, options=DecoderOptions(dtype=torch.float32, fold=False))
+
+
+def decoder_images(recipe: Recipe) -> int:
+    """Images that the diffusion decoder was trained on, counted each time."""
+    return recipe.decoder_batch * recipe.decoder_steps
+
+
 def training_flops(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae: AutoencoderKL, recipe: Recipe) -> str:
     """A Markdown table of FLOPs per image, number of images, and their product; then the ratios to the baseline."""
     rows = {
@@ -70,7 +115,7 @@ def training_flops(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae:
             vq_flops(vq),
             recipe.tokenizer_batch * (recipe.tokenizer_steps + recipe.vq_decoder_steps),
         ),
-        "diffusion decoder": (dcdd_flops(decoder), recipe.decoder_batch * recipe.decoder_steps),
+        "diffusion decoder": (dcdd_flops(decoder), decoder_images(recipe)),
         "autoencoder's decoder": (
             vae_flops(vae, recipe.size),
             recipe.autoencoder_batch * (recipe.autoencoder_steps + recipe.vae_decoder_steps),
@@ -88,7 +133,7 @@ def training_flops(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae:
 def flops_of(weights: Path) -> str:
     """`training_flops` of the models in a folder."""
     vq = load_tokenizer(weights / "janus", dtype=torch.float32)
-    decoder = load_decoder(weights / "decoder.safetensors", options=DecoderOptions(dtype=torch.float32, fold=False))
+    decoder = load_dcdd(weights / "decoder.safetensors")
     return training_flops(vq.model, decoder, AutoencoderKL.from_pretrained(weights / "vae"), Recipe.load(weights))
 
 
@@ -100,7 +145,8 @@ def main() -> None:
 
 
 def _counted(loss: Callable[[], torch.Tensor]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    # The counter does not know a CPU's fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss().backward()
     return counter.get_total_flops()
 

@@ -1,4 +1,4 @@
-"""GAN fine-tuning of a decoder with its encoder frozen, for the VQ-VAE and the autoencoder.
+"""Training of decoders with a GAN loss, their encoders frozen: those of the VQ-VAE, the autoencoder, the opponents.
 
 The losses are VQGAN's: hinge loss, PatchGAN discriminator, and an adaptive weight from the ratio of gradient norms at
 the decoder's last layer (Esser et al. 2021, arXiv 2012.09841, Eqs. 6-7).
@@ -6,8 +6,8 @@ the decoder's last layer (Esser et al. 2021, arXiv 2012.09841, Eqs. 6-7).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from .image_losses import reconstruction_loss
 from .reader import SceneReader
 from .scenes import scene_pixels
 from .training_loop import train
+
+#: What a decoder decodes.
+Input = TypeVar("Input")
 
 
 class PatchDiscriminator(nn.Module):
@@ -94,38 +97,95 @@ def finetune_with_gan(
         decode: decoder and its input -> pixels.
         evaluate: metrics of the EMA decoder.
     """
+
+    def examples(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = scene_pixels(context.train_images[context.batch(stage, i, batch)], context.device)
+        with torch.no_grad():
+            return pixels, encode(pixels, keyed_generator(context.recipe.seed, stage, i))
+
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4)
+    train_with_gan(
+        context,
+        name,
+        stage,
+        decoder,
+        last=last,
+        examples=examples,
+        decode=decode,
+        optimizers={"optimizer": optimizer},
+        peak=4e-4,
+        steps=steps,
+        settings=settings,
+        loss_reader=loss_reader,
+        evaluate=evaluate,
+    )
+
+
+def train_with_gan(
+    context: BuildContext,
+    name: str,
+    stage: int,
+    decoder: nn.Module,
+    *,
+    last: nn.Parameter,
+    examples: Callable[[int], tuple[torch.Tensor, Input]],
+    decode: Callable[[nn.Module, Input], torch.Tensor],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    peak: float,
+    steps: int,
+    settings: dict[str, Any],
+    loss_reader: SceneReader,
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    alone: int = 0,
+) -> None:
+    """As `finetune_with_gan`, for any optimisers and inputs.
+
+    Args:
+        examples: number of an update -> pixels [B, 3, H, W] in -1..1, and what the decoder makes them from.
+        optimizers: of all weights of the decoder, by their name in checkpoints.
+        peak: learning rate.
+        alone: updates before the discriminator joins.
+    """
     device = context.device
     with torch.random.fork_rng():
         torch.manual_seed(context.recipe.seed + stage)
         discriminator = PatchDiscriminator().to(device)
     decoder.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4)
     discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=3e-4, betas=(0.5, 0.9))
     ema = EMA(trained_weights(decoder), 0.998)
 
-    def step(i: int) -> dict[str, torch.Tensor]:
-        set_learning_rate(optimizer, warmup_cosine(i, steps, peak=4e-4, warmup=100))
-        pixels = scene_pixels(context.train_images[context.batch(stage, i, batch)], device)
-        with torch.no_grad():
-            encoded = encode(pixels, keyed_generator(context.recipe.seed, stage, i))
-        with context.autocast():
-            decoded = decode(decoder, encoded).float()
-            adversarial = generator_loss(discriminator(decoded).float())
-        reconstruction, parts = reconstruction_loss(pixels, decoded, loss_reader, context.autocast)
-        ratio = adaptive_weight(reconstruction, adversarial, last)
-        loss = reconstruction + adversarial_ramp(i, steps) * ratio * adversarial
-        optimizer.zero_grad(set_to_none=True)
+    def update_decoder(i: int, loss: torch.Tensor) -> None:
+        decoder.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            set_learning_rate(optimizer, warmup_cosine(i, steps, peak=peak, warmup=100))
+            optimizer.step()
         ema.update()
+
+    def update_discriminator(pixels: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         with context.autocast():
-            real, fake = discriminator(pixels).float(), discriminator(decoded.detach()).float()
+            real, fake = discriminator(pixels).float(), discriminator(decoded).float()
         hinge = discriminator_loss(real, fake)
         discriminator_optimizer.zero_grad(set_to_none=True)
         hinge.backward()
         discriminator_optimizer.step()
-        return parts | {"fooling": adversarial.detach(), "adversary": hinge.detach()}
+        return hinge.detach()
+
+    def step(i: int) -> dict[str, torch.Tensor]:
+        pixels, given = examples(i)
+        with context.autocast():
+            decoded = decode(decoder, given).float()
+        loss, parts = reconstruction_loss(pixels, decoded, loss_reader, context.autocast)
+        if i < alone:
+            update_decoder(i, loss)
+            return parts
+        with context.autocast():
+            adversarial = generator_loss(discriminator(decoded).float())
+        ratio = adaptive_weight(loss, adversarial, last)
+        update_decoder(i, loss + adversarial_ramp(i - alone, steps) * ratio * adversarial)
+        adversary = update_discriminator(pixels, decoded.detach())
+        return parts | {"fooling": adversarial.detach(), "adversary": adversary}
 
     def evaluate_ema(_: int) -> dict[str, float]:
         with ema.swapped_in():
@@ -140,8 +200,8 @@ def finetune_with_gan(
             "model": decoder,
             "adversary": discriminator,
             "ema": ema,
-            "optimizer": optimizer,
             "adversary_optimizer": discriminator_optimizer,
+            **optimizers,
         },
         evaluate=evaluate_ema,
         evaluate_every=500,

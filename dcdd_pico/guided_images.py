@@ -195,7 +195,7 @@ class Painters:
 
         def make() -> dict[str, torch.Tensor]:
             given, start = self.given(task, source, part), process_time()
-            pixels = paint(self, way, given, range(part.start, part.stop))
+            pixels = self.paint(way, given, range(part.start, part.stop))
             seconds = torch.tensor((process_time() - start) / len(pixels))
             return {
                 "images": ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1),
@@ -204,6 +204,10 @@ class Painters:
 
         made = self._kept(f"{task}-{source}/{way.file}", part, make)
         return scene_pixels(made["images"].numpy(), self.pico.tokenizer.device), float(made["seconds"])
+
+    def paint(self, way: Way, given: Given, seeds: range) -> torch.Tensor:
+        """Pixels [B, 3, S, S] in -1..1 of one way."""
+        return paint(self, way, given, seeds)
 
     def _kept(self, name: str, part: slice, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         return kept(self.own_folder / name / f"{part.start:06d}-{part.stop:06d}.npz", make)

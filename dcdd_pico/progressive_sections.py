@@ -39,6 +39,8 @@ PASSES = (4, 8, 11, 16, 24, 64)
 #: Passes that are compared with the autoregressive sampler: 13 times fewer than its 144.
 TARGET = 11
 SEEDS = 3
+#: Captions of the curve over passes, and of the table of orders, at most: their many arms cost more than they tell.
+CURVE, ORDERED = 512, 192
 COLUMNS = ("frechet", "frechet, text detector", *F1)
 PAPERS = ("quantisation-error", "importance")
 REWRITTEN = "tokens rewritten"
@@ -49,11 +51,6 @@ _READ = (*_WEIGHTS, "reader.safetensors")
 def passes_name(passes: int) -> str:
     """The row of so many passes."""
     return f"progressive, {passes} passes"
-
-
-def with_passes(passes: int, guidance: float) -> ProgressiveOptions:
-    """Options of so many passes; a quarter of them, rounded up, only revises."""
-    return ProgressiveOptions(guidance=guidance, passes=passes, revision_passes=(passes + 3) // 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +93,10 @@ class Samples:
     def masked(self) -> MaskedSampler:
         """The masked sampler among the weights."""
         return load_progressive(self.setup)
+
+    def in_passes(self, passes: int) -> ProgressiveOptions:
+        """The masked sampler's own options, in so many passes and with Janus' guidance."""
+        return replace(self.masked.sampling.in_passes(passes), guidance=self.setup.guidance)
 
     @cached_property
     def version(self) -> str:
@@ -193,13 +194,22 @@ def collect(samples: Samples, arms: Sequence[Arm], decoder: str, count: int) -> 
     return {name: Scores.of(parts, real, labels) for name, parts in made.items()}
 
 
+def measure_target(setup: EvalSetup) -> Rows:
+    """`TARGET` passes against the autoregressive sampler, with both decoders, on all captions."""
+    return _against_autoregressive(setup, (TARGET,), len(setup.images))
+
+
 def measure_passes(setup: EvalSetup) -> Rows:
-    """The number of passes, with both decoders, and each row's difference to the autoregressive sampler's."""
+    """As `measure_target` for all `PASSES`, on the first `CURVE` captions at most."""
+    return _against_autoregressive(setup, PASSES, min(CURVE, len(setup.images)))
+
+
+def _against_autoregressive(setup: EvalSetup, passes: Sequence[int], count: int) -> Rows:
     samples, rows = Samples.of(setup), {}
     arms = [Arm(name=AR, options=SamplingOptions(guidance=setup.guidance))]
-    arms += [Arm(name=passes_name(n), options=with_passes(n, setup.guidance)) for n in PASSES]
+    arms += [Arm(name=passes_name(n), options=samples.in_passes(n)) for n in passes]
     for decoder in (VQ, DCDD):
-        scores = collect(samples, arms, decoder, len(setup.images))
+        scores = collect(samples, arms, decoder, count)
         scores = {f"{name}, {decoder}": own for name, own in scores.items()}
         rows |= rows_of(scores, COLUMNS)
     return rows
@@ -208,12 +218,15 @@ def measure_passes(setup: EvalSetup) -> Rows:
 def measure_orders(setup: EvalSetup) -> Rows:
     """Orders with and without revision, and schedules, at `TARGET` passes by the VQ decoder, over `SEEDS` seeds.
 
+    On the first `ORDERED` captions at most.
+
     The paper's orders are measured twice: by score alone, and with the positions of a pass apart. Other schedules than
     the default are measured in the default order. A cell is the mean over the seeds; its lowest and highest are those
     of the seeds.
     """
     samples, rows = Samples.of(setup), {}
-    revising = with_passes(TARGET, setup.guidance)
+    count = min(ORDERED, len(setup.images))
+    revising = samples.in_passes(TARGET)
     without = replace(revising, revise=0, revision_passes=0)
     kinds = {
         f"{order}{', apart' if spread else ''}, {name}": replace(options, order=order, spread=spread)
@@ -226,10 +239,10 @@ def measure_orders(setup: EvalSetup) -> Rows:
         for schedule in SCHEDULES
         if schedule != revising.schedule
     }
-    every = np.arange(len(setup.images))
+    every = np.arange(count)
     for name, options in kinds.items():
         arms = [Arm(name=f"{seed}", options=options, seed=seed) for seed in range(SEEDS)]
-        found = list(collect(samples, arms, VQ, len(setup.images)).values())
+        found = list(collect(samples, arms, VQ, count).values())
         rows[name] = {"images": float(len(every))}
         for column in COLUMNS:
             rows[name] |= over_seeds(column, [own.score(column, every) for own in found])
@@ -250,7 +263,7 @@ def measure_seconds(setup: EvalSetup, rounds: int = 5) -> Rows:
     """
     samples = Samples.of(setup)
     arms = [Arm(name=AR, options=SamplingOptions(guidance=setup.guidance))]
-    arms += [Arm(name=passes_name(n), options=with_passes(n, setup.guidance)) for n in (8, TARGET, 16)]
+    arms += [Arm(name=passes_name(n), options=samples.in_passes(n)) for n in (8, TARGET, 16)]
     rows: Rows = {arm.name: {} for arm in arms}
     for batch in (1, 8):
         captions = [scene.caption for scene in scenes_of("test", slice(0, batch))]
@@ -270,6 +283,7 @@ def measure_seconds(setup: EvalSetup, rounds: int = 5) -> Rows:
 
 SECTIONS.update(
     {
+        "progressive-target": Section(measure_target, _READ),
         "progressive-passes": Section(measure_passes, _READ),
         "progressive-orders": Section(measure_orders, _READ),
         "progressive-seconds": Section(measure_seconds, _READ),

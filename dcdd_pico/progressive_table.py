@@ -18,6 +18,7 @@ from .sections import Measured, Rows
 #: Lines of a file between which the tables are written.
 MARKS = ("<!-- progressive -->", "<!-- end of progressive -->")
 TITLES = {
+    "progressive-target": f"Progressive sampling: {TARGET} passes against the autoregressive sampler",
     "progressive-passes": "Progressive sampling: the number of passes, against the autoregressive sampler",
     "progressive-orders": f"Progressive sampling: order and revision at {TARGET} passes, mean over three seeds",
     "progressive-seconds": "Progressive sampling: wall time an image; passes are not seconds",
@@ -27,7 +28,7 @@ TITLES = {
 def verdicts(results: Mapping[str, Rows]) -> str:
     """A Markdown table of the targets: met or MISSED where the whole 95 % interval says so, else open."""
     lines = [[*TARGET_HEADS]]
-    section = "progressive-passes"
+    section = "progressive-target"
     for decoder in (VQ, DCDD):
         row = minus(f"{passes_name(TARGET)}, {decoder}", f"{AR}, {decoder}")
         held = results.get(section, {}).get(row, {})

@@ -15,7 +15,13 @@ from pathlib import Path
 from dcdd_core.evaluation.tables import markdown_table
 from dcdd_core.files import write_text
 
-from . import guided_sections, llamagen_sections, paper_sections, progressive_sections  # noqa: F401  add to SECTIONS
+from . import (  # noqa: F401  add to SECTIONS
+    guided_sections,
+    llamagen_sections,
+    opponents_sections,
+    paper_sections,
+    progressive_sections,
+)
 from .embedded import WEIGHTS
 from .flops import flops_of
 from .interval_tables import TARGET_HEADS, section_texts, target, write_into
@@ -130,8 +136,8 @@ def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:
     """The published sections that were measured with other code or weights than today's, one line each.
 
     Args:
-        options: with the weights, and the ablation's decoders if they are on this machine. Without these, the
-            ablation is compared by code and shipped weights only.
+        options: with the weights, and the decoders of the work folder if they are on this machine. Without these,
+            what they were measured in is compared by code and shipped weights only.
         published: file -> its text.
     """
     keys = {name: options.key(name) for name in SECTIONS} | {"flops": flops_key(options.weights)}
@@ -139,7 +145,9 @@ def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:
     for path, text in published.items():
         for found in Provenance.all_in(text):
             today = keys.get(found.section)
-            compared = found.key.rsplit("-", 1)[0] if found.key.count("-") > 1 and not options.ablation else found.key
+            # A third part is of decoders in the work folder.
+            more = today is not None and found.key.count("-") > today.count("-")
+            compared = found.key.rsplit("-", 1)[0] if more else found.key
             if today is None:
                 lines.append(f"{path}: {found.section}: there is no such section any more")
             elif compared != today:

@@ -87,6 +87,7 @@ class EvalSetup:
         steps: Euler steps.
         out: folder of measurements.
         weights: folder of the models' weights.
+        work: work folder of the build.
     """
 
     pico: Models
@@ -95,6 +96,7 @@ class EvalSetup:
     compiled: bool = False
     out: Path = Path("out/table")
     weights: Path = WEIGHTS
+    work: Path = WORK
     images: np.ndarray
     batch: int
     steps: int
@@ -131,6 +133,7 @@ def load_setup(
     *,
     out: Path,
     weights: Path,
+    work: Path,
     scenes: int,
     steps: int,
     batch: int,
@@ -153,6 +156,7 @@ def load_setup(
         compiled=compiled,
         out=out,
         weights=weights,
+        work=work,
         images=scene_images(out, "test", scenes),
         batch=batch,
         steps=steps,
@@ -213,10 +217,14 @@ def token_statistics(row: Mapping[str, float]) -> TokenStatistics:
 
 @dataclass(frozen=True)
 class Section:
-    """How a section is measured, and what it reads of the weights folder."""
+    """How a section is measured, and what it reads of the weights folder and of the work folder.
+
+    What the work folder lacks of it is not measured.
+    """
 
     measure: Callable[[EvalSetup], Rows]
     weights: tuple[str, ...]
+    work: tuple[str, ...] = ()
 
 
 SECTIONS: dict[str, Section] = {
@@ -244,6 +252,7 @@ class TableOptions:
 
     out: Path
     weights: Path = WEIGHTS
+    work: Path = WORK
     scenes: int = 2048
     steps: int = 10
     batch: int = 64
@@ -259,18 +268,21 @@ class TableOptions:
         return load_setup(**chosen)
 
     def key(self, section: str) -> str:
-        """Today's key of a section: hashes of code, of shipped weights and, for the ablation, of its bundles."""
+        """Today's key of a section: hashes of code, of shipped weights and, if it reads any, of decoders in the work
+        folder."""
         own = SECTIONS[section]
         # Sections of other modules import this one as a whole.
         here = (load_setup,) if own.measure.__module__ == __name__ else ()
         key = f"{code_hash(own.measure, *here)}-{files_hash([self.weights / name for name in own.weights])}"
-        if section == "ablation" and self.ablation:
-            key += f"-{files_hash(self.ablation.values())}"
+        trained = list(self.ablation.values()) if section == "ablation" else []
+        trained += [path for name in own.work if (path := self.work / name).exists()]
+        if trained:
+            key += f"-{files_hash(trained)}"
         return key
 
     def settings(self, section: str) -> list[Any]:
         """The options that a section's numbers depend on in addition to its key; for latency, the machine too."""
-        machine = [platform.node(), torch.get_num_threads()] if section == "latency" else []
+        machine = [platform.node(), torch.get_num_threads()] if section.endswith("latency") else []
         return [self.scenes, self.steps, self.bf16, self.compiled, self.device, *machine]
 
     def command(self, *sections: str) -> str:

@@ -62,3 +62,8 @@ def train_reader(context: BuildContext, name: str, seed: int) -> SceneReader:
         save_every=350,
     )
     return reader.eval().requires_grad_(False)
+
+
+def train_loss_reader(context: BuildContext) -> SceneReader:
+    """Trains (or restores) the reader whose perceptual distance is a loss, and which measures nothing."""
+    return train_reader(context, "loss-reader", context.recipe.seed + 102)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch._inductor import config as inductor_config
 
 from dcdd_core.cli import common, main
+from dcdd_core.cli import sharpen as sharpening
 from dcdd_core.cli.app import COMMANDS, parser
 from dcdd_core.method.flow import resolution_shift
 from dcdd_core.models.autoregressive.token_loop import TokenLoop
@@ -23,7 +24,8 @@ from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.models.masked.sampler import MaskedSampler
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.calibrate import PROMPTS
-from dcdd_core.pipelines.guided import GuidanceOptions
+from dcdd_core.pipelines.guided import GuidanceOptions, TokenGuide
+from dcdd_core.pipelines.guided_pipeline import PriorPipeline
 from dcdd_core.pipelines.images import to_pixels, to_tensor
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Calibration, TokenLogits
@@ -140,7 +142,11 @@ def test_passes_order_and_revision_are_those_asked_for(tmp_path, monkeypatch, ca
     capsys.readouterr()
     assert main([*given, "--stages", str(tmp_path / "s.png")]) == 0
     assert size(tmp_path / "s-1.png") == size(tmp_path / "s-2.png") and not (tmp_path / "s.png").exists()
-    assert capsys.readouterr().out.startswith(f"16 tokens for each of 2 images in {TINY.passes} passes\n")
+    said, table = capsys.readouterr().out.split("\npass  revealed  drawn again  changed\n")
+    assert said == f"16 tokens for each of 2 images in {TINY.passes} passes"
+    rows = [list(map(float, line.split())) for line in table.splitlines()[: TINY.passes]]
+    assert [row[0] for row in rows] == [1, 2, 3, 4, 5] and [row[1] for row in rows] == list(TINY.counts(16))
+    assert rows[-1][2] == 16 and all(again >= changed for _, _, again, changed in rows) and rows[0][2:] == [0, 0]
     assert main([*given, "--passes", "1"]) == 0
     assert capsys.readouterr().out.startswith("16 tokens for each of 2 images in 1 pass\n")
 
@@ -232,6 +238,20 @@ def test_words_that_are_no_value_are_named(capsys, words, told):
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_help_names_what_is_left_out(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    plan = SAMPLING
+    assert f"pico's: {plan.passes} passes, the last {plan.revision_passes} for revision alone; order halton" in shown
+    assert "order halton, spread 0, revise all." in shown and (plan.order, plan.spread, plan.revise) == (
+        "halton",
+        0,
+        "all",
+    )
+    assert f"run in {common.STEPS} steps if --steps does not say otherwise" in shown
+
+
 def test_many_tokens_a_pass_are_the_same_image(tmp_path, capsys):
     images, told = {}, {}
     for name, words in {"default": [], "one": ["--parallel", "1"], "many": ["--parallel", "40"]}.items():
@@ -279,6 +299,39 @@ def test_a_pipeline_is_guided_by_the_tokens(tmp_path, one_s_own):
     image = str(next((tmp_path / "images").rglob("*.png")))
     assert main(["reconstruct", image, *own, *words, "--prompt", "red", "--out", str(tmp_path / "out")]) == 0
     assert len(list((tmp_path / "out").glob("*-dcdd.png"))) == 1
+
+
+def test_a_pipeline_gets_what_is_asked_for(tmp_path, monkeypatch):
+    """The prompts, of which an image has one that is empty unless it is given; and what the help names by default."""
+
+    class Painted(Exception):
+        pass
+
+    def paint(self, tokenizer, condition, prompts, **given):
+        names = ("seeds", "steps", "start", "size", "options", "scale")
+        asked.append((list(prompts), *(given[name] for name in names)))
+        raise Painted
+
+    base, image, asked = str(save_sd(tmp_path / "base")), tmp_path / "scene.png", []
+    Image.fromarray(render_scene("test", 0, size=96).image).save(image)
+    monkeypatch.setattr(PriorPipeline, "paint", paint)
+    more = ["--seed", "5", "--steps", "3", "--start", "0.3", "--strength", "0.2"]
+    for words in (
+        ["generate", PROMPT, "a red circle", "--out", str(tmp_path / "a.png")],
+        ["generate", PROMPT, *more, "--paint-side", "128", "--out", str(tmp_path / "a.png")],
+        ["reconstruct", str(image), "--out", str(tmp_path)],
+        ["reconstruct", str(image), *more, "--prompt", "red", "--out", str(tmp_path)],
+    ):
+        with pytest.raises(Painted):
+            main([*words, "--decoder", "guidance", "--base", base])
+    scale = load_pico(with_sampler=False).decoder.card.calibration.sharpness
+    own, weak = (GuidanceOptions(strength=eta, pull=1.0) for eta in (0.4, 0.2))
+    assert asked == [
+        ([PROMPT, "a red circle"], [0, 1], 10, 0.6, (96, 96), own, scale),
+        ([PROMPT], [5], 3, 0.3, (128, 128), weak, scale),
+        ([""], [0], 10, 0.6, (96, 96), own, scale),
+        (["red"], [5], 3, 0.3, (96, 96), weak, scale),
+    ]
 
 
 def test_guidance_sees_through_a_small_decoder(tmp_path):
@@ -361,13 +414,15 @@ def test_a_name_that_is_too_long_is_named_before_the_work(tmp_path, capsys, monk
     assert ".png cannot be written (File name too long): choose another name" in capsys.readouterr().err
 
 
-def test_too_strong_sharpening_is_told(tmp_path, capsys):
-    scene = tmp_path / "scene.png"
+@pytest.mark.parametrize(("before", "after"), [(0.9, 0.3), (0.3, 0.9), (0.5, 0.5)])
+def test_too_strong_sharpening_is_told(tmp_path, capsys, monkeypatch, before, after):
+    scene, found = tmp_path / "scene.png", iter([before, after])
     Image.fromarray(render_scene("test", 0, size=48).image).save(scene)
-    assert main(["sharpen", str(scene), "--steps", "1", "--strength", "10", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(TokenGuide, "agreement", lambda self, pixels: torch.tensor([next(found)]))
+    assert main(["sharpen", str(scene), "--steps", "1", "--out", str(tmp_path)]) == 0
     told = capsys.readouterr()
-    before, after = (int(found) for found in re.findall(r"(\d+)%", told.out)[::-1])
-    assert ("choose a lower --strength" in told.err) == (after < before)
+    assert f"reads {after:.0%} of the tokens in it, and {before:.0%} in the soft VQ decode" in told.out
+    assert ("that is less than before: choose a lower --strength" in told.err) == (after < before)
 
 
 @pytest.fixture
@@ -505,6 +560,20 @@ def test_guidance_has_the_defaults_that_the_help_names(words, expected):
 def test_sharpening_has_the_defaults_that_the_help_names():
     args = parser().parse_args(["sharpen", "a.png"])
     assert (args.steps, args.strength) == (8, 0.1)
+
+
+def test_sharpening_takes_the_steps_and_the_strength_that_are_asked_for(tmp_path, monkeypatch):
+    image, asked, sharpen = tmp_path / "scene.png", [], sharpening.sharpen
+    Image.fromarray(render_scene("test", 0, size=48).image).save(image)
+
+    def watched(guide, clean, **given):
+        asked.append((guide.options, given["steps"]))
+        return sharpen(guide, clean, **given)
+
+    monkeypatch.setattr(sharpening, "sharpen", watched)
+    for words in ([], ["--strength", "0.05", "--steps", "3"]):
+        assert main(["sharpen", str(image), *words, "--out", str(tmp_path / "out")]) == 0
+    assert asked == [(GuidanceOptions(strength=0.1), 8), (GuidanceOptions(strength=0.05), 3)]
 
 
 def test_sharpening_writes_an_image_and_says_what_the_encoder_reads(tmp_path, capsys):

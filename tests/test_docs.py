@@ -78,5 +78,18 @@ def test_commands_exist(page, capsys):
             assert (ROOT / words[1]).exists(), line
 
 
+def test_the_library_s_page_runs():
+    """But for the block that reads a bundle of one's own."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "library.md").read_text("utf-8"), re.M | re.S)
+    names: dict = {}
+    for block in blocks:
+        if '"decoder.safetensors"' not in block:
+            exec(block, names)
+    assert names["image"].shape == names["guided"].shape == names["sharp"].shape == (1, 3, 96, 96)
+    assert 0 < float(names["agreement"]) < 1
+    assert len(names["table"]) == 8 and sum(row["revealed"] for row in names["table"]) == 144
+    assert names["logits"].logits.shape == (1, 144, 1024)
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= LONGEST_README

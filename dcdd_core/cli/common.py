@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dcdd_pico import embedded
 from dcdd_pico.models import load_pico
 from dcdd_pico.prior import load_prior
+from dcdd_pico.progressive import SAMPLING as PICO_PLAN
 from dcdd_pico.scenes import render_scene, scene_facts, scene_pixels
 
 from ..evaluation.decoding import Decoders
@@ -109,7 +110,8 @@ def model_options(parser: Parser) -> None:
         type=path,
         metavar="PATH",
         help=f"FLUX.1-Fill, if the bundle needs it, file or folder; with --decoder {GUIDANCE}, the folder of a "
-        "diffusers pipeline (FLUX.1, FLUX.2 [klein], SDXL, Stable Diffusion 1.x)",
+        "diffusers pipeline (FLUX.1, FLUX.2 [klein], SDXL, Stable Diffusion 1.x), which is run in "
+        f"{STEPS} steps if --steps does not say otherwise",
     )
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
     group.add_argument(
@@ -149,7 +151,12 @@ def sampling_options(parser: Parser) -> None:
 
 def progressive_options(parser: Parser) -> None:
     """How a masked sampler reveals and revises tokens."""
-    group = parser.add_argument_group("progressive sampling: tokens from coarse to fine, many at a time")
+    group = parser.add_argument_group(
+        "progressive sampling: tokens from coarse to fine, many at a time",
+        "What is left out is the model's own. "
+        f"pico's: {PICO_PLAN.passes} passes, the last {PICO_PLAN.revision_passes} for revision alone; order "
+        f"{PICO_PLAN.order}, spread {PICO_PLAN.spread}, revise {PICO_PLAN.revise}.",
+    )
     group.add_argument(
         "--sampler",
         choices=SAMPLERS,

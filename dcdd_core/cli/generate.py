@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..evaluation.stage_sheet import stage_sheet
+from ..evaluation.tables import stages_table
 from ..method.progressive import Staged
 from ..pipelines.decode import decode_tokens
 from ..pipelines.load import Models
@@ -36,7 +37,7 @@ def add(commands: Any, help: str) -> None:
         "--stages",
         type=arguments.path,
         metavar="PNG",
-        help="draw what each pass revealed and rewrote, for samplers that reveal many tokens a pass",
+        help="draw what each pass revealed and rewrote, and print how many tokens; for samplers that work in passes",
     )
 
 
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         staged = common.sample_in_stages(models, args.prompt, seeds, args, report=print)
         token_logits = staged.token_logits
+        print(stages_table(staged.stages))
         common.write_sheets(_sheets(models, staged, args.prompt), args.stages)
     if args.logits is not None:
         token_logits.save(args.logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..method.progressive import Stage, stage_rows
 from ..method.statistics import TokenStatistics
 from ..types import TokenLogits
 
@@ -59,7 +60,17 @@ def markdown_table(cells: Sequence[Sequence[str]]) -> str:
 
 def statistics_table(columns: Mapping[str, TokenStatistics]) -> str:
     """The paper's Table 1 as aligned text: one row per statistic, one column per kind of logits."""
-    lines = statistics_rows(columns)
+    return _aligned(statistics_rows(columns))
+
+
+def stages_table(stages: Sequence[Stage]) -> str:
+    """What each pass of a progressive sampler did, at least one, as aligned text: means per image (`stage_rows`)."""
+    rows = stage_rows(stages)
+    return _aligned([list(rows[0]), *([f"{number:.4g}" for number in row.values()] for row in rows)])
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))

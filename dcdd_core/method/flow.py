@@ -51,6 +51,16 @@ def euler_step(noised: torch.Tensor, velocity: torch.Tensor, time: Time, next_ti
     return (noised + (_over(next_time, noised) - _over(time, noised)) * velocity).to(noised.dtype)
 
 
+def average_velocity(noised: torch.Tensor, arrived: torch.Tensor, time: Time, next_time: Time) -> torch.Tensor:
+    """(z_t - z_t') / (t - t') in float32, with which `euler_step` leads from z_t at t to z_t' at t' < t; each time is
+    one number or [B].
+
+    Raises:
+        ValueError: for times that are neither.
+    """
+    return (noised.float() - arrived.float()) / (_over(time, noised) - _over(next_time, noised))
+
+
 def resolution_shift(image_tokens: int) -> float:
     """FLUX's mu for a packed latent of that many tokens: linear, 256 -> 0.5, 4096 -> 1.15.
 

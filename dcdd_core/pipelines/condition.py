@@ -96,9 +96,14 @@ def serving(
 
 def discrete_condition(token_logits: TokenLogits, codebook: Codebook) -> Condition:
     """The tokens alone, as one-hot distributions: the baseline of the paper's Table 4."""
-    c = codebook.vectors[token_logits.tokens.to(codebook.vectors.device)]
+    return condition_of_tokens(token_logits.tokens, token_logits.grid, codebook)
+
+
+def condition_of_tokens(tokens: torch.Tensor, grid: tuple[int, int], codebook: Codebook) -> Condition:
+    """As `discrete_condition`, of tokens [B, N] on a grid (h, w) without their logits."""
+    c = codebook.vectors[tokens.to(codebook.vectors.device)]
     u = c.new_tensor([1.0, 1.0, 1.0, 0.0]).expand(*c.shape[:2], 4)
-    return Condition(c, u, token_logits.grid, codebook=codebook.fingerprint)
+    return Condition(c, u, grid, codebook=codebook.fingerprint)
 
 
 def proxies_of_tokens(token_logits: TokenLogits, codebook: Codebook) -> TokenLogits:

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from dcdd_core.evaluation.tables import column_names, markdown_table, statistics_rows, statistics_table
+from dcdd_core.evaluation.tables import (
+    column_names,
+    markdown_table,
+    stages_table,
+    statistics_rows,
+    statistics_table,
+)
+from dcdd_core.method.progressive import Stage
 from dcdd_core.method.statistics import TokenStatistics
 from dcdd_core.types import TokenLogits
 
@@ -73,3 +80,28 @@ def test_a_markdown_table():
 def test_a_markdown_table_is_as_wide_as_its_heading():
     assert markdown_table([["", "a"]]) == "|  | a |\n|---|---|"
     assert markdown_table([["", "a"], ["x"]]) == "|  | a |\n|---|---|\n| x |"
+
+
+def test_passes_as_aligned_text():
+    """Means of three images."""
+
+    def flags(*counts):
+        return torch.arange(9) < torch.tensor(counts)[:, None]
+
+    passes = [((9, 9, 9), (0, 0, 0), (0, 0, 0)), ((0, 0, 0), (9, 8, 9), (4, 0, 0))]
+    stages = [
+        Stage(
+            guidance=1.0,
+            tokens=torch.zeros(3, 9, dtype=torch.int64),
+            known=flags(9, 9, 9),
+            revealed=flags(*revealed),
+            redrawn=flags(*redrawn),
+            changed=flags(*changed),
+        )
+        for revealed, redrawn, changed in passes
+    ]
+    assert stages_table(stages).splitlines() == [
+        "pass  revealed  drawn again  changed",
+        "1            9            0        0",
+        "2            0        8.667    1.333",
+    ]

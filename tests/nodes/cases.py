@@ -723,6 +723,17 @@ def guidance_is_off(found: Found) -> None:
     same(found["it"], found["unguided"])
 
 
+def guidance_is_another(found: Found) -> None:
+    other, usual = (found.arrays[name]["samples"] for name in ("it", "usual"))
+    assert np.abs(other - usual).mean() > 2e-3 * np.abs(usual).mean()
+
+
+def each_is_guided_under_its_own(found: Found) -> None:
+    own, first = (found.arrays[name]["samples"] for name in ("it", "by the first"))
+    close(own[0], first[0])
+    assert np.abs(own[1] - first[1]).max() > 0.1
+
+
 def followed_under_the_mask(found: Found) -> None:
     """The left half of the tokens is followed, the right half is not."""
     left, right = np.split(found["differs"], 2, axis=2)
@@ -735,6 +746,11 @@ def latent_is_the_soft_image(found: Found) -> None:
     assert found["denoise"] == 0.6
     np.testing.assert_allclose(found["image"], found["soft"], atol=1e-5)
     assert psnr(found["decoded"], found["soft"]) > 20
+
+
+def latent_is_the_tokens_image(found: Found) -> None:
+    assert found["denoise"] == 0.3
+    np.testing.assert_allclose(found["image"], found["hard"], atol=1e-5)
 
 
 def latent_is_larger(found: Found) -> None:
@@ -1595,16 +1611,39 @@ CASES = [
             ("after its end", {"end_percent": 0.0}),
         )
     ),
+    *(
+        Case(
+            name=f"guided with another {name}",
+            node="DCDD_DistributionGuidance",
+            inputs={**GUIDED, name: value},
+            more={"a": sampler(IT, steps=2), "b": sampler(of("guided"), steps=2)},
+            keep={"it": of("a"), "usual": of("b")},
+            check=guidance_is_another,
+            loose=("it", "usual"),
+        )
+        for name, value in (
+            ("strength", 0.2),
+            ("pull", 0.5),
+            ("end_percent", 0.6),
+            ("every", 2),
+            ("weight", "uniform"),
+            ("codes", "hard: the tokens"),
+        )
+    ),
     Case(
-        name="guided every second step",
+        name="guided under a mask for each image",
         node="DCDD_DistributionGuidance",
-        inputs={**GUIDED, "every": 2, "weight": "uniform", "codes": "hard: the tokens"},
-        more={"a": sampler(IT, steps=2), "b": sampler(of("guided"), steps=2)},
-        keep={"it": of("a"), "all": of("b")},
-        check=lambda found: np.testing.assert_array_less(
-            0.01, np.abs(found.arrays["it"]["samples"] - found.arrays["all"]["samples"]).mean()
-        ),
-        loose=("it", "all"),
+        inputs={**GUIDED, "mask": of("two masks")},
+        more={
+            "two masks": ("DCDD_UncertaintyMask", DOUBT),
+            "first mask": one_of("two masks", 0),
+            "by the first": ("DCDD_DistributionGuidance", {**GUIDED, "mask": of("first mask")}),
+            "a": sampler(IT, steps=2),
+            "b": sampler(of("by the first"), steps=2),
+        },
+        keep={"it": of("a"), "by the first": of("b")},
+        check=each_is_guided_under_its_own,
+        loose=("it", "by the first"),
     ),
     Case(
         name="guided under a mask",
@@ -1638,6 +1677,14 @@ CASES = [
         check=latent_is_the_soft_image,
     ),
     Case(
+        name="latent of the tokens alone",
+        node="DCDD_TokenGuideLatent",
+        inputs={**SHARPENED, "codes": "hard: the tokens", "start": 0.3},
+        more={"hard": ("DCDD_VQVAEDecode", FOLLOWED)},
+        keep={"denoise": of("it", 1), "image": of("it", 2), "hard": of("hard")},
+        check=latent_is_the_tokens_image,
+    ),
+    Case(
         name="latent of another shape",
         node="DCDD_TokenGuideLatent",
         inputs={**SHARPENED, "width": 128, "height": 192},
@@ -1667,6 +1714,15 @@ CASES = [
         reports=[(k, 8) for k in range(1, 9)],
         previews=8,
         loose=("it", "decoded", "agreement", "agreement of soft"),
+    ),
+    Case(
+        name="sharpened by nothing",
+        node="DCDD_SharpenToTokens",
+        inputs={**SHARPENED, "steps": 1, "strength": 0.0},
+        more={"plain": decoded("guide latent")},
+        keep={"it": IT, "plain": of("plain")},
+        check=lambda found: np.testing.assert_allclose(found["it"], found["plain"], atol=0.01),
+        loose=("it", "plain"),
     ),
     Case(
         name="sharpened images of one's own",

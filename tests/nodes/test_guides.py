@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dcdd_pico.scenes import render_scene
-from tests.nodes.cases import GUIDED, IT, PAINT, built, of, sampler
+from tests.nodes.cases import FOLLOWED, GUIDED, IT, PAINT, built, of, sampler
+from tests.tiny import tiny_condition
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +289,30 @@ def test_scale_is_fitted_to_the_distributions_whatever_codes_are_followed(double
     assert scales[guides.SOFT] == scales[guides.HARD] and len(scales[guides.SOFT]) == 2
     assert scales[guides.SOFT][0] != scales[guides.SOFT][1], "one an image"
     assert all(60 < scale < 120 for scale in scales[guides.SOFT]), "pico's calibration says 82"
+
+
+def test_each_image_is_followed_at_its_own_scale(nodes, monkeypatch):
+    guides, host, seen = nodes["guides"], nodes["host"], []
+    monkeypatch.setattr(guides, "token_guide", lambda _, codec, condition, **given: seen.append((condition, given)))
+    condition = tiny_condition(2)
+    followed = guides.FollowedTokens(
+        tokenizer=host.Managed(torch.nn.Linear(1, 1)), condition=condition, scales=(10.0, 20.0), soft=torch.zeros(2)
+    )
+    for k in range(2):
+        followed.guide(k, type("Codec", (), {"factor": 4}), (96, 96), guides.GuidanceOptions())
+    assert [given["scale"] for _, given in seen] == [10.0, 20.0]
+    assert all(torch.equal(own.code_vectors, condition.code_vectors[k : k + 1]) for k, (own, _) in enumerate(seen))
+
+
+def test_denoise_is_asked_of_the_model_that_is_connected(double, nodes, monkeypatch):
+    guidance, seen = nodes["guidance"], []
+    monkeypatch.setattr(guidance, "denoise_from", lambda sampling, start: seen.append((sampling, start)) or 0.123)
+    inputs = {"vae": of("pico model", 1), **FOLLOWED, "start": 0.45, "model": of("pico model")}
+    graph = built(double.get("/object_info"), "DCDD_TokenGuideLatent", inputs, {})
+    graph.keep(of("it", 1), "denoise")
+    assert double.run(graph.prompt).status == "success"
+    ((sampling, start),) = seen
+    assert start == 0.45 and sampling.percent_to_sigma(0.0) == 1.0 and double.saved("denoise")["value"] == 0.123
 
 
 @pytest.mark.parametrize(

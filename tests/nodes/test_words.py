@@ -8,8 +8,11 @@ import re
 import pytest
 import torch
 
+from benchmarks.guidance import TILE, gradient_cost, step_flops
+from dcdd_core import registry
 from dcdd_core.evaluation import stage_sheet
 from dcdd_core.models.autoregressive.token_loop import window_for
+from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG
 from dcdd_core.models.bundle import read_card
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.llamagen.sampler import SAMPLING
@@ -22,6 +25,7 @@ INFO = json.loads(SNAPSHOT.read_text("utf-8"))
 CHINESE = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text("utf-8"))
 JANUS, MASKED = "DCDD_JanusLogitSampler", "DCDD_ProgressiveTokenSampler"
 SAMPLERS = (JANUS, MASKED)
+GUIDANCE, SHARPEN = "DCDD_DistributionGuidance", "DCDD_SharpenToTokens"
 CPU = torch.device("cpu")
 
 
@@ -96,3 +100,35 @@ def test_top_k_of_the_models(texts):
     own = [(str(SAMPLING.top_k),)] * 2
     english, chinese = r"own: (\d+) for the published LlamaGen", r"已发布的 LlamaGen 为 (\d+)，其他模型为全部"
     assert numbers(texts, english, chinese) == own
+
+
+@pytest.mark.parametrize("node", [GUIDANCE, SHARPEN])
+def test_advice_against_too_much_is_less_than_the_default(node):
+    found = numbers(pages(node), r"[Ll]ower `strength` to ([\d.]+)", r"强度降到 ([\d.]+)")
+    assert found[0] == found[1] and float(found[0][0]) < inputs(INFO[node])["strength"][1]["default"]
+    if node == SHARPEN:
+        found = numbers(pages(node), r"or `steps` to (\d+)", r"步数降到 (\d+)")
+        assert found[0] == found[1] and int(found[0][0]) < inputs(INFO[node])["steps"][1]["default"]
+
+
+@pytest.mark.slow
+def test_a_gradient_beside_a_step_of_flux():
+    """Counted at the published shapes; above 512 pixels in tiles."""
+    codec, tokenizer = registry.codecs()[0].published(), registry.samplers()[0].published_tokenizer()
+    codec.model.requires_grad_(False)
+    shares = [
+        gradient_cost(codec, tokenizer, side, tile=tile)[0] / step_flops(FLUX_FILL_CONFIG, side, factor=codec.factor)
+        for side, tile in ((384, None), (512, None), (768, TILE), (1024, TILE))
+    ]
+    assert (
+        numbers(
+            pages(GUIDANCE),
+            r"adds (\d+) % to a FLUX step at 384 pixels and (\d+) % at 512\..* adds (\d+) % at 768 and (\d+) % at 1024",
+            r"384 像素时多用 (\d+) %，512 像素时 (\d+) %。.*768 像素时多用 (\d+) %，1024 像素时 (\d+) %",
+        )
+        == [tuple(f"{100 * share:.0f}" for share in shares)] * 2
+    )
+    steps = inputs(INFO[SHARPEN])["steps"][1]["default"]
+    english = rf"{steps} steps at 384 pixels take as much as ([\d.]+) steps of FLUX"
+    found = numbers(pages(SHARPEN), english, rf"{steps} 步的计算量相当于 FLUX 的 ([\d.]+) 步")
+    assert found == [(f"{steps * shares[0]:.1f}",)] * 2

@@ -2,10 +2,26 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.types import Condition
 from dcdd_pico.build_context import Recipe
-from dcdd_pico.flops import dcdd_flops, training_flops, vae_flops, vq_flops
+from dcdd_pico.feed_forward import FeedForwardCard, FeedForwardDecoder
+from dcdd_pico.flops import (
+    dcdd_flops,
+    decoder_images,
+    feed_forward_flops,
+    load_dcdd,
+    loss_flops,
+    parameters,
+    training_flops,
+    vae_flops,
+    vq_flops,
+)
+from dcdd_pico.gan_finetune import PatchDiscriminator
+from dcdd_pico.reader import SceneReader
 from tests.tiny import tiny_card, tiny_vae, tiny_vq
 
 
@@ -55,3 +71,66 @@ def test_convolutions_cost_two_flops_per_weight_and_position_and_twice_that_back
     for hook in hooks:
         hook.remove()
     assert vae_flops(vae, 16) == pytest.approx(counted, rel=0.1)
+
+
+def test_attention_is_counted():
+    """12 N^2 M a block: queries with keys and weights with values, 2 N^2 M each, and twice that backward. Of the rest,
+    layers grow with the number of tokens N, and modulations do not."""
+    tokens, counted = zip(*((side * side, dcdd_flops(decoder(resolution=4 * side))) for side in (4, 8, 12)))
+    slopes = [(counted[k + 1] - counted[k]) / (tokens[k + 1] - tokens[k]) for k in (0, 1)]
+    quadratic = (slopes[1] - slopes[0]) / (tokens[2] - tokens[0])
+    assert quadratic == 12 * 32 * 2  # width 32, two blocks
+
+
+def test_a_feed_forward_decoder_costs_what_its_layers_do():
+    card = FeedForwardCard(reads="tokens", codebook="", grid=(4, 4), width=16, blocks=2, channels=(16, 8, 8))
+    network, counted = FeedForwardDecoder(card), 0
+
+    def count(layer, given, made):
+        nonlocal counted
+        positions = made.numel() // made.shape[1 if isinstance(layer, torch.nn.Conv2d) else -1]
+        passes = 2 if layer is network.adapter.project else 3  # the condition needs no gradient
+        counted += passes * 2 * layer.weight.numel() * positions
+
+    for layer in network.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        network(Condition(torch.zeros(1, 16, 8), torch.zeros(1, 16, 4), (4, 4)))
+    expected = counted + 2 * 12 * 16**2 * 16  # attention
+    for layer in network.modules():
+        layer._forward_hooks.clear()
+    assert feed_forward_flops(network) == expected
+    assert not any(weight.grad is not None for weight in network.parameters())
+
+
+def test_losses_are_counted_by_themselves():
+    """The perceptual network sees two images and gives the gradient of one; the discriminator sees the decoded image
+    twice and the original once, and its last layers have gradients of weights and of inputs."""
+    cost = {"reader": 0, "discriminator": 0}
+
+    def counting(name, network):
+        def count(layer, given, made):
+            if isinstance(layer, torch.nn.Conv2d):
+                cost[name] += 2 * layer.weight.numel() * made.shape[2] * made.shape[3]
+
+        for layer in network.modules():
+            layer.register_forward_hook(count)
+        return network.eval()
+
+    pixels = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad():
+        counting("reader", SceneReader()).stage_maps(pixels)
+        counting("discriminator", PatchDiscriminator())(pixels)
+    found, least = loss_flops((32, 32)), 3 * cost["reader"] + 8 * cost["discriminator"]
+    assert least < found < least + cost["discriminator"]
+
+
+def test_images_are_counted_by_the_recipe_and_parameters_by_the_file(tmp_path):
+    assert decoder_images(Recipe(decoder_steps=7, decoder_batch=3)) == 21
+    whole = decoder()
+    save_bundle(tmp_path / "a.safetensors", whole)
+    loaded = load_dcdd(tmp_path / "a.safetensors")
+    assert parameters(loaded) == sum(tensor.numel() for tensor in load_file(tmp_path / "a.safetensors").values())
+    assert dcdd_flops(loaded) == pytest.approx(dcdd_flops(whole), rel=0.01)  # without the text stream's modulations
+    assert parameters(torch.nn.Linear(2, 3), torch.nn.Linear(1, 1)) == 9 + 2

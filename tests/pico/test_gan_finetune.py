@@ -16,6 +16,7 @@ from dcdd_pico.gan_finetune import (
     discriminator_loss,
     finetune_with_gan,
     generator_loss,
+    train_with_gan,
 )
 
 
@@ -92,3 +93,47 @@ def test_steps_move_the_decoder_to_higher_scores_and_the_discriminator_to_tell_i
     assert float(kept["adversary"].scale.detach()) > 0.5
     assert decoder.bias[0] < 0 < decoder.bias[2] and decoder.bias[2] < decoder.bias[1] * 1.01
     assert float(kept["step"](501)["fooling"]) < 0
+
+
+def test_the_discriminator_joins_after_a_number_of_updates(tmp_path, monkeypatch):
+    kept, asked = {}, []
+    monkeypatch.setattr(gan_finetune, "PatchDiscriminator", Brightness)
+    monkeypatch.setattr(gan_finetune, "train", lambda folder, *, step, state, **_: kept.update(step=step, **state))
+    monkeypatch.setattr(
+        gan_finetune, "reconstruction_loss", lambda x, y, *rest: ((y - x).square().mean(), {"l": y.sum()})
+    )
+    monkeypatch.setattr(BuildContext, "autocast", lambda _: contextlib.nullcontext())
+    ramp = gan_finetune.adversarial_ramp
+    monkeypatch.setattr(gan_finetune, "adversarial_ramp", lambda i, steps: asked.append((i, steps)) or ramp(i, steps))
+    context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=Recipe())
+    decoder, target = nn.Conv2d(1, 3, 1), torch.full((1, 3, 4, 4), 0.5)
+    optimizers = {
+        "optimizer": torch.optim.SGD([decoder.bias], lr=0.0),
+        "muon": torch.optim.SGD([decoder.weight], lr=0.0),
+    }
+    train_with_gan(
+        context,
+        "gan",
+        1,
+        decoder,
+        last=decoder.weight,
+        examples=lambda i: (target, (torch.full((1, 1, 4, 4), float(i)), "more")),
+        decode=lambda network, given: network(given[0]),
+        optimizers=optimizers,
+        peak=0.1,
+        steps=1000,
+        alone=300,
+        settings={},
+        loss_reader=None,
+        evaluate=lambda _: {},
+    )
+    assert set(kept) == {"step", "model", "adversary", "ema", "adversary_optimizer", *optimizers}
+    weights = [weight.detach().clone() for weight in decoder.parameters()]
+    logs = kept["step"](299)
+    assert set(logs) == {"l"} and not asked and float(kept["adversary"].scale.detach()) == 0.5
+    assert all(not torch.equal(a, b) for a, b in zip(weights, decoder.parameters()))
+    rates = {optimizer.param_groups[0]["lr"] for optimizer in optimizers.values()}
+    assert rates == {gan_finetune.warmup_cosine(299, 1000, peak=0.1, warmup=100)}
+    logs = kept["step"](310)
+    assert set(logs) == {"l", "fooling", "adversary"} and asked == [(10, 1000)]
+    assert float(kept["adversary"].scale.detach()) != 0.5

@@ -15,7 +15,7 @@ from dcdd_core.method.progressive import ORDERS, ProgressiveOptions
 from dcdd_core.protocols import SamplingOptions
 from dcdd_pico import guided_sections, progressive_sections
 from dcdd_pico.guided_sections import Rulers, minus
-from dcdd_pico.progressive_sections import AR, DCDD, PASSES, REWRITTEN, TARGET, VQ, passes_name, with_passes
+from dcdd_pico.progressive_sections import AR, DCDD, PASSES, REWRITTEN, TARGET, VQ, Samples, passes_name
 from dcdd_pico.progressive_table import tables, verdicts
 from dcdd_pico.scenes import scene_facts
 from dcdd_pico.section_keys import Provenance
@@ -45,6 +45,8 @@ def pixels(values):
 
 class Sampler:
     """A token is a thousand times its image's grey plus an offset; it notes what it was asked for."""
+
+    sampling = ProgressiveOptions(guidance=5.0)
 
     def __init__(self, offset):
         self.offset, self.asked = offset, []
@@ -163,6 +165,7 @@ def test_orders_are_means_over_seeds(setup, monkeypatch):
 
     made = Sampler(offset)
     monkeypatch.setattr(progressive_sections, "load_progressive", lambda _: made)
+    monkeypatch.setattr(progressive_sections, "ORDERED", 16)
     table = progressive_sections.measure_orders(setup)
     orders = (*ORDERS, "quantisation-error, apart", "importance, apart")
     expected = {f"{order}, {kind}" for order in orders for kind in ("revision", "no revision")}
@@ -175,6 +178,7 @@ def test_orders_are_means_over_seeds(setup, monkeypatch):
         assert row["frechet"] == pytest.approx(sum(expected) / 3, abs=5e-3), name
         assert row["frechet: lowest"] == pytest.approx(min(expected), abs=5e-3)
         assert row["frechet: highest"] == pytest.approx(max(expected), abs=5e-3)
+        assert row["images"] == 16
         assert row[REWRITTEN] == (6.0 if kind == "revision" else 0.0)
     asked = {(options.passes, options.revision_passes, options.revise) for options, _ in made.asked}
     assert asked == {(TARGET, 3, "all"), (TARGET, 0, 0)}
@@ -189,9 +193,21 @@ def test_seconds_are_medians_for_an_image(setup, masked, monkeypatch):
         assert (row["seconds, batch 1"], row["seconds, batch 8"]) == (8.0, 1.0) and row["threads"] >= 1
 
 
-def test_a_quarter_of_the_passes_revises():
-    for passes, revising in ((4, 1), (8, 2), (11, 3), (16, 4), (64, 16)):
-        assert with_passes(passes, 3.0) == ProgressiveOptions(guidance=3.0, passes=passes, revision_passes=revising)
+def test_the_target_is_measured_on_all_captions_and_the_curve_on_fewer(setup, masked, monkeypatch):
+    monkeypatch.setattr(progressive_sections, "CURVE", 16)
+    target, curve = progressive_sections.measure_target(setup), progressive_sections.measure_passes(setup)
+    names = [f"{name}, {decoder}" for decoder in (VQ, DCDD) for name in (AR, passes_name(TARGET))]
+    assert {name for name in target if ", minus " not in name} == set(names)
+    for name in names:
+        assert (target[name]["images"], curve[name]["images"]) == (IMAGES, 16)
+    assert target[names[1]]["frechet"] == pytest.approx((TARGET / 100) ** 2, abs=5e-3)
+
+
+def test_passes_share_out_revision_as_the_sampler_does(setup, masked):
+    masked.sampling = ProgressiveOptions(guidance=5.0, order="random")
+    for passes, revising in ((4, 1), (8, 2), (11, 3), (16, 4), (24, 7), (64, 17)):
+        expected = ProgressiveOptions(guidance=3.0, passes=passes, revision_passes=revising, order="random")
+        assert Samples.of(setup).in_passes(passes) == expected
 
 
 def test_weights_that_were_not_trained_are_asked_for(setup):
@@ -219,7 +235,7 @@ def test_the_target_is_read_off_the_intervals():
     def told(low, high):
         held = {"frechet": (low + high) / 2, "frechet: lowest": low, "frechet: highest": high}
         return next(
-            line for line in verdicts({"progressive-passes": {row: held}}).splitlines() if f"{row}: frechet |" in line
+            line for line in verdicts({"progressive-target": {row: held}}).splitlines() if f"{row}: frechet |" in line
         )
 
     assert "| met |" in told(-0.3, -0.1) and "| MISSED |" in told(0.1, 0.3) and "| open |" in told(-0.1, 0.1)
@@ -227,7 +243,7 @@ def test_the_target_is_read_off_the_intervals():
 
 
 def test_sections_become_tables():
-    assert {"progressive-passes", "progressive-orders", "progressive-seconds"} <= set(SECTIONS)
+    assert {"progressive-target", "progressive-passes", "progressive-orders", "progressive-seconds"} <= set(SECTIONS)
     row = {"frechet": 0.5, "frechet: lowest": 0.4, "frechet: highest": 0.6}
     other = minus("a", "b")
     provenance = {"progressive-passes": Provenance("progressive-passes", "commit", "key")}

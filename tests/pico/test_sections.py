@@ -127,8 +127,8 @@ def test_models_are_loaded_as_the_options_say(tmp_path, monkeypatch, bf16, dtype
     monkeypatch.setattr(sections, "load_reader", lambda **options: asked.update(reader=options) or "the reader")
     monkeypatch.setattr(sections, "scene_images", lambda *what: ("the images", what))
     options = TableOptions(
-        out=tmp_path, weights=Path("w"), scenes=7, steps=3, batch=2, bf16=bf16, compiled=True, device="meta",
-        ablation={"a": Path("b")}, commit="abc1234",
+        out=tmp_path, weights=Path("w"), work=Path("k"), scenes=7, steps=3, batch=2, bf16=bf16, compiled=True,
+        device="meta", ablation={"a": Path("b")}, commit="abc1234",
     )  # fmt: skip
     found = options.setup()
     assert asked == {
@@ -138,7 +138,11 @@ def test_models_are_loaded_as_the_options_say(tmp_path, monkeypatch, bf16, dtype
     }
     assert (found.reader, found.images) == ("the reader", ("the images", (tmp_path, "test", 7)))
     assert (found.batch, found.steps, found.guidance, found.compiled) == (2, 3, 4.0, True)
-    assert found.ablation == {"a": Path("b")}
+    assert found.ablation == {"a": Path("b")} and (found.out, found.weights, found.work) == (
+        tmp_path,
+        Path("w"),
+        Path("k"),
+    )
 
 
 @pytest.mark.parametrize("cuda, device", [(False, "cpu"), (True, "cuda")])
@@ -146,7 +150,8 @@ def test_options_have_the_published_values_unless_given(tmp_path, monkeypatch, c
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(sys, "argv", ["table", "--work", str(tmp_path)])
     _, found = parse(argparse.ArgumentParser())
-    assert found == TableOptions(out=Path("out/table"), device=device)
+    assert found == TableOptions(out=Path("out/table"), device=device, work=tmp_path)
+    assert TableOptions(out=tmp_path).work == WORK
 
 
 def test_every_option_is_described_and_has_its_type(monkeypatch, tmp_path):
@@ -168,8 +173,8 @@ def test_every_option_is_described_and_has_its_type(monkeypatch, tmp_path):
     parser = argparse.ArgumentParser()
     _, found = parse(parser)
     assert found == TableOptions(
-        out=Path("o"), weights=Path("w"), scenes=5, steps=4, batch=3, bf16=True, compiled=True, device="meta",
-        commit="abc",
+        out=Path("o"), weights=Path("w"), work=tmp_path, scenes=5, steps=4, batch=3, bf16=True, compiled=True,
+        device="meta", commit="abc",
     )  # fmt: skip
     assert all(action.help for action in parser._actions)
     assert parser.get_default("work") == WORK

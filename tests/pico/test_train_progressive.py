@@ -126,6 +126,45 @@ def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatc
     assert tokenizer.decode_tokens(run.tokens, run.grid).shape == (1, 3, 96, 96)
 
 
+def test_errors_are_in_units_of_what_is_usual_and_wrong_tokens_are_drawn_by_averaged_weights(
+    weights, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(stage, "_BLOCK", 8)
+    read, shown, drawing, learning = [], [], [], []
+    batch, make, losses = SceneTokens.batch, stage.make_example, stage.masked_losses
+
+    def weights_of(network):
+        return torch.cat([weight.detach().flatten() for weight in network.parameters()])
+
+    def batched(self, *given):
+        read.append(batch(self, *given))
+        return read[-1]
+
+    def made(ids, tokens, errors, corruption, *given, **options):
+        shown.append(errors)
+        drawing.append(corruption.run(weights_of))
+        return make(ids, tokens, errors, corruption, *given, **options)
+
+    def learned(network, example):
+        learning.append(weights_of(network))
+        return losses(network, example)
+
+    monkeypatch.setattr(SceneTokens, "batch", batched)
+    monkeypatch.setattr(stage, "make_example", made)
+    monkeypatch.setattr(stage, "masked_losses", learned)
+    context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=replace(SMALL, progressive_steps=3))
+    stage.train_progressive(context, weights, ahead=False)
+    vlm = str(weights / "janus")
+    tokenizer = registry.sampler_family(vlm).load_tokenizer(vlm, dtype=torch.float32)
+    _, usual = encode_scenes(tokenizer, "calibration", range(SMALL.held_out_scenes), size=SMALL.size)
+    for errors, scenes in zip(shown, read):
+        torch.testing.assert_close(errors, (scenes.errors - usual.mean()) / usual.std())
+    torch.testing.assert_close(shown[-1].mean(), torch.tensor(0.0), rtol=0, atol=1e-4)  # of all held-out scenes
+    # The second update keeps 2/11 of the average, which the first made a copy (`EMA`).
+    torch.testing.assert_close(drawing[2], 2 / 11 * learning[1] + 9 / 11 * learning[2])
+    assert len(read) == 3 and not torch.equal(drawing[2], learning[2])
+
+
 def test_another_recipe_does_not_go_on(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "_BLOCK", 8)
     context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=replace(SMALL, progressive_steps=1))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dcdd_core.method.calibration import apply_calibration
 from dcdd_core.method.lcdm import map_logits, map_probabilities
-from dcdd_core.pipelines.condition import condition_for, serving
+from dcdd_core.pipelines.condition import condition_for, condition_of_tokens, serving
 from dcdd_core.types import Calibration, Codebook, TokenLogits
 from tests.tiny import tiny_card, tiny_vq
 
@@ -33,6 +33,10 @@ def test_a_discrete_decoder_sees_the_tokens_alone(codebook, grid):
     found = condition_for(tiny_card(variant="discrete"), grid, codebook)
     certain = map_probabilities(F.one_hot(grid.tokens, 64).float(), codebook)
     assert torch.equal(found.code_vectors, certain[0]) and torch.equal(found.uncertainty, certain[1])
+    without_logits = condition_of_tokens(grid.tokens, grid.grid, codebook)
+    assert torch.equal(without_logits.code_vectors, found.code_vectors)
+    assert torch.equal(without_logits.uncertainty, found.uncertainty)
+    assert (without_logits.grid, without_logits.codebook) == (found.grid, found.codebook)
 
 
 def test_a_decoder_without_calibration_takes_none(codebook, grid):

@@ -226,11 +226,13 @@ class MaskedSampler:
                     f"the order {options.order!r} reads {reads}, which {self.name or 'this model'} was not trained to "
                     f"predict: choose {', '.join(others[:-1])} or {others[-1]}"
                 )
-            return options
-        drawn = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
-        if options.temperature == 0:
-            drawn["order_noise"] = 0.0  # Greedy: the seed decides nothing, the order neither.
-        return replace(self.sampling, **drawn)
+            plan = options
+        else:
+            drawn = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+            if options.temperature == 0:
+                drawn["order_noise"] = 0.0  # Greedy: the seed decides nothing, the order neither.
+            plan = replace(self.sampling, **drawn)
+        return plan if plan.top_k is not None else replace(plan, top_k=self.sampling.top_k)
 
     def _prefix(self, prompts: Sequence[str], *, guided: bool) -> Prefix:
         """Of [conditional ; unconditional] rows [2 B], or of the conditional ones [B]."""

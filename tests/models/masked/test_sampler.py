@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -110,6 +111,47 @@ def test_every_order_reveals_everything(sampler, order):
         expected = highest[order].topk(int(first[0].sum()), dim=1).indices.sort(dim=1).values
         assert torch.equal(first.nonzero()[:, 1].reshape(2, -1), expected)
     assert found.stages[-1].known.all()
+
+
+@torch.no_grad()
+def test_predicted_scores_are_those_with_the_prompt(sampler):
+    """Guidance reads each image with and without it."""
+    nothing = torch.full((2, 16), 64)
+    rows = [sampler.words.ids(prompt) for prompt in PROMPTS]
+    with_prompt, without = (
+        torch.stack(sampler.model.scores(sampler.model(nothing, sampler.model.prefix(*padded(ids)))))
+        for ids in (rows, [sampler.words.unconditional(ids) for ids in rows])
+    )
+    for order, at, sign in (("quantisation-error", 0, -1), ("importance", 1, 1)):
+        options = replace(SAMPLING, order=order, ramp=False, passes=4, revision_passes=0)
+        first = sampler.sample_stages(PROMPTS, seeds=SEEDS, options=options).stages[0].revealed
+        count = int(first[0].sum())
+        expected, other = (
+            torch.zeros(2, 16, dtype=torch.bool).scatter(1, (sign * found[at]).topk(count, dim=1).indices, True)
+            for found in (with_prompt, without)
+        )
+        assert torch.equal(first, expected) and not torch.equal(expected, other)
+
+
+def test_confidence_is_of_the_whole_distribution(sampler):
+    """Guided and tempered; filters shape the draw alone."""
+    options = replace(
+        SAMPLING, order="confidence", order_noise=0.0, ramp=False, temperature=0.7, top_k=2, passes=4, revision_passes=0
+    )
+    first = sampler.sample_stages(PROMPTS, seeds=SEEDS, options=options).stages[0].revealed
+    nothing = torch.zeros(2, 16, dtype=torch.bool)
+    logits = guided_logits(sampler, torch.zeros(2, 16, dtype=torch.int64), nothing, 3.0, 0.7)
+    filtered = sampling.top_k(logits, 2)
+    drawn = sampling.gumbel_max(filtered, sampling.gumbel_noise_grid(SEEDS, range(16), 64))[1]
+    expected, other = (
+        nothing.scatter(
+            1,
+            found.log_softmax(-1).gather(-1, drawn[..., None])[..., 0].topk(int(first[0].sum()), dim=1).indices,
+            True,
+        )
+        for found in (logits, filtered)
+    )
+    assert torch.equal(first, expected) and not torch.equal(expected, other)
 
 
 @pytest.mark.parametrize("order", ["importance", "raster"])
@@ -273,3 +315,14 @@ def test_words_and_rows(sampler):
     for template in ("", "{prompt}{prompt}", 3):
         with pytest.raises(ValueError, match="template must hold"):
             type(words)(words.tokenizer, template)
+
+
+@pytest.mark.parametrize("kind", [SamplingOptions, partial(ProgressiveOptions, passes=5)])
+def test_top_k_that_is_not_given_is_the_sampler_s_own(sampler, kind):
+    def drawn(top_k):
+        return sampler.sample(PROMPTS, seeds=SEEDS, options=kind(guidance=2.0, top_k=top_k)).tokens
+
+    all_codes, one_code = drawn(0), drawn(1)
+    assert torch.equal(drawn(None), all_codes) and not torch.equal(one_code, all_codes)
+    sampler.sampling = replace(sampler.sampling, top_k=1)
+    assert torch.equal(drawn(None), one_code) and torch.equal(drawn(0), all_codes)

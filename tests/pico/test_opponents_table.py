@@ -1,0 +1,84 @@
+"""Tables and verdicts of the opponents."""
+
+import pytest
+
+from dcdd_pico import opponents_table
+from dcdd_pico.guided_sections import minus
+from dcdd_pico.opponents_sections import (
+    DCDD,
+    LARGE,
+    LARGE_CONDITION,
+    PARAMETERS,
+    SECONDS,
+    TOKENS,
+    TOTAL,
+    VQ,
+    WIDE,
+    WIDE_CONDITION,
+)
+from dcdd_pico.opponents_table import TITLES, tables, verdicts
+from dcdd_pico.section_keys import Provenance
+from dcdd_pico.sections import Measured, ratio_name
+from tests.pico.table_commands import written_by
+
+
+def cell(column, low, high):
+    return {column: (low + high) / 2, f"{column}: lowest": low, f"{column}: highest": high}
+
+
+def lines_of(results):
+    return {line.split("|")[1].strip(): line for line in verdicts(results).splitlines() if line.startswith("| ")}
+
+
+@pytest.mark.parametrize(
+    ("section", "row", "column", "less"),
+    [
+        ("opponents-reconstruction", ratio_name(DCDD, LARGE), "frechet", True),
+        ("opponents-reconstruction", ratio_name(DCDD, LARGE), "perceptual, text detector", True),
+        ("opponents-reconstruction", ratio_name(DCDD, WIDE), "perceptual", True),
+        ("opponents-text", ratio_name(DCDD, LARGE), "frechet, text detector", True),
+        ("opponents-text", ratio_name(DCDD, WIDE), "frechet", True),
+        ("opponents-text", ratio_name(DCDD, TOKENS), "frechet", True),
+        ("opponents-text", ratio_name(LARGE_CONDITION, LARGE), "frechet, text detector", True),
+        ("opponents-text", ratio_name(WIDE_CONDITION, WIDE), "frechet", True),
+        ("opponents-latency", ratio_name(LARGE, DCDD), PARAMETERS, False),
+        ("opponents-latency", ratio_name(LARGE_CONDITION, DCDD), TOTAL, False),
+        ("opponents-latency", ratio_name(WIDE, DCDD), SECONDS, False),
+        ("opponents-latency", ratio_name(TOKENS, DCDD), TOTAL, False),
+    ],
+)
+def test_verdicts_need_the_whole_interval(section, row, column, less):
+    def told(low, high):
+        return lines_of({section: {row: cell(column, low, high)}})[f"{section}, {row}: {column}"]
+
+    below, above = told(0.7, 0.9), told(1.1, 1.3)
+    met, missed = (below, above) if less else (above, below)
+    assert met.endswith("| met |") and missed.endswith("| MISSED |") and told(0.9, 1.1).endswith("| open |")
+    assert f"| {'at most' if less else 'at least'} 1 |" in met
+
+
+def test_every_claim_has_its_verdict():
+    lines = list(lines_of({}).values())[1:]  # without the heads
+    fair, against, distributions = 4 + 4 + 1, 2 * (4 + 2), 3 * 2
+    assert len(lines) == fair + against + distributions
+    assert all(line.endswith("| not measured |") for line in lines)
+
+
+def test_rows_differences_and_ratios_are_tables_of_their_own():
+    names = (VQ, minus(DCDD, LARGE), ratio_name(DCDD, LARGE))
+    rows = {name: cell("frechet", 0.25, 0.75) for name in reversed(names)}
+    section = "opponents-text"
+    text = tables(Measured({section: rows}, {section: Provenance(section, "abc1234", "k-w-o")}))
+    heads = ["|  | frechet ↓ |", "|---|---|"]
+    first, second, third = (f"| {name} | 0.5 (0.25 to 0.75) |" for name in names)
+    assert text.splitlines()[:15] == [
+        *(f"### {TITLES[section]}", "", *heads, first, "", *heads, second, "", *heads, third, ""),
+        "Section `opponents-text`, measured at commit `abc1234`, key `k-w-o`.",
+    ]
+    assert f"| {section}, {ratio_name(DCDD, LARGE)}: frechet | at most 1 | 0.5 (0.25 to 0.75) | met |" in text
+
+
+def test_the_sections_are_measured_and_written_between_their_marks(tmp_path, monkeypatch, capsys):
+    text = written_by(opponents_table, tmp_path, monkeypatch, capsys)
+    assert [one.section for one in Provenance.all_in(text)] == list(TITLES)
+    assert (tmp_path / "opponents.md").exists()
