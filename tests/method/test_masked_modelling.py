@@ -75,6 +75,7 @@ def test_neighbours_are_the_nearest_codes():
     wrong = nearest(tokens, found, draw(2))
     assert (wrong != tokens).all() and (found[tokens] == wrong[..., None]).any(-1).all()
     assert all((wrong == found[tokens][..., m]).float().mean() > 0.2 for m in range(4)), "one as often as another"
+    assert torch.equal(neighbours(vectors, 1), found[:, :1]) and neighbours(vectors, 19).shape == (20, 19)
     for count in (0, 20):
         with pytest.raises(ValueError, match=r"count must lie in 1\.\.19"):
             neighbours(vectors, count)
@@ -91,6 +92,7 @@ def test_the_loss_by_hand():
     expected = (math.log(2) + math.log(4 / 3) + 0.1 * math.log(2)) / 2.1
     assert float(weighted_mean(losses, weights)) == pytest.approx(expected, rel=1e-6)
     assert float(weighted_mean(losses, torch.zeros(1, 3))) == 0
+    assert float(weighted_mean(torch.tensor([2.0]), torch.tensor([0.1]))) == pytest.approx(2)
 
 
 def test_importance_by_hand():
@@ -101,11 +103,14 @@ def test_importance_by_hand():
     measured = measured_importance(before, after, hidden, revealed)
     assert measured.tolist() == [2.5, 0.0], "of what stays hidden alone"
     two = revealed | torch.tensor([[False, True, False, False], [False] * 4])
-    assert measured_importance(before, after, hidden, two).tolist() == [0.25, 0.0]
+    of_two = measured_importance(before, after, hidden, two)
+    assert of_two.tolist() == [0.25, 0.0]
     predicted = torch.tensor([[4.5, 7.0, 7.0, 7.0], [8.0, 7.0, 7.0, 7.0]])
     # |4.5 - 2.5| - 0.5; the second image has nothing left to lose.
     assert float(importance_loss(predicted, measured, hidden, revealed)) == pytest.approx(1.5)
     assert float(importance_loss(predicted, measured, hidden, torch.zeros_like(hidden))) == 0
+    # |(4.5 + 7) / 2 - 0.25| - 0.5
+    assert float(importance_loss(predicted, of_two, hidden, two)) == pytest.approx(5.0)
 
 
 def test_schedules_of_hidden_shares_have_their_means():
