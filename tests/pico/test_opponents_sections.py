@@ -195,7 +195,9 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pico(weights):
-    return load_pico(weights=weights, with_sampler=False)
+    models = load_pico(weights=weights, with_sampler=False)
+    models.decoder.card = replace(models.decoder.card, shift=1.5)  # that of the discrete decoder is None
+    return models
 
 
 @pytest.fixture
@@ -207,7 +209,7 @@ def setup(weights, pico, tmp_path):
         shape = {"width": 16, "blocks": 1, "channels": (16, 8, 8, 8), "images": 100 + k}
         made = FeedForwardCard(reads=reads, codebook=card.codebook, calibration=calibration, **shape)
         save_feed_forward(tmp_path / opponent_file(name), fill(FeedForwardDecoder(made), k))
-    discrete = replace(card, variant="discrete", calibration=None)
+    discrete = replace(card, variant="discrete", calibration=None, shift=None)
     save_bundle(tmp_path / opponent_file(DIFFUSION), fill(DistributionConditionedDecoder.build(discrete), 9))
     return SimpleNamespace(
         pico=pico, weights=weights, work=tmp_path, out=tmp_path / "out", compiled=False, images=[None] * 2, steps=2
