@@ -111,6 +111,8 @@ def test_importance_by_hand():
     assert float(importance_loss(predicted, measured, hidden, torch.zeros_like(hidden))) == 0
     # |(4.5 + 7) / 2 - 0.25| - 0.5
     assert float(importance_loss(predicted, of_two, hidden, two)) == pytest.approx(5.0)
+    twice = [torch.cat([part[:1], part]) for part in (predicted, of_two, hidden, two)]
+    assert float(importance_loss(*twice)) == pytest.approx(5.0), "the mean over images that count"
 
 
 def test_schedules_of_hidden_shares_have_their_means():

@@ -304,6 +304,20 @@ def test_each_image_is_followed_at_its_own_scale(nodes, monkeypatch):
     assert all(torch.equal(own.code_vectors, condition.code_vectors[k : k + 1]) for k, (own, _) in enumerate(seen))
 
 
+def test_a_sampler_s_latents_are_guided_in_the_model_s_own_scale(double, nodes, monkeypatch):
+    guides, seen = nodes["guides"], []
+    of_model = guides.GuideVAE.of
+    monkeypatch.setattr(guides.GuideVAE, "of", lambda vae, *ways: seen.append(ways) or of_model(vae, *ways))
+    graph = built(double.get("/object_info"), "DCDD_DistributionGuidance", GUIDED, {"k": sampler(IT, steps=1)})
+    graph.add("end", "TEST_Hold", value=of("k"))
+    assert double.run(graph.prompt).status == "success"
+    look = double.nodes["DCDD_LoadPicoModel"].run({})[0][0].model.latent_format
+    z = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    normalize, denormalize = seen[-1]
+    assert torch.equal(normalize(z), look.process_in(z)) and torch.equal(denormalize(z), look.process_out(z))
+    assert not torch.equal(normalize(z), z)
+
+
 def test_denoise_is_asked_of_the_model_that_is_connected(double, nodes, monkeypatch):
     guidance, seen = nodes["guidance"], []
     monkeypatch.setattr(guidance, "denoise_from", lambda sampling, start: seen.append((sampling, start)) or 0.123)
