@@ -19,6 +19,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from benchmarks.memory import janus
 from benchmarks.targets import Target
 from benchmarks.timing import NOT_MEASURED, compared, is_h100
+from dcdd_core.models.janus.files import JanusFolder
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids
 from dcdd_core.protocols import SamplingOptions
 from dcdd_pico.embedded import model_paths
@@ -161,10 +162,7 @@ def step_limit(model: JanusForConditionalGeneration) -> float:
 
 def rows() -> list[tuple[str, ...]]:
     folder = model_paths()["vlm"]
-    model, sampler = (
-        JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
-        JanusSampler.load(folder),
-    )
+    model, sampler = JanusFolder(folder).sampler(dtype=torch.float32, device="cpu"), JanusSampler.load(folder)
     found = [row for batch in (1, 4) for row in contest(_PICO, model, sampler, batch, 5)]
     if not torch.cuda.is_available():
         return [*found, (f"{_LARGE}, 1", "all", NOT_MEASURED, "-")]

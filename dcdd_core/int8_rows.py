@@ -8,9 +8,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
+from torch import nn
 
 #: What the name of a matrix' scales adds to its own.
 SCALE = "_scale"
+_LEAST_ROW = 64
+"""Inputs of the smallest linear layer that is stored in 8 bits; smaller ones hardly take space."""
+
+
+def large_matrices(network: nn.Module) -> set[str]:
+    """Names of the weights of linear layers that are worth storing in 8 bits: those with 64 inputs or more."""
+    return {
+        f"{name}.weight"
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) and layer.in_features >= _LEAST_ROW
+    }
 
 
 def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

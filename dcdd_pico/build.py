@@ -8,6 +8,7 @@ and `results_table` measures them (`ablation` trains the decoders of Table 4).
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.log import read_log
 
 from .build_context import WORK, BuildContext, Recipe
-from .embedded import PRIOR, WEIGHTS
+from .embedded import JANUS, PRIOR, WEIGHTS
 from .export import export
 from .llamagen_calibration import fit_llamagen_calibration
 from .results_table import results_markdown
@@ -29,11 +30,11 @@ from .train_autoencoder import train_autoencoder, train_vae_decoder
 from .train_calibration import fit_pico_calibration
 from .train_cheap_decoder import save_cheap_decoder, train_cheap_decoder
 from .train_decoder import train_pico_decoder
-from .train_janus import save_janus, train_janus
+from .train_janus import describe_janus, save_janus, train_janus
 from .train_llamagen import save_llamagen, train_llamagen
 from .train_prior import train_prior
 from .train_progressive import save_progressive, train_progressive
-from .train_reader import train_reader
+from .train_reader import train_loss_reader, train_reader
 from .train_tokenizer import train_tokenizer, train_vq_decoder
 
 #: Training -> the held-out metric that is plotted.
@@ -76,7 +77,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
         return last >= STAGES.index(stage)
 
     reader = train_reader(context, "reader", context.recipe.seed + 101)
-    loss_reader = train_reader(context, "loss-reader", context.recipe.seed + 102)
+    loss_reader = train_loss_reader(context)
     if not reached("tokenizer"):
         return
     network = train_tokenizer(context, loss_reader)
@@ -85,11 +86,12 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
         return
     vae = train_autoencoder(context, loss_reader)
     encodings = encode_scenes(context, "train", context.train_images, vq, vae)
-    held_out = encode_scenes(context, "held-out", context.held_out_images, vq, vae)
     if not reached("janus"):
         return
-    janus, words = train_janus(context, network, encodings.tokens(vq), held_out.tokens(vq))
-    sampler = save_janus(context.folder / "model" / "janus", janus, words, device=context.device)
+    tokenizer = context.folder / "tokenizer-model"
+    copy.deepcopy(network).half().save_pretrained(tokenizer / JANUS)
+    janus, words = train_janus(context, tokenizer)
+    sampler = save_janus(context.folder / "model" / JANUS, janus, words, device=context.device)
     if not reached("calibration"):
         return
     calibration = fit_pico_calibration(context, sampler, vq, encodings)
@@ -117,6 +119,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
         reader=reader,
         recipe=context.recipe,
     )
+    describe_janus(context, weights / JANUS, janus)
     if not reached("prior"):
         return
     train_prior(context, weights).save(weights / PRIOR)

@@ -33,6 +33,9 @@ class Recipe:
     """Hyperparameters of the build. The defaults are those of the shipped models; tests use smaller ones.
 
     Attributes:
+        janus_uses: how often Janus' training goes through a scene.
+        janus_held_out: scenes of Janus' last evaluation, held out and trained on; those before take `held_out_scenes`.
+        progressive_layers: of Janus, the first ones, that the masked sampler starts from; all where it has fewer.
         compiled: see `training.config.OptimizationConfig.compile`.
     """
 
@@ -48,14 +51,19 @@ class Recipe:
     vae_decoder_steps: int = 7_000
     guidance: float = 3.0
     calibration_images: int = 100
-    janus_steps: int = 6_500
-    janus_batch: int = 16
+    janus_layers: int = 6
+    janus_width: int = 320
+    janus_steps: int = 4_300
+    janus_batch: int = 64
+    janus_uses: int = 1
+    janus_held_out: int = 4_096
     decoder_steps: int = 12_000
     decoder_batch: int = 16
     decoder_learning_rate: float = 2e-3
     decoder_shift: float = 1.5
     choice_scenes: int = 1_024
     prior_steps: int = 1_500
+    progressive_layers: int = 4
     progressive_steps: int = 2_400
     progressive_batch: int = 32
     llamagen_steps: int = 4_000

@@ -18,6 +18,7 @@ from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 
 from .build_context import Recipe
+from .embedded import JANUS
 from .train_janus import save_janus
 
 #: The weights are in git, which keeps every version.
@@ -49,7 +50,7 @@ def export(
     fresh.mkdir(parents=True)
     janus = copy.deepcopy(janus)
     janus.model.vqmodel.load_state_dict(vq.state_dict())
-    save_janus(fresh / "janus", janus, words)
+    save_janus(fresh / JANUS, janus, words)
     copy.deepcopy(vae).half().save_pretrained(fresh / "vae")
     save_bundle(fresh / "decoder.safetensors", decoder, dtype=torch.float16)
     write_tensors(fresh / "reader.safetensors", rounded(reader.state_dict(), READER_IN_INT8), {})

@@ -24,6 +24,8 @@ from dcdd_core.training.masked_loss import tokens_and_errors
 from .embedded import model_paths
 from .scenes import SPLIT_SIZE, SPLIT_START, SceneFacts, Split, render_scene, sample_facts, scene_pixels
 
+#: In a work folder: the blocks of all trainings that read them.
+FOLDER = "progressive-tokens"
 _BATCH = 64
 
 
@@ -107,12 +109,14 @@ class SceneTokens:
 
     def _load(self, number: int) -> dict[str, torch.Tensor]:
         if number not in self._held:
+            path = self._job(number)[0]
             if self._pool is None:
                 encode_block(*self._job(number))
             else:
-                self._ask(number).result()
+                if not path.exists():  # one that is there need not wait for the process, which may be at another
+                    self._ask(number).result()
                 self._ask((number + 1) % (SPLIT_SIZE // self.block))
-            self._held = {number: load_file(self._job(number)[0])}
+            self._held = {number: load_file(path)}
         return self._held[number]
 
     def _ask(self, number: int) -> Future[None]:
@@ -148,8 +152,10 @@ def encode_scenes(
     found = []
     for start in range(0, len(indices), _BATCH):
         images = np.stack([render_scene(split, k, size=size).image for k in indices[start : start + _BATCH]])
+        # A quarter less time on a CPU than channels first.
+        pixels = scene_pixels(images, tokenizer.device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(tokenizer.device.type, dtype=torch.bfloat16):
-            features = tokenizer.features(scene_pixels(images, tokenizer.device))
+            features = tokenizer.features(pixels)
         found.append(tokens_and_errors(tokenizer, features))
     tokens, errors = (torch.cat(parts) for parts in zip(*found))
     return tokens, errors

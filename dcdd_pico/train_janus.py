@@ -1,9 +1,31 @@
-"""Trains pico's Janus: caption -> image tokens. Some captions are dropped, for classifier-free guidance."""
+"""Trains pico's Janus: caption -> image tokens. Some captions are dropped, for classifier-free guidance.
+
+`python -m dcdd_pico.train_janus` trains it for the weights that are there, resuming where it stopped, and puts it in
+the place of theirs; the image tokenizer stays. It reads scenes that are rendered as it goes. What a new Janus makes
+stale, and the commands that renew it, is listed in docs/embedded.md.
+
+Its size is what two hours of two CPU cores can train. An update of 64 scenes takes so many seconds of one core (AMD EPYC
+with AVX-512 BF16, beside other work; the loss and its gradient from batches of 16 but for width 256, optimisers, and
+0.36 for rendering and encoding), which leaves so many scenes in 2.2 hours of two cores at nine tenths of their speed:
+
+| layers x width | parameters, M | seconds | scenes |
+|---|---|---|---|
+| 6 x 256 | 5.3 | 2.5 | 358,000 |
+| 6 x 320 | 8.3 | 3.2 | 279,000 |
+| 6 x 384 | 11.7 | 4.1 | 218,000 |
+
+A width of 384 also takes more room than is left among the embedded weights.
+
+Shapes: B batch, N tokens, M scenes.
+"""
 
 from __future__ import annotations
 
-import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +42,33 @@ from transformers import (
 )
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from dcdd_core import registry
+from dcdd_core.evaluation.figures import save_image, training_curves
+from dcdd_core.files import write_text
 from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.models.janus.files import save_int8
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.models.text_tokenizer import save_tokenizer
 from dcdd_core.training.ema import EMA
+from dcdd_core.training.log import read_log
 from dcdd_core.training.optimizers import adamw_with_muon
 from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 
 from . import embedded
-from .build_context import BuildContext
+from .build_context import BuildContext, Recipe, stage_context, stage_parser
+from .scene_tokens import FOLDER, SceneTokens, encode_scenes, scene_facts_of
 from .scenes import SceneFacts, vocabulary
 from .train_tokenizer import tokens_digest
-from .training_loop import train
+from .training_loop import last_held_out, train
 
 _STAGE = 3
-_WIDTH = 256
 _RATE = 2e-3
+_WARMUP = 300
 _DROPPED = 0.1
+_EMA = 0.998
+_BLOCK = 2048
+_SAVE_EVERY = 100
+_HEAD_WIDTH = 64
 _SPECIAL = ("<|begin_of_sentence|>", "<pad>", "<unk>", "<|User|>", "<|Assistant|>", "<begin_of_image>")
 
 
@@ -54,22 +86,37 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def janus_config(vq: JanusVQVAE, tokenizer: PreTrainedTokenizerFast) -> JanusConfig:
-    """A Llama with 6 layers of width 256. The vision tower, which generation does not use, is kept small."""
+def janus_config(
+    vq: JanusVQVAE,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    width: int = Recipe.janus_width,
+    layers: int = Recipe.janus_layers,
+) -> JanusConfig:
+    """A Llama with heads of 64. The vision tower, which generation does not use, is kept small.
+
+    Args:
+        width: a multiple of 64.
+
+    Raises:
+        ValueError: for another width.
+    """
+    if width % _HEAD_WIDTH or width < _HEAD_WIDTH:
+        raise ValueError(f"the width must be a multiple of {_HEAD_WIDTH}, the width of a head, got {width}")
     vq_config = vq.config.to_dict() | {
-        "projection_dim": _WIDTH,
-        "image_token_embed_dim": _WIDTH,
+        "projection_dim": width,
+        "image_token_embed_dim": width,
         "num_hidden_layers": 2,
     }
     grid = vq.config.num_patches
     return JanusConfig(
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=_WIDTH,
-            intermediate_size=704,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=width,
+            intermediate_size=32 * round(width * 11 / 4 / 32),
+            num_hidden_layers=layers,
+            num_attention_heads=width // _HEAD_WIDTH,
+            num_key_value_heads=width // _HEAD_WIDTH,
             max_position_embeddings=64 + grid * grid,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=None,
@@ -82,82 +129,146 @@ def janus_config(vq: JanusVQVAE, tokenizer: PreTrainedTokenizerFast) -> JanusCon
             num_attention_heads=2,
             image_size=8 * grid,
             patch_size=8,
-            projection_dim=_WIDTH,
+            projection_dim=width,
             num_image_tokens=grid * grid,
         ).to_dict(),
         vq_config=vq_config,
         image_token_id=tokenizer.unk_token_id,
         tie_word_embeddings=True,
+        dcdd_name=embedded.NAME,
     )
 
 
-def train_janus(
-    context: BuildContext, vq: JanusVQVAE, tokens: torch.Tensor, held_out_tokens: torch.Tensor
-) -> tuple[JanusForConditionalGeneration, PreTrainedTokenizerFast]:
-    """Trains (or restores) the language model on the tokens [M, N] of the training scenes and their captions."""
-    recipe, device = context.recipe, context.device
-    tokenizer = pico_tokenizer()
+def start(vq: JanusVQVAE, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> JanusForConditionalGeneration:
+    """A model that has not been trained, with this VQ-VAE: similar codes begin with similar embeddings."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + _STAGE)
-        janus = JanusForConditionalGeneration(janus_config(vq, tokenizer))
+        config = janus_config(vq, tokenizer, width=recipe.janus_width, layers=recipe.janus_layers)
+        janus = JanusForConditionalGeneration(config)
     janus.model.vqmodel.load_state_dict(vq.state_dict())
-    with torch.no_grad():  # similar codes start with similar embeddings
+    with torch.no_grad():
         codebook = vq.quantize.embedding.weight
         janus.model.generation_embeddings.weight.copy_(codebook * codebook.shape[1] ** 0.5)
-    janus.to(device).train()
     janus.model.vqmodel.eval().requires_grad_(False)
     janus.model.vision_model.requires_grad_(False)
-    weights = {name: p for name, p in janus.named_parameters() if p.requires_grad}
-    matrices = [name for name, p in weights.items() if ".layers." in name and p.ndim == 2]
-    optimizers = adamw_with_muon(weights, matrices, betas=(0.9, 0.95), weight_decay=0.05)
-    prompts = _all_prompts(context.train_facts, tokenizer)
-    held_out_prompts = _all_prompts(context.held_out_facts, tokenizer)
-    ema = EMA(weights, 0.998)
+    return janus
+
+
+def train_janus(
+    context: BuildContext, weights: Path, *, ahead: bool = True
+) -> tuple[JanusForConditionalGeneration, PreTrainedTokenizerFast]:
+    """Trains (or restores) the language model on the image tokenizer in `weights`.
+
+    Args:
+        weights: of embedded models; of their Janus only the VQ-VAE is read, and it may be alone there.
+        ahead: see `SceneTokens`.
+    """
+    recipe, device = context.recipe, context.device
+    steps, size = recipe.janus_steps, recipe.janus_batch
+    vlm = embedded.model_paths(weights)["vlm"]
+    vq = registry.sampler_family(vlm).load_tokenizer(str(vlm), device=device, dtype=torch.float32)
+    tokenizer = pico_tokenizer()
+    janus = start(vq.model, tokenizer, recipe).to(device).train()
+    janus.model.vqmodel.eval()
+    # On a CPU such short sequences take four fifths of the time of PyTorch's fused attention.
+    janus.model.language_model.set_attn_implementation("eager")
+    trained = {name: p for name, p in janus.named_parameters() if p.requires_grad}
+    matrices = [name for name, p in trained.items() if ".layers." in name and p.ndim == 2]
+    optimizers = adamw_with_muon(trained, matrices, betas=(0.9, 0.95), weight_decay=0.05)
+    ema = EMA(trained, _EMA)
+    digest = tokens_digest(vq.model)
+    block = min(_BLOCK, recipe.train_scenes)
+    scenes = SceneTokens(
+        context.folder / FOLDER,
+        weights.resolve(),
+        digest,
+        seed=recipe.seed,
+        size=recipe.size,
+        block=block,
+        uses=recipe.janus_uses,
+        ahead=ahead,
+    )
+    held_out_tokens, _ = encode_scenes(vq, "calibration", range(recipe.held_out_scenes), size=recipe.size)
+
+    def prompts_of(facts: Sequence[SceneFacts]) -> list[list[int]]:
+        return [prompt_ids(tokenizer, one.caption()) for one in facts]
 
     def step(i: int) -> dict[str, torch.Tensor]:
-        rate = warmup_cosine(i, recipe.janus_steps, peak=_RATE, warmup=150)
-        index = context.batch(_STAGE, i, recipe.janus_batch)
-        dropped = torch.rand(len(index), generator=keyed_generator(recipe.seed, _STAGE, i, 1)) < _DROPPED
-        rows = [
-            unconditional_ids(prompts[k], tokenizer) if drop else prompts[k]
-            for k, drop in zip(index, dropped, strict=True)
+        found = scenes.batch(i, size)
+        dropped = torch.rand(size, generator=keyed_generator(recipe.seed, _STAGE, i)) < _DROPPED
+        prompts = [
+            unconditional_ids(ids, tokenizer) if drop else ids for ids, drop in zip(prompts_of(found.facts), dropped)
         ]
         with context.autocast():
-            loss = next_token_loss(janus, rows, tokens[index].to(device)).mean()
+            loss = next_token_loss(janus, prompts, found.tokens.to(device)).mean()
         janus.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
         for optimizer in optimizers.values():
-            set_learning_rate(optimizer, rate)
+            set_learning_rate(optimizer, warmup_cosine(i, steps, peak=_RATE, warmup=min(_WARMUP, max(1, steps // 20))))
             optimizer.step()
         ema.update()
         return {"loss": loss.detach()}
 
-    @torch.no_grad()
-    def evaluate(_: int) -> dict[str, float]:
-        with ema.swapped_in(), context.autocast():
-            losses = torch.cat(
-                [
-                    next_token_loss(janus, held_out_prompts[k : k + 32], held_out_tokens[k : k + 32].to(device))
-                    for k in range(0, len(held_out_prompts), 32)
-                ]
-            )
-        return {"loss": float(losses.mean())}
+    def losses(facts: Sequence[SceneFacts], tokens: torch.Tensor) -> torch.Tensor:
+        """Of each scene, with its caption and the averaged weights: [M]."""
+        parts = []
+        for k in range(0, len(tokens), size):
+            with context.autocast():
+                found = next_token_loss(janus, prompts_of(facts[k : k + size]), tokens[k : k + size].to(device))
+            parts.append(found.mean(1).cpu())
+        return torch.cat(parts).double()
 
-    train(
-        context.folder / "janus",
-        settings=context.settings(
-            "janus_batch", tokenizer=tokens_digest(vq), layers=janus.config.text_config.num_hidden_layers
-        ),
-        steps=recipe.janus_steps,
-        step=step,
-        state={"model": janus, "ema": ema, **optimizers},
-        evaluate=evaluate,
-        evaluate_every=500,
-        save_every=250,
-    )
+    @torch.no_grad()
+    def evaluate(done: int) -> dict[str, float]:
+        """Held-out scenes, and as many of those trained on, from all of the training so far."""
+        nonlocal held_out_tokens
+        count = recipe.janus_held_out if done == steps else recipe.held_out_scenes
+        if count > len(held_out_tokens):
+            more, _ = encode_scenes(vq, "calibration", range(len(held_out_tokens), count), size=recipe.size)
+            held_out_tokens = torch.cat([held_out_tokens, more])
+        updates = torch.linspace(0, done - 1, max(1, count // size)).long().tolist()
+        with ema.swapped_in():
+            held_out = losses(scene_facts_of("calibration", range(count)), held_out_tokens[:count])
+            batches = (scenes.batch(k, size) for k in updates)
+            seen = torch.cat([losses(found.facts, found.tokens) for found in batches])
+        return gap_of(held_out, seen)
+
+    try:
+        train(
+            context.folder / "janus",
+            settings=context.settings(
+                "janus_layers",
+                "janus_width",
+                "janus_batch",
+                "janus_uses",
+                tokenizer=digest,
+                rate=_RATE,
+                block=block,
+            ),
+            steps=steps,
+            step=step,
+            state={"model": janus, "ema": ema, **optimizers},
+            evaluate=evaluate,
+            evaluate_every=500,
+            save_every=_SAVE_EVERY,
+            log_every=25,
+        )
+    finally:
+        scenes.close()
     ema.apply()
     return janus.eval().requires_grad_(False), tokenizer
+
+
+def gap_of(held_out: torch.Tensor, seen: torch.Tensor) -> dict[str, float]:
+    """Mean losses of held-out scenes [M] and of scenes trained on [M'], their difference, and its standard error."""
+    error = sum(part.var() / len(part) for part in (held_out, seen)) ** 0.5
+    return {
+        "loss": float(held_out.mean()),
+        "training loss": float(seen.mean()),
+        "gap": float(held_out.mean() - seen.mean()),
+        "gap, standard error": float(error),
+    }
 
 
 def next_token_loss(
@@ -174,16 +285,13 @@ def next_token_loss(
         torch.cat([embed(torch.tensor(ids, device=device)).to(image.dtype), drawn])
         for ids, drawn in zip(prompts, image, strict=True)
     ]
-    hidden = janus.model.language_model(inputs_embeds=pad_sequence(rows, batch_first=True)).last_hidden_state
+    padded = pad_sequence(rows, batch_first=True)
+    hidden = janus.model.language_model(inputs_embeds=padded, use_cache=False).last_hidden_state
     ends = torch.tensor([len(ids) - 1 for ids in prompts], device=device)[:, None]
     positions = ends + torch.arange(tokens.shape[1], device=device)
     hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[2]))
     logits = janus.model.generation_head(hidden).float()
     return F.cross_entropy(rearrange(logits, "b n k -> b k n"), tokens, reduction="none")
-
-
-def _all_prompts(facts: list[SceneFacts], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    return [prompt_ids(tokenizer, f.caption()) for f in facts]
 
 
 def save_janus(
@@ -193,9 +301,57 @@ def save_janus(
     *,
     device: torch.device | str = "cpu",
 ) -> JanusSampler:
-    """Writes the model in the transformers layout (float16), and returns the model read back from these files."""
-    janus = copy.deepcopy(janus).half()
-    janus.config.dcdd_name = embedded.NAME
-    janus.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
+    """Replaces a folder by the model, its matrices in 8 bits (`save_int8`), and returns it read back from there."""
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_int8(fresh, janus)
+    save_tokenizer(tokenizer, fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
     return JanusSampler.load(folder, device=device)
+
+
+def describe_janus(context: BuildContext, folder: Path, janus: JanusForConditionalGeneration) -> None:
+    """Writes the card of a trained model into its folder, and the curves of its training into the work folder."""
+    log = read_log(context.folder / "janus")
+    write_text(folder / "README.md", card(context.recipe, janus, log))
+    curves = training_curves({"janus": log, "gap": log}, {"janus": "eval/loss", "gap": "eval/gap"})
+    save_image(curves, context.folder / "janus-curves.png")
+
+
+def card(recipe: Recipe, janus: JanusForConditionalGeneration, log: Sequence[Mapping[str, Any]]) -> str:
+    """What the weights are, in Markdown."""
+    layers = sum(weight.numel() for weight in janus.model.language_model.layers.parameters())
+    drawn = recipe.janus_steps * recipe.janus_batch
+    seconds, table = last_held_out(log)
+    return f"""# pico's Janus
+
+A Llama of {recipe.janus_layers} layers of width {recipe.janus_width} ({layers / 1e6:.1f} M parameters) between Janus'
+embeddings and head, on pico's image tokenizer. Trained for {recipe.janus_steps:,} updates of {recipe.janus_batch}
+scenes ({drawn:,} drawn, {drawn // recipe.janus_uses:,} different ones), {seconds / 3600:.2f} hours. Weights: int8 with
+a float32 scale a row; the tokenizer's and small ones float16. `JanusSampler.load` reads them, transformers does not.
+
+Command: `python -m dcdd_pico.train_janus`. Loss in nats a token at the end, of held-out scenes and of scenes that it
+was trained on:
+
+{table}
+"""
+
+
+def main() -> None:
+    parser = stage_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=Recipe.janus_steps, help="updates (default %(default)s)")
+    chosen = parser.parse_args()
+    # The recipe beside the weights has the numbers of the Janus that is replaced.
+    own = {field.name: field.default for field in fields(Recipe) if field.name.startswith("janus_")}
+    context = stage_context(chosen, **own | {"janus_steps": chosen.steps})
+    janus, tokenizer = train_janus(context, chosen.weights)
+    folder = embedded.model_paths(chosen.weights)["vlm"]
+    save_janus(folder, janus, tokenizer)
+    describe_janus(context, folder, janus)
+    context.recipe.save(chosen.weights)
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()

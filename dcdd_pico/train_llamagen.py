@@ -42,7 +42,7 @@ from dcdd_core.types import Codebook
 from .build_context import BuildContext, Recipe, stage_context, stage_parser
 from .embedded import LLAMAGEN, model_paths
 from .export import let_others_read
-from .scene_tokens import SceneTokens, encode_scenes, scene_facts_of
+from .scene_tokens import FOLDER, SceneTokens, encode_scenes, scene_facts_of
 from .scenes import SceneFacts, vocabulary
 from .train_tokenizer import tokens_digest
 from .training_loop import last_held_out, train
@@ -144,7 +144,7 @@ def train_llamagen(context: BuildContext, weights: Path, *, ahead: bool = True) 
     digest = tokens_digest(tokenizer.model)
     block = min(_BLOCK, recipe.train_scenes)
     scenes = SceneTokens(
-        context.folder / "progressive-tokens",  # the same scenes, encoded once
+        context.folder / FOLDER,  # the same scenes, encoded once
         weights.resolve(),
         digest,
         seed=recipe.seed,

@@ -36,7 +36,7 @@ from dcdd_core.types import Codebook
 from .build_context import BuildContext, Recipe, stage_context, stage_parser
 from .embedded import model_paths
 from .progressive import SAMPLING, TOKENIZER, progressive_folder
-from .scene_tokens import SceneTokens, encode_scenes, scene_facts_of
+from .scene_tokens import FOLDER, SceneTokens, encode_scenes, scene_facts_of
 from .train_tokenizer import tokens_digest
 from .training_loop import last_held_out, train
 
@@ -69,7 +69,8 @@ def train_progressive(
     tokenizer = family.load_tokenizer(str(janus_folder), device=device, dtype=torch.float32)
     codebook = sampler.codebook
     words = Words(sampler.tokenizer, TEMPLATE)
-    network = start_from_janus(sampler.model, recipe.seed + _STAGE).to(device)
+    layers = min(recipe.progressive_layers, sampler.model.config.text_config.num_hidden_layers)
+    network = start_from_janus(sampler.model, recipe.seed + _STAGE, layers=layers).to(device)
     trained = dict(network.named_parameters())
     optimizers = adamw_with_muon(trained, muon_matrices(trained), betas=(0.9, 0.95), weight_decay=0.05)
     ema = EMA(trained, _EMA)
@@ -77,7 +78,7 @@ def train_progressive(
     digest = tokens_digest(tokenizer.model)
     block = min(_BLOCK, recipe.train_scenes)
     scenes = SceneTokens(
-        context.folder / "progressive-tokens",
+        context.folder / FOLDER,
         weights.resolve(),
         digest,
         seed=recipe.seed,
@@ -132,6 +133,7 @@ def train_progressive(
         train(
             context.folder / "progressive",
             settings=context.settings(
+                "progressive_layers",
                 "progressive_batch",
                 tokenizer=digest,
                 start=sampler.fingerprint,
@@ -188,9 +190,9 @@ def card(recipe: Recipe, network: MaskedTransformer, log: Sequence[dict[str, Any
     return f"""# pico's masked sampler
 
 A bidirectional transformer of {parameters / 1e6:.1f} M parameters that reveals image tokens in a few passes and revises
-them (`dcdd_core.method.progressive`). It started from pico's Janus and was trained for {recipe.progressive_steps:,}
-updates of {recipe.progressive_batch} scenes ({drawn:,} drawn; each fresh scene is drawn three times),
-{seconds / 3600:.2f} hours. Weights: int8 with a float32 scale a row.
+them (`dcdd_core.method.progressive`). It started from the first {network.config.layers} layers of pico's Janus and
+was trained for {recipe.progressive_steps:,} updates of {recipe.progressive_batch} scenes ({drawn:,} drawn; each fresh
+scene is drawn three times), {seconds / 3600:.2f} hours. Weights: int8 with a float32 scale a row.
 
 Command: `python -m dcdd_pico.train_progressive`. Held-out loss in nats a token, and of the two scores, at the end:
 

@@ -228,7 +228,7 @@ def random_pico(folder: Path) -> Path:
     fill(PriorDifference(decoder, 2), 6).save(folder / PRIOR)
     save_masked(
         folder / PROGRESSIVE,
-        fill(start_from_janus(janus, 7), 7),
+        fill(start_from_janus(janus, 7, layers=Recipe.progressive_layers), 7),
         codebook,
         name="random progressive",
         template=TEMPLATE,

@@ -79,14 +79,15 @@ def prepare(base: Path) -> Path:
     models = base / "models"
     another = models / "janus" / "another"
     shutil.copytree(weights / "janus", another)
-    tensors = load_file(another / "model.safetensors")
+    (stored,) = another.glob("*.safetensors")
+    tensors = load_file(stored)
     (codes,) = (name for name in tensors if name.endswith("quantize.embedding.weight"))
-    save_file(tensors | {codes: tensors[codes].flip(0)}, another / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors | {codes: tensors[codes].flip(0)}, stored, metadata={"format": "pt"})
     config = json.loads((another / "config.json").read_text("utf-8"))
     (another / "config.json").write_text(json.dumps(config | {"dcdd_name": "another"}), "utf-8")
     cut = models / "janus" / "cut"
     shutil.copytree(another, cut)
-    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:100_000])
+    (cut / stored.name).write_bytes(stored.read_bytes()[:100_000])
     save_janus(base / "elsewhere" / "models" / "tiny")
     save_random_masked(models / "janus" / "masked", weights / "janus")
     save_tiny_amused(models / "janus" / "amused")

@@ -25,6 +25,7 @@ from dcdd_core.evaluation.image_folder import list_images, read_readable
 from dcdd_core.evaluation.prompts import read_geneval, read_prompts
 from dcdd_core.models.bundle import load_decoder, save_bundle
 from dcdd_core.models.janus import deepseek
+from dcdd_core.models.janus.files import save_int8
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.janus.tokenizer import load_tokenizer
 from dcdd_core.models.vae import load_vae
@@ -257,10 +258,17 @@ def _calibration() -> Calibration:
     return Calibration(scale=25.0, smoothing=0.01, anchor=2.0, guidance=3.0, codebook=_codebook().fingerprint)
 
 
+def _build_int8(folder: Path) -> None:
+    model, tokenizer = tiny.tiny_janus()
+    save_int8(folder, model)
+    tokenizer.save_pretrained(folder)
+
+
 SUBJECTS = {
     subject.name: subject
     for subject in (
         Subject(name="Janus folder", owner="models/janus", build=tiny.save_janus, load=_janus),
+        Subject(name="Janus folder in 8 bits", owner="models/janus", build=_build_int8, load=_janus),
         Subject(
             name="DeepSeek folder",
             owner="models/janus/deepseek.py",

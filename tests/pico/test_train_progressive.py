@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import dcdd_pico.train_progressive as stage
 from dcdd_core import registry
 from dcdd_core.models.janus.masked_start import TEMPLATE, start_from_janus
+from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.masked.files import load_masked
 from dcdd_core.models.masked.words import padded
 from dcdd_core.protocols import SamplingOptions
@@ -21,7 +22,7 @@ from dcdd_pico.scene_tokens import SceneTokens, encode_scenes, scene_facts_of
 from dcdd_pico.scenes import scene_facts
 from tests.tiny import random_pico, tiny_janus
 
-SMALL = Recipe(held_out_scenes=4, progressive_steps=4, progressive_batch=4)
+SMALL = Recipe(held_out_scenes=4, progressive_layers=2, progressive_steps=4, progressive_batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,19 @@ def test_scenes_come_in_blocks_each_gone_through_a_few_times(weights, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_block_that_is_there_does_not_wait_for_the_process(weights, tmp_path, monkeypatch):
+    given = {"seed": 5, "size": 96, "block": 3, "uses": 1, "ahead": False}
+    scenes = SceneTokens(tmp_path, weights, "x", **given)
+    first = scenes.batch(0, 3)
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(SceneTokens, "_ask", lambda self, number: asked.append(number))
+        again = SceneTokens(tmp_path, weights, "x", **given)
+        again._pool = object()
+        assert torch.equal(again.batch(0, 3).tokens, first.tokens)
+    assert asked == [1], "the next is asked for, this one is read"
+
+
 def test_a_process_of_its_own_prepares_the_same_blocks(weights, tmp_path):
     scenes = SceneTokens(tmp_path / "a", weights, "x", seed=5, size=96, block=3, uses=1)
     try:
@@ -109,7 +123,9 @@ def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatc
     again, _ = stage.train_progressive(contexts[1], weights, ahead=False)
     for (name, one), other in zip(whole.state_dict().items(), again.state_dict().values()):
         assert torch.equal(one, other), name
-    start = start_from_janus(registry.sampler_family(weights / "janus").load_sampler(str(weights / "janus")).model, 9)
+    janus = registry.sampler_family(weights / "janus").load_sampler(str(weights / "janus")).model
+    start = start_from_janus(janus, 9, layers=SMALL.progressive_layers)
+    assert whole.config == start.config and whole.config.layers == 2
     assert all(not torch.equal(one, other) for one, other in zip(start.parameters(), whole.parameters()))
 
     folder = stage.save_progressive(contexts[0], weights, whole, codebook)
@@ -171,6 +187,16 @@ def test_another_recipe_does_not_go_on(weights, tmp_path, monkeypatch):
     stage.train_progressive(context, weights, ahead=False)
     with pytest.raises(ValueError, match="corruptions"):
         stage.train_progressive(context, weights, kinds=["shuffled"], ahead=False)
+
+
+def test_it_may_start_from_the_first_layers_alone(weights):
+    janus = JanusSampler.load(weights / "janus").model
+    some, whole = start_from_janus(janus, 0, layers=2), start_from_janus(janus, 0)
+    assert some.config.layers == 2 < whole.config.layers
+    for name, value in some.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]) or name.startswith("scores"), name
+    with pytest.raises(ValueError, match=r"has 6 layers, got 7: take 1 or more of these"):
+        start_from_janus(janus, 0, layers=7)
 
 
 def test_tiny_janus_starts_a_network_only_with_as_many_key_heads():

@@ -2,6 +2,9 @@
 
 All layouts are read in one way. A network is built without weights, in the sizes that config.json declares and the
 weights' headers confirm; its tensors are then looked up under the layout's names, and only those it uses are read.
+
+`save_int8` writes transformers' layout with the matrices in 8 bits. transformers has no such method: it would take the
+integers for weights, so the file has a name that it does not look for, and config.json says it.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from transformers import (
 )
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from ...files import in_file, read_json, reading, regular_file, utf8_path
+from ...files import in_file, read_json, reading, regular_file, utf8_path, write_tensors
+from ...int8_rows import SCALE, large_matrices, restored, rounded
 from ...settings import require_text
 from ..checkpoints import (
     Header,
@@ -51,6 +55,10 @@ TRANSFORMERS = "janus"
 """model_type of a whole model in transformers' layout."""
 TOKENIZER = "janus_vqgan"
 """model_type of a VQ-VAE alone, in transformers' layout."""
+INT8_FILE = "int8_rows.safetensors"
+"""What `save_int8` calls the weights."""
+INT8_METHOD = "dcdd_int8_rows"
+"""quant_method in its config.json."""
 
 _CONFIG = "the configuration of a Janus model"
 #: JSON files of the prompts' tokenizer; all but the first may be absent.
@@ -190,6 +198,8 @@ class JanusFolder:
             require_text("dcdd_name", self._config.get("dcdd_name"), optional=True)
         self.name = self._config.get("dcdd_name") or model_name(self.path)
         self._layout = _LAYOUTS[self.kind]
+        said = self._config.get("quantization_config")
+        self._int8 = self.kind == TRANSFORMERS and isinstance(said, dict) and said.get("quant_method") == INT8_METHOD
 
     def words(self) -> PreTrainedTokenizerFast:
         """The tokenizer of prompts.
@@ -233,6 +243,7 @@ class JanusFolder:
         self._refuse_quantised()
         config = self._model_config()
         headers = read_headers(self.path, self._layout.wanted(_SAMPLER_PARTS))
+        self._check_int8(headers)
         layers, aligner = config.text_config.num_hidden_layers, config.vq_config.num_hidden_layers
         if self.kind == deepseek.MODEL_TYPE:
             section = "language_config"
@@ -284,8 +295,23 @@ class JanusFolder:
         """By what config.json says of the language model; its tensors may say it too."""
         for section in (self._config, self._config.get("text_config"), self._config.get("language_config")):
             said = section.get("quantization_config") if isinstance(section, dict) else None
-            if said is not None:
+            if said is not None and not (self._int8 and section is self._config):
                 raise ValueError(self._quantised(f"(by its config.json): {_method(said)}"))
+
+    def _check_int8(self, headers: Mapping[str, Header]) -> None:
+        """Refuses 8-bit weights beside the config.json of others, and the other way round."""
+        stored = any(header.dtype == "I8" for header in headers.values())
+        if self._int8 and not stored:
+            file = next(iter(headers.values())).file.name if headers else "its weights"
+            raise ValueError(
+                f"{self._file} says that matrices are stored as 8-bit rows ({INT8_METHOD}), and {file} holds none: "
+                "they do not belong together, fetch the whole model again"
+            )
+        if stored and not self._int8 and any(header.file.name == INT8_FILE for header in headers.values()):
+            raise ValueError(
+                f"{self.path} has matrices as 8-bit rows in {INT8_FILE}, and a config.json that does not say so (its "
+                f"quantization_config would be {INT8_METHOD}): they do not belong together, fetch the whole model again"
+            )
 
     def _quantised(self, how: str) -> str:
         return (
@@ -417,8 +443,10 @@ class JanusFolder:
             self._layout.rename(prefix + name): (name, tuple(value.shape))
             for name, value in module.state_dict().items()
         }
+        headers = _of_floats(headers) if self._int8 else headers
         unexpected = sorted(set(headers) - set(expected))
-        if how := quantised({name: headers[name].dtype for name in expected if name in headers}, unexpected):
+        dtypes = {name: headers[name].dtype for name in expected if name in headers}
+        if how := quantised(dtypes, () if self._int8 else unexpected):
             raise ValueError(self._quantised(how))
         misfit = misfits(
             missing=sorted(set(expected) - set(headers)),
@@ -433,8 +461,45 @@ class JanusFolder:
             raise ValueError(
                 f"the weights in {self.path} do not fit its config.json; {misfit}: fetch the whole model again"
             )
-        found = read_wanted(self.path, expected.__contains__, dtype=dtype, device=device)
+        found = self._read(expected, dtype=dtype, device=device)
         module.load_state_dict({name: found[theirs] for theirs, (name, _) in expected.items()}, assign=True)
+
+    def _read(
+        self, names: Collection[str], *, dtype: torch.dtype | None, device: torch.device | str
+    ) -> dict[str, torch.Tensor]:
+        """These tensors; matrices that are stored in 8 bits become floats."""
+        if not self._int8:
+            return read_wanted(self.path, names.__contains__, dtype=dtype, device=device)
+        found = read_wanted(self.path, lambda name: name.removesuffix(SCALE) in names, device=device)
+        with in_file(self.path):
+            whole = restored(found, remedy="fetch the whole model again")
+        return {name: value if dtype is None else value.to(dtype) for name, value in whole.items()}
+
+
+def save_int8(folder: str | Path, janus: JanusForConditionalGeneration) -> None:
+    """Writes config.json and weights: large matrices in 8 bits with a float32 scale a row, the rest in float16.
+
+    The VQ model is float16 as a whole, so that its tokens stay what they are. The vision tower, its aligner and the
+    text head, which nothing here uses, are left out. The tokenizer of prompts is the caller's to write.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    kept = {name: value for name, value in janus.state_dict().items() if not name.startswith(_UNUSED_PARTS)}
+    matrices = [name for name in large_matrices(janus) if name in kept and not name.startswith(_VQ)]
+    write_tensors(Path(folder) / INT8_FILE, rounded(kept, matrices), {"format": "pt"})
+    config = copy.deepcopy(janus.config)
+    config.quantization_config = {"quant_method": INT8_METHOD}
+    config.save_pretrained(folder)
+
+
+def _of_floats(headers: Mapping[str, Header]) -> dict[str, Header]:
+    """The headers of what 8-bit rows are read as: floats, without their scales."""
+    return {
+        name: header._replace(dtype="F32") if header.dtype == "I8" else header
+        for name, header in headers.items()
+        if not (name.endswith(SCALE) and name.removesuffix(SCALE) in headers)
+    }
 
 
 @contextmanager

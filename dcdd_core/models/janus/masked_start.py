@@ -25,17 +25,23 @@ _PARTS = {
 }
 
 
-def network_config(janus: JanusForConditionalGeneration, grid: tuple[int, int] | None = None) -> MaskedConfig:
+def network_config(
+    janus: JanusForConditionalGeneration, grid: tuple[int, int] | None = None, layers: int | None = None
+) -> MaskedConfig:
     """The sizes of a Janus, for a network that starts from it.
 
     Args:
         grid: of the network's images; None for Janus' own.
+        layers: of Janus, the first ones; None for all.
 
     Raises:
-        ValueError: for blocks that the network's are not like: heads that share their keys or are not as wide as
-            their share of the width, scaled rotary embeddings, biases, and another depth of aligner.
+        ValueError: for more layers than Janus has, and for blocks that the network's are not like: heads that share
+            their keys or are not as wide as their share of the width, scaled rotary embeddings, biases, and another
+            depth of aligner.
     """
     text, codes = janus.config.text_config, janus.config.vq_config
+    if layers is not None and not 1 <= layers <= text.num_hidden_layers:
+        raise ValueError(f"this Janus has {text.num_hidden_layers} layers, got {layers}: take 1 or more of these")
     if text.num_key_value_heads != text.num_attention_heads:
         raise ValueError(
             f"this Janus has {text.num_key_value_heads} key heads for {text.num_attention_heads} heads: start from one "
@@ -57,7 +63,7 @@ def network_config(janus: JanusForConditionalGeneration, grid: tuple[int, int] |
         code_dim=codes.embed_dim,
         words=text.vocab_size,
         width=text.hidden_size,
-        layers=text.num_hidden_layers,
+        layers=layers or text.num_hidden_layers,
         heads=text.num_attention_heads,
         hidden=text.intermediate_size,
         rope_theta=float(rope["rope_theta"]),
@@ -67,18 +73,21 @@ def network_config(janus: JanusForConditionalGeneration, grid: tuple[int, int] |
 
 @torch.no_grad()
 def start_from_janus(
-    janus: JanusForConditionalGeneration, seed: int, *, grid: tuple[int, int] | None = None
+    janus: JanusForConditionalGeneration, seed: int, *, grid: tuple[int, int] | None = None, layers: int | None = None
 ) -> MaskedTransformer:
     """A network with Janus' blocks, embeddings and head, in float32; a hidden position starts as the mean code.
 
     Only what Janus has no counterpart of is new: the scores start at 0 for every position.
+
+    Args:
+        grid, layers: see `network_config`.
 
     Raises:
         ValueError: as `network_config`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = MaskedTransformer(network_config(janus, grid))
+        network = MaskedTransformer(network_config(janus, grid, layers))
     model = janus.model
     llama = model.language_model.state_dict()
     found = {

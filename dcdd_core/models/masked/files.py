@@ -13,10 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...files import in_file, write_tensors, write_text
-from ...int8_rows import restored, rounded
+from ...int8_rows import large_matrices, restored, rounded
 from ...method.progressive import ProgressiveOptions
 from ...settings import require_text
 from ...types import Codebook
@@ -28,8 +27,6 @@ from .words import Words
 MODEL_TYPE = "dcdd_masked"
 _AGAIN = "fetch the whole model again"
 _CODEBOOK = "codebook"
-_LEAST_ROW = 64
-"""Inputs of the smallest linear layer that is stored in 8 bits; smaller ones hardly take space."""
 _ENTRIES = {"model_type", "name", "template", "tokenizer", "sampling", "network"}
 
 
@@ -54,7 +51,7 @@ def save_masked(
         OSError: as `write_tensors`.
     """
     held = network.state_dict()
-    tensors = {_CODEBOOK: codebook.vectors} | (rounded(held, _large(network)) if int8 else held)
+    tensors = {_CODEBOOK: codebook.vectors} | (rounded(held, large_matrices(network)) if int8 else held)
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     config = {
         "model_type": MODEL_TYPE,
@@ -140,12 +137,3 @@ def _sampling(values: Any) -> ProgressiveOptions:
         return ProgressiveOptions(**values)
     except TypeError as error:
         raise ValueError(f"sampling has an unknown entry ({error}): {_AGAIN}") from None
-
-
-def _large(network: nn.Module) -> set[str]:
-    """Names of the weights that are stored in 8 bits."""
-    return {
-        f"{name}.weight"
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) and layer.in_features >= _LEAST_ROW
-    }
