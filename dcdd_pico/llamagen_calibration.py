@@ -21,9 +21,8 @@ from .build_context import Recipe
 from .embedded import CALIBRATION, LLAMAGEN
 from .llamagen_sections import chosen_guidance
 from .models import load_pico
-from .scenes import render_scene, scene_pixels
 from .sections import measure, parse
-from .train_calibration import fit_sampler
+from .train_calibration import fit_sampler, scene_features
 
 _CHOICE = "llamagen-choice"
 
@@ -39,9 +38,7 @@ def fit_llamagen_calibration(weights: Path, guidance: float, *, device: torch.de
     """
     recipe, folder = Recipe.load(weights), weights / LLAMAGEN
     pico = load_pico(weights=weights, device=device, vlm=LLAMAGEN)
-    images = [render_scene("train", k, size=recipe.size).image for k in range(recipe.calibration_images)]
-    features = torch.cat([pico.tokenizer.features(scene_pixels(image[None], device)) for image in images])
-    calibration = fit_sampler(pico.sampler, features, guidance)
+    calibration = fit_sampler(pico.sampler, scene_features(recipe, pico.tokenizer), guidance)
     calibration.save(weights / CALIBRATION)
     config = read_config(folder) | {"guidance": guidance}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")

@@ -1,11 +1,18 @@
-"""Chooses how the decoder is served by default: the time shift, and how the VLM's output is read."""
+"""Chooses how the decoder is served by default: the time shift, and how the VLM's output is read.
+
+`python -m dcdd_pico.serving` does so for the weights that are there, such as after a new Janus: it chooses the guidance
+that Janus samples with, calibrates to these samples, chooses shift and reading, and writes the card into the decoder's
+file. The second scene reader, which judges, is trained first if the work folder has none.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,30 +21,110 @@ from tqdm import tqdm
 
 from dcdd_core.evaluation.frechet import FrechetStatistics, features_of, frechet_distance
 from dcdd_core.files import write_text
+from dcdd_core.models.bundle import DecoderOptions, load_decoder, save_bundle
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
-from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.pipelines.calibrate import verdict
 from dcdd_core.pipelines.condition import condition_for, serving
 from dcdd_core.pipelines.decode import decode
-from dcdd_core.protocols import SamplingOptions
+from dcdd_core.pipelines.load import Models
+from dcdd_core.protocols import SamplingOptions, TokenSampler
+from dcdd_core.types import Calibration, TokenLogits
 
-from .build_context import BuildContext, digest
+from .build_context import BuildContext, digest, stage_context, stage_parser
+from .embedded import model_paths
+from .models import load_pico
 from .reader import FACTS, SceneReader, fact_labels
 from .scene_arrays import scene_images
 from .scenes import SceneFacts, scene_facts, scene_pixels
+from .train_calibration import fit_sampler, scene_features
+from .train_reader import train_loss_reader
 
 #: Time shifts (mu) to try after FLUX's own, until one is no improvement.
 SHIFTS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+#: Guidances that Janus' samples are compared at.
+GUIDANCES = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 _BATCH = 32
 _STEPS = 10
+
+
+@dataclass(frozen=True)
+class JointDistance:
+    """The Frechet joint distance (DeVries et al. 2019, arXiv 1907.08175) of images for calibration captions.
+
+    It is that of features concatenated with the caption's facts, so that images must also match their captions.
+    `Recipe.choice_scenes` calibration scenes are what images are compared with; the tables do not use them.
+
+    Attributes:
+        reader: of the features. It measures no table.
+    """
+
+    context: BuildContext
+    reader: SceneReader
+
+    @cached_property
+    def facts(self) -> list[SceneFacts]:
+        return scene_facts("calibration", self.context.recipe.choice_scenes)
+
+    @cached_property
+    def parts(self) -> list[range]:
+        """Batches of captions."""
+        count = len(self.facts)
+        return [range(k, min(count, k + _BATCH)) for k in range(0, count, _BATCH)]
+
+    @cached_property
+    def _real(self) -> torch.Tensor:
+        size = self.context.recipe.size
+        images = scene_images(self.context.folder, "calibration", len(self.facts), size=size)
+        pixels = (scene_pixels(images[part.start : part.stop], self.context.device) for part in self.parts)
+        return torch.cat([features_of(part, self.reader.frechet_features) for part in pixels])
+
+    @cached_property
+    def _encoded_facts(self) -> torch.Tensor:
+        return fact_features(self._real, self.facts)
+
+    def samples(self, sampler: TokenSampler, guidance: float) -> list[TokenLogits]:
+        """What a VLM samples for the captions, in batches."""
+        return [
+            sampler.sample(
+                [self.facts[k].caption() for k in part], seeds=part, options=SamplingOptions(guidance=guidance)
+            )
+            for part in tqdm(self.parts, desc=f"captions, guidance {guidance:g}", unit="batch", disable=None)
+        ]
+
+    def of(self, image: Callable[[range, TokenLogits], torch.Tensor], samples: Sequence[TokenLogits]) -> float:
+        """The distance of the images [B, 3, S, S] that a decoder makes of samples."""
+        made = [
+            features_of(image(part, grid), self.reader.frechet_features)
+            for part, grid in zip(self.parts, samples, strict=True)
+        ]
+        pairs = ([features, self._encoded_facts] for features in (self._real, torch.cat(made)))
+        return frechet_distance(*(FrechetStatistics.of([torch.cat(pair, dim=1)]) for pair in pairs))
+
+
+def painter(
+    context: BuildContext,
+    vq: VQTokenizer,
+    vae: AutoencoderKL,
+    decoder: DistributionConditionedDecoder,
+    card: DecoderCard,
+) -> Callable[[range, TokenLogits], torch.Tensor]:
+    """Paints samples as a card says; an image's seed is its caption's number."""
+
+    def image(part: range, grid: TokenLogits) -> torch.Tensor:
+        condition = condition_for(card, grid, vq.codebook)
+        with context.autocast():
+            return decode(decoder, KLCodec(vae), condition, seeds=part, steps=card.steps, shift=card.shift).pixels
+
+    return image
 
 
 @torch.no_grad()
 def choose_serving(
     context: BuildContext,
-    sampler: JanusSampler,
+    sampler: TokenSampler,
     vq: VQTokenizer,
     vae: AutoencoderKL,
     decoder: DistributionConditionedDecoder,
@@ -47,10 +134,8 @@ def choose_serving(
 
     All candidates decode with ten steps, which the card then records. The shift is chosen first, with anchored logits;
     then the reading: anchored logits, the VLM's logits (beta = 0, as in the paper), or the sampled tokens alone
-    (`search_serving`). The images are generated for `Recipe.choice_scenes` captions of calibration scenes and compared
-    by the Frechet joint distance (DeVries et al. 2019, arXiv 1907.08175), on features concatenated with the caption's
-    facts, so that images must also match their captions. Features are those of the loss reader. Neither that network
-    nor these scenes are used for the tables. The distances are kept in `serving.json`, and reused for the same models.
+    (`search_serving`), by the `JointDistance` to the second reader's features. The distances are kept in
+    `serving.json`, and reused for the same models.
     """
     recipe, path = context.recipe, context.folder / "serving.json"
     card = serving(replace(decoder.card, steps=_STEPS, shift=None), reads="anchored")
@@ -61,29 +146,11 @@ def choose_serving(
         return serving(replace(card, shift=found["shift"]), reads=found["reads"])
     if recipe.compiled:
         decoder.transformer.compile_repeated_blocks(dynamic=False)
-
-    count = recipe.choice_scenes
-    facts = scene_facts("calibration", count)
-    parts = [range(k, min(count, k + _BATCH)) for k in range(0, count, _BATCH)]
-    grids = [
-        sampler.sample(
-            [facts[k].caption() for k in part], seeds=part, options=SamplingOptions(guidance=recipe.guidance)
-        )
-        for part in tqdm(parts, desc="captions", unit="batch", disable=None)
-    ]
-    scenes = scene_pixels(scene_images(context.folder, "calibration", count, size=recipe.size), context.device)
-    real = torch.cat([features_of(scenes[part.start : part.stop], loss_reader.frechet_features) for part in parts])
-    encoded_facts = fact_features(real, facts)
-    statistics = FrechetStatistics.of([torch.cat([real, encoded_facts], dim=1)])
+    judge = JointDistance(context, loss_reader)
+    samples = judge.samples(sampler, recipe.guidance)
 
     def distance(card: DecoderCard) -> float:
-        made = []
-        for part, grid in zip(parts, grids, strict=True):
-            condition = condition_for(card, grid, vq.codebook)
-            with context.autocast():
-                painted = decode(decoder, KLCodec(vae), condition, seeds=part, steps=card.steps, shift=card.shift)
-            made.append(features_of(painted.pixels, loss_reader.frechet_features))
-        return frechet_distance(statistics, FrechetStatistics.of([torch.cat([torch.cat(made), encoded_facts], dim=1)]))
+        return judge.of(painter(context, vq, vae, decoder, card), samples)
 
     by_shift, by_reading = search_serving(card, distance)
     shift, reads = (min(found, key=found.__getitem__) for found in (by_shift, by_reading))
@@ -122,3 +189,67 @@ def fact_features(features: torch.Tensor, facts: list[SceneFacts]) -> torch.Tens
     answers = [F.one_hot(found, len(FACTS[name])) for name, found in fact_labels(facts).items()]
     encoded = torch.cat(answers, dim=1).to(features)
     return encoded * (features.norm(dim=1).mean() / encoded.norm(dim=1).mean())
+
+
+@torch.no_grad()
+def choose_guidance(context: BuildContext, models: Models, loss_reader: SceneReader) -> dict[float, dict[str, float]]:
+    """The joint distance by guidance, of the VQ decode's images and of those painted as the decoder's card says.
+
+    Each guidance has a calibration of its own. The best one may be another for each decoder.
+    """
+    judge, vq, decoder = JointDistance(context, loss_reader), models.tokenizer, models.decoder
+    features = scene_features(context.recipe, vq)
+    found = {}
+    for guidance in GUIDANCES:
+        samples = judge.samples(models.sampler, guidance)
+        card = serving(decoder.card, calibration=fit_sampler(models.sampler, features, guidance))
+        found[guidance] = {
+            "VQ-VAE": judge.of(lambda _, grid: vq.decode_tokens(grid.tokens, grid.grid), samples),
+            "decoder": judge.of(painter(context, vq, models.codec.model, decoder, card), samples),
+        }
+        print(f"guidance {guidance:g}: " + ", ".join(f"{name} {value:.4f}" for name, value in found[guidance].items()))
+    return found
+
+
+def serve(context: BuildContext, weights: Path, *, guidance: float | None = None) -> Calibration:
+    """Calibrates the models in `weights`, chooses how they are served, and writes that into the decoder's card.
+
+    The recipe beside them gets the guidance, and `guidance.json` of the work folder the distances.
+
+    Args:
+        guidance: that Janus samples with; None chooses the best for the decoder (`choose_guidance`).
+
+    Raises:
+        ValueError: if a part of the weights is missing.
+    """
+    recipe, loss_reader = context.recipe, train_loss_reader(context)
+    models = load_pico(weights=weights, device=context.device, compiled=recipe.compiled)
+    if guidance is None:
+        by_guidance = choose_guidance(context, models, loss_reader)
+        write_text(context.folder / "guidance.json", json.dumps(by_guidance, indent=1) + "\n")
+        guidance = min(by_guidance, key=lambda one: by_guidance[one]["decoder"])
+    calibration = fit_sampler(models.sampler, scene_features(recipe, models.tokenizer), guidance)
+    models.decoder.card = serving(models.decoder.card, calibration=calibration)
+    # The decoder is compiled by now, if it is at all.
+    choosing = replace(context, recipe=replace(recipe, guidance=guidance, compiled=False))
+    parts = (models.sampler, models.tokenizer, models.codec.model, models.decoder)
+    card = choose_serving(choosing, *parts, loss_reader)
+    path = model_paths(weights)["decoder"]
+    whole = load_decoder(path, options=DecoderOptions(dtype=torch.float32, fold=False))
+    whole.card = card
+    save_bundle(path, whole, dtype=torch.float16)
+    replace(recipe, guidance=guidance).save(weights)
+    return calibration
+
+
+def main() -> None:
+    parser = stage_parser(__doc__)
+    parser.add_argument("--guidance", type=float, help="that Janus samples with; by default the best for the decoder")
+    chosen = parser.parse_args()
+    calibration = serve(stage_context(chosen), chosen.weights, guidance=chosen.guidance)
+    card = load_decoder(model_paths(chosen.weights)["decoder"]).card
+    print(f"guidance {calibration.guidance:g}, shift {card.shift}, reads {card.reads}\n{verdict(calibration)}")
+
+
+if __name__ == "__main__":
+    main()

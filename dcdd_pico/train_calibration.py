@@ -9,12 +9,12 @@ import torch
 from dcdd_core.method.calibration import anchor_statistics, fit_anchor, fit_calibration, proxy_logits, target_statistics
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.vq import VQTokenizer
-from dcdd_core.protocols import SamplingOptions, TokenSampler
+from dcdd_core.protocols import ImageTokenizer, SamplingOptions, TokenSampler
 from dcdd_core.types import Calibration, TokenLogits
 
-from .build_context import BuildContext, digest
+from .build_context import BuildContext, Recipe, digest
 from .scene_cache import Encodings
-from .scenes import scene_facts
+from .scenes import render_scene, scene_facts, scene_pixels
 
 _BATCH = 25
 
@@ -36,6 +36,12 @@ def fit_pico_calibration(
     calibration = fit_sampler(sampler, torch.from_numpy(encodings.features[:count].copy()).float(), guidance)
     calibration.save(path)
     return calibration
+
+
+def scene_features(recipe: Recipe, tokenizer: ImageTokenizer) -> torch.Tensor:
+    """Features [M, N, D] of the training scenes that a recipe calibrates with."""
+    images = [render_scene("train", k, size=recipe.size).image for k in range(recipe.calibration_images)]
+    return torch.cat([tokenizer.features(scene_pixels(image[None], tokenizer.device)) for image in images])
 
 
 def fit_sampler(sampler: TokenSampler, features: torch.Tensor, guidance: float) -> Calibration:

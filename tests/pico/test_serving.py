@@ -1,13 +1,21 @@
-"""Choosing the serving options: the joint distance of images and captions, and the search."""
+"""Choosing the serving options: the joint distance of images and captions, the search, and what is written."""
+
+import json
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dcdd_core.evaluation.frechet import FrechetStatistics, frechet_distance
-from dcdd_pico.reader import FACTS, fact_labels
+from dcdd_pico import serving
+from dcdd_pico.build_context import Recipe
+from dcdd_pico.models import load_pico
+from dcdd_pico.reader import FACTS, SceneReader, fact_labels
 from dcdd_pico.scenes import scene_facts
 from dcdd_pico.serving import fact_features, search_serving
-from tests.tiny import tiny_card
+from dcdd_pico.train_calibration import fit_sampler, scene_features
+from tests.tiny import fill, random_pico, tiny_card
 
 
 def test_images_of_other_captions_are_farther_off():
@@ -41,3 +49,40 @@ def test_the_shift_grows_as_long_as_that_is_better_and_each_reading_is_tried_wit
     assert tried[-2:] == [(2.0, "logits"), (2.0, "tokens")] and len(tried) == 7
     by_shift, _ = search_serving(tiny_card(reads="anchored"), lambda card: card.shift or 0.0)
     assert list(by_shift) == [None, 1.0]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_the_command_writes_what_it_chose_into_the_card(tmp_path, monkeypatch, capsys):
+    weights = random_pico(tmp_path / "weights")
+    Recipe(choice_scenes=3, calibration_images=2, guidance=7.0, janus_steps=8).save(weights)
+    before = load_file(weights / "decoder.safetensors")
+    monkeypatch.setattr(serving, "train_loss_reader", lambda context: fill(SceneReader(), 9))
+    monkeypatch.setattr(serving, "GUIDANCES", (1.0, 2.0))
+    monkeypatch.setattr(serving, "SHIFTS", (1.0,))
+    monkeypatch.setattr(serving, "_STEPS", 2)
+    told, real = {}, serving.choose_guidance
+
+    def choose(*given):
+        told.update(real(*given))
+        return told
+
+    monkeypatch.setattr(serving, "choose_guidance", choose)
+    arguments = ["a", "--folder", str(tmp_path / "work"), "--weights", str(weights)]
+    for more, chosen in (
+        ([], lambda: min(told, key=lambda one: told[one]["decoder"])),
+        (["--guidance", "4"], lambda: 4.0),
+    ):
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        serving.main()
+        pico, guidance = load_pico(weights=weights), chosen()
+        card = pico.decoder.card
+        expected = fit_sampler(pico.sampler, scene_features(Recipe.load(weights), pico.tokenizer), guidance)
+        assert card.calibration == expected and card.calibration.guidance == guidance and card.steps == 2
+        found = json.loads((tmp_path / "work" / "serving.json").read_text())
+        assert (card.shift, card.reads) == (found["shift"], found["reads"])
+        assert Recipe.load(weights) == Recipe(choice_scenes=3, calibration_images=2, guidance=guidance, janus_steps=8)
+        assert f"guidance {guidance:g}, shift {card.shift}, reads {card.reads}" in capsys.readouterr().out
+    assert list(told) == [1.0, 2.0] and all(set(row) == {"VQ-VAE", "decoder"} for row in told.values())
+    assert json.loads((tmp_path / "work" / "guidance.json").read_text()) == {str(k): row for k, row in told.items()}
+    after = load_file(weights / "decoder.safetensors")
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
