@@ -255,21 +255,22 @@ class FluxDecoder(io.ComfyNode):
             comfy_host, guide = decoder_guide(comfy_host, codec, vq_vae, condition, model, strength)
             shift = served_shift if schedule == AS_MEASURED and served_shift is not None else shift
         progress, preview = host.NodeProgress(steps), _preview(codec, decoder.decoder.device)
-        decoded = decode(
-            model,
-            codec,
-            condition,
-            seeds=[seed + k for k in range(batch)],
-            steps=steps,
-            shift=shift,
-            image=given,
-            mask=area,
-            guide=guide,
-            on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
-            on_prepare=_on_layer(progress, steps),
-            host=comfy_host,
-            codec_remedy=_TILES,
-        )
+        with host.noticed():
+            decoded = decode(
+                model,
+                codec,
+                condition,
+                seeds=[seed + k for k in range(batch)],
+                steps=steps,
+                shift=shift,
+                image=given,
+                mask=area,
+                guide=guide,
+                on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
+                on_prepare=_on_layer(progress, steps),
+                host=comfy_host,
+                codec_remedy=_TILES,
+            )
         painted = image_of(decoded.pixels)
         latent = {"samples": decoded.latents.to(painted.device)}
         if image is not None:

@@ -65,7 +65,8 @@ def served_as(card: DecoderCard) -> str:
     shift = "the backbone's shift" if card.shift is None else f"shift {card.shift:g}"
     if card.condition_guidance != 1:
         guided = f"condition guidance of {card.condition_guidance:g}, {guided}"
-    return f"decoder: {card.variant}, {card.resolution} px, {card.steps} steps, {shift}, {guided}"
+    taught = "" if card.distilled is None else f" (a student of {card.distilled.teacher_steps})"
+    return f"decoder: {card.variant}, {card.resolution} px, {card.steps} steps{taught}, {shift}, {guided}"
 
 
 def _sampled(models: Models, prompts: Sequence[str], args: argparse.Namespace) -> Iterator[TokenLogits]:

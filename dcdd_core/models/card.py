@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..method.distillation import OBJECTIVES
 from ..settings import require_number, require_text, shown
 from ..types import Calibration
 
@@ -18,8 +19,8 @@ MOST_STEPS = 1000
 MOST_STRENGTH = 10.0
 #: The strongest guidance on the condition; images fall apart long before it [choice].
 MOST_CONDITION_GUIDANCE = 20.0
-_GUIDANCE = "distribution_guidance"
-_OFF = {_GUIDANCE: None, "condition_dropout": 0.0, "condition_guidance": 1.0}
+_GUIDANCE, _DISTILLED = "distribution_guidance", "distilled"
+_OFF = {_GUIDANCE: None, "condition_dropout": 0.0, "condition_guidance": 1.0, _DISTILLED: None}
 #: Fields that the first cards did not have, and that are not written where they say nothing.
 LATER = frozenset(_OFF)
 #: The largest of a card's sizes: far beyond every network's, and small enough to be multiplied.
@@ -58,6 +59,38 @@ class ServedGuidance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """How a student of few steps was made.
+
+    Attributes:
+        objective: one of `method.distillation.OBJECTIVES`.
+        teacher_steps: Euler steps of its teacher.
+
+    Raises:
+        ValueError: for another objective, and numbers out of range.
+    """
+
+    objective: str
+    teacher_steps: int
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {shown(self.objective)}")
+        require_number("teacher_steps", self.teacher_steps, whole=True, least=2, most=MOST_STEPS)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Distilled:
+        """The inverse of `asdict`.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if not isinstance(values, dict) or set(values) != {"objective", "teacher_steps"}:
+            raise ValueError(f"{_DISTILLED} must be an object of objective and teacher_steps, got {shown(values)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderCard:
     """The description in a bundle's header, stored as JSON.
 
@@ -76,7 +109,7 @@ class DecoderCard:
             tokens become 512 x 512 pixels.
         vae_factor, vae_shift, vae_scale: of the autoencoder whose latents it paints; shift and scale None if it
             normalises them in another way.
-        steps: default number of Euler steps.
+        steps: default number of Euler steps; of a student, those that it was made for.
         shift: default mu of the time shift (`method.flow.shift_time`); None for the backbone's own, by resolution.
         guidance: value of the distilled guidance embedding, where the base has one; served as trained.
         licence: of the weights.
@@ -84,6 +117,7 @@ class DecoderCard:
         condition_dropout: share of the training examples whose condition was left out, 0 for none, as in the paper;
             above 0 the decoder has a null condition (`adapter.NullCondition`) and can be guided on the condition.
         condition_guidance: w, the guidance on the condition that it is served with by default; 1 is off.
+        distilled: of a student, how it was made; None for a decoder that can take any number of steps.
 
     Raises:
         ValueError: for an unknown variant or reading, values of wrong types, and numbers out of range.
@@ -110,6 +144,7 @@ class DecoderCard:
     distribution_guidance: ServedGuidance | None = None
     condition_dropout: float = 0.0
     condition_guidance: float = 1.0
+    distilled: Distilled | None = None
 
     def __post_init__(self):
         for name in ("base", "tokenizer", "codebook", "licence"):
@@ -143,6 +178,21 @@ class DecoderCard:
         require_number("guidance", self.guidance, least=0, most=_LARGEST)
         require_number("condition_dropout", self.condition_dropout, least=0, below=1)
         self.condition_guidance_of(self.condition_guidance)
+        self._check_student()
+
+    def _check_student(self) -> None:
+        if not isinstance(self.distilled, (Distilled, type(None))):
+            raise ValueError(
+                f"{_DISTILLED} must be an objective and a number of steps or None, got {shown(self.distilled)}"
+            )
+        if self.distilled is None:
+            return
+        if self.steps >= self.distilled.teacher_steps:
+            raise ValueError(
+                f"a student takes fewer steps than its teacher, got {self.steps} and {self.distilled.teacher_steps}"
+            )
+        if self.condition_dropout:
+            raise ValueError(f"a student has no null condition, got condition_dropout {self.condition_dropout:g}")
 
     def condition_guidance_of(self, asked: float | None) -> float:
         """w: what was asked for, or by default the card's own.
@@ -152,6 +202,11 @@ class DecoderCard:
         """
         w = self.condition_guidance if asked is None else asked
         require_number("condition_guidance", w, least=0, most=MOST_CONDITION_GUIDANCE, remedy="1 is off")
+        if w != 1 and self.distilled is not None:
+            raise ValueError(
+                f"condition_guidance must be 1, which is off, got {w:g}: this decoder is a student, which paints with "
+                "the guidance that its teacher had; leave it out, or distil a teacher whose card says this guidance"
+            )
         if w != 1 and self.condition_dropout == 0:
             raise ValueError(
                 f"condition_guidance must be 1, which is off, got {w:g}: this decoder never saw an image without its "
@@ -175,6 +230,8 @@ class DecoderCard:
             values["calibration"] = Calibration.from_dict(values["calibration"])
         if values.get(_GUIDANCE) is not None:
             values[_GUIDANCE] = ServedGuidance.from_dict(values[_GUIDANCE])
+        if values.get(_DISTILLED) is not None:
+            values[_DISTILLED] = Distilled.from_dict(values[_DISTILLED])
         return cls(**values)
 
     def painted_size(self, grid: tuple[int, int], *, patch: int = 2) -> tuple[int, int]:

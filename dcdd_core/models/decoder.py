@@ -6,6 +6,7 @@ and context.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,6 +63,12 @@ class DistributionConditionedDecoder(nn.Module):
     def painted_size(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(H, W) in pixels of the image that an (h, w) grid of tokens becomes."""
         return self.card.painted_size(grid, patch=self.backbone.patch)
+
+    def served_shift(self, latent_size: tuple[int, int], steps: int) -> float:
+        """Mu of the time shift by default: the card's, or if it has none the backbone's for this (h', w')."""
+        if self.card.shift is not None:
+            return self.card.shift
+        return self.backbone.default_shift(math.prod(latent_size) // self.backbone.patch**2, steps)
 
     def prepare(self, times: Sequence[float], *, on_layer: OnLayer | None = None) -> None:
         """Call before steps at these times (0..1): what all of them share is computed now.

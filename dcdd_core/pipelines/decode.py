@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, D code dim, H W pixels, h' w' latent grid, C latent c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +22,7 @@ from ..models.card import MOST_STEPS
 from ..models.decoder import DistributionConditionedDecoder
 from ..protocols import ImageTokenizer, LatentCodec, OnLayer
 from ..settings import require_number
-from ..types import Condition, TokenLogits, same_codebook
+from ..types import Condition, DCDDWarning, TokenLogits, same_codebook
 from .condition_guidance import ConditionedVelocity
 from .guided import TokenGuide
 from .host import PLAIN, Host
@@ -84,7 +85,8 @@ def decode(
     """Paints the images of a condition (Eqs. 17-25): `canvas_of`, `paint` and `pixels_of`, see these.
 
     If a batch runs out of memory, it is painted in smaller parts, with the same result; `on_step` is then called for
-    each of them from the first step on. The codec works on one image at a time, outside of the steps.
+    each of them from the first step on. The codec works on one image at a time, outside of the steps. A student of few
+    steps that is to paint at times that it was not made for gives a `DCDDWarning`.
 
     Args:
         codec_remedy: what to do if the codec does not fit into memory; the host's by default.
@@ -98,6 +100,8 @@ def decode(
     w = decoder.card.condition_guidance_of(condition_guidance)
     (canvas,) = in_parts(lambda *_: canvas_of(codec, decoder, condition, image, mask), 1, host, remedy=codec_remedy)
     latent_size = (canvas.given.shape[2], canvas.given.shape[3])
+    if doubt := _doubt_of_student(decoder, latent_size, steps, shift, start):
+        warnings.warn(doubt, DCDDWarning, stacklevel=2)
 
     def run(first: int, last: int) -> torch.Tensor:
         host.bring(decoder.backbone.working_memory((last - first) * (1 if w == 1 else 2), latent_size))
@@ -265,7 +269,7 @@ def paint(
     x = backbone.pack(x if start == 1 else interpolate(guide.soft.to(x), x, start))
     velocity_of = ConditionedVelocity(decoder, condition.to(device, dtype), size, w, host)
     if shift is None:
-        shift = backbone.default_shift(x.shape[1], steps) if card.shift is None else card.shift
+        shift = decoder.served_shift(size, steps)
     times = (start * timesteps(steps, shift=shift)).tolist()
     decoder.prepare(times[:-1], on_layer=on_prepare)
     finite: list[torch.Tensor] = []
@@ -340,6 +344,31 @@ def _require_finite(finite: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
     if dtype != torch.float32:
         remedy = f"it computes in {str(dtype).removeprefix('torch.')}: load it in float32; or else {remedy}"
     raise ValueError(f"the decoder's latents became NaN or infinite in step {step}: {remedy}")
+
+
+def _doubt_of_student(
+    decoder: DistributionConditionedDecoder,
+    latent_size: tuple[int, int],
+    steps: int | None,
+    shift: float | None,
+    start: float,
+) -> str | None:
+    """Why a student's images may be worse than it can paint; None for its own times, and for other decoders."""
+    card, found = decoder.card, []
+    if card.distilled is None:
+        return None
+    if steps not in (None, card.steps):
+        found.append(f"{steps} steps")
+    if shift not in (None, own := decoder.served_shift(latent_size, card.steps)):
+        found.append(f"shift {shift:g}")
+    if start != 1:
+        found.append(f"start {start:g}")
+    if not found:
+        return None
+    return (
+        f"this decoder is a student that was made for {card.steps} steps from noise at shift {own:g}, and is to paint "
+        f"with {', '.join(found)}: its images will be worse; leave that out, or use its teacher"
+    )
 
 
 def _check_seeds(seeds: Sequence[int], batch: int) -> None:

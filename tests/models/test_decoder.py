@@ -188,6 +188,7 @@ FINE = {
     "guidance": {"zero", "fraction"},
     "distribution_guidance": {"null"},
     "condition_dropout": {"zero"},
+    "distilled": {"null"},
 }
 
 

@@ -1,5 +1,6 @@
 """Condition -> image: seeds, localised decoding, stopping, and refusals."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 
 from dcdd_core.method.flow import resolution_shift
 from dcdd_core.method.latents import pack, pack_mask, scale_latents
+from dcdd_core.models.card import Distilled
 from dcdd_core.models.vae import KLCodec
+from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.decode import _require_finite, decode, pixels_of
-from dcdd_core.types import Condition
-from tests.tiny import tiny_condition, tiny_decoder, tiny_vae
+from dcdd_core.pipelines.guided import GuidanceOptions, token_guide
+from dcdd_core.types import Condition, DCDDWarning
+from tests.tiny import tiny_condition, tiny_decoder, tiny_vae, tiny_vq
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,41 @@ def test_steps_come_from_the_card_and_are_reported(models):
     seen = []
     decode(*models, tiny_condition(1), seeds=[0], on_step=lambda i, n, z: seen.append((i, n, tuple(z.shape))))
     assert seen == [(i, 3, (1, 16, 8, 8)) for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("shift", [None, 1.5])
+def test_a_student_paints_in_the_steps_it_was_made_for_and_warns_of_others(models, shift):
+    vae, condition = models[1], tiny_condition(2)
+    student = tiny_decoder(steps=2, shift=shift, distilled=Distilled(objective="trajectory", teacher_steps=10))
+    own = resolution_shift(16) if shift is None else shift
+
+    def painted(**options):
+        seen = []
+        decode(student, vae, condition, seeds=[0, 1], on_step=lambda i, n, z: seen.append((i, n)), **options)
+        return seen
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({}, {"steps": 2}, {"shift": own}):
+            assert painted(**options) == [(1, 2), (2, 2)]
+        decode(*models, condition, seeds=[0, 1], steps=7, shift=9.0)  # of another decoder
+    for options, words in (
+        ({"steps": 3}, f"made for 2 steps from noise at shift {own:g}, and is to paint with 3 steps: its images"),
+        ({"shift": 0.0}, "to paint with shift 0: its images will be worse"),
+        ({"steps": 1, "shift": -1.0}, "to paint with 1 steps, shift -1: its"),
+    ):
+        with pytest.warns(DCDDWarning, match=words) as told:
+            assert len(painted(**options)) == options.get("steps", 2)
+        assert len(told) == 1 and told[0].filename == __file__
+
+
+def test_a_student_warns_of_another_start(models):
+    student = tiny_decoder(steps=2, distilled=Distilled(objective="trajectory", teacher_steps=10))
+    condition, vae = tiny_condition(1), models[1]
+    tokenizer, options = VQTokenizer(tiny_vq(), name="tiny"), GuidanceOptions(strength=0.1)
+    guide = token_guide(tokenizer, vae, condition, scale=25.0, options=options, size=(16, 16))
+    with pytest.warns(DCDDWarning, match="to paint with start 0.5: its"):
+        decode(student, vae, condition, seeds=[0], guide=guide, start=0.5)
 
 
 def test_the_last_estimate_is_the_result(models):
