@@ -4,9 +4,10 @@
 the place of theirs; the image tokenizer stays. It reads scenes that are rendered as it goes. What a new Janus makes
 stale, and the commands that renew it, is listed in docs/embedded.md.
 
-Its size is what two hours of two CPU cores can train. An update of 64 scenes takes so many seconds of one core (AMD EPYC
-with AVX-512 BF16, beside other work; the loss and its gradient from batches of 16 but for width 256, optimisers, and
-0.36 for rendering and encoding), which leaves so many scenes in 2.2 hours of two cores at nine tenths of their speed:
+Its size is what two hours of two CPU cores can train. An update of 64 scenes takes so many seconds of one core (AMD
+EPYC with AVX-512 BF16, beside other work; the loss and its gradient from batches of 16 but for width 256, optimisers,
+and 0.36 for rendering and encoding), which leaves so many scenes in 2.2 hours of two cores at nine tenths of their
+speed:
 
 | layers x width | parameters, M | seconds | scenes |
 |---|---|---|---|
