@@ -1,0 +1,222 @@
+"""Makes a student of pico's decoder that paints in a few steps: `python -m dcdd_pico.train_student`.
+
+The teacher is the decoder in the folder of the weights, as it is served. The student learns (`method.distillation`) on
+fresh training scenes, each seen once, a share of them with Janus' own conditions of scene and caption. Its bundle is
+written into the work folder, and paints in the place of the teacher's wherever a decoder is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from dcdd_core.evaluation.metrics import psnr, ssim
+from dcdd_core.method.distillation import OBJECTIVES
+from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.models.bundle import save_bundle
+from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.pipelines.decode import decode
+from dcdd_core.pipelines.image_files import DEFAULT_POLICY
+from dcdd_core.training.batches import Batches, DataShard, Entry, Mark
+from dcdd_core.training.config import DistillationConfig, OptimizationConfig, RunConfig
+from dcdd_core.training.distillation_task import DistillationTask
+from dcdd_core.training.encoded_batch import encode
+from dcdd_core.training.examples import ExampleMaker
+from dcdd_core.training.image_batch import ImageBatch
+from dcdd_core.training.plan import Encoders, Plan
+from dcdd_core.training.trainer import Evaluation, Trainer, sample_sheet
+from dcdd_core.types import Condition
+
+from .build_context import BuildContext, digest, stage_context, stage_parser
+from .embedded import model_paths
+from .models import load_reader
+from .scenes import SPLIT_SIZE, Scene, Split, render_scene
+
+_STAGE = 16
+_BATCH = 16
+_LEARNING_RATE = 5e-4
+_UPDATES = 4_000
+_LOCALISED = 0.2
+_VLM_SHARE = 0.5
+#: Of the student. The teacher's own, 3, leaves nearly nothing to its first of two steps: in two steps the teacher itself
+#: is nearer to its ten at shift 1 (docs/training.md).
+_SHIFT = 1.0
+_EVALUATED = 64
+_SHOWN = 8
+
+
+class FreshScenes:
+    """The scenes of a split in their order, endless, as a `Source` of images with captions; rendered when asked for."""
+
+    def __init__(self, split: Split, size: int):
+        self.name = f"fresh {split} scenes"
+        self.fingerprint = f"{split} scenes of {size} pixels"
+        self.policy = DEFAULT_POLICY
+        self.split, self.size = split, size
+
+    def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
+        """See `Source.entries`."""
+        return (Entry(str(k), k % SPLIT_SIZE) for k in count(start * shard.world + shard.rank, shard.world))
+
+    def load(self, entry: Entry) -> Scene:
+        """The scene of an entry."""
+        return render_scene(self.split, entry.data, size=self.size)
+
+    def collate(self, items: Sequence[Scene]) -> ImageBatch:
+        """Scenes as a batch."""
+        pixels = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in items])
+        captions = tuple(scene.caption for scene in items)
+        return ImageBatch(keys=captions, pixels=pixels, token_pixels=pixels, captions=captions)
+
+
+class Agreement:
+    """How a student's images of held-out scenes compare with its teacher's of the same noise, and with the scenes.
+
+    Of proxies and, where the training has them, of the VLM's own conditions ("vlm_..."): "to_teacher" is the SSIM of
+    the two images; "ssim", "psnr" and "perceptual" are the student's distances to the scenes, "teacher_..." its
+    teacher's.
+
+    Args:
+        conditions: by the beginning of their numbers' names.
+    """
+
+    def __init__(
+        self,
+        context: BuildContext,
+        task: DistillationTask,
+        encoders: Encoders,
+        weights: Path,
+        conditions: dict[str, Condition],
+    ):
+        self.context, self.codec = context, encoders.codec
+        self.scenes = context.fresh_pixels("calibration", 0, _EVALUATED)
+        self.reader = load_reader(device=context.device, weights=weights)
+        self.conditions = conditions
+        steps = task.network.card.distilled.teacher_steps
+        self.taught = {name: self._painted(task.teacher, held, steps) for name, held in conditions.items()}
+        self.teacher = {
+            f"{name}teacher_{what}": value
+            for name, painted in self.taught.items()
+            for what, value in self._to_scenes(painted).items()
+        }
+
+    def __call__(self, student: DistributionConditionedDecoder) -> Evaluation:
+        """The student's numbers and its teacher's, and a sheet of proxies: scene, teacher, student."""
+        numbers, first = dict(self.teacher), None
+        for name, held in self.conditions.items():
+            painted = self._painted(student, held, None)
+            numbers[f"{name}to_teacher"] = float(ssim(self.taught[name], painted).mean())
+            numbers |= {f"{name}{what}": value for what, value in self._to_scenes(painted).items()}
+            first = painted if first is None else first
+        shown = (self.scenes, self.taught[next(iter(self.taught))], first)
+        return Evaluation(numbers=numbers, sheet=sample_sheet([images[:_SHOWN] for images in shown]))
+
+    def _painted(
+        self, decoder: DistributionConditionedDecoder, condition: Condition, steps: int | None
+    ) -> torch.Tensor:
+        with self.context.autocast():
+            return decode(decoder, self.codec, condition, seeds=range(_EVALUATED), steps=steps).pixels
+
+    @torch.no_grad()
+    def _to_scenes(self, painted: torch.Tensor) -> dict[str, float]:
+        return {
+            "ssim": float(ssim(self.scenes, painted).mean()),
+            "psnr": float(psnr(self.scenes, painted).mean()),
+            "perceptual": float(self.reader.perceptual_distance(self.scenes, painted).mean()),
+        }
+
+
+def train_student(
+    context: BuildContext,
+    weights: Path,
+    distillation: DistillationConfig,
+    *,
+    updates: int = _UPDATES,
+    vlm_share: float = _VLM_SHARE,
+) -> DistributionConditionedDecoder:
+    """Trains (or restores) a student of the decoder in `weights`."""
+    recipe, device = context.recipe, context.device
+    paths = model_paths(weights)
+    plan = Plan(vlm=paths["vlm"], vae=paths["vae"], bundle=paths["decoder"], distillation=distillation, trained="all")
+    plan.check()
+    encoders = plan.encoders(device)
+    teacher = plan.teacher(device, dtype=torch.float32, compiled=recipe.compiled)
+    student = plan.decoder(encoders).to(device)
+    card, tokenizer, codec, geometry = student.card, encoders.tokenizer, encoders.codec, encoders.geometry
+    own = plan.conditions(card, encoders) if vlm_share else None
+
+    def examples(localised: float, share: float) -> ExampleMaker:
+        return ExampleMaker(
+            card, tokenizer, codec, geometry, localised=localised, vlm_share=share, conditions=own if share else None
+        )
+
+    task = DistillationTask(student, examples(_LOCALISED, vlm_share), teacher, autocast=context.autocast)
+    source = FreshScenes("calibration", recipe.size)
+    scenes = (source.load(entry) for _, entry in zip(range(_EVALUATED), source.entries(DataShard(), 0)))
+    held_out = encode(source.collate(list(scenes)), tokenizer, codec)
+    shares = {"": 0.0} | ({"vlm_": 1.0} if vlm_share else {})
+    conditions = {name: examples(0.0, share)(held_out, keyed_generator(0)).condition for name, share in shares.items()}
+    return Trainer(
+        context.folder / f"student-{card.steps}-{distillation.objective}",
+        task,
+        Batches(FreshScenes("train", recipe.size), size=_BATCH),
+        OptimizationConfig(
+            steps=updates,
+            learning_rate=_LEARNING_RATE,
+            warmup=100,
+            optimizer="muon",
+            seed=recipe.seed + _STAGE,
+            compile=recipe.compiled,
+        ),
+        accelerator=Accelerator(cpu=device.type == "cpu", mixed_precision="no"),
+        settings=context.settings(
+            tokenizer=tokenizer.codebook.fingerprint,
+            autoencoder=digest(codec.model),
+            vlm_share=vlm_share,
+            vlm=None if own is None else own.served.sampler,
+        ),
+        autocast=context.autocast,
+        run=RunConfig(samples=_SHOWN, sample_every=250, save_every=100, log_every=25),
+        evaluate=Agreement(context, task, encoders, weights, conditions),
+    ).train()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = stage_parser(__doc__)
+    told = DistillationConfig()
+    parser.add_argument("--student-steps", type=int, default=told.steps)
+    parser.add_argument("--teacher-steps", type=int, help="default: as the teacher's card says")
+    parser.add_argument("--objective", default=told.objective, choices=OBJECTIVES)
+    parser.add_argument("--shift", type=float, default=_SHIFT, help=f"of the student; default: {_SHIFT:g}")
+    parser.add_argument("--updates", type=int, default=_UPDATES, help=f"of {_BATCH} scenes each")
+    parser.add_argument(
+        "--vlm-conditions",
+        type=float,
+        default=_VLM_SHARE,
+        metavar="SHARE",
+        help="of the examples, with Janus' own conditions in the place of proxies",
+    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
+    chosen = parser.parse_args(arguments)
+    distillation = DistillationConfig(
+        steps=chosen.student_steps,
+        objective=chosen.objective,
+        teacher_steps=chosen.teacher_steps,
+        shift=chosen.shift,
+    )
+    context = stage_context(chosen, compiled=chosen.compile)
+    student = train_student(
+        context, chosen.weights, distillation, updates=chosen.updates, vlm_share=chosen.vlm_conditions
+    )
+    path = context.folder / f"student-{student.card.steps}-{distillation.objective}.safetensors"
+    save_bundle(path, student, dtype=torch.float16)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
