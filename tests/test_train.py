@@ -303,10 +303,10 @@ def test_what_can_fail_is_checked_before_anything_is_loaded(run, tmp_path, capsy
         assert words in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [["--help"], ["cache", "--help"], ["estimate", "--help"], ["progressive", "--help"]])
-def test_the_help_says_each_default_once_and_none_where_there_is_none(capsys, words):
+@pytest.mark.parametrize("command", [[], ["distill"], ["cache"], ["estimate"], ["progressive"]], ids=str)
+def test_the_help_says_each_default_once_and_none_where_there_is_none(capsys, command):
     with pytest.raises(SystemExit):
-        main(words)
+        main([*command, "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "None" not in said and "default: False" not in said
     for option in re.split(r" (?=--[a-z])", said):

@@ -1,4 +1,5 @@
-"""`dcdd train`: trains a decoder for a VLM, or a masked sampler of its tokens; encodes images; estimates a training."""
+"""`dcdd train`: trains a decoder for a VLM, a student of it with few steps, or a masked sampler of its tokens; encodes
+images; estimates a training."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ import torch
 from dcdd_pico.embedded import VLMS, model_paths, own_calibration
 
 from .. import registry
+from ..method.distillation import OBJECTIVES
 from ..method.flow import DENSITIES, WEIGHTINGS
+from ..models.bundle import read_card
 from ..models.card import READINGS, VARIANTS
 from ..pipelines.image_files import ReadPolicy
 from ..pipelines.oom import is_out_of_memory
@@ -23,7 +26,7 @@ from .arguments import path, path_text, printable_output
 try:
     from ..training import estimate
     from ..training.captions import Captions
-    from ..training.config import DataConfig, OptimizationConfig
+    from ..training.config import DataConfig, DistillationConfig, OptimizationConfig
     from ..training.masked_plan import MaskedPlan
     from ..training.plan import Plan
     from ..training.progress import ProgressBar
@@ -37,7 +40,7 @@ except ImportError as error:
         raise
     sys.exit(f"train.py: training needs torch 2.6 or newer, this is {torch.__version__} ({error}): update torch")
 
-COMMANDS = ("train", "cache", "estimate", "progressive")
+COMMANDS = ("train", "distill", "cache", "estimate", "progressive")
 _RANK = 16
 _LESS_MEMORY = (
     "out of memory: resume the run with --checkpointing, or start a new one with a smaller --batch and more "
@@ -98,6 +101,23 @@ def train(args: argparse.Namespace) -> None:
         drop_condition=args.drop_condition,
         **{name: getattr(args, name) for name in ("base", "bundle", "width") if getattr(args, name) is not None},
     )
+    _run(args, plan, optimization)
+
+
+def distill(args: argparse.Namespace) -> None:
+    """Makes a student of a decoder, or resumes; with --bundle-now writes a bundle of the newest checkpoint instead."""
+    optimization = options.optimization_config(args, compile=args.compile)
+    distillation = DistillationConfig(
+        steps=args.student_steps, objective=args.objective, teacher_steps=args.teacher_steps, shift=args.shift
+    )
+    given = {name: getattr(args, name) for name in ("base", "bundle", "licence") if getattr(args, name) is not None}
+    plan = _plan(args, trained=args.train, rank=args.rank, seed=args.seed, distillation=distillation, **given)
+    if plan.bundle is not None:
+        plan = replace(plan, variant=read_card(plan.bundle).variant)
+    _run(args, plan, optimization)
+
+
+def _run(args: argparse.Namespace, plan: Plan, optimization: OptimizationConfig) -> None:
     captions = Captions(column=args.caption_column, required=False) if args.vlm_conditions and args.data else None
     data = options.data_config(args, localised=args.localised, vlm_conditions=args.vlm_conditions, captions=captions)
     run = options.run_config(args)
@@ -192,6 +212,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = top.add_subparsers(required=True, metavar=f"{{{','.join(COMMANDS)}}}")
     _add_train(commands, prog)
+    _add_distill(commands)
     _add_cache(commands)
     command = commands.add_parser(
         "estimate",
@@ -240,9 +261,63 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
     group.add_argument("--licence", help="licence of the result (default: that of the starting point)")
 
     group = command.add_argument_group("data")
-    options.add_source(group)
-    data = {field.name: field.default for field in fields(DataConfig)}
+    _add_examples(group)
     group.add_argument("--variant", default="lcdm+lc", choices=VARIANTS, help="kind of condition")
+    _add_reads(group)
+    group.add_argument(
+        "--drop-condition",
+        type=float,
+        metavar="SHARE",
+        help="share of the examples whose condition is left out, 0.1 is usual; the decoder can then be guided on the "
+        "condition, `dcdd generate --condition-guidance` (default: that of --bundle, or 0)",
+    )
+
+    group = command.add_argument_group("optimisation")
+    default = {field.name: field.default for field in fields(OptimizationConfig)}
+    _add_optimisation(group, ema_decay=0.9999)
+    group.add_argument("--density", default=default["density"], choices=DENSITIES, help="of the sampled times")
+    group.add_argument(
+        "--shift", type=float, default=default["shift"], help="mu of the time shift; positive means more noise"
+    )
+    group.add_argument("--weighting", default=default["weighting"], choices=WEIGHTINGS, help="of the loss over time")
+    _add_logging(command)
+
+
+def _add_distill(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "distill",
+        formatter_class=options.Help,
+        help="make a student that paints in a few steps",
+        description="Makes a student that paints in 1, 2 or 4 steps what a trained decoder, its teacher, paints in "
+        "many, and writes its bundle, OUT/decoder.safetensors. The images give the conditions; what is learned are the "
+        "teacher's images. The same command resumes a run that was stopped.",
+    )
+    command.set_defaults(run=distill)
+    _add_common(command)
+    group = command.add_argument_group("teacher and student")
+    group.add_argument("--bundle", type=path, help="the teacher, a decoder bundle (default: with --vlm pico, pico's)")
+    group.add_argument("--base", type=path, help="FLUX.1-Fill's transformer, where the bundle does not hold all of it")
+    told = {field.name: field.default for field in fields(DistillationConfig)}
+    group.add_argument("--student-steps", type=int, default=told["steps"], help="of the student: 1, 2 or 4")
+    group.add_argument("--teacher-steps", type=int, help="of the teacher (default: as its card says)")
+    group.add_argument(
+        "--objective",
+        default=told["objective"],
+        choices=OBJECTIVES,
+        help="what the student learns, see docs/training.md",
+    )
+    group.add_argument("--shift", type=float, metavar="MU", help="time shift of the student (default: the teacher's)")
+    group.add_argument("--licence", help="licence of the result (default: that of the teacher)")
+    _add_examples(command.add_argument_group("data"))
+    _add_optimisation(command.add_argument_group("optimisation"), ema_decay=0.999)
+    command.set_defaults(steps=5_000, warmup=100)
+    _add_logging(command)
+
+
+def _add_examples(group: argparse._ArgumentGroup) -> None:
+    """What the examples are made of."""
+    data = {field.name: field.default for field in fields(DataConfig)}
+    options.add_source(group)
     group.add_argument(
         "--vlm-conditions",
         type=float,
@@ -252,31 +327,21 @@ def _add_train(commands: argparse._SubParsersAction, prog: str) -> None:
         "proxies; images without a caption keep proxies",
     )
     options.add_caption_column(group)
-    _add_reads(group)
-    group.add_argument(
-        "--drop-condition",
-        type=float,
-        metavar="SHARE",
-        help="share of the examples whose condition is left out, 0.1 is usual; the decoder can then be guided on the "
-        "condition, `dcdd generate --condition-guidance` (default: that of --bundle, or 0)",
-    )
     group.add_argument(
         "--localised", type=float, default=data["localised"], help="fraction of images that train localised decoding"
     )
 
-    group = command.add_argument_group("optimisation")
-    default = {field.name: field.default for field in fields(OptimizationConfig)}
+
+def _add_optimisation(group: argparse._ArgumentGroup, *, ema_decay: float) -> None:
+    """What is trained, and how its weights are updated."""
     group.add_argument("--train", default="attention", choices=TRAINED, help="what is trained, besides the adapter")
     group.add_argument("--rank", type=int, default=_RANK, help="rank of --train lora")
-    defaults = {"learning_rate": 1e-4, "weight_decay": default["weight_decay"], "ema_decay": 0.9999}
-    options.add_updates(group, **defaults, batch=data["batch"])
-    group.add_argument("--density", default=default["density"], choices=DENSITIES, help="of the sampled times")
-    group.add_argument(
-        "--shift", type=float, default=default["shift"], help="mu of the time shift; positive means more noise"
-    )
-    group.add_argument("--weighting", default=default["weighting"], choices=WEIGHTINGS, help="of the loss over time")
+    defaults = {"learning_rate": 1e-4, "weight_decay": OptimizationConfig.weight_decay, "ema_decay": ema_decay}
+    options.add_updates(group, **defaults, batch=DataConfig.batch)
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
 
+
+def _add_logging(command: argparse.ArgumentParser) -> None:
     group = options.add_logging(command, best="OUT/best.safetensors")
     group.add_argument(
         "--bundle-now",

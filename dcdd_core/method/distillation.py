@@ -145,11 +145,12 @@ def consistency_losses(student: Velocity, lesson: Leap) -> torch.Tensor:
 
     t' is where the teacher's step from t arrived, s the end of the student's. Where t' = s, f(x_t') is x_t' itself.
     """
+    # The pass with a gradient first: autocast keeps its copies of weights, and those of a pass without have none.
+    predicted = student(lesson.noised, lesson.times)
     with torch.no_grad():
         there = student(lesson.arrived, lesson.arrival)
         aim = euler_step(lesson.arrived, there, lesson.arrival, lesson.ends)
-    target = average_velocity(lesson.noised, aim, lesson.times, lesson.ends)
-    return _squared(student(lesson.noised, lesson.times) - target)
+    return _squared(predicted - average_velocity(lesson.noised, aim, lesson.times, lesson.ends))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..method.distillation import OBJECTIVES
 from ..method.flow import DENSITIES, WEIGHTINGS
+from ..models.card import MOST_STEPS as MOST_EULER_STEPS
 from ..pipelines.image_files import ReadPolicy
 from ..settings import require_at_least, require_at_most, require_number
 from .captions import Captions
@@ -91,6 +93,33 @@ class OptimizationConfig:
         del values["compile"], values["activation_checkpointing"]
         values["average_decay"] = values.pop("ema_decay")
         return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How a decoder becomes a student of few steps (`method.distillation`).
+
+    Attributes:
+        steps: Euler steps of the student.
+        objective: one of `OBJECTIVES`.
+        teacher_steps: Euler steps of the teacher; None for those that its card says.
+        shift: mu of the student's time shift; None for the teacher's.
+
+    Raises:
+        ValueError: for an unknown objective and numbers out of range.
+    """
+
+    steps: int = 2
+    objective: str = "trajectory"
+    teacher_steps: int | None = None
+    shift: float | None = None
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        require_number("student-steps", self.steps, whole=True, least=1, most=MOST_EULER_STEPS, remedy="1, 2 or 4")
+        require_number("teacher-steps", self.teacher_steps, whole=True, least=2, most=MOST_EULER_STEPS, optional=True)
+        require_number("shift", self.shift, least=-MOST_SHIFT, most=MOST_SHIFT, optional=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,10 @@ import torch
 from torch import nn
 
 from .. import registry
-from ..models.card import DecoderCard
+from ..method.distillation import OBJECTIVES, Schedule
+from ..method.flow import timesteps
+from ..models.card import MOST_STEPS, DecoderCard
+from ..models.checkpoints import StoredTensors
 from ..models.decoder import DistributionConditionedDecoder
 from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_at_least, require_at_most, require_number
@@ -26,7 +29,7 @@ from .config import OptimizationConfig
 from .dry_run import DryRun, Meter, dry_run, dry_run_peak
 from .encoded_batch import normalized_latents
 from .examples import Example
-from .loss import velocity_losses
+from .loss import trained_velocity, velocity_losses
 from .optimizers import OPTIMIZERS, muon
 from .trainable import TRAINED, choose_trained, muon_matrices, trained_weights
 from .vlm_cost import PUBLISHED
@@ -57,6 +60,8 @@ class TrainingSetup:
         vlm_conditions: share of the examples that get the VLM's own conditions: from the cache, or else made by the VLM
             at every step.
         vlm_model: that VLM, one of `vlm_cost.PUBLISHED`.
+        student_steps: of a student that is distilled; 0 for a training on images.
+        teacher_steps, objective: of that distillation (`method.distillation`); the teacher is not guided.
         sharding: one of `SHARDINGS`.
 
     Raises:
@@ -79,12 +84,15 @@ class TrainingSetup:
     cached: bool = False
     vlm_conditions: float = 0.0
     vlm_model: str = "Janus-Pro-1B"
+    student_steps: int = 0
+    teacher_steps: int = DecoderCard.steps
+    objective: str = "trajectory"
     sharding: str = "ddp"
     gpus: int = 1
 
     def __post_init__(self):
         known = {"train": TRAINED, "precision": ("bf16", "no"), "optimizer": OPTIMIZERS, "sharding": SHARDINGS}
-        known["vlm_model"] = tuple(PUBLISHED)
+        known |= {"vlm_model": tuple(PUBLISHED), "objective": tuple(OBJECTIVES)}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -94,8 +102,20 @@ class TrainingSetup:
         if not 0 <= self.localised <= 1:
             raise ValueError(f"localised must be a fraction in 0..1, got {self.localised}")
         require_number("vlm-conditions", self.vlm_conditions, least=0, most=1)
+        require_number("student-steps", self.student_steps, whole=True, least=0, most=MOST_STEPS)
+        require_number("teacher-steps", self.teacher_steps, whole=True, least=1, most=MOST_STEPS)
+        if self.student_steps >= self.teacher_steps:
+            raise ValueError(
+                f"a student takes fewer steps than its teacher, got {self.student_steps} and {self.teacher_steps}"
+            )
         if self.optimizer == "muon" and self.sharding != "ddp":
             raise ValueError(f"muon needs whole matrices, but {self.sharding} shards them: take ddp, or adamw")
+
+    @property
+    def schedule(self) -> Schedule:
+        """The times of a student and its teacher, without a shift: how many there are does not depend on it, as long as
+        both have the same."""
+        return Schedule.of(*(timesteps(steps, shift=0.0) for steps in (self.student_steps, self.teacher_steps)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +182,12 @@ def cost_of(setup: TrainingSetup) -> Cost:
         "tokenizer, in float32": sum(weight.nbytes for weight in tokenizer.model.parameters()),
         "autoencoder, in float32": sum(weight.nbytes for weight in codec.model.parameters()),
     }
+    taught = 0
+    if setup.student_steps:
+        # A teacher is not sharded.
+        memory["teacher"] = _ceil(_painting_weights(setup), 2 if half else 4, 1)
+        one_pass = step_dry_run(meta_decoder(setup), replace(setup, student_steps=0)).forward_flops
+        taught = OBJECTIVES[setup.objective].teacher_passes(setup.schedule) * one_pass
     vlm, tokens = PUBLISHED[setup.vlm_model], setup.grid**2
     share = 0.0 if setup.cached else setup.vlm_conditions
     encoding = encoding_peak(setup, tokenizer, codec)
@@ -185,8 +211,16 @@ def cost_of(setup: TrainingSetup) -> Cost:
         activations=dry.activations,
         gradients=own,
         forward_flops=dry.forward_flops,
-        flops=(dry.flops + round(share * setup.batch * vlm.flops(tokens))) * setup.accumulate + optimizer_flops,
+        flops=(dry.flops + taught + round(share * setup.batch * vlm.flops(tokens))) * setup.accumulate
+        + optimizer_flops,
     )
+
+
+def _painting_weights(setup: TrainingSetup) -> int:
+    """How many weights a decoder holds that is loaded for painting."""
+    decoder = meta_decoder(replace(setup, train="adapter"))
+    decoder.backbone.fold(StoredTensors({}))
+    return sum(weight.numel() for weight in decoder.parameters())
 
 
 def meta_decoder(setup: TrainingSetup) -> DistributionConditionedDecoder:
@@ -236,6 +270,8 @@ def step_dry_run(decoder: DistributionConditionedDecoder, setup: TrainingSetup, 
     def loss() -> torch.Tensor:
         # `decoder_loss` draws on the CPU, where a large noise would take the room that this only counts.
         t, noise = shape(batch), torch.empty_like(example.latents)
+        if setup.student_steps:
+            return _distillation_loss(decoder, example, setup)
         return velocity_losses(decoder, example, t, noise, OptimizationConfig(steps=1).weighting).mean()
 
     return dry_run(
@@ -245,6 +281,15 @@ def step_dry_run(decoder: DistributionConditionedDecoder, setup: TrainingSetup, 
         autocast=torch.bfloat16 if setup.precision == "bf16" else None,
         on_gpu=on_gpu,
     )
+
+
+def _distillation_loss(decoder: DistributionConditionedDecoder, example: Example, setup: TrainingSetup) -> torch.Tensor:
+    """The student's part of `DistillationTask`; its teacher's passes are others' of the same network."""
+    objective, packed = OBJECTIVES[setup.objective], decoder.backbone.pack(example.latents)
+    lesson = objective.lesson(
+        lambda x, t: torch.empty_like(x), packed, torch.empty_like(packed), setup.schedule, torch.Generator()
+    )
+    return objective.losses(trained_velocity(decoder, example), lesson).mean()
 
 
 def encoders(setup: TrainingSetup) -> tuple[ImageTokenizer, LatentCodec]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import registry
 from ..files import write_text
+from ..method.distillation import OBJECTIVES
 from ..settings import require_number
 from .cost import SHARDINGS, Cost, TrainingSetup, cost_of
 from .masked_cost import MaskedSetup
@@ -138,6 +139,18 @@ def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], Path] =
     parser.add_argument(
         "--vlm-model", default=default["vlm_model"], choices=PUBLISHED, help="the VLM of --vlm-conditions"
     )
+    parser.add_argument(
+        "--student-steps",
+        type=int,
+        default=default["student_steps"],
+        help="of `train.py distill`; 0 for a training on images",
+    )
+    parser.add_argument(
+        "--teacher-steps", type=int, default=default["teacher_steps"], help="of the teacher of --student-steps"
+    )
+    parser.add_argument(
+        "--objective", default=default["objective"], choices=OBJECTIVES, help="of the student of --student-steps"
+    )
     parser.add_argument("--batch", type=int, default=default["batch"], help="images per GPU and micro-batch")
     parser.add_argument("--accumulate", type=int, default=default["accumulate"], help="micro-batches per update")
     parser.add_argument("--optimizer", default=default["optimizer"], choices=OPTIMIZERS)
@@ -178,8 +191,11 @@ def run(chosen: argparse.Namespace) -> None:
         OSError: if the JSON cannot be written, such as on a full disk.
     """
     check_gpu(chosen)
-    if chosen.vlm_model != TrainingSetup.vlm_model and not chosen.vlm_conditions:
+    if _changed(chosen, "vlm_model") and not chosen.vlm_conditions:
         raise ValueError("--vlm-model would do nothing without --vlm-conditions: give both, or leave it out")
+    given = [f"--{name.replace('_', '-')}" for name in ("teacher_steps", "objective") if _changed(chosen, name)]
+    if given and not chosen.student_steps:
+        raise ValueError(f"{', '.join(given)} would do nothing without --student-steps: give that too, or leave it out")
     require_number("pictures", chosen.pictures, whole=True, least=1, most=_MOST_IMAGES)
     named = {name: getattr(chosen, name) for name in TrainingSetup.__dataclass_fields__ if hasattr(chosen, name)}
     if chosen.base is not None:
@@ -198,6 +214,10 @@ def run(chosen: argparse.Namespace) -> None:
     if chosen.json is not None:
         write_text(chosen.json, json.dumps(numbers(setup, cost, duration, memory), indent=1) + "\n")
         print(f"wrote {chosen.json}")
+
+
+def _changed(chosen: argparse.Namespace, name: str) -> bool:
+    return getattr(chosen, name) != getattr(TrainingSetup, name)
 
 
 def check_gpu(chosen: argparse.Namespace) -> None:
@@ -240,6 +260,7 @@ def table(setup: TrainingSetup, cost: Cost, duration: Duration, memory: int) -> 
             f"{weights['all']} G weights, trained: {weights['trained']} ({setup.train})",
             f"{setup.batch} images x {setup.accumulate} x {setup.gpus} GPU{sharding}; {setup.resolution} pixels, "
             f"{cost.latent_tokens} latent tokens; {', '.join(how)}",
+            *_distillation_lines(setup),
             "",
             *lines(cost, duration, memory, verdict),
             *([""] if setup.vlm_conditions else []),
@@ -302,6 +323,16 @@ def _caching_lines(setup: TrainingSetup, duration: Duration) -> list[str]:
         f"{'GB besides':<40}{found['batch'] / 1e9:>8.2f}",
         f"{'TFLOPs per image':<40}{found['operations'] / 1e12:>8.1f}",
         f"{'hours per million images':<40}{found['hours_per_million']:>8.1f}",
+    ]
+
+
+def _distillation_lines(setup: TrainingSetup) -> list[str]:
+    if not setup.student_steps:
+        return []
+    passes = OBJECTIVES[setup.objective].teacher_passes(setup.schedule)
+    return [
+        f"a student of {setup.student_steps} steps, objective {setup.objective}; its teacher of {setup.teacher_steps} "
+        f"makes {passes} passes over every micro-batch, twice as many if it is guided on the condition"
     ]
 
 

@@ -22,7 +22,7 @@ from .batches import DataShard, Entry, Mark, ReadCounter, Source, Wrapped, load_
 from .cache import EncodingCache
 from .config import OptimizationConfig
 from .encoded_batch import VLM_TENSORS, EncodedBatch
-from .examples import ExampleMaker
+from .examples import Example, ExampleMaker
 from .loss import velocity_losses
 
 #: Images that are held out at most, and the fewest images of a source that is split.
@@ -119,6 +119,10 @@ class Without(Wrapped):
         return {name: value for name, value in self.__dict__.items() if name != "_name_of"}
 
 
+#: Errors [B] of a decoder on an example, for the noises [B, C, h', w'].
+Errors = Callable[[DistributionConditionedDecoder, Example, torch.Tensor], torch.Tensor]
+
+
 class HeldOutLoss:
     """The loss (Eq. 26) on held-out images, each always with the same times and noises, painted whole.
 
@@ -129,6 +133,7 @@ class HeldOutLoss:
         encode: of a batch of theirs.
         make: without localised decoding.
         vlm_share: of the training; 0 for a training on proxies alone.
+        errors: in the place of Eq. 26's, for a training with another loss.
         batch: images at a time.
         rank, world: of this process.
         total: a vector of this process -> the sum over all processes.
@@ -153,8 +158,10 @@ class HeldOutLoss:
         total: Callable[[torch.Tensor], torch.Tensor],
         workers: int = 0,
         vlm_share: float = 0.0,
+        errors: Errors | None = None,
     ):
         self.make, self.config, self.total, self.vlm_share = make, config, total, vlm_share
+        self.errors = errors
         count = len(held_out.listed)
         draws = math.ceil(_DRAWS / count)
         # With sharded weights all processes must make the same number of forward passes: each has as many items, some
@@ -217,7 +224,11 @@ class HeldOutLoss:
             t, noise = self._drawn(pairs)
             example = make(batch, keyed_generator(0))
             which = torch.ones(len(t), dtype=torch.bool) if dropped else None
-            losses = velocity_losses(decoder, example, t, noise, self.config.weighting, which).float().cpu()
+            if self.errors is None:
+                losses = velocity_losses(decoder, example, t, noise, self.config.weighting, which)
+            else:
+                losses = self.errors(decoder, example, noise)
+            losses = losses.float().cpu()
             found += torch.stack([losses @ weights[index], weights[index].sum(0)], dim=1)
         return self.total(found.flatten()).reshape(-1, 2).tolist()
 

@@ -54,6 +54,11 @@ class Geometry:
         return (self.token_resolution // self.token_factor,) * 2
 
     @property
+    def latent_size(self) -> tuple[int, int]:
+        """(h', w') in latents."""
+        return (self.resolution // self.vae_factor,) * 2
+
+    @property
     def pixels_per_token(self) -> float:
         """Pixels of R a token side, for the decoder's card; an int if it is a whole number."""
         side = self.grid[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..method.distillation import Velocity
 from ..method.flow import interpolate, loss_weight, sample_times, velocity
 from ..models.decoder import DistributionConditionedDecoder
 from .config import OptimizationConfig
@@ -50,14 +51,25 @@ def velocity_losses(
     """
     z0 = example.latents
     t, noise = t.to(z0.device), noise.to(z0)
-    size = (z0.shape[2], z0.shape[3])
-    backbone = decoder.backbone
-    context = backbone.context(example.masked_latents, example.mask, decoder.card.vae_factor)
+    pack = decoder.backbone.pack
+    predicted = trained_velocity(decoder, example, dropped)(pack(interpolate(z0, noise, t)), t)
+    error = (predicted - pack(velocity(z0, noise))).square().mean(dim=(1, 2))
+    return loss_weight(t, weighting) * error
+
+
+def trained_velocity(
+    decoder: DistributionConditionedDecoder, example: Example, dropped: torch.Tensor | None = None
+) -> Velocity:
+    """The velocity that a decoder predicts for packed latents [B, L, F] at times [B], with gradients of its weights.
+
+    Args:
+        dropped: see `velocity_losses`.
+    """
+    size = (example.latents.shape[2], example.latents.shape[3])
+    context = decoder.backbone.context(example.masked_latents, example.mask, decoder.card.vae_factor)
     condition = decoder.condition_tokens(example.condition, size)
     if dropped is not None:
         # A choice between the two, so that every trained weight has a gradient in every process and step.
         null = decoder.null_tokens(example.condition, size).to(condition.dtype)
-        condition = torch.where(dropped.to(z0.device)[:, None, None], null, condition)
-    predicted = decoder(backbone.pack(interpolate(z0, noise, t)), context, condition, t, size).float()
-    error = (predicted - backbone.pack(velocity(z0, noise))).square().mean(dim=(1, 2))
-    return loss_weight(t, weighting) * error
+        condition = torch.where(dropped.to(null.device)[:, None, None], null, condition)
+    return lambda packed, t: decoder(packed, context, condition, t, size).float()

@@ -13,13 +13,14 @@ import torch
 from .. import registry
 from ..files import in_file, open_tensors
 from ..models.bundle import DecoderOptions, load_decoder, read_card, save_bundle
-from ..models.card import DecoderCard
+from ..models.card import DecoderCard, Distilled
 from ..models.checkpoints import load_strictly
 from ..models.decoder import DistributionConditionedDecoder
 from ..pipelines.load import check_codec
 from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_at_least, require_number
 from ..types import Calibration, DCDDWarning, same_codebook
+from .config import DistillationConfig
 from .encoded_batch import geometry_for
 from .image_batch import Geometry
 from .trainable import changed_by_training, choose_trained, merge_lora
@@ -52,12 +53,13 @@ class Plan:
         variant: the kind of condition, as in the paper's Table 4 (`DecoderCard.variant`).
         reads: what of the VLM's output the decoder is served (`DecoderCard.reads`); None for as `bundle` says, or as
             the paper does.
-        resolution: R, pixels a side; None for the VLM's own.
+        resolution: R, pixels a side; None for the VLM's own, and in a distillation for the teacher's.
         width: of a new adapter [choice].
         trained, rank: see `choose_trained`.
         seed: of what starts at random: a new adapter and low-rank updates.
         licence: of the result; None for that of what it starts from.
         drop_condition: share of the examples whose condition is left out, below 1; None for that of `bundle`, or 0.
+        distillation: makes a student of few steps of `bundle`, its teacher; None for a training on images.
 
     Raises:
         ValueError: for a resolution, a width, a rank or a share out of range.
@@ -77,6 +79,7 @@ class Plan:
     seed: int = 0
     licence: str | None = None
     drop_condition: float | None = None
+    distillation: DistillationConfig | None = None
 
     def __post_init__(self):
         require_number("drop-condition", self.drop_condition, least=0, below=1, optional=True)
@@ -100,10 +103,17 @@ class Plan:
         ):
             if path is not None and not Path(path).exists():
                 raise ValueError(f"{path} does not exist; expected {expected}")
-        if self.base is None and self.bundle is None:
+        if self.base is None and self.bundle is None and self.distillation is None:
             raise ValueError(_NOTHING)
-        calibration = None if self.bundle is None else read_card(self.bundle).calibration
-        self._calibration(None, calibration)
+        card = None if self.bundle is None else read_card(self.bundle)
+        if card is not None and card.distilled is not None:
+            raise ValueError(
+                f"{self.bundle} is a student of {card.steps} steps, which is neither trained on nor a teacher: start "
+                "from the decoder that it was made of"
+            )
+        if self.distillation is not None:
+            self._check_distillation(card)
+        self._calibration(None, None if card is None else card.calibration)
 
     def encoders(self, device: torch.device | str) -> Encoders:
         """Loads the encoders, in float32.
@@ -118,9 +128,22 @@ class Plan:
         if rows != columns:
             raise ValueError(f"{self.vlm} paints {rows} x {columns} tokens; training needs a square grid")
         own = rows * tokenizer.factor
-        resolution = self.resolution or own
+        resolution = self.resolution or (own if self.distillation is None else read_card(self.bundle).resolution)
         geometry = geometry_for(tokenizer, codec, patch=self._patch(), resolution=resolution, token_resolution=own)
         return Encoders(tokenizer=tokenizer, codec=codec, geometry=geometry)
+
+    def teacher(
+        self, device: torch.device | str, *, dtype: torch.dtype, compiled: bool
+    ) -> DistributionConditionedDecoder:
+        """Loads the teacher of a distillation for painting.
+
+        Args:
+            dtype, compiled: see `DecoderOptions`.
+
+        Raises:
+            ValueError: as `load_decoder`.
+        """
+        return load_decoder(self.bundle, self.base, DecoderOptions(device=device, dtype=dtype, compiled=compiled))
 
     def condition_card(self, encoders: Encoders) -> DecoderCard:
         """The card of the decoder as far as conditions go; no weights are read.
@@ -131,7 +154,7 @@ class Plan:
         if self.bundle is None:
             return DecoderCard(base="", base_config={}, width=self.width, **self._card_of(encoders, None))
         card = read_card(self.bundle)
-        return replace(card, **self._card_of(encoders, card.calibration))
+        return replace(card, **self._card_of(encoders, card.calibration), **self._student_of(card))
 
     def conditions(self, card: DecoderCard, encoders: Encoders) -> VLMConditions:
         """Loads the VLM, in bfloat16 on a GPU and in float32 on a CPU, for its own conditions.
@@ -180,7 +203,9 @@ class Plan:
 
     @property
     def condition_dropout(self) -> float:
-        """`drop_condition`, or the default in its place."""
+        """`drop_condition`, or the default in its place; 0 for a student, which takes its teacher's guidance over."""
+        if self.distillation is not None:
+            return 0.0
         if self.drop_condition is not None:
             return self.drop_condition
         return 0.0 if self.bundle is None else read_card(self.bundle).condition_dropout
@@ -221,7 +246,8 @@ class Plan:
                 f"{encoders.tokenizer.codebook.dim}: start from a bundle that was made with this tokenizer"
             )
         check_codec(encoders.codec, decoder, remedy=f"give the autoencoder that {self.bundle} was trained with")
-        decoder.card = replace(decoder.card, **self._card_of(encoders, decoder.card.calibration))
+        card = decoder.card
+        decoder.card = replace(card, **self._card_of(encoders, card.calibration), **self._student_of(card))
         decoder.adapter.keep_null(decoder.card.condition_dropout > 0)
         return decoder
 
@@ -243,6 +269,41 @@ class Plan:
             **({} if self.condition_dropout else {"condition_guidance": 1.0}),
             **({} if self.licence is None else {"licence": self.licence}),
             **({} if self.reads is None else {"reads": self.reads}),
+        }
+
+    def _check_distillation(self, card: DecoderCard | None) -> None:
+        """Refuses a distillation that makes no sense.
+
+        Args:
+            card: of the teacher.
+        """
+        if card is None:
+            raise ValueError("there is nothing to distil: give a decoder bundle (--bundle), the teacher")
+        if self.drop_condition is not None:
+            raise ValueError("a student learns its teacher's guidance on the condition: leave drop-condition out")
+        told, steps = self.distillation, self.distillation.teacher_steps or card.steps
+        if told.steps >= steps:
+            raise ValueError(
+                f"a student takes fewer steps than its teacher, got {told.steps} and {steps}: give fewer "
+                "--student-steps (1, 2 or 4), or more --teacher-steps"
+            )
+        for name, own, taken in (
+            ("kind of condition", card.variant, self.variant),
+            ("resolution", card.resolution, self.resolution),
+        ):
+            if taken not in (None, own):
+                raise ValueError(f"a student has its teacher's {name}, {own}, got {taken}: leave it out")
+
+    def _student_of(self, card: DecoderCard) -> dict[str, Any]:
+        """What a student's card says otherwise than its teacher's. Its teacher's distribution guidance was chosen for
+        other steps."""
+        if (told := self.distillation) is None:
+            return {}
+        return {
+            "steps": told.steps,
+            "shift": card.shift if told.shift is None else told.shift,
+            "distribution_guidance": None,
+            "distilled": Distilled(objective=told.objective, teacher_steps=told.teacher_steps or card.steps),
         }
 
     def _calibration(self, tokenizer: ImageTokenizer | None, calibration: Calibration | None) -> Calibration | None:

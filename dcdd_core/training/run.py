@@ -27,6 +27,7 @@ from .captions import Captions
 from .checkpoints import HELD_OUT, HELD_OUT_FRACTION, load_best, load_ema, newest_checkpoint, settings_of
 from .config import MOST_BATCH, MOST_SHARD, MOST_WORKERS, DataConfig, OptimizationConfig, RunConfig
 from .decoder_task import DecoderTask
+from .distillation_task import DistillationTask
 from .encoded_batch import EncodedBatch, encode
 from .examples import ExampleMaker
 from .held_out import FEWEST_SPLIT, HeldOutLoss, Split, count_images, split
@@ -113,8 +114,9 @@ def run_training(
 ) -> Path:
     """Trains a decoder, resuming from the folder's newest checkpoint, and writes its bundle into the folder.
 
-    If images are held out, the loss on them is evaluated with the sample sheets, and the weights with the lowest become
-    a bundle as well (`BEST`).
+    With `Plan.distillation` that is a student, and the loss on held-out images that of `DistillationTask.distances`. If
+    images are held out, the loss on them is evaluated with the sample sheets, and the weights with the lowest become a
+    bundle as well (`BEST`).
 
     Args:
         progress: see `Trainer`.
@@ -185,9 +187,6 @@ def _run_training(
         world=accelerator.num_processes,
         window=data.window,
     )
-    evaluate, held_out = _evaluation(
-        encoders, decoder.card, source, parts, run, data, optimization, accelerator, conditions
-    )
     batches = Batches(source if parts is None else parts.training, size=data.batch, shard=shard, workers=data.workers)
     examples = ExampleMaker(
         decoder.card,
@@ -198,9 +197,18 @@ def _run_training(
         vlm_share=share,
         conditions=conditions,
     )
+    distillation = None
+    if plan.distillation is not None:
+        teacher = plan.teacher(process_device(accelerator), dtype=dtype, compiled=optimization.compile)
+        distillation = DistillationTask(decoder, examples, teacher)
+        for line in distillation.summary(encoders.geometry.latent_size):
+            say(f"{folder.name}: {line}")
+    evaluate, held_out = _evaluation(
+        encoders, decoder.card, source, parts, run, data, optimization, accelerator, conditions, distillation
+    )
     trainer = Trainer(
         folder,
-        DecoderTask(decoder, examples),
+        distillation or DecoderTask(decoder, examples),
         batches,
         optimization,
         accelerator=accelerator,
@@ -449,11 +457,13 @@ def _evaluation(
     optimization: OptimizationConfig,
     accelerator: Accelerator,
     conditions: VLMConditions | None = None,
+    distillation: DistillationTask | None = None,
 ) -> tuple[Callable[[DistributionConditionedDecoder], Evaluation] | None, ReadCounter]:
     """What is evaluated, the loss on held-out images and a sample sheet; and what was read of these images.
 
     Args:
         conditions: make those of the VLM; None where the batches have them, or the training has none.
+        distillation: of a student, whose loss it is.
     """
 
     def encoded(batch: Any) -> EncodedBatch:
@@ -461,7 +471,7 @@ def _evaluation(
         return found if conditions is None else with_conditions(found, conditions)
 
     shown = source if parts is None else parts.held_out
-    sheet = SampleSheet(encoders, card, shown, run.samples, optimization) if run.samples else None
+    sheet = SampleSheet(encoders, card, shown, run.samples, optimization, distillation) if run.samples else None
     if parts is None:
         return sheet, ReadCounter()
     loss = HeldOutLoss(
@@ -475,6 +485,7 @@ def _evaluation(
         total=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum"),
         workers=data.workers,
         vlm_share=data.vlm_conditions,
+        errors=None if distillation is None else distillation.distances,
     )
 
     def evaluate(decoder: DistributionConditionedDecoder) -> Evaluation:
@@ -524,32 +535,48 @@ class SampleSheet:
     The loss is called "training_loss": the images may be trained on. `held_out.HeldOutLoss` is the one on others.
 
     A row of the sheet is one image: decoded by the autoencoder (the best that the decoder can reach), by the VQ
-    decoder, and by the diffusion decoder.
+    decoder, and by the diffusion decoder; of a student by its teacher in the place of the VQ decoder.
+
+    Args:
+        distillation: of a student, whose loss is that of `DistillationTask.distances`.
     """
 
     def __init__(
-        self, encoders: Encoders, card: DecoderCard, source: Source, count: int, optimization: OptimizationConfig
+        self,
+        encoders: Encoders,
+        card: DecoderCard,
+        source: Source,
+        count: int,
+        optimization: OptimizationConfig,
+        distillation: DistillationTask | None = None,
     ):
         tokenizer, codec, geometry = encoders.tokenizer, encoders.codec, encoders.geometry
         self.codec = codec
         self.count = count
         self.optimization = optimization
+        self.distillation = distillation
         first = next(iter(Batches(source, size=count, shard=DataShard(seed=None))))
         encoded = encode(first, tokenizer, codec)
         make = ExampleMaker(card, tokenizer, codec, geometry)
         self.example = make(encoded, keyed_generator(optimization.seed))
-        by_vq = tokenizer.decode_tokens(tokenizer.tokens(encoded.features), geometry.grid)
-        side = (geometry.resolution,) * 2
-        self.references = (
-            codec.decode(codec.denormalize(encoded.latents)),
-            torch.nn.functional.interpolate(by_vq, size=side, mode="bicubic", antialias=True),
-        )
+        if distillation is None:
+            by_vq = tokenizer.decode_tokens(tokenizer.tokens(encoded.features), geometry.grid)
+            side = (geometry.resolution,) * 2
+            other = torch.nn.functional.interpolate(by_vq, size=side, mode="bicubic", antialias=True)
+        else:
+            steps = card.distilled.teacher_steps
+            other = decode(distillation.teacher, codec, self.example.condition, seeds=range(count), steps=steps).pixels
+        self.references = (codec.decode(codec.denormalize(encoded.latents)), other)
 
     def __call__(self, decoder: DistributionConditionedDecoder) -> Evaluation:
         """The loss and the sheet of a decoder."""
         painted = decode(decoder, self.codec, self.example.condition, seeds=range(self.count)).pixels
         generator = keyed_generator(self.optimization.seed)
-        loss = decoder_loss(decoder, self.example, generator, self.optimization)
+        if self.distillation is None:
+            loss = decoder_loss(decoder, self.example, generator, self.optimization)
+        else:
+            noise = torch.randn(self.example.latents.shape, generator=generator)
+            loss = self.distillation.distances(decoder, self.example, noise).mean()
         sheet = sample_sheet([images.to(painted) for images in (*self.references, painted)])
         return Evaluation(numbers={"training_loss": float(loss)}, sheet=sheet)
 

@@ -82,7 +82,10 @@ def accelerator() -> Accelerator:
 def run(
     folder: Path, images: Path, *, steps: int = 8, decoder=None, what="all", batch: int = 2, on_batch=None, **changes
 ):
-    """Trains `what` of the tiny decoder, or the one given; `on_batch(k)` is called before the k-th batch is used."""
+    """Trains `what` of the tiny decoder, or the one given; `on_batch(k)` is called before the k-th batch is used.
+
+    `task` makes another task than a `DecoderTask` of decoder and examples.
+    """
     tokenizer, codec, geometry = encoders()
     if decoder is None:
         decoder = tiny_decoder(condition_dropout=changes.pop("condition_dropout", 0.0))
@@ -92,6 +95,7 @@ def run(
         name: changes.pop(name) for name in ("save_every", "log_every", "sample_every", "keep") if name in changes
     }
     evaluate, report = changes.pop("evaluate", None), changes.pop("report", lambda _: None)
+    task = changes.pop("task", DecoderTask)
     workers = accelerator()
     make, seen = ExampleMaker(decoder.card, tokenizer, codec, geometry, localised=0.3), iter(range(10**6))
 
@@ -103,7 +107,7 @@ def run(
     shard = DataShard(rank=workers.process_index, world=workers.num_processes)
     return Trainer(
         folder,
-        DecoderTask(decoder, examples),
+        task(decoder, examples),
         Batches(open_images(images, geometry), size=batch, shard=shard),
         OptimizationConfig(steps=steps, **RECIPE | changes),
         accelerator=workers,

@@ -15,7 +15,7 @@ from dcdd_core.cli.train import main
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids
 from dcdd_core.models.llamagen.sampler import LlamaGenSampler
 from dcdd_core.training import estimate
-from dcdd_core.training.cost import TrainingSetup, cost_of
+from dcdd_core.training.cost import TrainingSetup, cost_of, meta_decoder
 from dcdd_core.training.estimate import GPUS, Duration, add_arguments, duration_of, numbers, run, table
 from dcdd_core.training.vlm_cost import PUBLISHED, JanusShape, LlamaGenShape
 from tests.tiny import tiny_janus
@@ -125,9 +125,11 @@ def test_every_option_reaches_the_setup(base, monkeypatch, capsys):
     monkeypatch.setattr(estimate, "cost_of", lambda setup: seen.append(setup) or cost_of(setup))
     options = "--train all --rank 3 --precision no --tflops 9 --checkpointing --accumulate 3 --optimizer adamw8bit"
     options += " --no-average --localised 0.5 --cached --sharding fsdp --gpus 2 --memory 5 --utilisation 0.5"
+    options += " --student-steps 2 --teacher-steps 9 --objective consistency"
     said(*base, *SIZES, *options.split())
     wanted = {"rank": 3, "train": "all", "precision": "no", "checkpointing": True, "accumulate": 3, "gpus": 2}
     wanted |= {"optimizer": "adamw8bit", "average": False, "localised": 0.5, "cached": True, "sharding": "fsdp"}
+    wanted |= {"student_steps": 2, "teacher_steps": 9, "objective": "consistency"}
     assert seen == [TrainingSetup(**SMALL, **wanted)]
     assert "50% of 9 TFLOP/s" in capsys.readouterr().out
 
@@ -145,6 +147,10 @@ def test_every_option_reaches_the_setup(base, monkeypatch, capsys):
         (["--grid", "1" + "0" * 30], f"grid must be at most 65,536, got {10**30:,}"),
         (["--gpus", "65537"], "gpus must be at most 65,536, got 65,537"),
         (["--pictures", "1" + "0" * 16], "pictures must be a whole number in 1..1,000,000,000,000,000, got 1000"),
+        (["--teacher-steps", "20"], "--teacher-steps would do nothing without --student-steps"),
+        (["--objective", "consistency"], "--objective would do nothing without --student-steps"),
+        (["--student-steps", "30"], "a student takes fewer steps than its teacher, got 30 and 30"),
+        (["--student-steps", "-1"], "student-steps must be a whole number in 0..1,000"),
         (["--grid", "65536"], "beyond what can be counted (Storage size calculation overflowed"),
     ],
 )
@@ -201,6 +207,27 @@ def test_the_vlm_s_conditions_are_counted_at_every_step_or_once_in_the_cache(tmp
         said(*options, "--vlm-model", "Janus-Pro-7B")
     with pytest.raises(ValueError, match="vlm-conditions must be a finite number in 0..1, got 2"):
         said(*options, "--vlm-conditions", "2")
+
+
+def test_a_student_costs_a_teacher_and_its_passes(base, cost, capsys):
+    one = cost.forward_flops
+    for objective, passes, of_student in (("trajectory", 10, 2 * 3), ("consistency", 1, 1 + 3)):
+        setup = {"student_steps": 2, "teacher_steps": 10, "objective": objective}
+        found = cost_of(TrainingSetup(**SMALL, train="all", **setup))
+        assert found.flops / one == pytest.approx(passes + of_student, rel=0.02)
+        teacher = found.memory["teacher"]
+        decoder = meta_decoder(TrainingSetup(**SMALL))
+        modulations = [name for name in decoder.state_dict() if "norm" in name and ".linear." in name]
+        folded = [
+            weight.numel()
+            for name, weight in decoder.named_parameters()
+            if name not in modulations and "time_text_embed" not in name
+        ]
+        assert len(modulations) == 6 and teacher == 2 * sum(folded)
+        assert "teacher" not in cost.memory and found.peak > cost.peak + teacher
+        said(*base, *SIZES, "--train", "all", "--student-steps", "2", "--teacher-steps", "10", "--objective", objective)
+        words = f"a student of 2 steps, objective {objective}; its teacher of 10 makes {passes} passes over every micro"
+        assert words in capsys.readouterr().out
 
 
 @torch.no_grad()
