@@ -43,8 +43,8 @@ _LEARNING_RATE = 5e-4
 _UPDATES = 4_000
 _LOCALISED = 0.2
 _VLM_SHARE = 0.5
-#: Of the student. The teacher's own, 3, leaves nearly nothing to the first of two steps: in two steps the teacher itself
-#: is nearer to what it paints in ten at shift 1 (docs/training.md).
+#: Of the student. The teacher's own, 3, leaves nearly nothing to the first of two steps: in two steps the teacher
+#: itself is nearer to what it paints in ten at shift 1 (docs/training.md).
 _SHIFT = 1.0
 _EVALUATED = 64
 _SHOWN = 8
