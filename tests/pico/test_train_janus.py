@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from dcdd_pico.embedded import JANUS, WEIGHTS
 from dcdd_pico.export import MOST_BYTES
 from dcdd_pico.scene_tokens import SceneTokens, encode_scenes
 from dcdd_pico.scenes import scene_facts
+from dcdd_pico.train_tokenizer import tokens_digest
 from tests.tiny import random_pico
 
 SMALL = Recipe(
@@ -107,6 +109,18 @@ def test_padding_changes_no_loss(weights):
     for row in range(2):
         alone = stage.next_token_loss(sampler.model, prompts[row : row + 1], tokens[row : row + 1])
         torch.testing.assert_close(both[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tokenizer_may_be_alone_as_in_the_build(weights, tmp_path):
+    whole = load_tokenizer(weights / JANUS, dtype=torch.float32).model
+    copy.deepcopy(whole).half().save_pretrained(tmp_path / JANUS)
+    alone = load_tokenizer(tmp_path / JANUS, dtype=torch.float32).model
+    assert tokens_digest(alone) == tokens_digest(whole)
+    words = stage.pico_tokenizer()
+    made = [stage.start(vq, words, SMALL) for vq in (whole, alone)]
+    for (name, one), other in zip(made[0].state_dict().items(), made[1].state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert made[0].config.text_config.to_dict() == made[1].config.text_config.to_dict()
 
 
 @pytest.mark.filterwarnings("ignore:.*")
