@@ -8,7 +8,7 @@ place of the autoencoder's decoder a convolutional upsampler is trained along wi
 A wider VQ-VAE decoder was the alternative. Four fifths of its operations are convolutions at half the full resolution
 and above, where a position sees few tokens; the trunk relates all tokens of an image, as the diffusion decoder does.
 
-Shapes: B batch, h w token grid, N = h w tokens, D code dimension, M width of the trunk, S image side in pixels.
+Shapes: B batch, h w grid of the trunk, D code dimension, M width of the trunk, H W pixels.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from dcdd_core.types import Calibration, Condition
 
 #: What a decoder can read: one-hot distributions, or the condition that the diffusion decoder gets.
 READS = ("tokens", "condition")
-#: By kind, the shapes: of the diffusion decoder's parameters, together with the autoencoder's decoder that it paints
-#: through; and, wide, of the time that it takes for an image with ten steps.
+#: By kind, the shapes. The first has the parameters of the diffusion decoder and of the autoencoder's decoder together.
+#: The second is deeper and has its trunk on a grid twice as fine, to take the time of ten diffusion steps.
 SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "feed-forward": {"width": 256, "blocks": 8, "channels": (256, 128, 64, 32)},
-        "wide-feed-forward": {"width": 512, "blocks": 8, "channels": (512, 256, 128, 64)},
+        "fine-feed-forward": {"width": 256, "blocks": 18, "channels": (256, 128, 64), "finer": 2},
     }
 )
 #: The decoders: name -> kind, and what it reads.
@@ -68,10 +68,11 @@ class FeedForwardCard:
         codebook: fingerprint of the codebook whose code vectors it reads.
         calibration: of the conditions that it was trained on; None for tokens.
         code_dim: D.
-        grid: (h, w).
+        grid: rows and columns of tokens.
         width, blocks: M, a multiple of the heads' 64 channels or less than that, and depth of the trunk.
         channels: of the upsampler, a multiple of 8 each; the first is the trunk's width, and the side doubles from
             each to the next.
+        finer: positions of the trunk a side of a token.
         images: that it was trained on, counted each time.
 
     Raises:
@@ -86,6 +87,7 @@ class FeedForwardCard:
     width: int = 256
     blocks: int = 8
     channels: tuple[int, ...] = (256, 128, 64, 32)
+    finer: int = 1
     images: int = 0
 
     def __post_init__(self):
@@ -96,7 +98,7 @@ class FeedForwardCard:
             raise ValueError(f"a calibration belongs to conditions alone, got {self.calibration} to read {self.reads}")
         for name in ("grid", "channels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("code_dim", "width", "blocks"):
+        for name in ("code_dim", "width", "blocks", "finer"):
             require_number(name, getattr(self, name), whole=True, least=1)
         require_number("images", self.images, whole=True, least=0)
         for value in (*self.grid, *self.channels):
@@ -111,8 +113,13 @@ class FeedForwardCard:
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) of its images in pixels."""
-        h, w = self.grid
+        h, w = self.positions
         return h * 2 ** (len(self.channels) - 1), w * 2 ** (len(self.channels) - 1)
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """Rows and columns of the trunk's grid."""
+        return self.grid[0] * self.finer, self.grid[1] * self.finer
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FeedForwardCard:
@@ -147,7 +154,8 @@ class FeedForwardDecoder(nn.Module):
         heads = max(1, width // _HEAD)
         self.adapter = ConditionEncoder(card.code_dim, _ADAPTER, width)
         nn.init.xavier_uniform_(self.adapter.fuse.weight)  # there is no base model to leave as it was
-        self.places = nn.Parameter(0.02 * torch.randn(card.grid[0] * card.grid[1], width))
+        rows, columns = card.positions
+        self.places = nn.Parameter(0.02 * torch.randn(rows * columns, width))
         self.blocks = nn.ModuleList(
             BasicTransformerBlock(width, heads, width // heads, activation_fn="gelu-approximate", attention_bias=True)
             for _ in range(card.blocks)
@@ -166,10 +174,9 @@ class FeedForwardDecoder(nn.Module):
         Raises:
             ValueError: for another grid than it was built for.
         """
-        h, w = condition.grid
-        if (h, w) != self.card.grid:
+        if condition.grid != self.card.grid:
             raise ValueError(f"this decoder reads {self.card.grid} tokens, got {condition.grid}: {_AGAIN}")
-        patch = self.adapter.patch
+        patch, (h, w) = self.adapter.patch, self.card.positions
         tokens = self.adapter(condition, (patch * h, patch * w)) + self.places
         for block in self.blocks:
             tokens = block(tokens)

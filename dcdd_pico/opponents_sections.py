@@ -53,28 +53,28 @@ VQ, DCDD = "VQ-VAE decode", "diffusion on the condition"
 NAMES = {
     "feed-forward-tokens": "feed-forward on tokens",
     "feed-forward-condition": "feed-forward on the condition",
-    "wide-feed-forward-tokens": "wide feed-forward on tokens",
-    "wide-feed-forward-condition": "wide feed-forward on the condition",
+    "fine-feed-forward-tokens": "fine feed-forward on tokens",
+    "fine-feed-forward-condition": "fine feed-forward on the condition",
     DIFFUSION: "diffusion on tokens",
 }
-LARGE, LARGE_CONDITION, WIDE, WIDE_CONDITION, TOKENS = NAMES.values()
+LARGE, LARGE_CONDITION, FINE, FINE_CONDITION, TOKENS = NAMES.values()
 #: What distributions give: the condition to the tokens, with the same kind of decoder.
-OF_DISTRIBUTIONS = ((DCDD, TOKENS), (LARGE_CONDITION, LARGE), (WIDE_CONDITION, WIDE))
+OF_DISTRIBUTIONS = ((DCDD, TOKENS), (LARGE_CONDITION, LARGE), (FINE_CONDITION, FINE))
 #: What diffusion gives: from the same input, and, first, of all that is new to the tokens' feed-forward decoder.
 OF_DIFFUSION = (
     (DCDD, LARGE),
-    (DCDD, WIDE),
+    (DCDD, FINE),
     (DCDD, LARGE_CONDITION),
-    (DCDD, WIDE_CONDITION),
+    (DCDD, FINE_CONDITION),
     (TOKENS, LARGE),
-    (TOKENS, WIDE),
+    (TOKENS, FINE),
 )
 RATIOS = {
     "reconstruction": ("frechet", "frechet, text detector", "perceptual", "perceptual, text detector", "ssim", "psnr"),
     "text": ("frechet", "frechet, text detector", *F1),
 }
 PARAMETERS, EACH, IMAGES, TOTAL = "parameters", "training FLOPs per image", "training images", "training FLOPs"
-SECONDS = "seconds per image"
+SECONDS = f"seconds per image, {PART} at once"
 COSTS = (PARAMETERS, TOTAL, SECONDS)
 _FILES = tuple(opponent_file(name) for name in NAMES)
 _READ = ("janus", "vae", "decoder.safetensors", "reader.safetensors")
@@ -216,7 +216,8 @@ def way_of(row: str, setup: EvalSetup) -> Way:
 
 
 def measure_latency(setup: EvalSetup, rounds: int = 15) -> Rows:
-    """Sizes, training FLOPs (`flops`), and the median seconds of an image, one at a time, from its tokens or condition.
+    """Sizes, training FLOPs (`flops`), and the median seconds of an image from its tokens or condition, in batches of
+    the size that all images are painted in.
 
     All decoders take their turns in each round, after a warm-up. Ratios are to the diffusion decoder on the condition;
     the interval of that of seconds is over rounds.
@@ -229,15 +230,13 @@ def measure_latency(setup: EvalSetup, rounds: int = 15) -> Rows:
     count = min(PART, len(setup.images))
     given = base.given("reconstruction", "test", slice(0, count))
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in tqdm(range(rounds + 1), desc="latency", unit="round", disable=None):
-        k = turn % count
-        one = Given(tokens=given.tokens[k : k + 1], condition=given.condition.part(k, k + 1))
+    for _ in tqdm(range(rounds + 1), desc="latency", unit="round", disable=None):
         for name, (painters, way) in ways.items():
             start = time.perf_counter()
-            painters.paint(way, one, range(k, k + 1))
+            painters.paint(way, given, range(count))
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / count)
     held = {name: np.array(times[1:]) for name, times in seconds.items()}
     rows = {name: costs_of(setup, name, others) | {SECONDS: float(np.median(times))} for name, times in held.items()}
     for name in others:

@@ -14,6 +14,8 @@ from dcdd_core.evaluation.tables import markdown_table
 from .interval_tables import TARGET_HEADS, run, section_texts, target
 from .opponents_sections import (
     DCDD,
+    FINE,
+    FINE_CONDITION,
     LARGE,
     LARGE_CONDITION,
     OF_DISTRIBUTIONS,
@@ -21,8 +23,6 @@ from .opponents_sections import (
     SECONDS,
     TOKENS,
     TOTAL,
-    WIDE,
-    WIDE_CONDITION,
 )
 from .sections import Measured, Rows, ratio_name
 
@@ -38,7 +38,7 @@ _PERCEPTUAL = ("perceptual", "perceptual, text detector")
 #: Which opponents are to equal the diffusion decoder in what.
 _FAIR = (
     *((name, column) for name in (LARGE, LARGE_CONDITION) for column in (PARAMETERS, TOTAL)),
-    *((name, column) for name in (WIDE, WIDE_CONDITION) for column in (TOTAL, SECONDS)),
+    *((name, column) for name in (FINE, FINE_CONDITION) for column in (TOTAL, SECONDS)),
     (TOKENS, TOTAL),
 )
 
@@ -57,7 +57,7 @@ def verdicts(results: Mapping[str, Rows]) -> str:
 
     for name, column in _FAIR:
         add("opponents-latency", ratio_name(name, DCDD), column, most=False)
-    for other in (LARGE, WIDE):
+    for other in (LARGE, FINE):
         for column in (*_FRECHET, *_PERCEPTUAL):
             add("opponents-reconstruction", ratio_name(DCDD, other), column, most=True)
         for column in _FRECHET:

@@ -2,9 +2,9 @@
 
 Feed-forward decoders (`feed_forward`) learn with the losses of the VQ-VAE's decoder: reconstruction and perceptual
 distance, then an adversarial loss too. Each gets at least the training FLOPs of the diffusion decoder (`flops`); the
-number of updates follows from that. Two have its size, two wide ones the time that it takes for an image. One of each
-reads the tokens, the other the condition, and both see the same scenes in the same order. The last opponent is the
-diffusion decoder itself, trained on tokens for as long.
+number of updates follows from that. Two have its size; two have a finer trunk, to take the time that it takes for an
+image. One of each reads the tokens, the other the condition, and both see the same scenes in the same order. The last
+opponent is the diffusion decoder itself, trained on tokens for as long.
 
 A stopped training is resumed. Decoders and logs lie in `<work folder>/opponents`; they are not shipped.
 `python -m dcdd_pico.opponents_table` measures them.

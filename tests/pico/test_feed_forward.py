@@ -47,7 +47,7 @@ def decoder():
 
 def test_every_decoder_has_its_kind_and_what_it_reads():
     assert list(FEED_FORWARD.values()) == [(kind, reads) for kind in SHAPES for reads in ("tokens", "condition")]
-    assert FEED_FORWARD["wide-feed-forward-condition"] == ("wide-feed-forward", "condition")
+    assert FEED_FORWARD["fine-feed-forward-condition"] == ("fine-feed-forward", "condition")
 
 
 def test_they_are_as_large_as_the_diffusion_decoder_and_the_autoencoder_s_decoder_together():
@@ -84,6 +84,16 @@ def test_every_pixel_depends_on_every_token_on_code_vectors_and_on_uncertainty()
         assert (change > 0).all(), name
     rolled = replace(given, code_vectors=given.code_vectors.roll(1, 1), uncertainty=given.uncertainty.roll(1, 1))
     assert not torch.allclose(network(rolled), made, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_finer_trunk_has_more_positions_for_the_same_image():
+    card = replace(CARD, channels=(16,), finer=2)
+    network, given = fill(FeedForwardDecoder(card)), condition()
+    seen = []
+    network.blocks[0].register_forward_hook(lambda layer, args, made: seen.append(made.shape))
+    assert network(given).shape == (2, 3, 4, 6) and card.size == CARD.size == (4, 6)
+    assert seen == [(2, 4 * 6, 16)] and network.places.shape == (24, 16)
 
 
 def test_places_are_told_apart():

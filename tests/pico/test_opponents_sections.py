@@ -32,6 +32,8 @@ from dcdd_pico.models import load_pico
 from dcdd_pico.opponents_sections import (
     DCDD,
     EACH,
+    FINE,
+    FINE_CONDITION,
     IMAGES,
     LARGE,
     LARGE_CONDITION,
@@ -42,8 +44,6 @@ from dcdd_pico.opponents_sections import (
     TOKENS,
     TOTAL,
     VQ,
-    WIDE,
-    WIDE_CONDITION,
 )
 from dcdd_pico.sections import SECTIONS, TableOptions, ratio_name
 from tests.stub_pico import StubReader
@@ -52,7 +52,7 @@ from tests.tiny import fill, random_pico
 COUNT = 20
 GREYS = np.linspace(20, 200, COUNT).astype(np.uint8)
 #: How far images are from the originals: a Frechet distance of the square.
-OFFSETS = {VQ: 0.4, LARGE: 0.3, LARGE_CONDITION: 0.25, WIDE: 0.35, WIDE_CONDITION: 0.2, TOKENS: 0.15, DCDD: 0.1}
+OFFSETS = {VQ: 0.4, LARGE: 0.3, LARGE_CONDITION: 0.25, FINE: 0.35, FINE_CONDITION: 0.2, TOKENS: 0.15, DCDD: 0.1}
 OWN = ("opponents-latency", "opponents-reconstruction", "opponents-text")
 
 
@@ -125,8 +125,8 @@ def test_rows_differences_and_ratios_by_hand(stubs, task):
         assert table[name]["frechet, text detector"] == pytest.approx(4 * offset**2, abs=4e-4)
         assert {column for column in table[name] if ":" not in column} == {*columns, "images"}
     pairs = [
-        (DCDD, TOKENS), (LARGE_CONDITION, LARGE), (WIDE_CONDITION, WIDE),
-        (DCDD, LARGE), (DCDD, WIDE), (DCDD, LARGE_CONDITION), (DCDD, WIDE_CONDITION), (TOKENS, LARGE), (TOKENS, WIDE),
+        (DCDD, TOKENS), (LARGE_CONDITION, LARGE), (FINE_CONDITION, FINE),
+        (DCDD, LARGE), (DCDD, FINE), (DCDD, LARGE_CONDITION), (DCDD, FINE_CONDITION), (TOKENS, LARGE), (TOKENS, FINE),
     ]  # fmt: skip
     pairs += [(name, VQ) for name in OFFSETS if name != VQ]
     expected = {*OFFSETS, *(minus(*pair) for pair in pairs), *(ratio_name(*pair) for pair in pairs)}
@@ -151,27 +151,24 @@ def test_diffusion_takes_the_steps_and_feed_forward_one(stubs):
 
 
 def test_what_was_not_trained_has_no_row(stubs):
-    for row in (WIDE, WIDE_CONDITION):
+    for row in (FINE, FINE_CONDITION):
         del stubs.found[row]
     table = opponents_sections.measure_reconstruction(stubs.setup)
-    assert ratio_name(DCDD, LARGE) in table and not any("wide" in row for row in table)
+    assert ratio_name(DCDD, LARGE) in table and not any("fine" in row for row in table)
 
 
 def test_each_decoder_has_its_own_time_in_every_round(stubs, monkeypatch):
-    """The first round does not count; in each the decoders take turns, with one image."""
+    """The first round does not count; in each the decoders take turns, with the same images."""
     clock, times = SimpleNamespace(now=0.0, turn=0), dict(zip(OFFSETS, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 10.0)))
     order = []
 
     def paint(way, given, seeds):
-        assert given.tokens.shape == (1, 3) and len(seeds) == 1 and given.condition == (seeds[0], seeds[0] + 1)
+        assert given.tokens.shape == (16, 3) and seeds == range(16)
         order.append(way.name)
-        clock.now += times[way.name] * (100 if len(order) <= len(times) else 1)
+        clock.now += 16 * times[way.name] * (100 if len(order) <= len(times) else 1)
 
     monkeypatch.setattr(opponents_sections.time, "perf_counter", lambda: clock.now)
-    condition = SimpleNamespace(part=lambda first, last: (first, last))
-    stubs.base.given = lambda task, source, part: SimpleNamespace(
-        tokens=torch.zeros(part.stop - part.start, 3), condition=condition
-    )
+    stubs.base.given = lambda task, source, part: SimpleNamespace(tokens=torch.zeros(part.stop - part.start, 3))
     for painters in (stubs.base, *stubs.found.values()):
         painters.paint = paint
     monkeypatch.setattr(opponents_sections, "Painters", lambda **options: stubs.base)
@@ -182,7 +179,7 @@ def test_each_decoder_has_its_own_time_in_every_round(stubs, monkeypatch):
     table = opponents_sections.measure_latency(setup, rounds=3)
     assert order == 4 * list(OFFSETS)
     assert {name: table[name][SECONDS] for name in OFFSETS} == pytest.approx(times)
-    row = table[ratio_name(WIDE, DCDD)]
+    row = table[ratio_name(FINE, DCDD)]
     assert row[SECONDS] == row[f"{SECONDS}: lowest"] == pytest.approx(4.0 / 10.0)
     assert row[PARAMETERS] == pytest.approx(40 / 70) and row[TOTAL] == pytest.approx(4 / 7)
     assert ratio_name(VQ, DCDD) not in table and ratio_name(DCDD, DCDD) not in table
@@ -285,7 +282,7 @@ def test_opponents_of_other_models_are_refused(setup):
 def test_costs_are_those_of_trainings(setup):
     others = opponents_sections.opponents(setup, base_of(setup))
     recipe, vq = Recipe.load(setup.weights), setup.pico.tokenizer.model
-    costs = {name: opponents_sections.costs_of(setup, name, others) for name in (VQ, LARGE, WIDE_CONDITION, DCDD)}
+    costs = {name: opponents_sections.costs_of(setup, name, others) for name in (VQ, LARGE, FINE_CONDITION, DCDD)}
     assert costs[VQ][EACH] == vq_flops(vq)
     assert costs[VQ][IMAGES] == 8 * (recipe.tokenizer_steps + recipe.vq_decoder_steps)
     assert costs[VQ][PARAMETERS] == parameters(vq.decoder) + parameters(vq.post_quant_conv)
@@ -296,8 +293,8 @@ def test_costs_are_those_of_trainings(setup):
         IMAGES: 16 * recipe.decoder_steps,
         TOTAL: dcdd_flops(ours) * 16 * recipe.decoder_steps,
     }
-    each = feed_forward_flops(others[WIDE_CONDITION].network)
-    assert (costs[WIDE_CONDITION][EACH], costs[WIDE_CONDITION][IMAGES], costs[WIDE_CONDITION][TOTAL]) == (
+    each = feed_forward_flops(others[FINE_CONDITION].network)
+    assert (costs[FINE_CONDITION][EACH], costs[FINE_CONDITION][IMAGES], costs[FINE_CONDITION][TOTAL]) == (
         each,
         103,
         103 * each,

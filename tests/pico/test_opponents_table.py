@@ -6,6 +6,8 @@ from dcdd_pico import opponents_table
 from dcdd_pico.guided_sections import minus
 from dcdd_pico.opponents_sections import (
     DCDD,
+    FINE,
+    FINE_CONDITION,
     LARGE,
     LARGE_CONDITION,
     PARAMETERS,
@@ -13,8 +15,6 @@ from dcdd_pico.opponents_sections import (
     TOKENS,
     TOTAL,
     VQ,
-    WIDE,
-    WIDE_CONDITION,
 )
 from dcdd_pico.opponents_table import TITLES, tables, verdicts
 from dcdd_pico.section_keys import Provenance
@@ -35,15 +35,15 @@ def lines_of(results):
     [
         ("opponents-reconstruction", ratio_name(DCDD, LARGE), "frechet", True),
         ("opponents-reconstruction", ratio_name(DCDD, LARGE), "perceptual, text detector", True),
-        ("opponents-reconstruction", ratio_name(DCDD, WIDE), "perceptual", True),
+        ("opponents-reconstruction", ratio_name(DCDD, FINE), "perceptual", True),
         ("opponents-text", ratio_name(DCDD, LARGE), "frechet, text detector", True),
-        ("opponents-text", ratio_name(DCDD, WIDE), "frechet", True),
+        ("opponents-text", ratio_name(DCDD, FINE), "frechet", True),
         ("opponents-text", ratio_name(DCDD, TOKENS), "frechet", True),
         ("opponents-text", ratio_name(LARGE_CONDITION, LARGE), "frechet, text detector", True),
-        ("opponents-text", ratio_name(WIDE_CONDITION, WIDE), "frechet", True),
+        ("opponents-text", ratio_name(FINE_CONDITION, FINE), "frechet", True),
         ("opponents-latency", ratio_name(LARGE, DCDD), PARAMETERS, False),
         ("opponents-latency", ratio_name(LARGE_CONDITION, DCDD), TOTAL, False),
-        ("opponents-latency", ratio_name(WIDE, DCDD), SECONDS, False),
+        ("opponents-latency", ratio_name(FINE, DCDD), SECONDS, False),
         ("opponents-latency", ratio_name(TOKENS, DCDD), TOTAL, False),
     ],
 )

@@ -25,7 +25,7 @@ SMALL = Recipe(train_scenes=8, held_out_scenes=2, decoder_steps=5, decoder_batch
 NAME = "feed-forward-condition"
 SHAPES = {
     "feed-forward": {"width": 16, "blocks": 1, "channels": (16, 8, 8, 8)},
-    "wide-feed-forward": {"width": 24, "blocks": 1, "channels": (24, 8, 8, 8)},
+    "fine-feed-forward": {"width": 24, "blocks": 1, "channels": (24, 8, 8, 8)},
 }
 
 
