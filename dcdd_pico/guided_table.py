@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from dcdd_core.evaluation.tables import markdown_table
 
-from .guided_sections import ABOVE, BOTH, F1, GUIDED, MEANS, SDEDIT, TRAINED, VQ, minus, share_name
+from .guided_sections import ABOVE, BOTH, F1, GUIDED, MEANS, SDEDIT, STRONGER, TRAINED, VQ, minus, share_name
 from .interval_tables import TARGET_HEADS, run, section_texts, target
 from .sections import Measured, Rows
 
@@ -37,15 +37,16 @@ def verdicts(results: Mapping[str, Rows]) -> str:
         lines.append(target(f"{section}, {row}", held, column, bound, most=most))
 
     gain = results.get("guided-reconstruction", {}).get(minus(TRAINED, VQ), {})
-    for column in (*_LESS, "ssim"):
-        add("guided-reconstruction", share_name(GUIDED), column, 0.85)
-        if column in gain and (gain[column] >= 0) == (column in _LESS):
-            lines[-1][-1] = "no gain to share"
-    for column in F1:
-        add("guided-text", minus(GUIDED, VQ), column, 0.0)
-    for other in (VQ, SDEDIT):
-        for column in _LESS[:2]:
-            add("guided-text", minus(GUIDED, other), column, 0.0, most=True)
+    for row in (GUIDED, STRONGER):
+        for column in (*_LESS, "ssim"):
+            add("guided-reconstruction", share_name(row), column, 0.85)
+            if column in gain and (gain[column] >= 0) == (column in _LESS):
+                lines[-1][-1] = "no gain to share"
+        for column in F1:
+            add("guided-text", minus(row, VQ), column, 0.0)
+        for other in (VQ, SDEDIT):
+            for column in _LESS[:2]:
+                add("guided-text", minus(row, other), column, 0.0, most=True)
     for column in (*_LESS, *MEANS[:2], "F1"):
         add("guided-reconstruction", minus(BOTH, TRAINED), column, 0.0, most=column in _LESS)
     for column in (*_LESS[:2], *F1):
