@@ -96,14 +96,14 @@ def put_among(marks: tuple[str, str], text: str, into: str, titles: Iterable[str
     """`put_between`, keeping what is there of tables that the text lacks, and of targets that it has not measured.
 
     Args:
-        titles: of all tables; others that are there are dropped.
+        titles: of all tables, in order; others that are there are dropped.
 
     Raises:
         ValueError: as `put_between`.
     """
     old, new = (_by_title(part) for part in (_parted(marks, into)[1], text))
-    known = {*titles, *new}
-    tables = {title: new.get(title, old[title]) for title in old if title in known} | new
+    found = old | new
+    tables = {title: found[title] for title in titles if title in found} | new
     for title in [title for title in tables if title.startswith(_TARGETS)]:
         tables[title] = _with_targets_of(tables.pop(title), old.get(title, ""))  # to the end
     return put_between(marks, "\n\n".join(f"### {title}\n\n{body}" for title, body in tables.items()), into)

@@ -291,6 +291,8 @@ def test_some_tables_leave_the_others_as_they_are_published():
     assert put_among(MARKS, new, page, ["A", "B", "C"]) == put_between(MARKS, expected, page)
     empty = f"{MARKS[0]}\n{MARKS[1]}\n"
     assert put_among(MARKS, new, empty, ["A", "B", "C"]) == put_between(MARKS, new, empty)
+    swapped = put_among(MARKS, new, page, ["C", "B", "A"])
+    assert swapped.index("new c") < swapped.index("new b") < swapped.index("old a"), "the order is the titles'"
 
 
 def test_the_command_keeps_what_it_does_not_measure(tmp_path, monkeypatch, measured):
