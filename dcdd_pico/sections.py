@@ -232,7 +232,7 @@ SECTIONS: dict[str, Section] = {
     "latency": Section(measure_latency, ("janus", "vae", "decoder.safetensors")),
 }
 TITLES = {
-    "reader": "The metric networks on real held-out scenes, and on other renderings of the same facts",
+    "reader": "The metric network on real held-out scenes, and on other renderings of the same facts",
     "calibration": "Distributions, for the first 100 captions and scenes (the paper's Table 1)",
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",

@@ -20,6 +20,7 @@ from dcdd_core.types import DCDDWarning
 from dcdd_pico import guided_sections, paper_report, paper_sections
 from dcdd_pico import sections as measured_sections
 from dcdd_pico.paper_report import CLAIMS, agreement, draw, report_markdown
+from dcdd_pico.results_table import REPORT
 from dcdd_pico.scenes import scene_facts, scene_pixels
 from dcdd_pico.section_keys import Provenance
 from dcdd_pico.sections import (
@@ -257,15 +258,17 @@ def test_a_section_is_measured_again_when_what_it_depends_on_changed(tmp_path, m
 
 def test_times_belong_to_a_machine(monkeypatch):
     options = TableOptions(out=Path())
-    before = {name: options.settings(name) for name in SECTIONS}
+    before = {name: options.settings(name) for name in REPORT}
     monkeypatch.setattr(measured_sections.platform, "node", lambda: "another machine")
-    assert {name for name in SECTIONS if options.settings(name) != before[name]} == {"latency"}
+    assert {name for name in REPORT if options.settings(name) != before[name]} == {"latency"}
     changes = ({"scenes": 1}, {"steps": 1}, {"bf16": True}, {"compiled": True}, {"device": "cuda"})
     assert all(replace(options, **change).settings("text") != before["text"] for change in changes)
 
 
 def test_the_printed_command_measures_the_same(tmp_path, monkeypatch):
-    options = TableOptions(out=Path("out/table"), weights=Path("mine"), scenes=64, steps=3, bf16=True, compiled=True)
+    options = TableOptions(
+        out=Path("out/table"), weights=Path("mine"), work=tmp_path, scenes=64, steps=3, bf16=True, compiled=True
+    )
     monkeypatch.setattr(sys, "argv", [*options.command("steps", "text").split()[2:], "--work", str(tmp_path)])
     monkeypatch.setattr(
         torch.cuda, "is_available", lambda: True
