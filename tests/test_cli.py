@@ -401,6 +401,103 @@ def test_the_card_s_guidance_paints_and_is_shown(tmp_path, capsys, monkeypatch):
         assert f"{words}\n" in capsys.readouterr().out
 
 
+@pytest.fixture
+def guided_card(monkeypatch):
+    """Makes the embedded decoder's card name guidance of strength 0.3 at shift 1.5."""
+
+    def loads(**options):
+        models = load_pico(**options)
+        served = ServedGuidance(strength=0.3, shift=1.5)
+        models.decoder.card = replace(models.decoder.card, distribution_guidance=served)
+        return models
+
+    def use(load=loads):
+        monkeypatch.setattr(common, "load_pico", load)
+        monkeypatch.setattr("dcdd_core.cli.demo.load_pico", load)
+
+    use()
+    return use
+
+
+def test_every_command_that_paints_is_guided_as_the_card_says_or_as_asked_for(
+    tmp_path, capsys, monkeypatch, guided_card
+):
+    class Painted(Exception):
+        pass
+
+    def decode(*_, guide, shift, **__):
+        seen.append((guide and (guide.options.strength, guide.options.pull), shift))
+        raise Painted
+
+    seen, scenes = [], tmp_path / "scenes"
+    scenes.mkdir()
+    for i in range(3):
+        Image.fromarray(render_scene("test", i).image).save(scenes / f"{i}.png")
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n" * 3)
+    monkeypatch.setattr(common, "decode", decode)
+    monkeypatch.setattr("dcdd_core.evaluation.decoding.decode", decode)
+    sources = ["--images", str(scenes)], ["--prompts", str(tmp_path / "prompts.txt"), "--references", str(scenes)]
+    commands = (
+        ["generate", PROMPT, "--out", str(tmp_path / "a.png")],
+        ["demo", PROMPT, "--out", str(tmp_path / "a.png")],
+        ["reconstruct", str(scenes / "0.png"), "--out", str(tmp_path / "b")],
+        ["evaluate", "reconstruction", *sources[0]],
+        ["evaluate", "text", *sources[1]],
+    )
+    for k, (words, expected) in enumerate(
+        (([], ((0.3, 0.0), 1.5)), (["--strength", "0.2"], ((0.2, 0.0), None)), (["--strength", "0"], (None, None)))
+    ):
+        for each in commands:
+            out = ["--out", str(tmp_path / f"{each[1]}-{k}")] if each[0] == "evaluate" else []
+            with pytest.raises(Painted):
+                main([*each, *out, *words])
+        assert seen == [expected] * 5
+        seen.clear()
+        said = capsys.readouterr().out.count("DCDD decode: distribution guidance of strength 0.")
+        assert said == (2 if words != ["--strength", "0"] else 0)
+
+
+def test_an_evaluation_is_guided_as_the_card_says_and_keeps_its_results_apart(tmp_path, capsys, guided_card):
+    scenes, made = tmp_path / "scenes", {}
+    scenes.mkdir()
+    for i in range(2):
+        Image.fromarray(render_scene("test", i).image).save(scenes / f"{i}.png")
+    words = ["evaluate", "reconstruction", "--images", str(scenes), "--steps", "2", "--keep-pictures", "--out"]
+    for name, load, more in (
+        ("card", None, []),
+        ("off", None, ["--strength", "0"]),
+        ("paper", load_pico, []),
+    ):
+        guided_card(*(() if load is None else (load,)))
+        out = tmp_path / name
+        assert main([*words, str(out), *more]) == 0
+        told = capsys.readouterr().out
+        assert told.count("DCDD decode: distribution guidance of strength 0.3 at shift 1.5") == 2 * (name == "card")
+        settings = json.loads((out / "settings.json").read_text())
+        named = json.loads((out / "results.json").read_text())["settings"]
+        made[name] = (out / "pictures" / "dcdd" / "0.png.png").read_bytes(), settings
+        assert named == settings
+    assert made["off"] == made["paper"]
+    assert made["card"][0] != made["paper"][0]
+    changed = {name: value for name, value in made["card"][1].items() if made["paper"][1].get(name) != value}
+    assert changed == {"distribution_guidance": 0.3, "shift": 1.5}
+    guided_card()
+    assert main([*words, str(tmp_path / "card"), "--strength", "0"]) == 1
+    assert "distribution_guidance 0.3 -> None" in capsys.readouterr().err
+
+
+def test_the_demo_is_guided_as_the_card_says(tmp_path, capsys, guided_card):
+    out, made = tmp_path / "demo.png", []
+    for words, said in (
+        ([], "LCDM + DCDD, 1 steps, distribution guidance of strength 0.3 at shift 1.5\n"),
+        (["--strength", "0"], "LCDM + DCDD, 1 steps\n"),
+    ):
+        assert main(["demo", PROMPT, "--steps", "1", "--out", str(out), *words]) == 0
+        assert said in capsys.readouterr().out
+        made.append(out.read_bytes())
+    assert made[0] != made[1]
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc here")
 def test_a_folder_that_only_seems_writable_is_named_before_the_work(capsys, monkeypatch):
     monkeypatch.setattr(common, "load", None)
@@ -582,6 +679,21 @@ def test_sharpening_writes_an_image_and_says_what_the_encoder_reads(tmp_path, ca
     assert main(["sharpen", str(scene), "--steps", "2", "--out", str(tmp_path / "out")]) == 0
     assert size(tmp_path / "out" / "scene-sharp.png") == (48, 48)
     assert "scene-sharp.png: the encoder reads" in capsys.readouterr().out
+
+
+def test_a_seed_of_sharpening_is_told_to_have_no_effect(tmp_path, capsys):
+    scene, made = tmp_path / "scene.png", []
+    Image.fromarray(render_scene("test", 0, size=48).image).save(scene)
+    for words in ([], ["--seed", "0"], ["--seed", "5"]):
+        assert main(["sharpen", str(scene), "--steps", "1", *words, "--out", str(tmp_path)]) == 0
+        told = "dcdd: --seed has no effect: `dcdd sharpen` draws nothing at random\n" if words else ""
+        assert capsys.readouterr().err == told
+        made.append((tmp_path / "scene-sharp.png").read_bytes())
+    assert made[0] == made[1] == made[2]
+    for command, listed in (("sharpen", False), ("reconstruct", True)):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert ("--seed" in capsys.readouterr().out) == listed
 
 
 def test_sharpening_with_models_of_one_s_own(tmp_path, one_s_own):

@@ -75,7 +75,12 @@ Parser = argparse.ArgumentParser
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], *groups: Callable[[Parser], None], help: str
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    *groups: Callable[[Parser], None],
+    help: str,
+    seeded: bool = True,
 ) -> Parser:
     """A command's parser, described by its function's docstring.
 
@@ -83,14 +88,25 @@ def add_command(
         commands: what `add_subparsers` returned.
         run: is called with what was parsed, which has it as `run`, and as `default_of` the default of each option.
         groups: add options, in this order.
+        seeded: whether it draws anything at random; otherwise --seed is accepted, and told to have no effect.
     """
     command = commands.add_parser(name, help=help, description=run.__doc__)
     command.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
-    command.add_argument("--seed", type=int, default=0, help="the images' own seeds count up from it (default: 0)")
+    if seeded:
+        command.add_argument("--seed", type=int, default=0, help="the images' own seeds count up from it (default: 0)")
+    else:
+        command.add_argument("--seed", type=int, default=0, action=_IdleSeed, help=argparse.SUPPRESS)
     for add in groups:
         add(command)
     command.set_defaults(run=run, default_of=command.get_default)
     return command
+
+
+class _IdleSeed(argparse.Action):
+    """--seed of a command that draws nothing at random, which used to be in its help."""
+
+    def __call__(self, parser, namespace, values: Any, option_string=None):
+        print(f"dcdd: {option_string} has no effect: `{parser.prog}` draws nothing at random", file=sys.stderr)
 
 
 def model_options(parser: Parser) -> None:
@@ -214,13 +230,7 @@ def decoding_options(parser: Parser) -> None:
 def guidance_options(parser: Parser) -> None:
     """Distribution guidance."""
     group = parser.add_argument_group("distribution guidance")
-    group.add_argument(
-        "--strength",
-        type=float,
-        metavar="ETA",
-        help="how strongly each step is pulled towards what the VLM's distributions say; 0 is off (default: the "
-        f"bundle's, which is mostly 0; with --decoder {GUIDANCE}, {STRENGTH})",
-    )
+    strength_option(group, f"; with --decoder {GUIDANCE}, {STRENGTH}")
     group.add_argument(
         "--start",
         type=float,
@@ -232,6 +242,21 @@ def guidance_options(parser: Parser) -> None:
         "--paint-side", type=int, metavar="PIXELS", help="longer side of what --base paints (default: the VQ decode's)"
     )
     guide_decoder_option(group)
+
+
+def strength_option(parser: Any, otherwise: str = "") -> None:
+    """How strong distribution guidance is.
+
+    Args:
+        otherwise: where the default is another one.
+    """
+    parser.add_argument(
+        "--strength",
+        type=float,
+        metavar="ETA",
+        help="how strongly each step is pulled towards what the VLM's distributions say; 0 is off (default: the "
+        f"bundle's, which is mostly 0{otherwise})",
+    )
 
 
 def guide_decoder_option(parser: Any) -> None:
@@ -346,7 +371,7 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
         ValueError: for options that do nothing with the embedded models, and as the loaders.
     """
     device, kind = device_of(args), getattr(args, "sampler", None)
-    if guided(args) and not hasattr(args, "strength"):
+    if guided(args) and not hasattr(args, "start"):
         raise ValueError(f"--decoder {GUIDANCE} goes with `dcdd generate` and `dcdd reconstruct`: leave it out")
     if args.janus is None:
         of_guidance = ("decoder", "base", "dtype") if guided(args) else ()
@@ -400,7 +425,7 @@ def check_painting(models: Models, args: argparse.Namespace, *others: str) -> No
         ValueError: naming them.
     """
     by_pipeline = guided(args) and args.base is not None
-    of_guidance = GUIDED if hasattr(args, "strength") else ()
+    of_guidance = {name: getattr(args, name) for name in GUIDED if hasattr(args, name)}
     idle = given(args, *PAINTING, *of_guidance, *others)
     if models.decoder is None and idle and not by_pipeline:
         raise ValueError(f"{idle} would do nothing without a decoder: give --decoder and --vae as well")
@@ -412,7 +437,7 @@ def check_painting(models: Models, args: argparse.Namespace, *others: str) -> No
             f"--condition-guidance would do nothing with --decoder {GUIDANCE}, whose prior has no condition: leave it "
             "out"
         )
-    if of_guidance and args.paint_side is not None and not by_pipeline:
+    if of_guidance.get("paint_side") is not None and not by_pipeline:
         raise ValueError(
             f"--paint-side goes with --decoder {GUIDANCE} and --base; other decoders have a size of their own"
         )
@@ -420,7 +445,7 @@ def check_painting(models: Models, args: argparse.Namespace, *others: str) -> No
     options, start = guidance_of(args, None if models.decoder is None else models.decoder.card)
     if not 0 < start <= 1:
         raise ValueError(f"--start must be above 0 and at most 1, got {start}; 1 starts from noise alone")
-    if of_guidance and args.guide_decoder is not None:
+    if of_guidance.get("guide_decoder") is not None:
         if options.strength == 0:
             raise ValueError("--guide-decoder would do nothing without guidance: give a --strength above 0")
         if not by_pipeline:
@@ -441,9 +466,17 @@ def card_of(models: Models, args: argparse.Namespace) -> DecoderCard:
 def decoders_of(models: Models, args: argparse.Namespace) -> Decoders:
     """Both decoders, as asked for."""
     check_painting(models, args)
-    card = card_of(models, args) if models.decoder is not None else None
-    options = {name: getattr(args, name) for name in ("steps", "shift", "condition_guidance")}
-    return Decoders(models=models, card=card, **options)
+    if models.decoder is None:
+        return Decoders(models=models)
+    card = models.decoder.card
+    return Decoders(
+        models=models,
+        card=card_of(models, args),
+        steps=args.steps,
+        shift=shift_of(args, card),
+        condition_guidance=args.condition_guidance,
+        strength=guidance_of(args, card)[0].strength,
+    )
 
 
 def seeds_of(args: argparse.Namespace, count: int) -> list[int]:
@@ -584,7 +617,7 @@ def guidance_of(args: argparse.Namespace, card: DecoderCard | None = None) -> tu
         ValueError: for a strength that is negative or not finite.
     """
     alone, served = guided(args), _served(args, card)
-    strength, start = (getattr(args, name, None) for name in ("strength", "start"))
+    strength, start = args.strength, getattr(args, "start", None)
     if strength is None:
         strength = STRENGTH if alone else 0.0 if served is None else served.strength
     start = (START if alone else 1.0) if start is None else start
@@ -599,7 +632,7 @@ def shift_of(args: argparse.Namespace, card: DecoderCard | None) -> float | None
 
 def _served(args: argparse.Namespace, card: DecoderCard | None) -> ServedGuidance | None:
     """The card's guidance, where it counts: with its own decoder, and no other strength asked for."""
-    if card is None or guided(args) or getattr(args, "strength", 0.0) is not None:
+    if card is None or guided(args) or args.strength is not None:
         return None
     served = card.distribution_guidance
     return None if served is None or served.strength == 0 else served
@@ -628,9 +661,10 @@ def guide_decoder_of(args: argparse.Namespace, codec: LatentCodec) -> CheapDecod
     Raises:
         ValueError: as `load_cheap_decoder`, and for latents of other channels.
     """
-    if args.guide_decoder is None:
+    folder = getattr(args, "guide_decoder", None)
+    if folder is None:
         return None
-    decoder = load_cheap_decoder(args.guide_decoder, device=device_of(args))
+    decoder = load_cheap_decoder(folder, device=device_of(args))
     decoder.require_for(codec)
     return decoder
 

@@ -13,7 +13,9 @@ from einops import rearrange
 from dcdd_pico.models import load_pico
 from dcdd_pico.scenes import render_scene, scene_pixels
 
+from ..evaluation.decoding import guidance_told
 from ..evaluation.figures import beside, heat_map, labelled_grid, save_image
+from ..models.card import DecoderCard
 from ..pipelines.decode import decode_tokens
 from . import arguments, common
 
@@ -28,7 +30,7 @@ SCENES = (4, 12, 25, 44)
 
 def add(commands: Any, help: str) -> None:
     """Adds the command."""
-    groups = common.sampling_options, common.decoding_options
+    groups = common.sampling_options, common.decoding_options, common.strength_option
     command = common.add_command(commands, "demo", run, *groups, help=help)
     command.add_argument("prompt", nargs="*", help="in place of the four built-in prompts")
     command.add_argument("--out", type=arguments.path, default=Path("out/demo.png"))
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     clock.lap("VQ-VAE decode")
     condition = common.condition_of(models, sampled, args)
     painted = common.paint(models, condition, seeds, args)
-    clock.lap(f"LCDM + DCDD, {args.steps or models.decoder.card.steps} steps")
+    clock.lap(f"LCDM + DCDD, {_painting(models.decoder.card, args)}")
     doubt = rearrange(1 - condition.uncertainty[..., 0], "b (h w) -> b h w", h=sampled.grid[0])
     rows = [[vq, ours, heat_map(map_, (vq.shape[1], vq.shape[2]))] for vq, ours, map_ in zip(by_vq, painted, doubt)]
     text_sheet = labelled_grid(
@@ -72,6 +74,13 @@ def run(args: argparse.Namespace) -> None:
     )
     save_image(beside(text_sheet, scene_sheet), args.out)
     clock.lap(f"write {args.out}")
+
+
+def _painting(card: DecoderCard, args: argparse.Namespace) -> str:
+    """How the diffusion decoder paints, in words."""
+    options, _ = common.guidance_of(args, card)
+    told = guidance_told(options.strength, card.shift if (shift := common.shift_of(args, card)) is None else shift)
+    return f"{args.steps or card.steps} steps" + (f", {told}" if told else "")
 
 
 class _Clock:

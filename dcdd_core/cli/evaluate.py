@@ -10,11 +10,13 @@ import torch
 
 from dcdd_pico import models as pico
 
+from ..evaluation.decoding import PATHS, Decoders, guidance_told
 from ..evaluation.evaluate import EvaluationRun, evaluate_reconstruction, evaluate_text, generate_geneval
 from ..evaluation.image_folder import at_most, list_images
 from ..evaluation.networks import FeatureNetwork, PerceptualNetwork, feature_network, perceptual_network
 from ..evaluation.prompts import read_geneval, read_prompts
 from ..pipelines.distributed import Processes, processes
+from ..pipelines.load import Models
 from ..pipelines.sample import sample
 from ..types import TokenLogits
 from . import arguments, common
@@ -30,6 +32,7 @@ def add(commands: Any, help: str) -> None:
         reconstruction,
         common.model_options,
         common.decoding_options,
+        common.strength_option,
         _measuring_options,
         help="rFID, SSIM, PSNR and LPIPS of a folder",
     )
@@ -46,6 +49,7 @@ def add(commands: Any, help: str) -> None:
         common.model_options,
         common.sampling_options,
         common.decoding_options,
+        common.strength_option,
         _measuring_options,
         help="gFID of a file of prompts, GenEval",
     )
@@ -77,11 +81,11 @@ def reconstruction(args: argparse.Namespace) -> None:
         args.device = crew.device
         images = list_images(args.images, by_category=args.by_category, limit=args.limit)
         models = common.load(args, with_sampler=False)
-        device = models.tokenizer.device
+        decoders, device = _decoders(models, args, crew), models.tokenizer.device
         report = evaluate_reconstruction(
             _run(args, crew),
             images,
-            common.decoders_of(models, args),
+            decoders,
             features=_feature_network(args, device),
             perceptual=_perceptual_network(args, device),
             size=args.size,
@@ -106,7 +110,7 @@ def text(args: argparse.Namespace) -> None:
         prompts = at_most(read_prompts(args.prompts), **kept) if args.prompts is not None else []
         geneval = at_most(read_geneval(args.geneval), **kept) if args.geneval is not None else []
         models = common.load(args)
-        decoders, run, options = common.decoders_of(models, args), _run(args, crew), common.sampling_of(models, args)
+        decoders, run, options = _decoders(models, args, crew), _run(args, crew), common.sampling_of(models, args)
         given = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
         sampling = {"vlm": models.sampler.fingerprint, "guidance": options.guidance, **given}
         if crew.first:
@@ -131,6 +135,14 @@ def text(args: argparse.Namespace) -> None:
             folders = generate_geneval(run, geneval, decoders, sampled, sampling=sampling)
             if crew.first:
                 print("\n".join(f"wrote {folder}: a folder for GenEval's evaluate_images.py" for folder in folders))
+
+
+def _decoders(models: Models, args: argparse.Namespace, crew: Processes) -> Decoders:
+    """Both decoders, as asked for; says so if guidance takes part."""
+    decoders = common.decoders_of(models, args)
+    if (told := guidance_told(decoders.strength, decoders.served_shift)) and crew.first:
+        print(f"{PATHS['dcdd']}: {told}")
+    return decoders
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ _STRENGTH, _STEPS = 0.1, 8
 
 def add(commands: Any, help: str) -> None:
     """Adds the command."""
-    command = common.add_command(commands, "sharpen", run, help=help)
+    command = common.add_command(commands, "sharpen", run, help=help, seeded=False)
     command.add_argument("image", nargs="+", type=arguments.path)
     arguments.add_vlm_option(command, "a VLM (default: the embedded one)")
     command.add_argument(

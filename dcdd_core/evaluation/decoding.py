@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from ..models.card import DecoderCard
+from ..models.card import MOST_STRENGTH, DecoderCard
 from ..models.checkpoints import fingerprint_of
 from ..pipelines.condition import condition_for
 from ..pipelines.decode import decode, decode_tokens
+from ..pipelines.guided import GuidanceOptions, TokenGuide, token_guide
 from ..pipelines.load import Models
-from ..types import TokenLogits
+from ..settings import require_number
+from ..types import Condition, TokenLogits
 
 #: Decoder path, as named in files and JSON -> its row in tables.
 PATHS = {"vq": "VQ-VAE decode", "dcdd": "DCDD decode"}
@@ -33,6 +35,10 @@ class Decoders:
         steps: Euler steps of the decoder; the bundle's default if None.
         shift: mu of the time shift; the bundle's default if None.
         condition_guidance: see `pipelines.decode.paint`; the bundle's default if None.
+        strength: eta of the decoder's distribution guidance; 0 is off, whatever the card says.
+
+    Raises:
+        ValueError: for a strength out of range, and one above 0 without a calibration.
     """
 
     models: Models
@@ -40,6 +46,15 @@ class Decoders:
     steps: int | None = None
     shift: float | None = None
     condition_guidance: float | None = None
+    strength: float = 0.0
+
+    def __post_init__(self):
+        require_number("strength", self.strength, least=0, most=MOST_STRENGTH, remedy="0 is off")
+        if self.strength > 0 and (self.card is None or self.card.calibration is None):
+            raise ValueError(
+                f"a strength of {self.strength:g} needs a decoder and a calibration, whose distributions guidance "
+                "compares: give a card with a calibration, or strength 0"
+            )
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -64,6 +79,12 @@ class Decoders:
         """Default side in pixels for comparisons: that of the diffusion decoder's images, or else the VQ-VAE's."""
         return self.painted[self.paths[-1]]
 
+    @property
+    def served_shift(self) -> float | None:
+        """Mu of the time shift; None for the backbone's own, and without a decoder."""
+        decoder = self.models.decoder
+        return decoder.card.shift if self.shift is None and decoder is not None else self.shift
+
     def paint(self, token_logits: TokenLogits, seeds: Sequence[int]) -> dict[str, torch.Tensor]:
         """Path -> images [B, 3, H, W] in -1..1, decoded from the same tokens and logits."""
         models = self.models
@@ -71,8 +92,23 @@ class Decoders:
         if self.card is not None:
             condition = condition_for(self.card, token_logits, models.tokenizer.codebook)
             options = {name: getattr(self, name) for name in ("steps", "shift", "condition_guidance")}
+            options["guide"] = self._guide_of(condition)
             painted["dcdd"] = decode(models.decoder, models.codec, condition, seeds=seeds, **options).pixels
         return painted
+
+    def _guide_of(self, condition: Condition) -> TokenGuide | None:
+        """The guide of these images; None without guidance."""
+        if self.strength == 0:
+            return None
+        models = self.models
+        return token_guide(
+            models.tokenizer,
+            models.codec,
+            condition,
+            scale=self.card.calibration.sharpness,
+            options=GuidanceOptions(strength=self.strength, pull=0.0),
+            size=models.decoder.painted_size(condition.grid),
+        )
 
     def settings(self) -> dict[str, Any]:
         """Everything besides tokens and seeds that the images depend on, as plain JSON values."""
@@ -89,13 +125,25 @@ class Decoders:
                 "reads": card.reads,
                 "calibration": calibration and {name: getattr(calibration, name) for name in served},
                 "steps": card.steps if self.steps is None else self.steps,
-                "shift": models.decoder.card.shift if self.shift is None else self.shift,
+                "shift": self.served_shift,
                 **{name: getattr(models.decoder.card, name) for name in _CARD_FIELDS},
             }
             # Results from before there was such guidance do not name it.
             if (w := models.decoder.card.condition_guidance_of(self.condition_guidance)) != 1:
                 settings["condition_guidance"] = w
+            if self.strength > 0:
+                settings["distribution_guidance"] = self.strength
         return settings
+
+
+def guidance_told(strength: float, shift: float | None) -> str:
+    """Distribution guidance in words: "distribution guidance of strength 0.1 at shift 1.5"; empty where it is off.
+
+    Args:
+        shift: mu of the time shift; None for the backbone's own.
+    """
+    at = "" if shift is None else f" at shift {shift:g}"
+    return f"distribution guidance of strength {strength:g}{at}" if strength > 0 else ""
 
 
 def seed_of(seed: int, name: str) -> int:

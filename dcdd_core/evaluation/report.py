@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..files import write_text
+from .decoding import PATHS, guidance_told
 from .figures import grouped_bars, histograms, save_image
 from .frechet import FrechetStatistics
 from .image_folder import NOTHING_LEFT_OUT, OVERALL, ImageFile, LeftOut
@@ -73,6 +74,9 @@ def markdown(results: Mapping[str, Any], *, title: str, heads: Mapping[str, str]
     resized = [f"{row} ({side} pixels)" for row, side in results["painted"].items() if side != results["size"]]
     if resized:
         lines += [f"Resized to that size (bicubic, antialiased): {', '.join(resized)}.", ""]
+    settings = results["settings"]
+    if said := guidance_told(settings.get("distribution_guidance", 0.0), settings.get("shift")):
+        lines += [f"{PATHS['dcdd']}: {said}.", ""]
     if said := str(LeftOut(**{name: tuple(names) for name, names in results["left_out"].items()})):
         lines += [f"{said}.", ""]
     lines += [f"- {heads[column]}: {name}" for column, name in results["networks"].items()]

@@ -28,8 +28,10 @@ from dcdd_core.evaluation.metrics import psnr, ssim
 from dcdd_core.evaluation.networks import FeatureNetwork
 from dcdd_core.evaluation.prompts import Prompt, read_geneval
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.pipelines.decode import Decoded
+from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.pipelines.decode import Decoded, decode
 from dcdd_core.pipelines.distributed import Processes
+from dcdd_core.pipelines.guided import GuidanceOptions, token_guide
 from dcdd_core.pipelines.image_files import ReadPolicy
 from dcdd_core.types import TokenLogits
 from dcdd_pico import embedded
@@ -223,6 +225,27 @@ def test_a_decoder_that_is_served_otherwise_is_another(decoders):
     assert replace(decoders, shift=2.0).settings() == settings | {"shift": 2.0}
 
 
+def test_distribution_guidance_paints_and_is_named_where_it_is_on(decoders):
+    settings, logits = decoders.settings(), decoders.models.tokenizer.encode(torch.rand(2, 3, 96, 96))
+    plain, guided = replace(decoders, steps=2), replace(decoders, steps=2, strength=0.3)
+    assert replace(decoders, strength=0.3).settings() == settings | {"distribution_guidance": 0.3}
+    assert "distribution_guidance" not in settings  # Nor do results from before it name it.
+    images, pulled = (each.paint(logits, [7, 8]) for each in (plain, guided))
+    assert torch.equal(images["vq"], pulled["vq"])
+    differ = (images["dcdd"] - pulled["dcdd"]).abs().amax((1, 2, 3))
+    assert (differ > 1e-3).all()
+    models, condition = decoders.models, condition_for(decoders.card, logits, decoders.models.tokenizer.codebook)
+    scale, options = decoders.card.calibration.sharpness, GuidanceOptions(strength=0.3, pull=0.0)
+    guide = token_guide(models.tokenizer, models.codec, condition, scale=scale, options=options)
+    expected = decode(models.decoder, models.codec, condition, seeds=[7, 8], steps=2, guide=guide).pixels
+    assert torch.equal(pulled["dcdd"], expected)
+    with pytest.raises(ValueError, match="strength of 0.3 needs a decoder and a calibration"):
+        replace(decoders, card=replace(decoders.card, calibration=None), strength=0.3)
+    for wrong in (-0.1, 11.0, float("nan")):
+        with pytest.raises(ValueError, match="strength must be"):
+            replace(decoders, strength=wrong)
+
+
 def test_guidance_on_the_condition_is_painted_with_and_named_where_it_is_on(decoders, monkeypatch):
     settings, decoder, seen = decoders.settings(), decoders.models.decoder, []
     monkeypatch.setattr(decoder, "card", replace(decoder.card, condition_dropout=0.1, condition_guidance=2.0))
@@ -233,7 +256,7 @@ def test_guidance_on_the_condition_is_painted_with_and_named_where_it_is_on(deco
     monkeypatch.setattr(decoding, "decode", lambda *_, **options: seen.append(options) or painted)
     logits = decoders.models.tokenizer.encode(torch.zeros(1, 3, 96, 96))
     replace(decoders, condition_guidance=3.0, shift=0.5).paint(logits, [7])
-    assert seen == [{"seeds": [7], "steps": 1, "shift": 0.5, "condition_guidance": 3.0}]
+    assert seen == [{"seeds": [7], "steps": 1, "shift": 0.5, "condition_guidance": 3.0, "guide": None}]
 
 
 def test_known_statistics_take_the_place_of_the_images(whole, tmp_path, images, decoders, networks):

@@ -35,6 +35,21 @@ def test_a_report_without_categories(tmp_path):
     assert "by category" not in text and not (tmp_path / "scores.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, None),
+        ({"distribution_guidance": 0.05, "shift": 1.5}, "distribution guidance of strength 0.05 at shift 1.5."),
+        ({"distribution_guidance": 0.05, "shift": None}, "distribution guidance of strength 0.05."),
+        ({"shift": 1.5}, None),
+    ],
+)
+def test_a_report_says_with_which_guidance_the_images_were_made(tmp_path, settings, said):
+    results, _ = made({"overall": {"VQ": {"frechet": 1.0}}}, tmp_path)
+    text = markdown({**results, "settings": settings}, title="T", heads=HEADS, command="dcdd x")
+    assert (f"\n\nDCDD decode: {said}\n\n" in text) if said else ("guidance" not in text)
+
+
 def test_a_report_with_categories_and_single_scores(tmp_path):
     values = {"VQ": {"frechet": 1.0, "psnr": 2.0}}
     scopes = {"overall": values, "art": values, "food": {"VQ": {"frechet": 3.5, "psnr": 4.0}}}

@@ -131,4 +131,4 @@ def test_a_gradient_beside_a_step_of_flux():
     steps = inputs(INFO[SHARPEN])["steps"][1]["default"]
     english = rf"{steps} steps at 384 pixels take as much as ([\d.]+) steps of FLUX"
     found = numbers(pages(SHARPEN), english, rf"{steps} 步的计算量相当于 FLUX 的 ([\d.]+) 步")
-    assert found == [(f"{steps * shares[0]:.1f}",)] * 2
+    assert found == [(f"{steps * shares[0]:.1f}",)] * 2 and steps * shares[0] < 2

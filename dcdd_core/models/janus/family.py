@@ -50,9 +50,9 @@ class JanusFamily:
         return masked_start(self.load_sampler(path), seed, grid=grid)
 
     def published_tokenizer(self) -> VQTokenizer:
-        """Janus-Pro's: transformers' own defaults."""
+        """Janus-Pro's: transformers' own defaults, on the grid of 384 pixels."""
         with torch.device("meta"):
-            model = JanusVQVAE(JanusVQVAEConfig())
+            model = JanusVQVAE(JanusVQVAEConfig(num_patches=24))
         # A codebook's values are checked, so it needs some: these are random.
         weight = model.quantize.embedding.weight
         model.quantize.embedding.weight = torch.nn.Parameter(

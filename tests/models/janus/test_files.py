@@ -556,3 +556,8 @@ def test_a_pipe_in_a_folders_place_is_called_so(tmp_path):
     os.mkfifo(tmp_path / "model")
     with pytest.raises(ValueError, match="model is a device, pipe or socket; expected a VLM"):
         registry.sampler_family(tmp_path / "model")
+
+
+def test_the_published_tokenizer_is_on_the_grid_of_384_pixels():
+    family = next(family for family in registry.samplers() if family.name == "janus")
+    assert family.published_tokenizer().grid == (24, 24)
