@@ -124,6 +124,10 @@ def _base(command: tuple[str, ...], models: str, out: Path) -> dict[str | None, 
         ("dcdd", "evaluate", "text"): {"--prompts": str(out / "prompts.txt"), "--references": images}
         | {"--out": "out", "--steps": "1"},
         ("train.py", "train"): training | {"--precision": "no", "--warmup": "0"},
+        ("train.py", "distill"): training | {"--precision": "no", "--warmup": "0", "--student-steps": "1"},
+        ("train.py", "progressive"): training
+        | {"--precision": "no", "--warmup": "0"}
+        | {"--janus": "pico", "--width": "32", "--layers": "1", "--heads": "1"},
         ("train.py", "cache"): {"--vlm": "pico", "--data": images, "--out": "cache"},
         ("train.py", "estimate"): {},
     }
@@ -137,6 +141,8 @@ class Commands:
         self.folder = folder
         self.seconds: dict[tuple[tuple[str, ...], str], float] = {}
         png_folder(folder / "given" / "images", count=2, side=96)
+        for k in range(2):
+            (folder / "given" / "images" / f"{k:02d}.txt").write_text(PROMPT)
         (folder / "given" / "prompts.txt").write_text(f"{PROMPT}\na blue star\n")
 
     def run(self, number: int) -> Outcome:

@@ -79,7 +79,7 @@ def test_reads_as_transformers_does(variant: str, known: bool):
 def test_reads_pico_as_transformers_does():
     words = pico_tokenizer()
     model = fill(JanusForConditionalGeneration(janus_config(JanusVQVAE(tokenizer_config()), words)))
-    language, x = model.model.language_model, embeddings(256)
+    language, x = model.model.language_model, embeddings(model.config.text_config.hidden_size)
     with torch.no_grad():
         whole = language(inputs_embeds=x).last_hidden_state
     torch.testing.assert_close(read_in_steps(language, x, 5, True), whole[:, 4:], rtol=1e-4, atol=1e-4)
