@@ -236,16 +236,6 @@ class Scores:
     labels: dict[str, np.ndarray]
     _known: dict[tuple[str, bytes], float] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls,
-        made: Sequence[dict[str, torch.Tensor]],
-        real: Sequence[dict[str, torch.Tensor]],
-        labels: dict[str, np.ndarray],
-    ) -> Scores:
-        """Of the scores of parts, in order."""
-        return cls(held=_joined(made), real=_joined(real), labels=labels)
-
     def __len__(self) -> int:
         return len(self.held["reader features"])
 
@@ -305,7 +295,8 @@ def collect(rulers: Rulers, ways: Sequence[Way], task: Task, source: Source, cou
         for way in ways:
             made[way.name].append(rulers.made(way, task, source, part))
     labels = {} if source == "photographs" else labels_of(source, count)
-    return {name: Scores.of(parts, real, labels) for name, parts in made.items()}
+    truth = joined(real)
+    return {name: Scores(held=joined(parts), real=truth, labels=labels) for name, parts in made.items()}
 
 
 def labels_of(source: Split, count: int) -> dict[str, np.ndarray]:
@@ -314,7 +305,8 @@ def labels_of(source: Split, count: int) -> dict[str, np.ndarray]:
     return {name: found.numpy() for name, found in fact_labels(facts).items()}
 
 
-def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+    """The scores of parts, in order, as those of all their images: name -> [M, ...]."""
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
@@ -457,10 +449,10 @@ def measure_guided_robustness(setup: EvalSetup) -> Rows:
             scores["high frequencies"] = high_frequencies(made) / high_frequencies(truth)
             found.setdefault(name, []).append(scores)
     columns = (*CHANGES, "high frequencies")
-    joined = {name: _joined(parts) for name, parts in found.items()}
+    whole = {name: joined(parts) for name, parts in found.items()}
     return {
         name: row_of(columns, lambda column, k, held=held: float(held[column][k].mean()), count)
-        for name, held in joined.items()
+        for name, held in whole.items()
     }
 
 

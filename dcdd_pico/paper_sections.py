@@ -25,7 +25,7 @@ from dcdd_core.protocols import SamplingOptions
 
 from .embedded import JANUS
 from .guided_images import Task, Way, originals, scenes_of
-from .guided_sections import F1, FRECHET, Rulers, Scores, collect, labels_of, parts_of, ratio, row_of
+from .guided_sections import F1, FRECHET, Rulers, Scores, collect, joined, labels_of, parts_of, ratio, row_of
 from .reader import FACTS
 from .scenes import draw, scene_pixels
 from .section_keys import code_hash, files_hash
@@ -90,8 +90,9 @@ def measure_reader(setup: EvalSetup) -> Rows:
         real.append(rulers.real("test", part))
         made.append(rulers.of_images("rerendered", part, partial(rerendered, rulers, part)))
     labels = labels_of("test", count)
-    whole = Scores.of(real, real, labels)
-    again = Scores.of(made, real, labels)
+    truth = joined(real)
+    whole = Scores(held=truth, real=truth, labels=labels)
+    again = Scores(held=joined(made), real=truth, labels=labels)
     return {REAL: row_of(F1, whole.score, count), RERENDERED: row_of(TEXT, again.score, count) | by_shape(again)}
 
 
@@ -168,7 +169,7 @@ def measure_ablation(setup: EvalSetup) -> Rows:
                 real.append(rulers.real("test", part))
                 images = partial(painted_of, setup, decoder, task, part)
                 made.append(rulers.of_images(f"ablation-{version}/{task}", part, images, original=task != "text"))
-            own[task] = Scores.of(made, real, labels)
+            own[task] = Scores(held=joined(made), real=joined(real), labels=labels)
         rows[name] = row_of([c for c in ABLATION_SCORES if c in RECONSTRUCTION], own["reconstruction"].score, count)
         for column, value in row_of(tuple(FRECHET), own["text"].score, count).items():
             rows[name]["images" if column == "images" else f"text {column}"] = value

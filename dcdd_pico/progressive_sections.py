@@ -28,7 +28,7 @@ from dcdd_core.types import Condition, TokenLogits
 
 from .embedded import PROGRESSIVE
 from .guided_images import Given, kept, scenes_of
-from .guided_sections import F1, Rulers, Scores, labels_of, parts_of, rows_of, scores_of
+from .guided_sections import F1, Rulers, Scores, joined, labels_of, parts_of, rows_of, scores_of
 from .progressive import progressive_folder
 from .section_keys import code_hash, files_hash
 from .sections import SECTIONS, EvalSetup, Rows, Section
@@ -190,8 +190,8 @@ def collect(samples: Samples, arms: Sequence[Arm], decoder: str, count: int) -> 
         real.append(samples.rulers.real("test", part))
         for arm in arms:
             made[arm.name].append(samples.scores(arm, decoder, part))
-    labels = labels_of("test", count)
-    return {name: Scores.of(parts, real, labels) for name, parts in made.items()}
+    labels, truth = labels_of("test", count), joined(real)
+    return {name: Scores(held=joined(parts), real=truth, labels=labels) for name, parts in made.items()}
 
 
 def measure_target(setup: EvalSetup) -> Rows:

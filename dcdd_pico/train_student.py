@@ -1,8 +1,9 @@
 """Makes a student of pico's decoder that paints in a few steps: `python -m dcdd_pico.train_student`.
 
-The teacher is the decoder in the folder of the weights, as it is served. The student learns (`method.distillation`) on
-fresh training scenes, each seen once, a share of them with Janus' own conditions of scene and caption. Its bundle is
-written into the work folder, and paints in the place of the teacher's wherever a decoder is loaded.
+The teacher is the decoder in the folder of the weights, with the steps, shift and guidance on the condition of its
+card. The student learns (`method.distillation`) on fresh training scenes, each seen once, a share of them with Janus'
+own conditions of scene and caption. Its bundle is written into the work folder, and paints in the place of the
+teacher's wherever a decoder is loaded.
 """
 
 from __future__ import annotations

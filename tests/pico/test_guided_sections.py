@@ -16,8 +16,11 @@ from dcdd_pico.guided_sections import (
     CHANGES,
     CODEC,
     GUIDED,
+    LOSS_8,
     RECONSTRUCTION,
     SDEDIT,
+    SOFT,
+    STRONGER,
     TEXT,
     TRAINED,
     VQ,
@@ -258,3 +261,10 @@ def test_high_frequencies_are_those_above_a_quarter_cycle():
         slow, limit, fast = (float(high_frequencies(way(wave))) for wave in waves)
         assert slow == pytest.approx(0, abs=1e-6) and limit == pytest.approx(0, abs=1e-6)
         assert fast == pytest.approx(3 * 2 * (32 * 32 / 2) ** 2)
+
+
+def test_the_rows_have_the_strengths_that_the_tables_tell():
+    strengths = {way.name: way.guidance.strength for way in WAYS if way.guidance is not None}
+    assert strengths == {SDEDIT: 0.0, LOSS_8: 0.1, GUIDED: 0.4, STRONGER: 0.6, BOTH: 0.05}
+    assert {way.name for way in WAYS if way.guidance is None} == {VQ, SOFT, CODEC, TRAINED}
+    assert {way.start for way in WAYS if way.paints == "prior"} == {0.6}
