@@ -2,7 +2,8 @@
 
 `python -m dcdd_pico.serving` does so for the weights that are there, such as after a new Janus: it chooses the guidance
 that Janus samples with, calibrates to these samples, chooses shift and reading, and writes the card into the decoder's
-file. The second scene reader, which judges, is trained first if the work folder has none.
+file. The second scene reader, which judges, is trained first if the work folder has none. `--only-calibrate` chooses
+nothing: it calibrates to the Janus that is there, in a few minutes.
 """
 
 from __future__ import annotations
@@ -211,6 +212,22 @@ def choose_guidance(context: BuildContext, models: Models, loss_reader: SceneRea
     return found
 
 
+def calibrate(context: BuildContext, models: Models, guidance: float) -> Calibration:
+    """Calibrates to what Janus samples at a guidance, into the card of the decoder in `models`."""
+    calibration = fit_sampler(models.sampler, scene_features(context.recipe, models.tokenizer), guidance)
+    models.decoder.card = serving(models.decoder.card, calibration=calibration)
+    return calibration
+
+
+def save_card(context: BuildContext, weights: Path, card: DecoderCard) -> None:
+    """Writes a card into the decoder's file in `weights`, and its guidance into the recipe beside it."""
+    path = model_paths(weights)["decoder"]
+    whole = load_decoder(path, options=DecoderOptions(dtype=torch.float32, fold=False))
+    whole.card = card
+    save_bundle(path, whole, dtype=torch.float16)
+    replace(context.recipe, guidance=card.calibration.guidance).save(weights)
+
+
 def serve(context: BuildContext, weights: Path, *, guidance: float | None = None) -> Calibration:
     """Calibrates the models in `weights`, chooses how they are served, and writes that into the decoder's card.
 
@@ -228,25 +245,29 @@ def serve(context: BuildContext, weights: Path, *, guidance: float | None = None
         by_guidance = choose_guidance(context, models, loss_reader)
         write_text(context.folder / "guidance.json", json.dumps(by_guidance, indent=1) + "\n")
         guidance = min(by_guidance, key=lambda one: by_guidance[one]["decoder"])
-    calibration = fit_sampler(models.sampler, scene_features(recipe, models.tokenizer), guidance)
-    models.decoder.card = serving(models.decoder.card, calibration=calibration)
+    calibration = calibrate(context, models, guidance)
     # The decoder is compiled by now, if it is at all.
     choosing = replace(context, recipe=replace(recipe, guidance=guidance, compiled=False))
     parts = (models.sampler, models.tokenizer, models.codec.model, models.decoder)
-    card = choose_serving(choosing, *parts, loss_reader)
-    path = model_paths(weights)["decoder"]
-    whole = load_decoder(path, options=DecoderOptions(dtype=torch.float32, fold=False))
-    whole.card = card
-    save_bundle(path, whole, dtype=torch.float16)
-    replace(recipe, guidance=guidance).save(weights)
+    save_card(context, weights, choose_serving(choosing, *parts, loss_reader))
     return calibration
 
 
 def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--guidance", type=float, help="that Janus samples with; by default the best for the decoder")
+    parser.add_argument(
+        "--only-calibrate", action="store_true", help="at --guidance or the recipe's; time shift and reading stay"
+    )
     chosen = parser.parse_args()
-    calibration = serve(stage_context(chosen), chosen.weights, guidance=chosen.guidance)
+    context = stage_context(chosen)
+    if chosen.only_calibrate:
+        models = load_pico(weights=chosen.weights, device=context.device)
+        guidance = context.recipe.guidance if chosen.guidance is None else chosen.guidance
+        calibration = calibrate(context, models, guidance)
+        save_card(context, chosen.weights, models.decoder.card)
+    else:
+        calibration = serve(context, chosen.weights, guidance=chosen.guidance)
     card = load_decoder(model_paths(chosen.weights)["decoder"]).card
     print(f"guidance {calibration.guidance:g}, shift {card.shift}, reads {card.reads}\n{verdict(calibration)}")
 

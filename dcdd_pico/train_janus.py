@@ -22,6 +22,7 @@ Shapes: B batch, N tokens, M scenes.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -70,6 +71,7 @@ _EMA = 0.998
 _BLOCK = 2048
 _SAVE_EVERY = 100
 _HEAD_WIDTH = 64
+_LENGTHS = 16
 _SPECIAL = ("<|begin_of_sentence|>", "<pad>", "<unk>", "<|User|>", "<|Assistant|>", "<begin_of_image>")
 
 
@@ -173,6 +175,8 @@ def train_janus(
     janus.model.vqmodel.eval()
     # On a CPU such short sequences take four fifths of the time of PyTorch's fused attention.
     janus.model.language_model.set_attn_implementation("eager")
+    if recipe.compiled:
+        janus.model.language_model.compile(dynamic=False)
     trained = {name: p for name, p in janus.named_parameters() if p.requires_grad}
     matrices = [name for name, p in trained.items() if ".layers." in name and p.ndim == 2]
     optimizers = adamw_with_muon(trained, matrices, betas=(0.9, 0.95), weight_decay=0.05)
@@ -277,7 +281,8 @@ def next_token_loss(
 ) -> torch.Tensor:
     """Cross-entropy in nats of each image token given the prompt and earlier tokens: tokens [B, N] -> [B, N].
 
-    Rows are padded at the end, where causal attention does not reach, so positions are the same as in sampling.
+    Rows are padded at the end, where causal attention does not reach, so positions are the same as in sampling; to a
+    multiple of 16, so that a compiled model meets few lengths.
     """
     embed = janus.get_input_embeddings()
     device = tokens.device
@@ -287,6 +292,7 @@ def next_token_loss(
         for ids, drawn in zip(prompts, image, strict=True)
     ]
     padded = pad_sequence(rows, batch_first=True)
+    padded = F.pad(padded, (0, 0, 0, -padded.shape[1] % _LENGTHS))
     hidden = janus.model.language_model(inputs_embeds=padded, use_cache=False).last_hidden_state
     ends = torch.tensor([len(ids) - 1 for ids in prompts], device=device)[:, None]
     positions = ends + torch.arange(tokens.shape[1], device=device)
@@ -342,10 +348,11 @@ was trained on:
 def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--steps", type=int, default=Recipe.janus_steps, help="updates (default %(default)s)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
     chosen = parser.parse_args()
     # The recipe beside the weights has the numbers of the Janus that is replaced.
     own = {field.name: field.default for field in fields(Recipe) if field.name.startswith("janus_")}
-    context = stage_context(chosen, **own | {"janus_steps": chosen.steps})
+    context = stage_context(chosen, **own | {"janus_steps": chosen.steps, "compiled": chosen.compile})
     janus, tokenizer = train_janus(context, chosen.weights)
     folder = embedded.model_paths(chosen.weights)["vlm"]
     save_janus(folder, janus, tokenizer)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,3 +87,14 @@ def test_the_command_writes_what_it_chose_into_the_card(tmp_path, monkeypatch, c
     assert json.loads((tmp_path / "work" / "guidance.json").read_text()) == {str(k): row for k, row in told.items()}
     after = load_file(weights / "decoder.safetensors")
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+
+    # Only calibrated: what was chosen stays, at the recipe's guidance or the one that is given.
+    monkeypatch.setattr(serving, "serve", lambda *_, **__: pytest.fail("nothing is to be chosen"))
+    for more, guidance in (["--guidance", "2"], 2.0), ([], 2.0):
+        kept = load_pico(weights=weights).decoder.card
+        monkeypatch.setattr(sys, "argv", [*arguments, "--only-calibrate", *more])
+        serving.main()
+        card = load_pico(weights=weights).decoder.card
+        expected = fit_sampler(pico.sampler, scene_features(Recipe.load(weights), pico.tokenizer), guidance)
+        assert card == replace(kept, calibration=expected) and expected.guidance == guidance
+        assert Recipe.load(weights).guidance == guidance
