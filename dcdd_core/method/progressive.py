@@ -30,7 +30,7 @@ MOST_PASSES = 4096
 _MOST_SIDE = 1024
 """Of a grid."""
 _ORDER_KEY = 0x0DE5
-"""Keeps the noise of the order apart from that of the tokens."""
+"""Keeps the noise of the order apart from that of the tokens, whose keys are the positions."""
 # 8 passes over 144 positions, "cosine": 3 8 13 18 22 25 27 28; "arccos": 11 12 12 13 14 16 20 46; "linear": 18 each.
 _SHARES: Mapping[str, Callable[[float], float]] = {
     # MaskGIT's (Chang et al. 2022, arXiv 2202.04200), as aMUSEd's: few positions first.
@@ -176,7 +176,8 @@ def find_order(order: str) -> Order:
 def order_noise(seeds: Sequence[int], count: int) -> torch.Tensor:
     """Standard Gumbel noise [B, N] float64 on the CPU for orders; row b depends on seeds[b] and N alone."""
     tiny = torch.finfo(torch.float64).tiny
-    rows = [torch.rand(count, generator=keyed_generator(s, _ORDER_KEY), dtype=torch.float64) for s in seeds]
+    key = max(_ORDER_KEY, count)
+    rows = [torch.rand(count, generator=keyed_generator(s, key), dtype=torch.float64) for s in seeds]
     return torch.stack(rows).clamp_(min=tiny).log_().neg_().log_().neg_()
 
 

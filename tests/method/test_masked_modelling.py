@@ -86,6 +86,8 @@ def test_the_loss_by_hand():
     tokens = torch.tensor([[0, 1, 1]])
     losses = token_losses(logits, tokens)
     torch.testing.assert_close(losses, torch.tensor([[math.log(2), math.log(4 / 3), math.log(2)]]))
+    assert token_losses(logits.bfloat16(), tokens).dtype == torch.float32, "autocast gives halves"
+    torch.testing.assert_close(token_losses(logits.bfloat16(), tokens), losses, rtol=0, atol=2e-3)
     hidden, wrong = torch.tensor([[True, False, False]]), torch.tensor([[False, True, False]])
     weights = position_weights(hidden, wrong)
     torch.testing.assert_close(weights, torch.tensor([[1.0, 1.0, 0.1]]))

@@ -29,6 +29,7 @@ from dcdd_core.method.progressive import (
     stage_counts,
     stage_rows,
 )
+from dcdd_core.method.sampling import gumbel_noise
 from dcdd_core.protocols import SamplingOptions
 
 
@@ -125,6 +126,9 @@ def test_guidance_ramps_from_the_prompt_alone():
     options = ProgressiveOptions(guidance=3.0, passes=5, revision_passes=2)
     assert options.guidances() == (1.0, 2.0, 3.0, 3.0, 3.0)
     assert replace(options, ramp=False).guidances() == (3.0,) * 5
+    for wrong in (0, 4097, 1.5):
+        with pytest.raises(ValueError, match="passes must be a whole number in 1..4,096"):
+            guidance_ramp(3.0, wrong)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (12, 12), (3, 4), (24, 24), (5, 7)])
@@ -135,6 +139,12 @@ def test_halton_is_scipys_sequence_of_first_visits(grid):
     assert len(expected) == rows * columns
     places = halton_places(grid).reshape(grid)
     assert [int(places[cell]) for cell in expected] == list(range(rows * columns))
+
+
+@pytest.mark.parametrize(("grid", "side"), [((0, 4), "rows"), ((4, 0), "columns"), ((4, 2.0), "columns")])
+def test_a_grid_without_positions_has_no_places(grid, side):
+    with pytest.raises(ValueError, match=f"{side} of the grid must be a whole number of at least 1"):
+        halton_places(grid)
 
 
 def test_halton_spreads_and_raster_does_not():
@@ -195,6 +205,10 @@ def test_noise_of_the_order_is_gumbels_and_keyed_by_the_seed():
     assert noise.dtype == torch.float64 and torch.equal(order_noise([7], 144)[0], noise[7])
     assert len({float(row[0]) for row in noise}) == 40
     assert stats.kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 0.01
+    # Apart from the noise of every position's token, in grids of any size.
+    for count in (16, 4096):
+        first = float(order_noise([5], count)[0, 0].float())
+        assert first not in {float(gumbel_noise(5, position, 1)[0]) for position in range(count)}
     before = torch.get_rng_state()
     order_noise([1], 9)
     assert torch.equal(before, torch.get_rng_state())
@@ -274,16 +288,27 @@ def test_revision_takes_all_or_the_last():
 def test_options_are_sampling_options_with_a_plan():
     options = ProgressiveOptions()
     assert isinstance(options, SamplingOptions) and options.guidance == SamplingOptions().guidance
-    assert options.revealing == 8
+    assert options.revealing == 8 and options.order == "halton"
     assert options.counts(144) == (*stage_counts(144, 8, "arccos"), 0, 0, 0)
     assert options.counts(3) == (1, 1, 1) + (0,) * 8
     assert ProgressiveOptions(passes=3, revision_passes=0, schedule=(1, 0, 1)).counts(10) == (5, 0, 5)
+
+
+def test_a_plan_in_other_passes_revises_in_the_nearest_share_of_them():
+    plan = ProgressiveOptions()  # 3 of 11
+    found = {passes: plan.in_passes(passes).revision_passes for passes in (1, 2, 5, 6, 11, 22)}
+    assert found == {1: 0, 2: 1, 5: 1, 6: 2, 11: 3, 22: 6}
+    assert replace(plan, passes=4, revision_passes=3).in_passes(2).revision_passes == 1, "one pass has to reveal"
+    for wrong in (0, "many"):
+        with pytest.raises(ValueError, match="passes must be a whole number in 1..4,096"):
+            plan.in_passes(wrong)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"passes": 0}, "passes must be a whole number in 1..4,096"),
+        ({"revision_passes": -1}, "revision_passes must be a whole number of at least 0, got -1"),
         ({"passes": 3, "revision_passes": 3}, "revision_passes must be less than passes"),
         ({"start": 11}, "start must be less than passes, got 11 of 11"),
         ({"start": -1}, "start must be a whole number of at least 0"),

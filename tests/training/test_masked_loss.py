@@ -10,7 +10,13 @@ import torch.nn.functional as F
 
 from dcdd_core.method.masked_modelling import CORRUPTIONS
 from dcdd_core.models.masked.words import padded
-from dcdd_core.training.masked_loss import Corruption, MaskedExample, make_example, masked_losses
+from dcdd_core.training.masked_loss import (
+    Corruption,
+    MaskedExample,
+    make_example,
+    masked_losses,
+    tokens_and_errors,
+)
 from dcdd_core.types import Codebook
 from tests.models.masked.tiny_masked import tiny_masked, tiny_network
 from tests.tiny import tiny_vq
@@ -39,7 +45,9 @@ def test_an_example_hides_and_corrupts(corruption):
     assert (example.seen[example.hidden] == 64).all()
     assert torch.equal(example.wrong, visible & (example.seen != example.tokens))
     assert not (example.probe & ~example.hidden).any()
-    assert not example.probe[100:].any() and example.probe[:100].any()
+    assert not example.probe[100:].any()
+    counts = (0.08 * example.hidden[:100].sum(1) + 0.5).floor()
+    assert torch.equal(example.probe[:100].sum(1).float(), counts) and counts.any(), "a twelfth of the hidden ones"
     complete = (~example.hidden).all(1).float().mean()
     assert 0.07 < complete < 0.14, "a tenth is complete, a few more by chance"
     share = example.wrong.sum() / visible.sum()
@@ -74,6 +82,87 @@ def test_wrong_tokens_come_from_where_they_should(corruption):
     assert torch.equal(corruption([])(tokens, hidden, chosen, ids, torch.Generator()), tokens)
     with pytest.raises(ValueError, match=r"unknown corruptions \['noise'\]"):
         corruption(["noise"])
+
+
+def test_each_image_has_wrong_tokens_of_one_source_and_the_model_reads_its_own_caption(corruption):
+    ids, tokens, _ = batch_of(tiny_masked(), 40)
+    hidden, chosen = torch.zeros(40, 16, dtype=torch.bool), torch.zeros(40, 16, dtype=torch.bool)
+    hidden[:, :3], chosen[:, 8:] = True, True
+    network, read, prompts = tiny_network(), [], []
+    network.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    prefix = network.prefix
+    network.prefix = lambda *given: prompts.append(given) or prefix(*given)
+    with torch.no_grad():
+        network.head_out.weight.zero_()
+        network.head_out.bias.zero_()
+        network.head_out.bias[7] = 99.0
+    made = corruption(CORRUPTIONS, network)
+    wrong = made(tokens, hidden, chosen, ids, torch.Generator().manual_seed(3))
+    assert torch.equal(wrong[~chosen], tokens[~chosen])
+    drawn = (wrong[:, 8:] == 7).all(1)
+    near = (made.neighbours[tokens] == wrong[..., None]).any(-1)[:, 8:].all(1)
+    own = torch.stack([torch.isin(row[8:], image).all() for row, image in zip(wrong, tokens)])
+    assert (drawn | near | own).all() and min(drawn.sum(), (near & ~own).sum(), (own & ~near).sum()) > 4
+    # What stays visible is seen, hidden and replaced positions are not.
+    expected = tokens[drawn].masked_fill((hidden | chosen)[drawn], 64)
+    assert torch.equal(read[0], expected)
+    for found, held in zip(prompts[0], padded([row for row, took in zip(ids, drawn) if took])):
+        assert torch.equal(found, held)
+
+
+def test_codes_have_eight_neighbours_or_all_that_there_are(corruption):
+    assert corruption(["nearest"]).neighbours.shape == (64, 8)
+    few = Codebook(F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1))
+    made = Corruption(["nearest"], few, lambda work: work(None))
+    assert made.neighbours.sort(1).values.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+
+
+def test_another_model_may_draw(corruption):
+    made, other = corruption(), lambda work: work(None)
+    assert made.drawing(other).run is other and made.drawing(other).kinds == made.kinds and made.run is not other
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_small_batch_measures_importance_too(corruption, rows):
+    sampler = tiny_masked()
+    for seed in range(20):
+        example = make_example(*batch_of(sampler, rows), corruption(), torch.Generator().manual_seed(seed), codes=64)
+        assert not example.probe[1:].any()
+        if example.probe.any():
+            break
+    assert example.probe[0].any() and float(masked_losses(sampler.model, example)["importance"]) > 0
+
+
+def test_tokens_come_with_the_logarithm_of_their_error():
+    class Nearest:
+        codebook = Codebook(torch.eye(3))
+
+        def tokens(self, features):
+            return features.argmax(-1)
+
+    # At cosines .8, .64 and 1 of the nearest code, whatever the length.
+    features = torch.tensor([[[4.0, 3.0, 0.0], [0.48, 0.6, 0.64], [0.0, 0.0, 5.0]]])
+    tokens, errors = tokens_and_errors(Nearest(), features)
+    assert tokens.tolist() == [[0, 2, 2]]
+    torch.testing.assert_close(errors, torch.tensor([[0.2, 1 - 0.64, 1e-4]]).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_importance_is_learned_and_what_was_measured_is_not(corruption):
+    """The target's gradient would teach the tokens' logits to make positions matter."""
+    sampler = tiny_masked()
+    network = sampler.model.requires_grad_(True)
+    example = make_example(*batch_of(sampler), corruption(), torch.Generator().manual_seed(1), codes=64)
+    assert example.probe.any()
+    losses = masked_losses(network, example)
+    losses["loss"].backward()
+    found = network.head_out.weight.grad.clone()
+    network.zero_grad()
+    logits = network.logits(network(example.seen, network.prefix(*padded(example.ids))))
+    each = F.cross_entropy(logits.transpose(1, 2), example.tokens, reduction="none")
+    weights = torch.where(example.hidden | example.wrong, 1.0, 0.1)
+    ((each * weights).sum() / weights.sum()).backward()
+    torch.testing.assert_close(found, network.head_out.weight.grad, rtol=1e-4, atol=1e-6)
+    assert {name for name, value in losses.items() if value.requires_grad} == {"loss"}
 
 
 @pytest.mark.parametrize("guidance", [1.0, 0.0])
@@ -115,6 +204,10 @@ def test_clean_tokens_count_a_tenth_and_scores_little(corruption):
     expected = tokens + 0.05 * losses["error"] + 0.02 * losses["importance"]
     torch.testing.assert_close(losses["loss"], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(losses["wrong"], each[example.wrong].mean(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses["hidden"], each[example.hidden].mean(), rtol=1e-4, atol=1e-4)
+    error, _ = sampler.model.scores(sampler.model(example.seen, sampler.model.prefix(*padded(example.ids))))
+    squared = (error - example.errors).square()[example.hidden].mean()
+    torch.testing.assert_close(losses["error"], squared, rtol=1e-4, atol=1e-4)
     # Importance: a second reading with the probed positions revealed.
     more = torch.where(example.probe, example.tokens, example.seen)[:2]
     after = sampler.model.logits(sampler.model(more, sampler.model.prefix(*padded(example.ids)).rows(0, 2)))

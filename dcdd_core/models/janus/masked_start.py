@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from transformers import JanusForConditionalGeneration
 
 from ..masked.network import MaskedConfig, MaskedTransformer
@@ -107,7 +108,7 @@ def start_from_janus(
     for own, part in parts.items():
         found |= {f"{own}.{name}": value for name, value in part.state_dict().items()}
     network.load_state_dict(network.state_dict() | {name: value.float() for name, value in found.items()})
-    aligned = model.generation_aligner.float()(model.generation_embeddings.weight.float())
+    aligned = network.align_out(F.gelu(network.align_in(network.codes.weight)))
     network.mask.copy_(aligned.mean(0))
     network.scores_out.weight.zero_()
     network.scores_out.bias.zero_()

@@ -14,12 +14,14 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from dcdd_core.method import sampling
 from dcdd_core.method.progressive import ProgressiveOptions
 from dcdd_core.models.masked.amused import FAMILY
+from dcdd_core.models.masked.amused_network import AmusedConfig, AmusedNetwork
 from dcdd_core.models.masked.amused_tokenizer import unit_rows
 from dcdd_core.models.masked.words import padded
 from dcdd_core.pipelines.progressive import changed_plan
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Codebook
-from tests.tiny_amused import CODES, MASK, save_tiny_amused
+from tests.tiny import fill
+from tests.tiny_amused import CODES, MASK, network_config, save_tiny_amused
 
 PROMPTS = ["a red circle on the left", "a blue square"]
 
@@ -173,6 +175,18 @@ def test_logits_are_float32_in_half_precision(folder):
     found = network.logits(hidden)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, network.float().logits(hidden), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("switches", [{"use_bias": True}, {"ln_elementwise_affine": False}], ids=["bias", "no scale"])
+def test_the_last_layer_may_have_biases_and_no_scales(switches):
+    config = network_config() | switches
+    whole = fill(UVit2DModel(**config), 4)
+    hidden = torch.randn(2, 28, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = whole.mlm_layer(hidden)
+    network = AmusedNetwork(AmusedConfig(grid=(4, 4), factor=16, mask_token=MASK), whole, nn.Identity())
+    found = network.logits(rearrange(hidden, "r c h w -> r (h w) c"))
+    torch.testing.assert_close(found, rearrange(expected, "r k h w -> r (h w) k"), rtol=1e-4, atol=1e-5)
 
 
 def test_eight_bits_in_memory(folder, sampler):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import VQModel
+from diffusers import AmusedScheduler, VQModel
 from safetensors.torch import load_file, save_file
 
 from dcdd_core import registry
@@ -226,7 +226,9 @@ def test_the_published_models_at_their_size(tmp_path, monkeypatch, sizes, weight
 
 
 def test_the_published_tokenizer_is_that_of_the_configuration():
-    found = FAMILY.published_tokenizer().model.config
+    tokenizer = FAMILY.published_tokenizer()
+    assert (tokenizer.grid, tokenizer.factor) == ((32, 32), 16)
+    found = tokenizer.model.config
     assert {name: found[name] for name in VQVAE if name[0] != "_"} == {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in (VQVAE | {"scaling_factor": 0.18215}).items()
@@ -264,6 +266,9 @@ def load_both(folder):
 
 def test_which_folders_are_read(folder):
     assert FAMILY.reads(str(folder)) and registry.sampler_family(folder) is FAMILY
+    for name in ("AmusedImg2ImgPipeline", "AmusedInpaintPipeline"):
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        assert FAMILY.reads(str(folder)), "as diffusers saves it for edits"
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     assert not FAMILY.reads(str(folder))
     (folder / "model_index.json").unlink()
@@ -406,6 +411,8 @@ def test_half_of_the_files_may_be_stored_beside(folder, saved):
 def test_a_linear_schedule_is_the_schedulers(folder):
     change(folder, "scheduler", {"masking_schedule": "linear", "temperature": [2, 0]})
     assert FAMILY.load_sampler(str(folder)).sampling.schedule == "linear"
+    change(folder, "scheduler", {"masking_schedule": ...})
+    assert FAMILY.load_sampler(str(folder)).sampling.schedule == AmusedScheduler(1).config.masking_schedule
 
 
 def test_what_saved_tokenizers_look_like_may_differ(folder, saved):

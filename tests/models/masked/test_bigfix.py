@@ -93,6 +93,7 @@ def test_the_halton_order_is_the_released_one_transposed():
 def test_it_samples_as_its_authors_do(sampler):
     assert staged_sampler(sampler) is sampler and sampler.sampling == SAMPLING and sampler.default_guidance == 6.0
     assert (SAMPLING.passes, SAMPLING.top_p, SAMPLING.order, SAMPLING.revise) == (32, 0.8, "halton", "all")
+    assert (SAMPLING.schedule, SAMPLING.revision_passes, SAMPLING.temperature) == ("arccos", 0, 1.0)
     assert set(SAMPLING.guidances()) == {6.0} and sum(SAMPLING.counts(1024)) == 1024
     totals = []
     sampler.sample(PROMPTS[:1], seeds=[1], on_progress=lambda now: totals.append(now.total))

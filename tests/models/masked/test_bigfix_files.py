@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -135,13 +136,21 @@ def test_heads_of_the_released_widths_are_known():
         network_config(held, 6, "a.pth")
 
 
+@pytest.mark.parametrize("name", ["text_width", "registers"])
+def test_sizes_that_make_no_network_are_refused(folder, name):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
+        replace(BigFixFolder(folder).config(), **{name: 0})
+
+
 def test_a_folder_needs_no_config(folder):
     assert registry.sampler_family(folder).name == "bigfix"
     (folder / "config.json").unlink()
     assert registry.sampler_family(folder).name == "bigfix", "by the checkpoint's name"
     with pytest.raises(ValueError, match="is of width 32, and no tensor says how many heads"):
         load(folder)
-    (folder / f"{NAME}.pth").rename(folder / "other.pth")
+    (folder / f"{NAME}.pth").rename(folder / "bigfix-large.pth")
+    assert registry.sampler_family(folder).name == "bigfix", "in any letters"
+    (folder / "bigfix-large.pth").rename(folder / "other.pth")
     with pytest.raises(ValueError, match="expected a VLM: .*the folder of BIGFix, with BigFix_XLarge"):
         registry.sampler_family(folder)
 
@@ -184,6 +193,11 @@ def test_a_missing_part_is_named_with_its_source(folder, part, words):
         load(folder)
 
 
+def test_what_a_mac_leaves_beside_a_file_is_no_checkpoint(folder):
+    (folder / f"._{NAME}.pth").write_bytes(b"Mac OS X")
+    assert load(folder).name == NAME
+
+
 def test_two_checkpoints_are_refused(folder):
     shutil.copy(folder / f"{NAME}.pth", folder / "BigFix_other.pth")
     with pytest.raises(ValueError, match="BigFix_other.pth, BigFix_tiny.pth, and nothing says which"):
@@ -203,6 +217,7 @@ def test_two_checkpoints_are_refused(folder):
         (lambda w: w.update({"pos_emb.weight": torch.zeros(15, 32)}), "has 15 positions .* expected a square"),
         (lambda w: w.update({"pos_emb.weight": torch.zeros(16)}), r"pos_emb\.weight as \[16\], expected a matrix"),
         (lambda w: w.update({"reward_proj.0.weight": torch.zeros(32, 4)}), "trained with other rewards than 3"),
+        (lambda w: w.update({"reg_tokens.weight": torch.zeros(0, 32)}), r"reg_tokens\.weight as \[0, 32\], expected"),
         (
             lambda w: w.update({"transformer.layers.9.ln1.weight": torch.zeros(32)}),
             r"missing: transformer\.layers\.2\..*; unexpected: transformer\.layers\.9\.ln1\.weight",

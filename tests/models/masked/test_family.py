@@ -59,3 +59,8 @@ def test_weights_that_were_not_stored_in_eight_bits_keep_their_fingerprint(tmp_p
     with pytest.raises(ValueError, match="need torchao"):
         sampler.store_in_int8("cpu")
     assert sampler.fingerprint == before
+
+
+def test_the_published_tokenizer_is_that_of_janus():
+    family = next(found for found in registry.samplers() if found.name == "masked")
+    assert family.published_tokenizer().grid == (24, 24)

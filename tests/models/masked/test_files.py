@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,18 @@ def test_it_comes_back_as_it_was(saved):
     assert (loaded.sampling, loaded.default_guidance, loaded.name) == (SAMPLING, 3.0, "tiny")
     assert loaded.fingerprint == made.fingerprint
     assert not loaded.model.training and not any(weight.requires_grad for weight in loaded.model.parameters())
+
+
+def test_a_schedule_that_is_a_list_comes_back(folder):
+    sampling = json.loads((folder / "config.json").read_text())["sampling"]
+    change_config(folder, sampling=sampling | {"schedule": [1, 2.5, 0, 4]})
+    assert load_masked(folder).sampling == replace(SAMPLING, schedule=(1, 2.5, 0, 4))
+
+
+def test_weights_take_the_dtype_that_is_asked_for(saved):
+    loaded = load_masked(saved, dtype=torch.bfloat16)
+    assert {value.dtype for value in loaded.model.state_dict().values()} == {torch.bfloat16}
+    assert torch.equal(loaded.codebook.vectors, tiny_masked().codebook.vectors), "in float32"
 
 
 def test_eight_bits_are_read_back_to_half_a_step(tmp_path):

@@ -151,7 +151,10 @@ def test_all_weights_learn():
         ({"codes": 1}, "codes must be a whole number of at least 2"),
         ({"heads": 0}, "heads must be a whole number of at least 1"),
         ({"heads": 32}, "width 32 must be an even multiple of heads 32"),
+        ({"code_dim": 0}, "code_dim must be a whole number of at least 1"),
+        ({"words": 0}, "words must be a whole number of at least 1"),
         ({"rope_theta": 0}, "rope_theta must be a finite number above 0"),
+        ({"norm_eps": 0.0}, "norm_eps must be a finite number above 0"),
     ],
 )
 def test_sizes_that_make_no_network_are_refused(changes, words):
@@ -172,6 +175,7 @@ def test_sizes_come_from_json():
         "hidden": 64,
     }
     assert MaskedConfig.of(values) == config
+    assert (config.rope_theta, config.norm_eps) == (10_000.0, 1e-6), "Llama's"
     for wrong in ({**values, "depth": 3}, {k: v for k, v in values.items() if k != "grid"}, {**values, "grid": 4}):
         with pytest.raises(ValueError, match="incomplete or unknown"):
             MaskedConfig.of(wrong)

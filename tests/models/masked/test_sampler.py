@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from dcdd_core.method import sampling
-from dcdd_core.method.progressive import ORDERS, ProgressiveOptions, halton_places, stage_counts
+from dcdd_core.method.progressive import ORDERS, ProgressiveOptions, halton_places, order_noise, stage_counts
 from dcdd_core.models.masked.words import padded
 from dcdd_core.protocols import SamplingOptions
 from tests.models.masked.tiny_masked import SAMPLING, tiny_masked
+from tests.tiny import tiny_tokenizer
 
 PROMPTS, SEEDS = ["a red circle on the left", "a blue square"], [3, 4]
 
@@ -154,6 +155,24 @@ def test_confidence_is_of_the_whole_distribution(sampler):
     assert torch.equal(first, expected) and not torch.equal(expected, other)
 
 
+def test_noise_of_the_order_is_that_of_the_seeds_and_falls_with_the_passes(sampler):
+    noise = order_noise(SEEDS, 16)
+    stages = sampler.sample_stages(PROMPTS, seeds=SEEDS, options=replace(SAMPLING, order="random")).stages
+    highest = noise.topk(int(stages[0].revealed[0].sum()), dim=1).indices
+    assert torch.equal(stages[0].revealed, torch.zeros(2, 16, dtype=torch.bool).scatter(1, highest, True))
+    # Passes that read no token, so that all of them have the same probabilities.
+    options = replace(SAMPLING, order="confidence", order_noise=4.0, ramp=False, passes=4, revision_passes=0)
+    sampler = blind(sampler)
+    found = sampler.sample_stages(PROMPTS, seeds=SEEDS, options=options)
+    chances = found.token_logits.logits.log_softmax(-1).gather(-1, found.token_logits.tokens[..., None])[..., 0]
+    known = torch.zeros(2, 16, dtype=torch.bool)
+    for stage, temperature in zip(found.stages, (4.0, 8 / 3, 4 / 3, 0.0)):
+        scores = (chances + temperature * noise).masked_fill(known, -torch.inf)
+        highest = scores.topk(int(stage.revealed[0].sum()), dim=1).indices
+        assert torch.equal(stage.revealed, torch.zeros(2, 16, dtype=torch.bool).scatter(1, highest, True))
+        known = stage.known
+
+
 @pytest.mark.parametrize("order", ["importance", "raster"])
 def test_positions_of_a_pass_keep_apart(sampler, order):
     options = replace(SAMPLING, order=order, spread=1, passes=4, revision_passes=0)
@@ -246,7 +265,8 @@ def test_an_image_may_be_the_start(sampler):
         run = sampler.sample_stages(PROMPTS, options=replace(options, order=order), **arguments)
         first = run.stages[1].known
         assert torch.equal(run.token_logits.tokens[first], image.tokens[first])
-    sure = replace(options, order="confidence", order_noise=0.0, guidance=1.0)
+    # Its tokens are judged by the prompt alone: passes that draw nothing need no second row.
+    sure = replace(options, order="confidence", order_noise=0.0, guidance=6.0, ramp=False)
     run = sampler.sample_stages(PROMPTS, options=sure, **arguments)
     chances = guided_logits(sampler, image.tokens, torch.zeros(2, 16, dtype=torch.bool), 1.0).log_softmax(-1)
     highest = chances.gather(-1, image.tokens[..., None])[..., 0].topk(counts[0], dim=1).indices
@@ -261,9 +281,12 @@ def test_plain_options_leave_the_passes_to_the_sampler(sampler):
     totals = []
     for options in (SamplingOptions(guidance=2.0), ProgressiveOptions(guidance=2.0, passes=3, revision_passes=1)):
         sampler.sample(
-            PROMPTS[:1], seeds=[1], options=options, on_progress=lambda now: totals.append((now.done, now.total))
+            PROMPTS[:1],
+            seeds=[1],
+            options=options,
+            on_progress=lambda now: totals.append((now.done, now.total, now.passes)),
         )
-    assert totals == [(i, 5) for i in range(1, 6)] + [(i, 3) for i in range(1, 4)]
+    assert totals == [(i, 5, i) for i in range(1, 6)] + [(i, 3, i) for i in range(1, 4)]
     plain = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(guidance=2.0, temperature=0.5, top_p=0.9))
     whole = replace(SAMPLING, guidance=2.0, temperature=0.5, top_p=0.9)
     assert torch.equal(plain.tokens, sampler.sample(PROMPTS, seeds=SEEDS, options=whole).tokens)
@@ -309,12 +332,19 @@ def test_words_and_rows(sampler):
     assert set(without[1:-1]) == {words.tokenizer.pad_token_id}
     bare = type(words)(words.tokenizer, "{prompt}")
     assert bare.unconditional(bare.ids("red")) == [words.tokenizer.bos_token_id, words.tokenizer.pad_token_id]
+    started = type(words)(words.tokenizer, f"{words.tokenizer.bos_token}{{prompt}}")
+    assert started.ids("red") == bare.ids("red"), "a template that begins with BOS gets no second one"
     assert sampler.unknown_words("a red zebra zebra") == ["zebra"] and "circle" in sampler.known_words()
     with pytest.raises(ValueError, match="blank"):
         words.ids("  ")
     for template in ("", "{prompt}{prompt}", 3):
         with pytest.raises(ValueError, match="template must hold"):
             type(words)(words.tokenizer, template)
+    for name in ("bos_token", "pad_token"):
+        lacking = tiny_tokenizer()
+        setattr(lacking, name, None)
+        with pytest.raises(ValueError, match=f"the tokenizer names no {name}: add one to its tokenizer_config.json"):
+            type(words)(lacking, words.template)
 
 
 @pytest.mark.parametrize("kind", [SamplingOptions, partial(ProgressiveOptions, passes=5)])
