@@ -70,7 +70,7 @@ def labelled_grid(
     width = gap + len(columns) * (side + gap)
     sheet = Image.new("RGB", (width, head + len(rows) * (side + line + gap)), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((gap, 8), title, fill=_INK, font=bold)
+    pen.text((gap, 8), _fitting(title, bold, width - 2 * gap), fill=_INK, font=bold)
     for c, name in enumerate(columns):
         pen.text((gap + c * (side + gap), head - 24), name, fill=_INK, font=font)
     for r, (row, caption) in enumerate(zip(rows, captions)):

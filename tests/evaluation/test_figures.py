@@ -37,6 +37,8 @@ def test_a_sheet_holds_every_image():
     sheet = np.asarray(labelled_grid([row, row[::-1]], columns=("a", "b"), captions=("x" * 500, "y"), side=40))
     dark, light = ((sheet == value).all(-1).sum() for value in (64, 191))
     assert dark == light == 2 * 40 * 40
+    titled = np.asarray(labelled_grid([row], columns=("a", "b"), captions=("x",), title="H" * 500, side=40))
+    assert (titled[:34, -12:] == titled[0, 0]).all(), "a title that is too long is shortened, not cut"
     with pytest.raises(ValueError, match="one per column name"):
         labelled_grid([row], columns=("a",), captions=("x",))
 
