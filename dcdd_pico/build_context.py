@@ -35,6 +35,8 @@ class Recipe:
     Attributes:
         janus_uses: how often Janus' training goes through a scene.
         janus_held_out: scenes of Janus' last evaluation, held out and trained on; those before take `held_out_scenes`.
+        progressive_uses: how often the masked sampler's training goes through a scene.
+        corruption_steps: updates of each sampler of `train_corruptions`.
         progressive_layers: of Janus, the first ones, that the masked sampler starts from; all where it has fewer.
         compiled: see `training.config.OptimizationConfig.compile`.
     """
@@ -64,8 +66,10 @@ class Recipe:
     choice_scenes: int = 1_024
     prior_steps: int = 1_500
     progressive_layers: int = 4
-    progressive_steps: int = 2_400
-    progressive_batch: int = 32
+    progressive_steps: int = 4_800
+    progressive_batch: int = 64
+    progressive_uses: int = 1
+    corruption_steps: int = 600
     llamagen_steps: int = 4_000
     llamagen_batch: int = 32
     llamagen_guidance: float = 1.5

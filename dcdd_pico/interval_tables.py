@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from dcdd_core.evaluation.intervals import Interval
 from dcdd_core.evaluation.tables import markdown_table, statistics_rows
 from dcdd_core.files import write_text
+from dcdd_core.types import DCDDWarning
 
 from .guided_sections import share_name
-from .sections import RATIO, READ, SERVED, Measured, Rows, measure, parse
+from .sections import RATIO, READ, SECTIONS, SERVED, Measured, Rows, measure, parse
 from .sections import token_statistics as statistics_of_row
 
 #: Which way a column is better.
@@ -167,7 +169,8 @@ def run(
 
     Args:
         doc: what --help says.
-        titles: of the sections, which are all measured unless some are asked for.
+        titles: of the sections, which are all measured unless some are asked for. Beside others, one whose trained
+            files are all missing from the work folder is left out, with a warning, and stays as published.
         tables: of what was measured, as Markdown.
         steps: see `parse`.
     """
@@ -175,8 +178,19 @@ def run(
     parser.add_argument("--sections", nargs="+", choices=list(titles), help="only these; others stay as published")
     parser.add_argument("--into", nargs="+", type=Path, default=(), help="files to write the tables into")
     chosen, options = parse(parser, steps=steps)
-    _, results = measure(options, chosen.sections or list(titles))
+    sections = chosen.sections or [name for name in titles if _trained(name, options.work)] or list(titles)
+    if chosen.sections is None and len(sections) < len(titles):
+        missing = ", ".join(name for name in titles if name not in sections)
+        warnings.warn(f"{options.work} holds nothing trained for {missing}: not measured", DCDDWarning, stacklevel=2)
+    _, results = measure(options, sections)
     text = tables(results)
     write_text(options.out / file, text)
-    write_into(chosen.into, marks, text, None if chosen.sections is None else titles.values())
+    whole = chosen.sections is None and len(sections) == len(titles)
+    write_into(chosen.into, marks, text, None if whole else titles.values())
     print(text)
+
+
+def _trained(section: str, work: Path) -> bool:
+    """Whether a section reads nothing of the work folder, or something that is there."""
+    files = SECTIONS[section].work
+    return not files or any((work / file).exists() for file in files)

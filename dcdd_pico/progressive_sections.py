@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -129,13 +130,16 @@ class Samples:
         return kept(folder / name / f"{part.start:06d}-{part.stop:06d}.npz", make)
 
 
-def load_progressive(setup: EvalSetup) -> MaskedSampler:
-    """The masked sampler among a measurement's weights, in the decoder's precision.
+def load_progressive(setup: EvalSetup, folder: Path | None = None) -> MaskedSampler:
+    """A masked sampler in the decoder's precision.
+
+    Args:
+        folder: None for the one among a measurement's weights.
 
     Raises:
         ValueError: if it has not been trained.
     """
-    folder = progressive_folder(setup.weights)
+    folder = folder or progressive_folder(setup.weights)
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist: train it with `python -m dcdd_pico.train_progressive`")
     where = {"device": setup.pico.tokenizer.device, "dtype": setup.pico.decoder.dtype}
@@ -227,27 +231,36 @@ def measure_orders(setup: EvalSetup) -> Rows:
     samples, rows = Samples.of(setup), {}
     count = min(ORDERED, len(setup.images))
     revising = samples.in_passes(TARGET)
-    without = replace(revising, revise=0, revision_passes=0)
     kinds = {
         f"{order}{', apart' if spread else ''}, {name}": replace(options, order=order, spread=spread)
         for order in ORDERS
         for spread in ((0, 1) if order in PAPERS else (0,))
-        for name, options in (("revision", revising), ("no revision", without))
+        for name, options in (("revision", revising), ("no revision", without_revision(revising)))
     }
     kinds |= {
         f"{revising.order}, {schedule} schedule, revision": replace(revising, schedule=schedule)
         for schedule in SCHEDULES
         if schedule != revising.schedule
     }
-    every = np.arange(count)
     for name, options in kinds.items():
-        arms = [Arm(name=f"{seed}", options=options, seed=seed) for seed in range(SEEDS)]
-        found = list(collect(samples, arms, VQ, count).values())
-        rows[name] = {"images": float(len(every))}
-        for column in COLUMNS:
-            rows[name] |= over_seeds(column, [own.score(column, every) for own in found])
-        rows[name] |= over_seeds(REWRITTEN, [float(own.held[REWRITTEN].mean()) for own in found])
+        rows[name] = seeded_row(samples, options, count)
     return rows
+
+
+def without_revision(options: ProgressiveOptions) -> ProgressiveOptions:
+    """The same in which all passes reveal and none draws again."""
+    return replace(options, revise=0, revision_passes=0)
+
+
+def seeded_row(samples: Samples, options: ProgressiveOptions, count: int) -> dict[str, float]:
+    """A row: scores by the VQ decoder on the first `count` captions and the tokens rewritten, over `SEEDS` seeds."""
+    every = np.arange(count)
+    arms = [Arm(name=f"{seed}", options=options, seed=seed) for seed in range(SEEDS)]
+    found = list(collect(samples, arms, VQ, count).values())
+    row = {"images": float(len(every))}
+    for column in COLUMNS:
+        row |= over_seeds(column, [own.score(column, every) for own in found])
+    return row | over_seeds(REWRITTEN, [float(own.held[REWRITTEN].mean()) for own in found])
 
 
 def over_seeds(column: str, values: Sequence[float]) -> dict[str, float]:

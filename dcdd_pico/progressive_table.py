@@ -1,7 +1,8 @@
 """Tables of what the masked sampler scores: `python -m dcdd_pico.progressive_table`, with the optional `ruler`.
 
 As `guided_table`: a section is measured again only if its code, weights or options have changed, and an interrupted run
-goes on.
+goes on. The samplers of `progressive-corruptions` are trained before, by `python -m dcdd_pico.train_corruptions`;
+without them that section stays as published.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 
 from dcdd_core.evaluation.tables import markdown_table
 
+from . import corruption_sections  # noqa: F401, which adds its section
 from .guided_sections import F1, minus
 from .interval_tables import TARGET_HEADS, run, section_texts, target
 from .progressive_sections import AR, DCDD, TARGET, VQ, passes_name
@@ -21,6 +23,10 @@ TITLES = {
     "progressive-target": f"Progressive sampling: {TARGET} passes against the autoregressive sampler",
     "progressive-passes": "Progressive sampling: the number of passes, against the autoregressive sampler",
     "progressive-orders": f"Progressive sampling: order and revision at {TARGET} passes, mean over three seeds",
+    "progressive-corruptions": (
+        f"Progressive sampling: wrong tokens in training, at {TARGET} passes, one short training each, mean over three "
+        "seeds"
+    ),
     "progressive-seconds": "Progressive sampling: wall time an image; passes are not seconds",
 }
 

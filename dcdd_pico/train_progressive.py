@@ -1,14 +1,18 @@
 """Trains pico's masked sampler: captions to image tokens, many at a time, with wrong ones taken back.
 
 `python -m dcdd_pico.train_progressive` trains it for the weights that are there, resuming where it stopped, and writes
-it beside them. It starts from pico's Janus and reads scenes that are rendered as it goes.
+it beside them. It starts from pico's Janus and reads scenes that are rendered as it goes, or that Janus' training left
+as tokens in the same work folder.
 
 Shapes: B batch, N tokens, K codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,8 @@ _DROPPED = 0.1
 _EMA = 0.998
 _BLOCK = 2048
 _SAVE_EVERY = 250
+#: In a work folder: log and checkpoint of the training.
+_NAME = "progressive"
 
 
 def train_progressive(
@@ -53,12 +59,14 @@ def train_progressive(
     weights: Path,
     *,
     kinds: Sequence[str] = CORRUPTIONS,
+    name: str = _NAME,
     ahead: bool = True,
 ) -> tuple[MaskedTransformer, Codebook]:
     """Trains (or restores) the masked sampler of the models in `weights`.
 
     Args:
         kinds: the corruptions it learns to take back.
+        name: of its folder in the work folder.
         ahead: see `SceneTokens`.
     """
     recipe, device = context.recipe, context.device
@@ -71,10 +79,18 @@ def train_progressive(
     words = Words(sampler.tokenizer, TEMPLATE)
     layers = min(recipe.progressive_layers, sampler.model.config.text_config.num_hidden_layers)
     network = start_from_janus(sampler.model, recipe.seed + _STAGE, layers=layers).to(device)
+    if recipe.compiled:
+        for layer in network.layers:
+            layer.compile(dynamic=True)  # Captions have many lengths, and each update draws for another number of rows.
     trained = dict(network.named_parameters())
     optimizers = adamw_with_muon(trained, muon_matrices(trained), betas=(0.9, 0.95), weight_decay=0.05)
     ema = EMA(trained, _EMA)
-    corruption = Corruption(kinds, codebook, lambda work: work(network))
+
+    def averaged(work: Callable[[MaskedTransformer], Any]) -> Any:
+        with ema.swapped_in(), bfloat16(context):
+            return work(network)
+
+    corruption = Corruption(kinds, codebook, averaged)
     digest = tokens_digest(tokenizer.model)
     block = min(_BLOCK, recipe.train_scenes)
     scenes = SceneTokens(
@@ -84,6 +100,7 @@ def train_progressive(
         seed=recipe.seed,
         size=recipe.size,
         block=block,
+        uses=recipe.progressive_uses,
         ahead=ahead,
     )
 
@@ -98,13 +115,12 @@ def train_progressive(
     ) -> MaskedExample:
         ids = [words.ids(one.caption()) for one in facts]
         ids = drop_captions(ids, _DROPPED, words.unconditional, draw)
-        with ema.swapped_in(), context.autocast():
-            return make_example(ids, tokens, (errors - mean) / deviation, corruption, draw, codes=codebook.size)
+        return make_example(ids, tokens, (errors - mean) / deviation, corruption, draw, codes=codebook.size)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         found = scenes.batch(i, size)
         example = example_of(found.facts, found.tokens, found.errors, keyed_generator(recipe.seed, _STAGE, i))
-        with context.autocast():
+        with bfloat16(context):
             losses = masked_losses(network, example)
         network.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -123,18 +139,18 @@ def train_progressive(
             part = slice(start, start + size)
             draw = keyed_generator(recipe.seed, _STAGE, 1 << 41, start)
             example = example_of(held_out_facts[part], held_out_tokens[part], held_out_errors[part], draw)
-            with ema.swapped_in(), context.autocast():
-                losses = masked_losses(network, example)
+            losses = averaged(lambda model, example=example: masked_losses(model, example))
             for name, value in losses.items():
                 found.setdefault(name, []).append(float(value))
         return {name: sum(values) / len(values) for name, values in found.items()}
 
     try:
         train(
-            context.folder / "progressive",
+            context.folder / name,
             settings=context.settings(
                 "progressive_layers",
                 "progressive_batch",
+                "progressive_uses",
                 tokenizer=digest,
                 start=sampler.fingerprint,
                 corruptions=list(kinds),
@@ -155,26 +171,50 @@ def train_progressive(
     return network.eval().requires_grad_(False), codebook
 
 
-def save_progressive(context: BuildContext, weights: Path, network: MaskedTransformer, codebook: Codebook) -> Path:
+@contextmanager
+def bfloat16(context: BuildContext) -> Iterator[None]:
+    """`BuildContext.autocast`, in which attention too computes in bfloat16.
+
+    PyTorch's math attention converts to float32 unless it is told otherwise, which takes a CPU longer.
+    """
+    allow = torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp  # of all devices, whatever its name
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    allow(True)
+    try:
+        with context.autocast():
+            yield
+    finally:
+        allow(before)
+
+
+def save_sampler(folder: Path, weights: Path, network: MaskedTransformer, codebook: Codebook, *, name: str) -> None:
+    """Writes a masked sampler of the models in `weights` into a folder.
+
+    Linear weights are stored in 8 bits with one scale a row: half of what float16 takes.
+    """
+    vlm = model_paths(weights)["vlm"]
+    sampling = {"template": TEMPLATE, "tokenizer": TOKENIZER, "sampling": SAMPLING}
+    save_masked(folder, network, codebook, name=name, int8=True, **sampling)
+    save_tokenizer(registry.sampler_family(vlm).load_sampler(str(vlm)).tokenizer, folder)
+
+
+def save_progressive(
+    context: BuildContext,
+    weights: Path,
+    network: MaskedTransformer,
+    codebook: Codebook,
+    *,
+    kinds: Sequence[str] = CORRUPTIONS,
+) -> Path:
     """Writes the sampler beside the models in `weights`, with a card and its training's curves; returns its folder.
 
-    Linear weights are stored in 8 bits with one scale a row: 5.5 MB where float16 takes 11.
+    Args:
+        kinds: the corruptions that it was trained with.
     """
     folder = progressive_folder(weights)
-    sampler = registry.sampler_family(model_paths(weights)["vlm"]).load_sampler(str(model_paths(weights)["vlm"]))
-    save_masked(
-        folder,
-        network,
-        codebook,
-        name="pico progressive",
-        template=TEMPLATE,
-        tokenizer=TOKENIZER,
-        sampling=SAMPLING,
-        int8=True,
-    )
-    save_tokenizer(sampler.tokenizer, folder)
-    log = read_log(context.folder / "progressive")
-    write_text(folder / "README.md", card(context.recipe, network, log))
+    save_sampler(folder, weights, network, codebook, name="pico progressive")
+    log = read_log(context.folder / _NAME)
+    write_text(folder / "README.md", card(context.recipe, network, log, kinds))
     curves = training_curves(
         {"progressive": log, "revision": log}, {"progressive": "eval/hidden", "revision": "eval/wrong"}
     )
@@ -182,8 +222,12 @@ def save_progressive(context: BuildContext, weights: Path, network: MaskedTransf
     return folder
 
 
-def card(recipe: Recipe, network: MaskedTransformer, log: Sequence[dict[str, Any]]) -> str:
-    """What the weights are, in Markdown."""
+def card(recipe: Recipe, network: MaskedTransformer, log: Sequence[dict[str, Any]], kinds: Sequence[str]) -> str:
+    """What the weights are, in Markdown.
+
+    Args:
+        kinds: the corruptions that they were trained with.
+    """
     parameters = sum(weight.numel() for weight in network.parameters())
     drawn = recipe.progressive_steps * recipe.progressive_batch
     seconds, table = last_held_out(log)
@@ -191,8 +235,9 @@ def card(recipe: Recipe, network: MaskedTransformer, log: Sequence[dict[str, Any
 
 A bidirectional transformer of {parameters / 1e6:.1f} M parameters that reveals image tokens in a few passes and revises
 them (`dcdd_core.method.progressive`). It started from the first {network.config.layers} layers of pico's Janus and
-was trained for {recipe.progressive_steps:,} updates of {recipe.progressive_batch} scenes ({drawn:,} drawn; each fresh
-scene is drawn three times), {seconds / 3600:.2f} hours. Weights: int8 with a float32 scale a row.
+was trained for {recipe.progressive_steps:,} updates of {recipe.progressive_batch} scenes ({drawn:,} drawn,
+{different_scenes(recipe):,} different ones), {seconds / 3600:.2f} hours. Wrong tokens: {", ".join(kinds) or "none"}.
+Weights: int8 with a float32 scale a row.
 
 Command: `python -m dcdd_pico.train_progressive`. Held-out loss in nats a token, and of the two scores, at the end:
 
@@ -200,14 +245,28 @@ Command: `python -m dcdd_pico.train_progressive`. Held-out loss in nats a token,
 """
 
 
+def different_scenes(recipe: Recipe) -> int:
+    """How many different scenes its training has drawn: each of a block `progressive_uses` times before the next."""
+    block = min(_BLOCK, recipe.train_scenes)
+    blocks, rest = divmod(recipe.progressive_steps * recipe.progressive_batch, block * recipe.progressive_uses)
+    return blocks * block + min(rest, block)
+
+
 def main() -> None:
     parser = stage_parser(__doc__)
-    parser.add_argument("--steps", type=int, help="updates; the recipe's by default")
+    parser.add_argument("--steps", type=int, default=Recipe.progressive_steps, help="updates (default %(default)s)")
     parser.add_argument("--corruptions", nargs="*", default=CORRUPTIONS, choices=CORRUPTIONS)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
     chosen = parser.parse_args()
-    context = stage_context(chosen, progressive_steps=chosen.steps)
+    context = stage_context(chosen, **own_recipe() | {"progressive_steps": chosen.steps, "compiled": chosen.compile})
     trained = train_progressive(context, chosen.weights, kinds=chosen.corruptions)
-    print(save_progressive(context, chosen.weights, *trained))
+    print(save_progressive(context, chosen.weights, *trained, kinds=chosen.corruptions))
+    context.recipe.save(chosen.weights)
+
+
+def own_recipe() -> dict[str, Any]:
+    """The code's numbers for the masked sampler: the recipe beside the weights has those of the one that is there."""
+    return {field.name: field.default for field in fields(Recipe) if field.name.startswith("progressive_")}
 
 
 if __name__ == "__main__":

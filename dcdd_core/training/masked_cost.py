@@ -110,7 +110,7 @@ def _example(setup: MaskedSetup) -> MaskedExample:
 
 
 def _draw(network: MaskedTransformer, setup: MaskedSetup) -> torch.Tensor:
-    """The chances of the network's own draws, for the whole batch."""
+    """The chances of the network's own draws, of the whole batch and all positions: more than are ever drawn."""
     example = _example(setup)
     prefix = network.prefix(*padded(example.ids, "meta"))
     return network.logits(network(example.seen, prefix)).softmax(-1)

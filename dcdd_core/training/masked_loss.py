@@ -95,7 +95,7 @@ class Corruption:
         kind = torch.randint(len(self.kinds), (len(tokens),), generator=draw)
         found = tokens.clone()
         for number, name in enumerate(self.kinds):
-            rows = (kind == number).nonzero().flatten()
+            rows = ((kind == number) & chosen.any(1)).nonzero().flatten()
             if not len(rows):
                 continue
             if name == "shuffled":
@@ -103,22 +103,29 @@ class Corruption:
             elif name == "nearest":
                 others = masked_modelling.nearest(tokens[rows], self.neighbours, draw)
             else:
-                others = self._samples(tokens[rows], (hidden | chosen)[rows], [ids[row] for row in rows], draw)
+                others = self._samples(tokens[rows], hidden[rows], chosen[rows], [ids[row] for row in rows], draw)
             found[rows] = torch.where(chosen[rows], others, tokens[rows])
         return found
 
     def _samples(
-        self, tokens: torch.Tensor, hidden: torch.Tensor, ids: list[list[int]], draw: torch.Generator
+        self,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        chosen: torch.Tensor,
+        ids: list[list[int]],
+        draw: torch.Generator,
     ) -> torch.Tensor:
-        """The model's draws where `hidden`, all at once: the mistakes of a parallel pass."""
+        """The model's draws where `chosen`, all at once and none of them seen: the mistakes of a parallel pass."""
 
         def chances_of(model: MaskedTransformer) -> torch.Tensor:
             device = model.mask.device
-            seen = tokens.masked_fill(hidden, model.mask_token).to(device)
-            return model.logits(model(seen, model.prefix(*padded(ids, device)))).softmax(-1).cpu()
+            seen = tokens.masked_fill(hidden | chosen, model.mask_token).to(device)
+            states = model(seen, model.prefix(*padded(ids, device)))
+            return model.logits(states[chosen.to(device)]).softmax(-1).cpu()
 
-        drawn = torch.multinomial(self.run(chances_of).flatten(0, 1), 1, generator=draw)
-        return drawn.view(tokens.shape)
+        drawn = tokens.clone()
+        drawn[chosen] = torch.multinomial(self.run(chances_of), 1, generator=draw)[:, 0]
+        return drawn
 
 
 def tokens_and_errors(tokenizer: ImageTokenizer, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +181,94 @@ def test_errors_are_in_units_of_what_is_usual_and_wrong_tokens_are_drawn_by_aver
     # The second update keeps 2/11 of the average, which the first made a copy (`EMA`).
     torch.testing.assert_close(drawing[2], 2 / 11 * learning[1] + 9 / 11 * learning[2])
     assert len(read) == 3 and not torch.equal(drawing[2], learning[2])
+
+
+@pytest.mark.parametrize("uses, different", [(1, 12), (2, 8)])
+def test_scenes_are_drawn_as_often_as_the_recipe_says(weights, tmp_path, monkeypatch, uses, different):
+    monkeypatch.setattr(stage, "_BLOCK", 4)
+    drawn, batch = [], SceneTokens.batch
+
+    def batched(self, *given):
+        found = batch(self, *given)
+        drawn.extend(facts.caption() for facts in found.facts)
+        return found
+
+    monkeypatch.setattr(SceneTokens, "batch", batched)
+    monkeypatch.setattr(
+        stage,
+        "train",
+        lambda folder, *, steps, step, settings, **_: (
+            [step(i) for i in range(steps)] and drawn.append(settings["progressive_uses"])
+        ),
+    )
+    recipe = replace(SMALL, progressive_layers=1, progressive_steps=3, progressive_uses=uses)
+    context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=recipe)
+    stage.train_progressive(context, weights, ahead=False)
+    assert drawn.pop() == uses, "a checkpoint of another number does not go on"
+    assert len(set(drawn)) == different == stage.different_scenes(recipe) and len(drawn) == 12
+
+
+def test_different_scenes_of_a_block_that_was_not_gone_through():
+    recipe = Recipe(progressive_batch=64, progressive_uses=3)
+    for steps, different in ((1, 64), (32, 2048), (96, 2048), (97, 2112), (160, 4096)):
+        assert stage.different_scenes(replace(recipe, progressive_steps=steps)) == different
+    assert stage.different_scenes(Recipe()) == Recipe.progressive_steps * Recipe.progressive_batch, "never the same"
+
+
+def test_the_card_says_what_was_drawn_and_how_often():
+    network = SimpleNamespace(parameters=lambda: [torch.zeros(1000, 1700)], config=SimpleNamespace(layers=4))
+    recipe = Recipe(progressive_steps=128, progressive_batch=64, progressive_uses=2)
+    text = stage.card(recipe, network, [{"seconds": 5400.0, "eval/loss": 2.5}], ["nearest", "samples"])
+    assert "trained for 128 updates of 64 scenes (8,192 drawn,\n4,096 different ones), 1.50 hours." in text
+    assert "1.7 M parameters" in text and "first 4 layers" in text and "| loss | 2.5000 |" in text
+    assert "Wrong tokens: nearest, samples." in text
+    assert "Wrong tokens: none." in stage.card(recipe, network, [], [])
+
+
+def test_attention_computes_in_bfloat16_within_alone(tmp_path):
+    context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=SMALL)
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
+    before = allowed()
+    with pytest.raises(ZeroDivisionError), stage.bfloat16(context):
+        assert allowed() and torch.is_autocast_enabled("cpu")
+        raise ZeroDivisionError
+    assert allowed() is before is False and not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_are_compiled_where_the_recipe_says_so(weights, tmp_path, monkeypatch, compiled):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append((self, options)))
+    monkeypatch.setattr(stage, "train", lambda folder, **_: None)
+    context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=replace(SMALL, compiled=compiled))
+    network, _ = stage.train_progressive(context, weights, ahead=False)
+    assert asked == [(layer, {"dynamic": True}) for layer in network.layers if compiled]
+
+
+def test_the_command_trains_by_the_numbers_of_the_code_and_the_recipe_tells_them(
+    weights, tmp_path, monkeypatch, capsys
+):
+    mine = tmp_path / "weights"
+    mine.mkdir()
+    Recipe(progressive_steps=9, progressive_batch=2, progressive_uses=3, janus_width=64, compiled=True).save(mine)
+    asked = []
+
+    def trained(context, folder, *, kinds):
+        assert folder == mine
+        asked.append((context.recipe, kinds))
+        return "network", "codebook"
+
+    def saved(context, folder, network, codebook, *, kinds):
+        assert (folder, network, codebook) == (mine, "network", "codebook") and (context.recipe, kinds) == asked[-1]
+        return folder
+
+    monkeypatch.setattr(stage, "train_progressive", trained)
+    monkeypatch.setattr(stage, "save_progressive", saved)
+    words = ["a", "--folder", str(tmp_path), "--weights", str(mine), "--steps", "7", "--no-compile"]
+    monkeypatch.setattr(sys, "argv", [*words, "--corruptions", "nearest"])
+    stage.main()
+    assert asked == [(Recipe(progressive_steps=7, janus_width=64), ["nearest"])]
+    assert Recipe.load(mine) == asked[0][0]
 
 
 def test_another_recipe_does_not_go_on(weights, tmp_path, monkeypatch):
