@@ -370,12 +370,19 @@ def write_record(path: str | Path, kind: str, tensors: Mapping[str, torch.Tensor
 
 
 def read_record(
-    path: str | Path, kind: str, names: Collection[str], fields: Collection[str], *, int8_rows: bool = False
+    path: str | Path,
+    kind: str,
+    names: Collection[str],
+    fields: Collection[str],
+    *,
+    later: Collection[str] = (),
+    int8_rows: bool = False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors, on the CPU, and the JSON values that `write_record` wrote.
 
     Args:
         names, fields: exactly those the file must hold.
+        later: fields that older files lack.
         int8_rows: matrices may be stored in 8 bits (`int8_rows.rounded`), and are float32 then.
 
     Raises:
@@ -394,7 +401,7 @@ def read_record(
             f"{path} holds {found} with tensors {shown(sorted(tensors))}; expected a {kind} with {sorted(names)}"
         )
     meta = json_object(header.get("dcdd", "{}"), path, f"a description of a {kind}", _AGAIN)
-    if set(meta) != set(fields):
+    if not set(fields) - set(later) <= set(meta) <= set(fields):
         raise ValueError(
             f"{path} describes its {kind} by {shown(sorted(meta))}, expected {sorted(fields)}: it was written by "
             "another version; make it again"

@@ -341,12 +341,13 @@ class Calibration:
     """How proxy logits are made to look like one VLM's (Eqs. 14-15), and how the VLM's own are softened.
 
     q = softmax(s (a cos + b)), p = (1 - eps) q + eps / K. The bias b cancels in the softmax and s, a act as one number:
-    the four names are kept for the paper's sake, the freedom is (s a, eps). For a VLM's logits only eps and the anchor
-    act (`method.calibration.to_probabilities`).
+    the four names are kept for the paper's sake, the freedom is (s a, eps). For a VLM's logits only eps, the anchor and
+    its temperature act (`method.calibration.to_probabilities`).
 
     Attributes:
         scale, affine_scale, affine_bias, smoothing: s > 0, a > 0, b, and eps in 0..1 (excluding 1).
         anchor: beta >= 0, the pull of VLM distributions towards the sampled token; 0 is the paper.
+        anchor_temperature: tau > 0, which a VLM's logits are divided by before that; 1 leaves them as they are.
         target, achieved: the VLM's statistics and the calibrated proxy's.
         converged: whether |mean entropy - target| <= 0.02.
         vlm, guidance, temperature, codebook: what it belongs to.
@@ -360,6 +361,7 @@ class Calibration:
     affine_bias: float = 0.0
     smoothing: float = 0.0
     anchor: float = 0.0
+    anchor_temperature: float = 1.0
     target: CalibrationStatistics | None = None
     achieved: CalibrationStatistics | None = None
     converged: bool = False
@@ -375,6 +377,7 @@ class Calibration:
             "affine_bias": {"least": -_LARGEST, "most": _LARGEST},
             "smoothing": {"least": 0, "below": 1},
             "anchor": {"least": 0, "most": _LARGEST},
+            "anchor_temperature": {"above": 0, "most": _LARGEST},
             "guidance": {"optional": True},
             "temperature": {"least": 0, "optional": True},
         }
@@ -394,6 +397,11 @@ class Calibration:
     def sharpness(self) -> float:
         """s a, what cosines are multiplied with (Eq. 14)."""
         return self.scale * self.affine_scale
+
+    @property
+    def unanchored(self) -> Calibration:
+        """The same for a VLM's logits as they are, as in the paper."""
+        return replace(self, anchor=0.0, anchor_temperature=1.0)
 
     def to(self, device: torch.device | str) -> Calibration:
         """Itself: there are no tensors in it."""
@@ -415,8 +423,8 @@ class Calibration:
         return parts[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` takes them back."""
-        return asdict(self)
+        """Plain JSON values; `from_dict` takes them back. Without an anchor temperature of 1, as before it."""
+        return {name: value for name, value in asdict(self).items() if name != "anchor_temperature" or value != 1}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
@@ -455,7 +463,7 @@ class Calibration:
         Raises:
             ValueError: naming a file that is absent, damaged or of another kind.
         """
-        _, values = read_record(path, "calibration", (), tuple(cls.__dataclass_fields__))
+        _, values = read_record(path, "calibration", (), tuple(cls.__dataclass_fields__), later=("anchor_temperature",))
         with in_file(path):
             return cls.from_dict(values)
 

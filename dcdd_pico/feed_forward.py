@@ -121,9 +121,13 @@ class FeedForwardCard:
         """Rows and columns of the trunk's grid."""
         return self.grid[0] * self.finer, self.grid[1] * self.finer
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"calibration": self.calibration and self.calibration.to_dict()}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FeedForwardCard:
-        """The inverse of `asdict`.
+        """The inverse of `to_dict`.
 
         Raises:
             ValueError: for anything else.
@@ -197,7 +201,7 @@ def save_feed_forward(path: Path, decoder: FeedForwardDecoder) -> Path:
         OSError: if it cannot be written.
     """
     tensors = {name: value.half() for name, value in decoder.state_dict().items()}
-    write_tensors(path, tensors, {"format": _FORMAT, "card": json.dumps(asdict(decoder.card))})
+    write_tensors(path, tensors, {"format": _FORMAT, "card": json.dumps(decoder.card.to_dict())})
     return path
 
 

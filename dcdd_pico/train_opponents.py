@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -162,7 +162,7 @@ def train_feed_forward(
         steps=plan.steps,
         settings=context.settings(
             "decoder_batch",
-            card=asdict(decoder.card),
+            card=decoder.card.to_dict(),
             vlm_share=data.vlm_share,
             rate=_RATE,
             alone=alone,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from comfy_api.latest import io
 
 from ..dcdd_core.method.calibration import PASSES, apply_calibration
@@ -120,7 +118,7 @@ class LogitCalibrator(io.ComfyNode):
             expect(calibration, Calibration, "calibration", "connect a Load Calibration")
             checks.check_calibration(calibration, tokenizer)
             used = checks.without_provenance(token_logits, calibration)
-            used = used if anchored else replace(used, anchor=0.0)
+            used = used if anchored else used.unanchored
             return io.NodeOutput(apply_calibration(token_logits, tokenizer.codebook, used), calibration)
 
 

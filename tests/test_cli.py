@@ -770,6 +770,10 @@ def test_calibrate_goes_on_with_what_was_sampled(tmp_path, one_s_own, capsys, mo
         torch.testing.assert_close(TokenLogits.load(path).logits, logits, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr("dcdd_core.cli.common.sample_tokens", None)  # nothing may be sampled a second time
     assert main([*arguments, "--count", "4", "--fit-anchor"]) == 0
+    alone = Calibration.load(tmp_path / "c.safetensors")
+    assert main([*arguments, "--count", "4", "--fit-anchor-temperature"]) == 0
+    both = Calibration.load(tmp_path / "c.safetensors")
+    assert alone.anchor_temperature == 1 and both.unanchored == alone.unanchored and both != alone
     assert main([*arguments, "--count", "4", "--guidance", "2"]) == 1
     assert "guidance 5.0 -> 2.0" in capsys.readouterr().err
 

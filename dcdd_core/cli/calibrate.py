@@ -22,6 +22,11 @@ def add(commands: Any, help: str) -> None:
     command.add_argument("--out", type=arguments.path, default=Path("out/calibration.safetensors"))
     command.add_argument("--fit-anchor", action="store_true", help="fit the anchor too (beyond the paper)")
     command.add_argument(
+        "--fit-anchor-temperature",
+        action="store_true",
+        help="fit the anchor and a temperature together, so that uncertainty features too are like the proxies'",
+    )
+    command.add_argument(
         "--samples",
         type=arguments.path,
         metavar="FOLDER",
@@ -68,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
                 guidance=options.guidance,
                 temperature=args.temperature,
                 with_anchor=args.fit_anchor,
+                with_temperature=args.fit_anchor_temperature,
             )
             calibration.save(args.out)
             print(statistics_table(compared(sampler.name, samples, proxies, calibration)))

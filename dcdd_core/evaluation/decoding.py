@@ -116,14 +116,14 @@ class Decoders:
         settings: dict[str, Any] = {"tokenizer": fingerprint_of(models.tokenizer.model.state_dict())}
         if card is not None:
             calibration = card.calibration
-            served = ("scale", "affine_scale", "smoothing", "anchor")
+            served = ("scale", "affine_scale", "smoothing", "anchor", "anchor_temperature")
             settings |= {
                 "decoder": fingerprint_of(models.decoder.state_dict()),
                 "decoder dtype": str(next(models.decoder.parameters()).dtype).removeprefix("torch."),
                 "autoencoder": fingerprint_of(models.codec.model.state_dict()),
                 "variant": card.variant,
                 "reads": card.reads,
-                "calibration": calibration and {name: getattr(calibration, name) for name in served},
+                "calibration": calibration and {k: v for k, v in calibration.to_dict().items() if k in served},
                 "steps": card.steps if self.steps is None else self.steps,
                 "shift": self.served_shift,
                 **{name: getattr(models.decoder.card, name) for name in _CARD_FIELDS},

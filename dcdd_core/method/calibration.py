@@ -82,8 +82,9 @@ def to_probabilities(
     """Logits -> probabilities, p = (1 - eps) q + eps / K (Eq. 15).
 
     Proxy logits: q = softmax(s (a cos + b)) (Eq. 14); b cancels and is not added. A VLM's logits have a scale of
-    their own, so q = softmax(l + beta cos(e_k, e_t)), with t the sampled token and beta the anchor; beta = 0 is the
-    plain softmax. Both are our choice. Without a calibration p = softmax(l) for either source (Eq. 5).
+    their own, so q = softmax(l / tau + beta cos(e_k, e_t)), with t the sampled token, beta the anchor and tau its
+    temperature; beta = 0 and tau = 1 are the plain softmax. Both are our choice. Without a calibration p = softmax(l)
+    for either source (Eq. 5).
 
     Args:
         logits: [..., K], floating point; -inf bars a code (until eps gives it its share).
@@ -131,6 +132,8 @@ def _scores(
         return logits * calibration.sharpness
     if source != "vlm":
         raise ValueError(f"source must be 'vlm' or 'proxy', got {source!r}")
+    if calibration.anchor_temperature != 1:
+        logits = logits / calibration.anchor_temperature
     if calibration.anchor == 0:
         return logits
     if codebook is None or tokens is None:
@@ -169,9 +172,21 @@ def probability_chunks(
     Warns if a VLM's logits were not sampled the way the calibration was measured.
     """
     for grid, part, tokens in logit_chunks(token_logits, codebook, calibration):
-        given = {"source": grid.source, "codebook": codebook}
-        p = to_probabilities(part, calibration, tokens=tokens, **given)
-        yield Chunk(probabilities=p, tokens=tokens, ln_p=partial(_ln_p_of_rows, part, tokens, calibration, given))
+        yield probability_chunk(part, tokens, calibration, source=grid.source, codebook=codebook)
+
+
+def probability_chunk(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    calibration: Calibration | None,
+    *,
+    source: Source,
+    codebook: Codebook | None = None,
+) -> Chunk:
+    """Eq. 15 of one chunk: logits [n, K] and tokens [n]; arguments as `to_probabilities`."""
+    given = {"source": source, "codebook": codebook}
+    p = to_probabilities(logits, calibration, tokens=tokens, **given)
+    return Chunk(probabilities=p, tokens=tokens, ln_p=partial(_ln_p_of_rows, logits, tokens, calibration, given))
 
 
 def _ln_p_of_rows(

@@ -216,7 +216,8 @@ class DecoderCard:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; without what says nothing, as cards were before it."""
-        return {name: value for name, value in asdict(self).items() if name not in _OFF or value != _OFF[name]}
+        values = {name: value for name, value in asdict(self).items() if name not in _OFF or value != _OFF[name]}
+        return values | {"calibration": self.calibration and self.calibration.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderCard:

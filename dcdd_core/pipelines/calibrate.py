@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..method.anchoring import condition_spread, fit_anchor_and_temperature
 from ..method.calibration import (
     PASSES,
     TOLERANCE,
@@ -149,15 +150,22 @@ def fit_to_samples(
     guidance: float,
     temperature: float,
     with_anchor: bool = False,
+    with_temperature: bool = False,
 ) -> Calibration:
     """Fits a calibration of the proxies to a VLM's samples (`method.calibration.fit_calibration`).
 
     Args:
         samples: iterated more than once.
         with_anchor: fit the anchor too (`method.calibration.fit_anchor`).
+        with_temperature: fit the anchor and its temperature, both together
+            (`method.anchoring.fit_anchor_and_temperature`).
     """
     measured_on = {"vlm": vlm, "guidance": guidance, "temperature": temperature}
-    return _fitted(samples, proxies, proxies.features, proxies.tokenizer.codebook, measured_on, anchored=with_anchor)
+    codebook, anchored = proxies.tokenizer.codebook, with_anchor and not with_temperature
+    calibration = _fitted(samples, proxies, proxies.features, codebook, measured_on, anchored=anchored)
+    if not with_temperature:
+        return calibration
+    return fit_anchor_and_temperature(samples, codebook, condition_spread(proxies, codebook, calibration), calibration)
 
 
 def fit_to(
@@ -245,4 +253,6 @@ def verdict(calibration: Calibration) -> str:
         f"scale {calibration.scale:.3f} x {calibration.affine_scale:.3f}, smoothing {calibration.smoothing:.4f}, "
         f"anchor {calibration.anchor:.3f}"
     )
+    if calibration.anchor_temperature != 1:
+        parameters += f" at temperature {calibration.anchor_temperature:.3f}"
     return "\n".join([*rows, parameters, end])

@@ -53,7 +53,8 @@ def condition_for(card: DecoderCard, token_logits: TokenLogits, codebook: Codebo
     """The condition that the decoder of this card expects: LCDM with its calibration, or discrete code vectors.
 
     For a VLM's logits, the card's `reads` selects the logits (the paper), the logits pulled towards the sampled token
-    by the calibration's anchor, or the sampled tokens alone. Calibrated logits are mapped as they are.
+    by the calibration's anchor, at its temperature, or the sampled tokens alone. Calibrated logits are mapped as they
+    are.
 
     Raises:
         ValueError: if logits, codebook and calibration are not of one tokenizer.
@@ -66,7 +67,7 @@ def condition_for(card: DecoderCard, token_logits: TokenLogits, codebook: Codebo
     if token_logits.source == "vlm" and card.reads == "tokens":
         token_logits = proxies_of_tokens(token_logits, codebook)
     elif calibration is not None and card.reads == "logits":
-        calibration = replace(calibration, anchor=0.0)
+        calibration = calibration.unanchored
     return map_logits(token_logits, codebook, calibration)
 
 

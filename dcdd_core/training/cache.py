@@ -102,7 +102,8 @@ class CacheCard:
         values = asdict(self)
         if self.vlm is None:
             del values["vlm"]
-        return values
+            return values
+        return values | {"vlm": self.vlm.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Any) -> CacheCard:

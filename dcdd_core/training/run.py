@@ -216,7 +216,7 @@ def _run_training(
             "encodings": card.to_dict(),
             **_decoder_settings(plan, decoder),
             "localised": data.localised,
-            **({} if served is None else {"vlm_conditions": {"share": share, **asdict(served)}}),
+            **({} if served is None else {"vlm_conditions": {"share": share, **served.to_dict()}}),
             "precision": accelerator.mixed_precision,
             **({} if parts is None else {HELD_OUT: parts.fingerprint, HELD_OUT_FRACTION: run.held_out}),
         },

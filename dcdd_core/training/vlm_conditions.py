@@ -36,6 +36,7 @@ class Served:
         guidance, temperature: of the calibration; temperature 1 where it says none.
         reads: "logits" or "anchored" (`DecoderCard.reads`).
         smoothing, anchor: eps and beta of the calibration; beta is 0 where the logits are read without it.
+        anchor_temperature: tau of the calibration; 1 where the logits are read without it.
         sampler: the VLM's fingerprint (`TokenSampler.fingerprint`); None for any, where it is not loaded.
 
     Raises:
@@ -48,9 +49,10 @@ class Served:
     smoothing: float
     anchor: float
     sampler: str | None = None
+    anchor_temperature: float = 1.0
 
     def __post_init__(self):
-        for name in ("guidance", "temperature", "smoothing", "anchor"):
+        for name in ("guidance", "temperature", "smoothing", "anchor", "anchor_temperature"):
             require_number(name, getattr(self, name))
         if self.reads not in ("logits", "anchored"):
             raise ValueError(f"reads must be 'logits' or 'anchored', got {shown(self.reads)}")
@@ -79,23 +81,29 @@ class Served:
                 "the calibration does not say with which guidance the VLM was sampled: make it again with "
                 f"`dcdd calibrate`, or {_WITHOUT}"
             )
+        served = calibration if card.reads == "anchored" else calibration.unanchored
         return cls(
             guidance=float(calibration.guidance),
             temperature=1.0 if calibration.temperature is None else float(calibration.temperature),
             reads=card.reads,
-            smoothing=float(calibration.smoothing),
-            anchor=float(calibration.anchor) if card.reads == "anchored" else 0.0,
+            smoothing=float(served.smoothing),
+            anchor=float(served.anchor),
+            anchor_temperature=float(served.anchor_temperature),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without an anchor temperature of 1, as it was before there was one."""
+        return {name: value for name, value in asdict(self).items() if name != "anchor_temperature" or value != 1}
 
     @classmethod
     def from_dict(cls, values: Any) -> Served:
-        """The inverse of `asdict`.
+        """The inverse of `to_dict`.
 
         Raises:
             ValueError: for anything else.
         """
         names = [field.name for field in fields(cls)]
-        if not isinstance(values, dict) or set(values) != set(names):
+        if not isinstance(values, dict) or {"anchor_temperature", *values} != set(names):
             raise ValueError(f"expected an object with {', '.join(names)}, got {shown(values)}")
         return cls(**values)
 
@@ -113,6 +121,8 @@ class Served:
     def words(self) -> str:
         """In short, for a run's summary."""
         anchored = f", anchored with beta {self.anchor:g}" if self.reads == "anchored" else ""
+        if self.anchor_temperature != 1:
+            anchored += f" at temperature {self.anchor_temperature:g}"
         return f"guidance {self.guidance:g}, temperature {self.temperature:g}{anchored}, smoothing {self.smoothing:g}"
 
 

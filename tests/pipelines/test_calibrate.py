@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dcdd_core.evaluation.prompts import read_prompts
+from dcdd_core.method.anchoring import condition_spread, fit_anchor_and_temperature
 from dcdd_core.method.calibration import fit_calibration, target_statistics
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.calibrate import PROMPTS, KeptSamples, Proxies, compared, fit_to_samples, verdict
@@ -145,6 +146,10 @@ def test_the_streams_give_the_calibration_of_all_at_once(tmp_path, vq, proxies):
     assert ours.converged and ours.anchor == 0 and ours.codebook == vq.codebook.fingerprint
     anchored = fit_to_samples(samples, proxies, vlm="", guidance=5.0, temperature=1.0, with_anchor=True)
     assert replace(anchored, anchor=0.0, vlm="v") == ours and anchored.anchor > 0
+    both = fit_to_samples(samples, proxies, vlm="v", guidance=5.0, temperature=1.0, with_temperature=True)
+    wanted = condition_spread(proxies, vq.codebook, ours)
+    assert both == fit_anchor_and_temperature(at_once, vq.codebook, wanted, ours)
+    assert both.unanchored == ours and f"at temperature {both.anchor_temperature:.3f}" in verdict(both)
 
 
 def test_the_columns_show_what_calibration_does(tmp_path, vq, proxies):

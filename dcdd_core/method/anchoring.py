@@ -1,0 +1,149 @@
+"""Fits the anchor and its temperature together: a VLM's conditions become distributed as the proxies' are (our choice).
+
+The anchor alone (`calibration.fit_anchor`) brings the mean length and direction of the code vectors c to those of the
+proxies, and leaves the uncertainty features u as they come out: surer than the proxies', since the anchor sharpens. A
+temperature tau softens the VLM's logits first, q = softmax(l / tau + beta cos(e_k, e_t)). Both are chosen by how the
+tokens are spread in all of c and u that does not depend on the image.
+
+Shapes: n tokens of one chunk, K codes, D code dimension.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from ..types import Calibration, Codebook, DCDDWarning
+from .calibration import Chunk, probability_chunk, probability_chunks
+from .chunks import Grids, float32_maths, logit_chunks
+from .lcdm import uncertainty_features
+
+QUANTITIES = ("|c|", "cos(c, e_t)", "p(1)", "p(1) - p(2)", "head mass", "H_tail")
+"""What is compared: of the code vector, and the features of Eq. 8. All are compared on 0..1, in their own units."""
+_BINS = 1024
+_MOST_ANCHOR, _MOST_TEMPERATURE = 64.0, 4.0
+#: Even steps of ln(1 + 4 beta) up to the largest beta, and of ln tau from the smallest, 1 / 4, to the largest.
+_COARSE = (8, 6)
+#: By which the coarse steps are divided in the end: then 1.1 % of 1 / 4 + beta, and 0.7 % of tau.
+_FINE = 64
+
+Point = tuple[int, int]
+
+
+def condition_spread(token_logits: Grids, codebook: Codebook, calibration: Calibration | None = None) -> torch.Tensor:
+    """How the conditions of all tokens are spread: of each of `QUANTITIES` the share of tokens up to each of 1024 even
+    steps of 0..1, a cumulative histogram.
+
+    Returns:
+        [6, 1024] float64, on the CPU.
+
+    Raises:
+        ValueError: as `probability_chunks`.
+    """
+    counts = sum(_counts(chunk, codebook) for chunk in probability_chunks(token_logits, codebook, calibration))
+    return _cumulative(counts)
+
+
+def spread_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The sum over the quantities of the Wasserstein-1 distance between two spreads, in the quantities' own units."""
+    return float((one - other).abs().mean(dim=1).sum())
+
+
+def fit_anchor_and_temperature(
+    token_logits: Grids, codebook: Codebook, target: torch.Tensor, calibration: Calibration
+) -> Calibration:
+    """Finds the beta in 0..64 and tau in 1/4..4 whose conditions are spread most like the proxies' (`spread_distance`).
+
+    A coarse grid over both, then the best point's neighbours at ever smaller distances; some 140 values in all, each
+    measured on all tokens, in about ten passes over the logits.
+
+    Args:
+        token_logits: the VLM's, one grid or several; iterated more than once.
+        target: `condition_spread` of proxy logits under `calibration`.
+
+    Returns:
+        The calibration with this anchor and anchor temperature. Where the best lies at an end of the ranges, it stays
+        there, with a warning.
+
+    Raises:
+        ValueError: for proxy logits, an iterator, which can be read but once, and as `probability_chunks`.
+    """
+    if isinstance(token_logits, Iterator):
+        raise ValueError("these logits are read several times, got an iterator: give them as a list")
+    found: dict[Point, float] = {}
+    most = tuple(_FINE * steps for steps in _COARSE)
+
+    def measure(points: Collection[Point]) -> Point:
+        """The best of all points so far, after these."""
+        new = {
+            point: replace(calibration, **_parameters(point))
+            for point in points
+            if point not in found and all(0 <= place <= last for place, last in zip(point, most))
+        }
+        if new:
+            found.update(_distances(token_logits, codebook, target, new))
+        return min(found, key=found.__getitem__)
+
+    best = measure([(i, j) for i in range(0, most[0] + 1, _FINE) for j in range(0, most[1] + 1, _FINE)])
+    step = _FINE // 2
+    while step:
+        here, (i, j) = best, best
+        best = measure([(i + di, j + dj) for di in (-step, 0, step) for dj in (-step, 0, step)])
+        if best == here:
+            step //= 2
+    chosen = _parameters(best)
+    if best[0] == most[0] or best[1] in (0, most[1]):
+        warnings.warn(
+            "the proxies' conditions are out of reach; anchor and temperature stay at "
+            f"{chosen['anchor']:g} and {chosen['anchor_temperature']:g}",
+            DCDDWarning,
+            stacklevel=2,
+        )
+    return replace(calibration, **chosen)
+
+
+def _parameters(point: Point) -> dict[str, float]:
+    (i, j), (anchors, temperatures) = point, _COARSE
+    share = i / (anchors * _FINE)
+    exponent = 2 * j / (temperatures * _FINE) - 1
+    return {
+        "anchor": math.expm1(share * math.log1p(4 * _MOST_ANCHOR)) / 4,
+        "anchor_temperature": _MOST_TEMPERATURE**exponent,
+    }
+
+
+def _distances(
+    token_logits: Grids, codebook: Codebook, target: torch.Tensor, trials: dict[Point, Calibration]
+) -> dict[Point, float]:
+    """Of each trial's conditions from the target, in one pass over the logits."""
+    counts = {point: torch.zeros(len(QUANTITIES), _BINS, dtype=torch.float64) for point in trials}
+    for _, part, tokens in logit_chunks(token_logits, codebook, next(iter(trials.values())), needs="vlm"):
+        for point, trial in trials.items():
+            chunk = probability_chunk(part, tokens, trial, source="vlm", codebook=codebook)
+            counts[point] += _counts(chunk, codebook)
+    return {point: spread_distance(_cumulative(found), target) for point, found in counts.items()}
+
+
+def _counts(chunk: Chunk, codebook: Codebook) -> torch.Tensor:
+    """How many tokens lie in each of the steps, [6, 1024] float64 on the CPU."""
+    values = _quantities(chunk.probabilities, chunk, codebook).cpu()
+    return torch.stack([torch.histc(one.clamp(0, 1), bins=_BINS, min=0, max=1) for one in values]).double()
+
+
+@float32_maths
+def _quantities(probabilities: torch.Tensor, chunk: Chunk, codebook: Codebook) -> torch.Tensor:
+    """`QUANTITIES` of a chunk's tokens, [6, n]."""
+    vectors = codebook.vectors.to(probabilities.device)
+    c = probabilities @ vectors
+    cosine = F.cosine_similarity(c, vectors[chunk.tokens.to(c.device)], dim=-1)
+    u = uncertainty_features(probabilities, chunk.ln_p)
+    return torch.stack([c.norm(dim=-1), cosine, *u.unbind(-1)])
+
+
+def _cumulative(counts: torch.Tensor) -> torch.Tensor:
+    return counts.cumsum(dim=1) / counts[0].sum()
