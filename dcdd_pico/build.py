@@ -26,7 +26,7 @@ from .results_table import results_markdown
 from .scene_cache import encode_scenes
 from .sections import TableOptions
 from .serving import choose_serving
-from .train_autoencoder import train_autoencoder, train_vae_decoder
+from .train_autoencoder import train_autoencoder
 from .train_calibration import fit_pico_calibration
 from .train_cheap_decoder import save_cheap_decoder, train_cheap_decoder
 from .train_decoder import train_pico_decoder
@@ -36,6 +36,7 @@ from .train_prior import train_prior
 from .train_progressive import save_progressive, train_progressive
 from .train_reader import train_loss_reader, train_reader
 from .train_tokenizer import train_tokenizer, train_vq_decoder
+from .train_vae_decoder import describe_vae_decoder, train_vae_decoder
 
 #: Training -> the held-out metric that is plotted.
 HELD_OUT = {
@@ -120,6 +121,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
         recipe=context.recipe,
     )
     describe_janus(context, weights / JANUS, janus)
+    describe_vae_decoder(context, weights / "vae", finetuned)
     if not reached("prior"):
         return
     train_prior(context, weights).save(weights / PRIOR)

@@ -33,6 +33,8 @@ class Recipe:
     """Hyperparameters of the build. The defaults are those of the shipped models; tests use smaller ones.
 
     Attributes:
+        vae_decoder_layers: residual blocks that the autoencoder's decoder gets at each resolution, less one.
+        vae_decoder_before: updates of that decoder by itself before its last training of `vae_decoder_steps`.
         janus_uses: how often Janus' training goes through a scene.
         janus_held_out: scenes of Janus' last evaluation, held out and trained on; those before take `held_out_scenes`.
         progressive_uses: how often the masked sampler's training goes through a scene.
@@ -50,7 +52,9 @@ class Recipe:
     vq_decoder_steps: int = 10_200
     autoencoder_steps: int = 2_400
     autoencoder_batch: int = 12
-    vae_decoder_steps: int = 7_000
+    vae_decoder_layers: int = 3
+    vae_decoder_steps: int = 4_500
+    vae_decoder_before: int = 0
     guidance: float = 3.0
     calibration_images: int = 100
     janus_layers: int = 6

@@ -118,7 +118,9 @@ def training_flops(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae:
         "diffusion decoder": (dcdd_flops(decoder), decoder_images(recipe)),
         "autoencoder's decoder": (
             vae_flops(vae, recipe.size),
-            recipe.autoencoder_batch * (recipe.autoencoder_steps + recipe.vae_decoder_steps),
+            # All as deep as it is now, though at first it was not.
+            recipe.autoencoder_batch
+            * (recipe.autoencoder_steps + recipe.vae_decoder_before + recipe.vae_decoder_steps),
         ),
     }
     cells = [[name, f"{each:.3g}", f"{count:,}", f"{each * count:.3g}"] for name, (each, count) in rows.items()]

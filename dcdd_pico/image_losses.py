@@ -1,4 +1,7 @@
-"""Reconstruction loss of the tokenizer and the autoencoder, and the held-out metrics that their trainings log."""
+"""Reconstruction loss of the tokenizer and the autoencoder, and the held-out metrics that their trainings log.
+
+Shapes: B batch, H W pixels.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,11 @@ import torch.nn.functional as F
 from dcdd_core.evaluation.metrics import psnr, ssim
 
 from .reader import SceneReader
+
+#: Channels of a grey pixel differ by at most so much, and a neighbour beyond an edge by more; pixels in -1..1.
+_GREY, _STEP = 0.05, 0.2
+#: Pixels from an edge that count as beside it.
+_REACH = 4
 
 
 def reconstruction_loss(
@@ -47,4 +55,39 @@ def fidelity(pixels: torch.Tensor, decoded: torch.Tensor, loss_reader: SceneRead
         "psnr": float(psnr(pixels, decoded).mean()),
         "ssim": float(ssim(pixels, decoded).mean()),
         "perceptual": float(loss_reader.perceptual_distance(pixels, decoded).mean()),
+    }
+
+
+@torch.no_grad()
+def blemishes(pixels: torch.Tensor, decoded: torch.Tensor) -> dict[str, float]:
+    """What is wrong with decoded images where it shows: colour in greys, and halos beside edges.
+
+    "tint of greys" is the mean absolute change of chroma (a channel less the mean of the three) of pixels that are grey
+    in the original. "beside edges" and "elsewhere" are mean absolute errors of pixels that are like their four
+    neighbours in the original, up to four pixels from one that is not, and farther; halos make the first the larger.
+
+    Args:
+        pixels, decoded: [B, 3, H, W] in -1..1.
+
+    Returns:
+        The three; 0 where there is no such pixel.
+    """
+    error = decoded - pixels
+    grey = pixels.amax(1) - pixels.amin(1) <= _GREY
+    tint = (error - error.mean(1, keepdim=True)).abs().mean(1)
+    edge = torch.zeros_like(grey)
+    for d in (1, 2):
+        step = (pixels.diff(dim=d + 1).abs() > _STEP).any(1)
+        edge.narrow(d, 0, step.shape[d]).logical_or_(step)
+        edge.narrow(d, 1, step.shape[d]).logical_or_(step)
+    near = F.max_pool2d(edge.float(), 2 * _REACH + 1, stride=1, padding=_REACH) > 0
+    size = error.abs().mean(1)
+
+    def mean(values: torch.Tensor, where: torch.Tensor) -> float:
+        return float(values[where].mean()) if where.any() else 0.0
+
+    return {
+        "tint of greys": mean(tint, grey),
+        "beside edges": mean(size, near & ~edge),
+        "elsewhere": mean(size, ~near),
     }

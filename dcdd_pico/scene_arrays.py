@@ -1,16 +1,20 @@
-"""Rendered scenes as one memory-mapped array on disk."""
+"""Rendered scenes: as one memory-mapped array on disk, or endless, rendered while training reads those before.
+
+Shapes: B batch, S image side in pixels.
+"""
 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from dcdd_core.files import whole_file
 
-from .scenes import Split, render_scene
+from .scenes import SPLIT_SIZE, Split, render_scene
 
 
 def scene_images(folder: Path, split: Split, count: int, *, size: int = 96) -> np.ndarray:
@@ -35,3 +39,51 @@ def scene_images(folder: Path, split: Split, count: int, *, size: int = 96) -> n
 def rendered(split: Split, first: int, count: int, size: int) -> np.ndarray:
     """Scenes first..first + count - 1 of a split, [count, size, size, 3] uint8."""
     return np.stack([render_scene(split, first + k, size=size).image for k in range(count)])
+
+
+class FreshImages:
+    """The scenes of a split in their order, each once; after the last block comes the first again.
+
+    Args:
+        size: S.
+        block: scenes rendered at a time, which are held in memory.
+        ahead: a process of its own renders the next block; False renders each when it is asked for.
+    """
+
+    def __init__(self, split: Split, size: int, *, block: int, ahead: bool = True):
+        self.split, self.size, self.block = split, size, block
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn")) if ahead else None
+        self._coming: dict[int, Future[np.ndarray]] = {}
+        self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def batch(self, step: int, size: int) -> np.ndarray:
+        """The scenes of an update, [size, S, S, 3] uint8; they depend on its number alone."""
+        found = []
+        for position in range(step * size, (step + 1) * size):
+            number, place = divmod(position, self.block)
+            found.append(self._load(number % (SPLIT_SIZE // self.block))[place])
+        return np.stack(found)
+
+    def close(self) -> None:
+        """Ends the process that renders."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _load(self, number: int) -> np.ndarray:
+        if self._held[0] != number:
+            if self._pool is None:
+                images = rendered(*self._job(number))
+            else:
+                images = self._ask(number).result()
+                del self._coming[number]
+                self._ask((number + 1) % (SPLIT_SIZE // self.block))
+            self._held = (number, images)
+        return self._held[1]
+
+    def _ask(self, number: int) -> Future[np.ndarray]:
+        if number not in self._coming:
+            self._coming[number] = self._pool.submit(rendered, *self._job(number))
+        return self._coming[number]
+
+    def _job(self, number: int) -> tuple[Split, int, int, int]:
+        return self.split, number * self.block, self.block, self.size

@@ -1,13 +1,10 @@
 """Trains the KL autoencoder whose latents the diffusion decoder generates (like FLUX's VAE, 16 channels).
 
-There are two stages, so that the diffusion decoder can be trained before the second has finished:
-1. `train_autoencoder` trains encoder and decoder;
-2. `train_vae_decoder` fine-tunes the decoder with a GAN loss; encoder and latents are frozen.
+Its decoder is then made deeper and trained further by itself (`train_vae_decoder`), with the same latents, so that the
+diffusion decoder need not wait for it.
 """
 
 from __future__ import annotations
-
-import copy
 
 import torch
 from diffusers import AutoencoderKL
@@ -19,13 +16,12 @@ from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 from dcdd_core.training.trainable import trained_weights
 
 from .build_context import BuildContext, digest
-from .gan_finetune import finetune_with_gan
 from .image_losses import fidelity, reconstruction_loss
 from .reader import SceneReader
 from .scenes import scene_pixels
 from .training_loop import train
 
-_STAGE, _DECODER_STAGE = 2, 7
+_STAGE = 2
 
 
 def autoencoder_config() -> dict:
@@ -80,7 +76,7 @@ def train_autoencoder(context: BuildContext, loss_reader: SceneReader) -> Autoen
 
     def evaluate(_: int) -> dict[str, float]:
         with ema.swapped_in():
-            return _evaluate(context, vae, vae.decoder, loss_reader)
+            return _evaluate(context, vae, loss_reader)
 
     train(
         context.folder / "autoencoder",
@@ -112,40 +108,11 @@ def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tenso
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
-def train_vae_decoder(context: BuildContext, vae: AutoencoderKL, loss_reader: SceneReader) -> AutoencoderKL:
-    """Fine-tunes (or restores) the decoder; returns an autoencoder with the same latents. `vae` is not changed."""
-    finetuned = copy.deepcopy(vae)
-
-    def encode(pixels: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        with context.autocast():
-            posterior = vae.encode(pixels).latent_dist
-        mean, deviation = posterior.mean.float(), (0.5 * posterior.logvar.float().clamp(-20, 10)).exp()
-        return mean + deviation * torch.randn(mean.shape, generator=draw).to(mean.device)
-
-    finetune_with_gan(
-        context,
-        "vae-decoder",
-        _DECODER_STAGE,
-        finetuned.decoder,
-        last=finetuned.decoder.conv_out.weight,
-        encode=encode,
-        decode=lambda decoder, latents: decoder(latents),
-        steps=context.recipe.vae_decoder_steps,
-        batch=context.recipe.autoencoder_batch,
-        settings=context.settings("autoencoder_batch", autoencoder=digest(vae), loss_reader=digest(loss_reader)),
-        loss_reader=loss_reader,
-        evaluate=lambda decoder: _evaluate(context, vae, decoder, loss_reader),
-    )
-    return finetuned.eval().requires_grad_(False)
-
-
 @torch.no_grad()
-def _evaluate(
-    context: BuildContext, vae: AutoencoderKL, decoder: nn.Module, loss_reader: SceneReader
-) -> dict[str, float]:
+def _evaluate(context: BuildContext, vae: AutoencoderKL, loss_reader: SceneReader) -> dict[str, float]:
     pixels = scene_pixels(context.held_out_images, context.device)
     decoded = []
     for part in pixels.split(32):
         with context.autocast():
-            decoded.append(decoder(vae.encode(part).latent_dist.mean).float().clamp(-1, 1))
+            decoded.append(vae.decode(vae.encode(part).latent_dist.mean).sample.float().clamp(-1, 1))
     return fidelity(pixels, torch.cat(decoded), loss_reader)

@@ -141,7 +141,8 @@ def _resume(
 
 def last_held_out(log: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
     """The seconds of a training until its last evaluation, and what that one measured, as a Markdown table."""
-    last = next((line for line in reversed(log) if "eval/loss" in line), {})
+    evaluated = (line for line in reversed(log) if any(name.startswith("eval/") for name in line))
+    last = next(evaluated, {})
     names = [name for name in last if name.startswith("eval/")]
     rows = [[name.removeprefix("eval/"), f"{last[name]:.4f}"] for name in names]
     return last.get("seconds", 0.0), markdown_table([["held-out", ""], *rows])

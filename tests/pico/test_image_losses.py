@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dcdd_core.evaluation.metrics import psnr, ssim
-from dcdd_pico.image_losses import fidelity, reconstruction_loss
+from dcdd_pico.image_losses import blemishes, fidelity, reconstruction_loss
 from dcdd_pico.reader import SceneReader
 from dcdd_pico.train_autoencoder import kl_divergence
 from dcdd_pico.train_tokenizer import uniformity_loss
@@ -81,6 +81,42 @@ def test_fidelity_is_the_mean_of_each_metric(reader):
         "perceptual": float(reader.perceptual_distance(a, b).mean()),
     }
     assert fidelity(a, b, reader) == pytest.approx(expected)
+
+
+def test_a_tint_counts_on_greys_alone_and_only_where_it_is_new():
+    pixels = torch.zeros(1, 3, 16, 16)
+    pixels[:, 0, :, 8:] = 0.15  # the right half is no grey
+    pixels[:, 0, 0, 0] = 0.04  # nearly grey, and not tinted further
+    decoded = pixels.clone()
+    decoded[:, 1] += 0.3  # chroma -.1, .2, -.1
+    assert blemishes(pixels, decoded)["tint of greys"] == pytest.approx(0.4 / 3)
+    assert blemishes(pixels, pixels - 0.2)["tint of greys"] == pytest.approx(0, abs=1e-6), "darker is no tint"
+    decoded = pixels.clone()
+    decoded[..., 8:] += torch.tensor([0.3, 0.0, 0.0])[:, None, None]
+    assert blemishes(pixels, decoded)["tint of greys"] == 0
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_halo_is_an_error_beside_an_edge(turned):
+    """An edge between columns 15 and 16: these two are the edge, four on each side of them are beside it."""
+    pixels = torch.full((1, 3, 32, 32), -0.5)
+    pixels[..., 16:] = 0.5
+    error = torch.zeros_like(pixels)
+    error[..., 14:18] = 9.0
+    error[..., 15:17] = 7.0  # on the edge itself: no halo
+    error[..., 11] = -3.0
+    error[..., 10] = 0.5
+    decoded = pixels + error
+    if turned:
+        pixels, decoded = pixels.mT, decoded.mT
+    found = blemishes(pixels, decoded)
+    assert found["beside edges"] == pytest.approx((9 + 9 + 3) / 8)
+    assert found["elsewhere"] == pytest.approx(0.5 / 22)
+    one = pixels.clone()
+    one[:, :2] = 0.1  # an edge of one channel is an edge
+    assert blemishes(one, one + 1)["beside edges"] == pytest.approx(1)
+    flat = torch.full((1, 3, 8, 8), 0.2)
+    assert blemishes(flat, flat + 1) == pytest.approx({"tint of greys": 0, "beside edges": 0, "elsewhere": 1}, abs=1e-6)
 
 
 def test_the_kl_divergence_is_torch_s():
