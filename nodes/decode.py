@@ -20,7 +20,7 @@ from einops import rearrange
 
 from ..dcdd_core import registry
 from ..dcdd_core.method.latents import scale_latents, unscale_latents
-from ..dcdd_core.models.card import DecoderCard
+from ..dcdd_core.models.card import MOST_CONDITION_GUIDANCE, DecoderCard
 from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.pipelines.decode import decode, decode_tokens
 from ..dcdd_core.pipelines.guided import MOST_STRENGTH
@@ -46,7 +46,7 @@ from .sockets import (
 
 HARD, SOFT = "hard: the tokens", "soft: the expected codes"
 AS_MEASURED, BY_RESOLUTION, UNIFORM = "as measured best for the decoder", "FLUX: by resolution", "uniform"
-#: Strength of guidance: that of the decoder's card.
+#: Strength of guidance, and guidance on the condition: those of the decoder's card.
 AS_SERVED = -1.0
 SCHEDULES = (AS_MEASURED, BY_RESOLUTION, UNIFORM)
 #: Seconds after which the node says that weights for a new schedule are being loaded.
@@ -189,6 +189,19 @@ class FluxDecoder(io.ComfyNode):
                         "much more looks over-cooked. -1 uses what the decoder's bundle says, which is mostly 0."
                     ),
                 ),
+                io.Float.Input(
+                    "condition_guidance",
+                    optional=True,
+                    default=AS_SERVED,
+                    min=AS_SERVED,
+                    max=MOST_CONDITION_GUIDANCE,
+                    step=0.1,
+                    tooltip=(
+                        "How closely the image follows the condition: 1 is off, more is closer. Other values than 1 "
+                        "take twice the time, and need a decoder that was trained with dropped conditions. -1 uses "
+                        "what the decoder's bundle says."
+                    ),
+                ),
             ],
             outputs=[
                 io.Image.Output("painted", display_name="image", tooltip="The decoded image."),
@@ -213,6 +226,7 @@ class FluxDecoder(io.ComfyNode):
         vae: comfy.sd.VAE | None = None,
         vq_vae: Managed[ImageTokenizer] | None = None,
         strength: float = AS_SERVED,
+        condition_guidance: float = AS_SERVED,
     ) -> io.NodeOutput:
         expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")
         expect(condition, MappedCondition, "condition", "connect the condition of an LCDM Encoder")
@@ -220,9 +234,10 @@ class FluxDecoder(io.ComfyNode):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if (image is None) != (mask is None):
             raise ValueError("painting a part needs an image and a mask: connect both, or neither to paint everything")
-        check_finite(strength=strength)
-        if AS_SERVED < strength < 0:
-            raise ValueError(f"strength must be 0 or more, or {AS_SERVED:g} for the decoder's own, got {strength:g}")
+        for name, value in (("strength", strength), ("condition_guidance", condition_guidance)):
+            check_finite(**{name: value})
+            if value < 0 and value != AS_SERVED:
+                raise ValueError(f"{name} must be 0 or more, or {AS_SERVED:g} for the decoder's own, got {value:g}")
         model, batch = decoder.decoder.idle, len(condition.code_vectors)
         checks.check_condition(condition, model)
         given = area = None
@@ -266,6 +281,7 @@ class FluxDecoder(io.ComfyNode):
                 image=given,
                 mask=area,
                 guide=guide,
+                condition_guidance=None if condition_guidance == AS_SERVED else condition_guidance,
                 on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
                 on_prepare=_on_layer(progress, steps),
                 host=comfy_host,
