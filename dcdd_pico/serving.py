@@ -1,9 +1,12 @@
-"""Chooses how the decoder is served by default: the time shift, and how the VLM's output is read.
+"""Chooses how the decoder is served by default: time shift, how the VLM's output is read, guidance on the condition.
 
 `python -m dcdd_pico.serving` does so for the weights that are there, such as after a new Janus: it chooses the guidance
 that Janus samples with, calibrates to these samples, chooses shift and reading, and writes the card into the decoder's
 file. The second scene reader, which judges, is trained first if the work folder has none. `--only-calibrate` chooses
 nothing: it calibrates to the Janus that is there, in a few minutes.
+
+A time shift mu takes n steps whose last one begins at t = e^mu / (e^mu + n - 1): of ten steps, .15 at FLUX's mu of .48,
+.33 at 1.5, .45 at 2, .58 at 2.5 and .69 at 3, where detail is left to one step. `--last-step` bounds it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from tqdm import tqdm
 
 from dcdd_core.evaluation.frechet import FrechetStatistics, features_of, frechet_distance
 from dcdd_core.files import write_text
+from dcdd_core.method.flow import timesteps
 from dcdd_core.models.bundle import DecoderOptions, load_decoder, save_bundle
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
@@ -32,6 +36,7 @@ from dcdd_core.pipelines.condition import condition_for, serving
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.pipelines.load import Models
 from dcdd_core.protocols import SamplingOptions, TokenSampler
+from dcdd_core.settings import require_number
 from dcdd_core.types import Calibration, TokenLogits
 
 from .build_context import BuildContext, digest, stage_context, stage_parser
@@ -45,6 +50,8 @@ from .train_reader import train_loss_reader
 
 #: Time shifts (mu) to try after FLUX's own, until one is no improvement.
 SHIFTS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+#: Guidances on the condition (w) to try after none, until one is no improvement.
+CONDITION_GUIDANCES = (1.25, 1.5, 2.0, 3.0)
 #: Guidances that Janus' samples are compared at.
 GUIDANCES = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 _BATCH = 32
@@ -116,8 +123,9 @@ def painter(
 
     def image(part: range, grid: TokenLogits) -> torch.Tensor:
         condition = condition_for(card, grid, vq.codebook)
+        served = {"steps": card.steps, "shift": card.shift, "condition_guidance": card.condition_guidance}
         with context.autocast():
-            return decode(decoder, KLCodec(vae), condition, seeds=part, steps=card.steps, shift=card.shift).pixels
+            return decode(decoder, KLCodec(vae), condition, seeds=part, **served).pixels
 
     return image
 
@@ -130,21 +138,27 @@ def choose_serving(
     vae: AutoencoderKL,
     decoder: DistributionConditionedDecoder,
     loss_reader: SceneReader,
+    *,
+    latest: float = 1.0,
 ) -> DecoderCard:
-    """The decoder's card, with the time shift and reading whose images are closest to held-out scenes.
+    """The decoder's card, with the time shift, reading and guidance whose images are closest to held-out scenes.
 
     All candidates decode with ten steps, which the card then records. The shift is chosen first, with anchored logits;
     then the reading: anchored logits, the VLM's logits (beta = 0, as in the paper), or the sampled tokens alone
-    (`search_serving`), by the `JointDistance` to the second reader's features. The distances are kept in
-    `serving.json`, and reused for the same models.
+    (`search_serving`); then, of a decoder with a null condition, guidance on the condition. All by the `JointDistance`
+    to the second reader's features. The distances are kept in `serving.json`, and reused for the same models.
+
+    Args:
+        latest: see `search_serving`.
     """
     recipe, path = context.recipe, context.folder / "serving.json"
-    card = serving(replace(decoder.card, steps=_STEPS, shift=None), reads="anchored")
+    card = serving(replace(decoder.card, steps=_STEPS, shift=None, condition_guidance=1.0), reads="anchored")
     inputs = [digest(part) for part in (sampler.model, vq.model, vae, decoder)]
-    inputs += [json.loads(json.dumps(asdict(card))), recipe.choice_scenes, recipe.guidance, SHIFTS]
+    inputs += [json.loads(json.dumps(asdict(card))), recipe.choice_scenes, recipe.guidance, SHIFTS, latest]
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
     if path.exists() and (found := json.loads(path.read_text("utf-8")))["models"] == key:
-        return serving(replace(card, shift=found["shift"]), reads=found["reads"])
+        chosen = replace(card, shift=found["shift"], condition_guidance=found["condition guidance"])
+        return serving(chosen, reads=found["reads"])
     if recipe.compiled:
         decoder.transformer.compile_repeated_blocks(dynamic=False)
     judge = JointDistance(context, loss_reader)
@@ -153,28 +167,40 @@ def choose_serving(
     def distance(card: DecoderCard) -> float:
         return judge.of(painter(context, vq, vae, decoder, card), samples)
 
-    by_shift, by_reading = search_serving(card, distance)
+    by_shift, by_reading = search_serving(card, distance, latest=latest)
     shift, reads = (min(found, key=found.__getitem__) for found in (by_shift, by_reading))
+    card = serving(replace(card, shift=shift), reads=reads)
+    by_guidance = {1.0: by_reading[reads]}
+    if card.condition_dropout:
+        by_guidance = search_condition_guidance(card, distance, by_guidance)
+    card = replace(card, condition_guidance=min(by_guidance, key=by_guidance.__getitem__))
     found = {
         "models": key,
         "shift": shift,
         "reads": reads,
+        "condition guidance": card.condition_guidance,
         "by shift": list(by_shift.items()),
         "by reading": by_reading,
+        "by condition guidance": list(by_guidance.items()),
     }
     write_text(path, json.dumps(found, indent=1) + "\n")
-    return serving(replace(card, shift=shift), reads=reads)
+    return card
 
 
 def search_serving(
-    card: DecoderCard, distance: Callable[[DecoderCard], float]
+    card: DecoderCard, distance: Callable[[DecoderCard], float], *, latest: float = 1.0
 ) -> tuple[dict[float | None, float], dict[str, float]]:
     """Distances by shift, for a card that reads anchored logits, and by reading, with the best shift.
 
     The first shift is None, FLUX's own. The search stops at the first of `SHIFTS` that is no improvement.
+
+    Args:
+        latest: time at which the last of the card's steps may begin; larger shifts are not tried.
     """
     by_shift: dict[float | None, float] = {None: distance(replace(card, shift=None))}
     for shift in SHIFTS:
+        if float(timesteps(card.steps, shift=shift)[-2]) > latest:
+            break
         best = min(by_shift.values())
         by_shift[shift] = distance(replace(card, shift=shift))
         if by_shift[shift] >= best:
@@ -185,6 +211,19 @@ def search_serving(
     return by_shift, {"anchored": by_shift[best]} | by_reading
 
 
+def search_condition_guidance(
+    card: DecoderCard, distance: Callable[[DecoderCard], float], known: dict[float, float]
+) -> dict[float, float]:
+    """Distances by guidance on the condition: that of w = 1, which is known, and on to the first that is no better."""
+    found = dict(known)
+    for w in CONDITION_GUIDANCES:
+        best = min(found.values())
+        found[w] = distance(replace(card, condition_guidance=w))
+        if found[w] >= best:
+            break
+    return found
+
+
 def fact_features(features: torch.Tensor, facts: list[SceneFacts]) -> torch.Tensor:
     """Captions' facts one-hot [N, answers], scaled to the mean norm of the image features [N, F] they are joined to."""
     answers = [F.one_hot(found, len(FACTS[name])) for name, found in fact_labels(facts).items()]
@@ -193,17 +232,23 @@ def fact_features(features: torch.Tensor, facts: list[SceneFacts]) -> torch.Tens
 
 
 @torch.no_grad()
-def choose_guidance(context: BuildContext, models: Models, loss_reader: SceneReader) -> dict[float, dict[str, float]]:
+def choose_guidance(
+    context: BuildContext, models: Models, loss_reader: SceneReader, *, with_temperature: bool = False
+) -> dict[float, dict[str, float]]:
     """The joint distance by guidance, of the VQ decode's images and of those painted as the decoder's card says.
 
     Each guidance has a calibration of its own. The best one may be another for each decoder.
+
+    Args:
+        with_temperature: see `fit_sampler`.
     """
     judge, vq, decoder = JointDistance(context, loss_reader), models.tokenizer, models.decoder
     features = scene_features(context.recipe, vq)
     found = {}
     for guidance in GUIDANCES:
         samples = judge.samples(models.sampler, guidance)
-        card = serving(decoder.card, calibration=fit_sampler(models.sampler, features, guidance))
+        fitted = fit_sampler(models.sampler, features, guidance, with_temperature=with_temperature)
+        card = serving(decoder.card, calibration=fitted)
         found[guidance] = {
             "VQ-VAE": judge.of(lambda _, grid: vq.decode_tokens(grid.tokens, grid.grid), samples),
             "decoder": judge.of(painter(context, vq, models.codec.model, decoder, card), samples),
@@ -212,9 +257,14 @@ def choose_guidance(context: BuildContext, models: Models, loss_reader: SceneRea
     return found
 
 
-def calibrate(context: BuildContext, models: Models, guidance: float) -> Calibration:
-    """Calibrates to what Janus samples at a guidance, into the card of the decoder in `models`."""
-    calibration = fit_sampler(models.sampler, scene_features(context.recipe, models.tokenizer), guidance)
+def calibrate(context: BuildContext, models: Models, guidance: float, *, with_temperature: bool = False) -> Calibration:
+    """Calibrates to what Janus samples at a guidance, into the card of the decoder in `models`.
+
+    Args:
+        with_temperature: see `fit_sampler`.
+    """
+    features = scene_features(context.recipe, models.tokenizer)
+    calibration = fit_sampler(models.sampler, features, guidance, with_temperature=with_temperature)
     models.decoder.card = serving(models.decoder.card, calibration=calibration)
     return calibration
 
@@ -228,34 +278,52 @@ def save_card(context: BuildContext, weights: Path, card: DecoderCard) -> None:
     replace(context.recipe, guidance=card.calibration.guidance).save(weights)
 
 
-def serve(context: BuildContext, weights: Path, *, guidance: float | None = None) -> Calibration:
+def serve(
+    context: BuildContext,
+    weights: Path,
+    *,
+    guidance: float | None = None,
+    with_temperature: bool = False,
+    latest: float = 1.0,
+) -> Calibration:
     """Calibrates the models in `weights`, chooses how they are served, and writes that into the decoder's card.
 
     The recipe beside them gets the guidance, and `guidance.json` of the work folder the distances.
 
     Args:
         guidance: that Janus samples with; None chooses the best for the decoder (`choose_guidance`).
+        with_temperature: see `fit_sampler`.
+        latest: see `search_serving`.
 
     Raises:
-        ValueError: if a part of the weights is missing.
+        ValueError: if a part of the weights is missing, and for a latest outside 0..1.
     """
+    require_number("last-step", latest, above=0, most=1, remedy="1 bounds nothing")
     recipe, loss_reader = context.recipe, train_loss_reader(context)
     models = load_pico(weights=weights, device=context.device, compiled=recipe.compiled)
     if guidance is None:
-        by_guidance = choose_guidance(context, models, loss_reader)
+        by_guidance = choose_guidance(context, models, loss_reader, with_temperature=with_temperature)
         write_text(context.folder / "guidance.json", json.dumps(by_guidance, indent=1) + "\n")
         guidance = min(by_guidance, key=lambda one: by_guidance[one]["decoder"])
-    calibration = calibrate(context, models, guidance)
+    calibration = calibrate(context, models, guidance, with_temperature=with_temperature)
     # The decoder is compiled by now, if it is at all.
     choosing = replace(context, recipe=replace(recipe, guidance=guidance, compiled=False))
     parts = (models.sampler, models.tokenizer, models.codec.model, models.decoder)
-    save_card(context, weights, choose_serving(choosing, *parts, loss_reader))
+    save_card(context, weights, choose_serving(choosing, *parts, loss_reader, latest=latest))
     return calibration
 
 
 def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--guidance", type=float, help="that Janus samples with; by default the best for the decoder")
+    parser.add_argument(
+        "--fit-anchor-temperature",
+        action="store_true",
+        help="with the anchor, so that all of the condition is as proxies",
+    )
+    parser.add_argument(
+        "--last-step", type=float, default=1.0, metavar="T", help="time at which the last step may begin (default: any)"
+    )
     parser.add_argument(
         "--only-calibrate", action="store_true", help="at --guidance or the recipe's; time shift and reading stay"
     )
@@ -264,12 +332,19 @@ def main() -> None:
     if chosen.only_calibrate:
         models = load_pico(weights=chosen.weights, device=context.device)
         guidance = context.recipe.guidance if chosen.guidance is None else chosen.guidance
-        calibration = calibrate(context, models, guidance)
+        calibration = calibrate(context, models, guidance, with_temperature=chosen.fit_anchor_temperature)
         save_card(context, chosen.weights, models.decoder.card)
     else:
-        calibration = serve(context, chosen.weights, guidance=chosen.guidance)
+        calibration = serve(
+            context,
+            chosen.weights,
+            guidance=chosen.guidance,
+            with_temperature=chosen.fit_anchor_temperature,
+            latest=chosen.last_step,
+        )
     card = load_decoder(model_paths(chosen.weights)["decoder"]).card
-    print(f"guidance {calibration.guidance:g}, shift {card.shift}, reads {card.reads}\n{verdict(calibration)}")
+    guided = f", guided on the condition with {card.condition_guidance:g}" if card.condition_guidance != 1 else ""
+    print(f"guidance {calibration.guidance:g}, shift {card.shift}, reads {card.reads}{guided}\n{verdict(calibration)}")
 
 
 if __name__ == "__main__":

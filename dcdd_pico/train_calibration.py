@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from dcdd_core.method.anchoring import condition_spread, fit_anchor_and_temperature
 from dcdd_core.method.calibration import anchor_statistics, fit_anchor, fit_calibration, proxy_logits, target_statistics
 from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.vq import VQTokenizer
@@ -44,8 +45,14 @@ def scene_features(recipe: Recipe, tokenizer: ImageTokenizer) -> torch.Tensor:
     return torch.cat([tokenizer.features(scene_pixels(image[None], tokenizer.device)) for image in images])
 
 
-def fit_sampler(sampler: TokenSampler, features: torch.Tensor, guidance: float) -> Calibration:
-    """Fits the proxies of scenes' features [M, N, D], and the anchor, to samples of as many calibration captions."""
+def fit_sampler(
+    sampler: TokenSampler, features: torch.Tensor, guidance: float, *, with_temperature: bool = False
+) -> Calibration:
+    """Fits the proxies of scenes' features [M, N, D], and the anchor, to samples of as many calibration captions.
+
+    Args:
+        with_temperature: fit the anchor and its temperature, both together (`method.anchoring`).
+    """
     codebook = sampler.codebook
     grids = sample_captions(sampler, len(features), guidance)
     target = target_statistics(grids)
@@ -53,6 +60,10 @@ def fit_sampler(sampler: TokenSampler, features: torch.Tensor, guidance: float) 
     logits = proxy_logits(features, codebook)
     side = math.isqrt(features.shape[1])
     proxies = TokenLogits(logits, logits.argmax(-1), (side, side), source="proxy", codebook=codebook.fingerprint)
+    if with_temperature:
+        return fit_anchor_and_temperature(
+            grids, codebook, condition_spread(proxies, codebook, calibration), calibration
+        )
     return fit_anchor(grids, codebook, anchor_statistics(proxies, codebook, calibration), calibration)
 
 

@@ -15,7 +15,9 @@ speed:
 | 6 x 320 | 8.3 | 3.2 | 279,000 |
 | 6 x 384 | 11.7 | 4.1 | 218,000 |
 
-A width of 384 also takes more room than is left among the embedded weights.
+A width of 384 also takes more room than is left among the embedded weights. Compiled (`--compile`, or a recipe that
+says so), an update of 6 x 320 takes 0.6 of that time: 1.3 s after 2.1 s, both cores of an Intel Xeon with AMX, alone,
+without rendering.
 
 Shapes: B batch, N tokens, M scenes.
 """

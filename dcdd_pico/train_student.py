@@ -52,17 +52,22 @@ _SHOWN = 8
 
 
 class FreshScenes:
-    """The scenes of a split in their order, endless, as a `Source` of images with captions; rendered when asked for."""
+    """The scenes of a split in their order, endless, as a `Source` of images with captions; rendered when asked for.
 
-    def __init__(self, split: Split, size: int):
+    Args:
+        first: number of the scene to begin with.
+    """
+
+    def __init__(self, split: Split, size: int, *, first: int = 0):
         self.name = f"fresh {split} scenes"
-        self.fingerprint = f"{split} scenes of {size} pixels"
+        self.fingerprint = f"{split} scenes of {size} pixels" + (f" from {first}" if first else "")
         self.policy = DEFAULT_POLICY
-        self.split, self.size = split, size
+        self.split, self.size, self.first = split, size, first
 
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """See `Source.entries`."""
-        return (Entry(str(k), k % SPLIT_SIZE) for k in count(start * shard.world + shard.rank, shard.world))
+        numbers = count(self.first + start * shard.world + shard.rank, shard.world)
+        return (Entry(str(k), k % SPLIT_SIZE) for k in numbers)
 
     def load(self, entry: Entry) -> Scene:
         """The scene of an entry."""

@@ -3,6 +3,8 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +12,11 @@ from safetensors.torch import load_file
 
 from dcdd_core.evaluation.frechet import FrechetStatistics, frechet_distance
 from dcdd_pico import serving
-from dcdd_pico.build_context import Recipe
+from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.models import load_pico
 from dcdd_pico.reader import FACTS, SceneReader, fact_labels
 from dcdd_pico.scenes import scene_facts
-from dcdd_pico.serving import fact_features, search_serving
+from dcdd_pico.serving import fact_features, search_condition_guidance, search_serving
 from dcdd_pico.train_calibration import fit_sampler, scene_features
 from tests.tiny import fill, random_pico, tiny_card
 
@@ -50,6 +52,41 @@ def test_the_shift_grows_as_long_as_that_is_better_and_each_reading_is_tried_wit
     assert tried[-2:] == [(2.0, "logits"), (2.0, "tokens")] and len(tried) == 7
     by_shift, _ = search_serving(tiny_card(reads="anchored"), lambda card: card.shift or 0.0)
     assert list(by_shift) == [None, 1.0]
+
+
+def test_no_shift_is_tried_whose_last_step_begins_later_than_asked():
+    def tried(latest: float, steps: int) -> list:
+        card = tiny_card(reads="anchored", steps=steps)
+        return list(search_serving(card, lambda one: -(one.shift or 0.0), latest=latest)[0])
+
+    assert tried(0.5, 10) == [None, 1.0, 1.5, 2.0], "2 begins it at .451, 2.5 at .575"
+    assert tried(0.57, 10) == tried(0.5, 10) and tried(0.58, 10)[-1] == 2.5
+    assert tried(0.5, 20)[-1] == 2.5 and tried(0.1, 10) == [None]
+    assert tried(1.0, 10) == [None, *serving.SHIFTS]
+
+
+def test_guidance_on_the_condition_grows_as_long_as_that_is_better_and_is_painted_with(monkeypatch):
+    card = tiny_card(reads="anchored", condition_dropout=0.1)
+    found = search_condition_guidance(card, lambda one: abs(one.condition_guidance - 1.6), {1.0: 0.6})
+    assert list(found) == [1.0, 1.25, 1.5, 2.0] and min(found, key=found.get) == 1.5
+    assert list(search_condition_guidance(card, lambda _: 0.7, {1.0: 0.6})) == [1.0, 1.25]
+
+    class Asked(Exception):
+        pass
+
+    def decode(*_, seeds, **served):
+        raise Asked(served)
+
+    monkeypatch.setattr(serving, "decode", decode)
+    for name in ("condition_for", "KLCodec"):
+        monkeypatch.setattr(serving, name, lambda *_: None)
+    context = BuildContext(folder=Path(), device=torch.device("cpu"), recipe=Recipe())
+    paint = serving.painter(
+        context, SimpleNamespace(codebook=None), None, None, replace(card, shift=2.0, condition_guidance=1.5)
+    )
+    with pytest.raises(Asked) as told:
+        paint(range(2), None)
+    assert told.value.args[0] == {"steps": card.steps, "shift": 2.0, "condition_guidance": 1.5}
 
 
 @pytest.mark.filterwarnings("ignore:.*")
@@ -88,6 +125,9 @@ def test_the_command_writes_what_it_chose_into_the_card(tmp_path, monkeypatch, c
     after = load_file(weights / "decoder.safetensors")
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
 
+    both = fit_sampler(pico.sampler, scene_features(Recipe.load(weights), pico.tokenizer), 4.0, with_temperature=True)
+    assert both.unanchored == expected.unanchored and both != expected
+
     # Only calibrated: what was chosen stays, at the recipe's guidance or the one that is given.
     monkeypatch.setattr(serving, "serve", lambda *_, **__: pytest.fail("nothing is to be chosen"))
     for more, guidance in (["--guidance", "2"], 2.0), ([], 2.0):
@@ -98,3 +138,6 @@ def test_the_command_writes_what_it_chose_into_the_card(tmp_path, monkeypatch, c
         expected = fit_sampler(pico.sampler, scene_features(Recipe.load(weights), pico.tokenizer), guidance)
         assert card == replace(kept, calibration=expected) and expected.guidance == guidance
         assert Recipe.load(weights).guidance == guidance
+    monkeypatch.setattr(sys, "argv", [*arguments, "--only-calibrate", "--guidance", "4", "--fit-anchor-temperature"])
+    serving.main()
+    assert load_pico(weights=weights).decoder.card.calibration == both

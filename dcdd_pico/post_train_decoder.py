@@ -1,0 +1,243 @@
+"""Trains pico's diffusion decoder on, on what it is served: `python -m dcdd_pico.post_train_decoder`.
+
+The decoder in the folder of the weights was trained on proxies alone. Here a share of the examples has Janus' own
+conditions in their place (`training.vlm_conditions`): teacher-forced on the scene's tokens under its caption, guided
+and anchored as the decoder's card says. Some conditions are left out, so that the decoder can be guided on its
+condition. Scenes are fresh, each seen once: keeping Janus' conditions of them would save nothing, so they are made with
+each batch. A stopped training resumes; the result takes the decoder's place, and `dcdd_pico.serving` then chooses anew
+how it is served.
+
+Shapes: B batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dcdd_core.evaluation.metrics import psnr, ssim
+from dcdd_core.files import write_text
+from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.models.bundle import save_bundle
+from dcdd_core.models.card import DecoderCard
+from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.pipelines.decode import decode
+from dcdd_core.training.batches import Batches, DataShard
+from dcdd_core.training.config import OptimizationConfig, RunConfig
+from dcdd_core.training.decoder_task import DecoderTask
+from dcdd_core.training.encoded_batch import EncodedBatch, encode
+from dcdd_core.training.examples import Example, ExampleMaker
+from dcdd_core.training.held_out import HeldOutLoss, Listed
+from dcdd_core.training.image_batch import ImageBatch
+from dcdd_core.training.log import read_log
+from dcdd_core.training.plan import Encoders, Plan
+from dcdd_core.training.trainer import Evaluation, Trainer, sample_sheet
+from dcdd_core.training.vlm_conditions import VLMConditions, with_conditions
+
+from .build_context import BuildContext, Recipe, digest, stage_context, stage_parser
+from .embedded import model_paths
+from .models import load_reader
+from .train_student import FreshScenes
+from .training_loop import last_held_out
+
+#: Of the work folder, and of what `weights` says of the training.
+NAME, CARD = "post-decoder", "decoder.md"
+_STAGE = 17
+_BATCH = 16
+_LEARNING_RATE = 3e-4
+_WARMUP = 100
+_UPDATES = 5_000
+_LOCALISED = 0.2
+_VLM_SHARE = 0.5
+_DROPPED = 0.1
+_EVALUATED = 64
+_SHOWN = 8
+
+
+class HeldOut:
+    """How good a decoder is on held-out scenes: its loss (`HeldOutLoss.numbers`), and its images' distances to them.
+
+    "ssim", "psnr" and "perceptual" are of images painted from proxies, "vlm_..." of those from Janus' own conditions,
+    where the training has them, and "loss_without_condition" is of the null condition.
+
+    Args:
+        conditions: Janus' own; None for a training on proxies alone.
+        make: examples without localised decoding.
+    """
+
+    def __init__(
+        self,
+        context: BuildContext,
+        weights: Path,
+        encoders: Encoders,
+        conditions: VLMConditions | None,
+        make: ExampleMaker,
+        config: OptimizationConfig,
+        *,
+        vlm_share: float,
+    ):
+        self.context, self.codec = context, encoders.codec
+        self.scenes = context.fresh_pixels("calibration", 0, _EVALUATED)
+        self.reader = load_reader(device=context.device, weights=weights)
+        source = FreshScenes("calibration", context.recipe.size)
+
+        def encoded(batch: ImageBatch) -> EncodedBatch:
+            found = encode(batch, encoders.tokenizer, encoders.codec, autocast=context.autocast)
+            return found if conditions is None else with_conditions(found, conditions)
+
+        scenes = Listed(source, list(islice(source.entries(DataShard(), 0), _EVALUATED)))
+        single = {"rank": 0, "world": 1, "total": lambda sums: sums}
+        self.loss = HeldOutLoss(scenes, encoded, make, config, batch=_BATCH, vlm_share=vlm_share, **single)
+        held_out = EncodedBatch(**self.loss.tensors)
+        shares = {"": 0.0} | ({"vlm_": 1.0} if vlm_share else {})
+        self.conditions = {
+            name: make.with_share(share)(held_out, keyed_generator(0)).condition for name, share in shares.items()
+        }
+
+    def __call__(self, decoder: DistributionConditionedDecoder) -> Evaluation:
+        """The numbers, and a sheet: scene, painted from the proxies, and from Janus' conditions."""
+        with self.context.autocast():
+            numbers = self.loss.numbers(decoder)
+            if decoder.card.condition_dropout:
+                numbers["loss_without_condition"] = self.loss(decoder, dropped=True)
+        shown = [self.scenes]
+        for name, condition in self.conditions.items():
+            with self.context.autocast():
+                painted = decode(decoder, self.codec, condition, seeds=range(_EVALUATED)).pixels
+            numbers |= {
+                f"{name}ssim": float(ssim(self.scenes, painted).mean()),
+                f"{name}psnr": float(psnr(self.scenes, painted).mean()),
+                f"{name}perceptual": float(self.reader.perceptual_distance(self.scenes, painted).mean()),
+            }
+            shown.append(painted)
+        return Evaluation(numbers=numbers, sheet=sample_sheet([images[:_SHOWN] for images in shown]))
+
+
+def post_train_decoder(
+    context: BuildContext,
+    weights: Path,
+    *,
+    updates: int = _UPDATES,
+    vlm_share: float = _VLM_SHARE,
+    dropped: float = _DROPPED,
+    learning_rate: float = _LEARNING_RATE,
+) -> DistributionConditionedDecoder:
+    """Trains the decoder in `weights` on, or restores what the work folder has of that.
+
+    Args:
+        updates: of `_BATCH` scenes each.
+        vlm_share: of the examples, with Janus' own conditions; the others have proxies. 0 does not load Janus.
+        dropped: share of the examples whose condition is left out.
+
+    Raises:
+        ValueError: for shares out of range, a decoder whose conditions Janus' distributions do not reach, and a work
+            folder of a training with other settings.
+    """
+    recipe, device = context.recipe, context.device
+    paths = model_paths(weights)
+    plan = Plan(vlm=paths["vlm"], vae=paths["vae"], bundle=paths["decoder"], trained="all", drop_condition=dropped)
+    plan.check()
+    encoders = plan.encoders(device)
+    decoder = plan.decoder(encoders).to(device)
+    card, tokenizer, codec, geometry = decoder.card, encoders.tokenizer, encoders.codec, encoders.geometry
+    conditions = plan.conditions(card, encoders) if vlm_share else None
+    given = {"vlm_share": vlm_share, "conditions": conditions}
+    make = ExampleMaker(card, tokenizer, codec, geometry, localised=_LOCALISED, **given)
+
+    def example(batch: ImageBatch, generator: torch.Generator) -> Example:
+        return make(encode(batch, tokenizer, codec, autocast=context.autocast), generator)
+
+    config = OptimizationConfig(
+        steps=updates,
+        learning_rate=learning_rate,
+        warmup=_WARMUP,
+        optimizer="muon",
+        shift=recipe.decoder_shift,
+        seed=recipe.seed + _STAGE,
+        compile=recipe.compiled,
+    )
+    whole = ExampleMaker(card, tokenizer, codec, geometry)
+    return Trainer(
+        context.folder / NAME,
+        DecoderTask(decoder, example),
+        # After the scenes that the decoder was trained on.
+        Batches(FreshScenes("train", recipe.size, first=recipe.train_scenes), size=_BATCH),
+        config,
+        accelerator=Accelerator(cpu=device.type == "cpu", mixed_precision="no"),
+        settings=context.settings(
+            tokenizer=tokenizer.codebook.fingerprint,
+            autoencoder=digest(codec.model),
+            vlm_share=vlm_share,
+            vlm=None if conditions is None else conditions.served.sampler,
+        ),
+        autocast=context.autocast,
+        run=RunConfig(samples=_SHOWN, sample_every=500, save_every=100, log_every=25),
+        evaluate=HeldOut(context, weights, encoders, conditions, whole, config, vlm_share=vlm_share),
+    ).train()
+
+
+def describe(card: DecoderCard, log: Sequence[Mapping[str, Any]], *, updates: int, vlm_share: float) -> str:
+    """What the training was, in Markdown."""
+    seconds, table = last_held_out(log)
+    hours, own = seconds / 3600, "proxies alone"
+    if vlm_share:
+        calibration = card.calibration
+        own = (
+            f"proxies, and {vlm_share:.0%} of the examples on Janus' own conditions, teacher-forced, at guidance "
+            f"{calibration.guidance:g}, read as {card.reads}"
+        )
+    return f"""# pico's diffusion decoder
+
+After its training on proxies it was trained on for {updates:,} updates of {_BATCH} fresh scenes, {hours:.2f} hours, on
+{own}. The condition was left out of {card.condition_dropout:.0%}.
+
+Command: `python -m dcdd_pico.post_train_decoder`. At the end, of {_EVALUATED} held-out scenes; `vlm_` is on Janus' own
+conditions, painted in {card.steps} steps:
+
+{table}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = stage_parser(__doc__)
+    parser.add_argument("--updates", type=int, default=_UPDATES, help=f"of {_BATCH} scenes each (default %(default)s)")
+    parser.add_argument(
+        "--vlm-conditions",
+        type=float,
+        default=_VLM_SHARE,
+        metavar="SHARE",
+        help="of the examples, with Janus' own conditions in the place of proxies (default %(default)s)",
+    )
+    parser.add_argument(
+        "--drop-condition",
+        type=float,
+        default=_DROPPED,
+        metavar="SHARE",
+        help="of the examples, without their condition, for guidance on it (default %(default)s)",
+    )
+    parser.add_argument("--learning-rate", type=float, default=_LEARNING_RATE, help="peak (default %(default)s)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
+    chosen = parser.parse_args(arguments)
+    context = stage_context(chosen, compiled=chosen.compile)
+    told = {"updates": chosen.updates, "vlm_share": chosen.vlm_conditions}
+    decoder = post_train_decoder(
+        context, chosen.weights, **told, dropped=chosen.drop_condition, learning_rate=chosen.learning_rate
+    )
+    path = model_paths(chosen.weights)["decoder"]
+    save_bundle(path, decoder, dtype=torch.float16)
+    write_text(chosen.weights / CARD, describe(decoder.card, read_log(context.folder / NAME), **told))
+    replace(Recipe.load(chosen.weights), post_updates=chosen.updates, post_vlm_share=chosen.vlm_conditions).save(
+        chosen.weights
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
