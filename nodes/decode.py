@@ -190,16 +190,16 @@ class FluxDecoder(io.ComfyNode):
                     ),
                 ),
                 io.Float.Input(
-                    "condition_guidance",
+                    "guidance",
                     optional=True,
                     default=AS_SERVED,
                     min=AS_SERVED,
                     max=MOST_CONDITION_GUIDANCE,
                     step=0.1,
                     tooltip=(
-                        "How closely the image follows the condition: 1 is off, more is closer. Other values than 1 "
-                        "take twice the time, and need a decoder that was trained with dropped conditions. -1 uses "
-                        "what the decoder's bundle says."
+                        "Guidance on the condition, how closely the image follows it: 1 is off, more is closer. Other "
+                        "values than 1 take twice the time, and need a decoder that was trained with dropped "
+                        "conditions. -1 uses what the decoder's bundle says."
                     ),
                 ),
             ],
@@ -226,7 +226,7 @@ class FluxDecoder(io.ComfyNode):
         vae: comfy.sd.VAE | None = None,
         vq_vae: Managed[ImageTokenizer] | None = None,
         strength: float = AS_SERVED,
-        condition_guidance: float = AS_SERVED,
+        guidance: float = AS_SERVED,
     ) -> io.NodeOutput:
         expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")
         expect(condition, MappedCondition, "condition", "connect the condition of an LCDM Encoder")
@@ -234,7 +234,7 @@ class FluxDecoder(io.ComfyNode):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if (image is None) != (mask is None):
             raise ValueError("painting a part needs an image and a mask: connect both, or neither to paint everything")
-        for name, value in (("strength", strength), ("condition_guidance", condition_guidance)):
+        for name, value in (("strength", strength), ("guidance", guidance)):
             check_finite(**{name: value})
             if value < 0 and value != AS_SERVED:
                 raise ValueError(f"{name} must be 0 or more, or {AS_SERVED:g} for the decoder's own, got {value:g}")
@@ -281,7 +281,7 @@ class FluxDecoder(io.ComfyNode):
                 image=given,
                 mask=area,
                 guide=guide,
-                condition_guidance=None if condition_guidance == AS_SERVED else condition_guidance,
+                condition_guidance=None if guidance == AS_SERVED else guidance,
                 on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
                 on_prepare=_on_layer(progress, steps),
                 host=comfy_host,

@@ -527,7 +527,9 @@ def calibration_is_read_again(found: Found) -> None:
 
 def lcdm_is_that_of_the_paper(found: Found) -> None:
     """The mean code under the distribution, its confidence and its margin, computed anew in float64."""
-    weights = load_file(found.base / "custom_nodes" / PACK / "dcdd_pico" / "weights" / "janus" / "model.safetensors")
+    weights = load_file(
+        found.base / "custom_nodes" / PACK / "dcdd_pico" / "weights" / "janus" / "int8_rows.safetensors"
+    )
     (codes,) = (value.astype(np.float64) for key, value in weights.items() if key.endswith("quantize.embedding.weight"))
     codes /= np.linalg.norm(codes, axis=1, keepdims=True)
     p = softmax(found.arrays["given"]["logits"])
@@ -1786,7 +1788,7 @@ def _refusals() -> list[Refusal]:
             ("DCDD_JanusLogitSampler", DRAW, ("guidance", "temperature", "top_p")),
             (PROGRESSIVE, REVEAL, ("guidance", "temperature", "top_p")),
             ("DCDD_UncertaintyMask", DOUBT, ("threshold", "blur")),
-            ("DCDD_FluxDecoder", PAINT, ("strength", "condition_guidance")),
+            ("DCDD_FluxDecoder", PAINT, ("strength", "guidance")),
             ("DCDD_DistributionGuidance", GUIDED, ("strength", "pull", "start_percent", "end_percent")),
             ("DCDD_TokenGuideLatent", SHARPENED, ("start",)),
             ("DCDD_SharpenToTokens", SHARPENED, ("strength",)),
@@ -1910,13 +1912,13 @@ def _refusals() -> list[Refusal]:
         Refusal(
             name="guidance on the condition below zero",
             node="DCDD_FluxDecoder",
-            inputs={**PAINT, "condition_guidance": -0.5},
-            says=("condition_guidance must be 0 or more, or -1 for the decoder's own, got -0.5",),
+            inputs={**PAINT, "guidance": -0.5},
+            says=("guidance must be 0 or more, or -1 for the decoder's own, got -0.5",),
         ),
         Refusal(
             name="guidance on the condition of a decoder that was never without one",
             node="DCDD_FluxDecoder",
-            inputs={**PAINT, "condition_guidance": 2.0},
+            inputs={**PAINT, "guidance": 2.0},
             says=("condition_guidance must be 1, which is off, got 2", "never saw an image without its condition"),
         ),
         Refusal(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from json import dumps, loads
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
+from dcdd_core.models.bundle import DecoderOptions, load_decoder, save_bundle
 from dcdd_pico.embedded import model_paths
 from tests.fake_comfy.double import Double
 from tests.nodes.cases import PAINT, built, of
@@ -21,14 +20,14 @@ NAME = "dropped.safetensors"
 @pytest.fixture
 def dropped(double: Double) -> Iterator[None]:
     """pico's decoder as if it had been trained with dropped conditions, served with a guidance of 2.5 on them."""
-    path, pico = double.base / "models" / "dcdd" / NAME, model_paths()["decoder"]
-    with safe_open(pico, "pt") as file:
-        header = file.metadata()
-    weights = load_file(pico)
-    bias = weights["adapter.fuse.bias"]
-    token = torch.randn(bias.shape, generator=torch.Generator().manual_seed(0)).to(bias)
-    card = loads(header["card"]) | {"condition_dropout": 0.1, "condition_guidance": 2.5}
-    save_file(weights | {"adapter.null.token": token}, path, header | {"card": dumps(card)})
+    path = double.base / "models" / "dcdd" / NAME
+    decoder = load_decoder(model_paths()["decoder"], options=DecoderOptions(dtype=torch.float32, fold=False))
+    decoder.adapter.keep_null(True)
+    token = decoder.adapter.null.token
+    with torch.no_grad():
+        token.copy_(torch.randn(token.shape, generator=torch.Generator().manual_seed(0)))
+    decoder.card = replace(decoder.card, condition_dropout=0.1, condition_guidance=2.5)
+    save_bundle(path, decoder, dtype=torch.float16)
     yield
     path.unlink()
 
@@ -45,9 +44,9 @@ def test_the_image_follows_the_guidance_that_is_asked_for_and_else_the_bundle_s(
         return double.saved("it")["value"]
 
     plain = painted("decoder")
-    assert np.array_equal(painted("dropped", condition_guidance=1.0), plain), "1 is off, whatever the bundle says"
+    assert np.array_equal(painted("dropped", guidance=1.0), plain), "1 is off, whatever the bundle says"
     served = painted("dropped")
-    assert np.array_equal(painted("dropped", condition_guidance=-1.0), served)
-    assert np.array_equal(painted("dropped", condition_guidance=2.5), served)
-    stronger = painted("dropped", condition_guidance=4.0)
+    assert np.array_equal(painted("dropped", guidance=-1.0), served)
+    assert np.array_equal(painted("dropped", guidance=2.5), served)
+    stronger = painted("dropped", guidance=4.0)
     assert np.abs(served - plain).max() > 0.01 and np.abs(stronger - served).max() > 0.01

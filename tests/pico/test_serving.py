@@ -100,8 +100,8 @@ def test_the_command_writes_what_it_chose_into_the_card(tmp_path, monkeypatch, c
     monkeypatch.setattr(serving, "_STEPS", 2)
     told, real = {}, serving.choose_guidance
 
-    def choose(*given):
-        told.update(real(*given))
+    def choose(*given, **options):
+        told.update(real(*given, **options))
         return told
 
     monkeypatch.setattr(serving, "choose_guidance", choose)

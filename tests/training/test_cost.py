@@ -213,7 +213,7 @@ def test_muon_s_states_and_temporaries_are_those_of_its_step():
         for weight in matrices:
             weight.grad = torch.randn_like(weight)
         peak = profiled(stepped.step)
-    assert beside == pytest.approx(peak, rel=0.04)  # a CPU's product in bfloat16 takes 0.13 MB for itself
+    assert beside <= peak <= beside + 0.6e6, "a CPU's product in bfloat16 takes 0.13 to 0.53 MB for itself"
     # Newton and Schulz, five times: A = X X^T, A A and (A A) X, for the smaller side first.
     assert flops == sum(5 * (4 * m * m * n + 2 * m**3) for m, n in ((512, 768), (64, 256)))
 
