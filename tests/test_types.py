@@ -265,6 +265,7 @@ FINE = {
     "affine_scale": {"number"},
     "affine_bias": {"number", "negative"},
     "anchor": {"number"},
+    "anchor_temperature": {"number"},
     "converged": {"true"},
     "vlm": {"text"},
 }
