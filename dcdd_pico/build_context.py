@@ -74,7 +74,7 @@ class Recipe:
     choice_scenes: int = 1_024
     prior_steps: int = 1_500
     progressive_layers: int = 4
-    progressive_steps: int = 4_800
+    progressive_steps: int = 3_200
     progressive_batch: int = 64
     progressive_uses: int = 1
     corruption_steps: int = 600
