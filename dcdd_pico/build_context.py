@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,11 @@ class Recipe:
     variant_seeds: int = 3
     compiled: bool = False
     seed: int = 0
+
+    @classmethod
+    def defaults(cls, beginning: str) -> dict[str, Any]:
+        """The code's own values of fields whose names begin so: a recipe beside weights has those of what is there."""
+        return {field.name: field.default for field in fields(cls) if field.name.startswith(beginning)}
 
     def save(self, folder: Path) -> None:
         """Writes the recipe into the folder of the weights that it made."""

@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from dcdd_core.evaluation.metrics import psnr, ssim
 from dcdd_core.files import write_text
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.pipelines.decode import decode
-from dcdd_core.training.batches import Batches, DataShard
+from dcdd_core.training.batches import DataShard
 from dcdd_core.training.config import OptimizationConfig, RunConfig
 from dcdd_core.training.decoder_task import DecoderTask
 from dcdd_core.training.encoded_batch import EncodedBatch, encode
@@ -38,13 +36,14 @@ from dcdd_core.training.held_out import HeldOutLoss, Listed
 from dcdd_core.training.image_batch import ImageBatch
 from dcdd_core.training.log import read_log
 from dcdd_core.training.plan import Encoders, Plan
-from dcdd_core.training.trainer import Evaluation, Trainer, sample_sheet
+from dcdd_core.training.trainer import Evaluation, sample_sheet
 from dcdd_core.training.vlm_conditions import VLMConditions, with_conditions
 
-from .build_context import BuildContext, Recipe, digest, stage_context, stage_parser
+from .build_context import BuildContext, Recipe, stage_context, stage_parser
 from .embedded import model_paths
+from .fresh_scenes import FreshScenes, train_on_fresh_scenes
+from .image_losses import fidelity
 from .models import load_reader
-from .train_student import FreshScenes
 from .training_loop import last_held_out
 
 #: Of the work folder, and of what `weights` says of the training.
@@ -111,11 +110,8 @@ class HeldOut:
         for name, condition in self.conditions.items():
             with self.context.autocast():
                 painted = decode(decoder, self.codec, condition, seeds=range(_EVALUATED)).pixels
-            numbers |= {
-                f"{name}ssim": float(ssim(self.scenes, painted).mean()),
-                f"{name}psnr": float(psnr(self.scenes, painted).mean()),
-                f"{name}perceptual": float(self.reader.perceptual_distance(self.scenes, painted).mean()),
-            }
+            found = fidelity(self.scenes, painted, self.reader)
+            numbers |= {f"{name}{what}": value for what, value in found.items()}
             shown.append(painted)
         return Evaluation(numbers=numbers, sheet=sample_sheet([images[:_SHOWN] for images in shown]))
 
@@ -164,23 +160,19 @@ def post_train_decoder(
         compile=recipe.compiled,
     )
     whole = ExampleMaker(card, tokenizer, codec, geometry)
-    return Trainer(
-        context.folder / NAME,
+    return train_on_fresh_scenes(
+        context,
+        NAME,
         DecoderTask(decoder, example),
-        # After the scenes that the decoder was trained on.
-        Batches(FreshScenes("train", recipe.size, first=recipe.train_scenes), size=_BATCH),
         config,
-        accelerator=Accelerator(cpu=device.type == "cpu", mixed_precision="no"),
-        settings=context.settings(
-            tokenizer=tokenizer.codebook.fingerprint,
-            autoencoder=digest(codec.model),
-            vlm_share=vlm_share,
-            vlm=None if conditions is None else conditions.served.sampler,
-        ),
-        autocast=context.autocast,
+        encoders,
+        conditions,
+        vlm_share=vlm_share,
+        batch=_BATCH,
         run=RunConfig(samples=_SHOWN, sample_every=500, save_every=100, log_every=25),
         evaluate=HeldOut(context, weights, encoders, conditions, whole, config, vlm_share=vlm_share),
-    ).train()
+        first=recipe.train_scenes,  # after those that the decoder was trained on
+    )
 
 
 def describe(card: DecoderCard, log: Sequence[Mapping[str, Any]], *, updates: int, vlm_share: float) -> str:

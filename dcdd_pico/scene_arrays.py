@@ -6,14 +6,14 @@ Shapes: B batch, S image side in pixels.
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from dcdd_core.files import whole_file
 
+from .ahead import Ahead
 from .scenes import SPLIT_SIZE, Split, render_scene
 
 
@@ -52,8 +52,7 @@ class FreshImages:
 
     def __init__(self, split: Split, size: int, *, block: int, ahead: bool = True):
         self.split, self.size, self.block = split, size, block
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn")) if ahead else None
-        self._coming: dict[int, Future[np.ndarray]] = {}
+        self._blocks = Ahead(rendered, self._job, apart=ahead)
         self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def batch(self, step: int, size: int) -> np.ndarray:
@@ -66,24 +65,13 @@ class FreshImages:
 
     def close(self) -> None:
         """Ends the process that renders."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._blocks.close()
 
     def _load(self, number: int) -> np.ndarray:
         if self._held[0] != number:
-            if self._pool is None:
-                images = rendered(*self._job(number))
-            else:
-                images = self._ask(number).result()
-                del self._coming[number]
-                self._ask((number + 1) % (SPLIT_SIZE // self.block))
-            self._held = (number, images)
+            self._held = (number, self._blocks.result(number))
+            self._blocks.ask((number + 1) % (SPLIT_SIZE // self.block))
         return self._held[1]
-
-    def _ask(self, number: int) -> Future[np.ndarray]:
-        if number not in self._coming:
-            self._coming[number] = self._pool.submit(rendered, *self._job(number))
-        return self._coming[number]
 
     def _job(self, number: int) -> tuple[Split, int, int, int]:
         return self.split, number * self.block, self.block, self.size

@@ -6,9 +6,7 @@ Shapes: B batch, N tokens, S scenes of a block.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.protocols import ImageTokenizer
 from dcdd_core.training.masked_loss import tokens_and_errors
 
+from .ahead import Ahead
 from .embedded import model_paths
 from .scenes import SPLIT_SIZE, SPLIT_START, SceneFacts, Split, render_scene, sample_facts, scene_pixels
 
@@ -73,12 +72,7 @@ class SceneTokens:
     ):
         self.folder, self.weights, self.name = folder, weights, name
         self.seed, self.size, self.block, self.uses = seed, size, block, uses
-        self._pool = None
-        if ahead:
-            self._pool = ProcessPoolExecutor(
-                1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-            )
-        self._coming: dict[int, Future[None]] = {}
+        self._blocks = Ahead(encode_block, self._job, apart=ahead)
         self._held: dict[int, dict[str, torch.Tensor]] = {}
 
     def batch(self, step: int, size: int) -> TokenBatch:
@@ -98,8 +92,7 @@ class SceneTokens:
 
     def close(self) -> None:
         """Ends the process that prepares blocks."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._blocks.close()
 
     def _order(self, number: int, use: int) -> torch.Tensor:
         if getattr(self, "_ordered", None) != (number, use):
@@ -110,23 +103,21 @@ class SceneTokens:
     def _load(self, number: int) -> dict[str, torch.Tensor]:
         if number not in self._held:
             path = self._job(number)[0]
-            if self._pool is None:
-                encode_block(*self._job(number))
-            else:
-                if not path.exists():  # one that is there need not wait for the process, which may be at another
-                    self._ask(number).result()
-                self._ask((number + 1) % (SPLIT_SIZE // self.block))
+            if not path.exists():  # one that is there need not wait for the process, which may be at another
+                self._blocks.result(number)
+            self._blocks.ask((number + 1) % (SPLIT_SIZE // self.block))
             self._held = {number: load_file(path)}
         return self._held[number]
-
-    def _ask(self, number: int) -> Future[None]:
-        if number not in self._coming:
-            self._coming[number] = self._pool.submit(encode_block, *self._job(number))
-        return self._coming[number]
 
     def _job(self, number: int) -> tuple[Path, Path, int, int, int]:
         path = self.folder / f"train-{self.size}-{self.name}-{self.block}x{number}.safetensors"
         return path, self.weights, number * self.block, self.block, self.size
+
+
+def different_scenes(drawn: int, *, block: int, uses: int) -> int:
+    """How many different scenes are among the first `drawn` of `SceneTokens`."""
+    blocks, rest = divmod(drawn, block * uses)
+    return blocks * block + min(rest, block)
 
 
 def scene_facts_of(split: Split, indices: Sequence[int]) -> list[SceneFacts]:

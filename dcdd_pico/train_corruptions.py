@@ -17,7 +17,7 @@ from dcdd_core.training.log import read_log
 
 from .build_context import BuildContext, Recipe, stage_context, stage_parser
 from .corruption_variants import VARIANTS, Variant, variant_folder
-from .train_progressive import own_recipe, save_sampler, train_progressive
+from .train_progressive import save_sampler, train_progressive
 
 
 def train_variant(context: BuildContext, weights: Path, name: str, *, ahead: bool = True) -> Path:
@@ -51,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
     chosen = parser.parse_args()
-    changed = own_recipe() | {"progressive_steps": chosen.steps, "compiled": chosen.compile}
+    changed = Recipe.defaults("progressive_") | {"progressive_steps": chosen.steps, "compiled": chosen.compile}
     context = stage_context(chosen, **changed)
     for name in chosen.only:
         print(train_variant(context, chosen.weights, name), flush=True)

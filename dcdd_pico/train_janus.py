@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 
 from . import embedded
 from .build_context import BuildContext, Recipe, stage_context, stage_parser
-from .scene_tokens import FOLDER, SceneTokens, encode_scenes, scene_facts_of
+from .scene_tokens import FOLDER, SceneTokens, different_scenes, encode_scenes, scene_facts_of
 from .scenes import SceneFacts, vocabulary
 from .train_tokenizer import tokens_digest
 from .training_loop import last_held_out, train
@@ -332,12 +331,13 @@ def card(recipe: Recipe, janus: JanusForConditionalGeneration, log: Sequence[Map
     """What the weights are, in Markdown."""
     layers = sum(weight.numel() for weight in janus.model.language_model.layers.parameters())
     drawn = recipe.janus_steps * recipe.janus_batch
+    different = different_scenes(drawn, block=min(_BLOCK, recipe.train_scenes), uses=recipe.janus_uses)
     seconds, table = last_held_out(log)
     return f"""# pico's Janus
 
 A Llama of {recipe.janus_layers} layers of width {recipe.janus_width} ({layers / 1e6:.1f} M parameters) between Janus'
 embeddings and head, on pico's image tokenizer. Trained for {recipe.janus_steps:,} updates of {recipe.janus_batch}
-scenes ({drawn:,} drawn, {drawn // recipe.janus_uses:,} different ones), {seconds / 3600:.2f} hours. Weights: int8 with
+scenes ({drawn:,} drawn, {different:,} different ones), {seconds / 3600:.2f} hours. Weights: int8 with
 a float32 scale a row; the tokenizer's and small ones float16. `JanusSampler.load` reads them, transformers does not.
 
 Command: `python -m dcdd_pico.train_janus`. Loss in nats a token at the end, of held-out scenes and of scenes that it
@@ -352,9 +352,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.janus_steps, help="updates (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
     chosen = parser.parse_args()
-    # The recipe beside the weights has the numbers of the Janus that is replaced.
-    own = {field.name: field.default for field in fields(Recipe) if field.name.startswith("janus_")}
-    context = stage_context(chosen, **own | {"janus_steps": chosen.steps, "compiled": chosen.compile})
+    own = Recipe.defaults("janus_") | {"janus_steps": chosen.steps, "compiled": chosen.compile}
+    context = stage_context(chosen, **own)
     janus, tokenizer = train_janus(context, chosen.weights)
     folder = embedded.model_paths(chosen.weights)["vlm"]
     save_janus(folder, janus, tokenizer)

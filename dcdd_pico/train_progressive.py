@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from dcdd_core.types import Codebook
 from .build_context import BuildContext, Recipe, stage_context, stage_parser
 from .embedded import model_paths
 from .progressive import SAMPLING, TOKENIZER, progressive_folder
-from .scene_tokens import FOLDER, SceneTokens, encode_scenes, scene_facts_of
+from .scene_tokens import FOLDER, SceneTokens, different_scenes, encode_scenes, scene_facts_of
 from .train_tokenizer import tokens_digest
 from .training_loop import last_held_out, train
 
@@ -230,13 +229,14 @@ def card(recipe: Recipe, network: MaskedTransformer, log: Sequence[dict[str, Any
     """
     parameters = sum(weight.numel() for weight in network.parameters())
     drawn = recipe.progressive_steps * recipe.progressive_batch
+    different = different_scenes(drawn, block=min(_BLOCK, recipe.train_scenes), uses=recipe.progressive_uses)
     seconds, table = last_held_out(log)
     return f"""# pico's masked sampler
 
 A bidirectional transformer of {parameters / 1e6:.1f} M parameters that reveals image tokens in a few passes and revises
 them (`dcdd_core.method.progressive`). It started from the first {network.config.layers} layers of pico's Janus and
 was trained for {recipe.progressive_steps:,} updates of {recipe.progressive_batch} scenes ({drawn:,} drawn,
-{different_scenes(recipe):,} different ones), {seconds / 3600:.2f} hours. Wrong tokens: {", ".join(kinds) or "none"}.
+{different:,} different ones), {seconds / 3600:.2f} hours. Wrong tokens: {", ".join(kinds) or "none"}.
 Weights: int8 with a float32 scale a row.
 
 Command: `python -m dcdd_pico.train_progressive`. Held-out loss in nats a token, and of the two scores, at the end:
@@ -245,28 +245,17 @@ Command: `python -m dcdd_pico.train_progressive`. Held-out loss in nats a token,
 """
 
 
-def different_scenes(recipe: Recipe) -> int:
-    """How many different scenes its training has drawn: each of a block `progressive_uses` times before the next."""
-    block = min(_BLOCK, recipe.train_scenes)
-    blocks, rest = divmod(recipe.progressive_steps * recipe.progressive_batch, block * recipe.progressive_uses)
-    return blocks * block + min(rest, block)
-
-
 def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--steps", type=int, default=Recipe.progressive_steps, help="updates (default %(default)s)")
     parser.add_argument("--corruptions", nargs="*", default=CORRUPTIONS, choices=CORRUPTIONS)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
     chosen = parser.parse_args()
-    context = stage_context(chosen, **own_recipe() | {"progressive_steps": chosen.steps, "compiled": chosen.compile})
+    own = Recipe.defaults("progressive_") | {"progressive_steps": chosen.steps, "compiled": chosen.compile}
+    context = stage_context(chosen, **own)
     trained = train_progressive(context, chosen.weights, kinds=chosen.corruptions)
     print(save_progressive(context, chosen.weights, *trained, kinds=chosen.corruptions))
     context.recipe.save(chosen.weights)
-
-
-def own_recipe() -> dict[str, Any]:
-    """The code's numbers for the masked sampler: the recipe beside the weights has those of the one that is there."""
-    return {field.name: field.default for field in fields(Recipe) if field.name.startswith("progressive_")}
 
 
 if __name__ == "__main__":

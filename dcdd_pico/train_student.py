@@ -9,34 +9,31 @@ teacher's wherever a decoder is loaded.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
-from dcdd_core.evaluation.metrics import psnr, ssim
+from dcdd_core.evaluation.metrics import ssim
 from dcdd_core.method.distillation import OBJECTIVES
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.bundle import save_bundle
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.pipelines.decode import decode
-from dcdd_core.pipelines.image_files import DEFAULT_POLICY
-from dcdd_core.training.batches import Batches, DataShard, Entry, Mark
+from dcdd_core.training.batches import DataShard
 from dcdd_core.training.config import DistillationConfig, OptimizationConfig, RunConfig
 from dcdd_core.training.distillation_task import DistillationTask
 from dcdd_core.training.encoded_batch import encode
 from dcdd_core.training.examples import ExampleMaker
-from dcdd_core.training.image_batch import ImageBatch
 from dcdd_core.training.plan import Encoders, Plan
-from dcdd_core.training.trainer import Evaluation, Trainer, sample_sheet
+from dcdd_core.training.trainer import Evaluation, sample_sheet
 from dcdd_core.types import Condition
 
-from .build_context import BuildContext, digest, stage_context, stage_parser
+from .build_context import BuildContext, stage_context, stage_parser
 from .embedded import model_paths
+from .fresh_scenes import FreshScenes, train_on_fresh_scenes
+from .image_losses import fidelity
 from .models import load_reader
-from .scenes import SPLIT_SIZE, Scene, Split, render_scene
 
 _STAGE = 16
 _BATCH = 16
@@ -49,35 +46,6 @@ _VLM_SHARE = 0.5
 _SHIFT = 1.0
 _EVALUATED = 64
 _SHOWN = 8
-
-
-class FreshScenes:
-    """The scenes of a split in their order, endless, as a `Source` of images with captions; rendered when asked for.
-
-    Args:
-        first: number of the scene to begin with.
-    """
-
-    def __init__(self, split: Split, size: int, *, first: int = 0):
-        self.name = f"fresh {split} scenes"
-        self.fingerprint = f"{split} scenes of {size} pixels" + (f" from {first}" if first else "")
-        self.policy = DEFAULT_POLICY
-        self.split, self.size, self.first = split, size, first
-
-    def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
-        """See `Source.entries`."""
-        numbers = count(self.first + start * shard.world + shard.rank, shard.world)
-        return (Entry(str(k), k % SPLIT_SIZE) for k in numbers)
-
-    def load(self, entry: Entry) -> Scene:
-        """The scene of an entry."""
-        return render_scene(self.split, entry.data, size=self.size)
-
-    def collate(self, items: Sequence[Scene]) -> ImageBatch:
-        """Scenes as a batch."""
-        pixels = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in items])
-        captions = tuple(scene.caption for scene in items)
-        return ImageBatch(keys=captions, pixels=pixels, token_pixels=pixels, captions=captions)
 
 
 class Agreement:
@@ -108,7 +76,7 @@ class Agreement:
         self.teacher = {
             f"{name}teacher_{what}": value
             for name, painted in self.taught.items()
-            for what, value in self._to_scenes(painted).items()
+            for what, value in fidelity(self.scenes, painted, self.reader).items()
         }
 
     def __call__(self, student: DistributionConditionedDecoder) -> Evaluation:
@@ -117,7 +85,7 @@ class Agreement:
         for name, held in self.conditions.items():
             painted = self._painted(student, held, None)
             numbers[f"{name}to_teacher"] = float(ssim(self.taught[name], painted).mean())
-            numbers |= {f"{name}{what}": value for what, value in self._to_scenes(painted).items()}
+            numbers |= {f"{name}{what}": value for what, value in fidelity(self.scenes, painted, self.reader).items()}
             first = painted if first is None else first
         shown = (self.scenes, self.taught[next(iter(self.taught))], first)
         return Evaluation(numbers=numbers, sheet=sample_sheet([images[:_SHOWN] for images in shown]))
@@ -127,14 +95,6 @@ class Agreement:
     ) -> torch.Tensor:
         with self.context.autocast():
             return decode(decoder, self.codec, condition, seeds=range(_EVALUATED), steps=steps).pixels
-
-    @torch.no_grad()
-    def _to_scenes(self, painted: torch.Tensor) -> dict[str, float]:
-        return {
-            "ssim": float(ssim(self.scenes, painted).mean()),
-            "psnr": float(psnr(self.scenes, painted).mean()),
-            "perceptual": float(self.reader.perceptual_distance(self.scenes, painted).mean()),
-        }
 
 
 def train_student(
@@ -167,29 +127,26 @@ def train_student(
     held_out = encode(source.collate(list(scenes)), tokenizer, codec)
     shares = {"": 0.0} | ({"vlm_": 1.0} if vlm_share else {})
     conditions = {name: examples(0.0, share)(held_out, keyed_generator(0)).condition for name, share in shares.items()}
-    return Trainer(
-        context.folder / f"student-{card.steps}-{distillation.objective}",
+    config = OptimizationConfig(
+        steps=updates,
+        learning_rate=_LEARNING_RATE,
+        warmup=100,
+        optimizer="muon",
+        seed=recipe.seed + _STAGE,
+        compile=recipe.compiled,
+    )
+    return train_on_fresh_scenes(
+        context,
+        f"student-{card.steps}-{distillation.objective}",
         task,
-        Batches(FreshScenes("train", recipe.size), size=_BATCH),
-        OptimizationConfig(
-            steps=updates,
-            learning_rate=_LEARNING_RATE,
-            warmup=100,
-            optimizer="muon",
-            seed=recipe.seed + _STAGE,
-            compile=recipe.compiled,
-        ),
-        accelerator=Accelerator(cpu=device.type == "cpu", mixed_precision="no"),
-        settings=context.settings(
-            tokenizer=tokenizer.codebook.fingerprint,
-            autoencoder=digest(codec.model),
-            vlm_share=vlm_share,
-            vlm=None if own is None else own.served.sampler,
-        ),
-        autocast=context.autocast,
+        config,
+        encoders,
+        own,
+        vlm_share=vlm_share,
+        batch=_BATCH,
         run=RunConfig(samples=_SHOWN, sample_every=250, save_every=100, log_every=25),
         evaluate=Agreement(context, task, encoders, weights, conditions),
-    ).train()
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

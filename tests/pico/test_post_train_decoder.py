@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+import dcdd_pico.fresh_scenes as fresh_scenes
 import dcdd_pico.post_train_decoder as stage
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.bundle import read_card
@@ -94,7 +95,7 @@ def test_the_share_and_the_dropped_conditions_are_what_is_trained_on(weights, tm
 
     told = []
     monkeypatch.setattr(Told, "train", lambda self: told.append(self) or self.task.network, raising=False)
-    monkeypatch.setattr(stage, "Trainer", Told)
+    monkeypatch.setattr(fresh_scenes, "Trainer", Told)
     monkeypatch.setattr(stage, "HeldOut", lambda *_, **__: None)
     for name, share, dropped in ("proxies", "0", "0"), ("own", "1", "0.25"):
         folder = tmp_path / name

@@ -23,6 +23,7 @@ from dcdd_pico.export import MOST_BYTES
 from dcdd_pico.scene_tokens import SceneTokens, encode_scenes
 from dcdd_pico.scenes import scene_facts
 from dcdd_pico.train_tokenizer import tokens_digest
+from tests.pico.stopping import assert_same_logs, stopped_at
 from tests.tiny import random_pico
 
 SMALL = Recipe(
@@ -46,31 +47,21 @@ def context_of(folder: Path) -> BuildContext:
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-def test_a_stopped_training_goes_on_exactly(weights, tmp_path, monkeypatch):
+def test_a_stopped_training_goes_on_exactly(weights, tmp_path):
     whole, _ = stage.train_janus(context_of(tmp_path / "a"), weights, ahead=False)
-    batch = SceneTokens.batch
-
-    def stop(self, step, size):
-        if step == 2:
-            raise KeyboardInterrupt
-        return batch(self, step, size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SceneTokens, "batch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            stage.train_janus(context_of(tmp_path / "b"), weights, ahead=False)
+    with stopped_at(2, SceneTokens):
+        stage.train_janus(context_of(tmp_path / "b"), weights, ahead=False)
     again, _ = stage.train_janus(context_of(tmp_path / "b"), weights, ahead=False)
     for (name, one), other in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
-    first, second = (read_log(tmp_path / k / "janus") for k in "ab")
-    assert [{**line, "seconds": 0} for line in first] == [{**line, "seconds": 0} for line in second]
+    assert_same_logs(tmp_path / "a" / "janus", tmp_path / "b" / "janus")
 
     tokenizer = load_tokenizer(weights / JANUS, dtype=torch.float32)
     fresh = dict(stage.start(tokenizer.model, stage.pico_tokenizer(), SMALL).named_parameters())
     trained = {name for name, weight in fresh.items() if not torch.equal(weight, whole.state_dict()[name])}
     frozen = ("model.vqmodel.", "model.vision_model.", "model.aligner.")
     assert trained == {name for name in fresh if not name.startswith(frozen)}
-    check_log(first[-1], whole, tokenizer, weights, tmp_path)
+    check_log(read_log(tmp_path / "a" / "janus")[-1], whole, tokenizer, weights, tmp_path)
 
 
 @torch.no_grad()

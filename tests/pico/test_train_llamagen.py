@@ -15,6 +15,7 @@ from dcdd_core.types import Codebook
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.scene_tokens import SceneTokens
 from dcdd_pico.scenes import scene_facts
+from tests.pico.stopping import stopped_at
 from tests.tiny import fill, random_pico
 
 SMALL = Recipe(held_out_scenes=4, llamagen_steps=2, llamagen_batch=4)
@@ -61,17 +62,8 @@ def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatc
     monkeypatch.setattr(stage, "_SAVE_EVERY", 1)
     contexts = [BuildContext(folder=tmp_path / k, device=torch.device("cpu"), recipe=SMALL) for k in "ab"]
     whole = stage.train_llamagen(contexts[0], weights, ahead=False)
-    batch = SceneTokens.batch
-
-    def stop(self, step, size):
-        if step == 1:
-            raise KeyboardInterrupt
-        return batch(self, step, size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SceneTokens, "batch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            stage.train_llamagen(contexts[1], weights, ahead=False)
+    with stopped_at(1, SceneTokens):
+        stage.train_llamagen(contexts[1], weights, ahead=False)
     again = stage.train_llamagen(contexts[1], weights, ahead=False)
     for (name, one), other in zip(whole.state_dict().items(), again.state_dict().values()):
         assert torch.equal(one, other), name

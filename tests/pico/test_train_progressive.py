@@ -18,10 +18,12 @@ from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.masked.files import load_masked
 from dcdd_core.models.masked.words import padded
 from dcdd_core.protocols import SamplingOptions
+from dcdd_pico.ahead import Ahead
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.progressive import SAMPLING, progressive_folder
 from dcdd_pico.scene_tokens import SceneTokens, encode_scenes, scene_facts_of
 from dcdd_pico.scenes import scene_facts
+from tests.pico.stopping import stopped_at
 from tests.tiny import random_pico, tiny_janus
 
 SMALL = Recipe(held_out_scenes=4, progressive_layers=2, progressive_steps=4, progressive_batch=4)
@@ -84,9 +86,9 @@ def test_a_block_that_is_there_does_not_wait_for_the_process(weights, tmp_path, 
     first = scenes.batch(0, 3)
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(SceneTokens, "_ask", lambda self, number: asked.append(number))
+        patch.setattr(Ahead, "ask", lambda self, number: asked.append(number))
+        patch.setattr(Ahead, "result", lambda self, number: pytest.fail("it is there"))
         again = SceneTokens(tmp_path, weights, "x", **given)
-        again._pool = object()
         assert torch.equal(again.batch(0, 3).tokens, first.tokens)
     assert asked == [1], "the next is asked for, this one is read"
 
@@ -111,17 +113,8 @@ def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatc
     monkeypatch.setattr(stage, "_SAVE_EVERY", 2)
     contexts = [BuildContext(folder=tmp_path / k, device=torch.device("cpu"), recipe=SMALL) for k in "ab"]
     whole, codebook = stage.train_progressive(contexts[0], weights, ahead=False)
-    batch = SceneTokens.batch
-
-    def stop(self, step, size):
-        if step == 3:
-            raise KeyboardInterrupt
-        return batch(self, step, size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SceneTokens, "batch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            stage.train_progressive(contexts[1], weights, ahead=False)
+    with stopped_at(3, SceneTokens):
+        stage.train_progressive(contexts[1], weights, ahead=False)
     again, _ = stage.train_progressive(contexts[1], weights, ahead=False)
     for (name, one), other in zip(whole.state_dict().items(), again.state_dict().values()):
         assert torch.equal(one, other), name
@@ -205,14 +198,15 @@ def test_scenes_are_drawn_as_often_as_the_recipe_says(weights, tmp_path, monkeyp
     context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=recipe)
     stage.train_progressive(context, weights, ahead=False)
     assert drawn.pop() == uses, "a checkpoint of another number does not go on"
-    assert len(set(drawn)) == different == stage.different_scenes(recipe) and len(drawn) == 12
+    assert len(drawn) == 12
+    assert len(set(drawn)) == different == stage.different_scenes(12, block=stage._BLOCK, uses=uses)
 
 
 def test_different_scenes_of_a_block_that_was_not_gone_through():
-    recipe = Recipe(progressive_batch=64, progressive_uses=3)
     for steps, different in ((1, 64), (32, 2048), (96, 2048), (97, 2112), (160, 4096)):
-        assert stage.different_scenes(replace(recipe, progressive_steps=steps)) == different
-    assert stage.different_scenes(Recipe()) == Recipe.progressive_steps * Recipe.progressive_batch, "never the same"
+        assert stage.different_scenes(64 * steps, block=2048, uses=3) == different
+    drawn = Recipe.progressive_steps * Recipe.progressive_batch
+    assert stage.different_scenes(drawn, block=2048, uses=Recipe.progressive_uses) == drawn, "never the same"
 
 
 def test_the_card_says_what_was_drawn_and_how_often():

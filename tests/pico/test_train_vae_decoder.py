@@ -22,6 +22,7 @@ from dcdd_pico.reader import SceneReader
 from dcdd_pico.scene_arrays import FreshImages, rendered
 from dcdd_pico.scenes import scene_pixels
 from dcdd_pico.train_autoencoder import autoencoder_config
+from tests.pico.stopping import assert_same_logs, stopped_at
 from tests.tiny import fill, tiny_vae
 
 SMALL = Recipe(
@@ -90,24 +91,15 @@ def test_new_blocks_can_learn_in_the_decoder_and_are_empty_in_the_encoder(vae):
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-def test_a_stopped_training_goes_on_exactly_and_moves_the_decoder_alone(vae, reader, tmp_path, monkeypatch):
+def test_a_stopped_training_goes_on_exactly_and_moves_the_decoder_alone(vae, reader, tmp_path):
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     whole = stage.train_vae_decoder(context_of(tmp_path / "a"), vae, reader, ahead=False)
-    batch = FreshImages.batch
-
-    def stop(self, step, size):
-        if step == 3:
-            raise KeyboardInterrupt
-        return batch(self, step, size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FreshImages, "batch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            stage.train_vae_decoder(context_of(tmp_path / "b"), vae, reader, ahead=False)
+    with stopped_at(3, FreshImages):
+        stage.train_vae_decoder(context_of(tmp_path / "b"), vae, reader, ahead=False)
     again = stage.train_vae_decoder(context_of(tmp_path / "b"), vae, reader, ahead=False)
     assert same(whole, again)
-    first, second = (read_log(tmp_path / k / stage.FOLDER) for k in "ab")
-    assert [{**line, "seconds": 0} for line in first] == [{**line, "seconds": 0} for line in second]
+    assert_same_logs(tmp_path / "a" / stage.FOLDER, tmp_path / "b" / stage.FOLDER)
+    first = read_log(tmp_path / "a" / stage.FOLDER)
     assert ["fooling" in line for line in first] == [False, False, False, True], "the discriminator joins at the end"
 
     start = stage.deepened(vae, SMALL.vae_decoder_layers, seed=SMALL.seed + stage._STAGE)
