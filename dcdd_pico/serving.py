@@ -330,6 +330,8 @@ def main() -> None:
     chosen = parser.parse_args()
     context = stage_context(chosen)
     if chosen.only_calibrate:
+        if chosen.last_step != parser.get_default("last_step"):
+            parser.error("--last-step would do nothing with --only-calibrate, which chooses no shift: leave one out")
         models = load_pico(weights=chosen.weights, device=context.device)
         guidance = context.recipe.guidance if chosen.guidance is None else chosen.guidance
         calibration = calibrate(context, models, guidance, with_temperature=chosen.fit_anchor_temperature)

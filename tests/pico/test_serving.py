@@ -141,3 +141,7 @@ def test_the_command_writes_what_it_chose_into_the_card(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", [*arguments, "--only-calibrate", "--guidance", "4", "--fit-anchor-temperature"])
     serving.main()
     assert load_pico(weights=weights).decoder.card.calibration == both
+    monkeypatch.setattr(sys, "argv", [*arguments, "--only-calibrate", "--last-step", "0.5"])
+    with pytest.raises(SystemExit):
+        serving.main()
+    assert "--last-step would do nothing with --only-calibrate" in capsys.readouterr().err
