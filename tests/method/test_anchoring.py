@@ -76,6 +76,7 @@ def test_a_spread_is_the_cumulative_histogram_of_the_condition():
     ends = torch.zeros(2, 1, 1024, dtype=torch.float64)
     ends[0, :, 256:], ends[1, :, 768:] = 1, 1
     assert spread_distance(*ends) == pytest.approx(0.5)
+    assert spread_distance(*ends.expand(2, 3, 1024)) == pytest.approx(1.5), "the sum over the quantities"
 
 
 @pytest.mark.parametrize(("beta", "tau"), [(0.0, 1.0), (1.3, 0.6), (9.0, 2.2)])
@@ -100,6 +101,9 @@ def test_its_ends_and_what_it_refuses():
     with pytest.warns(UserWarning, match="out of reach; anchor and temperature stay at"):
         far = fit_anchor_and_temperature(grid(vlm_logits(0.0, 9.0), TOKENS), CODEBOOK, target, CALIBRATION)
     assert far.anchor_temperature == pytest.approx(4)
+    with pytest.warns(UserWarning, match="out of reach; anchor and temperature stay at .* and 0.25"):
+        near = fit_anchor_and_temperature(grid(vlm_logits(0.0, 0.1), TOKENS), CODEBOOK, target, CALIBRATION)
+    assert near.anchor_temperature == pytest.approx(1 / 4)
     with pytest.raises(ValueError, match="vlm logits, got proxy logits"):
         fit_anchor_and_temperature(grid(COSINES, source="proxy"), CODEBOOK, target, CALIBRATION)
     with pytest.raises(ValueError, match="give them as a list"):

@@ -92,6 +92,7 @@ def test_the_share_and_the_dropped_conditions_are_what_is_trained_on(weights, tm
         def __init__(self, folder, task, batches, config, **more):
             batch, generator = next(iter(batches)), keyed_generator(3)
             self.task, self.batch, self.example = task, batch, task.example(batch, generator, None)
+            self.shift, self.masks = config.shift, [task.example(batch, generator, None).mask for _ in range(40)]
 
     told = []
     monkeypatch.setattr(Told, "train", lambda self: told.append(self) or self.task.network, raising=False)
@@ -119,3 +120,7 @@ def test_the_share_and_the_dropped_conditions_are_what_is_trained_on(weights, tm
     assert [one.task.network.card.condition_dropout for one in told] == [0, 0.25]
     assert told[0].task.network.adapter.null is None and told[1].task.network.adapter.null is not None
     assert "proxies alone." in (tmp_path / "proxies" / "weights" / stage.CARD).read_text()
+    for one in told:
+        assert one.shift == Recipe.load(weights).decoder_shift, "times as in the training before"
+        parts = sum(float(image.mean()) < 1 for mask in one.masks for image in mask) / 80
+        assert 0.08 < parts < 0.35, "a fifth paints only a part"

@@ -91,6 +91,16 @@ def test_the_gap_comes_with_its_standard_error():
     assert found["gap, standard error"] == pytest.approx((1 / 3 + 0.125 / 2) ** 0.5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_language_model_is_compiled_where_the_recipe_says_so(weights, tmp_path, monkeypatch, compiled):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append((self, options)))
+    monkeypatch.setattr(stage, "train", lambda *_, **__: None)
+    context = replace(context_of(tmp_path), recipe=replace(SMALL, compiled=compiled))
+    janus, _ = stage.train_janus(context, weights, ahead=False)
+    assert asked == [(janus.model.language_model, {"dynamic": False})] * compiled
+
+
 @torch.no_grad()
 def test_padding_changes_no_loss(weights):
     sampler = JanusSampler.load(weights / JANUS)

@@ -46,6 +46,20 @@ def test_only_chosen_positions_are_drawn_each_from_its_own_chances():
     assert torch.equal(seen, tokens.masked_fill(hidden | chosen, CODES)[[0, 2]]), "and no row without"
 
 
+def test_draws_are_as_frequent_as_the_model_says():
+    class Unsure(Teller):
+        def logits(self, states):
+            return torch.tensor([0.7, 0.2, 0.1]).log().expand(len(states), 3)
+
+    codebook = Codebook(torch.nn.functional.normalize(torch.randn(CODES, 8), dim=1))
+    rows = 1000
+    tokens, hidden = torch.full((rows, POSITIONS), 63), torch.zeros(rows, POSITIONS, dtype=torch.bool)
+    made = Corruption(["samples"], codebook, lambda work: work(Unsure()))
+    found = made(tokens, hidden, ~hidden, [[1]] * rows, torch.Generator().manual_seed(0))
+    shares = found.flatten().bincount(minlength=3) / found.numel()
+    torch.testing.assert_close(shares, torch.tensor([0.7, 0.2, 0.1]), atol=0.02, rtol=0)
+
+
 def test_a_batch_in_which_nothing_is_chosen_asks_no_model():
     codebook = Codebook(torch.nn.functional.normalize(torch.randn(CODES, 8), dim=1))
     nothing, tokens = torch.zeros(2, POSITIONS, dtype=torch.bool), torch.zeros(2, POSITIONS, dtype=torch.int64)
