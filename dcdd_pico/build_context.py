@@ -30,7 +30,8 @@ WORK = Path.home() / ".cache" / "dcdd" / "pico"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Hyperparameters of the build. The defaults are those of the shipped models; tests use smaller ones.
+    """Hyperparameters of the build. The defaults are those of the next build; recipe.json beside the shipped models has
+    theirs, and tests use smaller ones.
 
     Attributes:
         vae_decoder_layers: residual blocks that the autoencoder's decoder gets at each resolution, less one.
@@ -61,7 +62,7 @@ class Recipe:
     calibration_images: int = 100
     janus_layers: int = 6
     janus_width: int = 320
-    janus_steps: int = 4_300
+    janus_steps: int = 3_300
     janus_batch: int = 64
     janus_uses: int = 1
     janus_held_out: int = 4_096
