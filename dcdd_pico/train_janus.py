@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     JanusConfig,
@@ -52,24 +51,19 @@ from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.janus.files import save_int8
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.models.text_tokenizer import save_tokenizer
-from dcdd_core.training.ema import EMA
 from dcdd_core.training.log import read_log
-from dcdd_core.training.optimizers import adamw_with_muon
-from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 
 from . import embedded
 from .build_context import BuildContext, Recipe, stage_context, stage_parser
-from .scene_tokens import FOLDER, SceneTokens, different_scenes, encode_scenes, scene_facts_of
+from .scene_tokens import TokenBatch, different_scenes, encode_scenes, scene_facts_of
 from .scenes import SceneFacts, vocabulary
-from .train_tokenizer import tokens_digest
-from .training_loop import last_held_out, train
+from .token_training import TokenTraining, block_of
+from .training_loop import last_held_out
 
 _STAGE = 3
 _RATE = 2e-3
 _WARMUP = 300
 _DROPPED = 0.1
-_EMA = 0.998
-_BLOCK = 2048
 _SAVE_EVERY = 100
 _HEAD_WIDTH = 64
 _LENGTHS = 16
@@ -180,41 +174,21 @@ def train_janus(
         janus.model.language_model.compile(dynamic=False)
     trained = {name: p for name, p in janus.named_parameters() if p.requires_grad}
     matrices = [name for name, p in trained.items() if ".layers." in name and p.ndim == 2]
-    optimizers = adamw_with_muon(trained, matrices, betas=(0.9, 0.95), weight_decay=0.05)
-    ema = EMA(trained, _EMA)
-    digest = tokens_digest(vq.model)
-    block = min(_BLOCK, recipe.train_scenes)
-    scenes = SceneTokens(
-        context.folder / FOLDER,
-        weights.resolve(),
-        digest,
-        seed=recipe.seed,
-        size=recipe.size,
-        block=block,
-        uses=recipe.janus_uses,
-        ahead=ahead,
+    training = TokenTraining(
+        context, weights, vq, janus, trained=trained, matrices=matrices, uses=recipe.janus_uses, ahead=ahead
     )
     held_out_tokens, _ = encode_scenes(vq, "calibration", range(recipe.held_out_scenes), size=recipe.size)
 
     def prompts_of(facts: Sequence[SceneFacts]) -> list[list[int]]:
         return [prompt_ids(tokenizer, one.caption()) for one in facts]
 
-    def step(i: int) -> dict[str, torch.Tensor]:
-        found = scenes.batch(i, size)
+    def objective(i: int, found: TokenBatch) -> dict[str, torch.Tensor]:
         dropped = torch.rand(size, generator=keyed_generator(recipe.seed, _STAGE, i)) < _DROPPED
         prompts = [
             unconditional_ids(ids, tokenizer) if drop else ids for ids, drop in zip(prompts_of(found.facts), dropped)
         ]
         with context.autocast():
-            loss = next_token_loss(janus, prompts, found.tokens.to(device)).mean()
-        janus.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        for optimizer in optimizers.values():
-            set_learning_rate(optimizer, warmup_cosine(i, steps, peak=_RATE, warmup=min(_WARMUP, max(1, steps // 20))))
-            optimizer.step()
-        ema.update()
-        return {"loss": loss.detach()}
+            return {"loss": next_token_loss(janus, prompts, found.tokens.to(device)).mean()}
 
     def losses(facts: Sequence[SceneFacts], tokens: torch.Tensor) -> torch.Tensor:
         """Of each scene, with its caption and the averaged weights: [M]."""
@@ -234,36 +208,24 @@ def train_janus(
             more, _ = encode_scenes(vq, "calibration", range(len(held_out_tokens), count), size=recipe.size)
             held_out_tokens = torch.cat([held_out_tokens, more])
         updates = torch.linspace(0, done - 1, max(1, count // size)).long().tolist()
-        with ema.swapped_in():
+        with training.averaged():
             held_out = losses(scene_facts_of("calibration", range(count)), held_out_tokens[:count])
-            batches = (scenes.batch(k, size) for k in updates)
+            batches = (training.scenes.batch(k, size) for k in updates)
             seen = torch.cat([losses(found.facts, found.tokens) for found in batches])
         return gap_of(held_out, seen)
 
-    try:
-        train(
-            context.folder / "janus",
-            settings=context.settings(
-                "janus_layers",
-                "janus_width",
-                "janus_batch",
-                "janus_uses",
-                tokenizer=digest,
-                rate=_RATE,
-                block=block,
-            ),
-            steps=steps,
-            step=step,
-            state={"model": janus, "ema": ema, **optimizers},
-            evaluate=evaluate,
-            evaluate_every=500,
-            save_every=_SAVE_EVERY,
-            log_every=25,
-        )
-    finally:
-        scenes.close()
-    ema.apply()
-    return janus.eval().requires_grad_(False), tokenizer
+    training.run(
+        "janus",
+        objective,
+        evaluate,
+        steps=steps,
+        batch=size,
+        peak=_RATE,
+        warmup=_WARMUP,
+        settings=context.settings("janus_layers", "janus_width", "janus_batch", "janus_uses"),
+        save_every=_SAVE_EVERY,
+    )
+    return janus, tokenizer
 
 
 def gap_of(held_out: torch.Tensor, seen: torch.Tensor) -> dict[str, float]:
@@ -331,7 +293,7 @@ def card(recipe: Recipe, janus: JanusForConditionalGeneration, log: Sequence[Map
     """What the weights are, in Markdown."""
     layers = sum(weight.numel() for weight in janus.model.language_model.layers.parameters())
     drawn = recipe.janus_steps * recipe.janus_batch
-    different = different_scenes(drawn, block=min(_BLOCK, recipe.train_scenes), uses=recipe.janus_uses)
+    different = different_scenes(drawn, block=block_of(recipe.train_scenes), uses=recipe.janus_uses)
     seconds, table = last_held_out(log)
     return f"""# pico's Janus
 

@@ -33,25 +33,22 @@ from dcdd_core.models.llamagen.files import MODEL_TYPE, OTHER_TEXT, save_network
 from dcdd_core.models.llamagen.network import LlamaGenConfig, LlamaGenTransformer
 from dcdd_core.models.t5 import TEXT_SLOTS, T5Words
 from dcdd_core.models.text_tokenizer import save_tokenizer
-from dcdd_core.training.ema import EMA
 from dcdd_core.training.log import read_log
-from dcdd_core.training.optimizers import adamw_with_muon
-from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 from dcdd_core.types import Codebook
 
 from .build_context import BuildContext, Recipe, stage_context, stage_parser
 from .embedded import LLAMAGEN, model_paths
 from .export import let_others_read
-from .scene_tokens import FOLDER, SceneTokens, encode_scenes, scene_facts_of
+from .scene_tokens import TokenBatch, encode_scenes, scene_facts_of
 from .scenes import SceneFacts, vocabulary
-from .train_tokenizer import tokens_digest
-from .training_loop import last_held_out, train
+from .token_training import TokenTraining
+from .training_loop import last_held_out
 
 _STAGE = 10
 _RATE = 2e-3
+_WARMUP = 150
+_USES = 3
 _DROPPED = 0.1
-_EMA = 0.998
-_BLOCK = 2048
 _SAVE_EVERY = 250
 _NAME = "pico llamagen"
 _CHECKPOINT = "t2i_pico.safetensors"
@@ -139,18 +136,8 @@ def train_llamagen(context: BuildContext, weights: Path, *, ahead: bool = True) 
     network = start(tokenizer.codebook, tokenizer.grid, len(words.tokenizer), recipe.seed + _STAGE).to(device).train()
     trained = dict(network.named_parameters())
     matrices = [name for name, weight in trained.items() if "language.layers." in name and weight.ndim == 2]
-    optimizers = adamw_with_muon(trained, matrices, betas=(0.9, 0.95), weight_decay=0.05)
-    ema = EMA(trained, _EMA)
-    digest = tokens_digest(tokenizer.model)
-    block = min(_BLOCK, recipe.train_scenes)
-    scenes = SceneTokens(
-        context.folder / FOLDER,  # the same scenes, encoded once
-        weights.resolve(),
-        digest,
-        seed=recipe.seed,
-        size=recipe.size,
-        block=block,
-        ahead=ahead,
+    training = TokenTraining(
+        context, weights, tokenizer, network, trained=trained, matrices=matrices, uses=_USES, ahead=ahead
     )
     held_out_facts = scene_facts_of("calibration", range(recipe.held_out_scenes))
     held_out_tokens, _ = encode_scenes(tokenizer, "calibration", range(recipe.held_out_scenes), size=recipe.size)
@@ -158,19 +145,10 @@ def train_llamagen(context: BuildContext, weights: Path, *, ahead: bool = True) 
     def ids_of(facts: Sequence[SceneFacts]) -> list[list[int]]:
         return [words.ids(clean_caption(one.caption())) for one in facts]
 
-    def step(i: int) -> dict[str, torch.Tensor]:
-        found = scenes.batch(i, size)
+    def objective(i: int, found: TokenBatch) -> dict[str, torch.Tensor]:
         dropped = torch.rand(size, generator=keyed_generator(recipe.seed, _STAGE, i)) < _DROPPED
         with context.autocast():
-            loss = next_token_loss(network, ids_of(found.facts), found.tokens.to(device), dropped).mean()
-        network.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        for optimizer in optimizers.values():
-            set_learning_rate(optimizer, warmup_cosine(i, steps, peak=_RATE, warmup=min(150, max(1, steps // 20))))
-            optimizer.step()
-        ema.update()
-        return {"loss": loss.detach()}
+            return {"loss": next_token_loss(network, ids_of(found.facts), found.tokens.to(device), dropped).mean()}
 
     @torch.no_grad()
     def evaluate(_: int) -> dict[str, float]:
@@ -181,26 +159,22 @@ def train_llamagen(context: BuildContext, weights: Path, *, ahead: bool = True) 
             ids, tokens = ids_of(held_out_facts[part]), held_out_tokens[part].to(device)
             for name, losses in found.items():
                 dropped = torch.full((len(ids),), name != "loss")
-                with ema.swapped_in(), context.autocast():
-                    losses.append(next_token_loss(network, ids, tokens, dropped))
+                with training.averaged() as model, context.autocast():
+                    losses.append(next_token_loss(model, ids, tokens, dropped))
         return {name: float(torch.cat(losses).mean()) for name, losses in found.items()}
 
-    try:
-        train(
-            context.folder / "llamagen",
-            settings=context.settings("llamagen_batch", tokenizer=digest, rate=_RATE, block=block),
-            steps=steps,
-            step=step,
-            state={"model": network, "ema": ema, **optimizers},
-            evaluate=evaluate,
-            evaluate_every=500,
-            save_every=_SAVE_EVERY,
-            log_every=25,
-        )
-    finally:
-        scenes.close()
-    ema.apply()
-    return network.eval().requires_grad_(False)
+    training.run(
+        "llamagen",
+        objective,
+        evaluate,
+        steps=steps,
+        batch=size,
+        peak=_RATE,
+        warmup=_WARMUP,
+        settings=context.settings("llamagen_batch"),
+        save_every=_SAVE_EVERY,
+    )
+    return network
 
 
 def save_llamagen(context: BuildContext, weights: Path, network: LlamaGenTransformer) -> Path:
@@ -240,7 +214,7 @@ def card(recipe: Recipe, network: LlamaGenTransformer, log: Sequence[dict[str, A
 
 LlamaGen's text-to-image transformer with {layers / 1e6:.1f} M parameters on pico's image tokenizer, and in the place of
 flan-t5-xl a T5 encoder of {text / 1e6:.1f} M, trained with it. Trained for {recipe.llamagen_steps:,} updates of
-{recipe.llamagen_batch} scenes ({drawn:,} drawn; each fresh scene is drawn three times),
+{recipe.llamagen_batch} scenes ({drawn:,} drawn; each fresh scene is drawn {_USES} times),
 {seconds / 3600:.2f} hours. Weights: int8 with a float32 scale a row; the text encoder's float16.
 
 Command: `python -m dcdd_pico.train_llamagen`. Held-out loss in nats a token at the end:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dcdd_core import registry
 from dcdd_core.evaluation.figures import save_image, training_curves
@@ -28,26 +27,22 @@ from dcdd_core.models.masked.files import save_masked
 from dcdd_core.models.masked.network import MaskedTransformer
 from dcdd_core.models.masked.words import Words
 from dcdd_core.models.text_tokenizer import save_tokenizer
-from dcdd_core.training.ema import EMA
 from dcdd_core.training.log import read_log
 from dcdd_core.training.masked_loss import Corruption, MaskedExample, drop_captions, make_example, masked_losses
 from dcdd_core.training.masked_task import muon_matrices
-from dcdd_core.training.optimizers import adamw_with_muon
-from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 from dcdd_core.types import Codebook
 
 from .build_context import BuildContext, Recipe, stage_context, stage_parser
 from .embedded import model_paths
 from .progressive import SAMPLING, TOKENIZER, progressive_folder
-from .scene_tokens import FOLDER, SceneTokens, different_scenes, encode_scenes, scene_facts_of
-from .train_tokenizer import tokens_digest
-from .training_loop import last_held_out, train
+from .scene_tokens import TokenBatch, different_scenes, encode_scenes, scene_facts_of
+from .token_training import TokenTraining, block_of
+from .training_loop import last_held_out
 
 _STAGE = 9
 _RATE = 1e-3
+_WARMUP = 150
 _DROPPED = 0.1
-_EMA = 0.998
-_BLOCK = 2048
 _SAVE_EVERY = 250
 #: In a work folder: log and checkpoint of the training.
 _NAME = "progressive"
@@ -82,27 +77,22 @@ def train_progressive(
         for layer in network.layers:
             layer.compile(dynamic=True)  # Captions have many lengths, and each update draws for another number of rows.
     trained = dict(network.named_parameters())
-    optimizers = adamw_with_muon(trained, muon_matrices(trained), betas=(0.9, 0.95), weight_decay=0.05)
-    ema = EMA(trained, _EMA)
-
-    def averaged(work: Callable[[MaskedTransformer], Any]) -> Any:
-        with ema.swapped_in(), bfloat16(context):
-            return work(network)
-
-    corruption = Corruption(kinds, codebook, averaged)
-    digest = tokens_digest(tokenizer.model)
-    block = min(_BLOCK, recipe.train_scenes)
-    scenes = SceneTokens(
-        context.folder / FOLDER,
-        weights.resolve(),
-        digest,
-        seed=recipe.seed,
-        size=recipe.size,
-        block=block,
+    training = TokenTraining(
+        context,
+        weights,
+        tokenizer,
+        network,
+        trained=trained,
+        matrices=muon_matrices(trained),
         uses=recipe.progressive_uses,
         ahead=ahead,
     )
 
+    def averaged(work: Callable[[MaskedTransformer], Any]) -> Any:
+        with training.averaged() as model, bfloat16(context):
+            return work(model)
+
+    corruption = Corruption(kinds, codebook, averaged)
     held_out_facts = scene_facts_of("calibration", range(recipe.held_out_scenes))
     held_out_tokens, held_out_errors = encode_scenes(
         tokenizer, "calibration", range(recipe.held_out_scenes), size=recipe.size
@@ -116,19 +106,10 @@ def train_progressive(
         ids = drop_captions(ids, _DROPPED, words.unconditional, draw)
         return make_example(ids, tokens, (errors - mean) / deviation, corruption, draw, codes=codebook.size)
 
-    def step(i: int) -> dict[str, torch.Tensor]:
-        found = scenes.batch(i, size)
+    def objective(i: int, found: TokenBatch) -> dict[str, torch.Tensor]:
         example = example_of(found.facts, found.tokens, found.errors, keyed_generator(recipe.seed, _STAGE, i))
         with bfloat16(context):
-            losses = masked_losses(network, example)
-        network.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        for optimizer in optimizers.values():
-            set_learning_rate(optimizer, warmup_cosine(i, steps, peak=_RATE, warmup=min(150, max(1, steps // 20))))
-            optimizer.step()
-        ema.update()
-        return {name: value.detach() for name, value in losses.items()}
+            return masked_losses(network, example)
 
     @torch.no_grad()
     def evaluate(_: int) -> dict[str, float]:
@@ -143,31 +124,24 @@ def train_progressive(
                 found.setdefault(name, []).append(float(value))
         return {name: sum(values) / len(values) for name, values in found.items()}
 
-    try:
-        train(
-            context.folder / name,
-            settings=context.settings(
-                "progressive_layers",
-                "progressive_batch",
-                "progressive_uses",
-                tokenizer=digest,
-                start=sampler.fingerprint,
-                corruptions=list(kinds),
-                rate=_RATE,
-                block=block,
-            ),
-            steps=steps,
-            step=step,
-            state={"model": network, "ema": ema, **optimizers},
-            evaluate=evaluate,
-            evaluate_every=500,
-            save_every=_SAVE_EVERY,
-            log_every=25,
-        )
-    finally:
-        scenes.close()
-    ema.apply()
-    return network.eval().requires_grad_(False), codebook
+    training.run(
+        name,
+        objective,
+        evaluate,
+        steps=steps,
+        batch=size,
+        peak=_RATE,
+        warmup=_WARMUP,
+        settings=context.settings(
+            "progressive_layers",
+            "progressive_batch",
+            "progressive_uses",
+            start=sampler.fingerprint,
+            corruptions=list(kinds),
+        ),
+        save_every=_SAVE_EVERY,
+    )
+    return network, codebook
 
 
 @contextmanager
@@ -229,7 +203,7 @@ def card(recipe: Recipe, network: MaskedTransformer, log: Sequence[dict[str, Any
     """
     parameters = sum(weight.numel() for weight in network.parameters())
     drawn = recipe.progressive_steps * recipe.progressive_batch
-    different = different_scenes(drawn, block=min(_BLOCK, recipe.train_scenes), uses=recipe.progressive_uses)
+    different = different_scenes(drawn, block=block_of(recipe.train_scenes), uses=recipe.progressive_uses)
     seconds, table = last_held_out(log)
     return f"""# pico's masked sampler
 

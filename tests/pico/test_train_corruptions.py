@@ -13,6 +13,7 @@ import dcdd_pico.train_corruptions as stage
 import dcdd_pico.train_progressive as training
 from dcdd_core.method.masked_modelling import CORRUPTIONS
 from dcdd_core.models.masked.files import load_masked
+from dcdd_pico import token_training
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.corruption_variants import VARIANTS, Variant, trained_variants, variant_folder
 from tests.tiny import random_pico
@@ -27,7 +28,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*")
 def test_variants_differ_in_their_wrong_tokens_alone(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_BLOCK", 8)
+    monkeypatch.setattr(token_training, "_BLOCK", 8)
     context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=TINY)
     learned, losses = {}, training.masked_losses
 

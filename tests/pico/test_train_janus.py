@@ -17,6 +17,7 @@ from dcdd_core.models.janus.files import INT8_FILE
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids
 from dcdd_core.models.janus.tokenizer import load_tokenizer
 from dcdd_core.training.log import read_log
+from dcdd_pico import token_training
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.embedded import JANUS, WEIGHTS
 from dcdd_pico.export import MOST_BYTES
@@ -38,7 +39,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(stage, "_BLOCK", 8)
+    monkeypatch.setattr(token_training, "_BLOCK", 8)
     monkeypatch.setattr(stage, "_SAVE_EVERY", 1)
 
 
@@ -95,7 +96,7 @@ def test_the_gap_comes_with_its_standard_error():
 def test_the_language_model_is_compiled_where_the_recipe_says_so(weights, tmp_path, monkeypatch, compiled):
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append((self, options)))
-    monkeypatch.setattr(stage, "train", lambda *_, **__: None)
+    monkeypatch.setattr(token_training, "train", lambda *_, **__: None)
     context = replace(context_of(tmp_path), recipe=replace(SMALL, compiled=compiled))
     janus, _ = stage.train_janus(context, weights, ahead=False)
     assert asked == [(janus.model.language_model, {"dynamic": False})] * compiled

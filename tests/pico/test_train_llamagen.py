@@ -12,6 +12,7 @@ from dcdd_core import registry
 from dcdd_core.models.t5 import T5Words
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Codebook
+from dcdd_pico import token_training
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.scene_tokens import SceneTokens
 from dcdd_pico.scenes import scene_facts
@@ -58,7 +59,7 @@ def written(network, weights: Path, work: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*")
 def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "_BLOCK", 8)
+    monkeypatch.setattr(token_training, "_BLOCK", 8)
     monkeypatch.setattr(stage, "_SAVE_EVERY", 1)
     contexts = [BuildContext(folder=tmp_path / k, device=torch.device("cpu"), recipe=SMALL) for k in "ab"]
     whole = stage.train_llamagen(contexts[0], weights, ahead=False)

@@ -18,6 +18,7 @@ from dcdd_core.models.janus.sampler import JanusSampler
 from dcdd_core.models.masked.files import load_masked
 from dcdd_core.models.masked.words import padded
 from dcdd_core.protocols import SamplingOptions
+from dcdd_pico import token_training
 from dcdd_pico.ahead import Ahead
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.progressive import SAMPLING, progressive_folder
@@ -109,7 +110,7 @@ def test_facts_are_those_of_the_scenes():
 
 @pytest.mark.filterwarnings("ignore:.*")
 def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "_BLOCK", 8)
+    monkeypatch.setattr(token_training, "_BLOCK", 8)
     monkeypatch.setattr(stage, "_SAVE_EVERY", 2)
     contexts = [BuildContext(folder=tmp_path / k, device=torch.device("cpu"), recipe=SMALL) for k in "ab"]
     whole, codebook = stage.train_progressive(contexts[0], weights, ahead=False)
@@ -140,7 +141,7 @@ def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatc
 def test_errors_are_in_units_of_what_is_usual_and_wrong_tokens_are_drawn_by_averaged_weights(
     weights, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(stage, "_BLOCK", 8)
+    monkeypatch.setattr(token_training, "_BLOCK", 8)
     read, shown, drawing, learning = [], [], [], []
     batch, make, losses = SceneTokens.batch, stage.make_example, stage.masked_losses
 
@@ -178,7 +179,7 @@ def test_errors_are_in_units_of_what_is_usual_and_wrong_tokens_are_drawn_by_aver
 
 @pytest.mark.parametrize("uses, different", [(1, 12), (2, 8)])
 def test_scenes_are_drawn_as_often_as_the_recipe_says(weights, tmp_path, monkeypatch, uses, different):
-    monkeypatch.setattr(stage, "_BLOCK", 4)
+    monkeypatch.setattr(token_training, "_BLOCK", 4)
     drawn, batch = [], SceneTokens.batch
 
     def batched(self, *given):
@@ -188,7 +189,7 @@ def test_scenes_are_drawn_as_often_as_the_recipe_says(weights, tmp_path, monkeyp
 
     monkeypatch.setattr(SceneTokens, "batch", batched)
     monkeypatch.setattr(
-        stage,
+        token_training,
         "train",
         lambda folder, *, steps, step, settings, **_: (
             [step(i) for i in range(steps)] and drawn.append(settings["progressive_uses"])
@@ -199,7 +200,7 @@ def test_scenes_are_drawn_as_often_as_the_recipe_says(weights, tmp_path, monkeyp
     stage.train_progressive(context, weights, ahead=False)
     assert drawn.pop() == uses, "a checkpoint of another number does not go on"
     assert len(drawn) == 12
-    assert len(set(drawn)) == different == stage.different_scenes(12, block=stage._BLOCK, uses=uses)
+    assert len(set(drawn)) == different == stage.different_scenes(12, block=4, uses=uses)
 
 
 def test_different_scenes_of_a_block_that_was_not_gone_through():
@@ -233,7 +234,7 @@ def test_attention_computes_in_bfloat16_within_alone(tmp_path):
 def test_layers_are_compiled_where_the_recipe_says_so(weights, tmp_path, monkeypatch, compiled):
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append((self, options)))
-    monkeypatch.setattr(stage, "train", lambda folder, **_: None)
+    monkeypatch.setattr(token_training, "train", lambda folder, **_: None)
     context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=replace(SMALL, compiled=compiled))
     network, _ = stage.train_progressive(context, weights, ahead=False)
     assert asked == [(layer, {"dynamic": True}) for layer in network.layers if compiled]
@@ -266,7 +267,7 @@ def test_the_command_trains_by_the_numbers_of_the_code_and_the_recipe_tells_them
 
 
 def test_another_recipe_does_not_go_on(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "_BLOCK", 8)
+    monkeypatch.setattr(token_training, "_BLOCK", 8)
     context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=replace(SMALL, progressive_steps=1))
     stage.train_progressive(context, weights, ahead=False)
     with pytest.raises(ValueError, match="corruptions"):
