@@ -2,6 +2,8 @@
 # `make PYTHON=/path/to/python3.11` picks the interpreter that makes it.
 PYTHON ?= python3
 VENV := .venv
+# Each takes some 3 GB.
+WORKERS ?= 2
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
@@ -19,8 +21,8 @@ format: $(READY) ## reformat, and repair what lint can repair
 	$(RUN) -m ruff check --fix --exit-zero --quiet .
 	$(RUN) -m ruff format .
 
-test: $(READY) ## the tests, without the slow ones
-	$(RUN) -m pytest
+test: $(READY) ## the tests, without the slow ones, in WORKERS=2 processes
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-all: $(READY) ## all tests, with the optional torchao and onnxruntime
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[int8,ruler]'
@@ -76,7 +78,8 @@ versions: $(READY) ## oldest and newest torch, transformers, diffusers, numpy an
 fuzz: $(READY) ## 2,000 damaged files and wrong options for every loader and command; failing inputs go to out/fuzz
 	$(RUN) -m tests.fuzz --count 2000
 
-pico: $(READY) ## train the embedded models again, from nothing, and measure them
+pico: $(READY) ## train the embedded models again, from nothing, and measure them; with the optional onnxruntime
+	$(RULER)
 	$(RUN) -m dcdd_pico.build --compile
 
 # torch comes first and alone, so that nothing that depends on it can choose another build of it.

@@ -23,9 +23,10 @@ from .embedded import JANUS, PRIOR, WEIGHTS
 from .export import export
 from .llamagen_calibration import fit_llamagen_calibration
 from .results_table import results_markdown
+from .ruler import bundled_model
 from .scene_cache import encode_scenes
 from .sections import TableOptions
-from .serving import choose_serving
+from .serving import choose_serving, judges
 from .train_autoencoder import train_autoencoder
 from .train_calibration import fit_pico_calibration
 from .train_cheap_decoder import save_cheap_decoder, train_cheap_decoder
@@ -68,7 +69,8 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     """Runs the stages up to and including `until`.
 
     Raises:
-        ValueError: for an unknown stage.
+        ValueError: for an unknown stage, and if the package of the text detector (`ruler`) is missing, which `export`
+            needs.
     """
     if until not in STAGES:
         raise ValueError(f"unknown stage {until!r}: expected one of {', '.join(STAGES)}")
@@ -77,6 +79,8 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     def reached(stage: str) -> bool:
         return last >= STAGES.index(stage)
 
+    if reached("export"):
+        bundled_model()  # the text detector, which chooses how the decoder is served: not missed hours later
     reader = train_reader(context, "reader", context.recipe.seed + 101)
     loss_reader = train_loss_reader(context)
     if not reached("tokenizer"):
@@ -109,7 +113,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
         return
     logs = {stage: read_log(context.folder / stage) for stage in HELD_OUT}
     save_image(training_curves(logs, HELD_OUT), context.folder / "curves.png")
-    decoder.card = choose_serving(context, sampler, vq, finetuned, decoder, loss_reader)
+    decoder.card = choose_serving(context, sampler, vq, finetuned, decoder, judges(context))
     export(
         weights,
         janus=janus,

@@ -1,7 +1,8 @@
 """A second metric network, pretrained on real images by others: PP-OCRv6's text detector, as `rapidocr` ships it.
 
-The scene reader was trained on the scenes that it measures. This network has never seen one, nor had a part in any
-training or choice. Its weights (PaddleOCR's, Apache-2.0) come inside rapidocr's wheel; they are not copied here.
+The scene reader was trained on scenes like those that it measures. This network had no part in any training; it helps
+to choose how the decoder is served, on other captions than those measured (`serving`). Its weights (PaddleOCR's,
+Apache-2.0) come inside rapidocr's wheel; they are not copied here.
 
 Shapes: B batch, C channels, S image side in pixels.
 """

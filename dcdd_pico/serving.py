@@ -2,8 +2,9 @@
 
 `python -m dcdd_pico.serving` does so for the weights that are there, such as after a new Janus: it chooses the guidance
 that Janus samples with, calibrates to these samples, chooses shift and reading, and writes the card into the decoder's
-file. The second scene reader, which judges, is trained first if the work folder has none. `--only-calibrate` chooses
-nothing: it calibrates to the Janus that is there, in a few minutes.
+file. Two networks judge: the second scene reader, which is trained first if the work folder has none, and the text
+detector (`ruler`, the extra `ruler`). `--only-calibrate` chooses nothing: it calibrates to the Janus that is there, in
+a few minutes.
 
 A time shift mu takes n steps whose last one begins at t = e^mu / (e^mu + n - 1): of ten steps, .15 at FLUX's mu of .48,
 .33 at 1.5, .45 at 2, .58 at 2.5 and .69 at 3, where detail is left to one step. `--last-step` bounds it.
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +45,7 @@ from .build_context import BuildContext, digest, stage_context, stage_parser
 from .embedded import model_paths
 from .models import load_pico
 from .reader import FACTS, SceneReader, fact_labels
+from .ruler import TextDetectorRuler
 from .scene_arrays import scene_images
 from .scenes import SceneFacts, scene_facts, scene_pixels
 from .train_calibration import fit_sampler, scene_features
@@ -58,19 +61,29 @@ _BATCH = 32
 _STEPS = 10
 
 
+def judges(context: BuildContext) -> dict[str, SceneReader | TextDetectorRuler]:
+    """The networks that choose: the second scene reader, which measures no table, and the text detector.
+
+    Raises:
+        ValueError: if the packages of the text detector are missing.
+    """
+    detector = TextDetectorRuler(threads=torch.get_num_threads())
+    return {"second reader": train_loss_reader(context), "text detector": detector}
+
+
 @dataclass(frozen=True)
 class JointDistance:
-    """The Frechet joint distance (DeVries et al. 2019, arXiv 1907.08175) of images for calibration captions.
+    """Frechet joint distances (DeVries et al. 2019, arXiv 1907.08175) of images for calibration captions.
 
-    It is that of features concatenated with the caption's facts, so that images must also match their captions.
+    They are of features concatenated with the caption's facts, so that images must also match their captions.
     `Recipe.choice_scenes` calibration scenes are what images are compared with; the tables do not use them.
 
     Attributes:
-        reader: of the features. It measures no table.
+        networks: of the features, by name.
     """
 
     context: BuildContext
-    reader: SceneReader
+    networks: Mapping[str, SceneReader | TextDetectorRuler]
 
     @cached_property
     def facts(self) -> list[SceneFacts]:
@@ -83,15 +96,17 @@ class JointDistance:
         return [range(k, min(count, k + _BATCH)) for k in range(0, count, _BATCH)]
 
     @cached_property
-    def _real(self) -> torch.Tensor:
+    def _real(self) -> dict[str, torch.Tensor]:
         size = self.context.recipe.size
         images = scene_images(self.context.folder, "calibration", len(self.facts), size=size)
-        pixels = (scene_pixels(images[part.start : part.stop], self.context.device) for part in self.parts)
-        return torch.cat([features_of(part, self.reader.frechet_features) for part in pixels])
+        return self._features(scene_pixels(images[part.start : part.stop], self.context.device) for part in self.parts)
 
-    @cached_property
-    def _encoded_facts(self) -> torch.Tensor:
-        return fact_features(self._real, self.facts)
+    def _features(self, batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+        parts = {name: [] for name in self.networks}
+        for pixels in batches:
+            for name, network in self.networks.items():
+                parts[name].append(features_of(pixels, network.frechet_features))
+        return {name: torch.cat(found) for name, found in parts.items()}
 
     def samples(self, sampler: TokenSampler, guidance: float) -> list[TokenLogits]:
         """What a VLM samples for the captions, in batches."""
@@ -102,14 +117,22 @@ class JointDistance:
             for part in tqdm(self.parts, desc=f"captions, guidance {guidance:g}", unit="batch", disable=None)
         ]
 
-    def of(self, image: Callable[[range, TokenLogits], torch.Tensor], samples: Sequence[TokenLogits]) -> float:
-        """The distance of the images [B, 3, S, S] that a decoder makes of samples."""
-        made = [
-            features_of(image(part, grid), self.reader.frechet_features)
-            for part, grid in zip(self.parts, samples, strict=True)
-        ]
-        pairs = ([features, self._encoded_facts] for features in (self._real, torch.cat(made)))
-        return frechet_distance(*(FrechetStatistics.of([torch.cat(pair, dim=1)]) for pair in pairs))
+    def of(
+        self, image: Callable[[range, TokenLogits], torch.Tensor], samples: Sequence[TokenLogits]
+    ) -> dict[str, float]:
+        """The distances of the images [B, 3, S, S] that a decoder makes of samples, by network."""
+        made = self._features(image(part, grid) for part, grid in zip(self.parts, samples, strict=True))
+        found = {}
+        for name, real in self._real.items():
+            facts = fact_features(real, self.facts)
+            pairs = (FrechetStatistics.of([torch.cat([features, facts], dim=1)]) for features in (real, made[name]))
+            found[name] = frechet_distance(*pairs)
+        return found
+
+
+def overall(distances: Mapping[str, float]) -> float:
+    """The geometric mean of the networks' distances, whose scales differ: half of one is worth half of another."""
+    return math.prod(max(0.0, value) for value in distances.values()) ** (1 / len(distances))
 
 
 def painter(
@@ -137,7 +160,7 @@ def choose_serving(
     vq: VQTokenizer,
     vae: AutoencoderKL,
     decoder: DistributionConditionedDecoder,
-    loss_reader: SceneReader,
+    networks: Mapping[str, SceneReader | TextDetectorRuler],
     *,
     latest: float = 1.0,
 ) -> DecoderCard:
@@ -146,26 +169,33 @@ def choose_serving(
     All candidates decode with ten steps, which the card then records. The shift is chosen first, with anchored logits;
     then the reading: anchored logits, the VLM's logits (beta = 0, as in the paper), or the sampled tokens alone
     (`search_serving`); then, of a decoder with a null condition, guidance on the condition. All by the `JointDistance`
-    to the second reader's features. The distances are kept in `serving.json`, and reused for the same models.
+    of both networks (`overall`). The distances are kept in `serving.json`, and reused for the same models.
 
     Args:
+        networks: that judge (`judges`).
         latest: see `search_serving`.
     """
     recipe, path = context.recipe, context.folder / "serving.json"
     card = serving(replace(decoder.card, steps=_STEPS, shift=None, condition_guidance=1.0), reads="anchored")
     inputs = [digest(part) for part in (sampler.model, vq.model, vae, decoder)]
     inputs += [json.loads(json.dumps(asdict(card))), recipe.choice_scenes, recipe.guidance, SHIFTS, latest]
+    inputs += sorted(networks)
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
     if path.exists() and (found := json.loads(path.read_text("utf-8")))["models"] == key:
         chosen = replace(card, shift=found["shift"], condition_guidance=found["condition guidance"])
         return serving(chosen, reads=found["reads"])
     if recipe.compiled:
         decoder.transformer.compile_repeated_blocks(dynamic=False)
-    judge = JointDistance(context, loss_reader)
+    judge = JointDistance(context, networks)
     samples = judge.samples(sampler, recipe.guidance)
+    measured = []
 
     def distance(card: DecoderCard) -> float:
-        return judge.of(painter(context, vq, vae, decoder, card), samples)
+        found = judge.of(painter(context, vq, vae, decoder, card), samples)
+        candidate = {"shift": card.shift, "reads": card.reads, "condition guidance": card.condition_guidance}
+        measured.append(candidate | found)
+        print(", ".join(f"{name} {value}" for name, value in measured[-1].items()), flush=True)
+        return overall(found)
 
     by_shift, by_reading = search_serving(card, distance, latest=latest)
     shift, reads = (min(found, key=found.__getitem__) for found in (by_shift, by_reading))
@@ -182,6 +212,7 @@ def choose_serving(
         "by shift": list(by_shift.items()),
         "by reading": by_reading,
         "by condition guidance": list(by_guidance.items()),
+        "by network": measured,
     }
     write_text(path, json.dumps(found, indent=1) + "\n")
     return card
@@ -233,16 +264,21 @@ def fact_features(features: torch.Tensor, facts: list[SceneFacts]) -> torch.Tens
 
 @torch.no_grad()
 def choose_guidance(
-    context: BuildContext, models: Models, loss_reader: SceneReader, *, with_temperature: bool = False
+    context: BuildContext,
+    models: Models,
+    networks: Mapping[str, SceneReader | TextDetectorRuler],
+    *,
+    with_temperature: bool = False,
 ) -> dict[float, dict[str, float]]:
-    """The joint distance by guidance, of the VQ decode's images and of those painted as the decoder's card says.
+    """`overall` distances by guidance, of the VQ decode's images and of those painted as the decoder's card says.
 
     Each guidance has a calibration of its own. The best one may be another for each decoder.
 
     Args:
+        networks: that judge (`judges`).
         with_temperature: see `fit_sampler`.
     """
-    judge, vq, decoder = JointDistance(context, loss_reader), models.tokenizer, models.decoder
+    judge, vq, decoder = JointDistance(context, networks), models.tokenizer, models.decoder
     features = scene_features(context.recipe, vq)
     found = {}
     for guidance in GUIDANCES:
@@ -250,8 +286,8 @@ def choose_guidance(
         fitted = fit_sampler(models.sampler, features, guidance, with_temperature=with_temperature)
         card = serving(decoder.card, calibration=fitted)
         found[guidance] = {
-            "VQ-VAE": judge.of(lambda _, grid: vq.decode_tokens(grid.tokens, grid.grid), samples),
-            "decoder": judge.of(painter(context, vq, models.codec.model, decoder, card), samples),
+            "VQ-VAE": overall(judge.of(lambda _, grid: vq.decode_tokens(grid.tokens, grid.grid), samples)),
+            "decoder": overall(judge.of(painter(context, vq, models.codec.model, decoder, card), samples)),
         }
         print(f"guidance {guidance:g}: " + ", ".join(f"{name} {value:.4f}" for name, value in found[guidance].items()))
     return found
@@ -296,20 +332,21 @@ def serve(
         latest: see `search_serving`.
 
     Raises:
-        ValueError: if a part of the weights is missing, and for a latest outside 0..1.
+        ValueError: if a part of the weights or the text detector's packages are missing, and for a latest outside
+            0..1.
     """
     require_number("last-step", latest, above=0, most=1, remedy="1 bounds nothing")
-    recipe, loss_reader = context.recipe, train_loss_reader(context)
+    recipe, networks = context.recipe, judges(context)
     models = load_pico(weights=weights, device=context.device, compiled=recipe.compiled)
     if guidance is None:
-        by_guidance = choose_guidance(context, models, loss_reader, with_temperature=with_temperature)
+        by_guidance = choose_guidance(context, models, networks, with_temperature=with_temperature)
         write_text(context.folder / "guidance.json", json.dumps(by_guidance, indent=1) + "\n")
         guidance = min(by_guidance, key=lambda one: by_guidance[one]["decoder"])
     calibration = calibrate(context, models, guidance, with_temperature=with_temperature)
     # The decoder is compiled by now, if it is at all.
     choosing = replace(context, recipe=replace(recipe, guidance=guidance, compiled=False))
     parts = (models.sampler, models.tokenizer, models.codec.model, models.decoder)
-    save_card(context, weights, choose_serving(choosing, *parts, loss_reader, latest=latest))
+    save_card(context, weights, choose_serving(choosing, *parts, networks, latest=latest))
     return calibration
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import dcdd_pico.build as stages
 from dcdd_core.models.bundle import read_card
 from dcdd_core.models.card import VARIANTS
 from dcdd_core.models.cheap_decoder import load_cheap_decoder
@@ -79,6 +80,17 @@ def test_the_whole_build_in_small(tmp_path):
     assert {read_card(path).variant for path in found.values()} == set(VARIANTS)
     first, second = (load_file(found[f"lcdm, seed {seed}"]) for seed in (0, 1))
     assert any(not torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_missing_text_detector_is_told_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "train_reader", lambda *_: pytest.fail("trained first"))
+    monkeypatch.setattr("dcdd_pico.ruler.find_spec", lambda name: None)
+    context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=SMALL)
+    with pytest.raises(ValueError, match="rapidocr, which is not installed: pip install"):
+        build(context, weights=tmp_path / "weights")
+    monkeypatch.setattr(stages, "train_reader", lambda *_: None)
+    monkeypatch.setattr(stages, "train_loss_reader", lambda *_: None)
+    build(context, until="readers", weights=tmp_path / "weights")  # which chooses nothing
 
 
 def test_an_unknown_stage_is_refused(tmp_path):

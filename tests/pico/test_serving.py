@@ -15,7 +15,8 @@ from dcdd_pico import serving
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.models import load_pico
 from dcdd_pico.reader import FACTS, SceneReader, fact_labels
-from dcdd_pico.scenes import scene_facts
+from dcdd_pico.scene_arrays import scene_images
+from dcdd_pico.scenes import scene_facts, scene_pixels
 from dcdd_pico.serving import fact_features, search_condition_guidance, search_serving
 from dcdd_pico.train_calibration import fit_sampler, scene_features
 from tests.tiny import fill, random_pico, tiny_card
@@ -37,6 +38,49 @@ def test_images_of_other_captions_are_farther_off():
     assert distance(features, said) == pytest.approx(0, abs=1e-3)
     assert distance(features.flip(0)) == pytest.approx(0, abs=1e-3)
     assert distance(features.flip(0), said) > 0.1
+
+
+def test_both_networks_judge_and_neither_by_its_scale():
+    """Two candidates that differ for one network alone: the better for it wins, whatever the other's scale."""
+    for scale in (1.0, 1000.0):
+        better, worse = ({"reader": 0.2, "detector": scale * value} for value in (0.3, 0.31))
+        assert serving.overall(better) < serving.overall(worse)
+    assert serving.overall({"reader": 0.2, "detector": 0.8}) == pytest.approx(0.4)
+    assert serving.overall({"reader": 0.1, "detector": 0.8}) == pytest.approx(
+        serving.overall({"reader": 0.2, "detector": 0.4})
+    ), "half of one is worth half of the other"
+    assert serving.overall({"reader": -1e-12, "detector": 1.0}) == 0, "of equal images, within rounding"
+
+
+def test_each_network_measures_the_same_images_with_the_captions_facts(tmp_path):
+    context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=Recipe(choice_scenes=40))
+    networks = {"one": fill(SceneReader(), 1), "two": fill(SceneReader(), 2)}
+    judge = serving.JointDistance(context, networks)
+    real = scene_pixels(scene_images(tmp_path, "calibration", 40, size=96), context.device)
+    samples, drawn = [None] * len(judge.parts), []
+
+    def image(part, grid):
+        drawn.append(part)
+        return real[part.start : part.stop]
+
+    same = judge.of(image, samples)
+    assert list(same) == ["one", "two"] and same == pytest.approx({"one": 0, "two": 0}, abs=1e-2)
+    assert drawn == judge.parts == [range(32), range(32, 40)], "painted once, for both"
+    other = judge.of(lambda part, _: real.flip(0)[part.start : part.stop], samples)
+    assert all(other[name] > 10 * abs(same[name]) for name in networks), "the same images of other captions"
+    for name, network in networks.items():
+        features = torch.cat([network.frechet_features(part).detach() for part in real.split(32)])
+        facts = fact_features(features, judge.facts)
+        pair = [torch.cat([one, facts], dim=1) for one in (features, features.flip(0))]
+        assert other[name] == pytest.approx(frechet_distance(*(FrechetStatistics.of([one]) for one in pair)))
+
+
+def test_the_judges_are_the_second_reader_and_the_text_detector(monkeypatch, tmp_path):
+    monkeypatch.setattr(serving, "train_loss_reader", lambda context: "second")
+    monkeypatch.setattr(serving, "TextDetectorRuler", lambda *, threads: f"detector of {threads} threads")
+    context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=Recipe())
+    threads = torch.get_num_threads()
+    assert serving.judges(context) == {"second reader": "second", "text detector": f"detector of {threads} threads"}
 
 
 def test_the_shift_grows_as_long_as_that_is_better_and_each_reading_is_tried_with_the_best():
@@ -94,7 +138,8 @@ def test_the_command_writes_what_it_chose_into_the_card(tmp_path, monkeypatch, c
     weights = random_pico(tmp_path / "weights")
     Recipe(choice_scenes=3, calibration_images=2, guidance=7.0, janus_steps=8).save(weights)
     before = load_file(weights / "decoder.safetensors")
-    monkeypatch.setattr(serving, "train_loss_reader", lambda context: fill(SceneReader(), 9))
+    networks = {"reader": fill(SceneReader(), 9), "other": fill(SceneReader(), 10)}
+    monkeypatch.setattr(serving, "judges", lambda context: networks)
     monkeypatch.setattr(serving, "GUIDANCES", (1.0, 2.0))
     monkeypatch.setattr(serving, "SHIFTS", (1.0,))
     monkeypatch.setattr(serving, "_STEPS", 2)
@@ -118,6 +163,12 @@ def test_the_command_writes_what_it_chose_into_the_card(tmp_path, monkeypatch, c
         assert card.calibration == expected and card.calibration.guidance == guidance and card.steps == 2
         found = json.loads((tmp_path / "work" / "serving.json").read_text())
         assert (card.shift, card.reads) == (found["shift"], found["reads"])
+        rows = found["by network"]
+        by_shift = [row for row in rows if row["reads"] == "anchored"]
+        assert [[row["shift"], (row["reader"] * row["other"]) ** 0.5] for row in by_shift] == [
+            [shift, pytest.approx(value)] for shift, value in found["by shift"]
+        ]
+        assert len(rows) == len(by_shift) + 2
         assert Recipe.load(weights) == Recipe(choice_scenes=3, calibration_images=2, guidance=guidance, janus_steps=8)
         assert f"guidance {guidance:g}, shift {card.shift}, reads {card.reads}" in capsys.readouterr().out
     assert list(told) == [1.0, 2.0] and all(set(row) == {"VQ-VAE", "decoder"} for row in told.values())
