@@ -1,8 +1,8 @@
 """Trains the embedded models from scratch: `python -m dcdd_pico.build`.
 
 Each stage has its own folder with a log and a checkpoint, from which it resumes; a finished stage is only restored. All
-randomness comes from the seed (on a GPU some sums still depend on their order). `export` writes the weights at the end,
-and `results_table` measures them (`ablation` trains the decoders of Table 4).
+randomness comes from the seed (on a GPU some sums still depend on their order). `export` writes the weights, from which
+the later stages go on, and `results_table` measures them (`ablation` trains the decoders of Table 4).
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import torch
 
 from dcdd_core.evaluation.figures import save_image, training_curves
 from dcdd_core.models.vq import VQTokenizer
+from dcdd_core.pipelines.condition import serving
 from dcdd_core.training.log import read_log
 
 from .build_context import WORK, BuildContext, Recipe
 from .embedded import JANUS, PRIOR, WEIGHTS
 from .export import export
 from .llamagen_calibration import fit_llamagen_calibration
+from .post_train_decoder import post_train_decoder, save_post_trained
 from .results_table import results_markdown
 from .ruler import bundled_model
 from .scene_cache import encode_scenes
 from .sections import TableOptions
-from .serving import choose_serving, judges
+from .serving import serve
 from .train_autoencoder import train_autoencoder
 from .train_calibration import fit_pico_calibration
 from .train_cheap_decoder import save_cheap_decoder, train_cheap_decoder
@@ -58,6 +60,8 @@ STAGES = (
     "vq-decoder",
     "vae-decoder",
     "export",
+    "post-training",
+    "serving",
     "prior",
     "cheap-decoder",
     "progressive",
@@ -69,7 +73,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     """Runs the stages up to and including `until`.
 
     Raises:
-        ValueError: for an unknown stage, and if the package of the text detector (`ruler`) is missing, which `export`
+        ValueError: for an unknown stage, and if the package of the text detector (`ruler`) is missing, which `serving`
             needs.
     """
     if until not in STAGES:
@@ -79,7 +83,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     def reached(stage: str) -> bool:
         return last >= STAGES.index(stage)
 
-    if reached("export"):
+    if reached("serving"):
         bundled_model()  # the text detector, which chooses how the decoder is served: not missed hours later
     reader = train_reader(context, "reader", context.recipe.seed + 101)
     loss_reader = train_loss_reader(context)
@@ -113,7 +117,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
         return
     logs = {stage: read_log(context.folder / stage) for stage in HELD_OUT}
     save_image(training_curves(logs, HELD_OUT), context.folder / "curves.png")
-    decoder.card = choose_serving(context, sampler, vq, finetuned, decoder, judges(context))
+    decoder.card = serving(decoder.card, reads="anchored")  # what post-training serves Janus' conditions by
     export(
         weights,
         janus=janus,
@@ -122,10 +126,16 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
         vae=finetuned,
         decoder=decoder,
         reader=reader,
-        recipe=context.recipe,
+        recipe=replace(context.recipe, post_updates=0, post_vlm_share=0.0),
     )
     describe_janus(context, weights / JANUS, janus)
     describe_vae_decoder(context, weights / "vae", finetuned)
+    if not reached("post-training"):
+        return
+    save_post_trained(context, weights, post_train_decoder(context, weights))
+    if not reached("serving"):
+        return
+    serve(context, weights, guidance=context.recipe.guidance)
     if not reached("prior"):
         return
     train_prior(context, weights).save(weights / PRIOR)

@@ -38,7 +38,8 @@ def export(
     reader: nn.Module,
     recipe: Recipe,
 ) -> None:
-    """Writes all weights that `load_pico` and `load_reader` read, into a temporary folder that then replaces `weights`.
+    """Writes all weights that `load_pico` and `load_reader` read, into a temporary folder that then replaces `weights`
+    but for its README.md.
 
     The decoder's text stream is left out; with `load_decoder(fold=False)` the decoder can still be trained further.
 
@@ -61,8 +62,8 @@ def export(
         shutil.rmtree(fresh)
         raise ValueError(f"the weights take {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f}: shrink a model")
     if weights.exists():
-        for kept in weights.glob("*.md"):
-            shutil.copy2(kept, fresh)
+        if (card := weights / "README.md").exists():
+            shutil.copy2(card, fresh)
         shutil.rmtree(weights)
     fresh.rename(weights)
 

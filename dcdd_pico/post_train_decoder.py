@@ -52,9 +52,7 @@ _STAGE = 17
 _BATCH = 16
 _LEARNING_RATE = 3e-4
 _WARMUP = 100
-_UPDATES = 5_000
 _LOCALISED = 0.2
-_VLM_SHARE = 0.5
 _DROPPED = 0.1
 _EVALUATED = 64
 _SHOWN = 8
@@ -120,23 +118,22 @@ def post_train_decoder(
     context: BuildContext,
     weights: Path,
     *,
-    updates: int = _UPDATES,
-    vlm_share: float = _VLM_SHARE,
     dropped: float = _DROPPED,
     learning_rate: float = _LEARNING_RATE,
 ) -> DistributionConditionedDecoder:
     """Trains the decoder in `weights` on, or restores what the work folder has of that.
 
+    It has the recipe's `post_updates` of `_BATCH` scenes each. `post_vlm_share` of the examples have Janus' own
+    conditions, the others proxies; with 0 Janus is not loaded.
+
     Args:
-        updates: of `_BATCH` scenes each.
-        vlm_share: of the examples, with Janus' own conditions; the others have proxies. 0 does not load Janus.
         dropped: share of the examples whose condition is left out.
 
     Raises:
         ValueError: for shares out of range, a decoder whose conditions Janus' distributions do not reach, and a work
             folder of a training with other settings.
     """
-    recipe, device = context.recipe, context.device
+    recipe, device, vlm_share = context.recipe, context.device, context.recipe.post_vlm_share
     paths = model_paths(weights)
     plan = Plan(vlm=paths["vlm"], vae=paths["vae"], bundle=paths["decoder"], trained="all", drop_condition=dropped)
     plan.check()
@@ -151,7 +148,7 @@ def post_train_decoder(
         return make(encode(batch, tokenizer, codec, autocast=context.autocast), generator)
 
     config = OptimizationConfig(
-        steps=updates,
+        steps=recipe.post_updates,
         learning_rate=learning_rate,
         warmup=_WARMUP,
         optimizer="muon",
@@ -175,8 +172,18 @@ def post_train_decoder(
     )
 
 
-def describe(card: DecoderCard, log: Sequence[Mapping[str, Any]], *, updates: int, vlm_share: float) -> str:
+def save_post_trained(context: BuildContext, weights: Path, decoder: DistributionConditionedDecoder) -> Path:
+    """Puts the decoder in the place of that in `weights`, and says there what was trained; returns its file."""
+    recipe, path = context.recipe, model_paths(weights)["decoder"]
+    save_bundle(path, decoder, dtype=torch.float16)
+    write_text(weights / CARD, describe(decoder.card, read_log(context.folder / NAME), recipe))
+    replace(Recipe.load(weights), post_updates=recipe.post_updates, post_vlm_share=recipe.post_vlm_share).save(weights)
+    return path
+
+
+def describe(card: DecoderCard, log: Sequence[Mapping[str, Any]], recipe: Recipe) -> str:
     """What the training was, in Markdown."""
+    updates, vlm_share = recipe.post_updates, recipe.post_vlm_share
     seconds, table = last_held_out(log)
     hours, own = seconds / 3600, "proxies alone"
     if vlm_share:
@@ -199,11 +206,13 @@ conditions, painted in {card.steps} steps:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = stage_parser(__doc__)
-    parser.add_argument("--updates", type=int, default=_UPDATES, help=f"of {_BATCH} scenes each (default %(default)s)")
+    parser.add_argument(
+        "--updates", type=int, default=Recipe.post_updates, help=f"of {_BATCH} scenes each (default %(default)s)"
+    )
     parser.add_argument(
         "--vlm-conditions",
         type=float,
-        default=_VLM_SHARE,
+        default=Recipe.post_vlm_share,
         metavar="SHARE",
         help="of the examples, with Janus' own conditions in the place of proxies (default %(default)s)",
     )
@@ -217,18 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=_LEARNING_RATE, help="peak (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
     chosen = parser.parse_args(arguments)
-    context = stage_context(chosen, compiled=chosen.compile)
-    told = {"updates": chosen.updates, "vlm_share": chosen.vlm_conditions}
-    decoder = post_train_decoder(
-        context, chosen.weights, **told, dropped=chosen.drop_condition, learning_rate=chosen.learning_rate
+    context = stage_context(
+        chosen, compiled=chosen.compile, post_updates=chosen.updates, post_vlm_share=chosen.vlm_conditions
     )
-    path = model_paths(chosen.weights)["decoder"]
-    save_bundle(path, decoder, dtype=torch.float16)
-    write_text(chosen.weights / CARD, describe(decoder.card, read_log(context.folder / NAME), **told))
-    replace(Recipe.load(chosen.weights), post_updates=chosen.updates, post_vlm_share=chosen.vlm_conditions).save(
-        chosen.weights
-    )
-    print(path)
+    told = {"dropped": chosen.drop_condition, "learning_rate": chosen.learning_rate}
+    decoder = post_train_decoder(context, chosen.weights, **told)
+    print(save_post_trained(context, chosen.weights, decoder))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ SMALL = Recipe(
     llamagen_steps=2,
     llamagen_batch=2,
     decoder_batch=3,
+    post_updates=2,
     choice_scenes=8,
     variant_steps=1,
     variant_seeds=2,
@@ -57,9 +58,18 @@ def test_the_whole_build_in_small(tmp_path):
     build(context, until="autoencoder", weights=tmp_path / "weights")
     assert not (tmp_path / "weights").exists() and not (tmp_path / "work" / "janus").exists()
     tokenizer = (tmp_path / "work" / "tokenizer" / "checkpoint.pt").stat().st_mtime_ns
+    (tmp_path / "weights").mkdir()
+    for name in ("README.md", "decoder.md"):
+        (tmp_path / "weights" / name).write_text("of weights before")
+    build(context, until="export", weights=tmp_path / "weights")
+    assert (tmp_path / "weights" / "README.md").read_text() == "of weights before"
+    assert not (tmp_path / "weights" / "decoder.md").exists() and Recipe.load(tmp_path / "weights").post_updates == 0
     build(context, weights=tmp_path / "weights")
     assert (tmp_path / "work" / "tokenizer" / "checkpoint.pt").stat().st_mtime_ns == tokenizer
     assert Recipe.load(tmp_path / "weights") == SMALL
+    card = read_card(tmp_path / "weights" / "decoder.safetensors")
+    assert card.condition_dropout > 0 and card.steps == 10, "post-trained, then served anew"
+    assert "for 2 updates of" in (tmp_path / "weights" / "decoder.md").read_text()
     models = load_pico(weights=tmp_path / "weights")
     load_reader(weights=tmp_path / "weights")
     load_cheap_decoder(tmp_path / "weights" / CHEAP).require_for(models.codec)
