@@ -19,6 +19,7 @@ from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.condition import serving
 from dcdd_core.training.log import read_log
 
+from .autoencoder_card import describe_vae
 from .build_context import WORK, BuildContext, Recipe
 from .embedded import JANUS, PRIOR, WEIGHTS
 from .export import export
@@ -29,7 +30,7 @@ from .ruler import bundled_model
 from .scene_cache import encode_scenes
 from .sections import TableOptions
 from .serving import serve
-from .train_autoencoder import train_autoencoder
+from .train_autoencoder import normalise, train_autoencoder, untrained
 from .train_calibration import fit_pico_calibration
 from .train_cheap_decoder import save_cheap_decoder, train_cheap_decoder
 from .train_decoder import train_pico_decoder
@@ -39,7 +40,8 @@ from .train_prior import train_prior
 from .train_progressive import save_progressive, train_progressive
 from .train_reader import train_loss_reader, train_reader
 from .train_tokenizer import train_tokenizer, train_vq_decoder
-from .train_vae_decoder import describe_vae_decoder, train_vae_decoder
+from .train_vae_decoder import FOLDER as VAE_DECODER
+from .train_vae_decoder import train_vae_decoder
 
 #: Training -> the held-out metric that is plotted.
 HELD_OUT = {
@@ -93,7 +95,8 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     vq = VQTokenizer(network, name="pico")
     if not reached("autoencoder"):
         return
-    vae = train_autoencoder(context, loss_reader)
+    vae = train_autoencoder(context, untrained(context.recipe), loss_reader)
+    normalise(context, vae)
     encodings = encode_scenes(context, "train", context.train_images, vq, vae)
     if not reached("janus"):
         return
@@ -129,7 +132,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
         recipe=replace(context.recipe, post_updates=0, post_vlm_share=0.0),
     )
     describe_janus(context, weights / JANUS, janus)
-    describe_vae_decoder(context, weights / "vae", finetuned)
+    describe_vae(context, weights / "vae", finetuned, VAE_DECODER)
     if not reached("post-training"):
         return
     save_post_trained(context, weights, post_train_decoder(context, weights))

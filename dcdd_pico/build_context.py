@@ -34,7 +34,8 @@ class Recipe:
     theirs, and tests use smaller ones.
 
     Attributes:
-        vae_decoder_layers: residual blocks that the autoencoder's decoder gets at each resolution, less one.
+        autoencoder_before: updates of both sides of the autoencoder before their last training of `autoencoder_steps`.
+        vae_decoder_layers: residual blocks of the autoencoder at each resolution; its decoder has one more.
         vae_decoder_before: updates of that decoder by itself before its last training of `vae_decoder_steps`.
         janus_uses: how often Janus' training goes through a scene.
         janus_held_out: scenes of Janus' last evaluation, held out and trained on; those before take `held_out_scenes`.
@@ -54,6 +55,7 @@ class Recipe:
     tokenizer_batch: int = 8
     vq_decoder_steps: int = 10_200
     autoencoder_steps: int = 2_400
+    autoencoder_before: int = 0
     autoencoder_batch: int = 12
     vae_decoder_layers: int = 3
     vae_decoder_steps: int = 6_000

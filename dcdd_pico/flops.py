@@ -104,12 +104,14 @@ def load_dcdd(path: Path) -> DistributionConditionedDecoder:
 
 
 def decoder_images(recipe: Recipe) -> int:
-    """Images that the diffusion decoder was trained on, counted each time."""
-    return recipe.decoder_batch * recipe.decoder_steps
+    """Images that the diffusion decoder was trained on, counted each time; its post-training included."""
+    return recipe.decoder_batch * (recipe.decoder_steps + recipe.post_updates)
 
 
 def training_flops(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae: AutoencoderKL, recipe: Recipe) -> str:
     """A Markdown table of FLOPs per image, number of images, and their product; then the ratios to the baseline."""
+    both_sides = recipe.autoencoder_before + recipe.autoencoder_steps
+    alone = recipe.vae_decoder_before + recipe.vae_decoder_steps
     rows = {
         "VQ-VAE decoder": (
             vq_flops(vq),
@@ -119,8 +121,7 @@ def training_flops(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae:
         "autoencoder's decoder": (
             vae_flops(vae, recipe.size),
             # All as deep as it is now, though at first it was not.
-            recipe.autoencoder_batch
-            * (recipe.autoencoder_steps + recipe.vae_decoder_before + recipe.vae_decoder_steps),
+            recipe.autoencoder_batch * (both_sides + alone),
         ),
     }
     cells = [[name, f"{each:.3g}", f"{count:,}", f"{each * count:.3g}"] for name, (each, count) in rows.items()]

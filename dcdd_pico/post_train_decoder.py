@@ -49,7 +49,6 @@ from .training_loop import last_held_out
 #: Of the work folder, and of what `weights` says of the training.
 NAME, CARD = "post-decoder", "decoder.md"
 _STAGE = 17
-_BATCH = 16
 _LEARNING_RATE = 3e-4
 _WARMUP = 100
 _LOCALISED = 0.2
@@ -91,7 +90,9 @@ class HeldOut:
 
         scenes = Listed(source, list(islice(source.entries(DataShard(), 0), _EVALUATED)))
         single = {"rank": 0, "world": 1, "total": lambda sums: sums}
-        self.loss = HeldOutLoss(scenes, encoded, make, config, batch=_BATCH, vlm_share=vlm_share, **single)
+        self.loss = HeldOutLoss(
+            scenes, encoded, make, config, batch=context.recipe.decoder_batch, vlm_share=vlm_share, **single
+        )
         held_out = EncodedBatch(**self.loss.tensors)
         shares = {"": 0.0} | ({"vlm_": 1.0} if vlm_share else {})
         self.conditions = {
@@ -123,7 +124,7 @@ def post_train_decoder(
 ) -> DistributionConditionedDecoder:
     """Trains the decoder in `weights` on, or restores what the work folder has of that.
 
-    It has the recipe's `post_updates` of `_BATCH` scenes each. `post_vlm_share` of the examples have Janus' own
+    It has the recipe's `post_updates`, of `decoder_batch` scenes each. `post_vlm_share` of the examples have Janus' own
     conditions, the others proxies; with 0 Janus is not loaded.
 
     Args:
@@ -165,7 +166,7 @@ def post_train_decoder(
         encoders,
         conditions,
         vlm_share=vlm_share,
-        batch=_BATCH,
+        batch=recipe.decoder_batch,
         run=RunConfig(samples=_SHOWN, sample_every=500, save_every=100, log_every=25),
         evaluate=HeldOut(context, weights, encoders, conditions, whole, config, vlm_share=vlm_share),
         first=recipe.train_scenes,  # after those that the decoder was trained on
@@ -183,7 +184,7 @@ def save_post_trained(context: BuildContext, weights: Path, decoder: Distributio
 
 def describe(card: DecoderCard, log: Sequence[Mapping[str, Any]], recipe: Recipe) -> str:
     """What the training was, in Markdown."""
-    updates, vlm_share = recipe.post_updates, recipe.post_vlm_share
+    updates, batch, vlm_share = recipe.post_updates, recipe.decoder_batch, recipe.post_vlm_share
     seconds, table = last_held_out(log)
     hours, own = seconds / 3600, "proxies alone"
     if vlm_share:
@@ -194,7 +195,7 @@ def describe(card: DecoderCard, log: Sequence[Mapping[str, Any]], recipe: Recipe
         )
     return f"""# pico's diffusion decoder
 
-After its training on proxies it was trained on for {updates:,} updates of {_BATCH} fresh scenes, {hours:.2f} hours, on
+After its training on proxies it was trained on for {updates:,} updates of {batch} fresh scenes, {hours:.2f} hours, on
 {own}. The condition was left out of {card.condition_dropout:.0%}.
 
 Command: `python -m dcdd_pico.post_train_decoder`. At the end, of {_EVALUATED} held-out scenes; `vlm_` is on Janus' own
@@ -207,7 +208,7 @@ conditions, painted in {card.steps} steps:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = stage_parser(__doc__)
     parser.add_argument(
-        "--updates", type=int, default=Recipe.post_updates, help=f"of {_BATCH} scenes each (default %(default)s)"
+        "--updates", type=int, default=Recipe.post_updates, help="of as many scenes as before (default %(default)s)"
     )
     parser.add_argument(
         "--vlm-conditions",

@@ -1,38 +1,60 @@
 """Trains the KL autoencoder whose latents the diffusion decoder generates (like FLUX's VAE, 16 channels).
 
-Its decoder is then made deeper and trained further by itself (`train_vae_decoder`), with the same latents, so that the
-diffusion decoder need not wait for it.
+`python -m dcdd_pico.train_autoencoder` trains both sides of the one that is there on, first made deeper if asked to.
+That changes the latents: all that reads or paints them has to learn them anew. docs/embedded.md lists it, with the
+commands. `train_vae_decoder` then trains the decoder alone, with a GAN loss and the same latents.
+
+Scenes are rendered as it goes, each seen once.
+
+Shapes: B batch, C channels, h w latent pixels.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
 from dcdd_core.method.sampling import keyed_generator
+from dcdd_core.models.vae import load_vae
 from dcdd_core.training.ema import EMA
 from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 from dcdd_core.training.trainable import trained_weights
 
-from .build_context import BuildContext, digest
-from .image_losses import fidelity, reconstruction_loss
+from .autoencoder_card import describe_vae, save_vae
+from .build_context import BuildContext, Recipe, digest, stage_context, stage_parser
+from .embedded import model_paths
+from .image_losses import blemishes, fidelity, reconstruction_loss
 from .reader import SceneReader
+from .scene_arrays import FreshImages
 from .scenes import scene_pixels
+from .train_reader import train_loss_reader
 from .training_loop import train
 
+#: Folder of the log and the checkpoint.
+FOLDER = "autoencoder"
 _STAGE = 2
+_RATE = 1e-3
+_DIVERGENCE = 1e-3
+_BLOCK = 1024
+_BATCH = 32
 
 
-def autoencoder_config() -> dict:
-    """f = 4, 16 latent channels: one packed 2 x 2 latent per 8-pixel token."""
+def autoencoder_config(layers: int = 1) -> dict:
+    """f = 4, 16 latent channels: one packed 2 x 2 latent per 8-pixel token.
+
+    Args:
+        layers: residual blocks of the encoder at each resolution; the decoder has one more.
+    """
     return {
         "in_channels": 3,
         "out_channels": 3,
         "down_block_types": ["DownEncoderBlock2D"] * 3,
         "up_block_types": ["UpDecoderBlock2D"] * 3,
         "block_out_channels": [16, 32, 64],
-        "layers_per_block": 1,
+        "layers_per_block": layers,
         "latent_channels": 16,
         "norm_num_groups": 4,
         "use_quant_conv": False,
@@ -42,22 +64,74 @@ def autoencoder_config() -> dict:
     }
 
 
-def train_autoencoder(context: BuildContext, loss_reader: SceneReader) -> AutoencoderKL:
-    """Trains (or restores) the autoencoder and returns it in evaluation mode.
-
-    Its shift and scale are set so that latents of training scenes have mean 0 and standard deviation 1.
-    """
-    recipe, device = context.recipe, context.device
+def untrained(recipe: Recipe) -> AutoencoderKL:
+    """An autoencoder to begin with; its random weights depend on the recipe's seed alone."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + _STAGE)
-        vae = AutoencoderKL(**autoencoder_config()).train().to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4)
+        return AutoencoderKL(**autoencoder_config(recipe.vae_decoder_layers))
+
+
+def deepened(vae: AutoencoderKL, layers: int, *, seed: int = 0, encoder_learns: bool = False) -> AutoencoderKL:
+    """The same function with more residual blocks at each resolution; `vae` is not changed.
+
+    An `AutoencoderKL` has one configuration for both sides. Its widths cannot grow without changing the function: group
+    normalisation sees all channels of a group. Its depth can: a residual block whose last convolution is zero passes
+    its input on (Net2DeeperNet, Chen et al. 2016, arXiv 1511.05641). All new blocks end in such a convolution. The
+    first one is drawn from the seed, so that the block can learn; or it is zero too, which takes next to nothing in a
+    compressed file.
+
+    Args:
+        layers: `layers_per_block` of the result; the decoder has one more at each resolution.
+        encoder_learns: the encoder's new blocks can learn as well; otherwise they are all zeros.
+
+    Raises:
+        ValueError: if `layers` is fewer than `vae` has.
+    """
+    if layers < vae.config.layers_per_block:
+        raise ValueError(
+            f"the autoencoder has {vae.config.layers_per_block} layers a block and cannot get {layers}: choose at "
+            "least as many"
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        deeper = AutoencoderKL.from_config({**vae.config, "layers_per_block": layers})
+    deeper.to(device=vae.device, dtype=vae.dtype).train(vae.training)
+    old, drawn = vae.state_dict(), ("decoder.", "encoder.") if encoder_learns else ("decoder.",)
+    for name, weight in deeper.state_dict().items():
+        if name in old:
+            if not (name.startswith(drawn) and ".conv1." in name and not old[name].any()):
+                weight.copy_(old[name])
+        elif ".conv2." in name or (not name.startswith(drawn) and ".conv1." in name):
+            weight.zero_()
+    return deeper.requires_grad_(False)
+
+
+def train_autoencoder(
+    context: BuildContext, start: AutoencoderKL, loss_reader: SceneReader, *, ahead: bool = True
+) -> AutoencoderKL:
+    """Trains (or restores) both sides of an autoencoder, and returns it; `start` is not changed.
+
+    Its shift and scale stay: see `normalise`.
+
+    Args:
+        ahead: see `FreshImages`.
+    """
+    recipe, device = context.recipe, context.device
+    steps, size = recipe.autoencoder_steps, recipe.autoencoder_batch
+    vae = deepened(start, start.config.layers_per_block).to(device).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
     ema = EMA(trained_weights(vae), 0.998)
+    scenes = FreshImages("train", recipe.size, block=_BLOCK, ahead=ahead)
+    held_out = scene_pixels(context.held_out_images, device)
+    if recipe.compiled:
+        for side, blocks in (vae.encoder, vae.encoder.down_blocks), (vae.decoder, vae.decoder.up_blocks):
+            for block in (side.mid_block, *blocks):
+                block.compile(dynamic=False)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         draw = keyed_generator(recipe.seed, _STAGE, i)
-        set_learning_rate(optimizer, warmup_cosine(i, recipe.autoencoder_steps, peak=1e-3, warmup=200))
-        pixels = scene_pixels(context.train_images[context.batch(_STAGE, i, recipe.autoencoder_batch)], device)
+        set_learning_rate(optimizer, warmup_cosine(i, steps, peak=_RATE, warmup=min(200, max(1, steps // 10))))
+        pixels = scene_pixels(scenes.batch(i, size), device)
         with context.autocast():
             posterior = vae.encode(pixels).latent_dist
         mean, log_variance = posterior.mean.float(), posterior.logvar.float().clamp(-20, 10)
@@ -66,53 +140,94 @@ def train_autoencoder(context: BuildContext, loss_reader: SceneReader) -> Autoen
             decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
         divergence = kl_divergence(mean, log_variance)
         loss, parts = reconstruction_loss(pixels, decoded, loss_reader, context.autocast)
-        loss = loss + 2e-3 * divergence
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + _DIVERGENCE * divergence).backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         ema.update()
         return parts | {"divergence": divergence.detach()}
 
+    @torch.no_grad()
     def evaluate(_: int) -> dict[str, float]:
-        with ema.swapped_in():
-            return _evaluate(context, vae, loss_reader)
+        decoded, drift = [], []
+        for part in held_out.split(_BATCH):
+            with ema.swapped_in(), context.autocast():
+                mean = vae.encode(part).latent_dist.mean
+                decoded.append(vae.decode(mean).sample.float().clamp(-1, 1))
+                drift.append((mean - start.encode(part).latent_dist.mean).float().square().mean((1, 2, 3)))
+        decoded = torch.cat(decoded)
+        found = fidelity(held_out, decoded, loss_reader) | blemishes(held_out, decoded)
+        return found | {"drift of latents": float(torch.cat(drift).mean().sqrt())}
 
-    train(
-        context.folder / "autoencoder",
-        settings=context.settings(
-            "autoencoder_batch", architecture=autoencoder_config(), loss_reader=digest(loss_reader)
-        ),
-        steps=recipe.autoencoder_steps,
-        step=step,
-        state={"model": vae, "ema": ema, "optimizer": optimizer},
-        evaluate=evaluate,
-        evaluate_every=500,
-        save_every=500,
-    )
-    ema.apply()
-    vae.eval().requires_grad_(False)
-    with torch.no_grad():
-        latents = torch.cat(
-            [
-                vae.encode(scene_pixels(context.train_images[i : i + 32], device)).latent_dist.mean
-                for i in range(0, min(512, recipe.train_scenes), 32)
-            ]
+    try:
+        train(
+            context.folder / FOLDER,
+            settings=context.settings(
+                "autoencoder_batch",
+                architecture=autoencoder_config(vae.config.layers_per_block),
+                rate=_RATE,
+                divergence=_DIVERGENCE,
+                start=digest(start),
+                loss_reader=digest(loss_reader),
+            ),
+            steps=steps,
+            step=step,
+            state={"model": vae, "ema": ema, "optimizer": optimizer},
+            evaluate=evaluate,
+            evaluate_every=500,
+            save_every=250,
         )
-    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
-    return vae
-
-
-def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """KL divergence of N(mean, exp(log_variance)) from N(0, 1) in nats, mean over all elements."""
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    finally:
+        scenes.close()
+    ema.apply()
+    # Without what was compiled.
+    trained = deepened(start, start.config.layers_per_block)
+    trained.load_state_dict(vae.state_dict())
+    return trained.eval()
 
 
 @torch.no_grad()
-def _evaluate(context: BuildContext, vae: AutoencoderKL, loss_reader: SceneReader) -> dict[str, float]:
-    pixels = scene_pixels(context.held_out_images, context.device)
-    decoded = []
-    for part in pixels.split(32):
-        with context.autocast():
-            decoded.append(vae.decode(vae.encode(part).latent_dist.mean).sample.float().clamp(-1, 1))
-    return fidelity(pixels, torch.cat(decoded), loss_reader)
+def normalise(context: BuildContext, vae: AutoencoderKL) -> None:
+    """Sets shift and scale so that latents of training scenes have mean 0 and standard deviation 1."""
+    images = context.train_images[: min(512, context.recipe.train_scenes)]
+    latents = [
+        vae.encode(scene_pixels(images[i : i + _BATCH], context.device)).latent_dist.mean
+        for i in range(0, len(images), _BATCH)
+    ]
+    latents = torch.cat(latents)
+    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+
+
+def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """KL divergence of N(mean, exp(log_variance)) from N(0, 1) in nats, mean over all elements [B, C, h, w]."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+
+
+def main() -> None:
+    parser = stage_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=Recipe.autoencoder_steps, help="updates (default %(default)s)")
+    parser.add_argument(
+        "--layers", type=int, default=Recipe.vae_decoder_layers, help="a block of the autoencoder (default %(default)s)"
+    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
+    chosen = parser.parse_args()
+    before = Recipe.load(chosen.weights)
+    context = stage_context(
+        chosen,
+        autoencoder_before=before.autoencoder_before + before.autoencoder_steps,
+        autoencoder_steps=chosen.steps,
+        vae_decoder_layers=chosen.layers,
+        compiled=chosen.compile,
+    )
+    folder = model_paths(chosen.weights)["vae"]
+    vae = load_vae(folder, device=context.device, dtype=torch.float32)
+    start = deepened(vae, chosen.layers, seed=context.recipe.seed + _STAGE, encoder_learns=True)
+    trained = train_autoencoder(context, start, train_loss_reader(context))
+    save_vae(folder, trained)
+    describe_vae(context, folder, trained, FOLDER)
+    context.recipe.save(chosen.weights)
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()

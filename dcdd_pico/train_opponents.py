@@ -220,18 +220,19 @@ class _Data:
 
 
 def train_diffusion_on_tokens(context: BuildContext, weights: Path, *, operations: float = 1.0) -> None:
-    """Trains (or restores) the diffusion decoder on tokens alone, as the ablation's `discrete` but for all steps of the
-    recipe, and writes its bundle.
+    """Trains (or restores) the diffusion decoder on tokens alone, as the ablation's `discrete` but for all updates that
+    the shipped one had, its post-training's included, and writes its bundle.
 
     Args:
-        operations: updates, times those of the recipe.
+        operations: updates, times those of the shipped decoder.
 
     Raises:
         ValueError: as `train_feed_forward`.
     """
     require_number("operations", operations, above=0, most=1000)
-    longer = replace(context.recipe, decoder_steps=math.ceil(operations * context.recipe.decoder_steps))
-    context = replace(context, recipe=longer)
+    recipe = context.recipe
+    steps = math.ceil(operations * (recipe.decoder_steps + recipe.post_updates))
+    context = replace(context, recipe=replace(recipe, decoder_steps=steps))
     pico = load_pico(device=context.device, weights=weights, with_sampler=False)
     reader = load_reader(device=context.device, weights=weights)
     vae, calibration = pico.codec.model, pico.decoder.card.calibration

@@ -1,12 +1,8 @@
 """Trains a deeper decoder for pico's autoencoder: `python -m dcdd_pico.train_vae_decoder`.
 
 The encoder, and so every latent, stays as it is to the bit: the diffusion decoder was trained on them. An
-`AutoencoderKL` has one configuration for both sides. Its widths cannot grow without the encoder's: group normalisation
-sees all channels of a group, so that an encoder padded with zeros computes the same only if all widths and the number
-of groups grow by one factor, and its attention then only up to the rounding of rescaled weights. Its depth can: a
-residual block whose last convolution is zero passes its input on (Net2DeeperNet, Chen et al. 2016, arXiv 1511.05641).
-So both sides get more blocks, which change nothing at first (`deepened`); the encoder's stay so, the decoder's learn.
-It starts from the decoder that is there.
+`AutoencoderKL` has one configuration for both sides, so that both get more blocks, which change nothing at first
+(`train_autoencoder.deepened`); the encoder's stay so, the decoder's learn. It starts from the decoder that is there.
 
 The losses are those that the decoders of the VQ-VAE and the opponents have (`gan_finetune`), none of them a metric of
 the tables; the discriminator joins for the last quarter. Scenes are rendered as it goes, each seen once.
@@ -21,32 +17,24 @@ commands that renew it, is listed in docs/embedded.md.
 from __future__ import annotations
 
 import argparse
-import copy
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from dcdd_core.evaluation.figures import save_image, training_curves
-from dcdd_core.files import write_text
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.vae import load_vae
-from dcdd_core.training.log import read_log
 
+from .autoencoder_card import describe_vae, save_vae
 from .build_context import BuildContext, Recipe, digest, stage_context, stage_parser
 from .embedded import model_paths
-from .export import let_others_read
-from .flops import parameters
 from .gan_finetune import train_with_gan
 from .image_losses import blemishes, fidelity
 from .reader import SceneReader
 from .scene_arrays import FreshImages
 from .scenes import scene_pixels
+from .train_autoencoder import deepened
 from .train_reader import train_loss_reader
-from .training_loop import last_held_out
 
 #: Folder of the log and the checkpoint.
 FOLDER = "vae-decoder"
@@ -56,36 +44,6 @@ _RATE = 1e-3
 _ALONE = 0.75
 _BLOCK = 1024
 _BATCH = 32
-
-
-def deepened(vae: AutoencoderKL, layers: int, *, seed: int = 0) -> AutoencoderKL:
-    """The same function with more residual blocks at each resolution; `vae` is not changed.
-
-    New blocks end in a convolution that is zero. In the encoder all their convolutions are, so that they take next to
-    nothing in a compressed file; in the decoder the first one is drawn from the seed, so that the block can learn.
-
-    Args:
-        layers: `layers_per_block` of the result; the decoder has one more at each resolution.
-
-    Raises:
-        ValueError: if that is fewer than `vae` has.
-    """
-    if layers < vae.config.layers_per_block:
-        raise ValueError(
-            f"the autoencoder has {vae.config.layers_per_block} layers a block and cannot get {layers}: choose at "
-            "least as many"
-        )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        deeper = AutoencoderKL.from_config({**vae.config, "layers_per_block": layers})
-    deeper.to(device=vae.device, dtype=vae.dtype).train(vae.training)
-    old = vae.state_dict()
-    for name, weight in deeper.state_dict().items():
-        if name in old:
-            weight.copy_(old[name])
-        elif ".conv2." in name or (name.startswith("encoder.") and ".conv1." in name):
-            weight.zero_()
-    return deeper.requires_grad_(False)
 
 
 def train_vae_decoder(
@@ -168,41 +126,6 @@ def train_vae_decoder(
     return trained.eval()
 
 
-def save_vae(folder: Path, vae: AutoencoderKL) -> None:
-    """Writes an autoencoder in half precision over that in a folder."""
-    copy.deepcopy(vae).half().save_pretrained(folder)
-    let_others_read(folder, like=folder / "config.json")
-
-
-def describe_vae_decoder(context: BuildContext, folder: Path, vae: AutoencoderKL) -> None:
-    """Writes the card of a trained decoder into its folder, and the curves of its training into the work folder."""
-    log = read_log(context.folder / FOLDER)
-    write_text(folder / "README.md", card(context.recipe, vae, log))
-    curves = training_curves(
-        {"SSIM": log, "tint of greys": log}, {"SSIM": "eval/ssim", "tint of greys": "eval/tint of greys"}
-    )
-    save_image(curves, context.folder / "vae-decoder-curves.png")
-
-
-def card(recipe: Recipe, vae: AutoencoderKL, log: Sequence[Mapping[str, Any]]) -> str:
-    """What the weights are, in Markdown."""
-    seconds, table = last_held_out(log)
-    steps, batch = recipe.vae_decoder_steps, recipe.autoencoder_batch
-    layers, before = vae.config.layers_per_block, recipe.autoencoder_steps + recipe.vae_decoder_before
-    return f"""# pico's autoencoder
-
-`AutoencoderKL`, {vae.config.latent_channels} channels, {layers} layers a block; {parameters(vae.decoder) / 1e6:.2f} M
-parameters in its decoder. The encoder's blocks beyond the first at each resolution pass their input on: it is that of
-one layer a block, to the bit. The decoder was trained by itself, from one of {before:,} updates of {batch} scenes, for
-{steps:,} updates of as many fresh ones ({steps * batch:,} in all), {seconds / 3600:.2f} hours.
-
-Command: `python -m dcdd_pico.train_vae_decoder`. Round trip of held-out scenes at the end ("perceptual" by the network
-that was its loss; errors and tint of pixels in -1..1):
-
-{table}
-"""
-
-
 def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--steps", type=int, default=Recipe.vae_decoder_steps, help="updates (default %(default)s)")
@@ -223,7 +146,7 @@ def main() -> None:
     vae = load_vae(folder, device=context.device, dtype=torch.float32)
     trained = train_vae_decoder(context, vae, train_loss_reader(context))
     save_vae(folder, trained)
-    describe_vae_decoder(context, folder, trained)
+    describe_vae(context, folder, trained, FOLDER)
     context.recipe.save(chosen.weights)
     print(folder)
 

@@ -46,13 +46,19 @@ def test_the_table_multiplies_by_the_recipes_images():
     vq, small, vae = tiny_vq(), decoder(), tiny_vae()
     steps = ("tokenizer", "vq_decoder", "decoder", "autoencoder", "vae_decoder")
     recipe = Recipe(
-        size=16, tokenizer_batch=1, vae_decoder_before=3, autoencoder_batch=7, **{f"{name}_steps": 1 for name in steps}
+        size=16,
+        tokenizer_batch=1,
+        vae_decoder_before=3,
+        autoencoder_before=5,
+        autoencoder_batch=7,
+        post_updates=2,
+        **{f"{name}_steps": 1 for name in steps},
     )
     once = training_flops(vq, small, vae, recipe)
     assert f"| VQ-VAE decoder | {vq_flops(vq):.3g} | 2 | {2 * vq_flops(vq):.3g} |" in once
-    assert f"| diffusion decoder | {dcdd_flops(small):.3g} | 16 | {16 * dcdd_flops(small):.3g} |" in once
-    assert f"| autoencoder's decoder | {vae_flops(vae, 16):.3g} | 35 | {35 * vae_flops(vae, 16):.3g} |" in once
-    ours, latents = 16 * dcdd_flops(small), 35 * vae_flops(vae, 16)
+    assert f"| diffusion decoder | {dcdd_flops(small):.3g} | 48 | {48 * dcdd_flops(small):.3g} |" in once
+    assert f"| autoencoder's decoder | {vae_flops(vae, 16):.3g} | 70 | {70 * vae_flops(vae, 16):.3g} |" in once
+    ours, latents = 48 * dcdd_flops(small), 70 * vae_flops(vae, 16)
     assert f"{2 * vq_flops(vq) / ours:.2f} times the training FLOPs of the diffusion decoder" in once
     assert f"{2 * vq_flops(vq) / (ours + latents):.2f} times those of that decoder" in once
 
@@ -129,7 +135,7 @@ def test_losses_are_counted_by_themselves():
 
 
 def test_images_are_counted_by_the_recipe_and_parameters_by_the_file(tmp_path):
-    assert decoder_images(Recipe(decoder_steps=7, decoder_batch=3)) == 21
+    assert decoder_images(Recipe(decoder_steps=7, post_updates=2, decoder_batch=3)) == 27
     whole = decoder()
     save_bundle(tmp_path / "a.safetensors", whole)
     loaded = load_dcdd(tmp_path / "a.safetensors")

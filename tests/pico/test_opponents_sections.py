@@ -290,8 +290,8 @@ def test_costs_are_those_of_trainings(setup):
     assert costs[DCDD] == {
         PARAMETERS: parameters(ours),
         EACH: dcdd_flops(ours),
-        IMAGES: 16 * recipe.decoder_steps,
-        TOTAL: dcdd_flops(ours) * 16 * recipe.decoder_steps,
+        IMAGES: 16 * (recipe.decoder_steps + recipe.post_updates),
+        TOTAL: dcdd_flops(ours) * 16 * (recipe.decoder_steps + recipe.post_updates),
     }
     each = feed_forward_flops(others[FINE_CONDITION].network)
     assert (costs[FINE_CONDITION][EACH], costs[FINE_CONDITION][IMAGES], costs[FINE_CONDITION][TOTAL]) == (

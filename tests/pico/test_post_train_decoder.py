@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:the calibration of .* did not co
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """The shapes of pico with random weights; its decoder is served the logits as they are."""
-    return random_pico(tmp_path_factory.mktemp("pico") / "weights")
+    made = random_pico(tmp_path_factory.mktemp("pico") / "weights")
+    replace(Recipe.load(made), decoder_batch=2).save(made)
+    return made
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    for name, value in {"_BATCH": 2, "_EVALUATED": 2, "_SHOWN": 1, "_WARMUP": 0}.items():
+    for name, value in {"_EVALUATED": 2, "_SHOWN": 1, "_WARMUP": 0}.items():
         monkeypatch.setattr(stage, name, value)
 
 

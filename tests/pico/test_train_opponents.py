@@ -21,7 +21,7 @@ from dcdd_pico.reader import SceneReader
 from dcdd_pico.scenes import scene_facts, scene_pixels
 from tests.tiny import fill, random_pico, tiny_decoder
 
-SMALL = Recipe(train_scenes=8, held_out_scenes=2, decoder_steps=5, decoder_batch=2)
+SMALL = Recipe(train_scenes=8, held_out_scenes=2, decoder_steps=3, post_updates=2, decoder_batch=2)
 NAME = "feed-forward-condition"
 SHAPES = {
     "feed-forward": {"width": 16, "blocks": 1, "channels": (16, 8, 8, 8)},
