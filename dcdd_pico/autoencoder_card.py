@@ -50,9 +50,7 @@ def card(recipe: Recipe, vae: AutoencoderKL, log: Sequence[Mapping[str, Any]], t
         alone += recipe.vae_decoder_steps
     layers, extra = vae.config.layers_per_block, ""
     if not any(block.resnets[-1].conv2.weight.any() for block in vae.encoder.down_blocks):
-        extra = (
-            "The encoder's last block at each resolution passes its input on: they are there for the decoder's depth.\n"
-        )
+        extra = "The encoder's last block at each resolution passes its input on: both sides have one configuration.\n"
     return f"""# pico's autoencoder
 
 `AutoencoderKL`, {vae.config.latent_channels} channels, {layers} layers a block; {parameters(vae.encoder) / 1e6:.2f} M

@@ -135,7 +135,8 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     describe_vae(context, weights / "vae", finetuned, VAE_DECODER)
     if not reached("post-training"):
         return
-    save_post_trained(context, weights, post_train_decoder(context, weights))
+    if context.recipe.post_updates:
+        save_post_trained(context, weights, post_train_decoder(context, weights))
     if not reached("serving"):
         return
     serve(context, weights, guidance=context.recipe.guidance)

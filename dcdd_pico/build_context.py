@@ -39,8 +39,8 @@ class Recipe:
         vae_decoder_before: updates of that decoder by itself before its last training of `vae_decoder_steps`.
         janus_uses: how often Janus' training goes through a scene.
         janus_held_out: scenes of Janus' last evaluation, held out and trained on; those before take `held_out_scenes`.
-        post_updates, post_vlm_share: of the decoder's last post-training, and how many of its examples have Janus' own
-            conditions; 0 beside a decoder without one.
+        post_updates, post_vlm_share: of the decoder's last post-training, 0 for none; and how many of its examples have
+            Janus' own conditions.
         progressive_uses: how often the masked sampler's training goes through a scene.
         corruption_steps: updates of each sampler of `train_corruptions`.
         progressive_layers: of Janus, the first ones, that the masked sampler starts from; all where it has fewer.
@@ -72,7 +72,7 @@ class Recipe:
     decoder_batch: int = 16
     decoder_learning_rate: float = 2e-3
     decoder_shift: float = 1.5
-    post_updates: int = 3_000
+    post_updates: int = 0
     post_vlm_share: float = 0.5
     choice_scenes: int = 1_024
     prior_steps: int = 1_500

@@ -51,6 +51,7 @@ NAME, CARD = "post-decoder", "decoder.md"
 _STAGE = 17
 _LEARNING_RATE = 3e-4
 _WARMUP = 100
+_UPDATES = 3_000
 _LOCALISED = 0.2
 _DROPPED = 0.1
 _EVALUATED = 64
@@ -208,7 +209,7 @@ conditions, painted in {card.steps} steps:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = stage_parser(__doc__)
     parser.add_argument(
-        "--updates", type=int, default=Recipe.post_updates, help="of as many scenes as before (default %(default)s)"
+        "--updates", type=int, default=_UPDATES, help="of as many scenes as before (default %(default)s)"
     )
     parser.add_argument(
         "--vlm-conditions",

@@ -146,9 +146,13 @@ def painter(
 
     def image(part: range, grid: TokenLogits) -> torch.Tensor:
         condition = condition_for(card, grid, vq.codebook)
-        served = {"steps": card.steps, "shift": card.shift, "condition_guidance": card.condition_guidance}
-        with context.autocast():
-            return decode(decoder, KLCodec(vae), condition, seeds=part, **served).pixels
+        # A shift of None is the backbone's own here; given to `decode` it would be that of the decoder's card.
+        before, decoder.card = decoder.card, card
+        try:
+            with context.autocast():
+                return decode(decoder, KLCodec(vae), condition, seeds=part).pixels
+        finally:
+            decoder.card = before
 
     return image
 

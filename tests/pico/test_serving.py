@@ -3,14 +3,14 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dcdd_core.evaluation.frechet import FrechetStatistics, frechet_distance
+from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.pipelines.decode import decode
 from dcdd_pico import serving
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.models import load_pico
@@ -109,28 +109,34 @@ def test_no_shift_is_tried_whose_last_step_begins_later_than_asked():
     assert tried(1.0, 10) == [None, *serving.SHIFTS]
 
 
-def test_guidance_on_the_condition_grows_as_long_as_that_is_better_and_is_painted_with(monkeypatch):
+def test_guidance_on_the_condition_grows_as_long_as_that_is_better():
     card = tiny_card(reads="anchored", condition_dropout=0.1)
     found = search_condition_guidance(card, lambda one: abs(one.condition_guidance - 1.6), {1.0: 0.6})
     assert list(found) == [1.0, 1.25, 1.5, 2.0] and min(found, key=found.get) == 1.5
     assert list(search_condition_guidance(card, lambda _: 0.7, {1.0: 0.6})) == [1.0, 1.25]
 
-    class Asked(Exception):
-        pass
 
-    def decode(*_, seeds, **served):
-        raise Asked(served)
-
-    monkeypatch.setattr(serving, "decode", decode)
-    for name in ("condition_for", "KLCodec"):
-        monkeypatch.setattr(serving, name, lambda *_: None)
-    context = BuildContext(folder=Path(), device=torch.device("cpu"), recipe=Recipe())
-    paint = serving.painter(
-        context, SimpleNamespace(codebook=None), None, None, replace(card, shift=2.0, condition_guidance=1.5)
-    )
-    with pytest.raises(Asked) as told:
-        paint(range(2), None)
-    assert told.value.args[0] == {"steps": card.steps, "shift": 2.0, "condition_guidance": 1.5}
+@pytest.mark.filterwarnings("ignore:.*")
+@torch.no_grad()
+def test_a_candidate_is_painted_as_its_card_says_whatever_the_decoder_was_served_with(tmp_path):
+    """A shift of None is FLUX's own, though the decoder's card has another: `serving` runs on decoders that have."""
+    pico = load_pico(weights=random_pico(tmp_path / "weights"))
+    context = BuildContext(folder=tmp_path, device=torch.device("cpu"), recipe=Recipe())
+    grid = pico.sampler.sample(["a red circle"], seeds=[3])
+    served = replace(pico.decoder.card, shift=3.0, steps=2)
+    pico.decoder.card = served
+    for shift, steps in (None, 3), (2.0, 2):
+        card = replace(served, shift=shift, steps=steps)
+        paint = serving.painter(context, pico.tokenizer, pico.codec.model, pico.decoder, card)
+        found = paint(range(3, 4), grid)
+        assert pico.decoder.card is served, "the decoder is as it was"
+        pico.decoder.card = card
+        condition = condition_for(card, grid, pico.tokenizer.codebook)
+        with context.autocast():
+            expected = decode(pico.decoder, pico.codec, condition, seeds=[3], steps=steps).pixels
+            other = decode(pico.decoder, pico.codec, condition, seeds=[3], steps=steps, shift=3.0).pixels
+        pico.decoder.card = served
+        assert torch.equal(found, expected) and not torch.equal(found, other)
 
 
 @pytest.mark.filterwarnings("ignore:.*")
