@@ -148,9 +148,11 @@ def test_the_posterior_is_sampled_and_its_divergence_is_a_part_of_the_loss(vae, 
 
     monkeypatch.setattr(AutoencoderKL, "decode", decoded)
     monkeypatch.setattr(stage, "train", lambda *_, step, **__: step(0))
-    stage.train_autoencoder(context_of(tmp_path / "c"), vae, reader, ahead=False)
+    narrow = deepened(vae, 1)
+    narrow.encoder.conv_out.bias[vae.config.latent_channels :] -= 4  # a posterior that is not as wide as its prior
+    stage.train_autoencoder(context_of(tmp_path / "c"), narrow, reader, ahead=False)
     with torch.no_grad():
-        posterior = vae.encode(scenes(0, 2)).latent_dist
+        posterior = narrow.encode(scenes(0, 2)).latent_dist
     noise = (seen[0].detach() - posterior.mean) / posterior.std
     assert noise.std() == pytest.approx(1, abs=0.1) and noise.mean() == pytest.approx(0, abs=0.1)
 
