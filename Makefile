@@ -2,7 +2,7 @@
 # `make PYTHON=/path/to/python3.11` picks the interpreter that makes it.
 PYTHON ?= python3
 VENV := .venv
-# Each takes some 3 GB.
+# Processes of `make test`.
 WORKERS ?= 2
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready

@@ -19,7 +19,7 @@ from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.condition import serving
 from dcdd_core.training.log import read_log
 
-from .autoencoder_card import describe_vae
+from .autoencoder_command import describe_vae
 from .build_context import WORK, BuildContext, Recipe
 from .embedded import JANUS, PRIOR, WEIGHTS
 from .export import export

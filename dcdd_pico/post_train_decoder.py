@@ -209,7 +209,7 @@ conditions, painted in {card.steps} steps:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = stage_parser(__doc__)
     parser.add_argument(
-        "--updates", type=int, default=_UPDATES, help="of as many scenes as before (default %(default)s)"
+        "--updates", type=int, default=_UPDATES, help="of the recipe's decoder_batch scenes each (default %(default)s)"
     )
     parser.add_argument(
         "--vlm-conditions",

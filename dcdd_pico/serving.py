@@ -101,6 +101,10 @@ class JointDistance:
         images = scene_images(self.context.folder, "calibration", len(self.facts), size=size)
         return self._features(scene_pixels(images[part.start : part.stop], self.context.device) for part in self.parts)
 
+    @cached_property
+    def _encoded_facts(self) -> dict[str, torch.Tensor]:
+        return {name: fact_features(real, self.facts) for name, real in self._real.items()}
+
     def _features(self, batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
         parts = {name: [] for name in self.networks}
         for pixels in batches:
@@ -124,9 +128,8 @@ class JointDistance:
         made = self._features(image(part, grid) for part, grid in zip(self.parts, samples, strict=True))
         found = {}
         for name, real in self._real.items():
-            facts = fact_features(real, self.facts)
-            pairs = (FrechetStatistics.of([torch.cat([features, facts], dim=1)]) for features in (real, made[name]))
-            found[name] = frechet_distance(*pairs)
+            pairs = ([features, self._encoded_facts[name]] for features in (real, made[name]))
+            found[name] = frechet_distance(*(FrechetStatistics.of([torch.cat(pair, dim=1)]) for pair in pairs))
         return found
 
 

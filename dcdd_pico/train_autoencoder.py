@@ -11,26 +11,23 @@ Shapes: B batch, C channels, h w latent pixels.
 
 from __future__ import annotations
 
-import argparse
+import copy
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.models.vae import load_vae
 from dcdd_core.training.ema import EMA
 from dcdd_core.training.schedules import set_learning_rate, warmup_cosine
 from dcdd_core.training.trainable import trained_weights
 
-from .autoencoder_card import describe_vae, save_vae
-from .build_context import BuildContext, Recipe, digest, stage_context, stage_parser
-from .embedded import model_paths
+from .autoencoder_command import run_command
+from .build_context import BuildContext, Recipe, digest
 from .image_losses import blemishes, fidelity, reconstruction_loss
 from .reader import SceneReader
 from .scene_arrays import FreshImages
 from .scenes import scene_pixels
-from .train_reader import train_loss_reader
 from .training_loop import train
 
 #: Folder of the log and the checkpoint.
@@ -118,15 +115,16 @@ def train_autoencoder(
     """
     recipe, device = context.recipe, context.device
     steps, size = recipe.autoencoder_steps, recipe.autoencoder_batch
-    vae = deepened(start, start.config.layers_per_block).to(device).train().requires_grad_(True)
+    vae = copy.deepcopy(start).to(device).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
     ema = EMA(trained_weights(vae), 0.998)
     scenes = FreshImages("train", recipe.size, block=_BLOCK, ahead=ahead)
     held_out = scene_pixels(context.held_out_images, device)
+    with torch.no_grad(), context.autocast():
+        before = torch.cat([start.encode(part).latent_dist.mean for part in held_out.split(_BATCH)])
     if recipe.compiled:
-        for side, blocks in (vae.encoder, vae.encoder.down_blocks), (vae.decoder, vae.decoder.up_blocks):
-            for block in (side.mid_block, *blocks):
-                block.compile(dynamic=False)
+        compile_blocks(vae.encoder.mid_block, *vae.encoder.down_blocks)
+        compile_blocks(vae.decoder.mid_block, *vae.decoder.up_blocks)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         draw = keyed_generator(recipe.seed, _STAGE, i)
@@ -149,15 +147,12 @@ def train_autoencoder(
 
     @torch.no_grad()
     def evaluate(_: int) -> dict[str, float]:
-        decoded, drift = [], []
-        for part in held_out.split(_BATCH):
-            with ema.swapped_in(), context.autocast():
-                mean = vae.encode(part).latent_dist.mean
-                decoded.append(vae.decode(mean).sample.float().clamp(-1, 1))
-                drift.append((mean - start.encode(part).latent_dist.mean).float().square().mean((1, 2, 3)))
-        decoded = torch.cat(decoded)
+        with ema.swapped_in(), context.autocast():
+            means = torch.cat([vae.encode(part).latent_dist.mean for part in held_out.split(_BATCH)])
+            decoded = torch.cat([vae.decode(part).sample.float().clamp(-1, 1) for part in means.split(_BATCH)])
+        drift = (means - before).float().square().mean().sqrt()
         found = fidelity(held_out, decoded, loss_reader) | blemishes(held_out, decoded)
-        return found | {"drift of latents": float(torch.cat(drift).mean().sqrt())}
+        return found | {"drift of latents": float(drift)}
 
     try:
         train(
@@ -181,9 +176,15 @@ def train_autoencoder(
         scenes.close()
     ema.apply()
     # Without what was compiled.
-    trained = deepened(start, start.config.layers_per_block)
+    trained = copy.deepcopy(start)
     trained.load_state_dict(vae.state_dict())
-    return trained.eval()
+    return trained.eval().requires_grad_(False)
+
+
+def compile_blocks(*blocks: nn.Module) -> None:
+    """Compiles blocks of an autoencoder, each for the one size that a training has."""
+    for block in blocks:
+        block.compile(dynamic=False)
 
 
 @torch.no_grad()
@@ -204,29 +205,12 @@ def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tenso
 
 
 def main() -> None:
-    parser = stage_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=Recipe.autoencoder_steps, help="updates (default %(default)s)")
-    parser.add_argument(
-        "--layers", type=int, default=Recipe.vae_decoder_layers, help="a block of the autoencoder (default %(default)s)"
-    )
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
-    chosen = parser.parse_args()
-    before = Recipe.load(chosen.weights)
-    context = stage_context(
-        chosen,
-        autoencoder_before=before.autoencoder_before + before.autoencoder_steps,
-        autoencoder_steps=chosen.steps,
-        vae_decoder_layers=chosen.layers,
-        compiled=chosen.compile,
-    )
-    folder = model_paths(chosen.weights)["vae"]
-    vae = load_vae(folder, device=context.device, dtype=torch.float32)
-    start = deepened(vae, chosen.layers, seed=context.recipe.seed + _STAGE, encoder_learns=True)
-    trained = train_autoencoder(context, start, train_loss_reader(context))
-    save_vae(folder, trained)
-    describe_vae(context, folder, trained, FOLDER)
-    context.recipe.save(chosen.weights)
-    print(folder)
+    def train(context: BuildContext, vae: AutoencoderKL, loss_reader: SceneReader) -> AutoencoderKL:
+        recipe = context.recipe
+        start = deepened(vae, recipe.vae_decoder_layers, seed=recipe.seed + _STAGE, encoder_learns=True)
+        return train_autoencoder(context, start, loss_reader)
+
+    run_command(__doc__, "autoencoder", train)
 
 
 if __name__ == "__main__":

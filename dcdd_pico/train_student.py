@@ -36,7 +36,6 @@ from .image_losses import fidelity
 from .models import load_reader
 
 _STAGE = 16
-_BATCH = 16
 _LEARNING_RATE = 5e-4
 _UPDATES = 4_000
 _LOCALISED = 0.2
@@ -143,7 +142,7 @@ def train_student(
         encoders,
         own,
         vlm_share=vlm_share,
-        batch=_BATCH,
+        batch=recipe.decoder_batch,
         run=RunConfig(samples=_SHOWN, sample_every=250, save_every=100, log_every=25),
         evaluate=Agreement(context, task, encoders, weights, conditions),
     )
@@ -156,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher-steps", type=int, help="default: as the teacher's card says")
     parser.add_argument("--objective", default=told.objective, choices=OBJECTIVES)
     parser.add_argument("--shift", type=float, default=_SHIFT, help=f"of the student; default: {_SHIFT:g}")
-    parser.add_argument("--updates", type=int, default=_UPDATES, help=f"of {_BATCH} scenes each")
+    parser.add_argument("--updates", type=int, default=_UPDATES, help="of the recipe's decoder_batch scenes each")
     parser.add_argument(
         "--vlm-conditions",
         type=float,

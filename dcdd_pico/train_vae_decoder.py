@@ -16,25 +16,20 @@ commands that renew it, is listed in docs/embedded.md.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
 from dcdd_core.method.sampling import keyed_generator
-from dcdd_core.models.vae import load_vae
 
-from .autoencoder_card import describe_vae, save_vae
-from .build_context import BuildContext, Recipe, digest, stage_context, stage_parser
-from .embedded import model_paths
+from .autoencoder_command import run_command
+from .build_context import BuildContext, digest
 from .gan_finetune import train_with_gan
 from .image_losses import blemishes, fidelity
 from .reader import SceneReader
 from .scene_arrays import FreshImages
 from .scenes import scene_pixels
-from .train_autoencoder import deepened
-from .train_reader import train_loss_reader
+from .train_autoencoder import compile_blocks, deepened
 
 #: Folder of the log and the checkpoint.
 FOLDER = "vae-decoder"
@@ -92,8 +87,7 @@ def train_vae_decoder(
 
     if recipe.compiled:
         # Not the last layer, whose gradient alone is asked for besides (`adaptive_weight`).
-        for block in (decoder.mid_block, *decoder.up_blocks):
-            block.compile(dynamic=False)
+        compile_blocks(decoder.mid_block, *decoder.up_blocks)
     try:
         train_with_gan(
             context,
@@ -127,28 +121,7 @@ def train_vae_decoder(
 
 
 def main() -> None:
-    parser = stage_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=Recipe.vae_decoder_steps, help="updates (default %(default)s)")
-    parser.add_argument(
-        "--layers", type=int, default=Recipe.vae_decoder_layers, help="a block of the autoencoder (default %(default)s)"
-    )
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
-    chosen = parser.parse_args()
-    before = Recipe.load(chosen.weights)
-    context = stage_context(
-        chosen,
-        vae_decoder_before=before.vae_decoder_before + before.vae_decoder_steps,
-        vae_decoder_steps=chosen.steps,
-        vae_decoder_layers=chosen.layers,
-        compiled=chosen.compile,
-    )
-    folder = model_paths(chosen.weights)["vae"]
-    vae = load_vae(folder, device=context.device, dtype=torch.float32)
-    trained = train_vae_decoder(context, vae, train_loss_reader(context))
-    save_vae(folder, trained)
-    describe_vae(context, folder, trained, FOLDER)
-    context.recipe.save(chosen.weights)
-    print(folder)
+    run_command(__doc__, "vae_decoder", train_vae_decoder)
 
 
 if __name__ == "__main__":

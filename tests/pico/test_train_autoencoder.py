@@ -13,51 +13,28 @@ from diffusers import AutoencoderKL
 import dcdd_pico.train_autoencoder as stage
 from dcdd_core.models.vae import load_vae
 from dcdd_core.training.log import read_log
+from dcdd_pico import autoencoder_command
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.export import MOST_BYTES
 from dcdd_pico.image_losses import blemishes, fidelity
-from dcdd_pico.reader import SceneReader
-from dcdd_pico.scene_arrays import FreshImages, rendered
-from dcdd_pico.scenes import scene_pixels
+from dcdd_pico.scene_arrays import FreshImages
 from dcdd_pico.train_autoencoder import autoencoder_config, deepened
+from tests.pico.autoencoders import SIDE, make_often, same, scenes
 from tests.pico.stopping import assert_same_logs, stopped_at
-from tests.tiny import fill, tiny_vae
+from tests.tiny import tiny_vae
 
 SMALL = Recipe(
-    size=32, held_out_scenes=3, autoencoder_batch=2, autoencoder_steps=4, vae_decoder_layers=2, train_scenes=4
+    size=SIDE, held_out_scenes=3, autoencoder_batch=2, autoencoder_steps=4, vae_decoder_layers=2, train_scenes=4
 )
-
-
-@pytest.fixture(scope="module")
-def reader() -> SceneReader:
-    return fill(SceneReader()).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def vae() -> AutoencoderKL:
-    return tiny_vae().eval().requires_grad_(False)
 
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
-    """A checkpoint and an evaluation after every update, and short blocks of scenes."""
-    train = stage.train
-    every = {"save_every": 1, "evaluate_every": 1, "log_every": 1}
-    monkeypatch.setattr(stage, "train", lambda *given, **options: train(*given, **options | every))
-    monkeypatch.setattr(stage, "_BLOCK", 3)
+    make_often(monkeypatch, stage, stage)
 
 
 def context_of(folder: Path) -> BuildContext:
     return BuildContext(folder=folder, device=torch.device("cpu"), recipe=SMALL)
-
-
-def scenes(first: int, count: int, split="train") -> torch.Tensor:
-    return scene_pixels(rendered(split, first, count, SMALL.size))
-
-
-def same(one, other) -> bool:
-    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
-    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -175,7 +152,7 @@ def test_the_command_trains_on_what_is_there(vae, reader, tmp_path, monkeypatch,
     Recipe(size=32, held_out_scenes=3, autoencoder_batch=2, train_scenes=4, guidance=2.5, **older).save(weights)
     before = load_vae(folder, dtype=torch.float32)
     real = stage.train_autoencoder
-    monkeypatch.setattr(stage, "train_loss_reader", lambda context: reader)
+    monkeypatch.setattr(autoencoder_command, "train_loss_reader", lambda context: reader)
     monkeypatch.setattr(stage, "train_autoencoder", lambda *given: real(*given, ahead=False))
     options = {"--folder": tmp_path / "work", "--weights": weights, "--device": "cpu", "--steps": 4, "--layers": 2}
     monkeypatch.setattr(sys, "argv", ["a", *(str(part) for pair in options.items() for part in pair)])
@@ -190,7 +167,7 @@ def test_the_command_trains_on_what_is_there(vae, reader, tmp_path, monkeypatch,
     text = (folder / "README.md").read_text("utf-8")
     assert "both sides had 12 updates of 2 scenes, and the decoder alone\n11." in text
     assert "trained both sides for 4 updates of as many fresh scenes (8\nin all)" in text
-    assert "train_autoencoder`" in text and "passes its input on" not in text and "| drift of latents |" in text
+    assert "train_autoencoder`" in text and "pass their input on" not in text and "| drift of latents |" in text
     assert (tmp_path / "work" / "autoencoder-curves.png").exists()
 
 

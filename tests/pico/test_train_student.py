@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,16 @@ from dcdd_core.models.bundle import read_card
 from dcdd_core.models.card import Distilled
 from dcdd_core.training.batches import Batches, DataShard
 from dcdd_core.training.log import read_log
+from dcdd_pico.build_context import Recipe
 from dcdd_pico.scenes import render_scene
 from tests.tiny import random_pico
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    return random_pico(tmp_path_factory.mktemp("pico") / "weights")
+    made = random_pico(tmp_path_factory.mktemp("pico") / "weights")
+    replace(Recipe.load(made), decoder_batch=2).save(made)
+    return made
 
 
 def test_every_scene_comes_once_with_its_caption_whatever_the_number_of_processes():
@@ -41,7 +45,7 @@ def test_every_scene_comes_once_with_its_caption_whatever_the_number_of_processe
 
 @pytest.mark.filterwarnings("ignore:the calibration of .* did not converge")
 def test_it_learns_from_the_decoder_that_is_there_and_is_written(weights, tmp_path, monkeypatch, capsys):
-    for name, value in {"_BATCH": 2, "_EVALUATED": 2, "_SHOWN": 1}.items():
+    for name, value in {"_EVALUATED": 2, "_SHOWN": 1}.items():
         monkeypatch.setattr(stage, name, value)
     words = ["--folder", str(tmp_path), "--weights", str(weights), "--device", "cpu", "--no-compile"]
 

@@ -14,51 +14,27 @@ from diffusers import AutoencoderKL
 import dcdd_pico.train_vae_decoder as stage
 from dcdd_core.models.vae import load_vae
 from dcdd_core.training.log import read_log
-from dcdd_pico import gan_finetune, scene_arrays
+from dcdd_pico import autoencoder_command, gan_finetune, scene_arrays
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.image_losses import blemishes, fidelity
-from dcdd_pico.reader import SceneReader
 from dcdd_pico.scene_arrays import FreshImages, rendered
-from dcdd_pico.scenes import scene_pixels
 from dcdd_pico.train_autoencoder import deepened
+from tests.pico.autoencoders import SIDE, make_often, same, scenes
 from tests.pico.stopping import assert_same_logs, stopped_at
-from tests.tiny import fill, tiny_vae
+from tests.tiny import tiny_vae
 
 SMALL = Recipe(
-    size=32, held_out_scenes=3, autoencoder_batch=2, vae_decoder_steps=4, vae_decoder_layers=2, train_scenes=4
+    size=SIDE, held_out_scenes=3, autoencoder_batch=2, vae_decoder_steps=4, vae_decoder_layers=2, train_scenes=4
 )
-
-
-@pytest.fixture(scope="module")
-def reader() -> SceneReader:
-    return fill(SceneReader()).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def vae() -> AutoencoderKL:
-    return tiny_vae().eval().requires_grad_(False)
 
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
-    """A checkpoint and an evaluation after every update, and short blocks of scenes."""
-    train = gan_finetune.train
-    every = {"save_every": 1, "evaluate_every": 1, "log_every": 1}
-    monkeypatch.setattr(gan_finetune, "train", lambda *given, **options: train(*given, **options | every))
-    monkeypatch.setattr(stage, "_BLOCK", 3)
+    make_often(monkeypatch, gan_finetune, stage)
 
 
 def context_of(folder: Path) -> BuildContext:
     return BuildContext(folder=folder, device=torch.device("cpu"), recipe=SMALL)
-
-
-def scenes(first: int, count: int, split="train") -> torch.Tensor:
-    return scene_pixels(rendered(split, first, count, SMALL.size))
-
-
-def same(one, other) -> bool:
-    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
-    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
 @pytest.mark.filterwarnings("ignore:.*")
@@ -113,7 +89,7 @@ def test_the_command_replaces_the_decoder_and_keeps_the_encoder(vae, reader, tmp
     Recipe(size=32, held_out_scenes=3, autoencoder_batch=2, train_scenes=4, **older).save(weights)
     before = load_vae(folder, dtype=torch.float32)
     real = stage.train_vae_decoder
-    monkeypatch.setattr(stage, "train_loss_reader", lambda context: reader)
+    monkeypatch.setattr(autoencoder_command, "train_loss_reader", lambda context: reader)
     monkeypatch.setattr(stage, "train_vae_decoder", lambda *given: real(*given, ahead=False))
     options = {"--folder": tmp_path / "work", "--weights": weights, "--device": "cpu", "--steps": 2, "--layers": 2}
     monkeypatch.setattr(sys, "argv", ["a", *(str(part) for pair in options.items() for part in pair)])
@@ -138,7 +114,8 @@ def test_the_command_replaces_the_decoder_and_keeps_the_encoder(vae, reader, tmp
     text = (folder / "README.md").read_text("utf-8")
     assert "both sides had 2,400 updates of 2 scenes, and the decoder alone\n10." in text
     assert "trained the decoder alone for 2 updates of as many fresh scenes (4\nin all)" in text
-    assert "| tint of greys |" in text and "2 layers a block" in text and "passes its input on" in text
+    assert "| tint of greys |" in text and "2 layers a block" in text
+    assert "only pass their input on, at each resolution: 1 of 2." in text
     assert (tmp_path / "work" / "vae-decoder-curves.png").exists()
     assert len({path.stat().st_mode & 0o777 for path in folder.iterdir()}) == 1
     # The decoder that was trained is there now: a second training of it is not the first one resumed.

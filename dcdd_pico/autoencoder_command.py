@@ -1,22 +1,59 @@
-"""Writes pico's autoencoder into the folder of the weights, with a card that says how it was trained."""
+"""What the two commands that train pico's autoencoder share: options, and what they write, with a card."""
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL
 
 from dcdd_core.evaluation.figures import save_image, training_curves
 from dcdd_core.files import write_text
+from dcdd_core.models.vae import load_vae
 from dcdd_core.training.log import read_log
 
-from .build_context import BuildContext, Recipe
+from .build_context import BuildContext, Recipe, stage_context, stage_parser
+from .embedded import model_paths
 from .export import let_others_read
 from .flops import parameters
+from .reader import SceneReader
+from .train_reader import train_loss_reader
 from .training_loop import last_held_out
+
+
+def run_command(
+    description: str | None,
+    fields: str,
+    train: Callable[[BuildContext, AutoencoderKL, SceneReader], AutoencoderKL],
+) -> None:
+    """Trains the autoencoder of the weights that are there on, and puts the result in its place.
+
+    Args:
+        fields: how the recipe's fields for this training begin: it has `<fields>_steps`, after `<fields>_before`.
+        train: from the autoencoder that is there, and the network of the perceptual loss.
+    """
+    steps, before = f"{fields}_steps", f"{fields}_before"
+    parser = stage_parser(description)
+    parser.add_argument("--steps", type=int, default=getattr(Recipe, steps), help="updates (default %(default)s)")
+    parser.add_argument(
+        "--layers", type=int, default=Recipe.vae_decoder_layers, help="a block of the autoencoder (default %(default)s)"
+    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
+    chosen = parser.parse_args()
+    older = Recipe.load(chosen.weights)
+    told = {steps: chosen.steps, before: getattr(older, before) + getattr(older, steps)}
+    context = stage_context(chosen, **told, vae_decoder_layers=chosen.layers, compiled=chosen.compile)
+    folder = model_paths(chosen.weights)["vae"]
+    vae = load_vae(folder, device=context.device, dtype=torch.float32)
+    trained = train(context, vae, train_loss_reader(context))
+    save_vae(folder, trained)
+    describe_vae(context, folder, trained, fields.replace("_", "-"))
+    context.recipe.save(chosen.weights)
+    print(folder)
 
 
 def save_vae(folder: Path, vae: AutoencoderKL) -> None:
@@ -49,8 +86,8 @@ def card(recipe: Recipe, vae: AutoencoderKL, log: Sequence[Mapping[str, Any]], t
     else:
         alone += recipe.vae_decoder_steps
     layers, extra = vae.config.layers_per_block, ""
-    if not any(block.resnets[-1].conv2.weight.any() for block in vae.encoder.down_blocks):
-        extra = "The encoder's last block at each resolution passes its input on: both sides have one configuration.\n"
+    if idle := sum(not block.conv2.weight.any() for block in vae.encoder.down_blocks[0].resnets):
+        extra = f"Blocks of the encoder that only pass their input on, at each resolution: {idle} of {layers}.\n"
     return f"""# pico's autoencoder
 
 `AutoencoderKL`, {vae.config.latent_channels} channels, {layers} layers a block; {parameters(vae.encoder) / 1e6:.2f} M

@@ -1,0 +1,3 @@
+from tests.pico.autoencoders import reader, vae
+
+__all__ = ["reader", "vae"]
