@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,18 @@ def test_the_posterior_is_sampled_and_its_divergence_is_a_part_of_the_loss(vae, 
         posterior = narrow.encode(scenes(0, 2)).latent_dist
     noise = (seen[0].detach() - posterior.mean) / posterior.std
     assert noise.std() == pytest.approx(1, abs=0.1) and noise.mean() == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_of_both_sides_are_compiled_where_the_recipe_says_so(vae, reader, tmp_path, monkeypatch, compiled):
+    asked, kept = [], {}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append((self, options)))
+    monkeypatch.setattr(stage, "train", lambda *_, **given: kept.update(given))
+    context = replace(context_of(tmp_path), recipe=replace(SMALL, compiled=compiled))
+    stage.train_autoencoder(context, vae, reader, ahead=False)
+    encoder, decoder = kept["state"]["model"].encoder, kept["state"]["model"].decoder
+    blocks = [encoder.mid_block, *encoder.down_blocks, decoder.mid_block, *decoder.up_blocks]
+    assert asked == [(block, {"dynamic": False}) for block in blocks if compiled]
 
 
 def test_latents_of_training_scenes_are_normalised(vae, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,18 @@ def test_each_scene_is_shown_once_with_some_share_of_its_posterior_s_noise(vae, 
     shares = torch.cat(shares)
     assert (shares < 1.1).all() and shares.std() > 0.1
     assert kept["alone"] == 3 and kept["last"].shape[0] == 3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_of_the_decoder_are_compiled_where_the_recipe_says_so(vae, reader, tmp_path, monkeypatch, compiled):
+    asked, kept = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append((self, options)))
+    monkeypatch.setattr(stage, "train_with_gan", lambda *given, **_: kept.append(given[3]))
+    context = replace(context_of(tmp_path), recipe=replace(SMALL, compiled=compiled))
+    stage.train_vae_decoder(context, vae, reader, ahead=False)
+    (decoder,) = kept
+    blocks = [decoder.mid_block, *decoder.up_blocks]
+    assert asked == [(block, {"dynamic": False}) for block in blocks if compiled]
 
 
 @pytest.mark.filterwarnings("ignore:.*")
