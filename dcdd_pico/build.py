@@ -25,11 +25,12 @@ from .embedded import JANUS, PRIOR, WEIGHTS
 from .export import export
 from .llamagen_calibration import fit_llamagen_calibration
 from .post_train_decoder import post_train_decoder, save_post_trained
+from .progressive_serving import choose_sampling
 from .results_table import results_markdown
 from .ruler import bundled_model
 from .scene_cache import encode_scenes
 from .sections import TableOptions
-from .serving import serve
+from .serving import judges, serve
 from .train_autoencoder import normalise, train_autoencoder, untrained
 from .train_calibration import fit_pico_calibration
 from .train_cheap_decoder import save_cheap_decoder, train_cheap_decoder
@@ -149,6 +150,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     if not reached("progressive"):
         return
     save_progressive(context, weights, *train_progressive(context, weights))
+    choose_sampling(context, weights, judges(context))
     if not reached("llamagen"):
         return
     save_llamagen(context, weights, train_llamagen(context, weights))

@@ -96,8 +96,8 @@ class Samples:
         return load_progressive(self.setup)
 
     def in_passes(self, passes: int) -> ProgressiveOptions:
-        """The masked sampler's own options, in so many passes and with Janus' guidance."""
-        return replace(self.masked.sampling.in_passes(passes), guidance=self.setup.guidance)
+        """The masked sampler's own options, in so many passes."""
+        return self.masked.sampling.in_passes(passes)
 
     @cached_property
     def version(self) -> str:

@@ -112,13 +112,11 @@ class JointDistance:
                 parts[name].append(features_of(pixels, network.frechet_features))
         return {name: torch.cat(found) for name, found in parts.items()}
 
-    def samples(self, sampler: TokenSampler, guidance: float) -> list[TokenLogits]:
-        """What a VLM samples for the captions, in batches."""
+    def samples(self, sampler: TokenSampler, options: SamplingOptions) -> list[TokenLogits]:
+        """What a sampler makes of the captions, in batches; an image's seed is its caption's number."""
         return [
-            sampler.sample(
-                [self.facts[k].caption() for k in part], seeds=part, options=SamplingOptions(guidance=guidance)
-            )
-            for part in tqdm(self.parts, desc=f"captions, guidance {guidance:g}", unit="batch", disable=None)
+            sampler.sample([self.facts[k].caption() for k in part], seeds=part, options=options)
+            for part in tqdm(self.parts, desc=f"captions, guidance {options.guidance:g}", unit="batch", disable=None)
         ]
 
     def of(
@@ -194,7 +192,7 @@ def choose_serving(
     if recipe.compiled:
         decoder.transformer.compile_repeated_blocks(dynamic=False)
     judge = JointDistance(context, networks)
-    samples = judge.samples(sampler, recipe.guidance)
+    samples = judge.samples(sampler, SamplingOptions(guidance=recipe.guidance))
     measured = []
 
     def distance(card: DecoderCard) -> float:
@@ -289,7 +287,7 @@ def choose_guidance(
     features = scene_features(context.recipe, vq)
     found = {}
     for guidance in GUIDANCES:
-        samples = judge.samples(models.sampler, guidance)
+        samples = judge.samples(models.sampler, SamplingOptions(guidance=guidance))
         fitted = fit_sampler(models.sampler, features, guidance, with_temperature=with_temperature)
         card = serving(decoder.card, calibration=fitted)
         found[guidance] = {

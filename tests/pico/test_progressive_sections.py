@@ -206,7 +206,7 @@ def test_the_target_is_measured_on_all_captions_and_the_curve_on_fewer(setup, ma
 def test_passes_share_out_revision_as_the_sampler_does(setup, masked):
     masked.sampling = ProgressiveOptions(guidance=5.0, order="random")
     for passes, revising in ((4, 1), (8, 2), (11, 3), (16, 4), (24, 7), (64, 17)):
-        expected = ProgressiveOptions(guidance=3.0, passes=passes, revision_passes=revising, order="random")
+        expected = ProgressiveOptions(guidance=5.0, passes=passes, revision_passes=revising, order="random")
         assert Samples.of(setup).in_passes(passes) == expected
 
 

@@ -10,7 +10,7 @@ from dcdd_core.pipelines.progressive import sample_stages
 from dcdd_core.types import same_codebook
 from dcdd_pico.embedded import PROGRESSIVE, WEIGHTS
 from dcdd_pico.models import load_pico, load_reader
-from dcdd_pico.progressive import SAMPLING, progressive_folder
+from dcdd_pico.progressive import progressive_folder
 from dcdd_pico.reader import fact_labels
 from dcdd_pico.scenes import render_scene, scene_facts, scene_pixels
 
@@ -27,7 +27,7 @@ def models():
 def test_they_are_small_and_of_picos_tokens(models):
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 6 * 10**6
     assert same_codebook(models.sampler.codebook.fingerprint, models.tokenizer.codebook.fingerprint)
-    assert models.sampler.sampling == SAMPLING
+    assert (models.sampler.sampling.passes, models.sampler.sampling.order) == (11, "halton")
 
 
 def test_the_command_samples_with_them_without_a_path(tmp_path, capsys):
@@ -35,7 +35,7 @@ def test_the_command_samples_with_them_without_a_path(tmp_path, capsys):
     words = ["generate", PROMPT, "--sampler", "progressive", "--compare", "--steps", "4"]
     assert main([*words, "--out", str(out), "--stages", str(stages)]) == 0, capsys.readouterr().err
     with Image.open(stages) as sheet:
-        assert sheet.width == 12 + SAMPLING.passes * (160 + 12)
+        assert sheet.width == 12 + 11 * (160 + 12)
     for path in (out, tmp_path / "a-vq.png"):
         with Image.open(path) as image:
             (red, green, blue), ground = image.getpixel((48, 48)), image.getpixel((8, 8))
@@ -46,7 +46,8 @@ def test_the_command_samples_with_them_without_a_path(tmp_path, capsys):
 @torch.no_grad()
 def test_a_sentence_becomes_its_image(models):
     facts = scene_facts("test", 12)
-    tokens = models.sampler.sample([f.caption() for f in facts], seeds=range(12), options=SAMPLING).tokens
+    sampling = models.sampler.sampling
+    tokens = models.sampler.sample([f.caption() for f in facts], seeds=range(12), options=sampling).tokens
     answers = load_reader()(models.tokenizer.decode_tokens(tokens, models.sampler.grid))
     labels = fact_labels(facts)
     for fact in ("colour", "place", "ground_colour"):
@@ -63,8 +64,8 @@ def test_a_hole_is_filled_from_the_prompt_and_what_surrounds_it(models):
     hole[2:10, 2:10] = True
     hole = hole.flatten()
     prompt = "a large plain yellow star in the centre on a dotted rose ground"
-    edit = {"previous": given, "resample": hole}
-    filled = sample_stages(models.sampler, [prompt], seeds=[1], options=SAMPLING, **edit).token_logits
+    edit = {"previous": given, "resample": hole, "options": models.sampler.sampling}
+    filled = sample_stages(models.sampler, [prompt], seeds=[1], **edit).token_logits
     for name in ("tokens", "logits"):
         assert torch.equal(getattr(filled, name)[:, ~hole], getattr(given, name)[:, ~hole])
     image = models.tokenizer.decode_tokens(filled.tokens, filled.grid)[0]

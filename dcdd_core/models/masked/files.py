@@ -61,7 +61,17 @@ def save_masked(
         "sampling": asdict(sampling),
         "network": asdict(network.config),
     }
-    write_text(folder / "config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "config.json", _text(config))
+
+
+def save_sampling(folder: Path, sampling: ProgressiveOptions) -> None:
+    """Changes how the sampler in a folder samples by default; everything else stays.
+
+    Raises:
+        ValueError: if the folder's config.json cannot be read or has other entries.
+    """
+    config = _config(folder) | {"sampling": asdict(sampling)}
+    write_text(folder / "config.json", _text(config))
 
 
 def load_masked(
@@ -118,6 +128,10 @@ def tokenizer_folder(folder: str | Path) -> Path:
             f"'tokenizer', got {said!r}"
         )
     return folder / said
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=1, ensure_ascii=False) + "\n"
 
 
 def _config(folder: Path) -> dict[str, Any]:

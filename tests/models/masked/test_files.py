@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from unittest.mock import ANY
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dcdd_core import registry
-from dcdd_core.models.masked.files import load_masked
+from dcdd_core.models.masked.files import load_masked, save_sampling
 from tests.models.masked.tiny_masked import SAMPLING, save_tiny_masked, tiny_masked
 
 
@@ -51,6 +52,22 @@ def test_a_schedule_that_is_a_list_comes_back(folder):
     sampling = json.loads((folder / "config.json").read_text())["sampling"]
     change_config(folder, sampling=sampling | {"schedule": [1, 2.5, 0, 4]})
     assert load_masked(folder).sampling == replace(SAMPLING, schedule=(1, 2.5, 0, 4))
+
+
+def test_how_it_samples_can_be_changed_alone(folder):
+    def others():
+        files = (path for path in folder.rglob("*") if path.is_file() and path != folder / "config.json")
+        return {path: path.read_bytes() for path in files}
+
+    before, config = others(), json.loads((folder / "config.json").read_text())
+    sampling = replace(SAMPLING, guidance=4.5, ramp=False, schedule=(1, 2.5, 0, 4))
+    save_sampling(folder, sampling)
+    assert load_masked(folder).sampling == sampling
+    assert json.loads((folder / "config.json").read_text()) == config | {"sampling": ANY}
+    assert others() == before
+    change_config(folder, template=None)
+    with pytest.raises(ValueError, match=r"config.json lacks \['template'\]"):
+        save_sampling(folder, SAMPLING)
 
 
 def test_weights_take_the_dtype_that_is_asked_for(saved):
