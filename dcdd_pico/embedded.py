@@ -14,8 +14,6 @@ PRIOR = "prior.safetensors"
 CHEAP = "cheap_decoder"
 #: There too, the VLMs, which all sample the tokens of Janus' image tokenizer: autoregressive, masked, autoregressive.
 JANUS, PROGRESSIVE, LLAMAGEN = "janus", "progressive", "llamagen"
-#: Of LlamaGen; the decoder's own is Janus'. Not in its folder, where it would be taken for another model.
-CALIBRATION = f"{LLAMAGEN}-calibration.safetensors"
 #: What commands call them -> their folder.
 VLMS: Mapping[str, str] = MappingProxyType(
     {NAME: JANUS, f"{NAME}-{PROGRESSIVE}": PROGRESSIVE, f"{NAME}-{LLAMAGEN}": LLAMAGEN}
@@ -47,11 +45,16 @@ def model_paths(weights: Path | None = None, *, vlm: str = JANUS) -> dict[str, P
     return {"vlm": folder, "decoder": weights / "decoder.safetensors", "vae": weights / "vae"}
 
 
+def calibration_name(vlm: str) -> str:
+    """The file of a VLM's own calibration. Not in the VLM's folder, where it would be taken for another model."""
+    return f"{vlm}-calibration.safetensors"
+
+
 def own_calibration(weights: Path | None = None, *, vlm: str) -> Path | None:
-    """The calibration that an embedded VLM is served with in place of the one on the decoder's card; None without.
+    """The calibration that an embedded VLM is served with in place of the one on the decoder's card, Janus'; or None.
 
     Args:
         weights, vlm: see `model_paths`.
     """
-    file = (weights or WEIGHTS) / CALIBRATION
-    return file if vlm == LLAMAGEN and file.exists() else None
+    file = (weights or WEIGHTS) / calibration_name(vlm)
+    return file if file.exists() else None

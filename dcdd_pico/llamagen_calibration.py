@@ -17,29 +17,21 @@ from dcdd_core.models.checkpoints import read_config
 from dcdd_core.pipelines.calibrate import verdict
 from dcdd_core.types import Calibration
 
-from .build_context import Recipe
-from .embedded import CALIBRATION, LLAMAGEN
+from .embedded import LLAMAGEN
 from .llamagen_sections import chosen_guidance
-from .models import load_pico
 from .sections import measure, parse
-from .train_calibration import fit_sampler, scene_features
+from .train_calibration import fit_own_calibration
 
 _CHOICE = "llamagen-choice"
 
 
 def fit_llamagen_calibration(weights: Path, guidance: float, *, device: torch.device | str = "cpu") -> Calibration:
-    """Fits it as Janus', to calibration captions and training scenes. Writes it, and its config.json with the guidance.
-
-    Args:
-        weights: of the embedded models; their recipe says the number of captions and scenes.
+    """`fit_own_calibration` of LlamaGen, whose config.json then says the guidance.
 
     Raises:
-        ValueError: if a part of the weights is missing.
+        ValueError: as there.
     """
-    recipe, folder = Recipe.load(weights), weights / LLAMAGEN
-    pico = load_pico(weights=weights, device=device, vlm=LLAMAGEN)
-    calibration = fit_sampler(pico.sampler, scene_features(recipe, pico.tokenizer), guidance)
-    calibration.save(weights / CALIBRATION)
+    calibration, folder = fit_own_calibration(weights, LLAMAGEN, guidance, device=device), weights / LLAMAGEN
     config = read_config(folder) | {"guidance": guidance}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
     return calibration

@@ -23,7 +23,7 @@ from dcdd_core.pipelines.condition import serving
 from dcdd_core.pipelines.load import Models
 from dcdd_core.protocols import SamplingOptions, TeacherForced
 
-from .embedded import CALIBRATION, JANUS, LLAMAGEN
+from .embedded import JANUS, LLAMAGEN, calibration_name
 from .guided_images import Painters, Way, originals, scenes_of
 from .guided_sections import F1, Rulers, Scores, collect, difference, minus, parts_of, ratio, row_of, rows_of
 from .models import load_pico
@@ -43,7 +43,7 @@ TEXT = ("frechet", "frechet, text detector", *F1)
 RATIOS = ("frechet", "frechet, text detector", "F1")
 #: Its weights, without config.json, which names the guidance that is chosen here.
 _NETWORK = (f"{LLAMAGEN}/t2i_pico.safetensors", f"{LLAMAGEN}/text_encoder")
-_CALIBRATED = (*_NETWORK, CALIBRATION)
+_CALIBRATED = (*_NETWORK, calibration_name(LLAMAGEN))
 _PAINTED = (JANUS, "vae", "decoder.safetensors")
 _READER = "reader.safetensors"
 
@@ -74,7 +74,7 @@ def load_llamagen(setup: EvalSetup, *, calibrated: bool = True) -> Models:
     Raises:
         ValueError: if it or, where it is needed, its calibration is missing.
     """
-    path = setup.weights / CALIBRATION
+    path = setup.weights / calibration_name(LLAMAGEN)
     if calibrated and not path.is_file():
         raise ValueError(f"{path} does not exist: fit it with `python -m dcdd_pico.llamagen_calibration`")
     where = {"device": setup.pico.tokenizer.device, "weights": setup.weights, "compiled": setup.compiled}

@@ -40,7 +40,7 @@ def load_pico(
     models = load_models(
         ModelPaths(**paths),
         LoadOptions(device=device, compiled=compiled),
-        name=None if vlm == embedded.LLAMAGEN else embedded.NAME,  # its files name it
+        name=embedded.NAME if vlm == embedded.JANUS else None,  # the others' files name them
         with_sampler=with_sampler,
     )
     if (own := embedded.own_calibration(weights, vlm=vlm)) is not None:

@@ -21,13 +21,14 @@ import torch
 
 from dcdd_core import registry
 from dcdd_core.method.progressive import ORDERS, SCHEDULES, ProgressiveOptions
+from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.masked.sampler import MaskedSampler
-from dcdd_core.pipelines.condition import condition_for
+from dcdd_core.pipelines.condition import condition_for, serving
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.protocols import SamplingOptions
-from dcdd_core.types import Condition, TokenLogits
+from dcdd_core.types import Calibration, Condition, TokenLogits
 
-from .embedded import PROGRESSIVE
+from .embedded import PROGRESSIVE, calibration_name, own_calibration
 from .guided_images import Given, kept, scenes_of
 from .guided_sections import F1, Rulers, Scores, joined, labels_of, parts_of, rows_of, scores_of
 from .progressive import progressive_folder
@@ -45,7 +46,7 @@ CURVE, ORDERED = 512, 192
 COLUMNS = ("frechet", "frechet, text detector", *F1)
 PAPERS = ("quantisation-error", "importance")
 REWRITTEN = "tokens rewritten"
-_WEIGHTS = ("janus", "vae", "decoder.safetensors", PROGRESSIVE)
+_WEIGHTS = ("janus", "vae", "decoder.safetensors", PROGRESSIVE, calibration_name(PROGRESSIVE))
 _READ = (*_WEIGHTS, "reader.safetensors")
 
 
@@ -67,6 +68,11 @@ class Arm:
     name: str
     options: SamplingOptions
     seed: int = 0
+
+    @property
+    def masked(self) -> bool:
+        """Whether the masked sampler draws."""
+        return isinstance(self.options, ProgressiveOptions)
 
     @property
     def file(self) -> str:
@@ -94,6 +100,11 @@ class Samples:
     def masked(self) -> MaskedSampler:
         """The masked sampler among the weights."""
         return load_progressive(self.setup)
+
+    def card_of(self, arm: Arm) -> DecoderCard:
+        """The card that an arm's logits are mapped by: the decoder's, the masked sampler's with its own calibration."""
+        own = own_calibration(self.setup.weights, vlm=PROGRESSIVE) if arm.masked else None
+        return serving(self.setup.pico.decoder.card, calibration=None if own is None else Calibration.load(own))
 
     def in_passes(self, passes: int) -> ProgressiveOptions:
         """The masked sampler's own options, in so many passes."""
@@ -156,8 +167,8 @@ def sampled_of(samples: Samples, arm: Arm, part: slice) -> dict[str, torch.Tenso
     """What an arm samples for a part's captions: tokens, their condition, and how many tokens of each image were
     rewritten, [B, ...] each."""
     captions = [scene.caption for scene in scenes_of("test", part)]
-    grid, rewritten = sample(samples, arm.options, captions, seeds_of(arm, part))
-    condition = condition_for(samples.setup.pico.decoder.card, grid, samples.setup.pico.tokenizer.codebook)
+    grid, rewritten = sample(samples, arm, captions, seeds_of(arm, part))
+    condition = condition_for(samples.card_of(arm), grid, samples.setup.pico.tokenizer.codebook)
     return {
         "tokens": grid.tokens,
         "code_vectors": condition.code_vectors,
@@ -167,12 +178,12 @@ def sampled_of(samples: Samples, arm: Arm, part: slice) -> dict[str, torch.Tenso
 
 
 def sample(
-    samples: Samples, options: SamplingOptions, captions: Sequence[str], seeds: Sequence[int]
+    samples: Samples, arm: Arm, captions: Sequence[str], seeds: Sequence[int]
 ) -> tuple[TokenLogits, torch.Tensor]:
     """The token logits, and how many tokens of each image were rewritten [B]."""
-    if not isinstance(options, ProgressiveOptions):
-        return samples.setup.pico.sampler.sample(captions, seeds=seeds, options=options), torch.zeros(len(captions))
-    found = samples.masked.sample_stages(captions, seeds=seeds, options=options)
+    if not arm.masked:
+        return samples.setup.pico.sampler.sample(captions, seeds=seeds, options=arm.options), torch.zeros(len(captions))
+    found = samples.masked.sample_stages(captions, seeds=seeds, options=arm.options)
     return found.token_logits, torch.stack([stage.changed.sum(1) for stage in found.stages]).sum(0).float()
 
 
@@ -284,7 +295,7 @@ def measure_seconds(setup: EvalSetup, rounds: int = 5) -> Rows:
         for k in range(rounds + 1):
             for arm in arms:  # in turn, so that what else the machine does falls on all
                 start = time.perf_counter()
-                sample(samples, arm.options, captions, range(k * batch, (k + 1) * batch))
+                sample(samples, arm, captions, range(k * batch, (k + 1) * batch))
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 taken[arm.name].append((time.perf_counter() - start) / batch)

@@ -3,7 +3,8 @@
 For the weights that are there, such as after training it anew. Guidance and its ramp, the passes that only revise and
 the schedule are chosen one after the other, by the Frechet joint distances of calibration captions that choose the
 decoder's shift too (`serving.JointDistance`, with the extra `ruler`), but of the VQ decode's images. The number of
-passes and the order stay. The choice is written into the sampler's config.json.
+passes and the order stay. The choice is written into the sampler's config.json, and a calibration to what it then
+samples beside its folder.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from dcdd_core.method.progressive import SCHEDULES, ProgressiveOptions
 from dcdd_core.models.masked.files import save_sampling
 
 from .build_context import BuildContext, digest, stage_context, stage_parser
-from .embedded import model_paths
+from .embedded import PROGRESSIVE, model_paths
 from .progressive import progressive_folder
 from .reader import SceneReader
 from .ruler import TextDetectorRuler
 from .serving import GUIDANCES, JointDistance, judges, overall
+from .train_calibration import fit_own_calibration
 
 #: Values to try of each field of the options, in this order.
 CANDIDATES: Mapping[str, Sequence[Any]] = {
@@ -60,6 +62,8 @@ def choose_sampling(
     context: BuildContext, weights: Path, networks: Mapping[str, SceneReader | TextDetectorRuler]
 ) -> ProgressiveOptions:
     """The options of least `overall` distance for the masked sampler in `weights`, which gets them as its default.
+
+    What it then samples with them, it is calibrated for (`fit_own_calibration`).
 
     Distances are kept in `progressive-serving.json` of the work folder: an interrupted choice goes on, and one for
     other weights or networks starts anew.
@@ -96,6 +100,7 @@ def choose_sampling(
     by_options = search_sampling(sampler.sampling, distance)
     chosen = min(by_options, key=by_options.__getitem__)
     save_sampling(folder, chosen)
+    fit_own_calibration(weights, PROGRESSIVE, chosen.guidance, device=context.device)
     return chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,8 @@ from dcdd_core.protocols import ImageTokenizer, SamplingOptions, TokenSampler
 from dcdd_core.types import Calibration, TokenLogits
 
 from .build_context import BuildContext, Recipe, digest
+from .embedded import calibration_name
+from .models import load_pico
 from .scene_cache import Encodings
 from .scenes import render_scene, scene_facts, scene_pixels
 
@@ -65,6 +68,22 @@ def fit_sampler(
             grids, codebook, condition_spread(proxies, codebook, calibration), calibration
         )
     return fit_anchor(grids, codebook, anchor_statistics(proxies, codebook, calibration), calibration)
+
+
+def fit_own_calibration(weights: Path, vlm: str, guidance: float, *, device: torch.device | str = "cpu") -> Calibration:
+    """Fits another embedded VLM's as Janus', to calibration captions and training scenes, and writes it.
+
+    Args:
+        weights: of the embedded models; their recipe says the number of captions and scenes.
+        vlm: its folder there.
+
+    Raises:
+        ValueError: if a part of the weights is missing.
+    """
+    pico = load_pico(weights=weights, device=device, vlm=vlm)
+    calibration = fit_sampler(pico.sampler, scene_features(Recipe.load(weights), pico.tokenizer), guidance)
+    calibration.save(weights / calibration_name(vlm))
+    return calibration
 
 
 def sample_captions(sampler: TokenSampler, count: int, guidance: float) -> list[TokenLogits]:

@@ -15,7 +15,7 @@ from ..dcdd_core.models.card import DecoderCard
 from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.protocols import ImageTokenizer, LatentCodec, TokenSampler
 from ..dcdd_core.types import Calibration, Codebook, TokenLogits, same_codebook
-from ..dcdd_pico.embedded import LLAMAGEN, NAME, own_calibration
+from ..dcdd_pico.embedded import NAME, VLMS, own_calibration
 from ..dcdd_pico.scenes import render_scene, scene_pixels
 from . import host
 from .convert import in_words
@@ -306,7 +306,6 @@ def served(card: DecoderCard, token_logits: TokenLogits) -> DecoderCard:
 
 def _own_calibration(model: str) -> Calibration | None:
     """Of the embedded VLM of that name, if it has one."""
-    if model != f"{NAME} {LLAMAGEN}":
-        return None
-    file = own_calibration(vlm=LLAMAGEN)
+    vlm = {f"{NAME} {folder}": folder for folder in VLMS.values()}.get(model)
+    file = None if vlm is None else own_calibration(vlm=vlm)
     return None if file is None else Calibration.load(file)

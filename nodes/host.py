@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import comfy.model_management
@@ -19,7 +20,7 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
-from comfy_execution.utils import get_executing_context
+from comfy_execution.utils import ExecutionContext, get_executing_context
 from einops import rearrange
 from PIL import Image
 from server import PromptServer
@@ -362,17 +363,48 @@ def _sheet(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy())
 
 
+@dataclass
+class _Shown:
+    """What a node shows while it runs: a text that is sent takes the place of the one before.
+
+    Attributes:
+        context: of the node that is running.
+    """
+
+    context: ExecutionContext | None = None
+    notices: list[str] = field(default_factory=list)
+    told: str = ""
+
+
+_shown = _Shown()
+
+
 def notice(text: str) -> None:
-    """Warns the user of something that is not an error: on the node that is running, and in the log."""
+    """Warns the user of something that is not an error: on the node that is running, below its earlier notices, and in
+    the log."""
     log.warning(text)
-    tell(text)
+    _shown_now().notices.append(text)
+    _show()
 
 
 def tell(text: str) -> None:
-    """Shows a line on the node that is running."""
+    """Shows a text on the node that is running, below its notices and in place of what was told before."""
+    _shown_now().told = text
+    _show()
+
+
+def _shown_now() -> _Shown:
+    global _shown
     context = get_executing_context()
-    if context is not None and getattr(PromptServer, "instance", None) is not None:
-        PromptServer.instance.send_progress_text(text, context.node_id)
+    if context is None or context is not _shown.context:
+        _shown = _Shown(context)
+    return _shown
+
+
+def _show() -> None:
+    if _shown.context is not None and getattr(PromptServer, "instance", None) is not None:
+        lines = dict.fromkeys(filter(None, [*_shown.notices, _shown.told]))
+        PromptServer.instance.send_progress_text("\n".join(lines), _shown.context.node_id)
 
 
 @contextmanager

@@ -28,10 +28,8 @@ BUILT_IN = {PICO: JANUS, PICO_PROGRESSIVE: PROGRESSIVE, PICO_LLAMAGEN: LLAMAGEN}
 CONNECTED = "with the bundle, or connected"
 HELD = "in the bundle"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-#: What pico's decoder is calibrated for. The other built-in models' own files say their guidance.
+#: What pico's decoder is calibrated for. The other built-in models' own files say their names and guidance.
 _PICO_GUIDANCE = 3.0
-#: Built-in models that share the name, since they share the decoder's calibration. LlamaGen's files say its own name.
-_NAMED_PICO = (PICO, PICO_PROGRESSIVE)
 STORAGE = ("auto", "float32", "bfloat16", "float16", "8-bit")
 
 
@@ -81,10 +79,8 @@ class LoadJanus(io.ComfyNode):
         folder, torch_dtype = _folder(model), _torch_dtype(dtype, model, placement)
         family = registry.sampler_family(folder)
         sampler = family.load_sampler(str(folder), dtype=torch_dtype, computes_on=host.device_of(placement))
-        if model in _NAMED_PICO:
-            sampler.name = NAME
         if model == PICO:
-            sampler.default_guidance = _PICO_GUIDANCE
+            sampler.name, sampler.default_guidance = NAME, _PICO_GUIDANCE
         vq = _tokenizer(folder, model, placement)
         return io.NodeOutput(JanusModel(sampler=Managed(sampler, placement=placement), vq=vq), vq)
 
@@ -320,7 +316,7 @@ def _state(model: str) -> str:
 def _tokenizer(folder: Path, model: str, placement: str) -> Managed[ImageTokenizer]:
     """In float32: its features decide which token a patch becomes."""
     tokenizer = registry.sampler_family(folder).load_tokenizer(str(folder), dtype=torch.float32)
-    if model in _NAMED_PICO:
+    if model == PICO:
         tokenizer.name = NAME
     return Managed(tokenizer, placement=placement)
 

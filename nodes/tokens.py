@@ -346,14 +346,12 @@ class _Request:
     Attributes:
         prompts, seeds: one an image.
         resample: bool [B, N] of an edit.
-        warning: what was said on the node about the prompt; "" for nothing.
     """
 
     prompts: list[str]
     seeds: list[int]
     options: SamplingOptions
     resample: torch.Tensor | None
-    warning: str
 
 
 def _requested(
@@ -396,8 +394,8 @@ def _requested(
         prompts = edit_prompts(lines, len(token_logits.tokens))
         whole = torch.ones(token_logits.tokens.shape, dtype=torch.bool)
         resample = whole if mask is None else _under_mask(mask, token_logits)
-    if warning := _unknown_words(sampler, "\n".join(lines)):
-        host.notice(warning)
+    if unknown := _unknown_words(sampler, "\n".join(lines)):
+        host.notice(unknown)
     options = SamplingOptions(
         guidance=sampler.default_guidance if guidance < 0 else guidance,
         temperature=temperature,
@@ -405,7 +403,7 @@ def _requested(
         top_p=top_p if top_p < 1 else None,
     )
     seeds = [seed + k for k in range(len(prompts))]
-    return _Request(prompts=prompts, seeds=seeds, options=options, resample=resample, warning=warning)
+    return _Request(prompts=prompts, seeds=seeds, options=options, resample=resample)
 
 
 def _inputs(*own: io.Input) -> list[io.Input]:
@@ -547,15 +545,14 @@ class _Report:
         )
 
     def tell_passes(self, request: _Request) -> None:
-        """Below what was said before, which it would replace. Nothing if there was no pass, or none was told."""
+        """Nothing if there was no pass, or none was told."""
         passes = sum(self._passes.values())
         if passes == 0:
             return
         drawn = [math.prod(self._grid)] if request.resample is None else request.resample.sum(dim=1).tolist()
         count = f"{max(drawn)} tokens" if min(drawn) == max(drawn) else f"{min(drawn)} to {max(drawn)} tokens"
         images = f" for each of {len(request.prompts)} images" if len(request.prompts) > 1 else ""
-        lines = [request.warning, f"{count}{images} in {passes} {'pass' if passes == 1 else 'passes'}"]
-        host.tell("\n".join(filter(None, lines)))
+        host.tell(f"{count}{images} in {passes} {'pass' if passes == 1 else 'passes'}")
 
 
 def _host(janus: JanusModel, previewing: bool) -> host.ComfyHost:

@@ -122,6 +122,17 @@ def test_a_masked_sampler_takes_the_place_of_janus(tmp_path, monkeypatch):
     assert asked[2] == replace(SAMPLING, guidance=3.0, order="raster")
 
 
+def test_the_guidance_is_that_of_the_calibration_that_is_served(tmp_path):
+    kept, calibration = tmp_path / "l.safetensors", tmp_path / "c.safetensors"
+    replace(load_pico(with_sampler=False).decoder.card.calibration, guidance=2.5).save(calibration)
+    words = ["generate", PROMPT, "--steps", "1", "--out", str(tmp_path / "a.png"), "--logits", str(kept)]
+    for more, guidance in ([], 3.0), (["--calibration", str(calibration)], 2.5):
+        assert main([*words, *more]) == 0
+        assert TokenLogits.load(kept).guidance == guidance
+    assert main([*words, "--calibration", str(calibration), "--guidance", "4"]) == 0
+    assert TokenLogits.load(kept).guidance == 4
+
+
 def test_passes_order_and_revision_are_those_asked_for(tmp_path, monkeypatch, capsys):
     asked = asked_of(monkeypatch)
     folder = save_tiny_masked(tmp_path / "masked")

@@ -360,7 +360,7 @@ def test_an_embedded_vlm_brings_its_own_calibration(run, pico, tmp_path, capsys,
     monkeypatch.setattr(embedded, "WEIGHTS", weights)
     of_janus = read_card(weights / "decoder.safetensors").calibration
     own = replace(of_janus, scale=17.0, guidance=1.5, vlm="pico llamagen")
-    own.save(weights / embedded.CALIBRATION)
+    own.save(weights / embedded.calibration_name("llamagen"))
     assert run(vlm="pico-llamagen") == 0, capsys.readouterr().err
     assert read_card(bundle).calibration == own
     for changes in ({"vlm": "pico"}, {"vlm": "pico-llamagen", "bundle": weights / "decoder.safetensors"}):

@@ -485,12 +485,14 @@ def seeds_of(args: argparse.Namespace, count: int) -> list[int]:
 
 
 def sampling_of(models: Models, args: argparse.Namespace) -> SamplingOptions:
-    """As asked for; the guidance by default that of the decoder's calibration, or the VLM's own.
+    """As asked for; the guidance by default that of the calibration that the decoder is served with, or the VLM's own.
 
     Raises:
         ValueError: for values out of range, passes of a sampler that has none, and --parallel of one that has.
     """
     calibration = models.decoder.card.calibration if models.decoder is not None else None
+    if (file := getattr(args, "calibration", None)) is not None:
+        calibration = Calibration.load(file)
     guidance = args.guidance
     if guidance is None and calibration is not None:
         guidance = calibration.guidance

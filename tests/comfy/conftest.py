@@ -61,7 +61,7 @@ def prepare(base: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     from dcdd_core.types import Calibration
-    from dcdd_pico.embedded import CALIBRATION
+    from dcdd_pico.embedded import LLAMAGEN, calibration_name
     from tests.tiny import random_pico, save_flux_like, save_janus
     from tests.tiny_amused import save_tiny_amused
     from tests.tiny_bigfix import save_bigfix
@@ -106,7 +106,7 @@ def prepare(base: Path) -> Path:
     Calibration.from_dict(card["calibration"]).save(calibrations / "good.safetensors")
     header["card"] = json.dumps(card | {"calibration": None})
     save_file(load_file(weights / "decoder.safetensors"), models / "dcdd" / "uncalibrated.safetensors", header)
-    shutil.copy(weights / CALIBRATION, calibrations / "pico llamagen.safetensors")
+    shutil.copy(weights / calibration_name(LLAMAGEN), calibrations / "pico llamagen.safetensors")
     good = (calibrations / "good.safetensors").read_bytes()
     (calibrations / "cut.safetensors").write_bytes(good[: len(good) // 2])
     (calibrations / "damaged.safetensors").write_bytes(good.replace(rb'"{\"scale', rb'"[\"scale'))

@@ -11,7 +11,7 @@ from dcdd_core.pipelines.calibrate import Proxies, fit_to_samples
 from dcdd_core.types import Calibration
 from dcdd_pico import llamagen_calibration
 from dcdd_pico.build_context import Recipe
-from dcdd_pico.embedded import CALIBRATION, LLAMAGEN
+from dcdd_pico.embedded import LLAMAGEN, calibration_name
 from dcdd_pico.llamagen_sections import GUIDANCES, guidance_name
 from dcdd_pico.models import load_pico
 from dcdd_pico.scenes import render_scene, scene_pixels
@@ -42,7 +42,7 @@ def test_it_is_what_dcdd_calibrate_fits_and_is_served_with_the_vlm(weights):
         temperature=1.0,
         with_anchor=True,
     )
-    assert made == expected == Calibration.load(weights / CALIBRATION)
+    assert made == expected == Calibration.load(weights / calibration_name(LLAMAGEN))
     after = load_pico(weights=weights, vlm=LLAMAGEN)
     assert after.decoder.card.calibration == made and after.sampler.default_guidance == 2.0
     assert json.loads((weights / LLAMAGEN / "config.json").read_text())["block_size"] == 144
@@ -65,7 +65,7 @@ def test_the_command_takes_the_guidance_that_the_section_says(weights, tmp_path,
         lambda path, guidance, device: fitted.append((path, guidance)) or told,
     )
     told, fitted = load_pico(weights=weights, with_sampler=False).decoder.card.calibration, []
-    told = Calibration.load(weights / CALIBRATION) if told.target is None else told
+    told = Calibration.load(weights / calibration_name(LLAMAGEN)) if told.target is None else told
     for more in ([], ["--guidance", "1.5"]):
         monkeypatch.setattr(
             sys, "argv", ["a", "--weights", str(weights), "--scenes", "9", "--out", str(tmp_path), *more]

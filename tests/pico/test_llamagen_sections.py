@@ -18,7 +18,7 @@ from dcdd_core.method.lcdm import map_logits
 from dcdd_core.protocols import SamplingOptions
 from dcdd_core.types import Calibration
 from dcdd_pico import guided_sections, llamagen_sections, sections
-from dcdd_pico.embedded import CALIBRATION, JANUS, LLAMAGEN
+from dcdd_pico.embedded import JANUS, LLAMAGEN, calibration_name
 from dcdd_pico.guided_images import scenes_of
 from dcdd_pico.guided_sections import F1, Rulers, minus
 from dcdd_pico.llamagen_sections import (
@@ -39,6 +39,8 @@ from dcdd_pico.models import load_pico
 from dcdd_pico.sections import SECTIONS, TableOptions
 from tests.stub_pico import StubReader
 from tests.tiny import random_llamagen, random_pico, tiny_card
+
+CALIBRATION = calibration_name(LLAMAGEN)
 
 IMAGES = 20
 GREYS = np.linspace(20, 200, 300).astype(np.uint8)

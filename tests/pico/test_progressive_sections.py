@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
@@ -14,13 +15,15 @@ from dcdd_core.evaluation.intervals import bootstrap
 from dcdd_core.method.progressive import ORDERS, ProgressiveOptions
 from dcdd_core.protocols import SamplingOptions
 from dcdd_pico import guided_sections, progressive_sections
+from dcdd_pico.embedded import PROGRESSIVE, calibration_name
 from dcdd_pico.guided_sections import Rulers, minus
-from dcdd_pico.progressive_sections import AR, DCDD, PASSES, REWRITTEN, TARGET, VQ, Samples, passes_name
+from dcdd_pico.progressive_sections import AR, DCDD, PASSES, REWRITTEN, TARGET, VQ, Arm, Samples, passes_name
 from dcdd_pico.progressive_table import tables, verdicts
 from dcdd_pico.scenes import scene_facts
 from dcdd_pico.section_keys import Provenance
 from dcdd_pico.sections import SECTIONS, Measured
 from tests.stub_pico import StubReader
+from tests.tiny import tiny_card
 
 IMAGES = 20
 GREYS = torch.linspace(-0.5, 0.5, IMAGES)
@@ -74,7 +77,7 @@ def setup(tmp_path, monkeypatch):
         codebook=SimpleNamespace(fingerprint="the codebook"),
         decode_tokens=lambda tokens, grid: pixels(tokens[:, 0] / 1000),
     )
-    decoder = SimpleNamespace(card=SimpleNamespace(shift=1.5), dtype=torch.float32)
+    decoder = SimpleNamespace(card=tiny_card(shift=1.5), dtype=torch.float32)
     made = SimpleNamespace(
         pico=SimpleNamespace(
             tokenizer=tokenizer,
@@ -87,10 +90,12 @@ def setup(tmp_path, monkeypatch):
         steps=7,
         out=tmp_path / "out",
         weights=tmp_path / "weights",
+        cards=[],
     )
 
     def condition_for(card, grid, codebook):
-        assert card is decoder.card and codebook is tokenizer.codebook
+        assert codebook is tokenizer.codebook
+        made.cards.append(card)
         vectors = grid.tokens[..., None] / 1000
         return SimpleNamespace(code_vectors=vectors, uncertainty=torch.zeros(*grid.tokens.shape, 4))
 
@@ -208,6 +213,24 @@ def test_passes_share_out_revision_as_the_sampler_does(setup, masked):
     for passes, revising in ((4, 1), (8, 2), (11, 3), (16, 4), (24, 7), (64, 17)):
         expected = ProgressiveOptions(guidance=5.0, passes=passes, revision_passes=revising, order="random")
         assert Samples.of(setup).in_passes(passes) == expected
+
+
+def test_each_sampler_is_read_with_the_calibration_that_is_its_own(setup, masked):
+    def calibrations():
+        setup.cards.clear()
+        arms = [Arm(name="a", options=options) for options in (SamplingOptions(guidance=3.0), ProgressiveOptions())]
+        for arm in arms:
+            progressive_sections.sampled_of(Samples.of(setup), arm, slice(0, 2))
+        return [card.calibration for card in setup.cards]
+
+    of_janus = setup.pico.decoder.card.calibration
+    assert calibrations() == [of_janus, of_janus], "without one of its own"
+    own = replace(of_janus, scale=9.0, vlm="pico progressive")
+    own.save(setup.weights / calibration_name(PROGRESSIVE))
+    version = Samples.of(setup).version
+    assert calibrations() == [of_janus, own]
+    replace(own, scale=8.0).save(setup.weights / calibration_name(PROGRESSIVE))
+    assert Samples.of(setup).version != version, "what was sampled with another is not taken"
 
 
 def test_weights_that_were_not_trained_are_asked_for(setup):

@@ -11,11 +11,15 @@ import torch
 
 from dcdd_core import registry
 from dcdd_core.method.progressive import ProgressiveOptions
+from dcdd_core.types import Calibration
 from dcdd_pico import progressive_serving as stage
 from dcdd_pico.build_context import BuildContext, Recipe
+from dcdd_pico.embedded import PROGRESSIVE
+from dcdd_pico.models import load_pico
 from dcdd_pico.progressive import progressive_folder
 from dcdd_pico.reader import SceneReader
 from dcdd_pico.serving import JointDistance, overall
+from dcdd_pico.train_calibration import fit_sampler, scene_features
 from dcdd_pico.train_progressive import save_sampler, train_progressive
 from tests.tiny import fill, random_pico
 
@@ -47,7 +51,14 @@ def test_of_equals_what_was_there_stays():
 @pytest.mark.filterwarnings("ignore:.*")
 def test_the_command_writes_its_choice_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     weights = random_pico(tmp_path / "weights")
-    recipe = Recipe(choice_scenes=3, held_out_scenes=4, progressive_layers=1, progressive_steps=1, progressive_batch=2)
+    recipe = Recipe(
+        choice_scenes=3,
+        calibration_images=2,
+        held_out_scenes=4,
+        progressive_layers=1,
+        progressive_steps=1,
+        progressive_batch=2,
+    )
     recipe.save(weights)
     context = BuildContext(folder=tmp_path / "work", device=torch.device("cpu"), recipe=recipe)
     network, codebook = train_progressive(
@@ -82,6 +93,13 @@ def test_the_command_writes_its_choice_and_goes_on_where_it_was(tmp_path, monkey
     chosen = load(str(folder)).sampling
     assert chosen == ProgressiveOptions(**best["options"]) != ProgressiveOptions(guidance=3.0)
     assert f"chosen: {stage.told(chosen)}" in capsys.readouterr().out
+
+    # It is calibrated for what it then samples, and served with that.
+    pico = load_pico(weights=weights, vlm=PROGRESSIVE)
+    fitted = fit_sampler(pico.sampler, scene_features(recipe, pico.tokenizer), chosen.guidance)
+    assert pico.decoder.card.calibration == fitted == Calibration.load(weights / "progressive-calibration.safetensors")
+    assert (fitted.vlm, fitted.guidance) == ("pico progressive", chosen.guidance)
+    assert load_pico(weights=weights, with_sampler=False).decoder.card.calibration != fitted, "Janus' stays"
 
     # The distance of one of them, made by hand: of the VQ decode's images, in the table's precision.
     judge, options = JointDistance(context, networks), ProgressiveOptions(**measured[1]["options"])
