@@ -46,9 +46,10 @@ class VariantSamples(Samples):
         return sampler
 
     @cached_property
-    def version(self) -> str:
+    def versions(self) -> dict[bool, str]:
         """With the variant's own files."""
-        return f"{super().version}-{files_hash([self.folder])}"
+        own = files_hash([self.folder])
+        return {masked: f"{version}-{own}" for masked, version in super().versions.items()}
 
 
 def measure_corruptions(setup: EvalSetup) -> Rows:

@@ -46,8 +46,10 @@ CURVE, ORDERED = 512, 192
 COLUMNS = ("frechet", "frechet, text detector", *F1)
 PAPERS = ("quantisation-error", "importance")
 REWRITTEN = "tokens rewritten"
-_WEIGHTS = ("janus", "vae", "decoder.safetensors", PROGRESSIVE, calibration_name(PROGRESSIVE))
-_READ = (*_WEIGHTS, "reader.safetensors")
+_SHARED = ("janus", "vae", "decoder.safetensors", "reader.safetensors")
+_READ = (*_SHARED, PROGRESSIVE, calibration_name(PROGRESSIVE))
+#: Weights that an arm's scores depend on, by whether the masked sampler draws.
+_READ_BY = {False: _SHARED, True: _READ}
 
 
 def passes_name(passes: int) -> str:
@@ -111,15 +113,15 @@ class Samples:
         return self.masked.sampling.in_passes(passes)
 
     @cached_property
-    def version(self) -> str:
-        """Of code, weights and precision."""
-        weights = files_hash([self.setup.weights / name for name in _READ])
+    def versions(self) -> dict[bool, str]:
+        """Of code, precision, and the weights that scores depend on, by whether the masked sampler draws."""
         precision = str(self.setup.pico.decoder.dtype).removeprefix("torch.")
-        return f"{code_hash(sampled_of, painted_of)}-{weights}-{precision}"
+        read = {masked: files_hash([self.setup.weights / name for name in names]) for masked, names in _READ_BY.items()}
+        return {masked: f"{code_hash(sampled_of, painted_of)}-{own}-{precision}" for masked, own in read.items()}
 
     def given(self, arm: Arm, part: slice) -> dict[str, torch.Tensor]:
         """`sampled_of` a part, once."""
-        return self._kept(f"{arm.file}/given", part, lambda: sampled_of(self, arm, part))
+        return self._kept(arm, "given", part, lambda: sampled_of(self, arm, part))
 
     def scores(self, arm: Arm, decoder: str, part: slice) -> dict[str, torch.Tensor]:
         """`scores_of` a part's images by one decoder."""
@@ -134,10 +136,12 @@ class Samples:
             images = painted_of(self.setup, decoder, given, seeds_of(arm, part))
             return scores_of(self.rulers, images, None, None) | {REWRITTEN: held[REWRITTEN]}
 
-        return self._kept(f"{arm.file}/{decoder}", part, make)
+        return self._kept(arm, decoder, part, make)
 
-    def _kept(self, name: str, part: slice, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        folder = self.setup.out / "progressive" / self.version
+    def _kept(
+        self, arm: Arm, name: str, part: slice, make: Callable[[], Mapping[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        folder = self.setup.out / "progressive" / self.versions[arm.masked] / arm.file
         return kept(folder / name / f"{part.start:06d}-{part.stop:06d}.npz", make)
 
 
