@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,23 @@ from dcdd_core.types import Calibration, Condition, TokenLogits
 
 from .embedded import PROGRESSIVE, calibration_name, own_calibration
 from .guided_images import Given, kept, scenes_of
-from .guided_sections import F1, Rulers, Scores, joined, labels_of, parts_of, rows_of, scores_of
+from .guided_sections import (
+    F1,
+    Rulers,
+    Scores,
+    difference,
+    joined,
+    labels_of,
+    minus,
+    parts_of,
+    ratio,
+    row_of,
+    rows_of,
+    scores_of,
+)
 from .progressive import progressive_folder
 from .section_keys import code_hash, files_hash
-from .sections import SECTIONS, EvalSetup, Rows, Section
+from .sections import SECTIONS, EvalSetup, Rows, Section, ratio_name
 
 AR = "Janus, 144 passes"
 VQ, DCDD = "VQ-VAE decode", "trained DCDD"
@@ -214,24 +227,46 @@ def collect(samples: Samples, arms: Sequence[Arm], decoder: str, count: int) -> 
 
 
 def measure_target(setup: EvalSetup) -> Rows:
-    """`TARGET` passes against the autoregressive sampler, with both decoders, on all captions."""
-    return _against_autoregressive(setup, (TARGET,), len(setup.images))
+    """`TARGET` passes against the autoregressive sampler, with both decoders, on all captions.
+
+    Also against what the autoregressive sampler gives without the trained decoder, and what that decoder does for each
+    sampler: its scores divided by the VQ decode's.
+    """
+    scores, count = _compared(setup, (TARGET,), len(setup.images)), len(setup.images)
+    rows = _rows_of(scores)
+    ours, plain = f"{passes_name(TARGET)}, {DCDD}", f"{AR}, {VQ}"
+    apart = partial(difference, scores[DCDD][ours], scores[VQ][plain])
+    rows[minus(ours, plain)] = row_of(COLUMNS, apart, count)
+    for sampler in (AR, passes_name(TARGET)):
+        gain = partial(ratio, scores[DCDD][f"{sampler}, {DCDD}"], scores[VQ][f"{sampler}, {VQ}"])
+        rows[gain_name(sampler)] = row_of(COLUMNS, gain, count)
+    return rows
+
+
+def gain_name(sampler: str) -> str:
+    """The row of what the trained decoder's scores are, divided by the VQ decode's."""
+    return f"{sampler}, {ratio_name(DCDD, VQ)}"
 
 
 def measure_passes(setup: EvalSetup) -> Rows:
     """As `measure_target` for all `PASSES`, on the first `CURVE` captions at most."""
-    return _against_autoregressive(setup, PASSES, min(CURVE, len(setup.images)))
+    return _rows_of(_compared(setup, PASSES, min(CURVE, len(setup.images))))
 
 
-def _against_autoregressive(setup: EvalSetup, passes: Sequence[int], count: int) -> Rows:
-    samples, rows = Samples.of(setup), {}
+def _compared(setup: EvalSetup, passes: Sequence[int], count: int) -> dict[str, dict[str, Scores]]:
+    """Scores by decoder and row: of the autoregressive sampler, then of so many passes each."""
+    samples, found = Samples.of(setup), {}
     arms = [Arm(name=AR, options=SamplingOptions(guidance=setup.guidance))]
     arms += [Arm(name=passes_name(n), options=samples.in_passes(n)) for n in passes]
     for decoder in (VQ, DCDD):
         scores = collect(samples, arms, decoder, count)
-        scores = {f"{name}, {decoder}": own for name, own in scores.items()}
-        rows |= rows_of(scores, COLUMNS)
-    return rows
+        found[decoder] = {f"{name}, {decoder}": own for name, own in scores.items()}
+    return found
+
+
+def _rows_of(scores: Mapping[str, dict[str, Scores]]) -> Rows:
+    """Of each decoder's rows, and their differences to the autoregressive sampler with the same decoder."""
+    return {name: row for own in scores.values() for name, row in rows_of(own, COLUMNS).items()}
 
 
 def measure_orders(setup: EvalSetup) -> Rows:

@@ -202,10 +202,20 @@ def test_the_target_is_measured_on_all_captions_and_the_curve_on_fewer(setup, ma
     monkeypatch.setattr(progressive_sections, "CURVE", 16)
     target, curve = progressive_sections.measure_target(setup), progressive_sections.measure_passes(setup)
     names = [f"{name}, {decoder}" for decoder in (VQ, DCDD) for name in (AR, passes_name(TARGET))]
-    assert {name for name in target if ", minus " not in name} == set(names)
+    gains = [progressive_sections.gain_name(sampler) for sampler in (AR, passes_name(TARGET))]
+    assert {name for name in target if ", minus " not in name} == {*names, *gains}
     for name in names:
         assert (target[name]["images"], curve[name]["images"]) == (IMAGES, 16)
     assert target[names[1]]["frechet"] == pytest.approx((TARGET / 100) ** 2, abs=5e-3)
+    plain, ours = AR_OFFSET**2, (TARGET / 100 + PAINTED) ** 2  # of Janus by the VQ decode, of the passes by the other
+    assert target[minus(names[3], names[0])]["frechet"] == pytest.approx(ours - plain, abs=5e-3)
+    for gain, offset in zip(gains, (AR_OFFSET, TARGET / 100)):
+        for column in ("frechet", "frechet, text detector"):
+            found = target[gain][column]
+            assert found == pytest.approx(((offset + PAINTED) / offset) ** 2, rel=0.1), (gain, column)
+            assert target[gain][f"{column}: lowest"] <= found <= target[gain][f"{column}: highest"]
+        assert target[gain]["F1"] == 1
+    assert len(target) == 4 + 2 + 1 + 2
 
 
 def test_passes_share_out_revision_as_the_sampler_does(setup, masked):
