@@ -15,7 +15,7 @@ from dcdd_core.protocols import SamplingOptions
 from dcdd_pico.ablation import train_ablation
 from dcdd_pico.build import build
 from dcdd_pico.build_context import BuildContext, Recipe
-from dcdd_pico.embedded import CHEAP, LLAMAGEN
+from dcdd_pico.embedded import CHEAP, LLAMAGEN, PROGRESSIVE
 from dcdd_pico.models import load_pico, load_reader
 from dcdd_pico.progressive import progressive_folder
 from dcdd_pico.sections import ablation_files
@@ -75,6 +75,8 @@ def test_the_whole_build_in_small(tmp_path):
     load_cheap_decoder(tmp_path / "weights" / CHEAP).require_for(models.codec)
     masked = load_masked(progressive_folder(tmp_path / "weights"))
     assert masked.sample(["a red circle"], seeds=[0]).codebook == models.tokenizer.codebook.fingerprint
+    own = load_pico(weights=tmp_path / "weights", vlm=PROGRESSIVE).decoder.card.calibration
+    assert (own.vlm, own.guidance) == ("pico progressive", masked.sampling.guidance)
     other = load_pico(weights=tmp_path / "weights", vlm=LLAMAGEN)
     assert other.sampler.sample(["a red circle"], seeds=[0]).codebook == models.tokenizer.codebook.fingerprint
     assert other.decoder.card.calibration.guidance == other.sampler.default_guidance == SMALL.llamagen_guidance
