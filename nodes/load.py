@@ -15,7 +15,7 @@ from ..dcdd_core.models.bundle import DecoderOptions, load_decoder
 from ..dcdd_core.models.download import KNOWN_MODELS, KnownModel, download_model
 from ..dcdd_core.pipelines.load import check_codec
 from ..dcdd_core.protocols import ImageTokenizer
-from ..dcdd_pico.embedded import JANUS, LLAMAGEN, NAME, PROGRESSIVE, model_paths
+from ..dcdd_pico.embedded import JANUS, LLAMAGEN, PROGRESSIVE, model_paths
 from . import host, model_folders
 from .host import Managed, ManagedCodec
 from .sockets import Decoder, DecoderSocket, JanusModel, JanusModelSocket, VQVAESocket, schema
@@ -28,7 +28,7 @@ BUILT_IN = {PICO: JANUS, PICO_PROGRESSIVE: PROGRESSIVE, PICO_LLAMAGEN: LLAMAGEN}
 CONNECTED = "with the bundle, or connected"
 HELD = "in the bundle"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-#: What pico's decoder is calibrated for. The other built-in models' own files say their names and guidance.
+#: What pico's decoder is calibrated for. The other built-in models' own files say their guidance.
 _PICO_GUIDANCE = 3.0
 STORAGE = ("auto", "float32", "bfloat16", "float16", "8-bit")
 
@@ -80,8 +80,8 @@ class LoadJanus(io.ComfyNode):
         family = registry.sampler_family(folder)
         sampler = family.load_sampler(str(folder), dtype=torch_dtype, computes_on=host.device_of(placement))
         if model == PICO:
-            sampler.name, sampler.default_guidance = NAME, _PICO_GUIDANCE
-        vq = _tokenizer(folder, model, placement)
+            sampler.default_guidance = _PICO_GUIDANCE
+        vq = _tokenizer(folder, placement)
         return io.NodeOutput(JanusModel(sampler=Managed(sampler, placement=placement), vq=vq), vq)
 
 
@@ -119,7 +119,7 @@ class LoadVQVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str, placement: str) -> io.NodeOutput:
-        return io.NodeOutput(_tokenizer(_folder(model), model, placement))
+        return io.NodeOutput(_tokenizer(_folder(model), placement))
 
 
 class LoadDecoder(io.ComfyNode):
@@ -313,11 +313,9 @@ def _state(model: str) -> str:
     return "|".join(map(model_folders.state_of, places))
 
 
-def _tokenizer(folder: Path, model: str, placement: str) -> Managed[ImageTokenizer]:
+def _tokenizer(folder: Path, placement: str) -> Managed[ImageTokenizer]:
     """In float32: its features decide which token a patch becomes."""
     tokenizer = registry.sampler_family(folder).load_tokenizer(str(folder), dtype=torch.float32)
-    if model == PICO:
-        tokenizer.name = NAME
     return Managed(tokenizer, placement=placement)
 
 

@@ -149,7 +149,9 @@ def model_options(parser: Parser) -> None:
 def sampling_options(parser: Parser) -> None:
     """How tokens are sampled."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--guidance", type=float, help="classifier-free guidance (default: the decoder's, or the VLM's)")
+    group.add_argument(
+        "--guidance", type=float, help="classifier-free guidance (default: the calibration's, or the VLM's)"
+    )
     group.add_argument("--temperature", type=float, default=1.0)
     group.add_argument(
         "--top-k", type=int, help="the likeliest codes alone; 0: all (default: 1000 for a published LlamaGen, else all)"

@@ -7,6 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dcdd_core.models.bundle import read_card
+from dcdd_core.types import Calibration
+from dcdd_pico.embedded import WEIGHTS, own_calibration
+
 
 class Book:
     """A codebook in so far as the checks read it."""
@@ -24,6 +28,12 @@ def logits(codebook: str | None, size: int = 1024):
 def checks(double):
     with double._modules.installed():
         yield sys.modules[f"{double.pack.__name__}.nodes.checks"]
+
+
+def calibration_of(folder: str) -> Calibration:
+    """Of an embedded VLM: of its own, or on the decoder's card."""
+    own = own_calibration(vlm=folder)
+    return read_card(WEIGHTS / "decoder.safetensors").calibration if own is None else Calibration.load(own)
 
 
 OURS, OTHER = Book(0.5), Book(0.7)
@@ -74,3 +84,18 @@ def test_sizes_tell_models_apart_whose_codebooks_do_not(checks, codebook):
 def test_models_of_two_names_are_told_by_these_alone(checks):
     with pytest.raises(ValueError, match="come from pico, and vq_vae from other, which"):
         checks.check_tokenizer(logits(OTHER.fingerprint), SimpleNamespace(name="other", codebook=OURS))
+
+
+def test_each_built_in_model_is_read_with_the_calibration_of_its_own(checks, double):
+    """A loader names a model as its calibration does; only Janus' is on the decoder's card."""
+    of = {name: sys.modules[f"{double.pack.__name__}.{name}"] for name in ("nodes.load", "dcdd_core.models.bundle")}
+    load, found = of["nodes.load"], {}
+    card = of["dcdd_core.models.bundle"].read_card(WEIGHTS / "decoder.safetensors")
+    for model, folder in load.BUILT_IN.items():
+        sampler = load.LoadJanus.execute(model=model, dtype="float32", placement="CPU").args[0].sampler.idle
+        sampled = SimpleNamespace(
+            source="vlm", calibrated=False, model=sampler.name, codebook=card.codebook, guidance=None, temperature=None
+        )
+        found[folder] = checks.served(card, sampled).calibration.scale
+        assert sampler.default_guidance == calibration_of(folder).guidance, folder
+    assert found == {folder: calibration_of(folder).scale for folder in found} and len(set(found.values())) == 3
