@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,11 +41,10 @@ def run_command(
     parser.add_argument(
         "--layers", type=int, default=Recipe.vae_decoder_layers, help="a block of the autoencoder (default %(default)s)"
     )
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the recipe says")
     chosen = parser.parse_args()
     older = Recipe.load(chosen.weights)
     told = {steps: chosen.steps, before: getattr(older, before) + getattr(older, steps)}
-    context = stage_context(chosen, **told, vae_decoder_layers=chosen.layers, compiled=chosen.compile)
+    context = stage_context(chosen, **told, vae_decoder_layers=chosen.layers)
     folder = model_paths(chosen.weights)["vae"]
     vae = load_vae(folder, device=context.device, dtype=torch.float32)
     trained = train(context, vae, train_loss_reader(context))

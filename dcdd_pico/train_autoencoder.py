@@ -4,7 +4,8 @@
 That changes the latents: all that reads or paints them has to learn them anew. docs/embedded.md lists it, with the
 commands. `train_vae_decoder` then trains the decoder alone, with a GAN loss and the same latents.
 
-Scenes are rendered as it goes, each seen once.
+Scenes are rendered as it goes, each seen once. Nothing is compiled: PyTorch 2.13 compiled an
+`UpDecoderBlock2D` for a CPU so that all layers before it got a gradient of zero, without a word.
 
 Shapes: B batch, C channels, h w latent pixels.
 """
@@ -33,7 +34,8 @@ from .training_loop import train
 #: Folder of the log and the checkpoint.
 FOLDER = "autoencoder"
 _STAGE = 2
-_RATE = 1e-3
+#: Learning rates at their peak: of an untrained autoencoder, and of one that is trained on.
+_RATE, _FURTHER_RATE = 1e-3, 3e-4
 _DIVERGENCE = 1e-3
 _BLOCK = 1024
 _BATCH = 32
@@ -104,13 +106,14 @@ def deepened(vae: AutoencoderKL, layers: int, *, seed: int = 0, encoder_learns: 
 
 
 def train_autoencoder(
-    context: BuildContext, start: AutoencoderKL, loss_reader: SceneReader, *, ahead: bool = True
+    context: BuildContext, start: AutoencoderKL, loss_reader: SceneReader, *, rate: float = _RATE, ahead: bool = True
 ) -> AutoencoderKL:
     """Trains (or restores) both sides of an autoencoder, and returns it; `start` is not changed.
 
     Its shift and scale stay: see `normalise`.
 
     Args:
+        rate: learning rate at its peak.
         ahead: see `FreshImages`.
     """
     recipe, device = context.recipe, context.device
@@ -122,13 +125,10 @@ def train_autoencoder(
     held_out = scene_pixels(context.held_out_images, device)
     with torch.no_grad(), context.autocast():
         before = torch.cat([start.encode(part).latent_dist.mean for part in held_out.split(_BATCH)])
-    if recipe.compiled:
-        compile_blocks(vae.encoder.mid_block, *vae.encoder.down_blocks)
-        compile_blocks(vae.decoder.mid_block, *vae.decoder.up_blocks)
 
     def step(i: int) -> dict[str, torch.Tensor]:
         draw = keyed_generator(recipe.seed, _STAGE, i)
-        set_learning_rate(optimizer, warmup_cosine(i, steps, peak=_RATE, warmup=min(200, max(1, steps // 10))))
+        set_learning_rate(optimizer, warmup_cosine(i, steps, peak=rate, warmup=min(200, max(1, steps // 10))))
         pixels = scene_pixels(scenes.batch(i, size), device)
         with context.autocast():
             posterior = vae.encode(pixels).latent_dist
@@ -160,7 +160,7 @@ def train_autoencoder(
             settings=context.settings(
                 "autoencoder_batch",
                 architecture=autoencoder_config(vae.config.layers_per_block),
-                rate=_RATE,
+                rate=rate,
                 divergence=_DIVERGENCE,
                 start=digest(start),
                 loss_reader=digest(loss_reader),
@@ -175,16 +175,7 @@ def train_autoencoder(
     finally:
         scenes.close()
     ema.apply()
-    # Without what was compiled.
-    trained = copy.deepcopy(start)
-    trained.load_state_dict(vae.state_dict())
-    return trained.eval().requires_grad_(False)
-
-
-def compile_blocks(*blocks: nn.Module) -> None:
-    """Compiles blocks of an autoencoder, each for the one size that a training has."""
-    for block in blocks:
-        block.compile(dynamic=False)
+    return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -208,7 +199,7 @@ def main() -> None:
     def train(context: BuildContext, vae: AutoencoderKL, loss_reader: SceneReader) -> AutoencoderKL:
         recipe = context.recipe
         start = deepened(vae, recipe.vae_decoder_layers, seed=recipe.seed + _STAGE, encoder_learns=True)
-        return train_autoencoder(context, start, loss_reader)
+        return train_autoencoder(context, start, loss_reader, rate=_FURTHER_RATE)
 
     run_command(__doc__, "autoencoder", train)
 

@@ -5,7 +5,8 @@ The encoder, and so every latent, stays as it is to the bit: the diffusion decod
 (`train_autoencoder.deepened`); the encoder's stay so, the decoder's learn. It starts from the decoder that is there.
 
 The losses are those that the decoders of the VQ-VAE and the opponents have (`gan_finetune`), none of them a metric of
-the tables; the discriminator joins for the last quarter. Scenes are rendered as it goes, each seen once.
+the tables; the discriminator joins for the last quarter. Scenes are rendered as it goes, each seen once. Nothing is
+compiled (`train_autoencoder`).
 
 The log has, beside SSIM, PSNR and perceptual distance of held-out scenes, what is wrong with a round trip where it
 shows (`image_losses.blemishes`): a tint of greys, and the error beside edges and elsewhere.
@@ -29,7 +30,7 @@ from .image_losses import blemishes, fidelity
 from .reader import SceneReader
 from .scene_arrays import FreshImages
 from .scenes import scene_pixels
-from .train_autoencoder import compile_blocks, deepened
+from .train_autoencoder import deepened
 
 #: Folder of the log and the checkpoint.
 FOLDER = "vae-decoder"
@@ -85,9 +86,6 @@ def train_vae_decoder(
         decoded = torch.cat(parts)
         return fidelity(held_out, decoded, loss_reader) | blemishes(held_out, decoded)
 
-    if recipe.compiled:
-        # Not the last layer, whose gradient alone is asked for besides (`adaptive_weight`).
-        compile_blocks(decoder.mid_block, *decoder.up_blocks)
     try:
         train_with_gan(
             context,
@@ -114,10 +112,7 @@ def train_vae_decoder(
         )
     finally:
         scenes.close()
-    # Without what was compiled.
-    trained = deepened(vae, recipe.vae_decoder_layers)
-    trained.decoder.load_state_dict(decoder.state_dict())
-    return trained.eval()
+    return deeper.eval().requires_grad_(False)
 
 
 def main() -> None:
