@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import registry
+from ..evaluation.decoding import guidance_told
 from ..evaluation.figures import save_image, top_curve
 from ..evaluation.tables import statistics_table
 from ..method.statistics import describe_logits
@@ -57,11 +58,8 @@ def run(args: argparse.Namespace) -> None:
 def served_as(card: DecoderCard) -> str:
     """How a decoder paints by default, in a line."""
     guidance = card.distribution_guidance
-    if guidance is None or guidance.strength == 0:
-        guided = "no distribution guidance"
-    else:
-        shift = "" if guidance.shift is None else f" at shift {guidance.shift:g}"
-        guided = f"distribution guidance of strength {guidance.strength:g}{shift}"
+    told = "" if guidance is None else guidance_told(guidance.strength, guidance.shift)
+    guided = told or "no distribution guidance"
     shift = "the backbone's shift" if card.shift is None else f"shift {card.shift:g}"
     if card.condition_guidance != 1:
         guided = f"condition guidance of {card.condition_guidance:g}, {guided}"
