@@ -194,13 +194,15 @@ def describe(card: DecoderCard, log: Sequence[Mapping[str, Any]], recipe: Recipe
             f"proxies, and {vlm_share:.0%} of the examples on Janus' own conditions, teacher-forced, at guidance "
             f"{calibration.guidance:g}, read as {card.reads}"
         )
+    dropped = f" The condition was left out of {card.condition_dropout:.0%}." if card.condition_dropout else ""
+    told = "; `vlm_` is on Janus' own conditions, painted" if vlm_share else ", painted"
     return f"""# pico's diffusion decoder
 
 After its training on proxies it was trained on for {updates:,} updates of {batch} fresh scenes, {hours:.2f} hours, on
-{own}. The condition was left out of {card.condition_dropout:.0%}.
+{own}.{dropped}
 
-Command: `python -m dcdd_pico.post_train_decoder`. At the end, of {_EVALUATED} held-out scenes; `vlm_` is on Janus' own
-conditions, painted in {card.steps} steps:
+Command: `python -m dcdd_pico.post_train_decoder`. At the end, of {_EVALUATED} held-out scenes{told}
+in {card.steps} steps:
 
 {table}
 """

@@ -11,7 +11,7 @@ from dcdd_pico.build_context import BuildContext, Recipe
 
 
 def test_gradients_are_clipped_rates_follow_the_schedule_and_the_scenes_are_closed(tmp_path, monkeypatch):
-    closed, rates = [], []
+    closed, rates, evaluated = [], [], []
     scenes = SimpleNamespace(batch=lambda step, size: (step, size), close=lambda: closed.append(True))
     monkeypatch.setattr(token_training, "SceneTokens", lambda *_, **__: scenes)
     monkeypatch.setattr(token_training, "tokens_digest", lambda model: "x")
@@ -35,7 +35,13 @@ def test_gradients_are_clipped_rates_follow_the_schedule_and_the_scenes_are_clos
         return {"loss": 1e6 * network(torch.ones(3)).square().sum(), "other": torch.ones(())}
 
     told = {"steps": 40, "batch": 7, "peak": 0.01, "settings": {}, "save_every": 40}
-    training.run("a", losses, lambda done: {"seen": 1.0}, warmup=150, **told)
+
+    def evaluate(done):
+        evaluated.append(done)
+        return {"seen": 1.0}
+
+    training.run("a", losses, evaluate, warmup=150, **told)
+    assert evaluated == [8, 16, 24, 32, 40], "a short training has a curve too"
     norm = torch.cat([weight.grad.flatten() for weight in network.parameters()]).norm()
     assert norm == pytest.approx(1, abs=1e-4), "clipped"
     by_name = [[one[name] for one in rates[1:]] for name in ("optimizer", "muon")]
