@@ -29,6 +29,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+#: Fields of `SamplingOptions` whose None is the sampler's own.
+FILTERS = ("top_k", "top_p")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How image tokens are drawn.
@@ -37,8 +41,8 @@ class SamplingOptions:
         guidance: classifier-free guidance w, at most `MOST_GUIDANCE` either way; 1 is the prompt alone, 0 no
             prompt at all.
         temperature: T, within `TEMPERATURES`, or 0, which takes the most likely code.
-        top_k, top_p: filters of the draw (`method.sampling`). None is no top_p, and as top_k what the sampler's
-            authors use, for most of them none; 0 is no top_k. The logits that are kept stay whole.
+        top_k, top_p: filters of the draw (`method.sampling`). None is what the sampler's authors use, for most of them
+            none; 0 is no top_k, 1 no top_p. The logits that are kept stay whole.
 
     Raises:
         ValueError: for values out of range.
@@ -59,7 +63,7 @@ class SamplingOptions:
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
             raise ValueError(f"top_k must be a whole number >= 0, got {self.top_k!r}; 0 switches it off")
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p!r}; 1 or None switches it off")
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p!r}; 1 switches it off")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

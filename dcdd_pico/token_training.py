@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +92,7 @@ class TokenTraining:
         Args:
             name: of the training's folder in the work folder.
             losses: number of an update and its scenes -> what is logged; "loss" is minimised.
-            evaluate: see `training_loop.train`; called every 500 updates, or every fifth of fewer than 2,500.
+            evaluate: see `training_loop.train`; called every 500 updates, or five times in 50 to 2,500.
             batch: scenes of an update.
             peak: learning rate.
             warmup: updates until it is reached, at most a twentieth of `steps`.
@@ -120,7 +119,7 @@ class TokenTraining:
                 step=step,
                 state={"model": self.network, "ema": self.ema, **self.optimizers},
                 evaluate=evaluate,
-                evaluate_every=min(500, math.ceil(steps / 5)),
+                evaluate_every=min(500, max(10, steps // 5)),
                 save_every=save_every,
                 log_every=25,
             )

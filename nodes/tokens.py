@@ -468,7 +468,10 @@ def _inputs(*own: io.Input) -> list[io.Input]:
             min=0.01,
             max=1.0,
             step=0.01,
-            tooltip="Samples only from the most likely tokens whose probabilities add up to this value; 1 means all.",
+            tooltip=(
+                "Samples only from the most likely tokens whose probabilities add up to this value. 1 uses the model's "
+                "own: 0.8 for BIGFix, all tokens for the others."
+            ),
         ),
         io.Int.Input(
             "batch_size",
@@ -613,5 +616,5 @@ def _sheets(janus: JanusModel, staged: Staged, prompts: list[str]) -> torch.Tens
         return torch.cat(list(one_by_one(one, len(tokens), alone)))
 
     shown = enumerate(prompts[:MOST_SHOWN])
-    sheets = [stage_sheet(staged.stages, decode, grid, row=row, title=" ".join(text.split())) for row, text in shown]
+    sheets = [stage_sheet(staged.stages, decode, grid, row=row, title=text) for row, text in shown]
     return torch.cat([from_pil(sheet) for sheet in sheets])

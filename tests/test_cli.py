@@ -191,7 +191,11 @@ def test_sampling_in_passes_is_refused_in_words(tmp_path, capsys, one_s_own):
         ([*janus, "--order", "raster", "--spread", "2"], "give the folder of a masked sampler, or leave out --order"),
         ([*janus, *progressive], "holds a sampler of the other kind"),
         ([*masked, "--sampler", "autoregressive"], "holds a sampler of the other kind"),
-        (["--vlm", "pico", *progressive], "--sampler progressive, but pico holds a sampler of the other kind"),
+        (
+            ["--vlm", "pico", *progressive],
+            "leave --sampler out, or give --vlm pico-progressive",
+        ),
+        (["--vlm", "pico", "--passes", "5"], "give --vlm pico-progressive, or leave out --passes"),
         (["--vlm", "pico-progressive", "--sampler", "autoregressive"], "holds a sampler of the other kind"),
         (["--vlm", "pico", "--dtype", "bfloat16"], "--dtype goes with the folder of a VLM in --vlm"),
         ([*progressive, "--revision-passes", "11"], "revision_passes must be less than passes, got 11 of 11"),
@@ -200,7 +204,17 @@ def test_sampling_in_passes_is_refused_in_words(tmp_path, capsys, one_s_own):
         ([*listed, "--passes", "9"], ": give as many passes as it has numbers, 7 numbers, or one of cosine"),
         ([*progressive, "--parallel", "4"], "--parallel would do nothing"),
         ([*progressive, "--stages", "a.jpg"], "--stages a.jpg: images are written as PNG"),
-        ([*progressive, "--stages", str(tmp_path / "a.png")], f"--stages and --out are both {tmp_path / 'a.png'}: "),
+        (
+            [*progressive, "--stages", str(tmp_path / "a.png")],
+            f"--stages would both write {tmp_path / 'a.png'}",
+        ),
+        ([*progressive, "--stages", f"{tmp_path}/../{tmp_path.name}/a.png"], "--out and --stages would both write"),
+        (
+            [*progressive, "--stages", str(tmp_path / "a-vq.png"), "--compare"],
+            "--compare and --stages would both write",
+        ),
+        (["--logits", str(tmp_path / "a.png")], "--out and --logits would both write"),
+        (["a square", "--logits", str(tmp_path / "a-2.png")], "--out and --logits would both write"),
     ):
         assert main(["generate", "a red circle", *words, "--out", str(tmp_path / "a.png")]) == 1, words
         assert told in one_line(capsys.readouterr().err), words

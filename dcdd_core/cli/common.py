@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +56,8 @@ GUIDED = ("strength", "start", "paint_side", "guide_decoder")
 PROGRESSIVE = ("passes", "revision_passes", "order", "spread", "revise")
 #: What --sampler takes: one token after the other, or many at a time.
 SAMPLERS = ("autoregressive", "progressive")
+#: What the embedded masked sampler is called.
+_MASKED = next(name for name, folder in embedded.VLMS.items() if folder == embedded.PROGRESSIVE)
 #: Options that say what is sampled, and how.
 SAMPLING = (
     *("calibration", "prompts", "images", "count", "batch", "guidance", "temperature", "top_k", "top_p", "seed"),
@@ -411,7 +413,8 @@ def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
 
 def _check_kind(models: Models, kind: str | None, vlm: Path | str | None) -> None:
     if None not in (kind, vlm, models.sampler) and isinstance(models.sampler, StagedSampler) != (kind == SAMPLERS[1]):
-        raise ValueError(f"--sampler {kind}, but {vlm} holds a sampler of the other kind: leave --sampler out")
+        own = f", or give --vlm {_MASKED}" if vlm == embedded.NAME and kind == SAMPLERS[1] else ""
+        raise ValueError(f"--sampler {kind}, but {vlm} holds a sampler of the other kind: leave --sampler out{own}")
 
 
 def guided(args: argparse.Namespace) -> bool:
@@ -519,7 +522,8 @@ def _staged(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _staged_sampler(models: Models, args: argparse.Namespace) -> StagedSampler:
-    other = f"add --sampler {SAMPLERS[1]}" if args.janus is None else "give the folder of a masked sampler"
+    own = f"give --vlm {_MASKED}" if args.embedded else f"add --sampler {SAMPLERS[1]}"
+    other = own if args.janus is None else "give the folder of a masked sampler"
     remedy = f"{other}, or leave out {given(args, *PROGRESSIVE, 'stages')}"
     return staged_sampler(models.sampler, remedy=remedy)
 
@@ -822,6 +826,27 @@ def write_images(images: torch.Tensor, out: Path, suffix: str) -> None:
 
 def write_sheets(sheets: Sequence[Image.Image], out: Path, suffix: str = "") -> None:
     """One image under the given name, several numbered."""
-    for i, sheet in enumerate(sheets):
-        number = f"-{i + 1}" if len(sheets) > 1 else ""
-        print(f"wrote {save_image(sheet, out.with_name(f'{out.stem}{number}{suffix}.png'))}")
+    for sheet, file in zip(sheets, image_paths(len(sheets), out, suffix), strict=True):
+        print(f"wrote {save_image(sheet, file)}")
+
+
+def image_paths(count: int, out: Path, suffix: str = "") -> list[Path]:
+    """The files of so many images, which are numbered where there are several."""
+    numbers = [f"-{i + 1}" for i in range(count)] if count > 1 else [""] * count
+    return [out.with_name(f"{out.stem}{number}{suffix}.png") for number in numbers]
+
+
+def check_distinct(written: Mapping[str, Sequence[Path]]) -> None:
+    """Refuses files that two options would both write.
+
+    Args:
+        written: option, as it is typed -> its files.
+
+    Raises:
+        ValueError: naming the options and the file.
+    """
+    owner: dict[Path, str] = {}
+    for option, files in written.items():
+        for file in files:
+            if (other := owner.setdefault(file.resolve(), option)) != option:
+                raise ValueError(f"{other} and {option} would both write {file}: give them names of their own")

@@ -46,10 +46,9 @@ def run(args: argparse.Namespace) -> None:
     common.check_png(args.out)
     if args.stages is not None:
         common.check_png(args.stages, "--stages")
-        if args.stages.absolute() == args.out.absolute():
-            raise ValueError(f"--stages and --out are both {args.out}: give the passes a name of their own")
     if args.logits is not None:
         arguments.check_out("--logits", args.logits)
+    common.check_distinct(_written(args))
     models = common.load(args)
     common.check_painting(models, args, "compare")
     common.sampling_of(models, args)  # What it refuses is refused before a pipeline is loaded.
@@ -77,6 +76,19 @@ def run(args: argparse.Namespace) -> None:
     common.write_images(painted, args.out, "")
     if args.compare:
         common.write_images(by_vq, args.out, "-vq")
+
+
+def _written(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """Option -> the files that it writes."""
+    count = len(args.prompt)
+    written = {"--out": common.image_paths(count, args.out)}
+    if args.compare:
+        written["--compare"] = common.image_paths(count, args.out, "-vq")
+    if args.stages is not None:
+        written["--stages"] = common.image_paths(count, args.stages)
+    if args.logits is not None:
+        written["--logits"] = [args.logits]
+    return written
 
 
 def _sheets(models: Models, staged: Staged, prompts: Sequence[str]) -> list[Image.Image]:

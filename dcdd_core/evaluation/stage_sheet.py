@@ -43,6 +43,7 @@ def stage_sheet(
     Raises:
         ValueError: if there is no pass.
     """
+    title = " ".join(title.split())  # a single line
     if not stages:
         raise ValueError("there are no passes to show: this edit changed nothing")
     tokens = torch.stack([nearest_known(stage.tokens[row], stage.known[row], grid) for stage in stages])

@@ -168,7 +168,7 @@ def find_order(order: str) -> Order:
     Raises:
         ValueError: for an unknown one.
     """
-    if order not in ORDERS:
+    if not isinstance(order, str) or order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {shown(order)}")
     return ORDERS[order]
 
@@ -365,6 +365,8 @@ class ProgressiveOptions(SamplingOptions):
         require_number("spread", self.spread, whole=True, least=0, most=_MOST_SIDE)
         find_order(self.order)
         check_revise(self.revise)
+        if not isinstance(self.ramp, bool):
+            raise ValueError(f"ramp must be True or False, got {shown(self.ramp)}")
         if self.revise == 0 and self.revision_passes:
             raise ValueError(
                 f"{self.revision_passes} revision passes have nothing to do where revise is 0: set revision_passes to "
@@ -373,6 +375,8 @@ class ProgressiveOptions(SamplingOptions):
         if isinstance(self.schedule, str):
             revealed_share(0.0, self.schedule)
         else:
+            if isinstance(self.schedule, list):
+                object.__setattr__(self, "schedule", tuple(self.schedule))
             _check_list(self.schedule, self.revealing)
 
     def in_passes(self, passes: int) -> ProgressiveOptions:
@@ -483,8 +487,8 @@ def stage_rows(stages: Sequence[Stage]) -> list[dict[str, float]]:
 
 
 def _check_list(schedule: Sequence[float], passes: int) -> None:
-    if not isinstance(schedule, tuple):
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a tuple of numbers, got {shown(schedule)}")
+    if not isinstance(schedule, (tuple, list)):
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} or a list of numbers, got {shown(schedule)}")
     if len(schedule) != passes:
         raise ValueError(
             f"schedule has {len(schedule)} numbers for {passes} revealing passes, those that only revise left out: "

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from ..method.progressive import ProgressiveOptions, Revise, Staged
-from ..protocols import DEFAULT_SAMPLING, OnProgress, SamplingOptions, TokenSampler
+from ..protocols import DEFAULT_SAMPLING, FILTERS, OnProgress, SamplingOptions, TokenSampler
 from ..types import TokenLogits
 from .host import PLAIN, Host
 from .sample import in_batches, logits_memory
@@ -93,12 +93,11 @@ def changed_plan(
         "spread": spread,
         "revise": revise,
         "start": start,
-        **{name: getattr(drawn, name) for name in ("guidance", "temperature", "top_k", "top_p")},
+        **{name: getattr(drawn, name) for name in ("guidance", "temperature", *FILTERS)},
     }
-    # Of the filters None is a value: none.
-    return replace(
-        own, **{name: value for name, value in staged.items() if value is not None or name in ("top_k", "top_p")}
-    )
+    if order not in (None, own.order):
+        own = replace(own, order_noise=None)  # That of another order.
+    return replace(own, **{name: value for name, value in staged.items() if value is not None})
 
 
 def sample_stages(

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
+from ..models.edits import check_request
 from ..protocols import DEFAULT_SAMPLING, OnProgress, SamplingOptions, TokenSampler
 from ..types import TokenLogits
 from .host import PLAIN, Host
@@ -103,11 +104,10 @@ def in_batches(
         memory: bytes that one image takes besides the weights.
 
     Raises:
-        ValueError: for another number of seeds than of prompts.
+        ValueError: for no prompts, and for another number of seeds than of prompts.
         RuntimeError: if a single image does not fit into memory.
     """
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds: give one seed for each prompt")
+    check_request(prompts, seeds)
 
     def run(first: int, last: int) -> T:
         whole = (first, last) == (0, len(prompts))

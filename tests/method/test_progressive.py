@@ -111,7 +111,7 @@ def test_a_list_is_kept_to_the_nearest_position(count, weights):
         ((9, 2, (0.0, 0.0)), "only zeros"),
         ((9, 2, (1e300, 1e300)), "schedule"),
         ((9, 2, (1.0, -1.0)), r"schedule\[1\] must be a finite number in 0..1,000,000,000"),
-        ((9, 2, [1.0, 1.0]), "a tuple of numbers"),
+        ((9, 2, {1.0, 2.0}), "a list of numbers"),
     ],
 )
 def test_schedules_that_make_no_sense_are_refused(arguments, words):
@@ -291,7 +291,8 @@ def test_options_are_sampling_options_with_a_plan():
     assert options.revealing == 8 and options.order == "halton"
     assert options.counts(144) == (*stage_counts(144, 8, "arccos"), 0, 0, 0)
     assert options.counts(3) == (1, 1, 1) + (0,) * 8
-    assert ProgressiveOptions(passes=3, revision_passes=0, schedule=(1, 0, 1)).counts(10) == (5, 0, 5)
+    for schedule in (1, 0, 1), [1, 0, 1]:
+        assert ProgressiveOptions(passes=3, revision_passes=0, schedule=schedule).counts(10) == (5, 0, 5)
 
 
 def test_a_plan_in_other_passes_revises_in_the_nearest_share_of_them():
@@ -313,6 +314,8 @@ def test_a_plan_in_other_passes_revises_in_the_nearest_share_of_them():
         ({"start": 11}, "start must be less than passes, got 11 of 11"),
         ({"start": -1}, "start must be a whole number of at least 0"),
         ({"order": "size"}, "order must be one of"),
+        ({"order": ["halton"]}, "order must be one of"),
+        ({"ramp": "no"}, "ramp must be True or False, got 'no'"),
         ({"order_noise": -1.0}, "order_noise must be a finite number of at least 0"),
         ({"spread": -1}, "spread must be a whole number in 0..1,024"),
         ({"spread": 10**30}, "spread must be a whole number in 0..1,024"),

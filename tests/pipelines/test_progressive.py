@@ -94,6 +94,8 @@ def test_parts_of_other_options_are_not_joined():
 def test_a_seed_for_each_prompt():
     with pytest.raises(ValueError, match="3 prompts came with 2 seeds"):
         sample_stages(tiny_masked(), PROMPTS, seeds=SEEDS[:2])
+    with pytest.raises(ValueError, match="prompts is empty"):
+        sample_stages(tiny_masked(), [], seeds=[])
 
 
 def test_a_sampler_without_passes_is_refused(tmp_path):
@@ -115,7 +117,13 @@ def test_a_samplers_own_plan_with_what_is_given():
     assert changed_plan(own, DRAWN) == replace(own, **drawn)
     given = {"passes": 7, "revision_passes": 3, "order": "raster", "spread": 0, "revise": 5, "start": 2}
     assert changed_plan(own, DRAWN, **given) == replace(own, **drawn, **given)
-    assert changed_plan(own, SamplingOptions()).top_k is None, "no filter is a choice too"
+    kept = changed_plan(own, SamplingOptions())
+    assert (kept.top_k, kept.top_p) == (3, 0.5), "a filter that is left out is the sampler's own"
+    off = changed_plan(own, SamplingOptions(top_k=0, top_p=1.0))
+    assert (off.top_k, off.top_p) == (0, 1.0)
+    noisy = replace(own, order_noise=2.0)
+    assert changed_plan(noisy, DRAWN, order="confidence").order_noise == 2.0
+    assert changed_plan(noisy, DRAWN, order="importance").order_noise is None, "it belongs to the other order"
 
 
 @pytest.mark.parametrize(

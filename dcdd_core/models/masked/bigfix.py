@@ -33,8 +33,7 @@ class BigFixSampler(MaskedSampler):
     """A `BigFixTransformer` as a `TokenSampler`; everything but reading prompts is the masked sampler's.
 
     A row without a prompt has zeros for its text and asks for low rewards, one with a prompt for high ones
-    (`bigfix_network`): guidance leads away from both. Plain `SamplingOptions` say all filters themselves, so that the
-    released top-p of 0.8 is used where they, or options made from `sampling`, ask for it.
+    (`bigfix_network`): guidance leads away from both.
     """
 
     model: BigFixTransformer

@@ -25,7 +25,7 @@ from ...method.progressive import (
     redrawn,
     reveal,
 )
-from ...protocols import DEFAULT_SAMPLING, OnProgress, Progress, SamplingOptions
+from ...protocols import DEFAULT_SAMPLING, FILTERS, OnProgress, Progress, SamplingOptions
 from ...types import Codebook, TokenLogits
 from ..checkpoints import fingerprint_of
 from ..edits import check_edit, check_request
@@ -228,11 +228,12 @@ class MaskedSampler:
                 )
             plan = options
         else:
-            drawn = {name: getattr(options, name) for name in ("guidance", "temperature", "top_k", "top_p")}
-            if options.temperature == 0:
-                drawn["order_noise"] = 0.0  # Greedy: the seed decides nothing, the order neither.
-            plan = replace(self.sampling, **drawn)
-        return plan if plan.top_k is not None else replace(plan, top_k=self.sampling.top_k)
+            drawn = ("guidance", "temperature", *FILTERS)
+            plan = replace(self.sampling, **{name: getattr(options, name) for name in drawn})
+        own = {name: getattr(self.sampling, name) for name in FILTERS if getattr(plan, name) is None}
+        if plan.temperature == 0:
+            own["order_noise"] = 0.0  # Greedy: the seed decides nothing, the order neither.
+        return replace(plan, **own)
 
     def _prefix(self, prompts: Sequence[str], *, guided: bool) -> Prefix:
         """Of [conditional ; unconditional] rows [2 B], or of the conditional ones [B]."""

@@ -166,11 +166,14 @@ def test_the_prompt_alone_takes_half_the_rows(sampler):
     torch.testing.assert_close(ramped.logits[:, first], alone.logits[:, first], rtol=1e-4, atol=1e-4)
 
 
-def test_plain_options_say_the_filters_and_leave_the_passes(sampler):
-    plain = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(guidance=2.0))
-    assert torch.equal(
-        plain.tokens, sampler.sample(PROMPTS, seeds=SEEDS, options=replace(SAMPLING, guidance=2.0, top_p=None)).tokens
-    )
+@pytest.mark.parametrize("top_p", [None, 1.0])
+def test_a_top_p_that_is_left_out_is_the_released_one(sampler, top_p):
+    drawn = {"guidance": 1.0, "temperature": 4.0}
+    plain = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(**drawn, top_p=top_p))
+    found = {
+        p: sampler.sample(PROMPTS, seeds=SEEDS, options=replace(SAMPLING, **drawn, top_p=p)).tokens for p in (0.8, 1.0)
+    }
+    assert torch.equal(plain.tokens, found[top_p or 0.8]) and not torch.equal(found[0.8], found[1.0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -290,6 +290,9 @@ def test_plain_options_leave_the_passes_to_the_sampler(sampler):
     plain = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(guidance=2.0, temperature=0.5, top_p=0.9))
     whole = replace(SAMPLING, guidance=2.0, temperature=0.5, top_p=0.9)
     assert torch.equal(plain.tokens, sampler.sample(PROMPTS, seeds=SEEDS, options=whole).tokens)
+    greedy = replace(SAMPLING, temperature=0.0, order="confidence", order_noise=3.0)
+    one, two = (sampler.sample(PROMPTS, seeds=[k, k + 1], options=greedy).tokens for k in (0, 50))
+    assert torch.equal(one, two), "greedy: no seed decides"
     other = tiny_masked()
     other.sampling = replace(SAMPLING, passes=9)
     assert other.fingerprint != sampler.fingerprint == tiny_masked().fingerprint != tiny_masked(1).fingerprint
