@@ -1466,7 +1466,7 @@ CASES = [
     Case(
         name="painted with guidance",
         node="DCDD_FluxDecoder",
-        inputs={**PAINT, "steps": 4, "vq_vae": of("vq"), "strength": 0.03},
+        inputs={**PAINT, "steps": 4, "vq_vae": of("vq"), "strength": 0.015},
         more={
             "plain": painter("condition", 0, steps=4),
             "off": painter("condition", 0, steps=4, vq_vae=of("vq"), strength=0.0),
