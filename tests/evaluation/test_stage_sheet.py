@@ -84,6 +84,8 @@ def test_many_passes_go_on_below():
     """Lines of 12 passes; the title is on the first alone."""
     passes = [STAGES[0]] * 13 + [STAGES[1]]
     sheet = np.asarray(stage_sheet(passes, decode, (2, 2), side=40, title="title"))
+    lines = stage_sheet(passes, decode, (2, 2), side=40, title="a\n  title")
+    assert lines == stage_sheet(passes, decode, (2, 2), side=40, title="a title"), "a single line"
     # labelled_grid: margins of 12, a head of 66 with a title and 34 without, 26 for a caption.
     line = 2 * (40 + 26 + 12)
     assert sheet.shape == (66 + line + 34 + line, 12 + 12 * (40 + 12), 3)

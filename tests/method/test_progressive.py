@@ -291,8 +291,8 @@ def test_options_are_sampling_options_with_a_plan():
     assert options.revealing == 8 and options.order == "halton"
     assert options.counts(144) == (*stage_counts(144, 8, "arccos"), 0, 0, 0)
     assert options.counts(3) == (1, 1, 1) + (0,) * 8
-    for schedule in (1, 0, 1), [1, 0, 1]:
-        assert ProgressiveOptions(passes=3, revision_passes=0, schedule=schedule).counts(10) == (5, 0, 5)
+    listed = [ProgressiveOptions(passes=3, revision_passes=0, schedule=schedule) for schedule in ((1, 0, 1), [1, 0, 1])]
+    assert listed[0].counts(10) == (5, 0, 5) and listed[0] == listed[1]
 
 
 def test_a_plan_in_other_passes_revises_in_the_nearest_share_of_them():
