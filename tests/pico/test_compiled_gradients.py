@@ -33,8 +33,7 @@ Case = tuple[nn.Module, Callable[[nn.Module], torch.Tensor], Callable[[nn.Module
 
 
 def condition() -> Condition:
-    codes = {"code_vectors": torch.randn(2, 144, 8), "features": torch.rand(2, 144, 4)}
-    return Condition(*codes.values(), GRID, codebook=None)
+    return Condition(torch.randn(2, 144, 8), torch.rand(2, 144, 4), GRID, codebook=None)
 
 
 def diffusion() -> Case:
