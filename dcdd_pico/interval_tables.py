@@ -52,16 +52,16 @@ def target(what: str, held: Mapping[str, float], column: str, bound: float, *, m
 
 
 def section_texts(results: Measured, titles: Mapping[str, str]) -> list[str]:
-    """Each section that has a title as Markdown with its provenance: rows, differences, shares, ratios."""
+    """Each section that was measured, in the titles' order, as Markdown: rows, differences, shares, ratios, provenance."""
     texts = []
-    for name, rows in results.rows.items():
-        if name not in titles:
+    for name, title in titles.items():
+        if name not in results.rows:
             continue
         kinds: tuple[Rows, ...] = ({}, {}, {}, {})
-        for row, values in rows.items():
+        for row, values in results.rows[name].items():
             kinds[_kind(row)][row] = values
         held = "\n\n".join(markdown_table(table_cells(name, kind)) for kind in kinds if kind)
-        texts.append(f"### {titles[name]}\n\n{held}\n\n{results.provenance[name]}\n")
+        texts.append(f"### {title}\n\n{held}\n\n{results.provenance[name]}\n")
     return texts
 
 

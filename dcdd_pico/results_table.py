@@ -128,8 +128,8 @@ def results_markdown(options: TableOptions, sections: Sequence[str] | None = Non
 
 def all_tables(results: Measured, flops: str, flops_provenance: Provenance) -> str:
     """The sections' tables, the targets and the training FLOPs."""
-    parts = [*section_texts(results, TITLES), verdicts(results.rows), f"### {FLOPS}\n\n{flops}\n{flops_provenance}\n"]
-    return "\n".join(parts)
+    training = f"### {FLOPS}\n\n{flops}\n{flops_provenance}\n"
+    return "\n".join([*section_texts(results, TITLES), training, verdicts(results.rows)])
 
 
 def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:

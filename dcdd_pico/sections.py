@@ -231,12 +231,13 @@ SECTIONS: dict[str, Section] = {
     "calibration": Section(measure_calibration, ("janus", "decoder.safetensors")),
     "latency": Section(measure_latency, ("janus", "vae", "decoder.safetensors")),
 }
+#: In the order of the page.
 TITLES = {
-    "reader": "The metric network on real held-out scenes, and on other renderings of the same facts",
-    "calibration": "Distributions, for the first 100 captions and scenes (the paper's Table 1)",
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
     "steps": "Number of Euler steps, on the first 512 scenes (the paper's Table 6)",
+    "calibration": "Distributions, for the first 100 captions and scenes (the paper's Table 1)",
+    "reader": "The metric network on real held-out scenes, and on other renderings of the same facts",
     "means": "What the decoder is conditioned on, mean over seeds (the paper's Table 4)",
     "latency": "Latency by stage (the paper's Table 5)",
 }

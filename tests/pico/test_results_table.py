@@ -191,8 +191,9 @@ def test_the_command_prints_the_tables_and_writes_them_into_files(tmp_path, monk
     rows = {"reader": {"real scenes": {"F1 shape": 0.5}}}
     expected = (
         f"### {TITLES['reader']}\n\n|  | F1 shape ↑ |\n|---|---|\n| real scenes | 0.5 |\n\n"
-        f"Section `reader`, measured at commit `abc1234`, key `k-w`.\n\n{verdicts(rows)}\n"
-        "### Training FLOPs\n\nFLOPs of w\nSection `flops`, measured at commit `abc1234`, key `f-w`.\n"
+        f"Section `reader`, measured at commit `abc1234`, key `k-w`.\n\n"
+        "### Training FLOPs\n\nFLOPs of w\nSection `flops`, measured at commit `abc1234`, key `f-w`.\n\n"
+        f"{verdicts(rows)}"
     )
     assert (tmp_path / "table.md").read_text("utf-8") == expected and capsys.readouterr().out == expected + "\n"
     assert page.read_text("utf-8") == f"<!-- table -->\n\n{expected.strip()}\n\n<!-- end of the table -->\n"
