@@ -1,4 +1,5 @@
-"""The paper's Tables 2, 3, 4 and 6 on the embedded models: sections of docs/results.md and of the report.
+"""The paper's Tables 2, 3, 4 and 6 on the embedded models: sections of docs/results.md and of the report. Beyond the
+paper, few steps.
 
 Scenes, captions, both metric networks and the intervals are those of `guided_sections`, which keeps images and scores
 of the same ways. Besides its scores, each row has their ratios to a baseline's, with intervals of their own.
@@ -52,6 +53,9 @@ RECONSTRUCTION = ("frechet", "frechet, text detector", "ssim", "psnr", "perceptu
 TEXT = (*FRECHET, *F1)
 #: Scenes of the table of steps, at most.
 STEPPED = 512
+#: Numbers of steps that take the decoder as it is where a student could be, and their time shift. It was chosen on 256
+#: calibration scenes and captions.
+FEW, FEW_SHIFT = (4, 2, 1), 0.5
 #: Seed of the jitter of scenes that are rendered a second time.
 _RERENDERED = 1
 _READ = (JANUS, "vae", "decoder.safetensors", "reader.safetensors")
@@ -60,6 +64,11 @@ _READ = (JANUS, "vae", "decoder.safetensors", "reader.safetensors")
 def anchored_name(anchor: float) -> str:
     """The row of anchored logits."""
     return f"DCDD, anchored logits (beta = {anchor:.3g})"
+
+
+def few_name(steps: int) -> str:
+    """The row of few steps."""
+    return f"{steps_name(steps)} at shift {FEW_SHIFT:g}"
 
 
 def with_ratios(scores: Mapping[str, Scores], columns: Sequence[str], baseline: str) -> Rows:
@@ -150,6 +159,23 @@ def measure_steps(setup: EvalSetup) -> Rows:
     return rows | ratios({name: scores[name] for name in (ten, thirty)}, RECONSTRUCTION, thirty)
 
 
+def measure_few(setup: EvalSetup) -> Rows:
+    """What the decoder reconstructs in few steps, compared with its own number of steps and time shift."""
+    return _in_few_steps(setup, "reconstruction", RECONSTRUCTION)
+
+
+def measure_few_text(setup: EvalSetup) -> Rows:
+    """As `measure_few`, of images of captions from the same sampled tokens and logits."""
+    return _in_few_steps(setup, "text", TEXT)
+
+
+def _in_few_steps(setup: EvalSetup, task: Task, columns: Sequence[str]) -> Rows:
+    few = [Way(name=few_name(steps), paints="trained", steps=steps, shift=FEW_SHIFT) for steps in FEW]
+    ways = (_trained(setup, steps_name(setup.steps)), *few)
+    scores = collect(Rulers.of(setup), ways, task, "test", len(setup.images))
+    return with_ratios(scores, columns, ways[0].name)
+
+
 def measure_ablation(setup: EvalSetup) -> Rows:
     """The paper's Table 4: what a decoder is conditioned on, one row for each of `setup.ablation`.
 
@@ -215,6 +241,8 @@ SECTIONS.update(
         "reconstruction": Section(measure_reconstruction, _READ),
         "text": Section(measure_text, _READ),
         "steps": Section(measure_steps, _READ),
+        "few": Section(measure_few, _READ),
+        "few-text": Section(measure_few_text, _READ),
         "ablation": Section(measure_ablation, _READ),
     }
 )

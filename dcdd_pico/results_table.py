@@ -15,16 +15,12 @@ from pathlib import Path
 from dcdd_core.evaluation.tables import markdown_table
 from dcdd_core.files import write_text
 
-from . import (  # noqa: F401  add to SECTIONS
-    guided_sections,
-    llamagen_sections,
-    opponents_sections,
-    paper_sections,
-    progressive_sections,
-)
+from . import llamagen_sections, opponents_sections, progressive_sections  # noqa: F401  add to SECTIONS
 from .embedded import WEIGHTS
 from .flops import flops_of
+from .guided_sections import F1
 from .interval_tables import TARGET_HEADS, section_texts, target, write_into
+from .paper_sections import RECONSTRUCTION, TEXT, few_name
 from .section_keys import NO_KEY, ROOT, Provenance, code_hash, files_hash
 from .sections import (
     DCDD,
@@ -43,9 +39,9 @@ from .sections import (
 )
 
 #: The sections of the tables (the ablation only if its decoders have been trained).
-TABLE = ("reconstruction", "text", "steps", "ablation", "calibration", "reader")
+TABLE = ("reconstruction", "text", "steps", "few", "few-text", "ablation", "calibration", "reader")
 #: Those of the report.
-REPORT = (*TABLE, "latency")
+REPORT = (*(name for name in TABLE if name not in ("few", "few-text")), "latency")
 #: Title of the table that is no section.
 FLOPS = "Training FLOPs"
 
@@ -55,7 +51,16 @@ PUBLISHED = (ROOT / "docs" / "results.md", ROOT / "docs" / "report.md", WEIGHTS 
 #: Lines of a file between which the tables are written.
 MARKS = ("<!-- table -->", "<!-- end of the table -->")
 
-TARGETED = {"reconstruction": "reconstruction", "means": "Table 4", "steps": "Table 6", "text": "text to image"}
+TARGETED = {
+    "reconstruction": "reconstruction",
+    "means": "Table 4",
+    "steps": "Table 6",
+    "text": "text to image",
+    "few": "few steps, reconstruction",
+    "few-text": "few steps, text to image",
+}
+#: Scores of which more is better.
+_MORE = ("ssim", "psnr", *F1)
 
 #: Section, row, the row of the baseline, column, and the bound on the ratio of the two.
 TARGETS = (
@@ -75,6 +80,11 @@ TARGETS = (
     ("means", "lcdm+lc", "discrete", "perceptual", "at most", 1.0),
     ("means", "lcdm", "discrete", "text frechet", "at most", 1.0),
     ("means", "lcdm+lc", "lcdm", "text frechet", "at most", 1.0),
+    *(
+        (section, few_name(2), steps_name(10), column, *(("at least", 0.98) if column in _MORE else ("at most", 1.02)))
+        for section, columns in (("few", RECONSTRUCTION), ("few-text", TEXT))
+        for column in columns
+    ),
 )
 #: The point estimate that one of the networks must give at least: the paper's own ratio.
 POINT = ("text", SERVED, VQ, 0.66)
@@ -117,7 +127,7 @@ def results_markdown(options: TableOptions, sections: Sequence[str] | None = Non
     """Measures what has to be measured; returns all tables as Markdown, and writes them to `<out>/table.md`.
 
     Args:
-        sections: of `REPORT`; by default those of docs/results.md.
+        sections: of `TABLE`, which are the default, and "latency".
     """
     _, results = measure(options, sections or [name for name in TABLE if name != "ablation" or options.ablation])
     flops = Provenance("flops", options.commit, flops_key(options.weights))
@@ -158,7 +168,7 @@ def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sections", nargs="+", choices=REPORT, help="only these; others stay as published")
+    parser.add_argument("--sections", nargs="+", choices=(*TABLE, "latency"), help="only these; others stay as published")
     parser.add_argument("--into", nargs="+", type=Path, default=(), help="files to write the tables into")
     parser.add_argument("--stale", action="store_true", help="list the published sections to measure again; 1 if any")
     chosen, options = parse(parser)

@@ -74,7 +74,7 @@ def ratio_name(name: str, baseline: str) -> str:
 
 def steps_name(steps: int) -> str:
     """The row of a number of Euler steps."""
-    return f"DCDD, {steps} steps"
+    return f"DCDD, {steps} step{'s' * (steps != 1)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +236,8 @@ TITLES = {
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
     "steps": "Number of Euler steps, on the first 512 scenes (the paper's Table 6)",
+    "few": "The same decoder in few steps, without distillation: reconstruction",
+    "few-text": "The same decoder in few steps, without distillation: text to image",
     "calibration": "Distributions, for the first 100 captions and scenes (the paper's Table 1)",
     "reader": "The metric network on real held-out scenes, and on other renderings of the same facts",
     "means": "What the decoder is conditioned on, mean over seeds (the paper's Table 4)",

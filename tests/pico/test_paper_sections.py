@@ -212,6 +212,21 @@ def test_table_6_names_the_steps_that_it_measures(setup, monkeypatch):
     assert rows[ratio_name(steps_name(10), steps_name(30))]["frechet"] == pytest.approx((0.25 / 0.27) ** 2, rel=1e-3)
 
 
+@pytest.mark.parametrize("task, measure", [("reconstruction", "measure_few"), ("text", "measure_few_text")])
+def test_few_steps_are_compared_with_the_card_s_own(setup, task, measure):
+    rows = getattr(paper_sections, measure)(setup)
+    few = {f"DCDD, {steps} at shift 0.5": steps for steps in ("4 steps", "2 steps", "1 step")}
+    assert list(rows) == ["DCDD, 10 steps", *few, *(ratio_name(name, "DCDD, 10 steps") for name in few)]
+    painted = {(way.steps, way.shift) for _, way, of, source, _ in setup.painted if (of, source) == (task, "test")}
+    assert painted == {(10, None), (4, 0.5), (2, 0.5), (1, 0.5)}
+    for name, steps in few.items():
+        offset = 0.25 + (int(steps.split()[0]) - 10) / 1000
+        assert rows[name]["frechet"] == pytest.approx(offset**2, rel=1e-3)
+        assert rows[ratio_name(name, "DCDD, 10 steps")]["frechet"] == pytest.approx((offset / 0.25) ** 2, rel=1e-3)
+    assert {row["images"] for row in rows.values()} == {IMAGES}
+    assert ("ssim" in rows["DCDD, 10 steps"]) == (task == "reconstruction")
+
+
 def test_table_4_names_the_decoders_that_it_measures(setup, monkeypatch, tmp_path):
     """Decoders get the same tokens, the shipped decoder's time shift, and their own card's condition."""
 

@@ -10,7 +10,7 @@ from dcdd_core.evaluation.intervals import bootstrap
 from dcdd_pico import guided_sections, paper_sections, results_table
 from dcdd_pico import sections as measured_sections
 from dcdd_pico.interval_tables import TARGET_HEADS, put_among, put_between, section_texts
-from dcdd_pico.results_table import FLOPS, MARKS, POINT, TABLE, TARGETS, verdicts
+from dcdd_pico.results_table import FLOPS, MARKS, POINT, TABLE, TARGETED, TARGETS, verdicts
 from dcdd_pico.section_keys import NO_KEY, Provenance
 from dcdd_pico.sections import DCDD, SERVED, TITLES, VQ, Measured, TableOptions, ratio_name, steps_name
 from tests.tiny import random_pico
@@ -78,7 +78,7 @@ def test_each_target_is_met_up_to_its_bound_and_missed_beyond(aim):
         (line,) = [
             line
             for line in verdicts({section: rows}).splitlines()
-            if f"{ratio_name(row, baseline)}: {column} |" in line
+            if line.startswith(f"| {TARGETED[section]}, {ratio_name(row, baseline)}: {column} |")
         ]
         assert line.endswith(f"| {verdict} |")
 
@@ -121,6 +121,7 @@ def test_markdown_holds_every_number():
 
 def test_the_targets_are_those_that_were_set():
     facts = [("text", SERVED, VQ, f"F1 {fact}", "at least", 0.99) for fact in ("shape", "colour", "texture", "place")]
+    two = ("DCDD, 2 steps at shift 0.5", "DCDD, 10 steps")
     assert list(TARGETS) == [
         ("reconstruction", DCDD, VQ, "frechet", "at most", 0.4),
         ("reconstruction", DCDD, VQ, "frechet, text detector", "at most", 0.75),
@@ -138,6 +139,17 @@ def test_the_targets_are_those_that_were_set():
         ("means", "lcdm+lc", "discrete", "perceptual", "at most", 1),
         ("means", "lcdm", "discrete", "text frechet", "at most", 1),
         ("means", "lcdm+lc", "lcdm", "text frechet", "at most", 1),
+        ("few", *two, "frechet", "at most", 1.02),
+        ("few", *two, "frechet, text detector", "at most", 1.02),
+        ("few", *two, "ssim", "at least", 0.98),
+        ("few", *two, "psnr", "at least", 0.98),
+        ("few", *two, "perceptual", "at most", 1.02),
+        ("few", *two, "perceptual, text detector", "at most", 1.02),
+        ("few", *two, "F1", "at least", 0.98),
+        ("few-text", *two, "frechet", "at most", 1.02),
+        ("few-text", *two, "frechet, text detector", "at most", 1.02),
+        ("few-text", *two, "F1", "at least", 0.98),
+        *(("few-text", *two, column, "at least", 0.98) for *_, column, _, _ in facts),
     ]
     assert POINT == ("text", SERVED, VQ, 0.66)
 
