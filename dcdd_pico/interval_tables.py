@@ -52,7 +52,8 @@ def target(what: str, held: Mapping[str, float], column: str, bound: float, *, m
 
 
 def section_texts(results: Measured, titles: Mapping[str, str]) -> list[str]:
-    """Each section that was measured, in the titles' order, as Markdown: rows, differences, shares, ratios, provenance."""
+    """Each section that was measured as Markdown, in the order of the titles: rows, differences, shares, ratios, and
+    where they are from."""
     texts = []
     for name, title in titles.items():
         if name not in results.rows:

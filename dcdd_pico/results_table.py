@@ -168,7 +168,9 @@ def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sections", nargs="+", choices=(*TABLE, "latency"), help="only these; others stay as published")
+    parser.add_argument(
+        "--sections", nargs="+", choices=(*TABLE, "latency"), help="only these; others stay as published"
+    )
     parser.add_argument("--into", nargs="+", type=Path, default=(), help="files to write the tables into")
     parser.add_argument("--stale", action="store_true", help="list the published sections to measure again; 1 if any")
     chosen, options = parse(parser)
