@@ -276,9 +276,9 @@ def report(results: Mapping[str, Mapping]) -> str:
     lines = [
         "# Versions",
         "",
-        "`make versions` runs the package on the oldest and newest versions that `pyproject.toml` allows, each row in",
-        "an environment of its own, all on a CPU: the demo, the loaders' tests, and ten steps of a training. Rows",
-        "that name one package keep all others, as far as they allow it, at the versions of `constraints.txt`.",
+        "`make versions` runs the package with the oldest and newest versions that `pyproject.toml` allows, each row",
+        "in its own environment, all on a CPU: the demo, the loaders' tests and ten training steps. Rows that name",
+        "one package pin all others to `constraints.txt` as far as that package allows.",
         "",
         "| row | Python | torch | transformers | diffusers | numpy | demo | loaders | training | commit, date |",
         "|---|---|---|---|---|---|---|---|---|---|",
