@@ -1,6 +1,6 @@
 """What a model family must offer: a token sampler, an image tokenizer, a latent codec, a diffusion backbone.
 
-Pipelines, nodes, commands and training depend on these alone; `registry` finds the family that reads a given file.
+Pipelines, nodes, commands and training depend only on these; `registry` finds the family that reads a given file.
 
 Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dim, H W pixels, h' w' latent grid, C latent
 channels, L latent tokens of a backbone, F and G channels of its packed latent and context, M its token width.
@@ -29,7 +29,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-#: Fields of `SamplingOptions` whose None is the sampler's own.
+#: Fields of `SamplingOptions` whose None stands for the sampler's own setting.
 FILTERS = ("top_k", "top_p")
 
 
@@ -38,11 +38,11 @@ class SamplingOptions:
     """How image tokens are drawn.
 
     Attributes:
-        guidance: classifier-free guidance w, at most `MOST_GUIDANCE` either way; 1 is the prompt alone, 0 no
-            prompt at all.
-        temperature: T, within `TEMPERATURES`, or 0, which takes the most likely code.
-        top_k, top_p: filters of the draw (`method.sampling`). None is what the sampler's authors use, for most of them
-            none; 0 is no top_k, 1 no top_p. The logits that are kept stay whole.
+        guidance: classifier-free guidance scale w, at most `MOST_GUIDANCE` in absolute value; 1 is the prompt alone, 0
+            no prompt at all.
+        temperature: T, within `TEMPERATURES`, or 0 for the most likely code (greedy).
+        top_k, top_p: filters of the draw (`method.sampling`). None uses the settings of the sampler's authors, mostly
+            no filter; top_k = 0 and top_p = 1 are off. The logits returned are unfiltered.
 
     Raises:
         ValueError: for values out of range.
@@ -68,14 +68,14 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Progress:
-    """How far a sampler is. It assumes no order of the positions.
+    """How far a sampler has got, whatever the order of the positions.
 
     Attributes:
         done, total: units of work, such as positions of a row-by-row sampler or passes of a parallel one.
-        tokens: [B, N] int64, a view to read; what is not `known` yet is meaningless.
+        tokens: [B, N] int64, a view that must not be written to; meaningless where not yet `known`.
         known: bool [B, N], True where a token is decided.
-        passes: of the network so far; 0 where a sampler does not tell.
-        first: number of the first of these images among all that are sampled: `pipelines.sample` splits batches.
+        passes: network passes so far; 0 if the sampler does not count them.
+        first: index of the first of these images among all that are sampled: `pipelines.sample` splits batches.
     """
 
     done: int
@@ -86,7 +86,7 @@ class Progress:
     first: int = 0
 
 
-#: Guidance 5, temperature 1, no filter but the sampler's own: what DeepSeek samples Janus with.
+#: Guidance 5, temperature 1 and only the sampler's own filters: DeepSeek's settings for Janus.
 DEFAULT_SAMPLING = SamplingOptions()
 
 
@@ -102,9 +102,9 @@ class TokenSampler(Protocol):
     """Turns prompts into token logits: one distribution for each position of an image's token grid.
 
     Attributes:
-        name: written into what it samples.
+        name: recorded in what it samples.
         grid: (h, w) of the token grid.
-        codebook: what the K columns of its logits mean.
+        codebook: the codes that the K columns of its logits refer to.
         model: its network, for hosts that move weights between devices.
         default_guidance: the guidance its authors sample with.
     """
@@ -117,15 +117,15 @@ class TokenSampler(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights: what samples depend on besides the arguments of `sample`."""
+        """Fingerprint of the weights, on which samples depend besides the arguments of `sample`."""
         ...
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that mean nothing to it, each once."""
+        """Words of the prompt that the sampler does not know, each once."""
         ...
 
     def known_words(self) -> list[str]:
-        """Every word it knows, if that is a list; empty for one that reads any text."""
+        """Every word it knows, if it knows a fixed list; empty for a sampler that reads any text."""
         ...
 
     def sample(
@@ -140,18 +140,19 @@ class TokenSampler(Protocol):
         parallel: int | None = None,
         weights_resident: bool = False,
     ) -> TokenLogits:
-        """Samples one image's tokens for each prompt, and keeps the logits each was drawn from.
+        """Samples the tokens of one image per prompt; returns them with the logits from which they were drawn.
 
-        A sample depends on its own prompt and seed, whatever else is in the batch. The global generator is not touched.
+        A sample depends on its own prompt and seed, not on the rest of the batch. The global generator is not touched.
 
         Args:
-            seeds: one a prompt.
-            previous, resample: an edit. Where `resample` (bool [N] or [B, N]) is False, the tokens and logits of
-                `previous` stay; both or neither.
-            parallel: how many positions a pass may draw, for samplers that draw one after the other; the sample does
-                not depend on it, up to rounding. None leaves it to the sampler; 1 draws one by one.
-            weights_resident: a host's promise that its own linear layers compute what torch's do, and that all weights
-                stay on the device during the call.
+            prompts: B texts.
+            seeds: one per prompt.
+            previous, resample: for an edit; give both or neither. Where `resample` (bool [N] or [B, N]) is False, the
+                tokens and logits of `previous` are kept.
+            parallel: how many positions one pass may draw, for sequential samplers; up to rounding, the sample does not
+                depend on it. None leaves it to the sampler; 1 draws one by one.
+            weights_resident: the host's promise that its own linear layers compute what torch's do, and that all
+                weights stay on the device during the call.
 
         Returns:
             TokenLogits on the model's device: logits float32 [B, N, K] after guidance and temperature and before any
@@ -165,21 +166,21 @@ class TokenSampler(Protocol):
 
 @runtime_checkable
 class TeacherForced(Protocol):
-    """A `TokenSampler` that draws one token after the other, and so has distributions for an image that is there."""
+    """A `TokenSampler` that draws one token after the other, and so has distributions for an existing image, too."""
 
     def teacher_forced(
         self, prompts: Sequence[str], tokens: torch.Tensor, *, options: SamplingOptions = DEFAULT_SAMPLING
     ) -> TokenLogits:
-        """What the sampler would have drawn each token of an image from, given the prompt and the tokens before it.
+        """The distributions from which the sampler would draw each token, given the prompt and the tokens before it.
 
         Args:
             prompts: B texts.
-            tokens: int64 [B, N] of the images, as its image tokenizer reads them.
-            options: guidance and temperature; the filters act on no logits that are kept.
+            tokens: int64 [B, N] of the images, as the sampler's image tokenizer encodes them.
+            options: guidance and temperature; filters do not act on the logits returned.
 
         Returns:
             TokenLogits of these tokens on the model's device, logits float32 [B, N, K] after guidance and temperature,
-            source "vlm". An image's do not depend on what else is in the batch, up to rounding.
+            source "vlm". Up to rounding, an image's logits do not depend on the rest of the batch.
 
         Raises:
             ValueError: for prompts and tokens that do not fit each other or the model.
@@ -194,8 +195,8 @@ class ImageTokenizer(Protocol):
     Attributes:
         name: for messages and records.
         codebook: [K, D], unit rows.
-        factor: pixels a token side.
-        grid: (h, w) of the images that its VLM paints.
+        factor: side of a token in pixels.
+        grid: token grid (h, w) of its VLM's images.
         model: its network.
     """
 
@@ -215,8 +216,10 @@ class ImageTokenizer(Protocol):
         ...
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Image-token features before quantisation (Eq. 9): [B, 3, H, W] in -1..1 -> [B, N, D] float32; differentiable,
-        with frozen weights."""
+        """Image-token features before quantisation (Eq. 9): pixels [B, 3, H, W] in -1..1 -> [B, N, D] float32.
+
+        Differentiable, with frozen weights.
+        """
         ...
 
     def tokens(self, features: torch.Tensor) -> torch.Tensor:
@@ -236,16 +239,16 @@ class ImageTokenizer(Protocol):
         ...
 
     def working_memory(self, grid: tuple[int, int]) -> int:
-        """Bytes one image of this grid takes besides the weights, either way: an estimate."""
+        """Estimated bytes that encoding or decoding one image of this grid takes besides the weights."""
         ...
 
 
 @runtime_checkable
 class LatentCodec(Protocol):
-    """Pixels to the latents that a backbone paints, and back.
+    """Converts pixels to the latents that a backbone paints, and back.
 
     Attributes:
-        factor: pixels a latent position, f.
+        factor: f, side of a latent position in pixels.
         channels: C.
         shift, scale: z0 = (latent - shift) scale; None if `normalize` does something else.
         model: its network; None where a host keeps it.
@@ -276,11 +279,11 @@ class LatentCodec(Protocol):
         ...
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor | None:
-        """A cheap look at raw latents as pixels [B, 3, H, W] in -1..1; None if there is no cheap one."""
+        """A cheap preview of raw latents as pixels [B, 3, H, W] in -1..1; None if there is no cheap way."""
         ...
 
     def working_memory(self, height: int, width: int) -> int:
-        """Bytes one image of this size takes besides the weights, either way: an estimate."""
+        """Estimated bytes that encoding or decoding one image of this size takes besides the weights."""
         ...
 
 
@@ -291,7 +294,7 @@ class StoredWeights(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
     def within(self, prefix: str) -> StoredWeights:
-        """Those whose names start with `prefix`, which is cut off."""
+        """The tensors whose names start with `prefix`, by their names without it."""
         ...
 
     def read(
@@ -301,24 +304,25 @@ class StoredWeights(Protocol):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> dict[str, torch.Tensor]:
-        """The tensors of these names; all by default."""
+        """The tensors with these names; all by default."""
         ...
 
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A diffusion transformer that paints latents on the rectified-flow path, guided by condition tokens alone.
+    """A diffusion transformer that paints latents on the rectified-flow path, conditioned on condition tokens alone.
 
-    One instance wraps one network. What differs between networks is all here: how a latent and its mask become tokens,
-    how velocity is predicted, what is trained, what painting can do without, and how it is cut, streamed and compiled.
+    One instance wraps one network. Everything that differs between networks is here: how a latent and its mask become
+    tokens, how velocity is predicted, what is trained, what painting does not need, and how the network is cut,
+    streamed and compiled.
 
     Attributes:
-        model: the network; its parameter names are those in bundles, below "transformer.".
+        model: the network; bundles name its parameters as it does, with "transformer." in front.
         token_width: M.
         latent_channels: C.
-        patch: latent positions a side of one token.
+        patch: side of one token in latent positions.
         blocks: its repeated blocks, in order of use.
-        block_names: the names of the lists that hold them.
+        block_names: the names of the lists that hold the blocks.
     """
 
     model: nn.Module
@@ -337,11 +341,12 @@ class Backbone(Protocol):
         ...
 
     def context(self, masked_latents: torch.Tensor, mask: torch.Tensor, factor: int) -> torch.Tensor:
-        """What it sees of an image to keep: normalised latents [B, C, h', w'] of the image with the masked part blank,
-        and the mask [B, 1, H, W] (1: paint) -> [B, L, G].
+        """What the network sees of an image to keep, [B, L, G].
 
         Args:
-            factor: the codec's pixels a latent.
+            masked_latents: normalised latents [B, C, h', w'] of the image with the masked part blank.
+            mask: [B, 1, H, W], 1: paint.
+            factor: the codec's f.
         """
         ...
 
@@ -367,32 +372,31 @@ class Backbone(Protocol):
         ...
 
     def prepare(self, times: Sequence[float], like: torch.Tensor, on_layer: OnLayer | None = None) -> None:
-        """Call before steps at these times: computes now what all of them share, in the dtype and on the device of
-        `like`."""
+        """Precomputes what all steps at these times share, in `like`'s dtype and on its device; call before them."""
         ...
 
     def default_shift(self, tokens: int, steps: int) -> float:
-        """Mu of the time shift its authors use for so many latent tokens and steps."""
+        """Mu of the time shift that its authors use for this many latent tokens and steps."""
         ...
 
     def unused(self, name: str) -> bool:
-        """Whether the weight of this name cannot reach the output, as it is used here; it is never read."""
+        """Whether the weight of this name cannot affect the output as used here; such weights are never read."""
         ...
 
     def drop_unused(self) -> None:
-        """Takes out of the network what `unused` names."""
+        """Removes from the network what is `unused`."""
         ...
 
     def trained_names(self, mode: str) -> Collection[str]:
-        """Parameter names that training in this mode changes: "attention", "all"."""
+        """Names of the parameters that training in this mode ("attention" or "all") changes."""
         ...
 
     def lora_layers(self) -> Collection[str]:
-        """Names of the linear layers that low-rank training adds to."""
+        """Names of the linear layers to which low-rank (LoRA) training adds."""
         ...
 
     def fold(self, weights: StoredWeights) -> None:
-        """Takes out what painting can read from disk once a schedule; the network can then not be trained or saved."""
+        """Removes what painting can read from disk once per schedule; the network can then not be trained or saved."""
         ...
 
     @property
@@ -401,15 +405,15 @@ class Backbone(Protocol):
         ...
 
     def stream(self, device: torch.device) -> None:
-        """Keeps the blocks in RAM, each on the device for its turn alone."""
+        """Keeps the blocks in RAM, with each on the device only for its turn."""
         ...
 
     def compile(self) -> None:
-        """Compiles the blocks, one compilation for all of a kind."""
+        """Compiles the blocks, with one compilation for all blocks of a kind."""
         ...
 
     def working_memory(self, batch: int, latent_size: tuple[int, int]) -> int:
-        """Bytes a step takes besides the weights: an estimate."""
+        """Estimated bytes that one step takes besides the weights."""
         ...
 
 
@@ -441,7 +445,7 @@ class SamplerFamily(Protocol):
         """The sampler; a ValueError for files that are incomplete or do not fit.
 
         Args:
-            int8: linear weights in 8 bits.
+            int8: keep linear weights in 8 bits.
             computes_on: where it will compute, if a host moves it from `device` later.
         """
         ...
@@ -453,7 +457,7 @@ class SamplerFamily(Protocol):
         ...
 
     def published_tokenizer(self) -> ImageTokenizer:
-        """The published tokenizer's shapes on the meta device, for estimates of cost."""
+        """The published tokenizer, shapes only, on the meta device: for cost estimates."""
         ...
 
 
@@ -473,7 +477,7 @@ class CodecFamily(Protocol):
         ...
 
     def published(self) -> LatentCodec:
-        """The published codec's shapes on the meta device."""
+        """The published codec, shapes only, on the meta device."""
         ...
 
 
@@ -483,7 +487,7 @@ class BackboneFamily(Protocol):
 
     Attributes:
         name: such as "flux-fill".
-        class_name: of the network, as a `config.json` and a decoder card's `base_config` name it ("_class_name").
+        class_name: of the network, the "_class_name" of a `config.json` and of a decoder card's `base_config`.
         published_name, licence: of the published model.
         codec: name of the `CodecFamily` whose latents it paints.
     """
@@ -495,7 +499,7 @@ class BackboneFamily(Protocol):
     codec: str
 
     def config_of(self, path: str | None) -> dict[str, Any]:
-        """The configuration of a base model's files; of the published model for None and for a single file."""
+        """The configuration of a base model's files; the published model's for None and for a single file."""
         ...
 
     def build(self, config: Mapping[str, Any], *, guidance: float = 1.0) -> Backbone:
@@ -503,10 +507,10 @@ class BackboneFamily(Protocol):
         ...
 
     def find(self, path: str, backbone: Backbone, *, needs: str, without: Collection[str] = ()) -> StoredWeights:
-        """The weights of a base model's files by the network's names, checked and not read.
+        """The weights of a base model's files by the network's names, checked but not read.
 
         Args:
             needs: what to call the model in errors.
-            without: names that need not be there.
+            without: names of weights that may be missing.
         """
         ...

@@ -1,8 +1,8 @@
-"""What flows between the stages: Codebook, TokenLogits, Calibration, Condition.
+"""The data passed between the stages: Codebook, TokenLogits, Calibration, Condition.
 
-All four are frozen and validate themselves. Each has `to` another device, `part` of a batch, `joined` parts, and `save`
-and `load` as one safetensors file, with everything that is not a tensor as JSON in its header. Codebook and Calibration
-belong to a whole batch: a part of one is itself. Nothing here writes into the tensors it was given.
+All four are frozen and validate themselves. Each has `to` for another device, `part` for some images of a batch,
+`joined` to join parts, and `save` and `load` for one safetensors file, with everything but the tensors as JSON in its
+header. Codebook and Calibration belong to a whole batch, so each is its own part. No tensor passed in is modified.
 
 Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dimension.
 """
@@ -24,10 +24,10 @@ from .files import in_file, read_record, write_record
 from .settings import require_number, require_text, shown
 
 Source = Literal["vlm", "proxy"]
-#: What to do about a number of a calibration, and about a condition of wrong shapes.
+#: Remedies in messages about invalid calibrations and token logits.
 _CALIBRATED = "give one that is, or calibrate again"
 _SAMPLED = "sample or encode again"
-#: The largest scale or anchor of a calibration. Fits end below 20,000; logits stay far from float32's limit.
+#: Largest scale, bias, anchor or anchor temperature. Fits stay below 20,000; logits stay far from float32's limit.
 _LARGEST = 1e6
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAPPED = "`method.lcdm.map_logits` makes both"
@@ -40,13 +40,13 @@ class DCDDWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """The tokenizer's codebook E, rows of unit length.
+    """The tokenizer's codebook E, with rows of unit length.
 
     Attributes:
-        vectors: [K, D] float32; any scale and dtype comes in, unit rows are kept. K >= 2.
+        vectors: [K, D] float32, K >= 2; real numbers of any scale and dtype are accepted, and rows are normalised.
 
     Raises:
-        ValueError: for a wrong shape, numbers that are not finite, or a row of zeros.
+        ValueError: for a wrong shape, numbers that are complex or not finite, or a row of zeros.
     """
 
     vectors: torch.Tensor
@@ -60,7 +60,7 @@ class Codebook:
         v = v.detach().float()
         if not bool(torch.isfinite(v).all()):
             raise ValueError("the codebook holds NaN or infinity: its file is damaged or was cast to too small a dtype")
-        # The largest number first: squares of very small or large ones leave float32's range.
+        # Divide by the largest number first: squares of very small or large ones leave float32's range.
         largest = v.abs().amax(dim=1, keepdim=True)
         if bool((largest == 0).any()):
             raise ValueError(
@@ -101,10 +101,10 @@ class Codebook:
 
     @classmethod
     def joined(cls, parts: Sequence[Codebook]) -> Codebook:
-        """The one codebook of all parts.
+        """The codebook that all parts share.
 
         Raises:
-            ValueError: if they are not one.
+            ValueError: if their codebooks differ.
         """
         if any(part.fingerprint != parts[0].fingerprint for part in parts):
             raise ValueError(f"parts of different codebooks cannot be joined: {[part.fingerprint for part in parts]}")
@@ -123,7 +123,7 @@ class Codebook:
         """What `save` wrote, on the CPU.
 
         Raises:
-            ValueError: naming a file that is absent, damaged or of another kind.
+            ValueError: if the file is absent, damaged or of another kind; the message names it.
         """
         tensors, _ = read_record(path, "codebook", ("vectors",), ())
         with in_file(path):
@@ -131,7 +131,7 @@ class Codebook:
 
 
 def same_codebook(first: str | None, second: str | None) -> bool:
-    """Whether two fingerprints can be of one codebook; an unknown one (None) fits any."""
+    """Whether two fingerprints can belong to one codebook; an unknown one (None) fits any."""
     if first is None or second is None or first == second:
         return True
     if ":" not in first or ":" not in second:  # not made by Codebook.fingerprint
@@ -146,7 +146,7 @@ def same_codebook(first: str | None, second: str | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class TokenLogits:
-    """A grid of image-token distributions with the tokens that were picked from them.
+    """A grid of image-token distributions, and the tokens picked from them.
 
     Attributes:
         logits: [B, N, K] floating point, unnormalised; -inf bars a code, NaN and +inf are refused.
@@ -154,10 +154,10 @@ class TokenLogits:
         grid: (h, w), h * w = N.
         source: "vlm" for a language model's logits (after guidance and temperature, before any filter), "proxy" for
             cosine similarities of a VQ encoder's features (Eqs. 10, 13).
-        guidance, temperature: how they were sampled; None for proxy logits.
-        model: name of the model that made them.
-        codebook: fingerprint of the codebook that the K columns mean; None if unknown.
-        calibrated: whether a calibration is in them already (`method.calibration.apply_calibration`).
+        guidance, temperature: how the tokens were sampled; None for proxy logits.
+        model: name of the model that made the logits.
+        codebook: fingerprint of the codebook that the K columns refer to; None if unknown.
+        calibrated: whether a calibration has been applied (`method.calibration.apply_calibration`).
 
     Raises:
         ValueError: if any of this does not hold.
@@ -212,7 +212,7 @@ class TokenLogits:
 
     @classmethod
     def joined(cls, parts: Sequence[TokenLogits]) -> TokenLogits:
-        """One batch of parts that were made the same way; a single part is returned as it is.
+        """Joins parts that were made the same way into one batch; a single part is returned as it is.
 
         Raises:
             ValueError: for parts that differ in anything but their tensors.
@@ -233,7 +233,7 @@ class TokenLogits:
         """What `save` wrote, on the CPU.
 
         Raises:
-            ValueError: naming a file that is absent, damaged or of another kind.
+            ValueError: if the file is absent, damaged or of another kind; the message names it.
         """
         tensors, meta = read_record(path, "token logits", ("logits", "tokens"), _GRID_FIELDS)
         with in_file(path):
@@ -285,7 +285,7 @@ class Condition:
 
     @classmethod
     def joined(cls, parts: Sequence[Condition]) -> Condition:
-        """One batch of parts that were made the same way; a single part is returned as it is.
+        """Joins parts that were made the same way into one batch; a single part is returned as it is.
 
         Raises:
             ValueError: for parts that differ in anything but their tensors.
@@ -306,7 +306,7 @@ class Condition:
         """What `save` wrote, on the CPU.
 
         Raises:
-            ValueError: naming a file that is absent, damaged or of another kind.
+            ValueError: if the file is absent, damaged or of another kind; the message names it.
         """
         tensors, meta = read_record(path, "condition", ("code_vectors", "uncertainty"), ("grid", "codebook"))
         with in_file(path):
@@ -318,11 +318,11 @@ class CalibrationStatistics:
     """The four numbers that calibration matches (Eq. 12), over all tokens; each in 0..1.
 
     Attributes:
-        mean_entropy, entropy_95: of the normalised entropy, the mean and the 95th percentile.
-        mean_confidence, confidence_95: of the top-1 probability.
+        mean_entropy, entropy_95: mean and 95th percentile of the normalised entropy.
+        mean_confidence, confidence_95: mean and 95th percentile of the top-1 probability.
 
     Raises:
-        ValueError: for a number that is not in 0..1.
+        ValueError: for a number outside 0..1 (by more than 1e-6).
     """
 
     mean_entropy: float
@@ -332,25 +332,25 @@ class CalibrationStatistics:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            # The mean of numbers that are all 1 may round beyond it.
+            # The mean of numbers that are all 1 may round to more than 1.
             require_number(name, value, least=-1e-6, most=1 + 1e-6, remedy="measure it again")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How proxy logits are made to look like one VLM's (Eqs. 14-15), and how the VLM's own are softened.
+    """How proxy logits are made to match one VLM's (Eqs. 14-15), and how the VLM's own logits are softened.
 
-    q = softmax(s (a cos + b)), p = (1 - eps) q + eps / K. The bias b cancels in the softmax and s, a act as one number:
-    the four names are kept for the paper's sake, the freedom is (s a, eps). For a VLM's logits only eps, the anchor and
-    its temperature act (`method.calibration.to_probabilities`).
+    q = softmax(s (a cos + b)), p = (1 - eps) q + eps / K. The bias b cancels in the softmax, and s and a act as one
+    number: all four names are kept to match the paper, but only s a and eps are free. For a VLM's logits only eps, the
+    anchor and its temperature act (`method.calibration.to_probabilities`).
 
     Attributes:
         scale, affine_scale, affine_bias, smoothing: s > 0, a > 0, b, and eps in 0..1 (excluding 1).
-        anchor: beta >= 0, the pull of VLM distributions towards the sampled token; 0 is the paper.
-        anchor_temperature: tau > 0, which a VLM's logits are divided by before that; 1 leaves them as they are.
-        target, achieved: the VLM's statistics and the calibrated proxy's.
+        anchor: beta >= 0, the pull of VLM distributions towards the sampled token; 0 in the paper.
+        anchor_temperature: tau > 0, by which a VLM's logits are divided before anchoring; 1 leaves them unchanged.
+        target, achieved: statistics of the VLM's logits, and of the calibrated proxy logits.
         converged: whether |mean entropy - target| <= 0.02.
-        vlm, guidance, temperature, codebook: what it belongs to.
+        vlm, guidance, temperature, codebook: what it was measured on; None, or "" for the VLM, if unknown.
 
     Raises:
         ValueError: for parameters out of range.
@@ -395,16 +395,16 @@ class Calibration:
 
     @property
     def sharpness(self) -> float:
-        """s a, what cosines are multiplied with (Eq. 14)."""
+        """s a, the factor on the cosines (Eq. 14)."""
         return self.scale * self.affine_scale
 
     @property
     def unanchored(self) -> Calibration:
-        """The same for a VLM's logits as they are, as in the paper."""
+        """The same without anchor and anchor temperature (beta = 0, tau = 1), as in the paper."""
         return replace(self, anchor=0.0, anchor_temperature=1.0)
 
     def to(self, device: torch.device | str) -> Calibration:
-        """Itself: there are no tensors in it."""
+        """Itself: it holds no tensors."""
         return self
 
     def part(self, first: int, last: int) -> Calibration:
@@ -413,22 +413,22 @@ class Calibration:
 
     @classmethod
     def joined(cls, parts: Sequence[Calibration]) -> Calibration:
-        """The one calibration of all parts.
+        """The calibration that all parts share.
 
         Raises:
-            ValueError: if they are not one.
+            ValueError: if their calibrations differ.
         """
         if any(part != parts[0] for part in parts):
             raise ValueError("parts with different calibrations cannot be joined: calibrate them with one")
         return parts[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` takes them back. Without an anchor temperature of 1, as before it."""
+        """Plain JSON values for `from_dict`; omits an anchor temperature of 1, as files older than that field do."""
         return {name: value for name, value in asdict(self).items() if name != "anchor_temperature" or value != 1}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
-        """Raises ValueError for unknown or missing names, and for values that are none of a calibration's."""
+        """The calibration of `to_dict`'s values; a ValueError for unknown or missing names, or invalid values."""
         if not isinstance(values, dict):
             raise ValueError(f"a calibration must be an object, got {shown(values)}: {_CALIBRATED}")
         values = dict(values)
@@ -461,7 +461,7 @@ class Calibration:
         """What `save` wrote, on the CPU.
 
         Raises:
-            ValueError: naming a file that is absent, damaged or of another kind.
+            ValueError: if the file is absent, damaged or of another kind; the message names it.
         """
         _, values = read_record(path, "calibration", (), tuple(cls.__dataclass_fields__), later=("anchor_temperature",))
         with in_file(path):

@@ -1,4 +1,4 @@
-"""Token logits to images with both decoders: the VLM's own (VQ-VAE), and the diffusion decoder if there is one."""
+"""Decodes token logits with both decoders: the VLM's own (VQ-VAE), and the diffusion decoder if there is one."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Decoders:
                 "shift": self.served_shift,
                 **{name: getattr(models.decoder.card, name) for name in _CARD_FIELDS},
             }
-            # Results from before there was such guidance do not name it.
+            # Results from before this guidance existed do not name it.
             if (w := models.decoder.card.condition_guidance_of(self.condition_guidance)) != 1:
                 settings["condition_guidance"] = w
             if self.strength > 0:

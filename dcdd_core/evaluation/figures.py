@@ -37,7 +37,7 @@ def to_image(pixels: torch.Tensor, side: int | None = None) -> Image.Image:
 
 
 def heat_map(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Values [h, w] in 0..1 as blocks of colour, dark at 0: pixels [3, H, W] in -1..1."""
+    """Values [h, w] in 0..1 as blocks of colour, dark at 0: pixels [3, H, W] in -1..1, with (H, W) = `size`."""
     colours = matplotlib.colormaps["inferno"](values.clamp(0, 1).cpu().numpy())[..., :3]
     pixels = torch.from_numpy(rearrange(colours, "h w c -> 1 c h w")).float() * 2 - 1
     return torch.nn.functional.interpolate(pixels, size=size, mode="nearest")[0]
@@ -209,7 +209,7 @@ def text_of(path: Path) -> str | None:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return image.info.get(_TEXT, "")
-    except (OSError, SyntaxError, ValueError):  # not there, cut short, or with a text that Pillow refuses
+    except (OSError, SyntaxError, ValueError):  # missing, truncated, or with a text that Pillow refuses
         return None
 
 

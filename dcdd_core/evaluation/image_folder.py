@@ -60,7 +60,7 @@ class ImageFile:
     def key(self) -> str:
         """Its name and a hash of its content, under which measurements are stored: a replaced file is measured again.
 
-        Reads the file on first access; of one that cannot be opened, or is no file, there is no hash.
+        Reads the file on first access; if it cannot be opened or is not a regular file, the key is the name alone.
         """
         try:
             content = regular_file(self.path, "an image").read_bytes()
@@ -70,7 +70,7 @@ class ImageFile:
 
 
 def list_images(folder: Path, *, by_category: bool = False, limit: int | None = None) -> list[ImageFile]:
-    """The image files in a folder and its sub-folders, sorted by name; warns of files that are passed over.
+    """The image files in a folder and its sub-folders, sorted by name; warns about files that are passed over.
 
     Args:
         by_category: treat sub-folders as categories.
@@ -99,7 +99,7 @@ def list_images(folder: Path, *, by_category: bool = False, limit: int | None = 
 
 
 def at_most(items: Sequence[T], limit: int | None, *, by_category: bool) -> list[T]:
-    """The first `limit` items, with `by_category` of each category; all items if `limit` is None.
+    """The first `limit` items, or with `by_category` those of each category; all items if `limit` is None.
 
     Raises:
         ValueError: for a limit below 1.
@@ -160,7 +160,7 @@ def read_pixels(images: Sequence[ImageFile], size: int, device: torch.device | s
 def read_readable(
     images: Sequence[ImageFile], *sizes: int, device: torch.device | str = "cpu"
 ) -> tuple[list[ImageFile], list[torch.Tensor]]:
-    """Those of the images that can be read, and at each size their pixels, as `read_pixels`; warns of the others."""
+    """The images that can be read, and at each size their pixels, as `read_pixels`; warns about the others."""
     found, squares = [], []
     for image in images:
         try:
@@ -220,8 +220,8 @@ def readable(
     """The images that were measured, and the names of those that cannot be read.
 
     Args:
-        measured: keys.
-        source: where they are from, for the message.
+        measured: keys of the measured images.
+        source: where the images are from, for the message.
 
     Raises:
         ValueError: if more are unreadable than the policy allows; the message names all of them.

@@ -1,7 +1,7 @@
 """95 % intervals of scores: bootstrap over images, and the block jackknife for statistics that resampling would bias.
 
-A resample draws images with replacement, so that some occur twice. A Frechet distance rises with it, since repeated
-images lower the rank of the covariance; the jackknife only leaves images out.
+A bootstrap resample draws images with replacement, so some occur more than once. That raises a Frechet distance, since
+repeated images lower the rank of the covariance; the jackknife only leaves images out.
 
 Shapes: M images, R resamples.
 """
@@ -26,7 +26,7 @@ class Interval:
     high: float
 
     def above(self, bound: float) -> str:
-        """Whether the score is at least a bound: "met" or "MISSED" where the whole interval says so, else "open"."""
+        """Whether the score is at least a bound: "met" or "MISSED" if the whole interval agrees, else "open"."""
         if self.low >= bound:
             return "met"
         return "MISSED" if self.high < bound else "open"
@@ -42,7 +42,7 @@ def bootstrap(
     """Percentile bootstrap (Efron 1979) over images.
 
     Args:
-        statistic: indices [M] of images -> score. What is paired is indexed alike.
+        statistic: indices [M] of images -> score. Paired data are to be indexed alike.
         images: M.
 
     Raises:
@@ -64,7 +64,7 @@ def block_jackknife(statistic: Callable[[np.ndarray], float], images: int, *, bl
     Args:
         statistic: indices of images -> score; it must not depend on how often an image occurs.
         images: M.
-        blocks: g; M where that is less.
+        blocks: g, or M if that is less.
 
     Raises:
         ValueError: for fewer than two images or blocks.

@@ -34,8 +34,9 @@ def measure_features(
     network: FeatureNetwork,
     label: str,
 ) -> None:
-    """Measures the features of all images that are not in `kept` yet, as squares of `size` pixels; warns of those that
-    cannot be read.
+    """Measures the features of all images that are not in `kept` yet, as squares of `size` pixels.
+
+    Warns about images that cannot be read.
     """
     done = kept.done()
     for part in processes.batches(images, batch, done=lambda image: image.key in done, label=label):

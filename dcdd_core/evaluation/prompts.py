@@ -48,10 +48,10 @@ class Prompt:
 
 
 def check_prompt(text: str) -> None:
-    """Refuses what cannot be a prompt.
+    """Checks that a text can be a prompt.
 
     Raises:
-        ValueError: saying what is wrong.
+        ValueError: if it is blank, not Unicode, or longer than `LONGEST_PROMPT` characters.
     """
     if not text.strip():
         raise ValueError("the prompt is empty or blank: write a text, or remove it")
@@ -144,7 +144,7 @@ def _json(text: str, where: str) -> Any:
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be written, as half of a surrogate pair cannot."""
+    """Whether this can be encoded as UTF-8, which half of a surrogate pair cannot."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

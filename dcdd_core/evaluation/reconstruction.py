@@ -44,7 +44,7 @@ def reconstruct_all(
     perceptual: PerceptualNetwork,
     folder: Path | None = None,
 ) -> None:
-    """Measures all images that are not in `kept` yet; warns of those that cannot be read.
+    """Measures all images that are not in `kept` yet; warns about those that cannot be read.
 
     Args:
         size: S, the side of the squares that are compared. Originals and reconstructions are resized by their shorter
@@ -55,7 +55,7 @@ def reconstruct_all(
     vq = decoders.models.tokenizer
     done = kept.done()
     for batched in processes.batches(images, batch, done=lambda image: image.key in done, label="reconstruction"):
-        # Beside an unreadable image, the others of its batch may be done.
+        # The other images in the batch of an unreadable one may be done already.
         left = [image for image in batched if image.key not in done]
         part, pixels = read_readable(left, size, decoders.size, device=vq.device)
         if not part:

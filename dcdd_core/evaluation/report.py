@@ -41,7 +41,7 @@ def results_of(
         networks: column -> name of the network that measured it.
         size: side in pixels at which images were compared.
         painted: row -> side in pixels of its images before resizing.
-        left_out: of the images, or of the references that they are compared with.
+        left_out: images left out of the evaluation, or of the references that it compares with.
     """
     held = Counter(image.category for image in images)
     return {
@@ -119,7 +119,7 @@ def write_report(
         panels = {heads[column]: rows for column, rows in singles.items()}
         save_image(histograms(panels), folder / "scores.png")
         text += "\n![Scores of individual images](scores.png)\n"
-    # Names of files may be no text.
+    # File names may not be valid Unicode.
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     write_text(folder / "report.md", text)
     return text

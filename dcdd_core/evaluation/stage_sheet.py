@@ -31,13 +31,13 @@ def stage_sheet(
     title: str = "",
     side: int = 160,
 ) -> Image.Image:
-    """One column a pass: above the image with its hidden positions grey, below the same with what changed in colour.
+    """One column per pass: the image with hidden positions in grey, and below it the same with changes in colour.
 
-    After 12 passes the sheet goes on below. All sheets of a batch are of one size.
+    After 12 passes the sheet continues below. All sheets of a batch have the same size.
 
     Args:
         decode: tokens [B, N] -> pixels [B, 3, H, W] in -1..1, such as `ImageTokenizer.decode_tokens`.
-        row: which image of the batch.
+        row: index of the image in the batch.
         side: height in pixels of each image.
 
     Raises:
@@ -81,7 +81,10 @@ def _below(strips: Iterable[Image.Image]) -> Image.Image:
 
 
 def nearest_known(tokens: torch.Tensor, known: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Tokens [N] with each hidden position's nearest known one: a decoder mixes neighbours into what is known."""
+    """Tokens [N] with each hidden one replaced by the nearest known token, since a decoder mixes neighbours.
+
+    Without any known token, all are 0.
+    """
     if not bool(known.any()):
         return torch.zeros_like(tokens)
     places = torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
@@ -90,6 +93,6 @@ def nearest_known(tokens: torch.Tensor, known: torch.Tensor, grid: tuple[int, in
 
 
 def _as_pixels(flags: torch.Tensor, grid: tuple[int, int], size: Sequence[int]) -> torch.Tensor:
-    """bool [P, N] -> [P, 1, H, W]."""
+    """Flags of P passes on the pixels: bool [P, N] -> [P, 1, H, W]."""
     fields = rearrange(flags, "p (h w) -> p 1 h w", h=grid[0])
     return repeat(fields, "p c h w -> p c (h a) (w b)", a=size[0] // grid[0], b=size[1] // grid[1])

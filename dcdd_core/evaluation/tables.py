@@ -64,13 +64,13 @@ def statistics_table(columns: Mapping[str, TokenStatistics]) -> str:
 
 
 def stages_table(stages: Sequence[Stage]) -> str:
-    """What each pass of a progressive sampler did, at least one, as aligned text: means per image (`stage_rows`)."""
+    """What each pass of a progressive sampler (at least one) did, as aligned text: means per image (`stage_rows`)."""
     rows = stage_rows(stages)
     return _aligned([list(rows[0]), *([f"{number:.4g}" for number in row.values()] for row in rows)])
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
+    """The cells as aligned text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))

@@ -1,9 +1,9 @@
-"""Fits the anchor and its temperature together: a VLM's conditions become distributed as the proxies' are (our choice).
+"""Fits the anchor and its temperature so that a VLM's conditions are distributed like the proxies' (our choice).
 
-The anchor alone (`calibration.fit_anchor`) brings the mean length and direction of the code vectors c to those of the
-proxies, and leaves the uncertainty features u as they come out: surer than the proxies', since the anchor sharpens. A
-temperature tau softens the VLM's logits first, q = softmax(l / tau + beta cos(e_k, e_t)). Both are chosen by how the
-tokens are spread in all of c and u that does not depend on the image.
+The anchor alone (`calibration.fit_anchor`) matches the mean length and alignment of the code vectors c to the proxies',
+but leaves the uncertainty features u more confident than the proxies', since the anchor sharpens. A temperature tau
+therefore softens the VLM's logits first: q = softmax(l / tau + beta cos(e_k, e_t)). Beta and tau are chosen together,
+by comparing the distributions over tokens of everything in c and u that does not depend on the image.
 
 Shapes: n tokens of one chunk, K codes, D code dimension.
 """
@@ -27,17 +27,18 @@ QUANTITIES = ("|c|", "cos(c, e_t)", "p(1)", "p(1) - p(2)", "head mass", "H_tail"
 """What is compared: of the code vector, and the features of Eq. 8. All are compared on 0..1, in their own units."""
 _BINS = 1024
 _MOST_ANCHOR, _MOST_TEMPERATURE = 64.0, 4.0
-#: Even steps of ln(1 + 4 beta) up to the largest beta, and of ln tau from the smallest, 1 / 4, to the largest.
+#: Steps of the coarse grid, even in ln(1 + 4 beta) from 0 to the largest beta, and in ln tau from 1 / 4 to the largest.
 _COARSE = (8, 6)
-#: By which the coarse steps are divided in the end: then 1.1 % of 1 / 4 + beta, and 0.7 % of tau.
+#: The finest step is a coarse one divided by this: 1.1 % of 1 / 4 + beta, and 0.7 % of tau.
 _FINE = 64
 
 Point = tuple[int, int]
 
 
 def condition_spread(token_logits: Grids, codebook: Codebook, calibration: Calibration | None = None) -> torch.Tensor:
-    """How the conditions of all tokens are spread: of each of `QUANTITIES` the share of tokens up to each of 1024 even
-    steps of 0..1, a cumulative histogram.
+    """Cumulative histograms of `QUANTITIES` over all tokens, in 1024 even bins on 0..1.
+
+    Each entry is the share of tokens in that bin or a lower one; values outside 0..1 are clamped.
 
     Returns:
         [6, 1024] float64, on the CPU.
@@ -50,28 +51,28 @@ def condition_spread(token_logits: Grids, codebook: Codebook, calibration: Calib
 
 
 def spread_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The sum over the quantities of the Wasserstein-1 distance between two spreads, in the quantities' own units."""
+    """Wasserstein-1 distance between two spreads [6, 1024], summed over `QUANTITIES`, each in its own units."""
     return float((one - other).abs().mean(dim=1).sum())
 
 
 def fit_anchor_and_temperature(
     token_logits: Grids, codebook: Codebook, target: torch.Tensor, calibration: Calibration
 ) -> Calibration:
-    """Finds the beta in 0..64 and tau in 1/4..4 whose conditions are spread most like the proxies' (`spread_distance`).
+    """Finds the beta in 0..64 and tau in 1/4..4 whose conditions are distributed most like the proxies'.
 
-    A coarse grid over both, then the best point's neighbours at ever smaller distances; some 140 values in all, each
-    measured on all tokens, in about ten passes over the logits.
+    Minimises `spread_distance`: first on a coarse grid over both, then among the best point's neighbours at ever
+    smaller steps. About 140 points are measured on all tokens, in about ten passes over the logits.
 
     Args:
-        token_logits: the VLM's, one grid or several; iterated more than once.
+        token_logits: the VLM's logits, one grid or several; read more than once.
         target: `condition_spread` of proxy logits under `calibration`.
 
     Returns:
-        The calibration with this anchor and anchor temperature. Where the best lies at an end of the ranges, it stays
-        there, with a warning.
+        The calibration with this anchor and anchor temperature. If the best point has the largest beta, or the smallest
+        or largest tau, it is kept with a warning.
 
     Raises:
-        ValueError: for proxy logits, an iterator, which can be read but once, and as `probability_chunks`.
+        ValueError: for proxy logits, for an iterator, which can be read only once, and as `probability_chunks`.
     """
     if isinstance(token_logits, Iterator):
         raise ValueError("these logits are read several times, got an iterator: give them as a list")
@@ -79,7 +80,7 @@ def fit_anchor_and_temperature(
     most = tuple(_FINE * steps for steps in _COARSE)
 
     def measure(points: Collection[Point]) -> Point:
-        """The best of all points so far, after these."""
+        """Measures those of the points that are new; returns the best of all points so far."""
         new = {
             point: replace(calibration, **_parameters(point))
             for point in points
@@ -120,7 +121,7 @@ def _parameters(point: Point) -> dict[str, float]:
 def _distances(
     token_logits: Grids, codebook: Codebook, target: torch.Tensor, trials: dict[Point, Calibration]
 ) -> dict[Point, float]:
-    """Of each trial's conditions from the target, in one pass over the logits."""
+    """Distance of each trial's conditions from the target, in one pass over the logits."""
     counts = {point: torch.zeros(len(QUANTITIES), _BINS, dtype=torch.float64) for point in trials}
     for _, part, tokens in logit_chunks(token_logits, codebook, next(iter(trials.values())), needs="vlm"):
         for point, trial in trials.items():
@@ -130,7 +131,7 @@ def _distances(
 
 
 def _counts(chunk: Chunk, codebook: Codebook) -> torch.Tensor:
-    """How many tokens lie in each of the steps, [6, 1024] float64 on the CPU."""
+    """Number of tokens in each bin, [6, 1024] float64 on the CPU."""
     values = _quantities(chunk.probabilities, chunk, codebook).cpu()
     return torch.stack([torch.histc(one.clamp(0, 1), bins=_BINS, min=0, max=1) for one in values]).double()
 

@@ -1,7 +1,7 @@
 """Logit calibration: fits the statistics of proxy logits to a VLM's (Eqs. 10-16), and the anchor.
 
-Logits are read chunk by chunk (`chunks.CHUNK_BYTES`), so a hundred images of 576 x 16384 never sit in memory.
-Everything is float32 and without gradient.
+Logits are read chunk by chunk (`chunks.CHUNK_BYTES`), so those of a hundred images (576 x 16384 each) are never in
+memory at once. Everything is computed in float32 without gradients.
 
 Shapes: B batch, N tokens, n tokens of one chunk, M tokens of all images, K codes, D code dimension.
 """
@@ -47,7 +47,7 @@ ANCHOR_STEPS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorStatistics:
-    """How close the expected code c is to the sampled token t: mean |c| and mean cos(c, e_t)."""
+    """How close the expected code vector c is to that of the sampled token t: mean |c|, and mean cos(c, e_t)."""
 
     length: float
     alignment: float
@@ -58,13 +58,13 @@ def proxy_logits(features: torch.Tensor, codebook: Codebook) -> torch.Tensor:
     """Cosines of VQ-encoder features with all code vectors (Eqs. 10, 13).
 
     Args:
-        features: [..., D], any length (a zero vector has cosine 0 with everything).
+        features: [..., D], of any norm (a zero vector has cosine 0 with every code).
 
     Returns:
         [..., K] float32 in -1..1.
 
     Raises:
-        ValueError: if D is not the codebook's, or for numbers that are not finite.
+        ValueError: if D is not the codebook's, or a feature is not finite.
     """
     _check_features(features, codebook)
     return F.normalize(features.float(), dim=-1) @ codebook.vectors.to(features.device).T
@@ -83,18 +83,18 @@ def to_probabilities(
 
     Proxy logits: q = softmax(s (a cos + b)) (Eq. 14); b cancels and is not added. A VLM's logits have a scale of
     their own, so q = softmax(l / tau + beta cos(e_k, e_t)), with t the sampled token, beta the anchor and tau its
-    temperature; beta = 0 and tau = 1 are the plain softmax. Both are our choice. Without a calibration p = softmax(l)
+    temperature; beta = 0 and tau = 1 give the plain softmax. Both are our choice. Without a calibration p = softmax(l)
     for either source (Eq. 5).
 
     Args:
-        logits: [..., K], floating point; -inf bars a code (until eps gives it its share).
-        codebook, tokens [...]: needed where a VLM's logits are anchored (beta > 0).
+        logits: [..., K], floating point; -inf bars a code, so that only smoothing gives it probability (eps / K).
+        codebook, tokens [...]: needed if a VLM's logits are anchored (beta > 0).
 
     Returns:
-        [..., K] float32, rows that sum to 1.
+        [..., K] float32, rows sum to 1.
 
     Raises:
-        ValueError: for an unknown source, or an anchor without codebook and tokens.
+        ValueError: with a calibration, for an unknown source, or an anchor without codebook and tokens.
     """
     q = _scores(logits, calibration, source, codebook, tokens).softmax(-1)
     return q if calibration is None else q.mul_(1 - calibration.smoothing).add_(calibration.smoothing / q.shape[-1])
@@ -109,7 +109,7 @@ def to_log_probabilities(
     codebook: Codebook | None = None,
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """ln p of `to_probabilities`, [..., K] float32, also where p is too small for float32; -inf for a barred code."""
+    """ln p of `to_probabilities`, [..., K] float32, exact even where p underflows; -inf for a barred code."""
     ln_q = _scores(logits, calibration, source, codebook, tokens).log_softmax(-1)
     if calibration is None or calibration.smoothing == 0:
         return ln_q
@@ -124,7 +124,7 @@ def _scores(
     codebook: Codebook | None,
     tokens: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What q of Eq. 14 is the softmax of, [..., K] float32."""
+    """The logits whose softmax is q (Eq. 14), [..., K] float32."""
     logits = logits.float()
     if calibration is None:
         return logits
@@ -152,8 +152,8 @@ class Chunk:
     Attributes:
         probabilities: p [n, K] float32 (Eq. 15).
         tokens: [n], the token sampled at each position.
-        ln_p: ln p [m, K] of the rows that a boolean mask [n] selects, computed anew from their logits, so that it is
-            exact where p itself is too small for float32.
+        ln_p: boolean mask [n] -> ln p [m, K] of the m selected rows, recomputed from their logits so that it is exact
+            even where p underflows float32.
     """
 
     probabilities: torch.Tensor
@@ -164,10 +164,11 @@ class Chunk:
 def probability_chunks(
     token_logits: Grids, codebook: Codebook | None = None, calibration: Calibration | None = None
 ) -> Iterator[Chunk]:
-    """Eq. 15 over one grid or many, chunk by chunk in row-major order.
+    """Probabilities (Eq. 15) of one grid or many, chunk by chunk in row-major order.
 
     Raises:
-        ValueError: if logits, codebook and calibration are not of one codebook, or there is no grid at all.
+        ValueError: if logits, codebook and calibration do not share one codebook, logits would be calibrated twice, or
+            there is no grid at all.
 
     Warns if a VLM's logits were not sampled the way the calibration was measured.
     """
@@ -183,7 +184,7 @@ def probability_chunk(
     source: Source,
     codebook: Codebook | None = None,
 ) -> Chunk:
-    """Eq. 15 of one chunk: logits [n, K] and tokens [n]; arguments as `to_probabilities`."""
+    """Probabilities (Eq. 15) of one chunk: logits [n, K], tokens [n]; arguments and errors as `to_probabilities`."""
     given = {"source": source, "codebook": codebook}
     p = to_probabilities(logits, calibration, tokens=tokens, **given)
     return Chunk(probabilities=p, tokens=tokens, ln_p=partial(_ln_p_of_rows, logits, tokens, calibration, given))
@@ -196,13 +197,13 @@ def _ln_p_of_rows(
 
 
 def apply_calibration(token_logits: TokenLogits, codebook: Codebook, calibration: Calibration) -> TokenLogits:
-    """The same tokens with ln p of Eq. 15 as logits: their plain softmax is the calibrated distribution.
+    """The same tokens with ln p (Eq. 15) as logits, whose plain softmax is the calibrated distribution.
 
     Returns:
-        TokenLogits marked as calibrated, logits float32; a copy, 4 B N K bytes.
+        TokenLogits marked as calibrated, with float32 logits: a copy that takes 4 B N K bytes.
 
     Raises:
-        ValueError: if logits, codebook and calibration are not of one codebook, or the logits are calibrated already.
+        ValueError: if logits, codebook and calibration do not share one codebook, or logits are calibrated already.
 
     Warns if a VLM's logits were not sampled the way the calibration was measured.
     """
@@ -220,13 +221,13 @@ def apply_calibration(token_logits: TokenLogits, codebook: Codebook, calibration
 
 
 def target_statistics(token_logits: Grids) -> CalibrationStatistics:
-    """What calibration aims at: entropy and confidence of a VLM's tokens (Eqs. 11-12).
+    """The target of calibration: entropy and confidence of a VLM's tokens (Eqs. 11-12).
 
     H = -sum p ln p / ln K and max p per token; their means and 95th percentiles over all tokens of all grids (the paper
     takes 100 images). An iterable is read once, and only two numbers per token are kept.
 
     Raises:
-        ValueError: for proxy logits, no logits, or grids over codebooks of different sizes.
+        ValueError: for proxy logits, calibrated logits, no logits, or grids over codebooks of different sizes.
     """
     return _summarise(
         to_probabilities(part, None, source="vlm") for _, part, _ in logit_chunks(token_logits, needs="vlm")
@@ -241,10 +242,10 @@ def _least_squares(logits: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 def proxy_features(token_logits: Grids, codebook: Codebook) -> torch.Tensor:
     """The unit features [M, D] behind proxy logits: cos = E f (Eq. 10), solved for f by least squares.
 
-    Exact to rounding where the codebook spans all D dimensions.
+    Exact up to rounding if the codebook spans all D dimensions.
 
     Raises:
-        ValueError: for a VLM's logits, calibrated ones, or another codebook's.
+        ValueError: for a VLM's logits, calibrated logits, or logits over another codebook.
     """
     vectors = codebook.vectors
     parts = logit_chunks(token_logits, codebook, needs="proxy")
@@ -261,27 +262,27 @@ def fit_calibration(
     temperature: float | None = None,
     on_chunk: Callable[[int], None] | None = None,
 ) -> Calibration:
-    """Finds s, eps and a that bring the proxies' statistics to the target (Eqs. 13-16), in the paper's order.
+    """Fits s, eps and a so that the proxies' statistics match the target (Eqs. 13-16), in the paper's order.
 
-    1. Bisection on s in 10..60 with a = 1, eps = 0 for the mean entropy, which falls with s. Where the target lies
-       outside, the range is widened, and a warning says so.
-    2. A sweep over eps. Since eps raises the entropy, each value is judged after a was re-tuned: our choice.
-    3. A sweep over a around that, among the values that keep the mean entropy within 0.02.
-    The best of a sweep minimises Eq. 16. b cancels in the softmax and stays 0; s and a act as one number.
+    1. Bisection on s in 10..60, with a = 1 and eps = 0, for the mean entropy, which falls with s. If the target lies
+       outside that range, the range is widened with a warning.
+    2. A sweep over eps. Since eps raises the entropy, each value is judged after re-tuning a (our choice).
+    3. A sweep over a around the result.
+    Each sweep picks the value that minimises Eq. 16 among those that keep the mean entropy within 0.02 of the target.
+    b cancels in the softmax and stays 0; s and a act as one number.
 
     Args:
-        features: VQ-encoder features before quantisation, [..., D], or an iterable of such.
+        features: VQ-encoder features before quantisation, [..., D], or an iterable of these.
         target: from `target_statistics`.
-        vlm, guidance, temperature: what the target was measured on; kept in the result.
+        vlm, guidance, temperature: what the target was measured on; stored in the result.
         on_chunk: called after each chunk with the number of completed passes over the features, about `PASSES` in the
             end; may raise to stop.
 
     Returns:
-        Calibration with `achieved` and `converged`; where the target is out of reach, the nearest s with
-        converged=False, and a warning.
+        Calibration with `achieved` and `converged`; for a target out of reach, the nearest s, unconverged (warns).
 
     Raises:
-        ValueError: for features that are empty, not finite or of another dimension than the codebook.
+        ValueError: for features that are empty, not finite, or of another dimension than the codebook.
     """
     tensors = [features] if isinstance(features, torch.Tensor) else list(features)
     for tensor in tensors:
@@ -350,7 +351,7 @@ def fit_calibration(
 def anchor_statistics(
     token_logits: Grids, codebook: Codebook, calibration: Calibration | None = None
 ) -> AnchorStatistics:
-    """Mean |c| and mean cos(c, e_t) over all tokens, t the sampled token, of VLM or (calibrated) proxy logits.
+    """Mean |c| and mean cos(c, e_t) over all tokens of VLM or (calibrated) proxy logits; t is the sampled token.
 
     Raises:
         ValueError: as `probability_chunks`.
@@ -369,18 +370,18 @@ def fit_anchor(
     *,
     on_chunk: Callable[[int], None] | None = None,
 ) -> Calibration:
-    """Finds the anchor beta >= 0 whose mean |c| and cos(c, e_t) come closest to the proxies' (our choice).
+    """Finds the anchor beta in 0..64 whose mean |c| and cos(c, e_t) come closest to the proxies' (our choice).
 
     Both are measured at `ANCHORS` in one pass over the logits and interpolated between them; the sum of the two squared
-    differences is minimised. The result is beta = 0, the paper, if any anchor only adds to them.
+    differences is minimised. The result is beta = 0, as in the paper, if every anchor only increases that sum.
 
     Args:
-        token_logits: the VLM's, one grid or an iterable, read once.
+        token_logits: the VLM's logits, one grid or an iterable of them, read once.
         target: `anchor_statistics` of proxy logits under `calibration`.
         on_chunk: called after each chunk of the pass, with 0; may raise to stop.
 
     Returns:
-        The calibration with this anchor. A target beyond the largest beta gives that one, and a warning.
+        The calibration with this anchor; with the largest beta and a warning if the target lies beyond it.
 
     Raises:
         ValueError: for proxy logits, and as `probability_chunks`.
@@ -422,15 +423,19 @@ def _entropy_and_confidence(probabilities: torch.Tensor) -> tuple[torch.Tensor, 
 
 @torch.no_grad()
 def scale_for_confidence(features: torch.Tensor, codebook: Codebook, confidence: float) -> float:
-    """The scale s at which softmax(s cos(f, e_k)) is as confident on average as a VLM is: our choice for a VLM that has
-    no calibration. The mean of max q over all positions grows with s.
+    """The scale s at which q = softmax(s cos(f, e_k)) is on average as confident as a VLM without a calibration.
+
+    This is our choice. The mean of max q over all positions grows with s.
 
     Args:
-        features: [B, N, D], before quantisation (Eq. 9), such as of the soft VQ decode of what the VLM predicts.
+        features: [B, N, D], before quantisation (Eq. 9), such as those of the soft VQ decode of the VLM's predictions.
         confidence: mean max p of the VLM, in 0..1.
 
     Returns:
-        s in 1..4096; the nearer end where no scale within reaches it.
+        s in 1..4096; close to the nearer end if no scale in that range gives this confidence.
+
+    Raises:
+        ValueError: as `proxy_logits`.
     """
     cosines = proxy_logits(features, codebook)
 

@@ -22,7 +22,7 @@ Grids = TokenLogits | Iterable[TokenLogits]
 
 
 def chunk_rows(codes: int) -> int:
-    """How many tokens make a chunk: n K 4 <= CHUNK_BYTES, but at least one."""
+    """Tokens per chunk: the largest n with 4 n K <= CHUNK_BYTES, but at least 1."""
     return max(1, CHUNK_BYTES // (4 * codes))
 
 
@@ -30,7 +30,7 @@ def chunks(values: torch.Tensor) -> Iterator[torch.Tensor]:
     """Views [n, K] of `values` [..., K] in row-major order, n <= chunk_rows(K); nothing is copied."""
     if values.ndim == 1:
         values = values[None]
-    # Flattening would copy a tensor that is not contiguous, so that one is walked along its leading dimensions.
+    # Flattening would copy a non-contiguous tensor, so its leading dimensions are iterated instead.
     blocks = (
         [values.flatten(0, -2)] if values.is_contiguous() else map(values.__getitem__, np.ndindex(values.shape[:-2]))
     )
@@ -39,7 +39,7 @@ def chunks(values: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def float32_maths(function: Callable) -> Callable:
-    """Runs a function of a tensor without gradients and without autocast, whatever the caller has switched on."""
+    """Decorator: runs a function of a tensor without gradients and autocast, whatever the caller has enabled."""
 
     @wraps(function)
     def exact(tensor: torch.Tensor, *args, **kwargs):
@@ -50,13 +50,13 @@ def float32_maths(function: Callable) -> Callable:
 
 
 def neg_p_ln_p(probabilities: torch.Tensor) -> torch.Tensor:
-    """-p ln p of float32 p >= 0, 0 where p is 0: `torch.special.entr`, in two thirds of its time."""
+    """-p ln p of float32 p >= 0, and 0 where p is 0: `torch.special.entr` in two thirds of the time."""
     # The smallest float32 has ln p = -103.3: the clamp turns 0 ln 0 into 0 and changes no other p.
     return probabilities.log().clamp_min_(-104).mul_(probabilities).neg_()
 
 
 def underflows(probabilities: torch.Tensor) -> torch.Tensor:
-    """True where float32 holds a probability >= 0 with less than its full precision, or takes it for 0."""
+    """True where a float32 probability >= 0 is subnormal, so that it has lost precision, or is 0."""
     return probabilities < torch.finfo(torch.float32).tiny
 
 
@@ -66,11 +66,11 @@ def logit_chunks(
     calibration: Calibration | None = None,
     needs: Source | None = None,
 ) -> Iterator[tuple[TokenLogits, torch.Tensor, torch.Tensor]]:
-    """Grid, logits [n, K] and tokens [n] of one grid or many, chunk by chunk in row-major order.
+    """Yields (grid, logits [n, K], tokens [n]) of one grid or many, chunk by chunk in row-major order.
 
     Raises:
-        ValueError: if logits, codebook and calibration are not of one codebook, a grid is not from the source that is
-            needed or would be calibrated twice, or there is no grid at all.
+        ValueError: if logits, codebook and calibration do not share one codebook, a grid is not from the source in
+            `needs`, a grid is calibrated already though `calibration` or `needs` is given, or there is no grid at all.
 
     Warns, once for each difference, if a VLM's logits were not sampled the way the calibration was measured.
     """
@@ -93,10 +93,10 @@ def logit_chunks(
 
 
 def check_codebooks(grid: TokenLogits, codebook: Codebook | None, calibration: Calibration | None) -> None:
-    """Refuses logits, a codebook and a calibration that are not of one tokenizer; what is None fits any.
+    """Checks that logits, codebook and calibration belong to one tokenizer; None fits any.
 
     Raises:
-        ValueError: naming the codebooks of both.
+        ValueError: if two of them do not; the message names both codebooks or their sizes.
     """
     if codebook is not None and grid.logits.shape[-1] != codebook.size:
         raise ValueError(
@@ -127,6 +127,6 @@ def _sampling_mismatch(grid: TokenLogits, calibration: Calibration | None) -> st
         for name, (came, own) in pairs.items()
         if came is not None and own is not None and came != own
     ]
-    # Names of VLMs are mostly names of folders.
+    # A VLM is mostly named after its folder, so two names may mean the same VLM.
     unless = ", unless both names are of one VLM" if any(text.startswith("VLM ") for text in differ) else ""
     return f"the logits were sampled with {', '.join(differ)}: calibrate again for these{unless}" if differ else None

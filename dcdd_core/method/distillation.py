@@ -1,20 +1,20 @@
-"""Distillation of steps: a student that takes a few long steps learns from a teacher that takes many short ones.
+"""Step distillation: a student that takes a few long steps learns from a teacher that takes many short ones.
 
-Both walk the path of `flow` from noise, t = 1, to the latents, t = 0, under the same condition. The student's times are
-s_0 = 1 > ... > s_k = 0, and each of its steps is to arrive where the teacher's steps over that segment arrive. The
-average velocity there, (x_s - x_s') / (s - s'), is what it learns to predict; an Euler step with it takes the whole
-segment at once. Errors are in units of velocity, as in Eq. 26, and their weights are all 1 [choice].
+Both follow the path of `flow` from noise (t = 1) to the latents (t = 0) under the same condition. The student's times
+are s_0 = 1 > ... > s_k = 0, and each of its steps should end where the teacher's steps over that segment end. The
+student learns to predict the segment's average velocity, (x_s - x_s') / (s - s'), with which one Euler step covers the
+whole segment. Errors are in units of velocity, as in Eq. 26, and all weights are 1 [choice].
 
-An objective says what the student is shown, and what it should have answered:
-    trajectory   The student walks from the noise by itself, and every step is to lead to the teacher's state of the
-                 same noise. Progressive distillation (Salimans and Ho 2022, arXiv 2202.00512) and PeRFlow (Yan et al.
-                 2024, arXiv 2405.07510) give it the teacher's states, or noised data, in place of its own. From its own
-                 it learns to take back what its earlier steps did wrong, and sees in training what it sees when it
-                 paints (backward distillation, Kohler et al. 2024, arXiv 2405.05224). [choice]
-    consistency  Multistep consistency distillation (Heek et al. 2024, arXiv 2403.06807): from a noised image the
-                 teacher takes one step, and the student is to arrive from both of its ends at the same place, the end
-                 of the segment. One pass of the teacher an update in place of its whole walk, but the student's own
-                 guess is the target.
+An objective defines what the student is shown and what it should predict:
+    trajectory   The student starts from the noise and follows its own states; each step should lead to the teacher's
+                 state for the same noise. Progressive distillation (Salimans and Ho 2022, arXiv 2202.00512) and PeRFlow
+                 (Yan et al. 2024, arXiv 2405.07510) show it the teacher's states or noised data instead. On its own
+                 states the student learns to correct the errors of its earlier steps, and sees in training what it sees
+                 at inference (backward distillation, Kohler et al. 2024, arXiv 2405.05224). [choice]
+    consistency  Multistep consistency distillation (Heek et al. 2024, arXiv 2403.06807): the teacher takes one step
+                 from a noised image, and from either end of that step the student should reach the same point, at the
+                 end of the segment. An update costs one teacher pass instead of the teacher's whole walk, but the
+                 target is the student's own prediction.
 
 Shapes: B batch, further dimensions as they come; packed latents are [B, L, F].
 """
@@ -31,10 +31,10 @@ import torch
 
 from .flow import average_velocity, euler_step, interpolate
 
-#: v(x [B, ...], t [B]), [B, ...] float32.
+#: v(x [B, ...], t [B]) -> [B, ...] float32.
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-#: Times that are closer together are one.
+#: Times closer together than this count as equal.
 _SAME = 1e-6
 
 
@@ -44,10 +44,10 @@ class Schedule:
 
     Attributes:
         student: s_0 .. s_k.
-        teacher: its own times, and the student's between them, so that it comes by where the student stops.
+        teacher: its own times merged with the student's, so that it passes every time at which the student stops.
 
     Raises:
-        ValueError: if two of the student's times are one.
+        ValueError: if two of the student's times are less than 1e-6 apart.
     """
 
     student: tuple[float, ...]
@@ -62,20 +62,20 @@ class Schedule:
 
     @classmethod
     def of(cls, student: torch.Tensor, teacher: torch.Tensor) -> Schedule:
-        """From the times that each would have alone (`flow.timesteps`)."""
+        """Merges the times [steps + 1] that each would use alone (`flow.timesteps`)."""
         stops = student.tolist()
         between = [t for t in teacher.tolist() if all(abs(t - stop) >= _SAME for stop in stops)]
         return cls(student=tuple(stops), teacher=tuple(sorted([*stops, *between], reverse=True)))
 
     @property
     def ends(self) -> tuple[float, ...]:
-        """For each of the teacher's times but the last, where the student's step from there ends."""
+        """For each of the teacher's times but the last, the time at which the student's step from there ends."""
         return tuple(max(stop for stop in self.student if stop < t) for t in self.teacher[:-1])
 
 
 @torch.no_grad()
 def walk(velocity: Velocity, noise: torch.Tensor, times: Sequence[float]) -> list[torch.Tensor]:
-    """Euler steps from noise [B, ...] at times[0]: the states at all times, the noise itself first."""
+    """Takes Euler steps from noise [B, ...] at times[0]; returns the states at all times, starting with the noise."""
     states = [noise]
     for now, after in pairwise(times):
         states.append(euler_step(states[-1], velocity(states[-1], _each(now, noise)), now, after))
@@ -93,7 +93,7 @@ class Trajectory:
 def trajectory_of(
     teacher: Velocity, clean: torch.Tensor, noise: torch.Tensor, schedule: Schedule, generator: torch.Generator
 ) -> Trajectory:
-    """The teacher's walk from the noise; the clean latents give no more than their shape."""
+    """The teacher's walk from the noise, at the student's times; clean latents and generator are not used."""
     states = dict(zip(schedule.teacher, walk(teacher, noise, schedule.teacher)))
     return Trajectory(states=[states[t] for t in schedule.student], times=schedule.student)
 
@@ -101,7 +101,8 @@ def trajectory_of(
 def trajectory_losses(student: Velocity, lesson: Trajectory) -> torch.Tensor:
     """Mean over the student's steps of |v(x_j, s_j) - (x_j - y_{j+1}) / (s_j - s_{j+1})|^2, [B] float32.
 
-    x_j are the student's own states from the noise on, without a gradient, and y_j the teacher's.
+    x_j are the student's own states, which start at the noise and carry no gradient; y_j are the teacher's. |.|^2 is
+    the mean over elements.
     """
     x, errors = lesson.states[0], []
     for (now, after), aim in zip(pairwise(lesson.times), lesson.states[1:], strict=True):
@@ -116,9 +117,9 @@ class Leap:
     """One step of the teacher from noised latents.
 
     Attributes:
-        noised, arrived: [B, ...], before and after it.
-        times, arrival: [B], of the two.
-        ends: [B], where the student's step from `times` ends.
+        noised, arrived: [B, ...], latents before and after the step.
+        times, arrival: [B], the times of these two.
+        ends: [B], the times at which the student's steps from `times` end.
     """
 
     noised: torch.Tensor
@@ -132,7 +133,7 @@ class Leap:
 def leap_of(
     teacher: Velocity, clean: torch.Tensor, noise: torch.Tensor, schedule: Schedule, generator: torch.Generator
 ) -> Leap:
-    """A step of the teacher from each image's own time, which is drawn evenly from the teacher's."""
+    """One step of the teacher for each image, from a time drawn uniformly from all but the last of the teacher's."""
     drawn = torch.randint(len(schedule.teacher) - 1, (len(clean),), generator=generator)
     now, after, ends = (torch.tensor(t)[drawn] for t in (schedule.teacher, schedule.teacher[1:], schedule.ends))
     noised = interpolate(clean, noise, now)
@@ -143,9 +144,11 @@ def leap_of(
 def consistency_losses(student: Velocity, lesson: Leap) -> torch.Tensor:
     """|v(x_t, t) - (x_t - f(x_t')) / (t - s)|^2, [B] float32; f(x_t') = x_t' - (t' - s) v(x_t', t') has no gradient.
 
-    t' is where the teacher's step from t arrived, s the end of the student's. Where t' = s, f(x_t') is x_t' itself.
+    t' is the time at which the teacher's step from t ends, s the one at which the student's ends. If t' = s, f(x_t') is
+    x_t' itself. |.|^2 is the mean over elements.
     """
-    # The pass with a gradient first: autocast keeps its copies of weights, and those of a pass without have none.
+    # The pass with a gradient comes first: autocast caches its copies of the weights, and copies made without a
+    # gradient would be used again in the pass that needs one.
     predicted = student(lesson.noised, lesson.times)
     with torch.no_grad():
         there = student(lesson.arrived, lesson.arrival)
@@ -155,12 +158,12 @@ def consistency_losses(student: Velocity, lesson: Leap) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What a student learns.
+    """A distillation objective.
 
     Attributes:
         lesson: (teacher's velocity, clean latents, noise, schedule, generator) -> what the student is shown.
-        losses: (student's velocity, lesson) -> [B].
-        teacher_passes: of a lesson, by schedule.
+        losses: (student's velocity, lesson) -> [B] float32.
+        teacher_passes: schedule -> number of teacher passes per lesson.
     """
 
     lesson: Callable[[Velocity, torch.Tensor, torch.Tensor, Schedule, torch.Generator], Any]
@@ -181,10 +184,10 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
 
 
 def _each(time: float, x: torch.Tensor) -> torch.Tensor:
-    """[B], on the CPU."""
+    """The time of each sample, [B] on the CPU."""
     return torch.full((len(x),), time)
 
 
 def _squared(error: torch.Tensor) -> torch.Tensor:
-    """The mean over each image's elements, [B]."""
+    """Mean square over each image's elements, [B]."""
     return error.flatten(1).square().mean(dim=1)

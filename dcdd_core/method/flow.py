@@ -1,7 +1,7 @@
 """The decoder's diffusion on FLUX's rectified-flow path (Eqs. 18, 25-26).
 
-The path is our choice: the paper writes v-prediction and means a fine-tuned FLUX.1-Fill, which predicts n - z0.
-Time t runs from 0, the clean latent z0, to 1, noise n. Arithmetic is float32, results have the latents' dtype.
+The path is our choice: the paper says v-prediction but fine-tunes FLUX.1-Fill, which predicts n - z0.
+Time t runs from 0 (the clean latent z0) to 1 (noise n). Arithmetic is float32; results have the latents' dtype.
 
 Shapes: B batch; latents [B, ...], packed or not.
 """
@@ -43,7 +43,7 @@ def recover_clean(noised: torch.Tensor, velocity: torch.Tensor, time: Time) -> t
 
 
 def euler_step(noised: torch.Tensor, velocity: torch.Tensor, time: Time, next_time: Time) -> torch.Tensor:
-    """z_t' = z_t + (t' - t) v, from t to t' < t; each one number or [B].
+    """Euler step z_t' = z_t + (t' - t) v from t to t' < t; each time is one number or [B].
 
     Raises:
         ValueError: for times that are neither.
@@ -52,8 +52,9 @@ def euler_step(noised: torch.Tensor, velocity: torch.Tensor, time: Time, next_ti
 
 
 def average_velocity(noised: torch.Tensor, arrived: torch.Tensor, time: Time, next_time: Time) -> torch.Tensor:
-    """(z_t - z_t') / (t - t') in float32, with which `euler_step` leads from z_t at t to z_t' at t' < t; each time is
-    one number or [B].
+    """(z_t - z_t') / (t - t') in float32, the velocity with which `euler_step` leads from z_t at t to z_t' at t' < t.
+
+    Each time is one number or [B].
 
     Raises:
         ValueError: for times that are neither.
@@ -62,7 +63,7 @@ def average_velocity(noised: torch.Tensor, arrived: torch.Tensor, time: Time, ne
 
 
 def resolution_shift(image_tokens: int) -> float:
-    """FLUX's mu for a packed latent of that many tokens: linear, 256 -> 0.5, 4096 -> 1.15.
+    """FLUX's mu for a packed latent of this many tokens: linear, 256 -> 0.5, 4096 -> 1.15.
 
     Raises:
         ValueError: for fewer than one token.
@@ -73,7 +74,7 @@ def resolution_shift(image_tokens: int) -> float:
 
 
 def shift_time(time: torch.Tensor, shift: float) -> torch.Tensor:
-    """t' = e^mu / (e^mu + 1/t - 1), mu = `shift`: more of the time near the noise; 0 and 1 stay."""
+    """t' = e^mu / (e^mu + 1/t - 1) with mu = `shift`; mu > 0 moves times towards the noise. 0 and 1 stay."""
     shifted = math.exp(shift) * time / (math.exp(shift) * time + 1 - time)
     # At t = 1 a very negative mu rounds the denominator to 0.
     return torch.where(time == 1, time, shifted)
@@ -84,10 +85,10 @@ def timesteps(steps: int, *, shift: float) -> torch.Tensor:
 
     Args:
         steps: Euler steps, at least 1.
-        shift: mu, such as `resolution_shift` gives; 0 is a uniform schedule.
+        shift: mu, for example from `resolution_shift`; 0 is a uniform schedule.
 
     Raises:
-        ValueError: for steps < 1, and a shift outside -100..100.
+        ValueError: for steps < 1, or a shift outside -100..100.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps!r}")
@@ -105,14 +106,14 @@ def sample_times(
 ) -> torch.Tensor:
     """Training times, [count] float32 in 0..1, from one of diffusers' densities, then shifted by mu = `shift`.
 
-    The densities' parameters are the defaults of diffusers' own trainings. Drawn from `generator`, on its device.
+    The densities' parameters are the defaults of diffusers' training scripts. Drawn from `generator`, on its device.
 
     Raises:
         ValueError: for an unknown density.
     """
     if density not in DENSITIES:
         raise ValueError(f"density must be one of {', '.join(DENSITIES)}, got {density!r}")
-    # Imported here: it loads most of diffusers, which the sampler's side of this file does not need.
+    # Imported here since it loads most of diffusers, which sampling does not need.
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
     time = compute_density_for_timestep_sampling(
@@ -128,7 +129,7 @@ def sample_times(
 
 
 def loss_weight(time: torch.Tensor, weighting: str = "uniform") -> torch.Tensor:
-    """w(t) of Eq. 26, [B] float32: 1, t^-2 ("sigma_sqrt", infinite at t = 0) or SD3's "cosmap", as diffusers has them.
+    """w(t) of Eq. 26, [B] float32, as in diffusers: 1, t^-2 ("sigma_sqrt", infinite at t = 0) or SD3's "cosmap".
 
     Raises:
         ValueError: for an unknown weighting.
@@ -141,10 +142,10 @@ def loss_weight(time: torch.Tensor, weighting: str = "uniform") -> torch.Tensor:
 
 
 def _over(time: Time, latents: torch.Tensor) -> torch.Tensor:
-    """t, float32, shaped to multiply [B, ...]."""
+    """t as float32, shaped to broadcast over [B, ...]."""
     t = torch.as_tensor(time, device=latents.device).float()
     if t.ndim == 0:
-        # A tensor without dimensions would not lift half precision to float32.
+        # A zero-dimensional tensor would not promote half precision to float32.
         t = t[None]
     if t.ndim != 1 or len(t) not in (1, len(latents)):
         raise ValueError(f"time must be one number or one a sample, [{len(latents)}], got {list(t.shape)}")

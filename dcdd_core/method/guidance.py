@@ -1,11 +1,11 @@
-"""Distribution guidance: any diffusion model, pulled towards what a VLM's distributions say. Beyond the paper.
+"""Distribution guidance: pulls any diffusion model towards a VLM's token distributions. Beyond the paper.
 
-At each step the model's predicted clean latent x0 is decoded and read by the VLM's own VQ encoder. The gradient of a
-cross-entropy between the VLM's distributions and the encoder's moves x0, and the sampler goes on from there. The
-gradient does not pass through the diffusion model. Related: FreeDoM (arXiv 2303.09833), MPGD (arXiv 2311.16424).
+At each step the model's predicted clean latent x0 is decoded, and the image is encoded by the VLM's own VQ encoder. The
+gradient of the cross-entropy between the VLM's distributions and the encoder's moves x0, and sampling continues from
+there. No gradient passes through the diffusion model. Related: FreeDoM (arXiv 2303.09833), MPGD (arXiv 2311.16424).
 
-Time t runs from 0, clean, to 1, noise, on the path z_t = (1 - t) z0 + t n. Models on other paths are converted by the
-functions at the end.
+Time t runs from 0 (clean) to 1 (noise) on the path z_t = (1 - t) z0 + t n. The functions at the end convert models on
+other paths.
 
 Shapes: B batch, N tokens (row-major h x w grid), K codes, D code dimension; latents [B, ...].
 """
@@ -29,12 +29,12 @@ def token_cross_entropy(
 ) -> torch.Tensor:
     """CE(p_n, q_n) = -sum_k p_k ln q_k with q = softmax(s cos(f, e_k)) at each position, in nats: [B, N].
 
-    The cosine is linear in e_k, so p enters through its expected code vector c = p E (Eqs. 6-7) alone:
+    The cosine is linear in e_k, so p enters only through its expected code vector c = p E (Eqs. 6-7):
     CE = ln sum_k exp(s cos(f, e_k)) - s cos(f, c) |c|. One-hot p gives c = e_t: the ordinary cross-entropy of a token.
 
     Args:
         features: [B, N, D], before quantisation (Eq. 9); differentiable.
-        code_vectors: [B, N, D], c of LCDM.
+        code_vectors: [B, N, D], c from LCDM.
         scale: s of the calibration (Eq. 14, with a = 1).
 
     Raises:
@@ -56,11 +56,12 @@ def token_cross_entropy(
 def position_weights(
     confidence: torch.Tensor, weight: str = "confidence", free: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """w_n, [B, N] float32: max p_n, or 1 everywhere; 0 where a position is free.
+    """Weight w_n of each position, [B, N] float32: max p_n, or 1 everywhere; 0 where a position is free.
 
     Args:
         confidence: [B, N] max p_n, the first uncertainty feature (Eq. 8).
-        free: bool [B, N] or [1, N], positions that nothing pulls.
+        weight: one of `WEIGHTS`.
+        free: bool [B, N] or [1, N], positions on which guidance does not act.
 
     Raises:
         ValueError: for an unknown weight.
@@ -96,12 +97,12 @@ def noise_share(time: float) -> float:
 
 
 def guide_clean(clean: torch.Tensor, gradient: torch.Tensor, time: float, strength: float) -> torch.Tensor:
-    """x0 - eta r(t) g / rms(g): a step with root mean square eta r(t), whatever the size of the loss.
+    """x0 - eta r(t) g / rms(g): a step with root mean square eta r(t), whatever the scale of the loss.
 
     Args:
         clean: x0 [B, ...].
-        gradient: g = dL/dx0; an image whose gradient is 0 stays.
-        strength: eta; 0 returns x0 to the last bit.
+        gradient: g = dL/dx0 [B, ...]; an image whose gradient is 0 stays unchanged.
+        strength: eta; 0 returns x0 itself.
 
     Raises:
         ValueError: for a strength that is negative or not finite.
@@ -120,11 +121,11 @@ def pull_to(clean: torch.Tensor, target: torch.Tensor, time: float, pull: float)
     """x0 + pull t^2 (z_soft - x0): early steps stay near the soft VQ decode.
 
     Args:
-        target: z_soft, latents of the image that the VQ decoder makes of the expected code vectors.
-        pull: 0..1; 0 returns x0 to the last bit.
+        target: z_soft, the latents of the image that the VQ decoder makes from the expected code vectors.
+        pull: 0..1; 0 returns x0 itself.
 
     Raises:
-        ValueError: for a pull out of range.
+        ValueError: for a pull outside 0..1.
     """
     if not 0 <= pull <= 1:
         raise ValueError(f"pull must lie in 0..1, got {pull!r}; 0 switches it off")
@@ -135,7 +136,7 @@ def velocity_towards(noised: torch.Tensor, clean: torch.Tensor, time: float) -> 
     """v = (z_t - x0) / t, the velocity whose predicted clean latent is x0; the inverse of `flow.recover_clean`.
 
     Raises:
-        ValueError: for t = 0, where every velocity has the same clean latent.
+        ValueError: unless t > 0; at t = 0 every velocity has the same clean latent.
     """
     if not time > 0:
         raise ValueError(f"time must be above 0, got {time!r}")
@@ -148,7 +149,7 @@ def clean_from_noise(noised: torch.Tensor, noise: torch.Tensor, alpha_bar: float
 
 
 def noise_from_clean(noised: torch.Tensor, clean: torch.Tensor, alpha_bar: float) -> torch.Tensor:
-    """The noise whose `clean_from_noise` is x0."""
+    """The noise for which `clean_from_noise` gives x0."""
     return (noised - math.sqrt(alpha_bar) * clean) / math.sqrt(1 - alpha_bar)
 
 
@@ -158,18 +159,18 @@ def clean_from_v(noised: torch.Tensor, v: torch.Tensor, alpha_bar: float) -> tor
 
 
 def v_from_clean(noised: torch.Tensor, clean: torch.Tensor, alpha_bar: float) -> torch.Tensor:
-    """The v whose `clean_from_v` is x0."""
+    """The v for which `clean_from_v` gives x0."""
     return (math.sqrt(alpha_bar) * noised - clean) / math.sqrt(1 - alpha_bar)
 
 
 def time_of_alpha(alpha_bar: float) -> float:
-    """t of the path above with the same ratio of noise to signal: sigma / (1 + sigma), sigma^2 = (1 - a) / a."""
+    """The t on the path above with the same noise-to-signal ratio: sigma / (1 + sigma), sigma^2 = (1 - a) / a."""
     sigma = math.sqrt((1 - alpha_bar) / alpha_bar)
     return time_of_sigma(sigma)
 
 
 def time_of_sigma(sigma: float) -> float:
-    """t of the path above for x = x0 + sigma n (arXiv 2206.00364): sigma / (1 + sigma)."""
+    """The t on the path above for x = x0 + sigma n (arXiv 2206.00364): sigma / (1 + sigma)."""
     return sigma / (1 + sigma)
 
 

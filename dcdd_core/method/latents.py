@@ -11,7 +11,7 @@ from einops import rearrange
 
 
 def scale_latents(latents: torch.Tensor, shift: float, scale: float) -> torch.Tensor:
-    """Raw VAE latents -> the transformer's: (z - shift) scale."""
+    """Raw VAE latents -> the transformer's latents: (z - shift) scale."""
     return (latents - shift) * scale
 
 
@@ -80,10 +80,10 @@ def pack_mask(mask: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def fill_context(masked_image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What FLUX.1-Fill sees of an image besides the noisy latent: [B, N, 4 C + 4 f^2], 320 for FLUX.
+    """What FLUX.1-Fill sees of an image besides the noisy latent: [B, N, 4 C + 4 f^2], 320 channels for FLUX.
 
     Args:
-        masked_image: packed, scaled latents of the masked image, [B or 1, N, 4 C]; gives device and dtype.
+        masked_image: packed, scaled latents of the masked image, [B or 1, N, 4 C]; sets the device and dtype.
         mask: from `pack_mask`, [B or 1, N, 4 f^2].
 
     Raises:
@@ -99,10 +99,10 @@ def fill_context(masked_image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
 
 
 def fill_input(noised: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-    """FLUX.1-Fill's input, concat(noised, masked image, mask): [B, N, 4 C + 4 C + 4 f^2], 384 for FLUX.
+    """FLUX.1-Fill's input, concat(noised, masked image, mask): [B, N, 4 C + 4 C + 4 f^2], 384 channels for FLUX.
 
     Args:
-        noised: packed noisy latents [B, N, 4 C]; gives device and dtype.
+        noised: packed noisy latents [B, N, 4 C]; sets the device and dtype.
         context: from `fill_context`, [B or 1, N, 4 C + 4 f^2].
 
     Raises:

@@ -1,8 +1,8 @@
 """Logit-to-Code Distributional Mapping: image-token distributions -> condition (Eqs. 4-8).
 
-No gradient flows through the mapping. Besides input and result it holds at most four float32
-arrays of `chunks.CHUNK_BYTES` (16 MiB together), however large the input, which may be of half precision and in any
-memory layout.
+No gradient flows through the mapping. However large the input, it holds at most four float32 arrays of
+`chunks.CHUNK_BYTES` (16 MiB in total) besides input and result. The input may be in half precision and in any memory
+layout.
 
 Shapes: B batch, N tokens, n tokens of one chunk, K codes, D code dimension.
 """
@@ -34,7 +34,7 @@ def map_probabilities(probabilities: torch.Tensor, codebook: Codebook) -> tuple[
         c [..., D], length 0..1, and u [..., 4] in 0..1 (see `uncertainty_features`), both float32.
 
     Raises:
-        ValueError: if K is not the codebook's, or a row is no distribution (NaN, negative, wrong sum).
+        ValueError: if K is not the codebook's, or a row is not a distribution (NaN, negative, wrong sum).
     """
     if probabilities.ndim < 1 or probabilities.shape[-1] != codebook.size:
         raise ValueError(
@@ -49,18 +49,18 @@ def map_probabilities(probabilities: torch.Tensor, codebook: Codebook) -> tuple[
 
 
 def map_logits(token_logits: TokenLogits, codebook: Codebook, calibration: Calibration | None = None) -> Condition:
-    """The condition of a grid of image-token logits (Eqs. 4-8); p as `calibration.to_probabilities` makes it.
+    """The condition for a grid of image-token logits (Eqs. 4-8), with p from `calibration.to_probabilities`.
 
     Args:
         token_logits: logits [B, N, K] of either source.
         codebook: E [K, D].
-        calibration: None takes the plain softmax (Eq. 5).
+        calibration: None uses the plain softmax (Eq. 5).
 
     Returns:
         Condition with c [B, N, D] and u [B, N, 4], float32, on the logits' device.
 
     Raises:
-        ValueError: if logits, codebook and calibration are not of one codebook.
+        ValueError: if logits, codebook and calibration do not share one codebook, or logits would be calibrated twice.
 
     Warns if a VLM's logits were not sampled the way the calibration was measured.
     """
@@ -80,14 +80,14 @@ def map_logits(token_logits: TokenLogits, codebook: Codebook, calibration: Calib
 def uncertainty_features(probabilities: torch.Tensor, ln_p: LogRows | None = None) -> torch.Tensor:
     """u = [p(1), p(1) - p(2), sum_{j <= k} p(j), H_tail] (Eq. 8), p(j) sorted descending.
 
-    k = clip(round(exp(H(p))), 8, min(64, K - 1)), the perplexity within the paper's bounds: that it is the perplexity
-    is our choice. H_tail is the entropy of p outside its top k, renormalised, over ln(K - k); 0 if that tail has no
-    mass or a single code.
+    k = clip(round(exp(H(p))), 8, min(64, K - 1)) is the perplexity within the paper's bounds; using the perplexity is
+    our choice. H_tail is the entropy of p outside its top k, renormalised and divided by ln(K - k); 0 if that tail has
+    no mass or a single code.
 
     Args:
-        probabilities: [..., K] float32, K >= 2, one chunk: two more arrays of this size are made.
-        ln_p: ln p [m, K] of the rows that a mask [...] selects, see `calibration.Chunk`: H_tail of a tail too small for
-            float32 is computed from it, in the log domain. Without it ln p is the logarithm of what float32 holds.
+        probabilities: [..., K] float32, K >= 2; one chunk, since two more arrays of this size are made.
+        ln_p: boolean mask [...] -> ln p [m, K] of the selected rows (see `calibration.Chunk`). If a tail underflows
+            float32, its H_tail is computed from this in the log domain; without it, from the log of the float32 p.
 
     Returns:
         [..., 4] in 0..1.
@@ -97,7 +97,7 @@ def uncertainty_features(probabilities: torch.Tensor, ln_p: LogRows | None = Non
 
 @float32_maths
 def features_and_entropy(probabilities: torch.Tensor, ln_p: LogRows | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`uncertainty_features` [..., 4], and the entropy H(p) [...] in nats that k comes from."""
+    """`uncertainty_features` [..., 4], and the entropy H(p) [...] in nats that determines k."""
     codes = probabilities.shape[-1]
     most = min(HEAD_BOUNDS[1], codes - 1)
     surprise = neg_p_ln_p(probabilities)
@@ -107,7 +107,7 @@ def features_and_entropy(probabilities: torch.Tensor, ln_p: LogRows | None = Non
     top, index = probabilities.topk(max(2, most))
     mass = top.cumsum(-1).gather(-1, k - 1).clamp(max=1)
 
-    # The tail is summed on its own, with the head set to zero: 1 - mass would cancel where the tail is tiny.
+    # The tail is summed on its own, with the head set to zero: 1 - mass would lose a tiny tail to cancellation.
     beyond = _beyond(top, k)
     tail_mass = probabilities.scatter(-1, index, top * beyond).sum(-1, keepdim=True)
     tail = surprise.scatter_(-1, index, surprise.gather(-1, index) * beyond).sum(-1, keepdim=True)
@@ -125,23 +125,27 @@ def features_and_entropy(probabilities: torch.Tensor, ln_p: LogRows | None = Non
 
 
 def _log_domain_tail_entropy(ln_p: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Entropy [m, 1] in nats of ln p [m, K] beyond its k [m, 1] largest, renormalised; 0 where all of those are barred.
+    """Entropy [m, 1] in nats of the renormalised tail of ln p [m, K], beyond its k [m, 1] largest; 0 if all barred.
 
-    Writes into ln p.
+    Overwrites ln p.
     """
     top, index = ln_p.topk(int(k.max()))
     ln_q = ln_p.scatter_(-1, index, top.where(_beyond(top, k), -torch.inf)).log_softmax(-1)
-    # A row of nothing but barred codes is NaN throughout.
+    # A row whose codes are all barred is NaN throughout.
     return neg_p_ln_p(ln_q.exp_()).sum(-1, keepdim=True).nan_to_num_()
 
 
 def _beyond(top: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Which of the largest values, in descending order [..., most], are not among the first k [..., 1]."""
+    """True for those of the largest values [..., most], in descending order, that come after the first k [..., 1]."""
     return torch.arange(top.shape[-1], device=top.device) >= k
 
 
 def check_probabilities(part: torch.Tensor) -> torch.Tensor:
-    """One chunk [n, K] in float32, or a ValueError if a row of it is no distribution."""
+    """One chunk [n, K] as float32, without gradient.
+
+    Raises:
+        ValueError: if a row is not a distribution: finite, >= 0, with a sum within 0.01 of 1.
+    """
     part = part.detach().float()
     sums = part.sum(-1)
     if not bool(((part.amin(-1) >= 0) & ((sums - 1).abs() <= 0.01)).all()):

@@ -1,10 +1,10 @@
-"""What a masked sampler is trained on: images with hidden positions and wrong tokens, and what it is asked for.
+"""Training inputs and losses of a masked sampler: images with hidden positions and wrong tokens, and their targets.
 
-Revision is learned: some of the visible tokens are replaced by wrong ones, and the originals are asked for (BIGFix,
-Besnier et al. 2025, arXiv 2510.12231). Dynamic importance, of which the progressive paper (arXiv 2210.02291) publishes
-no formula, is here what revealing a position takes off the loss of the positions that stay hidden [our choice].
+Revision is learned: some visible tokens are replaced by wrong ones, and the model has to predict the originals (BIGFix,
+Besnier et al. 2025, arXiv 2510.12231). The progressive paper (arXiv 2210.02291) publishes no formula for dynamic
+importance; here it is how much revealing a position lowers the loss of the positions that stay hidden [our choice].
 
-All randomness comes from the CPU generator that is given.
+All randomness comes from the given CPU generator.
 
 Shapes: B batch, N positions, K codes, D code dim, M neighbours.
 """
@@ -36,7 +36,7 @@ Its mean is .64 by "arccos" and "cosine", and .5 by "linear"; "cosine" has the m
 
 
 def hidden_shares(u: torch.Tensor, schedule: str = "arccos") -> torch.Tensor:
-    """Share of hidden positions in training, of uniform numbers u in [0, 1), by one of `HIDDEN_SHARES`.
+    """Shares of hidden positions in training, in the shape of uniform numbers u in [0, 1), by one of `HIDDEN_SHARES`.
 
     Raises:
         ValueError: for an unknown schedule.
@@ -47,7 +47,7 @@ def hidden_shares(u: torch.Tensor, schedule: str = "arccos") -> torch.Tensor:
 
 
 def pick(shares: torch.Tensor, among: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """Of the positions `among` (bool [B, N]), the share of each row (`shares` [B]), to the nearest: bool [B, N]."""
+    """A random share (`shares` [B], rounded) of the positions `among` (bool [B, N]) in each row: bool [B, N]."""
     noise = torch.rand(among.shape, generator=draw).masked_fill(~among, 2.0)
     places = noise.argsort(dim=1).argsort(dim=1)
     counts = (shares * among.sum(1) + 0.5).floor()
@@ -55,15 +55,15 @@ def pick(shares: torch.Tensor, among: torch.Tensor, draw: torch.Generator) -> to
 
 
 def shuffled(tokens: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """Tokens [B, N], each image's in an order of its own."""
+    """Tokens [B, N], each image's in a random order of its own."""
     return tokens.gather(1, torch.rand(tokens.shape, generator=draw).argsort(dim=1))
 
 
 def neighbours(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` codes nearest to each by cosine, itself left out: unit rows [K, D] -> int64 [K, M].
+    """The M = `count` codes nearest to each code by cosine, except itself: unit rows [K, D] -> int64 [K, M].
 
     Raises:
-        ValueError: for more neighbours than there are other codes.
+        ValueError: for a count outside 1..K - 1.
     """
     if not 1 <= count < len(vectors):
         raise ValueError(f"count must lie in 1..{len(vectors) - 1} for {len(vectors)} codes, got {count}")
@@ -76,20 +76,21 @@ def neighbours(vectors: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def nearest(tokens: torch.Tensor, neighbours: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """For each token [B, N] one of its neighbours [K, M]."""
+    """A random neighbour of each token [B, N], from the neighbours [K, M] of all codes: int64 [B, N]."""
     which = torch.randint(neighbours.shape[1], tokens.shape, generator=draw)
     return neighbours[tokens].gather(-1, which[..., None])[..., 0]
 
 
 def position_weights(hidden: torch.Tensor, wrong: torch.Tensor, clean: float = 0.1) -> torch.Tensor:
-    """Weight of each position's cross-entropy [B, N]: 1 where it is hidden or wrong, `clean` where the right token is
-    visible."""
+    """Cross-entropy weight of each position [B, N]: 1 if hidden or wrong, `clean` if the right token is visible."""
     return torch.where(hidden | wrong, 1.0, clean)
 
 
 def token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats of logits [B, N, K] at tokens [B, N]: [B, N]. No label smoothing: calibration reads these
-    logits."""
+    """Cross-entropy in nats of logits [B, N, K] with tokens [B, N]: [B, N] float32.
+
+    There is no label smoothing, since calibration reads these logits.
+    """
     return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
@@ -101,12 +102,12 @@ def weighted_mean(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def measured_importance(
     before: torch.Tensor, after: torch.Tensor, hidden: torch.Tensor, revealed: torch.Tensor
 ) -> torch.Tensor:
-    """What a revealed position takes off the loss of those that stay hidden, in nats, the mean of an image's: [B].
+    """How much a revealed position lowers the total loss of those that stay hidden, in nats: mean per image, [B].
 
     Args:
         before, after: losses [B, N] without and with the tokens of `revealed`.
-        hidden: bool [B, N], hidden before.
-        revealed: bool [B, N], some of them.
+        hidden: bool [B, N], positions that were hidden before.
+        revealed: bool [B, N], those of them that were revealed.
     """
     rest = hidden & ~revealed
     return ((before - after) * rest).sum(1) / revealed.sum(1).clamp(min=1)
@@ -115,8 +116,10 @@ def measured_importance(
 def importance_loss(
     predicted: torch.Tensor, measured: torch.Tensor, hidden: torch.Tensor, revealed: torch.Tensor
 ) -> torch.Tensor:
-    """Smooth L1 between the mean of the predictions [B, N] over `revealed` and `measured_importance` [B], over the
-    images in which something was revealed and something stayed hidden."""
+    """Smooth L1 between the mean prediction over `revealed` (of [B, N]) and `measured_importance` [B], a scalar.
+
+    Averaged over the images in which something was revealed and something stayed hidden.
+    """
     mean = (predicted * revealed).sum(1) / revealed.sum(1).clamp(min=1)
     counts = revealed.any(1) & (hidden & ~revealed).any(1)
     losses = F.smooth_l1_loss(mean, measured, reduction="none")

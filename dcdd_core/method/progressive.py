@@ -1,10 +1,10 @@
 """Progressive sampling (Fei et al. 2022, arXiv 2210.02291): what each pass reveals, in which order, what it redraws.
 
 A pass sees the prompt and all tokens so far, draws every hidden position, keeps those that come first in the order, and
-draws revealed ones again. Of the paper only the abstract is public: its two orders and revision are the paper's, all
-formulas here are our choice, or those of the named methods.
+draws revealed ones again. Only the paper's abstract is public: two of the orders and revision are the paper's, but all
+formulas here are our choice or those of the methods named.
 
-Everything about the order runs on the CPU in float64, so that ties fall alike on every device.
+Orders are computed on the CPU in float64, so that ties are broken alike on every device.
 
 Shapes: B batch, N positions (a row-major h x w grid).
 """
@@ -33,10 +33,10 @@ _ORDER_KEY = 0x0DE5
 """Keeps the noise of the order apart from that of the tokens, whose keys are the positions."""
 # 8 passes over 144 positions, "cosine": 3 8 13 18 22 25 27 28; "arccos": 11 12 12 13 14 16 20 46; "linear": 18 each.
 _SHARES: Mapping[str, Callable[[float], float]] = {
-    # MaskGIT's (Chang et al. 2022, arXiv 2202.04200), as aMUSEd's: few positions first.
+    # Used by MaskGIT (Chang et al. 2022, arXiv 2202.04200) and aMUSEd: few positions first.
     "cosine": lambda t: 1 - math.cos(math.pi / 2 * t),
-    # Of MaskGIT's reproduction (Besnier and Chen 2023, arXiv 2310.14400), Halton-MaskGIT (arXiv 2503.17076) and BIGFix:
-    # more first than "cosine", and a third of all in the last of 8 passes.
+    # Used by MaskGIT's reproduction (Besnier and Chen 2023, arXiv 2310.14400), Halton-MaskGIT (arXiv 2503.17076) and
+    # BIGFix: more first than "cosine", and a third of all in the last of 8 passes.
     "arccos": lambda t: 1 - math.acos(t) * 2 / math.pi,
     "linear": lambda t: t,
 }
@@ -47,7 +47,7 @@ Revise = int | Literal["all"]
 
 
 def revealed_share(t: float, schedule: str) -> float:
-    """Share of the positions that are revealed when the share t of the revealing passes is done; 0 -> 0, 1 -> 1.
+    """Share of the positions revealed once the share t of the revealing passes is done; 0 -> 0, 1 -> 1.
 
     Raises:
         ValueError: for an unknown schedule, or a t outside 0..1.
@@ -62,11 +62,11 @@ def revealed_share(t: float, schedule: str) -> float:
 def stage_counts(count: int, passes: int, schedule: Schedule = "arccos") -> tuple[int, ...]:
     """How many of `count` positions each of `passes` reveals; they sum to `count`.
 
-    By a named schedule every pass reveals at least one; of more passes than positions, the last ones reveal none. A
-    list has one number >= 0 for each pass, in any unit: shares or counts. A pass whose number is 0 reveals nothing.
+    With a named schedule every pass reveals at least one; if there are more passes than positions, the last ones reveal
+    none. A list has one number >= 0 for each pass, in any unit (shares or counts); a pass with 0 reveals nothing.
 
     Raises:
-        ValueError: for an unknown schedule, numbers out of range, or a list that does not fit.
+        ValueError: for an unknown schedule, numbers out of range, or a list that is not one number for each pass.
     """
     require_number("count", count, whole=True, least=0)
     require_number("passes", passes, whole=True, least=1, most=MOST_PASSES)
@@ -88,7 +88,7 @@ def stage_counts(count: int, passes: int, schedule: Schedule = "arccos") -> tupl
 
 
 def guidance_ramp(guidance: float, passes: int) -> tuple[float, ...]:
-    """Guidance of each revealing pass: from 1, the prompt alone, linearly to `guidance`; a single pass has that.
+    """Guidance of each revealing pass: linear from 1, the prompt alone, to `guidance`; a single pass has `guidance`.
 
     Raises:
         ValueError: for passes out of range.
@@ -99,14 +99,14 @@ def guidance_ramp(guidance: float, passes: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OrderState:
-    """What an order may look at.
+    """What an order may read.
 
     Attributes:
         grid: (h, w).
-        noise: standard Gumbel noise [B, N] of `order_noise`.
-        log_probability: of the tokens that this pass drew, under guidance and temperature [B, N].
-        quantisation_error: as the model predicts it, in standard deviations from its mean [B, N].
-        importance: what revealing a position takes off the loss of the others, as the model predicts it [B, N].
+        noise: [B, N], standard Gumbel noise from `order_noise`.
+        log_probability: [B, N], of the tokens that this pass drew, under guidance and temperature.
+        quantisation_error: [B, N], as predicted by the model, in standard deviations from its mean.
+        importance: [B, N], how much revealing a position lowers the loss of the others, as predicted by the model.
     """
 
     grid: tuple[int, int]
@@ -120,10 +120,9 @@ class Order(NamedTuple):
     """An order of revealing.
 
     Attributes:
-        scores: [B, N] of a state; the highest are revealed first.
-        reads: the field of the state that the network predicts; None for an order of grid and noise alone, for which no
-            network has to run.
-        noise: temperature of the Gumbel noise that is added to the scores in the first pass.
+        scores: state -> [B, N]; the highest are revealed first.
+        reads: the state's field that the network predicts; None if grid and noise suffice, so that no network runs.
+        noise: temperature of the Gumbel noise added to the scores in the first pass.
     """
 
     scores: Callable[[OrderState], torch.Tensor]
@@ -131,12 +130,12 @@ class Order(NamedTuple):
     noise: float = 0.0
 
 
-#: By name. Quantisation error and dynamic importance are the paper's, the others baselines.
+#: Orders by name. Quantisation error and dynamic importance are the paper's, the others are baselines.
 ORDERS: Mapping[str, Order] = {
     "quantisation-error": Order(lambda state: -state.quantisation_error, reads="quantisation_error"),
     "importance": Order(lambda state: state.importance, reads="importance"),
-    # MaskGIT's, with the temperature that its authors use. In their code the noise of pass i of 1..R has (1 - i / R) of
-    # it; here it falls as in the released samplers of aMUSEd and BIGFix (`ProgressiveOptions.order_noises`).
+    # MaskGIT's, with its authors' temperature. In their code pass i of 1..R uses (1 - i / R) of it; here it falls as in
+    # the released samplers of aMUSEd and BIGFix (`ProgressiveOptions.order_noises`).
     "confidence": Order(lambda state: state.log_probability, reads="log_probability", noise=4.5),
     "halton": Order(lambda state: -halton_places(state.grid).expand_as(state.noise)),
     "random": Order(lambda state: state.noise),
@@ -148,10 +147,10 @@ def order_scores(order: str, state: OrderState, temperature: float = 0.0) -> tor
     """Scores [B, N] float64 on the CPU: the order's own, plus Gumbel noise of this temperature.
 
     Args:
-        temperature: of this pass (`ProgressiveOptions.order_noises`). Orders that read no prediction take no noise.
+        temperature: of this pass (`ProgressiveOptions.order_noises`); ignored by orders that read no prediction.
 
     Raises:
-        ValueError: for an unknown order, and a state without what the order reads.
+        ValueError: for an unknown order, and for a state that lacks what the order reads.
     """
     chosen = find_order(order)
     if chosen.reads is not None and getattr(state, chosen.reads) is None:
@@ -174,7 +173,7 @@ def find_order(order: str) -> Order:
 
 
 def order_noise(seeds: Sequence[int], count: int) -> torch.Tensor:
-    """Standard Gumbel noise [B, N] float64 on the CPU for orders; row b depends on seeds[b] and N alone."""
+    """Standard Gumbel noise [B, N] float64 on the CPU for orders; row b depends only on seeds[b] and N."""
     tiny = torch.finfo(torch.float64).tiny
     key = max(_ORDER_KEY, count)
     rows = [torch.rand(count, generator=keyed_generator(s, key), dtype=torch.float64) for s in seeds]
@@ -182,9 +181,9 @@ def order_noise(seeds: Sequence[int], count: int) -> torch.Tensor:
 
 
 def halton_places(grid: tuple[int, int]) -> torch.Tensor:
-    """Place [N] of each position, 0..N-1, in Halton's low-discrepancy sequence: columns by base 2, rows by base 3.
+    """Rank of each position in the Halton sequence (columns in base 2, rows in base 3): [N] int64 in 0..N-1.
 
-    A cell's place is that of the first point that falls into it (Besnier et al. 2025, arXiv 2503.17076).
+    Cells are ranked by the first point that falls into them (Besnier et al. 2025, arXiv 2503.17076).
 
     Raises:
         ValueError: for a grid without positions.
@@ -210,7 +209,7 @@ def _halton_places(rows: int, columns: int) -> tuple[int, ...]:
 
 
 def _radical_inverse(numbers: np.ndarray, base: int) -> np.ndarray:
-    """The digits of whole numbers in a base, mirrored at the point: in [0, 1)."""
+    """The digits of whole numbers in a base, mirrored at the radix point: in [0, 1)."""
     result, scale, rest = np.zeros(len(numbers)), 1.0, numbers.copy()
     while rest.any():
         scale /= base
@@ -227,11 +226,11 @@ def reveal(
     grid: tuple[int, int] | None = None,
     spread: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden positions of highest score, `counts` [B] of them a row; of equal scores the first in the grid.
+    """Picks the hidden positions with the highest scores, `counts` [B] per row; ties go to the first in the grid.
 
-    Tokens of one pass are drawn independently, so neighbours among them may contradict each other, and a score of the
-    model is high for whole areas. With `spread`, a position waits while it is within so many rows and columns of one
-    that was taken before it; only when no other is left are such positions taken, by score [our choice].
+    Tokens of one pass are drawn independently, so neighbours among them may contradict each other, and the model's
+    scores are high over whole areas. With `spread`, a position waits while it is within this many rows and columns of
+    one already taken; such positions are taken, by score, only when no others are left [our choice].
 
     Args:
         scores: [B, N].
@@ -239,11 +238,11 @@ def reveal(
         grid: (h, w), for `spread`.
 
     Returns:
-        What is revealed, bool [B, N], and in which turn, int64 [B, N] from 0; for other positions it is meaningless.
+        The revealed positions, bool [B, N], and their turns, int64 [B, N] from 0, meaningless for other positions.
 
     Raises:
-        ValueError: for a score of a hidden position that is not finite, for more positions than are hidden, and a
-            `spread` without a grid.
+        ValueError: if the score of a hidden position is not finite, a count is negative or exceeds the hidden
+            positions, or `spread` is given without a grid.
     """
     counts = torch.as_tensor(counts)
     if bool((counts < 0).any()) or bool((counts > hidden.sum(1)).any()):
@@ -286,16 +285,16 @@ def _near(grid: tuple[int, int], spread: int) -> torch.Tensor:
 
 
 def redrawn(places: torch.Tensor, revise: Revise) -> torch.Tensor:
-    """The revealed positions that a pass draws again: all, or the last `revise` that were revealed.
+    """The revealed positions that a pass draws again: all, or the `revise` that were revealed last.
 
     Args:
-        places: in which place of all each position was revealed, int64 [B, N], 0..; -1 where it is hidden or given.
+        places: int64 [B, N], the rank from 0 at which each position was revealed; -1 where it is hidden or given.
 
     Returns:
         bool [B, N].
 
     Raises:
-        ValueError: for another `revise`.
+        ValueError: for an invalid `revise`.
     """
     check_revise(revise)
     revealed = places >= 0
@@ -305,10 +304,10 @@ def redrawn(places: torch.Tensor, revise: Revise) -> torch.Tensor:
 
 
 def check_revise(revise: Revise) -> None:
-    """Refuses what is neither "all" nor a number of positions.
+    """Checks that `revise` is "all" or a whole number of positions in 0..1024^2.
 
     Raises:
-        ValueError: with what came.
+        ValueError: if it is not.
     """
     if revise != "all" and (type(revise) is not int or not 0 <= revise <= _MOST_SIDE**2):
         raise ValueError(
@@ -322,16 +321,15 @@ class ProgressiveOptions(SamplingOptions):
     """How a masked sampler draws.
 
     Attributes:
-        passes: of the network, with guidance two rows an image.
-        revision_passes: the last of them, which reveal nothing new and only draw again.
-        schedule: one of `SCHEDULES`, or a number for each revealing pass (`stage_counts`).
+        passes: number of network passes, 1..4096; with guidance each takes two rows per image.
+        revision_passes: how many of these, at the end, reveal nothing new and only draw again.
+        schedule: one of `SCHEDULES`, or one number for each revealing pass (`stage_counts`).
         order: one of `ORDERS`.
-        order_noise: temperature of the Gumbel noise in the order in the first pass; None for the order's own.
-        spread: rows and columns that positions of one pass keep apart, as far as they can (`reveal`); 0 for none.
-        revise: which revealed positions each pass draws again: "all", or the last n that were revealed.
-        ramp: raises guidance from 1 over the revealing passes (`guidance_ramp`); False applies it whole in each.
-        start: the first `start` passes reveal the tokens of `previous` in place of drawn ones: image to image. 0 draws
-            from the start.
+        order_noise: temperature of the order's Gumbel noise in the first pass; None for the order's own.
+        spread: rows and columns by which positions of one pass stay apart, where possible (`reveal`); 0 is off.
+        revise: which revealed positions each pass draws again: "all", or the n that were revealed last.
+        ramp: raises guidance from 1 over the revealing passes (`guidance_ramp`); False applies all of it in each.
+        start: the first `start` passes reveal tokens of `previous` instead of drawn ones (image to image); 0 for none.
 
     Raises:
         ValueError: for values out of range, or that do not fit each other.
@@ -380,7 +378,7 @@ class ProgressiveOptions(SamplingOptions):
             _check_list(self.schedule, self.revealing)
 
     def in_passes(self, passes: int) -> ProgressiveOptions:
-        """The same in so many passes, of which the same share, rounded, only revises.
+        """The same options for this many passes, of which the same share (rounded) only revises.
 
         Raises:
             ValueError: for passes out of range, and a schedule that is a list of another length.
@@ -399,8 +397,10 @@ class ProgressiveOptions(SamplingOptions):
         return stage_counts(hidden, self.revealing, self.schedule) + (0,) * self.revision_passes
 
     def order_noises(self) -> tuple[float, ...]:
-        """Temperature of the order's Gumbel noise in each pass: linearly from that of the first to 0 in the last that
-        reveals."""
+        """Temperature of the order's Gumbel noise in each pass: falls linearly to 0 in the last revealing pass.
+
+        A single revealing pass has the full temperature, and revision passes have 0.
+        """
         first, last = self.order_noise, max(1, self.revealing - 1)
         if first is None:
             first = find_order(self.order).noise
@@ -418,11 +418,11 @@ class Stage:
 
     Attributes:
         guidance: of this pass.
-        tokens: [B, N] int64 after it; what is not `known` is meaningless.
-        known: bool [B, N].
+        tokens: [B, N] int64 after the pass; meaningless where not `known`.
+        known: bool [B, N], where a token is decided.
         revealed: bool [B, N], new in this pass.
         redrawn: bool [B, N], drawn again in this pass.
-        changed: bool [B, N], drawn again, and other than before.
+        changed: bool [B, N], drawn again with another result.
     """
 
     guidance: float
@@ -447,10 +447,10 @@ class Staged:
 
     @classmethod
     def joined(cls, parts: Sequence[Staged]) -> Staged:
-        """One batch of parts that were sampled with the same options; a part without passes did nothing in each.
+        """Joins parts sampled with the same options into one batch; a part without passes counts as idle in each.
 
         Raises:
-            ValueError: for parts of another number of passes, and as `TokenLogits.joined`.
+            ValueError: for parts with different numbers of passes, and as `TokenLogits.joined`.
         """
         counts = {len(part.stages) for part in parts if part.stages}
         if len(counts) > 1:
@@ -474,7 +474,7 @@ def _idle(token_logits: TokenLogits, guidance: float) -> Stage:
 
 
 def stage_rows(stages: Sequence[Stage]) -> list[dict[str, float]]:
-    """Per pass its number, and means per image: positions revealed, drawn again, and changed."""
+    """One row per pass: its number, and the mean numbers of positions revealed, drawn again and changed per image."""
     return [
         {
             "pass": number,

@@ -1,7 +1,7 @@
 """How an image token is drawn from logits: guidance, temperature, filters, Gumbel-max.
 
-Everything returns new tensors, in float32. A draw is argmax(l + g) with noise g that depends on (sample seed, position)
-only: our choice. It is a sample of softmax(l), the same in any batch, in any order and on any device.
+All logits are returned as new float32 tensors. A draw is argmax(l + g) with noise g that depends only on (sample seed,
+position) (our choice). It is a sample from softmax(l), the same in any batch, in any order and on any device.
 
 Shapes: B batch, P positions, K codes.
 """
@@ -25,7 +25,7 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: floa
         guidance: g; 1 is the conditional model, 0 the unconditional.
 
     Returns:
-        Of their shape, float32: guidance amplifies the rounding of half precision.
+        float32 of the same shape, since guidance amplifies the rounding errors of half precision.
 
     Raises:
         ValueError: for different shapes, or a g that is not finite.
@@ -60,10 +60,10 @@ def temper(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def top_k(logits: torch.Tensor, k: int | None) -> torch.Tensor:
-    """Bars all codes but the k largest of [..., K] (ties with the k-th stay, on any device the same); None, 0: off.
+    """Bars all codes but the k largest of [..., K] (ties with the k-th stay, on every device alike); None or 0 is off.
 
     Raises:
-        ValueError: for a k that is no whole number >= 0.
+        ValueError: if k is not a whole number >= 0.
     """
     if k is not None and (not isinstance(k, int) or k < 0):
         raise ValueError(f"top_k must be a whole number >= 0, got {k!r}; 0 or None switches it off")
@@ -74,7 +74,7 @@ def top_k(logits: torch.Tensor, k: int | None) -> torch.Tensor:
 
 
 def top_p(logits: torch.Tensor, p: float | None) -> torch.Tensor:
-    """Bars all codes but the fewest largest that hold a mass of p, at least one; None, 1: off.
+    """Bars all codes of [..., K] but the fewest most likely ones with total mass p, at least one; None or 1 is off.
 
     Raises:
         ValueError: for a p outside (0, 1].
@@ -107,13 +107,13 @@ def gumbel_noise(seed: int, position: int, codes: int) -> torch.Tensor:
     if position < 0 or codes < 1:
         raise ValueError(f"expected a position >= 0 and at least one code, got position {position}, {codes} codes")
     generator = keyed_generator(seed, position)
-    # In float64: 24 bits would cut the upper tail, where among many codes the largest is found, into visible steps.
+    # float64, since 24 bits would quantise the upper tail, where the largest of many codes lies, into visible steps.
     uniform = torch.rand(codes, generator=generator, dtype=torch.float64).clamp_(min=torch.finfo(torch.float64).tiny)
     return uniform.log_().neg_().log_().neg_().float()
 
 
 def gumbel_noise_grid(seeds: Sequence[int], positions: Sequence[int], codes: int) -> torch.Tensor:
-    """`gumbel_noise` of all pairs, [B, P, K] float32 on the CPU."""
+    """`gumbel_noise` of all (seed, position) pairs, [B, P, K] float32 on the CPU."""
     return torch.stack([torch.stack([gumbel_noise(s, p, codes) for p in positions]) for s in seeds])
 
 

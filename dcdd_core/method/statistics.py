@@ -52,7 +52,7 @@ def describe(probabilities: torch.Tensor) -> TokenStatistics:
     """Statistics of distributions [..., K], K >= 2, read chunk by chunk.
 
     Raises:
-        ValueError: for no rows, K < 2, or a row that is no distribution.
+        ValueError: if there are no rows, K < 2, or a row is not a distribution.
     """
     if probabilities.ndim < 1 or probabilities.shape[-1] < 2 or probabilities.numel() == 0:
         raise ValueError(f"expected distributions [..., K >= 2], at least one; got {list(probabilities.shape)}")
@@ -62,10 +62,11 @@ def describe(probabilities: torch.Tensor) -> TokenStatistics:
 def describe_logits(
     token_logits: Grids, codebook: Codebook | None = None, calibration: Calibration | None = None
 ) -> TokenStatistics:
-    """Statistics of one grid of token logits or an iterable of them, p as `calibration.to_probabilities` makes it.
+    """Statistics of one grid of token logits or an iterable of them, with p from `calibration.to_probabilities`.
 
     Raises:
-        ValueError: if logits, codebook and calibration are not of one codebook, or there is no grid.
+        ValueError: if logits, codebook and calibration do not share one codebook, logits would be calibrated twice, or
+            there is no grid.
     """
     read = probability_chunks(token_logits, codebook, calibration)
     return _describe((chunk.probabilities, chunk.ln_p) for chunk in read)
@@ -93,7 +94,7 @@ def _describe(parts: Iterable[tuple[torch.Tensor, LogRows | None]]) -> TokenStat
 
 
 def _sums(probabilities: torch.Tensor, ln_p: LogRows | None) -> torch.Tensor:
-    """[K + 2] float64, on the CPU since MPS has none: sums over n tokens of the sorted p, of H and of H_tail."""
+    """Sums over n tokens of the sorted p, of H and of H_tail: [K + 2] float64, on the CPU since MPS has no float64."""
     u, entropy = features_and_entropy(probabilities, ln_p)
     # NumPy sorts a CPU's rows in a quarter of torch's time.
     on_cpu = probabilities.device.type == "cpu"

@@ -20,7 +20,7 @@ FEATURES: tuple[Feature, ...] = get_args(Feature)
 def doubt_map(uncertainty: torch.Tensor, feature: Feature, grid: tuple[int, int]) -> torch.Tensor:
     """One uncertainty feature (Eq. 8) as a map in which 1 always means unsure.
 
-    1 - p(1), 1 - (p(1) - p(2)), 1 - the mass of the top k, or H_tail as it is.
+    This is 1 - p(1), 1 - (p(1) - p(2)), 1 - (mass of the top k), or H_tail itself.
 
     Args:
         uncertainty: u [B, N, 4].
@@ -44,7 +44,7 @@ def doubt_map(uncertainty: torch.Tensor, feature: Feature, grid: tuple[int, int]
 
 
 def threshold_doubt(doubt: torch.Tensor, threshold: float, *, soft: bool = False) -> torch.Tensor:
-    """Where the doubt exceeds the threshold: 1, or with `soft` the doubt itself; 0 elsewhere."""
+    """1 (with `soft`, the doubt itself) where the doubt exceeds the threshold, else 0: of the same shape."""
     above = (doubt > threshold).float()
     return above * doubt if soft else above
 
@@ -64,7 +64,7 @@ def mask_to_pixels(mask: torch.Tensor, size: tuple[int, int], *, blur: float = 0
 
     Args:
         size: (H, W).
-        blur: standard deviation of the Gaussian in tokens; its width in pixels follows each side's H / h and W / w.
+        blur: standard deviation of the Gaussian in tokens; in pixels it scales with H / h and W / w.
             A blurred mask is on the CPU.
     """
     h, w = mask.shape[2:]
@@ -78,17 +78,17 @@ def mask_to_pixels(mask: torch.Tensor, size: tuple[int, int], *, blur: float = 0
 def tokens_under_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Which tokens have any pixel under the mask (above 0.5), bool [B, N].
 
-    A mask of another aspect ratio than the grid is cropped at its centre, as the image is before it is encoded.
+    A mask whose aspect ratio differs from the grid's is centre-cropped, as the image is before it is encoded.
 
     Args:
         mask: [B, 1, H, W].
-        grid: (h, w); where H, W are not multiples, a pixel at a border counts for both tokens.
+        grid: (h, w); if H, W are not multiples of h, w, a pixel at a border counts for both tokens.
     """
     return F.adaptive_max_pool2d(crop_to_aspect(mask, *grid), grid).flatten(1) > 0.5
 
 
 def crop_to_aspect(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The largest part of [B, C, H, W] with the aspect ratio height : width, at the centre (to a pixel)."""
+    """The largest centre crop of [B, C, H, W] with the aspect ratio height : width (to a pixel)."""
     h, w = pixels.shape[2:]
     top, left = round((h - min(h, w * height / width)) / 2), round((w - min(w, h * width / height)) / 2)
     return pixels[:, :, top : h - top, left : w - left]

@@ -1,6 +1,6 @@
 """The adapter: a condition on the token grid -> one vector for every packed latent token (Eqs. 19-22).
 
-Shapes: B batch, h w token grid, h' w' latent grid, p latents a token side, D code dimension, C adapter
+Shapes: B batch, h w token grid, h' w' latent grid, p latents per side of a packed token, D code dimension, C adapter
 width, M inner width of the transformer.
 """
 
@@ -15,7 +15,7 @@ from ..types import Condition
 
 
 class NullCondition(nn.Module):
-    """What stands for "no condition": one learned token [M], the same at every position."""
+    """Stands for "no condition": one learned token [M], the same at every position."""
 
     def __init__(self, token: nn.Parameter, patch: int):
         super().__init__()
@@ -23,7 +23,7 @@ class NullCondition(nn.Module):
         self.patch = patch
 
     def forward(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
-        """[B, h' w' / p^2, M]; of the condition, only the number of its images counts."""
+        """The tokens [B, h' w' / p^2, M]; only the number of images of the condition matters."""
         length = (latent_size[0] // self.patch) * (latent_size[1] // self.patch)
         return self.token.expand(len(condition.code_vectors), length, -1)
 
@@ -37,11 +37,11 @@ class ConditionEncoder(nn.Module):
         code_dim: D.
         width: C, a multiple of 8.
         inner: M, the width of the transformer's tokens.
-        patch: p, latents a side of one of the transformer's tokens.
-        null: with a null condition.
+        patch: p, latents per side of one of the transformer's tokens.
+        null: whether to have a null condition.
 
     Attributes:
-        null: stands for a condition that is left out; None for an adapter that was not trained to leave any out.
+        null: replaces a condition that is dropped; None for an adapter that was not trained with dropped conditions.
     """
 
     def __init__(self, code_dim: int, width: int, inner: int, *, patch: int = 2, null: bool = False):
@@ -57,17 +57,17 @@ class ConditionEncoder(nn.Module):
         self.keep_null(null)
 
     def keep_null(self, wanted: bool) -> None:
-        """With a null condition: its own, or a new one that adds nothing, the base model's own; or without one."""
+        """If wanted, keeps the null condition or adds one of zeros, which changes nothing; otherwise removes it."""
         if not wanted:
             self.null = None
         elif self.null is None:
             self.null = NullCondition(nn.Parameter(torch.zeros_like(self.fuse.bias)), self.patch)
 
     def forward(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
-        """Condition on an (h, w) grid, latent size (h', w'), multiples of p -> [B, h' w' / p^2, M].
+        """Condition on an (h, w) grid and latent size (h', w'), multiples of p -> [B, h' w' / p^2, M].
 
-        Code vectors are repeated up to the latent grid (nearest: the convolution after it does the smoothing),
-        uncertainty features are interpolated bilinearly.
+        Code vectors are upsampled to the latent grid by nearest neighbour (the convolution after it smooths them),
+        uncertainty features bilinearly.
         """
         h, _ = condition.grid
         dtype = self.project.weight.dtype

@@ -29,7 +29,7 @@ from .int8 import store_in_int8
 
 _FORMAT = "dcdd decoder 1"
 _BUNDLE = "a DCDD decoder bundle (.safetensors)"
-#: The first diffusers that streams torchao's tensors.
+#: The first diffusers release that streams torchao's tensors.
 _STREAMS_TORCHAO = (0, 38)
 
 
@@ -38,19 +38,19 @@ class DecoderOptions:
     """How a decoder's weights are held.
 
     Attributes:
-        device: where it computes.
-        dtype: that it computes in; None takes the stored types.
-        fold: False keeps the layers whose results `Backbone.fold` reads from disk once a schedule: for training, and
-            for `save_bundle`.
-        eight_bit: the blocks' linear weights are stored as int8, which halves what bfloat16 takes, at a small loss
-            (`python -m benchmarks int8` measures it). On a CPU it is slower when compiled as well.
-        streamed: the blocks wait in RAM, and each is on `device` for its turn alone: slow, but FLUX.1-Fill then takes
-            the room of one block.
-        compiled: the blocks run compiled: the first image of a size and batch waits for the compiler. After eight sizes
+        device: device it computes on.
+        dtype: compute dtype; None keeps the stored dtypes.
+        fold: False keeps the layers that `Backbone.fold` would instead read from disk once per schedule: for training,
+            and for `save_bundle`.
+        eight_bit: store the blocks' linear weights as int8, which takes half the memory of bfloat16, at a small loss
+            (`python -m benchmarks int8` measures it). On a CPU it is slower, even when compiled.
+        streamed: keep the blocks in RAM and move each to `device` only for its turn: slow, but FLUX.1-Fill then takes
+            only the memory of one block there.
+        compiled: compile the blocks: the first image of each size and batch waits for the compiler. After eight sizes
             and batches, torch's limit (`torch._dynamo.config.recompile_limit`), new ones run uncompiled.
 
     Raises:
-        ValueError: for choices that exclude each other.
+        ValueError: for choices that exclude each other, and for streamed 8-bit weights with an old diffusers.
     """
 
     device: torch.device | str = "cpu"
@@ -84,15 +84,15 @@ def save_bundle(
 ) -> None:
     """Writes a decoder bundle: one safetensors file with the adapter, the trained weights and the card.
 
-    Without what the backbone calls unused: a bundle paints, and can be trained further, without it.
+    Weights that the backbone calls unused are left out: a bundle paints, and can be trained further, without them.
 
     Args:
-        trained: says of a transformer parameter's name whether it differs from the base; the others stay out.
-        dtype: storage type.
+        trained: tells from a transformer parameter's name whether it differs from the base; the others are left out.
+        dtype: storage dtype.
 
     Raises:
         ValueError: for a decoder that was folded for painting, and for weights that are NaN or infinite in `dtype`.
-        OSError: if it cannot be written, such as on a full disk; what was there stays.
+        OSError: if it cannot be written, for example to a full disk; an existing file is then kept.
     """
     if decoder.backbone.folded:
         raise ValueError(
@@ -112,10 +112,10 @@ def save_bundle(
 
 
 def read_card(path: str | Path) -> DecoderCard:
-    """The card of a bundle, without its weights.
+    """Reads the card of a bundle, without its weights.
 
     Raises:
-        ValueError: if the file is missing, damaged, or no bundle.
+        ValueError: if the file is missing, damaged, not a bundle, or written by another version.
     """
     with open_tensors(path, _BUNDLE) as file, reading(path, _BUNDLE):
         header = file.metadata() or {}
@@ -139,7 +139,7 @@ def read_card(path: str | Path) -> DecoderCard:
 
 @contextmanager
 def _of_card(path: str | Path) -> Iterator[None]:
-    """Around what checks a card: names its file and the way out."""
+    """Wraps code that checks a card: its ValueErrors then name the file and what to do."""
     try:
         yield
     except ValueError as error:
@@ -149,19 +149,19 @@ def _of_card(path: str | Path) -> Iterator[None]:
 def load_decoder(
     path: str | Path, base: str | Path | None = None, options: DecoderOptions | None = None
 ) -> DistributionConditionedDecoder:
-    """Loads a bundle over its base model, without what cannot reach the output.
+    """Loads a bundle over its base model, without the weights that cannot reach the output.
 
-    Of FLUX.1-Fill's 11.90 billion parameters, 6.46 are held for painting and 8.66 for training. What is dropped is not
-    read, except that the bundle is read through once for its checksums; what `Backbone.fold` takes out is read when a
-    schedule is new, so the files must stay where they are.
+    Of FLUX.1-Fill's 11.90 billion parameters, 6.46 billion are held for painting and 8.66 billion for training. Dropped
+    weights are not read, except that the whole bundle is read once for its checksums. Weights that `Backbone.fold`
+    takes out are read again for every new schedule, so the files must stay where they are.
 
     Args:
-        base: the base model, in a layout that its `BackboneFamily` reads. Of it only what the bundle lacks is read;
-            None if that is nothing.
+        base: the base model, in a layout that its `BackboneFamily` reads. Only weights that the bundle lacks are read
+            from it; None if it lacks none.
 
     Raises:
-        ValueError: naming the base that is needed, or the tensors that are missing, unexpected, of a wrong shape, not
-            finite or not what was written; for `eight_bit` without torchao.
+        ValueError: as `read_card`; naming the base that is needed, or tensors that are missing, unexpected, of a wrong
+            shape, not finite or not what was written; for `eight_bit` without torchao.
     """
     card = read_card(path)
     with _of_card(path), torch.device("meta"):
@@ -173,8 +173,9 @@ def load_decoder(
 
 
 def _require_sound(path: str | Path, decoder: DistributionConditionedDecoder) -> None:
-    """Reads a bundle once, a tensor at a time, and refuses one with tensors that are not finite or not those that were
-    written; what is unused is left out. Older bundles have no checksums to compare with.
+    """Reads a bundle once, a tensor at a time, and refuses tensors that are not finite or differ from what was written.
+
+    Unused tensors are skipped. Older bundles have no checksums to compare with.
     """
     with open_tensors(path, _BUNDLE) as file:
         with reading(path, _BUNDLE):
@@ -203,10 +204,10 @@ def _require_sound(path: str | Path, decoder: DistributionConditionedDecoder) ->
 def fill_decoder(
     decoder: DistributionConditionedDecoder, stored: StoredTensors, options: DecoderOptions, *, what: str
 ) -> DistributionConditionedDecoder:
-    """Gives a whole decoder on "meta" its weights.
+    """Loads the weights of a whole decoder that is on "meta".
 
     Args:
-        stored: all that can reach the output; only what is held is read.
+        stored: all weights that can reach the output; only those that are held are read.
         what: names the files in errors.
 
     Raises:
@@ -219,7 +220,7 @@ def fill_decoder(
     tensors: dict[str, torch.Tensor] = {}
     parents = {f"transformer.{name}" for name in backbone.block_names}
     blocks = {name: part for name, part in decoder.named_modules() if name.rpartition(".")[0] in parents}
-    # Each block goes straight to its final dtype and device: all of them need not fit elsewhere.
+    # Each block goes straight to its final dtype and device, so that not all of them need to fit anywhere else.
     place = "cpu" if options.streamed else options.device
     for name, block in blocks.items():
         load_strictly(block, stored.within(f"{name}.").read(block.state_dict(), dtype=dtype, device=place), what)

@@ -1,4 +1,4 @@
-"""What a decoder bundle says of itself."""
+"""The card of a decoder bundle: how it describes itself."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..method.distillation import OBJECTIVES
 from ..settings import require_number, require_text, shown
 from ..types import Calibration
 
-#: What a decoder can be conditioned on: the paper's Table 4.
+#: What a decoder can be conditioned on (the paper's Table 4).
 VARIANTS = ("discrete", "lcdm", "lcdm+lc")
-#: What of a VLM's output a decoder can be served.
+#: The parts of a VLM's output that a decoder can read.
 READINGS = ("logits", "anchored", "tokens")
-#: The most Euler steps; more change nothing that can be seen.
+#: The most Euler steps; more make no visible difference.
 MOST_STEPS = 1000
 #: The strongest distribution guidance: ten times the spread of the latents in one step.
 MOST_STRENGTH = 10.0
@@ -21,9 +21,9 @@ MOST_STRENGTH = 10.0
 MOST_CONDITION_GUIDANCE = 20.0
 _GUIDANCE, _DISTILLED = "distribution_guidance", "distilled"
 _OFF = {_GUIDANCE: None, "condition_dropout": 0.0, "condition_guidance": 1.0, _DISTILLED: None}
-#: Fields that the first cards did not have, and that are not written where they say nothing.
+#: Fields that the first cards did not have; they are not written when they have their default.
 LATER = frozenset(_OFF)
-#: The largest of a card's sizes: far beyond every network's, and small enough to be multiplied.
+#: The upper limit of a card's sizes: far beyond any network's, and small enough to multiply safely.
 _LARGEST = 2**16
 
 
@@ -32,8 +32,8 @@ class ServedGuidance:
     """The distribution guidance that a decoder paints best with.
 
     Attributes:
-        strength: eta (`method.guidance.guide_clean`); 0 is off.
-        shift: mu of the time shift to go with it; None for the card's own.
+        strength: eta (`method.guidance.guide_clean`), 0..`MOST_STRENGTH`; 0 is off.
+        shift: mu of the time shift to use with it, -100..100; None for the card's own.
 
     Raises:
         ValueError: for numbers out of range.
@@ -60,11 +60,11 @@ class ServedGuidance:
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled:
-    """How a student of few steps was made.
+    """How a few-step student was distilled.
 
     Attributes:
         objective: one of `method.distillation.OBJECTIVES`.
-        teacher_steps: Euler steps of its teacher.
+        teacher_steps: number of Euler steps of its teacher, 2..`MOST_STEPS`.
 
     Raises:
         ValueError: for another objective, and numbers out of range.
@@ -96,28 +96,28 @@ class DecoderCard:
 
     Attributes:
         base: the transformer that the trained weights go into, such as "black-forest-labs/FLUX.1-Fill-dev".
-        base_config: its configuration, so that nothing is fetched to build it. Its "_class_name" says which backbone it
-            is (`registry.backbone_family`); FLUX.1-Fill's has none.
+        base_config: its configuration, so that nothing is downloaded to build it. Its "_class_name" says which backbone
+            it is (`registry.backbone_family`); FLUX.1-Fill's has none.
         tokenizer, codebook: name and fingerprint of the tokenizer whose code vectors it reads.
-        code_dim, width: of the adapter.
+        code_dim, width: sizes of the adapter.
         variant: what it was trained on, one of `VARIANTS`.
         calibration: applied to logits before mapping; None for none.
-        reads: what of a VLM's output the decoder is served by default: its "logits" (the paper), these "anchored"
-            to the sampled tokens, or the sampled "tokens" alone.
+        reads: what the decoder reads of a VLM's output by default: its "logits" (the paper), the logits "anchored" to
+            the sampled tokens, or the sampled "tokens" alone.
         resolution: side in pixels of the images that it was trained on.
-        pixels_per_token: side in pixels of the square that one token covers; not a whole number where Janus' 24 x 24
+        pixels_per_token: side in pixels of the square that one token covers; not a whole number if Janus' 24 x 24
             tokens become 512 x 512 pixels.
-        vae_factor, vae_shift, vae_scale: of the autoencoder whose latents it paints; shift and scale None if it
+        vae_factor, vae_shift, vae_scale: of the autoencoder whose latents it paints; shift and scale are None if it
             normalises them in another way.
-        steps: default number of Euler steps; of a student, those that it was made for.
+        steps: default number of Euler steps, 1..`MOST_STEPS`; for a student, the number it was distilled for.
         shift: default mu of the time shift (`method.flow.shift_time`); None for the backbone's own, by resolution.
-        guidance: value of the distilled guidance embedding, where the base has one; served as trained.
-        licence: of the weights.
-        distribution_guidance: that it is served with by default; None for none, as in the paper.
-        condition_dropout: share of the training examples whose condition was left out, 0 for none, as in the paper;
-            above 0 the decoder has a null condition (`adapter.NullCondition`) and can be guided on the condition.
-        condition_guidance: w, the guidance on the condition that it is served with by default; 1 is off.
-        distilled: of a student, how it was made; None for a decoder that can take any number of steps.
+        guidance: value of the distilled guidance embedding, if the base has one; the same as in training.
+        licence: licence of the weights.
+        distribution_guidance: the distribution guidance to use by default; None for none, as in the paper.
+        condition_dropout: share of the training examples whose condition was dropped; 0, as in the paper, for none.
+            Above 0 the decoder has a null condition (`adapter.NullCondition`) and can be guided on the condition.
+        condition_guidance: w, the default scale of the guidance on the condition; 1 is off.
+        distilled: how a student was distilled; None for a decoder that can take any number of steps.
 
     Raises:
         ValueError: for an unknown variant or reading, values of wrong types, and numbers out of range.
@@ -173,7 +173,7 @@ class DecoderCard:
             raise ValueError(
                 f"vae_shift and vae_scale must be two numbers or both None, got {self.vae_shift} and {self.vae_scale}"
             )
-        # As far as `method.flow.timesteps` goes.
+        # The range that `method.flow.timesteps` takes.
         require_number("shift", self.shift, least=-100, most=100, optional=True)
         require_number("guidance", self.guidance, least=0, most=_LARGEST)
         require_number("condition_dropout", self.condition_dropout, least=0, below=1)
@@ -195,10 +195,11 @@ class DecoderCard:
             raise ValueError(f"a student has no null condition, got condition_dropout {self.condition_dropout:g}")
 
     def condition_guidance_of(self, asked: float | None) -> float:
-        """w: what was asked for, or by default the card's own.
+        """The guidance scale w: what was asked for, or by default the card's own.
 
         Raises:
-            ValueError: for a w out of range, and one that is not 1 for a decoder that was trained with all conditions.
+            ValueError: for a w outside 0..`MOST_CONDITION_GUIDANCE`, and for one other than 1 for a student or a
+                decoder that was trained without dropped conditions.
         """
         w = self.condition_guidance if asked is None else asked
         require_number("condition_guidance", w, least=0, most=MOST_CONDITION_GUIDANCE, remedy="1 is off")
@@ -215,7 +216,7 @@ class DecoderCard:
         return w
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; without what says nothing, as cards were before it."""
+        """The card as a dict for JSON; later fields with their default are left out, as in older cards."""
         values = {name: value for name, value in asdict(self).items() if name not in _OFF or value != _OFF[name]}
         return values | {"calibration": self.calibration and self.calibration.to_dict()}
 
@@ -224,7 +225,7 @@ class DecoderCard:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: for values that are none of a card.
+            ValueError: for values that are not a card's.
         """
         values = dict(values)
         if values["calibration"] is not None:
@@ -238,10 +239,10 @@ class DecoderCard:
     def painted_size(self, grid: tuple[int, int], *, patch: int = 2) -> tuple[int, int]:
         """(H, W) in pixels of the image that an (h, w) grid of tokens becomes.
 
-        `resolution` for the grid of the training; for others the nearest size that is made of whole packed latents.
+        This is `resolution` for the grid of the training, and for others the nearest size made of whole packed latents.
 
         Args:
-            patch: latents a side of one of the backbone's tokens.
+            patch: latents per side of one of the backbone's tokens.
         """
         unit = patch * self.vae_factor
         height, width = (max(1, round(n * self.pixels_per_token / unit)) * unit for n in grid)

@@ -1,6 +1,6 @@
-"""Small latent decoders in the place of an autoencoder's own, such as TAESD and TAEF1 (`AutoencoderTiny`).
+"""Small latent decoders that stand in for an autoencoder's own, such as TAESD and TAEF1 (`AutoencoderTiny`).
 
-Distribution guidance sees through one at a fraction of the cost; the image that comes out is still the autoencoder's.
+Distribution guidance decodes with one at a fraction of the cost; the final image still comes from the autoencoder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class CheapDecoder:
     """Normalised latents [B, C, h', w'] -> pixels [B, 3, H, W] float32 in -1..1; differentiable, with frozen weights.
 
     Args:
-        model: reads the latents that the diffusion model paints, z0, in its own scale.
+        model: decodes the latents z0 that the diffusion model paints, in its own scale.
 
     Attributes:
         channels: C.
@@ -33,10 +33,10 @@ class CheapDecoder:
         self.channels = model.config.latent_channels
 
     def __call__(self, clean: torch.Tensor) -> torch.Tensor:
-        """The pixels.
+        """The pixels [B, 3, H, W] of latents [B, C, h', w'].
 
         Raises:
-            ValueError: for latents of another number of channels, and pixels that are not finite.
+            ValueError: for latents with another number of channels, and pixels that are not finite.
         """
         self._require(clean.shape[1])
         config = self.model.config
@@ -50,7 +50,7 @@ class CheapDecoder:
         """Refuses a codec whose normalised latents it cannot read.
 
         Raises:
-            ValueError: with both numbers of channels.
+            ValueError: stating both numbers of channels.
         """
         self._require(codec.normalize(torch.zeros(1, codec.channels, 2, 2)).shape[1])
 
@@ -65,7 +65,7 @@ class CheapDecoder:
 def load_cheap_decoder(
     folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> CheapDecoder:
-    """The decoder of a diffusers `AutoencoderTiny` folder.
+    """Loads the decoder in a diffusers `AutoencoderTiny` folder.
 
     Raises:
         ValueError: for a folder of another kind, and weights that are missing, unexpected, of a wrong shape or NaN.
@@ -73,7 +73,7 @@ def load_cheap_decoder(
     config = read_config(folder)
     if config.get("_class_name") != "AutoencoderTiny":
         raise ValueError(f"{folder} holds a {shown(config.get('_class_name'))}; expected {_KIND}")
-    # diffusers writes this entry, and warns of it when it reads it.
+    # diffusers writes this entry, but warns about it when reading it.
     config = {name: value for name, value in config.items() if name != "block_out_channels"}
     with reading(folder, _KIND), torch.device("meta"):
         model = AutoencoderTiny.from_config(config)

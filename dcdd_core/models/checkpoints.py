@@ -1,6 +1,6 @@
-"""Reading checkpoints strictly: which files count, what is in them, and modules that get exactly their tensors.
+"""Reads checkpoints strictly: which files count, what is in them, and modules that get exactly their tensors.
 
-Sizes are compared before anything is read: a safetensors header, or the records of a .bin, tell names and shapes.
+Sizes are compared before values are read: a safetensors header, or the records of a .bin, give names and shapes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from ..files import is_finite, open_tensors, read_json, reading, regular_file, stand_in, utf8_path
 
-# Names of a model's weights without their ending, by that ending, as transformers and diffusers write them.
+# Names of weight files without suffix, by suffix, as transformers and diffusers write them.
 _CANONICAL: Mapping[str, tuple[str, ...]] = {
     ".safetensors": ("model", "diffusion_pytorch_model"),
     ".bin": ("pytorch_model", "diffusion_pytorch_model"),
@@ -30,7 +30,7 @@ _Entry = TypeVar("_Entry")
 _WEIGHTS = "a file with a model's weights"
 _DAMAGED = "it is cut short or damaged, download it again"
 
-# What a file begins with that is not in the format of its name.
+# First bytes of files in formats other than safetensors.
 _OTHER_FORMATS = (
     (b"GGUF", "a GGUF file"),
     (b"PK\x03\x04", "a PyTorch checkpoint (.pt, .ckpt, .bin)"),
@@ -56,10 +56,10 @@ FLOATS = frozenset(_SPELLINGS.values())
 
 
 def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
-    """A model folder's JSON configuration.
+    """Reads a model folder's JSON configuration.
 
     Raises:
-        ValueError: if the folder or the file is missing, or not a JSON object.
+        ValueError: if the folder or the file is missing, or the file is not a JSON object.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -76,7 +76,7 @@ def _held(folder: Path) -> str:
 
 
 def model_name(folder: str | Path) -> str:
-    """A folder's name; a snapshot in the hub's cache (models--OWNER--NAME/snapshots/REVISION) has its repository's."""
+    """A folder's name; for a snapshot in the hub's cache (models--OWNER--NAME/snapshots/REVISION), the repository's."""
     path = Path(folder).resolve()
     if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
         return path.parents[1].name.rsplit("--", 1)[1]
@@ -88,9 +88,9 @@ class WeightFiles:
     """The files that hold a model's weights.
 
     Attributes:
-        files: one, or the shards that an index names.
-        placed: the index: which file holds which tensor; empty without one.
-        index: for messages.
+        files: one file, or the shards that an index names.
+        placed: the index, from tensor name to file; empty without an index.
+        index: the index file, for messages; None without one.
     """
 
     files: tuple[Path, ...]
@@ -98,10 +98,10 @@ class WeightFiles:
     index: Path | None = None
 
     def for_(self, wanted: Callable[[str], bool]) -> list[Path]:
-        """Those to open for tensors of these names.
+        """The files to open for tensors whose names are `wanted`.
 
         Raises:
-            ValueError: naming those that are absent, or are no files.
+            ValueError: naming those that are absent or not regular files.
         """
         needed = sorted({file for name, file in self.placed.items() if wanted(name)}) if self.index else self.files
         if self.index is not None and (absent := [file.name for file in needed if not file.exists()]):
@@ -114,7 +114,7 @@ class WeightFiles:
     def collect(
         self, read: Callable[[Path], Iterable[tuple[str, _Entry]]], wanted: Callable[[str], bool] = lambda name: True
     ) -> dict[str, _Entry]:
-        """What `read` finds in the files under the `wanted` names; where the index places a name, it is taken there.
+        """What `read` finds in the files under `wanted` names; if the index places a name, only that file counts.
 
         Raises:
             ValueError: as `for_`; for a name that two files hold, and for one that is not where the index places it.
@@ -143,20 +143,21 @@ class WeightFiles:
 def weight_files(
     source: str | Path, *, remedy: str = "give a model folder that does", endings: Sequence[str] = tuple(_CANONICAL)
 ) -> WeightFiles:
-    """The files of a model's weights: the one rule for every loader.
+    """Finds the files of a model's weights, by one rule for all loaders.
 
-    For a folder: of each ending in turn, the shards of the canonical index (such as model.safetensors.index.json), or
-    the file of the canonical name; then the only index, or the only safetensors file, of another name. Other weights
-    beside these are not read. Anything else is refused, since nothing says which file is meant.
+    In a folder, these are for each suffix in turn the shards of the canonical index (such as
+    model.safetensors.index.json) or the file with the canonical name; failing that, the only index or the only
+    safetensors file with another name. Other weights next to these are not read. Anything else is refused, since
+    nothing says which file is meant.
 
     Args:
         source: a file, which is taken as it is, or a folder.
-        remedy: what to do where there are none.
-        endings: of the formats that the caller reads.
+        remedy: what to do if there are none.
+        endings: suffixes of the formats that the caller reads.
 
     Raises:
-        ValueError: if nothing is there, for several files of which none is meant more than another, and for an index
-            that names no files, or files outside of its folder.
+        ValueError: if nothing is there, if it is unclear which of several files is meant, and for an index that names
+            no files, or files outside its folder.
     """
     source = Path(source)
     if not source.is_dir():
@@ -203,7 +204,7 @@ def _sharded(index: Path) -> WeightFiles:
     for name, shard in shards.items():
         if not isinstance(shard, str) or not shard:
             raise ValueError(f"{index} places {name} in {shard!r}, expected a file's name: download it again")
-        # Names and not what links lead to: the hub's cache keeps every file elsewhere.
+        # Checks names and not link targets: the hub's cache keeps every file elsewhere.
         for path in (PurePosixPath(shard), PureWindowsPath(shard)):
             if path.is_absolute() or path.drive or path.root or ".." in path.parts:
                 raise ValueError(
@@ -215,7 +216,7 @@ def _sharded(index: Path) -> WeightFiles:
 
 
 class Header(NamedTuple):
-    """What a file says of a tensor: where it is, its shape, and its dtype as safetensors spells it."""
+    """What a file says about a tensor: the file, its shape, and its dtype as safetensors spells it."""
 
     file: Path
     shape: tuple[int, ...]
@@ -223,7 +224,7 @@ class Header(NamedTuple):
 
 
 def read_headers(source: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Header]:
-    """Names, shapes and dtypes of the tensors that `read_wanted` reads; no values.
+    """Reads names, shapes and dtypes of the tensors that `read_wanted` would read, but no values.
 
     Raises:
         ValueError: as `read_wanted`.
@@ -246,9 +247,9 @@ def _headers(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, H
 def read_tensors(
     source: str | Path, *, prefix: str = "", dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one file, or of all in a folder, whose names start with `prefix` (then cut off).
+    """Reads the tensors of a file or a folder whose names start with `prefix`, which is then cut off.
 
-    Only these are read from disk: the VQ-VAE of a 14 GB checkpoint costs 0.3 GB.
+    Only these are read from disk: 0.3 GB for the VQ-VAE in a 14 GB checkpoint.
 
     Raises:
         ValueError: as `read_wanted` does, and if nothing has the prefix.
@@ -266,16 +267,16 @@ def read_wanted(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a model, in the files that `weight_files` chooses, whose names are `wanted`, under these names.
+    """Reads the tensors of a model whose names are `wanted`, by name, from the files that `weight_files` chooses.
 
     The files are read one after the other. No code in a .bin is run.
 
     Args:
-        dtype: of floating-point tensors; None for the file's.
+        dtype: dtype for floating-point tensors; None for the file's.
 
     Raises:
-        ValueError: as `weight_files`; if the index names a file that is absent and holds what is wanted, a file is cut
-            short, damaged, or holds more than tensors, or a tensor holds NaN or infinity.
+        ValueError: as `weight_files`; if a file with wanted tensors that the index names is absent, if a file is cut
+            short, damaged, or holds more than tensors, and if a tensor holds NaN or infinity.
     """
     found = read_headers(source, wanted)
     tensors: dict[str, torch.Tensor] = {}
@@ -290,7 +291,7 @@ def read_wanted(
 
 
 def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
-    """Raises a ValueError for NaN or infinity in a tensor that was read; it takes 0.2 to 0.4 s a GB."""
+    """Raises ValueError for NaN or infinity in a tensor that was read; it takes 0.2 to 0.4 s per GB."""
     if not tensor.is_meta and not is_finite(tensor):
         raise ValueError(
             f"{file} holds values of {name} that are not finite in {str(tensor.dtype).removeprefix('torch.')}: the "
@@ -301,19 +302,19 @@ def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
 
 @contextmanager
 def open_safetensors(file: Path, remedy: str = "take the safetensors file of the model") -> Iterator[Any]:
-    """An open safetensors file, for what may be anything.
+    """Opens a safetensors file that may turn out to be anything else.
 
     Args:
-        remedy: for a file in another format.
+        remedy: what to do about a file in another format.
 
     Raises:
-        ValueError: saying what is there instead.
+        ValueError: for a damaged file, or saying what is there instead of a safetensors file.
     """
     with ExitStack() as stack:
         try:
             opened = stack.enter_context(open_tensors(file, "a safetensors file", _DAMAGED))
         except ValueError as error:
-            # Asked last: a header of 128 bytes begins like a pickle.
+            # Checked last: a safetensors file with a header of 128 bytes begins like a pickle.
             if (kind := _other_format(file)) is None:
                 raise
             raise ValueError(f"{file} is {kind}; only safetensors files are read: {remedy}") from error
@@ -321,7 +322,7 @@ def open_safetensors(file: Path, remedy: str = "take the safetensors file of the
 
 
 def _other_format(file: Path) -> str | None:
-    """What a file is whose name says otherwise, in words."""
+    """The format of a file in one of `_OTHER_FORMATS`, as text; None for any other file."""
     if not file.is_file():
         return None
     with reading(file, _WEIGHTS), file.open("rb") as raw:
@@ -346,11 +347,13 @@ def _read_bin(file: Path, names: Collection[str], device: torch.device | str) ->
 
 
 def open_saved(file: Path) -> dict[Any, Any]:
-    """The dict in a file that torch.save wrote. Its tensors are memory-mapped, so that only what is used is read; no
-    code in it is run. Trainers write their options beside the weights: an `argparse.Namespace`, which is let through.
+    """The dict in a file that torch.save wrote.
+
+    Its tensors are memory-mapped, so that only those used are read; no code in it is run. An `argparse.Namespace` is
+    allowed, since trainers save their options beside the weights.
 
     Raises:
-        ValueError: for a file that is absent, damaged, holds code, or no dict.
+        ValueError: for a file that is absent or damaged, or holds code or anything but a dict.
     """
     with reading(regular_file(file, _WEIGHTS), _WEIGHTS), file.open("rb") as raw:
         start = raw.read(512)
@@ -365,7 +368,7 @@ def open_saved(file: Path) -> dict[Any, Any]:
             "or older than torch 1.6, download it again or take safetensors"
         ) from error
     except Exception as error:
-        # An UnpicklingError, mostly. Not chained: torch's message explains how to run the code.
+        # Mostly an UnpicklingError. Not chained, because torch's message explains how to run the code.
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
             f"{file} holds {named[1] if named else 'something'} besides tensors, which could run code on loading; none "
@@ -394,7 +397,7 @@ def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# Parts of names, between dots or colons, that only this way of quantising writes, the most telling first.
+# Name parts, between dots or colons, that only one quantisation method writes, the most specific first.
 _QUANTISED: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state"}), "bitsandbytes, 4 bits"),
     (frozenset({"SCB", "weight_format"}), "bitsandbytes, 8 bits"),
@@ -410,13 +413,13 @@ _QUANTISED: tuple[tuple[frozenset[str], str], ...] = (
 
 
 def quantised(dtypes: Mapping[str, str], unexpected: Collection[str] = ()) -> str | None:
-    """How weights are quantised, after a tensor that shows it; None if they are not.
+    """How weights are quantised, with the name of a tensor that shows it; None if they are not.
 
-    Whole parts of names count, and dtypes: a layer that is called quant_conv is none.
+    It is told from dtypes and whole parts of names, so a layer called quant_conv does not count.
 
     Args:
-        dtypes: of the tensors that the original model has too, as safetensors spells them, by name.
-        unexpected: names that it lacks.
+        dtypes: dtypes of the tensors that the original model has too, by name, as safetensors spells them.
+        unexpected: names that the original model does not have.
     """
     parts = {name: set(re.split("[.:]", name)) for name in unexpected}
     for signs, how in _QUANTISED:
@@ -432,14 +435,14 @@ def quantised(dtypes: Mapping[str, str], unexpected: Collection[str] = ()) -> st
 def whole_number(
     values: Mapping[str, Any], name: str, what: str, *, usual: int | None = None, least: int = 1, remedy: str
 ) -> int:
-    """An entry of a config.json.
+    """An integer entry of a config.json.
 
     Args:
         what: names the folder in errors.
-        usual: where it is absent.
+        usual: default if the entry is absent.
 
     Raises:
-        ValueError: if it is no whole number, or below `least`.
+        ValueError: if it is not an integer, or below `least`.
     """
     value = values.get(name, usual)
     if type(value) is not int or value < least:
@@ -455,12 +458,12 @@ def check_count(
     """Refuses a configuration that declares more layers than the weights have, before they are built.
 
     Args:
-        path, setting: of the configuration.
-        beginning: of the layers' names, before their number.
-        besides: layers of other names.
+        path, setting: the configuration's file and entry.
+        beginning: prefix of the layers' names, before their number.
+        besides: number of layers with other names.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: stating both numbers.
     """
     number = re.compile(re.escape(beginning) + r"(\d+)\.")
     found = besides + len({match[1] for name in names if (match := number.match(name))})
@@ -475,11 +478,11 @@ def check_size(path: Path, setting: str, declared: int, headers: Mapping[str, He
     """Refuses a configuration that declares another size than a tensor has, before the network is built.
 
     Args:
-        path, setting: of the configuration.
-        name, axis: of the tensor, which may be absent.
+        path, setting: the configuration's file and entry.
+        name, axis: the tensor, which may be absent, and its axis.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: stating both numbers.
     """
     shape = headers[name].shape if name in headers else ()
     if len(shape) > axis and shape[axis] != declared:
@@ -494,10 +497,10 @@ class Place:
     """Where a tensor is stored: rows of a tensor in a safetensors file.
 
     Attributes:
-        source: its name in the file.
-        rows: the first of its rows and the one after the last.
-        shape: of the tensor that they become.
-        roll: rows to roll them by when they are read.
+        source: name of the tensor in the file.
+        rows: its first row and the one after its last.
+        shape: shape of the tensor that these rows become.
+        roll: number of rows to roll them by when they are read.
     """
 
     file: Path
@@ -513,7 +516,7 @@ class StoredTensors:
     def __init__(self, places: Mapping[str, Place], stamps: Mapping[Path, tuple[int, int] | None] | None = None):
         """
         Args:
-            stamps: size and modification time of the files when they were opened; None for those of now.
+            stamps: size and modification time of the files when they were opened; None for the current ones.
         """
         self._places = dict(places)
         self._stamps = stamps or {place.file: _stamp(place.file) for place in self._places.values()}
@@ -526,7 +529,7 @@ class StoredTensors:
         return StoredTensors(self._places | other._places, other._stamps | self._stamps)
 
     def within(self, prefix: str) -> StoredTensors:
-        """Those whose names start with `prefix`, which is cut off."""
+        """The tensors whose names start with `prefix`, which is cut off."""
         inside = {n.removeprefix(prefix): place for n, place in self._places.items() if n.startswith(prefix)}
         return StoredTensors(inside, self._stamps)
 
@@ -541,18 +544,18 @@ class StoredTensors:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> dict[str, torch.Tensor]:
-        """The tensors called `names`, all by default.
+        """Reads the tensors called `names`, all by default.
 
         Peak memory: what is returned plus one tensor. If neither dtype nor device changes, the tensors stay mapped from
         their file and take no memory of their own.
 
         Args:
-            dtype: to convert to; None keeps the stored dtypes, except that float8, which has no arithmetic, becomes
-                bfloat16.
+            dtype: dtype to convert to; None keeps the stored dtypes, except that float8, which has no arithmetic,
+                becomes bfloat16.
 
         Raises:
             ValueError: if a file was changed or removed, and for NaN or infinity in tensors that are copied, or that
-                stay mapped from a file of at most 1 GiB. Larger files that stay mapped are not read through for it.
+                stay mapped from a file of at most 1 GiB. Larger files that stay mapped are not checked for these.
         """
         tensors = {}
         with ExitStack() as stack:
@@ -566,7 +569,7 @@ class StoredTensors:
                 part = opened[place.file].get_slice(place.source)[slice(*place.rows)].reshape(place.shape)
                 part = part.roll(place.roll, 0) if place.roll else part
                 stored = torch.bfloat16 if part.dtype.itemsize == 1 else part.dtype
-                # In two steps: some devices have no float8.
+                # In two steps, since some devices have no float8.
                 tensors[name] = part.to(dtype or stored).to(device)
                 size, _ = self._stamps[place.file]
                 if tensors[name].data_ptr() != part.data_ptr() or size <= _MAPPED_AND_CHECKED:
@@ -582,14 +585,14 @@ def _stamp(file: Path) -> tuple[int, int] | None:
 
 
 def find_tensors(file: str | Path, expected: Mapping[str, torch.Size], what: str) -> StoredTensors:
-    """The tensors of a safetensors file, none of them read.
+    """Locates the tensors of a safetensors file, without reading any.
 
     Args:
         expected: the names that it may hold, with their shapes.
         what: names the model in errors.
 
     Raises:
-        ValueError: naming unexpected tensors, and shapes that do not fit.
+        ValueError: naming unexpected tensors and shapes that do not fit.
     """
     file = Path(file)
     shapes = {name: header.shape for name, header in _headers(file, lambda name: True)}
@@ -642,12 +645,12 @@ def load_renamed(
     """Loads a module on "meta" with tensors under another layout's names, as `open_saved` finds them in `file`.
 
     Args:
-        rename: from a name in the module to the layout's.
-        dtype: as `read_wanted`.
+        rename: maps a name in the module to the layout's.
+        dtype: dtype of the loaded weights; None for the file's.
 
     Raises:
-        ValueError: naming missing and unexpected tensors and shapes that do not fit, in the layout's names; for weights
-            that are no floats, and NaN or infinity in them.
+        ValueError: naming missing and unexpected tensors and shapes that do not fit, by the layout's names; for weights
+            that are not floating-point or not finite.
     """
     expected = {rename(name): (name, value.shape) for name, value in module.state_dict().items()}
     shapes = {name: tuple(value.shape) if isinstance(value, torch.Tensor) else None for name, value in held.items()}
@@ -673,10 +676,10 @@ def load_renamed(
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor], most: int = 1024) -> str:
-    """16 hexadecimal digits of the names, shapes and up to `most` values, evenly spread, of each tensor.
+    """A hash of 16 hexadecimal digits over each tensor's name, shape and up to `most` evenly spread values.
 
-    Training changes all values, so a sample tells two models apart without moving 14 GB off a GPU. Tensors on "meta" do
-    not count.
+    Training changes all values, so a sample tells two models apart without moving 14 GB off a GPU. Tensors on "meta"
+    are ignored.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -688,7 +691,7 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor], most: int = 1024) -> str
 
 
 def misfits(*, missing: Sequence[str] = (), unexpected: Sequence[str] = (), wrong: Sequence[str] = ()) -> str:
-    """Describes tensors that do not fit, the first few of each kind by name; empty if there are none."""
+    """Describes tensors that do not fit, naming the first few of each kind; "" if there are none."""
     kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
     return "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds if names)
 

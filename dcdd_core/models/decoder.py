@@ -1,4 +1,4 @@
-"""The Distribution-Conditioned Diffusion Decoder: a diffusion backbone without text, conditioned on the tokens.
+"""The Distribution-Conditioned Diffusion Decoder: a diffusion backbone without text, conditioned on image tokens.
 
 Shapes: B batch, L latent tokens of the backbone, h' w' latent grid, M token width, F and G channels of packed latents
 and context.
@@ -22,13 +22,13 @@ from .card import DecoderCard
 class DistributionConditionedDecoder(nn.Module):
     """Backbone + adapter: predicts the velocity of packed latents (Eqs. 23-25).
 
-    The condition is the only guide. Before training the adapter adds nothing, so this is exactly the base model.
+    The condition is its only guidance. Before training the adapter adds nothing, so this is exactly the base model.
 
     Attributes:
-        backbone: what knows the network.
-        transformer: the network itself, `backbone.model`; its weights are the bundle's below "transformer.".
+        backbone: wraps the network.
+        transformer: the network itself, `backbone.model`; its weights are stored under "transformer." in the bundle.
         adapter: the condition encoder.
-        card: what the bundle says.
+        card: the bundle's description.
     """
 
     def __init__(self, backbone: Backbone, card: DecoderCard):
@@ -42,22 +42,22 @@ class DistributionConditionedDecoder(nn.Module):
 
     @classmethod
     def build(cls, card: DecoderCard) -> DistributionConditionedDecoder:
-        """A decoder of this card with random weights, on torch's current device.
+        """Builds a decoder from its card, with random weights, on torch's current device.
 
         Raises:
-            ValueError: for a backbone that is not known.
+            ValueError: for an unknown backbone.
         """
         return cls(registry.build_backbone(card.base_config, guidance=card.guidance), card)
 
-    # The adapter's: the transformer's layers may wait elsewhere for their turn, or be stored in 8 bits.
+    # Taken from the adapter: the transformer's layers may be kept elsewhere until their turn, or stored in 8 bits.
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         return next(self.adapter.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The dtype it computes in."""
         return next(self.adapter.parameters()).dtype
 
     def painted_size(self, grid: tuple[int, int]) -> tuple[int, int]:
@@ -65,26 +65,28 @@ class DistributionConditionedDecoder(nn.Module):
         return self.card.painted_size(grid, patch=self.backbone.patch)
 
     def served_shift(self, latent_size: tuple[int, int], steps: int) -> float:
-        """Mu of the time shift by default: the card's, or if it has none the backbone's for this (h', w')."""
+        """The default mu of the time shift: the card's, or the backbone's for this (h', w') if the card has none."""
         if self.card.shift is not None:
             return self.card.shift
         return self.backbone.default_shift(math.prod(latent_size) // self.backbone.patch**2, steps)
 
     def prepare(self, times: Sequence[float], *, on_layer: OnLayer | None = None) -> None:
-        """Call before steps at these times (0..1): what all of them share is computed now.
+        """Computes in advance what steps at these times (0..1) share; call it before them.
 
         Args:
-            on_layer: called with (layers done, layers) as weights are read for it; may raise to stop.
+            on_layer: called with (layers done, layers) as their weights are read; may raise to stop.
         """
         self.backbone.prepare(times, next(self.adapter.parameters()), on_layer)
 
     def condition_tokens(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
-        """The condition's share of the fused tokens, [B, L, M]; the same at every step, so computed once (Eq. 22)."""
+        """What the condition adds to the fused tokens, [B, L, M]; the same at every step, so computed once (Eq. 22)."""
         return self.adapter(condition, latent_size)
 
     def null_tokens(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
-        """What takes their place where a condition is left out, [B, L, M]; of a decoder that was trained to leave some
-        out (`DecoderCard.condition_dropout`)."""
+        """The tokens [B, L, M] of the null condition, which replace those of `condition_tokens`.
+
+        Only for a decoder that was trained with dropped conditions (`DecoderCard.condition_dropout`).
+        """
         return self.adapter.null(condition, latent_size)
 
     def forward(
@@ -95,13 +97,13 @@ class DistributionConditionedDecoder(nn.Module):
         t: torch.Tensor,
         latent_size: tuple[int, int],
     ) -> torch.Tensor:
-        """Velocity n - z0 at time t, [B, L, F].
+        """The velocity n - z0 at time t, [B, L, F].
 
         Args:
             packed: [B, L, F] noisy latents (`Backbone.pack`).
-            context: [B or 1, L, G] of what is kept (`Backbone.context`).
+            context: [B or 1, L, G] describing what is kept (`Backbone.context`).
             condition: [B, L, M] from `condition_tokens`.
-            t: [B] in 0..1, 1 is pure noise; on the CPU, so that nothing waits for the device.
+            t: [B] in 0..1, 1 is pure noise; on the CPU, so that nothing has to wait for the device.
             latent_size: (h', w').
         """
         return self.backbone.velocity(packed, context, condition, t, latent_size)

@@ -1,7 +1,7 @@
-"""Downloads of models from the Hugging Face hub: only when asked for, and only the files that this library reads.
+"""Downloads models from the Hugging Face hub, only on request, and only the files that this library reads.
 
 The hub's own `snapshot_download` restarts a file from zero if the program was closed or the connection was lost for
-more than a few seconds. FLUX.1-Fill has one file of 24 GB: here an incomplete download is kept beside its target as
+more than a few seconds, and FLUX.1-Fill is one file of 24 GB. Here an incomplete download is kept beside its target as
 `NAME.HASH.part`, and the next download resumes it.
 """
 
@@ -31,11 +31,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-#: Called with (bytes present, bytes in all), at the start and whenever some have arrived; may raise to stop.
+#: Called with (bytes present, bytes in all), at the start and whenever more have arrived; may raise to stop.
 OnProgress = Callable[[int, int], None]
 
 _READABLE = (".json", ".safetensors")
-#: Taken only where it is named in full: a pickle, of which the loaders read tensors alone (`torch.load` with
+#: Downloaded only if named in full: a pickle, from which the loaders read only tensors (`torch.load` with
 #: weights_only=True).
 _PICKLED = ".pt"
 _TIMEOUT = 30.0  # seconds, for the hub's answer to the first request
@@ -43,12 +43,12 @@ _TIMEOUT = 30.0  # seconds, for the hub's answer to the first request
 
 @dataclass(frozen=True, kw_only=True)
 class KnownPart:
-    """What is needed of one repository.
+    """The files needed from one repository.
 
     Attributes:
-        repository: on the hub.
+        repository: its name on the hub.
         files: names or patterns of names, as `download` takes them.
-        below: where they belong in the model's folder; "" for the folder itself.
+        below: the sub-folder of the model's folder that they go into; "" for the folder itself.
     """
 
     repository: str
@@ -61,10 +61,10 @@ class KnownModel:
     """A published model that this library works with.
 
     Attributes:
-        parts: what is needed of the hub.
-        folder: where it belongs below ComfyUI's `models`.
+        parts: the files needed from the hub.
+        folder: its place below ComfyUI's `models`.
         gigabytes: size of the download, in 10^9 bytes.
-        licence: of the weights, by name, or where it is said.
+        licence: the weights' licence by name, or where to find it.
         gated: whether its page asks to accept the licence first.
     """
 
@@ -101,7 +101,7 @@ def _flux_fill(file: str, folder: str, gigabytes: float) -> KnownModel:
     )
 
 
-#: The encoder lies in the first of two files; the second, of 2 GB, has a part of the decoder, which is not read.
+#: The encoder is in the first of two files; the second, of 2 GB, has a part of the decoder, which is not read.
 _FLAN_T5_XL = KnownPart(
     repository="google/flan-t5-xl",
     files=(
@@ -116,7 +116,7 @@ _FLAN_T5_XL = KnownPart(
 
 
 def _llamagen(stage: int, pixels: int) -> KnownModel:
-    """777,923,840 weights of the transformer and 72 M of the tokenizer in float32, beside 9.45 GB of flan-t5-xl."""
+    """The transformer's 777,923,840 weights and the tokenizer's 72 M in float32, plus 9.45 GB of flan-t5-xl."""
     repository = "peizesun/llamagen_t2i"
     files = (f"t2i_XL_stage{stage}_{pixels}.pt", "vq_ds16_t2i.pt")
     return KnownModel(
@@ -151,11 +151,11 @@ def download_model(
     endpoint: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """`download` of all parts of a model: what one of them refuses is said before anything comes.
+    """`download` of all parts of a model; all of them are checked before anything is downloaded.
 
     Args:
-        folder: the model's own.
-        token, endpoint, on_progress: as `download`; progress is that of all parts together.
+        folder: the model's own folder.
+        token, endpoint, on_progress: as `download`; progress counts all parts together.
 
     Returns:
         `folder`.
@@ -180,25 +180,25 @@ def download(
     """Downloads files of a hub repository into a folder; each gets its name only when it is complete.
 
     A file that is present with the right size is left alone, and one of another size is never overwritten. Call it
-    again after an interruption to resume. Files that the hub has a SHA-256 for, as for all weights, are verified.
-    Without a connection, files that are present are enough if `files` names each.
+    again after an interruption to resume. Files for which the hub has a SHA-256, as for all weights, are verified.
+    Without a connection, it succeeds if all files are present and `files` names each in full.
 
     Args:
         repository: such as "black-forest-labs/FLUX.1-Fill-dev".
-        folder: made if it is not there; the repository's own folders are kept below it.
+        folder: created if it does not exist; the repository's own folders are kept below it.
         files: names or patterns of names (`*.json`); only `.safetensors` and `.json` files are downloaded, and `.pt`
-            files that are named in full, no pattern.
-        token: of the user's account; None takes HF_TOKEN or what `hf auth login` stored.
+            files that are named in full, not by a pattern.
+        token: the user's access token; None takes HF_TOKEN or what `hf auth login` stored.
         endpoint: the hub's address; None takes HF_ENDPOINT or huggingface.co.
-        on_progress: may raise to stop the download; its exception comes through, unless it is an OSError.
+        on_progress: may raise to stop the download; its exception is passed on, unless it is an OSError.
 
     Returns:
         `folder`.
 
     Raises:
-        ValueError: if the repository does not exist, wants its licence accepted or another token, or has no such file;
-            if the hub cannot be reached, the connection breaks, or the disk is full; if a file of the same name but
-            another size is present. Says what to do.
+        ValueError: if the repository does not exist, requires its licence to be accepted or another token, or has no
+            such file; if the hub cannot be reached, the connection breaks, or the disk is full; if a file of the same
+            name but another size is present. The message says what to do.
     """
     folder = Path(folder)
     _bring([(repository, folder, files)], token, endpoint, on_progress)
@@ -211,7 +211,7 @@ def _bring(
     endpoint: str | None,
     on_progress: OnProgress | None,
 ) -> None:
-    """Downloads (repository, folder, names or patterns); nothing comes before all of them are found to be possible."""
+    """Downloads each (repository, folder, names or patterns), after checking that all of them are possible."""
     api = HfApi(endpoint=endpoint, token=token)
     found = []
     for repository, folder, files in wanted:
@@ -226,7 +226,7 @@ def _bring(
                     f"{one.repository} needs {missing / 1e9:.1f} GB more in {one.folder}, where {free / 1e9:.1f} GB "
                     "are free: make room, or choose a folder on another disk"
                 )
-    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}  # or sizes and ranges mean nothing
+    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}  # else sizes and ranges mean nothing
     total = sum(one.size for one in found)
     for one in found:
         with _explained(one.repository, one.folder, api.endpoint):
@@ -248,10 +248,10 @@ class _Wanted:
     """Files of one repository.
 
     Attributes:
-        folder: they go there.
-        commit: one for all of them, though the repository may change while they come.
-        parts: empty where the hub could not be asked, and all are there.
-        there: bytes of these.
+        folder: the folder they go into.
+        commit: the same for all of them, even if the repository changes during the download.
+        parts: the files; empty if the hub could not be reached and all of them are present.
+        there: bytes present in that case.
     """
 
     repository: str
@@ -267,16 +267,16 @@ class _Wanted:
 
     @property
     def came(self) -> int:
-        """Bytes that are there."""
+        """Bytes present."""
         return self.there + sum(part.came for part in self.parts)
 
 
 def _ask(api: HfApi, repository: str, folder: Path, files: Sequence[str]) -> _Wanted:
-    """What the hub has of these files."""
+    """Asks the hub about these files."""
     try:
         info = api.model_info(repository, files_metadata=True, timeout=_TIMEOUT)
     except (OSError, HTTPError) as error:
-        there = [folder / name for name in files]  # A pattern is no file's name.
+        there = [folder / name for name in files]  # A pattern is not the name of a file.
         if isinstance(error, HfHubHTTPError) or not all(path.is_file() for path in there):
             raise
         return _Wanted(repository=repository, folder=folder, there=sum(path.stat().st_size for path in there))
@@ -291,7 +291,7 @@ def _ask(api: HfApi, repository: str, folder: Path, files: Sequence[str]) -> _Wa
 
 
 def _choose(repository: str, held: list[str], patterns: Sequence[str]) -> list[str]:
-    """The readable names that match the patterns."""
+    """The names of readable files that match the patterns; raises ValueError for a pattern without any."""
     readable = [
         name
         for name in held
@@ -318,27 +318,27 @@ class _Part:
         self.name, self.size = file.rfilename, file.size
         self.sha256 = file.lfs.sha256 if file.lfs is not None else None
         self._target = folder / self.name
-        # By the names alone: a user may have linked a model to another disk.
+        # Checks the paths without resolving links: a user may have linked a model to another disk.
         if not Path(os.path.abspath(self._target)).is_relative_to(os.path.abspath(folder)):
             raise ValueError(f"the hub names a file outside of its repository, {self.name}: it cannot be trusted")
-        # Of another version of the file nothing is taken over.
+        # Named by hash, so that nothing is taken over from another version of the file.
         self._path = self._target.with_name(f"{self._target.name}.{(self.sha256 or file.blob_id)[:12]}.part")
         self.is_whole = self._target.is_file() and self._target.stat().st_size == self.size
 
     @property
     def found(self) -> str | None:
-        """What is there under its name and is another file, in words."""
+        """Describes a different file that is present under its name; None if there is none."""
         if self.is_whole or not self._target.exists():
             return None
         return f"{self.name} ({self._target.stat().st_size:,} bytes, the hub's {self.size:,})"
 
     @property
     def came(self) -> int:
-        """Bytes that are there."""
+        """Bytes present."""
         return self.size if self.is_whole else self._path.stat().st_size if self._path.is_file() else 0
 
     def fetch(self, url: str, headers: dict[str, str], report: Callable[[int], None]) -> None:
-        """Brings what lacks, compares it, and gives it its name."""
+        """Downloads the missing bytes, verifies the file, and gives it its name."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self.came > self.size:
             self._path.unlink()
@@ -356,7 +356,7 @@ class _Part:
         self.is_whole = True
 
     def _go_on(self, url: str, headers: dict[str, str], report: Callable[[int], None]) -> bool:
-        """Brings what lacks; False if the connection broke on the way. Not every huggingface_hub tries again itself."""
+        """Downloads the missing bytes; False if the connection broke midway, as not every huggingface_hub retries."""
         before = self.came
         try:
             with _ReportingFile(self._path, report) as file:
@@ -371,7 +371,7 @@ class _Part:
 
 
 class _ReportingFile(io.BufferedWriter):
-    """Writes to the end of a file and says how long it has become."""
+    """Appends to a file and reports its length after each write."""
 
     def __init__(self, path: Path, report: Callable[[int], None]):
         super().__init__(io.FileIO(path, "ab"))
@@ -393,7 +393,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _explained(repository: str, folder: Path, endpoint: str) -> Iterator[None]:
-    """Turns what huggingface_hub and the disk raise into sentences with a remedy."""
+    """Turns errors of huggingface_hub and the disk into ValueErrors that say what to do."""
     tokens = f"create a token with read access at {endpoint}/settings/tokens"
     login = "set the environment variable HF_TOKEN to it, or run `hf auth login`"
     again = "what has come is kept, start the download again to go on"
@@ -438,7 +438,7 @@ def _explained(repository: str, folder: Path, endpoint: str) -> Iterator[None]:
                 f"the disk of {folder} takes no file as large as this one: choose a folder on another disk (FAT32 ends "
                 "at 4 GB)"
             ) from error
-        # A write that fails names no file, as a connection does not.
+        # A failed write names no file, nor does a failed connection.
         if getattr(error, "filename", None) is not None or number in (
             errno.EROFS,
             errno.EACCES,

@@ -1,4 +1,4 @@
-"""What every token sampler checks of a request, before it samples."""
+"""The checks that every token sampler makes on a request before it samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..types import TokenLogits, same_codebook
 
 
 def check_request(prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Prompts and seeds that belong together.
+    """Checks that there are prompts, and one seed for each.
 
     Raises:
         ValueError: saying what is expected.
@@ -27,10 +27,11 @@ def check_request(prompts: Sequence[str], seeds: Sequence[int]) -> None:
 def check_edit(
     sampler: TokenSampler, previous: TokenLogits | None, resample: torch.Tensor | None, batch: int
 ) -> torch.Tensor:
-    """Where an edit samples again: bool [B, N] on the CPU.
+    """Where an edit resamples: bool [B, N] on the CPU.
 
     Raises:
-        ValueError: for one of the two alone, and for tokens that cannot share a grid with this sampler's.
+        ValueError: if only one of `previous` and `resample` is given, if the kept tokens cannot share a grid with this
+            sampler's, and for a wrong number of prompts, shape or dtype.
     """
     if previous is None or resample is None:
         absent = "previous" if previous is None else "resample"

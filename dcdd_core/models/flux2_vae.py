@@ -1,6 +1,6 @@
-"""FLUX.2's autoencoder (`AutoencoderKLFlux2`): its latents are normalised in patches, channel by channel.
+"""FLUX.2's autoencoder (`AutoencoderKLFlux2`), whose latents are normalised in patches, channel by channel.
 
-Shapes: B batch, C = 32 channels of raw latents on an h' x w' grid, 4 C of normalised ones on an h'/2 x w'/2 grid.
+Shapes: B batch, C = 32 channels of raw latents on an h' x w' grid, 4 C of normalised latents on an h'/2 x w'/2 grid.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..files import is_finite
 
 
 class Flux2Codec:
-    """See `protocols.LatentCodec`; images become the mode of their latents.
+    """See `protocols.LatentCodec`; images are encoded to the mode of their latent distribution.
 
     Args:
         model: a diffusers `AutoencoderKLFlux2`; its batch norm's statistics normalise patches of 2 x 2 latents.
@@ -40,7 +40,7 @@ class Flux2Codec:
         """See `LatentCodec.decode`.
 
         Raises:
-            ValueError: if the pixels are NaN or infinite, such as in float16.
+            ValueError: if the pixels are NaN or infinite, as can happen in float16.
         """
         pixels = self.model.decode(latents.to(self.model.device, self.model.dtype)).sample.float()
         if not is_finite(pixels):
@@ -58,9 +58,9 @@ class Flux2Codec:
         return rearrange(patches, "b (c p q) h w -> b c (h p) (w q)", p=2, q=2)
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor | None:
-        """None: there is no cheap one."""
+        """None: there is no cheap preview."""
         return None
 
     def working_memory(self, height: int, width: int) -> int:
-        """Bytes for one image in float32, as of FLUX.1's (`models.vae`)."""
+        """Bytes for one image in float32, estimated as for FLUX.1's (`models.vae`)."""
         return round(4 * 2178 * height * width * self.model.config.block_out_channels[0] / 128)

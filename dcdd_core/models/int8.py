@@ -1,4 +1,4 @@
-"""Linear weights in 8 bits, by torchao."""
+"""Linear weights in 8 bits, with torchao."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import nn
 
 
 def store_in_int8(module: nn.Module, device: torch.device | str) -> None:
-    """Moves a module to the device layer by layer and rounds its linear weights to int8 there, with one scale a row.
+    """Moves a module to the device layer by layer and rounds its linear weights to int8 there, one scale per row.
 
-    They are dequantised inside each product; everything else in the module stays as it is.
+    They are dequantised inside each product; everything else in the module is unchanged.
 
     Raises:
-        ValueError: without torchao.
+        ValueError: if torchao is not installed.
     """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -21,5 +21,5 @@ def store_in_int8(module: nn.Module, device: torch.device | str) -> None:
             f"weights in 8 bits need torchao ({error}): pip install torchao, or load without --vlm-int8 and "
             "--decoder-8bit (int8, eight_bit)"
         ) from error
-    # torchao would change inductor's settings for the whole process; older versions also lower float32's precision.
+    # Otherwise torchao changes inductor's settings for the whole process; older versions also lower float32 precision.
     quantize_(module, Int8WeightOnlyConfig(set_inductor_config=False), device=device)

@@ -1,7 +1,7 @@
-"""Networks' weights as others lay them out: diffusers folders, and single files under names of their own.
+"""Reads network weights in other layouts: diffusers folders, and single files with tensor names of their own.
 
-Every tensor is found under the network's own name, as rows of a file's tensor, so that a stacked projection is cut on
-the way and never held twice. Nothing is fetched.
+Every tensor is found under the network's own name, as rows of a tensor in the file, so that a stacked projection is
+split while it is read and never held twice. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from .checkpoints import Place, StoredTensors, misfits, open_safetensors, quanti
 
 
 def component(path: str | Path, name: str) -> Path:
-    """`path`, or the folder `name` inside it, where `path` is the folder of a whole diffusers pipeline."""
+    """`path`, or the folder `name` inside it if `path` is the folder of a whole diffusers pipeline."""
     path = Path(path)
     return path / name if (path / name).is_dir() else path
 
 
 def as_named(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The layout of a file that has the network's own names."""
+    """The layout of a file that uses the network's own names."""
     return {name: (name,) for name in model.state_dict()}
 
 
 def remedy(needs: str) -> str:
-    """What to do where the files of a model do not fit."""
+    """What to do if the files of a model do not fit."""
     return f"give the diffusers folder or the .safetensors file of {needs}"
 
 
 class Found(NamedTuple):
-    """A tensor of a file, by the name that it has there, as a safetensors slice, which reads when it is indexed."""
+    """A tensor of a file, with its name there, as a safetensors slice, which is read when it is indexed."""
 
     file: Path
     name: str
@@ -43,7 +43,7 @@ class Found(NamedTuple):
 
 @contextmanager
 def opened(path: Path, needs: str) -> Iterator[dict[str, Found]]:
-    """Every tensor of the safetensors files of `path` (see `checkpoints.weight_files`) by its name.
+    """Every tensor in the safetensors files of `path` (see `checkpoints.weight_files`), by name.
 
     Raises:
         ValueError: as `weight_files` and `open_safetensors`.
@@ -62,10 +62,10 @@ def opened(path: Path, needs: str) -> Iterator[dict[str, Found]]:
 def within(
     found: Mapping[str, Found], prefixes: Sequence[str], signs: tuple[str, str]
 ) -> tuple[dict[str, Found], bool]:
-    """What lies under the first prefix that holds a model, and whether it is in the BFL layout; all, if none does.
+    """The tensors under the first prefix that holds a model, or all if none does; and whether they are in BFL's layout.
 
     Args:
-        signs: beginnings of names that only the BFL and only the diffusers layout has.
+        signs: name prefixes that only the BFL layout and only the diffusers layout has.
     """
     for prefix in prefixes:
         for is_bfl, sign in zip((True, False), signs):
@@ -84,16 +84,16 @@ def find(
     without: Collection[str] = (),
     rolled: str | None = None,
 ) -> StoredTensors:
-    """Checks every name and shape of `found`, and says where the parts of `layout` lie that are not in `without`.
+    """Checks every name and shape of `found`, and locates the tensors of `layout` that are not in `without`.
 
     Args:
         layout: the file's tensor names, each with the network's names whose rows it stacks, in order.
         needs: what to call the model in errors.
-        rolled: beginning of the file's names whose halves are swapped.
+        rolled: prefix of the file's tensor names whose halves are swapped.
 
     Raises:
-        ValueError: for quantised weights, and tensors that are missing, unexpected or of a wrong shape, in the file's
-            own names.
+        ValueError: for quantised weights, and for tensors that are missing, unexpected or of a wrong shape, by their
+            names in the file.
     """
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     wanted = {source: names for source, names in layout.items() if not set(names) <= set(without)}
@@ -129,5 +129,5 @@ def find(
 
 
 def _same_but_for_ones(given: Sequence[int], expected: Sequence[int]) -> bool:
-    """BFL's attention projections are convolutions: [C, C, 1, 1] for [C, C]."""
+    """Equality up to trailing ones: BFL's attention projections are convolutions, [C, C, 1, 1] for [C, C]."""
     return list(given[: len(expected)]) == list(expected) and math.prod(given) == math.prod(expected)

@@ -1,4 +1,4 @@
-"""Unconditional priors: what a decoder's weights become without its condition, as low-rank differences.
+"""Unconditional priors: low-rank differences that turn a decoder into one without its condition.
 
 Shapes: R rank, M token width.
 """
@@ -34,15 +34,15 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """[out, in], as `weight` is."""
+        """The changed weight [out, in], of the shape and dtype of `weight`."""
         return weight + (self.up @ self.down).to(weight)
 
 
 class PriorDifference(nn.Module):
-    """The differences of the layers that change, and one learned token in the place of the condition's.
+    """The differences of the layers that change, and one learned token in place of the condition's tokens.
 
     Attributes:
-        layers: `LowRank` by the layer's name, with "/" for ".".
+        layers: a `LowRank` for each layer, by the layer's name with "/" for ".".
         token: [M], added to every latent token.
     """
 
@@ -54,17 +54,17 @@ class PriorDifference(nn.Module):
         self.token = nn.Parameter(torch.zeros(decoder.backbone.token_width))
 
     def start(self, seed: int) -> None:
-        """A difference of zero that can be trained: random `down`, `up` zero."""
+        """Starts at a difference of zero that can be trained: random `down`, and `up` zero."""
         generator = torch.Generator().manual_seed(seed)
         for layer in self.layers.values():
             bound = 1 / math.sqrt(layer.down.shape[1])
             nn.init.uniform_(layer.down, -bound, bound, generator=generator)
 
     def attach(self, decoder: DistributionConditionedDecoder, *, merge: bool) -> None:
-        """Makes the decoder the prior: its transformer's weights, and the token in the place of its adapter.
+        """Turns the decoder into the prior: changes its transformer's weights and replaces its adapter by the token.
 
         Args:
-            merge: adds the differences to the weights for good; False keeps them apart, to be trained.
+            merge: add the differences to the weights permanently; False keeps them separate, to be trained.
         """
         for name, layer in _changed(decoder).items():
             difference = self.layers[name.replace(".", "/")]
@@ -86,10 +86,10 @@ class PriorDifference(nn.Module):
 
     @classmethod
     def load(cls, path: Path, decoder: DistributionConditionedDecoder) -> PriorDifference:
-        """The difference in a file, for this decoder.
+        """Loads the difference in a file, for this decoder.
 
         Raises:
-            ValueError: if it is missing, damaged or made for other layers.
+            ValueError: if the file is missing, damaged or made for other layers.
         """
         names = cls(decoder, 1).state_dict()
         tensors, _ = read_record(path, _KIND, names, (), int8_rows=True)
@@ -99,10 +99,10 @@ class PriorDifference(nn.Module):
 
 
 def load_prior(bundle: Path, difference: Path, *, options: DecoderOptions) -> DistributionConditionedDecoder:
-    """A decoder without its condition: it paints images of the kind that it was trained on, of its own choice.
+    """Loads a decoder without its condition: it paints arbitrary images of the kind that it was trained on.
 
     Args:
-        bundle: the decoder's.
+        bundle: the decoder's bundle.
         difference: the file that `PriorDifference.save` wrote.
 
     Raises:
@@ -112,7 +112,7 @@ def load_prior(bundle: Path, difference: Path, *, options: DecoderOptions) -> Di
     own = PriorDifference.load(difference, decoder).to(options.device)
     own.attach(decoder, merge=True)
     decoder.adapter.to(options.dtype)
-    # It has no condition that could be left out.
+    # It has no condition that could be dropped.
     decoder.card = replace(decoder.card, shift=SHIFT, condition_dropout=0.0, condition_guidance=1.0)
     return decoder.eval().requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""The sizes that transformers over a grid of image tokens have in common."""
+"""The sizes that all transformers over a grid of image tokens have."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class GridTransformerConfig:
     """The sizes of a network.
 
     Attributes:
-        remedy: the way out of sizes that are wrong, for errors.
-        grid: (h, w) of its images.
-        codes: K.
-        width, layers, heads, hidden: C, number of blocks, heads, inner width of a feed-forward.
+        remedy: what to do about wrong sizes; ends the error messages.
+        grid: (h, w) of its images, each 1..1024.
+        codes: K, at least 2.
+        width, layers, heads, hidden: C, number of blocks, number of heads, inner width of a feed-forward.
 
     Raises:
         ValueError: for values out of range.
@@ -41,7 +41,7 @@ class GridTransformerConfig:
 
     @property
     def tokens(self) -> int:
-        """N, those of an image."""
+        """N, the number of tokens of an image."""
         return self.grid[0] * self.grid[1]
 
     def _require_counts(self, *names: str) -> None:

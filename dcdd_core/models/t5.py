@@ -1,4 +1,4 @@
-"""T5 as image models read text: prompts as ids, the encoder from the folder of a whole T5 model, and text features.
+"""T5 as the text side of image models: prompts as ids, the encoder from a T5 model's folder, and text features.
 
 Shapes: L text slots, n tokens of a text, S width of the text features.
 """
@@ -38,7 +38,7 @@ IN_INT8 = " in int8"
 _AGAIN = "fetch the folder of google/flan-t5-xl again"
 _PARTS = ("shared.", "encoder.")
 _TIED = "encoder.embed_tokens.weight"
-# Entries of config.json, and the tensor and axis whose length each is.
+# Entries of config.json, each with the tensor and axis whose length it states.
 _SIZES = (
     ("vocab_size", "shared.weight", 0),
     ("d_model", "shared.weight", 1),
@@ -53,10 +53,13 @@ _SIZES = (
 
 
 class T5Words:
-    """T5's tokenizer, which ends every prompt with its end token and pads it on the right.
+    """T5's tokenizer, which ends every prompt with an end token and pads it on the right.
 
     Attributes:
         tokenizer: has a pad token.
+
+    Raises:
+        ValueError: for a tokenizer without a pad token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -66,7 +69,7 @@ class T5Words:
 
     @classmethod
     def load(cls, folder: Path) -> T5Words:
-        """From the tokenizer.json and tokenizer_config.json of a folder.
+        """Loads it from the tokenizer.json and tokenizer_config.json of a folder.
 
         Raises:
             ValueError: naming a file that is missing or damaged.
@@ -74,10 +77,10 @@ class T5Words:
         return cls(load_text_tokenizer(folder, _AGAIN))
 
     def ids(self, prompt: str) -> list[int]:
-        """The ids of a prompt with the end token, at most L and without padding.
+        """The ids of a prompt, at most L with the end token, without padding.
 
         Raises:
-            ValueError: for a blank prompt, and one of more than L tokens, whose end would not be read.
+            ValueError: for a blank prompt, and for one of more than L tokens, whose end would not be read.
         """
         prompt = require_prompt(prompt)
         encoded = self.tokenizer(prompt, return_offsets_mapping=True)
@@ -91,7 +94,7 @@ class T5Words:
         return ids
 
     def padded(self, rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of `ids` as one tensor [B, L], padded on the right, and bool [B, L]: where they are no padding."""
+        """Rows from `ids` as one tensor [B, L], padded on the right, and bool [B, L], False for padding."""
         ids = torch.full((len(rows), TEXT_SLOTS), self.tokenizer.pad_token_id)
         real = torch.zeros(len(rows), TEXT_SLOTS, dtype=torch.bool)
         for row, found in enumerate(rows):
@@ -100,26 +103,26 @@ class T5Words:
         return ids.to(device), real.to(device)
 
     def unknown(self, prompt: str) -> list[str]:
-        """See `text_tokenizer.unknown_words`; they are such as letters of other scripts."""
+        """See `text_tokenizer.unknown_words`; for example letters of other scripts."""
         return unknown_words(self.tokenizer, prompt)
 
     def known(self) -> list[str]:
-        """None by name: it reads any text, in pieces of words."""
+        """An empty list: it reads any text, in pieces of words."""
         return []
 
 
 class T5Text:
-    """Text features by T5, whose encoder is on the sampler's device only while it encodes.
+    """Text features from T5, whose encoder is on the sampler's device only while it encodes.
 
-    flan-t5-xl's encoder is larger than LlamaGen's transformer, and is needed for prompts that are new alone: features
-    of the last `KEPT` texts are kept. Where it computes changes features by rounding alone, keeping them by nothing.
+    flan-t5-xl's encoder is larger than LlamaGen's transformer, and is needed only for new prompts: features of the last
+    `KEPT` texts are cached. Encoding on another device changes features only by rounding, caching not at all.
 
     Attributes:
         words: the tokenizer.
-        encoder: rests where it is; `features` moves it there and back.
-        fingerprint: of the encoder's weights as they are stored, so that it does not depend on the dtype; with
-            `IN_INT8` where they were rounded.
-        stays: True to encode where the encoder rests, which is slow on a CPU, but takes no memory of the device.
+        encoder: the encoder, on the device where it is kept; `features` moves it from there and back.
+        fingerprint: fingerprint of the encoder's weights as they are stored, so that it does not depend on the dtype;
+            ends with `IN_INT8` if they were rounded.
+        stays: True to encode where the encoder is kept, which is slow on a CPU but takes no memory on the device.
     """
 
     def __init__(self, words: T5Words, encoder: T5EncoderModel, *, fingerprint: str, stays: bool = False):
@@ -127,7 +130,7 @@ class T5Text:
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def store_in_int8(self) -> None:
-        """Rounds the linear weights of the encoder's blocks to 8 bits, where it rests.
+        """Rounds the linear weights of the encoder's blocks to 8 bits, on the device where it is kept.
 
         Raises:
             ValueError: without torchao.
@@ -136,7 +139,7 @@ class T5Text:
         self.fingerprint += IN_INT8
 
     def memory(self, texts: Sequence[str]) -> int:
-        """Bytes that encoding these texts takes on another device: the encoder's weights; 0 where nothing moves."""
+        """Bytes that encoding these texts takes on another device: the encoder's weights; 0 if nothing moves."""
         if self.stays or all(text in self._kept for text in texts):
             return 0
         return sum(weight.numel() * weight.element_size() for weight in self.encoder.parameters())
@@ -146,7 +149,7 @@ class T5Text:
         """The features [n, S] of each text, on the CPU, in the encoder's dtype.
 
         Args:
-            device: where to encode those that are not kept, unless the encoder `stays`.
+            device: where to encode texts that are not cached, unless the encoder `stays`.
 
         Raises:
             ValueError: as `T5Words.ids`, before anything is moved.
@@ -167,8 +170,10 @@ class T5Text:
 
     @contextmanager
     def on(self, device: torch.device | str) -> Iterator[None]:
-        """Within it the encoder is on a device, however often `features` is called; then where it rests, also after an
-        error."""
+        """Keeps the encoder on a device within the context, however often `features` is called.
+
+        Afterwards, also after an error, the encoder is moved back.
+        """
         rests = self.encoder.device
         if torch.device(device) == rests:
             yield
@@ -181,10 +186,10 @@ class T5Text:
 
 
 def load_text(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> T5Text:
-    """The tokenizer and the encoder in the folder of a T5 model.
+    """Loads the tokenizer and the encoder in the folder of a T5 model.
 
     Args:
-        device: where the encoder rests.
+        device: device where the encoder is kept.
 
     Raises:
         ValueError: as `T5Words.load` and `load_text_encoder`, and if the tokenizer has more words than the encoder.
@@ -202,14 +207,14 @@ def load_text(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.
 def load_text_encoder(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[T5EncoderModel, str]:
-    """The encoder in the folder of a T5 model, whole or the encoder alone, and the fingerprint of its weights as they
-    are stored; nothing of the decoder is read.
+    """Loads the encoder from the folder of a T5 model, and computes the fingerprint of its weights as they are stored.
 
-    In float16 the last layer of each feed-forward stays in float32, since its values leave float16's range.
+    The folder may hold the whole model or only the encoder; nothing of the decoder is read. In float16 the last layer
+    of each feed-forward stays in float32, since its values exceed float16's range.
 
     Raises:
-        ValueError: for entries of config.json that are wrong or not the weights', quantised weights, tensors that are
-            missing, unexpected or of a wrong shape, and files that cannot be read.
+        ValueError: for entries of config.json that are wrong or do not fit the weights, quantised weights, tensors that
+            are missing, unexpected or of a wrong shape, and files that cannot be read.
     """
     config = read_config(folder)
     if config.get("model_type") != "t5":

@@ -1,4 +1,4 @@
-"""Text tokenizers: their files, and what samplers ask of a prompt."""
+"""Text tokenizers: loading and saving their files, and the checks that samplers make on a prompt."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _EXPECTED = "a text tokenizer"
 
 
 def load_text_tokenizer(folder: Path, remedy: str) -> PreTrainedTokenizerFast:
-    """From the tokenizer.json and tokenizer_config.json of a folder.
+    """Loads a tokenizer from the tokenizer.json and tokenizer_config.json of a folder.
 
     Args:
-        remedy: the way out, for errors.
+        remedy: what to do about it; ends the error messages.
 
     Raises:
         ValueError: naming a file that is missing or damaged.
@@ -30,8 +30,8 @@ def load_text_tokenizer(folder: Path, remedy: str) -> PreTrainedTokenizerFast:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a tokenizer so that transformers 4 reads it as well as 5.
 
-    transformers 5 writes the list of further special tokens under a name that 4 expects a dictionary at, and names a
-    class that 4 has not.
+    transformers 5 writes the list of extra special tokens under a name where 4 expects a dictionary, and names a class
+    that 4 does not have.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -44,10 +44,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def require_prompt(prompt: str) -> str:
-    """A prompt without its outer white space.
+    """The prompt without leading and trailing white space.
 
     Raises:
-        ValueError: for a blank one.
+        ValueError: for a blank prompt.
     """
     if not (text := prompt.strip()):
         raise ValueError("the prompt is blank: say what to draw (for an image without a prompt, use guidance 0)")
@@ -55,7 +55,7 @@ def require_prompt(prompt: str) -> str:
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
-    """Parts of the prompt that the tokenizer lacks, each once, in order; byte-level tokenizers lack none."""
+    """Parts of the prompt that the tokenizer does not know, each once, in order; byte-level tokenizers know all."""
     unknown = tokenizer.unk_token_id
     if unknown is None:
         return []
@@ -65,7 +65,7 @@ def unknown_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[str]:
 
 
 def known_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokenizer's words, sorted, without special tokens and punctuation; empty if it is byte-level."""
+    """The tokenizer's words, sorted, without special tokens or punctuation; empty if it is byte-level."""
     if tokenizer.unk_token_id is None:
         return []
     words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)

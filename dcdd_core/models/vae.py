@@ -1,7 +1,7 @@
-"""KL autoencoders (`AutoencoderKL`): between pixels and the latents that a decoder paints.
+"""KL autoencoders (`AutoencoderKL`), which map between pixels and the latents that a decoder paints.
 
-They are read as diffusers folders, or as Black Forest Labs' single file `ae.safetensors`, whose names are those of the
-modules in github.com/black-forest-labs/flux (`modules/autoencoder.py`).
+They are read as diffusers folders, or as Black Forest Labs' single file `ae.safetensors`, whose tensors are named after
+the modules in github.com/black-forest-labs/flux (`modules/autoencoder.py`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FLUX_VAE_CONFIG: Mapping[str, Any] = MappingProxyType(
     }
 )
 
-# diffusers' spellings within the autoencoder, and BFL's.
+# Parts of tensor names in diffusers' autoencoder, and in BFL's.
 _AUTOENCODER_WORDS = (
     ("mid_block.attentions.0.", "mid.attn_1."),
     (".group_norm.", ".norm."),
@@ -59,23 +59,23 @@ _AUTOENCODER_WORDS = (
     (".down_blocks.", ".down."),
 )
 
-#: Up to this many weights, an autoencoder draws previews itself.
+#: An autoencoder of at most this many weights decodes previews itself.
 _SMALL = 5_000_000
 _NEEDS = "the decoder's autoencoder (for FLUX.1, ae.safetensors)"
 _REFUSED = "use the autoencoder that the decoder was trained with (for FLUX.1, ae.safetensors)"
 _BELONG = "download the whole autoencoder again"
-#: Where a whole checkpoint keeps its autoencoder, and beginnings of names that only the BFL and only the diffusers
-#: layout has.
+#: Prefixes under which a whole checkpoint keeps its autoencoder, and name prefixes that only the BFL layout and only
+#: the diffusers layout has.
 _PREFIXES = ("", "first_stage_model.", "vae.")
 _SIGNS = ("decoder.mid.", "decoder.mid_block.")
-#: What a configuration means by leaving it out.
+#: The values of entries that a configuration leaves out.
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {name: field.default for name, field in inspect.signature(AutoencoderKL.__init__).parameters.items()}
 )
 
 
 class KLCodec:
-    """See `protocols.LatentCodec`; images become the mode of their latents.
+    """See `protocols.LatentCodec`; images are encoded to the mode of their latent distribution.
 
     Args:
         model: the network; its configuration says how its latents are normalised.
@@ -94,7 +94,7 @@ class KLCodec:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         return self.model.device
 
     @torch.no_grad()
@@ -106,10 +106,10 @@ class KLCodec:
         """See `LatentCodec.decode`.
 
         Raises:
-            ValueError: if the pixels are NaN or infinite, such as in float16.
+            ValueError: if the pixels are NaN or infinite, as can happen in float16.
         """
         pixels = self._decode(latents)
-        # Before they are clamped: infinity would become white.
+        # Checked before clamping, which would turn infinity into white.
         if not is_finite(pixels):
             raise ValueError(
                 f"the autoencoder decodes the latents to NaN or infinity; it computes in "
@@ -129,14 +129,14 @@ class KLCodec:
         return unscale_latents(z, self.shift, self.scale)
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor | None:
-        """The images themselves, of a small network; None of a large one."""
+        """The decoded images [B, 3, H, W] in -1..1 if the network is small; otherwise None."""
         if not self._small:
             return None
         with torch.no_grad():
             return torch.cat([self._decode(one).clamp(-1, 1) for one in latents.split(1)])
 
     def working_memory(self, height: int, width: int) -> int:
-        """Bytes for one image in float32, from what ComfyUI assumes of decoding with FLUX's, of 128 channels."""
+        """Bytes for one image in float32: ComfyUI's estimate for decoding with FLUX's (width 128), scaled by width."""
         return round(4 * 2178 * height * width * self._widest / 128)
 
 
@@ -147,7 +147,7 @@ class KLFamily:
     expected = "a diffusers AutoencoderKL folder, or a single file in safetensors format such as ae.safetensors"
 
     def reads(self, path: str) -> bool:
-        """Any file, which the loader then checks, and a folder whose configuration is of this class."""
+        """True for any file, which the loader then checks, and for a folder whose configuration is of this class."""
         found = layouts.component(path, "vae")
         if not found.is_dir():
             return found.exists()
@@ -158,7 +158,7 @@ class KLFamily:
         return KLCodec(load_vae(path, device=device, dtype=dtype))
 
     def published(self) -> KLCodec:
-        """FLUX.1's."""
+        """FLUX.1's autoencoder, on "meta"."""
         with torch.device("meta"):
             return KLCodec(AutoencoderKL.from_config(dict(FLUX_VAE_CONFIG)).eval())
 
@@ -173,15 +173,15 @@ def load_vae(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> AutoencoderKL:
-    """An autoencoder's network from what artists have: see `read_autoencoder`.
+    """Loads an autoencoder's network from any of the layouts that `read_autoencoder` reads.
 
     Args:
         path: a diffusers `AutoencoderKL` folder, the pipeline folder around it, or a single file (`ae.safetensors`).
-        config: of a single file, which does not say its own; a folder's `config.json` counts instead.
+        config: configuration of a single file, which does not state its own; a folder's `config.json` takes precedence.
 
     Raises:
-        ValueError: for a model of another kind, a configuration that is not one, or that is another than the file's
-            tensors and header tell, and tensors that are missing, unexpected, or NaN.
+        ValueError: for a model of another kind, a configuration that is invalid or contradicts the file's tensors or
+            header, and tensors that are missing, unexpected, or NaN.
     """
     path = layouts.component(path, "vae")
     config, where = _config_of(path, config)
@@ -199,9 +199,9 @@ def load_vae(
 
 
 def _config_of(path: Path, assumed: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """A folder's configuration, or what is assumed of a single file; and what to call it in errors.
+    """A folder's configuration, or the one assumed for a single file; and what to call it in errors.
 
-    The file of a diffusers folder has its configuration beside it, and counts as the folder.
+    A weights file inside a diffusers folder has its configuration beside it and is treated as the folder.
     """
     if path.is_dir():
         folder = path
@@ -216,10 +216,10 @@ def _config_of(path: Path, assumed: Mapping[str, Any]) -> tuple[Mapping[str, Any
 
 
 def require_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuses a configuration that no KL autoencoder has, before one is built; what it lacks is diffusers' default.
+    """Refuses a configuration that no KL autoencoder has, before one is built; absent entries have diffusers' defaults.
 
     Args:
-        where: begins the fields' names in errors.
+        where: prefix of the fields' names in errors.
 
     Raises:
         ValueError: naming the field.
@@ -260,7 +260,7 @@ def require_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]], is_bfl: bool) -> dict[str, Any]:
-    """What the tensors of an autoencoder tell of its configuration; without what they do not tell."""
+    """The entries of an autoencoder's configuration that can be read off its tensors."""
     block, layer = (r"encoder\.down", r"block") if is_bfl else (r"encoder\.down_blocks", r"resnets")
     pattern = re.compile(rf"{block}\.(\d+)\.{layer}\.(\d+)\.conv2\.weight")
     places = {name: found for name in shapes if (found := pattern.fullmatch(name))}
@@ -280,7 +280,7 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], is_bfl: bool) -> dict[str, Any
 
 
 def _stated(path: Path) -> dict[str, Any]:
-    """What the header of a single file says of its latents: by name, or as JSON under "config"."""
+    """What the header of a single file says about its latents: by name, or as JSON under "config"."""
     with open_tensors(path, _NEEDS) as file, reading(path, _NEEDS):
         metadata = file.metadata() or {}
     stated = dict(metadata)
@@ -298,12 +298,12 @@ def _stated(path: Path) -> dict[str, Any]:
 
 
 def _require_same(path: Path, whose: str, found: Mapping[str, Any], config: Mapping[str, Any], where: str) -> None:
-    """Refuses an autoencoder that is not the one that the configuration describes, with the values of both."""
+    """Refuses an autoencoder that is not the one the configuration describes, stating the values of both."""
     differ = []
     for name, value in found.items():
         expected = config.get(name, _DEFAULTS[name])
         if name == "shift_factor":
-            expected = expected or 0.0  # None is none.
+            expected = expected or 0.0  # None means no shift.
         expected = list(expected) if isinstance(expected, tuple) else expected
         same = value == expected or (
             isinstance(value, float)
@@ -322,7 +322,7 @@ def autoencoder_layout(model: AutoencoderKL) -> dict[str, tuple[str, ...]]:
     layout = {}
     for name in model.state_dict():
         theirs = re.sub(r"mid_block\.resnets\.(\d+)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
-        # BFL counts resolutions from the finest up, diffusers in the order of use.
+        # BFL numbers resolutions from the finest up, diffusers in the order of use.
         theirs = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", theirs)
         for ours, word in _AUTOENCODER_WORDS:
             theirs = theirs.replace(ours, word)

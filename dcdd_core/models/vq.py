@@ -17,7 +17,7 @@ class VQTokenizer:
     """A frozen `JanusVQVAE` (also LlamaGen's VQ-16) with its normalised codebook.
 
     transformers' own `quantize.forward` normalises neither features nor codebook; the released models normalise both,
-    and so does this class.
+    as does this class.
 
     Attributes:
         model: the network.
@@ -30,7 +30,7 @@ class VQTokenizer:
     def __init__(self, model: JanusVQVAE, *, name: str = ""):
         self.model = model.eval().requires_grad_(False)
         weight = model.quantize.embedding.weight
-        if not weight.is_meta:  # of shapes alone there is no codebook
+        if not weight.is_meta:  # shapes alone give no codebook
             self.codebook = Codebook(weight)
         self.factor = 2 ** (len(model.config.channel_multiplier) - 1)
         self.grid = (model.config.num_patches,) * 2
@@ -38,19 +38,19 @@ class VQTokenizer:
 
     @property
     def device(self) -> torch.device:
-        """Of the network."""
+        """The network's device."""
         return self.model.post_quant_conv.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network; features and pixels are float32."""
+        """The network's dtype; features and pixels are float32."""
         return self.model.post_quant_conv.weight.dtype
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """The token grid (h, w) of an image.
 
         Raises:
-            ValueError: if a side is no multiple of the factor.
+            ValueError: if a side is not a multiple of the factor.
         """
         f = self.factor
         if height < f or width < f or height % f or width % f:
@@ -61,10 +61,10 @@ class VQTokenizer:
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Image-token features, before quantisation (Eq. 9): pixels [B, 3, H, W] in -1..1 -> [B, N, D] float32.
 
-        Differentiable: the weights are frozen, so pixels that need no gradient leave nothing behind.
+        Differentiable: since the weights are frozen, pixels that need no gradient build no autograd graph.
 
         Raises:
-            ValueError: for another shape, and a side that is no multiple of the factor.
+            ValueError: for another shape, and a side that is not a multiple of the factor.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"pixels must be [B, 3, H, W] in -1..1, got {list(pixels.shape)}")
@@ -79,7 +79,7 @@ class VQTokenizer:
         """Nearest codes by cosine: features [B, N, D] -> [B, N] int64.
 
         Raises:
-            ValueError: for features of another dimension than the codes.
+            ValueError: if the features do not have the dimension of the codes.
         """
         return proxy_logits(features, self.codebook).argmax(dim=-1)
 
@@ -106,7 +106,7 @@ class VQTokenizer:
         """Code vectors [B, N, D], codes or any mixture of them, on an (h, w) grid -> pixels [B, 3, H, W] in -1..1.
 
         Raises:
-            ValueError: for a shape that is not the grid's or not the codebook's.
+            ValueError: for a shape that does not fit the grid or the codebook.
         """
         h, w = grid
         if vectors.ndim != 3 or vectors.shape[1] != h * w or vectors.shape[2] != self.codebook.dim:
@@ -115,7 +115,7 @@ class VQTokenizer:
                 f"got {list(vectors.shape)}"
             )
         code_map = rearrange(vectors.to(self.device, self.dtype), "b (h w) d -> b d h w", h=h)
-        # Without gradients a CPU convolves faster with the channels last; with them its GroupNorm is far slower
+        # Without gradients, channels-last convolutions are faster on a CPU; with them, GroupNorm is far slower that way
         # (docs/embedded.md).
         code_map = code_map.contiguous(memory_format=torch.channels_last)
         return self._decoded(code_map).float().clamp(-1, 1)
@@ -128,13 +128,13 @@ class VQTokenizer:
         """Tokens [B, N] -> pixels [B, 3, H, W] in -1..1: the VQ path of the VLM itself.
 
         Raises:
-            ValueError: for tokens outside of the codebook or off the grid.
+            ValueError: for tokens outside the codebook, no tokens, or a number that does not fit the grid.
         """
         if tokens.numel() == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self.codebook.size:
             raise ValueError(f"tokens must lie in 0..{self.codebook.size - 1}: these belong to another tokenizer")
         return self.decode_vectors(self.codebook.vectors[tokens.to(self.codebook.vectors.device)], grid)
 
     def working_memory(self, grid: tuple[int, int]) -> int:
-        """Bytes for one image in float32, scaled by width from what ComfyUI assumes of FLUX's autoencoder (128)."""
+        """Bytes for one image in float32: ComfyUI's estimate for FLUX's autoencoder (width 128), scaled by width."""
         h, w = grid
         return round(4 * 2178 * h * w * self.factor**2 * self.model.config.base_channels / 128)

@@ -57,15 +57,15 @@ class KeptSamples:
     """A VLM's samples for prompts, one file of token logits each; iterating reads them one by one, in order.
 
     Args:
-        folder: of the files; need not exist. It belongs to one VLM and one set of sampling options.
+        folder: holds the files; need not exist yet. It belongs to one VLM and one set of sampling options.
         seed: prompt i is sampled with seed + i.
-        device: where logits are moved when read.
+        device: device that logits are moved to when they are read.
     """
 
     def __init__(self, folder: Path, prompts: Sequence[str], *, seed: int = 0, device: torch.device | str = "cpu"):
         self.folder = folder
         self.device = device
-        # Files are named by number and prompt: adding prompts keeps the first ones, a changed prompt is sampled again.
+        # Files are named by number and prompt: appended prompts keep the earlier files, changed ones are sampled again.
         names = [hashlib.sha256(prompt.encode()).hexdigest()[:12] for prompt in prompts]
         self._all = [
             _Sampled(prompt=prompt, seed=seed + i, file=folder / f"{i:05}-{names[i]}.safetensors")
@@ -73,7 +73,7 @@ class KeptSamples:
         ]
 
     def __iter__(self) -> Iterator[TokenLogits]:
-        """Raises ValueError for a file that is missing."""
+        """Yields the logits and tokens of one prompt at a time; raises ValueError for a missing file."""
         for one in self._all:
             grid = TokenLogits.load(one.file)
             yield replace(grid, logits=grid.logits.to(self.device), tokens=grid.tokens.to(self.device))
@@ -84,13 +84,13 @@ class KeptSamples:
         return sum(not one.file.exists() for one in self._all)
 
     def fill(self, sample: Sample, processes: Processes, *, batch: int, bytes_each: int) -> None:
-        """Samples the missing prompts, `batch` at once; every finished batch is on disk, so it can be stopped.
+        """Samples the missing prompts, `batch` at a time, and saves each finished batch, so that it can be stopped.
 
         Args:
-            bytes_each: size of one file.
+            bytes_each: size of one file, in bytes.
 
         Raises:
-            ValueError: before sampling, if the disk does not have enough space.
+            ValueError: before sampling, if the disk does not have enough space, or for a batch size below 1.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         needed, free = self.missing * bytes_each, shutil.disk_usage(self.folder).free
@@ -110,7 +110,7 @@ class Proxies:
     """Proxy logits (Eqs. 9-10) of images of one size; iterating computes them one image at a time.
 
     Attributes:
-        features: one tensor [1, N, D] per image. They are kept instead of the logits: 18 KB for 576 tokens.
+        features: one tensor [1, N, D] per image, kept instead of the much larger logits: 18 KB for 576 tokens.
 
     Args:
         images: pixels [1, 3, H, W] in -1..1, iterated once.
@@ -152,13 +152,13 @@ def fit_to_samples(
     with_anchor: bool = False,
     with_temperature: bool = False,
 ) -> Calibration:
-    """Fits a calibration of the proxies to a VLM's samples (`method.calibration.fit_calibration`).
+    """Fits the calibration of the proxies to a VLM's samples (`method.calibration.fit_calibration`).
 
     Args:
         samples: iterated more than once.
+        vlm, guidance, temperature: how the samples were drawn, recorded in the calibration.
         with_anchor: fit the anchor too (`method.calibration.fit_anchor`).
-        with_temperature: fit the anchor and its temperature, both together
-            (`method.anchoring.fit_anchor_and_temperature`).
+        with_temperature: fit the anchor and its temperature jointly (`method.anchoring.fit_anchor_and_temperature`).
     """
     measured_on = {"vlm": vlm, "guidance": guidance, "temperature": temperature}
     codebook, anchored = proxies.tokenizer.codebook, with_anchor and not with_temperature
@@ -176,11 +176,11 @@ def fit_to(
     anchored: bool = False,
     on_pass: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """`fit_to_samples` for logits at hand: fits a calibration of proxy logits to a VLM's.
+    """`fit_to_samples` for logits in memory: fits the calibration of proxy logits to a VLM's logits.
 
     Args:
         anchored: fit the anchor too.
-        on_pass: called with (passes over the proxies done, about how many there are), several times a pass; may raise
+        on_pass: called several times per pass with (passes over the proxies done, their approximate total); may raise
             to stop.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Prompts -> a file of text features, which a sampler reads in the place of a text encoder."""
+"""Prompts -> a file of text features, which a sampler reads instead of running a text encoder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .. import registry
 
 @runtime_checkable
 class CaptionFamily(Protocol):
-    """A `SamplerFamily` whose samplers read saved text features of captions where they have no text encoder."""
+    """A `SamplerFamily` whose samplers, if they have no text encoder, read saved text features of captions."""
 
     def captions_file(self, path: str) -> Path:
-        """Where a model's samplers look for them."""
+        """The file in which a model's samplers look for saved text features."""
         ...
 
     def encode_captions(
@@ -30,18 +30,18 @@ class CaptionFamily(Protocol):
         int8: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> tuple[int, int]:
-        """Encodes prompts by a model's text encoder, and adds their features to a file; its others stay.
+        """Encodes prompts with a model's text encoder and adds their features to a file, keeping those it already has.
 
         Args:
-            device: where the text encoder computes; no other part of the model is read.
-            on_progress: called with (captions that are there, captions of these prompts).
+            device: device that the text encoder computes on; no other part of the model is read.
+            on_progress: called with (captions of these prompts done so far, captions of these prompts).
 
         Returns:
-            Captions of these prompts that are new in the file, and all that it holds.
+            The number of captions added to the file, and the number it holds now.
 
         Raises:
             ValueError: for a model without a text encoder, prompts that cannot be encoded, and a file with features of
-                another text encoder or dtype. Nothing has been encoded then.
+                another text encoder or dtype; in these cases nothing has been encoded.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""TokenLogits -> Condition, the way a decoder was trained to read it."""
+"""TokenLogits -> Condition, in the form that a decoder was trained on."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def condition(
     on_image: Callable[[int], None] | None = None,
     host: Host = PLAIN,
 ) -> Condition:
-    """`condition_for`, one image at a time; without a card, LCDM of the logits as they are.
+    """`condition_for`, one image at a time; without a card, LCDM applied to the logits unchanged.
 
     Args:
-        device: where it is computed; None for where the logits are.
-        on_image: called with the number of images done.
+        device: device to compute on; None for that of the logits.
+        on_image: called with the number of images done so far.
 
     Raises:
         ValueError: as `condition_for`.
@@ -53,11 +53,11 @@ def condition_for(card: DecoderCard, token_logits: TokenLogits, codebook: Codebo
     """The condition that the decoder of this card expects: LCDM with its calibration, or discrete code vectors.
 
     For a VLM's logits, the card's `reads` selects the logits (the paper), the logits pulled towards the sampled token
-    by the calibration's anchor, at its temperature, or the sampled tokens alone. Calibrated logits are mapped as they
-    are.
+    by the calibration's anchor, at its temperature, or the sampled tokens alone. Logits that are already calibrated are
+    mapped unchanged.
 
     Raises:
-        ValueError: if logits, codebook and calibration are not of one tokenizer.
+        ValueError: if logits, codebook and calibration do not belong to the same tokenizer.
     """
     if card.variant == "discrete":
         return discrete_condition(token_logits, codebook)
@@ -78,10 +78,14 @@ def serving(
     anchor: float | None = None,
     reads: str | None = None,
 ) -> DecoderCard:
-    """The card with its calibration, its reading, or the anchor to read with replaced by what was asked for.
+    """The card with its calibration, its anchor, or what it reads of a VLM's output replaced as requested.
+
+    Args:
+        anchor: replaces the calibration's anchor and implies reads="anchored".
+        reads: one of `models.card.READINGS`.
 
     Raises:
-        ValueError: if that does not fit the decoder.
+        ValueError: if the request does not fit the decoder, or an anchor is given with another reading.
     """
     if calibration is not None and card.variant != "lcdm+lc":
         raise ValueError(f"this decoder was trained on {card.variant!r} conditions: it takes no calibration")
@@ -101,14 +105,14 @@ def discrete_condition(token_logits: TokenLogits, codebook: Codebook) -> Conditi
 
 
 def condition_of_tokens(tokens: torch.Tensor, grid: tuple[int, int], codebook: Codebook) -> Condition:
-    """As `discrete_condition`, of tokens [B, N] on a grid (h, w) without their logits."""
+    """`discrete_condition` for tokens [B, N] on an (h, w) grid, without their logits."""
     c = codebook.vectors[tokens.to(codebook.vectors.device)]
     u = c.new_tensor([1.0, 1.0, 1.0, 0.0]).expand(*c.shape[:2], 4)
     return Condition(c, u, grid, codebook=codebook.fingerprint)
 
 
 def proxies_of_tokens(token_logits: TokenLogits, codebook: Codebook) -> TokenLogits:
-    """Tokens as if the encoder had seen exactly their code vectors: the proxy logits of e_t (our choice)."""
+    """Proxy logits of the tokens' own code vectors e_t, as if the encoder had output exactly these (our choice)."""
     vectors = codebook.vectors[token_logits.tokens.to(codebook.vectors.device)]
     return TokenLogits(
         proxy_logits(vectors, codebook),

@@ -1,4 +1,4 @@
-"""Guidance on the condition: a decoder's velocity, pushed on from what it would be without the condition.
+"""Guidance on the condition: moves a decoder's velocity further away from its unconditional velocity.
 
 Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), beyond the paper.
 
@@ -17,16 +17,17 @@ from .oom import is_out_of_memory
 
 
 class ConditionedVelocity:
-    """v_null + w (v_cond - v_null) of one condition and latent size, at any time.
+    """The velocity v_null + w (v_cond - v_null) for one condition and latent size, at any time.
 
-    With w = 1 it is v_cond to the last bit, at its cost. Otherwise the network sees each image twice, in one batch with
-    and without its condition, and a step takes about twice the time; if the batch runs out of memory, in two passes
-    from then on, which take the memory of one.
+    With w = 1 this is exactly v_cond, bit for bit, at the same cost. Otherwise each image passes through the network
+    twice, with and without its condition, in one batch, and a step takes about twice as long. If that batch runs out of
+    memory, every later step makes two passes, which need the memory of one.
 
     Args:
         condition: of B images, on the decoder's device.
-        weight: w, as `DecoderCard.condition_guidance_of` gives it.
-        host: told when memory ran out.
+        latent_size: (h', w').
+        weight: w, as returned by `DecoderCard.condition_guidance_of`.
+        host: told when memory runs out.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class ConditionedVelocity:
         self._together = True
 
     def __call__(self, packed: torch.Tensor, context: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """[B, L, F] float32; arguments as `DistributionConditionedDecoder.forward`."""
+        """The velocity [B, L, F] float32; arguments as in `DistributionConditionedDecoder.forward`."""
         if self._null is None:
             return self._at(packed, context, self._conditioned, t)
         if self._together:

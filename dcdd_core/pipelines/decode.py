@@ -1,4 +1,4 @@
-"""Condition -> image: Euler steps of the decoder from noise to latents, and the codec to pixels; tokens -> image.
+"""Condition -> image: the decoder's Euler steps from noise to latents, then the codec to pixels; also tokens -> image.
 
 Shapes: B batch, N tokens, D code dim, H W pixels, h' w' latent grid, C latent channels.
 """
@@ -38,8 +38,8 @@ class Decoded:
     """Painted images.
 
     Attributes:
-        pixels: [B, 3, H, W] float32 in -1..1; where a mask was 0, the given image to the last bit.
-        latents: [B, C, h', w'] float32, raw (not normalised), as the decoder left them.
+        pixels: [B, 3, H, W] float32 in -1..1; where the mask was 0, bit-identical to the given image.
+        latents: [B, C, h', w'] float32, raw (not normalised), as the decoder produced them.
     """
 
     pixels: torch.Tensor
@@ -51,15 +51,15 @@ class Canvas:
     """What painting starts from.
 
     Attributes:
-        given: [B or 1, C, h', w'] raw latents of what is kept, grey where it is painted.
-        area: [B or 1, 1, H, W], 1 where it is painted, 0 where it is kept.
+        given: [B or 1, C, h', w'] raw latents of the image to keep, with the area to paint in grey.
+        area: [B or 1, 1, H, W], 1 where the image is painted, 0 where it is kept.
     """
 
     given: torch.Tensor
     area: torch.Tensor
 
     def part(self, first: int, last: int) -> Canvas:
-        """That of the images first..last - 1."""
+        """The canvas of images first..last - 1."""
         given, area = (x if len(x) == 1 else x[first:last] for x in (self.given, self.area))
         return Canvas(given=given, area=area)
 
@@ -82,17 +82,17 @@ def decode(
     host: Host = PLAIN,
     codec_remedy: str | None = None,
 ) -> Decoded:
-    """Paints the images of a condition (Eqs. 17-25): `canvas_of`, `paint` and `pixels_of`, see these.
+    """Paints the images of a condition (Eqs. 17-25) with `canvas_of`, `paint` and `pixels_of`; arguments as there.
 
-    If a batch runs out of memory, it is painted in smaller parts, with the same result; `on_step` is then called for
-    each of them from the first step on. The codec works on one image at a time, outside of the steps. A student of few
-    steps that is to paint at times that it was not made for gives a `DCDDWarning`.
+    If a batch runs out of memory, it is painted in smaller parts, with the same result; `on_step` then starts again at
+    the first step for each part. The codec works on one image at a time, outside the steps. A few-step student that is
+    asked to paint at times it was not distilled for issues a `DCDDWarning`.
 
     Args:
         codec_remedy: what to do if the codec does not fit into memory; the host's by default.
 
     Raises:
-        ValueError: for what one of the three refuses.
+        ValueError: as `canvas_of`, `paint` and `pixels_of`.
         RuntimeError: if a single image does not fit into memory.
     """
     batch = len(condition.code_vectors)
@@ -127,7 +127,7 @@ def decode(
         own = (x if x is None or len(x) == 1 else x[k : k + 1] for x in (image, mask))
         return host.keep(pixels_of(codec, latents[k : k + 1], *own))
 
-    # Apart from the steps, which must not be repeated when the codec runs out of memory.
+    # Separate from the steps, which must not be repeated when the codec runs out of memory.
     pixels = torch.cat(list(one_by_one(show, batch, host, remedy=codec_remedy)))
     return Decoded(pixels=pixels, latents=latents)
 
@@ -141,12 +141,12 @@ def decode_tokens(
     on_images: Callable[[int, torch.Tensor], None] | None = None,
     host: Host = PLAIN,
 ) -> torch.Tensor:
-    """The VLM's own images [B, 3, H, W] in -1..1; in smaller parts if memory runs out.
+    """Decodes the VLM's own images [B, 3, H, W] in -1..1, in smaller parts if memory runs out.
 
     Args:
         soft: decode the expected code vector of each position (Eqs. 4-5) instead of its token.
-        at_once: images that are decoded together; None for all. Convolutions of other batches may round differently.
-        on_images: called with (images done, the last ones' pixels).
+        at_once: number of images decoded together; None for all. Other batch sizes may round differently.
+        on_images: called with (images done so far, pixels of the latest ones).
 
     Raises:
         ValueError: for another tokenizer's logits.
@@ -184,12 +184,12 @@ def canvas_of(
     """The canvas for the images of a condition, encoded one by one; an empty one if no image is given.
 
     Args:
-        condition: of B images on an (h, w) grid, painted at `decoder.painted_size`.
-        image, mask: for localised decoding, both or neither: [B or 1, 3, H, W] in -1..1, and [B or 1, 1, H, W] in 0..1
-            where 0 is kept, 1 is painted, and anything between is painted and blended.
+        condition: of B images on an (h, w) grid, painted at the size `decoder.painted_size`.
+        image, mask: for localised decoding, both or neither: [B or 1, 3, H, W] in -1..1, and [B or 1, 1, H, W] in 0..1,
+            where 0 is kept, 1 is painted, and values in between are painted and blended.
 
     Raises:
-        ValueError: for another tokenizer's condition, and for image and mask that do not fit.
+        ValueError: for another tokenizer's condition, and for an image or mask that does not fit.
     """
     height, width = decoder.painted_size(condition.grid)
     _check_condition(decoder, condition)
@@ -218,26 +218,26 @@ def paint(
     on_prepare: OnLayer | None = None,
     host: Host = PLAIN,
 ) -> torch.Tensor:
-    """Euler steps from noise to raw latents [B, C, h', w'] float32.
+    """Runs the Euler steps from noise to raw latents [B, C, h', w'] float32.
 
     Args:
-        codec: says how latents are normalised; its network is used by a guide alone.
-        seeds: one whole number an image; a batch equals its singles.
-        steps: Euler steps; the bundle's own number by default.
-        shift: mu of the time shift; the bundle's own by default, or if it has none the backbone's.
-        condition_guidance: w of v_null + w (v_cond - v_null), for a decoder that was trained with dropped conditions
-            (`ConditionedVelocity`); 1 is off, and any other about doubles the time of a step. The bundle's own by
-            default. It comes before the guide's.
-        guide: distribution guidance of these images; None for none. Where the canvas keeps an image, nothing is guided.
-        start: time to start from, 1 for noise alone; below 1 the guide's soft VQ decode is noised to it, and the
-            schedule is scaled.
+        codec: defines how latents are normalised; only a guide uses its network.
+        seeds: one integer per image; each image is the same as when painted on its own.
+        steps: number of Euler steps, 1..`MOST_STEPS`; the bundle's own by default.
+        shift: mu of the time shift; by default the bundle's own, or the backbone's if it has none.
+        condition_guidance: guidance scale w of v_null + w (v_cond - v_null), for a decoder trained with dropped
+            conditions (`ConditionedVelocity`); 1 is off, any other value about doubles the time of a step. The bundle's
+            own by default. It is applied before the guide.
+        guide: distribution guidance for these images; None for none. Areas that the canvas keeps are not guided.
+        start: time to start from, above 0 and up to 1, which is pure noise; below 1 the steps start from the guide's
+            soft VQ decode noised to that time, and the schedule is scaled to it.
         on_prepare: called with (layers read, layers) while a new schedule is prepared; may raise to stop.
-        host: told when memory ran out.
+        host: told when memory runs out.
 
     Raises:
         ValueError: for another tokenizer's condition, a wrong number of seeds or steps, a condition_guidance out of
-            range or of a decoder that was trained with all of its conditions, a start outside 0..1 or below 1 without a
-            guide, and a canvas that is not finite; naming the first step after which the latents are not.
+            range, or other than 1 for a decoder trained without dropped conditions, a start out of range or below 1
+            without a guide, and a canvas that is not finite; if the latents become NaN or infinite, naming the step.
     """
     card, backbone, batch = decoder.card, decoder.backbone, len(condition.code_vectors)
     _check_condition(decoder, condition)
@@ -282,7 +282,7 @@ def paint(
         if on_step is not None:
             on_step(i + 1, steps, codec.denormalize(backbone.unpack(recover_clean(x, v, now), size)))
         x = euler_step(x, v, now, after)
-        # NaN and infinity stay in a sum. It is looked at later, since a GPU would be waited for.
+        # NaN and infinity survive in a sum. On a GPU it is read after the last step: reading it here would synchronise.
         finite.append(x.sum().isfinite())
         if x.device.type == "cpu":
             _require_finite(finite, dtype)
@@ -294,13 +294,13 @@ def paint(
 def pixels_of(
     codec: LatentCodec, latents: torch.Tensor, image: torch.Tensor | None = None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Painted raw latents [B, C, h', w'] -> pixels [B, 3, H, W] float32 in -1..1, decoded one by one, on their device.
+    """Painted raw latents [B, C, h', w'] -> pixels [B, 3, H, W] float32 in -1..1, one by one, on the latents' device.
 
     Args:
-        image, mask: see `canvas_of`; where the mask is 0, the image comes back to the last bit.
+        image, mask: see `canvas_of`; where the mask is 0, the image is returned bit for bit.
 
     Raises:
-        ValueError: for latents that are not finite, and a codec that makes such pixels of finite ones.
+        ValueError: for latents that are not finite, and if the codec decodes finite ones to NaN or infinity.
     """
     if not is_finite(latents):
         raise ValueError("the latents hold NaN or infinity, and cannot become an image: paint them again")
@@ -331,11 +331,11 @@ def _check_condition(decoder: DistributionConditionedDecoder, condition: Conditi
 
 
 def _require_finite(finite: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
-    """Refuses a painting of which a step, by number, was not finite.
+    """Refuses latents that are not finite, naming the first step after which they were not.
 
     Args:
-        finite: whether the latents were, after each step.
-        dtype: that the decoder computes in.
+        finite: whether the latents were finite, after each step.
+        dtype: the decoder's compute dtype.
     """
     if bool(finite[-1]):
         return
@@ -353,7 +353,7 @@ def _doubt_of_student(
     shift: float | None,
     start: float,
 ) -> str | None:
-    """Why a student's images may be worse than it can paint; None for its own times, and for other decoders."""
+    """Why a student's images may be worse than its best; None at its own times, and for other decoders."""
     card, found = decoder.card, []
     if card.distilled is None:
         return None
@@ -377,7 +377,7 @@ def _check_seeds(seeds: Sequence[int], batch: int) -> None:
 
 
 def check_part(image: torch.Tensor | None, mask: torch.Tensor | None, batch: int, size: tuple[int, int]) -> None:
-    """Refuses an image and a mask (see `canvas_of`) that do not fit `batch` images of this size.
+    """Refuses an image or mask (see `canvas_of`) that does not fit `batch` images of this size (H, W).
 
     Raises:
         ValueError: naming what does not fit.

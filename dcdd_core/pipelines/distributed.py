@@ -40,9 +40,9 @@ class Processes:
         return self.index == 0
 
     def batches(self, work: Sequence[T], batch: int, *, done: Callable[[T], bool], label: str) -> Iterator[Sequence[T]]:
-        """This process's share of the batches that still have work; the first process shows a progress bar.
+        """This process's share of the batches that still have work to do; the first process shows a progress bar.
 
-        All processes check what is done before any of them starts, and return together.
+        All processes check what is already done before any of them starts, and all finish together.
 
         Raises:
             ValueError: for a batch size below 1.
@@ -74,7 +74,7 @@ def processes(device: str) -> Iterator[Processes]:
         from accelerate import PartialState
     except ImportError as error:
         raise ValueError("several processes need accelerate: install it, or start a single process") from error
-    # The first to finish waits for the others, for days if the list is long; torch's default timeout is 30 minutes.
+    # The first to finish waits for the others, days for a long list, but torch's default timeout is 30 minutes.
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
     own = f"{device}:{state.local_process_index}" if device == "cuda" else device
     yield Processes(index=state.process_index, count=state.num_processes, device=own, wait=state.wait_for_everyone)

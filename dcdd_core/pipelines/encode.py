@@ -22,7 +22,7 @@ def encode(
     """Proxy logits (Eqs. 9-10) and tokens of images [B, 3, H, W] in -1..1, encoded one by one.
 
     Args:
-        on_image: called with (images done, the last one's pixels).
+        on_image: called with (images done so far, pixels of the latest one).
 
     Raises:
         ValueError: for sides that are not a multiple of the tokenizer's factor.
@@ -46,8 +46,8 @@ def fitting_size(size: tuple[int, int], factor: int, longest_side: int | None = 
     """The size (H, W) nearest to `size` that is a whole grid of tokens.
 
     Args:
-        factor: pixels a token side.
-        longest_side: larger images are shrunk to it first; None keeps the size.
+        factor: pixels per token side.
+        longest_side: in pixels; larger images are first shrunk to it. None keeps the size.
     """
     scale = min(1.0, longest_side / max(size)) if longest_side else 1.0
     height, width = (max(factor, round(side * scale / factor) * factor) for side in size)

@@ -1,4 +1,4 @@
-"""Distribution guidance at work: predicted clean latents, pulled towards what a condition says of each position.
+"""Distribution guidance in use: predicted clean latents are pulled towards what a condition says about each position.
 
 Shapes: B batch, N tokens (row-major h x w grid), D code dim, H W pixels of the painted image, h' w' latent grid,
 C latent channels.
@@ -22,21 +22,22 @@ from .host import PLAIN, Host
 from .oom import is_out_of_memory
 from .tiles import LEAST_TILE, Decode, decode_in_tiles, gradient_at_once, gradient_in_tiles
 
-#: Tiles that are halved for want of memory stay at least so large, in latent positions a side.
+#: Tiles that are halved because memory ran out keep at least this side, in latent positions.
 LEAST_HALVED = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceOptions:
-    """How strongly, when and by what predicted images are pulled.
+    """How strongly and when predicted images are guided, and how positions are weighted.
 
     Attributes:
-        strength: eta, the root mean square of a step on latents of unit variance at t = 1; 0 leaves the pull alone.
+        strength: eta, 0..`MOST_STRENGTH`, the root mean square of a gradient step on latents of unit variance at t = 1;
+            0 leaves only the pull.
         pull: 0..1, how close early steps stay to the soft VQ decode.
-        first, last: steps at times last <= t <= first are guided; 1 is pure noise.
-        every: only each of so many steps of the schedule, from its first on.
-        gradients: steps of the gradient at each of them.
-        weight: what a position counts: "confidence" max p, or "uniform".
+        first, last: steps at times last <= t <= first are guided, both in 0..1; 1 is pure noise.
+        every: guide only every n-th step of the schedule, starting with the first.
+        gradients: number of gradient steps at each guided step.
+        weight: weight of a position: its "confidence" max p, or "uniform".
 
     Raises:
         ValueError: for values out of range.
@@ -65,24 +66,24 @@ class GuidanceOptions:
 
     @property
     def off(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether this guidance changes nothing."""
         return self.strength == 0 and self.pull == 0
 
     def guides(self, time: float, step: int = 0) -> bool:
-        """Whether the step at this time is guided; `step` counts from the first."""
+        """Whether the step at this time is guided; `step` counts from 0."""
         return not self.off and self.last <= time <= self.first and step % self.every == 0
 
 
 @dataclass(kw_only=True, eq=False)
 class Fallback:
-    """What a guide has given up because memory ran out; one for all its parts and steps.
+    """What a guide has given up because memory ran out; shared by all its parts and steps.
 
     Attributes:
-        twice: images are decoded twice, so that the activations of decoder and encoder are not held together.
-        tile: latent positions a side of the tiles it has come down to; None for the guide's own.
-        forward: the image is decoded in tiles as well.
+        twice: images are decoded twice, so that the activations of decoder and encoder are not held at the same time.
+        tile: side of the tiles it now uses, in latent positions; None for the guide's own.
+        forward: the forward decode of the image is tiled as well.
         alternating: only every second gradient is computed.
-        pausing: the next one is left out.
+        pausing: the next gradient is skipped.
     """
 
     twice: bool = False
@@ -96,24 +97,24 @@ class Fallback:
 class TokenGuide:
     """Pulls predicted clean latents towards a condition, through a latent decoder and the VLM's VQ encoder.
 
-    The gradient is computed image by image. If it runs out of memory, the image is decoded twice; then the way back
-    through the decoder goes in tiles of half the size, down to `LEAST_HALVED`; if that is not enough either, only every
-    second gradient is computed.
+    The gradient is computed image by image. If it runs out of memory, the image is decoded twice; then the backward
+    pass through the decoder runs in tiles, halved in size down to `LEAST_HALVED`; if that is not enough either, only
+    every second gradient is computed.
 
     Attributes:
-        tokenizer: its encoder reads the images, shrunk or enlarged to the token grid's own size.
-        decode: how it sees latents: the codec, or a cheap stand-in for it.
-        condition: of B images; its code vectors and confidence count.
+        tokenizer: its encoder reads the images, resized to the token grid's own size.
+        decode: decodes latents to the pixels that are guided: the codec, or a cheap stand-in for it.
+        condition: of B images; only its code vectors and confidence are used.
         scale: s of the calibration (Eq. 14).
-        soft: [B, C, h', w'] normalised latents of the VQ decode of the code vectors, which `pull` draws to.
-        free: bool [B or 1, N], positions that nothing pulls; None for none.
+        soft: [B, C, h', w'] normalised latents of the VQ decode of the code vectors, the target of `pull`.
+        free: bool [B or 1, N], positions without weight in the loss; None for none.
         area: [B or 1, 1, h', w'], 1 where latents are painted, 0 where they are kept and not corrected; None paints
             everything.
-        tile: images are decoded twice, and the way back through `decode` goes in tiles of so many latent positions a
-            side, at least `LEAST_TILE`; None for neither. The first of the two takes the whole image while that fits:
-            without gradients it takes no more memory than the last decode, and a network that normalises over the
-            image would see another one in tiles.
-        host: told when memory ran out.
+        tile: side in latent positions, at least `LEAST_TILE`: images are decoded twice, and the backward pass through
+            `decode` runs in tiles of this side; None for neither. The first decode takes the whole image while that
+            fits: without gradients it needs no more memory than the final decode, and a network that normalises over
+            the image computes something else in tiles.
+        host: told when memory runs out.
 
     Raises:
         ValueError: for another tokenizer's condition, and tiles that are too small.
@@ -140,19 +141,19 @@ class TokenGuide:
             )
 
     def part(self, first: int, last: int) -> TokenGuide:
-        """That of the images first..last - 1."""
+        """The guide of images first..last - 1."""
         free, area = (x if x is None or len(x) == 1 else x[first:last] for x in (self.free, self.area))
         condition, soft = self.condition.part(first, last), self.soft[first:last]
         return replace(self, condition=condition, soft=soft, free=free, area=area)
 
     def under(self, mask: torch.Tensor) -> TokenGuide:
-        """That of images of which a part is painted; the guide itself if that is everything.
+        """The guide for images that are painted only in part; the guide itself if all of it is painted.
 
-        A latent is painted if any of its pixels is. Positions of which less is painted than half of the most that is of
-        any are free, so that a thin mask is guided too.
+        A latent is painted if any of its pixels is. A position is free if its painted share is less than half of the
+        largest share of any position, so that a thin mask is guided too.
 
         Args:
-            mask: [B or 1, 1, H, W], 0 is kept, more is painted; of any size.
+            mask: [B or 1, 1, H, W] of any size; 0 is kept, anything above is painted.
         """
         painted = (mask > 0).float()
         if bool(painted.all()):
@@ -163,7 +164,7 @@ class TokenGuide:
         return replace(self, free=free, area=F.adaptive_max_pool2d(painted, tuple(self.soft.shape[2:])))
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the VQ encoder reads in images of any size: [B, 3, H, W] in -1..1 -> [B, N, D], differentiable."""
+        """The VQ encoder's features of images of any size: [B, 3, H, W] in -1..1 -> [B, N, D], differentiable."""
         return self.tokenizer.features(at_grid(self.tokenizer, pixels, self.condition.grid))
 
     def loss(self, clean: torch.Tensor) -> torch.Tensor:
@@ -179,11 +180,11 @@ class TokenGuide:
         return token_loss(self.features(pixels), _saveable(condition.code_vectors), weights, codebook, scale=self.scale)
 
     def gradient(self, clean: torch.Tensor) -> torch.Tensor:
-        """dL/dx0 [B, C, h', w'], also where gradients are switched off; 0 where memory ran out (see `Fallback`).
+        """dL/dx0 [B, C, h', w'], even where autograd is switched off; 0 where memory ran out (see `Fallback`).
 
         Raises:
-            ValueError: if it is not finite.
-            RuntimeError: if not even every second one fits into memory.
+            ValueError: if the gradient is not finite.
+            RuntimeError: if not even every second gradient fits into memory.
         """
         fallback = self.fallback
         if fallback.alternating and fallback.pausing:
@@ -202,7 +203,7 @@ class TokenGuide:
                         "out of memory for distribution guidance, even for every second step in tiles of "
                         f"{tile} x {tile} latents: {self.host.remedy}"
                     ) from error
-            # Outside of the handler, which holds what the failed attempt has made.
+            # Outside the handler, which keeps the tensors of the failed attempt alive.
             if not self._falls_back(max(clean.shape[2:]), tile):
                 return torch.zeros_like(clean)
         fallback.pausing = fallback.alternating
@@ -228,7 +229,7 @@ class TokenGuide:
         return gradient
 
     def _pixels(self, clean: torch.Tensor, tile: int | None) -> torch.Tensor:
-        """The image of one image's latents, without gradients; in tiles if it does not fit as a whole."""
+        """Decodes one image's latents without gradients; in tiles if it does not fit as a whole."""
         if not self.fallback.forward:
             try:
                 return decode_in_tiles(self.decode, clean, None)
@@ -240,11 +241,11 @@ class TokenGuide:
         return decode_in_tiles(self.decode, clean, tile)
 
     def _falls_back(self, side: int, tile: int | None) -> bool:
-        """After memory ran out: whether to try again at once, in another way; if not, the next step is tried.
+        """Picks a fallback after memory ran out: True to retry this step with it, False to skip this step.
 
         Args:
-            side: the latents' longer one.
-            tile: that was tried; None for none.
+            side: the longer side of the latents.
+            tile: the tile side that was tried; None for no tiles.
         """
         fallback = self.fallback
         if tile is None and not fallback.twice:
@@ -263,12 +264,12 @@ class TokenGuide:
         return False
 
     def guided(self, time: float, step: int = 0) -> bool:
-        """Whether the step at this time is guided; `step` counts from the first."""
+        """Whether the step at this time is guided; `step` counts from 0."""
         return self.options.guides(time, step)
 
     @torch.no_grad()
     def correct(self, clean: torch.Tensor, time: float) -> torch.Tensor:
-        """x0 after the gradient's step and the pull: [B, C, h', w'].
+        """x0 [B, C, h', w'] after the gradient steps and the pull.
 
         Raises:
             ValueError, RuntimeError: as `gradient`.
@@ -286,14 +287,14 @@ class TokenGuide:
             return guide_clean(clean, gradient, time, strength)
         area = self.area.to(gradient)
         moved = guide_clean(clean, gradient * area, time, strength)
-        # eta is the root mean square of what is painted.
+        # eta is the root mean square over the painted area.
         return clean + (moved - clean) * area.mean((1, 2, 3), keepdim=True).sqrt().to(clean)
 
     @torch.no_grad()
     def agreement(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Share of positions at which the encoder reads the condition's nearest code, [B]: a check on the result.
+        """Share of positions [B] at which the encoder reads the condition's nearest code: a check on the result.
 
-        Guidance that has fooled the encoder rather than painted what the condition says loses it under a little noise.
+        If guidance has fooled the encoder instead of painting what the condition says, a little noise lowers the share.
         """
         tokens = self.tokenizer.tokens(self.features(pixels))
         wanted = self.tokenizer.tokens(self.condition.code_vectors)
@@ -301,7 +302,7 @@ class TokenGuide:
 
 
 def at_grid(tokenizer: ImageTokenizer, pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Images [B, 3, H, W] of any size, at the size whose tokens are an (h, w) grid; differentiable."""
+    """Resizes images [B, 3, H, W] of any size so that their tokens form an (h, w) grid; differentiable."""
     size = (grid[0] * tokenizer.factor, grid[1] * tokenizer.factor)
     if tuple(pixels.shape[2:]) == size:
         return pixels
@@ -326,7 +327,7 @@ def token_guide(
     Args:
         scale: s of the VLM's calibration.
         size: (H, W) of the painted image; the token grid's own by default.
-        decode: how it sees latents; the codec by default, or a cheap stand-in such as `models.cheap_decoder`.
+        decode: decodes the latents; the codec by default, or a cheap stand-in such as `models.cheap_decoder`.
         free, tile, host: see `TokenGuide`.
 
     Raises:
@@ -366,11 +367,11 @@ def sharpen(
     steps: int = 8,
     on_step: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """The loss alone, without a diffusion model: normalised gradient steps on latents, each shorter than the last.
+    """Minimises the loss alone, without a diffusion model: normalised gradient steps of decreasing length on latents.
 
     Args:
         clean: normalised latents [B, C, h', w'] to start from, such as `guide.soft`.
-        steps: at least 1; step k has the root mean square eta (1 - k / steps), eta = `guide.options.strength`.
+        steps: at least 1; step k has root mean square eta (1 - k / steps) with eta = `guide.options.strength`.
         on_step: called with (steps done, steps, latents); may raise to stop.
 
     Raises:
@@ -385,5 +386,5 @@ def sharpen(
 
 
 def _saveable(values: torch.Tensor) -> torch.Tensor:
-    """The same numbers, which autograd can save for the way back also if they were made in inference mode."""
+    """The same values, which autograd can save for the backward pass even if they were made in inference mode."""
     return values.clone() if values.is_inference() else values

@@ -1,8 +1,7 @@
-"""Distribution guidance of a diffusers pipeline: any FLUX.1, FLUX.2 [klein], SDXL or Stable Diffusion 1.x folder as
-the prior.
+"""Distribution guidance with a diffusers pipeline as the prior: FLUX.1, FLUX.2 [klein], SDXL or Stable Diffusion 1.x.
 
-The pipeline encodes the prompt with its own text encoders and runs its own denoiser. Its scheduler is asked for the
-predicted clean latents before every step, and gets them back corrected.
+The pipeline encodes the prompt with its own text encoders and runs its own denoiser. Before every scheduler step the
+predicted clean latents are read out, corrected and handed back.
 
 Shapes: B batch, C latent channels, h' w' latent grid.
 """
@@ -43,7 +42,7 @@ from .host import PLAIN, Host
 from .oom import one_by_one
 from .tiles import Decode
 
-#: Classes of pipelines that are read, each with a way to say it.
+#: The pipeline classes that can be read, each with its name in messages.
 READ = {
     "FluxPipeline": "FLUX.1",
     "FluxImg2ImgPipeline": "FLUX.1",
@@ -55,7 +54,7 @@ READ = {
 }
 _MOST_STEPS = 1000
 _KLEIN = "Flux2KleinPipeline"
-#: The first diffusers that has it.
+#: The first diffusers release that has it.
 _HAS_KLEIN = "0.37"
 
 
@@ -63,8 +62,11 @@ class PriorPipeline:
     """A diffusers image-to-image pipeline that paints what tokens say.
 
     Args:
-        pipe: of FLUX.1, SDXL or Stable Diffusion 1.x. Its scheduler is replaced: Euler on the flow's path, or DDIM.
-        codec: the pipeline's autoencoder in float32, through which guidance sees its latents.
+        pipe: of FLUX.1, SDXL or Stable Diffusion 1.x. Its scheduler is replaced: flow-matching Euler, or DDIM.
+        codec: the pipeline's autoencoder in float32, with which guidance decodes latents.
+
+    Raises:
+        ValueError: for scheduler settings that do not fit, and a model that predicts neither epsilon nor v.
     """
 
     def __init__(self, pipe: Any, codec: LatentCodec):
@@ -73,7 +75,7 @@ class PriorPipeline:
         self.pipe, self.codec, self.flow = pipe, codec, hasattr(pipe, "transformer")
         kind = FlowMatchEulerDiscreteScheduler if self.flow else DDIMScheduler
         with reading("the pipeline's scheduler_config.json", f"the settings of a {kind.__name__}"):
-            # The flow's times come shifted (`_times`).
+            # The times of a flow model are already shifted (`_times`).
             plain = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None} if self.flow else {}
             self._schedule = dict(pipe.scheduler.config)
             pipe.scheduler = kind.from_config({**self._schedule, **plain})
@@ -86,14 +88,14 @@ class PriorPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         return self.pipe.device
 
     def size_for(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) as it can be painted.
+        """The size (H, W), if the model can paint it.
 
         Raises:
-            ValueError: for sides that are no multiple of 16 or 8 pixels, by the model.
+            ValueError: for sides that are not a multiple of 16 or 8 pixels, depending on the model.
         """
         unit = self.codec.factor * (2 if self.flow else 1)
         if any(side < unit or side % unit for side in size):
@@ -125,19 +127,19 @@ class PriorPipeline:
         """Paints B images, one by one, from the soft VQ decode noised to t0 = `start`.
 
         Args:
-            prompts, seeds: one an image.
+            prompts, seeds: one per image.
             scale: s of the VLM's calibration.
             size: (H, W) of the images.
-            steps: of the denoiser that are run, from `start` on.
-            start: t0 of flow models; of SDXL and Stable Diffusion, the share of the schedule that is run.
+            steps: number of denoiser steps to run from `start` on, 1..1000.
+            start: above 0 and up to 1: t0 of flow models; for SDXL and Stable Diffusion, the share of the schedule run.
             image, mask: to repaint a part, both or neither: see `pipelines.decode.canvas_of`. Where the mask is 0, the
                 latents follow the image's own, noised to each step's time (as in RePaint, arXiv 2201.09865), and the
-                image comes back to the last bit.
-            decode: how guidance sees latents; the pipeline's autoencoder by default, or a cheap stand-in for it.
-            arguments: further ones of the pipeline's own call, such as `guidance_scale`.
+                image is returned bit for bit.
+            decode: how guidance decodes latents; the pipeline's autoencoder by default, or a cheap stand-in for it.
+            arguments: further arguments of the pipeline's own call, such as `guidance_scale`.
 
         Raises:
-            ValueError: for numbers out of range, another tokenizer's condition, image and mask that do not fit, and
+            ValueError: for numbers out of range, another tokenizer's condition, an image or mask that does not fit, and
                 latents that are not finite.
             RuntimeError: if an image does not fit into memory.
         """
@@ -203,7 +205,7 @@ class PriorPipeline:
         start: float,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
-        """Raw latents [1, C, h', w'] float32 of the pipeline's own call.
+        """Makes the pipeline's own call: raw latents [1, C, h', w'] float32.
 
         Args:
             clean: normalised latents to start from, before noise.
@@ -222,7 +224,7 @@ class PriorPipeline:
     def _part_of_schedule(
         self, latent_size: tuple[int, int], size: tuple[int, int], steps: int, start: float
     ) -> dict[str, Any]:
-        """The pipeline's own words for so many steps from `start` on."""
+        """The pipeline's own arguments for running `steps` steps from `start` on."""
         if self.flow:
             times = self._times(latent_size, steps, start)
             return {
@@ -233,8 +235,9 @@ class PriorPipeline:
         return {"strength": min(1.0, steps / whole), "num_inference_steps": whole}
 
     def _times(self, latent_size: tuple[int, int], steps: int, start: float) -> list[float]:
-        """An even schedule from 1 to 0, shifted by the model's own mu and scaled to begin at `start`, as
-        `pipelines.decode.paint` has it; without its last 0.
+        """An even schedule from 1 to 0, shifted by the model's own mu and scaled to begin at `start`, without the 0.
+
+        `pipelines.decode.paint` computes it in the same way.
         """
         return (start * timesteps(steps, shift=self._shift(latent_size, steps)))[:-1].tolist()
 
@@ -257,11 +260,11 @@ class PriorPipeline:
         on_step: OnDecodeStep | None,
         keep: Callable[[torch.Tensor], torch.Tensor],
     ) -> Iterator[None]:
-        """Within it the scheduler's steps go on from corrected predictions.
+        """Within this context, the scheduler's steps continue from corrected predictions.
 
         Args:
-            keep: puts what is kept in its place in clean latents. Without randomness of its own, the scheduler's step
-                then leads from the kept latents noised to one time to the same noised to the next.
+            keep: puts the kept latents back in place in clean latents. As the scheduler's step is deterministic, it
+                then leads from the kept latents noised to one time to the same latents noised to the next.
         """
         scheduler, plain, done = self.pipe.scheduler, self.pipe.scheduler.step, 0
 
@@ -289,7 +292,7 @@ class PriorPipeline:
     def _predicted(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor
     ) -> tuple[torch.Tensor, float, Callable[[torch.Tensor], torch.Tensor]]:
-        """The predicted clean latents in float32, their time, and the way from clean latents to the model's output."""
+        """The predicted clean latents in float32, their time, and a function from clean latents to the model output."""
         scheduler, output, x = self.pipe.scheduler, model_output.float(), sample.float()
         if self.flow:
             if scheduler.step_index is None:
@@ -310,10 +313,7 @@ class PriorPipeline:
 
 
 class KleinPrior(PriorPipeline):
-    """FLUX.2 [klein], which diffusers offers from text alone.
-
-    It is given the noised latents to start from.
-    """
+    """FLUX.2 [klein], which diffusers offers only as text-to-image: it is given the noised latents to start from."""
 
     def _run(
         self,
@@ -354,10 +354,11 @@ class KleinPrior(PriorPipeline):
 def load_prior_pipeline(
     folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PriorPipeline:
-    """The pipeline in a diffusers folder, read from there alone.
+    """Loads the pipeline in a diffusers folder, from local files only.
 
     Raises:
-        ValueError: for a folder that is none, one of another kind, and files that cannot be read.
+        ValueError: for a path that is not a folder, another kind of pipeline, files that cannot be read, and a version
+            of diffusers that is too old for the pipeline.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -373,17 +374,17 @@ def load_prior_pipeline(
     codec = registry.load_codec(folder, device=device, dtype=torch.float32)
     kind = getattr(diffusers, image_to_image(name))
     with reading(folder, f"a {READ[name]} pipeline"), utf8_path(folder) as readable, warnings.catch_warnings():
-        # diffusers renames torch_dtype; the oldest one that is supported knows no other name.
+        # Newer diffusers rename torch_dtype; the oldest supported one knows only this name.
         warnings.simplefilter("ignore", FutureWarning)
         pipe = kind.from_pretrained(readable, torch_dtype=dtype, local_files_only=True)
     return PriorPipeline(pipe.to(device), codec)
 
 
 def image_to_image(name: str) -> str:
-    """The image-to-image class beside a pipeline's class, by diffusers' names.
+    """The name of the image-to-image class that goes with a pipeline's class, in diffusers' naming.
 
-    AutoPipelineForImage2Image, which knows them too, imports every pipeline, and an old diffusers has some that a newer
-    transformers breaks.
+    AutoPipelineForImage2Image knows these names too, but imports every pipeline, and a newer transformers breaks some
+    of an old diffusers.
     """
     return name.replace("Img2Img", "").replace("Pipeline", "Img2ImgPipeline")
 
@@ -406,7 +407,7 @@ def _load_klein(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
 
 
 def _kept(known: torch.Tensor | None, area: torch.Tensor | None, clean: torch.Tensor) -> torch.Tensor:
-    """Clean latents with the known ones where nothing is painted; without either, themselves."""
+    """Clean latents with the known ones where nothing is painted; unchanged without known latents or an area."""
     return clean if known is None or area is None else torch.where(area.to(clean) > 0, clean, known.to(clean))
 
 

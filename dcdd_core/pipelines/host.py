@@ -29,11 +29,11 @@ class Host:
         """Called before models compute: brings them to their device.
 
         Args:
-            memory: bytes the work takes besides the weights, an estimate.
+            memory: estimate of the bytes that the work takes besides the weights.
         """
 
     def check(self) -> None:
-        """Called between images; raises to stop."""
+        """Called between images; may raise to stop."""
 
     def on_split(self, size: int) -> None:
         """Called when a batch did not fit into memory.
@@ -44,15 +44,15 @@ class Host:
         warnings.warn(f"out of memory: continuing with {size} images at a time", DCDDWarning, stacklevel=4)
 
     def on_fallback(self, change: str) -> None:
-        """Called when work that did not fit into memory goes on in another way.
+        """Called when work that did not fit into memory continues in another way.
 
         Args:
-            change: what is different now, in words.
+            change: what is done differently now, as text.
         """
         warnings.warn(f"out of memory: {change}", DCDDWarning, stacklevel=4)
 
     def keep(self, result: Result) -> Result:
-        """Moves a finished part to where results wait."""
+        """Moves a finished part to where results are kept."""
         return result
 
 

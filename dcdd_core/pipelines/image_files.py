@@ -27,8 +27,8 @@ class ReadPolicy:
     """Which images may be left out: one policy for training, caches and evaluation.
 
     Attributes:
-        min_side: in pixels; images whose shorter side has fewer are left out, however many, rather than enlarged. None
-            for half of the side at which the images are used.
+        min_side: in pixels; images with a shorter side than this are left out instead of enlarged, however many there
+            are. None for half the side at which the images are used.
         skip_unreadable: the largest share of the images, 0..1, that may be unreadable and left out.
 
     Raises:
@@ -47,18 +47,18 @@ class ReadPolicy:
             raise ValueError(f"--skip-unreadable must lie in 0..1, got {self.skip_unreadable!r}; 0.05 allows 5 %")
 
     def least(self, side: int) -> int:
-        """The smallest shorter side of images that are used at `side` pixels."""
+        """The smallest shorter side, in pixels, that an image may have to be used at `side` pixels."""
         return max(1, side // 2) if self.min_side is None else self.min_side
 
     def allows(self, unreadable: int, read: int) -> bool:
-        """Whether so many unreadable images of those read, themselves included, may be left out."""
+        """Whether `unreadable` of `read` images may be left out; `read` counts the unreadable ones too."""
         return unreadable <= self.skip_unreadable * read
 
     def check(self, read: int, unreadable: int, reasons: Mapping[str, str], source: str) -> None:
         """Refuses a source with more unreadable images than may be left out.
 
         Args:
-            read, unreadable: how many images.
+            read, unreadable: numbers of images.
             reasons: name of an unreadable image -> what is wrong with it.
 
         Raises:
@@ -130,10 +130,10 @@ DEFAULT_POLICY = ReadPolicy()
 
 
 def walk(folder: str | Path, closed: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """(path, names of its files) of a folder and its sub-folders.
+    """Yields (path, names of its files) for a folder and its sub-folders.
 
-    Linked folders come after the others, and each folder once, under the first of its names: links that lead back up
-    end there.
+    Linked folders come after the others. Each folder comes once, under the first path found for it, so links that lead
+    back up cause no loop.
 
     Args:
         closed: receives the paths of folders that cannot be opened.
@@ -158,7 +158,7 @@ def walk(folder: str | Path, closed: list[str] | None = None) -> Iterator[tuple[
 
 
 def suffix_of(name: str) -> str:
-    """Of a file's name, in lower case: ".png"."""
+    """The suffix of a file name, in lower case: ".png"."""
     return os.path.splitext(name)[1].lower()
 
 

@@ -1,4 +1,4 @@
-"""Image files: how one is read and cropped to a square. Training and evaluation see the same pixels.
+"""Reads image files and crops them to squares, so that training and evaluation see the same pixels.
 
 Shapes: B batch, H W pixels.
 """
@@ -18,7 +18,7 @@ import torch
 
 from ..files import regular_file
 
-# What Pillow decodes itself; others, such as EPS, would start programs.
+# Formats that Pillow decodes itself; others, such as EPS, would start external programs.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = 2**27
 """134 million pixels, which take about 1 GB while an image is read. The largest sensors sold have 151 million."""
@@ -38,12 +38,12 @@ class UnreadableImage(ValueError):
 
 
 class TooSmallImage(UnreadableImage):
-    """An image below the smallest side that is used; there may be any number of them."""
+    """An image with a shorter side below the minimum; any number of them may be skipped."""
 
 
 @cache
 def suffixes() -> tuple[str, ...]:
-    """Of the image files that can be read here: AVIF needs Pillow 11.3, HEIC pillow_heif."""
+    """Suffixes of the image files that can be read here: AVIF needs Pillow 11.3, HEIC pillow_heif."""
     return (*_SUFFIXES, *((".avif",) if _reads_avif() else ()), *(_HEIF if _heif() is not None else ()))
 
 
@@ -61,11 +61,11 @@ def read_rgb(content: bytes | Path, *, min_side: int = 1) -> PIL.Image.Image:
     ignored.
 
     Args:
-        min_side: in pixels, the least that the shorter side must have.
+        min_side: the smallest allowed shorter side, in pixels.
 
     Raises:
         UnreadableImage: if it cannot be read, or is larger than `MOST_PIXELS` or `MOST_BYTES`.
-        TooSmallImage: if it is smaller than `min_side`.
+        TooSmallImage: if its shorter side is smaller than `min_side`.
     """
     try:
         size = len(content) if isinstance(content, bytes) else _regular(content).stat().st_size
@@ -88,7 +88,7 @@ def read_rgb(content: bytes | Path, *, min_side: int = 1) -> PIL.Image.Image:
 
 
 def size_of(path: Path) -> tuple[int, int] | None:
-    """Width and height in pixels as the file's header says, not turned; None for a file that cannot be read."""
+    """Width and height in pixels from the file's header, before any rotation; None for a file that cannot be read."""
     try:
         with _open(_regular(path)) as image:
             return image.size
@@ -158,7 +158,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _in_strips(image: PIL.Image.Image, convert: Callable[[PIL.Image.Image], PIL.Image.Image]) -> PIL.Image.Image:
-    """Converts pixels to RGB a strip at a time: the intermediate images of a whole one would take gigabytes."""
+    """Converts pixels to RGB a strip at a time: intermediates of a whole large image would take gigabytes."""
     rgb = PIL.Image.new("RGB", image.size)
     for top in range(0, image.height, _STRIP):
         strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
@@ -179,8 +179,10 @@ def _on_white(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _without_text(content: bytes | Path) -> bytes | None:
-    """A PNG without its text and colour profile, which Pillow refuses where they are large and nothing here reads; None
-    for another file."""
+    """A PNG without its text and colour profile: Pillow refuses large ones, and nothing here reads them.
+
+    None for any other file.
+    """
     data = content if isinstance(content, bytes) else content.read_bytes()
     if not data.startswith(_PNG):
         return None
@@ -209,7 +211,7 @@ def _reads_avif() -> bool:
 
 @cache
 def _heif():
-    """pillow_heif, if it is installed. It is asked by name: registered with Pillow it would read them everywhere."""
+    """pillow_heif, if installed. It is called directly: registered with Pillow, it would act in the whole process."""
     try:
         import pillow_heif
     except ImportError:

@@ -1,4 +1,4 @@
-"""The models of one generation, from files."""
+"""Loads the models for one generation from files."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _OWN_VAE = "use the autoencoder that the decoder was trained with (for FLUX.1-Fi
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPaths:
-    """Where the models lie.
+    """Where the models are stored.
 
     Attributes:
-        vlm: what a `SamplerFamily` reads; its tokenizer is read from there too.
+        vlm: path that a `SamplerFamily` reads; the tokenizer is read from there too.
         decoder, vae: a decoder bundle and the autoencoder, both or neither.
-        base: the decoder's base model, where the bundle does not hold every weight.
+        base: the decoder's base model, needed if the bundle does not hold every weight.
 
     Raises:
-        ValueError: for one of decoder and vae without the other.
+        ValueError: if only one of decoder and vae is given.
     """
 
     vlm: str | Path
@@ -48,10 +48,10 @@ class LoadOptions:
     """How the models are held.
 
     Attributes:
-        device: where they compute.
-        dtype: of the language model and the diffusion backbone; tokenizer and autoencoder stay in float32.
-        sampler_int8: the language model's linear weights in 8 bits.
-        eight_bit, streamed, compiled: of the diffusion decoder (`DecoderOptions`).
+        device: device they compute on.
+        dtype: dtype of the language model and the diffusion backbone; tokenizer and autoencoder stay in float32.
+        sampler_int8: hold the language model's linear weights in 8 bits.
+        eight_bit, streamed, compiled: options of the diffusion decoder (`DecoderOptions`).
     """
 
     device: torch.device | str = "cpu"
@@ -64,7 +64,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """From a prompt to an image. What was not asked for is None: the sampler, or `decoder` and `codec` on the VQ path.
+    """The models from prompt to image; those not asked for are None: the sampler, or on the VQ path decoder and codec.
 
     Raises:
         ValueError: if the decoder was trained for another tokenizer or autoencoder.
@@ -102,19 +102,19 @@ def check_codec(
         remedy: the way out, in the words of the caller's user.
 
     Raises:
-        ValueError: naming the values of both; for a decoder whose network takes no masks at the autoencoder's scale.
+        ValueError: naming the values of both, or if the decoder's network takes no masks at the autoencoder's scale.
     """
     found = (codec.channels, *_latents_of(codec))
     backbone, factor = decoder.backbone, decoder.card.vae_factor
     _require_latents(found, (backbone.latent_channels, *_latents_of(decoder.card)), remedy)
-    # The smallest canvas: a network with an input for masks of another scale refuses it here, not at the first step.
+    # With the smallest canvas, a network whose mask input has another scale is refused here, not at the first step.
     side = backbone.patch
     canvas = torch.zeros(1, backbone.latent_channels, side, side), torch.zeros(1, 1, side * factor, side * factor)
     backbone.context(*canvas, factor)
 
 
 def _latents_of(source: LatentCodec | DecoderCard) -> tuple[float | None, ...]:
-    """Factor, shift and scale of the latents, as a codec or a decoder's card says them."""
+    """Factor, shift and scale of the latents, as a codec or a decoder's card states them."""
     if isinstance(source, DecoderCard):
         return source.vae_factor, source.vae_shift, source.vae_scale
     return source.factor, source.shift, source.scale
@@ -124,7 +124,7 @@ def _require_latents(found: tuple[float | None, ...], needed: tuple[float | None
     """Compares channels (if both are given), factor, shift and scale."""
 
     def same(a: float | None, b: float | None) -> bool:
-        # A configuration may have gone through float32.
+        # A configuration's numbers may have been rounded to float32.
         return a == b if a is None or b is None else math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-7)
 
     def words(*channels: float | None) -> str:
@@ -144,14 +144,14 @@ def _require_latents(found: tuple[float | None, ...], needed: tuple[float | None
 def load_models(
     paths: ModelPaths, options: LoadOptions | None = None, *, name: str | None = None, with_sampler: bool = True
 ) -> Models:
-    """Loads real models, each by the family that reads its files.
+    """Loads models from files, each by the family that reads them.
 
     Args:
-        name: what the sampler and the tokenizer are called; None for the name of their folder.
-        with_sampler: False leaves the language model on the disk: images need only its tokenizer.
+        name: name of the sampler and the tokenizer; None for the name of their folder.
+        with_sampler: False does not load the language model: images need only its tokenizer.
 
     Raises:
-        ValueError: as the loaders; for models that do not belong together, before the large ones are read.
+        ValueError: as the loaders; also for models that do not belong together, before the large ones are read.
     """
     options = options or LoadOptions()
     family, device = registry.sampler_family(paths.vlm), options.device

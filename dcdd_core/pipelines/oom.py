@@ -11,7 +11,7 @@ from .host import PLAIN, Host
 
 T = TypeVar("T")
 
-#: What allocators without an exception of their own say: MPS, the CPU's, DirectML's, and CUDA's libraries.
+#: Messages of allocators that have no exception of their own: MPS, the CPU's, DirectML's, and CUDA's libraries.
 _NO_MEMORY = (
     "out of memory",
     "not enough memory",
@@ -25,8 +25,8 @@ def in_parts(run: Callable[[int, int], T], count: int, host: Host = PLAIN, *, re
     """run(0, count), or if that runs out of memory, its halves, down to single items.
 
     Args:
-        run: makes the items first..last - 1. Samples do not depend on each other, so the parts equal the whole.
-        host: told of each split, when nothing of the failed attempt is held any more.
+        run: makes the items first..last - 1. Items do not depend on each other, so the parts equal the whole.
+        host: told of each split, after the memory of the failed attempt has been released.
         remedy: what to do if a single item does not fit; the host's by default.
 
     Raises:
@@ -50,10 +50,10 @@ def in_parts(run: Callable[[int, int], T], count: int, host: Host = PLAIN, *, re
 
 
 def one_by_one(run: Callable[[int], T], count: int, host: Host = PLAIN, *, remedy: str | None = None) -> Iterator[T]:
-    """run(0), run(1), ... run(count - 1), with the host's check before each.
+    """Yields run(0), run(1), ... run(count - 1), with the host's check before each.
 
     Raises:
-        RuntimeError: if one does not fit into memory.
+        RuntimeError: if one item does not fit into memory.
     """
     for k in range(count):
         host.check()
@@ -61,7 +61,7 @@ def one_by_one(run: Callable[[int], T], count: int, host: Host = PLAIN, *, remed
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is an allocator's failure, on any device."""
+    """Whether this error means that an allocator, on any device, ran out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(words in str(error).lower() for words in _NO_MEMORY)

@@ -1,4 +1,4 @@
-"""Progress bars with rate, time left and memory, in a terminal; elsewhere nothing is shown."""
+"""Progress bars with rate, time left and memory; shown only in a terminal."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class ProgressBar(tqdm):
     """tqdm's bar, with the memory in use behind it.
 
     Args:
-        work: to iterate over; None for a bar that is updated by hand.
-        label: what is done.
-        total: how many items there are, if that is known and `work` does not say so.
-        unit: the name of one.
+        work: what to iterate over; None for a bar that is updated by hand.
+        label: what is being done.
+        total: number of items, if it is known and `work` has no length.
+        unit: name of one item.
         shown: False for no bar, as in all processes but the first.
     """
 
@@ -33,7 +33,7 @@ class ProgressBar(tqdm):
 
 
 def memory() -> str:
-    """The memory in use, in words: the peak of a GPU's, or this process's; "" where it cannot be told."""
+    """The memory in use, as text: the peak on the GPU, or this process's; "" if it is unknown."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB of GPU memory"
     try:

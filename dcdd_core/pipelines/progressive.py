@@ -1,4 +1,4 @@
-"""Prompts -> token logits with the passes that led to them, of samplers that reveal many positions a pass."""
+"""Prompts -> token logits and the passes that led to them, for samplers that reveal many positions per pass."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .sample import in_batches, logits_memory
 
 @runtime_checkable
 class StagedSampler(TokenSampler, Protocol):
-    """A `TokenSampler` that can tell what each of its passes did.
+    """A `TokenSampler` that can report what each of its passes did.
 
     Attributes:
-        sampling: how it samples where options do not say it: passes, order, revision.
+        sampling: its own defaults for what the options leave open: passes, order, revision.
     """
 
     sampling: ProgressiveOptions
@@ -47,10 +47,10 @@ def staged_sampler(
     """The sampler, if it samples in passes.
 
     Args:
-        remedy: the way out, in the words of the caller's user.
+        remedy: what to do instead, in terms the caller's user knows; ends the error message.
 
     Raises:
-        ValueError: for one that does not.
+        ValueError: for a sampler that does not.
     """
     if not isinstance(sampler, StagedSampler):
         raise ValueError(
@@ -70,17 +70,17 @@ def changed_plan(
     revise: Revise | None = None,
     start: int = 0,
 ) -> ProgressiveOptions:
-    """A sampler's own options with those that are given.
+    """A sampler's own options, overridden by those that are given.
 
     Args:
         own: `StagedSampler.sampling`.
         drawn: guidance, temperature and filters.
         passes, order, spread, revise: None for the sampler's own.
-        revision_passes: None for the share of the passes that the sampler has, and for none where `revise` is 0.
+        revision_passes: None for the sampler's own share of the passes, or for no revision passes if `revise` is 0.
         start: see `ProgressiveOptions`.
 
     Raises:
-        ValueError: for values out of range, or that do not fit each other.
+        ValueError: for values that are out of range or do not fit each other.
     """
     if revision_passes is None and revise == 0:
         revision_passes = 0
@@ -96,7 +96,7 @@ def changed_plan(
         **{name: getattr(drawn, name) for name in ("guidance", "temperature", *FILTERS)},
     }
     if order not in (None, own.order):
-        own = replace(own, order_noise=None)  # That of another order.
+        own = replace(own, order_noise=None)  # It belongs to another order.
     return replace(own, **{name: value for name, value in staged.items() if value is not None})
 
 
@@ -111,7 +111,7 @@ def sample_stages(
     on_progress: OnProgress | None = None,
     host: Host = PLAIN,
 ) -> Staged:
-    """`pipelines.sample.sample`, with what each pass revealed and rewrote; the stages are on the CPU.
+    """`pipelines.sample.sample` that also reports what each pass revealed and rewrote; the stages are on the CPU.
 
     Args:
         resample: bool [N] or [B, N].
@@ -126,5 +126,5 @@ def sample_stages(
         staged = sampler.sample_stages(part, options=options, **given)
         return replace(staged, token_logits=host.keep(staged.token_logits))
 
-    memory = 3 * logits_memory(sampler)  # the result, the noise of all draws, and one pass
+    memory = 3 * logits_memory(sampler)  # the result, the noise of all draws, and one pass's logits
     return Staged.joined(in_batches(draw, prompts, seeds, previous, resample, on_progress, memory, host))

@@ -1,4 +1,4 @@
-"""Prompts -> token logits, of new images or as an edit of earlier ones."""
+"""Prompts -> token logits, for new images or for edits of earlier ones."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Sample = Callable[[Sequence[str], Sequence[int]], TokenLogits]
 
 @runtime_checkable
 class ReadsText(Protocol):
-    """A `TokenSampler` whose text encoder lies elsewhere, and comes to the device only to read prompts."""
+    """A `TokenSampler` whose text encoder is kept elsewhere and moves to the device only to read prompts."""
 
     def text_memory(self, prompts: Sequence[str]) -> int:
-        """Bytes that reading them takes on the device beside `model`; 0 if nothing moves, or all have been read."""
+        """Bytes that reading these prompts takes on the device besides `model`; 0 if all are read or nothing moves."""
         ...
 
     def read(self, prompts: Sequence[str], *, moved: bool = True) -> None:
         """Reads prompts, so that `sample` needs no text encoder for them.
 
         Args:
-            moved: False to read them where the text encoder lies.
+            moved: False to read them on the device where the text encoder is kept.
         """
         ...
 
@@ -49,12 +49,13 @@ def sample(
     parallel: int | None = None,
     host: Host = PLAIN,
 ) -> TokenLogits:
-    """`TokenSampler.sample`; if a batch runs out of memory, in smaller parts, with the same result. Where there is no
-    room for a text encoder on the device, prompts are read on the CPU.
+    """`TokenSampler.sample`; if a batch runs out of memory, in smaller parts, with the same result.
+
+    If the device has no room for a text encoder, prompts are read on the CPU.
 
     Args:
         resample: bool [N] or [B, N].
-        on_progress: as the sampler's; of several parts, each starts from the beginning, and `Progress.first` tells
+        on_progress: as the sampler's; with several parts, each starts from the beginning, and `Progress.first` tells
             them apart.
         parallel: as the sampler's.
 
@@ -74,7 +75,7 @@ def sample(
 
 
 def _read(sampler: ReadsText, prompts: Sequence[str], host: Host) -> None:
-    """Reads prompts before logits take memory: neither needs room beside the other."""
+    """Reads prompts before logits are allocated, so that the two never need memory at the same time."""
     if not (memory := sampler.text_memory(prompts)):
         return
     host.bring(memory)
@@ -97,14 +98,14 @@ def in_batches(
     memory: int,
     host: Host,
 ) -> list[T]:
-    """What `draw` makes of all prompts, or if that runs out of memory, of smaller parts of them.
+    """The results of `draw` for all prompts at once, or for smaller parts of them if that runs out of memory.
 
     Args:
         draw: called with prompts, and the seeds, previous, resample and on_progress of `TokenSampler.sample`.
         memory: bytes that one image takes besides the weights.
 
     Raises:
-        ValueError: for no prompts, and for another number of seeds than of prompts.
+        ValueError: if there are no prompts, or not as many seeds as prompts.
         RuntimeError: if a single image does not fit into memory.
     """
     check_request(prompts, seeds)
@@ -129,7 +130,7 @@ def logits_memory(sampler: TokenSampler) -> int:
 
 
 def edit_prompts(prompts: Sequence[str], count: int) -> list[str]:
-    """One prompt for each of `count` images to edit, each line for equally many.
+    """One prompt for each of `count` images to edit: each prompt is repeated for equally many images.
 
     Raises:
         ValueError: if they do not divide evenly.
@@ -143,5 +144,5 @@ def edit_prompts(prompts: Sequence[str], count: int) -> list[str]:
 
 
 def partial_tokens(tokens: torch.Tensor, known: torch.Tensor, previous: TokenLogits) -> torch.Tensor:
-    """Tokens to preview while an edit is sampled: those known, and elsewhere those of `previous`; [B, N]."""
+    """Tokens [B, N] to preview while an edit is sampled: the known ones, and those of `previous` elsewhere."""
     return torch.where(known.to(tokens.device), tokens, previous.tokens.to(tokens))

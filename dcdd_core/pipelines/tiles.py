@@ -1,4 +1,4 @@
-"""A latent decoder applied tile by tile, and the way back through it, in the memory of one tile.
+"""Applies a latent decoder tile by tile, forward and backward, in the memory of one tile.
 
 Neighbouring tiles overlap by a quarter of their side, and the weight of each falls linearly towards its inner edges.
 The weights of a pixel add up to 1.
@@ -16,7 +16,7 @@ import torch
 #: Normalised latents [B, C, h', w'] -> pixels [B, 3, H, W] in -1..1, differentiable.
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
-#: The smallest tile that overlaps its neighbours, in latent positions a side.
+#: The side of the smallest tile that overlaps its neighbours, in latent positions.
 LEAST_TILE = 4
 
 
@@ -25,8 +25,8 @@ def decode_in_tiles(decode: Decode, latents: torch.Tensor, tile: int | None) -> 
     """Latents [1, C, h', w'] -> pixels [1, 3, H, W] float32, without gradients.
 
     Args:
-        tile: latent positions a side of a tile, at least `LEAST_TILE`; None decodes everything at once, and so does one
-            that covers everything.
+        tile: side of a tile in latent positions, at least `LEAST_TILE`; None, or a tile that covers everything, decodes
+            everything at once.
     """
     if _covers(tile, latents):
         return decode(latents).float()
@@ -43,7 +43,7 @@ def decode_in_tiles(decode: Decode, latents: torch.Tensor, tile: int | None) -> 
 def gradient_at_once(
     decode: Decode, latents: torch.Tensor, gradient_of: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """dL/dlatents [1, C, h', w'] with a single pass of the decoder, whose activations are held meanwhile.
+    """dL/dlatents [1, C, h', w'] in a single pass of the decoder, which holds all its activations.
 
     Args:
         gradient_of: pixels [1, 3, H, W] float32 -> dL/dpixels.
@@ -56,10 +56,11 @@ def gradient_at_once(
 
 
 def gradient_in_tiles(decode: Decode, latents: torch.Tensor, by_pixels: torch.Tensor, tile: int | None) -> torch.Tensor:
-    """dL/dlatents [1, C, h', w'] of dL/dpixels [1, 3, H, W]: the vector-Jacobian product of `decode_in_tiles`.
+    """dL/dlatents [1, C, h', w'] from dL/dpixels [1, 3, H, W]: the vector-Jacobian product of `decode_in_tiles`.
 
     Args:
-        by_pixels: float32.
+        by_pixels: dL/dpixels, float32.
+        tile: as in `decode_in_tiles`.
     """
     if _covers(tile, latents):
         return gradient_at_once(decode, latents, lambda _: by_pixels)
@@ -79,7 +80,7 @@ Part = tuple[slice, slice, slice, slice]
 
 
 def _parts(latents: torch.Tensor, tile: int) -> Iterator[tuple[Part, Callable[[int], torch.Tensor]]]:
-    """The tiles of latents, and their weights [h, w] of pixels for a number of pixels a latent position."""
+    """Yields each tile of the latents, and a function from pixels per latent position to its pixel weights [h, w]."""
     rows, columns = (_axis(side, tile) for side in latents.shape[2:])
     everything = slice(None)
     for i, row in enumerate(rows):
@@ -92,7 +93,7 @@ def _parts(latents: torch.Tensor, tile: int) -> Iterator[tuple[Part, Callable[[i
 
 
 def _axis(side: int, tile: int) -> list[slice]:
-    """Tiles of one size along an axis; the first and the last end with it."""
+    """Tiles of equal size along an axis, covering it from end to end."""
     if tile >= side:
         return [slice(0, side)]
     overlap = tile // 4
@@ -102,7 +103,7 @@ def _axis(side: int, tile: int) -> list[slice]:
 
 
 def _shares(tiles: list[slice], factor: int) -> list[torch.Tensor]:
-    """What each tile counts at each of its pixels, along one axis; where tiles overlap, these add up to 1."""
+    """The weight of each tile at each of its pixels, along one axis; where tiles overlap, the weights add up to 1."""
     length, side = (tiles[0].stop - tiles[0].start) * factor, tiles[-1].stop * factor
     overlap = max(1, length // factor // 4) * factor
     ramp = ((torch.arange(length) + 0.5) / overlap).clamp(max=1)

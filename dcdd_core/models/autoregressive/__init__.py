@@ -1,1 +1,1 @@
-"""What autoregressive models of images share: the decode loop and the sampler around it."""
+"""What all autoregressive image models share: the decode loop and the sampler around it."""

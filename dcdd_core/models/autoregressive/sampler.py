@@ -1,7 +1,7 @@
-"""An autoregressive model of images as a `TokenSampler`; what differs between families is their prompts and network.
+"""An autoregressive image model as a `TokenSampler`; families differ only in their prompts and network.
 
-Every step's logits are kept, the noise of a draw depends only on sample seed and position, and guidance and everything
-after the last hidden state run in float32.
+The logits of every step are kept, the noise of a draw depends only on sample seed and position, and guidance and
+everything after the last hidden state run in float32.
 
 Shapes: B batch, N tokens (a row-major h x w grid), K codes, D code dim, R rows of the language model ([conditional ;
 unconditional], 2 B, or B without guidance).
@@ -35,13 +35,14 @@ class AutoregressiveSampler(ABC):
     """A language model of image tokens as a `TokenSampler`.
 
     Attributes:
-        model: used as it is; bring it in evaluation mode. Its dtype is the transformer's, the head runs in float32.
-        name: goes into TokenLogits.model.
+        model: used as it is, so it must be in evaluation mode. Its dtype is the transformer's; the head runs in
+            float32.
+        name: recorded in TokenLogits.model.
         grid, codebook, default_guidance: see `TokenSampler`.
-        default_top_k: the top-k of options that leave it to the sampler; None for none.
+        default_top_k: the top-k for options that leave it to the sampler; None for no top-k.
 
     Args:
-        fingerprint: of the original weights, if the model's have been changed (int8).
+        fingerprint: fingerprint of the original weights, if the model's have been changed (int8).
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class AutoregressiveSampler(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights: what samples depend on besides the arguments of `sample`."""
+        """Fingerprint of the weights: what samples depend on besides the arguments of `sample`."""
         return self._fingerprint or fingerprint_of(self.model.state_dict())
 
     @abstractmethod
@@ -74,11 +75,11 @@ class AutoregressiveSampler(ABC):
 
     @abstractmethod
     def _network(self) -> TokenNetwork:
-        """For the loop."""
+        """The network, as the loop calls it."""
 
     @abstractmethod
     def _prompts(self, prompts: Sequence[str], *, guided: bool) -> Prompts:
-        """What the loop reads: rows [conditional ; unconditional] if `guided`, or the conditional ones alone."""
+        """The prompts for the loop: rows [conditional ; unconditional] if `guided`, or only the conditional ones."""
 
     @torch.no_grad()
     def sample(
@@ -95,31 +96,32 @@ class AutoregressiveSampler(ABC):
     ) -> TokenLogits:
         """Samples an image's tokens for each prompt, and keeps the logits l of Eqs. 4-5 that each was drawn from.
 
-        l = (l_u + guidance (l_c - l_u)) / temperature, in float32, before top-k and top-p, which shape the draw alone.
-        The draw is argmax(l + g), Gumbel noise g [K] a function of (sample seed, position): a sample depends on its own
-        prompt and seed, up to float rounding, whatever else is in the batch and whatever was resampled before (our
-        choice; the released loops draw from the global generator). Prompts of different lengths are padded on the left,
-        and that padding is neither attended nor counted in positions. The global generator is not touched.
+        l = (l_u + guidance (l_c - l_u)) / temperature, in float32, before top-k and top-p, which affect only the draw.
+        The draw is argmax(l + g), where the Gumbel noise g [K] is a function of (sample seed, position): up to float
+        rounding, a sample depends only on its own prompt and seed, whatever else is in the batch and whatever was
+        resampled before (our choice; the released loops draw from the global generator). Prompts of different lengths
+        are padded on the left; padding is neither attended to nor counted in positions. The global generator is not
+        touched.
 
-        Memory allocated for the call: the logits, 4 B N K bytes (38 MB an image of 576 x 16384); keys and values of R
-        rows; for a model in half precision the head in float32, 4 bytes a weight (151 MB for Janus-Pro-1B, 336 MB for
+        Memory allocated for the call: the logits, 4 B N K bytes (38 MB per image of 576 x 16384); keys and values of R
+        rows; for a model in half precision the head in float32, 4 bytes per weight (151 MB for Janus-Pro-1B, 336 MB for
         7B, 84 MB for LlamaGen-XL).
 
         Args:
             prompts: B texts.
-            seeds: B numbers, one a sample.
-            options: guidance 1 is the prompt alone and takes half the work; temperature 0 takes the most likely code,
-                with logits undivided; top-k None is `default_top_k`.
-            previous: an earlier result, or the calibrated proxies of an image, whose tokens and logits stay where
+            seeds: B numbers, one per sample.
+            options: guidance 1 uses only the conditional rows and takes half the work; temperature 0 takes the most
+                likely code, with undivided logits; top-k None means `default_top_k`.
+            previous: an earlier result, or the calibrated proxies of an image, whose tokens and logits are kept where
                 `resample` is False. The result's guidance and temperature are this call's.
-            resample: bool [N] or [B, N], True where to sample again; goes with `previous`, and if nothing is True,
-                `previous` is returned. With the same prompts, seeds and settings the earlier run comes again.
-            on_progress: called after each pass, of which the first reads the prompt. An edit starts at its first
+            resample: bool [N] or [B, N], True where to sample again; needs `previous`, which is returned if nothing is
+                True. The same prompts, seeds and settings reproduce the earlier run.
+            on_progress: called after each pass, the first of which reads the prompt. An edit starts at its first
                 resampled position and ends after its last; `done` is that of the slowest row.
-            parallel: how many positions a pass draws, of which those stand that draws one by one would give
-                (`TokenLoop`); None takes `window_for`. In half precision, where rounding depends on the number of rows,
-                a sample is another draw of the same distributions.
-            weights_resident: on a CUDA GPU, one step is then recorded and replayed.
+            parallel: how many positions a pass draws; only those that one-by-one sampling would also give are accepted
+                (`TokenLoop`). None takes `window_for`. In half precision, where rounding depends on the number of rows,
+                a sample is then a different draw from the same distributions.
+            weights_resident: if True, one step is recorded and replayed on a CUDA GPU.
 
         Returns:
             TokenLogits on the model's device, logits float32 [B, N, K], source "vlm".
@@ -182,12 +184,12 @@ class AutoregressiveSampler(ABC):
     ) -> TokenLogits:
         """See `TeacherForced`: each position's logits given the prompt and the image's tokens before it.
 
-        They are those that `sample` keeps where it draws these tokens, up to float rounding. One pass reads the
-        prompts, one all tokens. Memory allocated for the call: the logits twice, 4 B N K bytes each (38 MB an image of
-        576 x 16384); keys and values of R rows; the head in float32, as in `sample`.
+        Up to float rounding they are the logits that `sample` keeps when it draws these tokens. One pass reads the
+        prompts, another all tokens. Memory allocated for the call: the logits twice, 4 B N K bytes each (38 MB per
+        image of 576 x 16384); keys and values of R rows; the head in float32, as in `sample`.
 
         Raises:
-            ValueError: also for logits that are not finite.
+            ValueError: as `TeacherForced`, and for logits that are not finite.
         """
         check_tokens(prompts, tokens, count=self.grid[0] * self.grid[1], codes=self.codebook.size)
         network = self._network()
@@ -196,7 +198,7 @@ class AutoregressiveSampler(ABC):
         return self._told(teacher_forced_logits(network, read, given, options), given, options)
 
     def _told(self, logits: torch.Tensor, tokens: torch.Tensor, options: SamplingOptions) -> TokenLogits:
-        """Logits and tokens with how they were made."""
+        """Logits and tokens, with a record of how they were made."""
         return TokenLogits(
             logits,
             tokens,
@@ -218,14 +220,14 @@ def place_weights(
     int8: bool,
     computes_on: torch.device | str | None,
 ) -> str | None:
-    """Moves a model to the device, its language model's layers in 8 bits or as a CPU reads them fastest.
+    """Moves a model to the device, with its language model's layers in 8 bits or in the layout a CPU reads fastest.
 
     Args:
-        dtype: of the weights.
-        int8, computes_on: as `SamplerFamily.load_sampler`.
+        dtype: dtype of the weights.
+        int8, computes_on: as in `SamplerFamily.load_sampler`.
 
     Returns:
-        The fingerprint of the original weights, if these were changed.
+        The fingerprint of the original weights if they were changed, otherwise None.
 
     Raises:
         ValueError: for int8 without torchao.

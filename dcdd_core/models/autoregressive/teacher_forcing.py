@@ -1,4 +1,4 @@
-"""The logits that the decode loop would have for the tokens of an image that is there, all positions in one pass.
+"""The logits that the decode loop would compute for the tokens of a given image, at all positions in one pass.
 
 Shapes: B batch, N tokens, K codes, R rows of the language model ([conditional ; unconditional], 2 B, or B without
 guidance), L slots of a prompt, C hidden size.
@@ -16,13 +16,13 @@ from .token_loop import LlamaReader, Prompts, TokenNetwork
 
 
 def check_tokens(prompts: Sequence[str], tokens: torch.Tensor, *, count: int, codes: int) -> None:
-    """Prompts and the tokens of one image for each.
+    """Checks that there are prompts, and the tokens of one image for each.
 
     Args:
         count, codes: N and K.
 
     Raises:
-        ValueError: saying what came and what is expected.
+        ValueError: saying what was given and what is expected.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one text, expected a list of them: write [prompt]")
@@ -48,13 +48,13 @@ def teacher_forced_logits(
 ) -> torch.Tensor:
     """Guided, tempered and unfiltered logits [B, N, K] float32, as `TokenLoop` keeps them, on the tokens' device.
 
-    Each different prompt is read once, then all tokens but the last in one pass of all rows. The head and the guidance
-    run in float32, an image at a time.
+    Each distinct prompt is read once, then all tokens but the last in one pass over all rows. The head and the guidance
+    run in float32, one image at a time.
 
     Args:
-        prompts: the rows [conditional ; unconditional], or the conditional ones alone without guidance.
+        prompts: the rows [conditional ; unconditional], or only the conditional ones without guidance.
         tokens: [B, N] int64.
-        options: of which the guidance and the temperature act; 0 leaves logits undivided.
+        options: only guidance and temperature are used; temperature 0 leaves logits undivided.
 
     Raises:
         ValueError: for logits that are not finite.

@@ -1,12 +1,12 @@
-"""The decode loop over image tokens, many positions a pass: embedding, layers, head, guidance, draw, all in place.
+"""The decode loop over image tokens, many positions per pass: embedding, layers, head, guidance, draw, all in place.
 
 The layers are transformers' Llama modules, called in the order of its `forward`; a host may replace the linear ones. On
 a CPU their products are split across threads (`fused_linear`) and the modules themselves are not called. The loop
-leaves out what costs more than a single token's arithmetic: masks and rotary tables rebuilt at every step, attention to
+avoids what costs more than a single token's arithmetic: rebuilding masks and rotary tables at every step, attending to
 empty cache slots, and the library's Python around each layer.
 
 Shapes: B batch, N tokens, K codes, R rows of the language model ([conditional ; unconditional], 2 B, or B without
-guidance), U different prompts, L slots of a prompt, Q queries, S slots of the cache, C hidden size, H heads, G heads of
+guidance), U distinct prompts, L slots of a prompt, Q queries, S slots of the cache, C hidden size, H heads, G heads of
 keys and values, D width of a head.
 """
 
@@ -26,12 +26,12 @@ from ...method import sampling
 from ...protocols import SamplingOptions
 from ..fused_linear import FusedLinear
 
-# Their frequencies change with the length that was read, so there is no table of them.
+# Rotary types whose frequencies change with the length read so far, so that they cannot be tabulated.
 _ROTARY_BY_LENGTH = ("dynamic", "longrope")
 
 
 def check_language(language: nn.Module) -> None:
-    """A ValueError for a language model that `LlamaReader` would read otherwise than transformers does."""
+    """Raises ValueError for a language model that `LlamaReader` would not run as transformers does."""
     if not isinstance(language, LlamaModel):
         raise ValueError(
             f"the language model is a {type(language).__name__}, expected a LlamaModel: choose a Janus model"
@@ -45,15 +45,15 @@ def check_language(language: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenNetwork:
-    """An autoregressive model of images, as the loop calls it: all that differs between families.
+    """An autoregressive image model as the loop calls it: everything that differs between families.
 
     Attributes:
-        language: the layers, which `LlamaReader` reads.
+        language: the layers, which `LlamaReader` runs.
         embed: image tokens [B, Q] int64 -> [B, Q, C].
         head: hidden states [R, Q, C] float32 -> logits [R, Q, K], in float32 (`in_float32`).
         embedders: the modules that `embed` calls.
-        counts_prompt: whether positions count a prompt's tokens. Otherwise 0 is the image's first token, and all of a
-            prompt have negative positions.
+        counts_prompt: whether positions count the prompt's tokens. Otherwise position 0 is the image's first token, and
+            all of the prompt's positions are negative.
     """
 
     language: LlamaModel
@@ -64,12 +64,12 @@ class TokenNetwork:
 
 
 class Prompts(NamedTuple):
-    """What the loop reads before an image.
+    """The prompts that the loop reads before an image.
 
     Attributes:
-        embeddings: of U different prompts, [U, L, C], padded on the left.
-        padding: how much of each is padding, [U].
-        rows: which of them each row has, [R].
+        embeddings: [U, L, C] of the distinct prompts, padded on the left.
+        padding: [U], number of padding slots of each.
+        rows: [R], the index of each row's prompt among them.
     """
 
     embeddings: torch.Tensor
@@ -80,8 +80,8 @@ class Prompts(NamedTuple):
 class LlamaReader:
     """A Llama's KV cache over R rows, and its forward pass over the next tokens.
 
-    Rows are padded on the left by `padding` [R], which is neither attended nor counted in positions. Each padding slot
-    attends to itself only: a query that attends to nothing would be NaN, and NaN would spread through the cache.
+    Rows are padded on the left by `padding` [R], which is neither attended to nor counted in positions. Each padding
+    slot attends only to itself: a query that attends to nothing would be NaN, and NaN would spread through the cache.
     """
 
     def __init__(
@@ -95,13 +95,13 @@ class LlamaReader:
     ):
         """
         Args:
-            length: S, all that will ever be read.
-            origin: [R], the slot of each row whose position is 0; None for the first one after the padding.
+            length: S, the number of slots that will be read in all.
+            origin: [R], the slot of each row that has position 0; None for the first slot after the padding.
             resident: `weights_resident` of `TokenSampler.sample`.
         """
         config, width = language.config, language.layers[0].self_attn.head_dim
         self.language = language
-        # Looked up once: a module finds its children by way of Python.
+        # Looked up once: attribute access on a module goes through Python.
         self.layers = [_parts(layer, padding.device, resident) for layer in language.layers]
         self.resident = resident
         self.heads, self.width = (config.num_attention_heads, config.num_key_value_heads), width
@@ -120,7 +120,7 @@ class LlamaReader:
         self.rotary = torch.stack([cos, sin])[:, :, None]
 
     def spread(self, rows: torch.Tensor, filled: int, length: int) -> LlamaReader:
-        """A reader of `length` slots whose rows [R'] are copies of these, as far as these are filled."""
+        """A reader with `length` slots whose rows are copies of `rows` [R'], of which `filled` slots are copied."""
         padding, origin = self.padding[rows], self.origin[rows]
         copies = LlamaReader(self.language, padding, length, origin=origin, resident=self.resident)
         copies.cache[..., :filled, :] = self.cache[:, :, rows, :, :filled]
@@ -129,12 +129,12 @@ class LlamaReader:
     def read(
         self, embeddings: torch.Tensor, slots: torch.Tensor, seen: int | None = None, *, whole: bool = False
     ) -> torch.Tensor:
-        """Embeddings [R, Q, C] for slots [Q], or [R, Q] of each row's own -> the last one's hidden state [R, C].
+        """Embeddings [R, Q, C] for slots [Q], or [R, Q] if each row has its own -> the last hidden state [R, C].
 
         Args:
-            seen: the highest slot + 1: slots from there on are empty. None where the host does not know it: all S slots
-                are looked at then, under a mask.
-            whole: all hidden states [R, Q, C].
+            seen: the highest slot + 1: slots from there on are empty. None if the host does not know it: then all S
+                slots are read, under a mask.
+            whole: return all hidden states [R, Q, C].
         """
         rows, count = embeddings.shape[:2]
         shape, grouped = (rows, count, -1, self.width), self.heads[0] != self.heads[1]
@@ -143,7 +143,7 @@ class LlamaReader:
         cos, sin = self.rotary.index_select(3, slots) if shared else self.rotary.take_along_dim(where[None], dim=3)
         masked = count > 1 or seen is None or self.padded or not shared
         mask = self._visible(slots)[..., :seen] if masked else None
-        # Flat rows and plain views: each einops string would cost a layer as much time as its norm does.
+        # Flat rows and plain views: each einops call would cost as much time as a layer's norm.
         hidden = embeddings.flatten(0, 1)
         cache = self.cache[..., :seen, :]
         for (norm, to_qkv, to_out, mlp_norm, to_gated, activation, from_gated), (keys, values) in zip(
@@ -168,31 +168,31 @@ class LlamaReader:
         return _normed(self.language.norm, hidden if whole else hidden[:, -1])
 
     def _visible(self, slots: torch.Tensor) -> torch.Tensor:
-        """bool [R, 1, Q, S]."""
+        """The attention mask of queries at these slots: bool [R, 1, Q, S]."""
         queries = slots[..., None]
         past = (queries >= self.slots) & (self.slots >= self.padding[:, None, None])
         return (past | (queries == self.slots))[:, None]
 
 
 class TokenLoop:
-    """Draws positions into `tokens` [B, N] and `logits` [B, N, K], which belong to the caller: W at a time, exactly.
+    """Draws positions into the caller's `tokens` [B, N] and `logits` [B, N, K], W at a time, with exact results.
 
-    A pass reads the last token that stands and W - 1 guesses of what follows, and draws all W positions. Since noise is
-    keyed by position, a draw whose guesses before it were all right is the sequential sampler's own: so many stand, at
-    least one, and the others are the next pass's guesses. By induction over positions the result is that of W = 1, up
-    to the rounding of a product of W rows for one of a single row (Song et al. 2021, arXiv 2002.03629: Jacobi decoding;
-    Teng et al. 2024, arXiv 2410.01699, for images).
+    A pass reads the last final token and W - 1 guesses of what follows, and draws all W positions. As the noise is
+    keyed by position, a draw is the sequential sampler's own if all guesses before it were right. These draws, at least
+    one, become final, and the others are the guesses of the next pass. By induction over positions the result is that
+    of W = 1, up to the different rounding of products of W rows and of a single row (Song et al. 2021, arXiv
+    2002.03629: Jacobi decoding; Teng et al. 2024, arXiv 2410.01699, for images).
 
-    All that changes from pass to pass lies in tensors that stay where they are, so that a GPU can replay one recorded
-    pass. A position's noise lies in `logits` until its own logits take the place. Rows of a batch advance each at its
+    Everything that changes between passes is held in tensors at fixed addresses, so that a GPU can replay one recorded
+    pass. A position's noise is stored in `logits` until its own logits replace it. Each row of a batch advances at its
     own pace. Call `start`, then `advance` until `done`.
 
     Attributes:
-        window: W; at most the positions after the first.
-        next: [B], each row's first position that does not stand; `reached` is the same as the host knows it.
+        window: W; at most the number of positions after the first.
+        next: [B], each row's first position that is not final; `reached` is the host's copy of it.
         anew: bool [B, N], where a draw counts; None for everywhere. Other positions are guesses that are always right.
-        passes: of the network since `start`, which counts as one.
-        recordable: whether replaying a pass does what the pass does.
+        passes: number of network passes since `start`, which counts as one.
+        recordable: whether a recorded pass can be replayed.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class TokenLoop:
     ):
         """
         Args:
-            first, last: the positions that are drawn.
+            first, last: the first and the last position to draw.
         """
         self.network = network
         self.tokens, self.logits, self.anew = tokens, logits, anew
@@ -234,10 +234,10 @@ class TokenLoop:
 
     @torch.inference_mode()
     def start(self, prompts: Prompts, *, seeds: Sequence[int]) -> None:
-        """Reads the prompts, each different one once, and the tokens before `first`; draws that.
+        """Reads the distinct prompts and the tokens before `first`, and draws the position `first`.
 
         Args:
-            seeds: of the B samples' noise.
+            seeds: seeds of the noise, one for each of the B samples.
         """
         device, length = self.tokens.device, prompts.embeddings.shape[1]
         padding, rows = prompts.padding.to(device), prompts.rows.to(device)
@@ -257,12 +257,12 @@ class TokenLoop:
         self._tell()
 
     def advance(self) -> None:
-        """One pass: at least one more position stands in each row that is not done."""
+        """One pass: at least one more position becomes final in each row that is not done."""
         if not self.recordable:
             most = min(max(self.reached), self.last + 1 - self.window)
             self._step(self.shift + most + self.window)
         elif self.replay is None:
-            # Once for real, which prepares the kernels; recording runs nothing.
+            # One real pass first, which prepares the kernels; recording runs nothing.
             self._step()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -270,12 +270,12 @@ class TokenLoop:
             self.replay = graph.replay
         else:
             self.replay()
-        # Before the host waits for the GPU, which would stand idle for it afterwards.
+        # Done before the host waits for the GPU: afterwards the GPU would be idle during it.
         self._put_noise()
         self._tell()
 
     def check(self) -> None:
-        """Waits for the device; a ValueError names the first position drawn from logits that were not finite."""
+        """Waits for the device; raises ValueError naming the first position drawn from logits that are not finite."""
         broken = ~torch.isfinite(self.best).all(dim=0)
         if bool(broken.any()):
             step = int(broken.nonzero()[0]) + 1
@@ -285,7 +285,7 @@ class TokenLoop:
             )
 
     def _tell(self) -> None:
-        """Tells the host where the rows are. Alone, each pass moves all by one, and nothing is waited for."""
+        """Updates `reached` on the host. With W = 1 every pass moves all rows by one, and nothing is waited for."""
         self.passes += 1
         if self.window == 1 or self.passes == 1:
             self.reached = [row + 1 for row in self.reached]
@@ -293,12 +293,12 @@ class TokenLoop:
             self.reached = self.next.tolist()
 
     def _put_noise(self) -> None:
-        """Draws the noise of the positions that the next pass may need; greedy has none."""
+        """Draws the noise of the positions that the next pass may need; greedy decoding has none."""
         until = min(self.last + 1, max(self.reached) + 2 * self.window)
         if self.options.temperature == 0 or until <= self.noised:
             return
         noise = sampling.gumbel_noise_grid(self.seeds, range(self.noised, until), self.logits.shape[2])
-        if self.logits.is_cuda:  # pinned memory is handed out again when the GPU has read it
+        if self.logits.is_cuda:  # pinned memory is reused only after the GPU has read it
             noise = noise.pin_memory()
         held = self.logits[:, self.noised : until]
         noise = noise.to(held.device, non_blocking=True)
@@ -315,15 +315,15 @@ class TokenLoop:
         self._draw(self.reader.read(embeddings, slots + self.shift, seen, whole=True), places)
 
     def _draw(self, hidden: torch.Tensor, places: torch.Tensor) -> None:
-        """Draws positions `places` [B, Q] from hidden states [R, Q, C] of what stands or is guessed before them."""
+        """Draws positions `places` [B, Q] from hidden states [R, Q, C] of the final or guessed tokens before them."""
         step = self.network.head(hidden.float())
         if self.options.guidance != 1:
             step = sampling.guide(*step.chunk(2), self.options.guidance)
-        # Greedy keeps the whole distribution too: it is the draw that goes without noise.
+        # Greedy decoding keeps the whole distribution too: only the draw has no noise.
         step = sampling.temper(step, self.options.temperature or 1.0)
         candidates = sampling.top_p(sampling.top_k(step, self.options.top_k), self.options.top_p)
         at = places[..., None].expand_as(step)
-        held = self.logits.gather(1, at)  # noise, where a position was never drawn
+        held = self.logits.gather(1, at)  # noise, for positions that were never drawn
         best, drawn = sampling.gumbel_max(candidates, held if self.options.temperature else 0.0)
         guessed, stands = self.tokens.gather(1, places), places < self.next[:, None]
         if self.anew is not None:
@@ -338,9 +338,9 @@ class TokenLoop:
         self._guess(places[:, -1:])
 
     def _guess(self, drawn: torch.Tensor) -> None:
-        """Guesses what the next pass reads beyond the positions that were `drawn` up to, [B, 1]: the last one's token.
+        """Guesses the tokens that the next pass reads after the last `drawn` positions [B, 1]: the token drawn there.
 
-        What else was tried is not better (docs/performance.md): nearly every guess is the draw of an earlier pass.
+        Other guesses were not better (docs/performance.md), since nearly every guess is the draw of an earlier pass.
         """
         if self.window == 1:
             return
@@ -352,21 +352,21 @@ class TokenLoop:
         self.tokens.scatter_(1, places, torch.where(fresh, self.tokens.gather(1, drawn), held))
 
     def _places(self) -> torch.Tensor:
-        """The positions [B, W] of the next pass; at the end of an image some of them stand already."""
+        """The positions [B, W] of the next pass; at the end of an image some of them are final already."""
         return self.next.clamp(max=self.last + 1 - self.window)[:, None] + self.ahead
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Image tokens [B, Q] -> what the language model reads of them, the same in both halves [R, Q, C]."""
+        """Image tokens [B, Q] -> the language model's input embeddings [R, Q, C], the same in both halves."""
         embeddings = self.network.embed(tokens)
         return embeddings if self.options.guidance == 1 else embeddings.repeat(2, 1, 1)
 
 
 def window_for(rows: int, device: torch.device, dtype: torch.dtype) -> int:
-    """How many positions of R rows a pass draws where nothing else is asked for.
+    """The default number of positions per pass for R rows.
 
-    On a CPU a pass is bound by arithmetic from some 24 rows of a product on (`python -m benchmarks parallel`). In half
-    precision the rounding of a product depends on its rows, so that a seed would give another image; on a GPU nothing
-    was measured. There positions are drawn one by one.
+    On a CPU in float32 a product becomes bound by arithmetic at about 24 rows (`python -m benchmarks parallel`). In
+    half precision the rounding of a product depends on its number of rows, so that a seed would give another image, and
+    on a GPU nothing was measured: in both cases positions are drawn one by one.
     """
     if device.type != "cpu" or dtype != torch.float32:
         return 1
@@ -374,7 +374,7 @@ def window_for(rows: int, device: torch.device, dtype: torch.dtype) -> int:
 
 
 def groups_of(layer: nn.Module) -> tuple[tuple[nn.Linear, ...], ...]:
-    """The linear layers of a Llama layer, those together that read the same input."""
+    """The linear layers of a Llama layer, grouped by the input that they read."""
     attention, mlp = layer.self_attn, layer.mlp
     return (
         (attention.q_proj, attention.k_proj, attention.v_proj),
@@ -392,10 +392,10 @@ def _parts(layer: nn.Module, device: torch.device, resident: bool) -> tuple[Call
 
 
 def _stays(part: nn.Module, device: torch.device, resident: bool) -> bool:
-    """Whether all weights are on the device and stay there: layers that are not torch's may fetch theirs per call.
+    """Whether all weights are on the device and stay there: a host's own layers may fetch theirs at each call.
 
     Args:
-        resident: whether the host has said that its own do not.
+        resident: whether the host has promised that its layers do not.
     """
     linears = (layer for layer in part.modules() if isinstance(layer, nn.Linear))
     known = resident or all(type(layer) is nn.Linear for layer in linears)
@@ -403,11 +403,11 @@ def _stays(part: nn.Module, device: torch.device, resident: bool) -> bool:
 
 
 def _normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """LlamaRMSNorm as torch's single operation; in half precision this rounds once where the module rounds twice."""
+    """LlamaRMSNorm as a single torch operation; in half precision it rounds once, where the module rounds twice."""
     return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def in_float32(head: nn.Module) -> nn.Module:
-    """A head, or a copy of it in float32: guidance multiplies what half precision would round away."""
+    """The head, or a copy of it in float32: guidance amplifies what half precision would round away."""
     single = all(weight.dtype == torch.float32 for weight in head.parameters())
     return head if single else copy.deepcopy(head).float()

@@ -1,6 +1,6 @@
-"""Janus and Janus-Pro as DeepSeek publishes them: their config.json and tensor names, for transformers' classes.
+"""Janus and Janus-Pro as published by DeepSeek: their config.json and tensor names, mapped to transformers' classes.
 
-DeepSeek's names are those of the modules in github.com/deepseek-ai/Janus (`modeling_vlm.py`, `vq_model.py` and
+DeepSeek's tensors are named after the modules in github.com/deepseek-ai/Janus (`modeling_vlm.py`, `vq_model.py` and
 `projector.py` in janus/models). Values that their config.json leaves to their code are constants here.
 """
 
@@ -18,7 +18,7 @@ from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, Llama
 from ...files import reading
 from ..checkpoints import whole_number
 
-#: The model_type of their config.json. JanusFlow and DeepSeek-VL have it too, and are refused by what they lack.
+#: The model_type in their config.json. JanusFlow and DeepSeek-VL share it, and are refused for what they lack.
 MODEL_TYPE = "multi_modality"
 
 _REMEDY = "choose a folder with a Janus or Janus-Pro model, or fetch its config.json again"
@@ -55,7 +55,7 @@ _VQ_16: Mapping[str, Any] = MappingProxyType(
 # Side in pixels in generation_inference.py, for a vision_config without one.
 _SIDE = 384
 
-# Modules outside of the VQ model, in transformers' names and in DeepSeek's.
+# Modules outside the VQ model, by transformers' names and DeepSeek's.
 _MODULES: Mapping[str, str] = MappingProxyType(
     {
         "model.language_model.": "language_model.model.",
@@ -67,12 +67,12 @@ _MODULES: Mapping[str, str] = MappingProxyType(
 )
 _DEEPER_ALIGNER = re.compile(r"model\.generation_aligner\.hidden_layers\.(\d+)\.")
 
-# Parts of a name within the VQ model. Both number the decoder's levels in order of use, from the lowest resolution.
+# Parts of names within the VQ model. Both number the decoder's levels in order of use, from the lowest resolution.
 _VQ_STEPS: Mapping[str, str] = MappingProxyType(
     {"down": "conv_blocks", "up": "conv_blocks", "block": "res", "block_1": "0", "attn_1": "1", "block_2": "2"}
 )
 
-#: Beginnings of names of each part, by those of transformers.
+#: DeepSeek's name prefix of each part, by transformers' prefix.
 PARTS: Mapping[str, str] = MappingProxyType(
     {
         "model.language_model.": "language_model.model.",
@@ -95,16 +95,16 @@ BOOKKEEPING = "gen_vision_model.quantize.codebook_used"
 
 
 def janus_config(config: Mapping[str, Any], what: str) -> JanusConfig:
-    """DeepSeek's config.json as transformers' configuration.
+    """Converts DeepSeek's config.json to transformers' configuration.
 
-    The grid of image tokens is the vision tower's image size divided by the VQ model's factor: 384 / 16 in every
+    The side of the token grid is the vision tower's image size divided by the VQ model's factor: 384 / 16 in every
     published model. Nothing else of the vision tower is used here.
 
     Args:
         what: names the folder in errors.
 
     Raises:
-        ValueError: for what is not Janus or Janus-Pro, naming the entry.
+        ValueError: for a model that is not Janus or Janus-Pro, naming the entry.
     """
     language = _section(config, "language_config", what)
     if language.get("model_type", "llama") != "llama":
@@ -138,7 +138,7 @@ def janus_config(config: Mapping[str, Any], what: str) -> JanusConfig:
         "embed_dim": whole_number(codes, "n_embed", what, remedy=_REMEDY),
         "num_embeddings": whole_number(codes, "image_token_size", what, remedy=_REMEDY),
         "projection_dim": whole_number(aligner, "n_embed", what, remedy=_REMEDY),
-        # Linear layers of the aligner, the first one included; projector.py takes one where none is said.
+        # Linear layers of the aligner, including the first; projector.py has one by default.
         "num_hidden_layers": whole_number(aligner, "depth", what, usual=1, remedy=_REMEDY),
         "image_token_embed_dim": whole_number(head, "n_embed", what, remedy=_REMEDY),
     }
@@ -161,7 +161,7 @@ def deepseek_name(name: str) -> str:
         steps = name.removeprefix("model.vqmodel.").split(".")
         return ".".join(["gen_vision_model", *(_VQ_STEPS.get(step, step) for step in steps)])
     if deeper := _DEEPER_ALIGNER.match(name):
-        # Every second layer there is an activation.
+        # Every second of DeepSeek's layers is an activation.
         return f"gen_aligner.layers.{2 * int(deeper[1]) + 2}.{name[deeper.end() :]}"
     for ours, theirs in _MODULES.items():
         if name.startswith(ours):

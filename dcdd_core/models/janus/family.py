@@ -1,4 +1,4 @@
-"""Janus as a family: which folders are its, and how they are loaded."""
+"""The Janus family: which folders belong to it, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class JanusFamily:
     expected = "the folder of a Janus or Janus-Pro model (transformers' layout or DeepSeek's own), or of its tokenizer"
 
     def reads(self, path: str) -> bool:
-        """A folder whose config.json is of a Janus model, or of its VQ-VAE alone."""
+        """True for a folder whose config.json is of a Janus model, or of only its VQ-VAE."""
         return (Path(path) / "config.json").exists() and read_config(path).get("model_type") in KINDS
 
     def load_sampler(
@@ -46,14 +46,14 @@ class JanusFamily:
         return load_tokenizer(path, device=device, dtype=dtype)
 
     def start_masked(self, path: str, *, grid: tuple[int, int], seed: int) -> MaskedSampler:
-        """A masked sampler that starts from a Janus, for training; see `masked_start`."""
+        """A masked sampler initialised from a Janus model, for training; see `masked_start`."""
         return masked_start(self.load_sampler(path), seed, grid=grid)
 
     def published_tokenizer(self) -> VQTokenizer:
-        """Janus-Pro's: transformers' own defaults, on the grid of 384 pixels."""
+        """Janus-Pro's tokenizer: transformers' defaults, on the 24 x 24 grid of 384 pixels."""
         with torch.device("meta"):
             model = JanusVQVAE(JanusVQVAEConfig(num_patches=24))
-        # A codebook's values are checked, so it needs some: these are random.
+        # The codebook's values are checked, so it needs some: these are random.
         weight = model.quantize.embedding.weight
         model.quantize.embedding.weight = torch.nn.Parameter(
             torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,10 @@
-"""A Janus folder: its layout, its configuration, its words and its weights, each checked before the next is read.
+"""A Janus folder: its layout, configuration, tokenizer and weights, each checked before the next is read.
 
-All layouts are read in one way. A network is built without weights, in the sizes that config.json declares and the
+All layouts are read in the same way. A network is built without weights, in the sizes that config.json declares and the
 weights' headers confirm; its tensors are then looked up under the layout's names, and only those it uses are read.
 
-`save_int8` writes transformers' layout with the matrices in 8 bits. transformers has no such method: it would take the
-integers for weights, so the file has a name that it does not look for, and config.json says it.
+`save_int8` writes transformers' layout with the matrices in 8 bits. transformers has no such method and would take the
+integers for weights, so the file has a name that it does not look for, and config.json names the method.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ INT8_METHOD = "dcdd_int8_rows"
 """quant_method in its config.json."""
 
 _CONFIG = "the configuration of a Janus model"
-#: JSON files of the prompts' tokenizer; all but the first may be absent.
+#: JSON files of the text tokenizer; all but the first may be absent.
 _WORD_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _AGAIN = "choose a folder with a Janus or Janus-Pro model, or fetch its config.json again"
 _WORDS = "what a Janus model's tokenizer is made from"
@@ -83,7 +83,8 @@ _TOKENIZER_PARTS = (
 _UNUSED_PARTS = ("lm_head.", "model.vision_model.", "model.aligner.")
 _VQ = "model.vqmodel."
 
-# Entries of config.json: the least of a whole number, or the type. Absent ones have transformers' own values.
+# Entries of config.json, each with the least value of a whole number, or its type. Absent ones have transformers'
+# defaults.
 _TEXT: Mapping[str, int | type] = MappingProxyType(
     {
         "vocab_size": 1,
@@ -117,7 +118,7 @@ _CODES: Mapping[str, int | type] = MappingProxyType(
     }
 )
 
-# Entries, and the tensor and axis whose length each is.
+# Entries, each with the tensor and axis whose length it states.
 _TEXT_SIZES = (
     ("vocab_size", "model.language_model.embed_tokens.weight", 0),
     ("hidden_size", "model.language_model.embed_tokens.weight", 1),
@@ -136,11 +137,12 @@ _CODEC_SIZES = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """How a layout names things.
+    """How a layout names its tensors.
 
     Attributes:
-        rename: from a name in transformers' `JanusForConditionalGeneration`, in the parts that are used.
-        parts: beginnings of names of each part in transformers' names; a name with none of them is unexpected.
+        rename: maps a name in transformers' `JanusForConditionalGeneration`, in the parts that are used, to the
+            layout's.
+        parts: the layout's name prefix of each part, by transformers' prefix; a name with none of them is unexpected.
         ignored: names that hold no weights.
     """
 
@@ -149,7 +151,7 @@ class _Layout:
     ignored: frozenset[str] = frozenset()
 
     def wanted(self, parts: Collection[str]) -> Callable[[str], bool]:
-        """Whether a tensor is of one of these parts, or of none that is known."""
+        """A predicate on names: whether a tensor belongs to one of these parts, or to no known part."""
         skipped = tuple(theirs for ours, theirs in self.parts.items() if ours not in parts)
         return lambda name: name not in self.ignored and not name.startswith(skipped)
 
@@ -171,13 +173,13 @@ SAMPLERS = (TRANSFORMERS, deepseek.MODEL_TYPE)
 
 
 class JanusFolder:
-    """A folder whose config.json is of a Janus model, or of its tokenizer alone.
+    """A folder whose config.json is of a Janus model, or of only its tokenizer.
 
     Attributes:
         path: the folder.
         kind: its model_type.
-        name: of the model: its config.json's "dcdd_name", or the folder's, or the repository's in the layout of the
-            hub's cache. A calibration belongs to a VLM by name, and folders are renamed.
+        name: the model's name: "dcdd_name" in its config.json, or the folder's name, or in the hub's cache the
+            repository's. A calibration belongs to a VLM by name, while folders may be renamed.
 
     Raises:
         ValueError: if there is no such folder, or its config.json is damaged or of another model.
@@ -202,10 +204,10 @@ class JanusFolder:
         self._int8 = self.kind == TRANSFORMERS and isinstance(said, dict) and said.get("quant_method") == INT8_METHOD
 
     def words(self) -> PreTrainedTokenizerFast:
-        """The tokenizer of prompts.
+        """Loads the text tokenizer.
 
         Raises:
-            ValueError: naming the file that is missing, damaged or no part of a tokenizer.
+            ValueError: naming the file that is missing, damaged or not part of a tokenizer.
         """
         for name in _WORD_FILES:
             if name == "tokenizer.json" or (self.path / name).exists():
@@ -222,23 +224,24 @@ class JanusFolder:
                 remedy += ", or if transformers 5 wrote them, install that"
             with _without_marks(self.path) as plain, reading(where, _WORDS, remedy), utf8_path(plain) as folder:
                 words = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-                words("a")  # Entries of a wrong type are noticed here.
+                words("a")  # Entries of a wrong type fail here.
             return words
         except ValueError:
             path = self.path / "tokenizer.json"
-            # Which of the files it is.
+            # Finds out which of the files it is.
             with reading(path, _WORDS, "fetch the tokenizer's files again"):
                 Tokenizer.from_str(path.read_text("utf-8-sig"))
             raise
 
     def sampler(self, *, dtype: torch.dtype, device: torch.device | str) -> JanusForConditionalGeneration:
-        """The network, without what sampling does not use: the vision tower with its aligner, the text head, and the
-        VQ model but for its codebook. None of that need be in the files.
+        """Loads the network without the parts that sampling does not use, which need not be in the files.
+
+        These are the vision tower with its aligner, the text head, and the VQ model except for its codebook.
 
         Raises:
-            ValueError: for entries of config.json of a wrong type or out of range, sizes that are not those of the
-                weights, quantised weights, tensors that are missing, unexpected or of a wrong shape, in the layout's
-                own names, and files that cannot be read.
+            ValueError: for entries of config.json of a wrong type or out of range, sizes that differ from the weights',
+                quantised weights, tensors that are missing, unexpected or of a wrong shape, by their names in the
+                layout, and files that cannot be read.
         """
         self._refuse_quantised()
         config = self._model_config()
@@ -257,7 +260,7 @@ class JanusFolder:
             self._check_sizes("vq_config", config.vq_config, headers, _CODE_SIZES)
         self._check_sizes(section, config.text_config, headers, _TEXT_SIZES)
 
-        # What is dropped is built at its smallest, whatever its configuration says.
+        # Parts that are dropped are built as small as possible, whatever their configuration says.
         smallest = copy.deepcopy(config)
         smallest.vq_config.channel_multiplier, smallest.vq_config.num_res_blocks = [1], 0
         smallest.vq_config.base_channels = smallest.vq_config.latent_channels = 32
@@ -267,20 +270,20 @@ class JanusFolder:
         vq = model.model.vqmodel
         del vq.encoder, vq.decoder, vq.quant_conv, vq.post_quant_conv
         self._load(model, headers, dtype=dtype, device=device)
-        # The only buffer, which no checkpoint holds.
+        # The only buffer, which checkpoints do not hold.
         language = model.model.language_model
         with reading(self._file, _CONFIG, _AGAIN):
             language.rotary_emb = type(language.rotary_emb)(language.config)
         return model.eval()
 
     def tokenizer(self, *, dtype: torch.dtype | None, device: torch.device | str) -> JanusVQVAE:
-        """The VQ model. Only its tensors are read: from a checkpoint of 7B weights 0.3 GB, not 14.
+        """Loads the VQ model. Only its tensors are read: 0.3 GB of a 7B checkpoint, not 14 GB.
 
         Raises:
             ValueError: as `sampler`.
         """
         config = None
-        if self.kind == deepseek.MODEL_TYPE:  # Before the weights: other models are of this type, too.
+        if self.kind == deepseek.MODEL_TYPE:  # Before the weights, since other models have this type too.
             config = deepseek.janus_config(self._config, str(self.path)).vq_config
         headers = read_headers(self.path, self._layout.wanted(_TOKENIZER_PARTS))
         if config is None:
@@ -292,14 +295,14 @@ class JanusFolder:
         return model.eval()
 
     def _refuse_quantised(self) -> None:
-        """By what config.json says of the language model; its tensors may say it too."""
+        """Refuses a model that config.json declares quantised; its tensors are checked separately."""
         for section in (self._config, self._config.get("text_config"), self._config.get("language_config")):
             said = section.get("quantization_config") if isinstance(section, dict) else None
             if said is not None and not (self._int8 and section is self._config):
                 raise ValueError(self._quantised(f"(by its config.json): {_method(said)}"))
 
     def _check_int8(self, headers: Mapping[str, Header]) -> None:
-        """Refuses 8-bit weights beside the config.json of others, and the other way round."""
+        """Refuses 8-bit weights whose config.json does not declare them, and the other way round."""
         stored = any(header.dtype == "I8" for header in headers.values())
         if self._int8 and not stored:
             file = next(iter(headers.values())).file.name if headers else "its weights"
@@ -320,7 +323,7 @@ class JanusFolder:
         )
 
     def _model_config(self) -> JanusConfig:
-        """Of the whole model. Of the vision tower only the sides count, and its other sizes are small."""
+        """The configuration of the whole model; of the vision tower only the sides matter, other sizes are small."""
         if self.kind == deepseek.MODEL_TYPE:
             config = deepseek.janus_config(self._config, str(self.path))
         else:
@@ -334,7 +337,7 @@ class JanusFolder:
                 )
             text = {**text, **self._rotary(text)}
             codes, vision = self._section("vq_config", _CODES), self._vision()
-            # What sampling drops may be of any length.
+            # channel_multiplier belongs to networks that sampling drops, so it may have any length.
             used = {name: codes[name] for name in codes if name in _CODES and name != "channel_multiplier"}
             with reading(self._file, _CONFIG, _AGAIN):
                 config = JanusConfig(
@@ -352,8 +355,10 @@ class JanusFolder:
         return config
 
     def _rotary(self, text: Mapping[str, Any]) -> dict[str, Any]:
-        """What transformers 5 writes as rope_parameters, under transformers 4's names, which 5 reads too: 4 would take
-        its own values instead, without a word."""
+        """The rope_parameters of transformers 5, under transformers 4's names, which 5 reads too.
+
+        Otherwise transformers 4 would silently use its own values.
+        """
         rope = text.get("rope_parameters")
         if rope is None:
             rope = {"rope_theta": text["rope_theta"]} if "rope_theta" in text else {}
@@ -370,14 +375,14 @@ class JanusFolder:
         return named
 
     def _codes_config(self, headers: Mapping[str, Header]) -> JanusVQVAEConfig:
-        """Of the VQ model, in transformers' layout."""
+        """The configuration of the VQ model, in transformers' layout."""
         codes = self._section("" if self.kind == TOKENIZER else "vq_config", _CODES)
         values = {name: codes[name] for name in codes if name in _CODES}
         usual = JanusVQVAEConfig()
         blocks = values.get("num_res_blocks", usual.num_res_blocks)
         levels = len(values.get("channel_multiplier", usual.channel_multiplier))
         down = self._layout.rename("model.vqmodel.encoder.down.")
-        # The last level has no step down, and so no tensors where it has no blocks.
+        # The last level has no downsampling, and so no tensors at all if it has no blocks.
         last = 0 if blocks else 1
         check_count(self._file, "channel_multiplier, whose values are", levels, headers, down, besides=last)
         check_count(self._file, "num_res_blocks", blocks, headers, f"{down}0.block.")
@@ -388,7 +393,7 @@ class JanusFolder:
             return JanusVQVAEConfig(**values)
 
     def _vision(self) -> dict[str, int]:
-        """Sides of an image and of a patch, in pixels: 384 and 16 in every published model."""
+        """The sides of an image and of a patch, in pixels: 384 and 16 in every published model."""
         vision = self._section("vision_config", {})
         sides = {
             name: whole_number(vision, name, str(self.path), usual=usual, remedy=_AGAIN)
@@ -399,7 +404,7 @@ class JanusFolder:
         return sides
 
     def _section(self, name: str, entries: Mapping[str, int | type]) -> Mapping[str, Any]:
-        """A section of config.json (all of it without a name) whose entries have been checked."""
+        """A section of config.json, or all of it for an empty name, with its entries checked."""
         section = self._config.get(name, {}) if name else self._config
         if not isinstance(section, dict):
             raise ValueError(f"{self.path} has {name} {section!r} in its config.json, expected an object: {_AGAIN}")
@@ -438,7 +443,7 @@ class JanusFolder:
         dtype: torch.dtype | None,
         device: torch.device | str,
     ) -> None:
-        """Loads a module on "meta", whose names in a `JanusForConditionalGeneration` begin with `prefix`."""
+        """Loads a module on "meta"; `prefix` precedes its tensor names in a `JanusForConditionalGeneration`."""
         expected = {
             self._layout.rename(prefix + name): (name, tuple(value.shape))
             for name, value in module.state_dict().items()
@@ -467,7 +472,7 @@ class JanusFolder:
     def _read(
         self, names: Collection[str], *, dtype: torch.dtype | None, device: torch.device | str
     ) -> dict[str, torch.Tensor]:
-        """These tensors; matrices that are stored in 8 bits become floats."""
+        """Reads these tensors; matrices stored in 8 bits become floats."""
         if not self._int8:
             return read_wanted(self.path, names.__contains__, dtype=dtype, device=device)
         found = read_wanted(self.path, lambda name: name.removesuffix(SCALE) in names, device=device)
@@ -477,10 +482,10 @@ class JanusFolder:
 
 
 def save_int8(folder: str | Path, janus: JanusForConditionalGeneration) -> None:
-    """Writes config.json and weights: large matrices in 8 bits with a float32 scale a row, the rest in float16.
+    """Writes config.json and weights: large matrices in 8 bits with a float32 scale per row, the rest in float16.
 
-    The VQ model is float16 as a whole, so that its tokens stay what they are. The vision tower, its aligner and the
-    text head, which nothing here uses, are left out. The tokenizer of prompts is the caller's to write.
+    The whole VQ model is stored in float16, so that its tokens do not change. The vision tower, its aligner and the
+    text head, which nothing here uses, are left out. The caller writes the text tokenizer.
 
     Raises:
         OSError: if a file cannot be written.
@@ -494,7 +499,7 @@ def save_int8(folder: str | Path, janus: JanusForConditionalGeneration) -> None:
 
 
 def _of_floats(headers: Mapping[str, Header]) -> dict[str, Header]:
-    """The headers of what 8-bit rows are read as: floats, without their scales."""
+    """The headers that the weights have once 8-bit rows are restored: floats, without the scales."""
     return {
         name: header._replace(dtype="F32") if header.dtype == "I8" else header
         for name, header in headers.items()
@@ -504,9 +509,9 @@ def _of_floats(headers: Mapping[str, Header]) -> dict[str, Header]:
 
 @contextmanager
 def _without_marks(folder: Path) -> Iterator[Path]:
-    """The tokenizer's folder; if one of its files begins with a byte order mark, a copy of these files without.
+    """The tokenizer's folder, or if a file begins with a byte order mark, a temporary copy of the files without it.
 
-    The tokenizers library and transformers read none.
+    The tokenizers library and transformers cannot read byte order marks.
     """
     held = {name: (folder / name).read_bytes() for name in _WORD_FILES if (folder / name).exists()}
     if not any(content.startswith(codecs.BOM_UTF8) for content in held.values()):
@@ -519,7 +524,7 @@ def _without_marks(folder: Path) -> Iterator[Path]:
 
 
 def _method(said: Any) -> str:
-    """What a quantization_config says, in words."""
+    """What a quantization_config says, as text."""
     if not isinstance(said, dict) or not isinstance(said.get("quant_method"), str):
         return "in a way that it does not name"
     bits = 4 if said.get("load_in_4bit") else 8 if said.get("load_in_8bit") else said.get("bits")

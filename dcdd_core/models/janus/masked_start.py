@@ -1,4 +1,4 @@
-"""A masked sampler that starts from a Janus: the same blocks, which then attend in both directions."""
+"""A masked sampler initialised from a Janus model: the same blocks, which then attend in both directions."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _PARTS = {
 def network_config(
     janus: JanusForConditionalGeneration, grid: tuple[int, int] | None = None, layers: int | None = None
 ) -> MaskedConfig:
-    """The sizes of a Janus, for a network that starts from it.
+    """The sizes of a Janus model, for a network that starts from it.
 
     Args:
-        grid: of the network's images; None for Janus' own.
-        layers: of Janus, the first ones; None for all.
+        grid: (h, w) of the network's images; None for Janus' own.
+        layers: how many of Janus' layers to take, from the first on; None for all.
 
     Raises:
-        ValueError: for more layers than Janus has, and for blocks that the network's are not like: heads that share
-            their keys or are not as wide as their share of the width, scaled rotary embeddings, biases, and another
-            depth of aligner.
+        ValueError: for more layers than Janus has (or none), and if its blocks differ from the network's: heads that
+            share their keys or are not as wide as their share of the width, scaled rotary embeddings, biases, and
+            another depth of aligner.
     """
     text, codes = janus.config.text_config, janus.config.vq_config
     if layers is not None and not 1 <= layers <= text.num_hidden_layers:
@@ -78,7 +78,7 @@ def start_from_janus(
 ) -> MaskedTransformer:
     """A network with Janus' blocks, embeddings and head, in float32; a hidden position starts as the mean code.
 
-    Only what Janus has no counterpart of is new: the scores start at 0 for every position.
+    Only parts without a counterpart in Janus are new: the scores start at 0 for every position.
 
     Args:
         grid, layers: see `network_config`.
@@ -116,7 +116,7 @@ def start_from_janus(
 
 
 def masked_start(sampler: JanusSampler, seed: int, *, grid: tuple[int, int] | None = None) -> MaskedSampler:
-    """`start_from_janus` with Janus' words and template.
+    """A masked sampler with `start_from_janus`' network, and Janus' tokenizer and template.
 
     Raises:
         ValueError: as `network_config`, and for a tokenizer without a pad token.

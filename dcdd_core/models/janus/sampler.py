@@ -1,7 +1,7 @@
 """Janus and Janus-Pro as samplers of image tokens (Chen et al. 2025, arXiv 2501.17811), on transformers' classes.
 
-It computes DeepSeek's released image loop: its template, its unconditional row, guidance 5, temperature 1, no filter.
-What is not the released loop's is in `autoregressive.sampler`.
+It follows DeepSeek's released image loop: its template, its unconditional row, guidance 5, temperature 1, no filter.
+Differences from the released loop are described in `autoregressive.sampler`.
 
 Shapes: L prompt length.
 """
@@ -28,9 +28,9 @@ _DEEPSEEK_PAD = "<｜▁pad▁｜>"
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The ids [L] that Janus reads before an image's first token.
 
-    BOS, DeepSeek's chat template without a system prompt ("<|User|>: {prompt}", a blank line, "<|Assistant|>:") around
-    the prompt without its outer white space, and the begin-of-image token. BOS comes once, whether or not the tokenizer
-    adds it by itself.
+    These are BOS, DeepSeek's chat template without a system prompt ("<|User|>: {prompt}", a blank line,
+    "<|Assistant|>:") around the stripped prompt, and the begin-of-image token. BOS appears once, whether or not the
+    tokenizer adds it by itself.
 
     Raises:
         ValueError: for a blank prompt, or a tokenizer without a BOS or begin-of-image token.
@@ -48,9 +48,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def unconditional_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The unconditional row for `ids` [L]: all but the first and the last become the pad token, which is attended.
+    """The unconditional row for `ids` [L]: all but the first and the last become pad tokens, which are attended to.
 
-    Training drops captions with the same function; otherwise the unconditional row would be a sequence never seen.
+    Training drops captions with the same function; otherwise the model would never have seen an unconditional row.
 
     Raises:
         ValueError: if the tokenizer has no pad token.
@@ -64,14 +64,14 @@ class JanusSampler(AutoregressiveSampler):
     Attributes, besides those of `AutoregressiveSampler`:
         tokenizer: knows BOS, a pad token and "<begin_of_image>".
         grid: num_patches x num_patches of the VQ configuration.
-        codebook: the VQ model's, in unit rows; a model in half precision gives it rounded to that.
+        codebook: the VQ model's, in unit rows; rounded accordingly if the model is in half precision.
 
     Args:
-        fingerprint: of the original weights, if the model's have been changed (int8).
+        fingerprint: fingerprint of the original weights, if the model's have been changed (int8).
 
     Raises:
-        ValueError: if the tokenizer has more words, or a higher id, than the model, two words with one id,
-            or not all words of the template.
+        ValueError: if the tokenizer has more words or higher ids than the model, two words with the same id, or lacks
+            words of the template; for a language model that `token_loop.check_language` refuses.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class JanusSampler(AutoregressiveSampler):
                 "take both from one folder"
             )
         ids = tokenizer.get_vocab().values()
-        if len(set(ids)) < len(ids):  # A special token that tokenizer.json lacks is given an id that it does not have.
+        if len(set(ids)) < len(ids):  # A special token that is missing in tokenizer.json gets an id not meant for it.
             raise ValueError("the tokenizer has two words with one id: fetch the tokenizer's files again")
         if (last := max(ids)) >= words:
             raise ValueError(
@@ -124,15 +124,15 @@ class JanusSampler(AutoregressiveSampler):
         int8: bool = False,
         computes_on: torch.device | str | None = None,
     ) -> JanusSampler:
-        """A folder in the transformers layout or in DeepSeek's own, with safetensors or .bin files.
+        """Loads a folder in transformers' layout or in DeepSeek's own, with safetensors or .bin files.
 
-        Both need tokenizer.json; nothing is downloaded. What sampling does not use is neither read nor checked: the
-        vision tower with its aligner, the text head, and the VQ model's networks (not its codebook).
+        Both need tokenizer.json; nothing is downloaded. Parts that sampling does not use are neither read nor checked:
+        the vision tower with its aligner, the text head, and the VQ model's networks (but not its codebook).
 
         Args:
-            int8: the layers' linear weights in 8 bits (torchao, one scale a row), a quarter of float32. Each is rounded
-                as it reaches the device, which never holds more. `python -m benchmarks int8` measures what that does to
-                the logits.
+            int8: hold the layers' linear weights in 8 bits (torchao, one scale per row), a quarter of float32. Each is
+                rounded as it reaches the device, which never holds more. `python -m benchmarks int8` measures the
+                effect on the logits.
             computes_on: where it will compute, if a host moves it from `device` later. For a CPU and float32, weights
                 that read the same input share one storage (`fused_linear`): the model is for sampling, not for saving.
 
@@ -179,7 +179,7 @@ class JanusSampler(AutoregressiveSampler):
             rows += [tuple(unconditional_ids(ids, self.tokenizer)) for ids in rows]
         unique = {ids: i for i, ids in enumerate(dict.fromkeys(rows))}
         padding = [max(map(len, unique)) - len(ids) for ids in unique]
-        # The padding is never attended, so any id will do.
+        # Padding is never attended to, so any id will do.
         padded = torch.tensor([(0,) * pad + ids for pad, ids in zip(padding, unique)], device=language.device)
         embeddings = language.get_input_embeddings()(padded)
         return Prompts(embeddings, torch.tensor(padding), torch.tensor([unique[ids] for ids in rows]))
@@ -190,13 +190,13 @@ def _templated(prompt: str) -> str:
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None) -> int | None:
-    """None for a token that the tokenizer lacks. Converted back, since a missing token gets the unknown word's id."""
+    """The token's id; None if the tokenizer lacks it, which shows when the id is converted back."""
     found = None if token is None else tokenizer.convert_tokens_to_ids(token)
     return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """DeepSeek's own pad token first: its loop uses that one, whatever the tokenizer's configuration names."""
+    """The pad token's id: DeepSeek's own first, which its loop uses whatever the tokenizer's configuration names."""
     for token in (_DEEPSEEK_PAD, tokenizer.pad_token):
         found = _token_id(tokenizer, token)
         if found is not None:

@@ -1,8 +1,8 @@
-"""Captions as LlamaGen was trained with them, and a file of what a text encoder made of them.
+"""Captions cleaned as LlamaGen was trained with them, and a file of their text features.
 
-Its authors clean every caption twice (language/t5.py, after PixArt and DeepFloyd IF); a prompt that is not cleaned is
-one that it never saw. The rules are theirs, but for ftfy's repair of text that was decoded wrongly: of what ftfy does,
-ligatures, wide letters, control characters and composed letters (NFC) alone are done here.
+Its authors clean every caption twice (language/t5.py, after PixArt and DeepFloyd IF), so it never saw a prompt that is
+not cleaned. The rules are theirs, except for ftfy's repair of wrongly decoded text: of ftfy's steps, only those for
+ligatures, wide letters, control characters and composed letters (NFC) are done here.
 
 Shapes: n tokens of a caption, S width of the text features.
 """
@@ -31,19 +31,19 @@ SAVE_EVERY = 120.0
 _KIND = "set of text features by caption"
 _ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 
-# What is replaced by what, in order; before and after text that was escaped twice is read.
+# Replacements (pattern, by), in order, before and after doubly escaped HTML is unescaped.
 _FIRST = (
     (r"@\w+\b", ""),  # nicknames
-    (r"[\u31c0-\u4dbf\u4dc0-\u9fff]+", ""),  # strokes and ideographs of East Asia
+    (r"[\u31c0-\u4dbf\u4dc0-\u9fff]+", ""),  # CJK strokes and ideographs
     (r"-+", "-"),
     (r"[`´«»“”¨]", '"'),
     (r"[‘’]", "'"),
     (r"&quot;?|&amp", ""),
-    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # internet addresses
+    (r"\d{1,3}(?:\.\d{1,3}){3}", " "),  # IP addresses
     (r"\d:\d\d\s+$", ""),
     (r"\\n", " "),
-    (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # numbers of articles
-    (rf"\S+\.(?:{_ENDINGS})", ""),  # names of files
+    (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),  # article numbers
+    (rf"\S+\.(?:{_ENDINGS})", ""),  # file names
     (r"[\"']{2,}", '"'),
     (r"\.{2,}", " "),
     (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
@@ -67,13 +67,13 @@ _SECOND = (
     (r"^['_,\-:;]|['_,\-:+]$", ""),
     (r"^\.\S+$", ""),
 )
-_CONTROL = r"[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffb]"  # ftfy's, a byte order mark among them
+_CONTROL = r"[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffb]"  # ftfy's, including byte order marks
 _SITE = r"[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 _ADDRESSES = tuple((rf"\b(?:{scheme}:(?:/{{1,3}}|[a-z0-9%])|{_SITE})", "") for scheme in ("https?", "www"))
 
 
 def clean_caption(caption: str) -> str:
-    """A caption as the network was trained with it; empty if nothing is left."""
+    """A caption cleaned as in the network's training; empty if nothing is left."""
     return _cleaned(_cleaned(caption))
 
 
@@ -96,7 +96,7 @@ def _cleaned(caption: str) -> str:
     caption = _text_of(_replaced(caption, _ADDRESSES))
     caption = "".join("-" if unicodedata.category(c) == "Pd" else c for c in caption)
     caption = _replaced(caption, _FIRST)
-    if len(re.findall("[-_]", caption)) > 3:  # a name of words tied together
+    if len(re.findall("[-_]", caption)) > 3:  # a name of words joined by hyphens or underscores
         caption = re.sub("[-_]", " ", caption)
     caption = unicodedata.normalize("NFC", re.sub(_CONTROL, "", "".join(_plain(c) for c in caption)))
     caption = html.unescape(html.unescape(caption)).strip()
@@ -110,17 +110,17 @@ def _replaced(caption: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _plain(character: str) -> str:
-    """The letters of a ligature or a wide letter; any other character as it is."""
+    """The plain letters of a ligature or a wide letter; any other character unchanged."""
     kind = unicodedata.decomposition(character).partition(" ")[0]
     wide = kind in ("<wide>", "<narrow>") or "\ufb00" <= character <= "\ufb06"
     return unicodedata.normalize("NFKC", character) if wide else character
 
 
 def _text_of(markup: str) -> str:
-    """What an HTML text says, without its tags."""
+    """The text of HTML, without its tags."""
     parts: list[str] = []
     reader = HTMLParser(convert_charrefs=True)
-    # Scripts and styles are no text.
+    # Scripts and styles are not text.
     reader.handle_data = lambda data: None if reader.cdata_elem else parts.append(data)
     reader.feed(markup)
     reader.close()
@@ -129,14 +129,14 @@ def _text_of(markup: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Captions:
-    """What a text encoder made of captions.
+    """Text features of captions.
 
     Attributes:
         features: [n, S] by cleaned caption, on the CPU, all of one dtype.
-        encoder: the encoder's fingerprint (`T5Text.fingerprint`).
+        encoder: the text encoder's fingerprint (`T5Text.fingerprint`).
 
     Raises:
-        ValueError: without captions, for features that are not such, and for other dtypes or widths than the first's.
+        ValueError: if there are no captions, features are not [n, S], or their dtypes or widths differ.
     """
 
     features: Mapping[str, torch.Tensor]
@@ -155,17 +155,17 @@ class Captions:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all features."""
+        """The dtype of all features."""
         return next(iter(self.features.values())).dtype
 
     @property
     def width(self) -> int:
-        """S."""
+        """S, the width of all features."""
         return next(iter(self.features.values())).shape[-1]
 
 
 def save_captions(file: str | Path, captions: Captions) -> None:
-    """Writes text features whole or not at all, so that the text encoder need not be there for these captions.
+    """Writes text features, so that these captions need no text encoder; the file is written whole or not at all.
 
     Raises:
         OSError: if the file cannot be written.
@@ -180,10 +180,10 @@ def save_captions(file: str | Path, captions: Captions) -> None:
 
 
 def load_captions(file: str | Path) -> Captions:
-    """What `save_captions` wrote.
+    """Reads what `save_captions` wrote.
 
     Raises:
-        ValueError: for a file that is damaged or holds something else.
+        ValueError: for a file that is damaged or holds something else, and for features that are not finite.
     """
     tensors, fields = read_record(file, _KIND, {"features"}, {"captions", "lengths", "encoder"})
     features, captions, lengths = tensors["features"], fields["captions"], fields["lengths"]
@@ -215,20 +215,20 @@ def add_captions(
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[int, int]:
-    """Adds features of prompts to a file, which is made where there is none; those that it has stay.
+    """Adds features of prompts to a file, keeping those it already has; the file is created if it does not exist.
 
-    The file is written whole every few minutes and at the end, also where that is an error or Ctrl-C.
+    The file is written whole every `SAVE_EVERY` seconds and at the end, also after an error or Ctrl-C.
 
     Args:
-        device: where to encode.
-        on_progress: called with (captions that are there, captions of these prompts).
+        device: device to encode on.
+        on_progress: called with (captions of these prompts done so far, captions of these prompts).
 
     Returns:
-        The number of new captions, and of all that the file has now.
+        The number of new captions, and the number that the file holds now.
 
     Raises:
-        ValueError: for prompts as `require_caption` and `T5Words.ids`, for a file that is none of these, and for one
-            with features of another text encoder or dtype; nothing has been encoded then.
+        ValueError: for prompts as `require_caption` and `T5Words.ids`, for a file of another kind, and for one with
+            features of another text encoder or dtype; in these cases nothing has been encoded.
         OSError: if the file cannot be written.
     """
     captions = list(dict.fromkeys(map(require_caption, prompts)))
@@ -262,7 +262,7 @@ def add_captions(
 
 
 def _held(file: str | Path, text: T5Text) -> dict[str, torch.Tensor]:
-    """What a file has already, of this text encoder in its dtype."""
+    """The features that a file already has, if they are of this text encoder and its dtype."""
     if not Path(file).exists():
         return {}
     held, dtype = load_captions(file), text.encoder.dtype

@@ -1,4 +1,4 @@
-"""LlamaGen as a family: which folders are its, and how they are loaded."""
+"""The LlamaGen family: which folders belong to it, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LlamaGenFamily:
     def load_tokenizer(
         self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> ImageTokenizer:
-        """The image tokenizer of a folder.
+        """Loads the image tokenizer of a folder.
 
         Raises:
             ValueError: as `LlamaGenFolder` and its `load_tokenizer`.
@@ -79,5 +79,5 @@ class LlamaGenFamily:
         return captions.add_captions(file, prompts, text, device=device, on_progress=on_progress)
 
     def published_tokenizer(self) -> ImageTokenizer:
-        """The shapes of Janus' own, on the grid of 256 x 256 pixels."""
+        """A tokenizer of the shapes of Janus' own, on the 16 x 16 grid of 256 x 256 pixels."""
         return tokenizer.published_tokenizer((16, 16))

@@ -1,12 +1,12 @@
-"""A folder with LlamaGen: the transformer's checkpoint, its tokenizer of images, and a T5 model.
+"""A folder with LlamaGen: the transformer's checkpoint, its image tokenizer, and a T5 model.
 
-The checkpoint is as its authors publish it (t2i_XL_stage2_512.pt and the like, or the same tensors as safetensors), or
-a copy in the layout of transformers' Llama with model.safetensors and config.json. Sizes are those of its tensors, but
-for two that no tensor shows: the heads, which are 64 wide in the published models, and the tokens of an image, which
-the published file's name says. Where both are other, the folder needs a config.json:
-{"model_type": "llamagen", "num_attention_heads": 20, "block_size": 1024}. It may also give the model's "dcdd_name", the
-"guidance" that it samples with by default, then without the published top-k, and as "tokenizer" the folder of another
-model, relative to this one, whose tokenizer of images is taken.
+The checkpoint is the one its authors publish (t2i_XL_stage2_512.pt and the like, or the same tensors as safetensors),
+or a copy in the layout of transformers' Llama with model.safetensors and config.json. Sizes are read off its tensors,
+except for two that no tensor shows: the number of heads, which are 64 wide in the published models, and the number of
+tokens of an image, which follows from the published file's name. If these differ, the folder needs a config.json:
+{"model_type": "llamagen", "num_attention_heads": 20, "block_size": 1024}. It may also give the model's "dcdd_name", a
+default "guidance" (the published top-k is then not used), and as "tokenizer" the folder of another model, relative to
+this one, whose image tokenizer is used.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ _AGAIN = f"take {' or '.join(CHECKPOINTS)} of {REPOSITORY}"
 _PIXELS_A_TOKEN = 16
 _HEAD_WIDTH = 64
 _ENDINGS = (".pt", ".safetensors")
-#: What a Llama's configuration has beside a Llama's own entries, in copies for transformers.
+#: Entries that the configuration of a copy for transformers has in addition to a Llama's own.
 _CAPTIONED = ("block_size", "caption_dim", "cls_token_num")
-# A side in pixels at the end of a published file's name.
+# The side in pixels at the end of a published file's name.
 _SIDE = re.compile(r"_(\d+)$")
-# Beginnings of names that a compiled or distributed model adds.
+# Name prefixes that a compiled or distributed model adds.
 _WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
 _QKV = "attention.wqkv.weight"
 
-# Modules, in our names and in their authors'.
+# Modules, by our names and by the authors'.
 _MODULES: Mapping[str, str] = MappingProxyType(
     {
         "caption_in": "cls_embedding.cap_proj.fc1",
@@ -88,18 +88,18 @@ _NULL = "cls_embedding.uncond_embedding"
 
 
 class LlamaGenFolder:
-    """The parts of a folder, none of them read.
+    """The parts of a folder, which are located but not read.
 
     Attributes:
         path: the folder.
-        checkpoint: a file, or the folder itself where it is in transformers' layout.
-        name: of the model: the checkpoint's, without its ending, since folders are renamed; of a copy for transformers
-            the folder's.
-        guidance: that config.json says to sample with; None without.
+        checkpoint: a file, or the folder itself if it is in transformers' layout.
+        name: the model's name: "dcdd_name" in config.json, or the checkpoint's name without its suffix, since folders
+            may be renamed; for a copy for transformers, the folder's.
+        guidance: the default guidance in config.json; None without.
 
     Raises:
-        ValueError: naming the part that is missing, and where it comes from; for several checkpoints, and a config.json
-            with unknown entries.
+        ValueError: naming the part that is missing, and where to get it; for several checkpoints, and a config.json
+            with unknown or invalid entries.
     """
 
     def __init__(self, path: str | Path):
@@ -135,8 +135,8 @@ class LlamaGenFolder:
         """The file of the image tokenizer, or the folder of another model that has it.
 
         Raises:
-            ValueError: if there is none, and for an entry of config.json that is no relative path to
-                another folder that is there.
+            ValueError: if there is none, and for an entry of config.json that is not a relative path to another,
+                existing folder.
         """
         if (said := self._config.get("tokenizer")) is not None:
             if not isinstance(said, str) or not said or PurePosixPath(said).is_absolute() or Path(said).is_absolute():
@@ -159,10 +159,10 @@ class LlamaGenFolder:
 
     @cached_property
     def config(self) -> LlamaGenConfig:
-        """The transformer's sizes; only names and shapes are read, once.
+        """The transformer's sizes; only names and shapes are read, and only once.
 
         Raises:
-            ValueError: as `network_config`, and for a file that is damaged, holds code or is no such checkpoint.
+            ValueError: as `network_config`, and for a file that is damaged, holds code or is not such a checkpoint.
         """
         if self.checkpoint.suffix == ".pt":
             shapes = {name: tuple(getattr(value, "shape", ())) for name, value in self._saved.items()}
@@ -174,11 +174,11 @@ class LlamaGenFolder:
     def load_network(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> LlamaGenTransformer:
-        """The transformer, without a text encoder.
+        """Loads the transformer, without a text encoder.
 
         Raises:
-            ValueError: as `config`, and for tensors that are missing, unexpected or of a wrong shape, in the file's
-                names.
+            ValueError: as `config`, and for tensors that are missing, unexpected or of a wrong shape, by their names in
+                the file.
         """
         config = self.config
         if self.checkpoint.suffix == ".pt":
@@ -197,7 +197,7 @@ class LlamaGenFolder:
         return network.eval().requires_grad_(False)
 
     def load_text(self, *, dtype: torch.dtype = torch.float32) -> T5Text | None:
-        """T5's encoder, on the CPU, with its tokenizer; None where the folder has captions' features instead.
+        """Loads T5's encoder, on the CPU, with its tokenizer; None if the folder has saved text features instead.
 
         Raises:
             ValueError: as `t5.load_text`; if there is neither, and for a text encoder of another width.
@@ -220,7 +220,7 @@ class LlamaGenFolder:
         return load_text(text, dtype=dtype)
 
     def load_captions(self) -> Captions | None:
-        """Features that were saved; None without the file.
+        """Loads saved text features; None if there is no such file.
 
         Raises:
             ValueError: as `captions.load_captions`, and for features of another width.
@@ -237,7 +237,7 @@ class LlamaGenFolder:
         return found
 
     def codebook(self) -> Codebook:
-        """The image tokenizer's.
+        """The image tokenizer's codebook.
 
         Raises:
             ValueError: as `config` and `tokenizer.load_codebook`, and for another number of codes than the
@@ -248,7 +248,7 @@ class LlamaGenFolder:
         return tokenizer.require_codes(codebook, where, self.config.codes, self.name, REPOSITORY)
 
     def load_tokenizer(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> ImageTokenizer:
-        """The image tokenizer, on the grid of the transformer's images.
+        """Loads the image tokenizer, on the grid of the transformer's images.
 
         Raises:
             ValueError: as `config` and `tokenizer.load_tokenizer`, or the other model's family.
@@ -267,7 +267,7 @@ class LlamaGenFolder:
 
     @cached_property
     def _saved(self) -> dict[str, Any]:
-        """Tensors of a .pt by name, which are mapped and not read."""
+        """The tensors of a .pt file by name, memory-mapped but not read."""
         saved = open_saved(self.checkpoint)
         held = next((saved[part] for part in ("model", "module", "state_dict") if part in saved), saved)
         if not isinstance(held, Mapping):
@@ -275,7 +275,7 @@ class LlamaGenFolder:
         return {_WRAPPED.sub("", str(name)): value for name, value in held.items()}
 
     def _count(self) -> int:
-        """Tokens of an image."""
+        """The number of tokens of an image."""
         if (count := self._entry("block_size")) is not None:
             return count
         side = _SIDE.search(self.name)
@@ -294,7 +294,7 @@ class LlamaGenFolder:
 
 
 def reads(path: str | Path) -> bool:
-    """Whether a folder is LlamaGen's: by its config.json, or without one, by a file t2i_*."""
+    """Whether a folder is LlamaGen's, by its config.json, or if it has none, by a file named t2i_*."""
     folder = Path(path)
     if (folder / "config.json").exists():
         config = read_config(folder)
@@ -311,7 +311,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def released_name(name: str) -> str:
-    """The authors' name of a tensor in a `LlamaGenTransformer`; of queries, keys and values see `split_qkv`."""
+    """The authors' name for a tensor in a `LlamaGenTransformer`; for queries, keys and values see `split_qkv`."""
     if name == "null":
         return _NULL
     module, _, kind = name.rpartition(".")
@@ -325,7 +325,7 @@ def released_name(name: str) -> str:
 
 
 def transformers_name(name: str) -> str:
-    """The name of a tensor in a copy for transformers."""
+    """The name of a `LlamaGenTransformer`'s tensor in a copy for transformers."""
     if name == "null":
         return f"model.{_NULL}"
     if name.startswith("caption_"):
@@ -336,10 +336,10 @@ def transformers_name(name: str) -> str:
 
 
 def save_network(file: Path, network: LlamaGenTransformer, *, int8: bool = False) -> None:
-    """Writes a transformer under its authors' names, without a text encoder that was trained as a part of it.
+    """Writes a transformer with its authors' tensor names, without a text encoder that was trained as part of it.
 
     Args:
-        int8: matrices in 8 bits with a float32 scale a row, the rest in float16; otherwise all as it is.
+        int8: matrices in 8 bits with a float32 scale per row, the rest in float16; otherwise everything unchanged.
 
     Raises:
         OSError: if the file cannot be written.
@@ -359,7 +359,7 @@ def save_network(file: Path, network: LlamaGenTransformer, *, int8: bool = False
 
 
 def split_qkv(held: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors by name, with queries, keys and values apart where they are stacked in equal parts."""
+    """Tensors by name, with stacked queries, keys and values of equal size split apart."""
     apart = {}
     for name, value in held.items():
         stacked = name.endswith(_QKV) and isinstance(value, torch.Tensor) and value.ndim == 2 and len(value) % 3 == 0
@@ -372,7 +372,7 @@ def _rows_of(name: str, part: str) -> str:
 
 
 def halves_of_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a projection whose rotary pairs are neighbours, as a Llama has them, half a head apart: [C, C]."""
+    """Reorders a projection [C, C] from adjacent rotary pairs to a Llama's, which are half a head apart."""
     return rearrange(weight, "(h d pair) c -> (h pair d) c", h=heads, pair=2).contiguous()
 
 
@@ -384,15 +384,15 @@ def pairs_of_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
 def network_config(
     shapes: Mapping[str, tuple[int, ...]], *, heads: int | None, tokens: int, file: Path
 ) -> LlamaGenConfig:
-    """The sizes that a checkpoint's tensors have.
+    """Reads a transformer's sizes off its checkpoint's tensors.
 
     Args:
-        shapes: of its tensors, by their authors' names or by transformers'.
-        heads: None for heads of 64.
+        shapes: shapes of its tensors, by the authors' names or by transformers'.
+        heads: number of heads; None for heads of width 64.
         tokens: N.
 
     Raises:
-        ValueError: for tensors that are missing or that no such network has, and a count of tokens that is no square.
+        ValueError: for tensors that are missing or that no such network has, and if N is not a square.
     """
     rename = transformers_name if _is_transformers(shapes) else released_name
     found = {

@@ -1,8 +1,8 @@
-"""LlamaGen's transformer of image tokens after a caption (Sun et al. 2024, arXiv 2406.06525), on transformers' Llama.
+"""LlamaGen's transformer over image tokens after a caption (Sun et al. 2024, arXiv 2406.06525), on transformers' Llama.
 
-Its layers are a Llama's. What differs: a caption enters as features of a text encoder through two linear layers, and
-positions are rows and columns of the image. In a caption queries and keys are zero, so that it is read as a mean
-[released code].
+Its layers are a Llama's, with two differences: a caption enters as text encoder features through two linear layers, and
+positions are rows and columns of the image. At caption positions queries and keys are zero, so that a caption is read
+as a mean [released code].
 
 Shapes: R rows, S width of the text features, L caption slots, N tokens (a row-major h x w grid), K codes, C width,
 D width of a head.
@@ -29,7 +29,7 @@ class LlamaGenConfig(GridTransformerConfig):
     """See `GridTransformerConfig`.
 
     Attributes:
-        text_width, text_slots: S, and L, the longest caption.
+        text_width, text_slots: S, and L, the length of the longest caption.
 
     Raises:
         ValueError: for values out of range.
@@ -51,10 +51,10 @@ class LlamaGenConfig(GridTransformerConfig):
 
 
 class GridRotary(nn.Module):
-    """Rotary tables of positions in a row-major grid, in place of a Llama's.
+    """Rotary tables for positions in a row-major grid, in place of a Llama's.
 
-    The first half of the frequencies turns with the row, the second with the column. A negative position is a
-    caption's: its cosines and sines are all zero.
+    The first half of the frequencies rotates with the row, the second with the column. Negative positions belong to a
+    caption: their cosines and sines are all zero.
     """
 
     def __init__(self, columns: int, width: int):
@@ -67,7 +67,7 @@ class GridRotary(nn.Module):
         self.columns, self.width = columns, width
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [R, Q, D] in the dtype and on the device of x, of positions [R, Q]."""
+        """cos and sin [R, Q, D] of positions [R, Q], in the dtype and on the device of x."""
         half = self.width // 2
         steps = torch.arange(0, half, 2, device=x.device, dtype=torch.float32)
         frequencies = 1.0 / (ROPE_BASE ** (steps / half))
@@ -79,11 +79,11 @@ class GridRotary(nn.Module):
 
 
 class LlamaGenTransformer(nn.Module):
-    """Captions and image tokens to logits of the next token.
+    """Maps captions and image tokens to logits of the next token.
 
     Attributes:
         config: its sizes.
-        null: features of no caption, [L, S], learned.
+        null: learned features [L, S] that stand for no caption.
         language: its layers, and the embedding of image tokens.
     """
 
@@ -111,7 +111,7 @@ class LlamaGenTransformer(nn.Module):
         self.head = nn.Linear(config.width, config.codes, bias=False)
 
     def captions(self, features: torch.Tensor) -> torch.Tensor:
-        """What the layers read of text features: [..., S] -> [..., C]."""
+        """The layers' input for text features: [..., S] -> [..., C]."""
         features = features.to(self.caption_in.weight.device, self.caption_in.weight.dtype)
         return self.caption_out(F.gelu(self.caption_in(features), approximate="tanh"))
 
@@ -119,8 +119,8 @@ class LlamaGenTransformer(nn.Module):
         """Logits [R, N', K] float32 of the first N' = 1 + Q image tokens, given the first Q: for training and tests.
 
         Args:
-            captions: of `captions`, [R, L', C], padded on the left.
-            real: bool [R, L'], False where a slot is padding, which attends to itself alone and is not attended.
+            captions: [R, L', C] from `captions`, padded on the left.
+            real: bool [R, L'], False for padding slots, which attend only to themselves and are not attended to.
             tokens: [R, Q] int64.
         """
         slots, count = captions.shape[1], tokens.shape[1]

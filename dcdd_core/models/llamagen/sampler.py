@@ -1,8 +1,8 @@
 """LlamaGen as a sampler of image tokens from text (Sun et al. 2024, arXiv 2406.06525).
 
-It computes the released loop: cleaned captions, T5's features, a learned row of no caption under the caption's own
-mask, guidance 7.5 and top-k 1000 unless options or the folder's config.json say another. What is not the released
-loop's is in `autoregressive.sampler`.
+It follows the released loop: cleaned captions, T5's features, a learned unconditional row under the caption's own mask,
+guidance 7.5 and top-k 1000 unless options or the folder's config.json say otherwise. Differences from the released loop
+are described in `autoregressive.sampler`.
 
 Shapes: S width of the text features, L caption slots, n tokens of a caption.
 """
@@ -31,19 +31,19 @@ SAMPLING = SamplingOptions(guidance=7.5, top_k=1000)
 class LlamaGenSampler(AutoregressiveSampler):
     """A `LlamaGenTransformer` with its text side as a `TokenSampler`.
 
-    The text encoder is no part of `model`: hosts that move that leave it where it rests, and it comes to the model's
-    device only while it reads prompts that are new (`T5Text`; `text.stays` keeps it where it rests).
+    The text encoder is not part of `model`: hosts that move the model leave the encoder where it is kept, and it moves
+    to the model's device only while it reads new prompts (`T5Text`; with `text.stays` it never moves).
 
     Attributes, besides those of `AutoregressiveSampler`:
         text: the text encoder with its tokenizer; None without.
         known: text features [n, S] by cleaned caption, which need no encoder.
 
     Args:
-        known: features of the text encoder `text`, or where that is None, of the one that they name.
-        sampling: guidance and top-k of options that leave them to the sampler.
+        known: features from the text encoder `text`, or if that is None, from the encoder that they name.
+        sampling: guidance and top-k for options that leave them to the sampler.
 
     Raises:
-        ValueError: for a model without an encoder of text and without known captions.
+        ValueError: if there is neither a text encoder nor any known caption.
     """
 
     model: LlamaGenTransformer
@@ -83,14 +83,14 @@ class LlamaGenSampler(AutoregressiveSampler):
         int8: bool = False,
         computes_on: torch.device | str | None = None,
     ) -> LlamaGenSampler:
-        """The sampler in a folder (see `files`); nothing is downloaded.
+        """Loads the sampler in a folder (see `files`); nothing is downloaded.
 
         Args:
-            device: of the transformer; the text encoder rests on the CPU.
-            int8, computes_on: as `JanusSampler.load`; int8 is for the text encoder's linear weights too.
+            device: device of the transformer; the text encoder is kept on the CPU.
+            int8, computes_on: as in `JanusSampler.load`; int8 also applies to the text encoder's linear weights.
 
         Raises:
-            ValueError: for int8 without torchao, for saved features of another text encoder than the folder's, and as
+            ValueError: for int8 without torchao, for saved features from a text encoder other than the folder's, and as
                 `LlamaGenFolder`.
         """
         found = LlamaGenFolder(folder)
@@ -111,15 +111,15 @@ class LlamaGenSampler(AutoregressiveSampler):
 
     @property
     def fingerprint(self) -> str:
-        """See `AutoregressiveSampler`; the text encoder's is a part of it, also where its features alone are there."""
+        """See `AutoregressiveSampler`; it includes the text encoder's, even if only its saved features are there."""
         return f"{super().fingerprint}-{self._encoder}"
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Parts of the cleaned prompt that the text encoder's tokenizer lacks, each once, in order."""
+        """Parts of the cleaned prompt that the text encoder's tokenizer does not know, each once, in order."""
         return [] if self.text is None else self.text.words.unknown(clean_caption(prompt))
 
     def known_words(self) -> list[str]:
-        """None by name: it reads any text, in pieces of words."""
+        """An empty list: it reads any text, in pieces of words."""
         return []
 
     def text_memory(self, prompts: Sequence[str]) -> int:
@@ -135,27 +135,29 @@ class LlamaGenSampler(AutoregressiveSampler):
         self._features(prompts, moved=moved)
 
     def features(self, prompt: str) -> torch.Tensor:
-        """The text features [n, S] of a prompt, which is cleaned first: those known, or the text encoder's.
+        """The text features [n, S] of a prompt, which is cleaned first: known ones, or the text encoder's.
 
         Raises:
-            ValueError: for a prompt of which cleaning leaves nothing, one of more than L tokens, and one that is not
-                known where there is no encoder.
+            ValueError: for a prompt of which cleaning leaves nothing, one of more than L tokens, and an unknown one if
+                there is no text encoder.
         """
         return self._features([prompt], moved=True)[prompt]
 
     def save_captions(self, file: str | Path, prompts: Sequence[str]) -> None:
-        """Writes the text features of prompts, after those known; as captions.safetensors in the folder of a model they
-        are read with it, which then needs no text encoder for them.
+        """Writes the known text features and those of prompts to a file.
+
+        As captions.safetensors in a model's folder it is loaded with the model, which then needs no text encoder for
+        these captions.
 
         Raises:
-            ValueError: as `features`, and without any.
+            ValueError: as `features`, and if there are no captions at all.
             OSError: if the file cannot be written.
         """
         new = {clean_caption(prompt): values for prompt, values in self._features(prompts, moved=True).items()}
         save_captions(file, Captions(features=self.known | new, encoder=self._encoder))
 
     def _features(self, prompts: Sequence[str], *, moved: bool) -> dict[str, torch.Tensor]:
-        """By prompt, each once."""
+        """The text features by prompt, each once."""
         unknown = self._unknown(prompts)
         if unknown and self.text is None:
             raise ValueError(
@@ -170,11 +172,11 @@ class LlamaGenSampler(AutoregressiveSampler):
 
     @property
     def _device(self) -> torch.device:
-        """Where the network is."""
+        """The network's device."""
         return self.model.language.device
 
     def _unknown(self, prompts: Sequence[str]) -> list[str]:
-        """The captions of prompts whose features are not known."""
+        """The captions of those prompts whose features are not known."""
         captions = {prompt: require_caption(prompt) for prompt in prompts}
         return [caption for caption in dict.fromkeys(captions.values()) if caption not in self.known]
 
@@ -192,12 +194,12 @@ class LlamaGenSampler(AutoregressiveSampler):
         features: dict[str | int, torch.Tensor] = {**self._features(prompts, moved=True)}
         lengths = {prompt: len(values) for prompt, values in features.items()}
         rows: list[str | int] = list(prompts)
-        if guided:  # The row of no caption is as long as that of the caption, and sees the last of its slots.
+        if guided:  # The unconditional row is as long as the caption, and takes the last slots of the null features.
             rows += [lengths[prompt] for prompt in prompts]
             features |= {length: self.model.null[-length:] for length in lengths.values()}
         most = max(lengths.values())
         padding = [most - len(values) for values in features.values()]
-        # What is padding is never attended.
+        # Padding is never attended to.
         padded = torch.stack(
             [F.pad(self.model.captions(values), (0, 0, pad, 0)) for values, pad in zip(features.values(), padding)]
         )

@@ -1,6 +1,6 @@
-"""LlamaGen's VQ-16 tokenizer in the file that its authors publish, or the same tensors as safetensors.
+"""LlamaGen's VQ-16 tokenizer, from the file that its authors publish or the same tensors as safetensors.
 
-Janus' image tokenizer is trained from it: the same network, under the names that DeepSeek's files have too.
+Janus' image tokenizer was trained from it: the same network, with the tensor names that DeepSeek's files use too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _AGAIN = f"take {NAME}.pt of peizesun/llamagen_t2i or llvictorll/BigFIX"
 
 
 def load_codebook(file: str | Path) -> Codebook:
-    """The codebook alone; nothing else of the file is read.
+    """Loads only the codebook; nothing else of the file is read.
 
     Raises:
         ValueError: as `load_tokenizer`.
@@ -46,14 +46,14 @@ def load_tokenizer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> VQTokenizer:
-    """The tokenizer in a file such as vq_ds16_t2i.pt; its sizes are those of its tensors.
+    """Loads the tokenizer in a file such as vq_ds16_t2i.pt; its sizes are read off its tensors.
 
     Args:
         grid: (h, w) of the images that its sampler paints.
         name: for messages and records.
 
     Raises:
-        ValueError: for a file that is damaged, holds code or is no such tokenizer, and for tensors that are missing,
+        ValueError: for a file that is damaged, holds code or is not such a tokenizer, and for tensors that are missing,
             unexpected or of a wrong shape.
     """
     file = Path(file)
@@ -67,10 +67,12 @@ def load_tokenizer(
 
 
 def require_codes(codebook: Codebook, where: Path, codes: int, trained: str, repository: str) -> Codebook:
-    """The codebook, if it is as large as a transformer's vocabulary.
+    """The codebook, if it has as many codes as a transformer was trained with.
 
     Args:
-        where: its file, for errors, as are the name of what was `trained` and the `repository` that has both.
+        where: the codebook's file, for errors.
+        codes: the number of codes expected.
+        trained, repository: the name of what was trained with them, and the repository that has both, for errors.
 
     Raises:
         ValueError: for another number of codes.
@@ -84,7 +86,7 @@ def require_codes(codebook: Codebook, where: Path, codes: int, trained: str, rep
 
 
 def published_tokenizer(grid: tuple[int, int]) -> ImageTokenizer:
-    """`SamplerFamily.published_tokenizer` of the families that sample these tokens: the shapes of Janus' own.
+    """`SamplerFamily.published_tokenizer` for the families that sample these tokens: Janus' own, of the same shapes.
 
     Args:
         grid: (h, w) of the images that the family paints.
@@ -95,12 +97,12 @@ def published_tokenizer(grid: tuple[int, int]) -> ImageTokenizer:
 
 
 def llamagen_name(name: str) -> str:
-    """LlamaGen's name of a tensor in transformers' `JanusVQVAE`."""
+    """LlamaGen's name for a tensor in transformers' `JanusVQVAE`."""
     return deepseek_name(f"model.vqmodel.{name}").removeprefix(_PART)
 
 
 def _tensors(file: Path) -> dict[str, Any]:
-    """Without training statistics."""
+    """The tensors in a file by name, without training statistics."""
     if file.suffix == ".safetensors":
         held, where = read_wanted(file, lambda name: True), ""
     else:
@@ -120,14 +122,14 @@ def _codes(held: Mapping[str, Any], file: str | Path) -> torch.Tensor:
 
 
 def vq_config(held: Mapping[str, Any], file: str | Path) -> JanusVQVAEConfig:
-    """The sizes that a tokenizer's tensors have.
+    """Reads a tokenizer's sizes off its tensors.
 
     Args:
         held: tensors by LlamaGen's names.
-        file: names it in errors.
+        file: the file, for errors.
 
     Raises:
-        ValueError: for tensors that are missing, or are no such network's.
+        ValueError: for tensors that are missing or do not belong to such a network.
     """
     count, dim = _codes(held, file).shape
     base, latent = (_rows(held, f"encoder.{name}.weight", file) for name in ("conv_in", "conv_out"))
@@ -137,7 +139,7 @@ def vq_config(held: Mapping[str, Any], file: str | Path) -> JanusVQVAEConfig:
     blocks = 0
     while f"encoder.conv_blocks.0.res.{blocks}.conv1.weight" in held:
         blocks += 1
-    # 32 groups in each normalisation.
+    # Each group normalisation has 32 groups.
     if not widths or base % 32 or any(width % base for width in widths):
         raise ValueError(
             f"{file} has an encoder of {base} channels whose levels have {widths}, expected multiples of the first, "

@@ -1,7 +1,7 @@
-"""aMUSEd as a family: which folders are its, and how they are loaded.
+"""The aMUSEd family: which folders belong to it, and how they are loaded.
 
-An open reproduction of MUSE (Patil et al. 2024, arXiv 2401.01808), published as amused/amused-256 and
-amused/amused-512: 8,192 codes, 16 x 16 and 32 x 32 tokens of 16 pixels a side.
+aMUSEd is an open reproduction of MUSE (Patil et al. 2024, arXiv 2401.01808), published as amused/amused-256 and
+amused/amused-512: 8,192 codes, 16 x 16 and 32 x 32 tokens of 16 pixels per side.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class AmusedFamily(LoadsMasked):
     expected = "the folder of an aMUSEd model (amused-256 or amused-512), as diffusers writes it"
 
     def reads(self, path: str) -> bool:
-        """A folder whose model_index.json is of an aMUSEd pipeline, or without one, whose transformer is aMUSEd's."""
+        """True for a folder whose model_index.json, or if it has none, whose transformer's config.json is aMUSEd's."""
         folder = Path(path)
         if (folder / "model_index.json").exists():
             return read_config(folder, "model_index.json").get("_class_name") in PIPELINES
@@ -43,7 +43,7 @@ class AmusedFamily(LoadsMasked):
         return AmusedFolder(path).tokenizer(dtype=dtype, device=device)
 
     def published_tokenizer(self) -> AmusedTokenizer:
-        """That of both published models, at the larger one's grid."""
+        """The tokenizer of both published models, on the larger one's 32 x 32 grid."""
         with torch.device("meta"):
             model = VQModel(
                 block_out_channels=(128, 256, 256, 512, 768),
@@ -56,7 +56,7 @@ class AmusedFamily(LoadsMasked):
                 lookup_from_codebook=True,
                 force_upcast=True,
             )
-        # A codebook's values are checked, so it needs some: these are random.
+        # The codebook's values are checked, so it needs some: these are random.
         shape = model.quantize.embedding.weight.shape
         return AmusedTokenizer(model, torch.randn(shape, generator=torch.Generator().manual_seed(0)), grid=(32, 32))
 

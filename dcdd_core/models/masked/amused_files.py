@@ -1,7 +1,7 @@
 """aMUSEd's folder as diffusers writes it: transformer, text_encoder, tokenizer, vqvae, scheduler, each in a folder.
 
-Sizes are those of the configurations, and are compared with each other and with the weights' headers before a network
-is built. Nothing of diffusers' pipeline is used, which later versions deprecate.
+Sizes come from the configurations, and are compared with each other and with the weights' headers before a network is
+built. diffusers' pipeline is not used, since later versions deprecate it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _TEXT_WHOLE = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-#: Entries of the transformer's configuration, and the tensor and axis that have this size.
+#: Entries of the transformer's configuration, each with the tensor and axis that have this size.
 _SIZES = (
     ("hidden_size", "encoder_proj.weight", 0),
     ("encoder_hidden_size", "encoder_proj.weight", 1),
@@ -95,10 +95,11 @@ class AmusedFolder:
 
     Attributes:
         path: the folder.
-        name: of the model: the folder's, or the repository's in the layout of the hub's cache.
+        name: the model's name: the folder's, or in the hub's cache the repository's.
 
     Raises:
-        ValueError: if there is no such folder, or it lacks a part.
+        ValueError: if there is no such folder, if it lacks the transformer or the vqvae, and if their configurations
+            are invalid or do not fit each other.
     """
 
     def __init__(self, path: str | Path):
@@ -116,14 +117,14 @@ class AmusedFolder:
         return (self._network["sample_size"],) * 2
 
     def sampler(self, *, dtype: torch.dtype, device: torch.device | str) -> MaskedSampler:
-        """The masked sampler.
+        """Loads the masked sampler.
 
-        By default it samples as diffusers' pipeline does: 12 passes by its scheduler's schedule (its rounding apart, at
-        most one position a pass), in the order of confidence, guidance 10 in each pass, no revision. Other plans can be
-        asked for, but revision is untrained here: the network has never seen a wrong token.
+        By default it samples as diffusers' pipeline does: 12 passes with its scheduler's schedule (up to rounding, at
+        most one position per pass), in order of confidence, guidance 10 in each pass, no revision. Other plans can be
+        requested, but the network is not trained for revision: it has never seen a wrong token.
 
         Raises:
-            ValueError: for entries of the configurations that are missing, unknown, out of range, or not those of the
+            ValueError: for entries of the configurations that are missing, unknown, out of range, or do not fit the
                 weights; tensors that are missing, unexpected, quantised or of a wrong shape; files that cannot be read.
         """
         text, plan, mask_token = self._text(), *self._plan()
@@ -152,14 +153,14 @@ class AmusedFolder:
         with reading(file, "the configuration of a CLIP text model", _AGAIN), torch.device("meta"):
             encoder = CLIPTextModelWithProjection(text)
         self._load(encoder, "text_encoder", headers, **read)
-        # The only buffer, which no checkpoint need hold.
+        # The only buffer, which a checkpoint need not hold.
         encoder.text_model.embeddings.position_ids = torch.arange(text.max_position_embeddings, device=device)[None]
 
         network = AmusedNetwork(config, transformer, encoder).eval().requires_grad_(False)
         return MaskedSampler(network, words, unit_rows(self._codes())[0], name=self.name, sampling=plan)
 
     def tokenizer(self, *, dtype: torch.dtype | None, device: torch.device | str) -> AmusedTokenizer:
-        """The image tokenizer; in float32 where float16 is asked for and its configuration says `force_upcast`.
+        """Loads the image tokenizer; in float32 if float16 is requested and its configuration says `force_upcast`.
 
         Raises:
             ValueError: as `sampler`.
@@ -194,10 +195,10 @@ class AmusedFolder:
         return self.path / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
 
     def _config(self, name: str, kind: str) -> dict[str, Any]:
-        """A part's configuration with diffusers' defaults, without its notes.
+        """A part's configuration with diffusers' defaults, without entries that begin with "_".
 
         Raises:
-            ValueError: for another class, and unknown entries.
+            ValueError: for another class, quantised weights, and unknown entries.
         """
         config = read_config(self._part(name), self._file(name).name)
         if config.get("_class_name") != kind:
@@ -290,7 +291,7 @@ class AmusedFolder:
         return text
 
     def _plan(self) -> tuple[ProgressiveOptions, int]:
-        """How diffusers' pipeline samples by default, and the number of a hidden token."""
+        """How diffusers' pipeline samples by default, and the id of a hidden token."""
         scheduler = self._config("scheduler", "AmusedScheduler")
         with in_file(self._file("scheduler")):
             codes, words = self._network["codebook_size"], self._network["vocab_size"]
@@ -333,7 +334,7 @@ class AmusedFolder:
         dtype: torch.dtype | None,
         device: torch.device | str,
     ) -> None:
-        """Loads a module on "meta" from a part's weights."""
+        """Loads a part's weights into a module on "meta"."""
         expected = set(module.state_dict())
         dtypes = {tensor: header.dtype for tensor, header in headers.items() if tensor in expected}
         if how := quantised(dtypes, sorted(set(headers) - expected)):

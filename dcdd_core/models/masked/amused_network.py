@@ -1,7 +1,7 @@
 """aMUSEd's network (Patil et al. 2024, arXiv 2401.01808): diffusers' U-ViT over image tokens, with CLIP's text encoder.
 
-It was trained to predict hidden tokens from correct visible ones: it has no head for an order, and has never seen a
-wrong token that it should revise.
+It was trained to predict hidden tokens from correct visible ones: it has no head that predicts an order, and has never
+seen a wrong token that it should revise.
 
 Shapes: R rows, L prompt length, N tokens (a row-major h x w grid), K codes, C width of the U-ViT's outer blocks.
 """
@@ -31,8 +31,8 @@ class AmusedConfig:
 
     Attributes:
         grid: (h, w) of its images.
-        factor: pixels a token side.
-        mask_token: the number of a hidden token; not K, since the vocabulary is padded.
+        factor: pixels per token side.
+        mask_token: the id of a hidden token; not K, since the vocabulary is padded.
     """
 
     grid: tuple[int, int]
@@ -45,30 +45,30 @@ class AmusedPrefix:
     """What the image tokens see of a prompt.
 
     Attributes:
-        states: hidden states before CLIP's last layer [R, L, width of CLIP].
-        pooled: CLIP's text embedding [R, width of the projection].
+        states: [R, L, width of CLIP], hidden states before CLIP's last layer.
+        pooled: [R, width of the projection], CLIP's text embedding.
     """
 
     states: torch.Tensor
     pooled: torch.Tensor
 
     def rows(self, first: int, last: int) -> AmusedPrefix:
-        """Of the rows first..last - 1."""
+        """The prefix of the rows first..last - 1."""
         return AmusedPrefix(states=self.states[first:last], pooled=self.pooled[first:last])
 
 
 class AmusedNetwork(nn.Module):
-    """A `UVit2DModel` with its text encoder, as `MaskedSampler` asks for one.
+    """A `UVit2DModel` with its text encoder, in the form that `MaskedSampler` expects.
 
-    The U-ViT's last layer reads each position by itself. It is taken off and applied by `logits`, in float32 and where
-    a position is drawn.
+    The U-ViT's last layer reads each position separately. It is taken off and applied by `logits`, in float32 and only
+    where a position is drawn.
 
     Args:
-        transformer: loses its `mlm_layer` to this module.
+        transformer: its `mlm_layer` is moved to this module.
 
     Attributes:
-        config: see there.
-        predicts: no order.
+        config: see `AmusedConfig`.
+        predicts: empty: no scores for an order of revealing.
     """
 
     predicts = ()
@@ -80,7 +80,7 @@ class AmusedNetwork(nn.Module):
 
     @property
     def mask_token(self) -> int:
-        """The number of a hidden token."""
+        """The id of a hidden token."""
         return self.config.mask_token
 
     @property
@@ -97,8 +97,8 @@ class AmusedNetwork(nn.Module):
         """Reads prompts.
 
         Args:
-            ids: [R, L] int64, all as long as CLIP reads.
-            padding: [R] zeros; CLIP's own padding is on the right, and is attended.
+            ids: [R, L] int64, where L is the length that CLIP reads.
+            padding: [R] zeros; CLIP's own padding is on the right, and is attended to.
         """
         read = self.text(input_ids=ids, output_hidden_states=True)
         return AmusedPrefix(states=read.hidden_states[-2], pooled=read.text_embeds)
@@ -117,7 +117,7 @@ class AmusedNetwork(nn.Module):
         return rearrange(hidden, "r c h w -> r (h w) c")
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of hidden states [..., C]: [..., K] float32, computed in float32."""
+        """Logits [..., K] float32 of hidden states [..., C], computed in float32."""
         inner = _pointwise(self.head.conv1, hidden.float())
         norm = self.head.layer_norm
         inner = F.rms_norm(inner, norm.dim, None if norm.weight is None else norm.weight.float(), norm.eps)
@@ -125,5 +125,5 @@ class AmusedNetwork(nn.Module):
 
 
 def _pointwise(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """A convolution of kernel size 1 over the last axis, in float32, whatever the weights' dtype."""
+    """Applies a convolution of kernel size 1 along the last axis, in float32, whatever the weights' dtype."""
     return F.linear(x, layer.weight.float().flatten(1), None if layer.bias is None else layer.bias.float())

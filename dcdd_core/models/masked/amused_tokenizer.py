@@ -1,13 +1,13 @@
-"""aMUSEd's image tokenizer: diffusers' `VQModel`, whose nearest code is that of the smallest Euclidean distance.
+"""aMUSEd's image tokenizer: diffusers' `VQModel`, which finds the nearest code by Euclidean distance.
 
-A `Codebook` has rows of unit length, and compares by cosine. The codes e [D] become such rows without loss, in two
-dimensions more [our choice]: with s the largest length of a code and R = s sqrt(5) / 2,
+A `Codebook` has rows of unit length and compares by cosine. The codes e [D] become such rows without loss in two extra
+dimensions [our choice]: with s the largest length of a code and R = s sqrt(5) / 2,
 
     u = [e, |e|^2 / (2 s), sqrt(R^2 - |e|^2 - |e|^4 / (4 s^2))] / R     of unit length,
     v = [f, -s, 0]                                                      for a feature f,
 
-so that cos(v, u) = (f e - |e|^2 / 2) / (R |v|). At a given f it falls with |f - e|^2 alone: the code of the largest
-cosine is the nearest one. Mixtures of rows u are the same mixtures of codes e, R u [: D].
+so that cos(v, u) = (f e - |e|^2 / 2) / (R |v|). For a given f it decreases with |f - e|^2 only: the code with the
+largest cosine is the nearest one. Mixtures of rows u give the same mixtures of codes e, as R u [: D].
 
 Shapes: B batch, K codes, D dimension of the network's codes, h x w token grid, H x W pixels.
 """
@@ -30,7 +30,7 @@ def unit_rows(codes: torch.Tensor) -> tuple[Codebook, float]:
     """Codes [K, D] of any lengths as rows u [K, D + 2] of unit length, and s.
 
     Raises:
-        ValueError: as `Codebook`.
+        ValueError: as `Codebook`, and if all codes are zero.
     """
     e = codes.detach().double()
     squared = e.square().sum(1, keepdim=True)
@@ -48,7 +48,7 @@ class AmusedTokenizer(VQTokenizer):
     Attributes: see `VQTokenizer`.
 
     Args:
-        codes: [K, D] of the codebook as it is stored; in half precision the network's own may be rounded.
+        codes: [K, D], the codebook as it is stored; the network's own may be rounded to half precision.
         grid: (h, w) of the images that the masked sampler paints.
     """
 
@@ -72,6 +72,6 @@ class AmusedTokenizer(VQTokenizer):
         return 2 * self.model.decoder(self.model.post_quant_conv(codes)).float() - 1
 
     def working_memory(self, grid: tuple[int, int]) -> int:
-        """Bytes for one image in float32, scaled by width from what ComfyUI assumes of FLUX's autoencoder (128)."""
+        """Bytes for one image in float32: ComfyUI's estimate for FLUX's autoencoder (width 128), scaled by width."""
         h, w = grid
         return round(4 * 2178 * h * w * self.factor**2 * self.model.config.block_out_channels[0] / 128)

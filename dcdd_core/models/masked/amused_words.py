@@ -1,4 +1,4 @@
-"""aMUSEd's prompts: CLIP's ids, padded to one length; the row without a prompt is the empty text.
+"""aMUSEd's prompts: CLIP's ids, padded to one length; the unconditional row is the empty text.
 
 Shapes: L the length that CLIP reads.
 """
@@ -19,10 +19,10 @@ _AGAIN = "fetch the tokenizer's files again"
 
 
 class AmusedWords:
-    """See `Words`, whose methods it has.
+    """Has the same methods as `Words`.
 
     Args:
-        length: L, with the ids for beginning and end.
+        length: L, including the ids for beginning and end.
 
     Attributes:
         tokenizer: CLIP's.
@@ -34,7 +34,7 @@ class AmusedWords:
 
     @classmethod
     def load(cls, folder: Path, length: int) -> AmusedWords:
-        """From tokenizer_config.json and either vocab.json and merges.txt or tokenizer.json.
+        """Loads it from tokenizer_config.json and either vocab.json and merges.txt, or tokenizer.json.
 
         Raises:
             ValueError: naming a file that is missing, damaged or of another tokenizer.
@@ -66,15 +66,15 @@ class AmusedWords:
         return ids
 
     def unconditional(self, ids: Sequence[int]) -> list[int]:
-        """The row without a prompt, [L]."""
+        """The unconditional row [L]."""
         return self._empty
 
     def unknown(self, prompt: str) -> list[str]:
-        """None: CLIP reads any text, letter by letter where it has to."""
+        """An empty list: CLIP reads any text, letter by letter if it has to."""
         return []
 
     def known(self) -> list[str]:
-        """Empty: there is no list of words."""
+        """An empty list: CLIP has no list of words."""
         return []
 
     def _padded(self, text: str) -> list[int]:

@@ -1,9 +1,10 @@
 """BIGFix (Besnier et al. 2025, arXiv 2510.12231), a published masked sampler of images from text, as a family.
 
-How its released sampler's settings are said here: guidance_scale w is guidance 1 + w; a softmax temperature t, which
-multiplies the logits there, is temperature 1 / t. Theirs draws everything revealed again in each pass, but for the
-second, with new noise; here in the second too, and with the noise of a position, so that one whose distribution stays
-keeps its token. Its Halton order has rows by base 2 and columns by base 3, this one's the other way round.
+The released sampler's settings translate as follows: guidance_scale w is guidance 1 + w here; a softmax temperature t,
+which multiplies the logits there, is temperature 1 / t. The released sampler redraws everything revealed in each pass
+except the second, with new noise; here this includes the second, and the noise belongs to the position, so that a
+position whose distribution does not change keeps its token. Its Halton order uses base 2 for rows and base 3 for
+columns, ours the reverse.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ SAMPLING = ProgressiveOptions(
 
 
 class BigFixSampler(MaskedSampler):
-    """A `BigFixTransformer` as a `TokenSampler`; everything but reading prompts is the masked sampler's.
+    """A `BigFixTransformer` as a `TokenSampler`; only reading prompts differs from the masked sampler.
 
-    A row without a prompt has zeros for its text and asks for low rewards, one with a prompt for high ones
-    (`bigfix_network`): guidance leads away from both.
+    An unconditional row has zeros for its text and asks for low rewards, a conditional one for high rewards
+    (`bigfix_network`): guidance leads away from both the empty text and the low rewards.
     """
 
     model: BigFixTransformer
@@ -51,17 +52,17 @@ class BigFixFamily(LoadsMasked):
     expected = f"the folder of BIGFix, with {CHECKPOINT}, {TOKENIZER} and the folder {TEXT}"
 
     def reads(self, path: str) -> bool:
-        """A folder whose config.json says so, or without one, that holds a file BigFix*.pth."""
+        """True for a folder whose config.json says so, or if it has none, that holds a file BigFix*.pth."""
         folder = Path(path)
         if (folder / "config.json").exists():
             return read_config(folder).get("model_type") == MODEL_TYPE
         return folder.is_dir() and any(file.name.lower().startswith("bigfix") for file in checkpoints(folder))
 
     def read_sampler(self, path: str, *, device: torch.device | str, dtype: torch.dtype) -> BigFixSampler:
-        """The sampler in a folder.
+        """Loads the sampler in a folder.
 
         Raises:
-            ValueError: as `BigFixFolder`.
+            ValueError: as `BigFixFolder`, its `codebook` and its `load_network`.
         """
         folder = BigFixFolder(path)
         codebook = folder.codebook()
@@ -71,7 +72,7 @@ class BigFixFamily(LoadsMasked):
     def load_tokenizer(
         self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> ImageTokenizer:
-        """LlamaGen's, of the folder.
+        """Loads LlamaGen's tokenizer in the folder.
 
         Raises:
             ValueError: as `BigFixFolder` and `llamagen.load_tokenizer`.
@@ -82,7 +83,7 @@ class BigFixFamily(LoadsMasked):
         )
 
     def published_tokenizer(self) -> ImageTokenizer:
-        """LlamaGen's: the shapes of Janus' own, on the grid of 512 x 512 pixels."""
+        """LlamaGen's tokenizer, of the shapes of Janus' own, on the 32 x 32 grid of 512 x 512 pixels."""
         return llamagen.published_tokenizer((32, 32))
 
 

@@ -1,7 +1,7 @@
-"""A folder with BIGFix as it is published: the transformer's .pth, LlamaGen's tokenizer and a T5 model.
+"""A folder with BIGFix as published: the transformer's .pth, LlamaGen's tokenizer and a T5 model.
 
-NAME.pth is what their trainer saves (a dict with "model_state_dict"). The sizes are those of its tensors, but for the
-number of heads, which no tensor shows: the released trainer has one for each of its widths. For another width the
+NAME.pth is what the authors' trainer saves (a dict with "model_state_dict"). Sizes are read off its tensors, except for
+the number of heads, which no tensor shows: the released trainer has one for each of its widths. For another width the
 folder needs a config.json: {"model_type": "bigfix", "heads": 2}.
 """
 
@@ -29,10 +29,10 @@ TOKENIZER = f"{llamagen.NAME}.pt"
 TEXT = "flan-t5-xl"
 
 _AGAIN = f"take {CHECKPOINT} of {REPOSITORY}"
-#: Heads by width of the released trainer's sizes.
+#: Number of heads for each width of the released trainer.
 _HEADS: Mapping[int, int] = MappingProxyType({384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24})
 
-# Modules, in our names and in theirs.
+# Modules, by our names and by the authors'.
 _MODULES: Mapping[str, str] = MappingProxyType(
     {
         "codes": "tok_emb",
@@ -63,20 +63,20 @@ _BLOCK: Mapping[str, str] = MappingProxyType(
         "down": "ff.w2",
     }
 )
-# Beginnings of names that a compiled or distributed model adds.
+# Name prefixes that a compiled or distributed model adds.
 _WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 class BigFixFolder:
-    """The parts of a folder, none of them read.
+    """The parts of a folder, which are located but not read.
 
     Attributes:
         path: the folder.
-        checkpoint, tokenizer: where its parts lie.
-        name: of the model: the checkpoint's, without its ending, since folders are renamed.
+        checkpoint, tokenizer: the files of its parts.
+        name: the model's name: the checkpoint's, without its suffix, since folders may be renamed.
 
     Raises:
-        ValueError: naming the part that is missing, and where it comes from; for several checkpoints, and a config.json
+        ValueError: naming the part that is missing, and where to get it; for several checkpoints, and a config.json
             with unknown entries.
     """
 
@@ -117,14 +117,14 @@ class BigFixFolder:
         """The transformer's sizes; only names and shapes are read.
 
         Raises:
-            ValueError: as `network_config`, and for a file that is damaged, holds code or is no such checkpoint.
+            ValueError: as `network_config`, and for a file that is damaged, holds code or is not such a checkpoint.
         """
         return network_config(self._tensors(), self._heads, self.checkpoint)
 
     def load_network(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> tuple[BigFixTransformer, T5Words]:
-        """The transformer with its text encoder, and the tokenizer of prompts.
+        """Loads the transformer with its text encoder, and the text tokenizer.
 
         Raises:
             ValueError: as `text`, `read_network` and `t5.load_text`, and for a text encoder of another width.
@@ -144,11 +144,11 @@ class BigFixFolder:
     def read_network(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> BigFixTransformer:
-        """The transformer without a text encoder.
+        """Loads the transformer without a text encoder.
 
         Raises:
-            ValueError: as `config`, and for tensors that are missing, unexpected or of a wrong shape, in the file's
-                names.
+            ValueError: as `config`, and for tensors that are missing, unexpected or of a wrong shape, by their names in
+                the file.
         """
         held = self._tensors()
         with torch.device("meta"):
@@ -157,7 +157,7 @@ class BigFixFolder:
         return network
 
     def codebook(self) -> Codebook:
-        """The image tokenizer's.
+        """The image tokenizer's codebook.
 
         Raises:
             ValueError: as `config` and `llamagen.load_codebook`, and for another number of codes than the
@@ -185,7 +185,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def bigfix_name(name: str) -> str:
-    """The released name of a tensor in a `BigFixTransformer`."""
+    """The released name for a tensor in a `BigFixTransformer`."""
     module, _, kind = name.rpartition(".")
     if module.startswith("layers."):
         _, number, part = module.split(".")
@@ -194,14 +194,15 @@ def bigfix_name(name: str) -> str:
 
 
 def network_config(held: Mapping[str, Any], heads: int | None, file: Path) -> BigFixConfig:
-    """The sizes that a checkpoint's tensors have.
+    """Reads a transformer's sizes off its checkpoint's tensors.
 
     Args:
         held: tensors by their released names.
-        heads: None for those of the released trainer at this width.
+        heads: number of heads; None for the released trainer's at this width.
 
     Raises:
-        ValueError: for tensors that are missing or that no such network has, and a width whose heads are not known.
+        ValueError: for tensors that are missing or that no such network has, and a width whose number of heads is not
+            known.
     """
     (codes, width), (tokens, _), (registers, _) = (
         _shape(held, f"{name}.weight", file) for name in ("tok_emb", "pos_emb", "reg_tokens")

@@ -1,8 +1,9 @@
 """BIGFix's transformer (Besnier et al. 2025, arXiv 2510.12231; github.com/valeoai/BigFix).
 
-Image tokens with learned positions attend to each other in both directions, together with registers and one token of
+Image tokens with learned positions attend to each other in both directions, together with registers and one token for
 the wanted rewards; queries and keys are normalised over all heads at once. Then they attend to all slots of the text,
-padding included, as in the released code. The rewards also scale and shift every block, alike in each [released code].
+padding included, as in the released code. The rewards also scale and shift every block, all in the same way [released
+code].
 
 Shapes: R rows, L text slots, S width of the text encoder, N tokens (a row-major h x w grid), K codes, C width, H heads,
 E width of a head, M hidden size of a block, P = N + registers + 1 positions.
@@ -35,7 +36,7 @@ class BigFixConfig(GridTransformerConfig):
 
     Attributes:
         text_width: S.
-        registers: positions beside the image that hold no token.
+        registers: number of extra positions that hold no image token.
 
     Raises:
         ValueError: for values out of range.
@@ -54,7 +55,7 @@ class BigFixConfig(GridTransformerConfig):
 
 
 class Modulation(NamedTuple):
-    """What the rewards do to each block; every part is [R, 1, C]."""
+    """How the rewards modulate each block; every part is [R, 1, C]."""
 
     attention_scale: torch.Tensor
     attention_shift: torch.Tensor
@@ -67,11 +68,11 @@ class Modulation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BigFixPrefix:
-    """What the passes of one image share.
+    """What all passes of one image share.
 
     Attributes:
-        keys, values: of the text in each block, [R, H, L, E].
-        style: of the rewards, [R, 8, C]: a token, then the parts of a `Modulation`.
+        keys, values: those of the text in each block, [R, H, L, E].
+        style: [R, 8, C] from the rewards: a token, then the parts of a `Modulation`.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -79,7 +80,7 @@ class BigFixPrefix:
     style: torch.Tensor
 
     def rows(self, first: int, last: int) -> BigFixPrefix:
-        """Of the rows first..last - 1."""
+        """The prefix of the rows first..last - 1."""
         return BigFixPrefix(
             keys=tuple(part[first:last] for part in self.keys),
             values=tuple(part[first:last] for part in self.values),
@@ -88,7 +89,7 @@ class BigFixPrefix:
 
 
 class BigFixBlock(nn.Module):
-    """Attention among the image, attention to the text and a gated feed-forward, each on a norm and added."""
+    """Attention within the image, attention to the text and a gated feed-forward, each pre-normed and residual."""
 
     def __init__(self, config: BigFixConfig):
         super().__init__()
@@ -110,7 +111,7 @@ class BigFixBlock(nn.Module):
         """x [R, P, C] -> the same shape.
 
         Args:
-            text: keys and values of `read`.
+            text: keys and values from `read`.
         """
         m = modulation
         normed = self.attention_norm(x) * (1 + m.attention_scale) + m.attention_shift
@@ -131,12 +132,12 @@ class BigFixBlock(nn.Module):
 
 
 class BigFixTransformer(nn.Module):
-    """Its inputs are tokens 0..K-1, and K where a position is hidden. For `MaskedSampler`, as `MaskedTransformer`.
+    """BIGFix's network for `MaskedSampler`, like `MaskedTransformer`: reads tokens 0..K-1, and K for hidden positions.
 
     Attributes:
         config: its sizes.
-        mask_token: the number of a hidden token, K.
-        predicts: nothing that an order of revealing reads.
+        mask_token: the id of a hidden token, K.
+        predicts: empty: no scores for an order of revealing.
         text_encoder: T5's encoder, set when its weights are read; part of the network, so that hosts move both.
     """
 
@@ -168,17 +169,17 @@ class BigFixTransformer(nn.Module):
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
-        """See `MaskedTransformer`; those of the text encoder too."""
+        """See `MaskedTransformer`; includes the text encoder's blocks."""
         return (self.layers, self.text_encoder.encoder.block)
 
     def prefix(self, ids: torch.Tensor, real: torch.Tensor, *, guided: bool) -> BigFixPrefix:
-        """Reads prompts: [conditional ; unconditional] rows if `guided`, or the conditional ones alone.
+        """Reads prompts: [conditional ; unconditional] rows if `guided`, or only the conditional ones.
 
-        Without a prompt the states of the text are zeros, and the wanted rewards low [released code].
+        In unconditional rows the states of the text are zeros, and the wanted rewards are low [released code].
 
         Args:
             ids: [B, L] int64.
-            real: bool [B, L], False where a slot is padding, which T5 does not attend to.
+            real: bool [B, L], False for padding slots, which T5 does not attend to.
         """
         states = self.text_encoder(input_ids=ids, attention_mask=real.long()).last_hidden_state
         rewards = states.new_full((len(states), REWARDS), WANTED_REWARD)
@@ -188,7 +189,7 @@ class BigFixTransformer(nn.Module):
         return self.read(states, rewards)
 
     def read(self, states: torch.Tensor, rewards: torch.Tensor) -> BigFixPrefix:
-        """Of the text encoder's states [R, L, S] and the wanted rewards [R, 3]."""
+        """The prefix for the text encoder's states [R, L, S] and the wanted rewards [R, 3]."""
         text = self.text_in(states.to(self.mask.dtype))
         keys, values = zip(*(block.read(text) for block in self.layers))
         style = self.style_out(F.silu(self.style_in(rewards.to(self.mask.dtype))))
@@ -206,6 +207,8 @@ class BigFixTransformer(nn.Module):
         return self.norm(x[:, :count])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of hidden states [..., C]: [..., K] float32, computed in float32. The released head has one more, of the
-        hidden token, which is never drawn here."""
+        """Logits [..., K] float32 of hidden states [..., C], computed in float32.
+
+        The released head has one more, for the hidden token, which is never drawn here.
+        """
         return float32_linear(self.head, hidden.float())[..., : self.mask_token]

@@ -1,4 +1,4 @@
-"""Masked samplers as families: what loads them, and the family of those that are trained here."""
+"""Masked samplers as families: how they are loaded, and the family of those that are trained here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sampler import MaskedSampler
 
 
 class LoadsMasked(ABC):
-    """How every family of masked samplers loads one; see `protocols.SamplerFamily`."""
+    """How all families of masked samplers load one; see `protocols.SamplerFamily`."""
 
     def load_sampler(
         self,
@@ -26,10 +26,10 @@ class LoadsMasked(ABC):
         int8: bool = False,
         computes_on: torch.device | str | None = None,
     ) -> MaskedSampler:
-        """The sampler in a folder; `computes_on` makes no difference.
+        """Loads the sampler in a folder; `computes_on` makes no difference.
 
         Args:
-            int8: the linear weights of the network's `blocks` stay in 8 bits in memory too.
+            int8: hold the linear weights of the network's `blocks` in 8 bits in memory.
 
         Raises:
             ValueError: as `read_sampler`, and for int8 without torchao.
@@ -41,7 +41,7 @@ class LoadsMasked(ABC):
 
     @abstractmethod
     def read_sampler(self, path: str, *, device: torch.device | str, dtype: torch.dtype) -> MaskedSampler:
-        """The sampler in a folder, its weights as they are."""
+        """Loads the sampler in a folder without rounding its weights to 8 bits."""
 
 
 class MaskedFamily(LoadsMasked):
@@ -51,7 +51,7 @@ class MaskedFamily(LoadsMasked):
     expected = f"the folder of a masked sampler (model_type {MODEL_TYPE!r}), as `train.py progressive` writes it"
 
     def reads(self, path: str) -> bool:
-        """A folder whose config.json is of a masked sampler."""
+        """True for a folder whose config.json is of a masked sampler."""
         return (Path(path) / "config.json").exists() and read_config(path).get("model_type") == MODEL_TYPE
 
     def read_sampler(self, path: str, *, device: torch.device | str, dtype: torch.dtype) -> MaskedSampler:
@@ -61,10 +61,10 @@ class MaskedFamily(LoadsMasked):
     def load_tokenizer(
         self, path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> ImageTokenizer:
-        """The image tokenizer that config.json names, by the family that reads it.
+        """Loads the image tokenizer that config.json names, by the family that reads it.
 
         Raises:
-            ValueError: if that is a masked sampler itself, and as that family's loader.
+            ValueError: if config.json names a masked sampler itself, and as that family's loader.
         """
         where = tokenizer_folder(path)
         family = registry.sampler_family(where)
@@ -76,5 +76,5 @@ class MaskedFamily(LoadsMasked):
         return family.load_tokenizer(str(where), device=device, dtype=dtype)
 
     def published_tokenizer(self) -> ImageTokenizer:
-        """LlamaGen's, which the published masked samplers are trained on: the shapes of Janus' own."""
+        """LlamaGen's tokenizer, which the published masked samplers are trained on; it has the shapes of Janus' own."""
         return next(family for family in registry.samplers() if family.name == "janus").published_tokenizer()

@@ -1,7 +1,7 @@
 """The folder of a masked sampler: config.json, model.safetensors, the text tokenizer's files.
 
-config.json names the sizes of the network, the prompt's template, how it samples by default, and where its image
-tokenizer lies, relative to the folder. Weights are stored as they are, or in 8 bits with one scale a row.
+config.json states the sizes of the network, the prompt's template, the default sampling options, and the path of its
+image tokenizer, relative to the folder. Weights are stored as they are, or in 8 bits with one scale per row.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def save_masked(
     sampling: ProgressiveOptions,
     int8: bool = False,
 ) -> None:
-    """Writes config.json and model.safetensors; the text tokenizer's files are the caller's to write.
+    """Writes config.json and model.safetensors; the caller writes the text tokenizer's files.
 
     Args:
         tokenizer: the image tokenizer's folder, relative to `folder`, with "/".
-        int8: large matrices in 8 bits with a float32 scale a row, the rest in float16; otherwise all as it is.
+        int8: large matrices in 8 bits with a float32 scale per row, the rest in float16; otherwise all unchanged.
 
     Raises:
         OSError: as `write_tensors`.
@@ -65,7 +65,7 @@ def save_masked(
 
 
 def save_sampling(folder: Path, sampling: ProgressiveOptions) -> None:
-    """Changes how the sampler in a folder samples by default; everything else stays.
+    """Changes the default sampling options of the sampler in a folder, and nothing else.
 
     Raises:
         ValueError: if the folder's config.json cannot be read or has other entries.
@@ -77,11 +77,11 @@ def save_sampling(folder: Path, sampling: ProgressiveOptions) -> None:
 def load_masked(
     folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> MaskedSampler:
-    """The sampler in a folder.
+    """Loads the sampler in a folder.
 
     Raises:
         ValueError: for an entry of config.json that is missing, unknown or out of range, tensors that are missing,
-            unexpected or of a wrong shape, and files that cannot be read.
+            unexpected or of a wrong shape, a text tokenizer that is too large, and files that cannot be read.
     """
     folder = Path(folder)
     config = _config(folder)
@@ -115,10 +115,10 @@ def load_masked(
 
 
 def tokenizer_folder(folder: str | Path) -> Path:
-    """Where the image tokenizer of a masked sampler lies.
+    """The folder of a masked sampler's image tokenizer.
 
     Raises:
-        ValueError: for an entry that is no relative path.
+        ValueError: for an entry that is not a relative path.
     """
     folder = Path(folder)
     said = _config(folder)["tokenizer"]

@@ -1,8 +1,8 @@
-"""A bidirectional transformer over image tokens after a text prefix: each position's token, given those revealed.
+"""A bidirectional transformer over image tokens after a text prefix: predicts hidden tokens from those revealed.
 
-Pre-norm blocks with rotary attention and SwiGLU, as in Llama, so that an autoregressive model's weights can start it.
-Text attends causally, to text alone: its keys and values are computed once, and each pass reads only the image tokens,
-which attend to the text and to each other in both directions [our choice].
+It has pre-norm blocks with rotary attention and SwiGLU, as in Llama, so that it can start from an autoregressive
+model's weights. Text attends causally and only to text: its keys and values are computed once, and each pass reads only
+the image tokens, which attend to the text and to each other in both directions [our choice].
 
 Shapes: B batch, R rows, L prompt length, N tokens (a row-major h x w grid), K codes, D code dim, C width, H heads,
 E width of a head, M hidden size of a block.
@@ -31,7 +31,7 @@ class MaskedConfig(GridTransformerConfig):
     Attributes:
         code_dim: D.
         words: size of the text vocabulary.
-        rope_theta, norm_eps: of the rotary embedding and the norms.
+        rope_theta, norm_eps: base of the rotary embedding and epsilon of the norms, above 0.
 
     Raises:
         ValueError: for values out of range.
@@ -57,7 +57,7 @@ class MaskedConfig(GridTransformerConfig):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> MaskedConfig:
-        """From JSON values.
+        """The configuration from JSON values.
 
         Raises:
             ValueError: for entries that are missing, unknown or out of range.
@@ -72,11 +72,11 @@ class MaskedConfig(GridTransformerConfig):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefix:
-    """What a prompt's tokens leave for the image to attend to.
+    """What image tokens attend to of a prompt.
 
     Attributes:
-        keys, values: of each block, [R, H, L, E].
-        padding: [R], slots on the left that hold no word.
+        keys, values: those of each block, [R, H, L, E].
+        padding: [R], number of padding slots on the left.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -84,7 +84,7 @@ class Prefix:
     padding: torch.Tensor
 
     def rows(self, first: int, last: int) -> Prefix:
-        """Of the rows first..last - 1."""
+        """The prefix of the rows first..last - 1."""
         return Prefix(
             keys=tuple(part[first:last] for part in self.keys),
             values=tuple(part[first:last] for part in self.values),
@@ -93,7 +93,7 @@ class Prefix:
 
 
 class Block(nn.Module):
-    """Attention and a gated feed-forward, each on a norm and added to what came in."""
+    """Attention and a gated feed-forward, each pre-normed and residual."""
 
     def __init__(self, config: MaskedConfig):
         super().__init__()
@@ -129,12 +129,12 @@ class Block(nn.Module):
 
 
 class MaskedTransformer(nn.Module):
-    """Its inputs are tokens 0..K-1, and K where a position is hidden.
+    """The network of a masked sampler; it reads tokens 0..K-1, and K for hidden positions.
 
     Attributes:
         config: its sizes.
-        mask_token: the number of a hidden token, K.
-        predicts: what `scores` returns, as `OrderState` calls it.
+        mask_token: the id of a hidden token, K.
+        predicts: names of what `scores` returns, as in `OrderState`.
     """
 
     predicts = ("quantisation_error", "importance")
@@ -168,12 +168,12 @@ class MaskedTransformer(nn.Module):
 
         Args:
             ids: [R, L] int64, padded on the left with any ids.
-            padding: [R], how many.
+            padding: [R], number of padding slots.
         """
         slots = torch.arange(ids.shape[1], device=ids.device)
         rotary = self._rotary((slots - padding[:, None]).clamp_(min=0))
         real = slots >= padding[:, None]
-        # A padding slot attends to itself alone: a query without keys would be NaN.
+        # A padding slot attends only to itself: a query without keys would be NaN.
         visible = (slots[:, None] >= slots) & real[:, None] | torch.eye(len(slots), dtype=torch.bool, device=ids.device)
         x, found = self.words(ids), []
         for block in self.layers:
@@ -187,7 +187,7 @@ class MaskedTransformer(nn.Module):
         count, length = tokens.shape[1], prefix.keys[0].shape[2]
         slots = torch.arange(length + count, device=tokens.device)
         rotary = self._rotary(slots[length:] - prefix.padding[:, None])
-        padded = tokens.is_meta or bool(prefix.padding.any())  # Of shapes alone it cannot be told.
+        padded = tokens.is_meta or bool(prefix.padding.any())  # On "meta" there are no values to check.
         real = (slots >= prefix.padding[:, None])[:, None, None] if padded else None
         x = self._embed(tokens)
         for block, before in zip(self.layers, zip(prefix.keys, prefix.values)):
@@ -195,7 +195,7 @@ class MaskedTransformer(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of hidden states [..., C]: [..., K] float32, computed in float32 unless under autocast."""
+        """Logits [..., K] float32 of hidden states [..., C], computed in float32 unless under autocast."""
         return float32_linear(self.head_out, F.gelu(float32_linear(self.head_in, hidden.float()))).float()
 
     def scores(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,7 +204,7 @@ class MaskedTransformer(nn.Module):
         return found[..., 0], found[..., 1]
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[R, N, C]; in the weights' own dtype, also under autocast, which would round similar codes to the same."""
+        """Embeddings [R, N, C] in the weights' dtype, even under autocast, which would round similar codes alike."""
         hidden = tokens == self.mask_token
         with nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False):
             codes = self.codes(tokens.masked_fill(hidden, 0))
@@ -228,9 +228,9 @@ def _turned(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch
 
 
 def float32_linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """In float32, whatever the weights' dtype: guidance multiplies what half precision rounds away.
+    """Applies a layer in float32, whatever the weights' dtype: guidance amplifies what half precision rounds away.
 
-    A layer in float32 is called, since a host may have replaced it by one that fetches its weights.
+    A float32 layer is called as a module, since a host may have replaced it by one that fetches its weights.
     """
     if layer.weight.dtype == torch.float32:
         return layer(x)

@@ -1,6 +1,6 @@
-"""A masked transformer as a `TokenSampler`: all hidden positions are drawn in each pass, and some of them kept.
+"""A masked transformer as a `TokenSampler`: each pass draws all hidden positions and keeps some of them.
 
-Shapes: B batch, N tokens (a row-major h x w grid), K codes, C width, L prompt length, U different rows, R rows of the
+Shapes: B batch, N tokens (a row-major h x w grid), K codes, C width, L prompt length, U distinct rows, R rows of the
 network ([conditional ; unconditional], 2 B, or B without guidance), P positions of one image.
 """
 
@@ -35,14 +35,14 @@ from .words import Words, padded
 
 
 class MaskedSampler:
-    """A `MaskedTransformer` and its words as a `TokenSampler`.
+    """A `MaskedTransformer` and its text tokenizer as a `TokenSampler`.
 
     Attributes:
         model: the network, in evaluation mode: a `MaskedTransformer`, or a module with the same properties and methods.
         words: its text tokenizer and template.
-        codebook: of the image tokenizer that it was trained for.
-        name: goes into TokenLogits.model.
-        sampling: how it samples where `sample` gets plain `SamplingOptions`: passes, order, revision.
+        codebook: codebook of the image tokenizer that it was trained for.
+        name: recorded in TokenLogits.model.
+        sampling: passes, order and revision to use if `sample` gets plain `SamplingOptions`.
         grid, default_guidance: see `TokenSampler`.
     """
 
@@ -63,12 +63,12 @@ class MaskedSampler:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights, and of the passes that plain options leave to the sampler."""
+        """Fingerprint of the weights, and of the passes that plain options leave to the sampler."""
         plan = hashlib.sha256(repr(self._plan(DEFAULT_SAMPLING)).encode()).hexdigest()[:8]
         return f"{self._stored or fingerprint_of(self.model.state_dict())}-{plan}"
 
     def store_in_int8(self, device: torch.device | str) -> None:
-        """Moves the network, which was loaded on the CPU, to the device, the linear weights of its blocks in 8 bits.
+        """Moves the network from the CPU to the device, with the linear weights of its blocks in 8 bits.
 
         Raises:
             ValueError: without torchao.
@@ -80,11 +80,11 @@ class MaskedSampler:
         self._stored = stored
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that the tokenizer lacks, each once, in order; byte-level tokenizers lack none."""
+        """Words of the prompt that the tokenizer does not know, each once, in order; byte-level tokenizers know all."""
         return self.words.unknown(prompt)
 
     def known_words(self) -> list[str]:
-        """The tokenizer's words, sorted, without special tokens and punctuation; empty if it is byte-level."""
+        """The tokenizer's words, sorted, without special tokens or punctuation; empty if it is byte-level."""
         return self.words.known()
 
     def sample(
@@ -101,18 +101,18 @@ class MaskedSampler:
     ) -> TokenLogits:
         """Samples an image's tokens for each prompt in a few passes, and keeps the logits that each was drawn from.
 
-        A position's logits are those of the pass that decided it last, l = (l_u + g (l_c - l_u)) / temperature with
-        that pass's guidance g, in float32, before top-k and top-p, which shape the draw alone. The draw is
-        argmax(l + n), Gumbel noise n [K] a function of (sample seed, position), the same in every pass: a position
-        whose distribution has not moved keeps its token.
+        A position's logits are those of the last pass that decided it, l = (l_u + g (l_c - l_u)) / temperature with
+        that pass's guidance g, in float32, before top-k and top-p, which affect only the draw. The draw is
+        argmax(l + n), where the Gumbel noise n [K] is a function of (sample seed, position) and the same in every pass:
+        a position whose distribution does not change keeps its token.
 
         Args:
-            options: `ProgressiveOptions`; plain ones leave passes, order and revision to `self.sampling`.
-            previous, resample: as `TokenSampler.sample`. Kept positions are seen from the first pass on, from all
-                sides, and never drawn. With `ProgressiveOptions.start`, the first passes reveal tokens of `previous`,
-                in the order's turn, where `resample` is True.
+            options: `ProgressiveOptions`; plain options leave passes, order and revision to `self.sampling`.
+            previous, resample: as in `TokenSampler.sample`. Kept positions are visible to all others from the first
+                pass on, and never drawn. With `ProgressiveOptions.start`, the first passes reveal tokens of `previous`
+                where `resample` is True, in the usual order.
             on_progress: called after each pass.
-            parallel, weights_resident: make no difference here: passes are the options'.
+            parallel, weights_resident: have no effect here: the options determine the passes.
 
         Returns:
             TokenLogits on the model's device, logits float32 [B, N, K], source "vlm".
@@ -135,7 +135,7 @@ class MaskedSampler:
         resample: torch.Tensor | None = None,
         on_progress: OnProgress | None = None,
     ) -> Staged:
-        """`sample`, with what each pass revealed and rewrote. An edit of nothing has no stages.
+        """`sample` that also returns what each pass revealed and rewrote; an edit of nothing has no stages.
 
         Raises:
             ValueError: as `sample`.
@@ -232,11 +232,11 @@ class MaskedSampler:
             plan = replace(self.sampling, **{name: getattr(options, name) for name in drawn})
         own = {name: getattr(self.sampling, name) for name in FILTERS if getattr(plan, name) is None}
         if plan.temperature == 0:
-            own["order_noise"] = 0.0  # Greedy: the seed decides nothing, the order neither.
+            own["order_noise"] = 0.0  # Greedy: the seed decides nothing, not even the order.
         return replace(plan, **own)
 
     def _prefix(self, prompts: Sequence[str], *, guided: bool) -> Prefix:
-        """Of [conditional ; unconditional] rows [2 B], or of the conditional ones [B]."""
+        """The prefix of [conditional ; unconditional] rows [2 B], or of only the conditional ones [B]."""
         rows = [self.words.ids(prompt) for prompt in prompts]
         if guided:
             rows += [self.words.unconditional(ids) for ids in rows]
@@ -263,13 +263,13 @@ class MaskedSampler:
             found = (part.cpu() for part in self.model.scores(hidden[:batch]))
             drawn = replace(drawn, **dict(zip(self.model.predicts, found)))
         finite = torch.ones((), dtype=torch.bool, device=device)
-        # Image by image: the logits of all at once would take several times the memory of the result.
+        # Image by image: all logits at once would take several times the memory of the result.
         for b in range(batch):
             at = drawn.needed[b]
             step = self.model.logits(hidden[b, at])
             if guided:
                 step = sampling.guide(step, self.model.logits(hidden[batch + b, at]), guidance)
-            # Greedy keeps the whole distribution too: it is the draw that goes without noise.
+            # Greedy decoding keeps the whole distribution too: only the draw has no noise.
             step = sampling.temper(step, plan.temperature or 1.0)
             candidates = sampling.top_p(sampling.top_k(step, plan.top_k), plan.top_p)
             best, token = sampling.gumbel_max(candidates, 0.0 if noise is None else noise[b, at])
@@ -290,12 +290,12 @@ class MaskedSampler:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Drawn:
-    """What a pass drew, where it was needed.
+    """What a pass drew at the positions where it was needed.
 
     Attributes:
         needed: bool [B, N], on the device.
         tokens: [B, N] int64, on the device.
-        logits: of each image, [P, K] float32 of the needed positions.
+        logits: for each image, [P, K] float32 at the needed positions.
         log_probability, quantisation_error, importance: [B, N] on the CPU.
     """
 
@@ -308,7 +308,7 @@ class _Drawn:
 
     @classmethod
     def nothing(cls, tokens: torch.Tensor) -> _Drawn:
-        """Before a pass."""
+        """The state before a pass: nothing is drawn."""
         zeros = torch.zeros(tokens.shape)
         return cls(
             needed=torch.zeros_like(tokens, dtype=torch.bool),

@@ -1,6 +1,6 @@
-"""Prompts of a masked sampler: a template around the text, and the row without a prompt.
+"""Prompts of a masked sampler: a template around the text, and the unconditional row.
 
-Shapes: L prompt length, U different rows.
+Shapes: L prompt length, U distinct rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Words:
         template: holds "{prompt}" once, such as "{prompt}".
 
     Raises:
-        ValueError: for a template without, and a tokenizer that lacks one of the two tokens.
+        ValueError: for a template that does not hold it once, and a tokenizer that lacks one of the two tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str):
@@ -35,7 +35,7 @@ class Words:
 
     @classmethod
     def load(cls, folder: Path, template: str) -> Words:
-        """From the tokenizer.json and tokenizer_config.json of a folder.
+        """Loads the tokenizer from the tokenizer.json and tokenizer_config.json of a folder.
 
         Raises:
             ValueError: naming a file that is missing or damaged.
@@ -43,7 +43,7 @@ class Words:
         return cls(load_text_tokenizer(folder, "fetch the tokenizer's files again"), template)
 
     def ids(self, prompt: str) -> list[int]:
-        """The ids [L] of a prompt: BOS, then the template around the text without its outer white space.
+        """The ids [L] of a prompt: BOS, then the template around the stripped text.
 
         Raises:
             ValueError: for a blank prompt.
@@ -54,8 +54,10 @@ class Words:
         return ids if ids[:1] == [bos] else [bos, *ids]
 
     def unconditional(self, ids: Sequence[int]) -> list[int]:
-        """The row without a prompt, as long as `ids` [L]: all but the first become the pad token, which is attended;
-        where the template goes on after the prompt, all but the first and the last."""
+        """The unconditional row, as long as `ids` [L]: all but the first become pad tokens, which are attended to.
+
+        If the template continues after the prompt, the last id is kept as well.
+        """
         last = [] if self.template.endswith("{prompt}") else [ids[-1]]
         return [ids[0], *[self.tokenizer.pad_token_id] * (len(ids) - 1 - len(last)), *last]
 
@@ -69,7 +71,7 @@ class Words:
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as one tensor [U, L] padded on the left with 0, and the padding of each, [U]."""
+    """Rows of ids as one tensor [U, L], padded on the left with 0, and the number of padding slots of each, [U]."""
     length = max(map(len, rows))
     padding = [length - len(ids) for ids in rows]
     ids = [[0] * pad + list(ids) for pad, ids in zip(padding, rows)]

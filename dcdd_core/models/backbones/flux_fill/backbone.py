@@ -61,7 +61,7 @@ class FluxFill:
         return flux_latents.unpack(packed, *latent_size)
 
     def context(self, masked_latents: torch.Tensor, mask: torch.Tensor, factor: int) -> torch.Tensor:
-        """FLUX.1-Fill's further input channels: the packed masked image, and the packed mask."""
+        """FLUX.1-Fill's additional input channels: the packed latents of the masked image, and the packed mask."""
         needed, latents = self.model.config.in_channels, 2 * self.patch**2 * self.latent_channels
         if needed != latents + (self.patch * factor) ** 2:
             raise ValueError(
@@ -86,30 +86,33 @@ class FluxFill:
         rotary = self._rotary_at(latent_size, hidden.device)
         text = hidden.new_zeros(len(hidden), 0, hidden.shape[2])
         for block, modulation in zip(blocks, modulations, strict=True):
-            # The text that comes back has other strides, for which a compiled block would be compiled again.
+            # The returned text is not passed on: its strides differ, and a compiled block would be compiled again.
             _, hidden = block(hidden, text, modulation, rotary)
         return model.proj_out(model.norm_out(hidden, last))
 
     def prepare(self, times: Sequence[float], like: torch.Tensor, on_layer: OnLayer | None = None) -> None:
-        """Computes the modulations of a new schedule, if they come from a table."""
+        """Computes the modulations of a new schedule, if modulations come from a table."""
         if self.table is not None:
             self.table.prepare(times, guidance=self.guidance, like=like, on_layer=on_layer)
 
     def default_shift(self, tokens: int, steps: int) -> float:
-        """FLUX.1's, by the number of tokens alone."""
+        """FLUX.1's shift, which depends only on the number of tokens."""
         return resolution_shift(tokens)
 
     def unused(self, name: str) -> bool:
-        """The text stream: no text reaches it."""
+        """Whether the parameter belongs to the text stream, which never gets any text."""
         return of_text_stream(name)
 
     def drop_unused(self) -> None:
-        """Takes out the text stream."""
+        """Removes the text stream."""
         drop_text(self.model)
 
     def trained_names(self, mode: str) -> Collection[str]:
-        """ "attention" is every block's projections and norms of attention (the paper). A single block's projection out
-        of attention and MLP together counts as its MLP's [choice]."""
+        """The names of the parameters that a training mode trains: "attention" or "all".
+
+        "attention" means the attention projections and norms of every block (the paper). The output projection that a
+        single block shares between attention and MLP counts as MLP [choice].
+        """
         parts = {"attention": ".attn.", "all": ""}
         if mode not in parts:
             raise ValueError(f"a backbone is trained by {' or '.join(parts)}, got {mode!r}")
@@ -125,37 +128,37 @@ class FluxFill:
         ]
 
     def fold(self, weights: StoredWeights) -> None:
-        """Takes out the modulation layers (2.2 of 11.9 billion parameters), which depend on the time alone: their
-        results are tables, computed from the files whenever a schedule is new."""
+        """Replaces the modulation layers (2.2 of 11.9 billion parameters) by tables, computed from the files for every
+        new schedule: they depend only on the time."""
         self.table = fold_modulations(self.model, weights)
 
     def stream(self, device: torch.device) -> None:
-        """diffusers' group offloading, a block at a time, none fetched ahead (that hangs on a forward pass that is not
-        the model's own)."""
+        """Uses diffusers' group offloading, one block at a time, without prefetching, which hangs on a forward pass
+        that is not the model's own."""
         self.model.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1)
-        # diffusers would fetch the ends for its own forward pass, which is not ours.
+        # diffusers would fetch the first and last layer in its own forward pass, which is not used here.
         for end in (self.model.x_embedder, self.model.proj_out):
             end.to(device)
 
     def compile(self) -> None:
-        """One compilation for all blocks of a kind, for each size and batch up to torch's limit."""
+        """Compiles all blocks of a kind once for each size and batch, up to torch's limit."""
         self.model.compile_repeated_blocks(dynamic=False)
 
     def working_memory(self, batch: int, latent_size: tuple[int, int]) -> int:
-        """64 float32 arrays of all tokens: an estimate."""
+        """Estimated bytes: 64 float32 arrays of all tokens."""
         return 64 * 4 * batch * (math.prod(latent_size) // self.patch**2) * self.token_width
 
     def _rotary_at(self, latent_size: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotary embedding of a size's positions, the same at every step: that of the last size is kept."""
+        """The rotary embedding of a latent size's positions, the same at every step; the last size's is cached."""
         key = (tuple(latent_size), device)
         if self._rotary is None or self._rotary[0] != key:
-            with torch.inference_mode(False), torch.no_grad():  # A training may come after a host's inference.
+            with torch.inference_mode(False), torch.no_grad():  # Training may follow a host's inference.
                 ids = flux_latents.position_ids(*latent_size).to(device)
                 self._rotary = key, self.model.pos_embed(ids)
         return self._rotary[1]
 
     def _modulations(self, t: torch.Tensor, hidden: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
-        """What each modulated norm takes: its own modulation from the table, or the embedding to compute it from."""
+        """The input of each modulated norm: its modulation from the table, or the embedding to compute it from."""
         if self.table is not None:
             return self.table.at(t, guidance=self.guidance, like=hidden)
         pooled = hidden.new_zeros(len(hidden), self.model.config.pooled_projection_dim)
@@ -178,7 +181,7 @@ class FluxFillFamily:
         return files.fill_config(path)
 
     def build(self, config: Mapping[str, Any], *, guidance: float = 1.0) -> FluxFill:
-        """See `BackboneFamily.build`; a ValueError for a configuration that is not FLUX's."""
+        """See `BackboneFamily.build`; raises ValueError for a configuration that is not FLUX's."""
         files.require_config(config, "base_config")
         values = {name: value for name, value in config.items() if not name.startswith("_")}
         return FluxFill(FluxTransformer2DModel(**values), guidance=guidance)

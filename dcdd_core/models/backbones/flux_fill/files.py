@@ -1,8 +1,8 @@
-"""FLUX.1's transformer as it lies on disks: diffusers folders and Black Forest Labs' single files.
+"""Files of FLUX.1's transformer: diffusers folders and Black Forest Labs' single files.
 
-Nothing is fetched: the configuration is here or in a decoder's card.
+Nothing is downloaded: the configuration is here or in a decoder's card.
 
-BFL's names are those of the modules in github.com/black-forest-labs/flux (`model.py`, `modules/layers.py`).
+BFL's tensors are named after the modules in github.com/black-forest-labs/flux (`model.py`, `modules/layers.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ....settings import require_number, shown
 from ... import layouts
 from ...checkpoints import StoredTensors, check_count, read_config, read_headers
 
-#: FLUX.1-Fill-dev's transformer; a decoder card takes it as dict(FLUX_FILL_CONFIG).
+#: The configuration of FLUX.1-Fill-dev's transformer; a decoder card takes it as dict(FLUX_FILL_CONFIG).
 FLUX_FILL_CONFIG: Mapping[str, Any] = MappingProxyType(
     {
         "patch_size": 1,
@@ -35,8 +35,8 @@ FLUX_FILL_CONFIG: Mapping[str, Any] = MappingProxyType(
     }
 )
 
-#: The most that a configuration may declare, three times FLUX.1's and more: what is above was not meant, and a network
-#: of a million blocks would be built for hours before it was compared with its file.
+#: The most that a configuration may declare, at least three times FLUX.1's: anything above is a mistake, and building a
+#: network of a million blocks would take hours before it was compared with its file.
 _MOST = {
     "patch_size": 16,
     "in_channels": 2**14,
@@ -50,7 +50,7 @@ _MOST = {
 }
 
 
-# BFL's modules, each with the diffusers modules whose rows it stacks, in this order.
+# BFL's modules, each with the diffusers modules whose rows it stacks, in order.
 _ENDS = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
@@ -86,10 +86,10 @@ _SINGLE_BLOCK = {
     "norm.key_norm": ("attn.norm_k",),
     "linear2": ("proj_out",),
 }
-# BFL's last modulation says shift, then scale; diffusers' says scale, then shift.
+# BFL's last modulation has shift, then scale; diffusers' has scale, then shift.
 _HALVES_SWAPPED = "final_layer.adaLN_modulation.1."
 
-# Channels a token that the published models with another input have; FLUX.1-Fill has 384.
+# Input channels per token of published models other than FLUX.1-Fill, which has 384.
 _OTHER_INPUTS = {
     64: "FLUX.1-dev, or a model with the same input (Kontext, Krea, schnell)",
     128: "FLUX.1-Canny-dev, FLUX.1-Depth-dev or FLUX.2",
@@ -112,7 +112,7 @@ def transformer_layout(model: FluxTransformer2DModel) -> dict[str, tuple[str, ..
         for module, parts in table.items():
             for leaf in ("weight", "bias"):
                 names = tuple(f"{ours}{part}.{leaf}" for part in parts)
-                # Norms have no bias, and models without distilled guidance no embedder for it.
+                # Norms have no bias, and models without distilled guidance have no embedder for it.
                 if names[0] in expected:
                     layout[f"{theirs}{module}.{'scale' if module.endswith('_norm') else leaf}"] = names
     return layout
@@ -125,7 +125,7 @@ def find_transformer(
     needs: str = "black-forest-labs/FLUX.1-Fill-dev",
     without: Collection[str] = (),
 ) -> StoredTensors:
-    """The tensors of a FLUX transformer in diffusers' names, checked, and none of them read.
+    """Locates the tensors of a FLUX transformer by diffusers' names and checks them, without reading any.
 
     Args:
         path: a diffusers transformer folder, sharded or not, or the pipeline folder around it; or a single file in the
@@ -136,8 +136,8 @@ def find_transformer(
         without: diffusers names to leave out; they need not be in the file.
 
     Raises:
-        ValueError: for a file that is missing, cut short, of another format or quantised, another FLUX model, and
-            tensors that are missing, unexpected or of a wrong shape, in the file's own names.
+        ValueError: for a file that is missing, cut short, of another format or quantised, for another FLUX model, and
+            for tensors that are missing, unexpected or of a wrong shape, by their names in the file.
     """
     path = layouts.component(path, "transformer")
     with layouts.opened(path, needs) as found:
@@ -158,8 +158,8 @@ def require_config(config: Mapping[str, Any], where: str) -> None:
     """Refuses a configuration that no FLUX transformer has, before one is built.
 
     Args:
-        config: all of the names of `FLUX_FILL_CONFIG`; others that begin with "_" do not count.
-        where: begins the fields' names in errors.
+        config: must have exactly the names of `FLUX_FILL_CONFIG`; names that begin with "_" are ignored.
+        where: prefix of the fields' names in errors.
 
     Raises:
         ValueError: naming the field.
@@ -188,14 +188,14 @@ def require_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def fill_config(path: str | Path | None = None) -> dict[str, Any]:
-    """FLUX.1-Fill's configuration, with the values that the config.json of a transformer's folder has instead.
+    """FLUX.1-Fill's configuration, overridden by the config.json of a transformer's folder.
 
     Args:
         path: as for `find_transformer`; a single file does not state its configuration. None for FLUX.1-Fill's.
 
     Raises:
-        ValueError: if nothing is there, or a folder without a configuration; for a configuration that is not FLUX's, or
-            declares more blocks than the folder's weights have, if it has any.
+        ValueError: if the path does not exist or the folder has no configuration; for a configuration that is not
+            FLUX's, or that declares more blocks than the folder's weights have, if it has any.
     """
     published = {**FLUX_FILL_CONFIG, "axes_dims_rope": list(FLUX_FILL_CONFIG["axes_dims_rope"])}
     if path is None:
@@ -205,7 +205,7 @@ def fill_config(path: str | Path | None = None) -> dict[str, Any]:
         return published
     read = read_config(path)
     config = {name: read.get(name, value) for name, value in published.items()}
-    if config["out_channels"] is None:  # diffusers' word for as many as come in
+    if config["out_channels"] is None:  # in diffusers: as many as input channels
         config["out_channels"] = config["in_channels"]
     file = path / "config.json"
     require_config(config, str(file))

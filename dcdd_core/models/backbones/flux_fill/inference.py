@@ -1,10 +1,10 @@
-"""A FLUX transformer reduced to what painting needs: no text stream, and modulations from tables.
+"""Reduces a FLUX transformer to what painting needs: no text stream, and modulations from tables.
 
-Both reductions work on diffusers' own modules, whose forward passes stay as they are: what is taken out is replaced by
-the identity or by nothing. The names of the remaining weights do not change.
+Both reductions work on diffusers' own modules, whose forward passes are unchanged: what is removed is replaced by the
+identity or by nothing. The names of the remaining weights do not change.
 
-Shapes: B batch, S times of a schedule, M inner width, P width of the pooled text embedding, R numbers in all the
-modulations of one time (FLUX.1-Fill: 706,560).
+Shapes: B batch, S times of a schedule, M inner width, P width of the pooled text embedding, R values in all modulations
+of one time (FLUX.1-Fill: 706,560).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from ...checkpoints import StoredTensors
 
-#: Schedules whose tables are kept; one of 30 steps takes 42 MB in bfloat16 for FLUX.1-Fill.
+#: Number of schedules whose tables are kept; one of 30 steps takes 42 MB in bfloat16 for FLUX.1-Fill.
 _KEPT = 3
 _EMBEDDER = "time_text_embed."
 #: Called with (layers done, layers); may raise to stop.
@@ -34,12 +34,12 @@ def of_text_stream(name: str) -> bool:
 
 
 def drop_text(transformer: FluxTransformer2DModel) -> None:
-    """Removes all that `of_text_stream` names: blocks still take a text, but only one of zero tokens."""
+    """Removes everything that `of_text_stream` names: blocks still take a text, but only one of zero tokens."""
     transformer.context_embedder = nn.Identity()
     for block in transformer.transformer_blocks:
         block.norm1_context = _NoText()
         block.ff_context = nn.Identity()
-        block.attn.added_kv_proj_dim = None  # The attention processor reads it to see whether there is a text.
+        block.attn.added_kv_proj_dim = None  # From this the attention processor tells whether there is a text.
         for name in ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"):
             delattr(block.attn, name)
         block.attn.to_add_out = nn.Identity()
@@ -63,8 +63,8 @@ def embed_time(
 
     Args:
         t: [B] in 0..1.
-        guidance: of distilled guidance; None for a model that has none.
-        pooled: [B, P] zeros, the pooled text embedding of no text; gives the dtype.
+        guidance: value of the distilled guidance; None for a model that has none.
+        pooled: [B, P] zeros, the pooled text embedding of no text; sets the dtype.
     """
     # In float32 whatever the model's dtype: bfloat16 would round 1000 t to multiples of 4.
     times = (t.float() * 1000,)
@@ -87,12 +87,12 @@ class ModulationTable:
 
     They depend only on time, guidance and a pooled text embedding of zeros. So the embedders and modulation layers
     (FLUX.1-Fill: 2.2 of 11.9 billion parameters) are not held, only the tables of the last three schedules, in RAM: 1.4
-    MB a step in bfloat16, of which each step copies its row to the device. For a new schedule these layers are read
-    from their files again, one at a time, and released: 4.4 GB in bfloat16, once a schedule.
+    MB per step in bfloat16, of which each step copies its row to the device. For a new schedule these layers are read
+    from their files again, one at a time, and released: 4.4 GB in bfloat16 per schedule.
 
     Args:
-        transformer: says which modulations there are and how time is embedded; may be on "meta".
-        weights: of its embedders and modulation layers.
+        transformer: defines the modulations and how time is embedded; may be on "meta".
+        weights: the weights of its embedders and modulation layers.
     """
 
     def __init__(self, transformer: FluxTransformer2DModel, weights: StoredTensors):
@@ -117,11 +117,11 @@ class ModulationTable:
         like: torch.Tensor,
         on_layer: OnLayer | None = None,
     ) -> None:
-        """Computes the table of a schedule, unless there is one.
+        """Computes the table of a schedule, unless it is kept already.
 
         Args:
-            like: gives the dtype and the device to compute in.
-            on_layer: called with (layers done, layers) after every layer that was read; may raise to stop.
+            like: sets the dtype and the device to compute with.
+            on_layer: called with (layers done, layers) after each layer is read; may raise to stop.
 
         Raises:
             ValueError: if the files of the weights were changed or removed.
@@ -131,7 +131,7 @@ class ModulationTable:
     def at(self, t: torch.Tensor, *, guidance: float | None, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The modulations of every modulated norm at the times t [B], in order of use, each [B or 1, 2, 3 or 6 M].
 
-        Times that no table holds cost as much as a new schedule: `prepare` them together.
+        Times that no table holds cost as much as a new schedule: `prepare` them all at once.
         """
         wanted = t.tolist()
         for schedule in reversed(self._schedules.values()):
@@ -144,7 +144,7 @@ class ModulationTable:
             rows = schedule.table[places[0] : places[0] + 1]
         else:
             rows = schedule.table[places]
-        # From pinned memory the host does not wait for the copy.
+        # With pinned memory the host does not wait for the copy.
         rows = rows.to(like.device, like.dtype, non_blocking=rows.is_pinned())
         return rows.split(self._widths, dim=1)
 
@@ -187,10 +187,10 @@ class ModulationTable:
 
 
 def fold_modulations(transformer: FluxTransformer2DModel, weights: StoredTensors) -> ModulationTable:
-    """Removes what depends on the time alone; the norms then take their modulations from the returned table.
+    """Removes the layers that depend only on the time; the norms then get their modulations from the returned table.
 
     Args:
-        weights: of what is removed.
+        weights: the weights of the removed layers.
     """
     table = ModulationTable(transformer, weights)
     for norm in _modulated_norms(transformer).values():
@@ -200,7 +200,7 @@ def fold_modulations(transformer: FluxTransformer2DModel, weights: StoredTensors
 
 
 def _modulated_norms(transformer: FluxTransformer2DModel) -> dict[str, nn.Module]:
-    """The modulated norms by name, in order of use, without those of the text."""
+    """The modulated norms by name, in order of use, without those of the text stream."""
     blocks = {f"transformer_blocks.{i}.norm1": block.norm1 for i, block in enumerate(transformer.transformer_blocks)}
     singles = transformer.single_transformer_blocks
     blocks |= {f"single_transformer_blocks.{i}.norm": block.norm for i, block in enumerate(singles)}
