@@ -1,7 +1,7 @@
 """Trains the decoders of the ablation over conditions (the paper's Table 4): `python -m dcdd_pico.ablation`.
 
 Three kinds of condition (`VARIANTS`), several seeds each, all trained for `Recipe.variant_steps` steps. A stopped run
-can be resumed. The bundles are `<work>/variants/<variant>-<seed>.safetensors`. It takes over an hour on two CPU cores.
+can be resumed. The bundles are `<work>/variants/<variant>-<seed>.safetensors`. Takes over an hour on two CPU cores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbered blocks of work that a process of its own does before they are needed."""
+"""Numbered blocks of work, prepared ahead of time in a separate process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Made = TypeVar("Made")
 
 
 class Ahead(Generic[Made]):
-    """Calls a function for blocks of work, in a process of its own or here.
+    """Calls a function for blocks of work, in a separate process or in this one.
 
     Args:
-        make: a module's own function; PyTorch has one thread in the process.
-        arguments: of `make`, by the block's number.
-        apart: False calls it here, when the result is asked for.
+        make: a module-level function; in the separate process PyTorch has one thread.
+        arguments: block number -> arguments of `make`.
+        apart: False calls `make` in this process, when the result is asked for.
     """
 
     def __init__(self, make: Callable[..., Made], arguments: Callable[[int], tuple[Any, ...]], *, apart: bool = True):
@@ -31,18 +31,18 @@ class Ahead(Generic[Made]):
         self._coming: dict[int, Future[Made]] = {}
 
     def ask(self, number: int) -> None:
-        """Has a block made, unless that is under way, or is done here."""
+        """Starts making a block in the separate process, unless it is already under way."""
         if self._pool is not None and number not in self._coming:
             self._coming[number] = self._pool.submit(self._make, *self._arguments(number))
 
     def result(self, number: int) -> Made:
-        """Of a block; it is not kept."""
+        """The result for a block, waiting for it if needed; it is not kept."""
         if self._pool is None:
             return self._make(*self._arguments(number))
         self.ask(number)
         return self._coming.pop(number).result()
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the separate process."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)

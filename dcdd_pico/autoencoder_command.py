@@ -1,4 +1,4 @@
-"""What the two commands that train pico's autoencoder share: options, and what they write, with a card."""
+"""What the two commands that train pico's autoencoder share: options, and writing the result with its card."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ def run_command(
     fields: str,
     train: Callable[[BuildContext, AutoencoderKL, SceneReader], AutoencoderKL],
 ) -> None:
-    """Trains the autoencoder of the weights that are there on, and puts the result in its place.
+    """Trains the autoencoder in the weights folder further and replaces it with the result.
 
     Args:
-        fields: how the recipe's fields for this training begin: it has `<fields>_steps`, after `<fields>_before`.
-        train: from the autoencoder that is there, and the network of the perceptual loss.
+        fields: prefix of the recipe's fields for this training; `<fields>_steps` are its updates, and `<fields>_before`
+            counts the updates of earlier trainings.
+        train: (context, existing autoencoder, network of the perceptual loss) -> trained autoencoder.
     """
     steps, before = f"{fields}_steps", f"{fields}_before"
     parser = stage_parser(description)
@@ -55,16 +56,16 @@ def run_command(
 
 
 def save_vae(folder: Path, vae: AutoencoderKL) -> None:
-    """Writes an autoencoder in half precision over that in a folder."""
+    """Writes an autoencoder in half precision into a folder, over the one there."""
     copy.deepcopy(vae).half().save_pretrained(folder)
     let_others_read(folder, like=folder / "config.json")
 
 
 def describe_vae(context: BuildContext, folder: Path, vae: AutoencoderKL, training: str) -> None:
-    """Writes the card of an autoencoder into its folder, and its training's curves into the work folder.
+    """Writes the card of an autoencoder into its folder, and its training curves into the work folder.
 
     Args:
-        training: the last one, "autoencoder" or "vae-decoder": its folder in the work folder, and its command's name.
+        training: the last training, "autoencoder" or "vae-decoder": both its folder in the work folder and its command.
     """
     log = read_log(context.folder / training)
     write_text(folder / "README.md", card(context.recipe, vae, log, training))
@@ -75,7 +76,7 @@ def describe_vae(context: BuildContext, folder: Path, vae: AutoencoderKL, traini
 
 
 def card(recipe: Recipe, vae: AutoencoderKL, log: Sequence[Mapping[str, Any]], training: str) -> str:
-    """What the weights are, in Markdown."""
+    """Describes the weights, in Markdown."""
     seconds, table = last_held_out(log)
     both, alone = recipe.autoencoder_before, recipe.vae_decoder_before
     last, of = recipe.autoencoder_steps, "both sides"

@@ -1,8 +1,8 @@
 """Trains the embedded models from scratch: `python -m dcdd_pico.build`.
 
 Each stage has its own folder with a log and a checkpoint, from which it resumes; a finished stage is only restored. All
-randomness comes from the seed (on a GPU some sums still depend on their order). `export` writes the weights, from which
-the later stages go on, and `results_table` measures them (`ablation` trains the decoders of Table 4).
+random numbers come from the seed (on a GPU some sums still depend on their order). `export` writes the weights, which
+the later stages start from. `results_table` measures them, and `ablation` trains the decoders of Table 4.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .train_tokenizer import train_tokenizer, train_vq_decoder
 from .train_vae_decoder import FOLDER as VAE_DECODER
 from .train_vae_decoder import train_vae_decoder
 
-#: Training -> the held-out metric that is plotted.
+#: Training -> the held-out metric that is plotted for it.
 HELD_OUT = {
     "tokenizer": "eval/ssim",
     "vq-decoder": "eval/perceptual",
@@ -76,8 +76,8 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
     """Runs the stages up to and including `until`.
 
     Raises:
-        ValueError: for an unknown stage, and if the package of the text detector (`ruler`) is missing, which `serving`
-            needs.
+        ValueError: for an unknown stage, or if the package of the text detector (`ruler`), which `serving` needs, is
+            missing.
     """
     if until not in STAGES:
         raise ValueError(f"unknown stage {until!r}: expected one of {', '.join(STAGES)}")
@@ -87,7 +87,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
         return last >= STAGES.index(stage)
 
     if reached("serving"):
-        bundled_model()  # the text detector, which chooses how the decoder is served: not missed hours later
+        bundled_model()  # the text detector, which `serving` needs: if it is missing, fail now and not hours later
     reader = train_reader(context, "reader", context.recipe.seed + 101)
     loss_reader = train_loss_reader(context)
     if not reached("tokenizer"):
@@ -121,7 +121,7 @@ def build(context: BuildContext, *, until: str = STAGES[-1], weights: Path = WEI
         return
     logs = {stage: read_log(context.folder / stage) for stage in HELD_OUT}
     save_image(training_curves(logs, HELD_OUT), context.folder / "curves.png")
-    decoder.card = serving(decoder.card, reads="anchored")  # what post-training serves Janus' conditions by
+    decoder.card = serving(decoder.card, reads="anchored")  # how post-training uses Janus' conditions
     export(
         weights,
         janus=janus,

@@ -24,26 +24,27 @@ from .embedded import WEIGHTS
 from .scene_arrays import rendered, scene_images
 from .scenes import SceneFacts, Split, scene_facts, scene_pixels
 
-#: Default work folder of a build. The ablation's decoders, which are not shipped, are looked for here.
+#: Default work folder of a build. Also where the decoders of the ablation, which are not shipped, are looked for.
 WORK = Path.home() / ".cache" / "dcdd" / "pico"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Hyperparameters of the build. The defaults are those of the next build; recipe.json beside the shipped models has
-    theirs, and tests use smaller ones.
+    """Hyperparameters of the build. The defaults are for the next build; those of the shipped models are in the
+    recipe.json beside them. Tests use smaller values.
 
     Attributes:
-        autoencoder_before: updates of both sides of the autoencoder before their last training of `autoencoder_steps`.
+        autoencoder_before: earlier updates of both sides of the autoencoder, before the last `autoencoder_steps`.
         vae_decoder_layers: residual blocks of the autoencoder at each resolution; its decoder has one more.
-        vae_decoder_before: updates of that decoder by itself before its last training of `vae_decoder_steps`.
-        janus_uses: how often Janus' training goes through a scene.
-        janus_held_out: scenes of Janus' last evaluation, held out and trained on; those before take `held_out_scenes`.
-        post_updates, post_vlm_share: of the decoder's last post-training, 0 for none; and how many of its examples have
-            Janus' own conditions.
-        progressive_uses: how often the masked sampler's training goes through a scene.
+        vae_decoder_before: earlier updates of that decoder alone, before the last `vae_decoder_steps`.
+        janus_uses: how many times Janus' training uses each scene.
+        janus_held_out: held-out scenes, and as many training scenes, in Janus' last evaluation; earlier evaluations use
+            `held_out_scenes`.
+        post_updates, post_vlm_share: updates of the decoder's last post-training (0 for none), and the share of its
+            examples with Janus' own conditions.
+        progressive_uses: how many times the masked sampler's training uses each scene.
         corruption_steps: updates of each sampler of `train_corruptions`.
-        progressive_layers: of Janus, the first ones, that the masked sampler starts from; all where it has fewer.
+        progressive_layers: how many of Janus' first layers the masked sampler starts from; all if Janus has fewer.
         compiled: see `training.config.OptimizationConfig.compile`.
     """
 
@@ -92,11 +93,11 @@ class Recipe:
 
     @classmethod
     def defaults(cls, beginning: str) -> dict[str, Any]:
-        """The code's own values of fields whose names begin so: a recipe beside weights has those of what is there."""
+        """Defaults of the fields with this prefix; a recipe beside weights holds those the weights were made with."""
         return {field.name: field.default for field in fields(cls) if field.name.startswith(beginning)}
 
     def save(self, folder: Path) -> None:
-        """Writes the recipe into the folder of the weights that it made."""
+        """Writes the recipe into the folder of the weights made with it."""
         write_text(folder / "recipe.json", json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
@@ -114,7 +115,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildContext:
-    """A build: its work folder, device and recipe, and the scenes that follow from them."""
+    """A build: its work folder, device and recipe, and the scenes that these determine."""
 
     folder: Path
     device: torch.device
@@ -130,7 +131,7 @@ class BuildContext:
 
     @cached_property
     def held_out_images(self) -> np.ndarray:
-        """Scenes of the calibration split: used neither for training nor for the tables."""
+        """Scenes of the calibration split, used neither for training nor for the tables."""
         return scene_images(self.folder, "calibration", self.recipe.held_out_scenes, size=self.recipe.size)
 
     @cached_property
@@ -138,16 +139,16 @@ class BuildContext:
         return scene_facts("calibration", self.recipe.held_out_scenes)
 
     def fresh_pixels(self, split: Split, first: int, count: int) -> torch.Tensor:
-        """Scenes first..first + count - 1 of a split, rendered now: [count, 3, S, S] in -1..1."""
+        """Renders scenes first..first + count - 1 of a split: [count, 3, S, S] in -1..1."""
         return scene_pixels(rendered(split, first, count, self.recipe.size), self.device)
 
     def settings(self, *names: str, **more: Any) -> dict[str, Any]:
-        """Everything a stage's result depends on, for its checkpoint: fields of the recipe by name, and `more`."""
+        """Everything a stage's result depends on, for its checkpoint: named fields of the recipe, and `more`."""
         common = ("size", "train_scenes", "seed")
         return {name: getattr(self.recipe, name) for name in (*common, *names)} | more
 
     def batch(self, stage: int, step: int, size: int) -> np.ndarray:
-        """Sorted indices [size] of the training scenes of a step; they depend on (seed, stage, step) alone."""
+        """Sorted indices [size] of the training scenes of a step; they depend on (seed, stage, step) only."""
         drawn = torch.randint(
             self.recipe.train_scenes, (size,), generator=keyed_generator(self.recipe.seed, stage, step)
         )
@@ -162,7 +163,7 @@ class BuildContext:
 
 
 def stage_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of a command that trains a stage from the weights that are there."""
+    """The options of a command that trains a stage for existing weights."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--folder", type=Path, default=WORK, help="work folder")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
@@ -171,7 +172,7 @@ def stage_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def stage_context(chosen: argparse.Namespace, **changed: Any) -> BuildContext:
-    """The build that made `chosen.weights`, with fields of its recipe changed that are not None.
+    """The build that made `chosen.weights`, with those recipe fields changed whose new value is not None.
 
     Raises:
         ValueError: as `Recipe.load`.
@@ -183,7 +184,7 @@ def stage_context(chosen: argparse.Namespace, **changed: Any) -> BuildContext:
 
 
 def digest(module: nn.Module) -> str:
-    """Twelve hexadecimal digits of a hash of a module's weights, for names of files made with them."""
+    """Twelve hexadecimal digits of a hash of a module's weights, for the names of files derived from them."""
     found = hashlib.sha256()
     for name, value in module.state_dict().items():
         found.update(name.encode())

@@ -1,6 +1,6 @@
 """What wrong tokens in training are good for: a section of docs/results.md on the samplers of `train_corruptions`.
 
-Sampled, decoded and measured as the orders of `progressive_sections`.
+They are sampled, decoded and measured like the orders in `progressive_sections`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _READ = ("janus", "vae", "decoder.safetensors", "reader.safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class VariantSamples(Samples):
-    """`Samples` of a variant in the place of the shipped masked sampler.
+    """`Samples` with a variant in place of the shipped masked sampler.
 
     Attributes:
-        folder: of the variant's sampler.
+        folder: folder of the variant's sampler.
     """
 
     folder: Path
 
     @cached_property
     def masked(self) -> MaskedSampler:
-        """The variant.
+        """The variant's sampler.
 
         Raises:
-            ValueError: for one of another image tokenizer.
+            ValueError: if it has another codebook than the models measured.
         """
         sampler = load_progressive(self.setup, self.folder)
         if not same_codebook(sampler.codebook.fingerprint, self.setup.pico.tokenizer.codebook.fingerprint):
@@ -47,16 +47,16 @@ class VariantSamples(Samples):
 
     @cached_property
     def versions(self) -> dict[bool, str]:
-        """With the variant's own files."""
+        """As in the base class, with a hash of the variant's own files added."""
         own = files_hash([self.folder])
         return {masked: f"{version}-{own}" for masked, version in super().versions.items()}
 
 
 def measure_corruptions(setup: EvalSetup) -> Rows:
-    """Samplers that were trained with each kind of wrong tokens, all and none, with and without revision.
+    """Samplers trained with each kind of wrong tokens, all kinds and none, with and without revision.
 
-    At `TARGET` passes by the VQ decoder, on the first `ORDERED` captions at most; cells as of
-    `progressive_sections.measure_orders`. Each variant is a single training.
+    Measured at `TARGET` passes with the VQ decoder, on the first `ORDERED` captions at most; cells are as in
+    `progressive_sections.measure_orders`. Each variant was trained only once.
     """
     rows, count = {}, min(ORDERED, len(setup.images))
     base = Samples.of(setup)

@@ -1,4 +1,4 @@
-"""Masked samplers that differ in the wrong tokens of their training: what there is, where it lies, how it was trained.
+"""Masked samplers trained with different wrong tokens: which ones exist, where they lie, how they were trained.
 
 `train_corruptions` trains them, `corruption_sections` measures them.
 """
@@ -18,7 +18,7 @@ from .build_context import Recipe
 from .embedded import model_paths
 from .section_keys import files_hash
 
-#: Name -> the corruptions that it learns to take back.
+#: Name -> the corruptions that the sampler learns to undo.
 VARIANTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"none": (), **{kind: (kind,) for kind in CORRUPTIONS}, "all": CORRUPTIONS}
 )
@@ -26,17 +26,17 @@ _AGAIN = "`python -m dcdd_pico.train_corruptions` trains it again"
 
 
 def variant_folder(name: str) -> str:
-    """Of a variant's sampler, in the work folder."""
+    """Folder of a variant's sampler, relative to the work folder."""
     return f"corruptions/{name}/sampler"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """How a variant was trained; lies beside its sampler as variant.json.
+    """How a variant was trained; saved beside its sampler as variant.json.
 
     Attributes:
         kinds: the corruptions.
-        start: hash of the files of the Janus that it starts from.
+        start: hash of the files of the Janus that the training started from.
         layers, updates, batch, uses, seed: as the recipe's fields for the masked sampler.
     """
 
@@ -50,7 +50,7 @@ class Variant:
 
     @classmethod
     def of(cls, recipe: Recipe, weights: Path, name: str) -> Variant:
-        """Of one of `VARIANTS` for the models in `weights`."""
+        """The variant called `name`, one of `VARIANTS`, for the models in `weights`."""
         return cls(
             kinds=VARIANTS[name],
             start=janus_hash(weights),
@@ -80,16 +80,16 @@ class Variant:
 
 
 def janus_hash(weights: Path) -> str:
-    """Of the files of the Janus in `weights`."""
+    """Hash of the files of the Janus in `weights`."""
     return files_hash([model_paths(weights)["vlm"]])
 
 
 def trained_variants(work: Path, weights: Path) -> dict[str, Path]:
-    """The samplers in a work folder, by the name of their variant.
+    """The trained samplers in a work folder, by variant name.
 
     Raises:
-        ValueError: if there is none, for one that was trained with other corruptions or from another Janus, and for
-            some that were not trained alike.
+        ValueError: if there are none, if one was trained with other corruptions or from another Janus, or if they were
+            not all trained alike.
     """
     found = {name: folder for name in VARIANTS if (folder := work / variant_folder(name)).is_dir()}
     if not found:

@@ -1,4 +1,4 @@
-"""Paths of the embedded models. Imports nothing of the library, so that the ComfyUI nodes can use it too."""
+"""Paths of the embedded models. Imports nothing from the library, so that the ComfyUI nodes can use it too."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from types import MappingProxyType
 
 WEIGHTS = Path(__file__).parent / "weights"
 NAME = "pico"
-#: In the folder of the embedded models: what makes their decoder unconditional.
+#: In the folder of the embedded models: the weights that make their decoder unconditional.
 PRIOR = "prior.safetensors"
-#: And a small decoder of the latents, which guidance can look through.
+#: In the same folder: a small decoder of the latents, through which guidance can look.
 CHEAP = "cheap_decoder"
-#: There too, the VLMs, which all sample the tokens of Janus' image tokenizer: autoregressive, masked, autoregressive.
+#: In the same folder: the VLMs (autoregressive, masked, autoregressive). All sample tokens of Janus' image tokenizer.
 JANUS, PROGRESSIVE, LLAMAGEN = "janus", "progressive", "llamagen"
-#: What commands call them -> their folder.
+#: Name of a VLM in commands -> its folder.
 VLMS: Mapping[str, str] = MappingProxyType(
     {NAME: JANUS, f"{NAME}-{PROGRESSIVE}": PROGRESSIVE, f"{NAME}-{LLAMAGEN}": LLAMAGEN}
 )
 
 
 def model_paths(weights: Path | None = None, *, vlm: str = JANUS) -> dict[str, Path]:
-    """The paths of the embedded models, keyed as the fields of `dcdd_core.pipelines.load.ModelPaths`.
+    """The paths of the embedded models, with the fields of `dcdd_core.pipelines.load.ModelPaths` as keys.
 
     Args:
-        weights: their folder; the shipped one by default.
-        vlm: which of them.
+        weights: their folder; by default the shipped one.
+        vlm: folder name of one of the VLMs.
 
     Raises:
         ValueError: if the folder, or that of the VLM, is missing.
@@ -46,12 +46,12 @@ def model_paths(weights: Path | None = None, *, vlm: str = JANUS) -> dict[str, P
 
 
 def calibration_name(vlm: str) -> str:
-    """The file of a VLM's own calibration. Not in the VLM's folder, where it would be taken for another model."""
+    """File name of a VLM's own calibration, beside the VLM's folder: inside, it would be taken for another model."""
     return f"{vlm}-calibration.safetensors"
 
 
 def own_calibration(weights: Path | None = None, *, vlm: str) -> Path | None:
-    """The calibration that an embedded VLM is served with in place of the one on the decoder's card, Janus'; or None.
+    """An embedded VLM's own calibration, used instead of Janus' on the decoder's card; None if the VLM has none.
 
     Args:
         weights, vlm: see `model_paths`.

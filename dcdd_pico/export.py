@@ -1,4 +1,4 @@
-"""Writes the weights that are shipped: half precision or 8 bits, in the file layouts of the full-size models."""
+"""Writes the shipped weights: half precision or 8 bits, in the file layouts of the full-size models."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .build_context import Recipe
 from .embedded import JANUS
 from .train_janus import save_janus
 
-#: The weights are in git, which keeps every version.
+#: Upper limit in bytes: the weights are in git, which keeps every version.
 MOST_BYTES = 48 * 10**6
-#: Two thirds of the reader's weights. Facts are read with them; Frechet features and perceptual distances are not.
+#: Two thirds of the reader's weights; used to read facts, but not for Frechet features or perceptual distances.
 READER_IN_INT8 = ("hidden.2.weight",)
 
 
@@ -39,12 +39,12 @@ def export(
     recipe: Recipe,
 ) -> None:
     """Writes all weights that `load_pico` and `load_reader` read, into a temporary folder that then replaces `weights`
-    but for its README.md.
+    except for its README.md.
 
-    The decoder's text stream is left out; with `load_decoder(fold=False)` the decoder can still be trained further.
+    The decoder's text stream is left out; the decoder can still be trained further (`load_decoder` with fold=False).
 
     Raises:
-        ValueError: if the weights take more than 48 MB; the previous weights are then kept.
+        ValueError: if the weights take more than 48 MB; the previous weights are kept in that case.
     """
     fresh = weights.with_name(weights.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -69,9 +69,9 @@ def export(
 
 
 def let_others_read(folder: Path, *, like: Path) -> None:
-    """Gives all safetensors files in a folder another file's permissions.
+    """Gives all safetensors files in a folder the permissions of another file.
 
-    safetensors 0.8 lets nobody but the owner read what `save_pretrained` writes.
+    What `save_pretrained` writes with safetensors 0.8 is readable by the owner only.
     """
     for path in folder.rglob("*.safetensors"):
         shutil.copymode(like, path)

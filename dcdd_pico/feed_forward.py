@@ -1,12 +1,12 @@
-"""Feed-forward decoders: the tokens of an image, or LCDM's condition of them, to pixels in a single pass.
+"""Feed-forward decoders: an image's tokens, or LCDM's condition made from them, to pixels in a single pass.
 
-They are the opponents of the diffusion decoder: as large, trained with as many operations, from the same inputs, but
-with the losses of their kind (`gan_finetune`). What is not different cannot explain a difference, so they are made of
-the same parts where that is possible. The condition is read by the same adapter, and passes a trunk of the same width,
-depth and heads as the FLUX transformer's, without what only diffusion needs: modulations by the time, and noise. In the
-place of the autoencoder's decoder a convolutional upsampler is trained along with it, from all channels of the trunk.
-A wider VQ-VAE decoder was the alternative. Four fifths of its operations are convolutions at half the full resolution
-and above, where a position sees few tokens; the trunk relates all tokens of an image, as the diffusion decoder does.
+They are the opponents of the diffusion decoder: of the same size, trained with as many operations on the same inputs,
+but with the losses usual for their kind (`gan_finetune`). Identical parts cannot explain a difference, so the decoders
+share as many parts as possible. The condition is read by the same adapter and passes through a trunk with the width,
+depth and heads of the FLUX transformer, but without what only diffusion needs: time modulation and noise. The
+autoencoder's decoder is replaced by a convolutional upsampler, which is trained jointly and gets all channels of the
+trunk. The alternative was a wider VQ-VAE decoder. Four fifths of its operations are convolutions at half the full
+resolution and above, where a position sees few tokens; the trunk relates all tokens, as the diffusion decoder does.
 
 Shapes: B batch, h w grid of the trunk, D code dimension, M width of the trunk, H W pixels.
 """
@@ -36,26 +36,26 @@ from dcdd_core.types import Calibration, Condition
 
 #: What a decoder can read: one-hot distributions, or the condition that the diffusion decoder gets.
 READS = ("tokens", "condition")
-#: By kind, the shapes. The first has the parameters of the diffusion decoder and of the autoencoder's decoder together.
-#: The second is deeper and has its trunk on a grid twice as fine, to take the time of ten diffusion steps.
+#: Kind -> shape. The first kind has as many parameters as the diffusion decoder and the autoencoder's decoder together.
+#: The second is deeper, with a trunk on a grid twice as fine, so that it takes as long as ten diffusion steps.
 SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "feed-forward": {"width": 256, "blocks": 8, "channels": (256, 128, 64, 32)},
         "fine-feed-forward": {"width": 256, "blocks": 18, "channels": (256, 128, 64), "finer": 2},
     }
 )
-#: The decoders: name -> kind, and what it reads.
+#: The decoders: name -> kind, and what the decoder reads.
 FEED_FORWARD: Mapping[str, tuple[str, str]] = MappingProxyType(
     {f"{kind}-{reads}": (kind, reads) for kind in SHAPES for reads in READS}
 )
-#: The diffusion decoder that reads tokens alone.
+#: Name of the diffusion decoder that reads tokens alone.
 DIFFUSION = "diffusion-tokens"
 _FORMAT = "dcdd feed-forward decoder 1"
 _EXPECTED = "a feed-forward decoder (.safetensors)"
 _AGAIN = "train it again: `python -m dcdd_pico.train_opponents`"
-#: Of the adapter, as pico's diffusion decoder has it.
+#: Width of the adapter, as in pico's diffusion decoder.
 _ADAPTER = 64
-#: Channels of an attention head, and of the groups that convolutions normalise in.
+#: Channels of an attention head, and of a group in the convolutions' group normalisation.
 _HEAD, _GROUP = 64, 8
 
 
@@ -66,14 +66,14 @@ class FeedForwardCard:
     Attributes:
         reads: one of `READS`.
         codebook: fingerprint of the codebook whose code vectors it reads.
-        calibration: of the conditions that it was trained on; None for tokens.
+        calibration: calibration of the conditions it was trained on; None for tokens.
         code_dim: D.
         grid: rows and columns of tokens.
-        width, blocks: M, a multiple of the heads' 64 channels or less than that, and depth of the trunk.
-        channels: of the upsampler, a multiple of 8 each; the first is the trunk's width, and the side doubles from
+        width, blocks: width M of the trunk, a multiple of a head's 64 channels or less than 64, and its depth.
+        channels: channels of the upsampler, each a multiple of 8. The first is the trunk's width; the side doubles from
             each to the next.
-        finer: positions of the trunk a side of a token.
-        images: that it was trained on, counted each time.
+        finer: positions of the trunk per side of a token.
+        images: images it was trained on, counting repeated ones each time.
 
     Raises:
         ValueError: for values of wrong types or out of range.
@@ -122,7 +122,7 @@ class FeedForwardCard:
         return self.grid[0] * self.finer, self.grid[1] * self.finer
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The card as a JSON-compatible dict."""
         return asdict(self) | {"calibration": self.calibration and self.calibration.to_dict()}
 
     @classmethod
@@ -139,7 +139,7 @@ class FeedForwardCard:
 
 
 def opponent_file(name: str) -> str:
-    """Where a decoder of `FEED_FORWARD`, or `DIFFUSION`, lies in the work folder."""
+    """Path of a decoder of `FEED_FORWARD`, or of `DIFFUSION`, relative to the work folder."""
     return f"opponents/{name}.safetensors"
 
 
@@ -147,8 +147,8 @@ class FeedForwardDecoder(nn.Module):
     """Adapter, transformer trunk on the token grid, convolutional upsampler.
 
     Attributes:
-        card: its shape.
-        last: the last layer, whose gradients weigh the adversarial loss (`gan_finetune.adaptive_weight`).
+        card: the decoder's shape.
+        last: the last layer, whose gradients give the weight of the adversarial loss (`gan_finetune.adaptive_weight`).
     """
 
     def __init__(self, card: FeedForwardCard):
@@ -157,7 +157,7 @@ class FeedForwardDecoder(nn.Module):
         width, channels = card.width, card.channels
         heads = max(1, width // _HEAD)
         self.adapter = ConditionEncoder(card.code_dim, _ADAPTER, width)
-        nn.init.xavier_uniform_(self.adapter.fuse.weight)  # there is no base model to leave as it was
+        nn.init.xavier_uniform_(self.adapter.fuse.weight)  # not zero: there is no base model to preserve
         rows, columns = card.positions
         self.places = nn.Parameter(0.02 * torch.randn(rows * columns, width))
         self.blocks = nn.ModuleList(
@@ -169,14 +169,14 @@ class FeedForwardDecoder(nn.Module):
             ResnetBlock2D(in_channels=count, temb_channels=None, groups=count // _GROUP) for count in channels
         )
         self.expansions = nn.ModuleList(nn.Conv2d(a, 4 * b, 3, padding=1) for a, b in pairwise(channels))
-        # No normalisation before it: one of groups takes the means out, and colours with them.
+        # No normalisation before the last layer: group normalisation removes the means, and colours with them.
         self.last = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, condition: Condition) -> torch.Tensor:
-        """Pixels [B, 3, H, W], about -1..1 and not clamped.
+        """Pixels [B, 3, H, W], roughly in -1..1 and not clamped.
 
         Raises:
-            ValueError: for another grid than it was built for.
+            ValueError: if the condition's grid is not the one the decoder was built for.
         """
         if condition.grid != self.card.grid:
             raise ValueError(f"this decoder reads {self.card.grid} tokens, got {condition.grid}: {_AGAIN}")
@@ -190,12 +190,12 @@ class FeedForwardDecoder(nn.Module):
         return self.last(F.silu(self.residuals[-1](maps, None)))
 
     def matrices(self) -> list[str]:
-        """The names of the trunk's matrices, which Muon updates, as those of the diffusion decoder's blocks."""
+        """Names of the trunk's matrices, which Muon updates as it does those of the diffusion decoder's blocks."""
         return [name for name, weight in self.named_parameters() if name.startswith("blocks.") and weight.ndim == 2]
 
 
 def save_feed_forward(path: Path, decoder: FeedForwardDecoder) -> Path:
-    """Writes a decoder with its card, in half precision as the diffusion decoder's bundle.
+    """Writes a decoder with its card, in half precision like the diffusion decoder's bundle.
 
     Raises:
         OSError: if it cannot be written.
@@ -206,10 +206,10 @@ def save_feed_forward(path: Path, decoder: FeedForwardDecoder) -> Path:
 
 
 def load_feed_forward(path: Path, *, device: torch.device | str = "cpu") -> FeedForwardDecoder:
-    """What `save_feed_forward` wrote, in float32, for painting.
+    """Loads what `save_feed_forward` wrote, in float32, for inference.
 
     Raises:
-        ValueError: naming a file that is absent, damaged or of another kind.
+        ValueError: if the file is absent, damaged or of another kind; the message names it.
     """
     with open_tensors(path, _EXPECTED, _AGAIN) as file, reading(path, _EXPECTED, _AGAIN):
         header = file.metadata() or {}

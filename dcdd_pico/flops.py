@@ -2,10 +2,10 @@
 
 The VQ-VAE decoder is the baseline of the diffusion decoder and should have had at least as many training FLOPs. The
 diffusion decoder generates latents, which the autoencoder's decoder turns into pixels. The paper takes that decoder
-from FLUX; here it was trained as well, and is listed separately. Counted are the matrix products, convolutions and
+from FLUX; here it was trained too, and is listed separately. The count covers the matrix products, convolutions and
 attention of the decoders' forward and backward passes, with 2 FLOPs per multiply-add (`torch.utils.flop_counter`).
-Encoders, discriminators and perceptual networks are not counted: only decoders other than the diffusion decoder are
-trained with these, so that what is called as many FLOPs is a little more for the others.
+Encoders, discriminators and perceptual networks are not counted. Only decoders other than the diffusion decoder are
+trained with these, so that at equal counts those others had in fact a little more.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def vq_flops(vq: JanusVQVAE) -> int:
 
 
 def dcdd_flops(decoder: DistributionConditionedDecoder) -> int:
-    """Training FLOPs of the diffusion decoder for one image; it must be unfolded (`load_decoder`, fold=False)."""
+    """Training FLOPs of the diffusion decoder for one image; it must be loaded with fold=False (`load_decoder`)."""
     card, decoder = decoder.card, copy.deepcopy(decoder).requires_grad_(True)
     side, h = card.resolution // card.vae_factor, round(card.resolution / card.pixels_per_token)
     condition = Condition(
@@ -80,8 +80,8 @@ def feed_forward_flops(decoder: FeedForwardDecoder) -> int:
 
 
 def loss_flops(size: tuple[int, int]) -> int:
-    """FLOPs of an image's losses where a decoder is trained with a GAN loss, forward and backward: the perceptual
-    distance, and the discriminator's updates; without the adaptive weight. For comparison: they count nowhere."""
+    """FLOPs of the losses of one image in a training with a GAN loss, forward and backward: perceptual distance and
+    discriminator updates, without the adaptive weight. For comparison only: they enter no total."""
     reader, discriminator = SceneReader().eval().requires_grad_(False), PatchDiscriminator()
     pixels, decoded = torch.zeros(1, 3, *size), torch.zeros(1, 3, *size, requires_grad=True)
 
@@ -94,22 +94,22 @@ def loss_flops(size: tuple[int, int]) -> int:
 
 
 def parameters(*networks: nn.Module) -> int:
-    """How many they have."""
+    """Number of parameters of the networks together."""
     return sum(weight.numel() for network in networks for weight in network.parameters())
 
 
 def load_dcdd(path: Path) -> DistributionConditionedDecoder:
-    """The diffusion decoder of a bundle with all that it was trained with."""
+    """The diffusion decoder of a bundle with all parameters that it was trained with."""
     return load_decoder(path, options=DecoderOptions(dtype=torch.float32, fold=False))
 
 
 def decoder_images(recipe: Recipe) -> int:
-    """Images that the diffusion decoder was trained on, counted each time; its post-training included."""
+    """Images the diffusion decoder was trained on, post-training included, counting repeated ones each time."""
     return recipe.decoder_batch * (recipe.decoder_steps + recipe.post_updates)
 
 
 def training_flops(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae: AutoencoderKL, recipe: Recipe) -> str:
-    """A Markdown table of FLOPs per image, number of images, and their product; then the ratios to the baseline."""
+    """Markdown table of FLOPs per image, number of images, and their product, followed by ratios to the baseline."""
     both_sides = recipe.autoencoder_before + recipe.autoencoder_steps
     alone = recipe.vae_decoder_before + recipe.vae_decoder_steps
     rows = {
@@ -120,7 +120,7 @@ def training_flops(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae:
         "diffusion decoder": (dcdd_flops(decoder), decoder_images(recipe)),
         "autoencoder's decoder": (
             vae_flops(vae, recipe.size),
-            # All as deep as it is now, though at first it was not.
+            # All updates counted at its present depth, though the first ones had fewer layers.
             recipe.autoencoder_batch * (both_sides + alone),
         ),
     }
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def _counted(loss: Callable[[], torch.Tensor]) -> int:
-    # The counter does not know a CPU's fused attention.
+    # The counter does not count a CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss().backward()
     return counter.get_total_flops()

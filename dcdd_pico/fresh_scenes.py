@@ -1,4 +1,4 @@
-"""Endless scenes for the trainings that go on from the shipped decoder, each seen once.
+"""Endless fresh scenes, each seen once, for trainings that start from the shipped decoder.
 
 Shapes: B batch.
 """
@@ -27,10 +27,10 @@ from .scenes import SPLIT_SIZE, Scene, Split, render_scene
 
 
 class FreshScenes:
-    """The scenes of a split in their order, endless, as a `Source` of images with captions; rendered when asked for.
+    """The scenes of a split in order, endless, as a `Source` of captioned images; rendered when they are loaded.
 
     Args:
-        first: number of the scene to begin with.
+        first: number of the first scene.
     """
 
     def __init__(self, split: Split, size: int, *, first: int = 0):
@@ -45,11 +45,11 @@ class FreshScenes:
         return (Entry(str(k), k % SPLIT_SIZE) for k in numbers)
 
     def load(self, entry: Entry) -> Scene:
-        """The scene of an entry."""
+        """Renders the scene of an entry."""
         return render_scene(self.split, entry.data, size=self.size)
 
     def collate(self, items: Sequence[Scene]) -> ImageBatch:
-        """Scenes as a batch."""
+        """Makes a batch of scenes."""
         pixels = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in items])
         captions = tuple(scene.caption for scene in items)
         return ImageBatch(keys=captions, pixels=pixels, token_pixels=pixels, captions=captions)
@@ -69,17 +69,17 @@ def train_on_fresh_scenes(
     evaluate: Callable[[DistributionConditionedDecoder], Evaluation],
     first: int = 0,
 ) -> DistributionConditionedDecoder:
-    """Trains the network of a task, or restores what the work folder has of that.
+    """Trains the network of a task, or restores it from the work folder.
 
     Args:
-        name: of the training's folder in the work folder.
-        conditions: Janus' own; None where no example has them.
-        vlm_share: of the examples, with Janus' own conditions.
+        name: the training's folder in the work folder.
+        conditions: makes Janus' own conditions; None if no example has them.
+        vlm_share: share of the examples with Janus' own conditions.
         batch: B.
         first: see `FreshScenes`.
 
     Raises:
-        ValueError: for a work folder of a training with other settings.
+        ValueError: if the work folder holds a training with other settings.
     """
     return Trainer(
         context.folder / name,

@@ -1,4 +1,4 @@
-"""Training of decoders with a GAN loss, their encoders frozen: those of the VQ-VAE, the autoencoder, the opponents.
+"""Training of decoders with a GAN loss and frozen encoders: those of the VQ-VAE, the autoencoder and the opponents.
 
 The losses are VQGAN's: hinge loss, PatchGAN discriminator, and an adaptive weight from the ratio of gradient norms at
 the decoder's last layer (Esser et al. 2021, arXiv 2012.09841, Eqs. 6-7).
@@ -88,14 +88,14 @@ def finetune_with_gan(
     loss_reader: SceneReader,
     evaluate: Callable[[nn.Module], dict[str, float]],
 ) -> None:
-    """Fine-tunes (or restores) `decoder` in the folder called `name`; its weights are their EMA afterwards.
+    """Fine-tunes (or restores) `decoder` in the folder called `name`; afterwards it holds its EMA weights.
 
     Args:
-        stage: number of the training, which its random numbers depend on.
+        stage: number of the training, on which its random numbers depend.
         last: weight of the decoder's last layer.
         encode: pixels [B, 3, H, W] in -1..1 and a generator -> input of the decoder; run without gradients.
         decode: decoder and its input -> pixels.
-        evaluate: metrics of the EMA decoder.
+        evaluate: EMA decoder -> metrics.
     """
 
     def examples(i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,13 +138,13 @@ def train_with_gan(
     evaluate: Callable[[nn.Module], dict[str, float]],
     alone: int = 0,
 ) -> None:
-    """As `finetune_with_gan`, for any optimisers and inputs.
+    """`finetune_with_gan` for any optimisers and inputs.
 
     Args:
-        examples: number of an update -> pixels [B, 3, H, W] in -1..1, and what the decoder makes them from.
-        optimizers: of all weights of the decoder, by their name in checkpoints.
-        peak: learning rate.
-        alone: updates before the discriminator joins.
+        examples: update number -> pixels [B, 3, H, W] in -1..1, and the decoder's input for them.
+        optimizers: optimisers of all the decoder's weights, by their names in checkpoints.
+        peak: peak learning rate.
+        alone: number of updates before the discriminator joins.
     """
     device = context.device
     with torch.random.fork_rng():
@@ -196,7 +196,7 @@ def train_with_gan(
         settings=settings,
         steps=steps,
         step=step,
-        state={  # under these names, also those of the log, in the checkpoints of builds
+        state={  # these names, and those of the log, are also in the checkpoints of builds
             "model": decoder,
             "adversary": discriminator,
             "ema": ema,

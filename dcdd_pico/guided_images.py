@@ -1,7 +1,7 @@
-"""Images that distribution guidance is measured on, kept on disk part by part so that an interrupted run goes on.
+"""Images that distribution guidance is measured on, kept on disk part by part so that an interrupted run can resume.
 
 Every row of a table starts from the same tokens and distributions, which are sampled once. Files lie in folders named
-by a hash of the code and weights that make them.
+by a hash of the code and weights they were made with.
 
 Shapes: B images of a part, N tokens, D code dimension, S image side in pixels.
 """
@@ -35,16 +35,16 @@ from .prior import PRIOR, load_prior
 from .scenes import Scene, Split, render_scene, scene_pixels
 from .section_keys import code_hash, files_hash
 
-#: Images that are painted at once, and kept in one file.
+#: Images painted at once and kept in one file.
 PART = 16
-#: First scene and caption of a range, by split. Settings were chosen on calibration scenes alone. The other tables
-#: take test scenes from 0 on.
+#: First scene and caption of the range used, by split. Settings were chosen on calibration scenes only. The other
+#: tables use test scenes from 0 on.
 FIRST: Mapping[Split, int] = {"test": 100_000, "calibration": 100_000}
-#: What images are made from: scenes or tiles of photographs that are encoded, or captions that the VLM samples tokens
-#: for.
+#: What images are made from: "reconstruction" encodes scenes or tiles of photographs, "text" samples tokens with the
+#: VLM for captions.
 Task = Literal["reconstruction", "text"]
 Source = Literal["test", "calibration", "photographs"]
-#: Photographs that lie in scikit-image's wheel. Drawings, documents and silhouettes are left out.
+#: Photographs in scikit-image's wheel. Drawings, documents and silhouettes are left out.
 PHOTOGRAPHS = (
     "astronaut.png",
     "brick.png",
@@ -63,13 +63,13 @@ PHOTOGRAPHS = (
     "retina.jpg",
     "rocket.jpg",
 )
-#: Tiles of a photograph, at the centres of a grid of so many rows and columns.
+#: Tiles per photograph: rows and columns of a grid, with a tile at the centre of each cell.
 TILES = (2, 2)
 _SIDE = 96
 
 
 def scenes_of(split: Split, part: slice) -> list[Scene]:
-    """The scenes of a part, with their captions."""
+    """The scenes of a part, including their captions."""
     return [render_scene(split, FIRST[split] + k, size=_SIDE) for k in range(part.start, part.stop)]
 
 
@@ -97,18 +97,18 @@ def tiles() -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A way from tokens and distributions to images: a row of a table.
+    """A way of making images from tokens and distributions: one row of a table.
 
     Attributes:
-        name: of its row.
-        paints: "vq" the VQ decoder's image of the tokens, "soft" of the expected code vectors, "codec" the latter
-            through the autoencoder; "sharpen" the loss alone; "prior" and "trained" diffusion with pico's unconditional
-            prior or its trained decoder.
-        guidance: None for none.
-        start: time that diffusion starts from; below 1 from the soft VQ decode with noise.
-        steps: of the gradient for "sharpen", else Euler steps.
+        name: name of the row.
+        paints: what makes the image. "vq": the VQ decoder, from the tokens; "soft": the VQ decoder, from the expected
+            code vectors; "codec": as "soft", then through the autoencoder; "sharpen": the loss alone; "prior" and
+            "trained": diffusion with pico's unconditional prior or its trained decoder.
+        guidance: options of distribution guidance; None for none.
+        start: time at which diffusion starts; below 1 it starts from the noised soft VQ decode.
+        steps: gradient steps for "sharpen", else Euler steps.
         shift: mu of the time shift; None for the decoder's own.
-        tokens_alone: the loss takes the token of each position for its distribution.
+        tokens_alone: in the loss, each position's token replaces its distribution.
         cheap: guidance looks through the small latent decoder.
     """
 
@@ -123,7 +123,7 @@ class Way:
 
     @property
     def file(self) -> str:
-        """Name of its folder: everything but the name of the row."""
+        """Name of the way's folder: every field except the row's name."""
         g = self.guidance
         words = [self.paints, f"{self.start:g}", str(self.steps), f"{self.shift}", "tokens" * self.tokens_alone]
         if g is not None:
@@ -138,7 +138,7 @@ class Given:
 
     Attributes:
         tokens: [B, N] int64, encoded or sampled.
-        condition: the distributions as the trained decoder reads them.
+        condition: the distributions as read by the trained decoder.
     """
 
     tokens: torch.Tensor
@@ -147,14 +147,14 @@ class Given:
 
 @dataclass(frozen=True, kw_only=True)
 class Painters:
-    """The models that paint.
+    """The models that paint, and where their images are kept.
 
     Attributes:
         pico: tokenizer, codec, sampler, and the trained decoder.
-        folder: where images are kept.
+        folder: folder of all kept images.
         weights: folder of the weights.
-        read: what images depend on there.
-        name: begins the name of the folder of its own, where that does not say all.
+        read: the files and folders in `weights` that images depend on.
+        name: prefix of the name of `own_folder`, if its hashes alone do not say everything.
     """
 
     pico: Models
@@ -165,7 +165,7 @@ class Painters:
 
     @cached_property
     def prior(self) -> DistributionConditionedDecoder:
-        """Pico's unconditional prior, in the precision of the decoder."""
+        """Pico's unconditional prior, in the decoder's precision."""
         pico = self.pico
         return load_prior(device=pico.tokenizer.device, weights=self.weights, dtype=pico.decoder.dtype)
 
@@ -176,7 +176,7 @@ class Painters:
 
     @cached_property
     def own_folder(self) -> Path:
-        """The folder of today's code, weights and precision."""
+        """The folder for the current code, weights and precision."""
         weights = [self.weights / name for name in self.read]
         precision = str(self.pico.decoder.dtype).removeprefix("torch.")
         return self.folder / f"{self.name}{code_hash(paint, given_of)}-{files_hash(weights)}-{precision}"
@@ -191,7 +191,7 @@ class Painters:
         return Given(tokens=made["tokens"], condition=condition.to(tokenizer.device, torch.float32))
 
     def images(self, way: Way, task: Task, source: Source, part: slice) -> tuple[torch.Tensor, float]:
-        """[B, 3, S, S] in -1..1, of 8 bits; and the seconds of all CPU threads that an image took."""
+        """Images [B, 3, S, S] in -1..1, quantised to 8 bits, and the CPU seconds per image, summed over threads."""
 
         def make() -> dict[str, torch.Tensor]:
             given, start = self.given(task, source, part), process_time()
@@ -206,7 +206,7 @@ class Painters:
         return scene_pixels(made["images"].numpy(), self.pico.tokenizer.device), float(made["seconds"])
 
     def paint(self, way: Way, given: Given, seeds: range) -> torch.Tensor:
-        """Pixels [B, 3, S, S] in -1..1 of one way."""
+        """Paints one way: pixels [B, 3, S, S] in -1..1."""
         return paint(self, way, given, seeds)
 
     def _kept(self, name: str, part: slice, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -214,7 +214,7 @@ class Painters:
 
 
 def kept(path: Path, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Tensors by name from a file, which is made first where it is missing."""
+    """Reads tensors by name from a file, which is made first if it is missing."""
     if not path.exists():
         made = make()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def kept(path: Path, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str
 
 @torch.no_grad()
 def given_of(pico: Models, task: Task, source: Source, part: slice) -> dict[str, torch.Tensor]:
-    """`Given` of a part, as tensors by name: encoded images, or what the VLM samples for the scenes' captions."""
+    """The tensors of `Given` for a part, by name: encoded images, or what the VLM samples for the scenes' captions."""
     if task == "text":
         options = SamplingOptions(guidance=pico.decoder.card.calibration.guidance)
         captions = [scene.caption for scene in scenes_of(source, part)]
@@ -239,7 +239,7 @@ def given_of(pico: Models, task: Task, source: Source, part: slice) -> dict[str,
 
 @torch.no_grad()
 def paint(painters: Painters, way: Way, given: Given, seeds: range) -> torch.Tensor:
-    """Pixels [B, 3, S, S] in -1..1 of one way."""
+    """Paints one way: pixels [B, 3, S, S] in -1..1."""
     pico, condition = painters.pico, given.condition
     if way.paints == "vq":
         return pico.tokenizer.decode_tokens(given.tokens, condition.grid)
@@ -256,7 +256,7 @@ def paint(painters: Painters, way: Way, given: Given, seeds: range) -> torch.Ten
 
 
 def guide_of(painters: Painters, way: Way, given: Given) -> TokenGuide:
-    """The guide of a way; its soft VQ decode is that of the distributions even where the loss takes tokens."""
+    """The guide of a way. Its soft VQ decode is that of the distributions, even if the loss uses the tokens."""
     pico = painters.pico
     guide = token_guide(
         pico.tokenizer,

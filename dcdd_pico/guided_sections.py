@@ -1,7 +1,7 @@
 """What distribution guidance scores: sections of docs/results.md, beside those of `sections`.
 
 Two metric networks measure: the scene reader, and a text detector that others trained on real images (`ruler`). Every
-score has a 95 % interval. Rows are compared image by image, from the same tokens and distributions.
+score has a 95 % interval. Rows are compared image by image, starting from the same tokens and distributions.
 
 Shapes: B images of a part, M images, F features, N tokens, S image side in pixels.
 """
@@ -34,19 +34,19 @@ from .scenes import Split, scene_pixels
 from .section_keys import code_hash, files_hash
 from .sections import READ, SECTIONS, EvalSetup, Rows, Section
 
-#: What rows are called.
+#: Names of rows.
 VQ, SOFT, SDEDIT = "VQ-VAE decode", "VQ-VAE decode of expected codes", "SDEdit of the soft decode"
 CODEC = "expected codes through the autoencoder"
 LOSS_8, LOSS_24 = "the loss alone, 8 steps", "the loss alone, 24 steps"
 GUIDED, TRAINED, BOTH = "SDEdit + guidance", "trained DCDD", "trained DCDD + guidance"
 STRONGER = "SDEdit + stronger guidance"
 
-#: Time that painting without a trained decoder starts from, and the strength of guidance; chosen, with those below, on
+#: Time at which painting without a trained decoder starts, and the strength of guidance. Chosen, like those below, on
 #: calibration scenes and captions (sections `guided-ablation` and `guided-choice`).
 START, STRENGTH = 0.6, 0.4
-#: The strength that 128 calibration scenes and as many captions chose later; the default has stayed.
+#: The strength chosen later on 128 calibration scenes and as many captions; the default was left as it was.
 STRONGER_STRENGTH = 0.6
-#: Strength of guidance of the trained decoder, and of the loss alone.
+#: Strength of guidance for the trained decoder, and for the loss alone.
 TRAINED_STRENGTH, LOSS_STRENGTH = 0.05, 0.1
 
 
@@ -63,7 +63,7 @@ def _loss(name: str, steps: int, strength: float = LOSS_STRENGTH) -> Way:
     return Way(name=name, paints="sharpen", guidance=GuidanceOptions(strength=strength), steps=steps)
 
 
-#: The rows of reconstruction and text.
+#: The rows of the reconstruction and text tables.
 WAYS = (
     Way(name=VQ, paints="vq"),
     Way(name=SOFT, paints="soft"),
@@ -75,7 +75,7 @@ WAYS = (
     _trained(TRAINED, 0.0),
     _trained(BOTH, TRAINED_STRENGTH),
 )
-#: The ablation's, on calibration scenes: one setting differs from `GUIDED` in each row.
+#: The rows of the ablation, on calibration scenes: each differs from `GUIDED` in one setting.
 VARIED = (
     WAYS[0],
     _prior(GUIDED, strength=STRENGTH),
@@ -99,7 +99,7 @@ VARIED = (
     _trained("trained, strength 0.1", 0.1),
     _trained("trained, strength 0.2", 0.2),
 )
-#: What was compared on calibration captions.
+#: The rows compared on calibration captions.
 CHOICE = (
     WAYS[0],
     WAYS[1],
@@ -114,12 +114,12 @@ CHOICE = (
 )
 #: Column: share of photographs with a better SSIM than the VQ decode's.
 ABOVE = "photographs above the VQ decode"
-#: Images of the smaller sections, at most.
+#: Upper limit on the images of the smaller sections.
 FEW = 64
 
 FRECHET = {"frechet": "reader features", "frechet, text detector": "detector features"}
 MEANS = ("ssim", "psnr", "perceptual", "perceptual, text detector", "token agreement")
-#: Columns of the shares.
+#: Columns for which shares of a gain are given.
 SHARED = (*FRECHET, "ssim", "psnr", "perceptual", "perceptual, text detector")
 F1 = ("F1", *(f"F1 {name}" for name in READ))
 
@@ -129,7 +129,7 @@ class Rulers:
     """What measures images, and where the scores are kept.
 
     Attributes:
-        painters: with the tokenizer, which reads tokens.
+        painters: the painters, whose tokenizer reads tokens from images.
     """
 
     painters: Painters
@@ -138,7 +138,7 @@ class Rulers:
 
     @classmethod
     def of(cls, setup: EvalSetup) -> Rulers:
-        """With the models of a measurement.
+        """Makes the rulers for the models of a measurement.
 
         Raises:
             ValueError: as `TextDetectorRuler`.
@@ -152,25 +152,25 @@ class Rulers:
         return f"{code_hash(scores_of, _pixels)}-{files_hash([self.painters.weights / 'reader.safetensors'])}"
 
     def real(self, source: Source, part: slice) -> dict[str, torch.Tensor]:
-        """`scores_of` a part's originals, which are one for all painters."""
+        """`scores_of` a part's originals, which are the same for all painters."""
         folder = self.painters.folder / f"originals-{self._version}/{source}"
         return _kept(folder, part, lambda: scores_of(self, _pixels(self, source, part), None, None))
 
     def of_images(
         self, name: str, part: slice, make: Callable[[], torch.Tensor], *, original: bool = False
     ) -> dict[str, torch.Tensor]:
-        """`scores_of` images of a part's test scenes that `make` returns.
+        """`scores_of` the images that `make` returns for a part's test scenes.
 
         Args:
-            name: of the folder that the scores are kept in.
-            original: whether they are to resemble their originals, rather than show the same facts.
+            name: name of the folder that the scores are kept in.
+            original: whether the images should resemble their originals, rather than only show the same facts.
         """
         folder = self.painters.own_folder / f"scores-{self._version}/{name}"
         truth = partial(_pixels, self, "test", part)
         return _kept(folder, part, lambda: scores_of(self, make(), truth() if original else None, None))
 
     def made(self, way: Way, task: Task, source: Source, part: slice) -> dict[str, torch.Tensor]:
-        """`scores_of` a part's images of one way, with its seconds."""
+        """`scores_of` a part's images painted in one way, with the seconds per image."""
 
         def make() -> dict[str, torch.Tensor]:
             images, seconds = self.painters.images(way, task, source, part)
@@ -193,11 +193,11 @@ def _pixels(rulers: Rulers, source: Source, part: slice) -> torch.Tensor:
 def scores_of(
     rulers: Rulers, images: torch.Tensor, truth: torch.Tensor | None, tokens: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """Features, read facts and scores of images [B, 3, S, S] in -1..1, each [B, ...].
+    """Features, facts read and scores of images [B, 3, S, S] in -1..1, each [B, ...].
 
     Args:
-        truth: the originals, for scores of reconstruction.
-        tokens: [B, N] that the images were made from, for the share that the VQ encoder reads again.
+        truth: the originals, for reconstruction scores.
+        tokens: [B, N], the tokens the images were made from, for the share that the VQ encoder reads back.
     """
     reader, detector = rulers.reader, rulers.detector
     found = {"reader features": reader.frechet_features(images), "detector features": detector.frechet_features(images)}
@@ -227,7 +227,7 @@ class Scores:
 
     Attributes:
         held: name -> [M, ...].
-        real: name -> [M, ...] of the originals.
+        real: name -> [M, ...] for the originals.
         labels: fact -> [M].
     """
 
@@ -240,14 +240,14 @@ class Scores:
         return len(self.held["reader features"])
 
     def columns(self) -> list[str]:
-        """What can be measured of them."""
+        """The columns that can be computed from these scores."""
         means = [name for name in MEANS if name in self.held]
         return [*FRECHET, *means, *(F1 if self.labels else ())]
 
     def score(self, column: str, images: np.ndarray) -> float:
-        """One column's score of some of the images, by index."""
+        """The score of one column for some of the images, given by index."""
         key = column, images.tobytes()
-        if column in FRECHET:  # rows share resamples, and a distance takes long
+        if column in FRECHET:  # rows share resamples, and a distance is slow to compute
             if key not in self._known:
                 self._known[key] = self._frechet(FRECHET[column], images)
             return self._known[key]
@@ -264,30 +264,30 @@ class Scores:
 
 
 def macro_f1(read: np.ndarray, truth: np.ndarray, classes: int) -> float:
-    """Mean over the classes that occur of 2 TP / (2 TP + FP + FN): read and true labels [M] of 0..classes - 1."""
+    """Mean over the classes that occur of 2 TP / (2 TP + FP + FN), for read and true labels [M] in 0..classes - 1."""
     table = np.bincount(truth * classes + read, minlength=classes * classes).reshape(classes, classes)
     hits, seen = np.diag(table), table.sum(0) + table.sum(1)
     return float((2 * hits[seen > 0] / seen[seen > 0]).mean())
 
 
 def interval(column: str, score: Callable[[np.ndarray], float], images: int) -> Interval:
-    """The 95 % interval of a function of a column's scores: the jackknife for Frechet distances, else the bootstrap."""
+    """95 % interval of a function of a column's scores: the jackknife for Frechet distances, else the bootstrap."""
     return (block_jackknife if column in FRECHET else bootstrap)(score, images)
 
 
 def cells(column: str, found: Interval) -> dict[str, float]:
-    """A table's cell, with its interval as details."""
+    """A table cell, with its interval as details."""
     return {column: found.value, f"{column}: lowest": found.low, f"{column}: highest": found.high}
 
 
 def parts_of(count: int, what: str) -> Iterator[slice]:
-    """Parts of `PART` images, under a progress bar."""
+    """Slices of up to `PART` images each, under a progress bar."""
     for start in tqdm(range(0, count, PART), desc=what, unit="part", disable=None):
         yield slice(start, min(count, start + PART))
 
 
 def collect(rulers: Rulers, ways: Sequence[Way], task: Task, source: Source, count: int) -> dict[str, Scores]:
-    """The scores of each way, by the name of its row; part by part, so that what is done stays done."""
+    """The scores of each way, by row name; measured part by part, so that finished parts stay finished."""
     made: dict[str, list[dict[str, torch.Tensor]]] = {way.name: [] for way in ways}
     real: list[dict[str, torch.Tensor]] = []
     for part in parts_of(count, f"{task}, {source}"):
@@ -300,18 +300,18 @@ def collect(rulers: Rulers, ways: Sequence[Way], task: Task, source: Source, cou
 
 
 def labels_of(source: Split, count: int) -> dict[str, np.ndarray]:
-    """The facts of the first scenes of a source: fact -> [M]."""
+    """The facts of the first `count` scenes of a split: fact -> [M]."""
     facts = [scene.facts for scene in scenes_of(source, slice(0, count))]
     return {name: found.numpy() for name, found in fact_labels(facts).items()}
 
 
 def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
-    """The scores of parts, in order, as those of all their images: name -> [M, ...]."""
+    """Joins the scores of consecutive parts: name -> [M, ...]."""
     return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
 def rows_of(scores: dict[str, Scores], columns: Sequence[str], *, trained: str | None = None) -> Rows:
-    """A row for each way, and its difference to the first one; with `trained`, its share of that way's difference.
+    """A row for each way, and its difference from the first; with `trained`, also its share of that way's difference.
 
     A share of 1 means as far from the first way as `trained` is.
     """
@@ -331,17 +331,17 @@ def rows_of(scores: dict[str, Scores], columns: Sequence[str], *, trained: str |
 
 
 def minus(name: str, other: str) -> str:
-    """The row of the difference of two ways."""
+    """Name of the row with the difference of two ways."""
     return f"{name}, minus {other}"
 
 
 def share_name(name: str) -> str:
-    """The row of a way's share of the trained decoder's difference to the VQ decode."""
+    """Name of the row with a way's share of the trained decoder's difference from the VQ decode."""
     return f"{name}, share of the trained decoder's gain"
 
 
 def row_of(columns: Sequence[str], score: Callable[[str, np.ndarray], float], images: int) -> dict[str, float]:
-    """A row: a function of a column and of some of the images, by index, with its interval; and how many images."""
+    """A row of scores with intervals, and the number of images; `score` takes a column and the indices of images."""
     row: dict[str, float] = {}
     for column in columns:
         row |= cells(column, interval(column, partial(score, column), images))
@@ -349,12 +349,12 @@ def row_of(columns: Sequence[str], score: Callable[[str, np.ndarray], float], im
 
 
 def difference(own: Scores, other: Scores, column: str, k: np.ndarray) -> float:
-    """A column's score of some of the images, by index, minus that of another way."""
+    """A column's score for some of the images, given by index, minus that of another way."""
     return own.score(column, k) - other.score(column, k)
 
 
 def ratio(own: Scores, other: Scores, column: str, k: np.ndarray) -> float:
-    """As `difference`, divided by that of another way; NaN where that is 0."""
+    """A column's score for some of the images, divided by that of another way; NaN if the other is 0."""
     below = other.score(column, k)
     return own.score(column, k) / below if below else float("nan")
 
@@ -369,13 +369,13 @@ TEXT = ("frechet", "frechet, text detector", "token agreement", *F1)
 
 
 def measure_guided_reconstruction(setup: EvalSetup) -> Rows:
-    """Test scenes that no choice has seen, encoded and painted again in every way."""
+    """Test scenes that no choice was made on, encoded and then painted in every way."""
     scores = collect(Rulers.of(setup), WAYS, "reconstruction", "test", len(setup.images))
     return _sdedit_too(scores, RECONSTRUCTION, trained=TRAINED)
 
 
 def measure_guided_text(setup: EvalSetup) -> Rows:
-    """Captions that no choice has seen: every row from the same sampled tokens and distributions."""
+    """Captions that no choice was made on; all rows start from the same sampled tokens and distributions."""
     scores = collect(Rulers.of(setup), WAYS, "text", "test", len(setup.images))
     return _sdedit_too(scores, TEXT)
 
@@ -383,7 +383,7 @@ def measure_guided_text(setup: EvalSetup) -> Rows:
 def _sdedit_too(scores: dict[str, Scores], columns: Sequence[str], *, trained: str | None = None) -> Rows:
     """`rows_of`, with what guidance adds to SDEdit and to the trained decoder.
 
-    Also how far both decoders are from the expected codes through the same autoencoder, which both of them paint with.
+    Also each decoder's difference from the expected codes through the autoencoder, which both of them paint with.
     """
     rows, images = rows_of(scores, columns, trained=trained), len(scores[VQ])
     pairs = (
@@ -400,7 +400,7 @@ def _sdedit_too(scores: dict[str, Scores], columns: Sequence[str], *, trained: s
 
 
 def measure_guided_ablation(setup: EvalSetup) -> Rows:
-    """One setting at a time on calibration scenes; seconds of one CPU thread an image."""
+    """One setting varied at a time, on calibration scenes; also CPU seconds per image."""
     scores = collect(Rulers.of(setup), VARIED, "reconstruction", "calibration", min(FEW, len(setup.images)))
     columns = ("ssim", "perceptual", "perceptual, text detector", "token agreement", "frechet")
     rows = {name: row_of(columns, own.score, len(own)) for name, own in scores.items()}
@@ -408,16 +408,16 @@ def measure_guided_ablation(setup: EvalSetup) -> Rows:
 
 
 def measure_guided_choice(setup: EvalSetup) -> Rows:
-    """Settings on calibration captions."""
+    """Settings compared on calibration captions."""
     scores = collect(Rulers.of(setup), CHOICE, "text", "calibration", min(FEW, len(setup.images)))
-    columns = ("frechet", "F1", "token agreement")  # the text detector takes no part in a choice
+    columns = ("frechet", "F1", "token agreement")  # the text detector has no part in this choice
     return {name: row_of(columns, own.score, len(own)) for name, own in scores.items()}
 
 
 def measure_guided_photographs(setup: EvalSetup) -> Rows:
     """Tiles of photographs, which pico has never seen: scores, and the share of photographs with a better SSIM.
 
-    The last column counts photographs on which the mean SSIM of the tiles is above the VQ decode's.
+    The last column is the share of photographs on which the tiles' mean SSIM is above the VQ decode's.
     """
     count = len(PHOTOGRAPHS) * TILES[0] * TILES[1]
     scores = collect(Rulers.of(setup), WAYS, "reconstruction", "photographs", count)
@@ -430,10 +430,10 @@ def measure_guided_photographs(setup: EvalSetup) -> Rows:
 
 
 def measure_guided_robustness(setup: EvalSetup) -> Rows:
-    """Whether the VQ encoder reads the given tokens for good reasons: token agreement after small changes of images.
+    """Whether the VQ encoder reads back the given tokens for good reasons: token agreement after small image changes.
 
-    An image that fools the encoder loses it under changes that a real one stands. "high frequencies" is the energy
-    above a quarter cycle a pixel, over the originals'.
+    An image that fools the encoder loses agreement under changes that a real image withstands. "high frequencies" is
+    the energy above a quarter cycle per pixel, divided by the original's.
     """
     rulers, count = Rulers.of(setup), min(FEW, len(setup.images))
     codec = setup.pico.codec
@@ -475,13 +475,13 @@ def measure_rulers(setup: EvalSetup) -> Rows:
 
 
 def noised(images: torch.Tensor, deviation: float) -> torch.Tensor:
-    """With Gaussian noise, the same for every image of a batch place; deviation on the scale of -1..1."""
+    """Adds Gaussian noise that depends only on the place in the batch; deviation on the scale of -1..1."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
     return (images + deviation * noise).clamp(-1, 1)
 
 
 def blurred(images: torch.Tensor, deviation: float) -> torch.Tensor:
-    """Blurred by a Gaussian of this many pixels."""
+    """Blurs with a Gaussian whose standard deviation is this many pixels."""
     reach = max(1, round(3 * deviation))
     weights = torch.exp(-(torch.arange(-reach, reach + 1).double() ** 2) / (2 * deviation**2))
     kernel = (weights / weights.sum()).to(images).repeat(3, 1)
@@ -491,14 +491,14 @@ def blurred(images: torch.Tensor, deviation: float) -> torch.Tensor:
 
 
 def resized(images: torch.Tensor, share: float) -> torch.Tensor:
-    """Shrunk to a share of the side, and enlarged again."""
+    """Shrinks images to a share of their side and enlarges them again."""
     side = images.shape[-1]
     small = F.interpolate(images, (round(share * side),) * 2, mode="bicubic", antialias=True)
     return F.interpolate(small, (side, side), mode="bicubic").clamp(-1, 1)
 
 
 def compressed(images: torch.Tensor, loss: float) -> torch.Tensor:
-    """As JPEG of quality 100 - loss."""
+    """Compresses as JPEG of quality 100 - loss."""
     found = []
     for image in ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
@@ -508,12 +508,12 @@ def compressed(images: torch.Tensor, loss: float) -> torch.Tensor:
 
 
 def tinted(images: torch.Tensor, shift: float) -> torch.Tensor:
-    """Redder and less green."""
+    """Makes images redder and less green."""
     return (images + shift * torch.tensor([1.0, -1.0, 0.5]).to(images)[:, None, None]).clamp(-1, 1)
 
 
 def emptied(images: torch.Tensor, share: float) -> torch.Tensor:
-    """With the middle, of this share of the side, replaced by the image's mean colour."""
+    """Replaces the middle, of this share of the side, by the image's mean colour."""
     side, made = images.shape[-1], images.clone()
     half = round(share * side / 2)
     inner = slice(side // 2 - half, side // 2 + half)
@@ -522,7 +522,7 @@ def emptied(images: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def high_frequencies(images: torch.Tensor) -> torch.Tensor:
-    """Energy above a quarter cycle a pixel in either direction, per image [B]."""
+    """Energy above a quarter cycle per pixel in either direction, for each image [B]."""
     spectrum = torch.fft.fft2(images.double()).abs().square()
     frequencies = torch.fft.fftfreq(images.shape[-1]).abs().to(images.device)
     high = (frequencies[:, None] > 0.25) | (frequencies[None] > 0.25)

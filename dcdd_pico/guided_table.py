@@ -1,7 +1,7 @@
 """Tables of what distribution guidance scores: `python -m dcdd_pico.guided_table`, with the optional `ruler`.
 
-As `results_table`: a section is measured again only if its code, weights or options have changed. Images and scores are
-kept part by part below `<out>/guided`, so that an interrupted run goes on, and a run with more scenes adds to them.
+As in `results_table`, a section is measured again only if its code, weights or options have changed. Images and scores
+are kept part by part below `<out>/guided`: an interrupted run resumes, and a run with more scenes adds to them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LESS = ("frechet", "frechet, text detector", "perceptual", "perceptual, text de
 
 
 def verdicts(results: Mapping[str, Rows]) -> str:
-    """A Markdown table of the targets: met or MISSED where the whole 95 % interval says so, else open."""
+    """A Markdown table of the targets: met or MISSED if the whole 95 % interval says so, otherwise open."""
     lines = [[*TARGET_HEADS]]
 
     def add(section: str, row: str, column: str, bound: float, *, most: bool = False) -> None:
@@ -59,7 +59,7 @@ def verdicts(results: Mapping[str, Rows]) -> str:
 
 
 def tables(results: Measured) -> str:
-    """The sections' results as Markdown, and the targets."""
+    """The sections' results and the targets, as Markdown."""
     return "\n".join([*section_texts(results, TITLES), verdicts(results.rows)])
 
 

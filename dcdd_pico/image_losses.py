@@ -1,4 +1,4 @@
-"""Reconstruction loss of the tokenizer and the autoencoder, and the held-out metrics that their trainings log.
+"""Reconstruction loss of the tokenizer and the autoencoder, and the held-out metrics logged in their trainings.
 
 Shapes: B batch, H W pixels.
 """
@@ -15,9 +15,9 @@ from dcdd_core.evaluation.metrics import psnr, ssim
 
 from .reader import SceneReader
 
-#: Channels of a grey pixel differ by at most so much, and a neighbour beyond an edge by more; pixels in -1..1.
+#: Channels of a grey pixel differ by at most the first, neighbours across an edge by more than the second; in -1..1.
 _GREY, _STEP = 0.05, 0.2
-#: Pixels from an edge that count as beside it.
+#: Pixels within this distance of an edge count as beside it.
 _REACH = 4
 
 
@@ -29,14 +29,14 @@ def reconstruction_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """L1 + MSE + L1 of 8 x 8 means + 0.5 L1 of image gradients + 0.05 perceptual distance.
 
-    The 8 x 8 means carry colour. Without them it is learned last, since group norms remove a channel's mean.
+    The 8 x 8 means carry colour. Without them colour is learned last, since group norms remove a channel's mean.
 
     Args:
         pixels, decoded: [B, 3, H, W] in -1..1.
-        loss_reader: network of the perceptual distance, which runs under `autocast`.
+        loss_reader: network of the perceptual distance, run under `autocast`.
 
     Returns:
-        The loss; and its parts, detached, for the log.
+        The loss, and its detached parts for the log.
     """
     l1 = (decoded - pixels).abs().mean()
     squared = (decoded - pixels).square().mean()
@@ -50,7 +50,7 @@ def reconstruction_loss(
 
 @torch.no_grad()
 def fidelity(pixels: torch.Tensor, decoded: torch.Tensor, loss_reader: SceneReader) -> dict[str, float]:
-    """PSNR (dB), SSIM and the loss reader's perceptual distance; means over images [B, 3, H, W] in -1..1."""
+    """PSNR (dB), SSIM and the loss reader's perceptual distance, averaged over images [B, 3, H, W] in -1..1."""
     return {
         "psnr": float(psnr(pixels, decoded).mean()),
         "ssim": float(ssim(pixels, decoded).mean()),
@@ -60,17 +60,17 @@ def fidelity(pixels: torch.Tensor, decoded: torch.Tensor, loss_reader: SceneRead
 
 @torch.no_grad()
 def blemishes(pixels: torch.Tensor, decoded: torch.Tensor) -> dict[str, float]:
-    """What is wrong with decoded images where it shows: colour in greys, and halos beside edges.
+    """Visible defects of decoded images: colour in greys, and halos beside edges.
 
-    "tint of greys" is the mean absolute change of chroma (a channel less the mean of the three) of pixels that are grey
-    in the original. "beside edges" and "elsewhere" are mean absolute errors of pixels that are like their four
-    neighbours in the original, up to four pixels from one that is not, and farther; halos make the first the larger.
+    "tint of greys" is the mean absolute change of chroma (a channel minus the mean of the three) over pixels that are
+    grey in the original. "beside edges" and "elsewhere" are mean absolute errors over pixels that resemble their four
+    neighbours in the original: up to four pixels from one that does not, and farther. Halos raise "beside edges".
 
     Args:
         pixels, decoded: [B, 3, H, W] in -1..1.
 
     Returns:
-        The three; 0 where there is no such pixel.
+        The three numbers; 0 for one whose pixels do not occur.
     """
     error = decoded - pixels
     grey = pixels.amax(1) - pixels.amin(1) <= _GREY

@@ -16,7 +16,7 @@ from .guided_sections import share_name
 from .sections import RATIO, READ, SECTIONS, SERVED, Measured, Rows, measure, parse
 from .sections import token_statistics as statistics_of_row
 
-#: Which way a column is better.
+#: Column -> arrow for the direction that is better.
 BETTER = {
     "frechet": "↓",
     "ssim": "↑",
@@ -29,19 +29,19 @@ BETTER = {
     "F1": "↑",
     **{f"F1 {name}": "↑" for name in READ},
 }
-#: A target without numbers, and how the title of a table of targets begins.
+#: Verdict of a target without numbers, and how the title of a table of targets begins.
 _NOT_MEASURED, _TARGETS = "not measured", "Targets"
-#: Heads of a table of targets.
+#: Header of a table of targets.
 TARGET_HEADS = ("", "target", "measured (95 % interval)", "")
 
 
 def target(what: str, held: Mapping[str, float], column: str, bound: float, *, most: bool = False) -> list[str]:
-    """A line of a table of targets: met or MISSED where the whole interval says so, else open.
+    """A line of a table of targets: met or MISSED if the whole interval says so, otherwise open.
 
     Args:
-        what: section and row, for the reader.
-        held: the row's numbers; without the column it was not measured.
-        most: whether the bound is an upper one.
+        what: section and row, as shown to the reader.
+        held: the row's numbers; if the column is missing, it was not measured.
+        most: whether the bound is an upper bound.
     """
     told, verdict = "", _NOT_MEASURED
     if column in held:
@@ -52,8 +52,8 @@ def target(what: str, held: Mapping[str, float], column: str, bound: float, *, m
 
 
 def section_texts(results: Measured, titles: Mapping[str, str]) -> list[str]:
-    """Each section that was measured as Markdown, in the order of the titles: rows, differences, shares, ratios, and
-    where they are from."""
+    """Each measured section as Markdown, in the order of the titles: rows, differences, shares, ratios, and where the
+    numbers come from."""
     texts = []
     for name, title in titles.items():
         if name not in results.rows:
@@ -67,7 +67,7 @@ def section_texts(results: Measured, titles: Mapping[str, str]) -> list[str]:
 
 
 def table_cells(section: str, rows: Rows) -> list[list[str]]:
-    """The cells of a section's table, with its heads."""
+    """The cells of a section's table, header included."""
     if section == "calibration":
         return statistics_rows({name: statistics_of_row(row) for name, row in rows.items()})
     served = [row for name, row in rows.items() if SERVED in name]  # equal to another row, which is marked instead
@@ -78,7 +78,7 @@ def table_cells(section: str, rows: Rows) -> list[list[str]]:
 
 
 def cell(row: Mapping[str, float], column: str) -> str:
-    """A score with its interval or spread, where it has one; empty for a row without the column."""
+    """A score with its interval or spread, if it has one; empty if the row lacks the column."""
     if column not in row:
         return ""
     low, high = f"{column}: lowest", f"{column}: highest"
@@ -86,7 +86,7 @@ def cell(row: Mapping[str, float], column: str) -> str:
 
 
 def put_between(marks: tuple[str, str], text: str, into: str) -> str:
-    """Replaces what is between two lines of a text.
+    """Replaces the text between two marker lines.
 
     Raises:
         ValueError: if the lines are missing.
@@ -96,10 +96,10 @@ def put_between(marks: tuple[str, str], text: str, into: str) -> str:
 
 
 def put_among(marks: tuple[str, str], text: str, into: str, titles: Iterable[str]) -> str:
-    """`put_between`, keeping what is there of tables that the text lacks, and of targets that it has not measured.
+    """`put_between`, but keeps existing tables that the text lacks and existing targets that it has not measured.
 
     Args:
-        titles: of all tables, in order; others that are there are dropped.
+        titles: titles of all tables, in order; other existing tables are dropped.
 
     Raises:
         ValueError: as `put_between`.
@@ -116,7 +116,7 @@ def write_into(files: Iterable[Path], marks: tuple[str, str], text: str, titles:
     """Writes tables between the marks of files.
 
     Args:
-        titles: of all tables, where the text may lack some that are to stay; None to replace all.
+        titles: titles of all tables, if tables that the text lacks should stay; None to replace everything.
 
     Raises:
         ValueError: as `put_between`.
@@ -166,13 +166,13 @@ def run(
     *,
     steps: bool = True,
 ) -> None:
-    """The command: measures what has to be measured, and writes the tables to `<out>/<file>` and between the marks.
+    """The command: measures what needs to be measured, and writes tables to `<out>/<file>` and between the marks.
 
     Args:
-        doc: what --help says.
-        titles: of the sections, which are all measured unless some are asked for. Beside others, one whose trained
-            files are all missing from the work folder is left out, with a warning, and stays as published.
-        tables: of what was measured, as Markdown.
+        doc: description shown by --help.
+        titles: section -> title. All are measured unless some are asked for. A section whose trained files are all
+            missing from the work folder is left out with a warning if other sections remain; it stays as published.
+        tables: makes Markdown of what was measured.
         steps: see `parse`.
     """
     parser = argparse.ArgumentParser(description=doc)
@@ -192,6 +192,6 @@ def run(
 
 
 def _trained(section: str, work: Path) -> bool:
-    """Whether a section reads nothing of the work folder, or something that is there."""
+    """Whether a section reads nothing from the work folder, or at least one of its files is there."""
     files = SECTIONS[section].work
     return not files or any((work / file).exists() for file in files)

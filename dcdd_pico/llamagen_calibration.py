@@ -1,7 +1,7 @@
 """Calibrates pico's LlamaGen: `python -m dcdd_pico.llamagen_calibration`, with the optional `ruler`.
 
-Chooses its guidance on calibration captions (section `llamagen-choice`, measured where it has to be), and fits the
-calibration of the proxies, and the anchor, to its own distributions. Both are written beside its weights.
+Chooses LlamaGen's guidance on calibration captions (section `llamagen-choice`, measured if needed), and fits the
+calibration of the proxies, and the anchor, to LlamaGen's own distributions. Both are written beside its weights.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _CHOICE = "llamagen-choice"
 
 
 def fit_llamagen_calibration(weights: Path, guidance: float, *, device: torch.device | str = "cpu") -> Calibration:
-    """`fit_own_calibration` of LlamaGen, whose config.json then says the guidance.
+    """`fit_own_calibration` for LlamaGen; also writes the guidance into its config.json.
 
     Raises:
-        ValueError: as there.
+        ValueError: as `fit_own_calibration`.
     """
     calibration, folder = fit_own_calibration(weights, LLAMAGEN, guidance, device=device), weights / LLAMAGEN
     config = read_config(folder) | {"guidance": guidance}

@@ -1,7 +1,7 @@
 """What pico's LlamaGen scores beside its Janus: sections of docs/results.md (the paper's Tables 7 and 8).
 
-Both VLMs sample the tokens of one image tokenizer, and one trained decoder paints them, each time with the VLM's own
-calibration. Scores, intervals and the files that keep them are those of `guided_sections`.
+Both VLMs sample tokens of the same image tokenizer, and the same trained decoder paints them, each time with the VLM's
+own calibration. Scores, intervals and the files that keep them are those of `guided_sections`.
 
 Shapes: B images of a part, M images, N tokens.
 """
@@ -30,18 +30,18 @@ from .models import load_pico
 from .scenes import scene_pixels
 from .sections import SECTIONS, EvalSetup, Rows, Section, ratio_name
 
-#: What rows are called.
+#: Names of rows.
 NAMES = {JANUS: "Janus", LLAMAGEN: "LlamaGen"}
 VQ, DCDD = "VQ-VAE decode", "trained DCDD"
-#: Guidances that are compared; 7.5 is that of the published model.
+#: Guidances compared; 7.5 is that of the published model.
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.5)
-#: Captions that they are compared on, at most.
+#: Upper limit on the captions they are compared on.
 CHOICE = 256
 LOSS = "loss, nats a token"
 RECONSTRUCTION = ("frechet", "frechet, text detector", "ssim", "psnr", "perceptual", "perceptual, text detector")
 TEXT = ("frechet", "frechet, text detector", *F1)
 RATIOS = ("frechet", "frechet, text detector", "F1")
-#: Its weights, without config.json, which names the guidance that is chosen here.
+#: LlamaGen's weights, without config.json, which holds the guidance that is chosen here.
 _NETWORK = (f"{LLAMAGEN}/t2i_pico.safetensors", f"{LLAMAGEN}/text_encoder")
 _CALIBRATED = (*_NETWORK, calibration_name(LLAMAGEN))
 _PAINTED = (JANUS, "vae", "decoder.safetensors")
@@ -49,30 +49,30 @@ _READER = "reader.safetensors"
 
 
 def guidance_name(guidance: float) -> str:
-    """The row of a guidance."""
+    """Name of the row of a guidance."""
     return f"guidance {guidance:g}"
 
 
 def row_name(vlm: str, decoder: str) -> str:
-    """The row of a VLM's images by a decoder."""
+    """Name of the row with a VLM's images by one decoder."""
     return f"{NAMES[vlm]}, {decoder}"
 
 
 def calibrated_name(vlm: str) -> str:
-    """The row of reconstructions with a VLM's calibration."""
+    """Name of the row with reconstructions under a VLM's calibration."""
     return f"{DCDD}, calibration of {NAMES[vlm]}"
 
 
 def gain_name(vlm: str) -> str:
-    """The row of what the trained decoder's scores are, divided by the VQ decode's."""
+    """Name of the row with the trained decoder's scores divided by the VQ decode's."""
     return f"{NAMES[vlm]}, {ratio_name(DCDD, VQ)}"
 
 
 def load_llamagen(setup: EvalSetup, *, calibrated: bool = True) -> Models:
-    """The models of a measurement with LlamaGen in the place of Janus.
+    """The models of a measurement with LlamaGen in place of Janus.
 
     Raises:
-        ValueError: if it or, where it is needed, its calibration is missing.
+        ValueError: if LlamaGen or, with `calibrated`, its calibration is missing.
     """
     path = setup.weights / calibration_name(LLAMAGEN)
     if calibrated and not path.is_file():
@@ -84,10 +84,10 @@ def load_llamagen(setup: EvalSetup, *, calibrated: bool = True) -> Models:
 
 
 def of_llamagen(rulers: Rulers, pico: Models, *read: str) -> Rulers:
-    """What measures images of LlamaGen, and keeps them beside those of Janus, of whose measurement `rulers` is.
+    """Rulers that measure LlamaGen's images and keep them beside those of Janus, to which `rulers` belongs.
 
     Args:
-        read: of the weights, what images depend on.
+        read: the files in the weights folder that the images depend on.
     """
     name = f"llamagen-{pico.decoder.card.calibration.guidance:g}-"
     own = rulers.painters
@@ -95,7 +95,7 @@ def of_llamagen(rulers: Rulers, pico: Models, *read: str) -> Rulers:
 
 
 def measure_choice(setup: EvalSetup) -> Rows:
-    """Guidances by the VQ decode, on the first `CHOICE` calibration captions of a range that calibrated nothing."""
+    """Guidances by the VQ decode, on the first `CHOICE` calibration captions of a range not used for calibration."""
     pico, rulers, rows = load_llamagen(setup, calibrated=False), Rulers.of(setup), {}
     count = min(CHOICE, len(setup.images))
     for guidance in GUIDANCES:
@@ -106,7 +106,7 @@ def measure_choice(setup: EvalSetup) -> Rows:
 
 
 def at_guidance(pico: Models, guidance: float) -> Models:
-    """Models that sample with another guidance; the weights are shared."""
+    """The same models, sampling with another guidance; the weights are shared."""
     decoder = copy.copy(pico.decoder)
     calibration = replace(decoder.card.calibration, vlm=pico.sampler.name, guidance=guidance)
     decoder.card = serving(decoder.card, calibration=calibration)
@@ -114,14 +114,14 @@ def at_guidance(pico: Models, guidance: float) -> Models:
 
 
 def chosen_guidance(rows: Rows) -> float:
-    """Of `measure_choice`: the lowest Frechet distance among the guidances whose F1 is in the best F1's interval."""
+    """From `measure_choice`: the lowest Frechet distance among guidances whose F1 is in the interval of the best F1."""
     least = max(rows.values(), key=lambda row: row["F1"])["F1: lowest"]
     able = [guidance for guidance in GUIDANCES if rows[guidance_name(guidance)]["F1"] >= least]
     return min(able, key=lambda guidance: rows[guidance_name(guidance)]["frechet"])
 
 
 def measure_loss(setup: EvalSetup) -> Rows:
-    """Held-out loss of both VLMs on the same scenes: of each token, given the caption and the earlier tokens."""
+    """Held-out loss of both VLMs on the same scenes: each token's, given the caption and the earlier tokens."""
     models, count = {JANUS: setup.pico, LLAMAGEN: load_llamagen(setup, calibrated=False)}, len(setup.images)
     found: dict[str, list[torch.Tensor]] = {vlm: [] for vlm in models}
     for part in parts_of(count, "loss"):
@@ -142,9 +142,9 @@ def token_losses(sampler: TeacherForced, captions: Sequence[str], tokens: torch.
 
 
 def measure_reconstruction(setup: EvalSetup) -> Rows:
-    """The paper's Table 7: scenes that no choice has seen, by the trained decoder with either VLM's calibration.
+    """The paper's Table 7: scenes that no choice was made on, by the trained decoder with either VLM's calibration.
 
-    Both VLMs have one image tokenizer, and so one VQ decode.
+    Both VLMs share an image tokenizer, and therefore the VQ decode.
     """
     own = _collected(setup, load_llamagen(setup), "reconstruction")
     own = {calibrated_name(vlm): scores[DCDD] for vlm, scores in own.items()} | {VQ: own[JANUS][VQ]}
@@ -157,8 +157,8 @@ def measure_reconstruction(setup: EvalSetup) -> Rows:
 def measure_text(setup: EvalSetup) -> Rows:
     """The paper's Table 8: the same captions for both VLMs, each at its own guidance.
 
-    Also how far the VQ decodes are apart, and for each VLM the trained decoder's scores as a ratio to the VQ decode's.
-    The difference of the two ratios says which VLM profits less: of Frechet distances, above 0 LlamaGen does.
+    Also the difference of the two VQ decodes, and for each VLM the trained decoder's scores divided by the VQ decode's.
+    The difference of these ratios shows which VLM gains less: for Frechet distances, LlamaGen if it is above 0.
     """
     pico = load_llamagen(setup)
     own = _collected(setup, pico, "text")
@@ -184,11 +184,11 @@ def measure_text(setup: EvalSetup) -> Rows:
 
 
 def _collected(setup: EvalSetup, pico: Models, task: Literal["reconstruction", "text"]) -> dict[str, dict[str, Scores]]:
-    """Scores by VLM and decoder; Janus' are those that `guided_sections` keeps."""
+    """Scores by VLM and decoder; those of Janus are the ones that `guided_sections` keeps."""
     ways = [Way(name=VQ, paints="vq"), Way(name=DCDD, paints="trained", steps=setup.steps)]
     rulers, own = Rulers.of(setup), {}
     for vlm, each in ((JANUS, rulers), (LLAMAGEN, of_llamagen(rulers, pico, *_CALIBRATED, *_PAINTED))):
-        # Images are encoded into the same tokens for both.
+        # Encoding an image gives the same tokens for both VLMs.
         of = ways[1:] if (vlm, task) == (LLAMAGEN, "reconstruction") else ways
         own[vlm] = collect(each, of, task, "test", len(setup.images))
     return own

@@ -1,7 +1,7 @@
 """Tables of what pico's LlamaGen scores: `python -m dcdd_pico.llamagen_table`, with the optional `ruler`.
 
-As `guided_table`: a section is measured again only if its code, weights or options have changed, and an interrupted run
-goes on. Its calibration is fitted before, by `python -m dcdd_pico.llamagen_calibration`.
+As in `guided_table`, a section is measured again only if its code, weights or options have changed, and an interrupted
+run resumes. Before this, `python -m dcdd_pico.llamagen_calibration` fits LlamaGen's calibration.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LESS = (*_FRECHET, "perceptual", "perceptual, text detector")
 
 
 def verdicts(results: Mapping[str, Rows]) -> str:
-    """A Markdown table of the targets: met or MISSED where the whole 95 % interval says so, else open."""
+    """A Markdown table of the targets: met or MISSED if the whole 95 % interval says so, otherwise open."""
     lines = [[*TARGET_HEADS]]
 
     def add(section: str, row: str, column: str, bound: float = 0.0, *, most: bool) -> None:
@@ -60,7 +60,7 @@ def verdicts(results: Mapping[str, Rows]) -> str:
 
 
 def _guidance_line(results: Mapping[str, Rows]) -> list[str]:
-    """Whether the calibration was fitted at the guidance that the choice says."""
+    """Whether the calibration was fitted at the guidance that `llamagen-choice` selects."""
     used = results.get("llamagen-text", {}).get(row_name(LLAMAGEN, DCDD), {}).get("guidance")
     choice = results.get("llamagen-choice")
     what = "llamagen-text: guidance"
@@ -71,7 +71,7 @@ def _guidance_line(results: Mapping[str, Rows]) -> list[str]:
 
 
 def tables(results: Measured) -> str:
-    """The sections' results as Markdown, and the targets."""
+    """The sections' results and the targets, as Markdown."""
     return "\n".join([*section_texts(results, TITLES), verdicts(results.rows)])
 
 

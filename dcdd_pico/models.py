@@ -26,10 +26,10 @@ def load_pico(
     compiled: bool = False,
     vlm: str = embedded.JANUS,
 ) -> Models:
-    """The embedded models, in float32. The decoder's card has the calibration of the VLM.
+    """The embedded models, in float32. The decoder's card holds the calibration for the VLM.
 
     Args:
-        weights: their folder; the shipped one by default.
+        weights: their folder; by default the shipped one.
         with_sampler, compiled: see `load_models`.
         vlm: see `embedded.model_paths`.
 
@@ -49,7 +49,7 @@ def load_pico(
 
 
 def load_reader(*, device: torch.device | str = "cpu", weights: Path | None = None) -> SceneReader:
-    """The scene reader: classifies facts of scenes, and gives Frechet features and perceptual distances.
+    """The scene reader, which classifies the facts of scenes and gives Frechet features and perceptual distances.
 
     Raises:
         ValueError: if its weights are missing.

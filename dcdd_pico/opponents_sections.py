@@ -1,8 +1,8 @@
 """What the opponents of the diffusion decoder score: sections of docs/results.md.
 
-Feed-forward decoders of the diffusion decoder's size and training, or of its time, say what diffusion gives; decoders
-of each kind on the tokens alone say what distributions give. All start from the same tokens and distributions, those
-of `guided_sections`, whose scores and intervals are used too. `train_opponents` trains them.
+Feed-forward decoders of the diffusion decoder's size and training, or of its time per image, show what diffusion
+contributes; decoders of each kind on the tokens alone show what distributions contribute. All start from the tokens and
+distributions of `guided_sections`, whose scores and intervals are used too. `train_opponents` trains them.
 
 Shapes: B images of a part, N tokens, S image side in pixels.
 """
@@ -48,7 +48,7 @@ from .guided_sections import (
 from .section_keys import code_hash, files_hash
 from .sections import SECTIONS, EvalSetup, Rows, Section, ratio_name
 
-#: What rows are called.
+#: Names of rows.
 VQ, DCDD = "VQ-VAE decode", "diffusion on the condition"
 NAMES = {
     "feed-forward-tokens": "feed-forward on tokens",
@@ -58,9 +58,9 @@ NAMES = {
     DIFFUSION: "diffusion on tokens",
 }
 LARGE, LARGE_CONDITION, FINE, FINE_CONDITION, TOKENS = NAMES.values()
-#: What distributions give: the condition to the tokens, with the same kind of decoder.
+#: Pairs that show what distributions contribute: the same kind of decoder on the condition and on the tokens.
 OF_DISTRIBUTIONS = ((DCDD, TOKENS), (LARGE_CONDITION, LARGE), (FINE_CONDITION, FINE))
-#: What diffusion gives: from the same input, and, first, of all that is new to the tokens' feed-forward decoder.
+#: Pairs that show what diffusion contributes: on the same input; the first two also add the condition.
 OF_DIFFUSION = (
     (DCDD, LARGE),
     (DCDD, FINE),
@@ -83,11 +83,11 @@ _AGAIN = "train it again: `python -m dcdd_pico.train_opponents`"
 
 @dataclass(frozen=True, kw_only=True)
 class OpponentPainters(Painters):
-    """An opponent in the place of the trained decoder, with the tokens and distributions of another's images.
+    """An opponent in place of the trained decoder, with the tokens and distributions of another `Painters`.
 
     Attributes:
-        base: whose.
-        file: of the opponent.
+        base: the painters whose tokens and distributions are used.
+        file: the opponent's file.
         reads: "tokens" or "condition".
         network: the opponent.
     """
@@ -99,22 +99,22 @@ class OpponentPainters(Painters):
 
     @cached_property
     def own_folder(self) -> Path:
-        """Within the other's, since all images depend on what that is named by."""
+        """A folder within that of `base`, whose name covers what all images depend on."""
         return self.base.own_folder / f"{self.file.stem}-{code_hash(paint_opponent)}-{files_hash([self.file])}"
 
     def given(self, task: Task, source: Source, part: slice) -> Given:
-        """The other's."""
+        """Tokens and distributions of `base`."""
         return self.base.given(task, source, part)
 
     def paint(self, way: Way, given: Given, seeds: range) -> torch.Tensor:
-        """Pixels [B, 3, S, S] in -1..1 of the opponent."""
+        """Paints with the opponent: pixels [B, 3, S, S] in -1..1."""
         return paint_opponent(self, way, given, seeds)
 
 
 @torch.no_grad()
 def paint_opponent(painters: OpponentPainters, way: Way, given: Given, seeds: range) -> torch.Tensor:
-    """As `guided_images.paint`. A diffusion decoder takes the shipped one's time shift, and a feed-forward decoder the
-    precision that it was trained in where the shipped one computes in bfloat16."""
+    """`guided_images.paint` for an opponent. A diffusion decoder uses the shipped decoder's time shift. A feed-forward
+    decoder runs in the precision it was trained in if the shipped decoder computes in bfloat16."""
     pico, condition = painters.pico, given.condition
     if painters.reads == "tokens":
         condition = condition_of_tokens(given.tokens, condition.grid, pico.tokenizer.codebook)
@@ -128,10 +128,10 @@ def paint_opponent(painters: OpponentPainters, way: Way, given: Given, seeds: ra
 
 
 def opponents(setup: EvalSetup, base: Painters) -> dict[str, OpponentPainters]:
-    """The opponents that are in the work folder, by the name of their row.
+    """The opponents found in the work folder, by row name.
 
     Raises:
-        ValueError: if there is none, and for one that was trained for other models.
+        ValueError: if there is none, or if one was trained for other models.
     """
     found = {}
     for name, row in NAMES.items():
@@ -156,7 +156,7 @@ def opponents(setup: EvalSetup, base: Painters) -> dict[str, OpponentPainters]:
 
 
 def _loaded(setup: EvalSetup, name: str, file: Path) -> tuple[str, FeedForwardDecoder | DistributionConditionedDecoder]:
-    """What an opponent reads, and its network."""
+    """What an opponent reads ("tokens" or "condition"), and its network."""
     pico, device = setup.pico, setup.pico.tokenizer.device
     ours = pico.decoder.card
     if name == DIFFUSION:
@@ -179,17 +179,17 @@ def _loaded(setup: EvalSetup, name: str, file: Path) -> tuple[str, FeedForwardDe
 
 
 def measure_reconstruction(setup: EvalSetup) -> Rows:
-    """Scenes that no choice has seen, encoded and painted by all decoders."""
+    """Scenes that no choice was made on, encoded and then painted by all decoders."""
     return compared(_collected(setup, "reconstruction"), RECONSTRUCTION, RATIOS["reconstruction"])
 
 
 def measure_text(setup: EvalSetup) -> Rows:
-    """Captions that no choice has seen, all decoders from the same sampled tokens and distributions."""
+    """Captions that no choice was made on; all decoders start from the same sampled tokens and distributions."""
     return compared(_collected(setup, "text"), TEXT, RATIOS["text"])
 
 
 def compared(own: Mapping[str, Scores], columns: Sequence[str], ratios: Sequence[str]) -> Rows:
-    """A row for each decoder, the first of which is the VQ-VAE's; differences and ratios to it, and of the pairs of
+    """A row for each decoder, the VQ-VAE's first; differences from it and ratios to it; and both for the pairs of
     `OF_DIFFUSION` and `OF_DISTRIBUTIONS`."""
     rows, images = rows_of(dict(own), columns), len(own[VQ])
     pairs = [(name, other) for name, other in (*OF_DIFFUSION, *OF_DISTRIBUTIONS) if {name, other} <= set(own)]
@@ -211,16 +211,16 @@ def _collected(setup: EvalSetup, task: Task) -> dict[str, Scores]:
 
 
 def way_of(row: str, setup: EvalSetup) -> Way:
-    """Of an opponent."""
+    """The way an opponent's row is painted."""
     return Way(name=row, paints="trained", steps=setup.steps if row == TOKENS else 1)
 
 
 def measure_latency(setup: EvalSetup, rounds: int = 15) -> Rows:
-    """Sizes, training FLOPs (`flops`), and the median seconds of an image from its tokens or condition, in batches of
-    the size that all images are painted in.
+    """Sizes, training FLOPs (`flops`), and the median seconds per image from its tokens or condition, in batches of the
+    size that all images are painted in.
 
-    All decoders take their turns in each round, after a warm-up. Ratios are to the diffusion decoder on the condition;
-    the interval of that of seconds is over rounds.
+    Decoders take turns in each round, after a warm-up. Ratios are to the diffusion decoder on the condition; for the
+    seconds, their interval is over rounds.
     """
     base = Painters(pico=setup.pico, folder=setup.out / "guided", weights=setup.weights)
     ways = {VQ: (base, Way(name=VQ, paints="vq"))}
@@ -255,7 +255,7 @@ def _cost_ratios(rows: Rows, seconds: Mapping[str, np.ndarray], name: str) -> di
 
 
 def costs_of(setup: EvalSetup, name: str, others: Mapping[str, OpponentPainters]) -> dict[str, float]:
-    """Parameters and training FLOPs of a row's decoder; without FLOPs where its training has left no log."""
+    """Parameters and training FLOPs of a row's decoder; without total FLOPs if its training has left no log."""
     recipe = Recipe.load(setup.weights)
     if name == VQ:
         vq = setup.pico.tokenizer.model

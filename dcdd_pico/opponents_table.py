@@ -1,8 +1,8 @@
 """Tables of what the opponents of the diffusion decoder score: `python -m dcdd_pico.opponents_table`, with the optional
 `ruler`.
 
-As `guided_table`: a section is measured again only if its code, weights, opponents or options have changed, and an
-interrupted run goes on. The opponents are trained before, by `python -m dcdd_pico.train_opponents`.
+As in `guided_table`, a section is measured again only if its code, weights, opponents or options have changed, and an
+interrupted run resumes. Before this, `python -m dcdd_pico.train_opponents` trains the opponents.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TITLES = {
 }
 _FRECHET = ("frechet", "frechet, text detector")
 _PERCEPTUAL = ("perceptual", "perceptual, text detector")
-#: Which opponents are to equal the diffusion decoder in what.
+#: Opponents, and the columns in which they should equal the diffusion decoder.
 _FAIR = (
     *((name, column) for name in (LARGE, LARGE_CONDITION) for column in (PARAMETERS, TOTAL)),
     *((name, column) for name in (FINE, FINE_CONDITION) for column in (TOTAL, SECONDS)),
@@ -44,10 +44,10 @@ _FAIR = (
 
 
 def verdicts(results: Mapping[str, Rows]) -> str:
-    """A Markdown table of the targets: met or MISSED where the whole 95 % interval says so, else open.
+    """A Markdown table of the targets: met or MISSED if the whole 95 % interval says so, otherwise open.
 
-    First that the opponents are fair, then how the diffusion decoder compares. Images of captions have no originals, so
-    no perceptual distance.
+    First whether the opponents are fair, then how the diffusion decoder compares. Images of captions have no originals,
+    and therefore no perceptual distance.
     """
     lines = [[*TARGET_HEADS]]
 
@@ -69,7 +69,7 @@ def verdicts(results: Mapping[str, Rows]) -> str:
 
 
 def tables(results: Measured) -> str:
-    """The sections' results as Markdown, and the targets."""
+    """The sections' results and the targets, as Markdown."""
     return "\n".join([*section_texts(results, TITLES), verdicts(results.rows)])
 
 

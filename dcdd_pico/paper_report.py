@@ -1,7 +1,7 @@
 """The report on the embedded models, in the order of the paper's tables: `python -m dcdd_pico.paper_report`.
 
 Writes `report.md`, plots and image grids into `--docs`, from measured sections (`sections`, kept in `--out`). The
-discussion of the results is hand-written: `<docs>/causes.md` is included as it is.
+discussion of the results is written by hand: `<docs>/causes.md` is included as it is.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ _SCORES = {
 _TEXT_HEADS = {"frechet": "gFID ↓", "frechet, text detector": "gFID, text detector ↓"}
 _TEXT_HEADS |= {f"F1 {fact}": f"F1 {fact} ↑" for fact in READ}
 _ABLATION_HEADS = dict(zip(ABLATION_SCORES, (*_SCORES.values(), "gFID ↓", "gFID, text detector ↓"), strict=True))
-#: Details of a score that are its interval.
+#: The details of a score that form its interval.
 _ENDS = ("lowest", "highest")
-#: Command that a section needs first.
+#: Section -> command that has to be run first.
 _HOW = {"ablation": "python -m dcdd_pico.ablation"}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A ratio in the paper: its name, the paper's two values, and where ours is: section, two rows, column."""
+    """A ratio in the paper: its name, the paper's two values, and where ours are found: section, two rows, column."""
 
     words: str
     theirs: tuple[float, float]
@@ -75,7 +75,7 @@ class Claim:
     column: str
 
 
-#: arXiv 2603.13389, its Tables 2 (ImageNet), 3, 4 and 6.
+#: Ratios of arXiv 2603.13389, Tables 2 (ImageNet), 3, 4 and 6.
 CLAIMS = (
     Claim("rFID, DCDD to VQ-VAE", (0.7535, 2.8511), "reconstruction", DCDD, VQ, "frechet"),
     Claim("SSIM, DCDD to VQ-VAE", (0.5957, 0.5786), "reconstruction", DCDD, VQ, "ssim"),
@@ -91,15 +91,15 @@ CLAIMS = (
     Claim("rFID, 10 steps to 30", (20.8859, 17.6969), "steps", steps_name(10), steps_name(30), "frechet"),
     Claim("SSIM, 10 steps to 30", (0.5995, 0.5954), "steps", steps_name(10), steps_name(30), "ssim"),
 )
-#: Columns of the second network beside the first's, where it measures the same.
+#: Column of the first network -> the second network's column for the same measure.
 _SECOND = {"frechet": "frechet, text detector", "perceptual": "perceptual, text detector"}
 
 
 def agreement(results: Mapping[str, Rows]) -> str:
     """A Markdown table of the paper's ratios beside ours by both networks.
 
-    The last column says whether they are on the same side of 1, by the scene reader: where the whole interval is, or
-    with it in part.
+    The last column says whether both are on the same side of 1, by the scene reader's ratio; if that ratio's interval
+    includes 1, it adds that this may be chance.
     """
     lines = [["", "paper", "pico, scene reader", "pico, text detector", ""]]
     for claim in CLAIMS:
@@ -118,7 +118,7 @@ def agreement(results: Mapping[str, Rows]) -> str:
 
 
 def report_markdown(results: Measured, *, options: TableOptions, causes: str) -> str:
-    """The Markdown of the report; `draw` makes its plots and images.
+    """The Markdown of the report, whose plots and images `draw` makes.
 
     Args:
         causes: the discussion of the results, as Markdown.
@@ -288,12 +288,12 @@ def _grid(columns: Mapping[str, torch.Tensor], count: int) -> Image.Image:
 
 
 def _plotted(heads: Mapping[str, str]) -> dict[str, str]:
-    """The columns that plots have room for: those of the scene reader."""
+    """The columns that fit into the plots: those of the scene reader."""
     return {column: head for column, head in heads.items() if "text detector" not in column}
 
 
 def _plain(rows: Rows) -> Rows:
-    """The rows that are no ratios of others."""
+    """The rows that are not ratios of other rows."""
     return {name: row for name, row in rows.items() if RATIO not in name}
 
 
@@ -319,7 +319,7 @@ def _latency(stages: Rows, text: Rows) -> str:
 
 
 def _table(rows: Rows, heads: Mapping[str, str]) -> str:
-    """Columns of rows, under heads of their own."""
+    """A table of some columns, with the given headers."""
     return markdown_table(
         [["", *heads.values()], *([name, *(cell(row, c) for c in heads)] for name, row in rows.items())]
     )

@@ -1,8 +1,8 @@
-"""The paper's Tables 2, 3, 4 and 6 on the embedded models: sections of docs/results.md and of the report. Beyond the
-paper, few steps.
+"""The paper's Tables 2, 3, 4 and 6 on the embedded models, and few steps, beyond the paper: sections of docs/results.md
+and of the report.
 
-Scenes, captions, both metric networks and the intervals are those of `guided_sections`, which keeps images and scores
-of the same ways. Besides its scores, each row has their ratios to a baseline's, with intervals of their own.
+Scenes, captions, both metric networks and the intervals are those of `guided_sections`, which keeps the images and
+scores of ways that occur in both. Each row also has the ratios of its scores to a baseline's, with their own intervals.
 
 Shapes: B images of a part, M images, S image side in pixels.
 """
@@ -51,35 +51,35 @@ REAL = "real scenes"
 TOKENS = "DCDD, the sampled tokens alone"
 RECONSTRUCTION = ("frechet", "frechet, text detector", "ssim", "psnr", "perceptual", "perceptual, text detector", "F1")
 TEXT = (*FRECHET, *F1)
-#: Scenes of the table of steps, at most.
+#: Upper limit on the scenes of the table of steps.
 STEPPED = 512
-#: Numbers of steps that take the decoder as it is where a student could be, and their time shift. It was chosen on 256
-#: calibration scenes and captions.
+#: Numbers of steps for using the decoder itself where a student could be used, and the time shift for them. The shift
+#: was chosen on 256 calibration scenes and captions.
 FEW, FEW_SHIFT = (4, 2, 1), 0.5
-#: Seed of the jitter of scenes that are rendered a second time.
+#: Seed of the jitter for scenes that are rendered a second time.
 _RERENDERED = 1
 _READ = (JANUS, "vae", "decoder.safetensors", "reader.safetensors")
 
 
 def anchored_name(anchor: float) -> str:
-    """The row of anchored logits."""
+    """Name of the row of anchored logits."""
     return f"DCDD, anchored logits (beta = {anchor:.3g})"
 
 
 def few_name(steps: int) -> str:
-    """The row of few steps."""
+    """Name of the row of few steps."""
     return f"{steps_name(steps)} at shift {FEW_SHIFT:g}"
 
 
 def with_ratios(scores: Mapping[str, Scores], columns: Sequence[str], baseline: str) -> Rows:
-    """A row for each way, and one of its scores' ratios to the baseline's."""
+    """A row for each way, and a row with the ratios of its scores to the baseline's."""
     count = len(scores[baseline])
     rows = {name: row_of(columns, own.score, count) for name, own in scores.items()}
     return rows | ratios(scores, columns, baseline)
 
 
 def ratios(scores: Mapping[str, Scores], columns: Sequence[str], baseline: str) -> Rows:
-    """A row of ratios to the baseline's scores for each other way."""
+    """For each other way, a row with the ratios of its scores to the baseline's."""
     base = scores[baseline]
     return {
         ratio_name(name, baseline): row_of(columns, partial(ratio, own, base), len(base))
@@ -89,9 +89,9 @@ def ratios(scores: Mapping[str, Scores], columns: Sequence[str], baseline: str) 
 
 
 def measure_reader(setup: EvalSetup) -> Rows:
-    """How well the scene reader reads real scenes; its distances mean little below an F1 of 0.9.
+    """How well the scene reader reads real scenes; below an F1 of 0.9 its distances mean little.
 
-    Also the distances of other renderings of the same facts, which are the chance level of text to image.
+    Also the distances for other renderings of the same facts: the chance level of text-to-image.
     """
     rulers, count = Rulers.of(setup), len(setup.images)
     real, made = [], []
@@ -106,7 +106,7 @@ def measure_reader(setup: EvalSetup) -> Rows:
 
 
 def rerendered(rulers: Rulers, part: slice) -> torch.Tensor:
-    """The facts of a part's scenes, drawn with other jitter: [B, 3, S, S] in -1..1."""
+    """Draws the facts of a part's scenes with other jitter: [B, 3, S, S] in -1..1."""
     size = originals("test", part).shape[1]
     drawn = [
         draw(scene.facts, np.random.default_rng([_RERENDERED, k]), size=size)
@@ -116,15 +116,15 @@ def rerendered(rulers: Rulers, part: slice) -> torch.Tensor:
 
 
 def measure_reconstruction(setup: EvalSetup) -> Rows:
-    """The paper's Table 2: held-out scenes, encoded and decoded again."""
+    """The paper's Table 2: held-out scenes, encoded and decoded."""
     ways = (Way(name=VQ, paints="vq"), Way(name=SOFT, paints="soft"), _trained(setup, DCDD))
     return with_ratios(collect(Rulers.of(setup), ways, "reconstruction", "test", len(setup.images)), RECONSTRUCTION, VQ)
 
 
 def measure_text(setup: EvalSetup) -> Rows:
-    """The paper's Table 3: images of the scenes' captions, all rows from the same sampled tokens and logits.
+    """The paper's Table 3: images of the scenes' captions; all rows start from the same sampled tokens and logits.
 
-    Details of a row's Frechet distance are those of the images with one shape.
+    The details of a row's Frechet distance are distances over the images of one shape.
     """
     rulers, card, count = Rulers.of(setup), setup.pico.decoder.card, len(setup.images)
     scores = collect(rulers, [Way(name=VQ, paints="vq")], "text", "test", count)
@@ -140,7 +140,7 @@ def measure_text(setup: EvalSetup) -> Rows:
 
 
 def by_shape(scores: Scores) -> dict[str, float]:
-    """Details of a Frechet distance: that of the images with each shape that at least two have."""
+    """Details of the Frechet distance: one for each shape that at least two images have."""
     found = {}
     for k, shape in enumerate(FACTS["shape"]):
         images = np.flatnonzero(scores.labels["shape"] == k)
@@ -160,12 +160,12 @@ def measure_steps(setup: EvalSetup) -> Rows:
 
 
 def measure_few(setup: EvalSetup) -> Rows:
-    """What the decoder reconstructs in few steps, compared with its own number of steps and time shift."""
+    """Reconstruction by the decoder in few steps, compared with its own number of steps and time shift."""
     return _in_few_steps(setup, "reconstruction", RECONSTRUCTION)
 
 
 def measure_few_text(setup: EvalSetup) -> Rows:
-    """As `measure_few`, of images of captions from the same sampled tokens and logits."""
+    """As `measure_few`, for images of captions from the same sampled tokens and logits."""
     return _in_few_steps(setup, "text", TEXT)
 
 
@@ -177,9 +177,9 @@ def _in_few_steps(setup: EvalSetup, task: Task, columns: Sequence[str]) -> Rows:
 
 
 def measure_ablation(setup: EvalSetup) -> Rows:
-    """The paper's Table 4: what a decoder is conditioned on, one row for each of `setup.ablation`.
+    """The paper's Table 4: what a decoder is conditioned on, with one row for each decoder of `setup.ablation`.
 
-    The scores are those of reconstruction. "text frechet" is the distance of images of the scenes' captions, decoded
+    The scores are those of reconstruction. "text frechet" is the distance for images of the scenes' captions, decoded
     from the same tokens and logits in every row, with the logits as the VLM gave them (beta = 0).
     """
     rulers, rows, count = Rulers.of(setup), {}, len(setup.images)
@@ -204,7 +204,7 @@ def measure_ablation(setup: EvalSetup) -> Rows:
 
 @torch.no_grad()
 def painted_of(setup: EvalSetup, decoder: DistributionConditionedDecoder, task: Task, part: slice) -> torch.Tensor:
-    """A part's scenes or captions by one of the ablation's decoders, with the shipped one's time shift."""
+    """Paints a part's scenes or captions with one of the ablation's decoders, at the shipped decoder's time shift."""
     pico = setup.pico
     if task == "text":
         captions = [scene.caption for scene in scenes_of("test", part)]
@@ -222,14 +222,14 @@ def _trained(setup: EvalSetup, name: str) -> Way:
 
 
 def _reading(rulers: Rulers, reads: str) -> Rulers:
-    """What measures images of a decoder that reads the VLM's output in another way."""
+    """Rulers for images of the decoder when it reads the VLM's output in another way."""
     painters = rulers.painters
     own = replace(painters, pico=reading(painters.pico, reads), name=f"{painters.name}{reads}-")
     return replace(rulers, painters=own)
 
 
 def reading(pico: Models, reads: str) -> Models:
-    """Models whose decoder is served the VLM's output in another way; the weights are shared."""
+    """The same models, with the decoder reading the VLM's output in another way; the weights are shared."""
     decoder = copy.copy(pico.decoder)
     decoder.card = serving(decoder.card, reads=reads)
     return replace(pico, decoder=decoder)

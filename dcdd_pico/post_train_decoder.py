@@ -1,11 +1,11 @@
-"""Trains pico's diffusion decoder on, on what it is served: `python -m dcdd_pico.post_train_decoder`.
+"""Post-trains pico's diffusion decoder on conditions like those it is served: `python -m dcdd_pico.post_train_decoder`.
 
-The decoder in the folder of the weights was trained on proxies alone. Here a share of the examples has Janus' own
-conditions in their place (`training.vlm_conditions`): teacher-forced on the scene's tokens under its caption, guided
-and anchored as the decoder's card says. Some conditions are left out, so that the decoder can be guided on its
-condition. Scenes are fresh, each seen once: keeping Janus' conditions of them would save nothing, so they are made with
-each batch. A stopped training resumes; the result takes the decoder's place, and `dcdd_pico.serving` then chooses anew
-how it is served.
+The decoder in the weights folder was trained on proxies alone. Here a share of the examples has Janus' own conditions
+instead (`training.vlm_conditions`): teacher-forced on the scene's tokens under its caption, guided and anchored as the
+decoder's card says. Some conditions are dropped, so that the decoder can be guided on its condition. Scenes are fresh,
+each seen once, so keeping Janus' conditions would save nothing: they are made with each batch. A stopped training
+resumes. The result replaces the decoder; `dcdd_pico.serving` should then be run to choose anew how the decoder is
+served.
 
 Shapes: B batch.
 """
@@ -46,7 +46,7 @@ from .image_losses import fidelity
 from .models import load_reader
 from .training_loop import last_held_out
 
-#: Of the work folder, and of what `weights` says of the training.
+#: Names of the training's folder in the work folder, and of the file in `weights` that describes the training.
 NAME, CARD = "post-decoder", "decoder.md"
 _STAGE = 17
 _LEARNING_RATE = 3e-4
@@ -61,12 +61,12 @@ _SHOWN = 8
 class HeldOut:
     """How good a decoder is on held-out scenes: its loss (`HeldOutLoss.numbers`), and its images' distances to them.
 
-    "ssim", "psnr" and "perceptual" are of images painted from proxies, "vlm_..." of those from Janus' own conditions,
-    where the training has them, and "loss_without_condition" is of the null condition.
+    "ssim", "psnr" and "perceptual" are for images painted from proxies, "vlm_..." for images painted from Janus' own
+    conditions if the training uses them, and "loss_without_condition" is for the null condition.
 
     Args:
-        conditions: Janus' own; None for a training on proxies alone.
-        make: examples without localised decoding.
+        conditions: makes Janus' own conditions; None for a training on proxies alone.
+        make: makes examples without localised decoding.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class HeldOut:
         }
 
     def __call__(self, decoder: DistributionConditionedDecoder) -> Evaluation:
-        """The numbers, and a sheet: scene, painted from the proxies, and from Janus' conditions."""
+        """The numbers, and a sheet: the scene, painted from the proxies, and painted from Janus' conditions."""
         with self.context.autocast():
             numbers = self.loss.numbers(decoder)
             if decoder.card.condition_dropout:
@@ -123,17 +123,17 @@ def post_train_decoder(
     dropped: float = _DROPPED,
     learning_rate: float = _LEARNING_RATE,
 ) -> DistributionConditionedDecoder:
-    """Trains the decoder in `weights` on, or restores what the work folder has of that.
+    """Trains the decoder in `weights` further, or restores the training's result from the work folder.
 
-    It has the recipe's `post_updates`, of `decoder_batch` scenes each. `post_vlm_share` of the examples have Janus' own
-    conditions, the others proxies; with 0 Janus is not loaded.
+    The training has the recipe's `post_updates`, of `decoder_batch` scenes each. `post_vlm_share` of the examples have
+    Janus' own conditions, the others proxies; if it is 0, Janus is not loaded.
 
     Args:
-        dropped: share of the examples whose condition is left out.
+        dropped: share of the examples whose condition is dropped.
 
     Raises:
-        ValueError: for shares out of range, a decoder whose conditions Janus' distributions do not reach, and a work
-            folder of a training with other settings.
+        ValueError: for shares out of range, for a decoder that does not read Janus' distributions, and if the work
+            folder holds a training with other settings.
     """
     recipe, device, vlm_share = context.recipe, context.device, context.recipe.post_vlm_share
     paths = model_paths(weights)
@@ -170,12 +170,12 @@ def post_train_decoder(
         batch=recipe.decoder_batch,
         run=RunConfig(samples=_SHOWN, sample_every=500, save_every=100, log_every=25),
         evaluate=HeldOut(context, weights, encoders, conditions, whole, config, vlm_share=vlm_share),
-        first=recipe.train_scenes,  # after those that the decoder was trained on
+        first=recipe.train_scenes,  # after the scenes that the decoder was trained on
     )
 
 
 def save_post_trained(context: BuildContext, weights: Path, decoder: DistributionConditionedDecoder) -> Path:
-    """Puts the decoder in the place of that in `weights`, and says there what was trained; returns its file."""
+    """Replaces the decoder in `weights` and writes a description of the training there; returns the decoder's file."""
     recipe, path = context.recipe, model_paths(weights)["decoder"]
     save_bundle(path, decoder, dtype=torch.float16)
     write_text(weights / CARD, describe(decoder.card, read_log(context.folder / NAME), recipe))
@@ -184,7 +184,7 @@ def save_post_trained(context: BuildContext, weights: Path, decoder: Distributio
 
 
 def describe(card: DecoderCard, log: Sequence[Mapping[str, Any]], recipe: Recipe) -> str:
-    """What the training was, in Markdown."""
+    """Describes the training, in Markdown."""
     updates, batch, vlm_share = recipe.post_updates, recipe.decoder_batch, recipe.post_vlm_share
     seconds, table = last_held_out(log)
     hours, own = seconds / 3600, "proxies alone"

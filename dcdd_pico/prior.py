@@ -16,7 +16,7 @@ from .embedded import PRIOR, WEIGHTS, model_paths
 def load_prior(
     *, device: torch.device | str = "cpu", weights: Path | None = None, dtype: torch.dtype = torch.float32
 ) -> DistributionConditionedDecoder:
-    """It paints scenes of no caption in particular.
+    """The decoder as an unconditional prior, which paints scenes of no caption in particular.
 
     Raises:
         ValueError: if its weights are missing or damaged.

@@ -1,4 +1,4 @@
-"""Pico's masked sampler: how it samples, and where its files lie."""
+"""Pico's masked sampler: how it samples, and where its files are."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ SAMPLING = ProgressiveOptions(guidance=3.0)
 
 
 def progressive_folder(weights: Path) -> Path:
-    """Where the masked sampler lies among the embedded weights."""
+    """Folder of the masked sampler among the embedded weights."""
     return weights / PROGRESSIVE

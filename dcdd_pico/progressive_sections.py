@@ -1,7 +1,7 @@
 """What the masked sampler scores against the autoregressive one: sections of docs/results.md, beside `sections`.
 
-Both metric networks of `guided_sections` measure, on the same captions and with the same decoders. What is sampled and
-scored is kept part by part, so that an interrupted measurement goes on.
+Both metric networks of `guided_sections` measure, on the same captions and with the same decoders. Samples and scores
+are kept part by part, so that an interrupted measurement can resume.
 
 Shapes: B images of a part, M images, N tokens.
 """
@@ -51,22 +51,23 @@ from .sections import SECTIONS, EvalSetup, Rows, Section, ratio_name
 AR = "Janus, 144 passes"
 VQ, DCDD = "VQ-VAE decode", "trained DCDD"
 PASSES = (4, 8, 11, 16, 24, 64)
-#: Passes that are compared with the autoregressive sampler: 13 times fewer than its 144.
+#: Number of passes compared with the autoregressive sampler: 13 times fewer than its 144.
 TARGET = 11
 SEEDS = 3
-#: Captions of the curve over passes, and of the table of orders, at most: their many arms cost more than they tell.
+#: Upper limit on the captions of the curve over passes, and of the table of orders; with their many arms, more captions
+#: would cost more than they tell.
 CURVE, ORDERED = 512, 192
 COLUMNS = ("frechet", "frechet, text detector", *F1)
 PAPERS = ("quantisation-error", "importance")
 REWRITTEN = "tokens rewritten"
 _SHARED = ("janus", "vae", "decoder.safetensors", "reader.safetensors")
 _READ = (*_SHARED, PROGRESSIVE, calibration_name(PROGRESSIVE))
-#: Weights that an arm's scores depend on, by whether the masked sampler draws.
+#: Whether the masked sampler draws -> weights that an arm's scores depend on.
 _READ_BY = {False: _SHARED, True: _READ}
 
 
 def passes_name(passes: int) -> str:
-    """The row of so many passes."""
+    """Name of the row of a number of passes."""
     return f"progressive, {passes} passes"
 
 
@@ -75,9 +76,9 @@ class Arm:
     """A way to sample tokens.
 
     Attributes:
-        name: of its row.
-        options: `ProgressiveOptions` for the masked sampler, plain ones for the autoregressive one.
-        seed: added to the number of the image, a million times.
+        name: name of its row.
+        options: `ProgressiveOptions` for the masked sampler, `SamplingOptions` for the autoregressive one.
+        seed: a million times this is added to the image's number to get its seed.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Arm:
 
     @property
     def file(self) -> str:
-        """Name of its folder: everything but the name of the row."""
+        """Name of the arm's folder, which depends on every field except the row's name."""
         return hashlib.sha256(f"{self.options} {self.seed}".encode()).hexdigest()[:16]
 
 
@@ -104,7 +105,7 @@ class Samples:
 
     @classmethod
     def of(cls, setup: EvalSetup) -> Samples:
-        """With the models of a measurement.
+        """Makes the samples for the models of a measurement.
 
         Raises:
             ValueError: as `Rulers.of`.
@@ -117,23 +118,23 @@ class Samples:
         return load_progressive(self.setup)
 
     def card_of(self, arm: Arm) -> DecoderCard:
-        """The card that an arm's logits are mapped by: the decoder's, the masked sampler's with its own calibration."""
+        """The card that an arm's logits are mapped with: the decoder's, for the masked sampler with its calibration."""
         own = own_calibration(self.setup.weights, vlm=PROGRESSIVE) if arm.masked else None
         return serving(self.setup.pico.decoder.card, calibration=None if own is None else Calibration.load(own))
 
     def in_passes(self, passes: int) -> ProgressiveOptions:
-        """The masked sampler's own options, in so many passes."""
+        """The masked sampler's own options, with this number of passes."""
         return self.masked.sampling.in_passes(passes)
 
     @cached_property
     def versions(self) -> dict[bool, str]:
-        """Of code, precision, and the weights that scores depend on, by whether the masked sampler draws."""
+        """Hashes of code and weights that scores depend on, and precision, by whether the masked sampler draws."""
         precision = str(self.setup.pico.decoder.dtype).removeprefix("torch.")
         read = {masked: files_hash([self.setup.weights / name for name in names]) for masked, names in _READ_BY.items()}
         return {masked: f"{code_hash(sampled_of, painted_of)}-{own}-{precision}" for masked, own in read.items()}
 
     def given(self, arm: Arm, part: slice) -> dict[str, torch.Tensor]:
-        """`sampled_of` a part, once."""
+        """`sampled_of` a part, sampled only once."""
         return self._kept(arm, "given", part, lambda: sampled_of(self, arm, part))
 
     def scores(self, arm: Arm, decoder: str, part: slice) -> dict[str, torch.Tensor]:
@@ -175,14 +176,14 @@ def load_progressive(setup: EvalSetup, folder: Path | None = None) -> MaskedSamp
 
 
 def seeds_of(arm: Arm, part: slice) -> range:
-    """One for each image of a part; other seeds of an arm share none."""
+    """A seed for each image of a part; arms with different seeds share none."""
     return range(arm.seed * 10**6 + part.start, arm.seed * 10**6 + part.stop)
 
 
 @torch.no_grad()
 def sampled_of(samples: Samples, arm: Arm, part: slice) -> dict[str, torch.Tensor]:
     """What an arm samples for a part's captions: tokens, their condition, and how many tokens of each image were
-    rewritten, [B, ...] each."""
+    rewritten; each [B, ...]."""
     captions = [scene.caption for scene in scenes_of("test", part)]
     grid, rewritten = sample(samples, arm, captions, seeds_of(arm, part))
     condition = condition_for(samples.card_of(arm), grid, samples.setup.pico.tokenizer.codebook)
@@ -197,7 +198,7 @@ def sampled_of(samples: Samples, arm: Arm, part: slice) -> dict[str, torch.Tenso
 def sample(
     samples: Samples, arm: Arm, captions: Sequence[str], seeds: Sequence[int]
 ) -> tuple[TokenLogits, torch.Tensor]:
-    """The token logits, and how many tokens of each image were rewritten [B]."""
+    """The token logits, and the number of rewritten tokens of each image, [B]."""
     if not arm.masked:
         return samples.setup.pico.sampler.sample(captions, seeds=seeds, options=arm.options), torch.zeros(len(captions))
     found = samples.masked.sample_stages(captions, seeds=seeds, options=arm.options)
@@ -215,7 +216,7 @@ def painted_of(setup: EvalSetup, decoder: str, given: Given, seeds: range) -> to
 
 
 def collect(samples: Samples, arms: Sequence[Arm], decoder: str, count: int) -> dict[str, Scores]:
-    """The scores of each arm by the name of its row, by one decoder."""
+    """The scores of each arm, by row name, with one decoder."""
     made: dict[str, list[dict[str, torch.Tensor]]] = {arm.name: [] for arm in arms}
     real: list[dict[str, torch.Tensor]] = []
     for part in parts_of(count, decoder):
@@ -229,7 +230,7 @@ def collect(samples: Samples, arms: Sequence[Arm], decoder: str, count: int) -> 
 def measure_target(setup: EvalSetup) -> Rows:
     """`TARGET` passes against the autoregressive sampler, with both decoders, on all captions.
 
-    Also against what the autoregressive sampler gives without the trained decoder, and what that decoder does for each
+    Also against the autoregressive sampler without the trained decoder, and what that decoder contributes for each
     sampler: its scores divided by the VQ decode's.
     """
     scores, count = _compared(setup, (TARGET,), len(setup.images)), len(setup.images)
@@ -244,17 +245,17 @@ def measure_target(setup: EvalSetup) -> Rows:
 
 
 def gain_name(sampler: str) -> str:
-    """The row of what the trained decoder's scores are, divided by the VQ decode's."""
+    """Name of the row with the trained decoder's scores divided by the VQ decode's."""
     return f"{sampler}, {ratio_name(DCDD, VQ)}"
 
 
 def measure_passes(setup: EvalSetup) -> Rows:
-    """As `measure_target` for all `PASSES`, on the first `CURVE` captions at most."""
+    """As `measure_target`, for all `PASSES`, on the first `CURVE` captions at most."""
     return _rows_of(_compared(setup, PASSES, min(CURVE, len(setup.images))))
 
 
 def _compared(setup: EvalSetup, passes: Sequence[int], count: int) -> dict[str, dict[str, Scores]]:
-    """Scores by decoder and row: of the autoregressive sampler, then of so many passes each."""
+    """Scores by decoder and row: the autoregressive sampler's, then those of each number of passes."""
     samples, found = Samples.of(setup), {}
     arms = [Arm(name=AR, options=SamplingOptions(guidance=setup.guidance))]
     arms += [Arm(name=passes_name(n), options=samples.in_passes(n)) for n in passes]
@@ -265,18 +266,18 @@ def _compared(setup: EvalSetup, passes: Sequence[int], count: int) -> dict[str, 
 
 
 def _rows_of(scores: Mapping[str, dict[str, Scores]]) -> Rows:
-    """Of each decoder's rows, and their differences to the autoregressive sampler with the same decoder."""
+    """Rows for each decoder, with differences from the autoregressive sampler with the same decoder."""
     return {name: row for own in scores.values() for name, row in rows_of(own, COLUMNS).items()}
 
 
 def measure_orders(setup: EvalSetup) -> Rows:
-    """Orders with and without revision, and schedules, at `TARGET` passes by the VQ decoder, over `SEEDS` seeds.
+    """Orders with and without revision, and schedules, at `TARGET` passes with the VQ decoder, over `SEEDS` seeds.
 
-    On the first `ORDERED` captions at most.
+    Measured on the first `ORDERED` captions at most.
 
-    The paper's orders are measured twice: by score alone, and with the positions of a pass apart. Other schedules than
-    the default are measured in the default order. A cell is the mean over the seeds; its lowest and highest are those
-    of the seeds.
+    The paper's orders are measured twice: by score alone, and with the positions of a pass kept apart. Schedules other
+    than the default are measured in the default order. A cell is the mean over the seeds, with the lowest and highest
+    value of a seed.
     """
     samples, rows = Samples.of(setup), {}
     count = min(ORDERED, len(setup.images))
@@ -298,12 +299,12 @@ def measure_orders(setup: EvalSetup) -> Rows:
 
 
 def without_revision(options: ProgressiveOptions) -> ProgressiveOptions:
-    """The same in which all passes reveal and none draws again."""
+    """The same options, but all passes reveal and none draws again."""
     return replace(options, revise=0, revision_passes=0)
 
 
 def seeded_row(samples: Samples, options: ProgressiveOptions, count: int) -> dict[str, float]:
-    """A row: scores by the VQ decoder on the first `count` captions and the tokens rewritten, over `SEEDS` seeds."""
+    """A row: scores with the VQ decoder on the first `count` captions and the tokens rewritten, over `SEEDS` seeds."""
     every = np.arange(count)
     arms = [Arm(name=f"{seed}", options=options, seed=seed) for seed in range(SEEDS)]
     found = list(collect(samples, arms, VQ, count).values())
@@ -319,10 +320,10 @@ def over_seeds(column: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def measure_seconds(setup: EvalSetup, rounds: int = 5) -> Rows:
-    """Median wall time of an image's tokens, one and eight at a time, in one run; a GPU's are not measured.
+    """Median wall time for an image's tokens, one and eight at a time, in one run; no GPU was measured.
 
-    A pass of the masked sampler reads all positions again, where the autoregressive one reads a single one from its
-    cache: passes are not seconds.
+    A pass of the masked sampler reads all positions again, while the autoregressive sampler reads a single one and has
+    the others in its cache: fewer passes do not mean proportionally less time.
     """
     samples = Samples.of(setup)
     arms = [Arm(name=AR, options=SamplingOptions(guidance=setup.guidance))]
@@ -332,7 +333,7 @@ def measure_seconds(setup: EvalSetup, rounds: int = 5) -> Rows:
         captions = [scene.caption for scene in scenes_of("test", slice(0, batch))]
         taken: dict[str, list[float]] = {arm.name: [] for arm in arms}
         for k in range(rounds + 1):
-            for arm in arms:  # in turn, so that what else the machine does falls on all
+            for arm in arms:  # in turn, so that other load on the machine affects all arms alike
                 start = time.perf_counter()
                 sample(samples, arm, captions, range(k * batch, (k + 1) * batch))
                 if torch.cuda.is_available():

@@ -1,10 +1,10 @@
 """Chooses how the masked sampler samples by default: `python -m dcdd_pico.progressive_serving`.
 
-For the weights that are there, such as after training it anew. Guidance and its ramp, the passes that only revise and
-the schedule are chosen one after the other, by the Frechet joint distances of calibration captions that choose the
-decoder's shift too (`serving.JointDistance`, with the extra `ruler`), but of the VQ decode's images. The number of
-passes and the order stay. The choice is written into the sampler's config.json, and a calibration to what it then
-samples beside its folder.
+For existing weights, for example after training the masked sampler anew. Guidance and its ramp, the passes that only
+revise and the schedule are chosen one after the other, by the same Frechet joint distances on calibration captions that
+choose the decoder's shift (`serving.JointDistance`, with the extra `ruler`), but for the VQ decode's images. The number
+of passes and the order are kept. The choice is written into the sampler's config.json, and a calibration fitted to what
+it then samples is written beside its folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .ruler import TextDetectorRuler
 from .serving import GUIDANCES, JointDistance, judges, overall
 from .train_calibration import fit_own_calibration
 
-#: Values to try of each field of the options, in this order.
+#: Option -> values to try, in this order.
 CANDIDATES: Mapping[str, Sequence[Any]] = {
     "guidance": GUIDANCES,
     "ramp": (True, False),
@@ -43,9 +43,9 @@ CANDIDATES: Mapping[str, Sequence[Any]] = {
 def search_sampling(
     start: ProgressiveOptions, distance: Callable[[ProgressiveOptions], float]
 ) -> dict[ProgressiveOptions, float]:
-    """Distances of all options that were tried: of `start`, and with each of `CANDIDATES` in the best ones so far.
+    """Distances of all options tried: `start`, then each of `CANDIDATES` changed in the best options so far.
 
-    Of equally good options the first to be tried is the best.
+    Among equally good options the first one tried counts as the best.
     """
     found = {start: distance(start)}
     for name, values in CANDIDATES.items():
@@ -61,15 +61,15 @@ def search_sampling(
 def choose_sampling(
     context: BuildContext, weights: Path, networks: Mapping[str, SceneReader | TextDetectorRuler]
 ) -> ProgressiveOptions:
-    """The options of least `overall` distance for the masked sampler in `weights`, which gets them as its default.
+    """Options of least `overall` distance for the masked sampler in `weights`; they are written as its default.
 
-    What it then samples with them, it is calibrated for (`fit_own_calibration`).
+    The sampler's calibration is then fitted to what it samples with them (`fit_own_calibration`).
 
-    Distances are kept in `progressive-serving.json` of the work folder: an interrupted choice goes on, and one for
+    Distances are kept in `progressive-serving.json` in the work folder: an interrupted choice resumes, and one for
     other weights or networks starts anew.
 
     Args:
-        networks: that judge (`serving.judges`).
+        networks: the networks that judge (`serving.judges`).
 
     Raises:
         ValueError: if a part of the weights is missing.
@@ -105,7 +105,7 @@ def choose_sampling(
 
 
 def told(options: ProgressiveOptions) -> str:
-    """What is chosen of the options, in words."""
+    """The options that are chosen here, in words."""
     return ", ".join(f"{name.replace('_', ' ')} {getattr(options, name)}" for name in CANDIDATES)
 
 

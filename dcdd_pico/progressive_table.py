@@ -1,8 +1,8 @@
 """Tables of what the masked sampler scores: `python -m dcdd_pico.progressive_table`, with the optional `ruler`.
 
-As `guided_table`: a section is measured again only if its code, weights or options have changed, and an interrupted run
-goes on. The samplers of `progressive-corruptions` are trained before, by `python -m dcdd_pico.train_corruptions`;
-without them that section stays as published.
+As in `guided_table`, a section is measured again only if its code, weights or options have changed, and an interrupted
+run resumes. `python -m dcdd_pico.train_corruptions` first trains the samplers of `progressive-corruptions`; without
+them that section stays as published.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TITLES = {
 
 
 def verdicts(results: Mapping[str, Rows]) -> str:
-    """A Markdown table of the targets: met or MISSED where the whole 95 % interval says so, else open."""
+    """A Markdown table of the targets: met or MISSED if the whole 95 % interval says so, otherwise open."""
     lines = [[*TARGET_HEADS]]
     section = "progressive-target"
     for decoder in (VQ, DCDD):
@@ -45,7 +45,7 @@ def verdicts(results: Mapping[str, Rows]) -> str:
 
 
 def tables(results: Measured) -> str:
-    """The sections' results as Markdown, and the targets."""
+    """The sections' results and the targets, as Markdown."""
     return "\n".join([*section_texts(results, TITLES), verdicts(results.rows)])
 
 

@@ -1,8 +1,8 @@
 """The scene reader: a small convolutional classifier of a scene's facts.
 
 It is trained twice, from different seeds. One copy is the metric network (facts, Frechet features, perceptual distance)
-and takes no part in any other training. The other is the perceptual loss of the VQ-VAE and the autoencoder. So no model
-is trained on the metric that it is evaluated with.
+and has no part in any other training. The other is the perceptual loss of the VQ-VAE and the autoencoder. This way no
+model is trained on the metric it is evaluated with.
 """
 
 from __future__ import annotations

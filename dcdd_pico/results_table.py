@@ -1,8 +1,8 @@
 """Tables of what the embedded models score: `python -m dcdd_pico.results_table`.
 
 Each section is kept in `<out>/<section>.json` and measured again only if its code, weights or options have changed.
-The tables are written to `<out>/table.md`, and between the marks of the files given with `--into`. `--stale` measures
-nothing: it lists the published sections whose key is no longer today's.
+The tables are written to `<out>/table.md`, and between the marks of the files given with `--into`. With `--stale`,
+nothing is measured; it lists the published sections whose key differs from the current one.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from .sections import (
 
 #: The sections of the tables (the ablation only if its decoders have been trained).
 TABLE = ("reconstruction", "text", "steps", "few", "few-text", "ablation", "calibration", "reader")
-#: Those of the report.
+#: The sections of the report.
 REPORT = (*(name for name in TABLE if name not in ("few", "few-text")), "latency")
-#: Title of the table that is no section.
+#: Title of the table that is not a section.
 FLOPS = "Training FLOPs"
 
-#: The files that publish sections.
+#: The files in which sections are published.
 PUBLISHED = (ROOT / "docs" / "results.md", ROOT / "docs" / "report.md", WEIGHTS / "README.md")
 
 #: Lines of a file between which the tables are written.
@@ -59,10 +59,10 @@ TARGETED = {
     "few": "few steps, reconstruction",
     "few-text": "few steps, text to image",
 }
-#: Scores of which more is better.
+#: Scores for which more is better.
 _MORE = ("ssim", "psnr", *F1)
 
-#: Section, row, the row of the baseline, column, and the bound on the ratio of the two.
+#: Section, row, the baseline's row, column, and the bound on the ratio of the two rows.
 TARGETS = (
     ("reconstruction", DCDD, VQ, "frechet", "at most", 0.40),
     ("reconstruction", DCDD, VQ, "frechet, text detector", "at most", 0.75),
@@ -86,14 +86,14 @@ TARGETS = (
         for column in columns
     ),
 )
-#: The point estimate that one of the networks must give at least: the paper's own ratio.
+#: The paper's own ratio, which the point estimate of at least one of the networks must not exceed.
 POINT = ("text", SERVED, VQ, 0.66)
 
 
 def verdicts(results: Mapping[str, Rows]) -> str:
-    """A Markdown table of the targets: met or MISSED where the whole interval of the ratio says so, else open.
+    """A Markdown table of the targets: met or MISSED if the whole interval of the ratio says so, otherwise open.
 
-    Those of Table 4 have the lowest and the highest ratio of a seed in the place of an interval.
+    For Table 4, the lowest and highest ratio of a seed take the place of an interval.
     """
     lines = [[*TARGET_HEADS]]
     for section, row, baseline, column, relation, bound in TARGETS:
@@ -124,10 +124,10 @@ def flops_key(weights: Path) -> str:
 
 
 def results_markdown(options: TableOptions, sections: Sequence[str] | None = None) -> str:
-    """Measures what has to be measured; returns all tables as Markdown, and writes them to `<out>/table.md`.
+    """Measures what needs to be measured, writes all tables to `<out>/table.md`, and returns them as Markdown.
 
     Args:
-        sections: of `TABLE`, which are the default, and "latency".
+        sections: any of `TABLE` (the default: all of them) and "latency".
     """
     _, results = measure(options, sections or [name for name in TABLE if name != "ablation" or options.ablation])
     flops = Provenance("flops", options.commit, flops_key(options.weights))
@@ -143,11 +143,11 @@ def all_tables(results: Measured, flops: str, flops_provenance: Provenance) -> s
 
 
 def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:
-    """The published sections that were measured with other code or weights than today's, one line each.
+    """The published sections that were measured with other code or weights than the current ones, one line each.
 
     Args:
-        options: with the weights, and the decoders of the work folder if they are on this machine. Without these,
-            what they were measured in is compared by code and shipped weights only.
+        options: with the weights and, if they are on this machine, the decoders of the work folder. Without these,
+            sections that depend on them are compared by code and shipped weights only.
         published: file -> its text.
     """
     keys = {name: options.key(name) for name in SECTIONS} | {"flops": flops_key(options.weights)}
@@ -155,7 +155,7 @@ def stale(options: TableOptions, published: Mapping[Path, str]) -> list[str]:
     for path, text in published.items():
         for found in Provenance.all_in(text):
             today = keys.get(found.section)
-            # A third part is of decoders in the work folder.
+            # The key's third part is a hash of decoders in the work folder.
             more = today is not None and found.key.count("-") > today.count("-")
             compared = found.key.rsplit("-", 1)[0] if more else found.key
             if today is None:

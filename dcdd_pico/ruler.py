@@ -1,8 +1,8 @@
 """A second metric network, pretrained on real images by others: PP-OCRv6's text detector, as `rapidocr` ships it.
 
-The scene reader was trained on scenes like those that it measures. This network had no part in any training; it helps
-to choose how the decoder is served, on other captions than those measured (`serving`). Its weights (PaddleOCR's,
-Apache-2.0) come inside rapidocr's wheel; they are not copied here.
+The scene reader was trained on scenes like those it measures. This network had no part in any training; it helps to
+choose how the decoder is served, on other captions than those measured (`serving`). Its weights (PaddleOCR's,
+Apache-2.0) are inside rapidocr's wheel and are not copied here.
 
 Shapes: B batch, C channels, S image side in pixels.
 """
@@ -19,20 +19,20 @@ import torch.nn.functional as F
 
 _MODEL = "models/PP-OCRv6_det_small.onnx"
 _SHA256 = "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f"
-#: Where the backbone's stages at 1/4, 1/8 and 1/16 of the side end.
+#: Outputs at which the backbone's stages end, at 1/4, 1/8 and 1/16 of the side.
 _STAGES = ("Add.33", "Add.65", "Add.121")
 _EXTRA = "pip install 'dcdd[ruler]' (from this repository: pip install '.[ruler]')"
 
 
 class TextDetectorRuler:
-    """Frechet features and perceptual distances by a text detector; the same interface as `SceneReader`'s.
+    """Frechet features and perceptual distances from a text detector, with the interface of `SceneReader`.
 
     Args:
         model: the detector's ONNX file.
         threads: CPU threads; 0 for all.
 
     Raises:
-        ValueError: if the optional packages are missing, or the file is another one.
+        ValueError: if the optional packages are missing, or the file is not the expected one.
     """
 
     def __init__(self, model: Path | None = None, *, threads: int = 0):
@@ -79,7 +79,7 @@ def bundled_model() -> Path:
     """The detector's file within the installed rapidocr, which is not imported.
 
     Raises:
-        ValueError: if it is not installed, or has no such file.
+        ValueError: if rapidocr is not installed, or has no such file.
     """
     found = find_spec("rapidocr")
     if found is None:

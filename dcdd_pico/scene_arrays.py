@@ -1,4 +1,4 @@
-"""Rendered scenes: as one memory-mapped array on disk, or endless, rendered while training reads those before.
+"""Rendered scenes: as a memory-mapped array on disk, or endless, rendered while training uses the previous ones.
 
 Shapes: B batch, S image side in pixels.
 """
@@ -42,12 +42,12 @@ def rendered(split: Split, first: int, count: int, size: int) -> np.ndarray:
 
 
 class FreshImages:
-    """The scenes of a split in their order, each once; after the last block comes the first again.
+    """The scenes of a split in order, each once; after the last block it starts again with the first.
 
     Args:
         size: S.
-        block: scenes rendered at a time, which are held in memory.
-        ahead: a process of its own renders the next block; False renders each when it is asked for.
+        block: number of scenes rendered at a time and held in memory.
+        ahead: a separate process renders the next block; False renders each block when it is asked for.
     """
 
     def __init__(self, split: Split, size: int, *, block: int, ahead: bool = True):
@@ -56,7 +56,7 @@ class FreshImages:
         self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def batch(self, step: int, size: int) -> np.ndarray:
-        """The scenes of an update, [size, S, S, 3] uint8; they depend on its number alone."""
+        """The scenes of an update, [size, S, S, 3] uint8; they depend on the update's number only."""
         found = []
         for position in range(step * size, (step + 1) * size):
             number, place = divmod(position, self.block)
@@ -64,7 +64,7 @@ class FreshImages:
         return np.stack(found)
 
     def close(self) -> None:
-        """Ends the process that renders."""
+        """Ends the rendering process."""
         self._blocks.close()
 
     def _load(self, number: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Cached VQ features and VAE latents of scenes, which Janus and the decoder are trained on."""
+"""Cached VQ features and VAE latents of scenes, on which Janus and the decoder are trained."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Encodings:
 
 
 class SceneEncodings:
-    """The encodings of the training scenes as an endless `Source`; the scenes of a step depend on its number alone.
+    """The encodings of the training scenes as an endless `Source`; a step's scenes depend on its number only.
 
     Args:
         stage: number of the training.
-        size: batch size over all processes.
+        size: batch size summed over all processes.
     """
 
     def __init__(self, context: BuildContext, encodings: Encodings, stage: int, size: int):
@@ -77,7 +77,7 @@ class SceneEncodings:
 def encode_scenes(
     context: BuildContext, name: str, images: np.ndarray, vq: VQTokenizer, vae: AutoencoderKL
 ) -> Encodings:
-    """Encodes images [M, H, W, 3] uint8 into files in the work folder, if they are not there yet, and maps them.
+    """Encodes images [M, H, W, 3] uint8 into files in the work folder, unless they exist, and memory-maps them.
 
     File names contain a hash of the weights, so other weights use other files.
     """

@@ -1,6 +1,6 @@
-"""Endless training scenes as image tokens: rendered and encoded in blocks, while training reads the block before.
+"""Endless training scenes as image tokens, rendered and encoded in blocks while training uses the previous block.
 
-Shapes: B batch, N tokens, S scenes of a block.
+Shapes: B batch, N tokens, S scenes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .ahead import Ahead
 from .embedded import model_paths
 from .scenes import SPLIT_SIZE, SPLIT_START, SceneFacts, Split, render_scene, sample_facts, scene_pixels
 
-#: In a work folder: the blocks of all trainings that read them.
+#: Folder in a work folder with the blocks, shared by all trainings that use them.
 FOLDER = "progressive-tokens"
 _BATCH = 64
 
@@ -33,7 +33,7 @@ class TokenBatch:
     """Scenes of one update.
 
     Attributes:
-        facts: of each; their captions.
+        facts: facts of each scene, which give its caption.
         tokens: [B, N] int64.
         errors: [B, N] float32, log(1 - cosine) between a position's feature and its code.
     """
@@ -44,18 +44,18 @@ class TokenBatch:
 
 
 class SceneTokens:
-    """The training split as tokens, in files of the work folder that any later run with the same tokenizer reads.
+    """The training split as tokens, in files in the work folder that later runs with the same tokenizer reuse.
 
-    A block of scenes is gone through `uses` times, each time in a new order, before the next is taken: rendering and
-    encoding a scene costs about as much as half an update's share of it. After the last scene of the split the first
-    comes again.
+    A block of scenes is used `uses` times, each time in a new order, before the next block: rendering and encoding a
+    scene costs about as much as half an update's share of it. After the last scene of the split the first one comes
+    again.
 
     Args:
-        folder: of the files.
-        weights: of the embedded models, whose tokenizer encodes.
-        name: of the tokenizer's weights, for the files' names.
-        block: scenes of a block.
-        ahead: a process of its own prepares the next block; False makes each when it is asked for.
+        folder: folder of the files.
+        weights: the embedded models, whose tokenizer encodes.
+        name: identifies the tokenizer's weights in the files' names.
+        block: number of scenes in a block.
+        ahead: a separate process prepares the next block; False makes each block when it is asked for.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class SceneTokens:
         self._held: dict[int, dict[str, torch.Tensor]] = {}
 
     def batch(self, step: int, size: int) -> TokenBatch:
-        """The scenes of an update; they depend on (seed, step) alone."""
+        """The scenes of an update; they depend on (seed, step) only."""
         indices, parts = [], []
         for position in range(step * size, (step + 1) * size):
             number, within = divmod(position, self.block * self.uses)
             use, place = divmod(within, self.block)
-            # The same for all positions of a use: kept until the next.
+            # All positions of a use have the same order: it is kept until the next use.
             chosen = int(self._order(number, use)[place])
             number %= SPLIT_SIZE // self.block
             indices.append(number * self.block + chosen)
@@ -103,7 +103,7 @@ class SceneTokens:
     def _load(self, number: int) -> dict[str, torch.Tensor]:
         if number not in self._held:
             path = self._job(number)[0]
-            if not path.exists():  # one that is there need not wait for the process, which may be at another
+            if not path.exists():  # an existing one need not wait for the process, which may be making another
                 self._blocks.result(number)
             self._blocks.ask((number + 1) % (SPLIT_SIZE // self.block))
             self._held = {number: load_file(path)}
@@ -115,7 +115,7 @@ class SceneTokens:
 
 
 def different_scenes(drawn: int, *, block: int, uses: int) -> int:
-    """How many different scenes are among the first `drawn` of `SceneTokens`."""
+    """Number of different scenes among the first `drawn` scenes of `SceneTokens`."""
     blocks, rest = divmod(drawn, block * uses)
     return blocks * block + min(rest, block)
 
@@ -126,7 +126,7 @@ def scene_facts_of(split: Split, indices: Sequence[int]) -> list[SceneFacts]:
 
 
 def encode_block(path: Path, weights: Path, first: int, count: int, size: int) -> None:
-    """Writes the tokens and errors of training scenes first..first + count - 1, unless the file is there."""
+    """Writes the tokens and errors of training scenes first..first + count - 1, unless the file exists."""
     if path.exists():
         return
     vlm = model_paths(weights)["vlm"]
@@ -143,7 +143,7 @@ def encode_scenes(
     found = []
     for start in range(0, len(indices), _BATCH):
         images = np.stack([render_scene(split, k, size=size).image for k in indices[start : start + _BATCH]])
-        # A quarter less time on a CPU than channels first.
+        # Takes a quarter less time on a CPU than channels first.
         pixels = scene_pixels(images, tokenizer.device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(tokenizer.device.type, dtype=torch.bfloat16):
             features = tokenizer.features(pixels)

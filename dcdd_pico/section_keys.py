@@ -1,8 +1,8 @@
-"""Keys that say whether a published table still belongs to today's code and weights.
+"""Keys that say whether a published table still matches the current code and weights.
 
-The key of a section has two parts. The first hashes the code: the section's function, the definitions of its module
-that it uses, and every module of this repository that these import, transitively. The second hashes the weight files
-that the section reads. Comments, docstrings and formatting do not change a key.
+A section's key has two parts. The first is a hash of the code: the section's function, the definitions of its module
+that it uses, and every module of this repository that these import, transitively. The second is a hash of the weight
+files that the section reads. Comments, docstrings and formatting do not change a key.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class Provenance:
     key: str
 
     def __str__(self) -> str:
-        """The line that is published below a table."""
+        """The line published below a table."""
         return f"Section `{self.section}`, measured at commit `{self.commit}`, key `{self.key}`."
 
     @classmethod
     def all_in(cls, text: str) -> list[Provenance]:
-        """Every such line of a text."""
+        """All such lines in a text."""
         lines = re.findall(r"^Section `([^`]+)`, measured at commit `([^`]+)`, key `([^`]+)`\.$", text, re.MULTILINE)
         return [cls(*found) for found in lines]
 
 
 def code_hash(*functions: Callable[..., Any], root: Path = ROOT) -> str:
-    """Hash of functions of one module, with everything of this repository that they use.
+    """Hash of functions of one module, including everything of this repository that they use.
 
     Args:
         root: folder of the packages.
@@ -102,7 +102,7 @@ def _parsed(path: Path, _: int) -> ast.Module:
 
 
 def _used_definitions(functions: Sequence[Callable[..., Any]], root: Path) -> tuple[str, list[ast.stmt]]:
-    """The module of functions, and its top-level statements that they depend on, themselves and imports included."""
+    """The functions' module, and its top-level statements that they depend on, including themselves and imports."""
     (module,) = {function.__module__ for function in functions}
     tree = _tree(_path(module, root))
     defines: dict[str, list[int]] = {}
@@ -131,7 +131,7 @@ def _defined(node: ast.stmt) -> Iterator[str]:
 
 
 def _imports(tree: ast.AST, module: str, root: Path) -> Iterator[str]:
-    """Modules of this repository that a tree imports; also those that it names in strings, as `registry` does."""
+    """Modules of this repository that a tree imports, or names in strings, as `registry` does."""
     file = _path(module, root)
     package = module if file is not None and file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree):
@@ -154,7 +154,7 @@ def _imports(tree: ast.AST, module: str, root: Path) -> Iterator[str]:
 
 
 def _closure(modules: Iterable[str], root: Path) -> set[str]:
-    """Modules with everything they import, and the packages they are in."""
+    """Modules, everything they import, and the packages they are in."""
     found: set[str] = set()
     waiting = list(modules)
     while waiting:
@@ -169,7 +169,7 @@ def _closure(modules: Iterable[str], root: Path) -> set[str]:
 
 
 def _canonical(node: Any) -> str:
-    """A syntax tree as text, without docstrings and positions, and the same in every Python version."""
+    """A syntax tree as text, without docstrings and positions; the same in every Python version."""
     if isinstance(node, list):
         return "[" + " ".join(map(_canonical, node)) + "]"
     if not isinstance(node, ast.AST):

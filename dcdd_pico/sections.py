@@ -1,6 +1,6 @@
 """Measures the embedded models on held-out scenes, in sections: one for each table of docs/results.md and the report.
 
-Here are what all sections share, and the two that compare no images; other modules add theirs to `SECTIONS`.
+This module has what all sections share, and the two that compare no images; other modules add theirs to `SECTIONS`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ BY_LOGITS = "DCDD, the VLM's logits (beta = 0)"
 VQ = "VQ-VAE decode"
 DCDD = "DCDD (LCDM + LC)"
 RERENDERED = "the same facts, rendered again"
-#: In the names of rows of ratios, and of no other.
+#: Occurs in the names of rows of ratios, and of no others.
 RATIO = "ratio of"
 #: Scores of the ablation.
 ABLATION_SCORES = (
@@ -59,7 +59,7 @@ ABLATION_SCORES = (
     "text frechet",
     "text frechet, text detector",
 )
-#: Variants of the ablation that are compared, and with which.
+#: Pairs of the ablation's variants that are compared.
 COMPARED = (("lcdm", "discrete"), ("lcdm+lc", "lcdm"), ("lcdm+lc", "discrete"))
 #: Facts whose F1 is reported.
 READ = ("shape", "colour", "texture", "place")
@@ -68,12 +68,12 @@ T = TypeVar("T")
 
 
 def ratio_name(name: str, baseline: str) -> str:
-    """The row of a row's scores divided by those of a baseline."""
+    """Name of the row with a row's scores divided by those of a baseline."""
     return f"{RATIO} {name} to {baseline}"
 
 
 def steps_name(steps: int) -> str:
-    """The row of a number of Euler steps."""
+    """Name of the row of a number of Euler steps."""
     return f"DCDD, {steps} step{'s' * (steps != 1)}"
 
 
@@ -82,7 +82,7 @@ class EvalSetup:
     """Models, metric network, held-out scenes and options of a measurement.
 
     Attributes:
-        ablation: name -> bundle of the ablation's decoders.
+        ablation: name -> bundle of one of the ablation's decoders.
         images: [M, S, S, 3] uint8, the test scenes.
         steps: Euler steps.
         out: folder of measurements.
@@ -124,7 +124,7 @@ class EvalSetup:
             )
 
     def paint(self, decoder: DistributionConditionedDecoder, condition: Condition, part: slice) -> torch.Tensor:
-        """Decodes a condition: pixels [B, 3, S, S] in -1..1. Every decoder uses the time shift of the shipped one."""
+        """Decodes a condition: pixels [B, 3, S, S] in -1..1. All decoders use the shipped decoder's time shift."""
         seeds, shift = range(part.start, part.stop), self.pico.decoder.card.shift
         return decode(decoder, self.pico.codec, condition, seeds=seeds, steps=self.steps, shift=shift).pixels
 
@@ -142,7 +142,7 @@ def load_setup(
     device: str,
     ablation: Mapping[str, Path],
 ) -> EvalSetup:
-    """Loads models and test scenes, which are rendered into `out`.
+    """Loads models and test scenes; the scenes are rendered into `out`.
 
     Raises:
         ValueError: as the loaders.
@@ -209,7 +209,7 @@ def _statistics_row(found: TokenStatistics) -> dict[str, float]:
 
 
 def token_statistics(row: Mapping[str, float]) -> TokenStatistics:
-    """Statistics from a row of `measure_calibration`, for tables and plots; the number of tokens is not known (0)."""
+    """Statistics from a row of `measure_calibration`, for tables and plots; their number of tokens is unknown (0)."""
     curve = tuple(value for name, value in row.items() if name.startswith("curve: "))
     single = {name: row[name] for name in _SINGLE} | {"rank": round(row["rank"])}
     return TokenStatistics(**single, curve=curve, tokens=0)
@@ -217,9 +217,9 @@ def token_statistics(row: Mapping[str, float]) -> TokenStatistics:
 
 @dataclass(frozen=True)
 class Section:
-    """How a section is measured, and what it reads of the weights folder and of the work folder.
+    """How a section is measured, and what it reads from the weights folder and the work folder.
 
-    What the work folder lacks of it is not measured.
+    Anything that the work folder lacks is not measured.
     """
 
     measure: Callable[[EvalSetup], Rows]
@@ -231,7 +231,7 @@ SECTIONS: dict[str, Section] = {
     "calibration": Section(measure_calibration, ("janus", "decoder.safetensors")),
     "latency": Section(measure_latency, ("janus", "vae", "decoder.safetensors")),
 }
-#: In the order of the page.
+#: Section -> title, in the order of the page.
 TITLES = {
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
@@ -250,7 +250,7 @@ class TableOptions:
     """What is measured, how, and where the results are kept.
 
     Attributes:
-        commit: name of the code's commit, recorded with what is measured.
+        commit: name of the code's commit, recorded with the measurements.
     """
 
     out: Path
@@ -271,8 +271,8 @@ class TableOptions:
         return load_setup(**chosen)
 
     def key(self, section: str) -> str:
-        """Today's key of a section: hashes of code, of shipped weights and, if it reads any, of decoders in the work
-        folder."""
+        """The current key of a section: hashes of code, of shipped weights and, if the section reads any, of decoders
+        in the work folder."""
         own = SECTIONS[section]
         # Sections of other modules import this one as a whole.
         here = (load_setup,) if own.measure.__module__ == __name__ else ()
@@ -284,7 +284,7 @@ class TableOptions:
         return key
 
     def settings(self, section: str) -> list[Any]:
-        """The options that a section's numbers depend on in addition to its key; for latency, the machine too."""
+        """The options that a section's numbers depend on besides its key; for latency, the machine too."""
         machine = [platform.node(), torch.get_num_threads()] if section.endswith("latency") else []
         return [self.scenes, self.steps, self.bf16, self.compiled, self.device, *machine]
 
@@ -306,7 +306,7 @@ class Measured:
     """Results of sections.
 
     Attributes:
-        rows: section -> rows; "ablation" comes with "means" over its seeds.
+        rows: section -> rows; with "ablation" there is also "means" over its seeds.
         provenance: section -> where its numbers come from.
     """
 
@@ -336,7 +336,7 @@ def measure(options: TableOptions, sections: Sequence[str]) -> tuple[EvalSetup, 
 def ablation_means(rows: Rows) -> Rows:
     """Statistics over seeds: variant -> mean of each score, with its lowest and highest value as details.
 
-    For the variants that are compared also the ratio of their means, with the lowest and highest of a seed's ratios.
+    Variants that are compared also get the ratio of their means, with the lowest and highest ratio of a seed.
     """
     seeds = {name: [row for one, row in rows.items() if one.startswith(f"{name}, ")] for name in VARIANTS}
 
@@ -358,9 +358,9 @@ def ablation_means(rows: Rows) -> Rows:
 
 
 def ablation_files(folder: Path) -> dict[str, Path]:
-    """The ablation's bundles in a folder, "<variant>-<seed>.safetensors", by the name of their row, seed by seed.
+    """The ablation's bundles in a folder, "<variant>-<seed>.safetensors", by row name, ordered by seed.
 
-    Seeds that some variant lacks are left out, with a warning.
+    Seeds that are missing for some variant are left out, with a warning.
     """
     seeds = {
         name: {int(path.stem.rpartition("-")[2]): path for path in folder.glob(f"{name}-*.safetensors")}
@@ -379,10 +379,10 @@ def ablation_files(folder: Path) -> dict[str, Path]:
 
 
 def parse(parser: argparse.ArgumentParser, *, steps: bool = True) -> tuple[argparse.Namespace, TableOptions]:
-    """Adds the options of `TableOptions` to a command's own and parses them: the namespace, and the options.
+    """Adds the options of `TableOptions` to a command's own and parses them; returns the namespace and the options.
 
     Args:
-        steps: False where the rows themselves say the number of Euler steps.
+        steps: False if the rows themselves define the number of Euler steps.
     """
     parser.add_argument(
         "--out",

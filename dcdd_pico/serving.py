@@ -1,13 +1,13 @@
 """Chooses how the decoder is served by default: time shift, how the VLM's output is read, guidance on the condition.
 
-`python -m dcdd_pico.serving` does so for the weights that are there, such as after a new Janus: it chooses the guidance
-that Janus samples with, calibrates to these samples, chooses shift and reading, and writes the card into the decoder's
+`python -m dcdd_pico.serving` does so for existing weights, for example after training a new Janus: it chooses Janus'
+guidance, calibrates to samples at that guidance, chooses shift and reading, and writes the card into the decoder's
 file. Two networks judge: the second scene reader, which is trained first if the work folder has none, and the text
-detector (`ruler`, the extra `ruler`). `--only-calibrate` chooses nothing: it calibrates to the Janus that is there, in
-a few minutes.
+detector (`ruler`, the extra `ruler`). `--only-calibrate` chooses nothing: it calibrates to the existing Janus, in a few
+minutes.
 
-A time shift mu takes n steps whose last one begins at t = e^mu / (e^mu + n - 1): of ten steps, .15 at FLUX's mu of .48,
-.33 at 1.5, .45 at 2, .58 at 2.5 and .69 at 3, where detail is left to one step. `--last-step` bounds it.
+With a time shift mu, the last of n steps begins at t = e^mu / (e^mu + n - 1): for ten steps, .15 at FLUX's mu of .48,
+.33 at 1.5, .45 at 2, .58 at 2.5 and .69 at 3, where one step has to add all detail. `--last-step` limits this time.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ from .scenes import SceneFacts, scene_facts, scene_pixels
 from .train_calibration import fit_sampler, scene_features
 from .train_reader import train_loss_reader
 
-#: Time shifts (mu) to try after FLUX's own, until one is no improvement.
+#: Time shifts (mu) to try after FLUX's own, until one brings no improvement.
 SHIFTS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
-#: Guidances on the condition (w) to try after none, until one is no improvement.
+#: Guidances on the condition (w) to try after none, until one brings no improvement.
 CONDITION_GUIDANCES = (1.25, 1.5, 2.0, 3.0)
-#: Guidances that Janus' samples are compared at.
+#: Guidances of Janus' sampling to compare.
 GUIDANCES = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 _BATCH = 32
 _STEPS = 10
@@ -75,11 +75,11 @@ def judges(context: BuildContext) -> dict[str, SceneReader | TextDetectorRuler]:
 class JointDistance:
     """Frechet joint distances (DeVries et al. 2019, arXiv 1907.08175) of images for calibration captions.
 
-    They are of features concatenated with the caption's facts, so that images must also match their captions.
-    `Recipe.choice_scenes` calibration scenes are what images are compared with; the tables do not use them.
+    The features are concatenated with the caption's facts, so that images must also match their captions. Images are
+    compared with `Recipe.choice_scenes` calibration scenes, which the tables do not use.
 
     Attributes:
-        networks: of the features, by name.
+        networks: name -> network that gives the features.
     """
 
     context: BuildContext
@@ -113,7 +113,7 @@ class JointDistance:
         return {name: torch.cat(found) for name, found in parts.items()}
 
     def samples(self, sampler: TokenSampler, options: SamplingOptions) -> list[TokenLogits]:
-        """What a sampler makes of the captions, in batches; an image's seed is its caption's number."""
+        """What a sampler gives for the captions, in batches; an image's seed is its caption's number."""
         return [
             sampler.sample([self.facts[k].caption() for k in part], seeds=part, options=options)
             for part in tqdm(self.parts, desc=f"captions, guidance {options.guidance:g}", unit="batch", disable=None)
@@ -122,7 +122,7 @@ class JointDistance:
     def of(
         self, image: Callable[[range, TokenLogits], torch.Tensor], samples: Sequence[TokenLogits]
     ) -> dict[str, float]:
-        """The distances of the images [B, 3, S, S] that a decoder makes of samples, by network."""
+        """The distances of the images [B, 3, S, S] that `image` makes from samples, by network."""
         made = self._features(image(part, grid) for part, grid in zip(self.parts, samples, strict=True))
         found = {}
         for name, real in self._real.items():
@@ -132,7 +132,7 @@ class JointDistance:
 
 
 def overall(distances: Mapping[str, float]) -> float:
-    """The geometric mean of the networks' distances, whose scales differ: half of one is worth half of another."""
+    """Geometric mean of the networks' distances, whose scales differ: halving one counts as much as halving another."""
     return math.prod(max(0.0, value) for value in distances.values()) ** (1 / len(distances))
 
 
@@ -143,11 +143,11 @@ def painter(
     decoder: DistributionConditionedDecoder,
     card: DecoderCard,
 ) -> Callable[[range, TokenLogits], torch.Tensor]:
-    """Paints samples as a card says; an image's seed is its caption's number."""
+    """A function that paints samples as a card says; an image's seed is its caption's number."""
 
     def image(part: range, grid: TokenLogits) -> torch.Tensor:
         condition = condition_for(card, grid, vq.codebook)
-        # A shift of None is the backbone's own here; given to `decode` it would be that of the decoder's card.
+        # In a card, a shift of None is the backbone's own; passed to `decode`, it would be that of the decoder's card.
         before, decoder.card = decoder.card, card
         try:
             with context.autocast():
@@ -171,13 +171,13 @@ def choose_serving(
 ) -> DecoderCard:
     """The decoder's card, with the time shift, reading and guidance whose images are closest to held-out scenes.
 
-    All candidates decode with ten steps, which the card then records. The shift is chosen first, with anchored logits;
+    All candidates decode with ten steps, which the card then records. First the shift is chosen, with anchored logits;
     then the reading: anchored logits, the VLM's logits (beta = 0, as in the paper), or the sampled tokens alone
-    (`search_serving`); then, of a decoder with a null condition, guidance on the condition. All by the `JointDistance`
-    of both networks (`overall`). The distances are kept in `serving.json`, and reused for the same models.
+    (`search_serving`); then, for a decoder with a null condition, guidance on the condition. The criterion is always
+    the `overall` `JointDistance` of both networks. Distances are kept in `serving.json` and reused for the same models.
 
     Args:
-        networks: that judge (`judges`).
+        networks: the networks that judge (`judges`).
         latest: see `search_serving`.
     """
     recipe, path = context.recipe, context.folder / "serving.json"
@@ -226,12 +226,12 @@ def choose_serving(
 def search_serving(
     card: DecoderCard, distance: Callable[[DecoderCard], float], *, latest: float = 1.0
 ) -> tuple[dict[float | None, float], dict[str, float]]:
-    """Distances by shift, for a card that reads anchored logits, and by reading, with the best shift.
+    """Distances by shift, for a card that reads anchored logits; and by reading, at the best shift.
 
-    The first shift is None, FLUX's own. The search stops at the first of `SHIFTS` that is no improvement.
+    The first shift is None, FLUX's own. The search stops at the first of `SHIFTS` that brings no improvement.
 
     Args:
-        latest: time at which the last of the card's steps may begin; larger shifts are not tried.
+        latest: latest time at which the last of the card's steps may begin; larger shifts are not tried.
     """
     by_shift: dict[float | None, float] = {None: distance(replace(card, shift=None))}
     for shift in SHIFTS:
@@ -250,7 +250,7 @@ def search_serving(
 def search_condition_guidance(
     card: DecoderCard, distance: Callable[[DecoderCard], float], known: dict[float, float]
 ) -> dict[float, float]:
-    """Distances by guidance on the condition: that of w = 1, which is known, and on to the first that is no better."""
+    """Distances by guidance on the condition: the known one of w = 1, then up to the first w that is no better."""
     found = dict(known)
     for w in CONDITION_GUIDANCES:
         best = min(found.values())
@@ -275,12 +275,12 @@ def choose_guidance(
     *,
     with_temperature: bool = False,
 ) -> dict[float, dict[str, float]]:
-    """`overall` distances by guidance, of the VQ decode's images and of those painted as the decoder's card says.
+    """`overall` distances by guidance, for the VQ decode's images and for those painted as the decoder's card says.
 
-    Each guidance has a calibration of its own. The best one may be another for each decoder.
+    Each guidance gets its own calibration. The best guidance can differ between the two decoders.
 
     Args:
-        networks: that judge (`judges`).
+        networks: the networks that judge (`judges`).
         with_temperature: see `fit_sampler`.
     """
     judge, vq, decoder = JointDistance(context, networks), models.tokenizer, models.decoder
@@ -299,7 +299,7 @@ def choose_guidance(
 
 
 def calibrate(context: BuildContext, models: Models, guidance: float, *, with_temperature: bool = False) -> Calibration:
-    """Calibrates to what Janus samples at a guidance, into the card of the decoder in `models`.
+    """Calibrates to what Janus samples at a guidance; writes the calibration into the card of the decoder in `models`.
 
     Args:
         with_temperature: see `fit_sampler`.
@@ -311,7 +311,7 @@ def calibrate(context: BuildContext, models: Models, guidance: float, *, with_te
 
 
 def save_card(context: BuildContext, weights: Path, card: DecoderCard) -> None:
-    """Writes a card into the decoder's file in `weights`, and its guidance into the recipe beside it."""
+    """Writes a card into the decoder's file in `weights`, and the card's guidance into the recipe beside it."""
     path = model_paths(weights)["decoder"]
     whole = load_decoder(path, options=DecoderOptions(dtype=torch.float32, fold=False))
     whole.card = card
@@ -327,17 +327,17 @@ def serve(
     with_temperature: bool = False,
     latest: float = 1.0,
 ) -> Calibration:
-    """Calibrates the models in `weights`, chooses how they are served, and writes that into the decoder's card.
+    """Calibrates the models in `weights`, chooses how they are served, and writes the choice into the decoder's card.
 
-    The recipe beside them gets the guidance, and `guidance.json` of the work folder the distances.
+    The recipe beside them gets the guidance, and `guidance.json` in the work folder the distances.
 
     Args:
-        guidance: that Janus samples with; None chooses the best for the decoder (`choose_guidance`).
+        guidance: guidance of Janus' sampling; None chooses the best one for the decoder (`choose_guidance`).
         with_temperature: see `fit_sampler`.
         latest: see `search_serving`.
 
     Raises:
-        ValueError: if a part of the weights or the text detector's packages are missing, and for a latest outside
+        ValueError: if a part of the weights or the text detector's packages are missing, or `latest` is outside
             0..1.
     """
     require_number("last-step", latest, above=0, most=1, remedy="1 bounds nothing")
@@ -348,7 +348,7 @@ def serve(
         write_text(context.folder / "guidance.json", json.dumps(by_guidance, indent=1) + "\n")
         guidance = min(by_guidance, key=lambda one: by_guidance[one]["decoder"])
     calibration = calibrate(context, models, guidance, with_temperature=with_temperature)
-    # The decoder is compiled by now, if it is at all.
+    # At this point the decoder is compiled already, if it is compiled at all.
     choosing = replace(context, recipe=replace(recipe, guidance=guidance, compiled=False))
     parts = (models.sampler, models.tokenizer, models.codec.model, models.decoder)
     save_card(context, weights, choose_serving(choosing, *parts, networks, latest=latest))

@@ -1,4 +1,4 @@
-"""What the trainings of the VLMs share: fresh scenes as tokens, AdamW with Muon, averaged weights, exact resume."""
+"""What the trainings of the VLMs share: fresh scenes as tokens, AdamW with Muon, EMA weights, exact resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BLOCK = 2048
 
 
 def block_of(train_scenes: int) -> int:
-    """Scenes of a block of `SceneTokens` in a build with so many training scenes."""
+    """Scenes in a block of `SceneTokens`, for a build with this many training scenes."""
     return min(_BLOCK, train_scenes)
 
 
@@ -33,10 +33,10 @@ class TokenTraining:
     """A training of a network on `SceneTokens`.
 
     Args:
-        weights: of the embedded models.
-        tokenizer: theirs.
-        trained: weights that are trained, by name.
-        matrices: names of those that Muon updates; AdamW updates the others.
+        weights: folder of the embedded models.
+        tokenizer: the image tokenizer of these models.
+        trained: name -> weight to train.
+        matrices: names of the weights that Muon updates; AdamW updates the others.
         uses, ahead: see `SceneTokens`.
     """
 
@@ -58,7 +58,7 @@ class TokenTraining:
         self.ema = EMA(trained, _EMA)
         self.digest, self.block = tokens_digest(tokenizer.model), block_of(recipe.train_scenes)
         self.scenes = SceneTokens(
-            context.folder / FOLDER,  # of all trainings: the same scenes, encoded once
+            context.folder / FOLDER,  # shared by all trainings: they use the same scenes, encoded once
             weights.resolve(),
             self.digest,
             seed=recipe.seed,
@@ -70,7 +70,7 @@ class TokenTraining:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The network with its averaged weights."""
+        """Swaps the EMA weights into the network while the context is open, and gives the network."""
         with self.ema.swapped_in():
             yield self.network
 
@@ -87,16 +87,16 @@ class TokenTraining:
         settings: Mapping[str, Any],
         save_every: int,
     ) -> None:
-        """Trains the network, or restores what the work folder has of that; its weights are then the averaged ones.
+        """Trains the network, or restores it from the work folder; afterwards it holds its EMA weights.
 
         Args:
-            name: of the training's folder in the work folder.
-            losses: number of an update and its scenes -> what is logged; "loss" is minimised.
-            evaluate: see `training_loop.train`; called every 500 updates, or five times in 50 to 2,500.
-            batch: scenes of an update.
-            peak: learning rate.
-            warmup: updates until it is reached, at most a twentieth of `steps`.
-            settings: besides the tokenizer, the learning rate and the block, what the result depends on.
+            name: the training's folder in the work folder.
+            losses: update number and its scenes -> values to log, of which "loss" is minimised.
+            evaluate: see `training_loop.train`; called every 500 updates, or five times in a run of 50 to 2,500.
+            batch: scenes per update.
+            peak: peak learning rate.
+            warmup: updates until the peak is reached, at most a twentieth of `steps`.
+            settings: what the result depends on, besides the tokenizer, the learning rate and the block.
         """
         warmup = min(warmup, max(1, steps // 20))
 

@@ -1,11 +1,12 @@
 """Trains the KL autoencoder whose latents the diffusion decoder generates (like FLUX's VAE, 16 channels).
 
-`python -m dcdd_pico.train_autoencoder` trains both sides of the one that is there on, first made deeper if asked to.
-That changes the latents: all that reads or paints them has to learn them anew. docs/embedded.md lists it, with the
-commands. `train_vae_decoder` then trains the decoder alone, with a GAN loss and the same latents.
+`python -m dcdd_pico.train_autoencoder` trains both sides of the existing one further, after making it deeper if asked
+to. This changes the latents: every model that reads or generates them has to be trained on the new ones.
+docs/embedded.md lists these models with their commands. `train_vae_decoder` then trains the decoder alone, with a GAN
+loss and the same latents.
 
-Scenes are rendered as it goes, each seen once. Nothing is compiled: PyTorch 2.13 compiled an
-`UpDecoderBlock2D` for a CPU so that all layers before it got a gradient of zero, without a word.
+Scenes are rendered on the fly, each seen once. Nothing is compiled: PyTorch 2.13 compiled an `UpDecoderBlock2D` for a
+CPU in such a way that all layers before it got a gradient of zero, without any warning.
 
 Shapes: B batch, C channels, h w latent pixels.
 """
@@ -34,7 +35,7 @@ from .training_loop import train
 #: Folder of the log and the checkpoint.
 FOLDER = "autoencoder"
 _STAGE = 2
-#: Learning rates at their peak: of an untrained autoencoder, and of one that is trained on.
+#: Peak learning rates: for an untrained autoencoder, and for one that is trained further.
 _RATE, _FURTHER_RATE = 1e-3, 3e-4
 _DIVERGENCE = 1e-3
 _BLOCK = 1024
@@ -64,7 +65,7 @@ def autoencoder_config(layers: int = 1) -> dict:
 
 
 def untrained(recipe: Recipe) -> AutoencoderKL:
-    """An autoencoder to begin with; its random weights depend on the recipe's seed alone."""
+    """An untrained autoencoder; its random weights depend on the recipe's seed only."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + _STAGE)
         return AutoencoderKL(**autoencoder_config(recipe.vae_decoder_layers))
@@ -73,11 +74,11 @@ def untrained(recipe: Recipe) -> AutoencoderKL:
 def deepened(vae: AutoencoderKL, layers: int, *, seed: int = 0, encoder_learns: bool = False) -> AutoencoderKL:
     """The same function with more residual blocks at each resolution; `vae` is not changed.
 
-    An `AutoencoderKL` has one configuration for both sides. Its widths cannot grow without changing the function: group
-    normalisation sees all channels of a group. Its depth can: a residual block whose last convolution is zero passes
-    its input on (Net2DeeperNet, Chen et al. 2016, arXiv 1511.05641). All new blocks end in such a convolution. The
-    first one is drawn from the seed, so that the block can learn; or it is zero too, which takes next to nothing in a
-    compressed file.
+    An `AutoencoderKL` has one configuration for both sides. Its widths cannot grow without changing the function, since
+    group normalisation sees all channels of a group. Its depth can: a residual block whose last convolution is zero
+    passes its input on (Net2DeeperNet, Chen et al. 2016, arXiv 1511.05641). All new blocks end in such a convolution.
+    Their first convolution is drawn from the seed, so that the block can learn, or is zero too, which takes next to no
+    space in a compressed file.
 
     Args:
         layers: `layers_per_block` of the result; the decoder has one more at each resolution.
@@ -108,12 +109,12 @@ def deepened(vae: AutoencoderKL, layers: int, *, seed: int = 0, encoder_learns: 
 def train_autoencoder(
     context: BuildContext, start: AutoencoderKL, loss_reader: SceneReader, *, rate: float = _RATE, ahead: bool = True
 ) -> AutoencoderKL:
-    """Trains (or restores) both sides of an autoencoder, and returns it; `start` is not changed.
+    """Trains (or restores) both sides of an autoencoder, and returns the result; `start` is not changed.
 
-    Its shift and scale stay: see `normalise`.
+    Its shift and scale are kept; see `normalise`.
 
     Args:
-        rate: learning rate at its peak.
+        rate: peak learning rate.
         ahead: see `FreshImages`.
     """
     recipe, device = context.recipe, context.device

@@ -26,12 +26,12 @@ _BATCH = 25
 def fit_pico_calibration(
     context: BuildContext, sampler: JanusSampler, vq: VQTokenizer, encodings: Encodings
 ) -> Calibration:
-    """Fits (or restores) the calibration, from samples of calibration captions and features of training scenes.
+    """Fits (or restores) the calibration, from samples for calibration captions and features of training scenes.
 
-    The result is kept in the work folder, under a name with the hash of the sampler's weights.
+    The result is kept in the work folder, under a name that contains a hash of the sampler's weights.
 
     Args:
-        encodings: of the training scenes.
+        encodings: encodings of the training scenes.
     """
     count, guidance = context.recipe.calibration_images, context.recipe.guidance
     path = context.folder / f"calibration-{digest(sampler.model)}-{guidance:g}-{count}.safetensors"
@@ -51,10 +51,10 @@ def scene_features(recipe: Recipe, tokenizer: ImageTokenizer) -> torch.Tensor:
 def fit_sampler(
     sampler: TokenSampler, features: torch.Tensor, guidance: float, *, with_temperature: bool = False
 ) -> Calibration:
-    """Fits the proxies of scenes' features [M, N, D], and the anchor, to samples of as many calibration captions.
+    """Fits the proxies from scenes' features [M, N, D], and the anchor, to samples of as many calibration captions.
 
     Args:
-        with_temperature: fit the anchor and its temperature, both together (`method.anchoring`).
+        with_temperature: fit the anchor and its temperature together (`method.anchoring`).
     """
     codebook = sampler.codebook
     grids = sample_captions(sampler, len(features), guidance)
@@ -71,11 +71,11 @@ def fit_sampler(
 
 
 def fit_own_calibration(weights: Path, vlm: str, guidance: float, *, device: torch.device | str = "cpu") -> Calibration:
-    """Fits another embedded VLM's as Janus', to calibration captions and training scenes, and writes it.
+    """Fits another embedded VLM's calibration as for Janus, to calibration captions and training scenes; writes it.
 
     Args:
-        weights: of the embedded models; their recipe says the number of captions and scenes.
-        vlm: its folder there.
+        weights: folder of the embedded models; their recipe gives the number of captions and scenes.
+        vlm: the VLM's folder there.
 
     Raises:
         ValueError: if a part of the weights is missing.

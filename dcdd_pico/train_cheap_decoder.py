@@ -1,7 +1,8 @@
 """Trains a small decoder of pico's latents, for distribution guidance: `python -m dcdd_pico.train_cheap_decoder`.
 
-As TAESD and TAEF1 are to the autoencoders of Stable Diffusion and FLUX.1: an `AutoencoderTiny` that learns what pico's
-autoencoder makes of the latents of fresh training scenes. Its encoder, which a file of the class has, is not trained.
+It is to pico's autoencoder what TAESD and TAEF1 are to those of Stable Diffusion and FLUX.1: an `AutoencoderTiny` that
+learns what pico's autoencoder decodes from the latents of fresh training scenes. The class also has an encoder, which
+is saved but not trained.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _HELD_OUT = 32
 
 
 def cheap_config(channels: int) -> dict[str, object]:
-    """f = 4 as pico's autoencoder, of normalised latents; decoder of width 16, encoder as small as can be."""
+    """f = 4 like pico's autoencoder, for normalised latents; decoder of width 16, encoder as small as possible."""
     return {
         "latent_channels": channels,
         "encoder_block_out_channels": (8, 8, 8),
@@ -47,7 +48,7 @@ def cheap_config(channels: int) -> dict[str, object]:
 def train_cheap_decoder(context: BuildContext, weights: Path) -> AutoencoderTiny:
     """Trains (or restores) the decoder for the autoencoder in `weights`.
 
-    Latents are shown with a little noise, as the predictions that guidance sees are not those of an image yet.
+    Latents get a little noise, since the predictions that guidance sees are not yet latents of an image.
     """
     recipe, device = context.recipe, context.device
     codec = load_pico(device=device, weights=weights, with_sampler=False).codec
@@ -60,7 +61,7 @@ def train_cheap_decoder(context: BuildContext, weights: Path) -> AutoencoderTiny
 
     @torch.no_grad()
     def pairs(split: Split, first: int, count: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised latents [B, C, h', w'] and the autoencoder's pixels of them [B, 3, S, S]."""
+        """Normalised latents [B, C, h', w'], and the pixels [B, 3, S, S] that the autoencoder decodes from them."""
         clean = codec.normalize(codec.encode(context.fresh_pixels(split, first, count)))
         drawn = torch.randn(clean.shape, generator=keyed_generator(recipe.seed, _STAGE, first))
         clean = clean + noise * torch.rand(count, 1, 1, 1, generator=keyed_generator(first, _STAGE)) * drawn

@@ -1,9 +1,9 @@
 """Trains masked samplers that differ in the wrong tokens they learn from: `python -m dcdd_pico.train_corruptions`.
 
-One for each kind of corruption, one for all together and one for none (`corruption_variants`). All start from pico's
-Janus and learn from the same scenes in the same order for as many updates, far fewer than the shipped sampler's. A
-stopped run can be resumed. Samplers and logs lie in `<work folder>/corruptions`; they are not shipped.
-`python -m dcdd_pico.progressive_table --sections progressive-corruptions` measures them.
+There is one for each kind of corruption, one for all kinds together and one for none (`corruption_variants`). All start
+from pico's Janus and train on the same scenes in the same order for the same number of updates, far fewer than the
+shipped sampler's. A stopped run can be resumed. Samplers and logs are in `<work folder>/corruptions`; they are not
+shipped. `python -m dcdd_pico.progressive_table --sections progressive-corruptions` measures them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .train_progressive import save_sampler, train_progressive
 
 
 def train_variant(context: BuildContext, weights: Path, name: str, *, ahead: bool = True) -> Path:
-    """Trains (or restores) one of `VARIANTS` for the models in `weights`, and writes it; returns its folder.
+    """Trains (or restores) one of `VARIANTS` for the models in `weights`, and saves it; returns its folder.
 
     Args:
         ahead: see `SceneTokens`.
@@ -36,7 +36,7 @@ def train_variant(context: BuildContext, weights: Path, name: str, *, ahead: boo
 
 
 def save_curves(folder: Path, names: Sequence[str]) -> Path:
-    """Held-out cross-entropy of hidden tokens over updates: `<folder>/corruptions/curves.png`."""
+    """Plots the held-out cross-entropy of hidden tokens over updates into `<folder>/corruptions/curves.png`."""
     logs = {name: read_log((folder / variant_folder(name)).parent) for name in names}
     path = folder / "corruptions" / "curves.png"
     save_image(training_curves(logs, dict.fromkeys(logs, "eval/hidden")), path)

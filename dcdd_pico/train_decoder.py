@@ -59,9 +59,9 @@ def train_pico_decoder(
     calibration: Calibration,
     reader: SceneReader,
 ) -> DistributionConditionedDecoder:
-    """Trains (or restores) the decoder called `name` on one variant's conditions from proxies.
+    """Trains (or restores) the decoder called `name` on conditions of one variant, made from proxies.
 
-    A fifth of the images train localised decoding, where a box is painted and the rest of the image is given.
+    A fifth of the images train localised decoding, in which a box is painted and the rest of the image is given.
     """
     recipe, device = context.recipe, context.device
     factor = 2 ** (len(vae.config.block_out_channels) - 1)

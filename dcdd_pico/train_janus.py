@@ -1,13 +1,13 @@
 """Trains pico's Janus: caption -> image tokens. Some captions are dropped, for classifier-free guidance.
 
-`python -m dcdd_pico.train_janus` trains it for the weights that are there, resuming where it stopped, and puts it in
-the place of theirs; the image tokenizer stays. It reads scenes that are rendered as it goes. What a new Janus makes
-stale, and the commands that renew it, is listed in docs/embedded.md.
+`python -m dcdd_pico.train_janus` trains a new Janus for existing weights, resuming where it stopped, and replaces
+theirs; the image tokenizer is kept. Scenes are rendered on the fly. docs/embedded.md lists what a new Janus makes
+stale, and the commands that renew it.
 
-Its size is what two hours of two CPU cores can train. An update of 64 scenes takes so many seconds of one core (AMD
-EPYC with AVX-512 BF16, beside other work; the loss and its gradient from batches of 16 but for width 256, optimisers,
-and 0.36 for rendering and encoding), which leaves so many scenes in 2.2 hours of two cores at nine tenths of their
-speed:
+Its size is what two CPU cores can train in two hours. The table gives the seconds of one core per update of 64 scenes
+(AMD EPYC with AVX-512 BF16, with other load on the machine; the loss and its gradient in batches of 16 except at width
+256, the optimisers, and 0.36 for rendering and encoding), and how many scenes that allows in 2.2 hours of two cores at
+nine tenths of their speed:
 
 | layers x width | parameters, M | seconds | scenes |
 |---|---|---|---|
@@ -15,9 +15,9 @@ speed:
 | 6 x 320 | 8.3 | 3.2 | 279,000 |
 | 6 x 384 | 11.7 | 4.1 | 218,000 |
 
-A width of 384 also takes more room than is left among the embedded weights. Compiled (`--compile`, or a recipe that
-says so), an update of 6 x 320 takes 0.6 of that time: 1.3 s after 2.1 s, both cores of an Intel Xeon with AMX, alone,
-without rendering.
+A width of 384 also needs more space than is left among the embedded weights. When compiled (`--compile`, or a recipe
+that says so), an update of 6 x 320 takes 0.6 of the time: 1.3 s instead of 2.1 s, on both cores of an Intel Xeon with
+AMX, with no other load and without rendering.
 
 Shapes: B batch, N tokens, M scenes.
 """
@@ -91,13 +91,13 @@ def janus_config(
     width: int = Recipe.janus_width,
     layers: int = Recipe.janus_layers,
 ) -> JanusConfig:
-    """A Llama with heads of 64. The vision tower, which generation does not use, is kept small.
+    """A Llama with attention heads of 64 channels. Generation does not use the vision tower, which is kept small.
 
     Args:
         width: a multiple of 64.
 
     Raises:
-        ValueError: for another width.
+        ValueError: if the width is not a multiple of 64.
     """
     if width % _HEAD_WIDTH or width < _HEAD_WIDTH:
         raise ValueError(f"the width must be a multiple of {_HEAD_WIDTH}, the width of a head, got {width}")
@@ -138,7 +138,7 @@ def janus_config(
 
 
 def start(vq: JanusVQVAE, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> JanusForConditionalGeneration:
-    """A model that has not been trained, with this VQ-VAE: similar codes begin with similar embeddings."""
+    """An untrained model with this VQ-VAE; similar codes start with similar embeddings."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed + _STAGE)
         config = janus_config(vq, tokenizer, width=recipe.janus_width, layers=recipe.janus_layers)
@@ -158,7 +158,7 @@ def train_janus(
     """Trains (or restores) the language model on the image tokenizer in `weights`.
 
     Args:
-        weights: of embedded models; of their Janus only the VQ-VAE is read, and it may be alone there.
+        weights: folder of embedded models; only the VQ-VAE of their Janus is read, and nothing else has to be there.
         ahead: see `SceneTokens`.
     """
     recipe, device = context.recipe, context.device
@@ -168,7 +168,7 @@ def train_janus(
     tokenizer = pico_tokenizer()
     janus = start(vq.model, tokenizer, recipe).to(device).train()
     janus.model.vqmodel.eval()
-    # On a CPU such short sequences take four fifths of the time of PyTorch's fused attention.
+    # On a CPU this takes four fifths of the time of PyTorch's fused attention for such short sequences.
     janus.model.language_model.set_attn_implementation("eager")
     if recipe.compiled:
         janus.model.language_model.compile(dynamic=False)
@@ -191,7 +191,7 @@ def train_janus(
             return {"loss": next_token_loss(janus, prompts, found.tokens.to(device)).mean()}
 
     def losses(facts: Sequence[SceneFacts], tokens: torch.Tensor) -> torch.Tensor:
-        """Of each scene, with its caption and the averaged weights: [M]."""
+        """The loss of each scene, with its caption and the EMA weights: [M]."""
         parts = []
         for k in range(0, len(tokens), size):
             with context.autocast():
@@ -201,7 +201,7 @@ def train_janus(
 
     @torch.no_grad()
     def evaluate(done: int) -> dict[str, float]:
-        """Held-out scenes, and as many of those trained on, from all of the training so far."""
+        """Held-out scenes, and as many training scenes, taken evenly from the whole training so far."""
         nonlocal held_out_tokens
         count = recipe.janus_held_out if done == steps else recipe.held_out_scenes
         if count > len(held_out_tokens):
@@ -229,7 +229,7 @@ def train_janus(
 
 
 def gap_of(held_out: torch.Tensor, seen: torch.Tensor) -> dict[str, float]:
-    """Mean losses of held-out scenes [M] and of scenes trained on [M'], their difference, and its standard error."""
+    """Mean losses of held-out scenes [M] and of training scenes [M'], their difference, and its standard error."""
     error = sum(part.var() / len(part) for part in (held_out, seen)) ** 0.5
     return {
         "loss": float(held_out.mean()),
@@ -244,8 +244,8 @@ def next_token_loss(
 ) -> torch.Tensor:
     """Cross-entropy in nats of each image token given the prompt and earlier tokens: tokens [B, N] -> [B, N].
 
-    Rows are padded at the end, where causal attention does not reach, so positions are the same as in sampling; to a
-    multiple of 16, so that a compiled model meets few lengths.
+    Rows are padded at the end, which causal attention does not see, so positions are the same as in sampling. They are
+    padded to a multiple of 16, so that a compiled model meets only few lengths.
     """
     embed = janus.get_input_embeddings()
     device = tokens.device
@@ -271,7 +271,7 @@ def save_janus(
     *,
     device: torch.device | str = "cpu",
 ) -> JanusSampler:
-    """Replaces a folder by the model, its matrices in 8 bits (`save_int8`), and returns it read back from there."""
+    """Replaces a folder by the model, with its matrices in 8 bits (`save_int8`); returns it as read back from there."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     save_int8(fresh, janus)
@@ -282,7 +282,7 @@ def save_janus(
 
 
 def describe_janus(context: BuildContext, folder: Path, janus: JanusForConditionalGeneration) -> None:
-    """Writes the card of a trained model into its folder, and the curves of its training into the work folder."""
+    """Writes the card of a trained model into its folder, and its training curves into the work folder."""
     log = read_log(context.folder / "janus")
     write_text(folder / "README.md", card(context.recipe, janus, log))
     curves = training_curves({"janus": log, "gap": log}, {"janus": "eval/loss", "gap": "eval/gap"})
@@ -290,7 +290,7 @@ def describe_janus(context: BuildContext, folder: Path, janus: JanusForCondition
 
 
 def card(recipe: Recipe, janus: JanusForConditionalGeneration, log: Sequence[Mapping[str, Any]]) -> str:
-    """What the weights are, in Markdown."""
+    """Describes the weights, in Markdown."""
     layers = sum(weight.numel() for weight in janus.model.language_model.layers.parameters())
     drawn = recipe.janus_steps * recipe.janus_batch
     different = different_scenes(drawn, block=block_of(recipe.train_scenes), uses=recipe.janus_uses)

@@ -1,11 +1,11 @@
-"""Trains pico's LlamaGen: a caption by a small T5, then image tokens one after the other.
+"""Trains pico's LlamaGen: a small T5 reads the caption, then image tokens follow one after the other.
 
-`python -m dcdd_pico.train_llamagen` trains it for the weights that are there, resuming where it stopped, and writes it
-beside them. It reads scenes that are rendered as it goes.
+`python -m dcdd_pico.train_llamagen` trains it for existing weights, resuming where it stopped, and writes it beside
+them. Scenes are rendered on the fly.
 
-The published model reads a caption by a T5 that was trained on text alone. Here a T5 encoder of two layers takes its
-place and is trained along: LlamaGen's own layers read a caption as means of its beginnings, so that which colour
-belongs to which shape has to be in the features.
+The published model reads captions with a T5 that was trained on text alone. Here a T5 encoder of two layers replaces
+it and is trained jointly: LlamaGen's own layers read a caption as means over its prefixes, so its features have to
+encode which colour belongs to which shape.
 
 Shapes: B batch, N tokens, K codes, n tokens of a caption.
 """
@@ -56,7 +56,7 @@ _SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
 def pico_words() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the vocabulary of captions, which ends a text as T5's does; other words are <unk>."""
+    """A word-level tokenizer over the vocabulary of captions that ends a text as T5's does; other words are <unk>."""
     words = {word: i for i, word in enumerate((*_SPECIAL, ":", ",", ".", *vocabulary()))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -88,11 +88,11 @@ def network_config(codes: int, grid: tuple[int, int]) -> LlamaGenConfig:
 
 
 def start(codebook: Codebook, grid: tuple[int, int], words: int, seed: int) -> LlamaGenTransformer:
-    """A network that has not been trained: similar codes begin with similar embeddings."""
+    """An untrained network; similar codes start with similar embeddings."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = LlamaGenTransformer(network_config(codebook.size, grid))
-        network.text_encoder = T5EncoderModel(text_config(words))  # trained as a part of the network
+        network.text_encoder = T5EncoderModel(text_config(words))  # trained as part of the network
         with torch.no_grad():
             nn.init.normal_(network.null, std=network.config.text_width**-0.5)
             nn.init.zeros_(network.head.weight)
@@ -107,13 +107,13 @@ def next_token_loss(
     """Cross-entropy in nats of each image token given the caption and earlier tokens: tokens [B, N] -> [B, N].
 
     Args:
-        ids: of each caption, [n].
-        dropped: bool [B], where the features of no caption take the caption's place, in as many slots.
+        ids: token ids of each caption, [n].
+        dropped: bool [B]; where True, the null features replace those of the caption, in as many slots.
     """
     device, most = tokens.device, max(map(len, ids))
     padding = torch.tensor([most - len(row) for row in ids])
     real = (torch.arange(most) >= padding[:, None]).to(device)
-    # T5 reads them padded on the right, LlamaGen on the left.
+    # T5 reads captions padded on the right, LlamaGen on the left.
     right = torch.tensor([[*row, *[0] * (most - len(row))] for row in ids], device=device)
     states = network.text_encoder(input_ids=right, attention_mask=real.flip(1).long()).last_hidden_state
     states = torch.stack([state.roll(int(pad), 0) for state, pad in zip(states, padding)])
@@ -178,9 +178,9 @@ def train_llamagen(context: BuildContext, weights: Path, *, ahead: bool = True) 
 
 
 def save_llamagen(context: BuildContext, weights: Path, network: LlamaGenTransformer) -> Path:
-    """Writes the model beside those in `weights`, in 8 bits, with a card and its training's curve; returns its folder.
+    """Writes the model beside those in `weights`, in 8 bits, with a card and its training curve; returns its folder.
 
-    Its image tokenizer stays that of pico's Janus.
+    Its image tokenizer is still that of pico's Janus.
     """
     folder = weights / LLAMAGEN
     save_network(folder / _CHECKPOINT, network, int8=True)
@@ -205,7 +205,7 @@ def save_llamagen(context: BuildContext, weights: Path, network: LlamaGenTransfo
 
 
 def card(recipe: Recipe, network: LlamaGenTransformer, log: Sequence[dict[str, Any]]) -> str:
-    """What the weights are, in Markdown."""
+    """Describes the weights, in Markdown."""
     text = sum(weight.numel() for weight in network.text_encoder.parameters())
     layers = sum(weight.numel() for weight in network.parameters()) - text
     drawn = recipe.llamagen_steps * recipe.llamagen_batch

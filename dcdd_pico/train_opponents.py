@@ -1,12 +1,13 @@
 """Trains the opponents of the diffusion decoder: `python -m dcdd_pico.train_opponents`.
 
-Feed-forward decoders (`feed_forward`) learn with the losses of the VQ-VAE's decoder: reconstruction and perceptual
-distance, then an adversarial loss too. Each gets at least the training FLOPs of the diffusion decoder (`flops`); the
-number of updates follows from that. Two have its size; two have a finer trunk, to take the time that it takes for an
-image. One of each reads the tokens, the other the condition, and both see the same scenes in the same order. The last
-opponent is the diffusion decoder itself, trained on tokens for as long.
+Feed-forward decoders (`feed_forward`) are trained with the losses of the VQ-VAE's decoder: reconstruction and
+perceptual distance, later also an adversarial loss. Each gets at least the training FLOPs of the diffusion decoder
+(`flops`), which determines the number of updates. Two have the diffusion decoder's size; two have a finer trunk, so
+that an image takes as long as with the diffusion decoder. One of each pair reads the tokens, the other the condition;
+both see the same scenes in the same order. The last opponent is the diffusion decoder itself, trained on tokens for as
+long.
 
-A stopped training is resumed. Decoders and logs lie in `<work folder>/opponents`; they are not shipped.
+A stopped training resumes. Decoders and logs are in `<work folder>/opponents`; they are not shipped.
 `python -m dcdd_pico.opponents_table` measures them.
 """
 
@@ -63,12 +64,12 @@ NAMES = (*FEED_FORWARD, DIFFUSION)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A training whose FLOPs are at least a share of the diffusion decoder's.
+    """A training whose FLOPs are at least a given share of the diffusion decoder's.
 
     Attributes:
         each: training FLOPs for one image.
-        batch, steps: images of an update, and updates.
-        share: of the diffusion decoder's training FLOPs.
+        batch, steps: images per update, and number of updates.
+        share: training FLOPs divided by the diffusion decoder's.
     """
 
     each: int
@@ -78,14 +79,14 @@ class Plan:
 
     @classmethod
     def of(cls, decoder: FeedForwardDecoder, budget: float, batch: int, operations: float) -> Plan:
-        """For `operations` times a budget in FLOPs, rounded up to a whole update."""
+        """A plan for `operations` times a budget in FLOPs, rounded up to a whole update."""
         each = feed_forward_flops(decoder)
         steps = math.ceil(operations * budget / (each * batch))
         return cls(each=each, batch=batch, steps=steps, share=steps * batch * each / budget)
 
     @property
     def images(self) -> int:
-        """Counted each time."""
+        """Number of training images, counting repeated ones each time."""
         return self.steps * self.batch
 
 
@@ -107,18 +108,18 @@ def start(name: str, models: Models, seed: int) -> FeedForwardDecoder:
 
 
 def read_card(reads: str, card: DecoderCard) -> DecoderCard:
-    """The diffusion decoder's card, as far as conditions go, for what an opponent reads."""
+    """The diffusion decoder's card, with the condition changed to what an opponent reads."""
     return replace(card, variant="discrete", calibration=None) if reads == "tokens" else card
 
 
 def train_feed_forward(
     context: BuildContext, weights: Path, name: str, *, operations: float = 1.0, vlm_share: float = 0.0
 ) -> FeedForwardDecoder:
-    """Trains (or restores) a decoder of `FEED_FORWARD` for the models in `weights`, and writes it.
+    """Trains (or restores) a decoder of `FEED_FORWARD` for the models in `weights`, and saves it.
 
     Args:
-        operations: training FLOPs, times those of the diffusion decoder.
-        vlm_share: of a decoder on the condition, see `ExampleMaker`.
+        operations: training FLOPs, as a multiple of the diffusion decoder's.
+        vlm_share: for a decoder on the condition, see `ExampleMaker`.
 
     Raises:
         ValueError: for numbers out of range, and as `load_pico`.
@@ -132,7 +133,7 @@ def train_feed_forward(
     decoder.to(device)
     loss_reader = train_loss_reader(context)
     data = _Data(context, models, decoder.card.reads, plan.batch, vlm_share)
-    # The discriminator joins after the same share of the updates as the VQ-VAE decoder's.
+    # The discriminator joins after the same share of the updates as for the VQ-VAE decoder.
     alone = round(plan.steps * recipe.tokenizer_steps / (recipe.tokenizer_steps + recipe.vq_decoder_steps))
     held_out = scene_pixels(context.held_out_images[:_EVALUATED], device)
     held_out_condition = data.proxies(held_out)
@@ -214,17 +215,17 @@ class _Data:
 
     @torch.no_grad()
     def proxies(self, pixels: torch.Tensor) -> Condition:
-        """The conditions of other images."""
+        """The conditions for other images."""
         codebook = self.tokenizer.codebook
         return proxy_condition(self.tokenizer.features(pixels), self.card, codebook, self.make.geometry.grid)
 
 
 def train_diffusion_on_tokens(context: BuildContext, weights: Path, *, operations: float = 1.0) -> None:
-    """Trains (or restores) the diffusion decoder on tokens alone, as the ablation's `discrete` but for all updates that
-    the shipped one had, its post-training's included, and writes its bundle.
+    """Trains (or restores) the diffusion decoder on tokens alone, and saves its bundle. It is trained like the
+    ablation's `discrete`, but for as many updates as the shipped decoder, its post-training included.
 
     Args:
-        operations: updates, times those of the shipped decoder.
+        operations: number of updates, as a multiple of the shipped decoder's.
 
     Raises:
         ValueError: as `train_feed_forward`.
@@ -261,7 +262,7 @@ def planned(context: BuildContext, weights: Path, *, operations: float = 1.0) ->
 
 
 def save_curves(folder: Path, names: Sequence[str]) -> Path:
-    """Held-out perceptual distance over steps, of the decoders that have a log: `<folder>/opponents/curves.png`."""
+    """Plots the held-out perceptual distance over steps for decoders with a log: `<folder>/opponents/curves.png`."""
     logs = {name: read_log(folder / opponent_file(name).removesuffix(".safetensors")) for name in names}
     logs = {name: log for name, log in logs.items() if log}
     path = folder / "opponents" / "curves.png"

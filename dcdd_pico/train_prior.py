@@ -1,7 +1,7 @@
 """Trains the unconditional prior: pico's decoder without its condition, as a low-rank difference of its weights.
 
-The last stage of the build; `python -m dcdd_pico.train_prior` is this stage alone, for the weights that are there. The
-prior paints scenes of no caption in particular; distribution guidance then says which (`dcdd_core.method.guidance`).
+This is the last stage of the build; `python -m dcdd_pico.train_prior` runs it alone, for existing weights. The prior
+paints scenes of no caption in particular; distribution guidance then decides which (`dcdd_core.method.guidance`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def train_prior(context: BuildContext, weights: Path) -> PriorDifference:
     def loss_of(z0: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         t = sample_times(len(z0), generator=draw)
         noise = torch.randn(z0.shape, generator=draw)
-        # The prior reads no condition, and nothing is given: a blank image, all of it to be painted.
+        # The prior reads no condition, and no part of the image is given: it is blank, and all of it is to be painted.
         nothing = Condition(z0.new_zeros(len(z0), 1, 1), z0.new_zeros(len(z0), 1, 4), (1, 1))
         example = Example(latents=z0, condition=nothing, masked_latents=blank, mask=all_of_it)
         with context.autocast():

@@ -1,8 +1,8 @@
-"""Trains pico's masked sampler: captions to image tokens, many at a time, with wrong ones taken back.
+"""Trains pico's masked sampler: captions to image tokens, many at a time, with wrong ones revised.
 
-`python -m dcdd_pico.train_progressive` trains it for the weights that are there, resuming where it stopped, and writes
-it beside them. It starts from pico's Janus and reads scenes that are rendered as it goes, or that Janus' training left
-as tokens in the same work folder.
+`python -m dcdd_pico.train_progressive` trains it for existing weights, resuming where it stopped, and writes it beside
+them. It starts from pico's Janus. Its scenes are rendered on the fly, or are those that Janus' training left as tokens
+in the same work folder.
 
 Shapes: B batch, N tokens, K codes.
 """
@@ -44,7 +44,7 @@ _RATE = 1e-3
 _WARMUP = 150
 _DROPPED = 0.1
 _SAVE_EVERY = 250
-#: In a work folder: log and checkpoint of the training.
+#: Folder of the training's log and checkpoint in a work folder.
 _NAME = "progressive"
 
 
@@ -59,8 +59,8 @@ def train_progressive(
     """Trains (or restores) the masked sampler of the models in `weights`.
 
     Args:
-        kinds: the corruptions it learns to take back.
-        name: of its folder in the work folder.
+        kinds: the corruptions that it learns to undo.
+        name: the training's folder in the work folder.
         ahead: see `SceneTokens`.
     """
     recipe, device = context.recipe, context.device
@@ -75,7 +75,7 @@ def train_progressive(
     network = start_from_janus(sampler.model, recipe.seed + _STAGE, layers=layers).to(device)
     if recipe.compiled:
         for layer in network.layers:
-            layer.compile(dynamic=True)  # Captions have many lengths, and each update draws for another number of rows.
+            layer.compile(dynamic=True)  # Captions differ in length, and updates in the number of rows drawn for.
     trained = dict(network.named_parameters())
     training = TokenTraining(
         context,
@@ -113,7 +113,7 @@ def train_progressive(
 
     @torch.no_grad()
     def evaluate(_: int) -> dict[str, float]:
-        """Means over the held-out scenes, hidden and corrupted the same way each time."""
+        """Means over the held-out scenes, which are hidden and corrupted the same way each time."""
         found: dict[str, list[float]] = {}
         for start in range(0, len(held_out_tokens), size):
             part = slice(start, start + size)
@@ -146,11 +146,11 @@ def train_progressive(
 
 @contextmanager
 def bfloat16(context: BuildContext) -> Iterator[None]:
-    """`BuildContext.autocast`, in which attention too computes in bfloat16.
+    """`BuildContext.autocast`, with attention computed in bfloat16 too.
 
-    PyTorch's math attention converts to float32 unless it is told otherwise, which takes a CPU longer.
+    By default PyTorch's math attention converts to float32, which is slower on a CPU.
     """
-    allow = torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp  # of all devices, whatever its name
+    allow = torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp  # applies to all devices, despite its name
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     allow(True)
     try:
@@ -163,7 +163,7 @@ def bfloat16(context: BuildContext) -> Iterator[None]:
 def save_sampler(folder: Path, weights: Path, network: MaskedTransformer, codebook: Codebook, *, name: str) -> None:
     """Writes a masked sampler of the models in `weights` into a folder.
 
-    Linear weights are stored in 8 bits with one scale a row: half of what float16 takes.
+    Linear weights are stored in 8 bits with one scale per row, which takes half the space of float16.
     """
     vlm = model_paths(weights)["vlm"]
     sampling = {"template": TEMPLATE, "tokenizer": TOKENIZER, "sampling": SAMPLING}
@@ -179,10 +179,10 @@ def save_progressive(
     *,
     kinds: Sequence[str] = CORRUPTIONS,
 ) -> Path:
-    """Writes the sampler beside the models in `weights`, with a card and its training's curves; returns its folder.
+    """Writes the sampler beside the models in `weights`, with a card and its training curves; returns its folder.
 
     Args:
-        kinds: the corruptions that it was trained with.
+        kinds: the corruptions it was trained with.
     """
     folder = progressive_folder(weights)
     save_sampler(folder, weights, network, codebook, name="pico progressive")
@@ -196,10 +196,10 @@ def save_progressive(
 
 
 def card(recipe: Recipe, network: MaskedTransformer, log: Sequence[dict[str, Any]], kinds: Sequence[str]) -> str:
-    """What the weights are, in Markdown.
+    """Describes the weights, in Markdown.
 
     Args:
-        kinds: the corruptions that they were trained with.
+        kinds: the corruptions they were trained with.
     """
     parameters = sum(weight.numel() for weight in network.parameters())
     drawn = recipe.progressive_steps * recipe.progressive_batch

@@ -18,7 +18,7 @@ _BATCH = 128
 def train_reader(context: BuildContext, name: str, seed: int) -> SceneReader:
     """Trains (or restores) the reader called `name` and returns it in evaluation mode.
 
-    Its log has the accuracy of each fact on held-out scenes.
+    Its log holds the accuracy for each fact on held-out scenes.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -65,5 +65,5 @@ def train_reader(context: BuildContext, name: str, seed: int) -> SceneReader:
 
 
 def train_loss_reader(context: BuildContext) -> SceneReader:
-    """Trains (or restores) the reader whose perceptual distance is a loss, and which measures nothing."""
+    """Trains (or restores) the reader whose perceptual distance is used as a loss, and which measures no table."""
     return train_reader(context, "loss-reader", context.recipe.seed + 102)

@@ -1,9 +1,9 @@
-"""Makes a student of pico's decoder that paints in a few steps: `python -m dcdd_pico.train_student`.
+"""Distils pico's decoder into a student that paints in a few steps: `python -m dcdd_pico.train_student`.
 
-The teacher is the decoder in the folder of the weights, with the steps, shift and guidance on the condition of its
-card. The student learns (`method.distillation`) on fresh training scenes, each seen once, a share of them with Janus'
-own conditions of scene and caption. Its bundle is written into the work folder, and paints in the place of the
-teacher's wherever a decoder is loaded.
+The teacher is the decoder in the weights folder, with the steps, shift and guidance on the condition of its card. The
+student learns (`method.distillation`) on fresh training scenes, each seen once, a share of them with Janus' own
+conditions for scene and caption. Its bundle is written into the work folder and can replace the teacher's wherever a
+decoder is loaded.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ _LEARNING_RATE = 5e-4
 _UPDATES = 4_000
 _LOCALISED = 0.2
 _VLM_SHARE = 0.5
-#: Of the student. The teacher's own, 3, leaves nearly nothing to the first of two steps: in two steps the teacher
-#: itself is nearer to what it paints in ten at shift 1 (docs/training.md).
+#: The student's time shift. The teacher's own, 3, leaves nearly nothing to the first of two steps. Even the teacher,
+#: in two steps, comes nearer to what it paints in ten if the shift is 1 (docs/training.md).
 _SHIFT = 1.0
 _EVALUATED = 64
 _SHOWN = 8
 
 
 class Agreement:
-    """How a student's images of held-out scenes compare with its teacher's of the same noise, and with the scenes.
+    """How a student's images of held-out scenes compare with its teacher's from the same noise, and with the scenes.
 
-    Of proxies and, where the training has them, of the VLM's own conditions ("vlm_..."): "to_teacher" is the SSIM of
-    the two images; "ssim", "psnr" and "perceptual" are the student's distances to the scenes, "teacher_..." its
+    Measured for proxies and, if the training uses them, for the VLM's own conditions ("vlm_..."): "to_teacher" is the
+    SSIM of the two images; "ssim", "psnr" and "perceptual" are the student's distances to the scenes, "teacher_..." its
     teacher's.
 
     Args:
-        conditions: by the beginning of their numbers' names.
+        conditions: prefix of the numbers' names -> condition.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Agreement:
         }
 
     def __call__(self, student: DistributionConditionedDecoder) -> Evaluation:
-        """The student's numbers and its teacher's, and a sheet of proxies: scene, teacher, student."""
+        """The student's numbers and its teacher's, and a sheet for proxies: scene, teacher, student."""
         numbers, first = dict(self.teacher), None
         for name, held in self.conditions.items():
             painted = self._painted(student, held, None)

@@ -1,9 +1,9 @@
-"""Trains the VQ-VAE: pico's tokenizer, and with its decoder the baseline of the diffusion decoder.
+"""Trains the VQ-VAE: pico's tokenizer, whose decoder is the baseline of the diffusion decoder.
 
-There are two stages, so that the models that use the tokens can be trained before the second has finished:
-1. `train_tokenizer` trains encoder, codebook and decoder. The first fifth of the steps decodes unquantised unit-length
-   features, with a uniformity loss. Then k-means initialises the codebook, which is updated by EMA, and dead codes are
-   restarted at current features (without all this most of the codebook stays dead).
+It has two stages, so that the models that use the tokens can be trained before the second has finished:
+1. `train_tokenizer` trains encoder, codebook and decoder. For the first fifth of the steps, unquantised unit-length
+   features are decoded, with a uniformity loss. Then k-means initialises the codebook, which is updated by EMA, and
+   dead codes are restarted at current features (without all this most of the codebook stays dead).
 2. `train_vq_decoder` fine-tunes the decoder with a GAN loss; encoder and codebook are frozen.
 """
 
@@ -67,8 +67,8 @@ def tokenizer_config(grid: int = 12, codes: int = _CODES) -> JanusVQVAEConfig:
     """The configuration of pico's tokenizer: f = 8, `codes` codes of 8 dimensions; 96 pixels -> 12 x 12 tokens.
 
     The width is at least 64, since the class normalises in 32 groups: groups of a single channel would remove an
-    image's colours at every layer. There are no residual blocks before the middle; a linear patch encoder is cheap and
-    learns fast.
+    image's colours at every layer. There are no residual blocks before the middle, because a linear patch encoder is
+    cheap and learns fast.
     """
     return JanusVQVAEConfig(
         embed_dim=8,
@@ -152,8 +152,8 @@ def train_tokenizer(context: BuildContext, loss_reader: SceneReader) -> JanusVQV
 
 
 def uniformity_loss(features: torch.Tensor) -> torch.Tensor:
-    """Uniformity of unit vectors [M, D] on the sphere (Wang & Isola 2020): log mean exp(-2 |f_i - f_j|^2), pairs i = j
-    included; lower is more uniform."""
+    """Uniformity of unit vectors [M, D] on the sphere (Wang & Isola 2020): log mean exp(-2 |f_i - f_j|^2), including
+    pairs i = j; lower is more uniform."""
     return (4.0 * (features @ features.T - 1.0)).exp().mean().log()
 
 

@@ -1,18 +1,19 @@
 """Trains a deeper decoder for pico's autoencoder: `python -m dcdd_pico.train_vae_decoder`.
 
-The encoder, and so every latent, stays as it is to the bit: the diffusion decoder was trained on them. An
-`AutoencoderKL` has one configuration for both sides, so that both get more blocks, which change nothing at first
-(`train_autoencoder.deepened`); the encoder's stay so, the decoder's learn. It starts from the decoder that is there.
+The encoder, and so every latent, stays bit-identical: the diffusion decoder was trained on these latents. An
+`AutoencoderKL` has one configuration for both sides, so both get more blocks, which change nothing at first
+(`train_autoencoder.deepened`). The encoder's new blocks stay like that; the decoder's are trained. The decoder starts
+from the existing one.
 
-The losses are those that the decoders of the VQ-VAE and the opponents have (`gan_finetune`), none of them a metric of
-the tables; the discriminator joins for the last quarter. Scenes are rendered as it goes, each seen once. Nothing is
-compiled (`train_autoencoder`).
+The losses are those of the VQ-VAE's decoder and the opponents (`gan_finetune`), none of them a metric of the tables;
+the discriminator joins for the last quarter. Scenes are rendered on the fly, each seen once. Nothing is compiled
+(`train_autoencoder`).
 
-The log has, beside SSIM, PSNR and perceptual distance of held-out scenes, what is wrong with a round trip where it
-shows (`image_losses.blemishes`): a tint of greys, and the error beside edges and elsewhere.
+Besides SSIM, PSNR and perceptual distance on held-out scenes, the log has the visible defects of a round trip
+(`image_losses.blemishes`): a tint of greys, and the error beside edges and elsewhere.
 
-The network of the perceptual loss is trained first if the work folder has none. What new weights make stale, and the
-commands that renew it, is listed in docs/embedded.md.
+The network of the perceptual loss is trained first if the work folder has none. docs/embedded.md lists what new weights
+make stale, and the commands that renew it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .train_autoencoder import deepened
 FOLDER = "vae-decoder"
 _STAGE = 7
 _RATE = 1e-3
-#: Of the updates, those before the discriminator joins.
+#: Share of the updates before the discriminator joins.
 _ALONE = 0.75
 _BLOCK = 1024
 _BATCH = 32
@@ -67,9 +68,9 @@ def train_vae_decoder(
     means = torch.cat([posterior(part)[0] for part in held_out.split(_BATCH)])
 
     def examples(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels and latents of an update: each scene's mean with some share of its posterior's deviation.
+        """Pixels and latents of an update: each scene's mean, plus noise at a random share of its posterior deviation.
 
-        The diffusion decoder learns the means, and what it generates is off them.
+        The diffusion decoder is trained on the means, but what it generates deviates from them.
         """
         pixels = scene_pixels(scenes.batch(i, size), device)
         mean, deviation = posterior(pixels)

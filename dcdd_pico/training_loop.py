@@ -1,10 +1,10 @@
 """The training loop of pico's small networks (readers, tokenizer, autoencoder, Janus): log, checkpoints, exact resume.
 
-An update is a function of its number alone: it draws its batch and its noise from generators keyed by that number. So a
-run that was killed and resumed computes exactly what an uninterrupted one does.
+An update is a function of its number alone: it draws its batch and its noise from generators keyed by that number. A
+run that was killed and resumed therefore computes exactly what an uninterrupted one does.
 
 The decoder is trained by `dcdd_core.training.trainer`. These trainings do not fit there: their update is not one loss
-of one module (a codebook that moves by statistics, a discriminator with its own optimiser, parts that are frozen
+of one module (a codebook updated from statistics, a discriminator with its own optimiser, parts that are frozen
 midway), and they run in one process.
 """
 
@@ -27,7 +27,7 @@ from dcdd_core.training.write_errors import checkpoint_error, describe
 
 
 class Stateful(Protocol):
-    """What a checkpoint holds: modules, optimisers, EMAs."""
+    """Anything a checkpoint can hold: modules, optimisers, EMAs."""
 
     def state_dict(self) -> Mapping[str, Any]: ...
 
@@ -50,19 +50,19 @@ def train(
     """Runs `step(0) .. step(steps - 1)`, resuming from the folder's checkpoint if there is one.
 
     Args:
-        folder: receives `log.jsonl` (one object a line: step, seconds, means since the last line; the names of
+        folder: receives `log.jsonl` (one object per line: step, seconds, means since the last line; the names of
             evaluations start with `eval/`) and `checkpoint.pt` (read with `weights_only=True`).
         settings: everything besides the step's number that the result depends on, as plain JSON values; a checkpoint
-            made under others is refused.
-        step: does one whole update and returns the numbers to log. It must depend on its number and `state` only.
+            with other settings is refused.
+        step: does one whole update and returns the numbers to log. It must depend only on its number and `state`.
         state: everything that an update changes.
         evaluate: called after every `evaluate_every` steps and after the last.
 
     Raises:
-        ValueError: if the checkpoint was made under other settings, or is damaged.
+        ValueError: if the checkpoint has other settings, or is damaged.
         FloatingPointError: if a logged number is no longer finite; the last checkpoint stays as it is.
-        OSError: if a checkpoint or the log cannot be written, such as on a full disk; the last checkpoint stays as it
-            is.
+        OSError: if a checkpoint or the log cannot be written, for example because the disk is full; the last checkpoint
+            stays as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
@@ -140,7 +140,7 @@ def _resume(
 
 
 def last_held_out(log: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
-    """The seconds of a training until its last evaluation, and what that one measured, as a Markdown table."""
+    """A training's seconds up to its last evaluation, and that evaluation's numbers as a Markdown table."""
     evaluated = (line for line in reversed(log) if any(name.startswith("eval/") for name in line))
     last = next(evaluated, {})
     names = [name for name in last if name.startswith("eval/")]
