@@ -12,7 +12,7 @@ __all__ = ["Calibration", "CalibrationStatistics", "Codebook", "Condition", "Tok
 
 
 def __getattr__(name: str) -> Any:
-    """What flows, imported where it is asked for: torch takes seconds, which a help text does not need."""
+    """Imports the types of `__all__` when they are asked for: torch takes seconds, which a help text does not need."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import types

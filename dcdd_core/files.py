@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read strictly: what is wrong with one is said in one line."""
+"""Files that are written completely or not at all, and read strictly: one line says what is wrong with a file."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from safetensors.torch import save_file
 from .int8_rows import restored
 from .settings import shown
 
-#: What the system says of a disk that is full: no space, no quota, no larger file.
+#: The system's errors for a full disk: no space left, quota exceeded, file too large.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path to write to, in the folder of `path`, which is made; when the block ends it becomes `path`.
+    """Gives a temporary path to write to beside `path`, whose folder is created; it becomes `path` when the block ends.
 
-    Where the block fails, what it wrote is removed, and what was at `path` stays. The permissions are the umask's,
-    whatever the block gave. Writers of one path at once do not meet: the last to end counts.
+    If the block fails, what it wrote is removed, and what was at `path` stays. The permissions are the umask's,
+    whatever the block sets. Concurrent writers of one path do not interfere: the last to finish wins.
 
     Raises:
         OSError: if the block cannot write, such as on a full disk; says what to do.
     """
     path = Path(path)
-    # A name of its own for each writer: two that shared one would mix what they write.
+    # Each writer has a name of its own: two that shared one would mix what they write.
     temporary = path.with_name(f"{_temporary_stem(path)}.{secrets.token_hex(4)}.tmp")
     try:
         with suppress(FileNotFoundError):
             if stat.S_ISDIR(path.stat().st_mode):
                 raise IsADirectoryError(errno.EISDIR, "a folder has its name")
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The system applies the umask, and a folder's default permissions, to a file that is made in this way alone.
+        # Only to a file created in this way does the system apply the umask and a folder's default permissions.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = temporary.stat().st_mode
         yield temporary
@@ -61,7 +61,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Removes what writers of `path` left that were killed within `whole_file`. Nobody may be writing it now."""
+    """Removes what writers of `path` that were killed in `whole_file` left behind. Nobody may be writing it now."""
     path = Path(path)
     for leftover in path.parent.glob(f"{glob.escape(_temporary_stem(path))}.{'[0-9a-f]' * 8}.tmp"):
         with suppress(OSError):
@@ -69,16 +69,16 @@ def remove_leftovers(path: str | Path) -> None:
 
 
 def _temporary_stem(path: Path) -> str:
-    """No longer than any name may be, and UTF-8, as other libraries need it."""
+    """How a temporary name begins: short enough for any file system, and UTF-8, as other libraries need it."""
     return path.name[:40].encode("utf-8", "ignore").decode()
 
 
 def way_out(error: BaseException, path: str | Path) -> str:
-    """What to do about a file that could not be written, after the reason that the system gave.
+    """What to do about a file that could not be written, depending on the system's reason.
 
     Args:
-        error: an OSError, or another library's that quotes one. Of one without a number, a disk that has less than
-            64 MB left is the reason.
+        error: an OSError, or another library's error that quotes one. If it has no number, a disk with less than 64 MiB
+            left is taken to be the reason.
     """
     folder = Path(path).parent
     # safetensors writes the system's number into its text.
@@ -105,16 +105,16 @@ def way_out(error: BaseException, path: str | Path) -> str:
 
 @contextmanager
 def reading(path: str | Path, expected: str, remedy: str = "download it again") -> Iterator[None]:
-    """Turns what other libraries raise in the block, where they read `path`, into one ValueError that names it.
+    """Turns what other libraries raise in the block, while they read `path`, into one ValueError that names it.
 
-    It belongs around calls into other libraries alone: the errors of this package's functions say more.
+    Use it only around calls into other libraries: the errors of this package's functions say more.
 
     Args:
         expected: what the file should be, with its article.
         remedy: what the user can do about its content.
 
     Raises:
-        ValueError: for any Exception of the block, except for memory that ran out.
+        ValueError: for any Exception of the block, except running out of memory.
     """
     try:
         yield
@@ -139,7 +139,7 @@ def in_file(path: str | Path) -> Iterator[None]:
 
 
 def regular_file(path: str | Path, expected: str) -> Path:
-    """The path of a file that can be read from end to end, as a FIFO, a device or a folder cannot.
+    """The path, if a regular file is there: one that can be read to its end, unlike a FIFO, a device or a folder.
 
     Raises:
         ValueError: if there is none, saying what is there.
@@ -203,7 +203,7 @@ def json_object(
     return value
 
 
-#: Beginnings of files that are often taken for others, in lower case, and what they are.
+#: How files that are often mistaken for others begin, in lower case, and what they are.
 _STAND_INS = (
     (b"version https://git-lfs", "a Git LFS pointer, which stands for a file that was not fetched (git lfs pull)"),
     (b"<!doctype", "an HTML page"),
@@ -213,7 +213,7 @@ _STAND_INS = (
 
 
 def stand_in(content: bytes) -> str | None:
-    """What downloads leave in the place of a file, in words."""
+    """Describes what a failed download leaves in place of a file; None for any other content."""
     start = content[:512].removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if not start:
         return "blank" if content else "empty"
@@ -222,9 +222,9 @@ def stand_in(content: bytes) -> str | None:
 
 @contextmanager
 def utf8_path(path: str | Path) -> Iterator[Path]:
-    """A name of a file or folder for libraries that take UTF-8 alone, such as safetensors; `path` itself if it is that.
+    """Gives a path for libraries that take only UTF-8, such as safetensors; `path` itself if it is UTF-8.
 
-    Only Linux has other names, and it names what is open: /proc/self/fd/N.
+    Only Linux has other names, and there an open file is also at /proc/self/fd/N.
 
     Raises:
         OSError: if there is nothing at a path that needs another name.
@@ -244,10 +244,10 @@ def utf8_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def open_tensors(path: str | Path, expected: str, remedy: str = "download it again") -> Iterator[Any]:
-    """An open safetensors file; none of its tensors has been read.
+    """Opens a safetensors file; none of its tensors has been read.
 
     Args:
-        expected, remedy: as `reading`, which belongs around what is then read.
+        expected, remedy: as for `reading`, which belongs around what is then read.
 
     Raises:
         ValueError: naming the file, and what it is instead.
@@ -269,7 +269,7 @@ _CHECKSUMS = "checksums"
 def tensor_checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """A checksum of each tensor's type, shape and content, on any device: "crc32:" and eight hexadecimal digits.
 
-    It shows damage, every flipped bit among it, not intent.
+    It detects damage, including any single flipped bit, but not tampering.
     """
     return {name: _checksum(tensor) for name, tensor in tensors.items()}
 
@@ -281,12 +281,12 @@ def _checksum(tensor: torch.Tensor) -> str:
 
 
 def require_checksums(path: str | Path, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, str]) -> None:
-    """Compares tensors that were read from `path` with the checksums of when they were written.
+    """Compares tensors that were read from `path` with the checksums from when they were written.
 
     Args:
         tensors: all of the file, or some.
-        expected: by name, from `tensor_checksums`; of more tensors, perhaps. Empty for a file without: nothing is
-            compared.
+        expected: by name, from `tensor_checksums`, possibly for more tensors. If it is empty, as for a file without
+            checksums, nothing is compared.
 
     Raises:
         ValueError: naming the file and the tensors that differ.
@@ -303,7 +303,7 @@ def require_checksums(path: str | Path, tensors: Mapping[str, torch.Tensor], exp
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes a text file whole or not at all; makes its folder.
+    """Writes a text file completely or not at all, and creates its folder; returns the path.
 
     Raises:
         OSError: as `whole_file`.
@@ -316,11 +316,11 @@ def write_text(path: Path, text: str) -> Path:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, checksums: bool = False
 ) -> None:
-    """Writes a safetensors file whole or not at all; makes its folder. The same content gives the same bytes.
+    """Writes a safetensors file completely or not at all, creating its folder. Equal content gives equal bytes.
 
     Args:
-        tensors: on any device, of any layout; each with a storage of its own.
-        checksums: adds those of the tensors to the metadata, for `stored_checksums`.
+        tensors: on any device, in any memory layout; each with a storage of its own.
+        checksums: adds the tensors' checksums to the metadata, for `stored_checksums`.
 
     Raises:
         OSError: as `whole_file`.
@@ -335,7 +335,10 @@ def write_tensors(
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity. No copy is made: `isfinite().all()` takes 30 times as long."""
+    """Whether a tensor holds neither NaN nor infinity.
+
+    No copy is made, except of float8; `isfinite().all()` takes 30 times as long.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     if tensor.dtype.itemsize == 1:  # float8 has no arithmetic
@@ -381,9 +384,9 @@ def read_record(
     """The tensors, on the CPU, and the JSON values that `write_record` wrote.
 
     Args:
-        names, fields: exactly those the file must hold.
-        later: fields that older files lack.
-        int8_rows: matrices may be stored in 8 bits (`int8_rows.rounded`), and are float32 then.
+        names, fields: exactly the tensors and values that the file must hold.
+        later: fields that older files may lack.
+        int8_rows: matrices may be stored in 8 bits (`int8_rows.rounded`); they are then returned in float32.
 
     Raises:
         ValueError: naming a file that is absent, damaged or of another kind.
@@ -410,7 +413,7 @@ def read_record(
 
 
 def _sort_metadata(path: Path) -> None:
-    """In the header of a safetensors file (its length in 8 bytes, then JSON), which has them in a random order."""
+    """Sorts the metadata, which is in a random order, in a safetensors header: its length in 8 bytes, then JSON."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

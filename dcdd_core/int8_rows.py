@@ -1,4 +1,4 @@
-"""Matrices that files hold in 8 bits, with a scale a row beside them: W = int8 * scale.
+"""Matrices that files hold in 8 bits, each with one scale per row: W = int8 * scale.
 
 Shapes: M rows, C columns.
 """
@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-#: What the name of a matrix' scales adds to its own.
+#: Suffix that turns a matrix's name into that of its scales.
 SCALE = "_scale"
 _LEAST_ROW = 64
 """Inputs of the smallest linear layer that is stored in 8 bits; smaller ones hardly take space."""
@@ -26,14 +26,14 @@ def large_matrices(network: nn.Module) -> set[str]:
 
 
 def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix [M, C] as int8 [M, C] and the float32 scale of each row [M]: weight = int8 * scale, to half a scale."""
+    """A matrix [M, C] as int8 [M, C] and float32 scales of rows [M]: weight = int8 * scale, to within half a scale."""
     scale = weight.float().abs().amax(dim=1) / 127
     whole = (weight.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
     return whole.to(torch.int8), scale
 
 
 def rounded(tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
-    """The named matrices in 8 bits, each with its scales; of the rest, floats in float16.
+    """The named matrices in 8 bits, each with its scales; floats among the rest in float16.
 
     Raises:
         KeyError: for a name that is not among the tensors.
@@ -50,13 +50,13 @@ def rounded(tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> dict
 
 
 def restored(tensors: Mapping[str, torch.Tensor], *, remedy: str) -> dict[str, torch.Tensor]:
-    """What `rounded` stored, its matrices in float32 again; other tensors stay as they are.
+    """Restores what `rounded` stored: its matrices are float32 again, and other tensors stay as they are.
 
     Args:
         remedy: what to do about a file whose tensors do not fit together.
 
     Raises:
-        ValueError: for whole numbers that are not int8 rows with a scale each, and scales of nothing.
+        ValueError: for integer tensors that are not int8 rows with one scale each, and for scales without a matrix.
     """
     found = {}
     for name, value in tensors.items():

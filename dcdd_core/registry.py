@@ -1,7 +1,7 @@
-"""Which family reads given files: the one list that a new family is added to.
+"""Which family reads given files: the one place where a new family is listed.
 
 A family is one module or folder below `models` with an object of its protocol. It is imported when it is first asked
-for, so that naming a family costs nothing.
+for, so that listing a family costs nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ADDED: ContextVar[tuple[Any, ...]] = ContextVar("families from outside this pac
 
 @contextmanager
 def added(*families: SamplerFamily | CodecFamily | BackboneFamily) -> Iterator[None]:
-    """Within it these families are known too, and asked first: for a family that lives outside this package."""
+    """Makes further families known while the context lasts, and asks them first: for families outside this package."""
     token = _ADDED.set((*families, *_ADDED.get()))
     try:
         yield
@@ -60,7 +60,7 @@ def sampler_family(path: str | Path) -> SamplerFamily:
     """The family that reads a VLM's files.
 
     Raises:
-        ValueError: if there is nothing, or nothing that a family reads.
+        ValueError: if nothing is there, or nothing that a family reads.
     """
     return _reader(path, samplers(), "a VLM")
 
@@ -69,13 +69,13 @@ def codec_family(path: str | Path) -> CodecFamily:
     """The family that reads an autoencoder's files.
 
     Raises:
-        ValueError: if there is nothing, or nothing that a family reads.
+        ValueError: if nothing is there, or nothing that a family reads.
     """
     return _reader(path, codecs(), "an autoencoder")
 
 
 def load_codec(path: str | Path, **options: Any) -> LatentCodec:
-    """The autoencoder in these files; `options` as `CodecFamily.load`.
+    """Loads the autoencoder in these files; `options` as for `CodecFamily.load`.
 
     Raises:
         ValueError: as `codec_family` and the family's loader.
@@ -84,7 +84,7 @@ def load_codec(path: str | Path, **options: Any) -> LatentCodec:
 
 
 def backbone_family(config: dict[str, Any]) -> BackboneFamily:
-    """The family of a network's configuration, by its "_class_name"; without one, the first, which wrote none.
+    """The family of a network's configuration, by its "_class_name"; without one, the first family, which wrote none.
 
     Raises:
         ValueError: for a class that no family builds.
@@ -116,8 +116,9 @@ def codec_of(config: dict[str, Any]) -> CodecFamily:
 
 
 def base_family(path: str | Path) -> BackboneFamily:
-    """The family of a base model's files: by the config.json of a folder; a single file is the first family's, whose
-    loader checks what is in it.
+    """The family of a base model's files.
+
+    A folder's config.json determines it; a single file is the first family's, whose loader checks what is in it.
 
     Raises:
         ValueError: if nothing is there, and for a class that no family builds.
@@ -152,7 +153,7 @@ def _reader(path: str | Path, families: list[Any], what: str) -> Any:
 
 
 def _found(path: Path) -> str:
-    """What is at a path, in words."""
+    """Describes what is at a path."""
     if not path.exists():
         return "does not exist"
     if path.is_file():

@@ -42,22 +42,23 @@ def require_number(
     optional: bool = False,
     remedy: str = "",
 ) -> None:
-    """Refuses what is no finite number within these limits; True and False are none.
+    """Refuses anything but a finite number within these limits; True and False are not numbers.
 
     Args:
         name: of the field, for the message.
-        least, most: the limits, themselves allowed.
-        above, below: the limits, themselves refused.
+        whole: only integers are allowed.
+        least, most: inclusive limits.
+        above, below: exclusive limits.
         optional: None is allowed.
         remedy: what to do about it.
 
     Raises:
-        ValueError: with what came and what was expected.
+        ValueError: saying what was given and what was expected.
     """
     if optional and value is None:
         return
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    # False of NaN and infinity, and of an int that is too large for a float.
+    # False for NaN and infinity, and for an int that is too large for a float.
     fits = number and abs(value) <= sys.float_info.max
     fits = fits and (least is None or value >= least) and (most is None or value <= most)
     if fits and (above is None or value > above) and (below is None or value < below):
@@ -76,10 +77,10 @@ def require_number(
 
 
 def require_text(name: str, value: Any, *, optional: bool = False, remedy: str = "") -> None:
-    """Refuses what is no text; arguments as `require_number`.
+    """Refuses anything but text; arguments as for `require_number`.
 
     Raises:
-        ValueError: with what came and what was expected.
+        ValueError: saying what was given and what was expected.
     """
     if not isinstance(value, str) and not (optional and value is None):
         raise ValueError(
@@ -89,10 +90,10 @@ def require_text(name: str, value: Any, *, optional: bool = False, remedy: str =
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value that came in the place of another, for an error message: its beginning, if it is long."""
+    """An unexpected value, for an error message: its first `most` characters, if it is longer."""
     try:
         text = repr(value)
-    except ValueError:  # an int of more digits than Python writes
+    except ValueError:  # an int with more digits than Python writes
         text = f"a {type(value).__name__} too long to write"
     return text if len(text) <= most else text[:most] + "..."
 

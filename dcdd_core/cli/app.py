@@ -14,8 +14,8 @@ import PIL.Image
 
 from .arguments import printable_output
 
-#: By name what `--help` says of each command. A command's module, of the same name, is imported where it is asked for:
-#: torch, transformers and diffusers take seconds, which neither a help text nor another command needs.
+#: What `--help` says about each command, by name. A command's module, of the same name, is imported when it is needed:
+#: torch, transformers and diffusers take seconds, which neither a help text nor another command should spend.
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "generate": "prompts to images",
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)  # whatever filters the caller has set
-            # Pillow's own limit warns of images that are read here; ours refuses larger ones (`pipelines.images`).
+            # Pillow's own limit warns about images that are read here; ours refuses larger ones (`pipelines.images`).
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             warnings.showwarning = lambda message, *_: print(f"dcdd: {message}", file=sys.stderr)
             check_options(args)
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser(whole: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
-    """The parser of all commands, those of `whole` with their options."""
+    """The parser of all commands; only those in `whole` get their options."""
     found = argparse.ArgumentParser(prog="dcdd", description=__doc__)
     commands = found.add_subparsers(required=True, metavar="command")
     whole = set(whole)
@@ -86,6 +86,6 @@ def parser(whole: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
             import_module(f".{name}", __package__).add(commands, help)
         else:
             commands.add_parser(name, help=help)
-    # For the help text: `main` passes its words on.
+    # Only for the help text: `main` passes the words of this command on.
     commands.add_parser("train", add_help=False, help="train a decoder, encode its images, estimate what it takes")
     return found

@@ -1,4 +1,4 @@
-"""What all commands share of their input and output: paths that are none, and text that a terminal cannot show."""
+"""Input and output of all commands: paths that are not usable, and text that a terminal cannot show."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def path(text: str) -> Path:
     """An argument that is a path.
 
     Raises:
-        argparse.ArgumentTypeError: for an empty one, which would be the working directory.
+        argparse.ArgumentTypeError: for an empty one, which would be the working directory, and one with a null byte.
     """
     return Path(path_text(text))
 
 
 def path_text(text: str) -> str:
-    """As `path`, for an argument that may also be something else, such as a pattern."""
+    """Like `path`, for an argument that may also be something else, such as a pattern."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
     return text
@@ -34,7 +34,8 @@ def path_text(text: str) -> str:
 class VLMOption(argparse.Action):
     """An option that takes a VLM's folder, or the name of an embedded one.
 
-    The folder is in `janus`, the name in `embedded`; the other of them is None. It is given once, by any of its names.
+    A folder is stored as `janus`, a name as `embedded`; the other of them is None. The option may be given only once,
+    under any of its names.
     """
 
     def __init__(self, option_strings, dest, **options):
@@ -51,7 +52,7 @@ def add_vlm_option(parser: Any, help: str) -> None:
     """Adds --vlm, which used to be called --janus.
 
     Args:
-        parser: or a group of its options.
+        parser: a parser, or a group of its options.
         help: which VLMs it takes.
     """
     parser.add_argument(
@@ -61,14 +62,16 @@ def add_vlm_option(parser: Any, help: str) -> None:
 
 
 def embedded_vlm(args: argparse.Namespace, default: str) -> str:
-    """The folder of the embedded VLM that was named, among the embedded models."""
+    """The folder, among the embedded models, of the embedded VLM that was named; `default` if none was."""
     return default if args.embedded is None else VLMS[args.embedded]
 
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """Within it printing never fails: characters that the output's encoding lacks, and bytes of file names that are no
-    text, are escaped."""
+    """Makes sure that printing never fails while the context lasts.
+
+    Characters that the output's encoding lacks, and bytes of file names that are not text, are escaped.
+    """
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     before = [stream.errors for stream in streams]
     for stream in streams:
@@ -82,11 +85,11 @@ def printable_output() -> Iterator[None]:
 
 
 def check_out(option: str, out: Path, *, folder: bool = False) -> None:
-    """Refuses an output that cannot be written, before any work is done for it. Nothing is made.
+    """Refuses an output that cannot be written, before any work is done for it. Nothing is created.
 
     Args:
         option: as it is typed, for the message.
-        folder: the output is a folder, which files are written to.
+        folder: whether the output is a folder to write files to.
 
     Raises:
         ValueError: saying what is in the way.
@@ -109,7 +112,7 @@ def check_out(option: str, out: Path, *, folder: bool = False) -> None:
     if not there.is_dir():
         raise ValueError(f"{option} {out} cannot be written: {there} is not a folder")
     try:
-        # Permissions alone do not say it: /proc seems to let root write.
+        # Permissions alone do not tell: /proc seems to let root write.
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

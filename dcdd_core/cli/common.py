@@ -52,11 +52,11 @@ HELD = ("janus_int8", "decoder_8bit", "stream", "compile")
 PAINTING = ("steps", "shift", "condition_guidance", "calibration", "anchor", "reads")
 #: Options of distribution guidance.
 GUIDED = ("strength", "start", "paint_side", "guide_decoder")
-#: Options of samplers that reveal many tokens a pass.
+#: Options of samplers that reveal many tokens per pass.
 PROGRESSIVE = ("passes", "revision_passes", "order", "spread", "revise")
 #: What --sampler takes: one token after the other, or many at a time.
 SAMPLERS = ("autoregressive", "progressive")
-#: What the embedded masked sampler is called.
+#: Name of the embedded masked sampler.
 _MASKED = next(name for name, folder in embedded.VLMS.items() if folder == embedded.PROGRESSIVE)
 #: Options that say what is sampled, and how.
 SAMPLING = (
@@ -65,12 +65,12 @@ SAMPLING = (
 )
 #: Options that say which images may be left out.
 READING = ("min_side", "skip_unreadable")
-#: The largest numbers that options take: beyond any use, so that a slip of the keyboard does not run for days.
+#: The largest numbers that options take: beyond any use, so that a typing error does not run for days.
 MOST = {"steps": 1000, "count": 1_000_000, "batch": 10_000, "limit": 10**9, "side": 2**16, "paint_side": 2**13}
 
-#: What --decoder takes in the place of a bundle: distribution guidance of a prior that was not trained on conditions.
+#: What --decoder takes instead of a bundle: distribution guidance of a prior that was not trained on conditions.
 GUIDANCE = "guidance"
-#: Of distribution guidance without a trained decoder: strength, pull, and the time that painting starts from.
+#: Defaults of distribution guidance without a trained decoder: strength, pull, starting time of painting, and steps.
 STRENGTH, PULL, START, STEPS = 0.4, 1.0, 0.6, 10
 
 Parser = argparse.ArgumentParser
@@ -84,13 +84,14 @@ def add_command(
     help: str,
     seeded: bool = True,
 ) -> Parser:
-    """A command's parser, described by its function's docstring.
+    """Adds a command and returns its parser, which is described by the docstring of the command's function.
 
     Args:
         commands: what `add_subparsers` returned.
-        run: is called with what was parsed, which has it as `run`, and as `default_of` the default of each option.
+        run: the command's function, called with the parsed options. These hold it as `run`, and as `default_of` a
+            function that gives an option's default.
         groups: add options, in this order.
-        seeded: whether it draws anything at random; otherwise --seed is accepted, and told to have no effect.
+        seeded: whether it draws anything at random; otherwise --seed is accepted, with a message that it has no effect.
     """
     command = commands.add_parser(name, help=help, description=run.__doc__)
     command.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
@@ -105,14 +106,14 @@ def add_command(
 
 
 class _IdleSeed(argparse.Action):
-    """--seed of a command that draws nothing at random, which used to be in its help."""
+    """The --seed of a command that draws nothing at random; earlier versions listed it in the help."""
 
     def __call__(self, parser, namespace, values: Any, option_string=None):
         print(f"dcdd: {option_string} has no effect: `{parser.prog}` draws nothing at random", file=sys.stderr)
 
 
 def model_options(parser: Parser) -> None:
-    """Which models, and how they are held."""
+    """Adds options for which models are used, and how they are held."""
     group = parser.add_argument_group("models (the embedded ones without a folder)")
     add_vlm_option(group, "Janus or Janus-Pro (transformers' or DeepSeek's layout), LlamaGen, or a masked sampler")
     group.add_argument(
@@ -149,7 +150,7 @@ def model_options(parser: Parser) -> None:
 
 
 def sampling_options(parser: Parser) -> None:
-    """How tokens are sampled."""
+    """Adds options for how tokens are sampled."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--guidance", type=float, help="classifier-free guidance (default: the calibration's, or the VLM's)"
@@ -170,7 +171,7 @@ def sampling_options(parser: Parser) -> None:
 
 
 def progressive_options(parser: Parser) -> None:
-    """How a masked sampler reveals and revises tokens."""
+    """Adds options for how a masked sampler reveals and revises tokens."""
     group = parser.add_argument_group(
         "progressive sampling: tokens from coarse to fine, many at a time",
         "What is left out is the model's own. "
@@ -211,7 +212,7 @@ def _revise(text: str) -> Revise:
 
 
 def decoding_options(parser: Parser) -> None:
-    """How the diffusion decoder paints."""
+    """Adds options for how the diffusion decoder paints."""
     parser.add_argument("--steps", type=int, help="Euler steps of the decoder (default: the bundle's)")
     parser.add_argument(
         "--shift",
@@ -232,7 +233,7 @@ def decoding_options(parser: Parser) -> None:
 
 
 def guidance_options(parser: Parser) -> None:
-    """Distribution guidance."""
+    """Adds the options of distribution guidance."""
     group = parser.add_argument_group("distribution guidance")
     strength_option(group, f"; with --decoder {GUIDANCE}, {STRENGTH}")
     group.add_argument(
@@ -249,10 +250,10 @@ def guidance_options(parser: Parser) -> None:
 
 
 def strength_option(parser: Any, otherwise: str = "") -> None:
-    """How strong distribution guidance is.
+    """Adds the option for the strength of distribution guidance.
 
     Args:
-        otherwise: where the default is another one.
+        otherwise: says in the help where the default is a different one.
     """
     parser.add_argument(
         "--strength",
@@ -264,7 +265,7 @@ def strength_option(parser: Any, otherwise: str = "") -> None:
 
 
 def guide_decoder_option(parser: Any) -> None:
-    """What guidance sees latents through."""
+    """Adds the option for the decoder through which guidance sees latents."""
     parser.add_argument(
         "--guide-decoder",
         type=path,
@@ -275,7 +276,7 @@ def guide_decoder_option(parser: Any) -> None:
 
 
 def reading_options(parser: Parser) -> None:
-    """Which images may be left out."""
+    """Adds options for which images may be left out."""
     parser.add_argument(
         "--min-side",
         type=int,
@@ -293,7 +294,7 @@ def reading_options(parser: Parser) -> None:
 
 
 def material_options(count: int) -> Callable[[Parser], None]:
-    """What a VLM is measured on, at most `count` of each by default."""
+    """Adds options for the prompts and images that a VLM is measured on, by default at most `count` of each."""
 
     def add(parser: Parser) -> None:
         parser.add_argument(
@@ -313,13 +314,13 @@ def material_options(count: int) -> Callable[[Parser], None]:
 
 
 def given(args: argparse.Namespace, *options: str) -> str:
-    """Those of the options that differ from their defaults, as they are typed: "--top-k, --seed"."""
+    """Those of the named options that differ from their defaults, as they are typed: "--top-k, --seed"."""
     differ = [name for name in options if getattr(args, name) != args.default_of(name)]
     return ", ".join(f"--{name.replace('_', '-')}" for name in differ)
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """What can be known of the options before anything is loaded.
+    """Checks the options as far as possible before anything is loaded.
 
     Raises:
         ValueError: for numbers out of range, a calibration that cannot be read, and texts that cannot be prompts.
@@ -337,7 +338,7 @@ def check_options(args: argparse.Namespace) -> None:
             guidance=1.0 if args.guidance is None else args.guidance, **{name: held[name] for name in names}
         )
     if "passes" in held:
-        # What the sampler's own plan adds is checked with it.
+        # What the sampler's own plan adds is checked together with it, later.
         ProgressiveOptions(**{"passes": MOST_PASSES, "revision_passes": 0, **_staged(args)})
     if "skip_unreadable" in held:
         policy_of(args)
@@ -369,10 +370,10 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 
 def load(args: argparse.Namespace, *, with_sampler: bool = True) -> Models:
-    """The models asked for.
+    """Loads the models asked for.
 
     Raises:
-        ValueError: for options that do nothing with the embedded models, and as the loaders.
+        ValueError: for options that do not go together or have no effect on the embedded models, and as the loaders.
     """
     device, kind = device_of(args), getattr(args, "sampler", None)
     if guided(args) and not hasattr(args, "start"):
@@ -418,13 +419,17 @@ def _check_kind(models: Models, kind: str | None, vlm: Path | str | None) -> Non
 
 
 def guided(args: argparse.Namespace) -> bool:
-    """Whether distribution guidance takes the place of a trained decoder."""
+    """Whether distribution guidance replaces a trained decoder."""
     return str(getattr(args, "decoder", None)) == GUIDANCE
 
 
 def check_painting(models: Models, args: argparse.Namespace, *others: str) -> None:
-    """Before anything is sampled: refuses options that do nothing without a decoder, schedules that are none, and what
-    does not fit the decoder.
+    """Refuses painting options without effect, invalid schedules, and what does not fit the decoder.
+
+    To be called before anything is sampled.
+
+    Args:
+        others: names of further options that have no effect without a decoder.
 
     Raises:
         ValueError: naming them.
@@ -463,7 +468,7 @@ def check_painting(models: Models, args: argparse.Namespace, *others: str) -> No
 
 
 def card_of(models: Models, args: argparse.Namespace) -> DecoderCard:
-    """The decoder's card, with what was asked for in place of its own."""
+    """The decoder's card, with its values replaced by those asked for."""
     calibration = Calibration.load(args.calibration) if args.calibration is not None else None
     return serving(models.decoder.card, calibration=calibration, anchor=args.anchor, reads=args.reads)
 
@@ -485,15 +490,16 @@ def decoders_of(models: Models, args: argparse.Namespace) -> Decoders:
 
 
 def seeds_of(args: argparse.Namespace, count: int) -> list[int]:
-    """One seed an image."""
+    """One seed per image, counting up from --seed."""
     return [args.seed + i for i in range(count)]
 
 
 def sampling_of(models: Models, args: argparse.Namespace) -> SamplingOptions:
-    """As asked for; the guidance by default that of the calibration that the decoder is served with, or the VLM's own.
+    """The sampling options; guidance defaults to that of the decoder's calibration, or else to the VLM's own.
 
     Raises:
-        ValueError: for values out of range, passes of a sampler that has none, and --parallel of one that has.
+        ValueError: for values out of range, options of passes for a sampler without passes, and --parallel for one with
+            them.
     """
     calibration = models.decoder.card.calibration if models.decoder is not None else None
     if (file := getattr(args, "calibration", None)) is not None:
@@ -517,7 +523,7 @@ def sampling_of(models: Models, args: argparse.Namespace) -> SamplingOptions:
 
 
 def _staged(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of passes that are given."""
+    """The options of progressive sampling that are given, by name."""
     return {name: getattr(args, name) for name in PROGRESSIVE if getattr(args, name, None) is not None}
 
 
@@ -529,7 +535,7 @@ def _staged_sampler(models: Models, args: argparse.Namespace) -> StagedSampler:
 
 
 def warn_of_unknown_words(models: Models, prompts: Sequence[str]) -> None:
-    """Names the words of each prompt that mean nothing to the sampler."""
+    """Prints the words of each prompt that mean nothing to the sampler."""
     for prompt in prompts:
         unknown = models.sampler.unknown_words(prompt)
         if unknown:
@@ -543,7 +549,7 @@ def warn_of_unknown_words(models: Models, prompts: Sequence[str]) -> None:
 
 @contextmanager
 def bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, to be called with (done, total)."""
+    """Shows a progress bar; gives a function to call with (done, total)."""
     with tqdm(desc=label, unit="step", leave=False, disable=None) as shown:
 
         def step(done: int, total: int) -> None:
@@ -560,10 +566,10 @@ def sample_tokens(
     args: argparse.Namespace,
     report: Callable[[str], None] | None = None,
 ) -> TokenLogits:
-    """Token logits of the prompts, under a progress bar.
+    """Samples token logits for the prompts, with a progress bar.
 
     Args:
-        report: told in how many passes of the network they were sampled.
+        report: called with a line that says in how many passes of the network they were sampled.
     """
     passes: dict[int, int] = {}  # of each part of the batch, if it was split
     with bar("tokens") as step:
@@ -588,10 +594,10 @@ def sample_in_stages(
     args: argparse.Namespace,
     report: Callable[[str], None],
 ) -> Staged:
-    """Token logits of the prompts and the passes that led to them, under a progress bar.
+    """Samples token logits for the prompts, and keeps the passes that led to them, with a progress bar.
 
     Args:
-        report: as `sample_tokens`.
+        report: as in `sample_tokens`.
 
     Raises:
         ValueError: for a sampler without passes.
@@ -616,10 +622,10 @@ def _passes_told(sampled: TokenLogits, passes: int) -> str:
 
 
 def guidance_of(args: argparse.Namespace, card: DecoderCard | None = None) -> tuple[GuidanceOptions, float]:
-    """How predicted images are pulled, and the time that painting starts from.
+    """How predicted images are pulled, and the time at which painting starts.
 
     Args:
-        card: of a trained decoder; says the strength by default.
+        card: of a trained decoder; gives the default strength.
 
     Raises:
         ValueError: for a strength that is negative or not finite.
@@ -639,7 +645,7 @@ def shift_of(args: argparse.Namespace, card: DecoderCard | None) -> float | None
 
 
 def _served(args: argparse.Namespace, card: DecoderCard | None) -> ServedGuidance | None:
-    """The card's guidance, where it counts: with its own decoder, and no other strength asked for."""
+    """The card's guidance where it applies: with its own decoder, and if no other strength was asked for."""
     if card is None or guided(args) or args.strength is not None:
         return None
     served = card.distribution_guidance
@@ -667,7 +673,7 @@ def guide_decoder_of(args: argparse.Namespace, codec: LatentCodec) -> CheapDecod
     """The small decoder asked for, which fits the codec; None for the codec itself.
 
     Raises:
-        ValueError: as `load_cheap_decoder`, and for latents of other channels.
+        ValueError: as `load_cheap_decoder`, and for latents with another number of channels.
     """
     folder = getattr(args, "guide_decoder", None)
     if folder is None:
@@ -678,7 +684,7 @@ def guide_decoder_of(args: argparse.Namespace, codec: LatentCodec) -> CheapDecod
 
 
 def paint(models: Models, condition: Condition, seeds: Sequence[int], args: argparse.Namespace) -> torch.Tensor:
-    """The decoder's images [B, 3, H, W] in -1..1, under a progress bar."""
+    """The decoder's images [B, 3, H, W] in -1..1, painted with a progress bar."""
     with bar("decoder") as step:
         painted = decode(
             models.decoder,
@@ -716,7 +722,7 @@ def paint_with(
     seeds: Sequence[int],
     args: argparse.Namespace,
 ) -> torch.Tensor:
-    """The pipeline's images [B, 3, H, W] in -1..1, under a progress bar."""
+    """The pipeline's images [B, 3, H, W] in -1..1, painted with a progress bar."""
     tokenizer, (options, start) = models.tokenizer, guidance_of(args)
     if models.decoder is not None:
         condition, calibration = condition_of(models, token_logits, args), card_of(models, args).calibration
@@ -749,12 +755,13 @@ def condition_of(models: Models, token_logits: TokenLogits, args: argparse.Names
 
 
 def calibration_material(args: argparse.Namespace) -> tuple[list[str], list[ImageFile] | None]:
-    """Prompts and image files; for the embedded models captions, and None for rendered scenes, if none are given.
+    """Prompts and image files; by default, for the embedded models, captions, and None for rendered scenes.
 
-    Any other VLM gets the package's prompts. From a folder, whose sub-folders may be classes, images are taken evenly.
+    Any other VLM gets the package's prompts by default. From a folder, whose sub-folders may be classes, images are
+    taken evenly.
 
     Raises:
-        ValueError: for counts below 1, and for a VLM of your own without images.
+        ValueError: for counts below 1, options of images without --images, and a VLM of your own without images.
     """
     count, ours = args.count, args.janus is None
     if count < 1:
@@ -806,7 +813,7 @@ def material_pixels(
 
 
 def check_png(out: Path, option: str = "--out") -> None:
-    """Refuses another suffix, and what cannot be written.
+    """Refuses a file that does not end in .png, or that cannot be written.
 
     Args:
         option: as it is typed, for the message.
@@ -820,18 +827,18 @@ def check_png(out: Path, option: str = "--out") -> None:
 
 
 def write_images(images: torch.Tensor, out: Path, suffix: str) -> None:
-    """One image [3, H, W] in -1..1 under the given name, several numbered."""
+    """Writes images [B, 3, H, W] in -1..1: a single one under the given name, several of them numbered."""
     write_sheets([to_image(pixels) for pixels in images], out, suffix)
 
 
 def write_sheets(sheets: Sequence[Image.Image], out: Path, suffix: str = "") -> None:
-    """One image under the given name, several numbered."""
+    """Writes a single image under the given name, several of them numbered."""
     for sheet, file in zip(sheets, image_paths(len(sheets), out, suffix), strict=True):
         print(f"wrote {save_image(sheet, file)}")
 
 
 def image_paths(count: int, out: Path, suffix: str = "") -> list[Path]:
-    """The files of so many images, which are numbered where there are several."""
+    """The files of this many images, numbered if there are several."""
     numbers = [f"-{i + 1}" for i in range(count)] if count > 1 else [""] * count
     return [out.with_name(f"{out.stem}{number}{suffix}.png") for number in numbers]
 

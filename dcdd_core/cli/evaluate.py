@@ -138,7 +138,7 @@ def text(args: argparse.Namespace) -> None:
 
 
 def _decoders(models: Models, args: argparse.Namespace, crew: Processes) -> Decoders:
-    """Both decoders, as asked for; says so if guidance takes part."""
+    """Both decoders, as asked for; prints a line if guidance is used."""
     decoders = common.decoders_of(models, args)
     if (told := guidance_told(decoders.strength, decoders.served_shift)) and crew.first:
         print(f"{PATHS['dcdd']}: {told}")
@@ -174,14 +174,14 @@ def _measuring_options(parser: common.Parser) -> None:
 
 
 def _feature_network(args: argparse.Namespace, device: torch.device) -> FeatureNetwork:
-    """Inception from a file; without one, for the embedded models the scene reader."""
+    """Inception from a file; without one, the scene reader for the embedded models."""
     if args.inception is None and args.janus is None:
         return pico.feature_network(device=device)
     return feature_network(args.inception, device=device)
 
 
 def _perceptual_network(args: argparse.Namespace, device: torch.device) -> PerceptualNetwork:
-    """LPIPS from a file; without one, for the embedded models the scene reader."""
+    """LPIPS from a file; without one, the scene reader for the embedded models."""
     if args.lpips is None and args.janus is None:
         return pico.perceptual_network(device=device)
     return perceptual_network(args.lpips, device=device)

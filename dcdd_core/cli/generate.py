@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     common.check_distinct(_written(args))
     models = common.load(args)
     common.check_painting(models, args, "compare")
-    common.sampling_of(models, args)  # What it refuses is refused before a pipeline is loaded.
+    common.sampling_of(models, args)  # Raises its errors before a pipeline is loaded.
     pipeline = common.pipeline_of(args)
     common.warn_of_unknown_words(models, args.prompt)
     seeds = common.seeds_of(args, len(args.prompt))
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _written(args: argparse.Namespace) -> dict[str, list[Path]]:
-    """Option -> the files that it writes."""
+    """Each option -> the files that it writes."""
     count = len(args.prompt)
     written = {"--out": common.image_paths(count, args.out)}
     if args.compare:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def served_as(card: DecoderCard) -> str:
-    """How a decoder paints by default, in a line."""
+    """One line of text that says how a decoder paints by default."""
     guidance = card.distribution_guidance
     told = "" if guidance is None else guidance_told(guidance.strength, guidance.shift)
     guided = told or "no distribution guidance"

@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def names_of(images: list[Path], side: int | None) -> list[str]:
-    """What results are called, for images that can all be read.
+    """The names of the results, once all images are known to be readable.
 
     Raises:
-        ValueError: for two of one name, one that cannot be read, and a side that is none.
+        ValueError: for two images of the same name, one that cannot be read, and a side below 1 pixel.
     """
     names = [path.stem for path in images]
     if len(set(names)) < len(names):
@@ -64,7 +64,7 @@ def names_of(images: list[Path], side: int | None) -> list[str]:
     if side is not None and side < 1:
         raise ValueError(f"--side must be at least 1 pixel, best the VLM's own size; got {side}")
     for path in images:
-        open_image(path)  # Before minutes of work, an image that cannot be read is named.
+        open_image(path)  # Names an image that cannot be read before minutes of work.
     return names
 
 
@@ -73,6 +73,9 @@ def read_image(path: Path, tokenizer: ImageTokenizer, side: int | None = None) -
 
     Args:
         side: larger images are shrunk until their longer side has this many pixels.
+
+    Raises:
+        ValueError: for an image that cannot be read, is smaller than one token, or has more than 64 x 64 tokens.
     """
     image = open_image(path)
     if side is not None:

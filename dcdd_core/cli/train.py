@@ -1,5 +1,5 @@
-"""`dcdd train`: trains a decoder for a VLM, a student of it with few steps, or a masked sampler of its tokens; encodes
-images; estimates a training."""
+"""`dcdd train`: trains a decoder for a VLM, distils it into a student of few steps, or trains a masked sampler of the
+VLM's tokens; encodes images; estimates the memory and time of a training."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> i
     """Runs one of `COMMANDS`, "train" if none is named.
 
     Args:
-        arguments: None for those of the process.
+        arguments: None for the process's own.
         prog: the name in usage texts and messages.
 
     Returns:
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> i
             raise
         print(f"{prog}: {getattr(args, 'less_memory', _LESS_MEMORY)}", file=sys.stderr)
         return 1
-    except TrainingStopped as stopped:  # It has said so.
+    except TrainingStopped as stopped:  # Its message has been printed.
         return stopped.status
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; run the same command again to resume from the newest checkpoint", file=sys.stderr)
@@ -105,7 +105,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def distill(args: argparse.Namespace) -> None:
-    """Makes a student of a decoder, or resumes; with --bundle-now writes a bundle of the newest checkpoint instead."""
+    """Distils a decoder into a student, or resumes; with --bundle-now bundles the newest checkpoint instead."""
     optimization = options.optimization_config(args, compile=args.compile)
     distillation = DistillationConfig(
         steps=args.student_steps, objective=args.objective, teacher_steps=args.teacher_steps, shift=args.shift
@@ -180,13 +180,13 @@ def _plan(args: argparse.Namespace, **given) -> Plan:
         given = {"vae": pico["vae"], "bundle": pico["decoder"]} | given
         return Plan(vlm=pico["vlm"], resolution=args.resolution, **given)
     if args.vae is None:
-        registry.sampler_family(args.vlm)  # One that is absent is named first.
+        registry.sampler_family(args.vlm)  # A VLM that does not exist is reported first.
         raise ValueError("give --vae, the autoencoder whose latents the decoder paints: only pico has its own")
     return Plan(vlm=Path(args.vlm), vae=args.vae, resolution=args.resolution, **given)
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
-    """Refuses options that would do nothing beside the others.
+    """Refuses options that would have no effect given the others.
 
     Raises:
         ValueError: naming them, and why.
@@ -315,7 +315,7 @@ def _add_distill(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_examples(group: argparse._ArgumentGroup) -> None:
-    """What the examples are made of."""
+    """Adds options for what the examples are made of."""
     data = {field.name: field.default for field in fields(DataConfig)}
     options.add_source(group)
     group.add_argument(
@@ -333,7 +333,7 @@ def _add_examples(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_optimisation(group: argparse._ArgumentGroup, *, ema_decay: float) -> None:
-    """What is trained, and how its weights are updated."""
+    """Adds options for what is trained, and how its weights are updated."""
     group.add_argument("--train", default="attention", choices=TRAINED, help="what is trained, besides the adapter")
     group.add_argument("--rank", type=int, default=_RANK, help="rank of --train lora")
     defaults = {"learning_rate": 1e-4, "weight_decay": OptimizationConfig.weight_decay, "ema_decay": ema_decay}

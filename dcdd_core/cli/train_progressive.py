@@ -31,7 +31,7 @@ _LESS_MEMORY = (
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains a masked sampler, or resumes; with --sampler-now writes that of the newest checkpoint instead."""
+    """Trains a masked sampler, or resumes; with --sampler-now writes the newest checkpoint's sampler instead."""
     optimization = options.optimization_config(args)
     masking = MaskingConfig(
         corruptions=tuple(args.corruptions),
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _estimate(args: argparse.Namespace, plan: MaskedPlan, masking: MaskingConfig) -> None:
-    """Prints the memory and the time that a training takes.
+    """Prints the memory and time that the training will take.
 
     Raises:
         ValueError: for numbers out of range, and as the loaders.
@@ -120,7 +120,7 @@ def _estimate(args: argparse.Namespace, plan: MaskedPlan, masking: MaskingConfig
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
-    """Refuses options that would do nothing beside --cache, or without --estimate.
+    """Refuses options that would have no effect with --cache, or without --estimate.
 
     Raises:
         ValueError: naming them.

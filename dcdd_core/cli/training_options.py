@@ -1,4 +1,4 @@
-"""Options that the trainings of `dcdd train` share."""
+"""Options that the training commands of `dcdd train` share."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .arguments import path, path_text
 
 #: Options of `add_images` that say which images are used, with their defaults.
 IMAGES: Mapping[str, Any] = {"--column": None, "--min-side": None, "--skip-unreadable": ReadPolicy.skip_unreadable}
-#: Why they would do nothing beside --cache.
+#: Why they would have no effect with --cache.
 CACHED = "what a cache holds was chosen when it was written"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a help text that does not say it, if there is one."""
+    """Adds an option's default, if it has one, to a help text that does not state it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or isinstance(action.default, bool) or "(default" in (action.help or ""):
@@ -30,10 +30,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def add_images(command: argparse.ArgumentParser, *, side: str) -> None:
-    """Which images are used, and by how many processes they are decoded.
+    """Adds options for which images are used, and how many processes decode them.
 
     Args:
-        side: the option that is the images' side.
+        side: the option that gives the images' side.
     """
     command.add_argument("--column", help="column of the images, in a dataset or in webdataset shards")
     command.add_argument(
@@ -53,7 +53,7 @@ def add_images(command: argparse.ArgumentParser, *, side: str) -> None:
 
 
 def add_caption_column(group: argparse._ActionsContainer) -> None:
-    """Where the captions of images are."""
+    """Adds the option for where the images' captions are."""
     columns = " or ".join(COLUMNS)
     group.add_argument(
         "--caption-column",
@@ -64,7 +64,7 @@ def add_caption_column(group: argparse._ActionsContainer) -> None:
 
 
 def add_source(group: argparse._ArgumentGroup) -> None:
-    """The images or the cache to train on."""
+    """Adds options for the images or the cache to train on."""
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--data",
@@ -81,7 +81,7 @@ def add_source(group: argparse._ArgumentGroup) -> None:
 def add_updates(
     group: argparse._ArgumentGroup, *, learning_rate: float, weight_decay: float, ema_decay: float, batch: int
 ) -> None:
-    """How the weights are updated; the arguments are the defaults."""
+    """Adds options for how the weights are updated; the arguments are their defaults."""
     default = {field.name: field.default for field in fields(OptimizationConfig)}
     group.add_argument("--steps", type=int, default=50_000, help="updates of the weights")
     group.add_argument("--batch", type=int, default=batch, help="images per device and micro-batch")
@@ -104,10 +104,10 @@ def add_updates(
 
 
 def add_logging(command: argparse.ArgumentParser, *, best: str) -> argparse._ArgumentGroup:
-    """What is written, and how often.
+    """Adds options for what is written, and how often.
 
     Args:
-        best: where the weights with the lowest loss are, in words.
+        best: where the weights with the lowest loss are, for the help text.
     """
     group = command.add_argument_group("logging and checkpoints")
     run = {field.name: field.default for field in fields(RunConfig)}
@@ -138,7 +138,7 @@ def add_logging(command: argparse.ArgumentParser, *, best: str) -> argparse._Arg
 
 
 def optimization_config(args: argparse.Namespace, **own: Any) -> OptimizationConfig:
-    """What `add_updates` asked for, and a command's own settings.
+    """The configuration from the options of `add_updates` and a command's own settings.
 
     Raises:
         ValueError: for numbers out of range.
@@ -159,7 +159,7 @@ def optimization_config(args: argparse.Namespace, **own: Any) -> OptimizationCon
 
 
 def data_config(args: argparse.Namespace, **own: Any) -> DataConfig:
-    """What `add_source` and `add_images` asked for, and a command's own settings.
+    """The configuration from the options of `add_source` and `add_images` and a command's own settings.
 
     Raises:
         ValueError: for numbers out of range, and for --verify without --cache.
@@ -179,16 +179,16 @@ def data_config(args: argparse.Namespace, **own: Any) -> DataConfig:
 
 
 def given(args: argparse.Namespace, defaults: Mapping[str, Any]) -> list[str]:
-    """The options that do not have these defaults; those that the command lacks are not given."""
+    """The options that differ from these defaults; those that the command lacks count as not given."""
     held = vars(args)
     return [name for name, default in defaults.items() if held.get(name[2:].replace("-", "_"), default) != default]
 
 
 def refuse_idle(args: argparse.Namespace, cases: Iterable[tuple[bool, Mapping[str, Any], str]]) -> None:
-    """Refuses options that would do nothing.
+    """Refuses options that would have no effect.
 
     Args:
-        cases: (whether they would do nothing, the options with their defaults, why) of some options.
+        cases: (whether some options would have no effect, these options with their defaults, why).
 
     Raises:
         ValueError: naming those that are given, and why.
@@ -199,7 +199,7 @@ def refuse_idle(args: argparse.Namespace, cases: Iterable[tuple[bool, Mapping[st
 
 
 def run_config(args: argparse.Namespace) -> RunConfig:
-    """What `add_logging` asked for; four checkpoints in a run that is shorter than 2000 updates.
+    """The configuration from the options of `add_logging`; by default, runs below 2000 updates save four checkpoints.
 
     Raises:
         ValueError: for numbers out of range.

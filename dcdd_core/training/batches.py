@@ -1,7 +1,7 @@
 """The order in which training sees its examples: per-process shards, endless batches, exact resume.
 
-A source says the order of an epoch without decoding anything, and loading an image is a function of its entry alone. So
-the order does not depend on the number of workers, and a position is resumed without decoding what came before it.
+A source lists the order of an epoch without decoding anything, and loading an image depends on its entry alone. So the
+order does not depend on the number of workers, and a run resumes at a position without decoding what came before it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DataShard:
         window: for streams, which have no random access: this many images at a time are read, undecoded, and shuffled.
 
     Raises:
-        ValueError: for a rank outside the world, and an empty window.
+        ValueError: for a rank outside 0..world-1, and a window below 1.
     """
 
     seed: int | None = 0
@@ -63,7 +63,7 @@ class DataShard:
             raise ValueError(f"rank must lie in 0..{self.world - 1} of {self.world} processes, got {self.rank}")
 
     def permutation(self, count: int, *key: int) -> list[int]:
-        """A permutation of range(count): a function of the seed and the key, the same in all processes."""
+        """A permutation of range(count), determined by seed and key and the same in all processes."""
         if self.seed is None:
             return list(range(count))
         return torch.randperm(count, generator=keyed_generator(self.seed, _ORDER, *key)).tolist()
@@ -96,16 +96,16 @@ class Source(Protocol[Item, Batch]):
     policy: ReadPolicy
 
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
-        """The shard's entries of an epoch from position `start` on; `mark`, of an entry near there, saves reading."""
+        """The shard's entries of an epoch from position `start` on; the `mark` of an entry before it saves reading."""
 
     def load(self, entry: Entry) -> Item:
-        """Raises UnreadableImage."""
+        """Loads an entry's item; raises UnreadableImage for one to leave out."""
 
     def collate(self, items: Sequence[Item]) -> Batch: ...
 
 
 class Wrapped:
-    """What a `Source` that only changes another one's entries takes from it."""
+    """Base class of a `Source` that only changes another one's entries and takes everything else from it."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -127,15 +127,16 @@ class Wrapped:
 
 
 class ReadCounter:
-    """Counts what was read, and warns of each image that is left out.
+    """Counts what was read, and warns about each image that is left out.
 
     Attributes:
-        read, unreadable: so far; `read` includes the unreadable ones, but none that are too small or lack a caption.
+        read, unreadable: images so far; `read` includes the unreadable ones, but not those left out as too small or
+            for lack of a caption.
         small: images that are too small.
-        bare: images without a caption, where captions are read.
-        reasons: name of an unreadable image -> what is wrong with it; of the first ones.
-        too_small, uncaptioned: names of such images, the first ones.
-        without_caption: names of images that are used without one, the first ones.
+        bare: images that are left out for lack of a caption.
+        reasons: name of an unreadable image -> what is wrong with it, for the first `MOST_NAMED`.
+        too_small, uncaptioned: names of the images in `small` and in `bare`, up to as many.
+        without_caption: names of images that are used without a caption, up to as many.
     """
 
     def __init__(self, read: int = 0, unreadable: int = 0, small: int = 0):
@@ -172,7 +173,7 @@ class ReadCounter:
         return False
 
     def check(self, source: Source) -> None:
-        """Refuses a source that was read to its end, if too much of it, or all, is left out.
+        """Refuses a source that was read to its end if too many images are unreadable, or none can be used.
 
         Raises:
             ValueError: naming the unreadable images.
@@ -188,7 +189,7 @@ class ReadCounter:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for an item that is left out; `small` or `uncaptioned` if it could be read."""
+    """Stands for an item that is left out: as too `small`, as `uncaptioned`, or otherwise as unreadable."""
 
     key: str
     reason: str
@@ -199,7 +200,7 @@ class Unreadable:
 def load_in_order(
     source: Source[Item, Any], entries: Iterable[tuple[Any, Entry]], *, workers: int = 0
 ) -> Iterator[tuple[Any, Item | Unreadable]]:
-    """(tag, item) for each (tag, entry), in their order whatever the number of worker processes."""
+    """(tag, item) for each (tag, entry), in their order, whatever the number of worker processes."""
     tags: deque[Any] = deque()
 
     def chunks() -> Iterator[list[Entry]]:
@@ -214,7 +215,7 @@ def load_in_order(
         batch_sampler=chunks(),
         collate_fn=_unchanged,
         num_workers=workers,
-        generator=torch.Generator(),  # Without one, it draws from the global generator.
+        generator=torch.Generator(),  # Without one, the loader draws from the global generator.
         worker_init_fn=_leave_interrupts,
     )
     for items in loader:
@@ -229,9 +230,9 @@ class Batches(Generic[Batch]):
     batches do not depend on `workers`. If more images are unreadable than the source's policy allows, the rest of the
     epoch is read too, so that the error names all of them.
 
-    The state says how far the batches that were handed out reach, not what was read ahead. It is JSON and belongs to
-    one process. With several, each must get its own back; accelerate's `register_for_checkpointing` keeps only that of
-    the main process.
+    The state says how far the batches handed out so far reach, not what was read ahead. It consists of JSON values and
+    belongs to one process. With several processes, each must get its own back; accelerate's
+    `register_for_checkpointing` keeps only the main process's.
 
     Args:
         source: see `Source`.
@@ -255,7 +256,7 @@ class Batches(Generic[Batch]):
 
     @property
     def epoch(self) -> int:
-        """Of the last image that was handed out."""
+        """The epoch of the last image that was handed out."""
         return self._at[0]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -280,7 +281,7 @@ class Batches(Generic[Batch]):
         return counter.read >= MIN_READ and not self.source.policy.allows(counter.unreadable, counter.read)
 
     def _search(self, at: tuple[int, int, Mark | None]) -> None:
-        """Reads the rest of an epoch, to name all its unreadable images at once, and to know their share."""
+        """Reads the rest of an epoch, to name all its unreadable images at once and to determine their share."""
         epoch, position, mark = at
         found = ReadCounter(self.counter.read, self.counter.unreadable)
         found.reasons = dict(self.counter.reasons)
@@ -324,10 +325,10 @@ class Batches(Generic[Batch]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a position; iterators that exist already do not.
+        """Continues from a saved position; existing iterators are not affected.
 
         Raises:
-            ValueError: if it is of another source, seed, or number of processes.
+            ValueError: if it is of another source, seed, rank, number of processes, or window.
         """
         own = {"source": self.source.fingerprint, **asdict(self.shard)}
         differ = [f"{name} {state.get(name)!r} -> {value!r}" for name, value in own.items() if state.get(name) != value]
@@ -348,7 +349,7 @@ class Batches(Generic[Batch]):
 
 
 class _Loading(Dataset):
-    """What a worker does with an entry."""
+    """A dataset whose indices are entries, so that worker processes load them."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -362,7 +363,7 @@ class _Loading(Dataset):
 
 
 def _leave_interrupts(_: int) -> None:
-    """A terminal's Ctrl-C reaches the workers too: the main process alone says what it means, and ends them."""
+    """Ignores Ctrl-C, which in a terminal reaches the workers too: only the main process acts on it, and ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

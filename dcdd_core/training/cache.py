@@ -8,7 +8,7 @@ A cache is a folder:
                            if they are kept; a VLM's conditions, vlm_vectors [M, N, D] and vlm_uncertainty [M, N, 4]
                            float16, and vlm_known [M] bool; the names of the images in the header, and their captions if
                            they are kept
-    shards/00000.json, ... the manifest's line for one shard: so several processes and runs can add to the cache
+    shards/00000.json, ... the manifest's line for one shard, so that several processes and runs can add to the cache
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ _SHARD_FILE = re.compile(r"shards/\d{5,}\.safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class CacheCard:
-    """What made the encodings of a cache.
+    """What the encodings of a cache were made with.
 
     Attributes:
         codebook: its fingerprint (`Codebook.fingerprint`).
-        tokenizer, autoencoder: fingerprints of the two encoders' weights; a bfloat16 copy has the same.
+        tokenizer, autoencoder: fingerprints of the two encoders' weights; a bfloat16 copy has the same ones.
             The autoencoder is None for a cache without latents, whose C is 0.
-        vae_shift, vae_scale: of the normalised latents; None for a codec without them.
+        vae_shift, vae_scale: of the normalised latents; None without a codec, or for a codec without them.
         code_dim, channels: D and C.
         geometry: the sizes.
         pixels: whether the images' pixels are kept.
@@ -98,7 +98,7 @@ class CacheCard:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; without the VLM if there is none, as cards were before it."""
+        """As JSON values; without `vlm` if there is none, as in older cards."""
         values = asdict(self)
         if self.vlm is None:
             del values["vlm"]
@@ -131,7 +131,7 @@ class CacheCard:
         return cls(**{**values, "geometry": Geometry(**values["geometry"]), "vlm": vlm})
 
     def layout(self, items: int) -> dict[str, tuple[str, list[int]]]:
-        """Tensor -> (safetensors' name of its type, shape) of a shard with so many images."""
+        """Tensor's name -> (safetensors' name of its dtype, shape), for a shard with this many images."""
         if items == 0:
             return {}
         (h, w), size = self.geometry.grid, self.geometry.resolution
@@ -147,7 +147,7 @@ class CacheCard:
         return held
 
     def misfits(self, wanted: CacheCard) -> list[str]:
-        """What differs from the wanted card, in words; pixels and VLM conditions that are not needed do no harm."""
+        """Describes what differs from the wanted card; pixels and VLM conditions that are not needed do no harm."""
         found = self._token_misfits(wanted)
         if self.autoencoder is None and wanted.autoencoder is not None:
             found.append("it holds no latents, as it was written without an autoencoder")
@@ -179,7 +179,7 @@ class CacheCard:
         return []
 
     def misfits_of_tokens(self, wanted: CacheCard) -> list[str]:
-        """As `misfits`, of the features and their size alone."""
+        """Like `misfits`, for the features and their size only."""
         found = self._token_misfits(wanted)
         for name in ("token_resolution", "token_factor"):
             own, expected = getattr(self.geometry, name), getattr(wanted.geometry, name)
@@ -195,12 +195,12 @@ class EncodingCache:
         folder: see `write_cache`.
 
     Attributes:
-        card: what made it.
+        card: what it was made with.
         captioned: whether the captions of its images are kept.
-        policy: without meaning: what is unreadable was left out when the cache was written.
+        policy: has no effect, since unreadable images were left out when the cache was written.
 
     Raises:
-        ValueError: if there is no cache, or it is not complete, or a shard is missing or of another size.
+        ValueError: if there is no cache, it is incomplete or empty, or a shard is missing or has another size.
     """
 
     policy = DEFAULT_POLICY
@@ -244,7 +244,7 @@ class EncodingCache:
         return self.collate([self.load(Entry(str(i), int(i))) for i in indices])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}, "_captions": {}}  # Every process opens the files itself.
+        return self.__dict__ | {"_open": {}, "_captions": {}}  # Every process opens the files for itself.
 
     @cached_property
     def fingerprint(self) -> str:
@@ -265,10 +265,10 @@ class EncodingCache:
         self._refuse(self.card.misfits(wanted))
 
     def require_captions(self, wanted: CacheCard) -> None:
-        """Refuses a cache that does not fit for learning tokens from captions.
+        """Refuses a cache that is unsuitable for learning tokens from captions.
 
         Args:
-            wanted: its latents and its pixels do not matter.
+            wanted: its latents and pixels do not matter.
 
         Raises:
             ValueError: naming each difference.
@@ -287,7 +287,7 @@ class EncodingCache:
         """Compares the shards with their checksums; each of several processes checks every `world`-th one.
 
         Raises:
-            ValueError: naming the damaged ones.
+            ValueError: naming the damaged shards.
         """
         own = self._shards[rank::world]
         bad = [shard["file"] for shard in own if sha256(self.folder / shard["file"]) != shard["sha256"]]
@@ -303,15 +303,18 @@ class EncodingCache:
         return (Entry(str(i), i) for i in shard.indices(len(self), epoch, start))
 
     def load(self, entry: Entry) -> dict[str, Any]:
-        """One image's features [N, D] and latents [C, h', w'] in float16, pixels [3, R, R] uint8, conditions of the VLM
-        and caption, each if it is kept."""
+        """What the cache keeps of one image.
+
+        Features [N, D] and latents [C, h', w'] in float16, pixels [3, R, R] uint8, the VLM's conditions, and the
+        caption: each if it is kept.
+        """
         number = int(np.searchsorted(self._ends, entry.data, side="right"))
         row = entry.data - (int(self._ends[number - 1]) if number else 0)
         found = {name: values[row : row + 1][0] for name, values in self._shard(number).items()}
         return found | ({"caption": self._captions_of(number)[row]} if self.captioned else {})
 
     def collate(self, items: Sequence[dict[str, Any]]) -> EncodedBatch:
-        """A batch of items of `load`, in float32."""
+        """Combines items that `load` returned into a batch, in float32."""
         stacked = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "caption"}
         pixels = to_pixels(stacked["pixels"], "cpu") if "pixels" in stacked else None
         latents = stacked["latents"].float() if "latents" in stacked else None
@@ -324,7 +327,7 @@ class EncodingCache:
 
     @property
     def known(self) -> int:
-        """How many images have conditions of a VLM; 0 for a cache without them."""
+        """The number of images with conditions of a VLM; 0 for a cache without them."""
         if self.card.vlm is None:
             return 0
         numbers = (number for number, shard in enumerate(self._shards) if shard["items"])
@@ -341,7 +344,7 @@ class EncodingCache:
         return self._captions[number]
 
     def _shard(self, number: int) -> dict[str, Any]:
-        """Slices of a shard's memory-mapped tensors."""
+        """Slices of a shard's tensors, which are read from the file on demand."""
         if number not in self._open:
             path, items = self.folder / self._shards[number]["file"], self._shards[number]["items"]
             with open_tensors(path, _SHARD, _SHARD_AGAIN) as file, reading(path, _SHARD, _SHARD_AGAIN):
@@ -401,7 +404,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_line(path: Path) -> dict[str, Any]:
-    """What the manifest says of one shard, from the shard's own file, with what else it says.
+    """The line of one shard: its entry in the manifest and further counts, from the shard's own JSON file.
 
     Raises:
         ValueError: naming a file that is damaged.
@@ -422,7 +425,7 @@ def read_line(path: Path) -> dict[str, Any]:
 
 
 def read_end(path: Path) -> int:
-    """How many images a source has, as the writer noted when it reached its end.
+    """The number of images in a source, as the writer recorded it on reaching the end.
 
     Raises:
         ValueError: naming a file that is damaged.
@@ -471,9 +474,9 @@ def sha256(path: Path) -> str:
 
 
 def _encoder_fingerprint(model: nn.Module) -> str:
-    """Of the weights that encode; hashed as bfloat16, so that a copy in that type has the same.
+    """A fingerprint of the encoder's weights, hashed as bfloat16 so that a copy in that dtype has the same one.
 
-    Those of `encoder` and `quant_conv`, as diffusers and transformers name them, or of the whole network.
+    They are those of `encoder` and `quant_conv`, as diffusers and transformers name them, or else the whole network's.
     """
     parts = [part for name in ("encoder", "quant_conv") if (part := getattr(model, name, None)) is not None]
     weights = nn.ModuleList(parts or [model]).state_dict()

@@ -1,4 +1,4 @@
-"""Writes a cache of encodings, with any number of processes and runs; `cache` describes its files."""
+"""Writing a cache of encodings, with any number of processes and runs; `cache` describes its files."""
 
 from __future__ import annotations
 
@@ -52,27 +52,27 @@ def write_cache(
 
     Shard s holds the images from s * shard_size on, in the stored order, whichever process writes it. A run may be
     killed at any point and continued with any number of processes; on the same device, with deterministic kernels, the
-    files are the same to the byte. Existing shards are compared with their checksums first. A shard is made again if an
-    image that was unreadable in it has changed.
+    files are byte-identical. Existing shards are first compared with their checksums. A shard is rewritten if an image
+    that was unreadable or had no caption has changed since.
 
-    All images are encoded even if more are unreadable than the source's policy allows; the error then names all of
-    them.
+    All images are encoded even if more are unreadable than the source's policy allows; the error then names them.
 
     Args:
-        source: the images, with their sizes; see `sources.open_images`. Captions are kept where they are read.
-        codec: None for a cache without latents, for masked samplers alone.
+        source: the images, with their sizes; see `sources.open_images`. Required captions are kept in the cache.
+        codec: None for a cache without latents, which only masked samplers can use.
         shard_size: images per shard, before unreadable ones are skipped.
         keep_pixels: for localised training, which encodes masked images; takes several times the space.
-        conditions: of the VLM, of those images that have a caption; the source has to read captions. None for none.
-        rank, world: this process writes every `world`-th shard, from `rank` on; the cache is complete when all
-            processes are done.
+        conditions: makes the VLM's conditions of images that have a caption, which the source must read; None for a
+            cache without them.
+        rank, world: this process writes every `world`-th shard, starting with shard `rank`; the cache is complete when
+            all processes are done.
         workers: processes that decode images.
-        report: gets the lines to print.
+        report: called with each line to print.
 
     Raises:
         ValueError: if the folder holds a cache of other networks, sizes or images; if too many images are
-            unreadable, or none is readable; if an encoding is not finite.
-        OSError: if the disk is full; finished shards are kept.
+            unreadable, or none can be used; if an encoding is not finite.
+        OSError: if a file cannot be written, such as on a full disk; finished shards are kept.
     """
     require_at_least(1, shard_size=shard_size, batch_size=batch_size)
     if conditions is not None and source.captions is None:
@@ -128,12 +128,12 @@ def write_cache(
     writer.finish(position)
     for line in LeftOut.of(source, counter).lines():
         report(f"{folder}: {line}")
-    if counter.read + counter.small + counter.bare:  # Of few shards a process may have none.
+    if counter.read + counter.small + counter.bare:  # With few shards, a process may have none.
         counter.check(source)
 
 
 def _counted(lines: Sequence[Mapping[str, Any]]) -> ReadCounter:
-    """The counts of shards that are finished; why an image was unreadable is not known of them."""
+    """The counts of finished shards, which do not record why an image was unreadable."""
     bad = [key for line in lines for key in line["unreadable"]]
     small = sum(len(line.get("small", ())) for line in lines)
     counter = ReadCounter(sum(line["read"] for line in lines), len(bad), small)
@@ -153,7 +153,7 @@ def _positions(line: Mapping[str, Any]) -> int:
 class _Writer:
     """Writes the files of a cache.
 
-    A shard's line is what the manifest says of it, in a file of its own.
+    A shard's line is its entry in the manifest, with further counts, in a file of its own.
     """
 
     def __init__(self, folder: Path, card: CacheCard, source: ImageSource, shard_size: int, shard: DataShard):
@@ -163,12 +163,12 @@ class _Writer:
         self.shard = shard
         self.shard_size = shard_size
         self._lines: dict[str, tuple[int, dict[str, Any]]] = {}  # file -> (modification time, content)
-        self._all_sizes = False  # whether the cache was begun before there was a smallest size
+        self._all_sizes = False  # whether the cache was begun by a version without a smallest size
 
     def begin(self) -> dict[int, dict[str, Any]]:
-        """Makes the folder, or checks what it holds; returns the lines of the finished shards by number.
+        """Creates the folder, or checks what it holds; returns the lines of the finished shards by number.
 
-        Of this process's own shards, those that do not match their checksums are discarded.
+        Discards those of this process's shards that do not match their checksums, or lack images that have changed.
         """
         begun = bool(self._read_lines())  # Before the manifest is read: other processes write that first.
         if (self.folder / "manifest.json").exists():
@@ -176,7 +176,7 @@ class _Writer:
             self._compare(manifest)
             self._all_sizes = "min_side" not in manifest
         elif self.folder.is_dir():
-            ours = ("manifest.json", _SHARDS)  # Another process may have made these just now.
+            ours = ("manifest.json", _SHARDS)  # Another process may have created these just now.
             if begun:
                 raise ValueError(
                     f"{self.folder} holds shards without their manifest.json, which says how they were made: put it "
@@ -211,7 +211,7 @@ class _Writer:
         return self._read_lines()
 
     def entry_point(self, finished: Mapping[int, Mapping[str, Any]]) -> tuple[int, Mark | None]:
-        """Position and mark from which the source has to be read: the last finished shard before a missing one."""
+        """Position and mark from which to read the source: the last finished shard before the first missing one."""
         number = self.shard.rank
         while number in finished:
             number += self.shard.world
@@ -231,9 +231,9 @@ class _Writer:
         captions: list[str],
         mark: Mark | None,
     ) -> None:
-        """Writes a shard, then its line, then the manifest: if killed in between, the shard is made again."""
+        """Writes a shard, then its line, then the manifest; if killed in between, the shard is written again."""
         tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in (parts[0] if parts else ())}
-        # One entry: safetensors writes several in no fixed order.
+        # A single entry, since safetensors writes several in no fixed order.
         told = {"format": FORMAT, "card": self.card.to_dict(), "keys": keys}
         if self.source.captioned:
             told["captions"] = captions
@@ -294,7 +294,7 @@ class _Writer:
         """The lines of the finished shards, by number, in increasing order."""
         found = {}
         for path in (self.folder / _SHARDS).glob("[0-9]*.json"):
-            with suppress(FileNotFoundError):  # Its process may be discarding it just now.
+            with suppress(FileNotFoundError):  # The process that owns it may be discarding it just now.
                 changed = path.stat().st_mtime_ns
                 if path.name not in self._lines or self._lines[path.name][0] != changed:
                     self._lines[path.name] = changed, read_line(path)
@@ -302,14 +302,14 @@ class _Writer:
         return dict(sorted(found.items()))
 
     def _read_end(self) -> int | None:
-        """How many images the source has, readable or not, if a process has reached its end."""
+        """The number of images in the source, readable or not; None until a process has reached its end."""
         path = self.folder / _SHARDS / _END
         return read_end(path) if path.is_file() else None
 
     def _write_manifest(self) -> dict[str, Any]:
-        """Writes the manifest from the existing lines, until no other process has added one meanwhile.
+        """Writes the manifest from the existing lines, repeatedly until no other process has added one meanwhile.
 
-        The process that replaces it last checks again afterwards: so no line is missed, without a lock.
+        Whichever process writes it last checks the lines once more afterwards, so none is missed even without a lock.
         """
         while True:
             lines, end = self._read_lines(), self._read_end()
@@ -331,7 +331,7 @@ class _Writer:
                 return manifest
 
     def _put(self, name: str, data: bytes) -> None:
-        """Writes a file whole or not at all."""
+        """Writes a file completely or not at all."""
         try:
             with whole_file(self.folder / name) as temporary, temporary.open("wb") as file:
                 file.write(data)

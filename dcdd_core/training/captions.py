@@ -11,31 +11,35 @@ from ..files import regular_file
 from ..pipelines.images import UnreadableImage
 from ..settings import shown
 
-#: Beside an image "a.jpg", its caption is "a.txt".
+#: The caption of an image "a.jpg" is in "a.txt" beside it.
 SUFFIX = ".txt"
-#: Columns of datasets, and fields of webdataset samples, that hold captions: the first that is there.
+#: Columns of datasets, and fields of webdataset samples, that hold captions: the first one present is used.
 COLUMNS, FIELDS = ("caption", "text"), ("txt", "caption", "text")
-#: Bytes; a text that is longer is no caption.
+#: The most characters of a caption; a longer text is not one. Of a caption file, as many bytes and one more are read.
 MOST_BYTES = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """That the images of a source come with captions.
+    """How the captions of a source's images are read.
 
     Attributes:
-        column: of a dataset, or the field of webdataset samples; None for the first of `COLUMNS` or `FIELDS`.
-        required: images without a caption are left out; otherwise they are read without one.
+        column: of a dataset, or the field of webdataset samples; None for the first of `COLUMNS` or `FIELDS` present.
+        required: whether images without a caption are left out; otherwise they are read without one.
     """
 
     column: str | None = None
     required: bool = True
 
     def choose(self, names: Sequence[str], known: Sequence[str], where: str) -> str:
-        """The column or field of the captions among those that a source has.
+        """The captions' column or field, among the `names` that a source has.
+
+        Args:
+            known: the candidates if no column is given, best first.
+            where: names the source in messages.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if the column, or every candidate, is missing.
         """
         if self.column is not None:
             if self.column not in names:
@@ -50,19 +54,19 @@ class Captions:
 
 
 class MissingCaption(UnreadableImage):
-    """An image without a caption is skipped where captions are required; there may be any number of them."""
+    """An image has no usable caption. Where captions are required it is skipped, however many such images there are."""
 
 
 def caption_file(image: Path) -> Path:
-    """Where the caption of an image in a folder is."""
+    """The file with the caption of an image in a folder."""
     return image.with_suffix(SUFFIX)
 
 
 def read_caption(image: Path) -> bytes | None:
-    """The content of an image's caption file, at most a little more than `MOST_BYTES`; None if there is none.
+    """The content of an image's caption file, at most `MOST_BYTES` + 1 bytes; None if there is no file.
 
     Raises:
-        MissingCaption: for one that cannot be read.
+        MissingCaption: if the file cannot be read.
     """
     path = caption_file(image)
     if not path.exists():
@@ -75,10 +79,10 @@ def read_caption(image: Path) -> bytes | None:
 
 
 def caption_of(value: Any) -> str:
-    """A caption as a source stores it, as one line of text.
+    """One line of text from a caption as its source stores it.
 
     Raises:
-        MissingCaption: for none, a blank one, one that is too long, and one that is no text in UTF-8.
+        MissingCaption: if it is absent, blank, too long, or not text in UTF-8.
     """
     if value is None:
         raise MissingCaption("it has no caption")

@@ -2,17 +2,17 @@
 
 A checkpoint is a folder, RUN/checkpoints/step-00001000:
     the files of `accelerator.save_state`    the trained weights, optimisers and random generators
-    parts                                    in their place for sharded weights (FSDP): see `save_sharded`
+    parts                                    instead of these, for sharded weights (FSDP): see `save_sharded`
     average.safetensors                      the EMA of the weights, float32, by name
     position-0.json, ...                     each process's position in the data
     means-0.json, ...                        each process's running means since the last line of the log, if any
     training.json                            the step, the seconds, the settings that the result depends on, and the
                                              checksums of all other files and of itself
 
-Beside them lies RUN/checkpoints/best.safetensors, the EMA that had the lowest loss on held-out images.
+Beside them is RUN/checkpoints/best.safetensors, the EMA that had the lowest loss on held-out images.
 
-accelerate pickles objects that are registered with it, reads them without `weights_only`, and keeps those of the main
-process alone. The EMA and the positions therefore have files of their own.
+accelerate pickles objects that are registered with it, reads them without `weights_only`, and keeps only those of the
+main process. The EMA and the positions therefore have files of their own.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from .write_errors import checkpoint_error, describe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-#: Settings: the fingerprint of the held-out images, and the fraction that `RunConfig.held_out` was.
+#: Names of two settings: the fingerprint of the held-out images, and the fraction (`RunConfig.held_out`).
 HELD_OUT, HELD_OUT_FRACTION = "held_out", "held_out_fraction"
 
 _FORMAT = "dcdd training 1"
@@ -67,7 +67,7 @@ class TrainingState:
     """What a checkpoint holds besides accelerate's own files.
 
     Attributes:
-        step, seconds: done and spent.
+        step, seconds: updates done, and time spent.
         ema: the EMA of the weights by name, on the CPU.
         position: this process's, of `Batches`.
         means: this process's, of `RunningMeans`.
@@ -85,10 +85,10 @@ class Resumed:
     """What a checkpoint holds for a run that resumes.
 
     Attributes:
-        step, seconds, ema: as of `TrainingState`.
+        step, seconds, ema: as in `TrainingState`.
         positions: of all processes that saved it, by rank.
-        means: this process's; none if there were other processes.
-        settings: that it was made under.
+        means: this process's; empty if the number of processes has changed.
+        settings: those that it was made under.
     """
 
     step: int
@@ -119,11 +119,11 @@ class Checkpoints:
 
     Args:
         folder: of the run.
-        accelerator: has prepared the model and the optimisers.
+        accelerator: the one that prepared the model and the optimisers.
         model, optimizers: as prepared; only trained weights are saved.
         settings: everything that the result depends on, as plain JSON values; a checkpoint made under others is
             refused (but see `load`).
-        keep: how many.
+        keep: how many of the newest are kept.
     """
 
     def __init__(
@@ -146,8 +146,10 @@ class Checkpoints:
         accelerator.register_save_state_pre_hook(_drop_frozen(model))
 
     def save(self, state: TrainingState) -> None:
-        """Writes a checkpoint under a temporary name, then renames it: if the process is killed, the previous one is
-        intact. All processes call this together.
+        """Writes a checkpoint; all processes must call this together.
+
+        It is written under a temporary name and then renamed, so that the previous one is intact if a process is
+        killed.
 
         Raises:
             OSError: if it cannot be written, such as on a full disk; the previous one is intact.
@@ -179,8 +181,8 @@ class Checkpoints:
     def load(self) -> Resumed | None:
         """Loads the newest checkpoint into the model and the optimisers; None if there is none.
 
-        The run may have become longer, and the number of processes another. Batches and their accumulation may be
-        others where an update has as many images as before.
+        The run may be longer than before, and the number of processes different. Batch size and accumulation may
+        differ if an update still has as many images as before.
 
         Raises:
             ValueError: if it was made under other settings, is damaged or cannot be read.
@@ -214,7 +216,7 @@ class Checkpoints:
         )
 
     def save_best(self, best: Best) -> None:
-        """Writes the best weights, whole or not at all. The main process calls this.
+        """Writes the best weights, completely or not at all; to be called in the main process.
 
         Raises:
             OSError: if they cannot be written.
@@ -223,7 +225,7 @@ class Checkpoints:
         write_tensors(self.folder / _BEST, best.weights, told, checksums=True)
 
     def _require_sound(self, path: Path, header: Mapping[str, Any]) -> None:
-        """Compares its files with their checksums, each process a share of them; older checkpoints have none.
+        """Compares a checkpoint's files with their checksums, each process a share; older checkpoints have none.
 
         Raises:
             ValueError: in all processes, naming the files that differ.
@@ -261,18 +263,18 @@ class Checkpoints:
             write_tensors(folder / "average.safetensors", state.ema, {})
 
     def _write_header(self, folder: Path, state: TrainingState) -> None:
-        """Once all other files are there."""
+        """Writes the header, once all other files are there."""
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         header = {"format": _FORMAT, "step": state.step, "seconds": state.seconds, "settings": self.settings}
         header["files"] = {name: _checksum(path) for name, path in files.items()}
-        # As it is read back: a tuple is a list then.
+        # As it will be read back, with tuples turned into lists.
         header["checksum"] = _checksum_of(json.loads(json.dumps(header)))
         mode = stat.S_IMODE(write_text(folder / _HEADER, json.dumps(header)).stat().st_mode)
         for path in files.values():
-            path.chmod(mode)  # safetensors gives none to others.
+            path.chmod(mode)  # safetensors gives other users no access.
 
     def _remove_leftovers(self) -> None:
-        """Deletes what killed runs did not finish."""
+        """Deletes what killed runs left unfinished."""
         for leftover in self.folder.glob("step-*.tmp"):
             shutil.rmtree(leftover)
         remove_leftovers(self.folder / _BEST)
@@ -310,7 +312,7 @@ def settings_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_header(checkpoint: Path) -> dict[str, Any]:
-    """The content of its training.json.
+    """The content of a checkpoint's training.json.
 
     Raises:
         ValueError: naming the file and what is wrong in it.
@@ -343,7 +345,7 @@ def _read_position(path: Path) -> dict[str, Any]:
 
 
 def _read_means(path: Path) -> dict[str, Any]:
-    """Those of a process since the last line of its log; none if it had just written one."""
+    """A process's running means since the last line of the log; empty if that had just been written."""
     if not path.exists():
         return {}
     means = read_json(path, "running means", _REMEDY)
@@ -412,10 +414,10 @@ def _require(path: Path, values: Mapping[str, Any], **kinds: _Kind) -> None:
 
 
 def _continued(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint, with those that may change on the way as they are now."""
+    """The settings of a checkpoint, with those that may change between runs replaced by the current ones."""
     continued, recipe = dict(before), dict(before.get("recipe", {}))
     continued["processes"] = now["processes"]
-    if HELD_OUT_FRACTION in now:  # Which images they are is what counts.
+    if HELD_OUT_FRACTION in now:  # Only which images they are counts.
         continued[HELD_OUT_FRACTION] = now[HELD_OUT_FRACTION]
     steps = recipe.get("steps")
     if _is_count(steps) and now["recipe"]["steps"] > steps:
@@ -426,7 +428,7 @@ def _continued(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, A
 
 
 def images_per_update(settings: Mapping[str, Any]) -> int | None:
-    """Of all processes; None for settings that do not say it."""
+    """The images per update, over all processes; None if the settings do not say."""
     parts = [settings.get("batch"), settings.get("processes"), settings.get("recipe", {}).get("accumulation")]
     return math.prod(parts) if all(map(_is_count, parts)) else None
 
@@ -453,7 +455,7 @@ def load_best(folder: Path) -> Best | None:
 
 
 def _checksum(path: Path) -> str:
-    """A file's checksum, as of `files.tensor_checksums`; the file is read in blocks."""
+    """A file's checksum, in the form of `files.tensor_checksums`; the file is read in blocks."""
     found = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -467,7 +469,7 @@ def _checksum_of(values: Mapping[str, Any]) -> str:
 
 
 def _drop_frozen(model: nn.Module) -> Callable[..., None]:
-    """A hook for `register_save_state_pre_hook`, which gets full state dicts: only trained weights are saved."""
+    """A hook for `register_save_state_pre_hook` that drops frozen weights from the full state dicts to be saved."""
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
 
     def hook(models: list[nn.Module], state_dicts: list[dict[str, torch.Tensor]], folder: str) -> None:
@@ -479,13 +481,13 @@ def _drop_frozen(model: nn.Module) -> Callable[..., None]:
 
 
 def _fsync_all(folder: Path) -> None:
-    """Waits until all files are on the disk, before the rename: after a power failure they must be there."""
+    """Waits until all files are on the disk, since after the rename they must survive a power failure."""
     for path in (*folder.rglob("*"), folder):
         _fsync(path)
 
 
 def _fsync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, are on the disk; Windows opens no folders, and no such files."""
+    """Waits until a file's bytes, or a folder's names, are on the disk; does nothing on Windows, which refuses this."""
     if os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""What a decoder's training is configured with. All of it is validated before anything is loaded."""
+"""The configuration of a decoder's training, all of it validated before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..settings import require_at_least, require_at_most, require_number
 from .captions import Captions
 from .optimizers import OPTIMIZERS
 
-#: The names of checkpoints have eight digits.
+#: A checkpoint's name gives the step in eight digits.
 MOST_STEPS = 10**8 - 1
-#: Beyond any use; a number above it is a slip of the keyboard, and would read images for ever.
+#: Beyond any use: a larger number is a typing error, and would read images forever.
 MOST_ACCUMULATED, MOST_BATCH, MOST_SAMPLES = 2**16, 2**16, 64
-#: Images of a stream that are held in RAM, and images of a cache's file; a thousand times the defaults.
+#: Images of a stream held in RAM, and images per file of a cache; a thousand times the defaults.
 MOST_WINDOW, MOST_SHARD = 10**6, 10**6
-#: Processes.
+#: Worker processes.
 MOST_WORKERS = 1024
-#: Of mu; exp of a larger one is all noise, or none.
+#: Bound on |mu|: beyond it, exp(mu) shifts all times to pure noise, or to none.
 MOST_SHIFT = 16.0
-#: Far beyond what AdamW and Muon are stable at; a number above it has slipped by a decimal point or more [choice].
+#: Far beyond where AdamW and Muon are stable; a larger number has a misplaced decimal point [choice].
 MOST_RATE, MOST_DECAY = 10.0, 10.0
 
 
@@ -35,16 +35,16 @@ class OptimizationConfig:
     Attributes:
         steps: updates of the weights.
         accumulation: micro-batches per process and update.
-        learning_rate, warmup: the peak, and the updates up to it; then a half cosine (`schedules.warmup_cosine`).
-        clip: the largest gradient norm; longer gradients are scaled down to it.
-        ema_decay: of the weights' EMA, which is the result of the training.
-        density, weighting: of the times, and w(t) of Eq. 26, by diffusers' names (`method.flow`).
+        learning_rate, warmup: the peak, and the updates until it; then a half cosine (`schedules.warmup_cosine`).
+        clip: the largest gradient norm; larger gradients are scaled down to it.
+        ema_decay: decay of the weights' EMA, which is the result of the training.
+        density, weighting: density of the times, and w(t) of Eq. 26, by diffusers' names (`method.flow`).
         shift: mu of the shift of the times; positive values sample more of them near the noise.
         optimizer: "adamw" (the paper's), "adamw8bit" (`optimizers.adamw_8bit`), or "muon": orthogonalised momentum
             (Jordan et al. 2024) for the matrices inside the blocks, scaled to AdamW's step size (Liu et al. 2025, arXiv
-            2502.16982), and AdamW for all else.
+            2502.16982), and AdamW for everything else.
         compile: run each transformer block through torch.compile, one compilation for all blocks of a kind. On a CPU,
-            which then needs a C++ compiler, a step of the pico decoder takes about three quarters of the time.
+            where this needs a C++ compiler, a step of the pico decoder takes about three quarters of the time.
         activation_checkpointing: recompute each block's activations in the backward pass instead of storing them.
 
     Raises:
@@ -87,8 +87,10 @@ class OptimizationConfig:
             raise ValueError(f"the EMA's decay must lie in [0, 1), got {self.ema_decay}")
 
     def settings(self) -> dict[str, Any]:
-        """What the result depends on, by the names in checkpoints: a run may be resumed with other ways to compute it
-        (`compile`, `activation_checkpointing`)."""
+        """The settings that the result depends on, under their names in checkpoints.
+
+        Not `compile` and `activation_checkpointing`, which may change when a run is resumed.
+        """
         values = asdict(self)
         del values["compile"], values["activation_checkpointing"]
         values["average_decay"] = values.pop("ema_decay")
@@ -97,12 +99,12 @@ class OptimizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """How a decoder becomes a student of few steps (`method.distillation`).
+    """How a decoder is distilled into a student of few steps (`method.distillation`).
 
     Attributes:
         steps: Euler steps of the student.
         objective: one of `OBJECTIVES`.
-        teacher_steps: Euler steps of the teacher; None for those that its card says.
+        teacher_steps: Euler steps of the teacher; None for the number on its card.
         shift: mu of the student's time shift; None for the teacher's.
 
     Raises:
@@ -124,18 +126,18 @@ class DistillationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained on.
+    """The data to train on.
 
     Attributes:
-        images, column: images, as `open_images` takes them; or
-        cache: a folder of `write_cache`.
-        verify: compare the whole cache with its checksums first, which reads all of it.
+        images, column: the images, as `open_images` takes them; or
+        cache: a folder that `write_cache` wrote.
+        verify: first compare the whole cache with its checksums, which reads all of it.
         batch: images per process and micro-batch.
         window: see `DataShard`.
         workers: processes that decode images, for each training process.
         localised: see `ExampleMaker`.
         min_side, skip_unreadable: which images may be left out (`ReadPolicy`).
-        captions: the images are read with their captions.
+        captions: how the images' captions are read; None for images without captions.
         vlm_conditions: see `ExampleMaker`'s vlm_share.
 
     Raises:
@@ -183,11 +185,11 @@ class RunConfig:
     Attributes:
         samples: how many images a sample sheet shows, held-out ones if there are any; 0 for no sheets.
         sample_every, save_every, log_every: updates between evaluations with their sample sheets, between checkpoints,
-            and between lines of the log. Each is also done after the last update. A sample_every of 0 is for no
-            evaluations, and takes samples=0.
-        keep: how many checkpoints are kept, the newest.
+            and between lines of the log. Each is also done after the last update. sample_every=0 means no
+            evaluations, and requires samples=0.
+        keep: how many of the newest checkpoints are kept.
         held_out: fraction of the images that are never trained on (`held_out.split`); 0 for none. A run that began
-            without any has none.
+            without held-out images continues without them.
 
     Raises:
         ValueError: for numbers out of range.
@@ -204,7 +206,7 @@ class RunConfig:
         require_at_least(0, samples=self.samples, sample_every=self.sample_every)
         require_at_least(1, save_every=self.save_every, log_every=self.log_every, keep=self.keep)
         require_at_most(MOST_SAMPLES, samples=self.samples)
-        # No run has more updates, and so neither more checkpoints.
+        # No run has more updates than this, and so no more checkpoints either.
         every = {"sample_every": self.sample_every, "save_every": self.save_every, "log_every": self.log_every}
         require_at_most(MOST_STEPS, **every, keep=self.keep)
         if not 0 <= self.held_out <= 0.5:

@@ -1,9 +1,9 @@
 """The memory and FLOPs of a decoder's training on each GPU, from the networks' shapes alone.
 
 Counted: every weight of the real networks, and a dry run of one training step and of encoding its images (`dry_run`).
-From publications: what is sharded, and the buffers of communication (`SHARDINGS`, `_communication`). Not counted: the
-GPU's context and libraries with the workspaces of convolutions, fragmentation, the sample sheets, and the FLOPs of the
-encoders.
+Taken from publications: what is sharded, and the communication buffers (`SHARDINGS`, `_communication`). Not counted:
+the GPU's context and libraries, including convolution workspaces, fragmentation, the sample sheets, and the encoders'
+FLOPs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .vlm_cost import PUBLISHED
 #: DDP holds everything on every GPU (Li et al. 2020, arXiv 2006.15704); FSDP shards weights, gradients and the
 #: optimiser's states (full shard, Zhao et al. 2023, arXiv 2304.11277).
 SHARDINGS = ("ddp", "fsdp")
-#: Of each size and number of a setup; beyond any training, and small enough for PyTorch to count elements.
+#: The most for each size and count of a setup: beyond any training, yet small enough for PyTorch to count elements.
 _MOST = 2**16
 
 
@@ -46,22 +46,22 @@ class TrainingSetup:
     """What is trained, how, and on how many GPUs; the names are those of `train.py`'s options.
 
     Attributes:
-        config: of the diffusion transformer.
-        width: of the adapter.
+        config: the diffusion transformer's.
+        width: the adapter's.
         train, rank: see `trainable.choose_trained`.
         precision: "bf16" for mixed precision: frozen weights in bfloat16, trained ones in float32,
             computation in bfloat16; or "no", all in float32.
         checkpointing: activation checkpointing of the blocks.
         batch, accumulate: images per GPU and micro-batch, and micro-batches per update.
         resolution, grid: side of the images in pixels, and of their token grids.
-        average: an EMA of the trained weights, in float32.
+        average: whether there is an EMA of the trained weights, in float32.
         localised: fraction of localised images, which are masked and encoded again at every step.
-        cached: the images come encoded, from a cache.
-        vlm_conditions: share of the examples that get the VLM's own conditions: from the cache, or else made by the VLM
-            at every step.
+        cached: whether the images come already encoded, from a cache.
+        vlm_conditions: share of the examples that get the VLM's own conditions, from the cache if `cached`, otherwise
+            made by the VLM at every step.
         vlm_model: that VLM, one of `vlm_cost.PUBLISHED`.
-        student_steps: of a student that is distilled; 0 for a training on images.
-        teacher_steps, objective: of that distillation (`method.distillation`); the teacher is not guided.
+        student_steps: Euler steps of a distilled student; 0 for training on images.
+        teacher_steps, objective: of that distillation (`method.distillation`); the teacher is counted without guidance.
         sharding: one of `SHARDINGS`.
 
     Raises:
@@ -113,21 +113,23 @@ class TrainingSetup:
 
     @property
     def schedule(self) -> Schedule:
-        """The times of a student and its teacher, without a shift: how many there are does not depend on it, as long as
-        both have the same."""
+        """The times of a student and its teacher, without a shift.
+
+        Their number does not depend on the shift, as long as both have the same.
+        """
         return Schedule.of(*(timesteps(steps, shift=0.0) for steps in (self.student_steps, self.teacher_steps)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a training takes.
+    """The cost of a training.
 
     Attributes:
-        weights: their number: "all" that are held, and the "trained" ones.
+        weights: the number of "all" weights held, and of the "trained" ones.
         latent_tokens: of one image.
-        memory: bytes that each GPU holds all the time, by name.
-        encoding, step, optimizer_step: bytes in addition to them, one after the other: for encoding a batch, its
-            forward and backward pass, and the optimiser's step; each with the gradients that exist then.
+        memory: bytes that each GPU holds throughout, by name.
+        encoding, step, optimizer_step: additional bytes of three consecutive phases: encoding a batch, its forward and
+            backward pass, and the optimiser's step; each includes the gradients that exist then.
         activations, gradients: of the step's bytes, those stored for the backward pass, and those that remain.
         forward_flops, flops: of one GPU, for the forward pass of one micro-batch and for a whole update.
     """
@@ -184,7 +186,7 @@ def cost_of(setup: TrainingSetup) -> Cost:
     }
     taught = 0
     if setup.student_steps:
-        # A teacher is not sharded.
+        # The teacher is not sharded.
         memory["teacher"] = _ceil(_painting_weights(setup), 2 if half else 4, 1)
         one_pass = step_dry_run(meta_decoder(setup), replace(setup, student_steps=0)).forward_flops
         taught = OBJECTIVES[setup.objective].teacher_passes(setup.schedule) * one_pass
@@ -199,7 +201,7 @@ def cost_of(setup: TrainingSetup) -> Cost:
     if shards == 1 and setup.accumulate == 1:
         step = dry.peak
     else:
-        # From the second micro-batch on all gradients exist from the start. Sharded ones never exist as a whole.
+        # From the second micro-batch on, all gradients exist from the start. Sharded ones never exist in full.
         step = dry.peak_without_gradients + own
     return Cost(
         weights={"all": everything, "trained": count},
@@ -217,7 +219,7 @@ def cost_of(setup: TrainingSetup) -> Cost:
 
 
 def _painting_weights(setup: TrainingSetup) -> int:
-    """How many weights a decoder holds that is loaded for painting."""
+    """The number of weights in a decoder that is loaded for painting."""
     decoder = meta_decoder(replace(setup, train="adapter"))
     decoder.backbone.fold(StoredTensors({}))
     return sum(weight.numel() for weight in decoder.parameters())
@@ -268,7 +270,7 @@ def step_dry_run(decoder: DistributionConditionedDecoder, setup: TrainingSetup, 
     )
 
     def loss() -> torch.Tensor:
-        # `decoder_loss` draws on the CPU, where a large noise would take the room that this only counts.
+        # Not `decoder_loss`, which draws on the CPU: a large noise would really take the memory counted here.
         t, noise = shape(batch), torch.empty_like(example.latents)
         if setup.student_steps:
             return _distillation_loss(decoder, example, setup)
@@ -284,7 +286,7 @@ def step_dry_run(decoder: DistributionConditionedDecoder, setup: TrainingSetup, 
 
 
 def _distillation_loss(decoder: DistributionConditionedDecoder, example: Example, setup: TrainingSetup) -> torch.Tensor:
-    """The student's part of `DistillationTask`; its teacher's passes are others' of the same network."""
+    """The student's part of `DistillationTask`; `cost_of` counts the teacher's passes separately."""
     objective, packed = OBJECTIVES[setup.objective], decoder.backbone.pack(example.latents)
     lesson = objective.lesson(
         lambda x, t: torch.empty_like(x), packed, torch.empty_like(packed), setup.schedule, torch.Generator()
@@ -302,7 +304,7 @@ def encoders(setup: TrainingSetup) -> tuple[ImageTokenizer, LatentCodec]:
 def encoding_peak(setup: TrainingSetup, tokenizer: ImageTokenizer, codec: LatentCodec) -> int:
     """The peak bytes of making a batch's example: what `ExampleMaker` does with the encoders.
 
-    Counts every image of the batch as localised: which ones are is random, and sometimes it is all of them.
+    Counts every image of the batch as localised: they are chosen at random, and sometimes all of them are.
     """
     batch, side = setup.batch, setup.resolution
     token_side = setup.grid * tokenizer.factor
@@ -329,12 +331,12 @@ def optimizer_cost(
 ) -> tuple[int, int, int]:
     """Bytes of an optimiser's states for float32 weights, and peak bytes and FLOPs of its step.
 
-    AdamW's fused step needs nothing besides its two moments, and its FLOPs are not counted. With 8 bits a moment takes
+    AdamW's fused step needs nothing besides its two moments, and its FLOPs are not counted. With 8 bits, a moment takes
     a byte per weight and a float32 per block of 256; tensors below 4096 elements stay in float32 (Dettmers et al. 2021,
     arXiv 2110.02861; bitsandbytes' `Optimizer2State`). Muon's step is a dry run of PyTorch's own.
 
     Args:
-        matrices: the names of those that Muon updates.
+        matrices: the names of the weights that Muon updates.
     """
     if optimizer == "adamw8bit":
         sizes = [weight.numel() for weight in trained.values()]

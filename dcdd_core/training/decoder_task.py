@@ -20,7 +20,7 @@ class DecoderTask:
     """See `trainer.Task`.
 
     Args:
-        examples: the example of a batch; its random draws come from the generator that it is given.
+        examples: (batch, generator) -> the batch's example; all random draws come from the generator.
     """
 
     remedy = (
@@ -34,7 +34,7 @@ class DecoderTask:
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The backbone's."""
+        """The backbone's blocks."""
         return self.network.backbone.blocks
 
     def optimizers(self, config: OptimizationConfig, *, sharded: bool) -> list[torch.optim.Optimizer]:
@@ -52,5 +52,5 @@ class DecoderTask:
         generator: torch.Generator,
         config: OptimizationConfig,
     ) -> dict[str, torch.Tensor]:
-        """See `loss.decoder_loss`; conditions are left out at the rate that the card states."""
+        """See `loss.decoder_loss`; conditions are left out at the rate on the card."""
         return {"loss": decoder_loss(network, example, generator, config, drop=network.card.condition_dropout)}

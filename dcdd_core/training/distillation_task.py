@@ -1,4 +1,4 @@
-"""The training of a student of few steps as the task of a `Trainer`: a frozen teacher in the place of Eq. 26's target.
+"""The training of a few-step student as the task of a `Trainer`: a frozen teacher replaces the target of Eq. 26.
 
 Shapes: B batch, C latent channels, h' w' latent grid; packed latents [B, L, F].
 """
@@ -27,7 +27,7 @@ from .trainer import Averaged
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """An example, and what the teacher shows of it (`method.distillation.Objective.lesson`)."""
+    """An example, and what the teacher shows the student about it (`method.distillation.Objective.lesson`)."""
 
     example: Example
     shown: Any
@@ -37,10 +37,10 @@ class DistillationTask(DecoderTask):
     """See `trainer.Task`.
 
     Args:
-        decoder: the student, with the teacher's weights before training; its card says how it is made.
+        decoder: the student, which starts from the teacher's weights; its card describes the distillation.
         examples: see `DecoderTask`.
-        teacher: frozen, on the device of the examples. It paints as its card says, guidance on the condition included.
-        autocast: entered around the teacher's passes, which lie outside of the trainer's.
+        teacher: frozen, on the device of the examples. It paints as its card says, including guidance on the condition.
+        autocast: entered around the teacher's passes, which are outside the trainer's.
     """
 
     remedy = "start another run with a lower --learning-rate"
@@ -59,7 +59,7 @@ class DistillationTask(DecoderTask):
         self.settings = {**self.settings, "teacher": fingerprint_of(teacher.state_dict())}
 
     def example(self, batch: Any, generator: torch.Generator, averaged: Averaged) -> Lesson:
-        """See `trainer.Task`; the noise is drawn after all else that an example draws."""
+        """See `trainer.Task`; the noise is drawn after everything else that an example draws."""
         example = self.examples(batch, generator)
         noise = torch.randn(example.latents.shape, generator=generator)
         pack, clean = self.teacher.backbone.pack, example.latents.float()
@@ -83,7 +83,7 @@ class DistillationTask(DecoderTask):
 
     @torch.no_grad()
     def distances(self, network: DistributionConditionedDecoder, example: Example, noise: torch.Tensor) -> torch.Tensor:
-        """How far the student's latents are from the teacher's of the same noise: mean squares, [B] float32.
+        """Mean squared difference of the student's latents from the teacher's for the same noise, [B] float32.
 
         Comparable between objectives and numbers of steps.
 
@@ -96,7 +96,7 @@ class DistillationTask(DecoderTask):
         return (walk(trained_velocity(network, example), packed, schedule.student)[-1] - aim).square().mean(dim=(1, 2))
 
     def summary(self, latent_size: tuple[int, int]) -> Iterator[str]:
-        """What is about to be learned, in lines."""
+        """Lines of text that say what will be learned."""
         card, schedule = self.network.card, self.schedule(latent_size)
         guided = self.teacher.card.condition_guidance
         yield (
@@ -109,7 +109,7 @@ class DistillationTask(DecoderTask):
             yield f"the teacher takes {passes} steps in training, so that it comes by the student's times"
 
     def schedule(self, latent_size: tuple[int, int]) -> Schedule:
-        """The times of both for latents of this (h', w')."""
+        """The times of student and teacher for latents of size (h', w')."""
 
         def own(decoder: DistributionConditionedDecoder, steps: int) -> torch.Tensor:
             return timesteps(steps, shift=decoder.served_shift(latent_size, steps))
@@ -118,7 +118,7 @@ class DistillationTask(DecoderTask):
         return Schedule.of(own(self.network, card.steps), own(self.teacher, card.distilled.teacher_steps))
 
     def _teacher_velocity(self, example: Example, schedule: Schedule) -> Velocity:
-        """As the teacher paints (`pipelines.decode.paint`)."""
+        """The teacher's velocity, computed as when it paints (`pipelines.decode.paint`)."""
         teacher, size = self.teacher, (example.latents.shape[2], example.latents.shape[3])
         dtype = teacher.dtype
         with torch.no_grad(), self.autocast():

@@ -1,4 +1,4 @@
-"""A dry run of a training step, on shapes alone: its peak memory and its FLOPs.
+"""A dry run of a training step, from shapes alone: its peak memory and FLOPs.
 
 The real networks, loss, autograd and optimisers run on the meta device, where tensors have shapes but no memory, and
 every tensor counts for as long as it lives. FLOPs are PyTorch's own (`torch.utils.flop_counter`: 2 for each
@@ -28,20 +28,20 @@ from torch.utils.flop_counter import flop_registry
 
 #: The functions a decoder calls that autocast runs in the lower precision on every device (ATen/autocast_mode.h).
 LOWER_PRECISION = frozenset({F.linear, F.conv2d, torch.matmul, torch.bmm, F.scaled_dot_product_attention})
-#: Those that it runs in float32 on a GPU, but not on a CPU.
+#: The functions that it runs in float32 on a GPU, but not on a CPU.
 FLOAT32 = frozenset({F.layer_norm, F.rms_norm, F.group_norm, F.interpolate})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What a step takes, in addition to the weights and whatever else existed before it.
+    """The cost of a step, in addition to the weights and whatever else existed before it.
 
     Attributes:
-        peak: bytes, gradients included.
-        peak_without_gradients: the peak of all bytes except finished gradients.
+        peak: peak bytes, gradients included.
+        peak_without_gradients: peak of all bytes except finished gradients.
         activations: bytes that the forward pass stores for the backward pass.
-        gradients: bytes that remain at the end.
-        forward_flops, flops: of the forward pass, and of the whole step with its recomputation.
+        gradients: bytes of the gradients that remain at the end.
+        forward_flops, flops: of the forward pass, and of the whole step including recomputation.
     """
 
     peak: int
@@ -60,15 +60,16 @@ def dry_run(
     autocast: torch.dtype | None = None,
     on_gpu: bool = True,
 ) -> DryRun:
-    """Runs the forward and backward pass of a loss of meta tensors; the weights have gradients afterwards, not before.
+    """Runs the forward and backward pass of a loss on meta tensors; earlier gradients of the weights are dropped.
 
-    Attention is counted as flash attention: it stores its inputs, its output and one number a row.
+    Attention is counted as flash attention: it stores its inputs, its output and one number per row.
 
     Args:
+        loss: computes the scalar loss.
         trained: the weights that receive gradients.
-        checkpointed: modules that store their input alone, and recompute their activations in the backward pass.
-        autocast: the dtype of mixed precision; `torch.autocast` itself does not support the meta device.
-        on_gpu: autocast's rules and the fused kernels of a GPU; False for those of a CPU.
+        checkpointed: modules that store only their input and recompute their activations in the backward pass.
+        autocast: the dtype of mixed precision, or None; `torch.autocast` itself does not support the meta device.
+        on_gpu: True for autocast's rules and the fused kernels of a GPU, False for those of a CPU.
     """
     device, meter = _Device(autocast, on_gpu), Meter()
     with ExitStack() as stack:
@@ -101,14 +102,14 @@ def dry_run(
 
 @torch.no_grad()
 def dry_run_peak(work: Callable[[], object]) -> int:
-    """The peak bytes of work on meta tensors, without gradients and autocast."""
+    """The peak bytes of some work on meta tensors, without gradients or autocast."""
     with _Device(None, on_gpu=True), Meter() as meter:
         work()
     return meter.peak
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of meta tensors that are created within it, while they live, and FLOPs.
+    """A context that counts FLOPs, and the bytes of meta tensors created within it for as long as they live.
 
     Attributes:
         now, peak: bytes of all of them.
@@ -134,7 +135,7 @@ class Meter(TorchDispatchMode):
         return made
 
     def set_apart(self, tensor: torch.Tensor) -> None:
-        """Leaves a tensor that was created within it out of `peak_without_apart` from now on."""
+        """Excludes a tensor that was created in this context from `peak_without_apart` from now on."""
         self.apart += self._sizes[tensor.untyped_storage()]
 
     def _count(self, storage: torch.UntypedStorage, known: set[int]) -> None:
@@ -151,7 +152,7 @@ class Meter(TorchDispatchMode):
 
 
 class _Device(TorchFunctionMode):
-    """What a device does with the calls: autocast's conversions, and fused kernels that store less."""
+    """Imitates a device: autocast's conversions, and fused kernels that store less."""
 
     def __init__(self, autocast: torch.dtype | None, on_gpu: bool):
         super().__init__()
@@ -171,7 +172,7 @@ class _Device(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def end_forward(self) -> None:
-        """Autocast caches its copies of trained weights until its context ends; a recomputation's are not cached."""
+        """Autocast caches its copies of trained weights until its context ends; recomputation's are not cached."""
         self._converted = None
 
     def _to(self, value: Any, dtype: torch.dtype) -> Any:
@@ -200,5 +201,5 @@ def _attention(
 def _rms_norm(
     input: torch.Tensor, normalized_shape: list[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
-    """The fused kernel stores its input and one number a row; layer norm, in its place, stores one number more."""
+    """Layer norm in place of the fused RMS norm, which stores its input and one number per row; layer norm stores 2."""
     return F.layer_norm(input, normalized_shape, weight, None, eps or 1e-6)

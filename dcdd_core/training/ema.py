@@ -22,8 +22,8 @@ class EMA:
     untrained weights.
 
     Args:
-        weights: by name; where they are sharded, each process averages its own shards.
-        decay: of a long run, in [0, 1).
+        weights: by name; if they are sharded, each process averages its own shards.
+        decay: the one that a long run reaches, in [0, 1).
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], decay: float):
@@ -32,12 +32,12 @@ class EMA:
         self._ema.to(dtype=torch.float32)
 
     def update(self) -> None:
-        """Adds the weights to the average; call it once after each update of theirs."""
+        """Adds the weights to the average; call this once after each of their updates."""
         self._ema.step(self.weights.values())
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within it the weights are their averages."""
+        """Replaces the weights by their averages while the context lasts."""
         self._ema.store(self.weights.values())
         self.apply()
         try:
@@ -54,12 +54,12 @@ class EMA:
         return [local_tensor(shard) for shard in self._ema.shadow_params]
 
     def full(self) -> dict[str, torch.Tensor]:
-        """The average by name, unsharded, on the CPU; all processes call this together."""
+        """The average by name, unsharded, on the CPU; all processes must call this together."""
         named = zip(self.weights, self._ema.shadow_params)
         return {name: full_tensor(shard).detach().to("cpu", copy=True) for name, shard in named}
 
     def load(self, average: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Continues from what `full` gave after that many updates."""
+        """Continues from what `full` returned after that many updates."""
         self._ema.optimization_step = updates
         for name, shard in zip(self.weights, self._ema.shadow_params):
             value = average[name].to(shard.device)
@@ -72,7 +72,7 @@ class EMA:
         return {"updates": self._ema.optimization_step, "average": self.full()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from what `state_dict` gave."""
+        """Continues from what `state_dict` returned."""
         self.load(state["average"], state["updates"])
 
 

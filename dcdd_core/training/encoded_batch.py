@@ -1,4 +1,4 @@
-"""Encoded images, as the decoder learns from them: features for its condition, latents to paint.
+"""Encoded images for training the decoder: features for its condition, and latents to paint.
 
 Shapes: B batch, N tokens, D code dimension, C latent channels, h' w' latent grid, H W pixels, R resolution.
 """
@@ -20,17 +20,17 @@ Autocast = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedBatch:
-    """What a decoder or a masked sampler learns from, before the condition is computed (`examples.Example`).
+    """The encodings that a decoder or masked sampler learns from, before the condition is made (`examples.Example`).
 
     Attributes:
         features: [B, N, D] float32, of the tokenizer's encoder before quantisation (Eq. 9).
         latents: [B, C, h', w'] float32, normalised (Eq. 17); None from a cache that was written without a codec.
         pixels: [B, 3, R, R] float32 in -1..1, for the masked images of localised training; None from a cache without
             them.
-        captions: of the images; None where they were not read, and of an image that has none.
-        vlm_vectors, vlm_uncertainty: [B, N, D] and [B, N, 4] float32, the condition from the VLM's own distributions
-            of an image (`vlm_conditions`) where they are known, and zeros elsewhere; None for none at all.
-        vlm_known: bool [B], where they are.
+        captions: of the images; None if they were not read, and a single one is None if that image has none.
+        vlm_vectors, vlm_uncertainty: [B, N, D] and [B, N, 4] float32, the conditions from the VLM's own distributions
+            (`vlm_conditions`); zeros for an image without them, and None for a batch without them.
+        vlm_known: bool [B], which images have these conditions.
     """
 
     features: torch.Tensor
@@ -42,7 +42,7 @@ class EncodedBatch:
     vlm_known: torch.Tensor | None = None
 
 
-#: Names of the tensors that the conditions of a VLM are, in batches and in caches.
+#: Names of the tensors of a VLM's conditions, in batches and in caches.
 VLM_TENSORS = ("vlm_vectors", "vlm_uncertainty", "vlm_known")
 TENSORS = ("features", "latents", "pixels", *VLM_TENSORS)
 
@@ -50,10 +50,10 @@ TENSORS = ("features", "latents", "pixels", *VLM_TENSORS)
 def geometry_for(
     tokenizer: ImageTokenizer, codec: LatentCodec, *, patch: int, resolution: int, token_resolution: int
 ) -> Geometry:
-    """The sizes for these networks; `patch` is the backbone's.
+    """The sizes of training images for these networks; `patch` is the backbone's.
 
     Raises:
-        ValueError: if the sizes do not fit the networks, see `Geometry`.
+        ValueError: if the sizes do not fit the networks; see `Geometry`.
     """
     return Geometry(
         resolution=resolution,
@@ -74,7 +74,7 @@ def encode(
     """The encodings of a batch, on the codec's device; those from a cache are only moved there.
 
     Args:
-        codec: None for no latents, on the tokenizer's device.
+        codec: None for no latents; the encodings are then on the tokenizer's device.
     """
     device = tokenizer.device if codec is None else device_of(codec)
     if isinstance(batch, EncodedBatch):
@@ -97,6 +97,6 @@ def normalized_latents(codec: LatentCodec, pixels: torch.Tensor, mask: torch.Ten
 
 
 def device_of(codec: LatentCodec) -> torch.device:
-    """Where a codec's weights are."""
+    """The device of a codec's weights; the CPU if it has none."""
     weight = next(codec.model.parameters(), None)
     return torch.device("cpu") if weight is None else weight.device

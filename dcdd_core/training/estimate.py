@@ -1,4 +1,4 @@
-"""`train.py estimate`: memory and time of a decoder's training, before it is started.
+"""`train.py estimate`: the memory and time that a decoder's training will need, before it is started.
 
 G stands for 10^9, T for 10^12; a multiply-add counts as two FLOPs.
 """
@@ -59,7 +59,7 @@ GPUS = {
 }
 
 
-#: Options that say what a GPU can do, with their defaults.
+#: The options that describe a GPU, with their defaults.
 GPU_OPTIONS: Mapping[str, Any] = {"--gpu": "a100-80gb", "--memory": None, "--tflops": None, "--utilisation": 0.35}
 
 
@@ -69,8 +69,10 @@ class Duration:
 
     Attributes:
         images: seen in total: images per epoch times epochs.
-        batch: images per update, of all GPUs.
+        batch: images per update, over all GPUs.
+        teraflops: a GPU's peak, in TFLOP/s.
         seconds: per update.
+        updates, hours: of the whole training.
     """
 
     images: int
@@ -85,7 +87,7 @@ class Duration:
 def duration_of(
     setup: TrainingSetup | MaskedSetup, cost: Cost, *, images: int, teraflops: float, utilisation: float
 ) -> Duration:
-    """The time that the FLOPs take; waiting for data and other GPUs is part of `utilisation` or not counted.
+    """The time that the FLOPs take; waiting for data and for other GPUs is part of `utilisation` or not counted.
 
     Raises:
         ValueError: for less than one image, a peak that is not positive, or a utilisation outside (0, 1].
@@ -109,10 +111,10 @@ def duration_of(
 
 
 def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], Path] = Path) -> None:
-    """Adds the options; those that training has too have the same names.
+    """Adds the options; those that training also has have the same names.
 
     Args:
-        path: what reads an option that is a path.
+        path: converts the value of an option that is a path.
     """
     default = {item.name: item.default for item in fields(TrainingSetup)}
     parser.add_argument(
@@ -203,7 +205,7 @@ def run(chosen: argparse.Namespace) -> None:
     setup = TrainingSetup(average=not chosen.no_average, **named)
     try:
         cost = cost_of(setup)
-    except RuntimeError as error:  # No memory is taken, but PyTorch counts no more than 2^63 bytes of a tensor.
+    except RuntimeError as error:  # No memory is allocated, but PyTorch cannot count more than 2^63 bytes per tensor.
         said = str(error).splitlines()[0]
         raise ValueError(
             f"these sizes are beyond what can be counted ({said}): give a smaller --grid, --batch or --resolution"
@@ -273,7 +275,7 @@ def table(setup: TrainingSetup, cost: Cost, duration: Duration, memory: int) -> 
 
 
 def lines(cost: Cost, duration: Duration, memory: int, verdict: str) -> list[str]:
-    """What a training takes, as lines of text."""
+    """The cost of a training, as lines of text."""
     rows = [(name, count) for name, count in cost.memory.items() if count]
     rows += [
         ("encoding a batch", cost.encoding),
@@ -298,8 +300,10 @@ def lines(cost: Cost, duration: Duration, memory: int, verdict: str) -> list[str
 
 
 def caching(setup: TrainingSetup, duration: Duration) -> dict[str, float] | None:
-    """What `train.py cache --vlm-conditions` takes, once: bytes of weights and of a batch on each GPU, FLOPs of an
-    image, and hours for a million images on all GPUs; None if there is none."""
+    """The one-time cost of `train.py cache --vlm-conditions`; None if the training does not use it.
+
+    Bytes of weights and of a batch on each GPU, FLOPs per image, and hours for a million images on all GPUs.
+    """
     if not setup.vlm_conditions or not setup.cached:
         return None
     vlm, tokens = PUBLISHED[setup.vlm_model], setup.grid**2
@@ -351,7 +355,7 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fits(cost: Cost, memory: int) -> bool:
-    """Whether a training fits into so many bytes of a GPU."""
+    """Whether a training fits a GPU with this many bytes of memory."""
     return cost.peak <= _USABLE * memory
 
 

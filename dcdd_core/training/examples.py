@@ -43,13 +43,13 @@ class ExampleMaker:
     """Makes a decoder's examples from batches of a `Source`.
 
     Args:
-        card: of the decoder; its variant and calibration say what the condition is made of.
+        card: the decoder's; its variant and calibration define the condition.
         tokenizer, codec: the encoders; the examples are made on the codec's device.
         geometry: the sizes of the batches.
         localised: fraction of the images that train localised decoding: the decoder paints a box and is given the rest.
             Needs the images' pixels.
-        vlm_share: fraction of the images that get the VLM's conditions in the place of proxies, if they have a caption.
-        conditions: makes them; None where the batches have them.
+        vlm_share: fraction of the images that get the VLM's conditions instead of proxies, if they have a caption.
+        conditions: makes the VLM's conditions; None if the batches have them.
 
     Raises:
         ValueError: for fractions outside 0..1.
@@ -80,14 +80,15 @@ class ExampleMaker:
         self._everywhere = torch.ones(1, 1, side, side, device=device)
 
     def __call__(self, batch: ImageBatch | EncodedBatch, generator: torch.Generator) -> Example:
-        """The example of a batch.
+        """Makes the example of a batch.
 
         Args:
-            generator: draws which images are localised, and their boxes; its seed says which get the VLM's conditions.
+            generator: draws which images are localised, and their boxes; its seed determines which images get the VLM's
+                conditions.
 
         Raises:
-            ValueError: if an image is to be localised and the batch has no pixels, and if it is to get the VLM's
-                conditions and nothing has or makes them.
+            ValueError: if an image should be localised but the batch has no pixels, or if an image should get the VLM's
+                conditions but nothing provides them.
         """
         encoded = encode(batch, self.tokenizer, self.codec)
         condition = proxy_condition(encoded.features, self.card, self.tokenizer.codebook, self.geometry.grid)
@@ -100,7 +101,7 @@ class ExampleMaker:
         return self._localise(example, encoded.pixels, generator) if self.localised else example
 
     def with_share(self, vlm_share: float) -> ExampleMaker:
-        """The same for another share of the VLM's conditions."""
+        """A copy with another share of the VLM's conditions."""
         other = copy(self)
         other.vlm_share = vlm_share
         return other
@@ -131,7 +132,7 @@ class ExampleMaker:
 
 
 def proxy_condition(features: torch.Tensor, card: DecoderCard, codebook: Codebook, grid: tuple[int, int]) -> Condition:
-    """The training condition of features [B, N, D] (Eqs. 9-15), by the code that serves proxies at inference."""
+    """The training condition of features [B, N, D] (Eqs. 9-15), made by the code that serves proxies at inference."""
     logits = proxy_logits(features, codebook)
     proxies = TokenLogits(logits, logits.argmax(-1), grid, source="proxy", codebook=card.codebook)
     return condition_for(card, proxies, codebook)
@@ -140,8 +141,8 @@ def proxy_condition(features: torch.Tensor, card: DecoderCard, codebook: Codeboo
 def boxes(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
     """Masks [count, 1, size, size], 1 inside a box, 0 outside.
 
-    Height and width are uniform in a quarter to three quarters of the image. The place is uniform within it, but never
-    touches the last row and column: positions are rounded down.
+    Height and width are uniform between a quarter and three quarters of the image's side. The position is uniform too,
+    but a box never touches the last row or column, since positions are rounded down.
     """
     sides = (size * (0.25 + 0.5 * torch.rand(count, 2, generator=generator))).long()
     corners = ((size - sides) * torch.rand(count, 2, generator=generator)).long()

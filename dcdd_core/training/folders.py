@@ -1,4 +1,4 @@
-"""Images in folders, and what all sources of images have in common."""
+"""Images in folders, and the base class of all image sources."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .image_batch import Geometry, ImageBatch, TrainingImage
 
 
 class ImageSource:
-    """What sources of images have in common: a `Source` of `TrainingImage`s of the sizes of `geometry`.
+    """Base class of image sources: a `Source` of `TrainingImage`s in the sizes of `geometry`.
 
     Attributes:
-        min_side: in pixels; images whose shorter side has fewer are left out.
-        passed_over: files that are not read, in words; "" if there are none.
+        min_side: in pixels; images whose shorter side is smaller are left out.
+        passed_over: a description of the files that are not read; "" if there are none.
         captions: how the images' captions are read; None if they are not.
-        captioned: every image has a caption: those without one are left out.
+        captioned: whether captions are required; images without one are then left out.
     """
 
     def __init__(self, name: str, geometry: Geometry, policy: ReadPolicy, *, captions: Captions | None = None):
@@ -40,11 +40,11 @@ class ImageSource:
 
     @property
     def count(self) -> int | None:
-        """How many images there are; None for a stream, which does not know."""
+        """The number of images; None for a stream, where it is not known."""
         return None
 
     def changed(self, key: str) -> int | None:
-        """When an image's file, or that of its caption, was last changed, in nanoseconds; None if it cannot be told."""
+        """When an image's file or its caption's was last changed, in ns since the epoch; None if that is unknown."""
         return None
 
     def content(self, entry: Entry) -> Any:
@@ -59,8 +59,7 @@ class ImageSource:
         """Decodes an image, crops it to a square and resizes it.
 
         Raises:
-            UnreadableImage: if it cannot be decoded, for whatever reason, or is too small, or lacks a caption that is
-                required.
+            UnreadableImage: if it cannot be decoded, for whatever reason, is too small, or lacks a required caption.
         """
         caption = None if self.captions is None else self._caption_of(entry, self.captions)
         image = read_rgb(_encoded(self.content(entry)), min_side=self.min_side)
@@ -71,7 +70,7 @@ class ImageSource:
         return TrainingImage(key=entry.key, pixels=pixels, token_pixels=token_pixels, caption=caption, uncaptioned=bare)
 
     def _caption_of(self, entry: Entry, captions: Captions) -> str | None:
-        """An image's caption; None if it has none and none is required."""
+        """An image's caption; None if it has none and captions are not required."""
         try:
             return caption_of(self.caption(entry))
         except MissingCaption:
@@ -80,7 +79,7 @@ class ImageSource:
             return None
 
     def collate(self, items: Sequence[TrainingImage]) -> ImageBatch:
-        """Items of `load` as a batch."""
+        """Combines items that `load` returned into a batch."""
         pixels = torch.stack([item.pixels for item in items])
         same = self.geometry.token_resolution == self.geometry.resolution
         return ImageBatch(
@@ -94,18 +93,18 @@ class ImageSource:
 class ImageFolder(ImageSource):
     """The images in a folder and its sub-folders, whatever their names; hidden files are left out.
 
-    `load_dataset("imagefolder")` is not used: it treats sub-folders called "test" or "dev" as splits of their own, and
+    `load_dataset("imagefolder")` is not used: it treats sub-folders called "test" or "dev" as separate splits, and
     writes its list to a cache.
 
     Args:
-        listing: of the folder, if there is one already.
+        listing: the folder's listing, if it has already been made.
         captions: the caption of "a.jpg" is in "a.txt", beside it; None for images without captions.
 
     Attributes:
         names: relative paths, sorted.
 
     Raises:
-        ValueError: if there are no images, or captions are wanted and no image has one.
+        ValueError: if there is no such folder, it has no images, or captions are wanted and no image has one.
     """
 
     def __init__(
@@ -138,7 +137,7 @@ class ImageFolder(ImageSource):
 
     @property
     def count(self) -> int:
-        """How many images there are."""
+        """The number of images."""
         return len(self.names)
 
     def changed(self, key: str) -> int | None:
@@ -152,7 +151,7 @@ class ImageFolder(ImageSource):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the names."""
+        """A hash of the names."""
         return digest(self.names)
 
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
@@ -161,7 +160,7 @@ class ImageFolder(ImageSource):
 
 
 def _check_captions(folder: Path, images: Sequence[str], others: Set[str], captions: Captions) -> None:
-    """Refuses a folder in which no image has a caption."""
+    """Refuses a folder in which no image has a caption, and a caption column, which folders do not have."""
     if captions.column is not None:
         raise ValueError(
             f"{folder} is a folder of images, whose captions are in {SUFFIX} files beside them: leave --caption-column "

@@ -1,4 +1,4 @@
-"""The held-out images of a run: which they are, the loss on them, and the training source without them.
+"""The held-out images of a run: how they are chosen, the loss on them, and the training source without them.
 
 Shapes: B batch, C latent channels, h' w' latent grid.
 """
@@ -25,20 +25,20 @@ from .encoded_batch import VLM_TENSORS, EncodedBatch
 from .examples import Example, ExampleMaker
 from .loss import velocity_losses
 
-#: Images that are held out at most, and the fewest images of a source that is split.
+#: The most images that are held out, and the fewest that a source must have to be split.
 MOST, FEWEST_SPLIT = 512, 20
-_DRAWS = 64  # pairs of a time and a noise that a loss is the mean of, at least [choice]
+_DRAWS = 64  # a loss is the mean over at least this many pairs of a time and a noise [choice]
 _KEY = 53  # keeps these draws apart from others with the same seed
 
 
 @dataclass(frozen=True)
 class Split:
-    """A source in two parts.
+    """A source split in two.
 
     Attributes:
-        training: without the held-out images.
-        held_out: these alone, in the order of their hashes.
-        fingerprint: of the held-out images' names.
+        training: the source without the held-out images.
+        held_out: only these, in the order of their hashes.
+        fingerprint: a hash of the held-out images' names.
     """
 
     training: Source
@@ -49,9 +49,9 @@ class Split:
 def split(source: Source, fraction: float) -> Split | None:
     """Holds out a fraction of the images, at least 1 and at most `MOST`; None for fewer than `FEWEST_SPLIT` images.
 
-    Those whose names have the smallest hashes: neither the order, nor the seed, nor the number of processes matters. A
-    stream, which has no list of its images, is read from its beginning only until it gave `MOST` of the hashes below
-    the fraction.
+    The images whose names have the smallest hashes are held out, whatever the order, the seed and the number of
+    processes. A stream, which has no list of its images, is read from its beginning, but only until `MOST` of the
+    hashes lie below the fraction.
     """
     seen, below, enough = 0, 0, False
     name_of = namer(source)
@@ -77,12 +77,12 @@ def split(source: Source, fraction: float) -> Split | None:
 
 
 def namer(source: Source) -> Callable[[Entry], str]:
-    """What names an entry's image: in a cache, the name that the image had when it was encoded."""
+    """A function that names an entry's image; in a cache, by the name that it had when it was encoded."""
     return (lambda entry: source.keys[entry.data]) if isinstance(source, EncodingCache) else (lambda entry: entry.key)
 
 
 class Listed(Wrapped):
-    """Given entries of a source, as a `Source` with random access."""
+    """A `Source` of given entries of another one, with random access."""
 
     def __init__(self, source: Source, listed: Sequence[Entry]):
         super().__init__(source)
@@ -94,7 +94,7 @@ class Listed(Wrapped):
 
 
 class Without(Wrapped):
-    """A `Source` without the images of these names. A mark is the source's own, and the position there in this part."""
+    """A `Source` without the images of these names. Its marks are the source's, each followed by the position here."""
 
     def __init__(self, source: Source, names: frozenset[str]):
         super().__init__(source)
@@ -115,31 +115,31 @@ class Without(Wrapped):
                     yield replace(entry, mark=here)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Workers only load, and a function of this kind cannot be sent to them.
+        # Workers only load, and a lambda cannot be sent to them.
         return {name: value for name, value in self.__dict__.items() if name != "_name_of"}
 
 
-#: Errors [B] of a decoder on an example, for the noises [B, C, h', w'].
+#: (decoder, example, noises [B, C, h', w']) -> errors [B].
 Errors = Callable[[DistributionConditionedDecoder, Example, torch.Tensor], torch.Tensor]
 
 
 class HeldOutLoss:
-    """The loss (Eq. 26) on held-out images, each always with the same times and noises, painted whole.
+    """The loss (Eq. 26) on held-out images, which are painted whole and always with the same times and noises.
 
     Each process encodes its share once, and keeps the encodings in RAM.
 
     Args:
         held_out: the images.
-        encode: of a batch of theirs.
-        make: without localised decoding.
-        vlm_share: of the training; 0 for a training on proxies alone.
-        errors: in the place of Eq. 26's, for a training with another loss.
+        encode: encodes a batch of them.
+        make: makes examples, without localised decoding.
+        vlm_share: the training's; 0 if it uses proxies only.
+        errors: replace those of Eq. 26, for a training with another loss.
         batch: images at a time.
-        rank, world: of this process.
+        rank, world: this process's rank and the world size.
         total: a vector of this process -> the sum over all processes.
 
     Attributes:
-        counter: of the images that this process read.
+        counter: counts the images that this process read.
 
     Raises:
         ValueError: in all processes, if no image can be read.
@@ -164,8 +164,8 @@ class HeldOutLoss:
         self.errors = errors
         count = len(held_out.listed)
         draws = math.ceil(_DRAWS / count)
-        # With sharded weights all processes must make the same number of forward passes: each has as many items, some
-        # of them of no weight. A process whose images cannot be read, or that has none, takes another's.
+        # With sharded weights, all processes must make the same number of forward passes, so all have the same number
+        # of items, some with weight zero. A process without a readable image of its own takes one of another's.
         self.counter = ReadCounter()
         others = (number for number in range(count) if number % world != rank)
         readable = list(read_listed(held_out, range(rank, count, world), workers, self.counter))
@@ -181,23 +181,25 @@ class HeldOutLoss:
         names = ("features", "latents", *(VLM_TENSORS if vlm_share else ()))
         self.tensors = {name: torch.cat([getattr(part, name).cpu() for part in encoded]) for name in names}
         self.weights = torch.tensor([weight for _, _, weight in items])
-        # (item, its image's number, draw): the draws of a few images fill batches too.
+        # (item, its image's number, draw): with several draws each, even a few images fill the batches.
         self.pairs = [(i, number, draw) for i, (number, *_) in enumerate(items) for draw in range(draws)]
         self.batch = batch
 
     def __call__(self, decoder: DistributionConditionedDecoder, *, dropped: bool = False) -> float:
-        """The mean over all held-out images of all processes, on proxies.
+        """The mean loss over all held-out images of all processes, on proxies.
 
         Args:
-            dropped: with the decoder's null condition in the place of every condition.
+            dropped: replaces every condition by the decoder's null condition.
         """
         loss, weight = self._sums(decoder, self.make, self.weights[:, None], dropped=dropped)[0]
         return loss / weight
 
     def numbers(self, decoder: DistributionConditionedDecoder) -> dict[str, float]:
-        """The "loss"; in a training with a VLM's conditions also that on proxies alone, "loss_proxies", and that on
-        the VLM's alone, "loss_vlm", of those images that have them. "loss" is then what is trained: the two kinds by
-        their share."""
+        """The "loss"; in a training with a VLM's conditions also "loss_proxies" and "loss_vlm".
+
+        These two are on proxies alone, and on the VLM's conditions alone, of the images that have them. "loss" is then
+        what is trained: both kinds of condition, weighted by their share.
+        """
         proxies = self(decoder)
         if not self.vlm_share:
             return {"loss": proxies}
@@ -214,8 +216,10 @@ class HeldOutLoss:
         *,
         dropped: bool = False,
     ) -> list[list[float]]:
-        """For each column of weights [items, columns]: the weighted sum of the losses of all processes, and of the
-        weights."""
+        """For each column of weights [items, columns]: the weighted sum of all losses, and the sum of the weights.
+
+        Both are over all processes.
+        """
         found = torch.zeros(weights.shape[1], 2)
         for start in range(0, len(self.pairs), self.batch):
             pairs = self.pairs[start : start + self.batch]
@@ -233,7 +237,7 @@ class HeldOutLoss:
         return self.total(found.flatten()).reshape(-1, 2).tolist()
 
     def _drawn(self, pairs: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Times [B] and noises [B, C, h', w'], each a function of the image's number and the draw's."""
+        """Times [B] and noises [B, C, h', w'], each determined by the seed, the image's number and the draw's."""
         times, noises = [], []
         for _, number, draw in pairs:
             generator = keyed_generator(self.config.seed, _KEY, number, draw)
@@ -245,14 +249,14 @@ class HeldOutLoss:
 def read_listed(
     held_out: Listed, numbers: Iterable[int], workers: int, counter: ReadCounter
 ) -> Iterator[tuple[int, Any]]:
-    """(number, item) of the held-out images of these numbers that can be used; all are counted."""
+    """(number, item) of each usable held-out image among these numbers; all of them are counted."""
     for number, item in load_in_order(held_out, ((i, held_out.listed[i]) for i in numbers), workers=workers):
         if counter.admit(item, f"the held-out images of {held_out.name}"):
             yield number, item
 
 
 def count_images(source: Source) -> int | None:
-    """How many images a source lists; None for a stream, which would have to be read."""
+    """The number of images that a source lists; None for a stream, which would have to be read."""
     entries = source.entries(DataShard(seed=None), 0)
     if (first := next(entries, None)) is None:
         return 0

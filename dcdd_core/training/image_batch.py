@@ -1,6 +1,6 @@
 """Training images, cropped and resized to the two sizes that training needs.
 
-Shapes: B batch, R resolution (pixels a side that the decoder paints), T token resolution (pixels a side that the
+Shapes: B batch, R resolution (pixels per side that the decoder paints), T token resolution (pixels per side that the
 tokenizer's encoder sees).
 """
 
@@ -16,11 +16,11 @@ class Geometry:
     """The two sizes of a training image; both show the same square of it.
 
     Attributes:
-        resolution: R, which the decoder learns to paint.
-        token_resolution: T, the VLM's own, which the tokenizer's encoder sees.
-        token_factor: pixels of T a token side (`ImageTokenizer.factor`).
-        vae_factor: pixels of R a latent side (`LatentCodec.factor`).
-        patch: latents a side of one of the backbone's tokens (`Backbone.patch`); checked, not kept.
+        resolution: R, at which the decoder learns to paint.
+        token_resolution: T, the VLM's own, at which the tokenizer's encoder sees the image.
+        token_factor: pixels of T per token side (`ImageTokenizer.factor`).
+        vae_factor: pixels of R per latent side (`LatentCodec.factor`).
+        patch: latents per side of one of the backbone's tokens (`Backbone.patch`); checked, not stored.
 
     Raises:
         ValueError: unless T is a whole number of tokens, and R a whole number of the backbone's tokens.
@@ -60,7 +60,7 @@ class Geometry:
 
     @property
     def pixels_per_token(self) -> float:
-        """Pixels of R a token side, for the decoder's card; an int if it is a whole number."""
+        """Pixels of R per token side, for the decoder's card; an int if it is a whole number."""
         side = self.grid[0]
         return self.resolution / side if self.resolution % side else self.resolution // side
 
@@ -69,7 +69,7 @@ class Geometry:
 class TrainingImage:
     """One image with its name: pixels [3, R, R] and token_pixels [3, T, T], both uint8; the caption, if it is read.
 
-    `uncaptioned` where captions are read, and it has none.
+    `uncaptioned` is True if captions are read and this image has none.
     """
 
     key: str
@@ -83,7 +83,7 @@ class TrainingImage:
 class ImageBatch:
     """A batch of images: pixels [B, 3, R, R] and token_pixels [B, 3, T, T], both uint8; `keys` name them.
 
-    Their captions are None unless they are read; one of them is None where an image may lack it and does.
+    `captions` is None unless they are read; a single caption is None if that image has none and none is required.
     """
 
     keys: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Which images a training or a cache left out, in words, and as a record in the run's folder."""
+"""Which images a training or a cache left out, as text and as a record in the run's folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..pipelines.image_files import first_of
 from .batches import MOST_NAMED, ReadCounter, Source
 from .folders import ImageSource
 
-#: In a run's folder.
+#: Name of the record in a run's folder.
 RECORD = "left_out.json"
 
 
@@ -22,12 +22,12 @@ class LeftOut:
     """The images and files of a source that were not used.
 
     Attributes:
-        unreadable: name of an image -> what is wrong with it; of the first `MOST_NAMED` of each process.
-        small: names of images below `min_side`; of as many.
-        uncaptioned: names of images without a caption, where captions are required; of as many.
-        without_caption: names of images that lack one and are used, where captions may be absent; of as many.
+        unreadable: name of an image -> what is wrong with it; the first `MOST_NAMED` of each process.
+        small: names of images below `min_side`; up to as many.
+        uncaptioned: names of images without a caption, where captions are required; up to as many.
+        without_caption: names of images that are used although they lack one, where that is allowed; up to as many.
         min_side: in pixels; None for a cache, whose images were chosen when it was written.
-        passed_over: files that are not read, in words; "" if there are none.
+        passed_over: a description of the files that are not read; "" if there are none.
     """
 
     unreadable: Mapping[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class LeftOut:
 
     @classmethod
     def of(cls, source: Source, *counters: ReadCounter) -> LeftOut:
-        """Those that these counters have met."""
+        """The images that these counters have recorded."""
         unreadable = {name: reason for counter in counters for name, reason in counter.reasons.items()}
         images = source if isinstance(source, ImageSource) else None
         return cls(
@@ -52,7 +52,7 @@ class LeftOut:
         )
 
     def lines(self) -> Iterator[str]:
-        """What was left out, with the first names."""
+        """Lines of text that say what was left out, with the first names."""
         if self.unreadable:
             yield f"{_count(self.unreadable)} are unreadable and left out: {first_of(self.unreadable)}"
         if self.small:
@@ -68,7 +68,7 @@ class LeftOut:
             yield self.passed_over
 
     def write(self, folder: Path) -> None:
-        """Writes the record, `RECORD`, with all the names.
+        """Writes the record, `RECORD`, with all names.
 
         Raises:
             OSError: if it cannot be written.

@@ -1,4 +1,4 @@
-"""A lock on a run's folder: one training at a time. The system drops it when the process ends, however it ends."""
+"""A lock on a run's folder: one training at a time. The system releases it when the process ends, in whatever way."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 NAME = "training.lock"
 _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
-#: The byte that is locked on Windows, where nobody else can read a locked one: beyond the file's content.
+#: The byte that is locked on Windows. It lies beyond the file's content, since others cannot read a locked byte there.
 _BYTE = 1 << 30
 
 
 @contextmanager
 def run_lock(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Within it no other training can enter this folder, which is made; all processes call this together.
+    """Holds the lock of a run's folder, which is created if needed; all processes must call this together.
 
     Raises:
-        ValueError: in all processes, if another training is in it, or the folder cannot be written to.
+        ValueError: in all processes, if another training holds the lock, or the folder cannot be written to.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -50,10 +50,10 @@ def run_lock(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def _locked(folder: Path) -> BinaryIO:
-    """The lock's open file; closing it gives the lock up.
+    """Takes the lock and returns its open file; closing the file releases the lock.
 
     Raises:
-        ValueError: if another process holds it, or it cannot be written.
+        ValueError: if another process holds the lock, or the folder cannot be written to.
     """
     path = folder / NAME
     try:
@@ -72,14 +72,14 @@ def _locked(folder: Path) -> BinaryIO:
             raise ValueError(
                 f"another training runs in {folder}{owner}: wait for its end or stop it, or give another --out"
             ) from error
-        # Some network disks know no locks.
+        # Some network file systems do not support locks.
         warnings.warn(
             f"{path} cannot be locked ({error.strerror}): take care that no other training runs in this folder",
             DCDDWarning,
             stacklevel=2,
         )
     if hasattr(os, "register_at_fork"):
-        # A worker that outlives a killed training would hold its lock.
+        # A worker that outlives a killed training would keep holding the lock.
         os.register_at_fork(after_in_child=file.close)
     file.truncate(0)
     file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
@@ -88,7 +88,7 @@ def _locked(folder: Path) -> BinaryIO:
 
 
 def _owner(file: BinaryIO) -> str:
-    """Who holds the lock, in words."""
+    """Which process holds the lock, as text for a message; empty if unknown."""
     try:
         file.seek(0)
         said = json.loads(file.read(1000))
@@ -98,7 +98,7 @@ def _owner(file: BinaryIO) -> str:
 
 
 def _lock(file: BinaryIO) -> None:
-    """Raises OSError if it cannot be locked at once."""
+    """Locks the file without waiting; raises OSError if that fails."""
     try:
         import fcntl
     except ImportError:

@@ -1,4 +1,4 @@
-"""A training's log, `log.jsonl`: one JSON object a line with the step, the seconds, and means since the last line."""
+"""A training's log, `log.jsonl`: one JSON object per line with step, seconds, and means since the last line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunningMeans:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self, reduce: Callable[[torch.Tensor | float], torch.Tensor | float] = float) -> dict[str, float]:
-        """The means; the sums start again from zero.
+        """Returns the means and resets the sums.
 
         Args:
             reduce: this process's sum -> the mean of all processes' sums.
@@ -44,13 +44,13 @@ class RunningMeans:
         return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, tuple[float, int]]) -> None:
-        """Continues from what `state_dict` gave."""
+        """Continues from what `state_dict` returned."""
         self._sums = {name: total for name, (total, _) in state.items()}
         self._counts = {name: count for name, (_, count) in state.items()}
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The lines of a training's log; none if there is no log yet."""
+    """The lines of a training's log; empty if there is no log yet."""
     path = folder / _NAME
     if not os.path.lexists(path):
         return []
@@ -58,7 +58,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 
 def append_to_log(folder: Path, line: Mapping[str, float]) -> None:
-    """Appends a line; the folder exists.
+    """Appends a line to the log; the folder must exist.
 
     Raises:
         OSError: if it cannot be written, such as on a full disk; `truncate_log` drops a partial line.

@@ -24,7 +24,7 @@ def decoder_loss(
     |.|^2 is the mean over a latent's elements.
 
     Args:
-        generator: draws the times t and the noise n, and after them whose conditions are left out.
+        generator: draws the times t and the noise n, and then which conditions are left out.
         drop: share of the images whose condition is left out, for a decoder that has a null condition.
     """
     z0 = example.latents
@@ -47,7 +47,7 @@ def velocity_losses(
     Args:
         t, noise: [B] and [B, C, h', w'], on any device.
         weighting: one of `method.flow.WEIGHTINGS`.
-        dropped: [B], True where the decoder's null condition takes the condition's place; None for nowhere.
+        dropped: bool [B], True where the decoder's null condition replaces the condition; None for nowhere.
     """
     z0 = example.latents
     t, noise = t.to(z0.device), noise.to(z0)
@@ -60,7 +60,7 @@ def velocity_losses(
 def trained_velocity(
     decoder: DistributionConditionedDecoder, example: Example, dropped: torch.Tensor | None = None
 ) -> Velocity:
-    """The velocity that a decoder predicts for packed latents [B, L, F] at times [B], with gradients of its weights.
+    """The velocity that a decoder predicts for packed latents [B, L, F] at times [B], with gradients for its weights.
 
     Args:
         dropped: see `velocity_losses`.
@@ -69,7 +69,7 @@ def trained_velocity(
     context = decoder.backbone.context(example.masked_latents, example.mask, decoder.card.vae_factor)
     condition = decoder.condition_tokens(example.condition, size)
     if dropped is not None:
-        # A choice between the two, so that every trained weight has a gradient in every process and step.
+        # Both are computed and one is chosen, so that every trained weight has a gradient in every process and step.
         null = decoder.null_tokens(example.condition, size).to(condition.dtype)
         condition = torch.where(dropped.to(null.device)[:, None, None], null, condition)
     return lambda packed, t: decoder(packed, context, condition, t, size).float()

@@ -1,6 +1,6 @@
 """The memory and FLOPs of a masked sampler's training on each GPU, from the network's shapes alone.
 
-As `cost`, for a `MaskedTransformer` under DDP: a dry run of one step, and of what makes its example.
+Like `cost`, for a `MaskedTransformer` under DDP: a dry run of one step, and of making its example.
 
 Shapes: B batch, N tokens, K codes, L prompt length.
 """
@@ -32,8 +32,8 @@ class MaskedSetup:
         geometry: of the images.
         words: L.
         drawn: share of the images whose wrong tokens the network draws itself.
-        cached: the images come encoded, from a cache.
-        batch, accumulate, optimizer, precision, checkpointing: as of `cost.TrainingSetup`.
+        cached: whether the images come already encoded, from a cache.
+        batch, accumulate, optimizer, precision, checkpointing: as in `cost.TrainingSetup`.
     """
 
     config: MaskedConfig
@@ -53,7 +53,7 @@ def masked_cost(setup: MaskedSetup, tokenizer: ImageTokenizer) -> Cost:
     """Adds up what each GPU holds, and the FLOPs of an update.
 
     Args:
-        tokenizer: is not changed.
+        tokenizer: left unchanged.
     """
     with torch.device("meta"):
         network = MaskedTransformer(setup.config)
@@ -110,7 +110,7 @@ def _example(setup: MaskedSetup) -> MaskedExample:
 
 
 def _draw(network: MaskedTransformer, setup: MaskedSetup) -> torch.Tensor:
-    """The chances of the network's own draws, of the whole batch and all positions: more than are ever drawn."""
+    """The probabilities of the network's own draws, for the whole batch and all positions: more than are ever drawn."""
     example = _example(setup)
     prefix = network.prefix(*padded(example.ids, "meta"))
     return network.logits(network(example.seen, prefix)).softmax(-1)

@@ -34,14 +34,14 @@ _ERROR_WEIGHT, _IMPORTANCE_WEIGHT = 0.05, 0.02
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MaskedExample:
-    """What the network sees of a batch, and what it is asked for.
+    """What the network sees of a batch, and what it should predict.
 
     Attributes:
-        ids: of the captions, or of the rows without one.
+        ids: token ids of the captions, or of the row without a caption.
         tokens: the images' own, [B, N] int64.
-        errors: standardised log quantisation error [B, N].
+        errors: standardised log quantisation errors [B, N].
         hidden, wrong: bool [B, N]; hidden positions, and visible ones with another token than the image's.
-        seen: [B, N] int64, what stands there: K where hidden.
+        seen: [B, N] int64, the tokens that the network sees; K where hidden.
         probe: bool [B, N], some of the hidden positions, in the images that are read twice.
     """
 
@@ -55,11 +55,11 @@ class MaskedExample:
 
 
 class Corruption:
-    """Replaces visible tokens by wrong ones, each image's from one source.
+    """Replaces visible tokens by wrong ones, using one kind of corruption for each image.
 
     Args:
-        kinds: some of `CORRUPTIONS`; none leaves all visible tokens right.
-        run: runs a function on the model whose draws are "samples", and returns its result.
+        kinds: some of `CORRUPTIONS`; with none, all visible tokens stay right.
+        run: runs a function on the model that draws the kind "samples", and returns its result.
 
     Raises:
         ValueError: for an unknown kind.
@@ -75,7 +75,7 @@ class Corruption:
         self.neighbours = masked_modelling.neighbours(codebook.vectors.cpu(), count) if "nearest" in kinds else None
 
     def drawing(self, run: Callable[[Callable[[MaskedTransformer], Any]], Any]) -> Corruption:
-        """The same with another `run`."""
+        """A copy with another `run`."""
         other = copy.copy(self)
         other.run = run
         return other
@@ -89,7 +89,7 @@ class Corruption:
         ids: list[list[int]],
         draw: torch.Generator,
     ) -> torch.Tensor:
-        """Tokens [B, N] with others at the `chosen` positions (bool [B, N], visible ones); a few may be the same."""
+        """Tokens [B, N], replaced at the `chosen` positions (bool [B, N], visible ones); a few may stay the same."""
         if not self.kinds:
             return tokens
         kind = torch.randint(len(self.kinds), (len(tokens),), generator=draw)
@@ -115,7 +115,7 @@ class Corruption:
         ids: list[list[int]],
         draw: torch.Generator,
     ) -> torch.Tensor:
-        """The model's draws where `chosen`, all at once and none of them seen: the mistakes of a parallel pass."""
+        """The model's draws at the `chosen` positions, all at once and blind to each other, as in a parallel pass."""
 
         def chances_of(model: MaskedTransformer) -> torch.Tensor:
             device = model.mask.device
@@ -131,7 +131,7 @@ class Corruption:
 def tokens_and_errors(tokenizer: ImageTokenizer, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B, N] int64 and log quantisation errors [B, N] float32 of features [B, N, D], on the CPU.
 
-    The error is log(1 - cosine) between a position's feature and its code.
+    The error is log(1 - cosine) between a position's feature and its code, with 1 - cosine at least 1e-4.
     """
     features = F.normalize(features, dim=-1)
     tokens = tokenizer.tokens(features)
@@ -145,7 +145,7 @@ def drop_captions(
     unconditional: Callable[[list[int]], list[int]],
     draw: torch.Generator,
 ) -> list[list[int]]:
-    """The ids of captions, a share of them replaced by the row without a prompt, which guidance is trained on."""
+    """The ids of captions, of which a share is replaced by the row without a prompt, to train guidance."""
     dropped = torch.rand(len(ids), generator=draw) < share
     return [unconditional(row) if drop else row for row, drop in zip(ids, dropped)]
 
@@ -160,7 +160,7 @@ def make_example(
     codes: int,
     schedule: str = "arccos",
 ) -> MaskedExample:
-    """Hides and corrupts a batch; everything on the CPU.
+    """Hides and corrupts tokens of a batch; everything is on the CPU.
 
     Args:
         codes: K.
@@ -188,7 +188,7 @@ def make_example(
 def masked_losses(network: MaskedTransformer, example: MaskedExample) -> dict[str, torch.Tensor]:
     """The losses of a batch, and means to log: cross-entropy where hidden and where wrong.
 
-    "loss" is what is trained: the tokens' weighted cross-entropy and small parts of the two scores' losses.
+    "loss" is what is trained: the tokens' weighted cross-entropy plus small multiples of the two scores' losses.
     """
     device = network.mask.device
     moved = {

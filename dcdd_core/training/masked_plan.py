@@ -39,16 +39,16 @@ class MaskedPlan:
     """What a masked sampler is made from.
 
     Attributes:
-        vlm: files of a VLM or of an image tokenizer alone (`registry.sampler_family`); its image tokenizer is read.
-        start: files of a masked sampler, or of a Janus, to start from; None for a new network.
-        text: folder of the text tokenizer of a new network; None for that in `vlm`.
-        template: around the captions of a new network; it holds "{prompt}" once.
+        vlm: files of a VLM or of an image tokenizer alone (`registry.sampler_family`); only the tokenizer is read.
+        start: files of a masked sampler, or of a Janus model, to start from; None for a new network.
+        text: folder of the text tokenizer of a new network; None for the one in `vlm`.
+        template: text around the captions of a new network, with "{prompt}" in it once; None for `TEMPLATE`.
         side: of the images in pixels; None for the VLM's own.
         width, layers, heads: of a new network; None for `WIDTH`, `LAYERS`, `HEADS`.
-        seed: of what starts at random.
+        seed: for what starts at random.
 
     Raises:
-        ValueError: for sizes out of range, and for what would do nothing beside `start`.
+        ValueError: for sizes out of range or that do not fit together, and for options without effect given `start`.
     """
 
     vlm: Path
@@ -81,7 +81,7 @@ class MaskedPlan:
             )
 
     def check(self) -> None:
-        """Looks at what can be known before any weights are read: that the files are there and of the right kind.
+        """Checks what can be known before any weights are read: that the files exist and are of the right kind.
 
         Raises:
             ValueError: for a missing file, files of another kind, and words that cannot be read.
@@ -129,8 +129,8 @@ class MaskedPlan:
         """The sizes of the training images.
 
         Raises:
-            ValueError: for a side that is no whole number of tokens or has too many of them, and a token grid that is
-                not square.
+            ValueError: for a side that is not a whole number of tokens or has too many of them, and for a token grid
+                that is not square if no side is given.
         """
         rows, columns = tokenizer.grid
         if self.side is None and rows != columns:
@@ -174,10 +174,10 @@ class MaskedPlan:
     def save(
         self, folder: Path, sampler: MaskedSampler, tokenizer: ImageTokenizer, *, sampling: ProgressiveOptions
     ) -> None:
-        """Writes a folder that the registry's masked family loads, its image tokenizer in it where that can be.
+        """Writes a folder that the registry's masked family loads, including the image tokenizer where possible.
 
         Raises:
-            ValueError: for an image tokenizer that can neither be written nor named by a relative path.
+            ValueError: for an image tokenizer that can neither be written nor referred to by a relative path.
             OSError: if a file cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ class MaskedPlan:
             with torch.no_grad():
                 for weight in (network.words.weight, network.positions, network.mask):
                     weight.normal_(std=0.02)
-                # Codes that are alike look alike from the start.
+                # Similar codes have similar embeddings from the start.
                 network.codes.weight.copy_(tokenizer.codebook.vectors)
                 network.scores_out.weight.zero_()
                 network.scores_out.bias.zero_()
@@ -231,16 +231,16 @@ class MaskedPlan:
         return sampler
 
     def _save_tokenizer(self, folder: Path, tokenizer: ImageTokenizer) -> str:
-        """Writes the image tokenizer below the folder; otherwise names it. Its folder, relative to the given one."""
+        """Writes the image tokenizer below the folder if possible; returns its path relative to the folder."""
         name = "tokenizer"
-        stored = registry.sampler_family(self.vlm).load_tokenizer(str(self.vlm))  # As it is stored, perhaps in half.
+        stored = registry.sampler_family(self.vlm).load_tokenizer(str(self.vlm))  # In its stored dtype, perhaps half.
         if hasattr(stored.model, "save_pretrained"):
             stored.model.save_pretrained(folder / name)
             if any(family.reads(str(folder / name)) for family in registry.samplers()):
                 return name
         try:
             return Path(os.path.relpath(self.vlm, folder)).as_posix()
-        except ValueError as error:  # Another drive of Windows.
+        except ValueError as error:  # A different drive on Windows.
             raise ValueError(
                 f"{folder} cannot name the image tokenizer in {self.vlm} by a relative path ({error}): give an --out "
                 "on the same drive"

@@ -102,7 +102,7 @@ def _run(
     sampler.model.to(device)
     encode = TokenEncoder(tokenizer)
     training = source if parts is None else parts.training
-    # A resumed run keeps its scale: another device may round it to another number.
+    # A resumed run keeps its scale: on another device it might be rounded to another number.
     scale = _scale_of(before) or ErrorScale.of(training, encode, batch=data.batch)
     settings |= {"precision": accelerator.mixed_precision}
     if parts is not None:
@@ -147,10 +147,10 @@ def run_sampler(
     """Writes the sampler of a run's newest checkpoint; the run may be unfinished, or still running.
 
     Returns:
-        The sampler's folder, whose name has the step.
+        The sampler's folder, whose name includes the step.
 
     Raises:
-        ValueError: if there is no checkpoint yet, it is of another plan, or it cannot be read.
+        ValueError: if there is no checkpoint yet, or it was made with another plan or cannot be read.
     """
     newest = newest_checkpoint(folder)
     if newest is None:
@@ -170,10 +170,10 @@ def run_sampler(
 
 
 def _settings(sampler: MaskedSampler, card: CacheCard) -> dict[str, Any]:
-    """What a checkpoint depends on, besides what `MaskedTask` adds; the network is still as it starts.
+    """What a checkpoint depends on, besides what `MaskedTask` adds; the network must still be untrained.
 
     Args:
-        card: of the encodings that are trained on.
+        card: of the encodings to train on.
     """
     words = sampler.words
     return {
@@ -187,7 +187,7 @@ def _settings(sampler: MaskedSampler, card: CacheCard) -> dict[str, Any]:
 
 
 def _scale_of(before: dict[str, Any] | None) -> ErrorScale | None:
-    """The scale of a run that is resumed; None for a new one."""
+    """The scale of a resumed run; None for a new one."""
     return None if before is None or "error_scale" not in before else ErrorScale(**before["error_scale"])
 
 
@@ -220,10 +220,10 @@ def _write(
     report: Callable[[str], None],
     path: Path | None = None,
 ) -> None:
-    """Writes the samplers of a run, the best one first: a run whose last sampler is written has them both.
+    """Writes the samplers of a run, the best one first, so that a run whose last sampler is written has both.
 
     Args:
-        path: of the newest checkpoint's sampler; None for `SAMPLER`.
+        path: where the newest checkpoint's sampler goes; None for `SAMPLER`.
     """
     newest = newest_checkpoint(folder)
     settings, log = settings_of(newest), read_log(folder)
@@ -243,7 +243,7 @@ def _write(
 def card(
     sampler: MaskedSampler, plan: MaskedPlan, settings: dict[str, Any], step: int, log: list[dict[str, float]]
 ) -> str:
-    """What a sampler is, in Markdown."""
+    """A sampler's model card, in Markdown."""
     lines = [line for line in log if line["step"] <= step]
     held_out = next((line for line in reversed(lines) if "eval/loss" in line), {})
     seconds = max((line.get("seconds", 0.0) for line in lines), default=0.0)

@@ -34,8 +34,8 @@ from .masked_loss import Corruption, MaskedExample, drop_captions, make_example,
 from .trainable import optimizers_of, trained_weights
 from .trainer import Averaged, sample_sheet
 
-_MEASURED = 256  # images whose quantisation errors say what is usual [choice]
-_DRAWS = 64  # examples that a held-out loss is the mean of, at least [choice]
+_MEASURED = 256  # images on which the scale of quantisation errors is measured, at most [choice]
+_DRAWS = 64  # a held-out loss is the mean over at least this many examples [choice]
 _KEY = 67  # keeps these draws apart from others with the same seed
 MOST_WORDS = 4096
 """Of the longest caption, in tokens; a limit against slips."""
@@ -43,13 +43,13 @@ MOST_WORDS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingConfig:
-    """What is hidden, what is made wrong, and how captions are read.
+    """Which tokens are hidden, which are made wrong, and how captions are read.
 
     Attributes:
-        corruptions: where wrong tokens come from, some of `CORRUPTIONS`; none trains no revision.
+        corruptions: where wrong tokens come from, some of `CORRUPTIONS`; with none, revision is not trained.
         schedule: of the share of hidden positions, one of `HIDDEN_SHARES`.
-        dropped: share of the captions that are replaced by the row without a prompt, for guidance.
-        words: tokens of the longest prompt, with the template; longer captions are cut.
+        dropped: share of the captions that are replaced by the row without a prompt, to train guidance.
+        words: tokens of the longest prompt, including the template; longer captions are cut.
 
     Raises:
         ValueError: for unknown choices and numbers out of range.
@@ -87,7 +87,7 @@ class CaptionedTokens:
 
 
 class TokenEncoder:
-    """Batches of a `Source` as tokens: of images, or of the features that a cache holds."""
+    """Turns batches of a `Source` into tokens: batches of images, or of the features that a cache holds."""
 
     def __init__(self, tokenizer: ImageTokenizer):
         self.tokenizer = tokenizer
@@ -105,7 +105,7 @@ class TokenEncoder:
 
 
 class CaptionReader:
-    """Captions as the ids that the network reads, none longer than `most`.
+    """Turns captions into the ids that the network reads, at most `most` of them.
 
     Raises:
         ValueError: if the template alone is longer.
@@ -123,7 +123,7 @@ class CaptionReader:
         return self.words.ids(self.cut(caption))
 
     def cut(self, caption: str) -> str:
-        """The caption, its end cut off where it has too many tokens.
+        """The caption, with its end cut off if it has too many tokens.
 
         Raises:
             ValueError: if nothing of it would be left.
@@ -153,17 +153,17 @@ class CaptionReader:
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorScale:
-    """What is usual of the images' log quantisation errors: the network predicts them in these units."""
+    """Mean and standard deviation of the images' log quantisation errors; the network predicts standardised errors."""
 
     mean: float
     deviation: float
 
     @classmethod
     def of(cls, source: Source, encode: TokenEncoder, *, batch: int) -> ErrorScale:
-        """Of the first images of a source, rounded, so that another device finds the same.
+        """Measured on the first images of a source, and rounded so that another device finds the same.
 
         Raises:
-            ValueError: if no image can be read.
+            ValueError: if no image can be used.
         """
         counter, found = ReadCounter(), []
         entries = ((None, entry) for entry in source.entries(DataShard(seed=None), 0))
@@ -186,7 +186,7 @@ class MaskedTask:
     """See `trainer.Task`.
 
     Args:
-        sampler: its network is trained; on the device that it is on.
+        sampler: its network is trained, on the device where it is.
     """
 
     remedy = (
@@ -208,7 +208,7 @@ class MaskedTask:
         self._corruption = Corruption(masking.corruptions, self.codebook, lambda work: work(self.network))
 
     def optimizers(self, config: OptimizationConfig, *, sharded: bool) -> list[torch.optim.Optimizer]:
-        """AdamW's, or Muon's for the matrices of the blocks.
+        """The optimisers of the weights; Muon, if it is chosen, updates the matrices of the blocks.
 
         Raises:
             ValueError: for sharded weights.
@@ -222,7 +222,7 @@ class MaskedTask:
         return optimizers_of(weights, config, matrices=muon_matrices(weights), betas=(0.9, 0.95))
 
     def example(self, batch: Any, generator: torch.Generator, averaged: Averaged) -> MaskedExample:
-        """See `trainer.Task`; wrong tokens are draws of the averaged weights."""
+        """See `trainer.Task`; wrong tokens of the kind "samples" are drawn with the averaged weights."""
         corruption = self._corruption.drawing(averaged)
         return self.masked(self.encode(batch), generator, corruption)
 
@@ -232,7 +232,7 @@ class MaskedTask:
         """The example of encoded images.
 
         Args:
-            corruption: None for one that draws from the weights as they are.
+            corruption: None for one that draws with the current weights.
         """
         ids = [self.reader.ids(caption) for caption in batch.captions]
         return make_example(
@@ -258,9 +258,9 @@ def muon_matrices(weights: Mapping[str, nn.Parameter]) -> list[str]:
 
 
 class MaskedHeldOut:
-    """The losses on held-out images, hidden and corrupted in the same places each time; a few images several times.
+    """The losses on held-out images, always hidden and corrupted in the same places; few images are used several times.
 
-    Each process holds and evaluates a share of the images; how they fall into batches, and so the draws, depends on the
+    Each process holds and evaluates a share of the images; their division into batches, and so the draws, depend on the
     number of processes.
 
     Args:
@@ -268,7 +268,7 @@ class MaskedHeldOut:
         total: numbers of this process -> their sums over all processes.
 
     Attributes:
-        counter: of the images that this process read.
+        counter: counts the images that this process read.
 
     Raises:
         ValueError: if no image of any process can be read.
@@ -328,7 +328,7 @@ class MaskedHeldOut:
 
 
 class MaskedSampleSheet:
-    """Samples for the captions of a source's first images: on the left the image itself, through its tokenizer."""
+    """Samples for the captions of a source's first images; on the left the image itself, as its tokens decode it."""
 
     def __init__(self, source: Source, sampler: MaskedSampler, encode: TokenEncoder, reader: CaptionReader, count: int):
         first = encode(next(iter(Batches(source, size=count, shard=DataShard(seed=None)))))

@@ -37,20 +37,20 @@ def adamw_with_muon(
 
 
 def muon(matrices: Iterable[nn.Parameter], *, weight_decay: float) -> torch.optim.Muon:
-    """Orthogonalised momentum (Jordan et al. 2024); its updates have AdamW's RMS, so that both use one rate."""
+    """Orthogonalised momentum (Jordan et al. 2024); its updates have AdamW's RMS, so both share a learning rate."""
     return torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 def adamw_8bit(
     weights: Iterable[nn.Parameter], *, betas: tuple[float, float], weight_decay: float, sharded: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW with moments of 8 bits, a quarter of the memory: bitsandbytes' or, without it, torchao's.
+    """AdamW with 8-bit moments, a quarter of the memory: bitsandbytes' or, without it, torchao's.
 
     Args:
-        sharded: the weights will be sharded (FSDP), which only torchao's supports.
+        sharded: whether the weights will be sharded (FSDP), which only torchao's supports.
 
     Raises:
-        ValueError: if neither library, or not the one that is needed, is installed.
+        ValueError: if no suitable library is installed.
     """
     libraries = ("torchao",) if sharded else ("bitsandbytes", "torchao")
     for library in libraries:

@@ -27,13 +27,13 @@ from .trainable import changed_by_training, choose_trained, merge_lora
 from .vlm_conditions import Served, VLMConditions
 
 _NOTHING = "there is nothing to train: give the base (FLUX.1-Fill), or a decoder bundle to start from"
-#: Pixels a side, and channels; beyond any network.
+#: The most pixels per side, width of an adapter, and rank: beyond any network.
 _MOST = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """The frozen networks that encode training images, and the sizes of these images; no codec for no latents."""
+    """The frozen networks that encode training images, and these images' sizes; the codec is None for no latents."""
 
     tokenizer: ImageTokenizer
     codec: LatentCodec | None
@@ -45,21 +45,21 @@ class Plan:
     """What a decoder is made from.
 
     Attributes:
-        vlm: files of a VLM (`registry.sampler_family`); only its image tokenizer is read, but for `conditions`.
+        vlm: files of a VLM (`registry.sampler_family`); only its image tokenizer is read, except for `conditions`.
         vae: files of a latent codec (`registry.codec_family`).
         base: files of a diffusion transformer (`registry.base_family`); None if `bundle` holds all of its weights.
         bundle: a decoder to start from; None for a new adapter on the base.
-        calibration: a file of `Calibration.save`, for the variant "lcdm+lc"; None for that of `bundle`.
+        calibration: a file that `Calibration.save` wrote, for the variant "lcdm+lc"; None for that of `bundle`.
         variant: the kind of condition, as in the paper's Table 4 (`DecoderCard.variant`).
-        reads: what of the VLM's output the decoder is served (`DecoderCard.reads`); None for as `bundle` says, or as
-            the paper does.
-        resolution: R, pixels a side; None for the VLM's own, and in a distillation for the teacher's.
+        reads: which part of the VLM's output the decoder is served (`DecoderCard.reads`); None for `bundle`'s, or else
+            the paper's.
+        resolution: R, pixels per side; None for the VLM's own or, in a distillation, the teacher's.
         width: of a new adapter [choice].
         trained, rank: see `choose_trained`.
-        seed: of what starts at random: a new adapter and low-rank updates.
-        licence: of the result; None for that of what it starts from.
-        drop_condition: share of the examples whose condition is left out, below 1; None for that of `bundle`, or 0.
-        distillation: makes a student of few steps of `bundle`, its teacher; None for a training on images.
+        seed: for what starts at random: a new adapter and low-rank updates.
+        licence: of the result; None for that of its starting point.
+        drop_condition: share of the examples whose condition is left out, in [0, 1); None for `bundle`'s, or else 0.
+        distillation: how to distil `bundle`, the teacher, into a student of few steps; None for training on images.
 
     Raises:
         ValueError: for a resolution, a width, a rank or a share out of range.
@@ -90,10 +90,11 @@ class Plan:
                 raise ValueError(f"{name} must be at most {_MOST:,}, got {size:,}")
 
     def check(self) -> None:
-        """Looks at what can be known before any weights are read: that the files are there, and the calibration.
+        """Checks what can be known before any weights are read: that the files exist, and the calibration.
 
         Raises:
-            ValueError: for a missing file, nothing to train, and a calibration that cannot be used.
+            ValueError: for a missing file, nothing to train, an impossible distillation, and a calibration that cannot
+                be used.
         """
         for path, expected in (
             (self.vlm, "a VLM"),
@@ -146,7 +147,7 @@ class Plan:
         return load_decoder(self.bundle, self.base, DecoderOptions(device=device, dtype=dtype, compiled=compiled))
 
     def condition_card(self, encoders: Encoders) -> DecoderCard:
-        """The card of the decoder as far as conditions go; no weights are read.
+        """The decoder's card, as far as conditions are concerned; no weights are read.
 
         Raises:
             ValueError: for a calibration that is missing, or of another tokenizer.
@@ -157,7 +158,7 @@ class Plan:
         return replace(card, **self._card_of(encoders, card.calibration), **self._student_of(card))
 
     def conditions(self, card: DecoderCard, encoders: Encoders) -> VLMConditions:
-        """Loads the VLM, in bfloat16 on a GPU and in float32 on a CPU, for its own conditions.
+        """Loads the VLM, in bfloat16 on a GPU and in float32 on a CPU, to make its own conditions.
 
         Args:
             card: of the decoder, or `condition_card`.
@@ -165,7 +166,7 @@ class Plan:
         Raises:
             ValueError: as `VLMConditions`, and for files of another kind.
         """
-        Served.of(card)  # Before the VLM is read.
+        Served.of(card)  # Checks the card before the VLM is read.
         device = encoders.tokenizer.device
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         sampler = registry.sampler_family(self.vlm).load_sampler(str(self.vlm), device=device, dtype=dtype)
@@ -175,7 +176,7 @@ class Plan:
         """Loads the decoder to train, on the CPU, without unused weights; trained weights require a gradient.
 
         Args:
-            dtype: of the frozen weights; trained ones are float32.
+            dtype: of the frozen weights; the trained ones are float32.
 
         Raises:
             ValueError: for files of another kind, a calibration or a bundle for another tokenizer, and if there is
@@ -191,8 +192,8 @@ class Plan:
         """Writes a bundle: the weights that training changed, and the card.
 
         Args:
-            decoder: as `decoder` returns it; it receives the trained weights.
-            trained: by name (`checkpoints.load_ema`).
+            decoder: as `decoder` returns it; the trained weights are loaded into it.
+            trained: the trained weights by name (`checkpoints.load_ema`).
         """
         changed = set(changed_by_training(decoder))
         if self.bundle is not None:
@@ -203,7 +204,7 @@ class Plan:
 
     @property
     def condition_dropout(self) -> float:
-        """`drop_condition`, or the default in its place; 0 for a student, which takes its teacher's guidance over."""
+        """`drop_condition`, or its default; 0 for a student, which takes over its teacher's guidance."""
         if self.distillation is not None:
             return 0.0
         if self.drop_condition is not None:
@@ -211,7 +212,7 @@ class Plan:
         return 0.0 if self.bundle is None else read_card(self.bundle).condition_dropout
 
     def _patch(self) -> int:
-        """Latents a side of one token of the backbone; without a base or a bundle, of the first family's."""
+        """Latents per side of one of the backbone's tokens; without a base or a bundle, the first family's."""
         if self.bundle is not None:
             config = read_card(self.bundle).base_config
             with in_file(self.bundle):
@@ -252,7 +253,7 @@ class Plan:
         return decoder
 
     def _card_of(self, encoders: Encoders, calibration: Calibration | None) -> dict[str, Any]:
-        """What the card says of the encoders and the conditions."""
+        """The card's fields about the encoders and the conditions."""
         tokenizer, codec = encoders.tokenizer, encoders.codec
         return {
             "tokenizer": tokenizer.name,
@@ -275,7 +276,7 @@ class Plan:
         """Refuses a distillation that makes no sense.
 
         Args:
-            card: of the teacher.
+            card: of the teacher; None if there is no bundle.
         """
         if card is None:
             raise ValueError("there is nothing to distil: give a decoder bundle (--bundle), the teacher")
@@ -295,8 +296,10 @@ class Plan:
                 raise ValueError(f"a student has its teacher's {name}, {own}, got {taken}: leave it out")
 
     def _student_of(self, card: DecoderCard) -> dict[str, Any]:
-        """What a student's card says otherwise than its teacher's. Its teacher's distribution guidance was chosen for
-        other steps."""
+        """The fields in which a student's card differs from its teacher's.
+
+        Distribution guidance is unset, since the teacher's was chosen for another number of steps.
+        """
         if (told := self.distillation) is None:
             return {}
         return {
@@ -307,10 +310,10 @@ class Plan:
         }
 
     def _calibration(self, tokenizer: ImageTokenizer | None, calibration: Calibration | None) -> Calibration | None:
-        """The calibration of the conditions: the plan's own, or else the given one of the bundle.
+        """The calibration of the conditions: the plan's own, or else the given one, the bundle's.
 
         Args:
-            tokenizer: that it must fit; None if that is not known yet.
+            tokenizer: the one it must fit; None if that is not known yet.
         """
         if self.variant != "lcdm+lc":
             if self.calibration is not None:

@@ -1,7 +1,7 @@
-"""Resuming the data on another number of processes: every image still comes once an epoch.
+"""Resuming the data with another number of processes: every image still comes once per epoch.
 
-The epochs that were under way are finished first: what their processes had left is dealt out anew. Later epochs are
-divided as ever. A position within them is found again by listing what came before it, without decoding.
+The epochs that were under way are finished first: what their processes had left is redistributed. Later epochs are
+divided as usual. A position in a redistributed epoch is found again by listing what came before it, without decoding.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _IF_ANY = ("uncaptioned", "without_caption")
 
 
 class Redistributed(Wrapped):
-    """A source whose epochs under way are finished by another number of processes; a `Source`.
+    """A `Source` whose unfinished epochs are finished by another number of processes.
 
     Args:
-        source: with its own order.
-        before: for each change, oldest first: the positions of all processes when it came (`Batches.state_dict`).
+        source: the source with its own order.
+        before: for each change of that number, oldest first: all processes' positions then (`Batches.state_dict`).
     """
 
     def __init__(self, source: Source, before: Sequence[Sequence[Mapping[str, Any]]]):
@@ -35,7 +35,7 @@ class Redistributed(Wrapped):
         return self._entries(len(self.before), shard, epoch, start, mark)
 
     def _entries(self, changes: int, shard: DataShard, epoch: int, start: int, mark: Mark | None) -> Iterator[Entry]:
-        """The entries as they were after so many changes."""
+        """The entries as they were after this many changes."""
         positions = self.before[changes - 1] if changes else []
         if epoch > max((position["epoch"] for position in positions), default=-1):
             yield from self.source.entries(shard, epoch, start, mark)
@@ -48,7 +48,7 @@ class Redistributed(Wrapped):
         # `restore_position` starts the first of these epochs at 1, not at 0.
         done = start - (epoch == min(position["epoch"] for position in positions))
         for entry in islice(_in_turn(left), shard.rank + max(0, done) * shard.world, None, shard.world):
-            yield replace(entry, mark=None)  # Its mark is of another process's part.
+            yield replace(entry, mark=None)  # Its mark belongs to another process's part.
 
 
 def saved_position(batches: Batches) -> dict[str, Any]:
@@ -58,10 +58,10 @@ def saved_position(batches: Batches) -> dict[str, Any]:
 
 
 def restore_position(batches: Batches, positions: Sequence[Mapping[str, Any]]) -> None:
-    """Continues this process's batches from the positions of all processes that were saved, by rank.
+    """Continues this process's batches from the saved positions of all processes, by rank.
 
-    The same number of processes continues exactly. For another number, the batches are others, and each image that the
-    epoch has left comes once.
+    With the same number of processes, it continues exactly. With another number, the batches differ, and each image
+    that is left in the epoch comes once.
 
     Raises:
         ValueError: if they are of another source, seed or window.
@@ -89,7 +89,7 @@ def restore_position(batches: Batches, positions: Sequence[Mapping[str, Any]]) -
 
 
 def _together(left_out: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several processes left out, without the order."""
+    """What several processes left out, combined."""
     unreadable = {name: reason for own in left_out for name, reason in own["unreadable"].items()}
     small, *others = (sorted({name for own in left_out for name in own.get(kind, ())}) for kind in ("small", *_IF_ANY))
     return {"unreadable": unreadable, "small": small} | {kind: names for kind, names in zip(_IF_ANY, others) if names}
@@ -100,7 +100,7 @@ def _reach(position: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_turn(streams: Iterable[Iterator[Entry]]) -> Iterator[Entry]:
-    """One entry of each stream after the other, until all have ended."""
+    """Entries from the streams in turn, until all have ended."""
     remaining = list(streams)
     while remaining:
         heads = [(stream, next(stream, _MISSING)) for stream in remaining]

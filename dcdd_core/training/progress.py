@@ -1,4 +1,4 @@
-"""What a training says while it runs: a bar in a terminal, a line every so often in a log."""
+"""The progress of a running training: a bar in a terminal, a line at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _LINE_EVERY = 30.0
 
 
 class ProgressBar:
-    """The updates of a training with their rate, the time that is left, the last numbers of the log, and the memory.
+    """Shows a training's updates and their rate, the remaining time, the last numbers of the log, and the memory.
 
     Args:
         name: of the run.
-        steps: of the whole run.
-        stream: where it goes; None for the standard error output.
-        every: seconds between two lines, if that is not a terminal.
+        steps: updates of the whole run.
+        stream: where to write; None for standard error.
+        every: seconds between two lines, if the stream is not a terminal.
     """
 
     def __init__(self, name: str, steps: int, *, stream: TextIO | None = None, every: float = _LINE_EVERY):
@@ -36,18 +36,19 @@ class ProgressBar:
         self._started = self._said = time.monotonic()
 
     def start(self, step: int) -> None:
-        """The run goes on from this step."""
+        """Starts the display at the step from which the run continues."""
         self._first = self._step = step
         self._started = self._said = time.monotonic()
         if self.stream.isatty():
             self._bar = tqdm(desc=self.name, total=self.steps, initial=step, unit="update", file=self.stream)
 
     def advance(self, step: int, numbers: Mapping[str, float], *, evaluated: bool) -> None:
-        """A step was done.
+        """Shows that a step is done.
 
         Args:
-            numbers: of the log's line, if there is one.
-            evaluated: the line is one of an evaluation, and always said.
+            step: updates done so far.
+            numbers: those of the log's line; empty if there is none.
+            evaluated: whether the line is an evaluation's, which is always shown.
         """
         self._step = step
         self._numbers |= {name: value for name, value in numbers.items() if name not in ("step", "seconds")}

@@ -57,20 +57,20 @@ BEST = "best.safetensors"
 def make_accelerator(
     folder: Path | None = None, *, cpu: bool = False, precision: str | None = None, tracker: str | None = None
 ) -> Accelerator:
-    """The accelerator of the processes that `accelerate launch` or `torchrun` started, or of this one alone.
+    """The accelerator for the processes that `accelerate launch` or `torchrun` started, or for this one alone.
 
     Args:
         folder: where the tracker writes.
         cpu: train on the CPU, even if there is a GPU.
-        precision: "bf16" or "no"; None for the launcher's, or without a launcher "bf16" on a GPU that supports it and
+        precision: "bf16" or "no"; None for the launcher's or, without a launcher, "bf16" on a GPU that supports it and
             "no" elsewhere.
         tracker: one of accelerate's, such as "tensorboard".
 
     Raises:
         ValueError: if accelerate or the tracker is not installed, if the launcher is configured for DeepSpeed, or if
-            its precision is another one.
+            the precision is another one.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":  # ignored without a word on a CPU
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":  # silently ignored on a CPU
         raise ValueError(NO_DEEPSPEED)
     try:
         from accelerate import Accelerator
@@ -114,9 +114,9 @@ def run_training(
 ) -> Path:
     """Trains a decoder, resuming from the folder's newest checkpoint, and writes its bundle into the folder.
 
-    With `Plan.distillation` that is a student, and the loss on held-out images that of `DistillationTask.distances`. If
-    images are held out, the loss on them is evaluated with the sample sheets, and the weights with the lowest become a
-    bundle as well (`BEST`).
+    With `Plan.distillation` the decoder is a student, and the loss on held-out images is `DistillationTask.distances`.
+    If images are held out, the loss on them is evaluated along with the sample sheets, and the weights with the lowest
+    loss become a bundle as well (`BEST`).
 
     Args:
         progress: see `Trainer`.
@@ -228,10 +228,10 @@ def _run_training(
     path = folder / BUNDLE
 
     def write() -> None:
-        # The best first: a run whose last bundle is written has them all.
+        # The best one first, so that a run whose last bundle is written has both.
         if parts is not None:
             _save_best(folder, plan, encoders, dtype, report)
-        # Into a decoder that is loaded again: the trained one may be sharded over devices.
+        # Into a freshly loaded decoder, since the trained one may be sharded over devices.
         plan.save(path, plan.decoder(encoders, dtype=dtype), load_ema(newest_checkpoint(folder)))
         report(f"wrote {path}")
 
@@ -240,21 +240,21 @@ def _run_training(
 
 
 def train_and_write(trainer: Trainer, write: Callable[[], None], source: Source, held_out: ReadCounter) -> None:
-    """Trains to the end; then the main process writes the results, and what was left out of the images.
+    """Trains to the end; then the main process writes the results, and which images were left out.
 
     Args:
         write: writes the results into the run's folder.
-        held_out: of what this process read of the held-out images.
+        held_out: counts what this process read of the held-out images.
 
     Raises:
-        ValueError, FloatingPointError, OSError, TrainingStopped: see `Trainer.train`; of the last, the main process
-            has reported what it says.
+        ValueError, FloatingPointError, OSError, TrainingStopped: see `Trainer.train`; the main process has reported the
+            message of a TrainingStopped.
     """
     folder, accelerator = trainer.folder, trainer.accelerator
     say = trainer.report if accelerator.is_main_process else say_nothing
     try:
         trainer.train()
-        # A resumed run has another counter than before `train`.
+        # Only now, since resuming in `train` replaces the counter.
         left_out = _left_out(source, [trainer.batches.counter, held_out], accelerator)
         if accelerator.is_main_process:
             words = f"{folder.name}: stopped while its results were written: run the same command again to write them"
@@ -272,10 +272,10 @@ def train_and_write(trainer: Trainer, write: Callable[[], None], source: Source,
 
 @contextmanager
 def ends_training(accelerator: Accelerator) -> Iterator[None]:
-    """Ends the accelerator's work when what was made in the block is gone, at its end and where a training was stopped.
+    """Ends the accelerator's work when the block ends or its training is stopped, after the block's objects are gone.
 
-    A wrapper of `DistributedDataParallel` must not outlive the process group: as its last owner it would wait, holding
-    the interpreter's lock, for gloo's threads, which wait for that lock.
+    A `DistributedDataParallel` wrapper must not outlive the process group: as its last owner it would hold the
+    interpreter's lock while waiting for gloo's threads, which wait for that lock.
     """
     try:
         yield
@@ -287,13 +287,13 @@ def ends_training(accelerator: Accelerator) -> Iterator[None]:
 
 
 def _end(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type != "NO":  # It collects garbage, which takes as long as a short training.
+    if accelerator.distributed_type != "NO":  # `free_memory` collects garbage, which takes as long as a short training.
         accelerator.free_memory()
     accelerator.end_training()
 
 
 def _left_out(source: Source, counters: Sequence[ReadCounter], accelerator: Accelerator) -> LeftOut:
-    """What all processes left out; they call this together."""
+    """What all processes left out; they must call this together."""
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
@@ -313,10 +313,10 @@ def run_bundle(folder: Path, plan: Plan, *, accelerator: Accelerator, report: Ca
     """Writes the bundle of a run's newest checkpoint; the run may be unfinished, or still running.
 
     Returns:
-        The bundle's path, whose name has the step.
+        The bundle's path, whose name includes the step.
 
     Raises:
-        ValueError: if there is no checkpoint yet, it is of another plan, or it cannot be read.
+        ValueError: if there is no checkpoint yet, or it was made with another plan or cannot be read.
     """
     newest = newest_checkpoint(folder)
     if newest is None:
@@ -335,11 +335,11 @@ def run_bundle(folder: Path, plan: Plan, *, accelerator: Accelerator, report: Ca
 
 
 def require_settings_of(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses a plan that is not the one that a checkpoint was made with.
+    """Refuses a plan other than the one a checkpoint was made with.
 
     Args:
         before: the checkpoint's settings.
-        now: the plan's, which are some of them.
+        now: the plan's, a subset of them.
 
     Raises:
         ValueError: naming each difference.
@@ -349,7 +349,7 @@ def require_settings_of(checkpoint: Path, before: Mapping[str, Any], now: Mappin
 
 
 def _require_same_dropping(before: Mapping[str, Any] | None, plan: Plan) -> None:
-    """Refuses to go on with another share of conditions that are left out.
+    """Refuses to resume with another share of conditions left out.
 
     Args:
         before: the settings of the run's newest checkpoint, if there is one.
@@ -378,10 +378,10 @@ def run_cache(
     policy: ReadPolicy = DEFAULT_POLICY,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Encodes all images into a cache, each process its shards; see `write_cache`.
+    """Encodes all images into a cache, each process its own shards; see `write_cache`.
 
     Args:
-        vlm_conditions: also of the VLM's conditions of images that have a caption; a plan of a decoder then.
+        vlm_conditions: also store the VLM's conditions of images that have a caption; needs a decoder's plan.
     """
     require_at_least(0, workers=workers)
     require_at_least(1, batch=batch, shard_size=shard_size)
@@ -431,10 +431,10 @@ def split_for_run(
 
 
 def _other_images(source: Source, run: RunConfig, fraction: float | None) -> str:
-    """Why a run does not hold out the images that it began with, and the way out.
+    """Why a run does not hold out the images that it began with, and what to do about it.
 
     Args:
-        fraction: that it began with; None if an earlier version did not write it down.
+        fraction: the one it began with; None if an earlier version did not record it.
     """
     if not run.sample_every:
         return "this run began with held-out images, and --sample-every 0 takes none: give another --sample-every"
@@ -459,11 +459,11 @@ def _evaluation(
     conditions: VLMConditions | None = None,
     distillation: DistillationTask | None = None,
 ) -> tuple[Callable[[DistributionConditionedDecoder], Evaluation] | None, ReadCounter]:
-    """What is evaluated, the loss on held-out images and a sample sheet; and what was read of these images.
+    """The evaluation (loss on held-out images, sample sheet; None for neither), and the count of held-out images read.
 
     Args:
-        conditions: make those of the VLM; None where the batches have them, or the training has none.
-        distillation: of a student, whose loss it is.
+        conditions: makes the VLM's; None if the batches have them or the training uses none.
+        distillation: a student's, which provides the loss; None for training on images.
     """
 
     def encoded(batch: Any) -> EncodedBatch:
@@ -506,7 +506,7 @@ def summary(
     source: Source,
     accelerator: Accelerator,
 ) -> Iterator[str]:
-    """What is about to be trained, on what, and how, in lines."""
+    """Lines of text that say what will be trained, on what, and how."""
     world, repeated = accelerator.num_processes, config.accumulation
     yield (
         f"{world} process{'es' if world > 1 else ''} on {accelerator.device.type} x {data.batch} images x {repeated} "
@@ -532,13 +532,14 @@ def summary(
 class SampleSheet:
     """Evaluates a decoder on the first images of a source: the loss, always with the same noise, and a sample sheet.
 
-    The loss is called "training_loss": the images may be trained on. `held_out.HeldOutLoss` is the one on others.
+    The loss is called "training_loss", since the images may be trained on; `held_out.HeldOutLoss` is that on others.
 
     A row of the sheet is one image: decoded by the autoencoder (the best that the decoder can reach), by the VQ
-    decoder, and by the diffusion decoder; of a student by its teacher in the place of the VQ decoder.
+    decoder, and by the diffusion decoder; for a student, its teacher replaces the VQ decoder.
 
     Args:
-        distillation: of a student, whose loss is that of `DistillationTask.distances`.
+        count: how many images.
+        distillation: a student's, whose loss is `DistillationTask.distances`; None for training on images.
     """
 
     def __init__(
@@ -599,7 +600,7 @@ def open_source(
 
 
 def _decoder_settings(plan: Plan, decoder: DistributionConditionedDecoder) -> dict[str, Any]:
-    """What a checkpoint depends on of the decoder before training, besides its card."""
+    """What a checkpoint depends on, besides the card, in the decoder before training."""
     return {"frozen": fingerprint_of(frozen_weights(decoder)), "trained": plan.trained, "rank": plan.rank}
 
 
@@ -609,9 +610,9 @@ def _frozen_dtype(precision: str | None) -> torch.dtype:
 
 
 def say_nothing(_: str) -> None:
-    """What a process says that is not the main one."""
+    """The `report` of processes other than the main one."""
 
 
 def process_device(accelerator: Accelerator) -> torch.device:
-    """The process's device; accelerate numbers those of several processes on a CPU, which safetensors refuses."""
+    """The process's device. accelerate numbers the CPU devices of several processes, which safetensors refuses."""
     return torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device

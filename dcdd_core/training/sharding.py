@@ -1,6 +1,6 @@
 """Weights sharded over devices (FSDP2): gathering, resharding, and checkpoints of them.
 
-Checkpoints hold the trained weights alone. accelerate's `save_state` would write the frozen base too: 17 GB for
+Checkpoints hold only the trained weights. accelerate's `save_state` would also write the frozen base: 17 GB for
 FLUX.1-Fill.
 """
 
@@ -27,7 +27,7 @@ _TRAINED_NOT_STRICT = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The unsharded tensor; for a sharded one, all processes call this together."""
+    """The unsharded tensor; for a sharded one, all processes must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -37,14 +37,14 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees gathered weights after a forward pass without a backward pass: the next pass would use those values."""
+    """Frees the weights gathered in a forward pass without a backward pass; the next pass would use these values."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def save_sharded(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Writes the trained weights and the optimisers' states, each process its shards.
+    """Writes the trained weights and the optimisers' states; each process writes its own shards.
 
     Raises:
         CheckpointException: in all processes, if one of them cannot write.
@@ -53,7 +53,7 @@ def save_sharded(folder: Path, model: nn.Module, optimizers: Sequence[torch.opti
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Reads what `save_sharded` wrote, whatever the number of processes then.
+    """Loads what `save_sharded` wrote, with any number of processes at the time.
 
     Raises:
         CheckpointException: in all processes, if one of them cannot read.

@@ -17,13 +17,13 @@ from typing import Any, BinaryIO
 from ..pipelines.images import MOST_BYTES, UnreadableImage, suffixes
 
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-# (key, field) of "folder/name.seg.png": ("folder/name", "seg.png"), as the webdataset library takes them.
+# (key, field) of "folder/name.seg.png": ("folder/name", "seg.png"), as the webdataset library splits it.
 _MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _NO_IMAGES = ("cls", "cls2", "id", "index", "inx", "json", "jsn", "jsonl", "npy", "npz", "text", "transcript", "txt")
-_SAMPLES = 5  # that are looked at for the fields
-# A parquet file may unpack to this many times its size: images hardly shrink.
+_SAMPLES = 5  # samples that are inspected for their fields
+# A parquet file may unpack to this many times its size, since images hardly compress, or to this many bytes.
 _MOST_RATIO, _SMALL = 16, 64 * 2**20
-_ROWS = 4  # A few rows at a time: a dictionary may repeat one large value in all of them.
+_ROWS = 4  # Only a few rows at a time, since a dictionary may repeat one large value in all of them.
 
 
 def is_empty(file: Path) -> bool:
@@ -35,12 +35,12 @@ def is_empty(file: Path) -> bool:
     try:
         with _opened(file) as (opened, _):
             return not any(opened.read(512))
-    except (OSError, EOFError, lzma.LZMAError):  # Not empty but damaged, which its reading says.
+    except (OSError, EOFError, lzma.LZMAError):  # Not empty but damaged, as reading it will report.
         return False
 
 
 def tar_fields(file: Path) -> tuple[list[str], list[str]]:
-    """(all fields, those that can be images) of the first samples of a webdataset shard.
+    """(all fields, those that can be images) in the first samples of a webdataset shard.
 
     Raises:
         ValueError: if it cannot be read.
@@ -53,15 +53,17 @@ def tar_fields(file: Path) -> tuple[list[str], list[str]]:
 
 
 def tar_rows(file: Path, fields: Sequence[str], start: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(key, bytes of the fields) of each sample from number `start` on; None for a field that a sample lacks, and an
-    UnreadableImage for one that is too large."""
+    """(key, bytes of the fields) of each sample from number `start` on.
+
+    A field that a sample lacks is None, and one that is too large is an UnreadableImage.
+    """
     return ((key, tuple(map(held.get, fields))) for key, held in _samples(file, fields, start))
 
 
 def cut_short(file: Path) -> bool:
-    """Whether a tar lacks the empty blocks at its end; tarfile reads such a file without an error."""
+    """Whether a tar lacks the empty blocks at its end; tarfile reads such a file without raising an error."""
     with _opened(file) as (opened, compressed):
-        if compressed:  # Its own checksum says so.
+        if compressed:  # The compression's own checksum detects it.
             return False
         opened.seek(-min(1024, file.stat().st_size), os.SEEK_END)
         return any(opened.read(1024))
@@ -114,13 +116,13 @@ def parquet_rows(file: Path, columns: Sequence[str], start: int) -> Iterator[tup
 def _parquet(file: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
-    # As an open file: pyarrow takes names in UTF-8 alone.
+    # As an open file, since pyarrow takes only names in UTF-8.
     with file.open("rb") as opened, pyarrow.parquet.ParquetFile(opened, pre_buffer=False) as parquet:
         yield parquet
 
 
 def _samples(file: Path, fields: Sequence[str], start: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, its fields) of each sample from number `start` on; the wanted fields have their content, the others None.
+    """(key, its fields) of each sample from number `start` on; the wanted fields hold their content, the others None.
 
     Consecutive members that differ only in what follows their first dot are one sample.
     """
@@ -145,14 +147,14 @@ def _samples(file: Path, fields: Sequence[str], start: int) -> Iterator[tuple[st
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | UnreadableImage:
-    if member.size > MOST_BYTES:  # Of a sparse member too, which may be a few bytes in the file.
+    if member.size > MOST_BYTES:  # This includes sparse members, which may take only a few bytes in the file.
         return UnreadableImage(f"it has {member.size:,} bytes, more than {MOST_BYTES:,}")
     return tar.extractfile(member).read()
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[tuple[BinaryIO, bool]]:
-    """(the tar in a file, unpacked if it is compressed; whether it is)."""
+    """(the tar in a file, unpacked if it is compressed; whether it is compressed)."""
     with file.open("rb") as raw:
         start = raw.read(6)
         raw.seek(0)
@@ -165,7 +167,7 @@ def _opened(file: Path) -> Iterator[tuple[BinaryIO, bool]]:
 
 
 class _Bounded:
-    """A file that refuses to read much at once: tarfile takes the lengths of long names from the file itself."""
+    """A file that refuses to read too much at once: tarfile takes the lengths of long names from the file itself."""
 
     def __init__(self, file: BinaryIO):
         self.file = file

@@ -1,4 +1,4 @@
-"""The images at a path, in whatever kind of files."""
+"""Opening the images at a path, whatever kind of files they are in."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def open_images(
     policy: ReadPolicy = DEFAULT_POLICY,
     captions: Captions | None = None,
 ) -> ImageSource:
-    """The images at a local path; nothing is downloaded. Warns of files in a folder that are passed over.
+    """Opens the images at a local path; nothing is downloaded. Warns about files in a folder that are not read.
 
     Args:
         path: a folder of images (at any depth), of parquet files or of webdataset shards; a folder that
             `Dataset.save_to_disk` wrote; or a pattern such as "shards/{000..127}.tar" or "data/train-*.parquet".
         column: the column of images in a dataset or in webdataset shards ("jpg"); None if there is only one.
         policy: which images may be left out.
-        captions: read the images with their captions, and leave those without one out if they are required: a .txt file
-            beside each image of a folder, a column of a dataset, a field of webdataset samples. None for images alone.
+        captions: how captions are read: from a .txt file beside each image of a folder, a column of a dataset, or a
+            field of webdataset samples. Images without one are left out if it is required. None for images alone.
 
     Raises:
         ValueError: if there are no images, several kinds of files, or no captions where they are wanted.
@@ -103,7 +103,7 @@ def _expanded(pattern: str) -> list[Path]:
 
 
 def _matching(pattern: str) -> list[str]:
-    """The files that match a pattern. In "**" linked folders are followed once, where `glob` runs in circles."""
+    """The files that match a pattern. For "**", linked folders are followed only once; `glob` would run in circles."""
     before, stars, after = re.match(r"(?:(.*?)(?:^|(?<=/))(\*\*)(?:/|$))?(.*)", pattern, re.DOTALL).groups()
     if stars is None:
         return [file for file in glob.glob(pattern) if not os.path.isdir(file)]

@@ -1,4 +1,4 @@
-"""Stopping a training in good order: a signal asks, and the training ends after its update, with a checkpoint."""
+"""Stopping a training in an orderly way: after a signal it finishes its update, saves a checkpoint and ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
-#: torchrun passes a Ctrl-C on that its processes got from the terminal too. Within so many seconds, two are one.
+#: Signals within this many seconds count as one: torchrun passes on a Ctrl-C that its processes got themselves.
 _ONE_SIGNAL = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -18,7 +18,7 @@ class TrainingStopped(KeyboardInterrupt):
     """A signal ended the training after an update, and the checkpoint is saved.
 
     Attributes:
-        status: for the process to exit with, 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
+        status: exit status for the process, 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, message: str, number: int):
@@ -27,7 +27,7 @@ class TrainingStopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a signal came.
+    """Records whether a signal was received.
 
     Attributes:
         number: the signal's; 0 for none yet.
@@ -38,23 +38,23 @@ class StopRequest:
         self._since = 0.0
 
     def receive(self, number: int, _frame: object) -> None:
-        """The handler. Raises KeyboardInterrupt for a second signal."""
+        """The signal handler; raises KeyboardInterrupt for a second signal, more than 1 s after the first."""
         if self.number:
             if time.monotonic() - self._since > _ONE_SIGNAL:
                 raise KeyboardInterrupt
             return
         self.number, self._since = number, time.monotonic()
-        # Not print: a handler may run within another print, which Python refuses.
+        # Not print: a handler may run during another print, which Python refuses.
         with suppress(OSError):
             os.write(2, b"\nstopping after this update; once more to stop at once\n")
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within it Ctrl-C and SIGTERM are noted, and a second one raises KeyboardInterrupt.
+    """Records Ctrl-C and SIGTERM while the context lasts; a second one raises KeyboardInterrupt.
 
-    Signals that the process ignores stay ignored (nohup). Outside of the main thread, which alone gets signals, nothing
-    is noted.
+    Signals that the process ignores (nohup) stay ignored. Outside the main thread, the only one that receives signals,
+    nothing is recorded.
     """
     request = StopRequest()
     with _handled(_SIGNALS, request.receive):
@@ -63,7 +63,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def stop_at_once(message: str) -> Iterator[None]:
-    """Within it SIGTERM raises TrainingStopped, as Ctrl-C raises KeyboardInterrupt: what was being written is removed.
+    """While the context lasts, SIGTERM raises an exception, as Ctrl-C does, so that partly written files are removed.
 
     Raises:
         TrainingStopped: with this message.

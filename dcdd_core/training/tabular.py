@@ -61,12 +61,12 @@ class SavedDataset(ImageSource):
 
     @property
     def count(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self.data)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the number of rows, the column, and the files' names and sizes."""
+        """A hash of the number of rows, the columns, and the files' names and sizes."""
         files = [Path(file["filename"]) for file in self.data.cache_files]
         columns = _joined(self.column, self.caption_column)
         return digest([f"{len(self.data)} {columns}", *(f"{file.name} {file.stat().st_size}" for file in files)])
@@ -85,15 +85,15 @@ class SavedDataset(ImageSource):
 
 
 class ShardStream(ImageSource):
-    """Parquet files or webdataset shards (.tar), read one after the other; empty ones are passed over.
+    """Parquet files or webdataset shards (.tar), read one after the other; empty ones are skipped.
 
     Every epoch has its own order of the files, and shuffles the images within windows: `DataShard.window` images are
     read, undecoded, and handed out in random order. If the number of files is a multiple of the world size, each
     process reads its own files; otherwise all processes read everything and take turns, as with
     `split_dataset_by_node`.
 
-    The readers and shuffle buffers of `datasets` are not used: they read whatever size a file declares, and lose their
-    content when a run is resumed.
+    The readers and shuffle buffers of `datasets` are not used: the readers trust whatever size a file declares, and the
+    buffers lose their content when a run is resumed.
 
     Args:
         files: all .parquet or all .tar.
@@ -142,7 +142,7 @@ class ShardStream(ImageSource):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the column, and the files' names and sizes."""
+        """A hash of the columns, and the files' names and sizes."""
         columns = _joined(self.column, self.caption_column)
         return digest([columns, *(f"{file.name} {file.stat().st_size}" for file in self.files)])
 
@@ -165,7 +165,7 @@ class ShardStream(ImageSource):
         if position > start:
             raise ValueError(f"a mark at {position} lies after the start at {start}: it belongs to another position")
         rows = islice(self._rows(files, number, row), 0 if mark else turn, None, step)
-        # In the stored order a window is one image: the stream can then be entered at any image.
+        # In the stored order a window is one image, so that the stream can be entered at any image.
         size = 1 if shard.seed is None else shard.window
         while window := list(islice(rows, size)):
             here = [position, window[0][0], window[0][1]]
@@ -175,7 +175,7 @@ class ShardStream(ImageSource):
                 position += 1
 
     def _rows(self, files: Sequence[Path], number: int, row: int) -> Iterator[tuple[int, int, str, Any]]:
-        """(number of the file, row in it, key, undecoded values) of each row from the given one on."""
+        """(file's number, row in it, key, undecoded values) of each row from the given one on."""
         for j in range(number, len(files)):
             k = row if j == number else 0
             try:
@@ -188,7 +188,7 @@ class ShardStream(ImageSource):
                 if k == 0:
                     warnings.warn(f"{files[j]} has no rows and is passed over", DCDDWarning, stacklevel=2)
             except Exception as error:
-                said = " ".join(str(error).split())  # Some libraries' have lines.
+                said = " ".join(str(error).split())  # Some libraries' messages have several lines.
                 raise ValueError(
                     f"{files[j]} cannot be read beyond row {k} ({type(error).__name__}: {said}): it is damaged or has "
                     "other columns; make it again, or leave it out"
@@ -201,7 +201,7 @@ class ShardStream(ImageSource):
         return ((None, values) for values in parquet_rows(file, self._columns, start))
 
     def _chosen_columns(self, file: Path, wanted: str | None, captions: Captions | None) -> tuple[str, str | None]:
-        """The columns of images and of captions in a file, and so in all of them."""
+        """The columns of images and of captions, found in one file and taken to be the same in all."""
         try:
             names, images = tar_fields(file) if self.tar else ((), ())
             schema = None if self.tar else parquet_schema(file)
@@ -218,7 +218,7 @@ class ShardStream(ImageSource):
 
 
 def _check_files(folder: Path) -> None:
-    """Refuses what the libraries that read a saved dataset would wait for, or cannot name.
+    """Refuses files on which the libraries that read a saved dataset would hang, and folder names they cannot handle.
 
     Raises:
         ValueError: naming the file.
@@ -233,7 +233,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _joined(column: str, caption_column: str | None) -> str:
-    """Both columns, for a fingerprint."""
+    """Both columns as one text, for a fingerprint."""
     return column if caption_column is None else f"{column} {caption_column}"
 
 

@@ -1,4 +1,4 @@
-"""Which of a decoder's weights are trained, by which optimiser, and how low-rank updates are merged."""
+"""Which of a decoder's weights are trained, by which optimiser, and how low-rank updates are merged into them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TRAINED = ("attention", "adapter", "lora", "all")
 
 
 def choose_trained(decoder: DistributionConditionedDecoder, mode: str, *, rank: int = 16, seed: int = 0) -> None:
-    """Freezes what is not trained, and converts what is to float32.
+    """Freezes the weights that are not trained, and converts those that are to float32.
 
     Args:
         mode: "attention": the adapter and the backbone's attention, as in the paper; "adapter" alone; "lora": the
             adapter and low-rank updates (peft) of the backbone's `lora_layers`; "all".
-        rank, seed: of the low-rank updates, which start at zero.
+        rank, seed: for the low-rank updates, which start at zero.
 
     Raises:
         ValueError: for another mode, or "lora" without peft.
@@ -70,7 +70,7 @@ def optimizers_of(
     """The optimisers of trained weights, each weight in exactly one.
 
     Args:
-        matrices: the names of those that Muon updates, where it is chosen.
+        matrices: the names of the weights that Muon updates, if it is chosen.
         betas: of AdamW.
         sharded: as for `adamw_8bit`.
     """
@@ -83,7 +83,7 @@ def optimizers_of(
 def muon_matrices(decoder: DistributionConditionedDecoder) -> Sequence[str]:
     """The names of the trained weights that Muon updates: the matrices inside the backbone's blocks.
 
-    Not those of norms (AdaLN's modulations): their only input is the time, and they start at zero.
+    Those of norms (AdaLN's modulations) are not among them: their only input is the time, and they start at zero.
     """
     blocks = tuple(f"transformer.{name}." for name in decoder.backbone.block_names)
     weights = trained_weights(decoder).items()
@@ -91,7 +91,7 @@ def muon_matrices(decoder: DistributionConditionedDecoder) -> Sequence[str]:
 
 
 def changed_by_training(decoder: DistributionConditionedDecoder) -> Set[str]:
-    """The names of the backbone's weights that training changes, as they are after `merge_lora`."""
+    """The names of the backbone's weights that training changes, as they are called after `merge_lora`."""
     names = trained_weights(decoder.transformer)
     return {f"{name.split('.lora_')[0]}.weight" if ".lora_" in name else name for name in names}
 

@@ -1,8 +1,8 @@
 """Trains a network, the diffusion decoder or a masked sampler, in one process or many.
 
-An update is a function of its number: its random draws come from generators keyed by the numbers of its micro-batches,
-and checkpoints hold the position in the data. So a run that was killed and resumed computes exactly what an
-uninterrupted one does.
+An update is determined by its number: its random draws come from generators keyed by the numbers of its micro-batches,
+and checkpoints hold the position in the data. So a run that is killed and resumed computes exactly what an
+uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How good a network is at some point.
+    """The result of evaluating a network.
 
     Attributes:
         numbers: for the log, by name.
-        sheet: of samples.
-        score: the lower, the better; the weights with the lowest are kept. The same in all processes. None for a
-            training that keeps the last ones alone.
+        sheet: a sheet of samples; None for none.
+        score: lower is better; the weights with the lowest score are kept. It is the same in all processes. None for a
+            training that keeps only the last weights.
     """
 
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Evaluation:
 
 
 def sample_sheet(columns: Sequence[torch.Tensor]) -> Image.Image:
-    """Images in -1..1 side by side: each of the columns is [B, 3, H, W], and a row of the sheet is one of the B."""
+    """Images in -1..1 side by side: each column is [B, 3, H, W], and row b of the sheet shows image b of each."""
     sheet = rearrange(torch.stack(list(columns)), "k b c h w -> (b h) (k w) c").clamp(-1, 1)
     return Image.fromarray(((sheet + 1) * 127.5).round().byte().cpu().numpy())
 
@@ -74,9 +74,9 @@ class Task(Protocol[Network]):
     """What a `Trainer` trains, and on which loss.
 
     Attributes:
-        network: whose weights that require a gradient are trained.
-        blocks: its parts that are compiled, checkpointed and sharded one by one.
-        settings: what its result depends on, as plain JSON values.
+        network: its weights that require a gradient are trained.
+        blocks: the parts of the network that are compiled, checkpointed and sharded one by one.
+        settings: what the result depends on, as plain JSON values.
         remedy: what to do once a loss or a weight is no longer finite.
     """
 
@@ -89,50 +89,50 @@ class Task(Protocol[Network]):
         """The optimisers of the trained weights, each weight in exactly one."""
 
     def example(self, batch: Any, generator: torch.Generator, averaged: Averaged) -> Any:
-        """The example of a batch; its random draws come from the generator."""
+        """The example of a batch; all random draws come from the generator."""
 
     def losses(
         self, network: Network, example: Any, generator: torch.Generator, config: OptimizationConfig
     ) -> Mapping[str, torch.Tensor]:
-        """Scalars for the log; the one called "loss" is trained."""
+        """Scalars for the log; the one called "loss" is minimised."""
 
 
 class ForwardProxy(nn.Module):
     """Routes every use of a network through one forward pass: `proxy(work)` returns `work(network)`.
 
-    DDP, FSDP and autocast hook into a module's forward pass alone. A decoder's use in training has two
-    (`condition_tokens`, `forward`), and sampling has many.
+    DDP, FSDP and autocast hook only into a module's forward pass, whereas training calls a decoder twice
+    (`condition_tokens`, `forward`), and sampling many times.
 
     Args:
-        precision: entered in every pass. accelerate does so by itself except for FSDP2.
+        precision: a context entered in every pass. accelerate enters one by itself, except with FSDP2.
     """
 
     def __init__(self, network: nn.Module, precision: Callable[[], AbstractContextManager] = nullcontext):
         super().__init__()
-        self.decoder = network  # Any network: the weights' names in checkpoints begin with this.
+        self.decoder = network  # Any network; the weights' names in checkpoints begin with this attribute's.
         self.precision = precision
 
     def forward(self, work: Callable[[nn.Module], Any]) -> Any:
-        """The result of `work` on the network."""
+        """Returns the result of `work` on the network."""
         with self.precision():
             return work(self.decoder)
 
 
 class Trainer:
-    """Trains the weights of a network that require a gradient. `train` is the whole of it.
+    """Trains those weights of a network that require a gradient, in one call to `train`.
 
     Args:
-        folder: of the run; receives `log.jsonl`, `checkpoints` (see `Checkpoints`) and the sample sheets of `evaluate`.
+        folder: the run's; receives `log.jsonl`, `checkpoints` (see `Checkpoints`) and the sample sheets of `evaluate`.
         task: the network and its loss.
         batches: this process's.
         config: how the weights are updated.
-        accelerator: one that has prepared nothing yet; its trackers get the numbers of the log.
+        accelerator: one that has prepared nothing yet; its trackers receive the numbers of the log.
         settings: what the examples depend on; those of `config` and `task` are added.
         run: how often there are checkpoints, lines of the log and evaluations.
-        autocast: entered around the loss, besides the accelerator's mixed precision.
+        autocast: entered around the loss, in addition to the accelerator's mixed precision.
         evaluate: evaluates the network with averaged weights; None for no evaluation.
-        report: gets the lines to print.
-        progress: is shown in the main process, in the place of the log's lines.
+        report: called with each line to print.
+        progress: shown in the main process, instead of the log's lines.
     """
 
     def __init__(
@@ -163,18 +163,19 @@ class Trainer:
         self.settings = settings
 
     def train(self) -> nn.Module:
-        """Trains from the newest checkpoint, or from the start, to the last update; all processes call this together.
+        """Trains from the newest checkpoint, or the start, to the last update; all processes must call this together.
 
-        Ctrl-C and SIGTERM, in any process, end it after the update, with a checkpoint; a second one ends it at once.
+        Ctrl-C or SIGTERM in any process ends it after the current update, with a checkpoint; a second one ends it at
+        once.
 
         Returns:
             The network with the EMA of its weights, frozen, in evaluation mode.
 
         Raises:
-            ValueError: if the newest checkpoint was made under other settings or is damaged, or the optimiser does
-                not support the way that weights are sharded.
+            ValueError: if the newest checkpoint was made under other settings or is damaged, or the way that weights
+                are sharded is not supported.
             TrainingStopped: in all processes, after a signal; the checkpoint is saved.
-            KeyboardInterrupt: after a second one.
+            KeyboardInterrupt: after a second signal.
             FloatingPointError: if the loss or a weight is no longer finite; the last checkpoint stays as it is.
             OSError: if a checkpoint, a sample sheet or the log cannot be written; the last checkpoint stays as it is.
         """
@@ -191,7 +192,7 @@ class Trainer:
         return self.task.network.eval().requires_grad_(False)
 
     def _loop(self, request: StopRequest) -> None:
-        """The updates that are left."""
+        """Makes the remaining updates."""
         stream = iter(self.batches)
         while self.step < self.config.steps:
             self.means.add(self._update(stream))
@@ -209,7 +210,7 @@ class Trainer:
                 raise TrainingStopped(said, number)
 
     def _signal(self, request: StopRequest) -> int:
-        """The number of a signal that any process got, the same in all; 0 for none."""
+        """The number of a signal that any process received, the same in all processes; 0 for none."""
         if self.accelerator.num_processes == 1:
             return request.number
         numbers = self.accelerator.gather(torch.tensor([request.number], device=self.accelerator.device))
@@ -217,7 +218,7 @@ class Trainer:
 
     @contextmanager
     def _shown(self) -> Iterator[None]:
-        """Within it the progress is shown."""
+        """Shows the progress while the context lasts."""
         if self.progress is None:
             yield
             return
@@ -239,7 +240,7 @@ class Trainer:
 
     @contextmanager
     def _wrapped_blocks(self) -> Iterator[None]:
-        """Within it the network's blocks are compiled and checkpointed as configured."""
+        """Compiles and checkpoints the network's blocks, as configured, while the context lasts."""
         blocks = self.task.blocks
         for block in blocks:
             if self.config.compile:
@@ -255,10 +256,10 @@ class Trainer:
                 block.__dict__.pop("forward", None)
 
     def _prepare(self) -> None:
-        """The model and the optimisers as accelerate wraps them, the EMA and the checkpoints."""
+        """Has accelerate wrap the model and the optimisers, and sets up the EMA and the checkpoints."""
         accelerator, config, network = self.accelerator, self.config, self.task.network
         accelerator.gradient_accumulation_steps = config.accumulation
-        if accelerator.distributed_type == "FSDP":  # It shards the blocks, of whatever class they are.
+        if accelerator.distributed_type == "FSDP":  # It shards the blocks, whatever their class.
             kinds = sorted({type(block).__name__ for block in self.task.blocks})
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = kinds
         network.train()
@@ -300,7 +301,7 @@ class Trainer:
         self.started = time.monotonic() - seconds
 
     def _report_changes(self, state: Resumed) -> None:
-        """Says what is not as it was."""
+        """Reports what has changed since the checkpoint."""
         before, now = state.settings, self.checkpoints.settings
         steps, world = before["recipe"]["steps"], before["processes"]
         if steps != self.config.steps:
@@ -317,7 +318,7 @@ class Trainer:
             )
 
     def _learning_rate(self, steps: int) -> float:
-        """Of the next update, in a run of so many."""
+        """The learning rate of the next update, in a run of this many steps."""
         return warmup_cosine(self.step, steps, peak=self.config.learning_rate, warmup=self.config.warmup)
 
     def _update(self, stream: Iterator[Any]) -> dict[str, torch.Tensor]:
@@ -371,7 +372,7 @@ class Trainer:
             self.progress.advance(self.step, line, evaluated=evaluated)
 
     def _evaluate(self) -> dict[str, float]:
-        """The numbers of an evaluation of the averaged weights; its sheet is written."""
+        """Evaluates the averaged weights: returns the numbers, and writes the sheet."""
         self.task.network.eval()
         with self.ema.swapped_in(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             found = self.model(self.evaluate)
@@ -383,10 +384,10 @@ class Trainer:
         return {f"eval/{name}": float(value) for name, value in found.numbers.items()}
 
     def _keep_best(self, score: float | None) -> None:
-        """Writes the EMA's weights if none had a lower score."""
+        """Writes the EMA's weights if their score is the lowest so far."""
         if score is None:
             return
-        # The main process has read the best one so far.
+        # Only the main process has read the best score so far.
         better = torch.tensor(float(self.accelerator.is_main_process and score < self.best))
         if float(self._mean_of_processes(better)) > 0:
             self.best, weights = score, self.ema.full()

@@ -1,8 +1,8 @@
-"""Conditions from what a VLM itself predicts of training images: what is served is what is trained.
+"""Conditions from what a VLM itself predicts for training images, so that training sees what is served.
 
-The tokens are those that the image tokenizer reads in an image, so that image and distributions belong together. The
-VLM's distributions of them are teacher-forced (`protocols.TeacherForced`), guided as the calibration says, and mapped
-by the code that serves the decoder (`pipelines.condition`). To train on them is our choice; RobusTok (arXiv 2509.12474)
+The tokens are those that the image tokenizer reads from an image, so that image and distributions belong together. The
+VLM's distributions for them are teacher-forced (`protocols.TeacherForced`), guided as the calibration says, and mapped
+by the code that serves the decoder (`pipelines.condition`). Training on them is our choice; RobusTok (arXiv 2509.12474)
 post-trains decoders on generated tokens.
 
 Shapes: B batch, M images of it, N tokens, D code dimension.
@@ -33,11 +33,11 @@ class Served:
     """What a VLM's conditions depend on, besides image, caption and image tokenizer.
 
     Attributes:
-        guidance, temperature: of the calibration; temperature 1 where it says none.
+        guidance, temperature: of the calibration; temperature 1 if it gives none.
         reads: "logits" or "anchored" (`DecoderCard.reads`).
-        smoothing, anchor: eps and beta of the calibration; beta is 0 where the logits are read without it.
-        anchor_temperature: tau of the calibration; 1 where the logits are read without it.
-        sampler: the VLM's fingerprint (`TokenSampler.fingerprint`); None for any, where it is not loaded.
+        smoothing, anchor: eps and beta of the calibration; beta is 0 if the logits are read without anchoring.
+        anchor_temperature: tau of the calibration; 1 if the logits are read without anchoring.
+        sampler: the VLM's fingerprint (`TokenSampler.fingerprint`); None, if it is not loaded, stands for any VLM.
 
     Raises:
         ValueError: for values of wrong types or out of range.
@@ -60,10 +60,10 @@ class Served:
 
     @classmethod
     def of(cls, card: DecoderCard) -> Served:
-        """As the decoder of a card is served.
+        """The way in which a card's decoder is served.
 
         Raises:
-            ValueError: if no distributions of the VLM reach it, or its calibration does not say with which guidance.
+            ValueError: if the VLM's distributions do not reach it, or its calibration does not state the guidance.
         """
         calibration = card.calibration
         if card.variant != "lcdm+lc" or calibration is None:
@@ -92,7 +92,7 @@ class Served:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; without an anchor temperature of 1, as it was before there was one."""
+        """As JSON values; without an anchor temperature of 1, as in older versions, which had none."""
         return {name: value for name, value in asdict(self).items() if name != "anchor_temperature" or value != 1}
 
     @classmethod
@@ -108,7 +108,7 @@ class Served:
         return cls(**values)
 
     def misfits(self, wanted: Served) -> list[str]:
-        """What differs from the wanted, in words; an unknown sampler fits any."""
+        """Describes what differs from the wanted conditions; an unknown sampler fits any."""
         own, other = asdict(self), asdict(wanted)
         if None in (self.sampler, wanted.sampler):
             del own["sampler"]
@@ -119,7 +119,7 @@ class Served:
         ]
 
     def words(self) -> str:
-        """In short, for a run's summary."""
+        """A short description for a run's summary."""
         anchored = f", anchored with beta {self.anchor:g}" if self.reads == "anchored" else ""
         if self.anchor_temperature != 1:
             anchored += f" at temperature {self.anchor_temperature:g}"
@@ -127,18 +127,18 @@ class Served:
 
 
 class VLMConditions:
-    """A VLM's conditions of images and captions, as a decoder's card serves them.
+    """Makes a VLM's conditions of images and captions, as a decoder's card serves them.
 
     Args:
         sampler: the VLM.
-        card: of the decoder, as far as conditions go.
+        card: of the decoder, as far as conditions are concerned.
         tokenizer: the VLM's image tokenizer.
 
     Attributes:
         served: how they are made.
 
     Raises:
-        ValueError: for a sampler that has no distributions of an image that is there, and as `Served.of`.
+        ValueError: for a sampler that cannot give distributions for an existing image, and as `Served.of`.
     """
 
     def __init__(self, sampler: TokenSampler, card: DecoderCard, tokenizer: ImageTokenizer):
@@ -172,7 +172,7 @@ class VLMConditions:
                     f"the VLM's conditions of the image with the caption {captions[0][:60]!r} cannot be made: {error}. "
                     "Change the caption, or remove it: without one the image keeps proxies"
                 ) from error
-            for row in range(len(captions)):  # to find the one
+            for row in range(len(captions)):  # to find the caption in question
                 self(features[row : row + 1], captions[row : row + 1])
             raise
         return condition_for(self.card, logits, self.tokenizer.codebook)
@@ -181,7 +181,7 @@ class VLMConditions:
 def with_conditions(
     encoded: EncodedBatch, conditions: VLMConditions, chosen: torch.Tensor | None = None
 ) -> EncodedBatch:
-    """A batch with the VLM's conditions of those images that have a caption.
+    """Adds the VLM's conditions to a batch, for the images that have a caption.
 
     Args:
         chosen: bool [B], the images that need them; None for all.
@@ -200,8 +200,8 @@ def with_conditions(
 def choice(share: float, count: int, generator: torch.Generator) -> torch.Tensor:
     """Which of `count` examples take a VLM's conditions, bool [count].
 
-    A function of the generator's seed, which is a micro-batch's, and of the place in it; the generator is not advanced,
-    so that all other draws are those of a training without them.
+    Determined by the generator's seed, which is the micro-batch's, and the position in the batch. The generator is not
+    advanced, so that all other draws are those of a training without the VLM's conditions.
     """
     return torch.rand(count, generator=keyed_generator(generator.initial_seed(), _CHOICE)) < share
 

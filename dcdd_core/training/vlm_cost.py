@@ -1,4 +1,4 @@
-"""What a VLM's own conditions of images take (`vlm_conditions`): memory and FLOPs of its teacher-forced pass.
+"""The cost of a VLM's own conditions of images (`vlm_conditions`): memory and FLOPs of its teacher-forced pass.
 
 Shapes: N tokens, K codes, C width, L slots of a prompt.
 """
@@ -17,11 +17,11 @@ CACHE_BATCH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class VLMShape(ABC):
-    """The sizes of a VLM's language model, a Llama's.
+    """The sizes of a VLM's language model, which is a Llama.
 
     Attributes:
         width, inner: C, and the inner width of the feed-forward layers.
-        layers, heads, key_heads: their number, and the heads of an attention layer and of its keys and values.
+        layers, heads, key_heads: the number of layers, of heads per attention layer, and of its key and value heads.
         codes: K.
         prompt: L.
     """
@@ -36,12 +36,14 @@ class VLMShape(ABC):
 
     @property
     def weights(self) -> int:
-        """All that are read; biases and norms are not counted."""
+        """The number of weights that are read; biases and norms are not counted."""
         return self._of_layers + self._of_head + self._of_aligner + self._of_prompt + self._embedded
 
     def flops(self, tokens: int) -> int:
-        """Of one image with its caption: two rows of the prompt and of all tokens but the last, attention to all slots
-        that are filled, and the head."""
+        """FLOPs for one image of N = `tokens` tokens with its caption.
+
+        Two rows of the prompt and of all tokens but the last, attention to all filled slots, and the head.
+        """
         read, slots = tokens - 1, self.prompt + tokens - 1
         attended = self.prompt * self.prompt + read * slots
         row = 2 * self._of_layers * slots + 4 * self.layers * self.width * attended
@@ -49,9 +51,10 @@ class VLMShape(ABC):
         return 2 * pass_of_tokens + 2 * self.prompt * (self._rows_of_prompt * self._of_prompt + self._of_text)
 
     def working_memory(self, images: int, tokens: int) -> int:
-        """Bytes besides the weights in bfloat16, for so many images at a time: an estimate.
+        """An estimate of the bytes besides the weights in bfloat16, for this many images at a time.
 
-        Keys and values of two rows, what the widest layer holds of them, the logits twice and the head in float32.
+        Keys and values of two rows per image, what the widest layer holds of them and, in float32, the logits twice
+        and the head.
         """
         rows, slots = 2 * images, self.prompt + tokens - 1
         cache = 2 * 2 * self.layers * self._keys * rows * slots
@@ -75,27 +78,27 @@ class VLMShape(ABC):
     @property
     @abstractmethod
     def _of_aligner(self) -> int:
-        """Weights that an image token's embedding passes."""
+        """Weights that an image token's embedding passes through."""
 
     @property
     @abstractmethod
     def _of_prompt(self) -> int:
-        """Weights that a slot of the prompt passes before the layers."""
+        """Weights that a slot of the prompt passes through before the layers."""
 
     @property
     @abstractmethod
     def _rows_of_prompt(self) -> int:
-        """Rows an image that pass them."""
+        """Rows per image that pass through those."""
 
     @property
     @abstractmethod
     def _of_text(self) -> int:
-        """Weights of a text encoder, which lies elsewhere, by slot and image."""
+        """Weights of a separate text encoder that each slot passes through, once per image."""
 
     @property
     @abstractmethod
     def _embedded(self) -> int:
-        """Weights of tables."""
+        """Weights of embedding tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ class JanusShape(VLMShape):
     """Janus, with the embedding and the head of its image tokens.
 
     Attributes:
-        words, code_dim: of text, and D.
+        words, code_dim: size of the text vocabulary, and D, a code's dimension.
     """
 
     words: int = 102400
@@ -129,8 +132,8 @@ class LlamaGenShape(VLMShape):
     """LlamaGen, which reads a text encoder's features of the caption.
 
     Attributes:
-        text_width, slots: of the features, and the most of them.
-        text: weights of the text encoder's layers. It rests on the CPU between prompts and is not among `weights`.
+        text_width, slots: width of the features, and their largest number.
+        text: weights of the text encoder's layers. It stays on the CPU between prompts and is not among `weights`.
     """
 
     text_width: int
@@ -160,7 +163,7 @@ class LlamaGenShape(VLMShape):
 
 #: flan-t5-xl's 24 encoder layers: attention of 32 heads of 64, and a gated feed-forward of 5120.
 _FLAN_T5_XL = 24 * (4 * 2048 * 2048 + 3 * 2048 * 5120)
-#: By the names of `train.py estimate --vlm-model`.
+#: Published models, by the names of `train.py estimate --vlm-model`.
 PUBLISHED: Mapping[str, VLMShape] = {
     "Janus-Pro-1B": JanusShape(width=2048, inner=5632, layers=24, heads=16, key_heads=16),
     "Janus-Pro-7B": JanusShape(width=4096, inner=11008, layers=30, heads=32, key_heads=32),

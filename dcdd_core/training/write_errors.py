@@ -15,7 +15,7 @@ def checkpoint_error(step: int, error: BaseException, folder: Path, previous: Pa
 
     Args:
         error: the cause.
-        folder: on the disk in question.
+        folder: a folder on the disk in question.
         previous: the checkpoint before this one, which is intact; None if there is none.
     """
     kept = f"the previous one, {previous}, is intact" if previous else "there is no previous one"
@@ -34,7 +34,7 @@ def log_error(path: Path, error: BaseException) -> OSError:
 
 
 def describe(error: BaseException) -> str:
-    """An error's type and first sentence; of a sharded checkpoint's, those of the first process that failed."""
+    """An error's type and first sentence; for a sharded checkpoint, those of the first process that failed."""
     error = _first(error)
     # torch appends its own source code and advice.
     first_sentence = re.split(r"[.] |\n", str(error), maxsplit=1)[0]
@@ -42,7 +42,7 @@ def describe(error: BaseException) -> str:
 
 
 def _first(error: BaseException) -> BaseException:
-    """Of a sharded checkpoint's error, that of the first process that failed."""
+    """The error itself; for a sharded checkpoint's, the error of the first process that failed."""
     return (
         next((found for found, _ in error.failures.values()), error)
         if isinstance(error, CheckpointException)
