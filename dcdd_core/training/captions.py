@@ -15,7 +15,7 @@ from ..settings import shown
 SUFFIX = ".txt"
 #: Columns of datasets, and fields of webdataset samples, that hold captions: the first one present is used.
 COLUMNS, FIELDS = ("caption", "text"), ("txt", "caption", "text")
-#: The most characters of a caption; a longer text is not one. Of a caption file, as many bytes and one more are read.
+#: The most bytes of a caption in UTF-8; a longer text is not one. Of a caption file, as many and one more are read.
 MOST_BYTES = 2**16
 
 
@@ -88,15 +88,16 @@ def caption_of(value: Any) -> str:
         raise MissingCaption("it has no caption")
     if isinstance(value, UnreadableImage):  # found while the file around it was read
         raise MissingCaption(f"its caption cannot be used: {value}")
+    if not isinstance(value, bytes | str):
+        raise MissingCaption(f"its caption is no text but {shown(value, 40)}")
+    stored = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
+    if len(stored) > MOST_BYTES:
+        raise MissingCaption(f"its caption has more than {MOST_BYTES:,} bytes")
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise MissingCaption("its caption is no text in UTF-8") from error
-    if not isinstance(value, str):
-        raise MissingCaption(f"its caption is no text but {shown(value, 40)}")
-    if len(value) > MOST_BYTES:
-        raise MissingCaption(f"its caption has more than {MOST_BYTES:,} characters")
     text = " ".join(value.split())
     if not text:
         raise MissingCaption("its caption is blank")

@@ -15,6 +15,8 @@ from dcdd_core.training.captions import COLUMNS, FIELDS, MOST_BYTES, Captions, M
         (b"\xef\xbb\xbfa red\r\n  circle\n", "a red circle"),
         ("  ein grüner\tKreis ".encode(), "ein grüner Kreis"),
         ("x" * MOST_BYTES, "x" * MOST_BYTES),
+        ("ü" * (MOST_BYTES // 2), "ü" * (MOST_BYTES // 2)),
+        (("ü" * (MOST_BYTES // 2)).encode(), "ü" * (MOST_BYTES // 2)),
     ],
 )
 def test_a_caption_is_one_line(value, caption):
@@ -29,7 +31,10 @@ def test_a_caption_is_one_line(value, caption):
         (b"\xff\xfe", "its caption is no text in UTF-8"),
         (["a", "b"], "its caption is no text but"),
         (5, "its caption is no text but 5"),
-        ("x" * (MOST_BYTES + 1), "its caption has more than 65,536 characters"),
+        ("x" * (MOST_BYTES + 1), "its caption has more than 65,536 bytes"),
+        ("ü" * (MOST_BYTES // 2 + 1), "its caption has more than 65,536 bytes"),
+        # As `read_caption` gives it: cut within a character.
+        (("€" * MOST_BYTES).encode()[: MOST_BYTES + 1], "its caption has more than 65,536 bytes"),
         (UnreadableImage("it is too large"), "its caption cannot be used: it is too large"),
     ],
 )
