@@ -45,7 +45,7 @@ _COUNTED = "one step at FLUX.1-Fill's shape, counted"
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A FLUX.1-Fill with this many heads, joint blocks and twice as many single blocks, and how it is run."""
+    """The shape of a FLUX.1-Fill, which has twice as many single blocks as joint ones, and how it is run."""
 
     heads: int = 8
     joint: int = 1

@@ -1,10 +1,10 @@
 """Distribution guidance: a gradient beside a step of the diffusion model, counted at FLUX.1's shape, measured on pico
 
-`python -m benchmarks guidance` prints this table alone. Counted on the meta device, for one image in float32: TFLOP of
-a step of FLUX.1 with 512 text tokens; of a gradient, which passes the latent decoder and Janus' VQ encoder forwards and
-backwards; and the tensors that exist at once. In tiles the image is decoded once more. The VQ encoder sees 384 x 384
-pixels, whatever the image's size. Not counted: the cosines with 16384 codes, 0.2 GFLOP at 24 x 24 tokens. Measured:
-seconds, and the allocator's peak.
+`python -m benchmarks guidance` prints this table alone. Counted on the meta device, for one image in float32: the TFLOP
+of a step of FLUX.1 with 512 text tokens, those of a gradient (forwards and backwards through the latent decoder and
+Janus' VQ encoder), and the tensors that exist at once. With tiles, the image is decoded once more. The VQ encoder sees
+384 x 384 pixels, whatever the image's size. Not counted: the cosines with 16384 codes, 0.2 GFLOP at 24 x 24 tokens.
+Measured: seconds, and the allocator's peak.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HEAD = (
     "GB in tiles",
     "tiles / whole",
 )
-#: Pixels a side, and latents a side of the tiles.
+#: Sides of the images in pixels, and side of the tiles in latent positions.
 SIZES, TILE = (384, 512, 1024), 32
 _PICO = "pico (CPU, float32), seconds"
 
@@ -86,9 +86,9 @@ def step_flops(config: Mapping[str, Any], side: int, *, factor: int = 8, text: i
 def gradient_cost(
     codec: LatentCodec, tokenizer: ImageTokenizer, side: int, *, tile: int | None = None
 ) -> tuple[int, int]:
-    """FLOPs of one gradient and the bytes that it holds at most, for networks on the meta device.
+    """FLOPs of one gradient and the most bytes that it holds, for networks on the meta device.
 
-    The steps are those of `TokenGuide.gradient`, whose checks need numbers.
+    The steps are those of `TokenGuide.gradient`, which cannot run there since it checks values.
     """
     seen = tuple(n * tokenizer.factor for n in tokenizer.grid)
 
@@ -157,7 +157,7 @@ def rows() -> list[tuple[str, ...]]:
     from dcdd_pico.scenes import render_scene, scene_pixels
 
     codec, tokenizer = registry.codecs()[0].published(), registry.samplers()[0].published_tokenizer()
-    codec.model.requires_grad_(False)  # As it is loaded: the activations that weights' gradients take are not held.
+    codec.model.requires_grad_(False)  # As when loaded: activations that only weights' gradients need are not held.
     found = [counted(FLUX_FILL_CONFIG, codec, tokenizer, side, TILE, name="FLUX.1's shape") for side in SIZES]
     pixels = scene_pixels(render_scene("calibration", 0).image[None], "cpu")
     return [*found, measured(load_pico(with_sampler=False), pixels, 12, name=_PICO)]

@@ -39,7 +39,7 @@ JANUS_PRO = {
     for name, shape in PUBLISHED.items()
     if isinstance(shape, JanusShape)
 }
-#: Both published checkpoints; only the grid of the second is 32 x 32.
+#: The shape of both published checkpoints, except that the grid of the second is 32 x 32.
 LLAMAGEN_XL = LlamaGenConfig(
     grid=(16, 16), codes=16384, text_width=2048, text_slots=120, width=1280, layers=36, heads=20, hidden=3584
 )
@@ -55,7 +55,7 @@ FLAN_T5_XL = {
 }
 _NOT_LOADED = ("lm_head", "model.vision_model", "model.aligner", "model.vqmodel")
 _PROMPT, _CODES, _STEPS = 64, 16384, 30
-#: All blocks of its kind are alike, and larger than the single ones.
+#: Name prefix of a joint block: these are all alike, and larger than the single ones.
 _LARGEST = "transformer_blocks.0."
 _MODULATIONS = ("norm1.linear.bias", ".norm.linear.bias", "norm_out.linear.bias")
 _WAYS = {"bfloat16": {}, "8-bit": {"eight_bit": True}, "streamed": {"streamed": True}}
@@ -96,13 +96,13 @@ def janus(name: str) -> JanusForConditionalGeneration:
 
 
 def llamagen_rows() -> list[tuple[str, str, str, str]]:
-    """LlamaGen-XL, which comes for two sizes of image, and the T5 encoder that reads its captions."""
+    """Rows for LlamaGen-XL, which is published for two image sizes, and for the T5 encoder that reads its captions."""
     with torch.device("meta"):
         model = LlamaGenTransformer(LLAMAGEN_XL)
         text = T5EncoderModel(T5Config(**FLAN_T5_XL))
     rows = [
         ("LlamaGen-XL, sampling, without its text encoder", "bfloat16", size(model, lambda _: 2)),
-        # Its embedding has two names.
+        # Counted by parameter, since its embedding has two names.
         ("flan-t5-xl's encoder, for LlamaGen and BIGFix", "bfloat16", 2 * sum(p.numel() for p in text.parameters())),
     ]
     for side in (256, 512):
@@ -154,7 +154,7 @@ def flux_rows() -> list[tuple[str, str, str, str]]:
 
 
 def step_rows() -> list[tuple[str, str, str, str]]:
-    """Peak GPU memory of one step for one image of 24 x 24 tokens, by the way of storing the weights.
+    """Peak GPU memory of one step for one image of 24 x 24 tokens, for each way of storing the weights.
 
     Measured with random weights that are created on the device, where the modulations are computed too.
     """

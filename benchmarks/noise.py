@@ -30,7 +30,7 @@ def philox(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> tuple[torch
     """Philox 4x32-10: four words of a counter, int64 below 2**32, and two of a key -> four random words."""
     a, b, c, d = counter
     for _ in range(10):
-        # A product of two words fills all 64 bits: as a signed number it wraps, and its halves are right.
+        # A product of two words fills all 64 bits. As a signed number it wraps, but both of its halves are right.
         first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
         a, b, c, d = (
             (second >> 32 & _WORD) ^ b ^ key[0],
@@ -43,7 +43,7 @@ def philox(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> tuple[torch
 
 
 def philox_noise(seeds: Sequence[int], positions: Sequence[int], codes: int) -> torch.Tensor:
-    """Standard Gumbel noise [B, P, K] float32 from a word a code; K is a multiple of 4."""
+    """Standard Gumbel noise [B, P, K] float32 from one word per code; K is a multiple of 4."""
     code, position = torch.meshgrid(torch.arange(codes // 4), torch.tensor(positions), indexing="xy")
     nothing = torch.zeros_like(code)
     words = [torch.cat(philox((code, position, nothing, nothing), (s & _WORD, s >> 32 & _WORD)), -1) for s in seeds]

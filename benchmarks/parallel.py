@@ -1,6 +1,6 @@
 """Tokens many at a time: passes, and seconds per call, of pico with its trained weights
 
-Passes do not depend on the machine. The same captions and seeds in every row, and the same tokens: `TokenLoop`.
+Passes do not depend on the machine. All rows use the same captions and seeds, and give the same tokens: `TokenLoop`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TARGETS = tuple(
 
 
 def passes_of(sampler: AutoregressiveSampler, **given: object) -> tuple[torch.Tensor, int]:
-    """Tokens, and passes of the network."""
+    """The tokens, and the number of passes of the network."""
     seen: list[int] = []
     found = sampler.sample(on_progress=lambda now: seen.append(now.passes), **given)
     return found.tokens, seen[-1]
@@ -45,7 +45,7 @@ def rows(captions: int = 8, rounds: int = 3) -> list[tuple[str, ...]]:
 def rows_of(
     sampler: AutoregressiveSampler, guidances: Sequence[float], windows: Sequence[int], captions: int, rounds: int
 ) -> list[tuple[str, ...]]:
-    """One for each guidance, batch and window, and for the window that is chosen; the first window is 1."""
+    """Rows for each guidance, batch and window, and for the window chosen automatically; the first window is 1."""
     found = []
     prompts = [facts.caption() for facts in scene_facts("calibration", captions)]
     for guidance in guidances:

@@ -1,6 +1,6 @@
 """Tokens many at a time: the same for pico's LlamaGen
 
-As `parallel`, at its own guidance.
+As `parallel`, at this model's own guidance.
 """
 
 from __future__ import annotations

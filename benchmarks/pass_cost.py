@@ -1,8 +1,9 @@
 """Tokens many at a time: seconds a pass at Janus-Pro's shapes, random weights, guidance 3, batch 1
 
-Random weights say what a pass costs, not how many guesses are right. The prediction takes that from pico, whose images
-have 144 tokens and not 576: how much of it holds for Janus-Pro was not measured. Passes are those of an image's start,
-where attention is cheapest. The limit is reading all weights once, at the bandwidth of a sum over a large tensor.
+Random weights show what a pass costs, but not how many guesses are right. The prediction takes that from pico, whose
+images have 144 tokens instead of 576; how far it holds for Janus-Pro was not measured. The passes timed are those at an
+image's start, where attention is cheapest. The limit is the time of reading all weights once: on the CPU at the
+bandwidth of a sum over a large tensor, on a GPU at an H100's.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _SMALL, _LARGE = "Janus-Pro-1B", "Janus-Pro-7B"
 
 
 class Enough(Exception):
-    """Ends a sampling whose passes were timed."""
+    """Ends a sampling once its passes have been timed."""
 
 
 def with_random_weights(name: str, device: str, dtype: torch.dtype) -> JanusSampler:
@@ -54,7 +55,7 @@ def with_random_weights(name: str, device: str, dtype: torch.dtype) -> JanusSamp
 
 
 def seconds_of_passes(sampler: JanusSampler, window: int, count: int) -> list[float]:
-    """Seconds of `count` passes. Those of the prompt and the next, which a GPU records, are not among them."""
+    """Seconds of `count` passes, without those of the prompt and of the next pass, which a GPU records."""
     times: list[float] = []
 
     def note(now: Progress) -> None:
@@ -74,7 +75,7 @@ def bandwidth(size: int = 2**28) -> float:
 
 
 def tokens_a_pass(windows: Sequence[int], captions: int) -> dict[int, float]:
-    """By window, pico's mean over `captions`."""
+    """Window -> pico's mean over that many captions."""
     sampler = load_pico().sampler
     prompts = [facts.caption() for facts in scene_facts("calibration", captions)]
 
@@ -91,7 +92,7 @@ def tokens_a_pass(windows: Sequence[int], captions: int) -> dict[int, float]:
 def measured(
     what: str, sampler: JanusSampler, limit: float | None, pace: dict[int, float], rounds: int
 ) -> list[tuple[str, ...]]:
-    """A row a window; `pace` is in tokens a pass, by window."""
+    """A row per window; `pace` is tokens per pass by window."""
     seconds: dict[int, list[float]] = {window: [] for window in pace}
     for _ in range(rounds):
         for window, taken in seconds.items():
@@ -105,7 +106,7 @@ def measured(
 
 
 def unmeasured(what: str, model: JanusForConditionalGeneration, pace: dict[int, float]) -> list[tuple[str, ...]]:
-    """Rows of a GPU that is not here."""
+    """Rows for a GPU that this machine does not have."""
     limit, count = weights_read(model) / H100_BYTES, model.model.vision_model.config.num_image_tokens
     return [
         (what, str(window), NOT_MEASURED, f"{limit:.3g} (H100)", f"{count / pace[window]:.0f}", "-") for window in pace

@@ -1,7 +1,7 @@
 """Matrix products of a pass on the CPU, float32: seconds for all linear layers of two blocks, by number of rows
 
-Ours (`fused_linear`) chooses by rows and weights between MKL and oneDNN over weights stored by columns. oneDNN's linear
-operator has no public name in torch for float32: it is the one that torch.compile calls.
+Ours (`fused_linear`) stores weights by columns, and chooses between MKL and oneDNN by the numbers of rows and weights.
+oneDNN's linear operator for float32 has no public name in torch; the one used here is what torch.compile calls.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _BLOCKS = 2
 
 
 def by_mkl(rows: torch.Tensor, fused: FusedLinear) -> torch.Tensor:
-    """A product [R, O], a part of the columns by each thread."""
+    """A product [R, O]; each thread computes a part of the columns."""
     return torch.bmm(rows.expand(len(fused.parts), *rows.shape), fused.parts).transpose(0, 1).flatten(1)
 
 
 def products(width: int, inner: int, rows: int) -> dict[str, Callable[[], object]]:
-    """By name, the products of all layers; inputs are random."""
+    """Name -> function that computes the products of all layers, with random inputs."""
     sizes = [(width, 3 * width), (width, width), (width, 2 * inner), (inner, width)] * _BLOCKS
     given = [torch.randn(rows, inputs) for inputs, _ in sizes]
     layers = [nn.Linear(inputs, outputs, bias=False) for inputs, outputs in sizes]

@@ -1,7 +1,7 @@
 """Tokens many at a time in half precision: what rounding changes, on pico with its trained weights
 
-In bfloat16 a product rounds otherwise with more rows, and after a first other token an image goes its own way. Up to
-that token both samplers saw the same, so that their distributions can be compared.
+In bfloat16 a product with more rows rounds differently, and after the first token that differs, an image diverges. Up
+to that token both samplers saw the same tokens, so their distributions can be compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def divergence(one: TokenLogits, other: TokenLogits) -> float:
 
 
 def compared(what: str, ones: list[TokenLogits], others: list[TokenLogits]) -> tuple[str, ...]:
-    """A row."""
+    """A row that compares images drawn in two ways."""
     differ = sum(int((a.tokens != b.tokens).sum()) for a, b in zip(ones, others))
     share = differ / sum(held.tokens.numel() for held in ones)
     mean = statistics.mean(divergence(a, b) for a, b in zip(ones, others))

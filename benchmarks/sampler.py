@@ -1,8 +1,8 @@
 """Image tokens: seconds per call, pico with its trained weights
 
 Compared with transformers' `generate`, and with a loop like DeepSeek's published one (growing cache, eager attention,
-multinomial sampling). All use the same weights and number of tokens. How many passes ours takes depends on the weights:
-the large model's are random.
+multinomial sampling). All use the same weights and number of tokens. How many passes ours takes depends on the weights;
+those of the large model are random.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def seven_billion() -> tuple[JanusForConditionalGeneration, JanusSampler]:
 
 
 def weights_read(model: JanusForConditionalGeneration, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of weights that a pass reads: layers of that type, the generation head in float32."""
+    """Bytes of weights that a pass reads: layers in that dtype, the generation head in float32."""
     language, head = model.model.language_model, model.model.generation_head
     layers = sum(dtype.itemsize * w.numel() for w in language.layers.parameters())
     return layers + sum(4 * w.numel() for w in head.parameters())

@@ -20,16 +20,16 @@ from .settings import require_number
 from .types import Codebook, TokenLogits
 
 MOST_GUIDANCE = 1000.0
-"""Of its absolute value; samples of more than 20 are all alike."""
+"""Limit of the guidance's absolute value; samples drawn with more than 20 are all alike."""
 TEMPERATURES = (1e-3, 1000.0)
-"""Beyond them logits leave float32's range, or every code is as likely as any other; 0 is allowed too."""
+"""Range of the temperature, besides 0: beyond it, logits leave float32's range, or all codes are equally likely."""
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-#: Fields of `SamplingOptions` whose None stands for the sampler's own setting.
+#: Fields of `SamplingOptions` in which None stands for the sampler's own setting.
 FILTERS = ("top_k", "top_p")
 
 

@@ -17,6 +17,6 @@ class DCDDExtension(ComfyExtension):
 
 
 def extension() -> DCDDExtension:
-    """Makes the pack's model folders known to ComfyUI, and gives the nodes."""
+    """Registers the pack's model folders with ComfyUI, and returns the extension with the nodes."""
     model_folders.add_model_folders()
     return DCDDExtension()

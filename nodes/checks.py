@@ -1,6 +1,6 @@
-"""Whether what is connected fits together, said in the words of whoever connected it: pixels, nodes and widgets.
+"""Checks that connected values fit together, with errors in the terms of ComfyUI's users: pixels, nodes, widgets.
 
-The library checks the same of its own callers, in theirs.
+The library makes the same checks for its own callers, in their terms.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def check_tokenizer(token_logits: TokenLogits, tokenizer: ImageTokenizer, *, nam
 
 
 def check_tokens_of_condition(condition: MappedCondition, tokenizer: ImageTokenizer) -> None:
-    """Refuses a tokenizer that the condition's tokens are not of.
+    """Refuses a tokenizer other than the one that the condition's tokens belong to.
 
     Raises:
         ValueError: naming both models.
@@ -70,10 +70,10 @@ def check_decoder(card: DecoderCard, tokenizer: ImageTokenizer) -> None:
 
 
 def check_edit(token_logits: TokenLogits, sampler: TokenSampler, tokenizer: ImageTokenizer) -> None:
-    """Refuses tokens that the sampler cannot go on from; all that is wrong with them is said at once.
+    """Refuses tokens that the sampler cannot continue from. A wrong codebook is reported alone, all else together.
 
     Raises:
-        ValueError: naming the nodes to add or to change.
+        ValueError: naming the nodes to add or change.
     """
     if not _of(token_logits, sampler.codebook):
         came, wanted = _makers(token_logits, sampler.name, sampler.codebook)
@@ -128,7 +128,7 @@ def check_uncalibrated(token_logits: TokenLogits) -> None:
     """Refuses to calibrate twice.
 
     Raises:
-        ValueError: naming the node to take out.
+        ValueError: naming the node to remove.
     """
     if token_logits.calibrated:
         raise ValueError("token_logits are calibrated already: take one of the two Logit Calibrators out")
@@ -150,7 +150,7 @@ def check_calibration(calibration: Calibration, tokenizer: ImageTokenizer) -> No
 
 
 def check_condition(condition: MappedCondition, decoder: DistributionConditionedDecoder) -> None:
-    """Refuses a condition that the decoder would paint a smear from, and tells of one that was made for another.
+    """Refuses a condition that would be painted as a smear; says on the node if it was not made for this decoder.
 
     Raises:
         ValueError: naming what to connect.
@@ -189,7 +189,7 @@ def check_condition(condition: MappedCondition, decoder: DistributionConditioned
 
 
 def without_provenance(token_logits: TokenLogits, calibration: Calibration) -> Calibration:
-    """The calibration without what it was measured on; says on the node if that is not how the logits were sampled."""
+    """The calibration without the record of how it was measured; says on the node if these logits differ from that."""
     if token_logits.source == "vlm" and not token_logits.calibrated:
         differ = [
             f"sampled with {name} {came:g} and calibrated for {own:g}: set {name} to {own:g} in the node that samples"
@@ -207,17 +207,17 @@ def without_provenance(token_logits: TokenLogits, calibration: Calibration) -> C
 
 
 def check_vae(vae: comfy.sd.VAE, decoder: DistributionConditionedDecoder, *, has_own: bool) -> None:
-    """Refuses a VAE whose latents are shaped otherwise than those that the decoder paints.
+    """Refuses a VAE whose latents have another shape than those that the decoder paints.
 
     Args:
         has_own: whether the decoder has an autoencoder of its own.
 
     Raises:
-        ValueError: naming the values of both.
+        ValueError: naming the channels and scale of both, or saying that the VAE is for video or sound.
     """
     wanted = f"{decoder.backbone.latent_channels} at 1/{decoder.card.vae_factor}"
     factor = vae.downscale_ratio
-    # Of video and audio VAEs it is a tuple, or they have another number of dimensions.
+    # For video and audio VAEs this is a tuple, or their latents have another number of dimensions.
     if not isinstance(factor, (int, float)) or getattr(vae, "latent_dim", 2) != 2:
         came = "is one for video or sound"
     elif (vae.latent_channels, factor) != (decoder.backbone.latent_channels, decoder.card.vae_factor):
@@ -230,9 +230,9 @@ def check_vae(vae: comfy.sd.VAE, decoder: DistributionConditionedDecoder, *, has
 def check_vae_scale(codec: LatentCodec, card: DecoderCard, *, has_own: bool) -> None:
     """Refuses a VAE whose latents are far smaller or larger than those that the decoder paints.
 
-    ComfyUI's VAE does not say how its latents are normalised, and those of FLUX and of Stable Diffusion 3 are of the
-    same shape. So the spread of an image's latents is compared with that of latents of variance 1 before the card's
-    scale is taken out. Between these two models it differs by a factor of 4.2; a factor of 3 is refused [choice].
+    A ComfyUI VAE does not say how its latents are normalised, and FLUX's have the same shape as Stable Diffusion 3's.
+    So the spread of an image's raw latents is compared with that of raw latents whose normalised form has variance 1,
+    which is 1 / card.vae_scale. These two models differ by a factor of 4.2; a factor of 3 is refused [choice].
 
     Raises:
         ValueError: naming both spreads.
@@ -262,7 +262,7 @@ def _of(token_logits: TokenLogits, codebook: Codebook) -> bool:
 
 
 def _makers(token_logits: TokenLogits, name: str, codebook: Codebook) -> tuple[str, str]:
-    """The model that made the logits and the one of this name and codebook, which is another."""
+    """What to call the model that made the logits and another one, which has this name and codebook."""
     sizes = token_logits.logits.shape[2], codebook.size
     return _told_apart(
         token_logits.model or _UNNAMED,
@@ -275,25 +275,25 @@ def _makers(token_logits: TokenLogits, name: str, codebook: Codebook) -> tuple[s
 def _told_apart(
     first: str, second: str, books: tuple[str | None, str | None], sizes: tuple[str, ...] = ()
 ) -> tuple[str, str]:
-    """The names of two models; if they are the same, with what is not.
+    """The names of two models; if these are equal, with something that tells the models apart.
 
     Args:
         books: fingerprints of their codebooks.
-        sizes: of both, in words.
+        sizes: of both, in words; used if the fingerprints do not differ or one is missing.
     """
     if first != second:
         return first, second
     if None in books or books[0] == books[1]:
         return (f"{first} ({sizes[0]})", f"{second} ({sizes[1]})") if sizes else (first, second)
-    # A fingerprint has eight numbers, of which an artist reads none.
+    # A fingerprint is eight numbers, which would tell a user nothing.
     short = (hashlib.sha256(book.encode()).hexdigest()[:6] for book in books)
     return tuple(f"{name} (codebook {book})" for name, book in zip((first, second), short))
 
 
 def served(card: DecoderCard, token_logits: TokenLogits) -> DecoderCard:
-    """The card to map these logits with; says on the node if they were not sampled as it was calibrated.
+    """The card to map these logits with; says on the node if its calibration is for logits that are sampled otherwise.
 
-    An embedded VLM may have a calibration of its own, which then takes the place of the one that was made for another.
+    If an embedded VLM has a calibration of its own, that one replaces the card's calibration for another VLM.
     """
     calibration = card.calibration
     if calibration is None or card.variant == "discrete" or card.reads == "tokens":
@@ -305,7 +305,7 @@ def served(card: DecoderCard, token_logits: TokenLogits) -> DecoderCard:
 
 
 def _own_calibration(model: str) -> Calibration | None:
-    """Of the embedded VLM of that name, if it has one."""
+    """The calibration of the embedded VLM of that name, if it has one of its own."""
     vlm = {f"{NAME} {folder}": folder for folder in VLMS.values()}.get(model)
     file = None if vlm is None else own_calibration(vlm=vlm)
     return None if file is None else Calibration.load(file)

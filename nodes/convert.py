@@ -74,7 +74,7 @@ def in_words(height: int, width: int) -> str:
 
 
 def _described(value: object) -> str:
-    """What came in an image's or a mask's place."""
+    """Describes a value that was given in place of an image or a mask."""
     if not isinstance(value, torch.Tensor):
         return f"{type(value).__name__} {str(value)[:60]!r}"
     if value.numel() == 0:

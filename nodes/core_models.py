@@ -67,7 +67,7 @@ class LoadPicoModel(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         paths = model_paths()
         codec = registry.load_codec(paths["vae"], dtype=torch.float32)
-        # A sampler tells no schedule beforehand, so nothing is folded.
+        # A sampler does not announce its schedule, so nothing is folded.
         difference = paths["decoder"].with_name(PRIOR)
         decoder = load_prior(paths["decoder"], difference, options=DecoderOptions(dtype=torch.float32, fold=False))
         return io.NodeOutput(_model(decoder, codec), _vae(codec), [[torch.zeros(1, 1, 1), {}]])
@@ -75,12 +75,12 @@ class LoadPicoModel(io.ComfyNode):
 
 NODES = [LoadPicoModel]
 
-#: Side and number of the scenes that previews' colours are fitted to.
+#: Side in pixels and number of the scenes that the colours of previews are fitted to.
 _SIDE, _SCENES = 96, 16
 
 
 class _Prior(nn.Module):
-    """What a sampler asks for a velocity."""
+    """The network that a sampler asks for velocities."""
 
     def __init__(self, decoder: DistributionConditionedDecoder, codec: LatentCodec):
         super().__init__()
@@ -107,7 +107,7 @@ class _Prior(nn.Module):
         return backbone.unpack(velocity, size)
 
     def _context(self, size: tuple[int, int]) -> torch.Tensor:
-        """Of a canvas that is painted everywhere; encoded once a size."""
+        """The backbone's context for a canvas that is painted everywhere; encoded once per size."""
         if size not in self._contexts:
             codec = self._codec
             height, width = (side * codec.factor for side in size)
@@ -117,7 +117,7 @@ class _Prior(nn.Module):
 
 
 def _model(decoder: DistributionConditionedDecoder, codec: LatentCodec) -> Any:
-    """The decoder as a MODEL on the flow's path."""
+    """The decoder as a MODEL whose samples follow the flow's path."""
     colours = _colours(codec)
 
     class Latents(comfy.latent_formats.LatentFormat):
@@ -144,8 +144,8 @@ def _model(decoder: DistributionConditionedDecoder, codec: LatentCodec) -> Any:
 
 
 def _colours(codec: LatentCodec) -> list[list[float]]:
-    """[C + 1, 3]: the colour in -1..1 of each channel of normalised latents, and of none, fitted to some scenes; with
-    these ComfyUI's samplers draw their previews."""
+    """Colours in -1..1 as a linear function of normalised latents, [C + 1, 3]: a row per channel, then the bias. Fitted
+    to some scenes; ComfyUI's samplers draw their previews with it."""
     images = np.stack([render_scene("train", k, size=_SIDE).image for k in range(_SCENES)])
     pixels = scene_pixels(images, torch.device("cpu"))
     latents = codec.normalize(codec.encode(pixels))
@@ -155,12 +155,12 @@ def _colours(codec: LatentCodec) -> list[list[float]]:
 
 
 def _vae(codec: LatentCodec) -> comfy.sd.VAE:
-    """The codec as a VAE of ComfyUI's: its smallest one, with the network exchanged."""
+    """The codec as a ComfyUI VAE: a small one is made and its network replaced."""
     levels = codec.factor.bit_length()
     shape = {"double_z": True, "z_channels": codec.channels, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32}
     shape |= {"ch_mult": [1] * levels, "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
     params = {"ddconfig": shape, "embed_dim": codec.channels}
-    # With all its weights: ComfyUI warns of those that are missing.
+    # All its weights are given, since ComfyUI warns about missing ones.
     vae = comfy.sd.VAE(sd=AutoencoderKL(**params).state_dict(), config={"params": params}, dtype=torch.float32)
     vae.first_stage_model = _Network(codec)
     vae.patcher = patcher_of(vae.first_stage_model)
@@ -169,7 +169,7 @@ def _vae(codec: LatentCodec) -> comfy.sd.VAE:
 
 
 class _Network(nn.Module):
-    """A codec's network as ComfyUI's VAE calls it."""
+    """A codec's network with the methods that ComfyUI's VAE calls."""
 
     def __init__(self, codec: LatentCodec):
         super().__init__()

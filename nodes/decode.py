@@ -46,7 +46,7 @@ from .sockets import (
 
 HARD, SOFT = "hard: the tokens", "soft: the expected codes"
 AS_MEASURED, BY_RESOLUTION, UNIFORM = "as measured best for the decoder", "FLUX: by resolution", "uniform"
-#: Strength of guidance, and guidance on the condition: those of the decoder's card.
+#: The value of the widgets strength and guidance that stands for the decoder card's own.
 AS_SERVED = -1.0
 SCHEDULES = (AS_MEASURED, BY_RESOLUTION, UNIFORM)
 #: Seconds after which the node says that weights for a new schedule are being loaded.
@@ -249,7 +249,7 @@ class FluxDecoder(io.ComfyNode):
                         f"{name} is a batch of {len(value)}, the condition one of {batch}: connect one for all, or "
                         f"{batch}"
                     )
-            # First onto the image as the artist sees it, then both to the size that the tokens are painted at.
+            # First the mask to the image as the user sees it, then both to the size at which the tokens are painted.
             area = resized(area, *given.shape[2:])
             size = model.painted_size(condition.grid)
             if given.shape[2:] != size:
@@ -290,7 +290,7 @@ class FluxDecoder(io.ComfyNode):
         painted = image_of(decoded.pixels)
         latent = {"samples": decoded.latents.to(painted.device)}
         if image is not None:
-            # Again on the IMAGE itself: on its way through -1..1 it would lose its last bit.
+            # Kept pixels are copied from the IMAGE itself: on the way to -1..1 and back they may lose their last bit.
             keep = rearrange(area == 0, "b 1 h w -> b h w 1").to(painted.device)
             painted = torch.where(keep, image[..., :3].to(painted), painted)
             latent["noise_mask"] = area.to(painted.device)
@@ -301,7 +301,7 @@ NODES = [VQVAEDecode, FluxDecoder]
 
 
 def _served(card: DecoderCard, strength: float, vq_vae: Any) -> tuple[float, float | None]:
-    """The strength of guidance, and mu of the time shift that goes with it; None for the decoder's own."""
+    """The strength of distribution guidance, and mu of its time shift; a mu of None is the decoder's own."""
     served = card.distribution_guidance
     if strength >= 0 or served is None or served.strength == 0:
         return max(strength, 0.0), None
@@ -325,7 +325,7 @@ def _shift(
 
 
 def _on_layer(progress: host.NodeProgress, steps: int) -> OnLayer:
-    """What happens while weights for a new schedule are loaded, before the first step; this may take long."""
+    """The callback for loading the weights of a new schedule, which may take long and comes before the first step."""
     began = time.monotonic()
 
     def on_layer(done: int, layers: int) -> None:
@@ -343,7 +343,7 @@ def _on_layer(progress: host.NodeProgress, steps: int) -> OnLayer:
 class _CoreCodec:
     """ComfyUI's VAE as a `LatentCodec`: it manages its own memory, and falls back to tiles.
 
-    It does not say how its latents are normalised: that is taken from the decoder's card.
+    It does not say how its latents are normalised, so shift and scale are taken from the decoder's card.
     """
 
     model = None
@@ -351,7 +351,7 @@ class _CoreCodec:
     def __init__(self, vae: comfy.sd.VAE, decoder: DistributionConditionedDecoder):
         card, self.vae = decoder.card, vae
         self.factor, self.channels = vae.downscale_ratio, vae.latent_channels
-        # Plain latents, which `check_codec` refuses where the decoder needs others.
+        # Latents that are not normalised if the card says nothing; `check_codec` refuses them if they do not fit.
         self.shift = 0.0 if card.vae_shift is None else card.vae_shift
         self.scale = 1.0 if card.vae_scale is None else card.vae_scale
         published = registry.codec_of(card.base_config).published()
@@ -376,10 +376,10 @@ class _CoreCodec:
         return unscale_latents(z, self.shift, self.scale)
 
     def preview(self, latents: torch.Tensor) -> None:
-        """It is not cheap."""
+        """No preview: decoding with this VAE is too slow for that."""
 
     def working_memory(self, height: int, width: int) -> int:
-        """ComfyUI's own concern."""
+        """0: ComfyUI's VAE reserves its memory itself."""
         return 0
 
 
@@ -418,9 +418,9 @@ def _host(decoder: Decoder, codec: LatentCodec, condition: MappedCondition) -> h
 
 
 def _preview(codec: LatentCodec, device: torch.device) -> Callable[[torch.Tensor], host.Preview]:
-    """What shows raw latents: a small codec itself, or else what ComfyUI shows such latents with.
+    """A function that turns raw latents into a preview: a small codec itself, or else ComfyUI's previewer.
 
-    That is --preview-method's: nothing, an estimate of their colours, or TAESD.
+    --preview-method decides what ComfyUI's previewer is: none, an estimate of the colours, or TAESD.
 
     Args:
         device: where the latents are.

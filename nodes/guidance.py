@@ -1,4 +1,4 @@
-"""Distribution guidance: any diffusion model of ComfyUI's, pulled towards what Janus said of each position.
+"""Distribution guidance: pulls any of ComfyUI's diffusion models towards what Janus predicted at each position.
 
 Shapes: B batch, H W pixels, h' w' latent grid, C latent channels.
 """
@@ -49,7 +49,7 @@ from .sockets import (
 
 CONNECT_MODEL = "connect a diffusion model"
 _STEPS = 8
-#: Standard deviation of the noise under which agreement is measured, of pixels in -1..1.
+#: Standard deviation of the noise under which agreement is measured a second time, for pixels in -1..1.
 _NOISE = 0.1
 
 
@@ -253,7 +253,7 @@ class TokenGuideLatent(io.ComfyNode):
 
 
 class SharpenToTokens(io.ComfyNode):
-    """The loss alone: no diffusion model."""
+    """Follows the loss alone, without a diffusion model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -316,7 +316,7 @@ class SharpenToTokens(io.ComfyNode):
 
 
 class TokenAgreement(io.ComfyNode):
-    """How much of the tokens an image says."""
+    """How many of the tokens the encoder finds in an image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

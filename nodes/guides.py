@@ -1,4 +1,4 @@
-"""What the nodes of distribution guidance work with: tokens to follow, copies for gradients, and the hook in a sampler.
+"""What the guidance nodes share: tokens to follow, copies of models for gradients, and the hook in a sampler.
 
 Shapes: B batch, H W pixels, h' w' latent grid, C latent channels.
 """
@@ -32,10 +32,10 @@ from .host import Managed, ManagedCodec
 from .sockets import CONNECT_LOGITS, CONNECT_VQ, MappedCondition, expect
 
 SOFT, HARD = "soft: the distributions", "hard: the tokens"
-#: How far the sides of an image may be from the tokens' before the artist is told that it is stretched.
+#: Factor by which an image's aspect ratio may differ from the tokens' before the user is told that it is stretched.
 _STRETCH = 1.05
-#: Latents of up to so many positions a side are guided as a whole, 512 pixels of most models; others in tiles of the
-#: second number, so that the way back takes 3.5 GB whatever the image.
+#: Latents of at most the first number of positions per side (512 pixels for most models) are guided as a whole, larger
+#: ones in tiles with the second number per side, so that the backward pass takes 3.5 GB for any image.
 _WHOLE, _TILE = 64, 32
 
 
@@ -47,10 +47,10 @@ class FollowedTokens:
     """What a guide follows.
 
     Attributes:
-        tokenizer: whose encoder reads the images.
-        condition: of B images.
-        scales: s of the cosines, for each image.
-        soft: [B, 3, H, W] in -1..1, the VQ decode of the expected code vectors.
+        tokenizer: the one whose encoder reads the images.
+        condition: what its encoder should find in B images.
+        scales: the cosine scale s for each image.
+        soft: [B, 3, H, W] in -1..1, the VQ decode of the condition's code vectors.
     """
 
     tokenizer: Managed[ImageTokenizer]
@@ -61,7 +61,7 @@ class FollowedTokens:
     def guide(
         self, k: int, codec: Any, size: tuple[int, int], options: GuidanceOptions, fallback: Fallback | None = None
     ) -> TokenGuide:
-        """Of image k, painted at (H, W) = `size`."""
+        """The guide for image k, painted at (H, W) = `size`."""
         host.let_gradients_pass(self.tokenizer)
         guide = token_guide(
             self.tokenizer.idle,
@@ -79,10 +79,10 @@ class FollowedTokens:
 def followed_tokens(
     token_logits: TokenLogits, vq_vae: Managed[ImageTokenizer], codes: str, calibration: Calibration | None
 ) -> FollowedTokens:
-    """Checks what is connected, and maps it.
+    """Checks what is connected, and maps the logits to conditions.
 
     Raises:
-        ValueError: for what does not fit together.
+        ValueError: if the inputs do not fit together.
     """
     expect(token_logits, TokenLogits, "token_logits", CONNECT_LOGITS)
     expect(vq_vae, Managed, "vq_vae", CONNECT_VQ)
@@ -127,16 +127,16 @@ def followed_tokens(
 
 # --- copies that gradients can pass -----------------------------------------------------------------------------------
 
-#: A network that came from a socket -> its copy; gone with it.
+#: A network that came through a socket -> its copy, which is freed together with it.
 _copies: weakref.WeakKeyDictionary[nn.Module, Managed] = weakref.WeakKeyDictionary()
 
 
 def _copy_of(network: nn.Module, value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Managed:
     """
     Args:
-        network: whose copy it is.
-        value: what is copied: the network, or an object around it.
-        device: that the network itself works on.
+        network: the original.
+        value: what to copy: the network, or an object that has it as `model`.
+        device: where the original computes.
     """
     if network not in _copies:
         _copies[network] = host.copied(value, placement="CPU" if device.type == "cpu" else "auto", dtype=dtype)
@@ -149,14 +149,14 @@ def _guide_tokenizer(vq_vae: Managed[ImageTokenizer]) -> Managed[ImageTokenizer]
 
 @dataclass(frozen=True, eq=False)
 class GuideVAE:
-    """A copy of a core VAE's network, and how it is called."""
+    """A core VAE, a copy of its network for gradients, and pixels per latent position."""
 
     vae: comfy.sd.VAE
     network: Managed[nn.Module]
     factor: int
 
     def of_unit_spread(self, pixels: torch.Tensor) -> _Codec:
-        """For latents of variance 1: a VAE does not say how large its latents are, so those of an image are measured.
+        """A codec that scales latents to variance 1. The scale is measured on an image, since a VAE does not say it.
 
         Args:
             pixels: [1, 3, H, W] in -1..1.
@@ -165,7 +165,7 @@ class GuideVAE:
         return self.of(lambda z: z / spread, lambda z: z * spread)
 
     def of(self, normalize: Any, denormalize: Any) -> _Codec:
-        """For the latents of a model that normalises them so."""
+        """A codec for a model that normalises latents by these functions."""
         host.let_gradients_pass(self.network)
         return _Codec(self, normalize, denormalize)
 
@@ -173,7 +173,7 @@ class GuideVAE:
 def guide_vae(vae: comfy.sd.VAE) -> GuideVAE:
     """
     Raises:
-        ValueError: for what is no VAE of images.
+        ValueError: if it is not a VAE for images.
     """
     factor = pixels_a_latent(vae)
     network = vae.first_stage_model
@@ -201,7 +201,7 @@ class _Codec:
 
     @property
     def factor(self) -> int:
-        """Pixels a latent position."""
+        """Pixels per latent position, along each side."""
         return self.own.factor
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -215,7 +215,7 @@ class _Codec:
         """Raw latents -> [B, 3, H, W] in -1..1; differentiable."""
         weight = next(self.own.network.idle.parameters())
         made = self.own.network.idle.decode(latents.to(self.own.network.device, weight.dtype)).float()
-        # A copy: ComfyUI changes it in place.
+        # Cloned, since ComfyUI changes its input in place.
         return self.own.vae.process_output(made.clone()) * 2 - 1
 
 
@@ -227,20 +227,20 @@ def preview_of(guide: TokenGuide, z: torch.Tensor) -> torch.Tensor | None:
 
 
 def tile_of(latent_size: tuple[int, int]) -> int | None:
-    """Side in latents of the tiles that a gradient goes back in; None for none."""
+    """Side, in latent positions, of the tiles of the backward pass; None to do it as a whole."""
     return None if max(latent_size) <= _WHOLE else _TILE
 
 
 def gradient_memory(size: tuple[int, int], network: Managed, factor: int, tokens: tuple[int, int]) -> int:
-    """Bytes that a gradient needs at least besides weights: what does not fit is done in smaller parts.
+    """Bytes that a gradient needs at least, besides weights: what does not fit is done in smaller parts.
 
-    A network's way back holds 6000 bytes a pixel and byte of the dtype (counted on the VAE of FLUX.1, by `python -m
-    benchmarks guidance`; not measured on a GPU). It is the encoder's, of the tokens' own image in float32, then the
-    decoder's, of a tile; before both, the image is decoded, of which ComfyUI assumes 2178.
+    The backward pass of a network holds 6000 bytes per pixel and byte of the dtype (counted on FLUX.1's VAE by `python
+    -m benchmarks guidance`; not measured on a GPU). It runs first through the encoder, on the tokens' own image in
+    float32, then through the decoder, on a tile. Before both, the image is decoded, for which ComfyUI assumes 2178.
 
     Args:
         size: (H, W) of the painted image.
-        network: that decodes it, of `factor` pixels a latent position.
+        network: the one that decodes it, with `factor` pixels per latent position.
         tokens: (H, W) of the image that the tokenizer reads.
     """
     pixels, width = size[0] * size[1], next(network.network.parameters()).element_size()
@@ -261,7 +261,7 @@ def tell_stretch(size: tuple[int, int], own: tuple[int, int]) -> None:
 
 
 class _GuidedHost(host.ComfyHost):
-    """The models of a node, and the copies that gradients pass."""
+    """The models of a node together with the copies for gradients."""
 
     def __init__(self, plain: host.ComfyHost, copies: tuple[Managed, ...], memory: int):
         super().__init__(*plain.models, *copies, besides=plain.besides + memory)
@@ -284,7 +284,7 @@ def decoder_guide(
 
     Args:
         plain: the host without guidance.
-        codec: `ManagedCodec`, or a core VAE as a codec that has it as `vae`.
+        codec: a `ManagedCodec`, or a codec that has a core VAE as `vae`.
     """
     size, tokenizer = decoder.painted_size(condition.grid), _guide_tokenizer(vq_vae)
     if isinstance(codec, ManagedCodec):
@@ -313,10 +313,10 @@ def decoder_guide(
 
 
 def _fitted_scale(tokenizer: ImageTokenizer, condition: Condition, pixels: torch.Tensor | None = None) -> float:
-    """s at which the encoder is as confident, of the soft VQ decode, as the condition is.
+    """The scale s at which the encoder, given the soft VQ decode, is as confident as the condition.
 
     Args:
-        pixels: the soft VQ decode, where it was made already.
+        pixels: the soft VQ decode, if it was made already.
     """
     if pixels is None:
         pixels = tokenizer.decode_vectors(condition.code_vectors, condition.grid)
@@ -333,8 +333,8 @@ class SamplerGuidance:
     """Corrects the predicted clean latents of every step.
 
     Attributes:
-        percent: of the schedule, (first, last).
-        mask: [1 or B, 1, H, W], where tokens are followed.
+        percent: the guided part of the schedule, (first, last) in 0..1.
+        mask: [1 or B, 1, H, W], 1 where tokens are followed; None for everywhere.
     """
 
     tokens: FollowedTokens
@@ -342,17 +342,17 @@ class SamplerGuidance:
     options: GuidanceOptions
     percent: tuple[float, float]
     mask: torch.Tensor | None
-    #: Of the latents that are being sampled, by their shape and device; and what each image has given up for memory.
+    #: Guides for the latents being sampled, by shape and device; then what each image has given up to save memory.
     _guides: dict[tuple, list[TokenGuide]] = field(default_factory=dict)
     _fallbacks: dict[int, Fallback] = field(default_factory=dict)
 
     def join(self, model: Any) -> None:
-        """Makes a MODEL's sampling guided, and its copies and memory part of what ComfyUI loads for it."""
+        """Adds guidance to a MODEL's sampling, and the copies and memory for it to what ComfyUI loads."""
         model.set_model_sampler_post_cfg_function(self)
         model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "DCDD", self._prepare)
 
     def _prepare(self, run: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **options: Any) -> Any:
-        """ComfyUI estimates a model's memory by the number of images: told as many more as a gradient takes."""
+        """ComfyUI estimates memory by the number of images, so the memory of a gradient is added as further images."""
         self._guides.clear()
         if self.options.off:
             return run(model, noise_shape, conds, *args, **options)
@@ -371,7 +371,7 @@ class SamplerGuidance:
             time_in(model.model_sampling, float(model.model_sampling.percent_to_sigma(each))) for each in self.percent
         )
         options = replace(self.options, first=max(first, last), last=last)
-        # Samplers may predict more than once a step, and at times between two.
+        # Samplers may predict more than once per step, also at times between those of two steps.
         sigmas = args["model_options"]["transformer_options"]["sample_sigmas"].to(sigma)
         step = max(0, int((sigmas >= sigma - 1e-6).sum()) - 1)
         if not options.guides(time, step):
@@ -427,15 +427,14 @@ class SamplerGuidance:
 
 
 def time_in(sampling: Any, sigma: float) -> float:
-    """t of a sigma: itself on the flow's path; else that of noise added to data of unit variance."""
+    """The time t of a sigma: for flow models itself, otherwise that of the same noise on data of unit variance."""
     if isinstance(sampling, comfy.model_sampling.CONST):
         return min(1.0, sigma)
     return time_of_sigma(sigma / getattr(sampling, "sigma_data", 1.0))
 
 
 def denoise_from(sampling: Any, start: float) -> float:
-    """A sampler's denoise, at which the model starts from time `start`; by bisection, for a model's schedule is its
-    own."""
+    """The denoise with which a model starts from time `start`; by bisection, since each model has its own schedule."""
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2

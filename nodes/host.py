@@ -36,9 +36,9 @@ Preview = torch.Tensor | Image.Image | None
 
 log = logging.getLogger("ComfyUI-DCDD")
 
-#: Where a model may live while it works.
+#: Where a model may be while it runs.
 PLACEMENTS = ("auto", "low VRAM", "CPU")
-#: How names begin of what ComfyUI's memory manager keeps on modules.
+#: Prefixes of the attributes that ComfyUI's memory manager keeps on modules.
 _COMFY_STATE = (
     "dynamic_",
     "_v",
@@ -51,7 +51,7 @@ _COMFY_STATE = (
     "weight_function",
     "bias_function",
 )
-#: From 0.16 on ComfyUI has a patcher of its own for modules that it did not build.
+#: Since 0.16, ComfyUI has a patcher of its own for modules that it did not build.
 _Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
@@ -59,7 +59,7 @@ _Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.
 
 
 class _Holder(nn.Module):
-    """Around a module whose `device` cannot be written (transformers, diffusers): ComfyUI's patcher wants to."""
+    """Wraps a module, since ComfyUI's patcher writes to `device`, which transformers and diffusers do not allow."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -68,16 +68,16 @@ class _Holder(nn.Module):
 
 
 class Managed(Generic[T]):
-    """A model that ComfyUI's memory manager loads, pushes out for other nodes' models, and frees.
+    """A model that ComfyUI's memory manager loads, moves out to make room for other nodes' models, and frees.
 
-    Its linear layers become ComfyUI's own, which can stay in RAM and be streamed to the GPU one by one where it is too
-    small for all of them. Nothing but the sockets holds it: when the last graph lets go, it is gone.
+    Its linear layers become ComfyUI's own, which can stay in RAM and be streamed to the GPU one by one if the GPU is
+    too small for all of them. Only the sockets hold a reference to it: when the last graph drops it, it is freed.
     """
 
     def __init__(self, value: T, *, placement: str = "auto", eight_bit: tuple[str, ...] = (), streamed: bool = True):
         """
         Args:
-            value: a network, or an object with one as its `model`, or with None for none.
+            value: a network, or an object whose `model` is one, or None if it has none.
             placement: one of `PLACEMENTS`: ComfyUI decides, all layers are streamed, or everything stays on the CPU.
             eight_bit: names of submodules whose linear layers are stored in 8 bits (float8_e4m3fn) and compute in the
                 dtype of their input.
@@ -92,7 +92,7 @@ class Managed(Generic[T]):
             _use_comfy_linears(module.get_submodule(name), comfy.ops.manual_cast.Linear, torch.float8_e4m3fn)
         self._value = value
         self._stream = placement == "low VRAM" and device_of(placement).type != "cpu"
-        # ComfyUI's log calls a model by its class.
+        # ComfyUI's log names a model by its class.
         holder = type(type(module).__name__, (_Holder,), {})(module)
         self._patcher = patcher_of(holder, placement, streamed=streamed)
 
@@ -103,7 +103,7 @@ class Managed(Generic[T]):
 
     @property
     def resident(self) -> bool:
-        """Whether all its weights are on its device now that it is ready, none of them streamed."""
+        """Whether all its weights are on its device now, none of them streamed."""
         return all(weight.device == self.device for weight in self._patcher.model.parameters())
 
     @property
@@ -113,12 +113,12 @@ class Managed(Generic[T]):
 
     @property
     def idle(self) -> T:
-        """The model wherever it is now, to read its description from."""
+        """The model, wherever it is now, to read its description."""
         return self._value
 
 
 def patcher_of(module: nn.Module, placement: str = "auto", *, streamed: bool = True) -> Any:
-    """What ComfyUI's memory manager holds a module by.
+    """The patcher through which ComfyUI's memory manager handles a module.
 
     Args:
         placement: one of `PLACEMENTS`.
@@ -131,10 +131,10 @@ def patcher_of(module: nn.Module, placement: str = "auto", *, streamed: bool = T
 
 
 def copied(value: T, *, placement: str = "auto", dtype: torch.dtype | None = None) -> Managed[T]:
-    """A copy of a model, kept beside it, for gradients to pass (`let_gradients_pass`).
+    """A second copy of a model, through which gradients can pass (`let_gradients_pass`).
 
     Args:
-        dtype: of its weights; as they are by default. float16, in which gradients vanish, becomes float32.
+        dtype: of its weights; unchanged by default. float16, in which gradients vanish, becomes float32.
     """
     with torch.inference_mode(False):
         twin = _without_comfy_state(value)
@@ -143,14 +143,14 @@ def copied(value: T, *, placement: str = "auto", dtype: torch.dtype | None = Non
             if part.is_floating_point():
                 wanted = part.dtype if dtype is None else dtype
                 part.data = part.data.to(torch.float32 if wanted == torch.float16 else wanted)
-        # Gradients hold every weight that they pass, so nothing would be saved by streaming.
+        # A backward pass needs every weight at once, so streaming would save nothing.
         managed = Managed(twin, placement=placement, streamed=False)
         module.to(managed._patcher.offload_device)
         return managed
 
 
 def _without_comfy_state(value: T) -> T:
-    """A deep copy without what ComfyUI keeps on modules: buffers of its native memory would be freed twice."""
+    """A deep copy without what ComfyUI keeps on modules, since its native buffers would be freed twice."""
     module = value if isinstance(value, nn.Module) else value.model
     taken = [
         (part, name, part.__dict__.pop(name))
@@ -166,11 +166,11 @@ def _without_comfy_state(value: T) -> T:
 
 
 def let_gradients_pass(*models: Managed) -> None:
-    """Makes the weights of copies on their device such that gradients can pass them.
+    """Brings all weights of copies to their device, in a form that gradients can pass through.
 
-    ComfyUI moves models in torch's inference mode. What comes out of it can never be part of a gradient's graph, so
-    such weights are exchanged for copies of themselves. Streamed layers share one buffer, which the next layer
-    overwrites before the way back: all weights come to the device.
+    ComfyUI moves models in torch's inference mode, and tensors made in it can never be part of a gradient's graph, so
+    such weights are replaced by copies. Streamed layers share one buffer, which the next layer overwrites before the
+    backward pass, so nothing is streamed.
     """
     with torch.inference_mode(False):
         for model in models:
@@ -185,7 +185,7 @@ def let_gradients_pass(*models: Managed) -> None:
 
 
 def with_models(conds: dict[str, list[dict[str, Any]]], *models: Managed) -> dict[str, list[dict[str, Any]]]:
-    """What is sampled for, with models that ComfyUI has to load beside the MODEL while it samples."""
+    """The conditioning, with models added that ComfyUI has to load beside the MODEL while it samples."""
     for name, own in conds.items():
         if own:
             first, *others = own
@@ -195,25 +195,25 @@ def with_models(conds: dict[str, list[dict[str, Any]]], *models: Managed) -> dic
 
 
 def bring(*models: Managed, memory: int = 0) -> None:
-    """Brings models that work together to their device: none of them is pushed out for another.
+    """Brings models that run together to their device, without moving one of them out for another.
 
     Args:
-        memory: bytes that working with them takes, besides their weights.
+        memory: bytes that running them takes, besides their weights.
     """
     stream = any(model._stream for model in models)
     most = comfy.model_management.get_total_memory(models[0].device) if stream else None
     patchers = [model._patcher for model in models]
     comfy.model_management.load_models_gpu(patchers, memory_required=memory, minimum_memory_required=most)
     for model in models:
-        # A partial load leaves behind what cannot be streamed: norms, embeddings and convolutions, which are small. It
-        # does not call itself partial where there is nothing else.
+        # A partial load leaves behind what cannot be streamed: norms, embeddings and convolutions, which are small. If
+        # a model has no other layers, ComfyUI does not even call the load partial.
         for part in model._patcher.model.modules():
             if not hasattr(part, "comfy_cast_weights"):
                 part._apply(lambda tensor, device=model.device: tensor.to(device), recurse=False)
 
 
 def device_of(placement: str) -> torch.device:
-    """Where a model of this placement works."""
+    """The device on which a model with this placement runs."""
     return torch.device("cpu") if placement == "CPU" else comfy.model_management.get_torch_device()
 
 
@@ -228,9 +228,9 @@ class ComfyHost(Host):
     def __init__(self, *models: Managed, convolutional: bool = False, besides: int = 0):
         """
         Args:
-            models: that work together.
-            convolutional: whether the memory that is asked for is that of convolutions.
-            besides: bytes that are needed besides it, such as for previews.
+            models: those that run together.
+            convolutional: whether the memory that `bring` is asked for is that of convolutions.
+            besides: bytes needed in addition, such as for previews.
         """
         self.models, self.besides = models, besides
         self._convolutional = convolutional
@@ -250,28 +250,28 @@ class ComfyHost(Host):
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def on_split(self, size: int) -> None:
-        """Tells the log, and frees what can be freed."""
+        """Writes to the log, and frees what can be freed."""
         log.warning("out of memory: continuing with %d images at a time", size)
         comfy.model_management.soft_empty_cache()
 
     def on_fallback(self, change: str) -> None:
-        """Tells the node and the log, and frees what can be freed."""
+        """Writes to the node and the log, and frees what can be freed."""
         notice(f"out of memory: {change}")
         comfy.model_management.soft_empty_cache()
 
     def keep(self, result: Result) -> Result:
-        """Moves a result to where it waits for other nodes."""
+        """Moves a result to the device on which it waits for other nodes."""
         return result.to(comfy.model_management.intermediate_device())
 
 
 def convolution_memory(memory: int) -> int:
-    """Bytes that convolutions take on this GPU, of which others take `memory`."""
-    # ComfyUI's own factor for decoding with a VAE (comfy/sd.py).
+    """Bytes that convolutions take on this GPU if they take `memory` on other GPUs."""
+    # ComfyUI's own factor for decoding with a VAE on AMD GPUs (comfy/sd.py).
     return round(2.73 * memory) if comfy.model_management.is_amd() else memory
 
 
 class ManagedCodec:
-    """A decoder's own codec as a `LatentCodec` that comes to its device for each image."""
+    """A decoder's own codec as a `LatentCodec` that is brought to its device whenever it encodes or decodes."""
 
     model = None
 
@@ -305,7 +305,7 @@ class ManagedCodec:
         return self.managed.idle.denormalize(z)
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor | None:
-        """See `LatentCodec.preview`; the network works where it is."""
+        """See `LatentCodec.preview`; the network runs on the device where it is."""
         return self.managed.idle.preview(latents)
 
     def working_memory(self, height: int, width: int) -> int:
@@ -318,7 +318,7 @@ class ManagedCodec:
 
 
 def _use_comfy_linears(module: nn.Module, kind: type[nn.Linear], storage: torch.dtype | None = None) -> None:
-    """Puts ComfyUI's linear layers in the place of torch's, with the same weights."""
+    """Replaces torch's linear layers by ComfyUI's, with the same weights (in dtype `storage`, if given)."""
     for part in module.modules():
         for name, layer in part.named_children():
             if not isinstance(layer, nn.Linear):
@@ -333,7 +333,7 @@ def _use_comfy_linears(module: nn.Module, kind: type[nn.Linear], storage: torch.
 
 
 class NodeProgress:
-    """A node's progress bar with a preview; each step is also where an interrupt stops the node."""
+    """A node's progress bar with a preview. An interrupt by the user stops the node at the next step."""
 
     def __init__(self, total: int):
         self._bar = comfy.utils.ProgressBar(total)
@@ -343,7 +343,7 @@ class NodeProgress:
         Args:
             preview: an image, or pixels [B, 3, H, W] in -1..1; shown if ComfyUI shows previews.
         """
-        # ComfyUI's bar leaves out reports that come too soon, and with them its check.
+        # ComfyUI's bar drops reports that come too soon after the last, and with them its own check.
         comfy.model_management.throw_exception_if_processing_interrupted()
         image = _sheet(preview) if isinstance(preview, torch.Tensor) else preview
         shown = image is not None and shows_previews()
@@ -352,7 +352,7 @@ class NodeProgress:
 
 
 def shows_previews() -> bool:
-    """Whether ComfyUI shows previews: --preview-method, or what the prompt's page has set instead."""
+    """Whether ComfyUI shows previews: by --preview-method, or by the setting that came with the prompt instead."""
     return args.preview_method != LatentPreviewMethod.NoPreviews
 
 
@@ -365,10 +365,10 @@ def _sheet(pixels: torch.Tensor) -> Image.Image:
 
 @dataclass
 class _Shown:
-    """What a node shows while it runs: a text that is sent takes the place of the one before.
+    """What a node shows while it runs. All of it is sent each time: a new text replaces the one on the node.
 
     Attributes:
-        context: of the node that is running.
+        context: that of the running node.
     """
 
     context: ExecutionContext | None = None
@@ -409,7 +409,7 @@ def _show() -> None:
 
 @contextmanager
 def noticed() -> Iterator[None]:
-    """Turns the library's warnings into notices, also those of work that fails; other warnings stay warnings."""
+    """Turns the library's warnings into notices, even if the work fails; other warnings stay warnings."""
     caught: list[warnings.WarningMessage] = []
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""Loaders: Janus or another sampler of image tokens, its tokenizer alone, and the diffusion decoder."""
+"""Loaders of Janus or another token sampler, of its tokenizer alone and of the diffusion decoder; and the download."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BUILT_IN = {PICO: JANUS, PICO_PROGRESSIVE: PROGRESSIVE, PICO_LLAMAGEN: LLAMAGEN}
 CONNECTED = "with the bundle, or connected"
 HELD = "in the bundle"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-#: What pico's decoder is calibrated for. The other built-in models' own files say their guidance.
+#: The guidance that pico's decoder is calibrated for. The files of the other built-in models state theirs.
 _PICO_GUIDANCE = 3.0
 STORAGE = ("auto", "float32", "bfloat16", "float16", "8-bit")
 
@@ -197,7 +197,7 @@ class LoadDecoder(io.ComfyNode):
     def execute(cls, bundle: str, base_model: str, vae: str, storage: str, placement: str) -> io.NodeOutput:
         if storage not in STORAGE:
             raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
-        # Older servers let names through that no list has.
+        # Older servers do not check names against the lists.
         base = None if base_model == HELD else model_folders.transformer_path(base_model)
         autoencoder = None if vae == CONNECTED else model_folders.autoencoder_path(vae)
         if bundle == PICO:
@@ -304,7 +304,7 @@ def _folder(model: str) -> Path:
 
 
 def _state(model: str) -> str:
-    """Of the model's folder, and of its image tokenizer's where config.json names one elsewhere."""
+    """State of the model's folder, and of its image tokenizer's if config.json names another folder for that."""
     folder = _folder(model)
     places, config = [folder], folder / "config.json"
     if config.exists():
@@ -314,13 +314,13 @@ def _state(model: str) -> str:
 
 
 def _tokenizer(folder: Path, placement: str) -> Managed[ImageTokenizer]:
-    """In float32: its features decide which token a patch becomes."""
+    """Loaded in float32, since its features decide which token a patch becomes."""
     tokenizer = registry.sampler_family(folder).load_tokenizer(str(folder), dtype=torch.float32)
     return Managed(tokenizer, placement=placement)
 
 
 def _torch_dtype(name: str, model: str, placement: str) -> torch.dtype:
-    """What a combo's dtype means on this machine, for a model of that placement.
+    """The dtype that a combo's value stands for on this machine, for a model with that placement.
 
     Raises:
         ValueError: for an unknown name.
@@ -336,10 +336,10 @@ def _torch_dtype(name: str, model: str, placement: str) -> torch.dtype:
 
 
 def _offer(model: str) -> tuple[KnownModel, Path, Path]:
-    """The model of a combo's name, the folder that it goes into, and its own file or folder there.
+    """The model that a combo's value stands for, the folder that it goes into, and its own file or folder there.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for a value that is not in the combo.
     """
     if model not in _OFFERED:
         raise ValueError(f"model must be one of {', '.join(_OFFERED)}, got {model!r}")

@@ -21,7 +21,7 @@ def add_model_folders() -> None:
 
 
 def model_folder(key: str) -> Path:
-    """Where new files of a kind go: the folder of that name, among those that are searched."""
+    """Where new files of a kind go: among the folders that are searched, the one of that name, or else the first."""
     paths = [Path(path) for path in folder_paths.get_folder_paths(key)]
     return next((path for path in paths if path.name == key), paths[0])
 
@@ -32,8 +32,8 @@ def files(key: str) -> list[str]:
 
 
 def folders(key: str, *holding: str) -> list[str]:
-    """Names of the folders of a kind, at any depth, that hold a file or folder of one of these names, or patterns:
-    OWNER/NAME, or what the hub's cache makes of it, models--OWNER--NAME/snapshots/REVISION."""
+    """Names of a kind's folders, at any depth, that hold a file or folder with one of these names or patterns. A
+    folder's name may be OWNER/NAME, or models--OWNER--NAME/snapshots/REVISION as in the hub's cache."""
     found = (
         path.relative_to(root).as_posix()
         for root in map(Path, folder_paths.get_folder_paths(key))
@@ -43,14 +43,14 @@ def folders(key: str, *holding: str) -> list[str]:
 
 
 def samplers() -> list[str]:
-    """Folders of token samplers in models/janus. Other published ones than Janus have a pipeline's index (aMUSEd) or a
-    checkpoint (BIGFix, LlamaGen) in the place of a configuration."""
+    """Folders of token samplers in models/janus. Published ones other than Janus have a pipeline's index (aMUSEd) or a
+    checkpoint (BIGFix, LlamaGen) instead of a configuration."""
     return folders(JANUS, "config.json", "model_index.json", "*.pth", "t2i_*.pt", "t2i_*.safetensors")
 
 
 def _holders(root: Path, holding: Collection[str]) -> Iterator[Path]:
-    """Folders below `root` that hold one of `holding`; these are not searched. Links are followed, and loops of them
-    end."""
+    """Folders below `root` that hold one of `holding`; no folder inside these is searched. Links are followed, but each
+    folder is searched only once, so that loops end."""
     waiting, searched = [root], set()
     while waiting:
         folder = waiting.pop()
@@ -59,7 +59,7 @@ def _holders(root: Path, holding: Collection[str]) -> Iterator[Path]:
                 continue
             searched.add(place)
             children = sorted(child for child in folder.iterdir() if child.is_dir())
-        except OSError:  # Not readable, or gone: as os.walk, and so ComfyUI, does.
+        except OSError:  # Not readable, or gone: left out, as by os.walk and thus by ComfyUI.
             continue
         for child in children:
             if any(path.exists() for pattern in holding for path in child.glob(pattern)):
@@ -69,12 +69,12 @@ def _holders(root: Path, holding: Collection[str]) -> Iterator[Path]:
 
 
 def transformers() -> list[str]:
-    """What may hold a diffusion transformer: model files, and diffusers folders, which end in a slash."""
+    """Names of what may hold a diffusion transformer: model files, and diffusers folders, which end in a slash."""
     return [*files("diffusion_models"), *(f"{name}/" for name in folders("diffusers", "transformer"))]
 
 
 def autoencoders() -> list[str]:
-    """What may hold an autoencoder: VAE files, and diffusers folders, which end in a slash."""
+    """Names of what may hold an autoencoder: VAE files, and diffusers folders, which end in a slash."""
     return [*files("vae"), *(f"{name}/" for name in folders("diffusers", "vae"))]
 
 
@@ -108,12 +108,12 @@ NO_CALIBRATION = "none yet: fit one and save it"
 
 
 def bundles() -> list[str]:
-    """Decoder bundles in models/dcdd; calibrations lie in a folder of their own there."""
+    """Decoder bundles in models/dcdd, without the calibrations, which have a folder of their own there."""
     return [name for name in files(BUNDLES) if Path(name).parts[0] != CALIBRATIONS]
 
 
 def calibrations() -> list[str]:
-    """Calibration files, by name below their folder."""
+    """Calibration files, as paths relative to their folder."""
     names = (Path(name) for name in files(BUNDLES))
     return [name.relative_to(CALIBRATIONS).as_posix() for name in names if name.parts[0] == CALIBRATIONS]
 
@@ -130,7 +130,7 @@ def calibration_path(name: str) -> Path:
 
 
 def new_calibration(name: str) -> Path:
-    """A path for a calibration that does not exist yet.
+    """A path for a new calibration, at which no file exists yet.
 
     Raises:
         ValueError: for a name that a file cannot have.
@@ -144,6 +144,6 @@ def new_calibration(name: str) -> Path:
 
 
 def state_of(path: Path) -> str:
-    """Changes when a model file, or any file in a model folder, changes: only then do loaders run again."""
+    """A text that changes with a model file, or with any file in a model folder: only then do loaders run again."""
     parts = sorted(path.rglob("*")) if path.is_dir() else [path]
     return "|".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in parts if p.is_file())

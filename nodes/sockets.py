@@ -38,7 +38,7 @@ class JanusModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """What DCDD_DECODER carries: the decoder, and its own codec, or None if a VAE is to be connected."""
+    """What DCDD_DECODER carries: the decoder, and its own codec, or None if a VAE has to be connected."""
 
     decoder: Managed[DistributionConditionedDecoder]
     codec: ManagedCodec | None
@@ -49,9 +49,9 @@ class MappedCondition(Condition):
     """What DCDD_CONDITION carries: a condition that knows how it was made.
 
     Attributes:
-        token_size: pixels a token side, of the tokenizer.
-        model, source, calibrated: of the token logits.
-        card: of the decoder that the LCDM Encoder calibrated for; None for none.
+        token_size: pixels per token, along each side.
+        model, source, calibrated: those of the token logits.
+        card: that of the decoder for which the LCDM Encoder calibrated; None if no decoder was connected.
     """
 
     token_size: int
@@ -73,7 +73,7 @@ def expect(value: Any, kind: type, socket: str, remedy: str) -> None:
     """Refuses a value that is not a `kind`: ComfyUI lets literals and other packs' values into custom sockets.
 
     Raises:
-        ValueError: with what came, and `remedy`.
+        ValueError: naming what came, and `remedy`.
     """
     if not isinstance(value, kind):
         raise ValueError(f"{socket} got {type(value).__name__} {str(value)[:60]!r}: {remedy}")

@@ -37,11 +37,11 @@ from .sockets import (
 
 #: The combo value that leaves the order to the model.
 OWN_ORDER = "the model's own"
-#: Of the Progressive Token Sampler: the sheet of its passes is an image.
+#: The most passes of the Progressive Token Sampler: each of them is a tile of its contact sheet.
 MOST_PASSES = 100
-#: Of the Janus Logit Sampler: more than an image of Janus has tokens.
+#: The most parallel tokens of the Janus Logit Sampler: more than an image of Janus has.
 MOST_PARALLEL = 1024
-#: Images of a batch in a preview, and with a sheet of their passes.
+#: The most images of a batch in a preview, and the most for which a sheet of their passes is made.
 MOST_SHOWN = 4
 
 
@@ -69,7 +69,7 @@ class JanusLogitSampler(io.ComfyNode):
             ],
             inputs=[
                 *_inputs(),
-                # Last, and optional: graphs that were saved without it go on as they are.
+                # Last and optional, so that graphs saved without it still work.
                 io.Int.Input(
                     "parallel_tokens",
                     optional=True,
@@ -341,11 +341,11 @@ NODES = [JanusLogitSampler, ProgressiveTokenSampler, VQVAEEncode]
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """What both samplers are asked for.
+    """What either sampler is asked to do.
 
     Attributes:
-        prompts, seeds: one an image.
-        resample: bool [B, N] of an edit.
+        prompts, seeds: one of each per image.
+        resample: bool [B, N], tokens that an edit samples again; None for new images.
     """
 
     prompts: list[str]
@@ -371,10 +371,11 @@ def _requested(
 ) -> _Request:
     """
     Args:
-        start: of a sampler in passes; from 1 on, token_logits without a mask are those of a whole image to start from.
+        start: that of the Progressive Token Sampler; from 1 on, token_logits without a mask are allowed: a whole image
+            to start from.
 
     Raises:
-        ValueError: for what does not fit together, in the words of the node.
+        ValueError: if the inputs do not fit together, in the terms of the node.
     """
     expect(janus, JanusModel, "janus", "connect the janus output of Load Janus")
     check_finite(guidance=guidance, temperature=temperature, top_p=top_p)
@@ -407,7 +408,7 @@ def _requested(
 
 
 def _inputs(*own: io.Input) -> list[io.Input]:
-    """Of both samplers; those that only one of them has come after the prompt."""
+    """The inputs of both samplers; `own`, which only one of them has, come after the prompt."""
     return [
         JanusModelSocket.Input("janus", tooltip="From Load Janus."),
         io.String.Input(
@@ -506,12 +507,12 @@ def _sampled() -> io.Output:
 
 
 def _own_top_k(sampler: TokenSampler) -> int | None:
-    """For `SamplingOptions`, where None leaves it to a sampler that draws one token after the other."""
+    """The model's own top_k for `SamplingOptions`; for a sampler that draws token by token, None already means that."""
     return sampler.sampling.top_k if isinstance(sampler, StagedSampler) else None
 
 
 def _parallel(tokens: int, sampler: TokenSampler) -> int | None:
-    """The widget's number for `pipelines.sample`.
+    """The widget's number as `pipelines.sample` takes it; 0 becomes None.
 
     Raises:
         ValueError: for a number out of range, and for one that is not 0 with a sampler in passes.
@@ -528,15 +529,15 @@ def _parallel(tokens: int, sampler: TokenSampler) -> int | None:
 
 
 class _Report:
-    """Moves the node's bar, with a preview for each row of tokens, or for each step that is worth more than a row; at
-    the end it tells on the node how many passes of the model there were."""
+    """Moves the node's bar, with a preview whenever at least another row of tokens is done; at the end it shows on the
+    node how many passes the model took."""
 
     def __init__(self, janus: JanusModel, total: int, token_logits: TokenLogits | None, previewing: bool):
         self._tokenizer, self._grid = janus.vq.idle, janus.sampler.idle.grid
         self._previous, self._previewing = token_logits, previewing
         self._bar = host.NodeProgress(total)
         self._shown = 0
-        self._passes: dict[int, int] = {}  # of each part of the batch, if it was split
+        self._passes: dict[int, int] = {}  # by the first image of each part, if the batch was split
 
     def __call__(self, now: Progress) -> None:
         rows = now.done * self._grid[0] // now.total
@@ -548,7 +549,7 @@ class _Report:
         )
 
     def tell_passes(self, request: _Request) -> None:
-        """Nothing if there was no pass, or none was told."""
+        """Shows the number of passes on the node; nothing if there were none, or none were reported."""
         passes = sum(self._passes.values())
         if passes == 0:
             return
@@ -568,7 +569,7 @@ def _host(janus: JanusModel, previewing: bool) -> host.ComfyHost:
 
 
 def _under_mask(mask: torch.Tensor, token_logits: TokenLogits) -> torch.Tensor:
-    """MASK -> bool [B, N], True for each token of which at least a part is under the mask."""
+    """MASK -> bool [B, N], True for each token that is at least partly under the mask."""
     batch = len(token_logits.tokens)
     area = tokens_under_mask(mask_of(mask), token_logits.grid)
     if len(area) not in (1, batch):

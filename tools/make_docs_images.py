@@ -696,7 +696,7 @@ def guidance_drawings(
 
 
 def shares(told: str) -> str:
-    """What Token Agreement tells, in short."""
+    """The text that Token Agreement shows, shortened."""
     return "{}%, under noise {}%".format(*re.findall(r"(\d+)%", told))
 
 

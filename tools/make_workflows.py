@@ -62,7 +62,7 @@ class Own(str):
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A public model file, which the page offers where it is missing, and the folder in models that it goes into."""
+    """A public model file, which the frontend offers if it is missing, and the folder in models that it goes into."""
 
     name: str
     url: str
@@ -240,7 +240,7 @@ class Graph:
             first: whether users should change this node first. It is drawn in green.
             files: model files that the node loads.
             labels: what widgets are called instead of their names.
-            control: what becomes of the seed after a run.
+            control: what happens to the seed after a run.
             given: links (outputs) and widget values; other widgets keep their defaults.
         """
         if kind not in self.definitions:
@@ -633,7 +633,7 @@ PROMPT = "a large striped red heart in the centre on a wavy sky ground"
 SIDE = 96
 
 
-#: FLUX.1-dev's files. ComfyUI's own templates link to the same, which need no account.
+#: FLUX.1-dev's files: those that ComfyUI's own templates link to, which need no account.
 FLUX_DEV = ModelFile(
     "flux1-dev.safetensors",
     "https://huggingface.co/Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors",
@@ -666,7 +666,7 @@ def sampler(graph: Graph, janus: Node, **given: Any) -> Node:
 
 
 def sampler_in_passes(graph: Graph, janus: Node, **given: Any) -> Node:
-    """Room as `sampler`."""
+    """Leaves room as `sampler` does."""
     given = {"prompt": PROMPT, "seed": 1, "first": True, **given}
     return graph.node(
         "DCDD_ProgressiveTokenSampler", janus=janus["janus"], wide=400, preview=True, room=PREVIEW, **given
@@ -703,7 +703,7 @@ def paint(graph: Graph, decoder: Node, condition: Node, **given: Any) -> Node:
 
 
 def compare(graph: Graph, captions: str | Output = "", **images: Output | str) -> Node:
-    """Images by the letter of their column, and labels as label_LETTER."""
+    """A Compare Decoders node. `images` holds images by the letter of their column, and labels as label_LETTER."""
     given = {f"image_{key}" if len(key) == 1 else key: value for key, value in images.items()}
     return graph.node("DCDD_CompareDecoders", wide=420, captions=captions, **given)
 
@@ -724,7 +724,7 @@ def side_by_side(
 
     Args:
         who: the model in words.
-        model: of Load Janus.
+        model: the model to choose in Load Janus.
         pictures: saves the images of the diffusion decoder too, without captions.
     """
     janus, decoder = load_janus(graph, model), load_decoder(graph)
@@ -1118,7 +1118,7 @@ def flux_files(graph: Graph) -> tuple[Node, Node, Node]:
 
 
 def flux_prompt(graph: Graph, clip: Node, text: str, title: str) -> tuple[list[Node], tuple[Output, Output]]:
-    """Its nodes, and the conditioning that FLUX takes for positive and negative."""
+    """The nodes of a prompt, and the conditioning that FLUX takes for positive and negative."""
     prompt = graph.node("CLIPTextEncode", title=title, wide=400, tall=140, first=True, clip=clip["CLIP"], text=text)
     positive = graph.node("FluxGuidance", wide=310, conditioning=prompt["CONDITIONING"], guidance=3.5)
     negative = graph.node("ConditioningZeroOut", wide=310, conditioning=prompt["CONDITIONING"])
@@ -1407,8 +1407,8 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
 def janus_to_dcdd(definitions: dict[str, Any]) -> dict[str, Any]:
     """The three nodes in the middle of every workflow, as one node."""
     graph = Graph(definitions, "Janus to DCDD", inside=True)
-    # The page takes the labels over to the outside, and what becomes of the seeds too: newer versions show no widget
-    # for that there, but follow the one inside.
+    # The frontend copies the labels to the outside, and also what happens to the seeds after a run: newer versions show
+    # no widget for that on the outside, but follow the one inside.
     sampled = graph.node(
         "DCDD_JanusLogitSampler",
         wide=400,

@@ -36,8 +36,8 @@ LOCKED_PYTHON = "3.11"
 """The interpreter that constraints.txt was made with."""
 
 OLDEST_TORCH = "2.6.0"
-"""README.md promises it: the first with FSDPModule. ComfyUI brings torch, so that pyproject.toml bounds it for training
-alone."""
+"""Promised in README.md: the first version with FSDPModule. ComfyUI brings its own torch, so pyproject.toml bounds it
+for training only."""
 
 SHOWN = ("torch", "transformers", "diffusers", "numpy")
 _LIMIT = 1200
@@ -70,9 +70,9 @@ class Row:
     """One environment.
 
     Attributes:
-        python: its version.
+        python: the version of Python.
         pins: versions by package; "oldest" is the floor in pyproject.toml, "newest" whatever the index has.
-        base: what holds for the others: "lock" for constraints.txt, "oldest" or "newest".
+        base: versions of all other packages: "lock" for constraints.txt, "oldest" or "newest".
         freed: packages of the lock that may differ from it, since the pinned ones need other versions of them.
     """
 
@@ -138,7 +138,7 @@ def main() -> int:
 
 
 def key_of(row: Row, commit: str) -> str:
-    """Changes with all that a row's result depends on, but for the newest versions of the day."""
+    """Changes with everything that a row's result depends on, except for what is newest on that day."""
     lock = subprocess.check_output(["git", "show", f"{commit}:constraints.txt"], cwd=ROOT)
     return hashlib.sha256(f"{commit} {row} {CHECKS}".encode() + lock).hexdigest()[:12]
 
@@ -263,7 +263,7 @@ def _why(text: str, status: int) -> str:
 
 
 def verdict(found: Mapping) -> str:
-    """Of one row: "ok", or what is wrong with it."""
+    """The verdict on one row: "ok", or what is wrong with it."""
     if not found:
         return "not run yet"
     if "not_run" in found:
@@ -272,7 +272,7 @@ def verdict(found: Mapping) -> str:
 
 
 def report(results: Mapping[str, Mapping]) -> str:
-    """docs/versions.md."""
+    """The text of docs/versions.md."""
     lines = [
         "# Versions",
         "",

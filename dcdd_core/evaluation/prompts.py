@@ -13,7 +13,7 @@ from ..files import in_file, regular_file, stand_in
 from ..settings import shown
 
 LONGEST_PROMPT = 20_000
-"""Characters of a prompt. Every VLM has its own limit, in tokens of about four characters; Janus-Pro's is 16,384."""
+"""In characters. Every VLM has its own limit, in tokens of about four characters; Janus-Pro's is 16,384."""
 _LONGEST_NAME = 200  # bytes: file systems take 255, and suffixes are added
 _LARGEST_FILE = 256 * 2**20
 

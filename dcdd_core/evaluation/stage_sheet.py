@@ -17,9 +17,9 @@ from .figures import labelled_grid
 REVEALED, CHANGED = (0.2, 0.75, 0.35), (0.95, 0.35, 0.1)
 """Green for new positions, orange for rewritten ones; 0..1, sRGB."""
 _HIDDEN = -0.55
-"""Of a hidden position, in -1..1: a dark grey."""
+"""Pixel value of a hidden position, in -1..1: a dark grey."""
 _COLUMNS = 12
-"""Passes side by side; more go on below."""
+"""Passes side by side; further ones go into rows below."""
 
 
 def stage_sheet(

@@ -24,12 +24,13 @@ from .chunks import Grids, float32_maths, logit_chunks
 from .lcdm import uncertainty_features
 
 QUANTITIES = ("|c|", "cos(c, e_t)", "p(1)", "p(1) - p(2)", "head mass", "H_tail")
-"""What is compared: of the code vector, and the features of Eq. 8. All are compared on 0..1, in their own units."""
+"""What is compared: two numbers of the code vector, then the features of Eq. 8; each on 0..1, in its own units."""
 _BINS = 1024
 _MOST_ANCHOR, _MOST_TEMPERATURE = 64.0, 4.0
-#: Steps of the coarse grid, even in ln(1 + 4 beta) from 0 to the largest beta, and in ln tau from 1 / 4 to the largest.
+#: Steps of the coarse grid: uniform in ln(1 + 4 beta), with beta from 0 to the largest, and in ln tau, with tau from
+#: 1 / 4 to the largest.
 _COARSE = (8, 6)
-#: The finest step is a coarse one divided by this: 1.1 % of 1 / 4 + beta, and 0.7 % of tau.
+#: A coarse step divided by this is the finest step: 1.1 % of 1 / 4 + beta, and 0.7 % of tau.
 _FINE = 64
 
 Point = tuple[int, int]

@@ -22,27 +22,27 @@ from ..types import Calibration, CalibrationStatistics, Codebook, DCDDWarning, S
 from .chunks import Grids, chunk_rows, float32_maths, logit_chunks, neg_p_ln_p, underflows
 
 TOLERANCE = 0.02
-"""On the mean entropy (paper, 5.2); decides `converged`."""
+"""Tolerance on the mean entropy (paper, 5.2); decides `converged`."""
 FINE_TOLERANCE = 0.001
-"""On the mean entropy, where the bisection stops: our choice, at the cost of a few passes."""
+"""Tolerance on the mean entropy at which the bisection stops: our choice, which costs a few more passes."""
 SCALES = (10.0, 60.0)
 """Range of the cosine scale s (paper, 5.2)."""
 WIDENINGS, BISECTIONS = 8, 20
-"""How often that range is widened (each time by a factor of 2) and bisected, at most."""
+"""The most times that the search moves beyond that range (each time by a factor of 2), and the most bisections."""
 SMOOTHINGS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 """Values of eps that are tried ("a small grid around zero", paper, 5.2)."""
 AFFINE_STEPS = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)
 """Factors on the affine scale a that are tried ("a narrow neighbourhood of 1", paper, 5.2)."""
 _ANY_SCALE = (1.0, 4096.0)
-"""Range of the scale of a VLM without a calibration."""
+"""Range in which the scale for a VLM without a calibration is searched."""
 PASSES = 70
-"""About how often `fit_calibration` passes over the features: for progress bars."""
+"""About how many passes `fit_calibration` makes over the features, for progress bars."""
 WEIGHTS = {"mean_entropy": 1.0, "entropy_95": 0.25, "mean_confidence": 0.5, "confidence_95": 0.5}
 """Weights of Eq. 16: our choice. The paper gives no numbers, only that the mean entropy weighs most."""
 ANCHORS = (0.0, *np.geomspace(0.25, 64, 25).tolist())
 """Values of beta at which the anchor is measured."""
 ANCHOR_STEPS = 64
-"""Values that are tried from one of these to the next, interpolating what was measured."""
+"""Values of beta that are tried from one anchor to the next, by interpolating the measurements."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from ..types import Calibration, Codebook, DCDDWarning, Source, TokenLogits, sam
 
 CHUNK_BYTES = 4 * 2**20
 """Size of one float32 work array [n, K]; the functions that use chunks hold at most four of them at once. On a CPU they
-stay in its caches, and are faster than larger ones (docs/performance.md)."""
+stay in its caches, which makes them faster than larger ones (docs/performance.md)."""
 
 Grids = TokenLogits | Iterable[TokenLogits]
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 _CHUNK = 4096
-"""Codes that are compared with all others at a time: a quarter of a GiB for 16,384."""
+"""How many codes are compared with all others at a time: this takes a quarter of a GiB for 16,384 codes."""
 CORRUPTIONS = ("shuffled", "nearest", "samples")
-"""Where wrong tokens come from: the image's other positions, codes next to the right one, and draws of the model."""
+"""Where wrong tokens come from: the image's other positions, codes near the right one, or the model's own samples."""
 
 
 HIDDEN_SHARES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -28,10 +28,10 @@ HIDDEN_SHARES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cosine": lambda u: torch.cos(u * math.pi / 2),
     "linear": lambda u: 1 - u,
 }
-"""Share of hidden positions of uniform numbers u in [0, 1): what the schedule of this name hides when u of the passes
-are done (`progressive.SCHEDULES`, with its sources).
+"""Share of hidden positions from uniform numbers u in [0, 1): what the schedule of this name still hides when a share u
+of the passes is done (`progressive.SCHEDULES`, with its sources).
 
-Its mean is .64 by "arccos" and "cosine", and .5 by "linear"; "cosine" has the most images that are nearly all hidden.
+Its mean is .64 for "arccos" and "cosine", and .5 for "linear"; "cosine" has the most images that are nearly all hidden.
 """
 
 

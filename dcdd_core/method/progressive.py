@@ -26,11 +26,11 @@ from ..types import TokenLogits
 from .sampling import keyed_generator
 
 MOST_PASSES = 4096
-"""A limit against slips: as many passes as a 64 x 64 grid has tokens."""
+"""A guard against typing errors: as many passes as a 64 x 64 grid has tokens."""
 _MOST_SIDE = 1024
-"""Of a grid."""
+"""Longest side of a grid, in tokens."""
 _ORDER_KEY = 0x0DE5
-"""Keeps the noise of the order apart from that of the tokens, whose keys are the positions."""
+"""Key of the order's noise, which keeps it apart from the tokens' noise, whose keys are the positions."""
 # 8 passes over 144 positions, "cosine": 3 8 13 18 22 25 27 28; "arccos": 11 12 12 13 14 16 20 46; "linear": 18 each.
 _SHARES: Mapping[str, Callable[[float], float]] = {
     # Used by MaskGIT (Chang et al. 2022, arXiv 2202.04200) and aMUSEd: few positions first.

@@ -19,7 +19,7 @@ from .chunks import Grids, chunks
 from .lcdm import LogRows, check_probabilities, features_and_entropy
 
 CURVE = 30
-"""Length of Figure 6's curve."""
+"""Number of points of Figure 6's curve."""
 
 
 @dataclass(frozen=True, kw_only=True)

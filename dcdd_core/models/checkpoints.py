@@ -38,8 +38,8 @@ _OTHER_FORMATS = (
 )
 
 _MAPPED_AND_CHECKED = 2**30
-"""Bytes of the largest file whose tensors are checked for NaN although they stay mapped: a check reads all of them,
-which takes 0.2 s a GB from memory, but minutes from a slow disk for a transformer that a host streams."""
+"""Bytes of the largest file whose tensors are checked for NaN even if they stay mapped. A check reads them all, which
+takes 0.2 s per GB from memory, but minutes from a slow disk, for a transformer that a host streams."""
 
 
 _SPELLINGS: Mapping[torch.dtype, str] = {

@@ -101,7 +101,7 @@ def _flux_fill(file: str, folder: str, gigabytes: float) -> KnownModel:
     )
 
 
-#: The encoder is in the first of two files; the second, of 2 GB, has a part of the decoder, which is not read.
+#: The first of two files holds the encoder; the second (2 GB) holds only a part of the decoder, and is left out.
 _FLAN_T5_XL = KnownPart(
     repository="google/flan-t5-xl",
     files=(

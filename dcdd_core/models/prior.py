@@ -19,7 +19,7 @@ from .adapter import NullCondition
 from .bundle import DecoderOptions, load_decoder
 from .decoder import DistributionConditionedDecoder
 
-#: Mu of its time shift: an even schedule.
+#: Mu of the prior's time shift; 0 makes the schedule uniform.
 SHIFT = 0.0
 _KIND = "low-rank difference to an unconditional prior"
 _PARTS = (".attn.", ".ff.", ".proj_mlp.", ".proj_out.")

@@ -29,11 +29,11 @@ from .int8 import store_in_int8
 from .text_tokenizer import load_text_tokenizer, require_prompt, unknown_words
 
 TEXT_SLOTS = 120
-"""L of BIGFix and LlamaGen, which read no more of a prompt."""
+"""L for BIGFix and LlamaGen, which read no more tokens of a prompt."""
 KEPT = 1024
-"""Texts whose features are kept: of flan-t5-xl in bfloat16, 0.5 GB if all have L tokens."""
+"""Number of texts whose features are kept: 0.5 GB for flan-t5-xl in bfloat16, if all of them have L tokens."""
 IN_INT8 = " in int8"
-"""Ends the fingerprint of an encoder whose weights were rounded."""
+"""Suffix of the fingerprint of an encoder whose weights were rounded."""
 
 _AGAIN = "fetch the folder of google/flan-t5-xl again"
 _PARTS = ("shared.", "encoder.")

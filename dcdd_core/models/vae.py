@@ -64,8 +64,8 @@ _SMALL = 5_000_000
 _NEEDS = "the decoder's autoencoder (for FLUX.1, ae.safetensors)"
 _REFUSED = "use the autoencoder that the decoder was trained with (for FLUX.1, ae.safetensors)"
 _BELONG = "download the whole autoencoder again"
-#: Prefixes under which a whole checkpoint keeps its autoencoder, and name prefixes that only the BFL layout and only
-#: the diffusers layout has.
+#: Prefixes under which a whole checkpoint keeps its autoencoder; then a name prefix found only in the BFL layout, and
+#: one found only in the diffusers layout.
 _PREFIXES = ("", "first_stage_model.", "vae.")
 _SIGNS = ("decoder.mid.", "decoder.mid_block.")
 #: The values of entries that a configuration leaves out.

@@ -54,7 +54,7 @@ READ = {
 }
 _MOST_STEPS = 1000
 _KLEIN = "Flux2KleinPipeline"
-#: The first diffusers release that has it.
+#: The first diffusers release with this pipeline.
 _HAS_KLEIN = "0.37"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..settings import require_at_most
 from .images import MOST_PIXELS, missing_readers, suffixes
 
-#: Pixels; no image that is read has more on its shorter side.
+#: In pixels; the shorter side of an image that can be read is never longer.
 MOST_MIN_SIDE = math.isqrt(MOST_PIXELS)
 
 _NAMED = 8

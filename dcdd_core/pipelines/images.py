@@ -23,7 +23,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = 2**27
 """134 million pixels, which take about 1 GB while an image is read. The largest sensors sold have 151 million."""
 MOST_BYTES = 512 * 2**20
-"""Of an image file. A 16-bit TIFF of `MOST_PIXELS` pixels without compression is larger."""
+"""Size limit of an image file. An uncompressed 16-bit TIFF of `MOST_PIXELS` pixels is larger."""
 
 _SUFFIXES = (".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _HEIF = (".heic", ".heif", ".hif")

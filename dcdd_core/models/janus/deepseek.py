@@ -18,7 +18,7 @@ from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, Llama
 from ...files import reading
 from ..checkpoints import whole_number
 
-#: The model_type in their config.json. JanusFlow and DeepSeek-VL share it, and are refused for what they lack.
+#: The model_type in their config.json. JanusFlow and DeepSeek-VL share it, and are refused because they lack parts.
 MODEL_TYPE = "multi_modality"
 
 _REMEDY = "choose a folder with a Janus or Janus-Pro model, or fetch its config.json again"

@@ -56,9 +56,9 @@ TRANSFORMERS = "janus"
 TOKENIZER = "janus_vqgan"
 """model_type of a VQ-VAE alone, in transformers' layout."""
 INT8_FILE = "int8_rows.safetensors"
-"""What `save_int8` calls the weights."""
+"""Name of the weights file that `save_int8` writes."""
 INT8_METHOD = "dcdd_int8_rows"
-"""quant_method in its config.json."""
+"""quant_method in the config.json beside that file."""
 
 _CONFIG = "the configuration of a Janus model"
 #: JSON files of the text tokenizer; all but the first may be absent.
@@ -167,9 +167,9 @@ _LAYOUTS: Mapping[str, _Layout] = MappingProxyType(
     }
 )
 KINDS = tuple(_LAYOUTS)
-"""Every model_type that is read."""
+"""Every model_type that can be read."""
 SAMPLERS = (TRANSFORMERS, deepseek.MODEL_TYPE)
-"""Those of whole models."""
+"""The model_types of whole models."""
 
 
 class JanusFolder:

@@ -12,7 +12,7 @@ from ..masked.words import Words
 from .sampler import JanusSampler, unconditional_ids
 
 TEMPLATE = "<|User|>: {prompt}\n\n<|Assistant|>:<begin_of_image>"
-"""Janus' own, so that its weights find the text as they know it."""
+"""Janus' own prompt format, so that its weights see text in the form that they were trained on."""
 _PARTS = {
     "attention_norm": "input_layernorm",
     "q": "self_attn.q_proj",

@@ -26,7 +26,7 @@ from ...settings import require_text
 from ..t5 import T5Text
 
 SAVE_EVERY = 120.0
-"""Seconds between two writes of what has been encoded."""
+"""Seconds between two writes of the captions encoded so far."""
 
 _KIND = "set of text features by caption"
 _ENDINGS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"

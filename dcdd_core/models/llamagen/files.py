@@ -44,11 +44,11 @@ from .network import LlamaGenConfig, LlamaGenTransformer
 
 MODEL_TYPE = "llamagen"
 CHECKPOINTS = ("t2i_XL_stage1_256.pt", "t2i_XL_stage2_512.pt")
-"""The published files, of 256 and 512 pixels, as their authors spell them."""
+"""The published files, for images of 256 and 512 pixels, as their authors spell them."""
 REPOSITORY = "peizesun/llamagen_t2i"
 TEXT = "flan-t5-xl"
 OTHER_TEXT = "text_encoder"
-"""The folder of a T5 model that is not the published one's."""
+"""The folder of a T5 model other than the published one."""
 CAPTIONS = "captions.safetensors"
 """Text features of captions that need no text encoder (`captions.save_captions`)."""
 

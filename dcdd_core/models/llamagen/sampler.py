@@ -25,7 +25,7 @@ from .files import CAPTIONS, TEXT, LlamaGenFolder
 from .network import LlamaGenTransformer
 
 SAMPLING = SamplingOptions(guidance=7.5, top_k=1000)
-"""As the released script samples."""
+"""The settings of the released sampling script."""
 
 
 class LlamaGenSampler(AutoregressiveSampler):

@@ -21,7 +21,7 @@ from ..janus.deepseek import BOOKKEEPING, deepseek_name
 from ..vq import VQTokenizer
 
 NAME = "vq_ds16_t2i"
-"""Of the published file, without its ending."""
+"""Name of the published file, without its suffix."""
 
 _PART = "gen_vision_model."
 _CODES = "quantize.embedding.weight"

@@ -37,12 +37,12 @@ from .amused_words import AmusedWords
 from .sampler import MaskedSampler
 
 PIPELINES = ("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline")
-"""What a model_index.json calls such a folder."""
+"""The pipeline classes that the model_index.json of such a folder may name."""
 NETWORK = "UVit2DModel"
 _AGAIN = "fetch the whole model again (amused/amused-256 or amused/amused-512)"
 _CODES = "quantize.embedding.weight"
 _POSITIONS = "text_model.embeddings.position_ids"
-"""A buffer of whole numbers, which older versions of transformers stored."""
+"""A buffer of whole numbers that older versions of transformers saved with the weights."""
 
 _WHOLE = (
     "hidden_size",
@@ -71,7 +71,7 @@ _TEXT_WHOLE = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-#: Entries of the transformer's configuration, each with the tensor and axis that have this size.
+#: Entries of the transformer's configuration, each with a tensor and the axis of it that has this size.
 _SIZES = (
     ("hidden_size", "encoder_proj.weight", 0),
     ("encoder_hidden_size", "encoder_proj.weight", 1),

@@ -18,11 +18,11 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection
 
 CROP = (0, 0)
-"""Top and left pixel that an image is cropped at, as the network is told: the whole image."""
+"""Top and left edge of the crop that the network is told of, in pixels: the image is not cropped."""
 AESTHETIC_SCORE = 6.0
-"""Of LAION's aesthetic predictor, as the network is told: what its authors sample with."""
+"""The score of LAION's aesthetic predictor that the network is told: the one that its authors sample with."""
 CONDITIONS = 5
-"""Numbers besides the prompt that it is told of an image: width, height, the crop's two, score."""
+"""How many numbers the network is told of an image besides the prompt: width, height, the crop's two, and the score."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from ...types import Codebook
 from ..vq import VQTokenizer
 
 _RADIUS = math.sqrt(5) / 2
-"""R / s: the longest code's last entry is then 0."""
+"""R / s, chosen so that the longest code's last entry is 0."""
 
 
 def unit_rows(codes: torch.Tensor) -> tuple[Codebook, float]:

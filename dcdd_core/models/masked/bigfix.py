@@ -27,7 +27,7 @@ from .sampler import MaskedSampler
 SAMPLING = ProgressiveOptions(
     guidance=6.0, top_p=0.8, passes=32, revision_passes=0, schedule="arccos", order="halton", revise="all", ramp=False
 )
-"""As the released configuration samples: 32 steps, guidance_scale 5, top-p 0.8."""
+"""The settings of the released configuration: 32 steps, guidance_scale 5 (guidance 6 here), top-p 0.8."""
 
 
 class BigFixSampler(MaskedSampler):
@@ -88,4 +88,4 @@ class BigFixFamily(LoadsMasked):
 
 
 FAMILY = BigFixFamily()
-"""BIGFix as a family: which folders are its, and how they are loaded."""
+"""The BIGFix family: which folders belong to it, and how they are loaded."""

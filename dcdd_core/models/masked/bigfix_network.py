@@ -24,9 +24,9 @@ from ..sizes import GridTransformerConfig
 from .network import float32_linear
 
 REWARDS = 3
-"""Of CLIP, PickScore and ImageReward, each in 0..1 from the worst to the best images of the training set."""
+"""Number of rewards: CLIP, PickScore and ImageReward, each from 0 (the training set's worst images) to 1 (its best)."""
 WANTED_REWARD, UNWANTED_REWARD = 0.8, 0.2
-"""Of rows with and without the prompt, in the released sampler."""
+"""The rewards asked for in rows with and without the prompt, as in the released sampler."""
 NORM_EPS = 1e-5
 
 
