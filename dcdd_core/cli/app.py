@@ -18,14 +18,14 @@ from .arguments import printable_output
 #: torch, transformers and diffusers take seconds, which neither a help text nor another command should spend.
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
-        "generate": "prompts to images",
-        "reconstruct": "images through the tokenizer and back",
-        "sharpen": "images through the tokenizer, without a diffusion model",
+        "generate": "generate images from prompts",
+        "reconstruct": "encode images and decode them with both decoders",
+        "sharpen": "encode images and sharpen their VQ-VAE decode, without a diffusion model",
         "calibrate": "fit a calibration to a VLM",
-        "inspect": "Table 1 and Figure 6 for a VLM",
-        "captions": "prompts to text features, which take the place of LlamaGen's text encoder",
-        "evaluate": "both decoders in numbers: tables, plots, GenEval's folders",
-        "demo": "both decoders side by side on one sheet",
+        "inspect": "print the paper's Table 1 and draw its Figure 6 for a VLM",
+        "captions": "compute text features of prompts, which replace LlamaGen's text encoder",
+        "evaluate": "measure both decoders: tables, plots, GenEval's folders",
+        "demo": "compare both decoders side by side on one sheet",
     }
 )
 _COMPILER = "install a C++ compiler, and on a GPU Triton as well, or leave out --compile"

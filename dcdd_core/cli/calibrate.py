@@ -35,9 +35,9 @@ def add(commands: Any, help: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Fits a calibration: what the VLM samples for prompts, against the tokenizer's features of images. It is the first
+    """Fits a calibration: the tokenizer's features of images to what the VLM samples for prompts. This is the first
     step of training a decoder. Run the same command again to resume a stopped run from the samples it kept;
-    `accelerate launch` or `torchrun` share the sampling between processes.
+    `accelerate launch` or `torchrun` share the sampling among processes.
     """
     arguments.check_out("--out", args.out)
     folder = args.samples or args.out.with_name(f"{args.out.stem}-samples")

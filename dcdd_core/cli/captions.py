@@ -36,9 +36,9 @@ def add(commands: Any, help: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Text features of prompts, made once: a folder with captions.safetensors samples these prompts without its text
-    encoder, which for LlamaGen is larger than the rest of it. What --out holds already is kept. Run the same command
-    again to resume a stopped run."""
+    """Computes the text features of prompts once. A model folder with captions.safetensors then samples these prompts
+    without its text encoder, which for LlamaGen is larger than the rest of the model. Features that are already in
+    --out stay. Run the same command again to resume a stopped run."""
     if str(args.vlm) in VLMS:
         raise ValueError(f"{args.vlm} is embedded and needs no saved captions: give the folder of another LlamaGen")
     device, family = common.device_of(args), caption_family(args.vlm)

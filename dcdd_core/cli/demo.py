@@ -37,7 +37,7 @@ def add(commands: Any, help: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Four prompts and four scenes, by both decoders, on one sheet, with the embedded models."""
+    """Paints four prompts and four scenes with both decoders on one sheet, with the embedded models."""
     common.check_png(args.out)
     clock = _Clock()
     models = load_pico(device=common.device_of(args))

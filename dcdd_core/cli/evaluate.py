@@ -24,7 +24,7 @@ from . import arguments, common
 
 def add(commands: Any, help: str) -> None:
     """Adds the two commands."""
-    what = commands.add_parser("evaluate", help=help, description="Both decoders in numbers.")
+    what = commands.add_parser("evaluate", help=help, description="Measures both decoders.")
     what = what.add_subparsers(required=True, metavar="what")
     command = common.add_command(
         what,
@@ -69,8 +69,8 @@ def add(commands: Any, help: str) -> None:
 
 
 def reconstruction(args: argparse.Namespace) -> None:
-    """rFID, SSIM, PSNR and LPIPS of both decoders over a folder of images. Run the same command again to resume a
-    stopped run; `accelerate launch` or `torchrun` share it between processes."""
+    """Measures rFID, SSIM, PSNR and LPIPS of both decoders over a folder of images. Run the same command again to
+    resume a stopped run; `accelerate launch` or `torchrun` share it among processes."""
     if args.limit is not None and args.statistics is not None and not args.statistics.exists():
         raise ValueError(
             f"--statistics {args.statistics} does not exist yet and would be of the first {args.limit} images alone: "
@@ -95,9 +95,9 @@ def reconstruction(args: argparse.Namespace) -> None:
 
 
 def text(args: argparse.Namespace) -> None:
-    """gFID of both decoders over a file of prompts, from the same tokens and logits, and GenEval's folders for its own
-    scorer. Run the same command again to resume a stopped run; `accelerate launch` or `torchrun` share it between
-    processes."""
+    """Measures gFID of both decoders for a file of prompts, from the same tokens and logits, and writes GenEval's
+    folders for its own scorer. Run the same command again to resume a stopped run; `accelerate launch` or `torchrun`
+    share it among processes."""
     if args.prompts is None and args.geneval is None:
         raise ValueError("nothing to draw: give --prompts FILE, --geneval FILE or both")
     measured = [f"--{name}" for name in ("references", "statistics", "inception") if getattr(args, name) is not None]

@@ -42,7 +42,7 @@ def add(commands: Any, help: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prompts to images."""
+    """Generates images from prompts."""
     common.check_png(args.out)
     if args.stages is not None:
         common.check_png(args.stages, "--stages")

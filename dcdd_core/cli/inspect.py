@@ -31,7 +31,7 @@ def add(commands: Any, help: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The paper's Table 1 as text and its Figure 6 as an image."""
+    """Prints the paper's Table 1 and draws its Figure 6."""
     common.check_png(args.out)
     if args.logits:
         idle = common.given(args, *common.OF_REAL, *common.HELD, *common.SAMPLING)

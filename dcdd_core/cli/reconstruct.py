@@ -33,7 +33,7 @@ def add(commands: Any, help: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Images through the tokenizer and back, by both decoders."""
+    """Encodes images with the tokenizer and decodes them with both decoders."""
     arguments.check_out("--out", args.out, folder=True)
     names = names_of(args.image, args.side)
     models = common.load(args, with_sampler=False)

@@ -42,8 +42,8 @@ def add(commands: Any, help: str) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Images through the VLM's tokenizer; the soft VQ decode is then moved until the VLM's encoder reads in it what the
-    tokens' distributions say. No diffusion model is used."""
+    """Encodes images with the VLM's tokenizer, then changes their soft VQ decode until the VLM's encoder reads the
+    tokens' distributions from it again. Needs no diffusion model."""
     arguments.check_out("--out", args.out, folder=True)
     names = names_of(args.image, args.side)
     options = GuidanceOptions(strength=args.strength)
