@@ -18,8 +18,7 @@ from dcdd_core.files import write_text
 from . import llamagen_sections, opponents_sections, progressive_sections  # noqa: F401  add to SECTIONS
 from .embedded import WEIGHTS
 from .flops import flops_of
-from .guided_sections import F1
-from .interval_tables import TARGET_HEADS, section_texts, target, write_into
+from .interval_tables import BETTER, TARGET_HEADS, section_texts, target, write_into
 from .paper_sections import RECONSTRUCTION, TEXT, few_name
 from .section_keys import NO_KEY, ROOT, Provenance, code_hash, files_hash
 from .sections import (
@@ -59,8 +58,8 @@ TARGETED = {
     "few": "few steps, reconstruction",
     "few-text": "few steps, text to image",
 }
-#: Scores for which more is better.
-_MORE = ("ssim", "psnr", *F1)
+#: Within 2 % of the baseline, by which scores are better.
+_WITHIN = {"↓": ("at most", 1.02), "↑": ("at least", 0.98)}
 
 #: Section, row, the baseline's row, column, and the bound on the ratio of the two rows.
 TARGETS = (
@@ -81,7 +80,7 @@ TARGETS = (
     ("means", "lcdm", "discrete", "text frechet", "at most", 1.0),
     ("means", "lcdm+lc", "lcdm", "text frechet", "at most", 1.0),
     *(
-        (section, few_name(2), steps_name(10), column, *(("at least", 0.98) if column in _MORE else ("at most", 1.02)))
+        (section, few_name(2), steps_name(10), column, *_WITHIN[BETTER[column]])
         for section, columns in (("few", RECONSTRUCTION), ("few-text", TEXT))
         for column in columns
     ),

@@ -41,8 +41,8 @@ _UPDATES = 4_000
 _LOCALISED = 0.2
 _VLM_SHARE = 0.5
 #: The student's time shift. The teacher's own, 3, leaves nearly nothing to the first of two steps. Even the teacher,
-#: in two steps, comes nearer to what it paints in ten if the shift is 1: on 32 held-out scenes the SSIM of the two images
-#: is .997 instead of .975.
+#: in two steps, comes nearer to what it paints in ten if the shift is 1: on 32 held-out scenes the SSIM of the two
+#: images is .997 instead of .975.
 _SHIFT = 1.0
 _EVALUATED = 64
 _SHOWN = 8
