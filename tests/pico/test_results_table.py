@@ -96,6 +96,12 @@ def tables(**rows):
     return "\n".join(section_texts(Measured(rows, {name: Provenance(name, "abc1234", "k-w") for name in rows}), TITLES))
 
 
+def test_tables_are_in_the_order_of_the_page_however_they_were_measured():
+    rows = {name: {"a": {"frechet": 1.0}} for name in ("reader", "text", "means", "reconstruction")}
+    told = [line.removeprefix("### ") for line in tables(**rows).splitlines() if line.startswith("### ")]
+    assert told == [TITLES[name] for name in ("reconstruction", "text", "reader", "means")]
+
+
 def test_markdown_holds_every_number():
     text = tables(reader={"real scenes": {"F1 shape": 0.98765}})
     assert text.splitlines()[2:] == [
