@@ -47,8 +47,8 @@ class SceneTokens:
     """The training split as tokens, in files in the work folder that later runs with the same tokenizer reuse.
 
     A block of scenes is used `uses` times, each time in a new order, before the next block: rendering and encoding a
-    scene costs about as much as half an update's share of it. After the last scene of the split the first one comes
-    again.
+    scene costs about as much as half an update's share of it. After the last whole block of the split, the first block
+    comes again; scenes beyond it are not used.
 
     Args:
         folder: folder of the files.

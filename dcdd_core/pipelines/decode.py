@@ -167,7 +167,7 @@ def decode_tokens(
             check_codebooks(own, tokenizer.codebook, None)
             return host.keep(tokenizer.decode_tokens(own.tokens, own.grid))
 
-        images += in_parts(run, len(part.tokens), host)
+        images.append(torch.cat(in_parts(run, len(part.tokens), host)))
         if on_images is not None:
             on_images(first + len(part.tokens), images[-1])
     return torch.cat(images)

@@ -127,5 +127,9 @@ def test_tokens_are_decoded_in_parts_too(monkeypatch):
         return decode_all(self, some, shape)
 
     monkeypatch.setattr(VQTokenizer, "decode_tokens", limited)
+    shown = []
     with pytest.warns(DCDDWarning):
-        torch.testing.assert_close(decode_tokens(vq, grid), whole)
+        split = decode_tokens(vq, grid, at_once=2, on_images=lambda done, pixels: shown.append((done, pixels)))
+    torch.testing.assert_close(split, whole)
+    assert [done for done, _ in shown] == [2, 3] and [len(pixels) for _, pixels in shown] == [2, 1]
+    torch.testing.assert_close(torch.cat([pixels for _, pixels in shown]), whole)
