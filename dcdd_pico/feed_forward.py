@@ -1,12 +1,13 @@
 """Feed-forward decoders: an image's tokens, or LCDM's condition made from them, to pixels in a single pass.
 
-They are the opponents of the diffusion decoder: of the same size, trained with as many operations on the same inputs,
-but with the losses usual for their kind (`gan_finetune`). Identical parts cannot explain a difference, so the decoders
-share as many parts as possible. The condition is read by the same adapter and passes through a trunk with the width,
-depth and heads of the FLUX transformer, but without what only diffusion needs: time modulation and noise. The
-autoencoder's decoder is replaced by a convolutional upsampler, which is trained jointly and gets all channels of the
-trunk. The alternative was a wider VQ-VAE decoder. Four fifths of its operations are convolutions at half the full
-resolution and above, where a position sees few tokens; the trunk relates all tokens, as the diffusion decoder does.
+They are the opponents of the diffusion decoder: of its size (with the autoencoder's decoder) or of its time per image,
+trained with at least its FLOPs, and with the losses usual for their kind (`gan_finetune`). Identical parts cannot
+explain a difference, so the decoders share as many parts as possible. The condition is read by the same adapter and
+passes through a trunk with the width, depth and heads of the FLUX transformer, but without what only diffusion needs:
+time modulation and noise. The autoencoder's decoder is replaced by a convolutional upsampler, which is trained jointly
+and gets all channels of the trunk. The alternative was a wider VQ-VAE decoder. Four fifths of its operations are
+convolutions at half the full resolution and above, where a position sees few tokens; the trunk relates all tokens, as
+the diffusion decoder does.
 
 Shapes: B batch, h w grid of the trunk, D code dimension, M width of the trunk, H W pixels.
 """

@@ -5,7 +5,7 @@ diffusion decoder generates latents, which the autoencoder's decoder turns into 
 from FLUX; here it was trained too, and is listed separately. The count covers the matrix products, convolutions and
 attention of the decoders' forward and backward passes, with 2 FLOPs per multiply-add (`torch.utils.flop_counter`).
 Encoders, discriminators and perceptual networks are not counted. Only decoders other than the diffusion decoder are
-trained with these, so that at equal counts those others had in fact a little more.
+trained with the last two, so that at equal counts those others had in fact a little more.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .reader import SceneReader
 
 def vq_flops(vq: JanusVQVAE) -> int:
     """Training FLOPs of the VQ-VAE decoder for one image."""
-    decoding = copy.deepcopy(vq).requires_grad_(True)
+    decoding = copy.deepcopy(vq).cpu().requires_grad_(True)
     side, width = vq.config.num_patches, vq.quantize.embedding.weight.shape[1]
     codes = torch.zeros(1, width, side, side)
     return _counted(lambda: decoding.decoder(decoding.post_quant_conv(codes)).sum())
@@ -66,14 +66,14 @@ def dcdd_flops(decoder: DistributionConditionedDecoder) -> int:
 
 def vae_flops(vae: AutoencoderKL, size: int) -> int:
     """Training FLOPs of the autoencoder's decoder for one image of `size` x `size` pixels."""
-    decoding = copy.deepcopy(vae).requires_grad_(True)
+    decoding = copy.deepcopy(vae).cpu().requires_grad_(True)
     side = size // 2 ** (len(vae.config.block_out_channels) - 1)
     return _counted(lambda: decoding.decode(torch.zeros(1, vae.config.latent_channels, side, side)).sample.sum())
 
 
 def feed_forward_flops(decoder: FeedForwardDecoder) -> int:
     """Training FLOPs of a feed-forward decoder for one image."""
-    card, decoding = decoder.card, copy.deepcopy(decoder).requires_grad_(True)
+    card, decoding = decoder.card, copy.deepcopy(decoder).cpu().requires_grad_(True)
     h, w = card.grid
     condition = Condition(torch.zeros(1, h * w, card.code_dim), torch.zeros(1, h * w, 4), (h, w))
     return _counted(lambda: decoding(condition).sum())
@@ -108,10 +108,14 @@ def decoder_images(recipe: Recipe) -> int:
     return recipe.decoder_batch * (recipe.decoder_steps + recipe.post_updates)
 
 
+def vae_decoder_images(recipe: Recipe) -> int:
+    """Images the autoencoder's decoder was trained on, with its encoder and alone, counting repeated ones each time."""
+    both_sides = recipe.autoencoder_before + recipe.autoencoder_steps
+    return recipe.autoencoder_batch * (both_sides + recipe.vae_decoder_before + recipe.vae_decoder_steps)
+
+
 def training_flops(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae: AutoencoderKL, recipe: Recipe) -> str:
     """Markdown table of FLOPs per image, number of images, and their product, followed by ratios to the baseline."""
-    both_sides = recipe.autoencoder_before + recipe.autoencoder_steps
-    alone = recipe.vae_decoder_before + recipe.vae_decoder_steps
     rows = {
         "VQ-VAE decoder": (
             vq_flops(vq),
@@ -121,7 +125,7 @@ def training_flops(vq: JanusVQVAE, decoder: DistributionConditionedDecoder, vae:
         "autoencoder's decoder": (
             vae_flops(vae, recipe.size),
             # All updates counted at its present depth, though the first ones had fewer layers.
-            recipe.autoencoder_batch * (both_sides + alone),
+            vae_decoder_images(recipe),
         ),
     }
     cells = [[name, f"{each:.3g}", f"{count:,}", f"{each * count:.3g}"] for name, (each, count) in rows.items()]
@@ -148,8 +152,8 @@ def main() -> None:
 
 
 def _counted(loss: Callable[[], torch.Tensor]) -> int:
-    # The counter does not count a CPU's fused attention.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # The counter does not count a CPU's fused attention. Sections of tables are measured without gradients.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss().backward()
     return counter.get_total_flops()
 

@@ -1,8 +1,9 @@
 """What the opponents of the diffusion decoder score: sections of docs/results.md.
 
-Feed-forward decoders of the diffusion decoder's size and training, or of its time per image, show what diffusion
-contributes; decoders of each kind on the tokens alone show what distributions contribute. All start from the tokens and
-distributions of `guided_sections`, whose scores and intervals are used too. `train_opponents` trains them.
+Feed-forward decoders of the diffusion decoder's training FLOPs, and of its size or its time per image, show what
+diffusion contributes when both read the same; decoders of each kind on the tokens alone show what distributions
+contribute. All start from the tokens and distributions of `guided_sections`, whose scores and intervals are used too.
+`train_opponents` trains them.
 
 Shapes: B images of a part, N tokens, S image side in pixels.
 """
@@ -29,7 +30,16 @@ from dcdd_core.types import same_codebook
 
 from .build_context import Recipe
 from .feed_forward import DIFFUSION, FEED_FORWARD, FeedForwardDecoder, load_feed_forward, opponent_file
-from .flops import dcdd_flops, decoder_images, feed_forward_flops, load_dcdd, parameters, vq_flops
+from .flops import (
+    dcdd_flops,
+    decoder_images,
+    feed_forward_flops,
+    load_dcdd,
+    parameters,
+    vae_decoder_images,
+    vae_flops,
+    vq_flops,
+)
 from .guided_images import PART, Given, Painters, Source, Task, Way
 from .guided_sections import (
     F1,
@@ -50,6 +60,8 @@ from .sections import SECTIONS, EvalSetup, Rows, Section, ratio_name
 
 #: Names of rows.
 VQ, DCDD = "VQ-VAE decode", "diffusion on the condition"
+#: The network that turns the diffusion decoder's latents into pixels, and that with the diffusion decoder.
+CODEC, WHOLE = "autoencoder's decoder", "diffusion and the autoencoder's decoder"
 NAMES = {
     "feed-forward-tokens": "feed-forward on tokens",
     "feed-forward-condition": "feed-forward on the condition",
@@ -60,7 +72,7 @@ NAMES = {
 LARGE, LARGE_CONDITION, FINE, FINE_CONDITION, TOKENS = NAMES.values()
 #: Pairs that show what distributions contribute: the same kind of decoder on the condition and on the tokens.
 OF_DISTRIBUTIONS = ((DCDD, TOKENS), (LARGE_CONDITION, LARGE), (FINE_CONDITION, FINE))
-#: Pairs that show what diffusion contributes: on the same input; the first two also add the condition.
+#: Pairs that show what diffusion contributes: on the same input, but for the first two, which also add the condition.
 OF_DIFFUSION = (
     (DCDD, LARGE),
     (DCDD, FINE),
@@ -114,7 +126,7 @@ class OpponentPainters(Painters):
 @torch.no_grad()
 def paint_opponent(painters: OpponentPainters, way: Way, given: Given, seeds: range) -> torch.Tensor:
     """`guided_images.paint` for an opponent. A diffusion decoder uses the shipped decoder's time shift. A feed-forward
-    decoder runs in the precision it was trained in if the shipped decoder computes in bfloat16."""
+    decoder runs under bfloat16 autocast, as in its training, if the shipped decoder is in bfloat16; else in float32."""
     pico, condition = painters.pico, given.condition
     if painters.reads == "tokens":
         condition = condition_of_tokens(given.tokens, condition.grid, pico.tokenizer.codebook)
@@ -167,6 +179,9 @@ def _loaded(setup: EvalSetup, name: str, file: Path) -> tuple[str, FeedForwardDe
         reads, network = "tokens", load_decoder(file, options=options)
     else:
         network = load_feed_forward(file, device=device)
+        if setup.compiled:
+            for block in network.blocks:
+                block.compile(dynamic=False)
         card, reads = network.card, network.card.reads
         other = [] if reads == FEED_FORWARD[name][1] else [f"reads the {reads}"]
         if reads == "condition" and card.calibration != ours.calibration:
@@ -220,7 +235,8 @@ def measure_latency(setup: EvalSetup, rounds: int = 15) -> Rows:
     size that all images are painted in.
 
     Decoders take turns in each round, after a warm-up. Ratios are to the diffusion decoder on the condition; for the
-    seconds, their interval is over rounds.
+    seconds, which include the autoencoder's decoder, their interval is over rounds. The diffusion decoder alone makes
+    no pixels, so a feed-forward decoder is also compared with it and the autoencoder's decoder together.
     """
     base = Painters(pico=setup.pico, folder=setup.out / "guided", weights=setup.weights)
     ways = {VQ: (base, Way(name=VQ, paints="vq"))}
@@ -239,19 +255,24 @@ def measure_latency(setup: EvalSetup, rounds: int = 15) -> Rows:
             seconds[name].append((time.perf_counter() - start) / count)
     held = {name: np.array(times[1:]) for name, times in seconds.items()}
     rows = {name: costs_of(setup, name, others) | {SECONDS: float(np.median(times))} for name, times in held.items()}
+    rows[CODEC] = costs_of(setup, CODEC, others)
+    whole = {column: rows[DCDD][column] + rows[CODEC][column] for column in (PARAMETERS, TOTAL)}
     for name in others:
-        rows[ratio_name(name, DCDD)] = _cost_ratios(rows, held, name)
+        own, ours = held[name], held[DCDD]
+        interval = bootstrap(lambda k, own=own, ours=ours: float(np.median(own[k]) / np.median(ours[k])), len(own))
+        rows[ratio_name(name, DCDD)] = _cost_ratios(rows[name], rows[DCDD]) | cells(SECONDS, interval)
+        if name != TOKENS:
+            rows[ratio_name(name, WHOLE)] = _cost_ratios(rows[name], whole)
     return rows
 
 
-def _cost_ratios(rows: Rows, seconds: Mapping[str, np.ndarray], name: str) -> dict[str, float]:
+def _cost_ratios(own: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
     found: dict[str, float] = {}
     for column in (PARAMETERS, TOTAL):
-        if column in rows[name]:
-            value = rows[name][column] / rows[DCDD][column]
+        if column in own:
+            value = own[column] / base[column]
             found |= cells(column, Interval(value, value, value))
-    own, ours = seconds[name], seconds[DCDD]
-    return found | cells(SECONDS, bootstrap(lambda k: float(np.median(own[k]) / np.median(ours[k])), len(own)))
+    return found
 
 
 def costs_of(setup: EvalSetup, name: str, others: Mapping[str, OpponentPainters]) -> dict[str, float]:
@@ -261,6 +282,10 @@ def costs_of(setup: EvalSetup, name: str, others: Mapping[str, OpponentPainters]
         vq = setup.pico.tokenizer.model
         size, each = parameters(vq.decoder, vq.post_quant_conv), vq_flops(vq)
         images = recipe.tokenizer_batch * (recipe.tokenizer_steps + recipe.vq_decoder_steps)
+    elif name == CODEC:
+        vae = setup.pico.codec.model
+        size, each = parameters(vae.decoder), vae_flops(vae, recipe.size)
+        images = vae_decoder_images(recipe)
     elif name in (DCDD, TOKENS):
         decoder = load_dcdd(setup.weights / "decoder.safetensors" if name == DCDD else others[name].file)
         size, each = parameters(decoder), dcdd_flops(decoder)

@@ -2,10 +2,10 @@
 
 Feed-forward decoders (`feed_forward`) are trained with the losses of the VQ-VAE's decoder: reconstruction and
 perceptual distance, later also an adversarial loss. Each gets at least the training FLOPs of the diffusion decoder
-(`flops`), which determines the number of updates. Two have the diffusion decoder's size; two have a finer trunk, so
-that an image takes as long as with the diffusion decoder. One of each pair reads the tokens, the other the condition;
-both see the same scenes in the same order. The last opponent is the diffusion decoder itself, trained on tokens for as
-long.
+(`flops`), which determines the number of updates; those of the autoencoder's decoder are not included. Two have the
+size of both together; two have a finer trunk, so that an image takes as long as with the diffusion decoder. One of each
+pair reads the tokens, the other the condition; both see the same scenes in the same order. The last opponent is the
+diffusion decoder itself, trained on tokens for as many updates.
 
 A stopped training resumes. Decoders and logs are in `<work folder>/opponents`; they are not shipped.
 `python -m dcdd_pico.opponents_table` measures them.
@@ -119,7 +119,7 @@ def train_feed_forward(
 
     Args:
         operations: training FLOPs, as a multiple of the diffusion decoder's.
-        vlm_share: for a decoder on the condition, see `ExampleMaker`.
+        vlm_share: for a decoder that reads the condition, share of the VLM's own conditions (`ExampleMaker`).
 
     Raises:
         ValueError: for numbers out of range, and as `load_pico`.
@@ -281,7 +281,7 @@ def main() -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="of the scenes that decoders on the condition get the VLM's own conditions of; as the diffusion decoder",
+        help="share of the scenes for which decoders on the condition get the VLM's own (see post_train_decoder)",
     )
     parser.add_argument("--compile", action="store_true", help="compile the blocks (needs a C++ compiler)")
     parser.add_argument("--plan", action="store_true", help="say what would be trained, and train nothing")
