@@ -210,6 +210,11 @@ class TokenLogits:
         """The images first..last - 1 of the batch."""
         return replace(self, logits=self.logits[first:last], tokens=self.tokens[first:last])
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """All but the tensors, by name."""
+        return {name: getattr(self, name) for name in _GRID_FIELDS}
+
     @classmethod
     def joined(cls, parts: Sequence[TokenLogits]) -> TokenLogits:
         """Joins parts that were made the same way into one batch; a single part is returned as it is.
@@ -225,8 +230,7 @@ class TokenLogits:
         Raises:
             OSError: if it cannot be written.
         """
-        meta = {name: getattr(self, name) for name in _GRID_FIELDS}
-        write_record(path, "token logits", {"logits": self.logits, "tokens": self.tokens}, meta)
+        write_record(path, "token logits", {"logits": self.logits, "tokens": self.tokens}, self.record)
 
     @classmethod
     def load(cls, path: str | Path) -> TokenLogits:

@@ -105,8 +105,9 @@ class LCDMEncoder(io.ComfyNode):
         count = len(token_logits.tokens)
         progress = host.NodeProgress(count)
         with host.noticed():
+            served = None if card is None else checks.served(card, token_logits)
             mapped = condition(
-                None if card is None else checks.served(card, token_logits),
+                served,
                 token_logits,
                 tokenizer.codebook,
                 device=comfy.model_management.get_torch_device(),
@@ -123,6 +124,7 @@ class LCDMEncoder(io.ComfyNode):
             source=token_logits.source,
             calibrated=token_logits.calibrated,
             card=card,
+            sharpness=None if served is None or served.calibration is None else served.calibration.sharpness,
         )
         return io.NodeOutput(made)
 

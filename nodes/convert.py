@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 
 import comfy.model_management
-import comfy.utils
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
@@ -85,7 +85,14 @@ def _described(value: object) -> str:
 
 
 def resized(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """[B, C, H, W] -> [B, C, height, width], cropped at the centre to that aspect ratio, as ComfyUI's own nodes do."""
-    if pixels.shape[2:] == (height, width):
+    """[B, C, H, W] -> [B, C, height, width], cropped at the centre to that aspect ratio; bicubic, may exceed the range.
+
+    Unlike ComfyUI's own bicubic, it is antialiased, as on the command line: without that, fine detail of an image that
+    is shrunk turns into false patterns, and so into other tokens.
+    """
+    high, wide = pixels.shape[2:]
+    if (high, wide) == (height, width):
         return pixels
-    return comfy.utils.common_upscale(pixels, width, height, "bicubic", "center")
+    top, left = (max(0, round(rest / 2)) for rest in (high - wide * height / width, wide - high * width / height))
+    middle = pixels[..., top : high - top, left : wide - left]
+    return F.interpolate(middle, (height, width), mode="bicubic", antialias=True)

@@ -270,6 +270,15 @@ class FluxDecoder(io.ComfyNode):
             comfy_host, guide = decoder_guide(comfy_host, codec, vq_vae, condition, model, strength)
             shift = served_shift if schedule == AS_MEASURED and served_shift is not None else shift
         progress, preview = host.NodeProgress(steps), _preview(codec, decoder.decoder.device)
+        painted_before = 0  # images of the parts that are done, if the batch is split
+
+        def on_step(done: int, total: int, latents: torch.Tensor) -> None:
+            nonlocal painted_before
+            place = {"first": painted_before, "count": len(latents), "batch": batch}
+            progress.step(*host.over_batch(done, total, **place), preview(latents))
+            if done == total:
+                painted_before += len(latents)
+
         with host.noticed():
             decoded = decode(
                 model,
@@ -282,7 +291,7 @@ class FluxDecoder(io.ComfyNode):
                 mask=area,
                 guide=guide,
                 condition_guidance=None if guidance == AS_SERVED else guidance,
-                on_step=lambda done, total, latents: progress.step(done, total, preview(latents)),
+                on_step=on_step,
                 on_prepare=_on_layer(progress, steps),
                 host=comfy_host,
                 codec_remedy=_TILES,

@@ -242,11 +242,9 @@ class TokenGuideLatent(io.ComfyNode):
         factor = pixels_a_latent(vae)
         own = tuple(side * vq_vae.idle.factor for side in tokens.condition.grid)
         size = (height or own[0], width or own[1])
-        fits = tuple(max(factor, round(side / factor) * factor) for side in size)
-        if fits != size:
-            host.notice(f"this VAE takes sides of multiples of {factor} pixels: the latent is of {in_words(*fits)}")
+        fits = _fitting(size, factor)
         tell_stretch(fits, own)
-        pixels = F.interpolate(tokens.soft, fits, mode="bicubic", antialias=True) if fits != own else tokens.soft
+        pixels = _stretched(tokens.soft, fits) if fits != own else tokens.soft
         image = image_of(pixels)
         denoise = start if model is None else denoise_from(model.get_model_object("model_sampling"), start)
         return io.NodeOutput({"samples": vae.encode(image).float()}, denoise, image)
@@ -298,11 +296,13 @@ class SharpenToTokens(io.ComfyNode):
         codec, count = guide_vae(vae), len(tokens.condition.code_vectors)
         progress = host.NodeProgress(steps * count)
         comfy_host = host.ComfyHost(codec.network, tokens.tokenizer)
-        size = (tokens.soft.shape[2], tokens.soft.shape[3])
+        own = (tokens.soft.shape[2], tokens.soft.shape[3])
+        size = _fitting(own, codec.factor)
 
         def run(k: int) -> torch.Tensor:
             comfy_host.bring(gradient_memory(size, codec.network, codec.factor, size))
-            unit = codec.of_unit_spread(tokens.soft[k : k + 1])
+            soft = tokens.soft[k : k + 1]
+            unit = codec.of_unit_spread(soft if size == own else _stretched(soft, size))
             guide = tokens.guide(k, unit, size, GuidanceOptions(strength=strength))
 
             def show(done: int, _: int, z: torch.Tensor) -> None:
@@ -356,7 +356,7 @@ class TokenAgreement(io.ComfyNode):
                 "images that were painted from these tokens"
             )
         small = at_grid(tokenizer, pixels, (h, w))
-        noise = _NOISE * torch.randn(small.shape, generator=torch.Generator().manual_seed(0))
+        noise = _NOISE * torch.randn(small.shape, generator=torch.Generator().manual_seed(0)).to(small)
         comfy_host = host.ComfyHost(vq_vae, convolutional=True)
         progress = host.NodeProgress(len(pixels))
 
@@ -377,6 +377,19 @@ class TokenAgreement(io.ComfyNode):
 
 
 NODES = [DistributionGuidance, TokenGuideLatent, SharpenToTokens, TokenAgreement]
+
+
+def _fitting(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """The size nearest to (H, W) of which a VAE makes latents; says on the node if it is another one."""
+    height, width = (max(factor, round(side / factor) * factor) for side in size)
+    if (height, width) != size:
+        host.notice(f"this VAE takes sides of multiples of {factor} pixels: the latent is of {in_words(height, width)}")
+    return height, width
+
+
+def _stretched(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """[B, 3, H, W] in -1..1 at another size, in -1..1."""
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------

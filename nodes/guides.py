@@ -298,12 +298,17 @@ def decoder_guide(
     both = _GuidedHost(plain, (network, tokenizer), gradient_memory(size, network, codec.factor, (h, w)))
     both.bring()
     mapped = condition.to(tokenizer.device)
-    calibration = None if condition.card is None else condition.card.calibration
+    scale = condition.sharpness
+    if scale is None:
+        each = one_by_one(
+            lambda k: _fitted_scale(tokenizer.idle, mapped.part(k, k + 1)), len(mapped.code_vectors), both
+        )
+        scale = tuple(each)
     guide = token_guide(
         tokenizer.idle,
         sees,
         mapped,
-        scale=_fitted_scale(tokenizer.idle, mapped) if calibration is None else calibration.sharpness,
+        scale=scale,
         options=GuidanceOptions(strength=strength, pull=0.0),
         size=size,
         tile=tile_of((size[0] // codec.factor, size[1] // codec.factor)),
@@ -342,7 +347,8 @@ class SamplerGuidance:
     options: GuidanceOptions
     percent: tuple[float, float]
     mask: torch.Tensor | None
-    #: Guides for the latents being sampled, by shape and device; then what each image has given up to save memory.
+    #: Guides for the latents being sampled, by shape and device; then what each image has given up to save memory in
+    #: this sampling.
     _guides: dict[tuple, list[TokenGuide]] = field(default_factory=dict)
     _fallbacks: dict[int, Fallback] = field(default_factory=dict)
 
@@ -354,6 +360,7 @@ class SamplerGuidance:
     def _prepare(self, run: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **options: Any) -> Any:
         """ComfyUI estimates memory by the number of images, so the memory of a gradient is added as further images."""
         self._guides.clear()
+        self._fallbacks.clear()
         if self.options.off:
             return run(model, noise_shape, conds, *args, **options)
         conds = host.with_models(conds, self.vae.network, self.tokens.tokenizer)

@@ -351,6 +351,12 @@ class NodeProgress:
         self._bar.update_absolute(done, total, ("JPEG", image, longest) if shown else None)
 
 
+def over_batch(done: int, total: int, *, first: int, count: int, batch: int) -> tuple[int, int]:
+    """Progress over a batch, from that over `count` of its images, before which `first` are done; a batch that is not
+    split keeps its own numbers."""
+    return (done, total) if count == batch else (first * total + done * count, batch * total)
+
+
 def shows_previews() -> bool:
     """Whether ComfyUI shows previews: by --preview-method, or by the setting that came with the prompt instead."""
     return args.preview_method != LatentPreviewMethod.NoPreviews

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
+
 import torch
 from comfy_api.latest import io
 
@@ -111,11 +114,16 @@ class LogitStatistics(io.ComfyNode):
         columns = [token_logits, *(others[key] for key in sorted(others) if others[key] is not None)]
         for value in columns:
             expect(value, TokenLogits, "token_logits", CONNECT_LOGITS)
-        labels = column_names(columns, [name.strip() for name in names.split(",") if name.strip()])
-        found, progress = {}, host.NodeProgress(len(columns))
-        for label, value in zip(labels, columns):
-            found[label] = describe_logits(value)
-            progress.step(len(found), len(columns))
+        labels = column_names(columns, [name.strip() for name in names.split(",")])
+        images = sum(len(value.tokens) for value in columns)
+        steps, progress = count(1), host.NodeProgress(images)
+
+        def each(value: TokenLogits) -> Iterator[TokenLogits]:
+            for k in range(len(value.tokens)):
+                yield value.part(k, k + 1)
+                progress.step(next(steps), images)
+
+        found = {label: describe_logits(each(value)) for label, value in zip(labels, columns)}
         return io.NodeOutput(from_pil(statistics_sheet(found)), statistics_table(found))
 
 

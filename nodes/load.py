@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -246,9 +247,10 @@ class DownloadModel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model: str) -> str:
+    def fingerprint_inputs(cls, model: str) -> str | float:
         path = _offer(model)[2]
-        return model_folders.state_of(path) if path.exists() else ""
+        # NaN equals nothing: a file that is missing is downloaded, even if it was missing before the last run too.
+        return model_folders.state_of(path) if path.exists() else math.nan
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:

@@ -52,6 +52,7 @@ class MappedCondition(Condition):
         token_size: pixels per token, along each side.
         model, source, calibrated: those of the token logits.
         card: that of the decoder for which the LCDM Encoder calibrated; None if no decoder was connected.
+        sharpness: s of the calibration that was used, the decoder's or an embedded VLM's own; None without one.
     """
 
     token_size: int
@@ -59,6 +60,7 @@ class MappedCondition(Condition):
     source: Source
     calibrated: bool
     card: DecoderCard | None
+    sharpness: float | None
 
 
 def schema(name: str, display_name: str, *, category: str, search_aliases: list[str], **values: Any) -> io.Schema:

@@ -98,7 +98,7 @@ class JanusLogitSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         request = _requested(janus, token_logits, mask, **drawn)
         sampler, previewing = janus.sampler.idle, host.shows_previews()
-        report = _Report(janus, math.prod(sampler.grid), token_logits, previewing)
+        report = _Report(janus, math.prod(sampler.grid), len(request.prompts), token_logits, previewing)
         with host.noticed():
             sampled = sample(
                 sampler,
@@ -260,7 +260,7 @@ class ProgressiveTokenSampler(io.ComfyNode):
             start=start,
         )
         previewing = host.shows_previews()
-        report = _Report(janus, plan.passes, token_logits, previewing)
+        report = _Report(janus, plan.passes, len(request.prompts), token_logits, previewing)
         with host.noticed():
             staged = sample_stages(
                 sampler,
@@ -532,8 +532,8 @@ class _Report:
     """Moves the node's bar, with a preview whenever at least another row of tokens is done; at the end it shows on the
     node how many passes the model took."""
 
-    def __init__(self, janus: JanusModel, total: int, token_logits: TokenLogits | None, previewing: bool):
-        self._tokenizer, self._grid = janus.vq.idle, janus.sampler.idle.grid
+    def __init__(self, janus: JanusModel, total: int, batch: int, token_logits: TokenLogits | None, previewing: bool):
+        self._tokenizer, self._grid, self._batch = janus.vq.idle, janus.sampler.idle.grid, batch
         self._previous, self._previewing = token_logits, previewing
         self._bar = host.NodeProgress(total)
         self._shown = 0
@@ -544,8 +544,10 @@ class _Report:
         wanted = self._previewing and rows > self._shown
         self._shown = rows  # less than before where a part of the batch begins
         self._passes[now.first] = now.passes
+        place = {"first": now.first, "count": len(now.tokens), "batch": self._batch}
         self._bar.step(
-            now.done, now.total, _so_far(self._tokenizer, self._grid, now, self._previous) if wanted else None
+            *host.over_batch(now.done, now.total, **place),
+            _so_far(self._tokenizer, self._grid, now, self._previous) if wanted else None,
         )
 
     def tell_passes(self, request: _Request) -> None:

@@ -5,17 +5,20 @@ Shapes: H W pixels, h w token grid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import cycle
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import chain, cycle
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 from einops import rearrange
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -24,16 +27,37 @@ from ..method.statistics import TokenStatistics
 from .tables import statistics_rows
 
 _TEXT = "prompt"  # the PNG text chunk that other image generators use for it
+#: Fonts with Chinese, Japanese or Korean signs, as systems install them.
+_WIDER_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "Microsoft YaHei",
+    "SimHei",
+    "PingFang SC",
+    "PingFang HK",
+    "Hiragino Sans GB",
+    "Heiti TC",
+    "Arial Unicode MS",
+)
 _INK, _PAPER = (24, 24, 28), (250, 249, 246)
 
 
 def to_image(pixels: torch.Tensor, side: int | None = None) -> Image.Image:
-    """Pixels [3, H, W] in -1..1 as a PIL image, resized to height `side` by nearest neighbour."""
+    """Pixels [3, H, W] in -1..1 as a PIL image of height `side`: enlarged by nearest neighbour, which flatters no small
+    image, or shrunk by averages."""
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
     image = Image.fromarray(rearrange(array, "c h w -> h w c").numpy())
     if side is None or side == image.height:
         return image
-    return image.resize((round(image.width * side / image.height), side), Image.Resampling.NEAREST)
+    method = Image.Resampling.NEAREST if side > image.height else Image.Resampling.BOX
+    return image.resize((_width(pixels, side), side), method)
+
+
+def _width(pixels: torch.Tensor, side: int) -> int:
+    """The width of an image that is resized to height `side`."""
+    return max(1, round(pixels.shape[2] * side / pixels.shape[1]))
 
 
 def heat_map(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -55,7 +79,7 @@ def labelled_grid(
 
     Args:
         rows: pixels [3, H, W] in -1..1, one image per column in each row.
-        side: height in pixels of each image in the grid.
+        side: height in pixels of each image in the grid; the columns are as wide as the widest image.
 
     Raises:
         ValueError: if a row does not have one image per column, or there is not one caption per row.
@@ -65,19 +89,24 @@ def labelled_grid(
             f"expected {len(columns)} images in each of {len(captions)} rows (one per column name, one row per "
             f"caption), got rows of {[len(row) for row in rows]}"
         )
-    font, bold = ImageFont.load_default(size=15), ImageFont.load_default(size=20)
     gap, head, line = 12, 66 if title else 34, 26
-    width = gap + len(columns) * (side + gap)
+    wide = max((_width(pixels, side) for row in rows for pixels in row), default=side)
+    width = gap + len(columns) * (wide + gap)
     sheet = Image.new("RGB", (width, head + len(rows) * (side + line + gap)), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((gap, 8), _fitting(title, bold, width - 2 * gap), fill=_INK, font=bold)
+
+    def write(text: str, left: int, top: int, room: int, size: int = 15, fill: tuple[int, int, int] = _INK) -> None:
+        font = _font(text, size)
+        pen.text((left, top), _fitting(text, font, room), fill=fill, font=font)
+
+    write(title, gap, 8, width - 2 * gap, size=20)
     for c, name in enumerate(columns):
-        pen.text((gap + c * (side + gap), head - 24), name, fill=_INK, font=font)
+        write(name, gap + c * (wide + gap), head - 24, wide)
     for r, (row, caption) in enumerate(zip(rows, captions)):
         top = head + r * (side + line + gap)
         for c, pixels in enumerate(row):
-            sheet.paste(to_image(pixels, side), (gap + c * (side + gap), top))
-        pen.text((gap, top + side + 4), _fitting(caption, font, width - 2 * gap), fill=(96, 96, 104), font=font)
+            sheet.paste(to_image(pixels, side), (gap + c * (wide + gap), top))
+        write(caption, gap, top + side + 4, width - 2 * gap, fill=(96, 96, 104))
     return sheet
 
 
@@ -217,6 +246,30 @@ def _drawn(figure: Figure) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, or for a text with signs that it lacks, matplotlib's or an installed one that has them all."""
+    if text.isascii():
+        return ImageFont.load_default(size=size)
+    own = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    file = next((file for file in chain([own], _installed_fonts()) if _has(file, text)), own)
+    return ImageFont.truetype(file, size)
+
+
+def _installed_fonts() -> Iterator[Path]:
+    fonts = {font.name: Path(font.fname) for font in font_manager.fontManager.ttflist}
+    return (fonts[name] for name in _WIDER_FONTS if name in fonts)
+
+
+@cache
+def _signs(file: Path) -> frozenset[int]:
+    return frozenset(FT2Font(str(file)).get_charmap())
+
+
+def _has(file: Path, text: str) -> bool:
+    """Whether a font has all signs of a text."""
+    return all(ord(sign) in _signs(file) for sign in text if not sign.isspace())
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:

@@ -28,19 +28,23 @@ _KINDS = {
 
 
 def column_names(columns: Sequence[TokenLogits], given: Sequence[str] = ()) -> list[str]:
-    """Names for columns of logits: the given names first, then names by kind of logits, numbered if repeated.
+    """Names for columns of logits: those given, in order. Columns beyond them, or with an empty name, are named by kind
+    of logits, and numbered if that repeats.
 
     Raises:
         ValueError: if two of the given names are the same.
     """
-    names = list(given[: len(columns)])
-    if len(set(names)) < len(names):
-        raise ValueError(f"two columns have the same name ({', '.join(names)}): give each its own")
-    for value in columns[len(names) :]:
+    names = [*given, *[""] * len(columns)][: len(columns)]
+    own = [name for name in names if name]
+    if len(set(own)) < len(own):
+        raise ValueError(f"two columns have the same name ({', '.join(own)}): give each its own")
+    for k, value in enumerate(columns):
+        if names[k]:
+            continue
         kind, number = _KINDS[value.source, value.calibrated], 1
         while (name := kind if number == 1 else f"{kind} {number}") in names:
             number += 1
-        names.append(name)
+        names[k] = name
     return names
 
 

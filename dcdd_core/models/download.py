@@ -349,7 +349,7 @@ class _Part:
             if self.came == 0:
                 self._path.unlink(missing_ok=True)
             raise
-        if self.sha256 is not None and _sha256(self._path) != self.sha256:
+        if self.sha256 is not None and _sha256(self._path, lambda: report(self.size)) != self.sha256:
             self._path.unlink()
             raise ValueError(f"{self.name} came damaged and was deleted: download it again")
         os.replace(self._path, self._target)
@@ -383,10 +383,12 @@ class _ReportingFile(io.BufferedWriter):
         return written
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, check: Callable[[], None]) -> str:
+    """A file's hash; `check` is called every few megabytes, and what it raises ends the call."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**22):
+            check()
             found.update(chunk)
     return found.hexdigest()
 

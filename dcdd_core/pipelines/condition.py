@@ -90,6 +90,10 @@ def serving(
     if calibration is not None and card.variant != "lcdm+lc":
         raise ValueError(f"this decoder was trained on {card.variant!r} conditions: it takes no calibration")
     used = calibration or card.calibration
+    if reads is not None and card.variant == "discrete":
+        raise ValueError(f"this decoder was trained on tokens alone, and reads nothing else: leave out {reads!r}")
+    if reads == "anchored" and used is None:
+        raise ValueError("anchored logits need a calibration, and this decoder has none: read the logits or the tokens")
     if anchor is not None:
         if used is None:
             raise ValueError("the anchor belongs to a calibration, and this decoder has none")

@@ -19,7 +19,7 @@ from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_number
 from ..types import Codebook, Condition, same_codebook
 from .host import PLAIN, Host
-from .oom import is_out_of_memory
+from .oom import is_out_of_memory, one_by_one
 from .tiles import LEAST_TILE, Decode, decode_in_tiles, gradient_at_once, gradient_in_tiles
 
 #: Tiles that are halved because memory ran out keep at least this side, in latent positions.
@@ -105,7 +105,7 @@ class TokenGuide:
         tokenizer: its encoder reads the images, resized to the token grid's own size.
         decode: decodes latents to the pixels that are guided: the codec, or a cheap stand-in for it.
         condition: of B images; only its code vectors and confidence are used.
-        scale: s of the calibration (Eq. 14).
+        scale: s of the calibration (Eq. 14), or one for each image.
         soft: [B, C, h', w'] normalised latents of the VQ decode of the code vectors, the target of `pull`.
         free: bool [B or 1, N], positions without weight in the loss; None for none.
         area: [B or 1, 1, h', w'], 1 where latents are painted, 0 where they are kept and not corrected; None paints
@@ -123,7 +123,7 @@ class TokenGuide:
     tokenizer: ImageTokenizer
     decode: Decode
     condition: Condition
-    scale: float
+    scale: float | tuple[float, ...]
     soft: torch.Tensor
     options: GuidanceOptions = GuidanceOptions()
     free: torch.Tensor | None = None
@@ -144,7 +144,8 @@ class TokenGuide:
         """The guide of images first..last - 1."""
         free, area = (x if x is None or len(x) == 1 else x[first:last] for x in (self.free, self.area))
         condition, soft = self.condition.part(first, last), self.soft[first:last]
-        return replace(self, condition=condition, soft=soft, free=free, area=area)
+        scale = self.scale[first:last] if isinstance(self.scale, tuple) else self.scale
+        return replace(self, condition=condition, scale=scale, soft=soft, free=free, area=area)
 
     def under(self, mask: torch.Tensor) -> TokenGuide:
         """The guide for images that are painted only in part; the guide itself if all of it is painted.
@@ -177,7 +178,11 @@ class TokenGuide:
         if codebook.vectors.is_inference():
             codebook = Codebook(codebook.vectors)
         weights = position_weights(_saveable(condition.uncertainty[..., 0]), self.options.weight, self.free)
-        return token_loss(self.features(pixels), _saveable(condition.code_vectors), weights, codebook, scale=self.scale)
+        features, code_vectors = self.features(pixels), _saveable(condition.code_vectors)
+        if not isinstance(self.scale, tuple):
+            return token_loss(features, code_vectors, weights, codebook, scale=self.scale)
+        images = zip(features.split(1), code_vectors.split(1), weights.split(1), self.scale, strict=True)
+        return torch.cat([token_loss(*own, codebook, scale=scale) for *own, scale in images])
 
     def gradient(self, clean: torch.Tensor) -> torch.Tensor:
         """dL/dx0 [B, C, h', w'], even where autograd is switched off; 0 where memory ran out (see `Fallback`).
@@ -314,7 +319,7 @@ def token_guide(
     codec: LatentCodec,
     condition: Condition,
     *,
-    scale: float,
+    scale: float | tuple[float, ...],
     options: GuidanceOptions | None = None,
     size: tuple[int, int] | None = None,
     decode: Decode | None = None,
@@ -325,20 +330,21 @@ def token_guide(
     """A guide for the latents of a codec.
 
     Args:
-        scale: s of the VLM's calibration.
+        scale: s of the VLM's calibration, or one for each image.
         size: (H, W) of the painted image; the token grid's own by default.
         decode: decodes the latents; the codec by default, or a cheap stand-in such as `models.cheap_decoder`.
         free, tile, host: see `TokenGuide`.
 
     Raises:
         ValueError: for another tokenizer's condition, and tiles that are too small.
+        RuntimeError: if the soft VQ decode of a single image does not fit into memory.
     """
     return TokenGuide(
         tokenizer=tokenizer,
         decode=decode or (lambda clean: codec.decode(codec.denormalize(clean))),
         condition=condition,
         scale=scale,
-        soft=soft_latents(tokenizer, codec, condition, size),
+        soft=soft_latents(tokenizer, codec, condition, size, host=host),
         options=options or GuidanceOptions(),
         free=free,
         tile=tile,
@@ -348,16 +354,26 @@ def token_guide(
 
 @torch.no_grad()
 def soft_latents(
-    tokenizer: ImageTokenizer, codec: LatentCodec, condition: Condition, size: tuple[int, int] | None = None
+    tokenizer: ImageTokenizer,
+    codec: LatentCodec,
+    condition: Condition,
+    size: tuple[int, int] | None = None,
+    *,
+    host: Host = PLAIN,
 ) -> torch.Tensor:
-    """z_soft: normalised latents [B, C, h', w'] of the VQ decode of a condition's code vectors, at (H, W) = `size`."""
-    made = []
-    for k in range(len(condition.code_vectors)):
+    """z_soft: normalised latents [B, C, h', w'] of the VQ decode of a condition's code vectors, at (H, W) = `size`.
+
+    Raises:
+        RuntimeError: if a single image does not fit into memory.
+    """
+
+    def latents(k: int) -> torch.Tensor:
         pixels = tokenizer.decode_vectors(condition.part(k, k + 1).code_vectors, condition.grid)
         if size is not None and tuple(pixels.shape[2:]) != tuple(size):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1)
-        made.append(codec.normalize(codec.encode(pixels)))
-    return torch.cat(made)
+        return codec.normalize(codec.encode(pixels))
+
+    return torch.cat(list(one_by_one(latents, len(condition.code_vectors), host)))
 
 
 def sharpen(

@@ -71,7 +71,8 @@ def sample(
     if isinstance(sampler, ReadsText) and (resample is None or bool(resample.any())):
         _read(sampler, prompts, host)
     memory = 2 * logits_memory(sampler)
-    return TokenLogits.joined(in_batches(draw, prompts, seeds, previous, resample, on_progress, memory, host))
+    parts = in_batches(draw, prompts, seeds, previous, resample, on_progress, memory, host)
+    return TokenLogits.joined(recorded_alike(parts, previous))
 
 
 def _read(sampler: ReadsText, prompts: Sequence[str], host: Host) -> None:
@@ -122,6 +123,17 @@ def in_batches(
         )
 
     return in_parts(run, len(prompts), host)
+
+
+def recorded_alike(parts: Sequence[TokenLogits], previous: TokenLogits | None) -> Sequence[TokenLogits]:
+    """Parts of an edit with the record of those that were sampled.
+
+    A part with nothing to sample comes back with the record of `previous`, and could not be joined with the others.
+    """
+    if previous is None:
+        return parts
+    sampled = next((part.record for part in parts if part.record != previous.record), {})
+    return [replace(part, **sampled) for part in parts]
 
 
 def logits_memory(sampler: TokenSampler) -> int:

@@ -1,10 +1,13 @@
 """Image grids and plots: sizes, pixels and labels."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dcdd_core.evaluation import figures
 from dcdd_core.evaluation.figures import (
     beside,
     heat_map,
@@ -25,6 +28,13 @@ def test_pixels_become_their_bytes():
     assert to_image(pixels, 8).size == (8, 8)
 
 
+def test_shrunk_images_are_averages():
+    """Every second row is white: nearest neighbour would keep the white rows alone, or the black ones."""
+    stripes = torch.tensor([1.0, -1.0]).repeat(4)[None, :, None].expand(3, 8, 6)
+    small = to_image(stripes, 4)
+    assert small.size == (3, 4) and small.getextrema() == ((128, 128),) * 3
+
+
 def test_a_heat_map_brightens_with_its_values():
     found = heat_map(torch.tensor([[0.0, 1.0]]), (4, 8))
     assert found.shape == (3, 4, 8)
@@ -41,6 +51,43 @@ def test_a_sheet_holds_every_image():
     assert (titled[:34, -12:] == titled[0, 0]).all(), "a title that is too long is shortened, not cut"
     with pytest.raises(ValueError, match="one per column name"):
         labelled_grid([row], columns=("a",), captions=("x",))
+
+
+def test_wide_and_tall_images_are_shown_whole():
+    for size in ((20, 40), (40, 20)):
+        row = [torch.full((3, *size), value) for value in (-0.5, 0.5, 0.0)]
+        sheet = np.asarray(labelled_grid([row], columns=("a", "b", "c"), captions=("x",), side=40))
+        areas = [(sheet == value).all(-1).sum() for value in (64, 191, 128)]
+        assert areas == 3 * [40 * 40 * size[1] // size[0]], size
+
+
+def test_names_of_columns_stay_above_their_own():
+    row = [torch.zeros(3, 40, 40)] * 2
+    short, long = (
+        np.asarray(labelled_grid([row], columns=(name, "b"), captions=("x",), side=40)) for name in ("", "W" * 50)
+    )
+    assert (short[:34, 12 + 40 + 6 :] == long[:34, 12 + 40 + 6 :]).all() and (short[:34] != long[:34]).any()
+
+
+def test_signs_beyond_ascii_are_drawn():
+    """A font without a sign draws the same box for each."""
+
+    def drawn(text):
+        row = [torch.zeros(3, 40, 400)]
+        return np.asarray(labelled_grid([row], columns=(text,), captions=("",), side=40))[:34]
+
+    signs = [drawn(sign) for sign in ("é", "ü", "ж", "×")]
+    assert all((a != b).any() for i, a in enumerate(signs) for b in signs[:i])
+
+
+def test_an_installed_font_is_taken_for_signs_that_others_lack(monkeypatch):
+    taken = []
+    monkeypatch.setattr(figures, "_has", lambda file, text: taken.append(file.name) or file.name == "second.ttf")
+    monkeypatch.setattr(figures, "_installed_fonts", lambda: iter([Path("first.ttf"), Path("second.ttf")]))
+    monkeypatch.setattr(figures.ImageFont, "truetype", lambda file, size: (file.name, size))
+    assert figures._font("图", 15) == ("second.ttf", 15) and taken == ["DejaVuSans.ttf", "first.ttf", "second.ttf"]
+    monkeypatch.setattr(figures, "_installed_fonts", lambda: iter([]))
+    assert figures._font("图", 15) == ("DejaVuSans.ttf", 15), "boxes, if nothing better is installed"
 
 
 def test_sheets_stand_side_by_side():

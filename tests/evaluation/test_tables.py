@@ -42,6 +42,8 @@ def test_given_names_come_first_and_are_not_given_again():
     assert column_names(columns, ["sampled"]) == ["sampled", "sampled 2", "proxies"]
     assert column_names(columns, ["a", "b", "c", "d"]) == ["a", "b", "c"]
     assert column_names(columns[:1], ["a", "a"]) == ["a"]
+    assert column_names(columns, ["a", "", "c"]) == ["a", "sampled", "c"], "an empty name keeps its place"
+    assert column_names(columns, ["", "sampled"]) == ["sampled 2", "sampled", "proxies"]
     with pytest.raises(ValueError, match=r"same name \(a, a\)"):
         column_names(columns, ["a", "a"])
 

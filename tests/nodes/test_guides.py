@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from dcdd_core.models.bundle import read_card
+from dcdd_core.types import Calibration
+from dcdd_pico.embedded import LLAMAGEN, WEIGHTS, own_calibration
 from dcdd_pico.scenes import render_scene
+from tests.comfy.graphs import Graph, output
 from tests.nodes.cases import FOLLOWED, GUIDED, IT, PAINT, built, of, sampler
 from tests.tiny import tiny_condition
 
@@ -243,7 +247,9 @@ def test_sampling_asks_for_the_memory_of_a_gradient_and_loads_the_copies(double,
             percent=(0.0, 1.0),
             mask=None,
         )
+        guidance._fallbacks[0] = guides.Fallback(alternating=True)
         guidance._prepare(prepare, model, [2, 16, 32, 32], {"positive": [{}]}, model_options="theirs")
+        assert guidance._fallbacks == {}, "what was given up for want of memory was given up for one sampling"
         shape, conds, options = asked.pop()
         assert shape == [2 + more, 16, 32, 32] and options == "theirs"
         assert conds["positive"][0].get("additional_models", []) == (
@@ -366,6 +372,47 @@ def test_guidance_of_the_card_brings_its_shift(schedule, shift, double, nodes, m
     graph.add("end", "TEST_Hold", value=IT)
     assert double.run(graph.prompt).status == "success"
     assert [(given["shift"], given["guide"].options.strength) for given in seen] == [(shift, 0.05)]
+
+
+@pytest.mark.parametrize("vlm", ["pico (built in)", "pico llamagen (built in)"])
+def test_a_decoder_is_guided_with_the_calibration_of_the_vlm_that_sampled(vlm, double, nodes, monkeypatch):
+    """And an image in a batch as if it were alone, also without a calibration."""
+    decode, seen = nodes["decode"], []
+    paint = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *args, **given: seen.append(given) or paint(*args, **given))
+    graph = Graph(double.get("/object_info"))
+    janus = graph.add("janus", "DCDD_LoadJanus", model=vlm)
+    decoder, vq = graph.add("decoder", "DCDD_LoadDecoder"), output(janus, 1)
+    sampled = graph.add("sample", "DCDD_JanusLogitSampler", janus=janus, prompt="a red circle", seed=3, batch_size=3)
+    for name, used in (("calibrated", {"decoder": decoder}), ("plain", {})):
+        mapped = graph.add(name, "DCDD_LCDMEncoder", token_logits=sampled, vq_vae=vq, **used)
+        inputs = {"decoder": decoder, "condition": mapped, "vq_vae": vq, "steps": 1, "strength": 0.1}
+        graph.add(f"end {name}", "TEST_Hold", value=graph.add(f"paint {name}", "DCDD_FluxDecoder", **inputs))
+    run = double.run(graph.prompt)
+    assert run.status == "success", (run.node, run.error)
+    by_calibration, fitted = sorted(
+        (given["guide"].scale for given in seen), key=lambda scale: isinstance(scale, tuple)
+    )
+    file = own_calibration(vlm=LLAMAGEN)
+    own = Calibration.load(file) if "llamagen" in vlm else read_card(WEIGHTS / "decoder.safetensors").calibration
+    assert by_calibration == pytest.approx(own.sharpness) and len(fitted) == 3 and len(set(fitted)) > 1
+
+
+@pytest.mark.parametrize("factor, size", [(8, 104), (16, 96)])
+def test_a_sharpened_image_has_janus_size_or_the_nearest_that_the_vae_makes(factor, size, nodes, monkeypatch):
+    guidance, notices = nodes["guidance"], []
+    monkeypatch.setattr(guidance.host, "notice", notices.append)
+    assert guidance._fitting((104, 104), factor) == (size, size)
+    assert bool(notices) == (size != 104) and all("96 x 96" in notice for notice in notices)
+
+
+def test_progress_over_a_split_batch_only_rises(nodes):
+    """Five images, painted as 3 and 2 in steps of four."""
+    over = nodes["host"].over_batch
+    parts = [(first, count) for first, count in ((0, 3), (3, 2))]
+    found = [over(done, 4, first=first, count=count, batch=5) for first, count in parts for done in range(1, 5)]
+    assert [done for done, _ in found] == [3, 6, 9, 12, 14, 16, 18, 20] and {total for _, total in found} == {20}
+    assert over(3, 4, first=0, count=5, batch=5) == (3, 4)
 
 
 def test_samplers_preview_pico_in_its_colours(double, nodes):

@@ -110,6 +110,13 @@ def test_sampling_in_parts_gives_the_batch(monkeypatch):
     assert torch.equal(split.tokens, whole.tokens)
     torch.testing.assert_close(split.logits, whole.logits, rtol=1e-4, atol=1e-4)
     assert (split.guidance, split.temperature, split.grid) == (2.0, 0.9, whole.grid)
+    hole = torch.zeros(3, whole.tokens.shape[1], dtype=torch.bool)
+    hole[:2, 3:9] = True
+    other = {"seeds": seeds, "options": SamplingOptions(guidance=3.0), "previous": whole, "resample": hole}
+    with pytest.warns(DCDDWarning, match="continuing with 2 images"):
+        edited = sample(sampler, prompts, **other)
+    assert edited.record == whole.record | {"guidance": 3.0, "temperature": 1.0}, "though nothing of the third is drawn"
+    assert torch.equal(edited.tokens[~hole], whole.tokens[~hole])
     with pytest.raises(ValueError, match="3 prompts came with 4 seeds"):
         sample(sampler, prompts, seeds=[1, 2, 3, 4])
 

@@ -76,6 +76,12 @@ def test_an_edit_in_parts_with_a_row_that_stays():
         parts = sample_stages(sampler, PROMPTS, **arguments, host=Small(sampler))
     same(parts, whole)
     assert torch.equal(parts.token_logits.tokens[2], before.tokens[2]) and not parts.stages[0].revealed[2].any()
+    arguments["options"] = replace(SAMPLING, guidance=SAMPLING.guidance + 1)  # other than those of `before`
+    with pytest.warns(DCDDWarning):
+        parts = sample_stages(sampler, PROMPTS, **arguments, host=Small(sampler))
+    whole = sample_stages(sampler, PROMPTS, **arguments)
+    same(parts, whole)
+    assert parts.token_logits.record == whole.token_logits.record != before.record
     one = sample_stages(sampler, PROMPTS, **(arguments | {"resample": hole[0]}))
     assert torch.equal(one.token_logits.tokens[:, ~hole[0]], before.tokens[:, ~hole[0]])
     nothing = sample_stages(sampler, PROMPTS, **(arguments | {"resample": torch.zeros_like(hole)}))
