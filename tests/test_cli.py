@@ -71,18 +71,26 @@ HELP = """
 import sys
 from dcdd_core.cli import main
 try:
-    main(["--help"])
+    main(sys.argv[1:])
 finally:
     print(*sorted({"diffusers", "matplotlib", "numpy", "scipy", "torch", "transformers"} & set(sys.modules)))
 """
 
 
 def test_help_names_the_commands_and_loads_no_library_of_models():
-    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", HELP, "--help"], capture_output=True, text=True, check=True)
     *told, loaded = done.stdout.splitlines()
     assert loaded == ""
     named = [line.split()[0] for line in told if line.startswith("    ") and not line.startswith("     ")]
     assert named == [*COMMANDS, "train"]
+
+
+@pytest.mark.parametrize("words", [["generate"], ["reconstruct"], ["evaluate", "text"], ["demo"], ["train"]])
+def test_help_of_a_command_loads_no_library_of_models(words):
+    """They take seconds."""
+    done = subprocess.run([sys.executable, "-c", HELP, *words, "--help"], capture_output=True, text=True, check=True)
+    *told, loaded = done.stdout.splitlines()
+    assert told and not {"diffusers", "transformers"} & set(loaded.split())
 
 
 def test_generate_writes_both_pictures_and_the_logits(tmp_path, capsys):

@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
         sampler, options = models.sampler, common.sampling_of(models, args)
         names = ("temperature", "top_k", "top_p", "seed")
         given = {name: getattr(args, name) for name in names}
-        hold_to({"vlm": sampler.fingerprint, "guidance": options.guidance, **given}, folder, write=crew.first)
+        settings = {"vlm": sampler.fingerprint, "guidance": options.guidance, **given}
+        hold_to(settings, folder, write=crew.first, option="--samples")
         crew.wait()
         if crew.first:
             common.warn_of_unknown_words(models, prompts)

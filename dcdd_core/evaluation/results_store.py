@@ -17,12 +17,13 @@ from ..settings import require_same_settings
 _KIND = "measurements"
 
 
-def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True) -> None:
+def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True, option: str = "--out") -> None:
     """Writes `settings.json` into a folder, or checks that the one there holds the same settings.
 
     Args:
         settings: everything besides the list of images that the results depend on, as plain JSON values.
         write: False for all processes but the first.
+        option: the one that names the folder, for messages.
 
     Raises:
         ValueError: if they differ; the message names the settings.
@@ -30,9 +31,9 @@ def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True) ->
     path = folder / "settings.json"
     if path.exists():
         before = read_json(
-            path, "the settings of an evaluation", "delete it if you are sure of them, or give another --out"
+            path, "the settings of an evaluation", f"delete it if you are sure of them, or give another {option}"
         )
-        remedy = "give another --out, or use those settings to resume"
+        remedy = f"give another {option}, or use those settings to resume"
         require_same_settings(f"{folder} holds results", before, settings, remedy=remedy)
     elif write:
         write_text(path, json.dumps(settings, indent=1) + "\n")

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import diffusers
 import torch
 
 from .. import registry
@@ -67,6 +66,8 @@ class DecoderOptions:
                 f"eight_bit={self.eight_bit}, streamed={self.streamed}, compiled={self.compiled}, fold={self.fold}"
             )
         if self.eight_bit and self.streamed:
+            import diffusers  # takes seconds, which the help texts of commands should not
+
             version = tuple(map(int, diffusers.__version__.split(".")[:2]))
             if version < _STREAMS_TORCHAO:
                 raise ValueError(

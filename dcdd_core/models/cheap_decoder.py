@@ -6,14 +6,17 @@ Distribution guidance decodes with one at a fraction of the cost; the final imag
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderTiny
 
 from ..files import is_finite, reading
 from ..protocols import LatentCodec
 from ..settings import shown
 from .checkpoints import load_strictly, read_config, read_tensors
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny  # takes seconds, which the help texts of commands should not
 
 _KIND = "a small latent decoder (a diffusers AutoencoderTiny folder, such as TAESD for SDXL or TAEF1 for FLUX.1)"
 
@@ -70,6 +73,8 @@ def load_cheap_decoder(
     Raises:
         ValueError: for a folder of another kind, and weights that are missing, unexpected, of a wrong shape or NaN.
     """
+    from diffusers import AutoencoderTiny
+
     config = read_config(folder)
     if config.get("_class_name") != "AutoencoderTiny":
         raise ValueError(f"{folder} holds a {shown(config.get('_class_name'))}; expected {_KIND}")

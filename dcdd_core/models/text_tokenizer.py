@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from ..files import read_json, reading, utf8_path, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # takes seconds to import
 
 _EXPECTED = "a text tokenizer"
 
@@ -21,6 +23,8 @@ def load_text_tokenizer(folder: Path, remedy: str) -> PreTrainedTokenizerFast:
     Raises:
         ValueError: naming a file that is missing or damaged.
     """
+    from transformers import PreTrainedTokenizerFast
+
     for name in ("tokenizer.json", "tokenizer_config.json"):
         read_json(folder / name, _EXPECTED, remedy)
     with reading(folder / "tokenizer.json", _EXPECTED, remedy), utf8_path(folder) as readable:

@@ -262,12 +262,19 @@ class Batches(Generic[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         items = []
         epoch, searched = self._at[0], -1
+        useless = self._at[1] == 0  # whether no item of the epoch could be used, if it was read from its start
         for at, item in load_in_order(self.source, self._entries(), workers=self.workers):
             if at[0] != epoch:
                 self.counter.check(self.source)
-                epoch = at[0]
+                if useless:
+                    raise ValueError(
+                        f"none of the images of {self.source.name} can be used any more: they have become unreadable, "
+                        "or --min-side has been raised"
+                    )
+                epoch, useless = at[0], True
             if self.counter.admit(item, self.source.name):
                 items.append(item)
+                useless = False
             elif searched != epoch and self._too_many():
                 self._search(at)
                 searched = epoch
@@ -275,6 +282,11 @@ class Batches(Generic[Batch]):
                 self._at = at
                 yield self.source.collate(items)
                 items = []
+
+    @property
+    def _min_side(self) -> int | None:
+        """The smallest side of images that are used, in pixels; None for a source that leaves out none for its size."""
+        return getattr(self.source, "min_side", None)
 
     def _too_many(self) -> bool:
         counter = self.counter
@@ -311,6 +323,7 @@ class Batches(Generic[Batch]):
         return {
             "source": self.source.fingerprint,
             **asdict(self.shard),
+            "min_side": self._min_side,
             "epoch": epoch,
             "consumed": consumed,
             "mark": None if mark is None else list(mark),
@@ -328,16 +341,20 @@ class Batches(Generic[Batch]):
         """Continues from a saved position; existing iterators are not affected.
 
         Raises:
-            ValueError: if it is of another source, seed, rank, number of processes, or window.
+            ValueError: if it is of another source, smallest side, seed, rank, number of processes, or window.
         """
         own = {"source": self.source.fingerprint, **asdict(self.shard)}
+        if "min_side" in state:  # older states do not say it
+            own["min_side"] = self._min_side
+        if state.get("mark") is None:
+            del own["window"]  # only streams read in windows
         differ = [f"{name} {state.get(name)!r} -> {value!r}" for name, value in own.items() if state.get(name) != value]
         if state.get("source") != own["source"]:
             differ[0] = f"{self.source.name} does not hold the same images"
         if differ:
             raise ValueError(
-                f"this position was saved from other data ({', '.join(differ)}): resume with the same images, seed and "
-                "number of processes, or start afresh"
+                f"this position was saved from other data ({', '.join(differ)}): resume with the same images, seed, "
+                "smallest side, window and number of processes, or start afresh"
             )
         mark = state["mark"]
         self._at = (state["epoch"], state["consumed"], mark if mark is None else tuple(mark))

@@ -249,6 +249,8 @@ class Checkpoints:
         else:
             with utf8_path(folder) as readable:
                 self.accelerator.load_state(str(readable), strict=False)
+            # accelerate counts micro-batches on from the saved run, which may have accumulated another number of them.
+            self.accelerator.step = 0
 
     def _write(self, folder: Path, state: TrainingState) -> None:
         if self.accelerator.distributed_type == "FSDP":

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -27,6 +26,8 @@ class EMA:
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], decay: float):
+        from diffusers.training_utils import EMAModel  # takes seconds, which the help texts of commands should not
+
         self.weights = weights
         self._ema = EMAModel(weights.values(), decay=decay)
         self._ema.to(dtype=torch.float32)

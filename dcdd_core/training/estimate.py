@@ -195,6 +195,8 @@ def run(chosen: argparse.Namespace) -> None:
     check_gpu(chosen)
     if _changed(chosen, "vlm_model") and not chosen.vlm_conditions:
         raise ValueError("--vlm-model would do nothing without --vlm-conditions: give both, or leave it out")
+    if _changed(chosen, "rank") and chosen.train != "lora":
+        raise ValueError("--rank would do nothing without --train lora: give both, or leave it out")
     given = [f"--{name.replace('_', '-')}" for name in ("teacher_steps", "objective") if _changed(chosen, name)]
     if given and not chosen.student_steps:
         raise ValueError(f"{', '.join(given)} would do nothing without --student-steps: give that too, or leave it out")

@@ -37,7 +37,13 @@ def adamw_with_muon(
 
 
 def muon(matrices: Iterable[nn.Parameter], *, weight_decay: float) -> torch.optim.Muon:
-    """Orthogonalised momentum (Jordan et al. 2024); its updates have AdamW's RMS, so both share a learning rate."""
+    """Orthogonalised momentum (Jordan et al. 2024); its updates have AdamW's RMS, so both share a learning rate.
+
+    Raises:
+        ValueError: if torch is older than 2.9, which brought it.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"muon needs torch 2.9 or newer, this is {torch.__version__}: update torch, or take adamw")
     return torch.optim.Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 

@@ -55,6 +55,8 @@ def open_images(
     listing = FolderListing.of(folder)
     shards = [folder / name for name in listing.others if suffix_of(name) in _SHARDS]
     if not shards:
+        if column is not None:
+            raise ValueError(f"{folder} is a folder of images, which has no columns: leave out --column {column}")
         source: ImageSource = ImageFolder(folder, geometry, policy=policy, listing=listing, captions=captions)
     elif listing.images:
         raise ValueError(

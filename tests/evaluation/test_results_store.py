@@ -49,6 +49,8 @@ def test_settings_hold(tmp_path):
     hold_to(settings, tmp_path / "new")
     with pytest.raises(ValueError, match=r"steps 3 -> 4.*another --out"):
         hold_to(settings | {"steps": 4}, tmp_path / "new")
+    with pytest.raises(ValueError, match="give another --samples"):
+        hold_to(settings | {"steps": 4}, tmp_path / "new", option="--samples")
 
 
 def batches(done, count=1, batch=2):

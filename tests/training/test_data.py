@@ -211,16 +211,47 @@ def test_the_global_generator_is_left_alone(paths):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def small(paths):
+    return open_images(paths["folder"], SIZES, policy=ReadPolicy(min_side=1))
+
+
 def test_a_position_of_other_data_is_refused(paths):
     state = Batches(source(paths, "folder"), size=4, shard=shard(seed=1)).state_dict()
     for other, words in (
         (Batches(source(paths, "folder"), size=4, shard=shard(seed=2)), "seed 1 -> 2"),
         (Batches(source(paths, "folder"), size=4, shard=shard(seed=1, rank=1, world=2)), "rank 0 -> 1, world 1 -> 2"),
-        (Batches(source(paths, "folder"), size=4, shard=shard(seed=1, window=6)), "window 5 -> 6"),
+        (Batches(small(paths), size=4, shard=shard(seed=1)), "min_side 16 -> 1"),
         (Batches(source(paths, "saved"), size=4, shard=shard(seed=1)), "saved does not hold the same images"),
     ):
         with pytest.raises(ValueError, match=words):
             other.load_state_dict(state)
+    del state["min_side"]
+    Batches(small(paths), size=4, shard=shard(seed=1)).load_state_dict(state)  # of older runs
+
+
+def test_only_streams_are_held_to_their_window(paths):
+    for kind in KINDS:
+        batches = Batches(source(paths, kind), size=3, shard=shard())
+        take(batches, 1)
+        other = Batches(source(paths, kind), size=3, shard=shard(window=6))
+        if batches.state_dict()["mark"] is None:
+            other.load_state_dict(batches.state_dict())
+            assert take(other, 2) == take(batches, 2), kind
+        else:
+            with pytest.raises(ValueError, match="window 5 -> 6.*window"):
+                other.load_state_dict(batches.state_dict())
+
+
+def test_resumed_without_an_image_that_can_be_used_it_ends(tmp_path):
+    """Images become too small for it after a part of them was read."""
+    path = write("folder", tmp_path / "folder", {f"{i}": png(i) for i in range(3)})
+    before = Batches(open_images(path, SIZES), size=2, shard=shard())
+    take(before, 1)
+    state = {name: value for name, value in before.state_dict().items() if name != "min_side"}
+    after = Batches(open_images(path, SIZES, policy=ReadPolicy(min_side=97)), size=2, shard=shard())
+    after.load_state_dict(state)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the images of .* any more.*--min-side"):
+        take(after, 1)
 
 
 def test_nothing_is_asked_of_the_network(paths, monkeypatch):
@@ -404,6 +435,11 @@ def test_saved_datasets_that_would_hang_or_have_no_name_are_refused(tmp_path):
     os.mkfifo(arrow)
     with pytest.raises(ValueError, match=f"{arrow.name} is a device, pipe or socket; expected a part of a saved"):
         open_images(tmp_path / "saved", SIZES)
+
+
+def test_a_folder_of_images_has_no_column(paths):
+    with pytest.raises(ValueError, match="is a folder of images, which has no columns: leave out --column up"):
+        open_images(paths["folder"], SIZES, column="up")
 
 
 def test_columns_are_found_or_named(tmp_path, paths):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
@@ -496,12 +497,19 @@ def test_an_extended_run_goes_on_as_one_of_its_new_length(tmp_path, images, monk
     assert "instead of 0.02" in said[1]
 
 
-def test_the_same_images_an_update_may_be_batched_in_another_way(tmp_path, images):
-    run(tmp_path, images, steps=2, batch=2)
-    run(tmp_path, images, steps=4, batch=1, accumulation=2)
-    assert len(losses(tmp_path)) == 4
+def test_the_same_images_an_update_may_be_batched_in_another_way(tmp_path, images, monkeypatch):
+    """After an odd number of updates each update still ends with the second of its micro-batches."""
+    run(tmp_path, images, steps=3, batch=2)
+    events, backward, step = [], Accelerator.backward, AcceleratedOptimizer.step
+    monkeypatch.setattr(
+        Accelerator, "backward", lambda self, loss: events.append(self.sync_gradients) or backward(self, loss)
+    )
+    monkeypatch.setattr(AcceleratedOptimizer, "step", lambda self, *args: events.append("step") or step(self, *args))
+    run(tmp_path, images, steps=5, batch=1, accumulation=2)
+    assert [event for event in events if event != "step"] == 2 * [False, True], events
+    assert len(losses(tmp_path)) == 5
     with pytest.raises(ValueError, match="recipe.accumulation 2 -> 1"):
-        run(tmp_path, images, steps=4, batch=1)
+        run(tmp_path, images, steps=5, batch=1)
 
 
 @needs_fork
