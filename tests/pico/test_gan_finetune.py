@@ -98,7 +98,14 @@ def test_steps_move_the_decoder_to_higher_scores_and_the_discriminator_to_tell_i
 def test_the_discriminator_joins_after_a_number_of_updates(tmp_path, monkeypatch):
     kept, asked = {}, []
     monkeypatch.setattr(gan_finetune, "PatchDiscriminator", Brightness)
-    monkeypatch.setattr(gan_finetune, "train", lambda folder, *, step, state, **_: kept.update(step=step, **state))
+
+    def train(folder, *, step, state, **_):
+        for i in (100, 101):
+            step(i)
+        kept.update(step=step, **state)
+        kept["raw"] = [weight.detach().clone() for weight in state["model"].parameters()]
+
+    monkeypatch.setattr(gan_finetune, "train", train)
     monkeypatch.setattr(
         gan_finetune, "reconstruction_loss", lambda x, y, *rest: ((y - x).square().mean(), {"l": y.sum()})
     )
@@ -127,7 +134,13 @@ def test_the_discriminator_joins_after_a_number_of_updates(tmp_path, monkeypatch
         loss_reader=None,
         evaluate=lambda _: {},
     )
+    raw = kept.pop("raw")
     assert set(kept) == {"step", "model", "adversary", "ema", "adversary_optimizer", *optimizers}
+    average = kept["ema"].full()
+    assert all(torch.equal(weight, average[name]) for name, weight in decoder.named_parameters())
+    assert all(not torch.equal(weight, last) for weight, last in zip(decoder.parameters(), raw)), (
+        "not the last update's"
+    )
     weights = [weight.detach().clone() for weight in decoder.parameters()]
     logs = kept["step"](299)
     assert set(logs) == {"l"} and not asked and float(kept["adversary"].scale.detach()) == 0.5

@@ -29,12 +29,16 @@ from dcdd_pico.guided_sections import (
     Scores,
     collect,
     high_frequencies,
+    labels_of,
     macro_f1,
     minus,
+    ratio,
+    row_of,
     rows_of,
     share_name,
 )
-from dcdd_pico.reader import FACTS
+from dcdd_pico.reader import FACTS, fact_labels
+from dcdd_pico.scenes import render_scene
 from dcdd_pico.sections import READ
 from tests.stub_pico import StubReader
 
@@ -96,6 +100,21 @@ def test_rows_differences_and_shares_by_hand():
     paired = bootstrap(lambda k: better[k].mean(), COUNT)
     found = table[minus(TRAINED, VQ)]
     assert (found["ssim: lowest"], found["ssim: highest"]) == pytest.approx((paired.low, paired.high))
+
+
+def test_ratios_are_paired():
+    """Of scores that are always twice those of another way, every resample's ratio is 2."""
+    held = DRAW.uniform(1, 9, COUNT)
+    ours, theirs = (Scores(held={"psnr": factor * held}, real={}, labels={}) for factor in (2.0, 1.0))
+    row = row_of(["psnr"], partial(ratio, ours, theirs), COUNT)
+    assert [row["psnr"], row["psnr: lowest"], row["psnr: highest"]] == pytest.approx(3 * [2.0])
+
+
+def test_labels_are_the_facts_of_the_range_that_is_measured():
+    truth = fact_labels([render_scene("test", 100_000 + k, size=96).facts for k in range(3)])
+    found = labels_of("test", 3)
+    assert set(found) == set(truth) and all(found[name].tolist() == truth[name].tolist() for name in truth)
+    assert any(len(set(values.tolist())) > 1 for values in found.values())
 
 
 def test_frechet_distances_have_the_jackknife_s_interval():

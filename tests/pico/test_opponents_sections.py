@@ -25,11 +25,12 @@ from dcdd_pico.feed_forward import (
     opponent_file,
     save_feed_forward,
 )
-from dcdd_pico.flops import dcdd_flops, feed_forward_flops, load_dcdd, parameters, vq_flops
+from dcdd_pico.flops import dcdd_flops, feed_forward_flops, load_dcdd, parameters, vae_flops, vq_flops
 from dcdd_pico.guided_images import Painters, Way
 from dcdd_pico.guided_sections import RECONSTRUCTION, TEXT, Rulers, minus
 from dcdd_pico.models import load_pico
 from dcdd_pico.opponents_sections import (
+    CODEC,
     DCDD,
     EACH,
     FINE,
@@ -44,6 +45,7 @@ from dcdd_pico.opponents_sections import (
     TOKENS,
     TOTAL,
     VQ,
+    WHOLE,
 )
 from dcdd_pico.sections import SECTIONS, TableOptions, ratio_name
 from tests.stub_pico import StubReader
@@ -165,7 +167,8 @@ def test_each_decoder_has_its_own_time_in_every_round(stubs, monkeypatch):
     def paint(way, given, seeds):
         assert given.tokens.shape == (16, 3) and seeds == range(16)
         order.append(way.name)
-        clock.now += 16 * times[way.name] * (100 if len(order) <= len(times) else 1)
+        # Rounds differ: in each, all decoders take twice as long as in the one before.
+        clock.now += 16 * times[way.name] * (100 if len(order) <= len(times) else 2 ** ((len(order) - 1) // len(times)))
 
     monkeypatch.setattr(opponents_sections.time, "perf_counter", lambda: clock.now)
     stubs.base.given = lambda task, source, part: SimpleNamespace(tokens=torch.zeros(part.stop - part.start, 3))
@@ -173,16 +176,21 @@ def test_each_decoder_has_its_own_time_in_every_round(stubs, monkeypatch):
         painters.paint = paint
     monkeypatch.setattr(opponents_sections, "Painters", lambda **options: stubs.base)
     monkeypatch.setattr(opponents_sections, "bootstrap", partial(bootstrap, resamples=10))
-    costs = {name: {PARAMETERS: 10.0 * k, TOTAL: 3.0 * k} for k, name in enumerate(OFFSETS, 1)}
+    costs = {name: {PARAMETERS: 10.0 * k, TOTAL: 3.0 * k} for k, name in enumerate([*OFFSETS, CODEC], 1)}
     monkeypatch.setattr(opponents_sections, "costs_of", lambda setup, name, others: costs[name])
     setup = SimpleNamespace(pico=None, out=stubs.base.folder, weights=None, images=[None] * COUNT, steps=7)
     table = opponents_sections.measure_latency(setup, rounds=3)
     assert order == 4 * list(OFFSETS)
-    assert {name: table[name][SECONDS] for name in OFFSETS} == pytest.approx(times)
+    assert {name: table[name][SECONDS] for name in OFFSETS} == pytest.approx({n: 4 * t for n, t in times.items()})
     row = table[ratio_name(FINE, DCDD)]
-    assert row[SECONDS] == row[f"{SECONDS}: lowest"] == pytest.approx(4.0 / 10.0)
+    ends = [row[f"{SECONDS}: {end}"] for end in ("lowest", "highest")]
+    assert [row[SECONDS], *ends] == pytest.approx(3 * [4.0 / 10.0]), "within a round the ratio is always the same"
     assert row[PARAMETERS] == pytest.approx(40 / 70) and row[TOTAL] == pytest.approx(4 / 7)
     assert ratio_name(VQ, DCDD) not in table and ratio_name(DCDD, DCDD) not in table
+    assert table[CODEC] == costs[CODEC], "it makes no images of its own"
+    row = table[ratio_name(LARGE, WHOLE)]
+    assert row[PARAMETERS] == pytest.approx(20 / (70 + 80)) and row[TOTAL] == pytest.approx(6 / (21 + 24))
+    assert SECONDS not in row and ratio_name(TOKENS, WHOLE) not in table
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +251,10 @@ def test_each_opponent_paints_from_what_it_reads(setup):
     assert all(not torch.allclose(made[LARGE], made[row], atol=0.01) for row in made if row != LARGE)
     folders = {painters.own_folder for painters in found.values()}
     assert len(folders) == len(found) and {folder.parent for folder in folders} == {base.own_folder}
+    file = setup.work / opponent_file("feed-forward-tokens")
+    save_feed_forward(file, fill(opponents_sections.load_feed_forward(file), 5))
+    again = opponents_sections.opponents(setup, base)[LARGE]
+    assert again.own_folder not in folders, "another training's images are not taken for this one's"
 
 
 @torch.no_grad()
@@ -279,10 +291,13 @@ def test_opponents_of_other_models_are_refused(setup):
         opponents_sections.opponents(SimpleNamespace(**{**vars(setup), "work": setup.work / "empty"}), base)
 
 
+@torch.no_grad()
 def test_costs_are_those_of_trainings(setup):
+    """Counted where gradients are off, as a section is measured."""
     others = opponents_sections.opponents(setup, base_of(setup))
     recipe, vq = Recipe.load(setup.weights), setup.pico.tokenizer.model
-    costs = {name: opponents_sections.costs_of(setup, name, others) for name in (VQ, LARGE, FINE_CONDITION, DCDD)}
+    names = (VQ, LARGE, FINE_CONDITION, DCDD, CODEC)
+    costs = {name: opponents_sections.costs_of(setup, name, others) for name in names}
     assert costs[VQ][EACH] == vq_flops(vq)
     assert costs[VQ][IMAGES] == 8 * (recipe.tokenizer_steps + recipe.vq_decoder_steps)
     assert costs[VQ][PARAMETERS] == parameters(vq.decoder) + parameters(vq.post_quant_conv)
@@ -292,6 +307,16 @@ def test_costs_are_those_of_trainings(setup):
         EACH: dcdd_flops(ours),
         IMAGES: 16 * (recipe.decoder_steps + recipe.post_updates),
         TOTAL: dcdd_flops(ours) * 16 * (recipe.decoder_steps + recipe.post_updates),
+    }
+    vae = setup.pico.codec.model
+    images = recipe.autoencoder_batch * (
+        recipe.autoencoder_before + recipe.autoencoder_steps + recipe.vae_decoder_before + recipe.vae_decoder_steps
+    )
+    assert costs[CODEC] == {
+        PARAMETERS: parameters(vae.decoder),
+        EACH: vae_flops(vae, recipe.size),
+        IMAGES: images,
+        TOTAL: vae_flops(vae, recipe.size) * images,
     }
     each = feed_forward_flops(others[FINE_CONDITION].network)
     assert (costs[FINE_CONDITION][EACH], costs[FINE_CONDITION][IMAGES], costs[FINE_CONDITION][TOTAL]) == (

@@ -3,7 +3,7 @@
 import pytest
 
 from dcdd_pico import opponents_table
-from dcdd_pico.guided_sections import minus
+from dcdd_pico.guided_sections import FRECHET, minus
 from dcdd_pico.opponents_sections import (
     DCDD,
     FINE,
@@ -15,8 +15,10 @@ from dcdd_pico.opponents_sections import (
     TOKENS,
     TOTAL,
     VQ,
+    WHOLE,
 )
-from dcdd_pico.opponents_table import TITLES, tables, verdicts
+from dcdd_pico.opponents_table import MARKS, TITLES, tables, verdicts
+from dcdd_pico.results_table import PUBLISHED
 from dcdd_pico.section_keys import Provenance
 from dcdd_pico.sections import Measured, ratio_name
 from tests.pico.table_commands import written_by
@@ -41,7 +43,13 @@ def lines_of(results):
         ("opponents-text", ratio_name(DCDD, TOKENS), "frechet", True),
         ("opponents-text", ratio_name(LARGE_CONDITION, LARGE), "frechet, text detector", True),
         ("opponents-text", ratio_name(FINE_CONDITION, FINE), "frechet", True),
-        ("opponents-latency", ratio_name(LARGE, DCDD), PARAMETERS, False),
+        ("opponents-latency", ratio_name(LARGE, WHOLE), PARAMETERS, False),
+        ("opponents-reconstruction", ratio_name(DCDD, LARGE_CONDITION), "frechet", True),
+        ("opponents-reconstruction", ratio_name(TOKENS, LARGE), "perceptual, text detector", True),
+        ("opponents-reconstruction", ratio_name(DCDD, FINE_CONDITION), "ssim", False),
+        ("opponents-text", ratio_name(TOKENS, FINE), "frechet, text detector", True),
+        ("opponents-text", ratio_name(DCDD, LARGE_CONDITION), "F1", False),
+        ("opponents-text", ratio_name(DCDD, TOKENS), "F1", False),
         ("opponents-latency", ratio_name(LARGE_CONDITION, DCDD), TOTAL, False),
         ("opponents-latency", ratio_name(FINE, DCDD), SECONDS, False),
         ("opponents-latency", ratio_name(TOKENS, DCDD), TOTAL, False),
@@ -59,9 +67,27 @@ def test_verdicts_need_the_whole_interval(section, row, column, less):
 
 def test_every_claim_has_its_verdict():
     lines = list(lines_of({}).values())[1:]  # without the heads
-    fair, against, distributions = 4 + 4 + 1, 2 * (4 + 2), 3 * 2
+    fair, against, distributions = 4 + 4 + 1, 6 * (5 + 3), 3 * 3
     assert len(lines) == fair + against + distributions
     assert all(line.endswith("| not measured |") for line in lines)
+
+
+def test_an_opponent_that_was_not_trained_has_no_targets_where_others_were_measured():
+    rows = {ratio_name(DCDD, LARGE): cell("frechet", 0.5, 0.6)}
+    lines = lines_of({"opponents-text": rows})
+    text = [name for name in lines if name.startswith("opponents-text")]
+    assert text == [f"opponents-text, {ratio_name(DCDD, LARGE)}: {c}" for c in (*FRECHET, "F1")]
+    other = [line for name, line in lines.items() if name.startswith("opponents-rec")]
+    assert len(other) == 6 * 5 and all(line.endswith("| not measured |") for line in other), "they may be published"
+
+
+def test_what_is_published_of_the_opponents_says_where_it_is_from():
+    text = PUBLISHED[0].read_text("utf-8")
+    block = text.partition(MARKS[0])[2].partition(MARKS[1])[0]
+    parts = [part for part in block.split("\n### ")[1:] if not part.startswith("Targets")]
+    assert [part.splitlines()[0] for part in parts] == list(TITLES.values())
+    assert [one.section for part in parts for one in Provenance.all_in(part)] == list(TITLES)
+    assert "### Targets of the diffusion decoder and its opponents" in block
 
 
 def test_rows_differences_and_ratios_are_tables_of_their_own():
