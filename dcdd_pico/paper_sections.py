@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from dcdd_core.models.bundle import DecoderOptions, load_decoder
-from dcdd_core.models.card import DecoderCard
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.pipelines.condition import condition_for, serving
 from dcdd_core.pipelines.decode import decode
@@ -57,9 +56,6 @@ STEPPED = 512
 #: Numbers of steps for using the decoder itself where a student could be used, and the time shift for them. The shift
 #: was chosen on 256 calibration scenes and captions.
 FEW, FEW_SHIFT = (4, 2, 1), 0.5
-#: Guidance of Janus' sampling for each decoder's images: that at which 512 calibration captions were closest to their
-#: scenes by both networks (`serving`).
-OWN_GUIDANCE = {VQ: 3.0, DCDD: 2.0}
 #: Seed of the jitter for scenes that are rendered a second time.
 _RERENDERED = 1
 _READ = (JANUS, "vae", "decoder.safetensors", "reader.safetensors")
@@ -73,11 +69,6 @@ def anchored_name(anchor: float) -> str:
 def few_name(steps: int) -> str:
     """Name of the row of few steps."""
     return f"{steps_name(steps)} at shift {FEW_SHIFT:g}"
-
-
-def guidance_name(name: str, guidance: float) -> str:
-    """Name of the row of a decoder at a guidance of Janus' sampling."""
-    return f"{name}, guidance {guidance:g}"
 
 
 def with_ratios(scores: Mapping[str, Scores], columns: Sequence[str], baseline: str) -> Rows:
@@ -185,18 +176,6 @@ def _in_few_steps(setup: EvalSetup, task: Task, columns: Sequence[str]) -> Rows:
     return with_ratios(scores, columns, ways[0].name)
 
 
-def measure_own_guidance(setup: EvalSetup) -> Rows:
-    """Text to image with tokens sampled at the guidance that suits the VQ-VAE decoder, and at that which suits DCDD.
-
-    Ratios are to the VQ-VAE decoder at its own guidance. The rest of the calibration stays that of the card.
-    """
-    scores = {}
-    for guidance in sorted(set(OWN_GUIDANCE.values()), reverse=True):
-        ways = [Way(name=guidance_name(VQ, guidance), paints="vq"), _trained(setup, guidance_name(DCDD, guidance))]
-        scores |= collect(_sampling(Rulers.of(setup), guidance), ways, "text", "test", len(setup.images))
-    return with_ratios(scores, TEXT, guidance_name(VQ, OWN_GUIDANCE[VQ]))
-
-
 def measure_ablation(setup: EvalSetup) -> Rows:
     """The paper's Table 4: what a decoder is conditioned on, with one row for each decoder of `setup.ablation`.
 
@@ -249,29 +228,10 @@ def _reading(rulers: Rulers, reads: str) -> Rulers:
     return replace(rulers, painters=own)
 
 
-def _sampling(rulers: Rulers, guidance: float) -> Rulers:
-    """Rulers for images of tokens sampled at a guidance."""
-    painters = rulers.painters
-    if guidance == painters.pico.decoder.card.calibration.guidance:
-        return rulers
-    name = f"{painters.name}guidance-{guidance:g}-"
-    return replace(rulers, painters=replace(painters, pico=sampling_at(painters.pico, guidance), name=name))
-
-
 def reading(pico: Models, reads: str) -> Models:
     """The same models, with the decoder reading the VLM's output in another way; the weights are shared."""
-    return _with_card(pico, serving(pico.decoder.card, reads=reads))
-
-
-def sampling_at(pico: Models, guidance: float) -> Models:
-    """The same models, with another guidance of the VLM's sampling; the weights are shared."""
-    card = pico.decoder.card
-    return _with_card(pico, serving(card, calibration=replace(card.calibration, guidance=guidance)))
-
-
-def _with_card(pico: Models, card: DecoderCard) -> Models:
     decoder = copy.copy(pico.decoder)
-    decoder.card = card
+    decoder.card = serving(decoder.card, reads=reads)
     return replace(pico, decoder=decoder)
 
 
@@ -283,7 +243,6 @@ SECTIONS.update(
         "steps": Section(measure_steps, _READ),
         "few": Section(measure_few, _READ),
         "few-text": Section(measure_few_text, _READ),
-        "own-guidance": Section(measure_own_guidance, _READ),
         "ablation": Section(measure_ablation, _READ),
     }
 )

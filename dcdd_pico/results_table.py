@@ -18,9 +18,8 @@ from dcdd_core.files import write_text
 from . import llamagen_sections, opponents_sections, progressive_sections  # noqa: F401  add to SECTIONS
 from .embedded import WEIGHTS
 from .flops import flops_of
-from .guided_sections import FRECHET
 from .interval_tables import BETTER, TARGET_HEADS, section_texts, target, write_into
-from .paper_sections import OWN_GUIDANCE, RECONSTRUCTION, TEXT, few_name, guidance_name
+from .paper_sections import RECONSTRUCTION, TEXT, few_name
 from .section_keys import NO_KEY, ROOT, Provenance, code_hash, files_hash
 from .sections import (
     DCDD,
@@ -39,9 +38,9 @@ from .sections import (
 )
 
 #: The sections of the tables (the ablation only if its decoders have been trained).
-TABLE = ("reconstruction", "text", "own-guidance", "steps", "few", "few-text", "ablation", "calibration", "reader")
+TABLE = ("reconstruction", "text", "steps", "few", "few-text", "ablation", "calibration", "reader")
 #: The sections of the report.
-REPORT = (*(name for name in TABLE if name not in ("own-guidance", "few", "few-text")), "latency")
+REPORT = (*(name for name in TABLE if name not in ("few", "few-text")), "latency")
 #: Title of the table that is not a section.
 FLOPS = "Training FLOPs"
 
@@ -56,14 +55,11 @@ TARGETED = {
     "means": "Table 4",
     "steps": "Table 6",
     "text": "text to image",
-    "own-guidance": "each at its own guidance",
     "few": "few steps, reconstruction",
     "few-text": "few steps, text to image",
 }
 #: Within 2 % of the baseline, by which scores are better.
 _WITHIN = {"↓": ("at most", 1.02), "↑": ("at least", 0.98)}
-#: Both decoders' rows, each at its own guidance.
-_OWN = tuple(guidance_name(name, OWN_GUIDANCE[name]) for name in (DCDD, VQ))
 
 #: Section, row, the baseline's row, column, and the bound on the ratio of the two rows.
 TARGETS = (
@@ -75,7 +71,6 @@ TARGETS = (
     ("text", SERVED, VQ, "frechet, text detector", "at most", 0.75),
     *(("text", SERVED, VQ, f"F1 {fact}", "at least", 0.99) for fact in READ),
     ("text", SERVED, VQ, "F1", "at least", 1.02),
-    *(("own-guidance", *_OWN, column, "at most", 0.75) for column in FRECHET),
     ("steps", steps_name(10), VQ, "frechet", "at most", 1.0),
     ("steps", steps_name(10), VQ, "perceptual", "at most", 1.0),
     ("steps", steps_name(10), VQ, "ssim", "at least", 1.0),

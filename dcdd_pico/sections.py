@@ -235,7 +235,6 @@ SECTIONS: dict[str, Section] = {
 TITLES = {
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
     "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
-    "own-guidance": "Text to image, each decoder at the guidance of Janus that suits it best",
     "steps": "Number of Euler steps, on the first 512 scenes (the paper's Table 6)",
     "few": "The same decoder in few steps, without distillation: reconstruction",
     "few-text": "The same decoder in few steps, without distillation: text to image",

@@ -82,7 +82,6 @@ class Painters:
         self.painted.append((self.name, way, task, source, part.start))
         reads = self.pico.decoder.card.reads
         moved = OFFSETS[way.paints if way.paints != "trained" else reads] + (way.steps - 10) / 1000
-        moved += (self.pico.decoder.card.calibration.guidance - 3) / 20
         return guided_sections.scene_pixels(guided_sections.originals(source, part), "cpu") + moved, 0.25
 
 
@@ -226,28 +225,6 @@ def test_few_steps_are_compared_with_the_card_s_own(setup, task, measure):
         assert rows[ratio_name(name, "DCDD, 10 steps")]["frechet"] == pytest.approx((offset / 0.25) ** 2, rel=1e-3)
     assert {row["images"] for row in rows.values()} == {IMAGES}
     assert ("ssim" in rows["DCDD, 10 steps"]) == (task == "reconstruction")
-
-
-def test_each_decoder_is_measured_at_both_guidances_and_compared_at_its_own(setup):
-    rows = paper_sections.measure_own_guidance(setup)
-    offsets = {
-        f"{VQ}, guidance 3": OFFSETS["vq"],
-        f"{DCDD}, guidance 3": OFFSETS["anchored"],
-        f"{VQ}, guidance 2": OFFSETS["vq"] - 0.05,
-        f"{DCDD}, guidance 2": OFFSETS["anchored"] - 0.05,
-    }
-    base = next(iter(offsets))
-    assert list(rows) == [*offsets, *(ratio_name(name, base) for name in offsets if name != base)]
-    for name, offset in offsets.items():
-        assert_row(rows[name], {c: expected(offset)[c] for c in ("frechet", "frechet, text detector")})
-        if name != base:
-            assert_ratio(rows, name, base, (offset, OFFSETS["vq"]))
-    assert {row["images"] for row in rows.values()} == {IMAGES}
-    assert {(name, task, source) for name, _, task, source, _ in setup.painted} == {
-        ("", "text", "test"),
-        ("guidance-2-", "text", "test"),
-    }, "images of the card's guidance are kept with the other tables'"
-    assert setup.pico.decoder.card.calibration.guidance == 3, "the loaded card is left as it is"
 
 
 def test_table_4_names_the_decoders_that_it_measures(setup, monkeypatch, tmp_path):

@@ -128,7 +128,6 @@ def test_markdown_holds_every_number():
 def test_the_targets_are_those_that_were_set():
     facts = [("text", SERVED, VQ, f"F1 {fact}", "at least", 0.99) for fact in ("shape", "colour", "texture", "place")]
     two = ("DCDD, 2 steps at shift 0.5", "DCDD, 10 steps")
-    own = (f"{DCDD}, guidance 2", f"{VQ}, guidance 3")
     assert list(TARGETS) == [
         ("reconstruction", DCDD, VQ, "frechet", "at most", 0.4),
         ("reconstruction", DCDD, VQ, "frechet, text detector", "at most", 0.75),
@@ -138,8 +137,6 @@ def test_the_targets_are_those_that_were_set():
         ("text", SERVED, VQ, "frechet, text detector", "at most", 0.75),
         *facts,
         ("text", SERVED, VQ, "F1", "at least", 1.02),
-        ("own-guidance", *own, "frechet", "at most", 0.75),
-        ("own-guidance", *own, "frechet, text detector", "at most", 0.75),
         ("steps", steps_name(10), VQ, "frechet", "at most", 1),
         ("steps", steps_name(10), VQ, "perceptual", "at most", 1),
         ("steps", steps_name(10), VQ, "ssim", "at least", 1),
