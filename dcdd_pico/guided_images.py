@@ -262,7 +262,7 @@ def guide_of(painters: Painters, way: Way, given: Given) -> TokenGuide:
         pico.tokenizer,
         pico.codec,
         given.condition,
-        scale=pico.decoder.card.calibration.scale,
+        scale=pico.decoder.card.calibration.sharpness,
         options=way.guidance,
         decode=painters.cheap if way.cheap else None,
     )

@@ -296,12 +296,14 @@ def served(card: DecoderCard, token_logits: TokenLogits) -> DecoderCard:
     If an embedded VLM has a calibration of its own, that one replaces the card's calibration for another VLM.
     """
     calibration = card.calibration
-    if calibration is None or card.variant == "discrete" or card.reads == "tokens":
+    if calibration is None or card.variant == "discrete":
         return card
     sampled = token_logits.source == "vlm" and not token_logits.calibrated
     if sampled and calibration.vlm != token_logits.model and same_codebook(card.codebook, token_logits.codebook):
         calibration = _own_calibration(token_logits.model) or calibration
-    return replace(card, calibration=without_provenance(token_logits, calibration))
+    if card.reads != "tokens":  # proxies of tokens do not depend on how these were sampled
+        calibration = without_provenance(token_logits, calibration)
+    return replace(card, calibration=calibration)
 
 
 def _own_calibration(model: str) -> Calibration | None:

@@ -300,7 +300,7 @@ class SharpenToTokens(io.ComfyNode):
         size = _fitting(own, codec.factor)
 
         def run(k: int) -> torch.Tensor:
-            comfy_host.bring(gradient_memory(size, codec.network, codec.factor, size))
+            comfy_host.bring(gradient_memory(size, codec.network, codec.factor, own))
             soft = tokens.soft[k : k + 1]
             unit = codec.of_unit_spread(soft if size == own else _stretched(soft, size))
             guide = tokens.guide(k, unit, size, GuidanceOptions(strength=strength))

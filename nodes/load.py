@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -249,8 +248,9 @@ class DownloadModel(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model: str) -> str | float:
         path = _offer(model)[2]
-        # NaN equals nothing: a file that is missing is downloaded, even if it was missing before the last run too.
-        return model_folders.state_of(path) if path.exists() else math.nan
+        # A new NaN equals nothing: a missing file is downloaded, even if it was missing before the last run too. (The
+        # one of `math` is always the same object, which a cache takes for equal.)
+        return model_folders.state_of(path) if path.exists() else float("nan")
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:

@@ -52,7 +52,7 @@ class MappedCondition(Condition):
         token_size: pixels per token, along each side.
         model, source, calibrated: those of the token logits.
         card: that of the decoder for which the LCDM Encoder calibrated; None if no decoder was connected.
-        sharpness: s of the calibration that was used, the decoder's or an embedded VLM's own; None without one.
+        sharpness: s of the card's calibration, or of an embedded VLM's own; None without one.
     """
 
     token_size: int

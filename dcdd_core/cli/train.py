@@ -46,7 +46,6 @@ _LESS_MEMORY = (
     "out of memory: resume the run with --checkpointing, or start a new one with a smaller --batch and more "
     "--accumulate, --optimizer adamw8bit, --train lora, or FSDP (configs/accelerate)"
 )
-_RESUMED = "run the same command again to resume from the newest checkpoint"
 
 
 @printable_output()
@@ -80,7 +79,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> i
     except TrainingStopped as stopped:  # Its message has been printed.
         return stopped.status
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; {getattr(args, 'resumed', _RESUMED)}", file=sys.stderr)
+        how = "run the same command again to go on, a training from its newest checkpoint"
+        print(f"{prog}: interrupted; {how}", file=sys.stderr)
         return 130
     return 0
 
@@ -222,7 +222,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         description="Estimates the memory and time of a training. No weights are loaded: shapes are enough. That "
         "of a masked sampler is estimated by `train.py progressive --estimate`.",
     )
-    command.set_defaults(run=estimate.run, resumed="nothing was written")
+    command.set_defaults(run=estimate.run)
     estimate.add_arguments(command, path)
     train_progressive.add(commands)
     return top
@@ -370,7 +370,6 @@ def _add_cache(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(
         run=cache,
         less_memory="out of memory: run the same command again with a smaller --batch; what was written is kept",
-        resumed="run the same command again to go on",
     )
     _add_common(command)
     command.add_argument("--data", type=path_text, required=True, help="images, as for training")

@@ -79,7 +79,7 @@ def labelled_grid(
 
     Args:
         rows: pixels [3, H, W] in -1..1, one image per column in each row.
-        side: height in pixels of each image in the grid; the columns are as wide as the widest image.
+        side: height in pixels of each image in the grid; columns are as wide, or as the widest image if that is wider.
 
     Raises:
         ValueError: if a row does not have one image per column, or there is not one caption per row.
@@ -90,7 +90,7 @@ def labelled_grid(
             f"caption), got rows of {[len(row) for row in rows]}"
         )
     gap, head, line = 12, 66 if title else 34, 26
-    wide = max((_width(pixels, side) for row in rows for pixels in row), default=side)
+    wide = max([side, *(_width(pixels, side) for row in rows for pixels in row)])
     width = gap + len(columns) * (wide + gap)
     sheet = Image.new("RGB", (width, head + len(rows) * (side + line + gap)), _PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -274,5 +274,6 @@ def _has(file: Path, text: str) -> bool:
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     while text and font.getlength(text) > width:
-        text = text[:-2].rstrip(" …") + "…"
+        shorter = text[:-2].rstrip(" …")
+        text = shorter and shorter + "…"
     return text

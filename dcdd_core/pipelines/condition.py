@@ -90,10 +90,11 @@ def serving(
     if calibration is not None and card.variant != "lcdm+lc":
         raise ValueError(f"this decoder was trained on {card.variant!r} conditions: it takes no calibration")
     used = calibration or card.calibration
-    if reads is not None and card.variant == "discrete":
-        raise ValueError(f"this decoder was trained on tokens alone, and reads nothing else: leave out {reads!r}")
-    if reads == "anchored" and used is None:
-        raise ValueError("anchored logits need a calibration, and this decoder has none: read the logits or the tokens")
+    if not can_read(replace(card, calibration=used), reads):
+        raise ValueError(
+            f"reads={reads!r} would do nothing: this decoder "
+            f"{'was trained on tokens alone' if card.variant == 'discrete' else 'has no calibration to anchor with'}"
+        )
     if anchor is not None:
         if used is None:
             raise ValueError("the anchor belongs to a calibration, and this decoder has none")
@@ -101,6 +102,14 @@ def serving(
             raise ValueError(f"an anchor and reading the {reads} alone exclude each other: give one of them")
         used, reads = replace(used, anchor=anchor), "anchored"
     return replace(card, calibration=used, reads=reads or card.reads)
+
+
+def can_read(card: DecoderCard, reads: str | None) -> bool:
+    """Whether a decoder reads a VLM's output in this way (one of `models.card.READINGS`, or None for its own): one of
+    tokens alone reads nothing else, and anchored logits need a calibration."""
+    if card.variant == "discrete":
+        return reads in (None, "tokens")
+    return reads != "anchored" or card.calibration is not None
 
 
 def discrete_condition(token_logits: TokenLogits, codebook: Codebook) -> Condition:

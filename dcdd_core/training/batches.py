@@ -117,6 +117,11 @@ class Wrapped:
         """See `Source`."""
         return self.source.policy
 
+    @property
+    def min_side(self) -> int | None:
+        """Of the source, if it leaves out images for their size."""
+        return getattr(self.source, "min_side", None)
+
     def load(self, entry: Entry) -> Any:
         """See `Source.load`."""
         return self.source.load(entry)
@@ -262,19 +267,21 @@ class Batches(Generic[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         items = []
         epoch, searched = self._at[0], -1
-        useless = self._at[1] == 0  # whether no item of the epoch could be used, if it was read from its start
+        # Epochs in a row without an item that could be used; each gives a process another part of the images.
+        useless, idle = 0, self._at[1] == 0
         for at, item in load_in_order(self.source, self._entries(), workers=self.workers):
             if at[0] != epoch:
                 self.counter.check(self.source)
-                if useless:
+                useless = useless + 1 if idle else 0
+                if useless == self.shard.world:
                     raise ValueError(
                         f"none of the images of {self.source.name} can be used any more: they have become unreadable, "
                         "or --min-side has been raised"
                     )
-                epoch, useless = at[0], True
+                epoch, idle = at[0], True
             if self.counter.admit(item, self.source.name):
                 items.append(item)
-                useless = False
+                idle = False
             elif searched != epoch and self._too_many():
                 self._search(at)
                 searched = epoch
@@ -344,10 +351,8 @@ class Batches(Generic[Batch]):
             ValueError: if it is of another source, smallest side, seed, rank, number of processes, or window.
         """
         own = {"source": self.source.fingerprint, **asdict(self.shard)}
-        if "min_side" in state:  # older states do not say it
+        if state.get("min_side") is not None:  # older states do not say it
             own["min_side"] = self._min_side
-        if state.get("mark") is None:
-            del own["window"]  # only streams read in windows
         differ = [f"{name} {state.get(name)!r} -> {value!r}" for name, value in own.items() if state.get(name) != value]
         if state.get("source") != own["source"]:
             differ[0] = f"{self.source.name} does not hold the same images"

@@ -255,12 +255,16 @@ class Plan:
     def _card_of(self, encoders: Encoders, calibration: Calibration | None) -> dict[str, Any]:
         """The card's fields about the encoders and the conditions."""
         tokenizer, codec = encoders.tokenizer, encoders.codec
+        calibration = self._calibration(tokenizer, calibration)
+        idle = {"logits", "anchored"} if self.variant == "discrete" else {"anchored"} if calibration is None else set()
+        if self.reads in idle:
+            raise ValueError(f"--reads {self.reads} would do nothing with --variant {self.variant}: leave it out")
         return {
             "tokenizer": tokenizer.name,
             "codebook": tokenizer.codebook.fingerprint,
             "code_dim": tokenizer.codebook.dim,
             "variant": self.variant,
-            "calibration": self._calibration(tokenizer, calibration),
+            "calibration": calibration,
             "resolution": encoders.geometry.resolution,
             "pixels_per_token": encoders.geometry.pixels_per_token,
             "vae_factor": codec.factor,

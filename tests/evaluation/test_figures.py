@@ -54,7 +54,7 @@ def test_a_sheet_holds_every_image():
 
 
 def test_wide_and_tall_images_are_shown_whole():
-    for size in ((20, 40), (40, 20)):
+    for size in ((20, 40), (40, 20), (40, 40)):
         row = [torch.full((3, *size), value) for value in (-0.5, 0.5, 0.0)]
         sheet = np.asarray(labelled_grid([row], columns=("a", "b", "c"), captions=("x",), side=40))
         areas = [(sheet == value).all(-1).sum() for value in (64, 191, 128)]
@@ -67,6 +67,15 @@ def test_names_of_columns_stay_above_their_own():
         np.asarray(labelled_grid([row], columns=(name, "b"), captions=("x",), side=40)) for name in ("", "W" * 50)
     )
     assert (short[:34, 12 + 40 + 6 :] == long[:34, 12 + 40 + 6 :]).all() and (short[:34] != long[:34]).any()
+
+
+def test_a_text_without_room_is_left_out():
+    """Also the dots that stand for what was cut."""
+    row = [torch.zeros(3, 400, 10)]
+    tall = labelled_grid([row], columns=("VQ-VAE decode",), captions=("x",), side=20)
+    assert tall.width == 12 + 20 + 12, "a column is as wide as its images are high, at least"
+    font = figures.ImageFont.load_default(size=15)
+    assert figures._fitting("some words", font, 2) == "" and figures._fitting("ab", font, 1000) == "ab"
 
 
 def test_signs_beyond_ascii_are_drawn():

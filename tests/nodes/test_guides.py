@@ -406,6 +406,16 @@ def test_a_sharpened_image_has_janus_size_or_the_nearest_that_the_vae_makes(fact
     assert bool(notices) == (size != 104) and all("96 x 96" in notice for notice in notices)
 
 
+def test_a_model_that_is_missing_is_downloaded_again_each_time(nodes, monkeypatch, tmp_path):
+    load = nodes["load"]
+    monkeypatch.setattr(load, "_offer", lambda model: (None, tmp_path, tmp_path / "model.safetensors"))
+    first, second = (load.DownloadModel.fingerprint_inputs("model") for _ in range(2))
+    # A dict, as ComfyUI's cache is one, takes an object for equal to itself even if it is NaN.
+    assert second not in {first: "path"}
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    assert len({load.DownloadModel.fingerprint_inputs("model") for _ in range(2)}) == 1
+
+
 def test_progress_over_a_split_batch_only_rises(nodes):
     """Five images, painted as 3 and 2 in steps of four."""
     over = nodes["host"].over_batch

@@ -48,6 +48,18 @@ def test_a_decoder_without_calibration_takes_none(codebook, grid):
         serving(card, anchor=1.0)
 
 
+def test_a_reading_that_would_do_nothing_is_refused():
+    bare, discrete = tiny_card(variant="lcdm", calibration=None), tiny_card(variant="discrete", calibration=None)
+    assert serving(bare, reads="logits").reads == "logits" and serving(discrete, reads="tokens").reads == "tokens"
+    for card, reads, words in (
+        (bare, "anchored", "has no calibration"),
+        (discrete, "anchored", "tokens alone"),
+        (discrete, "logits", "tokens alone"),
+    ):
+        with pytest.raises(ValueError, match=f"reads='{reads}' would do nothing: this decoder .*{words}"):
+            serving(card, reads=reads)
+
+
 def test_an_anchor_and_the_tokens_alone_exclude_each_other():
     with pytest.raises(ValueError, match="exclude"):
         serving(tiny_card(), anchor=1.0, reads="tokens")

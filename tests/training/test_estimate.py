@@ -123,11 +123,11 @@ def test_what_does_not_fit_is_told_with_what_is_left_to_try(cost):
 def test_every_option_reaches_the_setup(base, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(estimate, "cost_of", lambda setup: seen.append(setup) or cost_of(setup))
-    options = "--train all --rank 3 --precision no --tflops 9 --checkpointing --accumulate 3 --optimizer adamw8bit"
+    options = "--train lora --rank 3 --precision no --tflops 9 --checkpointing --accumulate 3 --optimizer adamw8bit"
     options += " --no-average --localised 0.5 --cached --sharding fsdp --gpus 2 --memory 5 --utilisation 0.5"
     options += " --student-steps 2 --teacher-steps 9 --objective consistency"
     said(*base, *SIZES, *options.split())
-    wanted = {"rank": 3, "train": "all", "precision": "no", "checkpointing": True, "accumulate": 3, "gpus": 2}
+    wanted = {"rank": 3, "train": "lora", "precision": "no", "checkpointing": True, "accumulate": 3, "gpus": 2}
     wanted |= {"optimizer": "adamw8bit", "average": False, "localised": 0.5, "cached": True, "sharding": "fsdp"}
     wanted |= {"student_steps": 2, "teacher_steps": 9, "objective": "consistency"}
     assert seen == [TrainingSetup(**SMALL, **wanted)]
@@ -205,6 +205,8 @@ def test_the_vlm_s_conditions_are_counted_at_every_step_or_once_in_the_cache(tmp
     assert "Before, once: Janus-Pro-7B in `train.py cache --vlm-conditions`, 16 images at a time" in printed
     with pytest.raises(ValueError, match="--vlm-model would do nothing without --vlm-conditions"):
         said(*options, "--vlm-model", "Janus-Pro-7B")
+    with pytest.raises(ValueError, match="--rank would do nothing without --train lora"):
+        said(*options, "--rank", "3")
     with pytest.raises(ValueError, match="vlm-conditions must be a finite number in 0..1, got 2"):
         said(*options, "--vlm-conditions", "2")
 

@@ -5,6 +5,7 @@ import weakref
 from functools import cache
 from itertools import groupby
 
+import diffusers
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -361,7 +362,7 @@ def test_blocks_are_rounded_one_by_one_as_they_come(bundle, reads, monkeypatch):
 
 
 def test_an_older_diffusers_cannot_stream_them(bundle, monkeypatch):
-    monkeypatch.setattr(bundles.diffusers, "__version__", "0.37.1")
+    monkeypatch.setattr(diffusers, "__version__", "0.37.1")
     with pytest.raises(ValueError, match=r"diffusers 0.38 or newer, this is 0.37.1: upgrade it"):
         load_decoder(bundle, options=DecoderOptions(eight_bit=True, streamed=True))
 
