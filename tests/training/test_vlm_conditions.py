@@ -421,7 +421,11 @@ def test_two_processes_train_on_them(pico, images, tmp_path):
     ("options", "words"),
     [
         ({"vlm-conditions": 1.5}, "vlm-conditions must be a finite number in 0..1, got 1.5"),
-        ({"variant": "discrete"}, "needs a decoder with a calibration, which says how the VLM is guided"),
+        ({"variant": "discrete"}, "--reads anchored would do nothing with --variant discrete: leave it out"),
+        (
+            {"variant": "discrete", "reads": None},
+            "needs a decoder with a calibration, which says how the VLM is guided",
+        ),
         ({"reads": "tokens"}, "is served the sampled tokens alone (its card reads 'tokens')"),
         ({"calibration": "unguided"}, "does not say with which guidance the VLM was sampled"),
         ({"vlm-conditions": 0, "caption-column": "text"}, "without --vlm-conditions no captions are read"),
