@@ -39,7 +39,7 @@ def test_every_node_runs_with_progress_and_previews(server, graph):
     assert_reported(run.progress["paint"], [(k, 4) for k in range(1, 5)])
     assert run.progress["paint"][-4:] == [(k, 4) for k in range(1, 5)], "one report a step, for each has a preview"
     assert run.previews["paint"] == 4 and run.previews["repaint"] == 4, "one preview a step"
-    for node, count in {"scene": 2, "encode": 2, "map": 2, "decode": 2, "statistics": 3}.items():
+    for node, count in {"scene": 2, "encode": 2, "map": 2, "decode": 2, "statistics": 6}.items():
         assert run.progress[node][-1] == (count, count)
     assert run.progress["map"] == run.progress["decode"] == [(1, 2), (2, 2)], "one report an image"
     assert run.previews["encode"] == 2 and run.previews["decode"] == 2
