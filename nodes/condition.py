@@ -8,8 +8,8 @@ from comfy_api.latest import io
 
 from ..dcdd_core.evaluation.figures import heat_map
 from ..dcdd_core.method.uncertainty import Feature, doubt_map, grow_mask, mask_to_pixels, threshold_doubt
-from ..dcdd_core.models.card import DecoderCard
-from ..dcdd_core.pipelines.condition import can_read, condition, serving
+from ..dcdd_core.models.card import DecoderCard, why_not_read
+from ..dcdd_core.pipelines.condition import condition, serving
 from ..dcdd_core.protocols import ImageTokenizer
 from ..dcdd_core.types import TokenLogits
 from . import checks, host
@@ -235,8 +235,7 @@ def _card(decoder: Decoder | None, reads: str | None) -> DecoderCard | None:
         return None
     expect(decoder, Decoder, "decoder", "connect a Load DCDD Decoder")
     card = decoder.decoder.idle.card
-    if not can_read(card, reads):
-        why = "was trained on tokens alone" if card.variant == "discrete" else "has no calibration to anchor with"
+    if why := why_not_read(reads, variant=card.variant, calibrated=card.calibration is not None):
         host.notice(f"reads has no effect: this decoder {why}")
         return card
     return serving(card, reads=reads)

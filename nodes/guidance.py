@@ -19,6 +19,7 @@ from einops import rearrange
 
 from ..dcdd_core.method.guidance import WEIGHTS
 from ..dcdd_core.pipelines.guided import MOST_STRENGTH, GuidanceOptions, at_grid, sharpen
+from ..dcdd_core.pipelines.images import stretched
 from ..dcdd_core.pipelines.oom import one_by_one
 from ..dcdd_core.protocols import ImageTokenizer
 from ..dcdd_core.types import Calibration, TokenLogits
@@ -244,8 +245,7 @@ class TokenGuideLatent(io.ComfyNode):
         size = (height or own[0], width or own[1])
         fits = _fitting(size, factor)
         tell_stretch(fits, own)
-        pixels = _stretched(tokens.soft, fits) if fits != own else tokens.soft
-        image = image_of(pixels)
+        image = image_of(stretched(tokens.soft, fits))
         denoise = start if model is None else denoise_from(model.get_model_object("model_sampling"), start)
         return io.NodeOutput({"samples": vae.encode(image).float()}, denoise, image)
 
@@ -301,8 +301,7 @@ class SharpenToTokens(io.ComfyNode):
 
         def run(k: int) -> torch.Tensor:
             comfy_host.bring(gradient_memory(size, codec.network, codec.factor, own))
-            soft = tokens.soft[k : k + 1]
-            unit = codec.of_unit_spread(soft if size == own else _stretched(soft, size))
+            unit = codec.of_unit_spread(stretched(tokens.soft[k : k + 1], size))
             guide = tokens.guide(k, unit, size, GuidanceOptions(strength=strength))
 
             def show(done: int, _: int, z: torch.Tensor) -> None:
@@ -385,11 +384,6 @@ def _fitting(size: tuple[int, int], factor: int) -> tuple[int, int]:
     if (height, width) != size:
         host.notice(f"this VAE takes sides of multiples of {factor} pixels: the latent is of {in_words(height, width)}")
     return height, width
-
-
-def _stretched(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """[B, 3, H, W] in -1..1 at another size, in -1..1."""
-    return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> i
     except TrainingStopped as stopped:  # Its message has been printed.
         return stopped.status
     except KeyboardInterrupt:
-        how = "run the same command again to go on, a training from its newest checkpoint"
+        how = "run the same command again to continue; a training resumes from its newest checkpoint"
         print(f"{prog}: interrupted; {how}", file=sys.stderr)
         return 130
     return 0

@@ -27,6 +27,19 @@ LATER = frozenset(_OFF)
 _LARGEST = 2**16
 
 
+def why_not_read(reads: str | None, *, variant: str, calibrated: bool) -> str:
+    """Why a decoder's images would not change with one of `READINGS`, to follow "this decoder"; "" if they can.
+
+    Args:
+        reads: None for the decoder's own.
+        variant: one of `VARIANTS`.
+        calibrated: whether the decoder has a calibration, to which the anchor belongs.
+    """
+    if variant == "discrete" and reads not in (None, "tokens"):
+        return "was trained on tokens alone"
+    return "has no calibration to anchor with" if reads == "anchored" and not calibrated else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServedGuidance:
     """The distribution guidance that a decoder paints best with.

@@ -9,7 +9,7 @@ import torch
 
 from ..method.calibration import proxy_logits
 from ..method.lcdm import map_logits
-from ..models.card import DecoderCard
+from ..models.card import DecoderCard, why_not_read
 from ..types import Calibration, Codebook, Condition, TokenLogits
 from .host import PLAIN, Host
 from .oom import one_by_one
@@ -90,11 +90,8 @@ def serving(
     if calibration is not None and card.variant != "lcdm+lc":
         raise ValueError(f"this decoder was trained on {card.variant!r} conditions: it takes no calibration")
     used = calibration or card.calibration
-    if not can_read(replace(card, calibration=used), reads):
-        raise ValueError(
-            f"reads={reads!r} would do nothing: this decoder "
-            f"{'was trained on tokens alone' if card.variant == 'discrete' else 'has no calibration to anchor with'}"
-        )
+    if why := why_not_read(reads, variant=card.variant, calibrated=used is not None):
+        raise ValueError(f"reads={reads!r} would do nothing: this decoder {why}")
     if anchor is not None:
         if used is None:
             raise ValueError("the anchor belongs to a calibration, and this decoder has none")
@@ -102,14 +99,6 @@ def serving(
             raise ValueError(f"an anchor and reading the {reads} alone exclude each other: give one of them")
         used, reads = replace(used, anchor=anchor), "anchored"
     return replace(card, calibration=used, reads=reads or card.reads)
-
-
-def can_read(card: DecoderCard, reads: str | None) -> bool:
-    """Whether a decoder reads a VLM's output in this way (one of `models.card.READINGS`, or None for its own): one of
-    tokens alone reads nothing else, and anchored logits need a calibration."""
-    if card.variant == "discrete":
-        return reads in (None, "tokens")
-    return reads != "anchored" or card.calibration is not None
 
 
 def discrete_condition(token_logits: TokenLogits, codebook: Codebook) -> Condition:

@@ -19,6 +19,7 @@ from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_number
 from ..types import Codebook, Condition, same_codebook
 from .host import PLAIN, Host
+from .images import stretched
 from .oom import is_out_of_memory, one_by_one
 from .tiles import LEAST_TILE, Decode, decode_in_tiles, gradient_at_once, gradient_in_tiles
 
@@ -369,9 +370,7 @@ def soft_latents(
 
     def latents(k: int) -> torch.Tensor:
         pixels = tokenizer.decode_vectors(condition.part(k, k + 1).code_vectors, condition.grid)
-        if size is not None and tuple(pixels.shape[2:]) != tuple(size):
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1)
-        return codec.normalize(codec.encode(pixels))
+        return codec.normalize(codec.encode(pixels if size is None else stretched(pixels, size)))
 
     return torch.cat(list(one_by_one(latents, len(condition.code_vectors), host)))
 

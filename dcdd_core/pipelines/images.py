@@ -15,6 +15,7 @@ import PIL.features
 import PIL.Image
 import PIL.ImageOps
 import torch
+import torch.nn.functional as F
 
 from ..files import regular_file
 
@@ -140,6 +141,13 @@ def square(image: PIL.Image.Image, side: int) -> torch.Tensor:
 def to_tensor(image: PIL.Image.Image) -> torch.Tensor:
     """An RGB image as it is, uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def stretched(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Images [B, 3, H, W] in -1..1 at (H, W) = `size`, in -1..1; bicubic, antialiased."""
+    if tuple(pixels.shape[2:]) == tuple(size):
+        return pixels
+    return F.interpolate(pixels, tuple(size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def to_pixels(images: torch.Tensor, device: torch.device | str) -> torch.Tensor:

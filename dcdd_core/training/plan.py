@@ -13,7 +13,7 @@ import torch
 from .. import registry
 from ..files import in_file, open_tensors
 from ..models.bundle import DecoderOptions, load_decoder, read_card, save_bundle
-from ..models.card import DecoderCard, Distilled
+from ..models.card import DecoderCard, Distilled, why_not_read
 from ..models.checkpoints import load_strictly
 from ..models.decoder import DistributionConditionedDecoder
 from ..pipelines.load import check_codec
@@ -256,8 +256,7 @@ class Plan:
         """The card's fields about the encoders and the conditions."""
         tokenizer, codec = encoders.tokenizer, encoders.codec
         calibration = self._calibration(tokenizer, calibration)
-        idle = {"logits", "anchored"} if self.variant == "discrete" else {"anchored"} if calibration is None else set()
-        if self.reads in idle:
+        if why_not_read(self.reads, variant=self.variant, calibrated=calibration is not None):
             raise ValueError(f"--reads {self.reads} would do nothing with --variant {self.variant}: leave it out")
         return {
             "tokenizer": tokenizer.name,

@@ -19,6 +19,7 @@ from ..models.checkpoints import fingerprint_of
 from ..models.decoder import DistributionConditionedDecoder
 from ..pipelines.decode import decode
 from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
+from ..pipelines.images import stretched
 from ..settings import require_at_least, require_at_most, require_same_settings
 from .batches import Batches, DataShard, ReadCounter, Source
 from .cache import CacheCard, EncodingCache
@@ -562,8 +563,7 @@ class SampleSheet:
         self.example = make(encoded, keyed_generator(optimization.seed))
         if distillation is None:
             by_vq = tokenizer.decode_tokens(tokenizer.tokens(encoded.features), geometry.grid)
-            side = (geometry.resolution,) * 2
-            other = torch.nn.functional.interpolate(by_vq, size=side, mode="bicubic", antialias=True)
+            other = stretched(by_vq, (geometry.resolution, geometry.resolution))
         else:
             steps = card.distilled.teacher_steps
             other = decode(distillation.teacher, codec, self.example.condition, seeds=range(count), steps=steps).pixels

@@ -425,6 +425,47 @@ def test_progress_over_a_split_batch_only_rises(nodes):
     assert over(3, 4, first=0, count=5, batch=5) == (3, 4)
 
 
+@pytest.mark.parametrize("node", ["sample", "in passes", "paint"])
+def test_a_bar_rises_to_its_end_once_over_a_batch_that_memory_splits(node, double, nodes, monkeypatch):
+    """Two images, one at a time."""
+    networks = {
+        "sample": ("models.autoregressive.token_loop", "TokenLoop", "_embed"),
+        "in passes": ("models.masked.sampler", "MaskedSampler", "sample_stages"),
+        "paint": ("models.decoder", "DistributionConditionedDecoder", "forward"),
+    }
+    module, kind, name = networks[node]
+    owner = getattr(sys.modules[f"{double.pack.__name__}.dcdd_core.{module}"], kind)
+    whole = getattr(owner, name)
+
+    def limited(self, *args, **given):
+        count = len(given["seeds"]) if "seeds" in given else len(args[0])
+        if count > (2 if node == "sample" else 1):  # guidance doubles the rows of the token loop
+            raise torch.OutOfMemoryError
+        return whole(self, *args, **given)
+
+    monkeypatch.setattr(owner, name, limited)
+    graph = Graph(double.get("/object_info"))
+    vlm = graph.add(
+        "janus", "DCDD_LoadJanus", model="pico progressive (built in)" if node == "in passes" else "pico (built in)"
+    )
+    if node == "in passes":
+        graph.add("it", "DCDD_ProgressiveTokenSampler", janus=vlm, prompt="a red circle", batch_size=2, passes=3)
+    elif node == "sample":
+        graph.add("it", "DCDD_JanusLogitSampler", janus=vlm, prompt="a red circle", batch_size=2, parallel_tokens=1)
+    else:
+        decoder = graph.add("decoder", "DCDD_LoadDecoder")
+        scenes = graph.add(
+            "scenes", "DCDD_VQVAEEncode", vq_vae=output(vlm, 1), image=graph.add("s", "DCDD_PicoScene", batch_size=2)
+        )
+        mapped = graph.add("map", "DCDD_LCDMEncoder", token_logits=scenes, vq_vae=output(vlm, 1), decoder=decoder)
+        graph.add("it", "DCDD_FluxDecoder", decoder=decoder, condition=mapped, steps=3)
+    graph.add("end", "TEST_Hold", value=IT)
+    run = double.run(graph.prompt)
+    assert run.status == "success", (run.node, run.error)
+    told = [done / total for done, total in run.progress["it"]]
+    assert told == sorted(told) and told[-1] == 1 and told.count(1.0) == 1 and len(told) > 3
+
+
 def test_samplers_preview_pico_in_its_colours(double, nodes):
     model, vae, _ = double.nodes["DCDD_LoadPicoModel"].run({})[0]
     look = model.model.latent_format

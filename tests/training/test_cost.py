@@ -218,6 +218,12 @@ def test_muon_s_states_and_temporaries_are_those_of_its_step():
     assert flops == sum(5 * (4 * m * m * n + 2 * m**3) for m, n in ((512, 768), (64, 256)))
 
 
+def test_a_torch_without_muon_is_named(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match=r"muon needs torch 2.9 or newer, this is .*: update torch, or take adamw"):
+        muon([], weight_decay=0.01)
+
+
 def test_muon_s_states_are_those_of_the_training_s_optimisers():
     decoder, _ = real(TrainingSetup(**SMALL, train="all"))
     trained = trained_weights(decoder)
