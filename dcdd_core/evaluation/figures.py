@@ -27,19 +27,20 @@ from ..method.statistics import TokenStatistics
 from .tables import statistics_rows
 
 _TEXT = "prompt"  # the PNG text chunk that other image generators use for it
-#: Fonts with Chinese, Japanese or Korean signs, as systems install them.
+#: Files of fonts with Chinese, Japanese or Korean signs, as systems install them.
 _WIDER_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "Microsoft YaHei",
-    "SimHei",
-    "PingFang SC",
-    "PingFang HK",
-    "Hiragino Sans GB",
-    "Heiti TC",
-    "Arial Unicode MS",
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "msyh.ttc",
+    "simhei.ttf",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "STHeiti Medium.ttc",
+    "Arial Unicode.ttf",
 )
 _INK, _PAPER = (24, 24, 28), (250, 249, 246)
 
@@ -258,8 +259,9 @@ def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _installed_fonts() -> Iterator[Path]:
-    fonts = {font.name: Path(font.fname) for font in font_manager.fontManager.ttflist}
-    return (fonts[name] for name in _WIDER_FONTS if name in fonts)
+    # Looked up each time: matplotlib's own list is that of its first run, and lacks what was installed since.
+    fonts = {Path(file).name.lower(): Path(file) for file in font_manager.findSystemFonts()}
+    yield from (fonts[name.lower()] for name in _WIDER_FONTS if name.lower() in fonts)
 
 
 @cache

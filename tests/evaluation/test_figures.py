@@ -99,6 +99,12 @@ def test_an_installed_font_is_taken_for_signs_that_others_lack(monkeypatch):
     assert figures._font("图", 15) == ("DejaVuSans.ttf", 15), "boxes, if nothing better is installed"
 
 
+def test_installed_fonts_are_found_by_their_files(monkeypatch):
+    found = ["/fonts/MSYH.TTC", "/fonts/other.ttf", "/fonts/noto/NotoSansCJK-Regular.ttc"]
+    monkeypatch.setattr(figures.font_manager, "findSystemFonts", lambda: found)
+    assert [file.as_posix() for file in figures._installed_fonts()] == [found[2], found[0]]
+
+
 def test_sheets_stand_side_by_side():
     assert beside(Image.new("RGB", (3, 5)), Image.new("RGB", (4, 2))).size == (7, 5)
 
