@@ -1,5 +1,6 @@
 """Images that guidance is measured on: their ranges, their rows and the files that keep them."""
 
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -154,6 +155,16 @@ def test_tokens_alone_change_the_loss_and_not_the_soft_decode(painters, given):
     soft, hard = guide_of(painters, way, given), guide_of(painters, replace(way, tokens_alone=True), given)
     assert torch.equal(soft.soft, hard.soft) and torch.equal(soft.condition.uncertainty, hard.condition.uncertainty)
     assert torch.equal(hard.condition.code_vectors, painters.pico.tokenizer.codebook.vectors[given.tokens])
+
+
+def test_guidance_is_as_sharp_as_the_calibration(painters, given):
+    """s a, as in the nodes and on the command line."""
+    decoder = copy(painters.pico.decoder)
+    calibration = replace(decoder.card.calibration, scale=20.0, affine_scale=1.5)
+    decoder.card = replace(decoder.card, calibration=calibration)
+    painters = replace(painters, pico=replace(painters.pico, decoder=decoder))
+    guide = guided_images.guide_of(painters, Way(name="a", paints="trained", guidance=GuidanceOptions()), given)
+    assert guide.scale == pytest.approx(30)
 
 
 def test_guidance_looks_through_the_small_decoder_where_a_row_says_so(painters, given):
