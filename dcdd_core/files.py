@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -385,7 +385,7 @@ def read_record(
 
     Args:
         names, fields: exactly the tensors and values that the file must hold.
-        later: fields that older files may lack.
+        later: tensors and fields that a file may lack.
         int8_rows: matrices may be stored in 8 bits (`int8_rows.rounded`); they are then returned in float32.
 
     Raises:
@@ -398,18 +398,23 @@ def read_record(
     if int8_rows:
         with in_file(path):
             tensors = restored(tensors, remedy=_AGAIN)
-    if header.get("format") != "dcdd" or header.get("kind") != kind or set(tensors) != set(names):
+    if header.get("format") != "dcdd" or header.get("kind") != kind or not _holds(tensors, names, later):
         found = " ".join(header.get("kind", "no known kind of thing").split())[:80]
         raise ValueError(
             f"{path} holds {found} with tensors {shown(sorted(tensors))}; expected a {kind} with {sorted(names)}"
         )
     meta = json_object(header.get("dcdd", "{}"), path, f"a description of a {kind}", _AGAIN)
-    if not set(fields) - set(later) <= set(meta) <= set(fields):
+    if not _holds(meta, fields, later):
         raise ValueError(
             f"{path} describes its {kind} by {shown(sorted(meta))}, expected {sorted(fields)}: it was written by "
             "another version; make it again"
         )
     return tensors, meta
+
+
+def _holds(found: Iterable[str], names: Iterable[str], later: Iterable[str]) -> bool:
+    """Whether these are the names, of which `later` may be missing."""
+    return set(names) - set(later) <= set(found) <= set(names)
 
 
 def _sort_metadata(path: Path) -> None:

@@ -148,7 +148,8 @@ class TokenSampler(Protocol):
             prompts: B texts.
             seeds: one per prompt.
             previous, resample: for an edit; give both or neither. Where `resample` (bool [N] or [B, N]) is False, the
-                tokens and logits of `previous` are kept.
+                tokens and logits of `previous` are kept, and the result's `calibrated_at` tells which of these are
+                calibrated already (`models.edits.kept_calibrated`).
             parallel: how many positions one pass may draw, for sequential samplers; up to rounding, the sample does not
                 depend on it. None leaves it to the sampler; 1 draws one by one.
             weights_resident: the host's promise that its own linear layers compute what torch's do, and that all

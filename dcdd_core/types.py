@@ -158,6 +158,8 @@ class TokenLogits:
         model: name of the model that made the logits.
         codebook: fingerprint of the codebook that the K columns refer to; None if unknown.
         calibrated: whether a calibration has been applied (`method.calibration.apply_calibration`).
+        calibrated_at: bool [B, N], the positions where one has been applied if that is only some of them: an edit keeps
+            an image's calibrated proxies beside a VLM's logits. None for nowhere, and for `calibrated` logits.
 
     Raises:
         ValueError: if any of this does not hold.
@@ -173,6 +175,7 @@ class TokenLogits:
     model: str = ""
     codebook: str | None = None
     calibrated: bool = False
+    calibrated_at: torch.Tensor | None = None
 
     def __post_init__(self):
         logits, tokens = self.logits, self.tokens
@@ -201,14 +204,41 @@ class TokenLogits:
         require_text("codebook", self.codebook, optional=True, remedy=_SAMPLED)
         if not isinstance(self.calibrated, bool):
             raise ValueError(f"calibrated must be true or false, got {shown(self.calibrated)}: {_SAMPLED}")
+        self._check_calibrated_at()
+
+    def _check_calibrated_at(self) -> None:
+        at = self.calibrated_at
+        if at is None:
+            return
+        if not isinstance(at, torch.Tensor) or at.dtype != torch.bool or at.shape != self.tokens.shape:
+            raise ValueError(
+                f"calibrated_at must be bool {list(self.tokens.shape)} like the tokens, got {_describe(at)}: {_SAMPLED}"
+            )
+        if self.calibrated:
+            raise ValueError(f"logits that are calibrated everywhere take no calibrated_at: {_SAMPLED}")
+        if not bool(at.any()):
+            object.__setattr__(self, "calibrated_at", None)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TokenLogits:
         """The same on another device, with the logits in another dtype if one is given."""
-        return replace(self, logits=self.logits.to(device, dtype), tokens=self.tokens.to(device))
+        moved = {name: value.to(device) for name, value in self._tensors.items()}
+        return replace(self, **moved | {"logits": self.logits.to(device, dtype)})
 
     def part(self, first: int, last: int) -> TokenLogits:
         """The images first..last - 1 of the batch."""
-        return replace(self, logits=self.logits[first:last], tokens=self.tokens[first:last])
+        return replace(self, **{name: value[first:last] for name, value in self._tensors.items()})
+
+    @property
+    def is_calibrated(self) -> torch.Tensor:
+        """Whether a calibration has been applied at each position: bool [B, N]."""
+        if self.calibrated_at is not None:
+            return self.calibrated_at
+        return torch.full_like(self.tokens, self.calibrated, dtype=torch.bool)
+
+    @property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        at = {} if self.calibrated_at is None else {"calibrated_at": self.calibrated_at}
+        return {"logits": self.logits, "tokens": self.tokens} | at
 
     @property
     def record(self) -> dict[str, Any]:
@@ -222,7 +252,10 @@ class TokenLogits:
         Raises:
             ValueError: for parts that differ in anything but their tensors.
         """
-        return _joined(parts, ("logits", "tokens"), _GRID_FIELDS)
+        if len(parts) == 1 or all(part.calibrated_at is None for part in parts):
+            return _joined(parts, ("logits", "tokens"), _GRID_FIELDS)
+        joined = cls.joined([replace(part, calibrated_at=None) for part in parts])
+        return replace(joined, calibrated_at=torch.cat([part.is_calibrated for part in parts]))
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whole or not at all.
@@ -230,7 +263,7 @@ class TokenLogits:
         Raises:
             OSError: if it cannot be written.
         """
-        write_record(path, "token logits", {"logits": self.logits, "tokens": self.tokens}, self.record)
+        write_record(path, "token logits", self._tensors, self.record)
 
     @classmethod
     def load(cls, path: str | Path) -> TokenLogits:
@@ -239,7 +272,8 @@ class TokenLogits:
         Raises:
             ValueError: if the file is absent, damaged or of another kind; the message names it.
         """
-        tensors, meta = read_record(path, "token logits", ("logits", "tokens"), _GRID_FIELDS)
+        names = ("logits", "tokens", "calibrated_at")
+        tensors, meta = read_record(path, "token logits", names, _GRID_FIELDS, later=("calibrated_at",))
         with in_file(path):
             return cls(**tensors, **meta)
 

@@ -429,8 +429,8 @@ def _inputs(*own: io.Input) -> list[io.Input]:
             max=2**63 - 1,
             control_after_generate=True,
             tooltip=(
-                "Seed of the first image; each further image of the batch adds 1. An image comes out "
-                "the same in a batch and alone."
+                "Seed of the first image; each further image of the batch adds 1. An image is the same in a batch "
+                "and alone, but for rounding: in half precision that can change a token, and so the picture."
             ),
         ),
         io.Float.Input(

@@ -100,12 +100,33 @@ def test_fingerprint_survives_half_precision_but_no_other_codebook():
         ({"grid": (-2, -3)}, "does not hold 6"),
         ({"grid": 6}, "two whole numbers"),
         ({"source": "encoder"}, "'vlm' or 'proxy'"),
+        ({"calibrated_at": torch.ones(6, dtype=torch.bool)}, r"calibrated_at must be bool \[2, 6\].*got bool \[6\]"),
+        ({"calibrated_at": torch.ones(2, 6)}, r"got float32 \[2, 6\]: sample or encode again"),
+        ({"calibrated": True, "calibrated_at": torch.ones(2, 6, dtype=torch.bool)}, "calibrated everywhere take no"),
         ({"logits": rand(2, 0, 5), "tokens": torch.zeros(2, 0, dtype=torch.int64), "grid": (0, 0)}, "0 tokens"),
     ],
 )
 def test_token_logits_refuse(changes, says):
     with pytest.raises(ValueError, match=says):
         logits(**changes)
+
+
+def test_positions_that_are_calibrated_follow_their_images(tmp_path):
+    """Into parts, into a file, and beside images that have none."""
+    at = torch.zeros(2, 6, dtype=torch.bool)
+    at[1, 2] = True
+    some, none, every = logits(calibrated_at=at), logits(), logits(calibrated=True)
+    assert torch.equal(some.is_calibrated, at) and not none.is_calibrated.any() and every.is_calibrated.all()
+    assert some.part(0, 1).calibrated_at is None and torch.equal(some.part(1, 2).calibrated_at, at[1:])
+    whole = TokenLogits.joined([none, some, some.part(1, 2)])
+    assert torch.equal(whole.calibrated_at, torch.cat([torch.zeros_like(at), at, at[1:]])) and len(whole.tokens) == 5
+    assert TokenLogits.joined([none, none]).calibrated_at is None
+    for one in (some, none):
+        one.save(tmp_path / "logits.safetensors")
+        found = TokenLogits.load(tmp_path / "logits.safetensors")
+        assert torch.equal(found.is_calibrated, one.is_calibrated)
+        assert (found.calibrated_at is None) == (one.calibrated_at is None)
+    assert torch.equal(some.to("cpu", torch.float64).calibrated_at, at)
 
 
 def test_token_logits_allow_barred_codes():

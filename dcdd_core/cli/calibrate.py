@@ -12,6 +12,7 @@ from ..evaluation.results_store import hold_to
 from ..evaluation.tables import statistics_table
 from ..pipelines.calibrate import KeptSamples, Proxies, compared, fit_to_samples, verdict
 from ..pipelines.distributed import processes
+from ..pipelines.progress import ProgressBar
 from . import arguments, common
 
 
@@ -67,15 +68,17 @@ def run(args: argparse.Namespace) -> None:
             bytes_each=4 * math.prod(sampler.grid) * sampler.codebook.size,
         )
         if crew.first:
-            calibration = fit_to_samples(
-                samples,
-                proxies,
-                vlm=sampler.name,
-                guidance=options.guidance,
-                temperature=args.temperature,
-                with_anchor=args.fit_anchor,
-                with_temperature=args.fit_anchor_temperature,
-            )
+            with ProgressBar(label="calibration", unit="pass") as bar:
+                calibration = fit_to_samples(
+                    samples,
+                    proxies,
+                    vlm=sampler.name,
+                    guidance=options.guidance,
+                    temperature=args.temperature,
+                    with_anchor=args.fit_anchor,
+                    with_temperature=args.fit_anchor_temperature,
+                    on_pass=bar.reach,
+                )
             calibration.save(args.out)
             print(statistics_table(compared(sampler.name, samples, proxies, calibration)))
             print(f"\n{verdict(calibration)}\nwrote {args.out}; the samples stay in {folder}")

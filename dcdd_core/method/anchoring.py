@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ _MOST_ANCHOR, _MOST_TEMPERATURE = 64.0, 4.0
 _COARSE = (8, 6)
 #: A coarse step divided by this is the finest step: 1.1 % of 1 / 4 + beta, and 0.7 % of tau.
 _FINE = 64
+
+POINT_PASSES = 10
+"""About the number of passes over the logits that `fit_anchor_and_temperature` makes."""
 
 Point = tuple[int, int]
 
@@ -57,16 +61,22 @@ def spread_distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def fit_anchor_and_temperature(
-    token_logits: Grids, codebook: Codebook, target: torch.Tensor, calibration: Calibration
+    token_logits: Grids,
+    codebook: Codebook,
+    target: torch.Tensor,
+    calibration: Calibration,
+    *,
+    on_chunk: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Finds the beta in 0..64 and tau in 1/4..4 whose conditions are distributed most like the proxies'.
 
     Minimises `spread_distance`: first on a coarse grid over both, then among the best point's neighbours at ever
-    smaller steps. About 140 points are measured on all tokens, in about ten passes over the logits.
+    smaller steps. About 140 points are measured on all tokens, in about `POINT_PASSES` passes over the logits.
 
     Args:
         token_logits: the VLM's logits, one grid or several; read more than once.
         target: `condition_spread` of proxy logits under `calibration`.
+        on_chunk: called after each chunk with the number of completed passes over the logits; may raise to stop.
 
     Returns:
         The calibration with this anchor and anchor temperature. If the best point has the largest beta, or the smallest
@@ -78,17 +88,21 @@ def fit_anchor_and_temperature(
     if isinstance(token_logits, Iterator):
         raise ValueError("these logits are read several times, got an iterator: give them as a list")
     found: dict[Point, float] = {}
+    passes = 0
     most = tuple(_FINE * steps for steps in _COARSE)
 
     def measure(points: Collection[Point]) -> Point:
         """Measures those of the points that are new; returns the best of all points so far."""
+        nonlocal passes
         new = {
             point: replace(calibration, **_parameters(point))
             for point in points
             if point not in found and all(0 <= place <= last for place, last in zip(point, most))
         }
         if new:
-            found.update(_distances(token_logits, codebook, target, new))
+            told = None if on_chunk is None else partial(on_chunk, passes)
+            found.update(_distances(token_logits, codebook, target, new, told))
+            passes += 1
         return min(found, key=found.__getitem__)
 
     best = measure([(i, j) for i in range(0, most[0] + 1, _FINE) for j in range(0, most[1] + 1, _FINE)])
@@ -120,14 +134,20 @@ def _parameters(point: Point) -> dict[str, float]:
 
 
 def _distances(
-    token_logits: Grids, codebook: Codebook, target: torch.Tensor, trials: dict[Point, Calibration]
+    token_logits: Grids,
+    codebook: Codebook,
+    target: torch.Tensor,
+    trials: dict[Point, Calibration],
+    on_chunk: Callable[[], None] | None,
 ) -> dict[Point, float]:
     """Distance of each trial's conditions from the target, in one pass over the logits."""
     counts = {point: torch.zeros(len(QUANTITIES), _BINS, dtype=torch.float64) for point in trials}
-    for _, part, tokens in logit_chunks(token_logits, codebook, next(iter(trials.values())), needs="vlm"):
+    for _, part, tokens, _ in logit_chunks(token_logits, codebook, next(iter(trials.values())), needs="vlm"):
         for point, trial in trials.items():
             chunk = probability_chunk(part, tokens, trial, source="vlm", codebook=codebook)
             counts[point] += _counts(chunk, codebook)
+        if on_chunk is not None:
+            on_chunk()
     return {point: spread_distance(_cumulative(found), target) for point, found in counts.items()}
 
 

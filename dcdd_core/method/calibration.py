@@ -166,14 +166,18 @@ def probability_chunks(
 ) -> Iterator[Chunk]:
     """Probabilities (Eq. 15) of one grid or many, chunk by chunk in row-major order.
 
+    Where logits are calibrated already, p is their plain softmax.
+
     Raises:
         ValueError: if logits, codebook and calibration do not share one codebook, logits would be calibrated twice, or
             there is no grid at all.
 
     Warns if a VLM's logits were not sampled the way the calibration was measured.
     """
-    for grid, part, tokens in logit_chunks(token_logits, codebook, calibration):
-        yield probability_chunk(part, tokens, calibration, source=grid.source, codebook=codebook)
+    for grid, part, tokens, calibrated in logit_chunks(token_logits, codebook, calibration):
+        given = {"source": grid.source, "codebook": codebook}
+        chunk = probability_chunk(part, tokens, calibration, **given)
+        yield chunk if calibrated is None else _kept_where(calibrated, part, chunk, given)
 
 
 def probability_chunk(
@@ -188,6 +192,20 @@ def probability_chunk(
     given = {"source": source, "codebook": codebook}
     p = to_probabilities(logits, calibration, tokens=tokens, **given)
     return Chunk(probabilities=p, tokens=tokens, ln_p=partial(_ln_p_of_rows, logits, tokens, calibration, given))
+
+
+def _kept_where(calibrated: torch.Tensor, logits: torch.Tensor, chunk: Chunk, given: dict) -> Chunk:
+    """A chunk whose rows that are calibrated already, bool [n], have the plain softmax of their logits."""
+    at = calibrated.to(logits.device)
+    p = chunk.probabilities
+    p[at] = to_probabilities(logits[at], None, **given)
+
+    def ln_p(rows: torch.Tensor) -> torch.Tensor:
+        found = chunk.ln_p(rows)
+        found[at[rows]] = to_log_probabilities(logits[rows & at], None, **given)
+        return found
+
+    return replace(chunk, ln_p=ln_p)
 
 
 def _ln_p_of_rows(
@@ -217,7 +235,7 @@ def apply_calibration(token_logits: TokenLogits, codebook: Codebook, calibration
             ln_p[underflown] = torch.where(underflows(chunk.probabilities[underflown]), exact, ln_p[underflown])
         rows[done : done + len(ln_p)] = ln_p
         done += len(ln_p)
-    return replace(token_logits, logits=logits, calibrated=True)
+    return replace(token_logits, logits=logits, calibrated=True, calibrated_at=None)
 
 
 def target_statistics(token_logits: Grids) -> CalibrationStatistics:
@@ -230,7 +248,7 @@ def target_statistics(token_logits: Grids) -> CalibrationStatistics:
         ValueError: for proxy logits, calibrated logits, no logits, or grids over codebooks of different sizes.
     """
     return _summarise(
-        to_probabilities(part, None, source="vlm") for _, part, _ in logit_chunks(token_logits, needs="vlm")
+        to_probabilities(part.logits, None, source="vlm") for part in logit_chunks(token_logits, needs="vlm")
     )
 
 
@@ -249,7 +267,7 @@ def proxy_features(token_logits: Grids, codebook: Codebook) -> torch.Tensor:
     """
     vectors = codebook.vectors
     parts = logit_chunks(token_logits, codebook, needs="proxy")
-    return torch.cat([_least_squares(part, vectors.to(part.device)) for _, part, _ in parts])
+    return torch.cat([_least_squares(part.logits, vectors.to(part.logits.device)) for part in parts])
 
 
 def fit_calibration(
@@ -388,7 +406,7 @@ def fit_anchor(
     """
     trials = [replace(calibration, anchor=beta) for beta in ANCHORS]
     sums = np.zeros((len(trials), 3))
-    for _, part, tokens in logit_chunks(token_logits, codebook, calibration, needs="vlm"):
+    for _, part, tokens, _ in logit_chunks(token_logits, codebook, calibration, needs="vlm"):
         for total, trial in zip(sums, trials):
             total += _anchor_sums(
                 to_probabilities(part, trial, source="vlm", codebook=codebook, tokens=tokens), tokens, codebook

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,17 +61,28 @@ def underflows(probabilities: torch.Tensor) -> torch.Tensor:
     return probabilities < torch.finfo(torch.float32).tiny
 
 
+class LogitChunk(NamedTuple):
+    """n tokens of a grid: logits [n, K], tokens [n], and bool [n] where a calibration has been applied already, which
+    is None for nowhere."""
+
+    grid: TokenLogits
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    calibrated: torch.Tensor | None
+
+
 def logit_chunks(
     token_logits: Grids,
     codebook: Codebook | None = None,
     calibration: Calibration | None = None,
     needs: Source | None = None,
-) -> Iterator[tuple[TokenLogits, torch.Tensor, torch.Tensor]]:
-    """Yields (grid, logits [n, K], tokens [n]) of one grid or many, chunk by chunk in row-major order.
+) -> Iterator[LogitChunk]:
+    """The logits of one grid or many, chunk by chunk in row-major order.
 
     Raises:
         ValueError: if logits, codebook and calibration do not share one codebook, a grid is not from the source in
-            `needs`, a grid is calibrated already though `calibration` or `needs` is given, or there is no grid at all.
+            `needs`, a grid is calibrated already though `calibration` or `needs` is given, a grid is calibrated in part
+            though `needs` is given, or there is no grid at all.
 
     Warns, once for each difference, if a VLM's logits were not sampled the way the calibration was measured.
     """
@@ -81,13 +93,21 @@ def logit_chunks(
             raise ValueError(f"this is measured on {needs} logits, got {grid.source} logits: give {remedy}")
         if grid.calibrated and (calibration is not None or needs is not None):
             raise ValueError("these logits are calibrated already: give them as they were sampled or encoded")
+        if grid.calibrated_at is not None and needs is not None:
+            kept = int(grid.calibrated_at.sum())
+            raise ValueError(
+                f"the logits of {kept} of {grid.tokens.numel()} positions were kept from an image, calibrated already: "
+                "give some that were sampled whole"
+            )
         check_codebooks(grid, codebook, calibration)
         doubt = _sampling_mismatch(grid, calibration)
         if doubt and doubt not in warned:
             warned.add(doubt)
             warnings.warn(doubt, DCDDWarning, stacklevel=3)
         parts = list(chunks(grid.logits))
-        yield from zip([grid] * len(parts), parts, grid.tokens.reshape(-1).split([len(part) for part in parts]))
+        lengths, at = [len(part) for part in parts], grid.calibrated_at
+        calibrated = [None] * len(parts) if at is None else at.reshape(-1).split(lengths)
+        yield from map(LogitChunk, [grid] * len(parts), parts, grid.tokens.reshape(-1).split(lengths), calibrated)
     if grid is None:
         raise ValueError("got no token logits at all; expected one TokenLogits or an iterable of some")
 

@@ -164,9 +164,10 @@ def v_from_clean(noised: torch.Tensor, clean: torch.Tensor, alpha_bar: float) ->
 
 
 def time_of_alpha(alpha_bar: float) -> float:
-    """The t on the path above with the same noise-to-signal ratio: sigma / (1 + sigma), sigma^2 = (1 - a) / a."""
-    sigma = math.sqrt((1 - alpha_bar) / alpha_bar)
-    return time_of_sigma(sigma)
+    """The t on the path above with the same noise-to-signal ratio: sigma / (1 + sigma), sigma^2 = (1 - a) / a; 1 if a
+    is 0, which is noise alone."""
+    noise, signal = math.sqrt(1 - alpha_bar), math.sqrt(alpha_bar)
+    return noise / (signal + noise)
 
 
 def time_of_sigma(sigma: float) -> float:

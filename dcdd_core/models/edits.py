@@ -72,5 +72,14 @@ def check_edit(
     return resample.cpu().expand(shape)
 
 
+def kept_calibrated(previous: TokenLogits | None, drawn: torch.Tensor) -> torch.Tensor | None:
+    """Where an edit keeps logits that are calibrated already, for `TokenLogits.calibrated_at`.
+
+    Args:
+        drawn: bool [B, N], True where logits were drawn anew.
+    """
+    return None if previous is None else previous.is_calibrated.to(drawn.device) & ~drawn
+
+
 def _by(grid: tuple[int, int]) -> str:
     return f"{grid[0]} x {grid[1]}"

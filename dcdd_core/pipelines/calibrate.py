@@ -12,13 +12,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..method.anchoring import condition_spread, fit_anchor_and_temperature
+from ..method.anchoring import POINT_PASSES, condition_spread, fit_anchor_and_temperature
 from ..method.calibration import (
     PASSES,
     TOLERANCE,
@@ -34,6 +34,8 @@ from ..protocols import ImageTokenizer
 from ..types import Calibration, Codebook, TokenLogits
 from .distributed import Processes
 from .sample import Sample
+
+OnPass = Callable[[int, int], None]
 
 #: Neutral prompts on many subjects, one per line, shuffled so that any first part of the list is varied.
 PROMPTS = Path(__file__).with_name("calibration_prompts.txt")
@@ -76,7 +78,7 @@ class KeptSamples:
         """Yields the logits and tokens of one prompt at a time; raises ValueError for a missing file."""
         for one in self._all:
             grid = TokenLogits.load(one.file)
-            yield replace(grid, logits=grid.logits.to(self.device), tokens=grid.tokens.to(self.device))
+            yield grid.to(self.device)
 
     @property
     def missing(self) -> int:
@@ -103,7 +105,7 @@ class KeptSamples:
             grid = sample([one.prompt for one in part], [one.seed for one in part])
             for i, one in enumerate(part):
                 if not one.file.exists():
-                    replace(grid, logits=grid.logits[i : i + 1], tokens=grid.tokens[i : i + 1]).save(one.file)
+                    grid.part(i, i + 1).save(one.file)
 
 
 class Proxies:
@@ -151,6 +153,7 @@ def fit_to_samples(
     temperature: float,
     with_anchor: bool = False,
     with_temperature: bool = False,
+    on_pass: OnPass | None = None,
 ) -> Calibration:
     """Fits the calibration of the proxies to a VLM's samples (`method.calibration.fit_calibration`).
 
@@ -159,13 +162,21 @@ def fit_to_samples(
         vlm, guidance, temperature: how the samples were drawn, recorded in the calibration.
         with_anchor: fit the anchor too (`method.calibration.fit_anchor`).
         with_temperature: fit the anchor and its temperature jointly (`method.anchoring.fit_anchor_and_temperature`).
+        on_pass: called several times per pass with (passes done, their approximate total); may raise to stop.
     """
     measured_on = {"vlm": vlm, "guidance": guidance, "temperature": temperature}
     codebook, anchored = proxies.tokenizer.codebook, with_anchor and not with_temperature
-    calibration = _fitted(samples, proxies, proxies.features, codebook, measured_on, anchored=anchored)
-    if not with_temperature:
-        return calibration
-    return fit_anchor_and_temperature(samples, codebook, condition_spread(proxies, codebook, calibration), calibration)
+    total = PASSES + (POINT_PASSES if with_temperature else 0)
+    on_chunk = _counted(on_pass, PASSES, total)
+    given = {"anchored": anchored, "on_chunk": on_chunk}
+    calibration = _fitted(samples, proxies, proxies.features, codebook, measured_on, **given)
+    if with_temperature:
+        target = condition_spread(proxies, codebook, calibration)
+        last = _counted(on_pass, total, total, first=PASSES)
+        calibration = fit_anchor_and_temperature(samples, codebook, target, calibration, on_chunk=last)
+    if on_pass is not None:
+        on_pass(total, total)
+    return calibration
 
 
 def fit_to(
@@ -174,7 +185,7 @@ def fit_to(
     codebook: Codebook,
     *,
     anchored: bool = False,
-    on_pass: Callable[[int, int], None] | None = None,
+    on_pass: OnPass | None = None,
 ) -> Calibration:
     """`fit_to_samples` for logits in memory: fits the calibration of proxy logits to a VLM's logits.
 
@@ -186,17 +197,18 @@ def fit_to(
     Raises:
         ValueError: for logits of the wrong source or of another codebook.
     """
-
-    def on_chunk(passes: int) -> None:
-        if on_pass is not None:
-            on_pass(min(passes, PASSES - 1), PASSES)
-
     measured_on = {name: getattr(reference, name) for name in ("guidance", "temperature")} | {"vlm": reference.model}
     features = proxy_features(proxies, codebook)
-    calibration = _fitted(reference, proxies, features, codebook, measured_on, anchored=anchored, on_chunk=on_chunk)
+    given = {"anchored": anchored, "on_chunk": _counted(on_pass, PASSES, PASSES)}
+    calibration = _fitted(reference, proxies, features, codebook, measured_on, **given)
     if on_pass is not None:
         on_pass(PASSES, PASSES)
     return calibration
+
+
+def _counted(on_pass: OnPass | None, last: int, total: int, *, first: int = 0) -> Callable[[int], None] | None:
+    """An `on_chunk` that reports passes from `first` on, below `last`, of `total`."""
+    return None if on_pass is None else lambda passes: on_pass(min(first + passes, last - 1), total)
 
 
 def _fitted(

@@ -54,7 +54,7 @@ def condition_for(card: DecoderCard, token_logits: TokenLogits, codebook: Codebo
 
     For a VLM's logits, the card's `reads` selects the logits (the paper), the logits pulled towards the sampled token
     by the calibration's anchor, at its temperature, or the sampled tokens alone. Logits that are already calibrated are
-    mapped unchanged.
+    mapped unchanged, also if those are only the ones that an edit kept.
 
     Raises:
         ValueError: if logits, codebook and calibration do not belong to the same tokenizer.
@@ -114,13 +114,20 @@ def condition_of_tokens(tokens: torch.Tensor, grid: tuple[int, int], codebook: C
 
 
 def proxies_of_tokens(token_logits: TokenLogits, codebook: Codebook) -> TokenLogits:
-    """Proxy logits of the tokens' own code vectors e_t, as if the encoder had output exactly these (our choice)."""
+    """Proxy logits of the tokens' own code vectors e_t, as if the encoder had output exactly these (our choice).
+
+    Logits that an edit kept and that are calibrated already stay.
+    """
     vectors = codebook.vectors[token_logits.tokens.to(codebook.vectors.device)]
+    proxies, at = proxy_logits(vectors, codebook), token_logits.calibrated_at
+    if at is not None:
+        proxies = torch.where(at[..., None].to(proxies.device), token_logits.logits.to(proxies), proxies)
     return TokenLogits(
-        proxy_logits(vectors, codebook),
+        proxies,
         token_logits.tokens,
         token_logits.grid,
         source="proxy",
         model=token_logits.model,
         codebook=token_logits.codebook,
+        calibrated_at=at,
     )

@@ -262,6 +262,7 @@ def paint(
 
     if guide is not None:
         guide = guide.under(canvas.area)
+        guide.begin()
     given = codec.normalize(canvas.given.to(device))
     context = backbone.context(given, canvas.area.to(device), card.vae_factor).to(dtype)
     noise = [torch.randn(1, *canvas.given.shape[1:], generator=keyed_generator(seed)) for seed in seeds]

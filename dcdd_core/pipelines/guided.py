@@ -25,6 +25,8 @@ from .tiles import LEAST_TILE, Decode, decode_in_tiles, gradient_at_once, gradie
 
 #: Tiles that are halved because memory ran out keep at least this side, in latent positions.
 LEAST_HALVED = 16
+#: Times within this of `first` and `last` count as equal: those of the steps are rounded to float32.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,8 @@ class GuidanceOptions:
 
     def guides(self, time: float, step: int = 0) -> bool:
         """Whether the step at this time is guided; `step` counts from 0."""
-        return not self.off and self.last <= time <= self.first and step % self.every == 0
+        within = self.last - _ROUNDING <= time <= self.first + _ROUNDING
+        return not self.off and within and step % self.every == 0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -268,6 +271,10 @@ class TokenGuide:
         fallback.alternating = True
         self.host.on_fallback("distribution guidance leaves this step out, and continues with every second one")
         return False
+
+    def begin(self) -> None:
+        """To be called before the first step of images: their first gradient is computed, also of every second one."""
+        self.fallback.pausing = False
 
     def guided(self, time: float, step: int = 0) -> bool:
         """Whether the step at this time is guided; `step` counts from 0."""

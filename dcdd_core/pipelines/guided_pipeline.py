@@ -74,9 +74,18 @@ class PriorPipeline:
 
         self.pipe, self.codec, self.flow = pipe, codec, hasattr(pipe, "transformer")
         kind = FlowMatchEulerDiscreteScheduler if self.flow else DDIMScheduler
+        if not self.flow and not {"beta_schedule", "trained_betas"} & set(pipe.scheduler.config):
+            raise ValueError(
+                f"the pipeline's scheduler, {type(pipe.scheduler).__name__}, has no beta_schedule; guidance reads models "
+                "that were trained with one, as SDXL and Stable Diffusion 1.x were"
+            )
         with reading("the pipeline's scheduler_config.json", f"the settings of a {kind.__name__}"):
-            # The times of a flow model are already shifted (`_times`).
-            plain = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None} if self.flow else {}
+            # The times of a flow model are already shifted (`_times`). DDIM would clip latents, as if they were pixels.
+            plain = (
+                {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
+                if self.flow
+                else {"clip_sample": False, "thresholding": False}
+            )
             self._schedule = dict(pipe.scheduler.config)
             pipe.scheduler = kind.from_config({**self._schedule, **plain})
         if not self.flow and pipe.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
@@ -230,9 +239,9 @@ class PriorPipeline:
             return {
                 "sigmas": times, "strength": 1.0, "num_inference_steps": steps, "height": size[0], "width": size[1]
             }  # fmt: skip
-        # These pipelines run floor(strength * steps) of their schedule's steps, or one more.
+        # These pipelines run floor(strength * whole) steps: the half keeps rounding from losing one.
         whole = max(steps, round(steps / start))
-        return {"strength": min(1.0, steps / whole), "num_inference_steps": whole}
+        return {"strength": min(1.0, (steps + 0.5) / whole), "num_inference_steps": whole}
 
     def _times(self, latent_size: tuple[int, int], steps: int, start: float) -> list[float]:
         """An even schedule from 1 to 0, shifted by the model's own mu and scaled to begin at `start`, without the 0.
@@ -267,6 +276,7 @@ class PriorPipeline:
                 then leads from the kept latents noised to one time to the same latents noised to the next.
         """
         scheduler, plain, done = self.pipe.scheduler, self.pipe.scheduler.step, 0
+        guide.begin()
 
         @functools.wraps(plain)
         def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **options: Any) -> Any:

@@ -25,7 +25,8 @@ def in_parts(run: Callable[[int, int], T], count: int, host: Host = PLAIN, *, re
     """run(0, count), or if that runs out of memory, its halves, down to single items.
 
     Args:
-        run: makes the items first..last - 1. Items do not depend on each other, so the parts equal the whole.
+        run: makes the items first..last - 1. Items do not depend on each other, so the parts equal the whole up to
+            rounding.
         host: told of each split, after the memory of the failed attempt has been released.
         remedy: what to do if a single item does not fit; the host's by default.
 

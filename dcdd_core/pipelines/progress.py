@@ -26,6 +26,11 @@ class ProgressBar(tqdm):
         # None: no bar unless the standard error output is a terminal.
         super().__init__(work, desc=label, total=total, unit=unit, dynamic_ncols=True, disable=None if shown else True)
 
+    def reach(self, done: int, total: int) -> None:
+        """Shows that so many of `total` items are done."""
+        self.total = total
+        self.update(done - self.n)
+
     def display(self, *args: Any, **options: Any) -> None:
         """Draws the bar."""
         self.set_postfix_str(memory(), refresh=False)

@@ -49,7 +49,9 @@ def sample(
     parallel: int | None = None,
     host: Host = PLAIN,
 ) -> TokenLogits:
-    """`TokenSampler.sample`; if a batch runs out of memory, in smaller parts, with the same result.
+    """`TokenSampler.sample`; if a batch runs out of memory, in smaller parts.
+
+    The result is the same but for rounding, which in half precision can change a token and so the rest of its image.
 
     If the device has no room for a text encoder, prompts are read on the CPU.
 
@@ -132,8 +134,10 @@ def recorded_alike(parts: Sequence[TokenLogits], previous: TokenLogits | None) -
     """
     if previous is None:
         return parts
-    sampled = next((part.record for part in parts if part.record != previous.record), {})
-    return [replace(part, **sampled) for part in parts]
+    sampled = next((part.record for part in parts if part.record != previous.record), None)
+    if sampled is None:
+        return parts
+    return [replace(part, **sampled, calibrated_at=part.is_calibrated) for part in parts]
 
 
 def logits_memory(sampler: TokenSampler) -> int:

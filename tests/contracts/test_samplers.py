@@ -132,6 +132,18 @@ def test_an_edit_keeps_the_rest_to_the_last_bit(sampler, run):
     assert nothing is run
 
 
+def test_an_edit_of_an_image_says_what_it_kept(sampler, run):
+    """The image's calibrated proxies must not be calibrated once more with the new logits."""
+    again = half(sampler)
+    proxies = replace(run, source="proxy", guidance=None, temperature=None, calibrated=True)
+    edited = sampler.sample(PROMPTS, seeds=[8, 9], options=OPTIONS, previous=proxies, resample=again)
+    assert edited.source == "vlm" and not edited.calibrated
+    assert torch.equal(edited.calibrated_at.cpu(), ~again.expand(2, -1))
+    once_more = sampler.sample(PROMPTS, seeds=[3, 4], options=OPTIONS, previous=edited, resample=~again)
+    assert once_more.calibrated_at is None
+    assert sampler.sample(PROMPTS, seeds=[8, 9], options=OPTIONS, previous=run, resample=again).calibrated_at is None
+
+
 def test_edits_that_make_no_sense_are_refused(sampler, run):
     again = half(sampler)
     foreign = replace(run, codebook="x" + (run.codebook or ""))

@@ -19,7 +19,7 @@ from torch import nn
 from dcdd_core.method.calibration import proxy_logits
 from dcdd_core.method.sampling import guide, gumbel_max, gumbel_noise_grid, temper, top_k, top_p
 from dcdd_core.models.checkpoints import fingerprint_of
-from dcdd_core.models.edits import check_edit, check_request
+from dcdd_core.models.edits import check_edit, check_request, kept_calibrated
 from dcdd_core.protocols import DEFAULT_SAMPLING, Progress
 from dcdd_core.types import Codebook, TokenLogits
 
@@ -142,6 +142,7 @@ class ToySampler:
             temperature=float(options.temperature),
             model=self.name,
             codebook=self.codebook.fingerprint,
+            calibrated_at=kept_calibrated(previous, anew),
         )
 
     def _wish(self, prompt):

@@ -536,3 +536,26 @@ def test_scale_for_a_confidence_out_of_reach_is_the_nearer_end():
     assert scale_for_confidence(features, codebook, 0.0) == pytest.approx(1, rel=1e-2)
     flat = torch.ones(1, 3, 4)
     assert scale_for_confidence(flat, codebook, 0.9) == pytest.approx(4096, rel=1e-2)
+
+
+@pytest.mark.parametrize("source", ["vlm", "proxy"])
+def test_positions_that_are_calibrated_already_stay(source):
+    """Beside others, whose p is that of a grid without them; also where p underflows, and in a copy with ln p."""
+    generator = torch.Generator().manual_seed(4)
+    codebook = Codebook(torch.randn(64, 8, generator=generator))
+    raw = 30 * torch.randn(2, 6, 64, generator=generator)
+    at = torch.rand(2, 6, generator=generator) < 0.5
+    given = {"grid": (2, 3), "tokens": raw.argmax(-1), "source": source}
+    calibration = Calibration(scale=9.0, smoothing=0.02, anchor=3.0, anchor_temperature=1.7)
+    mixed = TokenLogits(raw, calibrated_at=at, **given)
+    plain, whole = map_logits(TokenLogits(raw, **given), codebook), TokenLogits(raw, **given)
+    mapped, found = map_logits(whole, codebook, calibration), map_logits(mixed, codebook, calibration)
+    for name in ("code_vectors", "uncertainty"):
+        ours, kept, new = (getattr(one, name) for one in (found, plain, mapped))
+        assert torch.equal(ours[at], kept[at]) and torch.equal(ours[~at], new[~at])
+    applied = apply_calibration(mixed, codebook, calibration)
+    assert applied.calibrated and applied.calibrated_at is None
+    torch.testing.assert_close(applied.logits[at], raw[at].log_softmax(-1))
+    assert torch.equal(applied.logits[~at], apply_calibration(whole, codebook, calibration).logits[~at])
+    with pytest.raises(ValueError, match=f"{int(at.sum())} of 12 positions were kept from an image"):
+        list(chunks.logit_chunks(mixed, needs=source))

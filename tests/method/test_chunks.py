@@ -68,10 +68,10 @@ def test_each_chunk_comes_with_its_grid_and_tokens(monkeypatch):
     monkeypatch.setattr(method, "CHUNK_BYTES", 4 * 9 * 2)
     grids = [grid(rand(2, 3, 9)), grid(rand(1, 5, 9, seed=1))]
     found = list(logit_chunks(iter(grids)))
-    assert [len(tokens) for _, _, tokens in found] == [2, 2, 2, 2, 2, 1]
-    assert [owner is grids[0] for owner, _, _ in found] == [True] * 3 + [False] * 3
-    assert all(torch.equal(part.argmax(-1), tokens) for _, part, tokens in found)
-    assert torch.equal(torch.cat([part for _, part, _ in found[3:]]), grids[1].logits[0])
+    assert [len(tokens) for _, _, tokens, _ in found] == [2, 2, 2, 2, 2, 1]
+    assert [owner is grids[0] for owner, *_ in found] == [True] * 3 + [False] * 3
+    assert all(torch.equal(part.argmax(-1), tokens) for _, part, tokens, _ in found)
+    assert torch.equal(torch.cat([part for _, part, *_ in found[3:]]), grids[1].logits[0])
 
 
 def refusal(*given, **named) -> str:

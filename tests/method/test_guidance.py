@@ -202,6 +202,7 @@ def test_times_have_the_same_ratio_of_noise_to_signal():
     t = time_of_sigma(3.0)
     assert t / (1 - t) == pytest.approx(3.0)
     assert time_of_alpha(0.1) == pytest.approx(time_of_sigma(3.0)) and time_of_alpha(1.0) == 0
+    assert time_of_alpha(0.0) == 1
 
 
 def test_what_does_not_fit_is_refused(case, codebook):

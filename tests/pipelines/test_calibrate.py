@@ -146,7 +146,13 @@ def test_the_streams_give_the_calibration_of_all_at_once(tmp_path, vq, proxies):
     assert ours.converged and ours.anchor == 0 and ours.codebook == vq.codebook.fingerprint
     anchored = fit_to_samples(samples, proxies, vlm="", guidance=5.0, temperature=1.0, with_anchor=True)
     assert replace(anchored, anchor=0.0, vlm="v") == ours and anchored.anchor > 0
-    both = fit_to_samples(samples, proxies, vlm="v", guidance=5.0, temperature=1.0, with_temperature=True)
+    told = []
+    both = fit_to_samples(
+        samples, proxies, vlm="v", guidance=5.0, temperature=1.0, with_temperature=True,
+        on_pass=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert told == sorted(told) and told[-1] == (80, 80) and {total for _, total in told} == {80}
+    assert {70, 71, 72} < {done for done, _ in told} and all(done < 80 for done, _ in told[:-1])
     wanted = condition_spread(proxies, vq.codebook, ours)
     assert both == fit_anchor_and_temperature(at_once, vq.codebook, wanted, ours)
     assert both.unanchored == ours and f"at temperature {both.anchor_temperature:.3f}" in verdict(both)
@@ -196,3 +202,16 @@ def test_a_wheel_carries_the_prompts(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as held:
         assert held.read(f"dcdd_core/pipelines/{PROMPTS.name}") == PROMPTS.read_bytes()
+
+
+@pytest.mark.parametrize("at", [3, 71])
+def test_a_fit_is_stopped_from_its_progress(tmp_path, vq, proxies, at):
+    samples = KeptSamples(tmp_path, PROMPTED)
+    samples.fill(Sampler(vq.codebook), Processes(), **ALONE)
+
+    def stop(done, total):
+        if done >= at:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit_to_samples(samples, proxies, vlm="", guidance=5.0, temperature=1.0, with_temperature=True, on_pass=stop)

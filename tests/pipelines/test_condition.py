@@ -1,5 +1,7 @@
 """Which condition a decoder is given."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,11 @@ def test_what_a_vlm_gives_is_read_as_the_card_says(codebook, grid):
     as_logits = condition_for(card, sampled, codebook)
     as_tokens = condition_for(serving(card, reads="tokens"), sampled, codebook)
     assert torch.equal(as_logits.code_vectors, map_logits(sampled, codebook, card.calibration).code_vectors)
+    vectors = codebook.vectors[grid.tokens]
+    chances = 0.99 * (25 * (vectors @ codebook.vectors.T)).softmax(-1) + 0.01 / 64
+    expected = map_probabilities(chances, codebook)  # the card's calibration: s = 25, eps = .01
+    torch.testing.assert_close(as_tokens.code_vectors, expected[0])
+    torch.testing.assert_close(as_tokens.uncertainty, expected[1])
     nearness = F.cosine_similarity(as_tokens.code_vectors, codebook.vectors[grid.tokens], dim=-1)
     assert nearness.mean() > F.cosine_similarity(as_logits.code_vectors, codebook.vectors[grid.tokens], dim=-1).mean()
     # Proxies are the training's own: the way of reading does not touch them.
@@ -112,3 +119,23 @@ def test_calibrated_logits_are_mapped_as_they_are(codebook, grid):
     for reads in ("logits", "tokens"):
         found = condition_for(serving(card, reads=reads), made, codebook)
         torch.testing.assert_close(found.code_vectors, condition_for(card, grid, codebook).code_vectors)
+
+
+@pytest.mark.parametrize("reads", ["logits", "anchored", "tokens"])
+def test_what_an_edit_kept_of_an_image_is_calibrated_once(codebook, grid, reads):
+    """Kept positions are mapped as in the image, new ones as in what was sampled whole."""
+    card = serving(tiny_card(calibration=Calibration(scale=25.0, smoothing=0.01, anchor=3.0)), reads=reads)
+    image = apply_calibration(grid, codebook, card.calibration)
+    new = torch.zeros(1, 16, dtype=torch.bool)
+    new[0, 3:9] = True
+    drawn = 4 * torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(1))
+    tokens = torch.where(new, drawn.argmax(-1), image.tokens)
+    logits = torch.where(new[..., None], drawn, image.logits)
+    edited = TokenLogits(logits, tokens, (4, 4), codebook=codebook.fingerprint, calibrated_at=~new)
+    found = condition_for(card, edited, codebook)
+    kept = condition_for(card, image, codebook)
+    sampled = condition_for(card, replace(edited, logits=drawn, calibrated_at=None), codebook)
+    for name in ("code_vectors", "uncertainty"):
+        ours, before, fresh = (getattr(one, name) for one in (found, kept, sampled))
+        assert torch.equal(ours[~new], before[~new])
+        torch.testing.assert_close(ours[new], fresh[new])

@@ -269,3 +269,13 @@ def test_a_codec_of_a_host_is_checked_too(models):
         pixels_of(Broken(), torch.zeros(1, 16, 8, 8))
     with pytest.raises(ValueError, match="latents hold NaN or infinity, and cannot become an image"):
         pixels_of(models[1], torch.full((1, 16, 8, 8), torch.inf))
+
+
+def test_each_image_is_blended_by_its_own_mask(models):
+    generator = torch.Generator().manual_seed(3)
+    image = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+    mask = torch.tensor([0.0, 0.25, 1.0])[torch.randint(3, (2, 1, 16, 16), generator=generator)]
+    made = decode(*models, tiny_condition(2), seeds=[0, 1], image=image, mask=mask)
+    painted = models[1].decode(made.latents)
+    torch.testing.assert_close(made.pixels, mask * painted + (1 - mask) * image)
+    assert torch.equal(made.pixels[(mask == 0).expand_as(image)], image[(mask == 0).expand_as(image)])

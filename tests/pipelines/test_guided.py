@@ -6,10 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dcdd_core.method.flow import timesteps
 from dcdd_core.method.guidance import noise_share
+from dcdd_core.method.latents import pack
+from dcdd_core.method.lcdm import map_logits
+from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.condition import discrete_condition
+from dcdd_core.pipelines.condition_guidance import ConditionedVelocity
 from dcdd_core.pipelines.decode import decode
 from dcdd_core.pipelines.guided import (
     Fallback,
@@ -20,7 +25,7 @@ from dcdd_core.pipelines.guided import (
     token_guide,
 )
 from dcdd_core.pipelines.host import Host
-from dcdd_core.types import Codebook, DCDDWarning
+from dcdd_core.types import Codebook, DCDDWarning, TokenLogits
 from tests.tiny import tiny_decoder, tiny_vae, tiny_vq
 
 SEEDS = [3, 4]
@@ -427,3 +432,83 @@ def test_a_part_of_an_image_is_painted_and_guided_under_its_mask(decoder, codec,
     assert len(seen) == 4 and all(torch.equal(f, within.free) and torch.equal(a, within.area) for f, a in seen)
     before, after = (within.loss(codec.normalize(one.latents)).sum() for one in (plain, guided))
     assert float(after) < float(before) and not torch.equal(plain.latents[..., :4], guided.latents[..., :4])
+
+
+def test_the_first_and_last_times_are_those_that_are_asked_for(decoder, codec, condition, guide):
+    """Times are float32: that of the first step from .6 is larger than .6."""
+    seen = []
+
+    class Watched(TokenGuide):
+        def correct(self, clean, time):
+            seen.append(time)
+            return super().correct(clean, time)
+
+    def times(start=1.0, **options):
+        seen.clear()
+        made = Watched(**{**vars(guide), "options": GuidanceOptions(strength=0, **options)})
+        decode(decoder, codec, condition, seeds=SEEDS, steps=10, shift=0.0, guide=made, start=start)
+        return list(seen)
+
+    assert times(start=0.6, first=0.6) == pytest.approx([0.6 - 0.06 * k for k in range(10)])
+    for first in (0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1):
+        assert times(first=first, last=first) == pytest.approx([first])
+
+
+def test_a_corrected_estimate_is_the_formula_s(tokenizer, codec):
+    """`docs/embedded.md`: the gradient steps, each from the one before, and then the pull; in float64."""
+    logits = 3 * torch.randn(2, 16, tokenizer.codebook.size, generator=torch.Generator().manual_seed(8))
+    soft = map_logits(TokenLogits(logits, logits.argmax(-1), (4, 4)), tokenizer.codebook)
+    options = GuidanceOptions(strength=0.2, pull=0.7, gradients=2)
+    guide = replace(token_guide(tokenizer, codec, soft, scale=1.0, options=options), scale=(15.0, 30.0))
+    t, z = 0.6, torch.randn(guide.soft.shape, generator=torch.Generator().manual_seed(9))
+
+    def loss(clean):
+        features = torch.nn.functional.normalize(guide.features(guide.decode(clean)).double(), dim=-1)
+        scale = torch.tensor([15.0, 30.0], dtype=torch.float64)[:, None, None]
+        q = (scale * features @ tokenizer.codebook.vectors.double().T).log_softmax(-1)
+        return -(soft.uncertainty[..., 0].double() * (logits.double().softmax(-1) * q).sum(-1)).sum()
+
+    expected = z.double()
+    for _ in range(2):
+        x = expected.float().requires_grad_()
+        (g,) = torch.autograd.grad(loss(x), x)
+        size = g.double().square().mean((1, 2, 3), keepdim=True).sqrt()
+        expected = expected - 0.2 * t / (t**2 + (1 - t) ** 2) ** 0.5 * g.double() / size
+    expected = expected + 0.7 * t**2 * (guide.soft.double() - expected)
+    torch.testing.assert_close(guide.correct(z, t).double(), expected, rtol=0, atol=2e-4)
+    alone = guide.part(1, 2).correct(z[1:], t)
+    torch.testing.assert_close(alone.double(), expected[1:], rtol=0, atol=2e-4)
+
+
+def test_painting_runs_its_times_from_the_start_on(decoder, codec, condition, guide, monkeypatch):
+    seen = []
+    original = ConditionedVelocity.__call__
+
+    def watched(self, x, context, t):
+        seen.append((x.clone(), t[0].item()))
+        return original(self, x, context, t)
+
+    monkeypatch.setattr(ConditionedVelocity, "__call__", watched)
+    own = with_options(guide, strength=0, pull=0)
+    decode(decoder, codec, condition, seeds=SEEDS, steps=4, shift=0.8, guide=own, start=0.6)
+    assert [t for _, t in seen] == pytest.approx((0.6 * timesteps(4, shift=0.8))[:-1].tolist())
+    noise = torch.cat([torch.randn(1, *guide.soft.shape[1:], generator=keyed_generator(seed)) for seed in SEEDS])
+    torch.testing.assert_close(seen[0][0], pack(0.4 * guide.soft + 0.6 * noise))
+
+
+def test_every_second_gradient_begins_anew_with_each_image(decoder, codec, condition, guide):
+    """So that images in parts are those of a batch."""
+    fallback = Fallback(alternating=True)
+    seen = []
+
+    class Watched(TokenGuide):
+        def gradient(self, clean):
+            found = super().gradient(clean)
+            seen.append(bool(found.any()))
+            return found
+
+    for k in range(2):
+        alone = guide.part(k, k + 1)
+        own = Watched(**{**vars(alone), "options": GuidanceOptions(strength=0.1, pull=0), "fallback": fallback})
+        decode(decoder, codec, condition.part(k, k + 1), seeds=[SEEDS[k]], steps=3, guide=own)
+    assert seen == [True, False, True] * 2

@@ -12,13 +12,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from dcdd_core.files import is_finite
 from dcdd_core.method.flow import timesteps
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.flux2_vae import Flux2Codec
 from dcdd_core.models.vae import KLCodec
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.condition import discrete_condition
-from dcdd_core.pipelines.guided import GuidanceOptions, token_guide
+from dcdd_core.pipelines.guided import GuidanceOptions, TokenGuide, token_guide
 from dcdd_core.pipelines.guided_pipeline import READ, KleinPrior, PriorPipeline, image_to_image, load_prior_pipeline
 from tests.tiny import tiny_vq
 from tests.tiny_pipelines import flux, klein, save_klein, save_sd, sd, sdxl
@@ -336,3 +337,61 @@ def test_a_folder_whose_name_is_not_utf_8_is_read(save, tmp_path):
     plain.mkdir()
     save(plain).rename(folder)
     assert load_prior_pipeline(folder).size_for((32, 32)) == (32, 32)
+
+
+def test_each_image_is_blended_by_its_own_mask_and_guided_as_often_as_asked(prior, tokenizer, condition):
+    generator = torch.Generator().manual_seed(3)
+    image = torch.rand(2, 3, *SIZE, generator=generator) * 2 - 1
+    mask = torch.tensor([0.0, 0.25, 1.0])[torch.randint(3, (2, 1, *SIZE), generator=generator)]
+    options, steps, original = GuidanceOptions(strength=0.1, pull=0, every=2), [], TokenGuide.correct
+
+    def watched(self, clean, time):
+        steps.append(round(time, 3))
+        return original(self, clean, time)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenGuide, "correct", watched)
+        made = paint(prior, tokenizer, condition, image=image, mask=mask, options=options)
+    painted = torch.cat([prior.codec.decode(one) for one in made.latents.split(1)])
+    torch.testing.assert_close(made.pixels, mask * painted + (1 - mask) * image)
+    assert len(steps) == 4 and steps[:2] == steps[2:], "the first and the third of four steps, of each image"
+
+
+@pytest.mark.parametrize("make", [sd, sdxl])
+def test_latents_are_not_clipped_as_pixels_are(make):
+    """Also where a scheduler's settings do not say so: DDIM's own default is to clip."""
+    scheduler = prior_of(make()).pipe.scheduler
+    scheduler.set_timesteps(10)
+    noise, sample = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = scheduler.timesteps[3]
+    alpha, after = (float(scheduler.alphas_cumprod[int(t) - k]) for k in (0, 100))
+    clean = (3 * sample - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+    assert clean.abs().max() > 3
+    found = scheduler.step(noise, t, 3 * sample).prev_sample
+    torch.testing.assert_close(found, after**0.5 * clean + (1 - after) ** 0.5 * noise, rtol=1e-3, atol=1e-3)
+
+
+def test_a_scheduler_without_betas_is_refused():
+    pipe = sdxl()
+    pipe.scheduler = diffusers.EDMEulerScheduler()
+    with pytest.raises(ValueError, match="scheduler, EDMEulerScheduler, has no beta_schedule; guidance reads models"):
+        prior_of(pipe)
+
+
+def test_a_schedule_that_begins_with_noise_alone_is_painted(tokenizer, condition):
+    """With zero terminal signal to noise (arXiv 2305.08891), the first step's alpha is 0."""
+    pipe = sd("v_prediction")
+    pipe.scheduler = diffusers.DDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    prior = prior_of(pipe)
+    assert float(prior.pipe.scheduler.alphas_cumprod[-1]) == 0
+    assert is_finite(paint(prior, tokenizer, condition, start=1.0).pixels)
+
+
+def test_as_many_steps_are_run_as_were_asked_for():
+    prior = prior_of(sd())
+    for steps in range(1, 51):
+        for start in (k / 20 for k in range(1, 21)):
+            told = prior._part_of_schedule((8, 8), (16, 16), steps, start)
+            assert int(told["num_inference_steps"] * told["strength"]) == steps and told["strength"] <= 1

@@ -1,5 +1,7 @@
 """Running out of memory: smaller parts, the same result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -117,6 +119,11 @@ def test_sampling_in_parts_gives_the_batch(monkeypatch):
         edited = sample(sampler, prompts, **other)
     assert edited.record == whole.record | {"guidance": 3.0, "temperature": 1.0}, "though nothing of the third is drawn"
     assert torch.equal(edited.tokens[~hole], whole.tokens[~hole])
+    image = replace(whole, source="proxy", guidance=None, temperature=None, calibrated=True)
+    with pytest.warns(DCDDWarning, match="continuing with 2 images"):
+        edited = sample(sampler, prompts, **other | {"previous": image})
+    assert edited.record == whole.record | {"guidance": 3.0, "temperature": 1.0}
+    assert torch.equal(edited.calibrated_at, ~hole), "all of the third, whose part has nothing to sample"
     with pytest.raises(ValueError, match="3 prompts came with 4 seeds"):
         sample(sampler, prompts, seeds=[1, 2, 3, 4])
 

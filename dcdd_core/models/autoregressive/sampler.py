@@ -21,7 +21,7 @@ from ...protocols import DEFAULT_SAMPLING, OnProgress, Progress, SamplingOptions
 from ...settings import require_number
 from ...types import Codebook, TokenLogits
 from ..checkpoints import fingerprint_of
-from ..edits import check_edit, check_request
+from ..edits import check_edit, check_request, kept_calibrated
 from ..fused_linear import fuse_weights
 from ..int8 import store_in_int8
 from .teacher_forcing import check_tokens, teacher_forced_logits
@@ -176,7 +176,8 @@ class AutoregressiveSampler(ABC):
             if loop.done:
                 break
             loop.advance()
-        return self._told(logits, tokens, options)
+        made = self._told(logits, tokens, options)
+        return made if anew is None else replace(made, calibrated_at=kept_calibrated(previous, anew))
 
     @torch.no_grad()
     def teacher_forced(

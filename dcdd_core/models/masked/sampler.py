@@ -28,7 +28,7 @@ from ...method.progressive import (
 from ...protocols import DEFAULT_SAMPLING, FILTERS, OnProgress, Progress, SamplingOptions
 from ...types import Codebook, TokenLogits
 from ..checkpoints import fingerprint_of
-from ..edits import check_edit, check_request
+from ..edits import check_edit, check_request, kept_calibrated
 from ..int8 import store_in_int8
 from .network import MaskedTransformer, Prefix
 from .words import Words, padded
@@ -168,6 +168,7 @@ class MaskedSampler:
         order = order_noise(seeds, count)
         prefix = self._prefix(prompts, guided=any(g != 1 for g in guidances[plan.start :]))
         stages = []
+        anew = torch.zeros_like(tokens, dtype=torch.bool)
         for i in range(plan.passes):
             again = redrawn(places, plan.revise) if i >= plan.start else torch.zeros_like(hidden)
             drawn = _Drawn.nothing(tokens)
@@ -190,6 +191,7 @@ class MaskedSampler:
             if i >= plan.start:
                 decided = (chosen | again).to(device)
                 tokens = torch.where(decided, drawn.tokens, tokens)
+                anew |= decided
                 for row, (mask, part) in enumerate(zip(decided, drawn.logits)):
                     logits[row, mask] = part[mask[drawn.needed[row]]]
             places = torch.where(chosen, places.amax(dim=1, keepdim=True) + 1 + turns, places)
@@ -214,6 +216,7 @@ class MaskedSampler:
             temperature=float(plan.temperature),
             model=self.name,
             codebook=self.codebook.fingerprint,
+            calibrated_at=kept_calibrated(previous, anew),
         )
         return Staged(token_logits=made, stages=tuple(stages))
 
