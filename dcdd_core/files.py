@@ -26,6 +26,19 @@ from .settings import shown
 
 #: The system's errors for a full disk: no space left, quota exceeded, file too large.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: Numbers of Windows' own errors, which Rust prints in the place of errno's.
+_WINDOWS = {
+    5: errno.EACCES,  # access denied
+    19: errno.EROFS,  # write-protected
+    32: errno.EACCES,  # in use by another program
+    39: errno.ENOSPC,  # disk full, while a file grows
+    80: errno.EEXIST,
+    112: errno.ENOSPC,
+    183: errno.EEXIST,
+    206: errno.ENAMETOOLONG,
+    267: errno.ENOTDIR,
+    1224: errno.EACCES,  # mapped by a program
+}
 
 
 @contextmanager
@@ -73,17 +86,19 @@ def _temporary_stem(path: Path) -> str:
     return path.name[:40].encode("utf-8", "ignore").decode()
 
 
-def way_out(error: BaseException, path: str | Path) -> str:
+def way_out(error: BaseException, path: str | Path, *, windows: bool = os.name == "nt") -> str:
     """What to do about a file that could not be written, depending on the system's reason.
 
     Args:
         error: an OSError, or another library's error that quotes one. If it has no number, a disk with less than 64 MiB
             left is taken to be the reason.
+        windows: whether a number that a library quotes is Windows' own.
     """
     folder = Path(path).parent
     # safetensors writes the system's number into its text.
     said = re.search(r"os error (\d+)", str(error))
-    number = getattr(error, "errno", None) or (int(said[1]) if said else None)
+    quoted = int(said[1]) if said else None
+    number = getattr(error, "errno", None) or (_WINDOWS.get(quoted) if windows else quoted)
     free: int | None = None
     with suppress(OSError):
         free = shutil.disk_usage(folder).free
@@ -394,7 +409,8 @@ def read_record(
     expected = f"a file with a {kind}"
     with open_tensors(path, expected, _AGAIN) as file, reading(path, expected, _AGAIN):
         header = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        # Copied: a tensor that stays mapped changes with its file, and Windows lets nobody replace a mapped file.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     if int8_rows:
         with in_file(path):
             tensors = restored(tensors, remedy=_AGAIN)

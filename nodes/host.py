@@ -212,6 +212,11 @@ def bring(*models: Managed, memory: int = 0) -> None:
                 part._apply(lambda tensor, device=model.device: tensor.to(device), recurse=False)
 
 
+def has_float8(placement: str) -> bool:
+    """Whether the device on which a model with this placement runs can hold weights in float8_e4m3fn."""
+    return comfy.model_management.supports_cast(device_of(placement), torch.float8_e4m3fn)
+
+
 def device_of(placement: str) -> torch.device:
     """The device on which a model with this placement runs."""
     return torch.device("cpu") if placement == "CPU" else comfy.model_management.get_torch_device()
@@ -220,10 +225,13 @@ def device_of(placement: str) -> torch.device:
 class ComfyHost(Host):
     """The models of one node, on ComfyUI's devices."""
 
-    remedy = (
-        "close other programs that use the GPU, choose 'low VRAM' or 8-bit storage in the loader, or use a smaller "
-        "image"
-    )
+    @property
+    def remedy(self) -> str:
+        """What a user can do when memory runs out."""
+        storage = " or 8-bit storage" if has_float8("auto") else ""
+        return (
+            f"close other programs that use the GPU, choose 'low VRAM'{storage} in the loader, or use a smaller image"
+        )
 
     def __init__(self, *models: Managed, convolutional: bool = False, besides: int = 0):
         """

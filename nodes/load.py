@@ -197,6 +197,11 @@ class LoadDecoder(io.ComfyNode):
     def execute(cls, bundle: str, base_model: str, vae: str, storage: str, placement: str) -> io.NodeOutput:
         if storage not in STORAGE:
             raise ValueError(f"storage must be one of {', '.join(STORAGE)}, got {storage!r}")
+        if storage == "8-bit" and not host.has_float8(placement):
+            raise ValueError(
+                f"storage '8-bit' needs float8, which {host.device_of(placement)} does not have: choose 'float16', or "
+                "placement 'CPU'"
+            )
         # Older servers do not check names against the lists.
         base = None if base_model == HELD else model_folders.transformer_path(base_model)
         autoencoder = None if vae == CONNECTED else model_folders.autoencoder_path(vae)
@@ -208,7 +213,8 @@ class LoadDecoder(io.ComfyNode):
         else:
             path = model_folders.path_of(model_folders.BUNDLES, bundle)
         compute = _torch_dtype("auto" if storage == "8-bit" else storage, bundle, placement)
-        decoder = load_decoder(path, base, DecoderOptions(dtype=compute))
+        with host.noticed():
+            decoder = load_decoder(path, base, DecoderOptions(dtype=compute))
         codec = None
         if autoencoder is not None:
             codec = registry.load_codec(autoencoder, dtype=torch.float32)

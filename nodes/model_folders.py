@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 
@@ -96,10 +96,16 @@ def path_of(key: str, name: str) -> Path:
     """
     for root in map(Path, folder_paths.get_folder_paths(key)):
         path = root / name
-        if name and path.exists() and path.resolve() != root.resolve() and ".." not in Path(name).parts:
+        if name and _inside(name) and path.exists() and path.resolve() != root.resolve():
             return path
     where = " or ".join(folder_paths.get_folder_paths(key))
     raise ValueError(f"{name!r} is not in {where}: put it there, press R to refresh the lists, and choose it again")
+
+
+def _inside(name: str) -> bool:
+    """Whether a relative path stays in its folder, on any system."""
+    kinds = (PurePosixPath(name), PureWindowsPath(name))
+    return not any(kind.is_absolute() or kind.drive or kind.root or ".." in kind.parts for kind in kinds)
 
 
 CALIBRATIONS = "calibrations"

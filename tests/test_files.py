@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import threading
 
@@ -162,6 +163,34 @@ def test_a_reason_without_a_number_is_a_full_disk_if_the_disk_is_full(tmp_path, 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40 - free, free))
     assert way_out(RuntimeError("file write failed"), tmp_path / "a.txt").startswith(says)
     assert way_out(OSError(errno.EACCES, "denied"), tmp_path / "a.txt").startswith("you may not write there")
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (112, ".* make room"),
+        (39, ".* make room"),
+        (5, "you may not write"),
+        (206, "choose a shorter"),
+        (28, "check the"),
+    ],
+)
+def test_numbers_of_windows_are_not_taken_for_errno_s(tmp_path, number, says):
+    """There, 5 is a missing permission and 112 a full disk; errno's 28, a full disk, means something else."""
+    error = RuntimeError(f"I/O error: ... (os error {number})")
+    assert re.match(says, way_out(error, tmp_path / "a.txt", windows=True))
+    assert re.match(".* make room", way_out(RuntimeError("... (os error 28)"), tmp_path / "a.txt", windows=False))
+
+
+def test_a_record_does_not_change_with_its_file(tmp_path):
+    """Nothing stays mapped, so that the file can be replaced, also on Windows."""
+    file = tmp_path / "a.safetensors"
+    write_record(file, "thing", {"x": torch.arange(1024.0)}, {})
+    tensors, _ = read_record(file, "thing", ("x",), ())
+    size = file.stat().st_size
+    with file.open("r+b") as raw:
+        raw.write(bytes(size))
+    assert torch.equal(tensors["x"], torch.arange(1024.0))
 
 
 def test_the_longest_names_can_be_written(tmp_path):

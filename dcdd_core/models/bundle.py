@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -21,6 +22,7 @@ from ..files import (
     write_tensors,
 )
 from ..settings import shown
+from ..types import DCDDWarning
 from .card import LATER, DecoderCard
 from .checkpoints import StoredTensors, find_tensors, load_strictly, misfits
 from .decoder import DistributionConditionedDecoder
@@ -158,7 +160,7 @@ def load_decoder(
 
     Args:
         base: the base model, in a layout that its `BackboneFamily` reads. Only weights that the bundle lacks are read
-            from it; None if it lacks none.
+            from it; None if it lacks none, and unused, with a warning, in that case.
 
     Raises:
         ValueError: as `read_card`; naming the base that is needed, or tensors that are missing, unexpected, of a wrong
@@ -249,6 +251,8 @@ def _find(path: str | Path, base: str | Path | None, decoder: DistributionCondit
         raise ValueError(f"{path} does not fit {type(decoder).__name__}; {misfits(missing=missing)}")
     absent = of_transformer - without
     if not absent:
+        if base is not None:
+            warnings.warn(f"{path} holds all weights: {base} is not used", DCDDWarning, stacklevel=3)
         return of_bundle
     if base is None:
         raise ValueError(

@@ -272,7 +272,8 @@ def read_wanted(
     The files are read one after the other. No code in a .bin is run.
 
     Args:
-        dtype: dtype for floating-point tensors; None for the file's.
+        dtype: dtype for floating-point tensors; None for the file's, except that float8, which has no arithmetic,
+            becomes bfloat16.
 
     Raises:
         ValueError: as `weight_files`; if a file with wanted tensors that the index names is absent, if a file is cut
@@ -283,9 +284,11 @@ def read_wanted(
     for file in dict.fromkeys(header.file for header in found.values()):
         here = {name for name, header in found.items() if header.file == file}
         read = _read_bin if file.suffix == ".bin" else _read_safetensors
-        for name, tensor in read(file, here, device):
-            cast = dtype is not None and tensor.is_floating_point()
-            tensors[name] = tensor.to(dtype) if cast else tensor
+        for name, tensor in read(file, here):
+            stored = torch.bfloat16 if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor.dtype
+            wanted = dtype if dtype is not None and tensor.is_floating_point() else stored
+            # In two steps, since some devices have no float8.
+            tensors[name] = tensor.to(wanted).to(device)
             check_finite(tensors[name], name, file)
     return tensors
 
@@ -330,20 +333,18 @@ def _other_format(file: Path) -> str | None:
     return next((kind for sign, kind in _OTHER_FORMATS if start.startswith(sign)), None)
 
 
-def _read_safetensors(
-    file: Path, names: Collection[str], device: torch.device | str
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_safetensors(file: Path, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
     with open_safetensors(file) as opened:
         for name in names:
             with reading(file, "a safetensors file", _DAMAGED):
                 tensor = opened.get_tensor(name)
-            yield name, tensor.to(device)
+            yield name, tensor
 
 
-def _read_bin(file: Path, names: Collection[str], device: torch.device | str) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_bin(file: Path, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in _mapped(file, names.__contains__).items():
         # Copied: a file that is replaced later must not change the model through its mapping.
-        yield name, tensor.to(device, copy=True)
+        yield name, tensor.clone()
 
 
 def open_saved(file: Path) -> dict[Any, Any]:

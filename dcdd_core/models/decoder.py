@@ -49,16 +49,22 @@ class DistributionConditionedDecoder(nn.Module):
         """
         return cls(registry.build_backbone(card.base_config, guidance=card.guidance), card)
 
-    # Taken from the adapter: the transformer's layers may be kept elsewhere until their turn, or stored in 8 bits.
     @property
     def device(self) -> torch.device:
         """The device it computes on."""
-        return next(self.adapter.parameters()).device
+        return self._resident.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in."""
-        return next(self.adapter.parameters()).dtype
+        return self._resident.dtype
+
+    @property
+    def _resident(self) -> torch.Tensor:
+        """A weight of the adapter that is where it computes: a host may keep any linear layer elsewhere until its turn,
+        and those of the transformer may be stored in 8 bits."""
+        layers = (layer for layer in self.adapter.modules() if not isinstance(layer, nn.Linear))
+        return next(weight for layer in layers for weight in layer.parameters(recurse=False))
 
     def painted_size(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(H, W) in pixels of the image that an (h, w) grid of tokens becomes."""
@@ -76,7 +82,7 @@ class DistributionConditionedDecoder(nn.Module):
         Args:
             on_layer: called with (layers done, layers) as their weights are read; may raise to stop.
         """
-        self.backbone.prepare(times, next(self.adapter.parameters()), on_layer)
+        self.backbone.prepare(times, self._resident, on_layer)
 
     def condition_tokens(self, condition: Condition, latent_size: tuple[int, int]) -> torch.Tensor:
         """What the condition adds to the fused tokens, [B, L, M]; the same at every step, so computed once (Eq. 22)."""

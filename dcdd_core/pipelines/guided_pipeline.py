@@ -76,8 +76,8 @@ class PriorPipeline:
         kind = FlowMatchEulerDiscreteScheduler if self.flow else DDIMScheduler
         if not self.flow and not {"beta_schedule", "trained_betas"} & set(pipe.scheduler.config):
             raise ValueError(
-                f"the pipeline's scheduler, {type(pipe.scheduler).__name__}, has no beta_schedule; guidance reads models "
-                "that were trained with one, as SDXL and Stable Diffusion 1.x were"
+                f"the pipeline's scheduler, {type(pipe.scheduler).__name__}, has no beta_schedule; guidance reads "
+                "models that were trained with one, as SDXL and Stable Diffusion 1.x were"
             )
         with reading("the pipeline's scheduler_config.json", f"the settings of a {kind.__name__}"):
             # The times of a flow model are already shifted (`_times`). DDIM would clip latents, as if they were pixels.

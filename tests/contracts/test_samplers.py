@@ -12,6 +12,7 @@ from dcdd_core import registry
 from dcdd_core.protocols import SamplerFamily, SamplingOptions, TokenSampler
 from dcdd_core.types import TokenLogits
 from tests.contracts.conftest import names
+from tests.streamed import stream
 
 PROMPTS, SEEDS = ["a red circle on the left", "a blue square"], [3, 4]
 OPTIONS = SamplingOptions(guidance=3.0)
@@ -114,6 +115,13 @@ def test_progress_may_stop_it(sampler, run):
     with pytest.raises(InterruptedError):
         sampler.sample(PROMPTS, seeds=SEEDS, options=OPTIONS, on_progress=stop)
     assert torch.equal(sampler.sample(PROMPTS, seeds=SEEDS, options=OPTIONS).tokens, run.tokens)
+
+
+def test_a_host_may_keep_linear_layers_elsewhere(sampler, run):
+    stream(sampler.model)
+    streamed = sampler.sample(PROMPTS, seeds=SEEDS, options=OPTIONS)
+    assert torch.equal(streamed.tokens, run.tokens)
+    torch.testing.assert_close(streamed.logits, run.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_edit_keeps_the_rest_to_the_last_bit(sampler, run):

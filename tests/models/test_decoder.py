@@ -18,7 +18,7 @@ from dcdd_core.models.backbones.flux_fill.inference import of_text_stream
 from dcdd_core.models.bundle import DecoderOptions, load_decoder, read_card, save_bundle
 from dcdd_core.models.card import DecoderCard, ServedGuidance
 from dcdd_core.models.decoder import DistributionConditionedDecoder
-from dcdd_core.types import Calibration
+from dcdd_core.types import Calibration, DCDDWarning
 from dcdd_pico.embedded import model_paths
 from tests.tiny import assert_same_without_text, fill, tiny_card, tiny_condition, tiny_decoder, tiny_flux_config
 
@@ -525,3 +525,23 @@ def test_the_published_shape_fits_the_card():
         decoder = DistributionConditionedDecoder.build(card)
     assert sum(p.numel() for p in decoder.transformer.parameters()) == pytest.approx(11.90e9, rel=1e-3)
     assert decoder.adapter.fuse.out_features == 3072
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_it_computes_where_its_resident_weights_are(dropout):
+    """A host may keep any linear layer elsewhere until its turn, also the adapter's first one, and in other dtypes."""
+    decoder, seen = tiny_decoder(condition_dropout=dropout), []
+    for layer in decoder.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(layer.weight.to("meta", torch.float8_e4m3fn), requires_grad=False)
+    assert (decoder.device, decoder.dtype) == (torch.device("cpu"), torch.float32)
+    decoder.backbone.prepare = lambda times, like, on_layer: seen.append(like.device.type)
+    decoder.prepare([1.0, 0.5])
+    assert seen == ["cpu"]
+
+
+def test_a_base_that_is_not_used_is_said(tmp_path):
+    path = tmp_path / "whole.safetensors"
+    save_bundle(path, tiny_decoder())
+    with pytest.warns(DCDDWarning, match=f"whole.safetensors holds all weights: {tmp_path / 'base'} is not used"):
+        load_decoder(path, tmp_path / "base")

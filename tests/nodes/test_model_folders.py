@@ -53,6 +53,10 @@ def test_folders_are_listed_at_any_depth_and_found_by_their_names(tmp_path, mode
     assert [model_folders.path_of("janus", name) for name in expected] == [janus / name for name in expected]
     with pytest.raises(ValueError, match="is not in"):
         model_folders.path_of("janus", "deepseek-ai/../../janus")
+    (tmp_path / "elsewhere").mkdir()
+    for name in (str(tmp_path / "elsewhere"), "C:/models", "C:model", "\\\\server\\share", "a\\..\\..\\b"):
+        with pytest.raises(ValueError, match="is not in"):
+            model_folders.path_of("janus", name)
 
 
 def test_the_hubs_cache_is_listed(tmp_path, model_folders):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
 from tests.comfy.server import PACK, Run
 from tests.nodes.cases import (
@@ -85,8 +87,27 @@ def test_refusal(case: Refusal, refused):
         assert re.search(pattern, run.error, re.IGNORECASE), f"{pattern!r} is not in: {run.error}"
 
 
-def test_every_refusal_of_the_nodes_has_a_case(refused, double):
-    reached = set().union(*(refused(case)[1] for case in REFUSALS))
+@pytest.fixture(scope="session")
+def without_float8(double, info) -> tuple[Run, set[tuple[str, int]]]:
+    """How loading a decoder in 8 bits ends on a device that has no float8, as a Mac's, and where."""
+    with double._modules.installed():
+        management = sys.modules["comfy.model_management"]
+    double.raised_at = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(management, "supports_cast", lambda device, dtype: dtype != torch.float8_e4m3fn)
+        graph = built(info, "DCDD_LoadDecoder", {"storage": "8-bit"}, {})
+        graph.add("end", "TEST_Hold", value=of("it"))
+        return double.run(graph.prompt), double.raised_at
+
+
+def test_8_bit_storage_is_refused_without_float8(without_float8):
+    run, _ = without_float8
+    assert (run.status, run.node, run.error_type) == ("error", "it", "ValueError"), run.error
+    assert "storage '8-bit' needs float8, which cpu does not have: choose 'float16', or" in run.error
+
+
+def test_every_refusal_of_the_nodes_has_a_case(refused, without_float8, double):
+    reached = set().union(without_float8[1], *(refused(case)[1] for case in REFUSALS))
     nodes = double.base / "custom_nodes" / PACK / "nodes"
     missed = [
         f"{file.name}:{statement.lineno}"

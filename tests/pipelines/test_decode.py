@@ -14,6 +14,7 @@ from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.decode import _require_finite, decode, pixels_of
 from dcdd_core.pipelines.guided import GuidanceOptions, token_guide
 from dcdd_core.types import Condition, DCDDWarning
+from tests.streamed import stream
 from tests.tiny import tiny_condition, tiny_decoder, tiny_vae, tiny_vq
 
 
@@ -279,3 +280,12 @@ def test_each_image_is_blended_by_its_own_mask(models):
     painted = models[1].decode(made.latents)
     torch.testing.assert_close(made.pixels, mask * painted + (1 - mask) * image)
     assert torch.equal(made.pixels[(mask == 0).expand_as(image)], image[(mask == 0).expand_as(image)])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_host_may_keep_linear_layers_elsewhere(models, dropout):
+    options = {"condition_dropout": dropout, "condition_guidance": 1.5 if dropout else 1.0}
+    decoder, condition = tiny_decoder(**options), tiny_condition(2)
+    plain = decode(decoder, models[1], condition, seeds=[5, 6])
+    stream(decoder)
+    torch.testing.assert_close(decode(decoder, models[1], condition, seeds=[5, 6]).pixels, plain.pixels)

@@ -407,7 +407,23 @@ def _normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
-def in_float32(head: nn.Module) -> nn.Module:
-    """The head, or a copy of it in float32: guidance amplifies what half precision would round away."""
+def in_float32(head: nn.Module, device: torch.device) -> nn.Module:
+    """The head, or a copy of it in float32 on the device: guidance amplifies what half precision would round away.
+
+    The copy's linear layers are torch's own, since a host's may hold native memory that must not be copied.
+    """
     single = all(weight.dtype == torch.float32 for weight in head.parameters())
-    return head if single else copy.deepcopy(head).float()
+    return head if single else _float32_copy(head, device)
+
+
+def _float32_copy(part: nn.Module, device: torch.device) -> nn.Module:
+    if isinstance(part, nn.Linear):
+        twin = nn.Linear(part.in_features, part.out_features, bias=part.bias is not None, device="meta")
+    else:
+        twin = copy.copy(part)
+        twin._modules = {name: _float32_copy(own, device) for name, own in part.named_children()}
+    twin._parameters = {
+        name: weight if weight is None else nn.Parameter(weight.detach().to(device, torch.float32), requires_grad=False)
+        for name, weight in part._parameters.items()
+    }
+    return twin

@@ -162,7 +162,7 @@ class JanusSampler(AutoregressiveSampler):
         return TokenNetwork(
             language=model.language_model,
             embed=self.model.prepare_embeddings_for_image_generation,
-            head=in_float32(model.generation_head),
+            head=in_float32(model.generation_head, model.language_model.device),
             embedders=(model.generation_embeddings, model.generation_aligner),
         )
 

@@ -128,7 +128,7 @@ class LlamaGenFolder:
             self.guidance: float | None = self._config.get("guidance")
             limits = {"least": -MOST_GUIDANCE, "most": MOST_GUIDANCE}
             require_number("guidance", self.guidance, **limits, optional=True, remedy="leave it out for the published")
-        self.name = self._config.get("dcdd_name") or self.name
+        self._published, self.name = self.name, self._config.get("dcdd_name") or self.name
 
     @property
     def tokenizer(self) -> Path:
@@ -278,7 +278,7 @@ class LlamaGenFolder:
         """The number of tokens of an image."""
         if (count := self._entry("block_size")) is not None:
             return count
-        side = _SIDE.search(self.name)
+        side = _SIDE.search(self._published)
         if side is None or int(side[1]) % _PIXELS_A_TOKEN:
             raise ValueError(
                 f"nothing says how many tokens an image of {self._source} has: keep the published name of the file, "

@@ -112,7 +112,7 @@ class LlamaGenTransformer(nn.Module):
 
     def captions(self, features: torch.Tensor) -> torch.Tensor:
         """The layers' input for text features: [..., S] -> [..., C]."""
-        features = features.to(self.caption_in.weight.device, self.caption_in.weight.dtype)
+        features = features.to(self.null.device, self.null.dtype)  # not the layer's: a host may keep that elsewhere
         return self.caption_out(F.gelu(self.caption_in(features), approximate="tanh"))
 
     def forward(self, captions: torch.Tensor, real: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -185,7 +185,7 @@ class LlamaGenSampler(AutoregressiveSampler):
         return TokenNetwork(
             language=language,
             embed=language.embed_tokens,
-            head=in_float32(self.model.head),
+            head=in_float32(self.model.head, language.device),
             embedders=(),
             counts_prompt=False,
         )

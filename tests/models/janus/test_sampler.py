@@ -191,6 +191,30 @@ def test_head_of_a_half_precision_model_runs_in_float32(sampler: JanusSampler):
     assert len(inputs) == N and all(x.dtype == torch.float32 for x in inputs)
 
 
+def test_the_head_is_copied_without_what_a_host_keeps_on_it():
+    """ComfyUI hangs native memory on its linear layers, which a copy would free once more."""
+
+    class Native:
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied")
+
+    plain, tokenizer = tiny_janus()
+    expected = JanusSampler(plain.to(torch.bfloat16), tokenizer).sample(["red"], seeds=[0])
+    model, _ = tiny_janus()
+    model.to(torch.bfloat16)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear):
+            part._v, part._pin_state = Native(), Native()
+    sampler = JanusSampler(model, tokenizer)
+    found = sampler.sample(["red"], seeds=[0])
+    assert torch.equal(found.logits, expected.logits)
+    head, copied = model.model.generation_head, sampler._network().head
+    layers = [part for part in copied.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(layers) == 2 and all(type(layer) is torch.nn.Linear and not hasattr(layer, "_v") for layer in layers)
+    assert {weight.dtype for weight in copied.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in head.parameters()} == {torch.bfloat16} and hasattr(head.vision_head, "_v")
+
+
 def test_eager_attention_gives_the_same(run: TokenLogits):
     model, tokenizer = tiny_janus()
     model.model.language_model.set_attn_implementation("eager")

@@ -128,11 +128,18 @@ def test_what_has_been_encoded_is_written_on_the_way(folder, prompts, tmp_path, 
 
 
 def test_the_text_encoder_comes_to_the_device_once(folder, monkeypatch, tmp_path):
-    text, moves, told = LlamaGenSampler.load(folder).text, [], []
+    text, moves, told = LlamaGenSampler.load(folder).text, ["cpu"], []
     monkeypatch.setattr(text.encoder, "to", lambda device: moves.append(str(device)))
+    monkeypatch.setattr(type(text.encoder), "device", property(lambda self: torch.device(moves[-1])))
+
+    def features(self, texts, device):
+        with self.on(device):
+            return {caption: torch.ones(3, 8) for caption in texts}
+
+    monkeypatch.setattr(T5Text, "features", features)
     given = {"device": "cuda", "on_progress": lambda *now: told.append(now)}
     assert captions.add_captions(tmp_path / "a.safetensors", PROMPTS, text, **given) == (3, 3)
-    assert (moves[0], moves[-1]) == ("cuda", "cpu") and told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert moves == ["cpu", "cuda", "cpu"] and told == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
 def refused(words: str, capsys, *given) -> None:

@@ -98,6 +98,10 @@ def test_the_published_names_say_the_side(folder, name, side):
     change_json(folder / "config.json", block_size=None)
     found = LlamaGenFolder(folder)
     assert found.config.grid == (side, side) and found.name == name
+    for other in ("mine", "portraits_4096"):
+        change_json(folder / "config.json", dcdd_name=other)
+        found = LlamaGenFolder(folder)
+        assert found.config.grid == (side, side) and found.name == other
 
 
 def test_every_way_of_saving_holds_the_same_model(folder):

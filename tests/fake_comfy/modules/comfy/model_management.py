@@ -42,6 +42,10 @@ def should_use_bf16(device: torch.device | None = None) -> bool:
     return False
 
 
+def supports_cast(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type != "mps"
+
+
 def is_amd() -> bool:
     return False
 
