@@ -144,9 +144,12 @@ def _with_targets_of(table: str, old: str) -> str:
     def words(line: str) -> list[str]:
         return [word.strip() for word in line.split("|")]
 
-    published = {words(line)[1]: line for line in old.splitlines() if line.startswith("|")}
+    # By name and bound: with another bound, a verdict would be another.
+    published = {tuple(words(line)[1:3]): line for line in old.splitlines() if line.startswith("|")}
     return "\n".join(
-        published.get(words(line)[1], line) if line.startswith("|") and words(line)[-2] == _NOT_MEASURED else line
+        published.get(tuple(words(line)[1:3]), line)
+        if line.startswith("|") and words(line)[-2] == _NOT_MEASURED
+        else line
         for line in table.splitlines()
     )
 

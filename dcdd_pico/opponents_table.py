@@ -37,9 +37,15 @@ TITLES = {
 }
 _FRECHET = ("frechet", "frechet, text detector")
 _PERCEPTUAL = ("perceptual", "perceptual, text detector")
+#: The other cells of a target whose opponent was not trained.
+_UNTRAINED = ("", "", "opponent not trained")
 #: Opponents, what they are compared with, and the columns in which they should be its equals.
 _FAIR = (
-    *((name, *other) for name in (LARGE, LARGE_CONDITION) for other in ((WHOLE, PARAMETERS), (DCDD, TOTAL))),
+    *(
+        (name, *other)
+        for name in (LARGE, LARGE_CONDITION)
+        for other in ((WHOLE, PARAMETERS), (DCDD, TOTAL), (WHOLE, TOTAL))
+    ),
     *((name, DCDD, column) for name in (FINE, FINE_CONDITION) for column in (TOTAL, SECONDS)),
     (TOKENS, DCDD, TOTAL),
 )
@@ -50,14 +56,16 @@ def verdicts(results: Mapping[str, Rows]) -> str:
 
     First whether the opponents are fair, then what diffusion and what distributions contribute. An image of a caption
     need not resemble the caption's scene, so it has no perceptual distance and no SSIM. A measured section without an
-    opponent's row, which was not trained, has no targets for it.
+    opponent's row, which was not trained, has one line for all its targets.
     """
     lines = [[*TARGET_HEADS]]
 
     def add(section: str, row: str, column: str, *, most: bool) -> None:
-        rows = results.get(section, {})
+        rows, name = results.get(section, {}), f"{section}, {row}"
         if not rows or row in rows:
-            lines.append(target(f"{section}, {row}", rows.get(row, {}), column, 1.0, most=most))
+            lines.append(target(name, rows.get(row, {}), column, 1.0, most=most))
+        elif [name, *_UNTRAINED] not in lines:
+            lines.append([name, *_UNTRAINED])
 
     for name, other, column in _FAIR:
         add("opponents-latency", ratio_name(name, other), column, most=False)

@@ -97,7 +97,8 @@ def measure_reader(setup: EvalSetup) -> Rows:
     real, made = [], []
     for part in parts_of(count, "reader"):
         real.append(rulers.real("test", part))
-        made.append(rulers.of_images("rerendered", part, partial(rerendered, rulers, part)))
+        name = f"rerendered-{code_hash(rerendered)}"
+        made.append(rulers.of_images(name, part, partial(rerendered, rulers, part)))
     labels = labels_of("test", count)
     truth = joined(real)
     whole = Scores(held=truth, real=truth, labels=labels)
@@ -187,7 +188,8 @@ def measure_ablation(setup: EvalSetup) -> Rows:
     for name, path in setup.ablation.items():
         where = {"device": setup.pico.tokenizer.device, "dtype": setup.pico.decoder.dtype}
         decoder = load_decoder(path, options=DecoderOptions(**where, compiled=setup.compiled))
-        version = f"{code_hash(painted_of)}-{files_hash([path, *(setup.weights / read for read in _READ[:2])])}"
+        weights = files_hash([path, *(setup.weights / read for read in _READ[:2])])
+        version = f"{code_hash(painted_of)}-{weights}-{setup.steps}-steps"
         own: dict[Task, Scores] = {}
         for task in ("reconstruction", "text"):
             made, real = [], []

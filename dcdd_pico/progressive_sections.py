@@ -150,7 +150,7 @@ class Samples:
             images = painted_of(self.setup, decoder, given, seeds_of(arm, part))
             return scores_of(self.rulers, images, None, None) | {REWRITTEN: held[REWRITTEN]}
 
-        return self._kept(arm, decoder, part, make)
+        return self._kept(arm, f"{decoder}-{self.setup.steps}-steps", part, make)
 
     def _kept(
         self, arm: Arm, name: str, part: slice, make: Callable[[], Mapping[str, torch.Tensor]]

@@ -88,3 +88,11 @@ def test_too_few_images_are_refused():
             measure(lambda k: 0.0, 1)
     with pytest.raises(ValueError, match="at least two blocks, got 1"):
         block_jackknife(lambda k: 0.0, 5, blocks=1)
+
+
+def test_the_defaults_are_those_that_the_documents_name():
+    def mean(k):
+        return VALUES[k].mean()
+
+    assert bootstrap(mean, 80) == bootstrap(mean, 80, resamples=1000) != bootstrap(mean, 80, resamples=999)
+    assert block_jackknife(mean, 80) == block_jackknife(mean, 80, blocks=20) != block_jackknife(mean, 80, blocks=10)

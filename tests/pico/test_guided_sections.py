@@ -1,5 +1,6 @@
 """Scores of guidance by hand, on stubs and on images whose scores are known."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from dcdd_pico.guided_sections import (
     ABOVE,
     BOTH,
     CHANGES,
+    CHOICE,
     CODEC,
     GUIDED,
     LOSS_8,
@@ -23,6 +25,7 @@ from dcdd_pico.guided_sections import (
     STRONGER,
     TEXT,
     TRAINED,
+    VARIED,
     VQ,
     WAYS,
     Rulers,
@@ -287,3 +290,26 @@ def test_the_rows_have_the_strengths_that_the_tables_tell():
     assert strengths == {SDEDIT: 0.0, LOSS_8: 0.1, GUIDED: 0.4, STRONGER: 0.6, BOTH: 0.05}
     assert {way.name for way in WAYS if way.guidance is None} == {VQ, SOFT, CODEC, TRAINED}
     assert {way.start for way in WAYS if way.paints == "prior"} == {0.6}
+
+
+@pytest.mark.parametrize(
+    ("measure", "ways", "task"),
+    [
+        (guided_sections.measure_guided_ablation, VARIED, "reconstruction"),
+        (guided_sections.measure_guided_choice, CHOICE, "text"),
+    ],
+)
+def test_settings_are_compared_on_scenes_that_only_choices_see(monkeypatch, measure, ways, task):
+    asked = []
+    monkeypatch.setattr(Rulers, "of", classmethod(lambda cls, setup: None))
+    monkeypatch.setattr(guided_sections, "collect", lambda rulers, *given: asked.append(given) or {})
+    assert measure(setup(1000)) == {} and asked == [(ways, task, "calibration", guided_sections.FEW)]
+
+
+def test_what_the_reader_reads_is_its_most_likely_answer(rulers):
+    class Reading(StubReader):
+        def __call__(self, images):
+            return {"colour": torch.tensor([[0.1, 2.0, -3.0], [5.0, 4.0, 3.0]])}
+
+    found = guided_sections.scores_of(replace(rulers, reader=Reading()), torch.zeros(2, 3, 8, 8), None, None)
+    assert found["read colour"].tolist() == [1, 0]

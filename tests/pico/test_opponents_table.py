@@ -10,6 +10,8 @@ from dcdd_pico.opponents_sections import (
     FINE_CONDITION,
     LARGE,
     LARGE_CONDITION,
+    OF_DIFFUSION,
+    OF_DISTRIBUTIONS,
     PARAMETERS,
     SECONDS,
     TOKENS,
@@ -44,6 +46,7 @@ def lines_of(results):
         ("opponents-text", ratio_name(LARGE_CONDITION, LARGE), "frechet, text detector", True),
         ("opponents-text", ratio_name(FINE_CONDITION, FINE), "frechet", True),
         ("opponents-latency", ratio_name(LARGE, WHOLE), PARAMETERS, False),
+        ("opponents-latency", ratio_name(LARGE, WHOLE), TOTAL, False),
         ("opponents-reconstruction", ratio_name(DCDD, LARGE_CONDITION), "frechet", True),
         ("opponents-reconstruction", ratio_name(TOKENS, LARGE), "perceptual, text detector", True),
         ("opponents-reconstruction", ratio_name(DCDD, FINE_CONDITION), "ssim", False),
@@ -67,16 +70,21 @@ def test_verdicts_need_the_whole_interval(section, row, column, less):
 
 def test_every_claim_has_its_verdict():
     lines = list(lines_of({}).values())[1:]  # without the heads
-    fair, against, distributions = 4 + 4 + 1, 6 * (5 + 3), 3 * 3
+    fair, against, distributions = 6 + 4 + 1, 6 * (5 + 3), 3 * 3
     assert len(lines) == fair + against + distributions
     assert all(line.endswith("| not measured |") for line in lines)
 
 
-def test_an_opponent_that_was_not_trained_has_no_targets_where_others_were_measured():
+def test_an_opponent_that_was_not_trained_has_one_line_where_others_were_measured():
     rows = {ratio_name(DCDD, LARGE): cell("frechet", 0.5, 0.6)}
     lines = lines_of({"opponents-text": rows})
     text = [name for name in lines if name.startswith("opponents-text")]
-    assert text == [f"opponents-text, {ratio_name(DCDD, LARGE)}: {c}" for c in (*FRECHET, "F1")]
+    others = [pair for pair in (*OF_DIFFUSION, *OF_DISTRIBUTIONS) if pair != (DCDD, LARGE)]
+    assert text == [
+        *(f"opponents-text, {ratio_name(DCDD, LARGE)}: {column}" for column in (*FRECHET, "F1")),
+        *(f"opponents-text, {ratio_name(*pair)}" for pair in others),
+    ]
+    assert all(lines[name].endswith("|  |  | opponent not trained |") for name in text[3:])
     other = [line for name, line in lines.items() if name.startswith("opponents-rec")]
     assert len(other) == 6 * 5 and all(line.endswith("| not measured |") for line in other), "they may be published"
 

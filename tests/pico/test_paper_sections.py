@@ -288,3 +288,17 @@ def test_the_chance_level_is_that_of_other_renderings(setup, monkeypatch):
     assert [facts for facts, _ in seen] == [scene.facts for scene in scenes_of("test", slice(0, IMAGES))]
     assert [number for _, number in seen] == [np.random.default_rng([1, k]).integers(1000) for k in range(IMAGES)]
     assert paper_sections.measure_reader(setup) == rows and len(seen) == IMAGES, "what was measured is kept"
+
+
+def test_the_chance_level_is_not_taken_from_another_rendering(setup, monkeypatch):
+    names, original = [], Rulers.of_images
+
+    def of_images(self, name, part, make, **options):
+        names.append(name)
+        return original(self, name, part, make, **options)
+
+    monkeypatch.setattr(Rulers, "of_images", of_images)
+    for told in ("one", "other"):
+        monkeypatch.setattr(paper_sections, "code_hash", lambda *functions, told=told: told)
+        paper_sections.measure_reader(setup)
+    assert set(names) == {"rerendered-one", "rerendered-other"}

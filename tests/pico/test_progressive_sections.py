@@ -285,3 +285,12 @@ def test_sections_become_tables():
     text = tables(Measured({"progressive-passes": {"a": row, "b": row, other: row}}, provenance))
     assert "| a | 0.5 (0.4 to 0.6) |" in text and text.index("| b |") < text.index(f"| {other} |")
     assert "Section `progressive-passes`, measured at commit `commit`, key `key`." in text
+
+
+def test_scores_of_other_steps_are_not_taken(setup, masked, monkeypatch):
+    kept = []
+    monkeypatch.setattr(progressive_sections, "kept", lambda path, make: kept.append(path) or {})
+    arm = Arm(name="a", options=SamplingOptions(guidance=3.0))
+    for setup.steps in (7, 4):
+        Samples.of(setup).scores(arm, "trained DCDD", slice(0, 2))
+    assert kept[0] != kept[1]

@@ -308,6 +308,8 @@ def test_some_tables_leave_the_others_as_they_are_published():
     page = f"before\n{MARKS[0]}\n\n{old}\n{MARKS[1]}\nafter\n"
     expected = "\n\n".join(["### A\n\nold a", "### B\n\nnew b", "### C\n\nnew c", targets(measured, kept_target)])
     assert put_among(MARKS, new, page, ["A", "B", "C"]) == put_between(MARKS, expected, page)
+    stricter = new.replace("| b | 1 |  | not measured |", "| b | 2 |  | not measured |")
+    assert "| b | 2 |  | not measured |" in put_among(MARKS, stricter, page, ["A", "B", "C"]), "not the old verdict"
     empty = f"{MARKS[0]}\n{MARKS[1]}\n"
     assert put_among(MARKS, new, empty, ["A", "B", "C"]) == put_between(MARKS, new, empty)
     swapped = put_among(MARKS, new, page, ["C", "B", "A"])
