@@ -1,6 +1,7 @@
 """LCDM: seconds and extra memory for 4 images of 576 tokens over 16384 codes
 
-Compared with the equations as written: softmax, full sort and matrix product over all tokens at once.
+Compared with the equations as written, softmax, full sort and matrix product over all tokens at once, and with the same
+with the 64 largest probabilities in the place of the sort, since k is at most 64.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ TARGETS = tuple(
     for device in ("cpu", "cuda")
     for who, column, relation, bound in (
         ("as written", "times ours", "at least", 3.0),
+        ("with the 64 largest in the place of the sort", "times ours", "at least", 1.0),
         ("ours: c and u", "extra memory / logits", "at most", 0.25),
     )
 )
@@ -38,6 +40,20 @@ def plain(logits: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, to
     return p @ vectors, u
 
 
+def largest(logits: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`plain` without its sort: the entropy of the tail is that of all codes without the head's."""
+    p = logits.softmax(-1)
+    entropy = torch.special.entr(p).sum(-1, keepdim=True)
+    top = p.topk(64).values
+    k = entropy.exp().round().clamp(8, 64).long()
+    head = top * (torch.arange(64, device=p.device) < k)
+    mass = head.sum(-1, keepdim=True)
+    rest = 1 - mass
+    tail_entropy = (entropy - torch.special.entr(head).sum(-1, keepdim=True)) / rest + rest.log()
+    u = torch.cat([top[..., :1], top[..., :1] - top[..., 1:2], mass, tail_entropy / (p.shape[-1] - k).log()], dim=-1)
+    return p @ vectors, u
+
+
 def contest(device: str, batch: int, rounds: int) -> list[tuple[str, ...]]:
     draw = torch.Generator().manual_seed(0)
     codebook = Codebook(torch.randn(16384, 8, generator=draw).to(device))
@@ -46,6 +62,7 @@ def contest(device: str, batch: int, rounds: int) -> list[tuple[str, ...]]:
     functions = {
         "ours: c and u": lambda: map_logits(grid, codebook),
         "as written": lambda: plain(logits, codebook.vectors),
+        "with the 64 largest in the place of the sort": lambda: largest(logits, codebook.vectors),
         "our statistics (Table 1), which need the full sort": lambda: describe_logits(grid, codebook),
     }
     seconds = {name: sorted(taken)[len(taken) // 2] for name, taken in alternating(functions, rounds).items()}

@@ -147,15 +147,18 @@ class FluxDecoder(io.ComfyNode):
                     default=0,
                     min=0,
                     max=100,
-                    tooltip="Number of Euler steps; 0 uses the decoder's own number. 10 is enough for a good image.",
+                    tooltip=(
+                        "Number of Euler steps; 0 uses the decoder's own number. In the paper, rFID (lower is better) "
+                        "with 10 steps is 1.18 times that with 30."
+                    ),
                 ),
                 io.Combo.Input(
                     "schedule",
                     options=list(SCHEDULES),
                     default=AS_MEASURED,
                     tooltip=(
-                        "How the steps are spaced between noise and image: as measured best for the decoder, "
-                        "as FLUX does by resolution, or uniformly."
+                        "How the steps are spaced between noise and image: as the decoder's bundle says, as FLUX does "
+                        "by resolution, or uniformly."
                     ),
                 ),
                 io.Image.Input(
@@ -185,8 +188,9 @@ class FluxDecoder(io.ComfyNode):
                     max=MOST_STRENGTH,
                     step=0.05,
                     tooltip=(
-                        "Distribution guidance on top of the decoder, which needs vq_vae: 0 is off, 0.05 adds detail, "
-                        "much more looks over-cooked. -1 uses what the decoder's bundle says, which is mostly 0."
+                        "Distribution guidance on top of the decoder, which needs vq_vae: 0 is off. On an earlier "
+                        "pico, 0.05 raised SSIM and worsened one of two Frechet distances; much more looks "
+                        "over-cooked. -1 uses what the decoder's bundle says, which is mostly 0."
                     ),
                 ),
                 io.Float.Input(

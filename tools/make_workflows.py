@@ -765,7 +765,8 @@ def both_decoders(graph: Graph) -> None:
         - the decoder's **seed**, for other details from the same tokens
         ## With real models
         - *Load Janus*: Janus-Pro, in models/janus (the node *Download Model* fetches it)
-        - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
+        - *Load DCDD Decoder*: a bundle that you trained (none is published; workflow 8 needs none), FLUX.1-Fill,
+        ae.safetensors
     """)
     side_by_side(graph, note, who="Janus", prefix="both decoders", pictures=True)
 
@@ -783,7 +784,8 @@ def reconstruct(graph: Graph) -> None:
         - the scene's **seed** (green), for other images
         ## With real models
         - *Load VQ-VAE*: the folder of Janus-Pro; its language model is not loaded
-        - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
+        - *Load DCDD Decoder*: a bundle that you trained (none is published; workflow 8 needs none), FLUX.1-Fill,
+        ae.safetensors
     """)
     scene = graph.node("DCDD_PicoScene", wide=310, seed=4, size=SIDE, batch_size=3, first=True)
     vq_vae, decoder = graph.node("DCDD_LoadVQVAE", wide=310), load_decoder(graph)
@@ -826,7 +828,8 @@ def upscale(graph: Graph) -> None:
         too
         ## With real models
         - *Load Janus*: Janus-Pro
-        - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
+        - *Load DCDD Decoder*: a bundle that you trained (none is published; workflow 8 needs none), FLUX.1-Fill,
+        ae.safetensors
         - *scale_by* 2 gives 768 pixels from Janus' 384
     """)
     janus, decoder = load_janus(graph), load_decoder(graph)
@@ -863,8 +866,9 @@ def repaint(graph: Graph) -> None:
         - any other mask works too: draw one on the image with *Open in MaskEditor*
         ## With real models
         - *Load Janus*: Janus-Pro
-        - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
-        - *threshold* about 0.85: Janus-Pro is less certain than pico
+        - *Load DCDD Decoder*: a bundle that you trained (none is published; workflow 8 needs none), FLUX.1-Fill,
+        ae.safetensors
+        - *threshold*: choose it by the *heat_map* of *Uncertainty Mask*; Janus-Pro is less certain than pico
     """)
     janus, decoder = load_janus(graph), load_decoder(graph)
     sampled = sampler(
@@ -926,7 +930,7 @@ def look_inside(graph: Graph) -> None:
         ## With real models
         - *Load Janus*: Janus-Pro
         - your own images in place of *Pico Scene*
-        - *Load DCDD Decoder*: your bundle
+        - *Load DCDD Decoder*: a bundle that you trained (none is published)
     """)
     janus, decoder = load_janus(graph), load_decoder(graph)
     scenes = graph.node("DCDD_PicoScene", wide=310, seed=100, size=SIDE, batch_size=16, first=True)
@@ -974,7 +978,8 @@ def edit(graph: Graph) -> None:
         *Open in MaskEditor*; it is cropped as the image is
         ## With real models
         - *Load Janus*: Janus-Pro
-        - *Load DCDD Decoder*: your bundle, FLUX.1-Fill, ae.safetensors
+        - *Load DCDD Decoder*: a bundle that you trained (none is published; workflow 8 needs none), FLUX.1-Fill,
+        ae.safetensors
     """)
     janus, decoder = load_janus(graph), load_decoder(graph)
     black = graph.node("SolidMask", title="Keep everything (black)", wide=225, value=0.0, width=384, height=384)
@@ -1054,7 +1059,8 @@ def guidance(graph: Graph) -> None:
         ## Change first
         - the **prompt** and the **strength** (green)
         - *start* of *Token Guide Latent*: how much noise the model starts from
-        - *Token Agreement* says how many tokens are read in the image: if more *strength* lowers that, it is too high
+        - *Token Agreement* says how many tokens are read in the image: if more *strength* lowers that a lot, it is too
+        high
         ## With your own model
         Workflow 8 is the same with FLUX.1-dev.
     """)
@@ -1099,10 +1105,11 @@ def guidance(graph: Graph) -> None:
 
 
 _OWN_FLUX = """
-        It needs FLUX.1-dev (about 24 GB, or an fp8 file). Nothing is downloaded automatically; the page offers the
-        files that are missing when this workflow is opened:
-        - models/diffusion_models: [flux1-dev.safetensors](https://huggingface.co/black-forest-labs/FLUX.1-dev)
-        - models/vae: [ae.safetensors](https://huggingface.co/black-forest-labs/FLUX.1-schnell)
+        It needs FLUX.1-dev (about 24 GB; *weight_dtype* fp8_e4m3fn in *Load Diffusion Model*, or an fp8 file, halves
+        the memory). Nothing is downloaded automatically; the page offers the files that are missing when this
+        workflow is opened:
+        - models/diffusion_models: [flux1-dev.safetensors](https://huggingface.co/Comfy-Org/flux1-dev)
+        - models/vae: [ae.safetensors](https://huggingface.co/Comfy-Org/Lumina_Image_2.0_Repackaged)
         - models/text_encoders: [clip_l and t5xxl](https://huggingface.co/comfyanonymous/flux_text_encoders)
 
         Do your files have other names? Choose them in the three loaders. Another model (SDXL, SD 1.5, a GGUF file):
@@ -1278,7 +1285,7 @@ def progressive(graph: Graph) -> None:
         ## With real models
         - *Load Janus*: a masked sampler in models/janus: aMUSEd, BIGFix, or one that you trained. Janus and Janus-Pro
         draw one token after the other: workflow 1
-        - *Load DCDD Decoder*: a bundle that was trained for the same tokenizer
+        - *Load DCDD Decoder*: a bundle that you trained for the same tokenizer (none is published)
     """)
     janus, decoder = load_janus(graph, _PICO_PROGRESSIVE), load_decoder(graph)
     sampled = sampler_in_passes(graph, janus)
@@ -1314,7 +1321,7 @@ def inpaint(graph: Graph) -> None:
         of *Pico Scene*, and the mask that you draw with *Open in MaskEditor*
         ## With real models
         - *Load Janus*: a masked sampler in models/janus: aMUSEd, BIGFix, or one that you trained
-        - *Load DCDD Decoder*: a bundle that was trained for the same tokenizer
+        - *Load DCDD Decoder*: a bundle that you trained for the same tokenizer (none is published)
     """)
     janus, decoder = load_janus(graph, _PICO_PROGRESSIVE), load_decoder(graph)
     scene = graph.node("DCDD_PicoScene", wide=310, seed=6, size=SIDE, batch_size=1)

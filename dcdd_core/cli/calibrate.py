@@ -20,7 +20,12 @@ def add(commands: Any, help: str) -> None:
     """Adds the command."""
     groups = common.model_options, common.sampling_options, common.material_options(count=100)
     command = common.add_command(commands, "calibrate", run, *groups, help=help)
-    command.add_argument("--out", type=arguments.path, default=Path("out/calibration.safetensors"))
+    command.add_argument(
+        "--out",
+        type=arguments.path,
+        default=Path("out/calibration.safetensors"),
+        help="file to write (default: out/calibration.safetensors)",
+    )
     command.add_argument("--fit-anchor", action="store_true", help="fit the anchor too (beyond the paper)")
     command.add_argument(
         "--fit-anchor-temperature",

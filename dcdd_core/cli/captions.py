@@ -30,7 +30,12 @@ def add(commands: Any, help: str) -> None:
         metavar="FILE",
         help="(default: captions.safetensors in the folder of --vlm, where it is read)",
     )
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the text encoder (default: float32)",
+    )
     command.add_argument("--vlm-int8", action="store_true", help="hold the text encoder's layers in 8 bits (torchao)")
     command.set_defaults(run=run, seed=0, default_of=command.get_default)
 

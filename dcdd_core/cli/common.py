@@ -155,18 +155,24 @@ def sampling_options(parser: Parser) -> None:
     group.add_argument(
         "--guidance", type=float, help="classifier-free guidance (default: the calibration's, or the VLM's)"
     )
-    group.add_argument("--temperature", type=float, default=1.0)
+    group.add_argument(
+        "--temperature", type=float, default=1.0, help="of sampling; 0: always the likeliest code (default: 1)"
+    )
     group.add_argument(
         "--top-k", type=int, help="the likeliest codes alone; 0: all (default: 1000 for a published LlamaGen, else all)"
     )
-    group.add_argument("--top-p", type=float)
+    group.add_argument(
+        "--top-p",
+        type=float,
+        help="the likeliest codes that together have this probability; 1: all (default: 0.8 for BIGFix, else all)",
+    )
     group.add_argument(
         "--parallel",
         type=int,
         metavar="N",
         help="tokens that an autoregressive VLM draws in each pass; those that drawing one by one would give are kept, "
-        "so that in float32 the image does not depend on it; half precision rounds otherwise, and gives another image "
-        "of the same distributions (default: on a CPU in float32 what is fastest, else 1: one by one)",
+        "so that in float32 the image does not depend on it; half precision rounds differently, and gives another "
+        "image of the same distributions (default: on a CPU in float32 up to 12, fewer in a batch, else 1: one by one)",
     )
 
 
@@ -194,7 +200,10 @@ def progressive_options(parser: Parser) -> None:
     )
     group.add_argument("--order", choices=tuple(ORDERS), help="which tokens are revealed first")
     group.add_argument(
-        "--spread", type=int, metavar="N", help="rows or columns of tokens between two of one pass, where there is room"
+        "--spread",
+        type=int,
+        metavar="N",
+        help="rows or columns of tokens between two tokens of the same pass, where there is room",
     )
     group.add_argument(
         "--revise",
@@ -224,7 +233,7 @@ def decoding_options(parser: Parser) -> None:
         "--condition-guidance",
         type=float,
         metavar="W",
-        help="push each step on from what it would be without the condition; 1 is off, others take about twice the "
+        help="scale of classifier-free guidance on the condition; 1 is off, others take about twice the "
         "time and need a decoder that was trained with --drop-condition (default: the bundle's, which is mostly 1)",
     )
     parser.add_argument("--calibration", type=path, metavar="FILE", help="in place of the bundle's own")

@@ -33,7 +33,9 @@ def add(commands: Any, help: str) -> None:
     groups = common.sampling_options, common.decoding_options, common.strength_option
     command = common.add_command(commands, "demo", run, *groups, help=help)
     command.add_argument("prompt", nargs="*", help="in place of the four built-in prompts")
-    command.add_argument("--out", type=arguments.path, default=Path("out/demo.png"))
+    command.add_argument(
+        "--out", type=arguments.path, default=Path("out/demo.png"), help="sheet to write (default: out/demo.png)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -156,7 +156,7 @@ def _measuring_options(parser: common.Parser) -> None:
         "--out", type=arguments.path, required=True, metavar="FOLDER", help="of results, and to resume from"
     )
     parser.add_argument("--by-category", action="store_true", help="by sub-folder as well, as in MJHQ-30K")
-    parser.add_argument("--limit", type=int, help="only the first, of each category with --by-category")
+    parser.add_argument("--limit", type=int, help="only the first N, with --by-category of each category")
     parser.add_argument("--batch", type=int, default=16, help="images at once (default: 16)")
     parser.add_argument(
         "--inception",

@@ -29,8 +29,13 @@ def add(commands: Any, help: str) -> None:
         common.guidance_options,
     )
     command = common.add_command(commands, "generate", run, *groups, help=help)
-    command.add_argument("prompt", nargs="+")
-    command.add_argument("--out", type=arguments.path, default=Path("out/generated.png"))
+    command.add_argument("prompt", nargs="+", help="what to draw; an image for each prompt")
+    command.add_argument(
+        "--out",
+        type=arguments.path,
+        default=Path("out/generated.png"),
+        help="image to write (default: out/generated.png)",
+    )
     command.add_argument("--compare", action="store_true", help="write the VQ-VAE's image as well")
     command.add_argument("--logits", type=arguments.path, metavar="FILE", help="save the token logits")
     command.add_argument(

@@ -27,7 +27,9 @@ def add(commands: Any, help: str) -> None:
         "--logits", nargs="+", type=arguments.path, metavar="FILE", help="saved token logits to describe instead"
     )
     command.add_argument("--calibration", type=arguments.path, metavar="FILE", help="in place of the bundle's own")
-    command.add_argument("--out", type=arguments.path, default=Path("out/top-30.png"))
+    command.add_argument(
+        "--out", type=arguments.path, default=Path("out/top-30.png"), help="plot to write (default: out/top-30.png)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -24,12 +24,14 @@ def add(commands: Any, help: str) -> None:
     """Adds the command."""
     groups = common.model_options, common.decoding_options, common.guidance_options
     command = common.add_command(commands, "reconstruct", run, *groups, help=help)
-    command.add_argument("image", nargs="+", type=arguments.path)
+    command.add_argument("image", nargs="+", type=arguments.path, help="image files to encode")
     command.add_argument(
         "--prompt", dest="prompt_of_base", default="", metavar="TEXT", help="what the pipeline in --base is told"
     )
     command.add_argument("--side", type=int, metavar="PIXELS", help="shrink images whose longer side is more than this")
-    command.add_argument("--out", type=arguments.path, default=Path("out"), metavar="FOLDER")
+    command.add_argument(
+        "--out", type=arguments.path, default=Path("out"), metavar="FOLDER", help="of the images (default: out)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ _STRENGTH, _STEPS = 0.1, 8
 def add(commands: Any, help: str) -> None:
     """Adds the command."""
     command = common.add_command(commands, "sharpen", run, help=help, seeded=False)
-    command.add_argument("image", nargs="+", type=arguments.path)
+    command.add_argument("image", nargs="+", type=arguments.path, help="image files to sharpen")
     arguments.add_vlm_option(command, "a VLM (default: the embedded one)")
     command.add_argument(
         "--vae", type=arguments.path, metavar="PATH", help="an autoencoder, file or folder; with a folder in --vlm"
@@ -34,11 +34,17 @@ def add(commands: Any, help: str) -> None:
     )
     command.add_argument("--steps", type=int, default=_STEPS, help=f"steps of the gradient (default: {_STEPS})")
     command.add_argument(
-        "--strength", type=float, default=_STRENGTH, metavar="ETA", help=f"size of the first (default: {_STRENGTH})"
+        "--strength",
+        type=float,
+        default=_STRENGTH,
+        metavar="ETA",
+        help=f"size of the first step (default: {_STRENGTH})",
     )
     common.guide_decoder_option(command)
     command.add_argument("--side", type=int, metavar="PIXELS", help="shrink images whose longer side is more than this")
-    command.add_argument("--out", type=arguments.path, default=Path("out"), metavar="FOLDER")
+    command.add_argument(
+        "--out", type=arguments.path, default=Path("out"), metavar="FOLDER", help="of the images (default: out)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -329,7 +329,7 @@ def _add_examples(group: argparse._ArgumentGroup) -> None:
     )
     options.add_caption_column(group)
     group.add_argument(
-        "--localised", type=float, default=data["localised"], help="fraction of images that train localised decoding"
+        "--localised", type=float, default=data["localised"], help="share of images in which only a box is painted"
     )
 
 

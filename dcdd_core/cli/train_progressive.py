@@ -195,7 +195,7 @@ def add(commands: Any) -> None:
         nargs="*",
         default=CORRUPTIONS,
         choices=CORRUPTIONS,
-        help="where the wrong tokens come from that it learns to take back; none of them trains no revision",
+        help="sources of the corrupted tokens that it learns to correct; an empty list trains no revision",
     )
     group.add_argument(
         "--mask-schedule",
@@ -209,7 +209,7 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--estimate", action="store_true", help="only say what this training takes, from the network's shapes"
     )
-    group.add_argument("--gpus", type=int, default=_GPUS)
+    group.add_argument("--gpus", type=int, default=_GPUS, help="number of GPUs")
     estimate.add_gpu_arguments(group)
 
     group = options.add_logging(command, best="OUT/best")

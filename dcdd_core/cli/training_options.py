@@ -91,7 +91,9 @@ def add_updates(
     )
     group.add_argument("--warmup", type=int, default=500, help="updates of linear warm-up")
     group.add_argument("--weight-decay", type=float, default=weight_decay, help="of the optimiser")
-    group.add_argument("--clip", type=float, default=default["clip"], help="largest gradient norm; inf for any")
+    group.add_argument(
+        "--clip", type=float, default=default["clip"], help="largest gradient norm; inf turns clipping off"
+    )
     group.add_argument("--average-decay", type=float, default=ema_decay, help="decay of the weights' EMA")
     group.add_argument("--optimizer", default=default["optimizer"], choices=OPTIMIZERS, help="optimiser")
     group.add_argument(

@@ -128,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], Path] =
     parser.add_argument("--resolution", type=int, default=default["resolution"], help="side of the images in pixels")
     parser.add_argument("--grid", type=int, default=default["grid"], help="side of the VLM's token grid")
     parser.add_argument(
-        "--localised", type=float, default=default["localised"], help="fraction of images that train localised decoding"
+        "--localised", type=float, default=default["localised"], help="share of images in which only a box is painted"
     )
     parser.add_argument("--cached", action="store_true", help="the images come encoded, from a cache")
     parser.add_argument(
@@ -155,14 +155,14 @@ def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], Path] =
     )
     parser.add_argument("--batch", type=int, default=default["batch"], help="images per GPU and micro-batch")
     parser.add_argument("--accumulate", type=int, default=default["accumulate"], help="micro-batches per update")
-    parser.add_argument("--optimizer", default=default["optimizer"], choices=OPTIMIZERS)
+    parser.add_argument("--optimizer", default=default["optimizer"], choices=OPTIMIZERS, help="optimiser")
     parser.add_argument("--precision", default=default["precision"], choices=("bf16", "no"), help="mixed precision")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--no-average", action="store_true", help="without the EMA of the trained weights")
     parser.add_argument(
         "--sharding", default=default["sharding"], choices=SHARDINGS, help="what is sharded over the GPUs"
     )
-    parser.add_argument("--gpus", type=int, default=default["gpus"])
+    parser.add_argument("--gpus", type=int, default=default["gpus"], help="number of GPUs")
     add_gpu_arguments(parser)
     parser.add_argument(
         "--pictures", type=int, default=1_600_000, help="images seen in total; the default is the paper's"
@@ -172,7 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser, path: Callable[[str], Path] =
 
 def add_gpu_arguments(parser: argparse._ActionsContainer) -> None:
     """Adds `GPU_OPTIONS`."""
-    parser.add_argument("--gpu", default=GPU_OPTIONS["--gpu"], choices=GPUS)
+    parser.add_argument("--gpu", default=GPU_OPTIONS["--gpu"], choices=GPUS, help="the GPU, for its memory and peak")
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a GPU (default: the published)")
     parser.add_argument(
         "--tflops", type=float, help="peak of a GPU in TFLOP/s (default: the published one, of bfloat16)"

@@ -41,10 +41,11 @@ from dcdd_core.types import Codebook, TokenLogits
 from tests.tiny import save_janus, tiny_condition, tiny_decoder, tiny_flux_config, tiny_janus, tiny_vae, tiny_vq
 
 
-def test_lcdm_as_written_is_ours():
+@pytest.mark.parametrize("theirs", [lcdm.plain, lcdm.largest])
+def test_lcdm_as_written_is_ours(theirs):
     draw = torch.Generator().manual_seed(0)
     codebook, logits = Codebook(torch.randn(300, 8, generator=draw)), 3 * torch.randn(2, 4, 300, generator=draw)
-    c, u = lcdm.plain(logits, codebook.vectors)
+    c, u = theirs(logits, codebook.vectors)
     ours = map_logits(TokenLogits(logits, logits.argmax(-1), (2, 2)), codebook)
     torch.testing.assert_close(ours.code_vectors, c)
     torch.testing.assert_close(ours.uncertainty, u, rtol=1e-4, atol=1e-5)
