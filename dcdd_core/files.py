@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .int8_rows import restored
+from .int8_rows import SCALE, restored
 from .settings import shown
 
 #: The system's errors for a full disk: no space left, quota exceeded, file too large.
@@ -409,16 +409,17 @@ def read_record(
     expected = f"a file with a {kind}"
     with open_tensors(path, expected, _AGAIN) as file, reading(path, expected, _AGAIN):
         header = file.metadata() or {}
+        held = [name for name in file.keys() if not (int8_rows and name.endswith(SCALE))]
+    if header.get("format") != "dcdd" or header.get("kind") != kind or not _holds(held, names, later):
+        found = " ".join(header.get("kind", "no known kind of thing").split())[:80]
+        needed = sorted(set(names) - set(later))
+        raise ValueError(f"{path} holds {found} with tensors {shown(sorted(held))}; expected a {kind} with {needed}")
+    with open_tensors(path, expected, _AGAIN) as file, reading(path, expected, _AGAIN):
         # Copied: a tensor that stays mapped changes with its file, and Windows lets nobody replace a mapped file.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     if int8_rows:
         with in_file(path):
             tensors = restored(tensors, remedy=_AGAIN)
-    if header.get("format") != "dcdd" or header.get("kind") != kind or not _holds(tensors, names, later):
-        found = " ".join(header.get("kind", "no known kind of thing").split())[:80]
-        raise ValueError(
-            f"{path} holds {found} with tensors {shown(sorted(tensors))}; expected a {kind} with {sorted(names)}"
-        )
     meta = json_object(header.get("dcdd", "{}"), path, f"a description of a {kind}", _AGAIN)
     if not _holds(meta, fields, later):
         raise ValueError(

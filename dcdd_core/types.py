@@ -221,8 +221,8 @@ class TokenLogits:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TokenLogits:
         """The same on another device, with the logits in another dtype if one is given."""
-        moved = {name: value.to(device) for name, value in self._tensors.items()}
-        return replace(self, **moved | {"logits": self.logits.to(device, dtype)})
+        dtypes = {"logits": dtype}
+        return replace(self, **{name: value.to(device, dtypes.get(name)) for name, value in self._tensors.items()})
 
     def part(self, first: int, last: int) -> TokenLogits:
         """The images first..last - 1 of the batch."""

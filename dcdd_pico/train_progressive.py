@@ -113,7 +113,8 @@ def train_progressive(
 
     @torch.no_grad()
     def evaluate(_: int) -> dict[str, float]:
-        """Means over the held-out scenes, which are hidden and corrupted the same way each time."""
+        """Means over the held-out scenes. What is hidden is the same each time, and so are wrong tokens, but for those
+        that the averaged model samples."""
         found: dict[str, list[float]] = {}
         for start in range(0, len(held_out_tokens), size):
             part = slice(start, start + size)

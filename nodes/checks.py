@@ -117,7 +117,7 @@ def check_fit(token_logits: TokenLogits, reference: TokenLogits, tokenizer: Imag
             "to fit a calibration, token_logits have to be of images, got sampled ones: connect a VQ-VAE Encode to "
             "token_logits and the Janus Logit Sampler to reference"
         )
-    if reference.source != "vlm" or reference.calibrated:
+    if reference.source != "vlm" or reference.calibrated or reference.calibrated_at is not None:
         came = "calibrated ones" if reference.calibrated else "those of an image"
         raise ValueError(
             f"reference takes token_logits as Janus samples them, got {came}: connect a Janus Logit Sampler to it"

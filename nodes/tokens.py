@@ -244,10 +244,12 @@ class ProgressiveTokenSampler(io.ComfyNode):
             raise ValueError(
                 f"start is {start}, but there are no tokens to start from: connect token_logits, or set start to 0"
             )
-        if revise == 0 and revision_passes > 0:
+        own = sampler.sampling.revise
+        if revision_passes > 0 and (own if revise < 0 else revise) == 0:
+            whose = "revise is 0" if revise == 0 else f"revise is {revise}, since this model's own is 0"
             raise ValueError(
-                f"{revision_passes} revision_passes have nothing to draw again where revise is 0: set revision_passes "
-                "to 0, or revise to -1 or more than 0"
+                f"{revision_passes} revision_passes have nothing to draw again where {whose}: set revision_passes to "
+                f"0, or revise to {'more than 0' if own == 0 else '-1 or more than 0'}"
             )
         plan = changed_plan(
             sampler.sampling,

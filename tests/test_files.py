@@ -445,3 +445,12 @@ def test_tensors_are_written_and_read_under_names_that_are_not_utf8(tmp_path):
         pass
     with utf8_path(tmp_path) as same:
         assert same == tmp_path
+
+
+def test_another_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """It may be a model of many gigabytes."""
+    file = tmp_path / "a.safetensors"
+    save_file({"x": torch.ones(2)}, file)
+    monkeypatch.setattr(torch.Tensor, "clone", lambda self: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"holds no known kind of thing .*; expected a thing with \['y'\]"):
+        read_record(file, "thing", ("y", "z"), (), later=("z",))

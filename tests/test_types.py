@@ -129,6 +129,12 @@ def test_positions_that_are_calibrated_follow_their_images(tmp_path):
     assert torch.equal(some.to("cpu", torch.float64).calibrated_at, at)
 
 
+def test_logits_are_moved_once(monkeypatch):
+    held, moved, to = logits(), [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *to_what: moved.append(self.ndim) or to(self, *to_what))
+    assert held.to("cpu", torch.float64).logits.dtype == torch.float64 and moved.count(3) == 1
+
+
 def test_token_logits_allow_barred_codes():
     values = rand(2, 6, 5)
     values[..., 3] = -torch.inf

@@ -62,21 +62,24 @@ def revealed_share(t: float, schedule: str) -> float:
 def stage_counts(count: int, passes: int, schedule: Schedule = "arccos") -> tuple[int, ...]:
     """How many of `count` positions each of `passes` reveals; they sum to `count`.
 
-    With a named schedule every pass reveals at least one; if there are more passes than positions, the last ones reveal
-    none. A list has one number >= 0 for each pass, in any unit (shares or counts); a pass with 0 reveals nothing.
+    With a named schedule every pass reveals at least one; if there are more passes than positions, the first ones
+    reveal none, so that all are drawn late in the guidance ramp. A list has one number >= 0 for each pass, in any unit
+    (shares or counts); a pass with 0 reveals nothing.
 
     Raises:
         ValueError: for an unknown schedule, numbers out of range, or a list that is not one number for each pass.
     """
     require_number("count", count, whole=True, least=0)
     require_number("passes", passes, whole=True, least=1, most=MOST_PASSES)
+    if isinstance(schedule, str) and count < passes:
+        revealed_share(0.0, schedule)
+        return (0,) * (passes - count) + (1,) * count
     if isinstance(schedule, str):
         ends = [math.floor(count * revealed_share(i / passes, schedule) + 0.5) for i in range(1, passes + 1)]
         done = 0
         for i, end in enumerate(ends, start=1):
             # At least one, and no more than leaves one for each pass that follows.
-            most = max(count - (passes - i), min(i, count))
-            ends[i - 1] = done = min(max(end, done + 1), most)
+            ends[i - 1] = done = min(max(end, done + 1), count - (passes - i))
     else:
         _check_list(schedule, passes)
         total, part = math.fsum(schedule), 0.0
@@ -417,7 +420,7 @@ class Stage:
     """What one pass did; everything on the CPU.
 
     Attributes:
-        guidance: of this pass.
+        guidance: of this pass; 1 where it revealed the tokens of an image, which the prompt alone judges.
         tokens: [B, N] int64 after the pass; meaningless where not `known`.
         known: bool [B, N], where a token is decided.
         revealed: bool [B, N], new in this pass.

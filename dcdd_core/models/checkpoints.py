@@ -286,9 +286,10 @@ def read_wanted(
         read = _read_bin if file.suffix == ".bin" else _read_safetensors
         for name, tensor in read(file, here):
             stored = torch.bfloat16 if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor.dtype
-            wanted = dtype if dtype is not None and tensor.is_floating_point() else stored
-            # In two steps, since some devices have no float8.
-            tensors[name] = tensor.to(wanted).to(device)
+            kind = dtype if dtype is not None and tensor.is_floating_point() else stored
+            # In two steps: some devices have no float8, and the smaller of both is moved.
+            grows = kind.itemsize > stored.itemsize
+            tensors[name] = tensor.to(stored if grows else kind).to(device).to(kind)
             check_finite(tensors[name], name, file)
     return tensors
 

@@ -400,6 +400,7 @@ def sharpen(
         ValueError, RuntimeError: as `TokenGuide.gradient`; ValueError for steps < 1.
     """
     require_number("steps", steps, whole=True, least=1)
+    guide.begin()
     for k in range(steps):
         clean = guide_clean(clean, guide.gradient(clean), 1.0, guide.options.strength * (1 - k / steps))
         if on_step is not None:

@@ -276,7 +276,6 @@ class PriorPipeline:
                 then leads from the kept latents noised to one time to the same latents noised to the next.
         """
         scheduler, plain, done = self.pipe.scheduler, self.pipe.scheduler.step, 0
-        guide.begin()
 
         @functools.wraps(plain)
         def step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **options: Any) -> Any:

@@ -317,7 +317,7 @@ class Batches(Generic[Batch]):
             end = start
             for end, entry in enumerate(self.source.entries(self.shard, epoch, start, mark), start + 1):
                 yield (epoch, end, entry.mark), entry
-            if end == 0:
+            if end == 0 and epoch > getattr(self.source, "last_unfinished", -1):
                 raise ValueError(
                     f"{self.source.name} has no image for process {self.shard.rank} of {self.shard.world}: use fewer "
                     "processes, or more images"

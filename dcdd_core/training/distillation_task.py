@@ -56,7 +56,11 @@ class DistillationTask(DecoderTask):
         super().__init__(decoder, examples)
         self.teacher, self.autocast = teacher, autocast
         self.objective = OBJECTIVES[decoder.card.distilled.objective]
+        # What the teacher's card adds to its weights, where the student's own card, which is a setting too, is silent.
+        told = {"guidance": teacher.card.condition_guidance} if teacher.card.condition_guidance != 1 else {}
+        told |= {"shift": teacher.card.shift} if teacher.card.shift != decoder.card.shift else {}
         self.settings = {**self.settings, "teacher": fingerprint_of(teacher.state_dict())}
+        self.settings |= {f"teacher's {name}": value for name, value in told.items()}
 
     def example(self, batch: Any, generator: torch.Generator, averaged: Averaged) -> Lesson:
         """See `trainer.Task`; the noise is drawn after everything else that an example draws."""

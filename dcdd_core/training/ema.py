@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,13 +39,19 @@ class EMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Replaces the weights by their averages while the context lasts."""
-        self._ema.store(self.weights.values())
-        self.apply()
+        """Replaces the weights by their averages while the context lasts; neither may be updated meanwhile."""
+        pairs = list(zip(self.weights.values(), self._ema.shadow_params))
+        if any(isinstance(weight, DTensor) or weight.dtype != average.dtype for weight, average in pairs):
+            self._ema.store(self.weights.values())
+            self.apply()
+            undo = partial(self._ema.restore, self.weights.values())
+        else:
+            _exchange(pairs)  # without a copy, which `store` makes on the CPU
+            undo = partial(_exchange, pairs)
         try:
             yield
         finally:
-            self._ema.restore(self.weights.values())
+            undo()
 
     def apply(self) -> None:
         """Replaces the weights by their averages."""
@@ -75,6 +82,11 @@ class EMA:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned."""
         self.load(state["average"], state["updates"])
+
+
+def _exchange(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for one, other in pairs:
+        one.data, other.data = other.data, one.data
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:

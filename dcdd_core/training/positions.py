@@ -30,6 +30,11 @@ class Redistributed(Wrapped):
         super().__init__(source)
         self.before = [list(positions) for positions in before]
 
+    @property
+    def last_unfinished(self) -> int:
+        """The last epoch of which a part had been read: it may leave nothing for some of the processes."""
+        return max(position["epoch"] for position in self.before[-1])
+
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """See `Source.entries`."""
         return self._entries(len(self.before), shard, epoch, start, mark)

@@ -2078,6 +2078,13 @@ def _refusals() -> list[Refusal]:
             says=("1 revision_passes have nothing to draw again", "set revision_passes to 0, or revise to -1"),
         ),
         Refusal(
+            name="revision of nothing by a model that never revises",
+            node=PROGRESSIVE,
+            inputs={"janus": of("loaded"), "prompt": "a red circle", "revision_passes": 3},
+            more={"loaded": ("DCDD_LoadJanus", {"model": "amused"})},
+            says=("revise is -1, since this model's own is 0", "set revision_passes to 0, or revise to more than 0"),
+        ),
+        Refusal(
             name="blank prompt of a masked sampler",
             node=PROGRESSIVE,
             inputs={**REVEAL, "prompt": " \n "},
@@ -2219,6 +2226,18 @@ def _refusals() -> list[Refusal]:
             name="calibration fitted to an image's logits",
             node="DCDD_LogitCalibrator",
             inputs={**PROXIES, "reference": of("proxies")},
+            says=("got those of an image", "connect a Janus Logit Sampler"),
+        ),
+        Refusal(
+            name="calibration fitted to an edited image",
+            node="DCDD_LogitCalibrator",
+            inputs={**PROXIES, "reference": of("edited")},
+            more={
+                "edited": (
+                    "DCDD_JanusLogitSampler",
+                    {**DRAW, "token_logits": of("calibrated"), "mask": of("mask"), "seed": 77},
+                )
+            },
             says=("got those of an image", "connect a Janus Logit Sampler"),
         ),
         Refusal(

@@ -287,3 +287,21 @@ def test_it_may_start_from_the_first_layers_alone(weights):
 def test_tiny_janus_starts_a_network_only_with_as_many_key_heads():
     with pytest.raises(ValueError, match="2 key heads for 4 heads"):
         start_from_janus(tiny_janus()[0], 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("dropped", [0.0, 1.0])
+def test_captions_are_dropped_for_guidance(weights, tmp_path, monkeypatch, dropped):
+    monkeypatch.setattr(token_training, "_BLOCK", 8)
+    monkeypatch.setattr(stage, "_DROPPED", dropped)
+    seen, losses = [], stage.masked_losses
+    monkeypatch.setattr(
+        stage, "masked_losses", lambda network, example: seen.extend(example.ids) or losses(network, example)
+    )
+    context = BuildContext(folder=tmp_path / "a", device=torch.device("cpu"), recipe=SMALL)
+    stage.train_progressive(context, weights, ahead=False)
+    vlm = str(weights / "janus")
+    janus = registry.sampler_family(vlm).load_sampler(vlm)
+    words = stage.Words(janus.tokenizer, TEMPLATE)
+    unconditional = [ids == words.unconditional(ids) for ids in seen]
+    assert seen and all(told == bool(dropped) for told in unconditional)

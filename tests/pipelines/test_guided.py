@@ -512,3 +512,9 @@ def test_every_second_gradient_begins_anew_with_each_image(decoder, codec, condi
         own = Watched(**{**vars(alone), "options": GuidanceOptions(strength=0.1, pull=0), "fallback": fallback})
         decode(decoder, codec, condition.part(k, k + 1), seeds=[SEEDS[k]], steps=3, guide=own)
     assert seen == [True, False, True] * 2
+    seen.clear()
+    for k in range(2):
+        alone = guide.part(k, k + 1)
+        own = Watched(**{**vars(alone), "options": GuidanceOptions(strength=0.1, pull=0), "fallback": fallback})
+        sharpen(own, alone.soft, steps=3)
+    assert seen == [True, False, True] * 2

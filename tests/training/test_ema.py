@@ -118,3 +118,26 @@ def test_what_was_taken_from_it_does_not_follow_later_updates():
 @pytest.mark.parametrize(("bad", "finite"), [(1.0, True), (float("nan"), False), (float("-inf"), False)])
 def test_one_number_that_is_not_finite_is_found(bad, finite):
     assert all_finite([torch.zeros(3), torch.tensor([[0.0, bad]])]) is finite
+
+
+def test_the_weights_are_swapped_without_a_copy(monkeypatch):
+    weights = weights_of([1.0, 2.0], [3.0])
+    ema = EMA(weights, 0.0)
+    ema.update()
+    set_to(weights, 9.0)
+    before = [weight.data_ptr() for weight in weights.values()]
+    monkeypatch.setattr(ema._ema, "store", lambda _: pytest.fail("copied"))
+    with ema.swapped_in():
+        assert weights["w0"].tolist() == [1, 2] and float(weights["w1"]) == 3
+    assert [weight.data_ptr() for weight in weights.values()] == before and weights["w0"].tolist() == [9, 9]
+    assert ema.full()["w0"].tolist() == [1, 2]
+
+
+def test_weights_in_half_precision_are_swapped_too():
+    weights = weights_of([1.0], dtype=torch.bfloat16)
+    ema = EMA(weights, 0.0)
+    ema.update()
+    set_to(weights, 9.0)
+    with ema.swapped_in():
+        assert float(weights["w0"]) == 1 and weights["w0"].dtype == torch.bfloat16
+    assert float(weights["w0"]) == 9

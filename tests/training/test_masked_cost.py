@@ -74,6 +74,14 @@ def test_what_is_held_and_what_more_takes(tokenizer):
     more = masked_cost(replace(SETUP, cached=False, drawn=0.5, gpus=2), tokenizer)
     assert more.memory["communication"] == 4 * count and more.encoding > 0
     assert plain.flops < more.flops < 1.5 * plain.flops
+    half, whole = (masked_cost(replace(SETUP, drawn=drawn), tokenizer) for drawn in (0.5, 1.0))
+    assert whole.flops - plain.flops == pytest.approx(2 * (half.flops - plain.flops), abs=2)
+    encoded = masked_cost(replace(SETUP, cached=False), tokenizer).encoding
+    assert more.encoding == max(encoded, whole.encoding) and encoded != whole.encoding
+    several = masked_cost(replace(SETUP, drawn=1.0, accumulate=3), tokenizer)
+    assert several.encoding == whole.encoding + 4 * count, "beside the gradients of the micro-batches before"
+    held = sum(weight.numel() * weight.element_size() for weight in tokenizer.model.parameters())
+    assert plain.memory["tokenizer, in float32"] == held > 0
     assert masked_cost(replace(SETUP, checkpointing=True), tokenizer).activations < plain.activations
     assert masked_cost(replace(SETUP, accumulate=3), tokenizer).flops == 3 * plain.flops
     assert masked_cost(replace(SETUP, precision="bf16"), tokenizer).activations < plain.activations

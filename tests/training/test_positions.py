@@ -129,3 +129,15 @@ def test_a_stream_without_its_held_out_images_continues_with_and_without_its_mar
         assert [entry.key for entry in images.entries(shard(0, 2), 1, start)] == rest
         for mark in (entries[start].mark, entries[max(0, start - 1)].mark):
             assert [entry.key for entry in images.entries(shard(0, 2), 1, start, mark)] == rest
+
+
+def test_epochs_that_leave_too_little_for_many_processes_are_gone_over(paths):  # noqa: F811
+    """Of 12 and 11 images, two processes are an epoch apart after 140: the later one leaves some of 23 without any."""
+    seen = defaultdict(Counter)
+    images = lambda: source(paths, "folder")  # noqa: E731
+    positions = World.of(images, 2, 1, seen).read(140)
+    epochs = [position["epoch"] for position in positions]
+    assert max(epochs) == min(epochs) + 1
+    World.of(images, test_data.COUNT, 1, seen, positions).read(4)
+    for epoch in range(max(epochs) + 2):
+        assert len(seen[epoch]) == test_data.COUNT and set(seen[epoch].values()) == {1}, epoch

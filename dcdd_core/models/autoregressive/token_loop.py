@@ -421,9 +421,13 @@ def _float32_copy(part: nn.Module, device: torch.device) -> nn.Module:
         twin = nn.Linear(part.in_features, part.out_features, bias=part.bias is not None, device="meta")
     else:
         twin = copy.copy(part)
-        twin._modules = {name: _float32_copy(own, device) for name, own in part.named_children()}
-    twin._parameters = {
-        name: weight if weight is None else nn.Parameter(weight.detach().to(device, torch.float32), requires_grad=False)
-        for name, weight in part._parameters.items()
+        twin.__dict__.pop("forward", None)  # that of a host's hook, which computes with the original's weights
+        twin._modules = {
+            name: None if own is None else _float32_copy(own, device) for name, own in part._modules.items()
+        }
+    held = {
+        name: nn.Parameter(weight.detach().to(device, torch.float32), requires_grad=False)
+        for name, weight in part.named_parameters(recurse=False)
     }
+    twin._parameters = twin._parameters | held
     return twin

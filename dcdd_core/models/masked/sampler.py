@@ -165,18 +165,23 @@ class MaskedSampler:
         noise = None
         if plan.temperature != 0:
             noise = sampling.gumbel_noise_grid(seeds, range(count), codes).to(device)
-        order = order_noise(seeds, count)
+        # Greedy: the seed decides nothing, not even the order.
+        order = torch.zeros(batch, count) if plan.temperature == 0 else order_noise(seeds, count)
         prefix = self._prefix(prompts, guided=any(g != 1 for g in guidances[plan.start :]))
         stages = []
         anew = torch.zeros_like(tokens, dtype=torch.bool)
+        read = 0
         for i in range(plan.passes):
-            again = redrawn(places, plan.revise) if i >= plan.start else torch.zeros_like(hidden)
+            draws = i >= plan.start
+            again = redrawn(places, plan.revise) if draws else torch.zeros_like(hidden)
+            guidance = guidances[i] if draws else 1.0
             drawn = _Drawn.nothing(tokens)
-            if i >= plan.start or find_order(plan.order).reads is not None:
-                guidance = guidances[i] if i >= plan.start else 1.0
+            decides = bool(counts[:, i].any()) or bool(again.any())
+            if decides and (draws or find_order(plan.order).reads is not None):
+                read += 1
                 seen = torch.where(hidden.to(device), self.model.mask_token, tokens)
                 needed = hidden | again
-                given = tokens if i < plan.start else None
+                given = None if draws else tokens
                 drawn = self._draw(seen, prefix, guidance, needed, plan, noise, given=given, number=i + 1)
             state = OrderState(
                 grid=self.grid,
@@ -188,7 +193,7 @@ class MaskedSampler:
             scores = order_scores(plan.order, state, noises[i])
             chosen, turns = reveal(scores, hidden, counts[:, i], grid=self.grid, spread=plan.spread)
             before = tokens
-            if i >= plan.start:
+            if draws:
                 decided = (chosen | again).to(device)
                 tokens = torch.where(decided, drawn.tokens, tokens)
                 anew |= decided
@@ -197,7 +202,7 @@ class MaskedSampler:
             places = torch.where(chosen, places.amax(dim=1, keepdim=True) + 1 + turns, places)
             hidden = hidden & ~chosen
             stage = Stage(
-                guidance=guidances[i],
+                guidance=guidance,
                 tokens=tokens.cpu(),
                 known=~hidden,
                 revealed=chosen,
@@ -206,7 +211,7 @@ class MaskedSampler:
             )
             stages.append(stage)
             if on_progress is not None:
-                on_progress(Progress(done=i + 1, total=plan.passes, tokens=tokens, known=stage.known, passes=i + 1))
+                on_progress(Progress(done=i + 1, total=plan.passes, tokens=tokens, known=stage.known, passes=read))
         made = TokenLogits(
             logits,
             tokens,
@@ -234,8 +239,6 @@ class MaskedSampler:
             drawn = ("guidance", "temperature", *FILTERS)
             plan = replace(self.sampling, **{name: getattr(options, name) for name in drawn})
         own = {name: getattr(self.sampling, name) for name in FILTERS if getattr(plan, name) is None}
-        if plan.temperature == 0:
-            own["order_noise"] = 0.0  # Greedy: the seed decides nothing, not even the order.
         return replace(plan, **own)
 
     def _prefix(self, prompts: Sequence[str], *, guided: bool) -> Prefix:

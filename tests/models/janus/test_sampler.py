@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from dcdd_core.method.sampling import gumbel_noise_grid
 from dcdd_core.models.autoregressive import sampler as autoregressive
-from dcdd_core.models.autoregressive.token_loop import LlamaReader
+from dcdd_core.models.autoregressive.token_loop import LlamaReader, in_float32
 from dcdd_core.models.fused_linear import FusedLinear
 from dcdd_core.models.janus.sampler import JanusSampler, prompt_ids, unconditional_ids
 from dcdd_core.protocols import Progress, SamplingOptions
@@ -213,6 +214,33 @@ def test_the_head_is_copied_without_what_a_host_keeps_on_it():
     assert len(layers) == 2 and all(type(layer) is torch.nn.Linear and not hasattr(layer, "_v") for layer in layers)
     assert {weight.dtype for weight in copied.parameters()} == {torch.float32}
     assert {weight.dtype for weight in head.parameters()} == {torch.bfloat16} and hasattr(head.vision_head, "_v")
+
+
+def test_the_head_is_copied_as_hosts_build_it():
+    """Linear layers without a registered bias, as ComfyUI's may be, a child that is None, and a host's own forward."""
+
+    class Bare(torch.nn.Linear):
+        def __init__(self, weight):
+            torch.nn.Module.__init__(self)
+            self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+            self.bias = None
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = Bare(torch.eye(4).bfloat16())
+            self.register_module("none", None)
+
+        def forward(self, x):
+            return x if self.none is None and x.dtype != torch.float32 else self.first(x)
+
+    head = Head()
+    head.forward = functools.partial(Head.forward, head)
+    copied = in_float32(head, torch.device("cpu"))
+    x = torch.rand(2, 4)
+    assert torch.equal(copied(x), x) and copied.none is None and copied.first.bias is None
+    assert in_float32(copied, torch.device("cpu")) is copied
 
 
 def test_eager_attention_gives_the_same(run: TokenLogits):

@@ -242,7 +242,7 @@ def test_rows_of_different_holes_share_a_batch(sampler):
             PROMPTS[row : row + 1], seeds=[8 + row], previous=run.part(row, row + 1), resample=holes[row : row + 1]
         )
         assert torch.equal(single.tokens[0], both.token_logits.tokens[row])
-    assert [stage.revealed[1].sum().item() for stage in both.stages] == [1, 0, 0, 0, 0]
+    assert [stage.revealed[1].sum().item() for stage in both.stages] == [0, 0, 0, 1, 0]
 
 
 def test_an_image_may_be_the_start(sampler):
@@ -290,9 +290,11 @@ def test_plain_options_leave_the_passes_to_the_sampler(sampler):
     plain = sampler.sample(PROMPTS, seeds=SEEDS, options=SamplingOptions(guidance=2.0, temperature=0.5, top_p=0.9))
     whole = replace(SAMPLING, guidance=2.0, temperature=0.5, top_p=0.9)
     assert torch.equal(plain.tokens, sampler.sample(PROMPTS, seeds=SEEDS, options=whole).tokens)
-    greedy = replace(SAMPLING, temperature=0.0, order="confidence", order_noise=3.0)
-    one, two = (sampler.sample(PROMPTS, seeds=[k, k + 1], options=greedy).tokens for k in (0, 50))
-    assert torch.equal(one, two), "greedy: no seed decides"
+    for order in sorted(ORDERS):
+        greedy = replace(SAMPLING, temperature=0.0, order=order, order_noise=3.0)
+        one, two = (sampler.sample_stages(PROMPTS, seeds=[k, k + 1], options=greedy) for k in (0, 50))
+        assert torch.equal(one.token_logits.tokens, two.token_logits.tokens), "greedy: no seed decides"
+        assert torch.equal(one.stages[0].revealed, two.stages[0].revealed)
     other = tiny_masked()
     other.sampling = replace(SAMPLING, passes=9)
     assert other.fingerprint != sampler.fingerprint == tiny_masked().fingerprint != tiny_masked(1).fingerprint
@@ -359,3 +361,43 @@ def test_top_k_that_is_not_given_is_the_sampler_s_own(sampler, kind):
     assert torch.equal(drawn(None), all_codes) and not torch.equal(one_code, all_codes)
     sampler.sampling = replace(sampler.sampling, top_k=1)
     assert torch.equal(drawn(None), one_code) and torch.equal(drawn(0), all_codes)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_small_hole_is_drawn_with_the_whole_guidance(sampler, size, start):
+    """Fewer positions than passes: the last passes draw them, late in the ramp, and no pass runs for nothing."""
+    run, calls, told = sampler.sample(PROMPTS, seeds=SEEDS), [], []
+    hole = torch.zeros(16, dtype=torch.bool)
+    hole[4 : 4 + size] = True
+    options = replace(SAMPLING, guidance=3.0, passes=8, revision_passes=0, revise=0, start=start)
+    with sampler.model.register_forward_pre_hook(lambda *_: calls.append(1)):
+        found = sampler.sample_stages(
+            PROMPTS,
+            seeds=[8, 9],
+            options=options,
+            previous=run,
+            resample=hole,
+            on_progress=lambda now: told.append(now),
+        )
+    assert [stage.revealed[0].sum().item() for stage in found.stages] == [0] * (8 - size) + [1] * size
+    assert len(calls) == size == told[-1].passes
+    last = found.stages[-1]
+    known = found.stages[-2].known
+    expected = guided_logits(sampler, found.token_logits.tokens, known, 3.0)
+    torch.testing.assert_close(found.token_logits.logits[last.revealed], expected[last.revealed], rtol=1e-3, atol=1e-3)
+    assert last.guidance == 3.0 and not torch.equal(found.token_logits.logits[:, hole], run.logits[:, hole])
+
+
+def test_passes_that_start_from_an_image_are_counted_and_recorded_as_they_ran(sampler):
+    image, calls, told = sampler.sample(PROMPTS, seeds=[70, 71]), [], []
+    everywhere = torch.ones(16, dtype=torch.bool)
+    for order, runs in (("halton", 3), ("confidence", 5)):
+        calls.clear()
+        options = replace(SAMPLING, order=order, guidance=3.0, passes=5, revision_passes=0, revise=0, start=2)
+        with sampler.model.register_forward_pre_hook(lambda *_: calls.append(1)):
+            found = sampler.sample_stages(
+                PROMPTS, seeds=SEEDS, options=options, previous=image, resample=everywhere, on_progress=told.append
+            )
+        assert len(calls) == runs == told[-1].passes
+        assert [stage.guidance for stage in found.stages] == [1.0, 1.0, 2.0, 2.5, 3.0]
