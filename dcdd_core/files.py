@@ -407,16 +407,19 @@ def read_record(
         ValueError: naming a file that is absent, damaged or of another kind.
     """
     expected = f"a file with a {kind}"
-    with open_tensors(path, expected, _AGAIN) as file, reading(path, expected, _AGAIN):
-        header = file.metadata() or {}
-        held = [name for name in file.keys() if not (int8_rows and name.endswith(SCALE))]
-    if header.get("format") != "dcdd" or header.get("kind") != kind or not _holds(held, names, later):
-        found = " ".join(header.get("kind", "no known kind of thing").split())[:80]
-        needed = sorted(set(names) - set(later))
-        raise ValueError(f"{path} holds {found} with tensors {shown(sorted(held))}; expected a {kind} with {needed}")
-    with open_tensors(path, expected, _AGAIN) as file, reading(path, expected, _AGAIN):
-        # Copied: a tensor that stays mapped changes with its file, and Windows lets nobody replace a mapped file.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    with open_tensors(path, expected, _AGAIN) as file:
+        with reading(path, expected, _AGAIN):
+            header, stored = file.metadata() or {}, list(file.keys())
+        held = [name for name in stored if not (int8_rows and name.endswith(SCALE))]
+        if header.get("format") != "dcdd" or header.get("kind") != kind or not _holds(held, names, later):
+            found = " ".join(header.get("kind", "no known kind of thing").split())[:80]
+            needed = sorted(set(names) - set(later))
+            raise ValueError(
+                f"{path} holds {found} with tensors {shown(sorted(held))}; expected a {kind} with {needed}"
+            )
+        with reading(path, expected, _AGAIN):
+            # Copied: a tensor that stays mapped changes with its file, and Windows lets nobody replace a mapped file.
+            tensors = {name: file.get_tensor(name).clone() for name in stored}
     if int8_rows:
         with in_file(path):
             tensors = restored(tensors, remedy=_AGAIN)

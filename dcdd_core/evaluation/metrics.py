@@ -22,9 +22,10 @@ def psnr(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Structural similarity (Wang et al. 2004) of pixels [B, 3, H, W] in -1..1 -> [B], at most 1.
 
-    scikit-image's, with a uniform 7-pixel window, averaged over channels.
+    scikit-image's, with a uniform 7-pixel window, averaged over channels, of intensities 0..1: its luminance term
+    compares means, and is not the same for intensities around 0.
     """
-    a, b = (rearrange(x, "b c h w -> b h w c").float().cpu().numpy() for x in (first, second))
+    a, b = (rearrange((x.float() + 1) / 2, "b c h w -> b h w c").cpu().numpy() for x in (first, second))
     return torch.tensor(
-        [structural_similarity(p, q, channel_axis=2, data_range=2.0) for p, q in zip(a, b, strict=True)]
+        [structural_similarity(p, q, channel_axis=2, data_range=1.0) for p, q in zip(a, b, strict=True)]
     )

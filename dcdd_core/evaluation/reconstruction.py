@@ -28,7 +28,12 @@ _REAL = "real"
 def needed(paths: Sequence[str], *, with_real: bool) -> list[str]:
     """Names of the tensors stored for a measured image; with `with_real`, the original image's features too."""
     names = [tensor_name("features", path) for path in (*paths, *([_REAL] if with_real else []))]
-    return names + [tensor_name(score, path) for path in paths for score in SCORES]
+    return names + [_score_name(score, path) for path in paths for score in SCORES]
+
+
+def _score_name(score: str, path: str) -> str:
+    """Under "ssim" alone, older versions kept SSIM of intensities around 0, which is another number."""
+    return tensor_name("ssim of 0..1" if score == "ssim" else score, path)
 
 
 def reconstruct_all(
@@ -69,9 +74,9 @@ def reconstruct_all(
             made = as_measured(decoded, size)
             values |= {
                 tensor_name("features", path): features.features(made),
-                tensor_name("ssim", path): ssim(truth, made),
-                tensor_name("psnr", path): psnr(truth, made),
-                tensor_name("perceptual", path): perceptual.distance(truth, made),
+                _score_name("ssim", path): ssim(truth, made),
+                _score_name("psnr", path): psnr(truth, made),
+                _score_name("perceptual", path): perceptual.distance(truth, made),
             }
             if folder is not None:
                 for image, pixels in zip(part, decoded):
@@ -106,7 +111,7 @@ def reconstruction_scopes(
         made = statistics_of(images, kept, tensor_name("features", path), features)
         frechet = distances(real, made)
         for score in SCORES:
-            singles[score][PATHS[path]] = kept.gather(keys, tensor_name(score, path)).double()
+            singles[score][PATHS[path]] = kept.gather(keys, _score_name(score, path)).double()
         for scope, rows in scopes.items():
             chosen = torch.tensor([scope in (OVERALL, image.category) for image in images])
             means = {score: float(singles[score][PATHS[path]][chosen].mean()) for score in SCORES}

@@ -333,6 +333,7 @@ class ProgressiveOptions(SamplingOptions):
         revise: which revealed positions each pass draws again: "all", or the n that were revealed last.
         ramp: raises guidance from 1 over the revealing passes (`guidance_ramp`); False applies all of it in each.
         start: the first `start` passes reveal tokens of `previous` instead of drawn ones (image to image); 0 for none.
+            Where fewer positions than passes are drawn, the first passes reveal none (`stage_counts`).
 
     Raises:
         ValueError: for values out of range, or that do not fit each other.

@@ -287,9 +287,8 @@ def read_wanted(
         for name, tensor in read(file, here):
             stored = torch.bfloat16 if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor.dtype
             kind = dtype if dtype is not None and tensor.is_floating_point() else stored
-            # In two steps: some devices have no float8, and the smaller of both is moved.
-            grows = kind.itemsize > stored.itemsize
-            tensors[name] = tensor.to(stored if grows else kind).to(device).to(kind)
+            # In two steps, since some devices have no float8 or bfloat16.
+            tensors[name] = tensor.to(kind).to(device)
             check_finite(tensors[name], name, file)
     return tensors
 

@@ -51,6 +51,8 @@ from .write_errors import checkpoint_error, describe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+#: Names of two settings of a distillation, which runs did not record at first.
+TEACHER_GUIDANCE, TEACHER_SHIFT = "teacher's guidance", "teacher's shift"
 #: Names of two settings: the fingerprint of the held-out images, and the fraction (`RunConfig.held_out`).
 HELD_OUT, HELD_OUT_FRACTION = "held_out", "held_out_fraction"
 
@@ -421,6 +423,8 @@ def _continued(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, A
     continued["processes"] = now["processes"]
     if HELD_OUT_FRACTION in now:  # Only which images they are counts.
         continued[HELD_OUT_FRACTION] = now[HELD_OUT_FRACTION]
+    if TEACHER_GUIDANCE not in before:  # an older run, which does not say
+        continued |= {name: now[name] for name in (TEACHER_GUIDANCE, TEACHER_SHIFT) if name in now}
     steps = recipe.get("steps")
     if _is_count(steps) and now["recipe"]["steps"] > steps:
         recipe["steps"] = now["recipe"]["steps"]

@@ -17,6 +17,7 @@ from ..method.flow import timesteps
 from ..models.checkpoints import fingerprint_of
 from ..models.decoder import DistributionConditionedDecoder
 from ..pipelines.condition_guidance import ConditionedVelocity
+from .checkpoints import TEACHER_GUIDANCE, TEACHER_SHIFT
 from .config import OptimizationConfig
 from .decoder_task import DecoderTask
 from .encoded_batch import Autocast
@@ -56,11 +57,13 @@ class DistillationTask(DecoderTask):
         super().__init__(decoder, examples)
         self.teacher, self.autocast = teacher, autocast
         self.objective = OBJECTIVES[decoder.card.distilled.objective]
-        # What the teacher's card adds to its weights, where the student's own card, which is a setting too, is silent.
-        told = {"guidance": teacher.card.condition_guidance} if teacher.card.condition_guidance != 1 else {}
-        told |= {"shift": teacher.card.shift} if teacher.card.shift != decoder.card.shift else {}
-        self.settings = {**self.settings, "teacher": fingerprint_of(teacher.state_dict())}
-        self.settings |= {f"teacher's {name}": value for name, value in told.items()}
+        shift = teacher.card.shift
+        self.settings = {
+            **self.settings,
+            "teacher": fingerprint_of(teacher.state_dict()),
+            TEACHER_GUIDANCE: teacher.card.condition_guidance,
+            TEACHER_SHIFT: "the backbone's" if shift is None else shift,
+        }
 
     def example(self, batch: Any, generator: torch.Generator, averaged: Averaged) -> Lesson:
         """See `trainer.Task`; the noise is drawn after everything else that an example draws."""

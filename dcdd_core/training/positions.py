@@ -6,6 +6,7 @@ divided as usual. A position in a redistributed epoch is found again by listing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -33,7 +34,7 @@ class Redistributed(Wrapped):
     @property
     def last_unfinished(self) -> int:
         """The last epoch of which a part had been read: it may leave nothing for some of the processes."""
-        return max(position["epoch"] for position in self.before[-1])
+        return max(position["epoch"] for positions in self.before for position in positions)
 
     def entries(self, shard: DataShard, epoch: int, start: int = 0, mark: Mark | None = None) -> Iterator[Entry]:
         """See `Source.entries`."""
@@ -41,9 +42,12 @@ class Redistributed(Wrapped):
 
     def _entries(self, changes: int, shard: DataShard, epoch: int, start: int, mark: Mark | None) -> Iterator[Entry]:
         """The entries as they were after this many changes."""
-        positions = self.before[changes - 1] if changes else []
-        if epoch > max((position["epoch"] for position in positions), default=-1):
+        if not changes:
             yield from self.source.entries(shard, epoch, start, mark)
+            return
+        positions = self.before[changes - 1]
+        if epoch > max(position["epoch"] for position in positions):
+            yield from self._entries(changes - 1, shard, epoch, start, mark)  # a part may have been read before those
             return
         left = []
         for rank, position in enumerate(positions):
@@ -87,7 +91,9 @@ def restore_position(batches: Batches, positions: Sequence[Mapping[str, Any]]) -
             "epoch": min(position["epoch"] for position in positions),
             "consumed": 1,  # At 0, an epoch with nothing left would look like a source without images.
             "mark": None,
-            **{name: sum(position[name] for position in positions) // shard.world for name in ("read", "unreadable")},
+            # Rounded up: with nothing read at all, the end of an epoch would look like that of unusable images.
+            "read": math.ceil(sum(position["read"] for position in positions) / shard.world),
+            "unreadable": sum(position["unreadable"] for position in positions) // shard.world,
             _LEFT_OUT: _together([position[_LEFT_OUT] for position in positions if _LEFT_OUT in position]),
         }
     )

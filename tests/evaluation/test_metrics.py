@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import uniform_filter
-from skimage.metrics import peak_signal_noise_ratio
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dcdd_core.evaluation.frechet import features_of
 from dcdd_core.evaluation.metrics import psnr, ssim
@@ -38,10 +38,11 @@ def test_psnr_is_scikit_image_s_on_the_range_of_the_pixels():
 
 
 def ssim_by_hand(a, b):
-    """Wang et al. 2004, Eq. 13, in float64: uniform window of 7 x 7, unbiased variances, L = 2, borders cut."""
-    c1, c2, n = (0.01 * 2) ** 2, (0.03 * 2) ** 2, 49
+    """Wang et al. 2004, Eq. 13, in float64, of intensities 0..255: uniform window of 7 x 7, unbiased variances, borders
+    cut."""
+    c1, c2, n = (0.01 * 255) ** 2, (0.03 * 255) ** 2, 49
     values = []
-    for x, y in zip(a.double().numpy(), b.double().numpy()):  # channels
+    for x, y in zip(*((p.double().numpy() + 1) * 127.5 for p in (a, b))):  # channels
         mx, my = uniform_filter(x, 7), uniform_filter(y, 7)
         vx, vy, cov = (uniform_filter(p, 7) for p in (x * x, y * y, x * y))
         vx, vy, cov = ((p - q) * n / (n - 1) for p, q in ((vx, mx * mx), (vy, my * my), (cov, mx * my)))
@@ -50,17 +51,27 @@ def ssim_by_hand(a, b):
     return np.mean(values)
 
 
-def test_ssim_is_the_formula_on_the_range_of_the_pixels():
+def test_ssim_is_the_formula_of_intensities():
     a, b = random_images(), noisy(random_images())
     assert ssim(a, b).tolist() == pytest.approx([ssim_by_hand(p, q) for p, q in zip(a, b)], abs=1e-5)
 
 
 def test_ssim_of_constant_images_by_hand():
-    a = torch.full((1, 3, 16, 16), 0.25)
-    b = torch.full((1, 3, 16, 16), -0.5)
-    c1 = 0.0004  # (0.01 * 2)^2
-    expected = (2 * 0.25 * -0.5 + c1) / (0.25**2 + 0.5**2 + c1)
-    assert float(ssim(a, b)) == pytest.approx(expected, abs=1e-6)
+    """Two greys that can hardly be told apart, on either side of the middle: 131 and 124 of 255."""
+    a, b = (torch.full((1, 3, 16, 16), grey / 127.5 - 1) for grey in (131, 124))
+    c1 = (0.01 * 255) ** 2
+    expected = (2 * 131 * 124 + c1) / (131**2 + 124**2 + c1)
+    assert float(ssim(a, b)) == pytest.approx(expected, abs=1e-6) and expected > 0.998
+
+
+def test_ssim_is_scikit_image_s_of_the_8_bit_images():
+    a, b = (
+        (x * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        for x in (random_images(), noisy(random_images()))
+    )
+    expected = [structural_similarity(p, q, channel_axis=2, data_range=255) for p, q in zip(a, b)]
+    first, second = (torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1 for x in (a, b))
+    assert ssim(first, second).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_each_image_has_its_own_scores():

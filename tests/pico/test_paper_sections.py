@@ -118,8 +118,8 @@ def setup(tmp_path, monkeypatch):
 
 def expected(offset, count=IMAGES):
     """What a row with this offset must say of reconstruction, worked out by hand."""
-    x, c1 = SCENES[:count].numpy(), (0.01 * 2) ** 2
-    y = x + offset
+    x, c1 = (SCENES[:count].numpy() + 1) / 2, 0.01**2  # intensities 0..1
+    y = x + offset / 2
     return {
         "frechet": offset**2,
         "frechet, text detector": 4 * offset**2,

@@ -23,6 +23,8 @@ from dcdd_core.models.bundle import load_decoder, read_card, save_bundle
 from dcdd_core.models.card import Distilled, ServedGuidance
 from dcdd_core.models.decoder import DistributionConditionedDecoder
 from dcdd_core.pipelines.decode import Canvas, paint
+from dcdd_core.settings import require_same_settings
+from dcdd_core.training.checkpoints import TEACHER_GUIDANCE, TEACHER_SHIFT, _continued
 from dcdd_core.training.config import DistillationConfig, OptimizationConfig
 from dcdd_core.training.distillation_task import DistillationTask
 from dcdd_core.training.log import read_log
@@ -345,3 +347,17 @@ def test_a_distillation_checks_its_numbers():
     for wrong in ({"objective": "shortcut"}, {"steps": 0}, {"teacher_steps": 1}, {"shift": float("nan")}):
         with pytest.raises(ValueError, match=r"must be .*, got"):
             DistillationConfig(**wrong)
+
+
+def test_what_the_teacher_s_card_adds_is_a_setting(tmp_path):
+    """Of older runs, which do not say, it is not asked."""
+    for shift, told in ((3.0, 3.0), (None, "the backbone's")):
+        guided = teacher(condition_dropout=0.1, condition_guidance=1.5, shift=shift)
+        now = task_of(student(), by=guided).settings
+        assert (now[TEACHER_GUIDANCE], now[TEACHER_SHIFT]) == (1.5, told)
+    now = {**now, "processes": 1, "recipe": {"steps": 5}}
+    older = {name: value for name, value in now.items() if name not in (TEACHER_GUIDANCE, TEACHER_SHIFT)}
+    assert _continued(older, now) == now
+    for other in ({TEACHER_GUIDANCE: 1.0}, {TEACHER_SHIFT: 3.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(other))} .* -> "):
+            require_same_settings("it was", _continued(now | other, now), now, remedy="go back")

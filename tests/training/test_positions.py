@@ -9,7 +9,7 @@ import pytest
 
 from dcdd_core.training.batches import Batches, DataShard, Unreadable
 from dcdd_core.training.held_out import Without, split
-from dcdd_core.training.positions import restore_position, saved_position
+from dcdd_core.training.positions import Redistributed, restore_position, saved_position
 from tests.training import test_data
 from tests.training.test_data import KINDS, paths, source  # noqa: F401  a fixture
 
@@ -141,3 +141,14 @@ def test_epochs_that_leave_too_little_for_many_processes_are_gone_over(paths):  
     World.of(images, test_data.COUNT, 1, seen, positions).read(4)
     for epoch in range(max(epochs) + 2):
         assert len(seen[epoch]) == test_data.COUNT and set(seen[epoch].values()) == {1}, epoch
+
+
+def test_an_epoch_that_was_begun_two_changes_ago_is_not_begun_again(paths):  # noqa: F811
+    """Two processes were an epoch apart, three stopped before they came to the later one, four go on."""
+    at = lambda epoch, consumed: {"epoch": epoch, "consumed": consumed, "mark": None}  # noqa: E731
+    images = source(paths, "folder")
+    begun = [entry.key for entry in images.entries(shard(1, 2), 1)][:3]
+    moved = Redistributed(images, [[at(0, 10), at(1, 3)], [at(0, 2), at(0, 2), at(0, 1)]])
+    found = [entry.key for rank in range(4) for entry in moved.entries(shard(rank, 4), 1)]
+    assert len(begun) == 3 and len(found) == len(set(found)) == test_data.COUNT - 3 and not set(found) & set(begun)
+    assert moved.last_unfinished == 1

@@ -166,7 +166,7 @@ class MaskedSampler:
         if plan.temperature != 0:
             noise = sampling.gumbel_noise_grid(seeds, range(count), codes).to(device)
         # Greedy: the seed decides nothing, not even the order.
-        order = torch.zeros(batch, count) if plan.temperature == 0 else order_noise(seeds, count)
+        order = order_noise([0] * batch if plan.temperature == 0 else seeds, count)
         prefix = self._prefix(prompts, guided=any(g != 1 for g in guidances[plan.start :]))
         stages = []
         anew = torch.zeros_like(tokens, dtype=torch.bool)
@@ -239,6 +239,8 @@ class MaskedSampler:
             drawn = ("guidance", "temperature", *FILTERS)
             plan = replace(self.sampling, **{name: getattr(options, name) for name in drawn})
         own = {name: getattr(self.sampling, name) for name in FILTERS if getattr(plan, name) is None}
+        if plan.temperature == 0:
+            own["order_noise"] = 0.0
         return replace(plan, **own)
 
     def _prefix(self, prompts: Sequence[str], *, guided: bool) -> Prefix:

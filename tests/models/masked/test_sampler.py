@@ -295,6 +295,11 @@ def test_plain_options_leave_the_passes_to_the_sampler(sampler):
         one, two = (sampler.sample_stages(PROMPTS, seeds=[k, k + 1], options=greedy) for k in (0, 50))
         assert torch.equal(one.token_logits.tokens, two.token_logits.tokens), "greedy: no seed decides"
         assert torch.equal(one.stages[0].revealed, two.stages[0].revealed)
+    first = {
+        order: sampler.sample_stages(PROMPTS, seeds=SEEDS, options=replace(greedy, order=order)).stages[0].revealed
+        for order in ("random", "raster")
+    }
+    assert not torch.equal(first["random"], first["raster"])
     other = tiny_masked()
     other.sampling = replace(SAMPLING, passes=9)
     assert other.fingerprint != sampler.fingerprint == tiny_masked().fingerprint != tiny_masked(1).fingerprint
