@@ -324,7 +324,7 @@ def write_text(path: Path, text: str) -> Path:
         OSError: as `whole_file`.
     """
     with whole_file(path) as temporary:
-        temporary.write_text(text, "utf-8")
+        temporary.write_text(text, "utf-8", newline="\n")
     return path
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1246,3 +1247,27 @@ def test_a_decoder_in_eight_bits_paints(tmp_path):
     held = ["--decoder-8bit", "--dtype", "bfloat16", "--steps", "2", "--out"]
     assert main(["generate", PROMPT, *map(str, real), *held, str(out)]) == 0
     assert size(out) == (96, 96)
+
+
+def test_results_do_not_overwrite_what_they_are_made_of(tmp_path, capsys):
+    for name in ("a", "a-vq", "a-sharp"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / f"{name}.png")
+    before = (tmp_path / "a-vq.png").read_bytes()
+    for command, other in (("reconstruct", "a-vq"), ("sharpen", "a-sharp")):
+        images = [str(tmp_path / f"{name}.png") for name in ("a", other)]
+        assert main([command, *images, "--out", str(tmp_path)]) == 1
+        assert f"a result would overwrite {tmp_path / other}.png, which is one of the images" in capsys.readouterr().err
+    assert (tmp_path / "a-vq.png").read_bytes() == before
+
+
+def test_a_prompt_without_a_pipeline_is_refused(tmp_path, capsys):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    assert main(["reconstruct", str(tmp_path / "a.png"), "--prompt", "red", "--out", str(tmp_path / "out")]) == 1
+    assert "--prompt is what the pipeline in --base is told, and there is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_decides_the_rounding_is_recorded(dtype):
+    model = torch.nn.Linear(2, 2).to(getattr(torch, dtype))
+    told = common.rounding_of(SimpleNamespace(model=model), 4)
+    assert told == {"vlm dtype": dtype} | ({} if dtype == "float32" else {"parallel": 4})

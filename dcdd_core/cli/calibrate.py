@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         names = ("temperature", "top_k", "top_p", "seed")
         given = {name: getattr(args, name) for name in names}
         settings = {"vlm": sampler.fingerprint, "guidance": options.guidance, **given}
+        settings |= common.rounding_of(sampler, args.parallel)
         hold_to(settings, folder, write=crew.first, option="--samples")
         crew.wait()
         if crew.first:

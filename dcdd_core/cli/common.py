@@ -40,7 +40,7 @@ from ..pipelines.load import LoadOptions, ModelPaths, Models, load_models
 from ..pipelines.progress import ProgressBar
 from ..pipelines.progressive import StagedSampler, changed_plan, sample_stages, staged_sampler
 from ..pipelines.sample import sample
-from ..protocols import LatentCodec, Progress, SamplingOptions
+from ..protocols import LatentCodec, Progress, SamplingOptions, TokenSampler
 from ..settings import require_number
 from ..types import Calibration, Condition, TokenLogits
 from .arguments import add_vlm_option, check_out, embedded_vlm, path
@@ -850,6 +850,23 @@ def image_paths(count: int, out: Path, suffix: str = "") -> list[Path]:
     """The files of this many images, numbered if there are several."""
     numbers = [f"-{i + 1}" for i in range(count)] if count > 1 else [""] * count
     return [out.with_name(f"{out.stem}{number}{suffix}.png") for number in numbers]
+
+
+def check_not_read(written: Sequence[Path], read: Sequence[Path]) -> None:
+    """Refuses results that would overwrite one of the images they are made of.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if lost := {path.resolve() for path in written} & {path.resolve() for path in read}:
+        raise ValueError(f"a result would overwrite {min(lost)}, which is one of the images: give another --out")
+
+
+def rounding_of(sampler: TokenSampler, parallel: int | None) -> dict[str, Any]:
+    """What decides how a sampler's numbers round: its dtype and, in half precision, `parallel`; plain JSON values."""
+    dtype = next(weight.dtype for weight in sampler.model.parameters() if weight.is_floating_point())
+    told = {"vlm dtype": str(dtype).removeprefix("torch.")}
+    return told if dtype == torch.float32 else told | {"parallel": parallel}
 
 
 def check_distinct(written: Mapping[str, Sequence[Path]]) -> None:

@@ -113,6 +113,7 @@ def text(args: argparse.Namespace) -> None:
         decoders, run, options = _decoders(models, args, crew), _run(args, crew), common.sampling_of(models, args)
         given = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
         sampling = {"vlm": models.sampler.fingerprint, "guidance": options.guidance, **given}
+        sampling |= common.rounding_of(models.sampler, args.parallel)
         if crew.first:
             common.warn_of_unknown_words(models, [prompt.text for prompt in (*prompts, *geneval)])
 

@@ -38,9 +38,13 @@ def run(args: argparse.Namespace) -> None:
     """Encodes images with the tokenizer and decodes them with both decoders."""
     arguments.check_out("--out", args.out, folder=True)
     names = names_of(args.image, args.side)
+    written = [args.out / f"{name}-{suffix}.png" for name in names for suffix in ("vq", "dcdd")]
+    common.check_not_read(written, args.image)
     models = common.load(args, with_sampler=False)
     common.check_painting(models, args)
     pipeline = common.pipeline_of(args)
+    if pipeline is None and args.prompt_of_base:
+        raise ValueError("--prompt is what the pipeline in --base is told, and there is none: leave it out")
     for path, name in zip(args.image, names):
         proxies = encode(models.tokenizer, read_image(path, models.tokenizer, args.side))
         results = {"vq": decode_tokens(models.tokenizer, proxies)}

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     tokens' distributions from it again. Needs no diffusion model."""
     arguments.check_out("--out", args.out, folder=True)
     names = names_of(args.image, args.side)
+    common.check_not_read([args.out / f"{name}-sharp.png" for name in names], args.image)
     options = GuidanceOptions(strength=args.strength)
     device = common.device_of(args)
     if args.janus is None:

@@ -6,16 +6,19 @@ The output folder holds the results (results.json, report.md, plots), the settin
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import remove_leftovers
 from ..pipelines.distributed import Processes
 from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
+from ..types import DCDDWarning
 from .decoding import PATHS, Decoders
 from .frechet import FrechetStatistics, load_statistics, save_statistics
-from .generation import Sample, finish_geneval, generate_all, generated_images, geneval_jobs, prompt_jobs
+from .generation import Sample, check_geneval, finish_geneval, generate_all, generated_images, geneval_jobs, prompt_jobs
 from .image_folder import NOTHING_LEFT_OUT, ImageFile, LeftOut, check_categories, large_enough, list_images, readable
 from .measuring import chosen_statistics, distances, measure_features, statistics_of
 from .networks import FeatureNetwork, PerceptualNetwork
@@ -127,8 +130,9 @@ def evaluate_reconstruction(
     if known is None and run.statistics is not None:
         save_statistics(run.statistics, real, size=size)
     scopes, singles = reconstruction_scopes(images, decoders.paths, kept, features, real)
+    of_file = f", the real images' statistics from {run.statistics}" if known is not None else ""
     names = {
-        "frechet": f"{features.name}, {features.fingerprint}",
+        "frechet": f"{features.name}, {features.fingerprint}{of_file}",
         "ssim": "scikit-image, 7-pixel window",
         "perceptual": f"{perceptual.name}, {perceptual.fingerprint}",
     }
@@ -181,6 +185,13 @@ def evaluate_text(
     known = run.known_statistics(features, size)
     if known is not None:
         known = chosen_statistics(known, categories, f"--statistics {run.statistics}")
+        if references is not None and run.processes.first:
+            warnings.warn(
+                f"{run.statistics} exists, so the images in {references} are not read: delete the file, or leave "
+                "--statistics out, to compare with them",
+                DCDDWarning,
+                stacklevel=2,
+            )
     else:
         real_images, small = _references(run, references, categories, size, by_category=by_category)
     run.hold_to(settings)
@@ -242,9 +253,14 @@ def generate_geneval(
     Raises:
         ValueError: if `run.out` holds images made with other settings.
     """
-    run.hold_to(_text_settings(run, decoders, sampling))
     folder = run.out / "geneval"
+    check_geneval(prompts, folder, decoders.paths)
+    run.hold_to(_text_settings(run, decoders, sampling))
     jobs = geneval_jobs(prompts, folder, decoders.paths)
+    if run.processes.first:
+        for file in (file for job in jobs for file in job.files.values()):
+            remove_leftovers(file)  # GenEval's scorer would take them for images
+    run.processes.wait()
     generate_all(jobs, sample, decoders, run.processes, seed=run.seed, batch=run.batch, label="GenEval")
     finish_geneval(prompts, folder, decoders.paths, run.processes)
     return [folder / path for path in decoders.paths]

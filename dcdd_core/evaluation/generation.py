@@ -66,6 +66,21 @@ def geneval_jobs(prompts: Sequence[Prompt], folder: Path, paths: Sequence[str]) 
     ]
 
 
+def check_geneval(prompts: Sequence[Prompt], folder: Path, paths: Sequence[str]) -> None:
+    """Refuses folders of other prompts, which GenEval's scorer would count too.
+
+    Raises:
+        ValueError: naming them.
+    """
+    own = {prompt.name for prompt in prompts}
+    homes = [home for path in paths if (folder / path).is_dir() for home in sorted((folder / path).iterdir())]
+    if others := [home for home in homes if home.is_dir() and home.name.isdigit() and home.name not in own]:
+        raise ValueError(
+            f"{folder} has {len(others)} folders of other prompts, such as {others[0].relative_to(folder)}, which GenEval's "
+            "scorer would count too: move them away, or give another --out"
+        )
+
+
 def generate_all(
     jobs: Sequence[Job], sample: Sample, decoders: Decoders, processes: Processes, *, seed: int, batch: int, label: str
 ) -> None:

@@ -10,7 +10,8 @@ Shapes: B batch, F features, H W pixels.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def perceptual_network(path: Path | None, *, device: torch.device | str = "cpu")
 def _inception(path: Path, device: torch.device | str) -> FeatureNetwork:
     """torchmetrics' network up to its 2048 features, with TensorFlow 1's resizing as in the original FID."""
     tensors = _read_weights(path, _INCEPTION)
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    with _torchmetrics():
+        from torchmetrics.image.fid import FrechetInceptionDistance
 
     # torch-fidelity unpickles the file it is given, so it gets a file of plain tensors that we have just written.
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +119,8 @@ def _lpips(path: Path, device: torch.device | str) -> PerceptualNetwork:
     """torchmetrics' LPIPS, with the linear layers that it ships and a backbone from a file."""
     tensors = _read_weights(path, _LPIPS)
     # torchmetrics' public class always downloads the backbone, so the private one is used.
-    from torchmetrics.functional.image.lpips import _NoTrainLpips
+    with _torchmetrics():
+        from torchmetrics.functional.image.lpips import _NoTrainLpips
 
     kind = "vgg" if "features.28.weight" in tensors else "alex"
     try:
@@ -138,6 +141,14 @@ def _lpips(path: Path, device: torch.device | str) -> PerceptualNetwork:
         fingerprint=f"lpips-{kind}-{fingerprint_of(network.state_dict())}",
         distance=torch.no_grad()(lambda first, second: network(first, second).flatten()),
     )
+
+
+@contextmanager
+def _torchmetrics() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the published metrics need torchmetrics ({error}): pip install torchmetrics") from error
 
 
 def _read_weights(path: Path, expected: str) -> dict[str, torch.Tensor]:

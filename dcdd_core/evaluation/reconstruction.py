@@ -5,12 +5,14 @@ Shapes: B batch, M images, F features, S side in pixels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..pipelines.distributed import Processes
+from ..types import DCDDWarning
 from .decoding import PATHS, Decoders, seed_of
 from .figures import save_image, to_image
 from .frechet import FrechetStatistics
@@ -59,6 +61,16 @@ def reconstruct_all(
     """
     vq = decoders.models.tokenizer
     done = kept.done()
+    if folder is not None and processes.first:
+        measured = [image.name for image in images if image.key in done]
+        files = [folder / path / f"{name}.png" for name in measured for path in decoders.paths]
+        if absent := sum(not file.exists() for file in files):
+            warnings.warn(
+                f"{absent} pictures are not written, since their images have been measured without them: give another "
+                "--out to get all",
+                DCDDWarning,
+                stacklevel=3,
+            )
     for batched in processes.batches(images, batch, done=lambda image: image.key in done, label="reconstruction"):
         # The other images in the batch of an unreadable one may be done already.
         left = [image for image in batched if image.key not in done]

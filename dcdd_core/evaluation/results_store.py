@@ -15,6 +15,8 @@ from ..files import json_object, open_tensors, read_json, reading, write_record,
 from ..settings import require_same_settings
 
 _KIND = "measurements"
+#: Settings that older results do not name; of these they are not asked.
+_LATER = ("vlm dtype", "parallel")
 
 
 def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True, option: str = "--out") -> None:
@@ -34,6 +36,7 @@ def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True, op
             path, "the settings of an evaluation", f"delete it if you are sure of them, or give another {option}"
         )
         remedy = f"give another {option}, or use those settings to resume"
+        before |= {name: settings[name] for name in _LATER if name in settings and name not in before}
         require_same_settings(f"{folder} holds results", before, settings, remedy=remedy)
     elif write:
         write_text(path, json.dumps(settings, indent=1) + "\n")

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..files import is_finite, open_tensors, read_json, reading, regular_file, stand_in, utf8_path
+from .int8 import plain
 
 # Names of weight files without suffix, by suffix, as transformers and diffusers write them.
 _CANONICAL: Mapping[str, tuple[str, ...]] = {
@@ -685,7 +686,7 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor], most: int = 1024) -> str
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if not tensor.is_meta:
-            flat = tensor.detach().flatten()
+            flat = plain(tensor.detach()).flatten()
             values = flat[:: max(1, flat.numel() // most)][:most].to("cpu", torch.float32)
             digest.update(f"{name} {list(tensor.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]

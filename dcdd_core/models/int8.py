@@ -6,6 +6,11 @@ import torch
 from torch import nn
 
 
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that `store_in_int8` rounded as an ordinary one, of which parts can be taken; others are returned."""
+    return tensor.dequantize() if type(tensor).__module__.startswith("torchao.") else tensor
+
+
 def store_in_int8(module: nn.Module, device: torch.device | str) -> None:
     """Moves a module to the device layer by layer and rounds its linear weights to int8 there, one scale per row.
 

@@ -78,7 +78,8 @@ class ReadPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderListing:
-    """The files in a folder, at any depth, without hidden ones; names are relative to it, and sorted.
+    """The files in a folder, at any depth, without hidden ones and those in hidden folders, such as the copies in
+    .ipynb_checkpoints; names are relative to it, and sorted.
 
     Attributes:
         images: those that can be read here (`images.suffixes`).
@@ -95,10 +96,10 @@ class FolderListing:
         """Lists a folder. Linked folders are followed, each folder once."""
         closed: list[str] = []
         found = sorted(
-            os.path.relpath(os.path.join(where, name), folder)
+            path
             for where, names in walk(folder, closed)
             for name in names
-            if not name.startswith(".")
+            if not _is_hidden(path := os.path.relpath(os.path.join(where, name), folder))
         )
         images = tuple(name for name in found if suffix_of(name) in suffixes())
         kept = set(images)
@@ -155,6 +156,10 @@ def walk(folder: str | Path, closed: list[str] | None = None) -> Iterator[tuple[
             folders.sort()
             waiting.extend(path for name in folders if os.path.islink(path := os.path.join(where, name)))
             yield where, names
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in Path(path).parts)
 
 
 def suffix_of(name: str) -> str:

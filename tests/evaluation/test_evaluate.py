@@ -33,7 +33,7 @@ from dcdd_core.pipelines.decode import Decoded, decode
 from dcdd_core.pipelines.distributed import Processes
 from dcdd_core.pipelines.guided import GuidanceOptions, token_guide
 from dcdd_core.pipelines.image_files import ReadPolicy
-from dcdd_core.types import TokenLogits
+from dcdd_core.types import DCDDWarning, TokenLogits
 from dcdd_pico import embedded
 from dcdd_pico.models import feature_network, load_pico, perceptual_network
 from dcdd_pico.scenes import render_scene
@@ -590,3 +590,29 @@ def test_three_processes_through_gloo(whole, tmp_path, images, weights):
         assert done.stdout.count("# Reconstruction") == 1
         found[count] = (out / "results.json").read_bytes()
     assert found[1] == found[3]
+
+
+def test_geneval_s_scorer_finds_nothing_else(tmp_path, decoders):
+    """Neither images that a killed run left half written, nor the folders of another list of prompts."""
+    (tmp_path / "g.jsonl").write_text("\n".join(GENEVAL) + "\n")
+    run, prompts = EvaluationRun(out=tmp_path / "out", processes=Processes()), read_geneval(tmp_path / "g.jsonl")
+    folders = generate_geneval(run, prompts, decoders, sample, sampling={})
+    left = folders[0] / "00001" / "samples" / "0000.png.1a2b3c4d.tmp"
+    left.write_bytes(b"half")
+    grid = (folders[0] / "00000" / "grid.png").stat().st_mtime_ns
+    generate_geneval(run, prompts, decoders, sample, sampling={})
+    assert not left.exists() and len(scored(folders[0])) == 8
+    assert (folders[0] / "00000" / "grid.png").stat().st_mtime_ns == grid, "what is finished is not written again"
+    with pytest.raises(ValueError, match="geneval has 2 folders of other prompts, such as vq.00001, which GenEval's"):
+        generate_geneval(run, prompts[:1], decoders, sample, sampling={})
+
+
+def test_references_that_are_not_read_are_said(drawn, tmp_path, images, decoders, networks):
+    with pytest.warns(DCDDWarning, match="real.safetensors exists, so the images in .* are not read: delete the file"):
+        draw(tmp_path, images, decoders, networks, statistics=drawn / "real.safetensors")
+
+
+def test_pictures_that_were_not_kept_are_said(tmp_path, images, decoders, networks):
+    reconstruct(tmp_path, images, decoders, networks, keep_images=False)
+    with pytest.warns(DCDDWarning, match="14 pictures are not written, since their images have been measured without"):
+        reconstruct(tmp_path, images, decoders, networks, keep_images=True)

@@ -33,6 +33,7 @@ def folder(tmp_path):
         draw(tmp_path / name)
     (tmp_path / "a" / "notes.txt").write_text("no image")
     draw(tmp_path / "a" / "._1.png")  # macOS leaves such files, which are no images
+    draw(tmp_path / "a" / ".ipynb_checkpoints" / "1-checkpoint.png")  # and Jupyter leaves copies
     return tmp_path
 
 

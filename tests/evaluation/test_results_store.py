@@ -109,3 +109,12 @@ def test_damaged_settings_are_named(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)
     with pytest.raises(ValueError, match=r"settings.json .*: delete it if you are sure .*, or give another --out"):
         hold_to({"seed": 0}, tmp_path)
+
+
+def test_what_older_results_do_not_name_is_not_asked(tmp_path):
+    hold_to({"seed": 0}, tmp_path)
+    now = {"seed": 0, "vlm dtype": "bfloat16", "parallel": 4}
+    hold_to(now, tmp_path)
+    hold_to(now, tmp_path / "new")
+    with pytest.raises(ValueError, match="vlm dtype 'bfloat16' -> 'float32'"):
+        hold_to(now | {"vlm dtype": "float32"}, tmp_path / "new")
