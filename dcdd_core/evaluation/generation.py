@@ -76,8 +76,8 @@ def check_geneval(prompts: Sequence[Prompt], folder: Path, paths: Sequence[str])
     homes = [home for path in paths if (folder / path).is_dir() for home in sorted((folder / path).iterdir())]
     if others := [home for home in homes if home.is_dir() and home.name.isdigit() and home.name not in own]:
         raise ValueError(
-            f"{folder} has {len(others)} folders of other prompts, such as {others[0].relative_to(folder)}, which GenEval's "
-            "scorer would count too: move them away, or give another --out"
+            f"{folder} has {len(others)} folders of other prompts, such as {others[0].relative_to(folder)}, which "
+            "GenEval's scorer would count too: move them away, or give another --out"
         )
 
 

@@ -603,7 +603,9 @@ def test_geneval_s_scorer_finds_nothing_else(tmp_path, decoders):
     generate_geneval(run, prompts, decoders, sample, sampling={})
     assert not left.exists() and len(scored(folders[0])) == 8
     assert (folders[0] / "00000" / "grid.png").stat().st_mtime_ns == grid, "what is finished is not written again"
-    with pytest.raises(ValueError, match="geneval has 2 folders of other prompts, such as vq.00001, which GenEval's"):
+    with pytest.raises(
+        ValueError, match="geneval has 2 folders of other prompts, such as vq.00001, which GenEval's scorer"
+    ):
         generate_geneval(run, prompts[:1], decoders, sample, sampling={})
 
 
