@@ -12,6 +12,7 @@ from dcdd_pico import models as pico
 
 from ..evaluation.decoding import PATHS, Decoders, guidance_told
 from ..evaluation.evaluate import EvaluationRun, evaluate_reconstruction, evaluate_text, generate_geneval
+from ..evaluation.generation import GENEVAL, check_geneval
 from ..evaluation.image_folder import at_most, list_images
 from ..evaluation.networks import FeatureNetwork, PerceptualNetwork, feature_network, perceptual_network
 from ..evaluation.prompts import read_geneval, read_prompts
@@ -120,6 +121,8 @@ def text(args: argparse.Namespace) -> None:
         def sampled(texts: Sequence[str], seeds: Sequence[int]) -> TokenLogits:
             return sample(models.sampler, texts, seeds=seeds, options=options, parallel=args.parallel)
 
+        if geneval:
+            check_geneval(geneval, args.out / GENEVAL, decoders.paths)  # before hours of other work
         if prompts:
             report = evaluate_text(
                 run,

@@ -18,7 +18,16 @@ from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
 from ..types import DCDDWarning
 from .decoding import PATHS, Decoders
 from .frechet import FrechetStatistics, load_statistics, save_statistics
-from .generation import Sample, check_geneval, finish_geneval, generate_all, generated_images, geneval_jobs, prompt_jobs
+from .generation import (
+    GENEVAL,
+    Sample,
+    check_geneval,
+    finish_geneval,
+    generate_all,
+    generated_images,
+    geneval_jobs,
+    prompt_jobs,
+)
 from .image_folder import NOTHING_LEFT_OUT, ImageFile, LeftOut, check_categories, large_enough, list_images, readable
 from .measuring import chosen_statistics, distances, measure_features, statistics_of
 from .networks import FeatureNetwork, PerceptualNetwork
@@ -130,10 +139,9 @@ def evaluate_reconstruction(
     if known is None and run.statistics is not None:
         save_statistics(run.statistics, real, size=size)
     scopes, singles = reconstruction_scopes(images, decoders.paths, kept, features, real)
-    of_file = f", the real images' statistics from {run.statistics}" if known is not None else ""
     names = {
-        "frechet": f"{features.name}, {features.fingerprint}{of_file}",
-        "ssim": "scikit-image, 7-pixel window",
+        "frechet": f"{features.name}, {features.fingerprint}",
+        "ssim": "scikit-image, 7-pixel window, intensities 0..1",
         "perceptual": f"{perceptual.name}, {perceptual.fingerprint}",
     }
     results = results_of(
@@ -253,7 +261,7 @@ def generate_geneval(
     Raises:
         ValueError: if `run.out` holds images made with other settings.
     """
-    folder = run.out / "geneval"
+    folder = run.out / GENEVAL
     check_geneval(prompts, folder, decoders.paths)
     run.hold_to(_text_settings(run, decoders, sampling))
     jobs = geneval_jobs(prompts, folder, decoders.paths)

@@ -21,6 +21,8 @@ from .figures import save_image, text_of, to_image
 from .image_folder import ImageFile, open_image
 from .prompts import Prompt
 
+#: Name of the folder of GenEval's folders in an evaluation's.
+GENEVAL = "geneval"
 #: Images per GenEval prompt.
 SAMPLES = 4
 _METADATA = "metadata.jsonl"

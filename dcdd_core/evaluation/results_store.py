@@ -36,8 +36,10 @@ def hold_to(settings: Mapping[str, Any], folder: Path, *, write: bool = True, op
             path, "the settings of an evaluation", f"delete it if you are sure of them, or give another {option}"
         )
         remedy = f"give another {option}, or use those settings to resume"
-        before |= {name: settings[name] for name in _LATER if name in settings and name not in before}
-        require_same_settings(f"{folder} holds results", before, settings, remedy=remedy)
+        added = {name: settings[name] for name in _LATER if name in settings and name not in before}
+        require_same_settings(f"{folder} holds results", before | added, settings, remedy=remedy)
+        if added and write:  # from now on they are asked for
+            write_text(path, json.dumps(settings, indent=1) + "\n")
     elif write:
         write_text(path, json.dumps(settings, indent=1) + "\n")
 

@@ -96,10 +96,10 @@ class FolderListing:
         """Lists a folder. Linked folders are followed, each folder once."""
         closed: list[str] = []
         found = sorted(
-            path
+            os.path.relpath(os.path.join(where, name), folder)
             for where, names in walk(folder, closed)
             for name in names
-            if not _is_hidden(path := os.path.relpath(os.path.join(where, name), folder))
+            if not name.startswith(".")
         )
         images = tuple(name for name in found if suffix_of(name) in suffixes())
         kept = set(images)
@@ -131,7 +131,7 @@ DEFAULT_POLICY = ReadPolicy()
 
 
 def walk(folder: str | Path, closed: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Yields (path, names of its files) for a folder and its sub-folders.
+    """Yields (path, names of its files) for a folder and its sub-folders, but for hidden ones.
 
     Linked folders come after the others. Each folder comes once, under the first path found for it, so links that lead
     back up cause no loop.
@@ -153,13 +153,10 @@ def walk(folder: str | Path, closed: list[str] | None = None) -> Iterator[tuple[
                 folders.clear()
                 continue
             seen.add(identity)
-            folders.sort()
+            # Not gone into at all: a visible link to what lies in a hidden folder must not come too late.
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             waiting.extend(path for name in folders if os.path.islink(path := os.path.join(where, name)))
             yield where, names
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in Path(path).parts)
 
 
 def suffix_of(name: str) -> str:

@@ -423,8 +423,8 @@ def _continued(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, A
     continued["processes"] = now["processes"]
     if HELD_OUT_FRACTION in now:  # Only which images they are counts.
         continued[HELD_OUT_FRACTION] = now[HELD_OUT_FRACTION]
-    if TEACHER_GUIDANCE not in before:  # an older run, which does not say
-        continued |= {name: now[name] for name in (TEACHER_GUIDANCE, TEACHER_SHIFT) if name in now}
+    # Of an older run, which does not say, they are not asked.
+    continued |= {name: now[name] for name in (TEACHER_GUIDANCE, TEACHER_SHIFT) if name in now and name not in before}
     steps = recipe.get("steps")
     if _is_count(steps) and now["recipe"]["steps"] > steps:
         recipe["steps"] = now["recipe"]["steps"]

@@ -1,5 +1,6 @@
 """Image folders: which files count, their order and categories, and how files become squares."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,10 @@ def test_what_is_measured_is_what_a_file_holds():
     found = as_measured(pixels, 16)
     assert (found - pixels).abs().max() <= 1 / 255 + 1e-6 and torch.equal(as_measured(found, 16), found)
     assert as_measured(pixels, 8).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a permission there")
+def test_a_link_into_a_hidden_folder_is_followed(tmp_path):
+    draw(tmp_path / ".store" / "v1" / "a.png")
+    (tmp_path / "current").symlink_to(tmp_path / ".store" / "v1")
+    assert [image.name for image in list_images(tmp_path)] == ["current/a.png"]

@@ -1,5 +1,6 @@
 """Stored measurements, with which a stopped evaluation is resumed, and the sharing of work between processes."""
 
+import json
 import sys
 import threading
 
@@ -114,7 +115,11 @@ def test_damaged_settings_are_named(tmp_path, content):
 def test_what_older_results_do_not_name_is_not_asked(tmp_path):
     hold_to({"seed": 0}, tmp_path)
     now = {"seed": 0, "vlm dtype": "bfloat16", "parallel": 4}
+    hold_to(now, tmp_path, write=False)
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 0}
     hold_to(now, tmp_path)
+    with pytest.raises(ValueError, match="vlm dtype 'bfloat16' -> 'float32'"):
+        hold_to(now | {"vlm dtype": "float32"}, tmp_path)
     hold_to(now, tmp_path / "new")
     with pytest.raises(ValueError, match="vlm dtype 'bfloat16' -> 'float32'"):
         hold_to(now | {"vlm dtype": "float32"}, tmp_path / "new")

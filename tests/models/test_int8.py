@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dcdd_core.models.checkpoints import fingerprint_of
 from dcdd_core.models.int8 import store_in_int8
 
 
@@ -42,3 +43,20 @@ def test_without_torchao_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ValueError, match=r"need torchao \(.*\): pip install torchao, or load without .*--decoder-8bit"):
         store_in_int8(layers(), "cpu")
+
+
+def test_a_fingerprint_of_rounded_weights_is_that_of_what_they_stand_for():
+    """torchao's tensors cannot be sliced once they are flat."""
+
+    class Rounded(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.dequantize:
+                return torch.arange(4.0)
+            if function in (torch.Tensor.flatten, torch.Tensor.__getitem__):
+                raise NotImplementedError("dispatch: aten.view")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    Rounded.__module__ = "torchao.quantization"
+    held = torch.zeros(4, dtype=torch.int8).as_subclass(Rounded)
+    assert fingerprint_of({"w": held}) == fingerprint_of({"w": torch.arange(4.0)})
