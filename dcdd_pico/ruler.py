@@ -21,6 +21,9 @@ _MODEL = "models/PP-OCRv6_det_small.onnx"
 _SHA256 = "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f"
 #: Outputs at which the backbone's stages end, at 1/4, 1/8 and 1/16 of the side.
 _STAGES = ("Add.33", "Add.65", "Add.121")
+#: Of its input in 0..1, as in its training (PaddleOCR, configs/det/PP-OCRv6): ImageNet's, in the order red, green, blue,
+#: though it reads blue, green, red.
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _EXTRA = "pip install 'dcdd[ruler]' (from this repository: pip install '.[ruler]')"
 
 
@@ -56,12 +59,13 @@ class TextDetectorRuler:
             onnxruntime.InferenceSession(stages.SerializeToString(), options, providers=["CPUExecutionProvider"]).run,
             None,
         )
-        self.fingerprint = f"pp-ocrv6-det-small-{found[:12]}"
+        self.fingerprint = f"pp-ocrv6-det-small-{found[:12]}-imagenet"
 
     def stage_maps(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """pixels [B, 3, S, S] in -1..1 -> the three stages' outputs on the CPU, [B, C, S / 4 .. S / 16, ...]."""
-        # The detector reads blue, green, red, with mean and deviation 0.5.
-        return [torch.from_numpy(found) for found in self._run({"x": pixels.flip(1).float().cpu().numpy()})]
+        x = (pixels.flip(1).float().cpu() + 1) / 2
+        x = (x - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_DEVIATION)[:, None, None]
+        return [torch.from_numpy(found) for found in self._run({"x": x.numpy()})]
 
     def frechet_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Spatial means of the stages: [B, 336]."""

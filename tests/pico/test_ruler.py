@@ -52,8 +52,11 @@ def test_features_and_distances_are_those_of_its_maps():
     given = {}
     network._run = lambda feed: given.update(feed) or []
     network.stage_maps(images)
-    assert np.array_equal(given["x"], images[:, [2, 1, 0]].numpy())  # the detector reads blue first
-    assert network.fingerprint == "pp-ocrv6-det-small-090f04abcd9d"
+    blue = (images[:, 2].numpy() / 2 + 0.5 - 0.485) / 0.229  # it reads blue first
+    red = (images[:, 0].numpy() / 2 + 0.5 - 0.406) / 0.225
+    np.testing.assert_allclose(given["x"][:, 0], blue, atol=1e-5)
+    np.testing.assert_allclose(given["x"][:, 2], red, atol=1e-5)
+    assert network.fingerprint == "pp-ocrv6-det-small-090f04abcd9d-imagenet"
 
 
 @needs_extra
