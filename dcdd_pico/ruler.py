@@ -21,8 +21,8 @@ _MODEL = "models/PP-OCRv6_det_small.onnx"
 _SHA256 = "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f"
 #: Outputs at which the backbone's stages end, at 1/4, 1/8 and 1/16 of the side.
 _STAGES = ("Add.33", "Add.65", "Add.121")
-#: Of its input in 0..1, as in its training (PaddleOCR, configs/det/PP-OCRv6): ImageNet's, in the order red, green, blue,
-#: though it reads blue, green, red.
+#: Of its input in 0..1, as in its training (PaddleOCR, configs/det/PP-OCRv6): ImageNet's, in the order red, green,
+#: blue, though it reads blue, green, red.
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _EXTRA = "pip install 'dcdd[ruler]' (from this repository: pip install '.[ruler]')"
 
