@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -174,6 +174,7 @@ def let_gradients_pass(*models: Managed) -> None:
     """
     with torch.inference_mode(False):
         for model in models:
+            _unpin(model._patcher)
             for part in model._patcher.model.modules():
                 if getattr(part, "comfy_cast_weights", False):
                     part.comfy_cast_weights = False
@@ -207,9 +208,29 @@ def bring(*models: Managed, memory: int = 0) -> None:
     for model in models:
         # A partial load leaves behind what cannot be streamed: norms, embeddings and convolutions, which are small. If
         # a model has no other layers, ComfyUI does not even call the load partial.
+        moved = {
+            f"{name}.{own}".removeprefix(".")
+            for name, part in model._patcher.model.named_modules()
+            if not hasattr(part, "comfy_cast_weights")
+            for own, weight in part.named_parameters(recurse=False)
+            if weight.device != model.device
+        }
+        _unpin(model._patcher, moved)
         for part in model._patcher.model.modules():
             if not hasattr(part, "comfy_cast_weights"):
                 part._apply(lambda tensor, device=model.device: tensor.to(device), recurse=False)
+
+
+def _unpin(patcher: Any, names: Collection[str] | None = None) -> None:
+    """Lets go of page-locked host memory of a model's weights, which must not be freed while it is locked.
+
+    Args:
+        names: of these weights; None for all.
+    """
+    # A set in ComfyUI's own patchers, in older versions absent.
+    for key in list(getattr(patcher, "pinned", ())):
+        if names is None or key in names:
+            patcher.unpin_weight(key)
 
 
 def has_float8(placement: str) -> bool:

@@ -11,13 +11,15 @@ from .host import PLAIN, Host
 
 T = TypeVar("T")
 
-#: Messages of allocators that have no exception of their own: MPS, the CPU's, DirectML's, and CUDA's libraries.
+#: Messages of allocators that have no exception of their own: MPS, the CPU's, DirectML's, CUDA's libraries, ComfyUI's.
 _NO_MEMORY = (
     "out of memory",
     "not enough memory",
     "can't allocate memory",
     "not enough gpu video memory",
     "alloc_failed",
+    "vram grow failed",
+    "vram reservation failed",
 )
 
 

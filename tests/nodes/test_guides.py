@@ -477,3 +477,21 @@ def test_samplers_preview_pico_in_its_colours(double, nodes):
     small = torch.nn.functional.avg_pool2d(scene.movedim(-1, 1) * 2 - 1, 4)[0].movedim(0, -1)
     assert torch.corrcoef(torch.stack([drawn.flatten(), small.flatten()]))[0, 1] > 0.9
     assert float((drawn - small).abs().mean()) < 0.15
+
+
+def test_page_locked_weights_are_let_go_of(nodes):
+    """Before they are replaced or moved: freed while locked, their memory would be anything."""
+
+    class Patcher:
+        def __init__(self):
+            self.pinned, self.freed = {"module.a.weight", "module.b.weight"}, []
+
+        def unpin_weight(self, key):
+            self.pinned.remove(key)
+            self.freed.append(key)
+
+    some, every = Patcher(), Patcher()
+    nodes["host"]._unpin(some, {"module.a.weight", "module.c.weight"})
+    nodes["host"]._unpin(every)
+    assert some.freed == ["module.a.weight"] and not every.pinned
+    nodes["host"]._unpin(object())  # an older ComfyUI's

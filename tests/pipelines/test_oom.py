@@ -37,8 +37,10 @@ def fails_above(most, error):
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("VRAM grow failed: 1048576 bytes"),
+        RuntimeError("VRAM reservation failed"),
     ],
-    ids=["cuda", "python", "mps", "linux", "windows", "cublas"],
+    ids=["cuda", "python", "mps", "linux", "windows", "cublas", "comfyui", "comfyui at first"],
 )
 def test_every_allocators_failure_halves_the_batch(error):
     sizes = []
