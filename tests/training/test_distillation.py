@@ -355,7 +355,7 @@ def test_what_the_teacher_s_card_adds_is_a_setting(tmp_path):
         guided = teacher(condition_dropout=0.1, condition_guidance=1.5, shift=shift)
         now = task_of(student(), by=guided).settings
         assert (now[TEACHER_GUIDANCE], now[TEACHER_SHIFT]) == (1.5, told)
-    now = {**now, "processes": 1, "recipe": {"steps": 5}}
+    now = {**now, "batch": 1, "processes": 1, "recipe": {"steps": 5, "accumulation": 1}}
     older = {name: value for name, value in now.items() if name not in (TEACHER_GUIDANCE, TEACHER_SHIFT)}
     assert _continued(older, now) == now
     for other in ({TEACHER_GUIDANCE: 1.0}, {TEACHER_SHIFT: 3.0}):
