@@ -208,16 +208,9 @@ def bring(*models: Managed, memory: int = 0) -> None:
     for model in models:
         # A partial load leaves behind what cannot be streamed: norms, embeddings and convolutions, which are small. If
         # a model has no other layers, ComfyUI does not even call the load partial.
-        moved = {
-            f"{name}.{own}".removeprefix(".")
-            for name, part in model._patcher.model.named_modules()
-            if not hasattr(part, "comfy_cast_weights")
-            for own, weight in part.named_parameters(recurse=False)
-            if weight.device != model.device
-        }
-        _unpin(model._patcher, moved)
-        for part in model._patcher.model.modules():
+        for name, part in model._patcher.model.named_modules():
             if not hasattr(part, "comfy_cast_weights"):
+                _unpin(model._patcher, [f"{name}.{own}" for own in part._parameters])
                 part._apply(lambda tensor, device=model.device: tensor.to(device), recurse=False)
 
 
@@ -228,9 +221,9 @@ def _unpin(patcher: Any, names: Collection[str] | None = None) -> None:
         names: of these weights; None for all.
     """
     # A set in ComfyUI's own patchers, in older versions absent.
-    for key in list(getattr(patcher, "pinned", ())):
-        if names is None or key in names:
-            patcher.unpin_weight(key)
+    pinned = getattr(patcher, "pinned", ())
+    for key in list(pinned) if names is None else [name for name in names if name in pinned]:
+        patcher.unpin_weight(key)
 
 
 def has_float8(placement: str) -> bool:
@@ -315,7 +308,7 @@ class ManagedCodec:
         """See `LatentCodec.encode`. The blank canvas of a whole image is encoded once per size."""
         blank, size = not bool(pixels.any()), tuple(pixels.shape)
         if blank and size in self._blank:
-            return self._blank[size]
+            return self._blank[size].to(self.managed.device)
         latents = self._ready(*pixels.shape[2:]).encode(pixels)
         if blank:
             self._blank[size] = latents.cpu()

@@ -266,8 +266,9 @@ def generate_geneval(
     run.hold_to(_text_settings(run, decoders, sampling))
     jobs = geneval_jobs(prompts, folder, decoders.paths)
     if run.processes.first:
-        for file in (file for job in jobs for file in job.files.values()):
-            remove_leftovers(file)  # GenEval's scorer would take them for images
+        for job in jobs:
+            for file in job.files.values():
+                remove_leftovers(file)  # GenEval's scorer would take them for images
     run.processes.wait()
     generate_all(jobs, sample, decoders, run.processes, seed=run.seed, batch=run.batch, label="GenEval")
     finish_geneval(prompts, folder, decoders.paths, run.processes)

@@ -286,12 +286,17 @@ def read_wanted(
         here = {name for name, header in found.items() if header.file == file}
         read = _read_bin if file.suffix == ".bin" else _read_safetensors
         for name, tensor in read(file, here):
-            stored = torch.bfloat16 if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor.dtype
-            kind = dtype if dtype is not None and tensor.is_floating_point() else stored
+            cast = dtype is not None and tensor.is_floating_point()
+            kind = dtype if cast else _arithmetic(tensor.dtype)
             # In two steps, since some devices have no float8 or bfloat16.
             tensors[name] = tensor.to(kind).to(device)
             check_finite(tensors[name], name, file)
     return tensors
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """A dtype to compute with: bfloat16 for float8, which has no arithmetic; any other is itself."""
+    return torch.bfloat16 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
 
 
 def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
@@ -570,9 +575,8 @@ class StoredTensors:
                     opened[place.file] = stack.enter_context(open_safetensors(place.file))
                 part = opened[place.file].get_slice(place.source)[slice(*place.rows)].reshape(place.shape)
                 part = part.roll(place.roll, 0) if place.roll else part
-                stored = torch.bfloat16 if part.dtype.itemsize == 1 else part.dtype
-                # In two steps, since some devices have no float8.
-                tensors[name] = part.to(dtype or stored).to(device)
+                # In two steps, since some devices have no float8 or bfloat16.
+                tensors[name] = part.to(dtype or _arithmetic(part.dtype)).to(device)
                 size, _ = self._stamps[place.file]
                 if tensors[name].data_ptr() != part.data_ptr() or size <= _MAPPED_AND_CHECKED:
                     check_finite(tensors[name], place.source, place.file)

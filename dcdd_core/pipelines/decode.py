@@ -198,8 +198,7 @@ def canvas_of(
         return Canvas(given=codec.encode(torch.zeros(1, 3, height, width)), area=torch.ones(1, 1, height, width))
     area = (mask > 0).float()
     kept = image.float() * (1 - area.to(image.device))
-    # Each on the CPU: a host may keep the latents of a blank image there, and encode others on its device.
-    return Canvas(given=torch.cat([codec.encode(one).cpu() for one in kept.split(1)]), area=area)
+    return Canvas(given=torch.cat([codec.encode(one) for one in kept.split(1)]), area=area)
 
 
 @torch.no_grad()

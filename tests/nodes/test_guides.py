@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dcdd_core.models.bundle import read_card
+from dcdd_core.registry import load_codec
 from dcdd_core.types import Calibration
-from dcdd_pico.embedded import LLAMAGEN, WEIGHTS, own_calibration
+from dcdd_pico.embedded import LLAMAGEN, WEIGHTS, model_paths, own_calibration
 from dcdd_pico.scenes import render_scene
 from tests.comfy.graphs import Graph, output
 from tests.nodes.cases import FOLLOWED, GUIDED, IT, PAINT, built, of, sampler
@@ -495,3 +496,35 @@ def test_page_locked_weights_are_let_go_of(nodes):
     nodes["host"]._unpin(every)
     assert some.freed == ["module.a.weight"] and not every.pinned
     nodes["host"]._unpin(object())  # an older ComfyUI's
+
+
+def test_weights_are_let_go_of_before_they_move(nodes, monkeypatch):
+    """Those that `bring` moves itself, which are all but the streamed ones, and all that get gradients."""
+    host = nodes["host"]
+    monkeypatch.setattr(host.comfy.model_management, "load_models_gpu", lambda *_, **__: None)
+    managed, freed = host.Managed(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))), []
+    linear, norm = ({f"module.{at}.weight", f"module.{at}.bias"} for at in (0, 1))
+
+    def unpin(key):
+        where = managed._patcher.model.get_parameter(key).device
+        freed.append((key, where))
+        managed._patcher.pinned.remove(key)
+
+    managed._patcher.pinned, managed._patcher.unpin_weight = linear | norm, unpin
+    managed._patcher.load_device = torch.device("meta")
+    host.bring(managed)
+    assert {key for key, _ in freed} == norm and managed._patcher.pinned == linear
+    assert managed.network[1].weight.is_meta and not managed.network[0].weight.is_meta
+    host.let_gradients_pass(managed)
+    assert {key for key, _ in freed} == linear | norm and not managed._patcher.pinned
+    assert {device.type for _, device in freed} == {"cpu"}, "while they were still where they had been locked"
+
+
+def test_a_blank_canvas_comes_from_memory_on_the_codec_s_device(nodes, monkeypatch):
+    """Where the latents of other images are, with which a batch puts it together."""
+    managed = nodes["host"].ManagedCodec(load_codec(model_paths()["vae"]), placement="auto")
+    monkeypatch.setattr(managed, "_ready", lambda *_: managed.managed.idle)
+    first = managed.encode(torch.zeros(1, 3, 16, 16))
+    assert torch.equal(managed.encode(torch.zeros(1, 3, 16, 16)), first)
+    managed.managed._patcher.load_device = torch.device("meta")
+    assert managed.encode(torch.zeros(1, 3, 16, 16)).is_meta

@@ -176,8 +176,7 @@ class AutoregressiveSampler(ABC):
             if loop.done:
                 break
             loop.advance()
-        made = self._told(logits, tokens, options)
-        return made if anew is None else replace(made, calibrated_at=kept_calibrated(previous, anew))
+        return self._told(logits, tokens, options, None if anew is None else kept_calibrated(previous, anew))
 
     @torch.no_grad()
     def teacher_forced(
@@ -198,7 +197,13 @@ class AutoregressiveSampler(ABC):
         read = self._prompts(prompts, guided=options.guidance != 1)
         return self._told(teacher_forced_logits(network, read, given, options), given, options)
 
-    def _told(self, logits: torch.Tensor, tokens: torch.Tensor, options: SamplingOptions) -> TokenLogits:
+    def _told(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        options: SamplingOptions,
+        calibrated_at: torch.Tensor | None = None,
+    ) -> TokenLogits:
         """Logits and tokens, with a record of how they were made."""
         return TokenLogits(
             logits,
@@ -209,6 +214,7 @@ class AutoregressiveSampler(ABC):
             temperature=float(options.temperature),
             model=self.name,
             codebook=self.codebook.fingerprint,
+            calibrated_at=calibrated_at,
         )
 
 
