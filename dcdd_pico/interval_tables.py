@@ -13,7 +13,7 @@ from dcdd_core.files import write_text
 from dcdd_core.types import DCDDWarning
 
 from .guided_sections import share_name
-from .sections import RATIO, READ, SECTIONS, SERVED, Measured, Rows, measure, parse
+from .sections import RATIO, READ, SECTIONS, Measured, Rows, measure, parse
 from .sections import token_statistics as statistics_of_row
 
 #: Column -> arrow for the direction that is better.
@@ -70,8 +70,6 @@ def table_cells(section: str, rows: Rows) -> list[list[str]]:
     """The cells of a section's table, header included."""
     if section == "calibration":
         return statistics_rows({name: statistics_of_row(row) for name, row in rows.items()})
-    served = [row for name, row in rows.items() if SERVED in name]  # equal to another row, which is marked instead
-    rows = {f"{name} (served)" if row in served else name: row for name, row in rows.items() if SERVED not in name}
     columns = [column for column in max(rows.values(), key=len) if ":" not in column]
     heads = [f"{column} {BETTER[column]}" if column in BETTER else column for column in columns]
     return [["", *heads], *([name, *(cell(row, column) for column in columns)] for name, row in rows.items())]

@@ -38,7 +38,7 @@ from .sections import (
 )
 
 #: The sections of the tables (the ablation only if its decoders have been trained).
-TABLE = ("reconstruction", "text", "steps", "few", "few-text", "ablation", "calibration", "reader")
+TABLE = ("reconstruction", "text", "readings", "steps", "few", "few-text", "ablation", "calibration", "reader")
 #: The sections of the report.
 REPORT = (*(name for name in TABLE if name not in ("few", "few-text")), "latency")
 #: Title of the table that is not a section.

@@ -234,7 +234,8 @@ SECTIONS: dict[str, Section] = {
 #: Section -> title, in the order of the page.
 TITLES = {
     "reconstruction": "Reconstruction of held-out scenes (the paper's Table 2)",
-    "text": "Text to image, all rows from the same sampled tokens and logits (the paper's Table 3)",
+    "text": "Text to image, both rows from the same sampled tokens (the paper's Table 3)",
+    "readings": "How the decoder reads the VLM's output: text to image, all rows from the same tokens and logits",
     "steps": "Number of Euler steps, on the first 512 scenes (the paper's Table 6)",
     "few": "The same decoder in few steps, without distillation: reconstruction",
     "few-text": "The same decoder in few steps, without distillation: text to image",

@@ -1,11 +1,11 @@
 """Trains the opponents of the diffusion decoder: `python -m dcdd_pico.train_opponents`.
 
 Feed-forward decoders (`feed_forward`) are trained with the losses of the VQ-VAE's decoder: reconstruction and
-perceptual distance, later also an adversarial loss. Each gets at least the training FLOPs of the diffusion decoder
-(`flops`), which determines the number of updates; those of the autoencoder's decoder are not included. Two have the
-size of both together; two have a finer trunk, so that an image takes as long as with the diffusion decoder. One of each
-pair reads the tokens, the other the condition; both see the same scenes in the same order. The last opponent is the
-diffusion decoder itself, trained on tokens for as many updates.
+perceptual distance, in the last quarter of the updates also an adversarial loss. Each gets at least the training FLOPs
+of the diffusion decoder (`flops`), which determines the number of updates; those of the autoencoder's decoder are not
+included. Two have the size of both together; two have a finer trunk, so that an image takes as long as with the
+diffusion decoder. One of each pair reads the tokens, the other the condition; both see the same scenes in the same
+order. The last opponent is the diffusion decoder itself, trained on tokens for as many updates.
 
 A stopped training resumes. Decoders and logs are in `<work folder>/opponents`; they are not shipped.
 `python -m dcdd_pico.opponents_table` measures them.
@@ -14,7 +14,8 @@ A stopped training resumes. Decoders and logs are in `<work folder>/opponents`; 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from dcdd_core.training.examples import ExampleMaker, proxy_condition
 from dcdd_core.training.log import read_log
 from dcdd_core.training.optimizers import adamw_with_muon
 from dcdd_core.training.vlm_conditions import VLMConditions
-from dcdd_core.types import Condition
+from dcdd_core.types import Condition, DCDDWarning
 
 from .build_context import BuildContext, digest, stage_context, stage_parser
 from .embedded import model_paths
@@ -58,6 +59,11 @@ from .train_tokenizer import tokens_digest
 
 _STAGE = 14
 _RATE = 1e-3
+#: Share of the updates before the discriminator joins. The learning rate is low by then, so that an adversary that
+#: cannot yet tell images apart does little harm.
+_ALONE = 0.75
+#: Fall of PSNR on held-out scenes, in dB, from which a training is said to have suffered from its discriminator.
+_FALL = 0.1
 _EVALUATED = 64
 NAMES = (*FEED_FORWARD, DIFFUSION)
 
@@ -133,8 +139,7 @@ def train_feed_forward(
     decoder.to(device)
     loss_reader = train_loss_reader(context)
     data = _Data(context, models, decoder.card.reads, plan.batch, vlm_share)
-    # The discriminator joins after the same share of the updates as for the VQ-VAE decoder.
-    alone = round(plan.steps * recipe.tokenizer_steps / (recipe.tokenizer_steps + recipe.vq_decoder_steps))
+    alone = round(_ALONE * plan.steps)
     held_out = scene_pixels(context.held_out_images[:_EVALUATED], device)
     held_out_condition = data.proxies(held_out)
 
@@ -147,9 +152,10 @@ def train_feed_forward(
     if recipe.compiled:
         for block in decoder.blocks:
             block.compile(dynamic=False)
+    folder = opponent_file(name).removesuffix(".safetensors")
     train_with_gan(
         context,
-        opponent_file(name).removesuffix(".safetensors"),
+        folder,
         _STAGE,
         decoder,
         last=decoder.last.weight,
@@ -173,9 +179,26 @@ def train_feed_forward(
         loss_reader=loss_reader,
         evaluate=evaluate,
     )
+    if (fall := fall_of_psnr(read_log(context.folder / folder), alone)) > _FALL:
+        warnings.warn(
+            f"{name}: PSNR on held-out scenes was up to {fall:.2f} dB lower after the discriminator joined at update "
+            f"{alone:,} than before ({context.folder / folder / 'log.jsonl'}): as an opponent it may be weaker than it "
+            "could be",
+            DCDDWarning,
+            stacklevel=2,
+        )
     decoder.eval().requires_grad_(False)
     save_feed_forward(context.folder / opponent_file(name), decoder)
     return decoder
+
+
+def fall_of_psnr(log: Sequence[Mapping[str, float]], alone: int) -> float:
+    """By how much, in dB, the held-out PSNR in a training's log was at most below the last one of its first `alone`
+    updates; 0 if it never was, or if there is nothing to compare."""
+    known = [(line["step"], line["eval/psnr"]) for line in log if "eval/psnr" in line]
+    before = [value for step, value in known if step <= alone]
+    after = [value for step, value in known if step > alone]
+    return max(0.0, before[-1] - min(after)) if before and after else 0.0
 
 
 class _Data:

@@ -70,7 +70,7 @@ def test_other_modules_do_not_change_the_key(copied):
 
 
 def test_only_the_definitions_that_a_section_uses_count(copied):
-    images = {"reader", "reconstruction", "text", "steps", "ablation"}
+    images = {"reader", "reconstruction", "text", "readings", "steps", "ablation"}
     assert changed(copied, "dcdd_pico/sections.py", "count: int = 100", "count: int = 99") == images | {"calibration"}
     assert changed(copied, "dcdd_pico/paper_sections.py", "STEPPED = 512", "STEPPED = 511") == {"steps"}
     assert changed(copied, "dcdd_pico/guided_sections.py", "2 * hits", "3 * hits") == images

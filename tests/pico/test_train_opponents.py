@@ -12,6 +12,7 @@ import torch
 import dcdd_pico.train_opponents as stage
 from dcdd_core.models.bundle import read_card
 from dcdd_core.training.vlm_conditions import VLMConditions
+from dcdd_core.types import DCDDWarning
 from dcdd_pico import feed_forward, gan_finetune
 from dcdd_pico.build_context import BuildContext, Recipe
 from dcdd_pico.feed_forward import DIFFUSION, FEED_FORWARD, load_feed_forward, opponent_file
@@ -111,7 +112,7 @@ def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatc
 
     monkeypatch.setattr(gan_finetune, "train", every_step)
     whole, examples = stage.train_feed_forward(context(tmp_path / "a"), weights, NAME), stage._Data.examples
-    assert settings[0]["alone"] == 1, "the first of four updates is without the discriminator"
+    assert settings[0]["alone"] == 3, "the last of four updates is with the discriminator"
 
     def stop(self, i):
         if i == 2:
@@ -135,13 +136,40 @@ def test_a_stopped_training_goes_on_and_is_written(weights, tmp_path, monkeypatc
     log = stage.read_log(tmp_path / "a" / "opponents" / NAME)
     assert [("fooling" in line, "eval/perceptual" in line) for line in log] == [
         (False, False),
-        (True, True),
-        (True, False),
+        (False, True),
+        (False, False),
         (True, True),
     ]
     assert stage.save_curves(tmp_path / "a", stage.NAMES).exists()
     with pytest.raises(ValueError, match="made with other settings"):
         stage.train_feed_forward(context(tmp_path / "a"), weights, NAME, vlm_share=0.5)
+
+
+@pytest.mark.parametrize(
+    "told, fall",
+    [
+        ({2: 20.0, 4: 26.3, 6: 26.25, 8: 26.0, 10: 27.0}, 0.3),  # after the discriminator joined at update 5
+        ({2: 27.0, 4: 26.3, 6: 26.4, 8: 26.5}, 0.0),
+        ({2: 20.0, 4: 26.3}, 0.0),
+        ({6: 26.0, 8: 25.0}, 0.0),
+        ({2: 26.0, 5: 27.0, 6: 26.5}, 0.5),  # the evaluation after update 5 is still without it
+    ],
+)
+def test_the_fall_of_psnr_is_from_before_the_discriminator_to_the_lowest_after(told, fall):
+    log = [{"step": step, "loss": 1.0} | ({"eval/psnr": told[step]} if step in told else {}) for step in range(1, 11)]
+    assert stage.fall_of_psnr(log, 5) == pytest.approx(fall)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_discriminator_that_harms_is_said(weights, tmp_path, monkeypatch):
+    decoder = stage.start(NAME, load_pico(weights=weights, with_sampler=False), 0)
+    monkeypatch.setattr(stage, "dcdd_budget", lambda *_: 4 * 2 * feed_forward_flops(decoder) - 1)
+    asked = []
+    monkeypatch.setattr(stage, "train_with_gan", lambda *_, **__: None)
+    monkeypatch.setattr(stage, "fall_of_psnr", lambda log, alone: asked.append(alone) or 0.11)
+    with pytest.warns(DCDDWarning, match=r"up to 0\.11 dB lower after the discriminator joined at update 3 "):
+        stage.train_feed_forward(context(tmp_path), weights, NAME)
+    assert asked == [3] and (tmp_path / opponent_file(NAME)).exists()
 
 
 def test_diffusion_on_tokens_is_trained_as_the_diffusion_decoder(weights, tmp_path, monkeypatch):
