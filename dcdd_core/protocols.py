@@ -227,6 +227,13 @@ class ImageTokenizer(Protocol):
         """Nearest codes: [B, N, D] -> [B, N] int64."""
         ...
 
+    def quantisation_errors(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Half the squared distance of features [B, N, D] to the codes of tokens [B, N], in the length of a code.
+
+        [B, N] float32, at least 0, on the features' device; 0 for a feature that equals its code.
+        """
+        ...
+
     def encode(self, pixels: torch.Tensor) -> TokenLogits:
         """Proxy logits (Eqs. 9-10) and tokens of images [B, 3, H, W] in -1..1."""
         ...

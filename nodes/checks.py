@@ -6,6 +6,7 @@ The library makes the same checks for its own callers, in their terms.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 
 import comfy.sd
@@ -228,19 +229,24 @@ def check_vae(vae: comfy.sd.VAE, decoder: DistributionConditionedDecoder, *, has
 
 
 def check_vae_scale(codec: LatentCodec, card: DecoderCard, *, has_own: bool) -> None:
-    """Refuses a VAE whose latents are far smaller or larger than those that the decoder paints.
+    """Refuses a VAE whose latents are not finite, or far smaller or larger than those that the decoder paints.
 
     A ComfyUI VAE does not say how its latents are normalised, and FLUX's have the same shape as Stable Diffusion 3's.
     So the spread of an image's raw latents is compared with that of raw latents whose normalised form has variance 1,
     which is 1 / card.vae_scale. These two models differ by a factor of 4.2; a factor of 3 is refused [choice].
 
     Raises:
-        ValueError: naming both spreads.
+        ValueError: naming both spreads, or saying that the VAE gives NaN.
     """
     if card.vae_scale is None:
         return
     scene = render_scene("test", 0, size=_SCENE)
     found = float(codec.encode(scene_pixels(scene.image[None], torch.device("cpu"))).std())
+    if not math.isfinite(found):
+        raise ValueError(
+            "the connected VAE encodes an image to NaN or infinity: load it in float32 (in ComfyUI: --fp32-vae), or "
+            "use another one"
+        )
     wanted = 1 / card.vae_scale
     if not wanted / 3 < found < 3 * wanted:
         raise ValueError(

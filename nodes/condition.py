@@ -7,7 +7,15 @@ import torch
 from comfy_api.latest import io
 
 from ..dcdd_core.evaluation.figures import heat_map
-from ..dcdd_core.method.uncertainty import Feature, doubt_map, grow_mask, mask_to_pixels, threshold_doubt
+from ..dcdd_core.method.uncertainty import (
+    Feature,
+    area_of_tokens,
+    doubt_map,
+    grow_mask,
+    mask_to_pixels,
+    surrounded,
+    threshold_doubt,
+)
 from ..dcdd_core.models.card import DecoderCard, why_not_read
 from ..dcdd_core.pipelines.condition import condition, serving
 from ..dcdd_core.protocols import ImageTokenizer
@@ -110,7 +118,7 @@ class LCDMEncoder(io.ComfyNode):
                 served,
                 token_logits,
                 tokenizer.codebook,
-                device=comfy.model_management.get_torch_device(),
+                device=vq_vae.device,
                 on_image=lambda done: progress.step(done, count),
                 host=host.ComfyHost(),
             )
@@ -223,7 +231,8 @@ class UncertaintyMask(io.ComfyNode):
         doubt = doubt_map(condition.uncertainty, DOUBTS[feature], condition.grid).cpu()
         chosen = grow_mask(threshold_doubt(doubt, threshold, soft=edge == "soft"), grow)
         mask = mask_to_pixels(chosen, size, blur=blur)[:, 0].contiguous()
-        heat = torch.stack([heat_map(one[0], size) for one in doubt])
+        area = area_of_tokens(size, condition.grid)
+        heat = surrounded(torch.stack([heat_map(one[0], area) for one in doubt]), size, -1.0)
         return io.NodeOutput(mask.to(comfy.model_management.intermediate_device()), image_of(heat))
 
 

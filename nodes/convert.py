@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
+from ..dcdd_core.method.uncertainty import crop_to_aspect
+
 
 def pixels_of(image: torch.Tensor) -> torch.Tensor:
     """IMAGE -> pixels [B, 3, H, W] float32 in -1..1; an alpha channel is dropped, a single channel is repeated.
@@ -90,9 +92,7 @@ def resized(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     Unlike ComfyUI's own bicubic, it is antialiased, as on the command line: without that, fine detail of an image that
     is shrunk turns into false patterns, and so into other tokens.
     """
-    high, wide = pixels.shape[2:]
-    if (high, wide) == (height, width):
+    if pixels.shape[2:] == (height, width):
         return pixels
-    top, left = (max(0, round(rest / 2)) for rest in (high - wide * height / width, wide - high * width / height))
-    middle = pixels[..., top : high - top, left : wide - left]
+    middle = crop_to_aspect(pixels, height, width)
     return F.interpolate(middle, (height, width), mode="bicubic", antialias=True)

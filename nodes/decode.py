@@ -298,7 +298,7 @@ class FluxDecoder(io.ComfyNode):
                 on_step=on_step,
                 on_prepare=_on_layer(progress, steps),
                 host=comfy_host,
-                codec_remedy=_TILES,
+                codec_remedy=_TILES if vae is None else None,
             )
         painted = image_of(decoded.pixels)
         latent = {"samples": decoded.latents.to(painted.device)}
@@ -378,7 +378,9 @@ class _CoreCodec:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See `LatentCodec.decode`."""
-        return pixels_of(self.vae.decode(latents))
+        # Not by `pixels_of`, which blames another node for NaN: what is painted is checked after it was decoded.
+        image = self.vae.decode(latents)[..., :3]
+        return rearrange(image.float().clamp(0, 1), "b h w c -> b c h w") * 2 - 1
 
     def normalize(self, latents: torch.Tensor) -> torch.Tensor:
         """See `LatentCodec.normalize`."""

@@ -954,6 +954,14 @@ def test_real_models_are_measured_by_files_that_are_named(tmp_path, scenes, caps
         ),
         (["evaluate", "text", "--out", "o"], "--prompts FILE, --geneval FILE"),
         (["evaluate", "text", "--geneval", "g", "--references", "r", "--out", "o"], "--references would do nothing"),
+        (
+            ["evaluate", "text", "--geneval", "g", "--min-side", "9", "--skip-unreadable", "0.5", "--out", "o"],
+            "--min-side, --skip-unreadable would do nothing without --references",
+        ),
+        (
+            ["evaluate", "text", "--prompts", "p", "--statistics", "s", "--min-side", "9", "--out", "o"],
+            "--min-side would do nothing without --references",
+        ),
         (["evaluate", "text", "--prompts", "/nowhere.txt", "--out", "o"], "nowhere.txt"),
         (["generate", PROMPT, "--steps", "1001"], "--steps must be at most 1,000, got 1,001"),
         (["calibrate", "--count", "1000001"], "--count must be at most 1,000,000"),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -470,6 +471,8 @@ def test_a_gpu_trains_in_bf16_unless_told_otherwise(monkeypatch, gpu, bf16, laun
     monkeypatch.setattr(accelerate, "Accelerator", lambda **options: made.update(options) or workers)
     make_accelerator(precision=chosen)
     assert (made["cpu"], made["mixed_precision"]) == (not gpu, expected)
+    (patience,) = made["kwargs_handlers"]
+    assert patience.timeout >= timedelta(days=1), "processes wait for one that reads a long list of files"
 
 
 def test_a_run_says_its_precision(run, tmp_path, capsys):
@@ -487,6 +490,7 @@ def test_out_of_memory_is_one_line_on_every_device(run, capsys, monkeypatch, err
     assert run() == 1
     said = capsys.readouterr().err
     assert said.startswith("train.py: out of memory: ") and said.count("\n") == 1
+    assert "resume the run with --checkpointing, or with a smaller --batch and as much more --accumulate;" in said
 
 
 def test_a_cache_is_told_its_own_way_out(capsys, monkeypatch):

@@ -104,6 +104,8 @@ def text(args: argparse.Namespace) -> None:
     measured = [f"--{name}" for name in ("references", "statistics", "inception") if getattr(args, name) is not None]
     if args.prompts is None and measured:
         raise ValueError(f"{', '.join(measured)} would do nothing: GenEval's own scorer measures; leave it out")
+    if args.references is None and (idle := common.given(args, *common.READING)):
+        raise ValueError(f"{idle} would do nothing without --references: leave it out")
     _check_outputs(args)
     with processes(args.device) as crew:
         args.device = crew.device

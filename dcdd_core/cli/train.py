@@ -42,10 +42,7 @@ except ImportError as error:
 
 COMMANDS = ("train", "distill", "cache", "estimate", "progressive")
 _RANK = 16
-_LESS_MEMORY = (
-    "out of memory: resume the run with --checkpointing, or start a new one with a smaller --batch and more "
-    "--accumulate, --optimizer adamw8bit, --train lora, or FSDP (configs/accelerate)"
-)
+_LESS_MEMORY = f"{options.LESS_MEMORY}, --train lora, or FSDP (configs/accelerate)"
 
 
 @printable_output()

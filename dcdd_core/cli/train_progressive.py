@@ -24,10 +24,7 @@ from .arguments import path, path_text
 _MOST_GPUS = 2**16
 _GPUS = 1
 _PICO = "pico"
-_LESS_MEMORY = (
-    "out of memory: resume the run with --checkpointing, or with a smaller --batch and as much more --accumulate; or "
-    "start a new one with --optimizer adamw8bit, or a smaller --width"
-)
+_LESS_MEMORY = f"{options.LESS_MEMORY}, or a smaller --width"
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,6 +18,11 @@ from .arguments import path, path_text
 IMAGES: Mapping[str, Any] = {"--column": None, "--min-side": None, "--skip-unreadable": ReadPolicy.skip_unreadable}
 #: Why they would have no effect with --cache.
 CACHED = "what a cache holds was chosen when it was written"
+#: What to do when a training runs out of memory; each command adds its own ways to start a smaller one.
+LESS_MEMORY = (
+    "out of memory: resume the run with --checkpointing, or with a smaller --batch and as much more --accumulate; or "
+    "start a new one with --optimizer adamw8bit"
+)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

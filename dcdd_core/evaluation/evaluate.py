@@ -109,7 +109,7 @@ def evaluate_reconstruction(
         raise ValueError(
             f"--size must lie in {_SMALLEST}..{_LARGEST} pixels, of which LPIPS needs the first; got {size}"
         )
-    images, small = large_enough(images, run.policy, size)
+    images, small = large_enough(images, run.policy, size, shown=run.processes.first)
     check_categories([image.category for image in images])
     settings = {"evaluation": "reconstruction", "seed": run.seed, "size": size, **decoders.settings()}
     known = run.known_statistics(features, size)
@@ -135,10 +135,18 @@ def evaluate_reconstruction(
         return None
     images, unreadable = readable(images, kept.done(), run.policy, "the evaluation")
     check_categories([image.category for image in images])
+    if known is not None and (count := sum(part.count for part in known.values())) != len(images):
+        warnings.warn(
+            f"{run.statistics} holds the statistics of {count} images, expected those of the {len(images)} that are "
+            f"decoded: r{features.measure} compares with other images; delete the file, or leave --statistics out, to "
+            "compare with these",
+            DCDDWarning,
+            stacklevel=2,
+        )
     real = real_statistics(images, kept, features) if known is None else known
     if known is None and run.statistics is not None:
         save_statistics(run.statistics, real, size=size)
-    scopes, singles = reconstruction_scopes(images, decoders.paths, kept, features, real)
+    scopes, singles = reconstruction_scopes(images, decoders.paths, kept, features, real, size=size)
     names = {
         "frechet": f"{features.name}, {features.fingerprint}",
         "ssim": "scikit-image, 7-pixel window, intensities 0..1",
@@ -152,6 +160,7 @@ def evaluate_reconstruction(
         networks=names,
         size=size,
         painted=_painted(decoders),
+        exact={row: int(values.isinf().sum()) for row, values in singles["psnr"].items()},
         left_out=LeftOut(unreadable=unreadable, small=small),
     )
     heads = dict(zip(SCORES, ("SSIM", "PSNR", perceptual.measure))) | {"frechet": f"r{features.measure}"}
@@ -247,6 +256,7 @@ def evaluate_text(
         networks={"frechet": f"{features.name}, {features.fingerprint}"},
         size=size,
         painted=_painted(decoders),
+        exact={},
         left_out=left_out,
     )
     heads = {"frechet": f"g{features.measure}"}
@@ -282,7 +292,8 @@ def _references(
     if folder is None:
         where = f": {run.statistics} does not exist yet" if run.statistics is not None else ""
         raise ValueError(f"there is nothing to compare with{where}; give --references FOLDER, or existing --statistics")
-    images, small = large_enough(list_images(folder, by_category=by_category), run.policy, size)
+    images = list_images(folder, by_category=by_category)
+    images, small = large_enough(images, run.policy, size, shown=run.processes.first)
     check_categories([image.category for image in images])
     if absent := sorted(set(categories) - {image.category for image in images}):
         raise ValueError(f"--references {folder} has no sub-folder with images for {', '.join(absent[:5])}: add it")

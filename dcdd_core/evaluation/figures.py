@@ -5,7 +5,7 @@ Shapes: H W pixels, h w token grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain, cycle
 from pathlib import Path
@@ -15,10 +15,14 @@ import numpy as np
 import torch
 from einops import rearrange
 from matplotlib import font_manager
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.table import Cell
+from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -42,6 +46,7 @@ _WIDER_FONTS = (
     "STHeiti Medium.ttc",
     "Arial Unicode.ttf",
 )
+_OWN_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 _INK, _PAPER = (24, 24, 28), (250, 249, 246)
 
 
@@ -148,12 +153,14 @@ def statistics_sheet(columns: Mapping[str, TokenStatistics]) -> Image.Image:
 
 
 def _draw_curves(axes: Axes, columns: Mapping[str, TokenStatistics]) -> None:
-    for (name, found), marker in zip(columns.items(), cycle("osv^D")):
-        axes.plot(np.arange(1, len(found.curve) + 1), found.curve, marker=marker, markersize=3.5, label=name)
+    lines = [
+        axes.plot(np.arange(1, len(found.curve) + 1), found.curve, marker=marker, markersize=3.5)[0]
+        for found, marker in zip(columns.values(), cycle("osv^D"))
+    ]
     axes.set(xlabel="rank of the code", ylabel="mean probability", title="Mean of the largest token probabilities")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    _add_legend(axes, lines, columns)
 
 
 def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], quantities: Mapping[str, str]) -> Image.Image:
@@ -179,15 +186,15 @@ def grouped_bars(groups: Mapping[str, Mapping[str, float]], *, title: str) -> Im
     names, rows = list(groups), list(next(iter(groups.values())))
     width = 0.8 / len(rows)
     figure = Figure(figsize=(max(4.0, 1.6 + 0.9 * len(names)), 3.4), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    axes, bars = figure.subplots(), []
     for i, row in enumerate(rows):
         where = np.arange(len(names)) + (i - (len(rows) - 1) / 2) * width
-        axes.bar(where, [groups[name][row] for name in names], width, label=row)
+        bars.append(axes.bar(where, [groups[name][row] for name in names], width))
     axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 3 else 0)
     axes.set(title=title)
     axes.grid(alpha=0.3, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    _add_legend(axes, bars, rows)
     return _drawn(figure)
 
 
@@ -197,12 +204,14 @@ def score_lines(
     """Line charts, one panel per score: score -> row (by colour) -> a value for each position in `along`."""
     figure = Figure(figsize=(3.8 * len(panels), 3.2), dpi=120, layout="constrained")
     for axes, (score, rows) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items()):
-        for (row, values), marker in zip(rows.items(), cycle("osv^D")):
-            axes.plot(along, values, marker=marker, markersize=4, label=row)
+        lines = [
+            axes.plot(along, values, marker=marker, markersize=4)[0]
+            for values, marker in zip(rows.values(), cycle("osv^D"))
+        ]
         axes.set(title=score, xlabel=label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        _add_legend(axes, lines, rows)
     return _drawn(figure)
 
 
@@ -212,11 +221,10 @@ def histograms(panels: Mapping[str, Mapping[str, torch.Tensor]]) -> Image.Image:
     for axes, (score, rows) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items()):
         finite = {row: values[values.isfinite()].cpu().numpy() for row, values in rows.items()}
         edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), bins=30)
-        for row, values in finite.items():
-            axes.hist(values, edges, histtype="stepfilled", alpha=0.5, label=row)
+        shapes = [axes.hist(values, edges, histtype="stepfilled", alpha=0.5)[2][0] for values in finite.values()]
         axes.set(title=score, ylabel="images")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        _add_legend(axes, shapes, finite)
     return _drawn(figure)
 
 
@@ -243,19 +251,33 @@ def text_of(path: Path) -> str | None:
         return None
 
 
+def _add_legend(axes: Axes, handles: Sequence[Artist | Container], names: Iterable[str]) -> None:
+    """Matplotlib itself leaves out names that begin with "_", so they are written afterwards."""
+    legend = axes.legend(handles, [""] * len(handles), frameon=False)
+    for text, name in zip(legend.get_texts(), names):
+        text.set_text(name)
+
+
 def _drawn(figure: Figure) -> Image.Image:
+    for text in (*figure.findobj(Text), *(cell.get_text() for cell in figure.findobj(Cell))):
+        text.set_parse_math(False)  # a name is no formula
+        if (file := _font_file(text.get_text())) != _OWN_FONT:
+            font = text.get_fontproperties().copy()
+            font.set_file(file)
+            text.set_fontproperties(font)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, or for a text with signs that it lacks, matplotlib's or an installed one that has them all."""
-    if text.isascii():
-        return ImageFont.load_default(size=size)
-    own = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    file = next((file for file in chain([own], _installed_fonts()) if _has(file, text)), own)
-    return ImageFont.truetype(file, size)
+    """Pillow's own font, or for a text with signs that it lacks, that of `_font_file`."""
+    return ImageFont.load_default(size=size) if text.isascii() else ImageFont.truetype(_font_file(text), size)
+
+
+def _font_file(text: str) -> Path:
+    """Matplotlib's own font, or for a text with signs that it lacks, an installed one that has them all."""
+    return next((file for file in chain([_OWN_FONT], _installed_fonts()) if _has(file, text)), _OWN_FONT)
 
 
 def _installed_fonts() -> Iterator[Path]:

@@ -20,6 +20,7 @@ from PIL import Image
 from ..files import regular_file
 from ..pipelines.image_files import FolderListing, ReadPolicy
 from ..pipelines.images import UnreadableImage, read_rgb, size_of, square, suffixes, to_pixels
+from ..pipelines.progress import ProgressBar
 from ..types import DCDDWarning
 from .figures import to_image
 
@@ -191,19 +192,23 @@ class LeftOut:
 NOTHING_LEFT_OUT = LeftOut()
 
 
-def large_enough(images: Sequence[ImageFile], policy: ReadPolicy, side: int) -> tuple[list[ImageFile], tuple[str, ...]]:
+def large_enough(
+    images: Sequence[ImageFile], policy: ReadPolicy, side: int, *, shown: bool = True
+) -> tuple[list[ImageFile], tuple[str, ...]]:
     """The images that are not enlarged beyond what the policy allows, and the names of the others.
 
     Only headers are read; what cannot be read is kept, for `read_readable` to find.
 
     Args:
         side: S, at which the images are used.
+        shown: whether to show a progress bar; False for all processes but the first.
 
     Raises:
         ValueError: if all are too small.
     """
     least = policy.least(side)
-    sizes = ((image, size_of(image.path)) for image in images)
+    bar = ProgressBar(images, label="sizes of images", unit="image", shown=shown)
+    sizes = ((image, size_of(image.path)) for image in bar)
     small = {image: size for image, size in sizes if size is not None and min(size) < least}
     if len(small) == len(images):
         image, (width, height) = next(iter(small.items()))

@@ -23,7 +23,7 @@ class Prompt:
     """A prompt of a benchmark.
 
     Attributes:
-        name: file name of its images, without suffix; unique.
+        name: file name of its images, without suffix; unique, also without regard to case.
         text: the prompt itself.
         category: sub-folder of its images; empty if there are no categories.
         metadata: its original line, for GenEval's scorer; empty for other benchmarks.
@@ -71,7 +71,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     Prompts without an id are named by their number, such as "00000".
 
     Raises:
-        ValueError: for a file that is missing, empty or in another layout, and for a repeated id.
+        ValueError: for a file that is missing, empty or in another layout, and for ids that are equal or differ
+            only in case, which some file systems take for the same name.
     """
     if path.suffix.lower() == ".json":
         held = _json(_read(path), f"{path}")
@@ -85,11 +86,11 @@ def read_prompts(path: Path) -> list[Prompt]:
         prompts = [Prompt(name=f"{i:05}", text=line) for i, line in enumerate(_lines(path))]
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
-    twice = [name for name, count in Counter(prompt.name for prompt in prompts).items() if count > 1]
-    if twice:
+    counts = Counter(prompt.name.casefold() for prompt in prompts)
+    if twice := list(dict.fromkeys(prompt.name for prompt in prompts if counts[prompt.name.casefold()] > 1)):
         raise ValueError(
-            f"{path} has the ids {', '.join(twice[:5])} more than once: their images would overwrite each other, give "
-            "each prompt its own id"
+            f"{path} has the ids {', '.join(twice[:5])} more than once, or differing only in case: their images could "
+            "overwrite each other, give each prompt its own id"
         )
     return prompts
 

@@ -5,6 +5,7 @@ Shapes: B batch, M images, F features, S side in pixels.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..pipelines.distributed import Processes
+from ..pipelines.progress import ProgressBar
 from ..types import DCDDWarning
 from .decoding import PATHS, Decoders, seed_of
 from .figures import save_image, to_image
@@ -62,7 +64,8 @@ def reconstruct_all(
     vq = decoders.models.tokenizer
     done = kept.done()
     if folder is not None and processes.first:
-        measured = [image.name for image in images if image.key in done]
+        bar = ProgressBar(images, label="pictures, done before", unit="image")
+        measured = [image.name for image in bar if image.key in done]
         files = [folder / path / f"{name}.png" for name in measured for path in decoders.paths]
         if absent := sum(not file.exists() for file in files):
             warnings.warn(
@@ -109,12 +112,21 @@ def reconstruction_scopes(
     kept: Measurements,
     features: FeatureNetwork,
     real: Mapping[str, FrechetStatistics],
+    *,
+    size: int,
 ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, torch.Tensor]]]:
     """The values of the tables: scope ("overall" or a category) -> row -> column -> value.
 
+    The PSNR of an exact reconstruction is infinite, and so would be every mean with it. In means it counts as the best
+    that two different images of 8 bits can have, which differ by one level in one channel of one pixel.
+
+    Args:
+        size: S, at which the images were compared.
+
     Returns:
-        The scopes; and for plots, score -> row -> values [M], one per image.
+        The scopes; and for plots, score -> row -> values [M], one per image; PSNR is infinite for exact ones.
     """
+    best_psnr = 10 * math.log10(4 * 3 * size**2 / (2 / 255) ** 2)
     categories = sorted({image.category for image in images if image.category})
     keys = [image.key for image in images]
     scopes: dict[str, dict[str, dict[str, float]]] = {scope: {} for scope in (OVERALL, *categories)}
@@ -126,6 +138,8 @@ def reconstruction_scopes(
             singles[score][PATHS[path]] = kept.gather(keys, _score_name(score, path)).double()
         for scope, rows in scopes.items():
             chosen = torch.tensor([scope in (OVERALL, image.category) for image in images])
-            means = {score: float(singles[score][PATHS[path]][chosen].mean()) for score in SCORES}
+            values = {score: singles[score][PATHS[path]][chosen] for score in SCORES}
+            values["psnr"] = values["psnr"].clamp(max=best_psnr)
+            means = {score: float(found.mean()) for score, found in values.items()}
             rows[PATHS[path]] = {"frechet": frechet[scope], **means}
     return scopes, singles

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ def results_of(
     networks: Mapping[str, str],
     size: int,
     painted: Mapping[str, int],
+    exact: Mapping[str, int],
     left_out: LeftOut = NOTHING_LEFT_OUT,
 ) -> dict[str, Any]:
     """The content of `results.json`: the values and what they depend on, without times or paths.
@@ -41,22 +41,21 @@ def results_of(
         networks: column -> name of the network that measured it.
         size: side in pixels at which images were compared.
         painted: row -> side in pixels of its images before resizing.
+        exact: row -> number of its images that equal their originals; empty if there are no originals.
         left_out: images left out of the evaluation, or of the references that it compares with.
     """
     held = Counter(image.category for image in images)
     return {
         "size": size,
         "painted": dict(painted),
+        "exact": dict(exact),
         "pictures": {OVERALL: len(images)} | {name: held[name] for name in scopes if name != OVERALL},
         "references": {OVERALL: sum(part.count for part in real.values())}
         | {name: real[name].count for name in scopes if name != OVERALL},
         "networks": dict(networks),
         "settings": dict(settings),
         "left_out": {"unreadable": list(left_out.unreadable), "small": list(left_out.small)},
-        "scopes": {
-            scope: {row: {column: _finite(value) for column, value in values.items()} for row, values in rows.items()}
-            for scope, rows in scopes.items()
-        },
+        "scopes": {scope: {row: dict(values) for row, values in rows.items()} for scope, rows in scopes.items()},
     }
 
 
@@ -74,6 +73,13 @@ def markdown(results: Mapping[str, Any], *, title: str, heads: Mapping[str, str]
     resized = [f"{row} ({side} pixels)" for row, side in results["painted"].items() if side != results["size"]]
     if resized:
         lines += [f"Resized to that size (bicubic, antialiased): {', '.join(resized)}.", ""]
+    exact = [f"{row} ({count} of {results['pictures'][OVERALL]})" for row, count in results["exact"].items() if count]
+    if exact:
+        lines += [
+            f"Images that equal their originals: {', '.join(exact)}. In the means, their PSNR counts as if one channel "
+            "of one pixel differed by one level of 8 bits.",
+            "",
+        ]
     settings = results["settings"]
     if said := guidance_told(settings.get("distribution_guidance", 0.0), settings.get("shift")):
         lines += [f"{PATHS['dcdd']}: {said}.", ""]
@@ -125,14 +131,9 @@ def write_report(
     return text
 
 
-def _finite(value: float) -> float | None:
-    """None for infinity, the PSNR of equal images, which JSON cannot represent."""
-    return value if math.isfinite(value) else None
-
-
-def _table(columns: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> list[str]:
-    def cell(value: float | None) -> str:
-        return "∞" if value is None else str(value) if isinstance(value, int) else f"{value:.5g}"
+def _table(columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> list[str]:
+    def cell(value: float) -> str:
+        return str(value) if isinstance(value, int) else f"{value:.5g}"
 
     return [markdown_table([["", *columns], *([name, *map(cell, values)] for name, values in rows.items())])]
 

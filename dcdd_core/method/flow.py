@@ -14,6 +14,8 @@ import torch
 
 DENSITIES = ("logit_normal", "mode", "uniform")
 WEIGHTINGS = ("uniform", "sigma_sqrt", "cosmap")
+#: Smallest time of diffusers' training scripts, which have 1,000 of them.
+_FIRST_TIME = 1e-3
 
 Time = torch.Tensor | float
 
@@ -129,7 +131,9 @@ def sample_times(
 
 
 def loss_weight(time: torch.Tensor, weighting: str = "uniform") -> torch.Tensor:
-    """w(t) of Eq. 26, [B] float32, as in diffusers: 1, t^-2 ("sigma_sqrt", infinite at t = 0) or SD3's "cosmap".
+    """w(t) of Eq. 26, [B] float32, as in diffusers: 1, t^-2 ("sigma_sqrt") or SD3's "cosmap".
+
+    Times below .001, which diffusers' scripts never draw, weigh as much as .001: t^-2 is infinite at t = 0.
 
     Raises:
         ValueError: for an unknown weighting.
@@ -138,7 +142,7 @@ def loss_weight(time: torch.Tensor, weighting: str = "uniform") -> torch.Tensor:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-    return compute_loss_weighting_for_sd3(weighting, time.float())
+    return compute_loss_weighting_for_sd3(weighting, time.float().clamp(min=_FIRST_TIME))
 
 
 def _over(time: Time, latents: torch.Tensor) -> torch.Tensor:

@@ -62,17 +62,36 @@ def grow_mask(mask: torch.Tensor, tokens: int) -> torch.Tensor:
 def mask_to_pixels(mask: torch.Tensor, size: tuple[int, int], *, blur: float = 0.0) -> torch.Tensor:
     """A mask on the token grid [B, 1, h, w] -> [B, 1, H, W] by nearest neighbour, then blurred.
 
+    It covers the centre crop with the grid's aspect ratio, which is what the tokens are of; the rest is 0.
+
     Args:
         size: (H, W).
-        blur: standard deviation of the Gaussian in tokens; in pixels it scales with H / h and W / w.
+        blur: standard deviation of the Gaussian in tokens; in pixels it scales with the sides of a token.
             A blurred mask is on the CPU.
     """
     h, w = mask.shape[2:]
-    pixels = F.interpolate(mask, size=size, mode="nearest")
-    if not blur:
-        return pixels
-    sigma = (0, blur * size[0] / h, blur * size[1] / w)
-    return torch.from_numpy(gaussian(pixels.squeeze(1).cpu().numpy(), sigma=sigma)).unsqueeze(1)
+    height, width = inner = area_of_tokens(size, (h, w))
+    pixels = F.interpolate(mask, size=inner, mode="nearest")
+    if blur:
+        sigma = (0, blur * height / h, blur * width / w)
+        pixels = torch.from_numpy(gaussian(pixels.squeeze(1).cpu().numpy(), sigma=sigma)).unsqueeze(1)
+    return surrounded(pixels, size, 0.0)
+
+
+def area_of_tokens(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the centre crop of an image (H, W) that has the aspect ratio of a grid (h, w)."""
+    top, left = _margins(size, grid)
+    return size[0] - 2 * top, size[1] - 2 * left
+
+
+def surrounded(pixels: torch.Tensor, size: tuple[int, int], value: float) -> torch.Tensor:
+    """[B, C, H', W'] in the middle of [B, C, H, W] of a value: the inverse of a centre crop.
+
+    Args:
+        size: (H, W), larger by even numbers.
+    """
+    top, left = ((outer - own) // 2 for outer, own in zip(size, pixels.shape[2:]))
+    return F.pad(pixels, (left, left, top, top), value=value)
 
 
 def tokens_under_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -88,7 +107,15 @@ def tokens_under_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor
 
 
 def crop_to_aspect(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The largest centre crop of [B, C, H, W] with the aspect ratio height : width (to a pixel)."""
+    """The largest centre crop of [B, C, H, W] with the aspect ratio height : width (to a pixel, and at least one)."""
     h, w = pixels.shape[2:]
-    top, left = round((h - min(h, w * height / width)) / 2), round((w - min(w, h * width / height)) / 2)
+    top, left = _margins((h, w), (height, width))
     return pixels[:, :, top : h - top, left : w - left]
+
+
+def _margins(size: tuple[int, int], aspect: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns that the largest centre crop with this aspect ratio leaves out, on each side."""
+    (h, w), (height, width) = size, aspect
+    kept = min(h, w * height / width), min(w, h * width / height)
+    top, left = (min(round((side - part) / 2), (side - 1) // 2) for side, part in zip(size, kept))
+    return top, left

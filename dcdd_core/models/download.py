@@ -226,7 +226,9 @@ def _bring(
                     f"{one.repository} needs {missing / 1e9:.1f} GB more in {one.folder}, where {free / 1e9:.1f} GB "
                     "are free: make room, or choose a folder on another disk"
                 )
-    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}  # else sizes and ranges mean nothing
+    # "identity", or else sizes and ranges mean nothing; a range, or else older versions of huggingface_hub leave the
+    # download to hf_transfer where HF_HUB_ENABLE_HF_TRANSFER is set, and that writes past the file object.
+    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity", "Range": "bytes=0-"}
     total = sum(one.size for one in found)
     for one in found:
         with _explained(one.repository, one.folder, api.endpoint):

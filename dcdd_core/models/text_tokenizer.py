@@ -54,7 +54,7 @@ def require_prompt(prompt: str) -> str:
         ValueError: for a blank prompt.
     """
     if not (text := prompt.strip()):
-        raise ValueError("the prompt is blank: say what to draw (for an image without a prompt, use guidance 0)")
+        raise ValueError("the prompt is blank: say what to draw, or give any words and guidance 0")
     return text
 
 

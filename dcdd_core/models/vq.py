@@ -6,6 +6,7 @@ Shapes: B batch, N tokens (row-major h x w grid), K codes, D code dimension, H x
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
@@ -82,6 +83,11 @@ class VQTokenizer:
             ValueError: if the features do not have the dimension of the codes.
         """
         return proxy_logits(features, self.codebook).argmax(dim=-1)
+
+    def quantisation_errors(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """1 - cosine of features [B, N, D] and the codes of tokens [B, N], both of unit length: [B, N] float32."""
+        codes = self.codebook.vectors[tokens.to(self.codebook.vectors.device)].to(features.device)
+        return (1 - (F.normalize(features.float(), dim=-1) * codes).sum(-1)).clamp(min=0)
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> TokenLogits:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..method.calibration import proxy_logits
+from ..method.chunks import check_codebooks
 from ..method.lcdm import map_logits
 from ..models.card import DecoderCard, why_not_read
 from ..types import Calibration, Codebook, Condition, TokenLogits
@@ -102,7 +103,12 @@ def serving(
 
 
 def discrete_condition(token_logits: TokenLogits, codebook: Codebook) -> Condition:
-    """The tokens alone, as one-hot distributions: the baseline of the paper's Table 4."""
+    """The tokens alone, as one-hot distributions: the baseline of the paper's Table 4.
+
+    Raises:
+        ValueError: if the tokens are of another codebook.
+    """
+    check_codebooks(token_logits, codebook, None)
     return condition_of_tokens(token_logits.tokens, token_logits.grid, codebook)
 
 

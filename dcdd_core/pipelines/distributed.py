@@ -40,7 +40,7 @@ class Processes:
         return self.index == 0
 
     def batches(self, work: Sequence[T], batch: int, *, done: Callable[[T], bool], label: str) -> Iterator[Sequence[T]]:
-        """This process's share of the batches that still have work to do; the first process shows a progress bar.
+        """This process's share of the batches that still have work to do; the first process shows progress bars.
 
         All processes check what is already done before any of them starts, and all finish together.
 
@@ -50,7 +50,8 @@ class Processes:
         if batch < 1:
             raise ValueError(f"--batch must be at least 1, got {batch}")
         batches = [work[k : k + batch] for k in range(0, len(work), batch)]
-        left = [part for part in batches if not all(done(item) for item in part)]
+        bar = ProgressBar(batches, label=f"{label}, done before", unit="batch", shown=self.first)
+        left = [part for part in bar if not all(done(item) for item in part)]
         self.wait()
         own = left[self.index :: self.count]
         yield from ProgressBar(own, label=label, unit="batch", shown=self.first)

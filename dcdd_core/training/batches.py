@@ -232,8 +232,8 @@ class Batches(Generic[Batch]):
     """Endless batches of one process's shard, epoch after epoch, from a position that can be saved and resumed.
 
     Every batch is full: an image that is left out is replaced by the next one, and a batch may span two epochs. The
-    batches do not depend on `workers`. If more images are unreadable than the source's policy allows, the rest of the
-    epoch is read too, so that the error names all of them.
+    batches do not depend on `workers`. If more images are unreadable so far than the source's policy allows, the next
+    ones are read too, until few enough are, or to the end of the epoch, so that the error names all of them.
 
     The state says how far the batches handed out so far reach, not what was read ahead. It consists of JSON values and
     belongs to one process. With several processes, each must get its own back; accelerate's
@@ -266,7 +266,7 @@ class Batches(Generic[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         items = []
-        epoch, searched = self._at[0], -1
+        epoch = self._at[0]
         # Epochs in a row without an item that could be used; each gives a process another part of the images.
         useless, idle = 0, self._at[1] == 0
         for at, item in load_in_order(self.source, self._entries(), workers=self.workers):
@@ -282,9 +282,8 @@ class Batches(Generic[Batch]):
             if self.counter.admit(item, self.source.name):
                 items.append(item)
                 idle = False
-            elif searched != epoch and self._too_many():
+            elif self._too_many():
                 self._search(at)
-                searched = epoch
             if len(items) == self.size:
                 self._at = at
                 yield self.source.collate(items)
@@ -300,13 +299,19 @@ class Batches(Generic[Batch]):
         return counter.read >= MIN_READ and not self.source.policy.allows(counter.unreadable, counter.read)
 
     def _search(self, at: tuple[int, int, Mark | None]) -> None:
-        """Reads the rest of an epoch, to name all its unreadable images at once and to determine their share."""
+        """Reads on in an epoch until the share of unreadable images is allowed; at its end, refuses the source.
+
+        Raises:
+            ValueError: naming all unreadable images of the epoch.
+        """
         epoch, position, mark = at
         found = ReadCounter(self.counter.read, self.counter.unreadable)
         found.reasons = dict(self.counter.reasons)
         rest = ((None, entry) for entry in self.source.entries(self.shard, epoch, position, mark))
         for _, item in load_in_order(self.source, rest, workers=self.workers):
             found.admit(item, self.source.name)
+            if self.source.policy.allows(found.unreadable, found.read):
+                return
             if len(found.reasons) == MOST_NAMED:
                 break
         self.source.policy.check(found.read, found.unreadable, found.reasons, self.source.name)

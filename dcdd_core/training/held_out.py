@@ -156,7 +156,6 @@ class HeldOutLoss:
         rank: int,
         world: int,
         total: Callable[[torch.Tensor], torch.Tensor],
-        workers: int = 0,
         vlm_share: float = 0.0,
         errors: Errors | None = None,
     ):
@@ -168,8 +167,8 @@ class HeldOutLoss:
         # of items, some with weight zero. A process without a readable image of its own takes one of another's.
         self.counter = ReadCounter()
         others = (number for number in range(count) if number % world != rank)
-        readable = list(read_listed(held_out, range(rank, count, world), workers, self.counter))
-        readable = readable or list(islice(read_listed(held_out, others, workers, self.counter), 1))
+        readable = list(read_listed(held_out, range(rank, count, world), self.counter))
+        readable = readable or list(islice(read_listed(held_out, others, self.counter), 1))
         if not readable:
             raise ValueError(f"no held-out image of {held_out.name} can be read: check the disk and the files")
         items = [(number, item, float(number % world == rank)) for number, item in readable]
@@ -246,11 +245,12 @@ class HeldOutLoss:
         return torch.cat(times), torch.cat(noises)
 
 
-def read_listed(
-    held_out: Listed, numbers: Iterable[int], workers: int, counter: ReadCounter
-) -> Iterator[tuple[int, Any]]:
-    """(number, item) of each usable held-out image among these numbers; all of them are counted."""
-    for number, item in load_in_order(held_out, ((i, held_out.listed[i]) for i in numbers), workers=workers):
+def read_listed(held_out: Listed, numbers: Iterable[int], counter: ReadCounter) -> Iterator[tuple[int, Any]]:
+    """(number, item) of each usable held-out image among these numbers; all of them are counted.
+
+    They are read in this process: each tensor of another one would keep a file open for as long as the item is kept.
+    """
+    for number, item in load_in_order(held_out, ((i, held_out.listed[i]) for i in numbers)):
         if counter.admit(item, f"the held-out images of {held_out.name}"):
             yield number, item
 

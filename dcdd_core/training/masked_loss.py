@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..method import masked_modelling
 from ..method.masked_modelling import CORRUPTIONS
@@ -131,12 +130,10 @@ class Corruption:
 def tokens_and_errors(tokenizer: ImageTokenizer, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B, N] int64 and log quantisation errors [B, N] float32 of features [B, N, D], on the CPU.
 
-    The error is log(1 - cosine) between a position's feature and its code, with 1 - cosine at least 1e-4.
+    The error is the logarithm of the tokenizer's `quantisation_errors`, with these at least 1e-4.
     """
-    features = F.normalize(features, dim=-1)
     tokens = tokenizer.tokens(features)
-    cosines = (features * tokenizer.codebook.vectors[tokens]).sum(-1)
-    return tokens.cpu(), (1 - cosines).clamp(min=1e-4).log().cpu()
+    return tokens.cpu(), tokenizer.quantisation_errors(features, tokens).clamp(min=1e-4).log().cpu()
 
 
 def drop_captions(

@@ -164,7 +164,7 @@ class MaskedPlan:
             grid=geometry.grid,
             codes=tokenizer.codebook.size,
             code_dim=tokenizer.codebook.dim,
-            words=len(self._words().tokenizer),
+            words=self._words().size,
             width=width,
             layers=self.layers or LAYERS,
             heads=self.heads or HEADS,

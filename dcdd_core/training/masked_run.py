@@ -208,7 +208,6 @@ def _held_out(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         total=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum"),
-        workers=data.workers,
     )
 
 

@@ -284,12 +284,11 @@ class MaskedHeldOut:
         rank: int,
         world: int,
         total: Callable[[torch.Tensor], torch.Tensor],
-        workers: int = 0,
     ):
         self.task, self.seed, self.total = task, seed, total
         self.counter = ReadCounter()
         count = len(held_out.listed)
-        items = list(read_listed(held_out, range(rank, count, world), workers, self.counter))
+        items = list(read_listed(held_out, range(rank, count, world), self.counter))
         if not float(total(torch.tensor([float(len(items))]))[0]):
             raise ValueError(
                 f"none of the {count} held-out images of {held_out.name} can be used: add captions to them, or repair "

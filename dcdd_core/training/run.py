@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ def make_accelerator(
     try:
         from accelerate import Accelerator
         from accelerate.tracking import get_available_trackers
-        from accelerate.utils import is_bf16_available
+        from accelerate.utils import InitProcessGroupKwargs, is_bf16_available
     except ImportError as error:
         raise ValueError("training needs accelerate: install the pack's 'train' extra") from error
     if tracker is not None and tracker not in (known := [str(name) for name in get_available_trackers()]):
@@ -93,6 +94,9 @@ def make_accelerator(
         mixed_precision=precision,
         log_with=tracker,
         project_dir=folder,
+        # Processes wait for one that lists the unreadable images of a large data set or saves to a slow disk; torch
+        # gives up after 10 minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
@@ -484,7 +488,6 @@ def _evaluation(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         total=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum"),
-        workers=data.workers,
         vlm_share=data.vlm_conditions,
         errors=None if distillation is None else distillation.distances,
     )

@@ -81,6 +81,17 @@ def test_half_precision_keeps_float32_outside(name, files):
     assert tokenizer.decode_tokens(proxies.tokens, proxies.grid).dtype == torch.float32
 
 
+def test_the_nearest_code_has_the_least_error(tokenizer):
+    pixels = torch.rand(2, 3, 4 * tokenizer.factor, 4 * tokenizer.factor, generator=torch.Generator().manual_seed(0))
+    features = tokenizer.features(pixels * 2 - 1)
+    tokens = tokenizer.tokens(features)
+    least = tokenizer.quantisation_errors(features, tokens)
+    assert least.shape == tokens.shape and least.dtype == torch.float32 and float(least.min()) >= -1e-6
+    for step in range(1, 8):
+        others = tokenizer.quantisation_errors(features, (tokens + step) % tokenizer.codebook.size)
+        assert (others >= least - 1e-5).all() and (others > least).any()
+
+
 def test_hosts_can_plan(tokenizer, name):
     small, large = (tokenizer.working_memory(grid) for grid in ((2, 2), (8, 8)))
     assert isinstance(small, int) and 0 < small < large

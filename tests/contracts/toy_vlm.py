@@ -52,6 +52,9 @@ class ToyTokenizer:
     def tokens(self, features):
         return proxy_logits(features, self.codebook).argmax(-1)
 
+    def quantisation_errors(self, features, tokens):
+        return 1 - F.cosine_similarity(features, self.codebook.vectors[tokens], dim=-1)
+
     def encode(self, pixels):
         logits = proxy_logits(self.features(pixels), self.codebook)
         return TokenLogits(

@@ -3,6 +3,7 @@
 The sampler is a fast fake, since only what happens to its tokens and logits is tested here.
 """
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -125,7 +127,9 @@ def test_the_report_says_all_of_it(whole):
 def test_files_keep_their_names_and_keys(whole):
     """A run that was stopped under an earlier version must be resumed, and scripts read results.json."""
     held = results(whole)
-    assert set(held) == {"size", "painted", "pictures", "references", "networks", "settings", "left_out", "scopes"}
+    assert set(held) == {
+        *("size", "painted", "exact", "pictures", "references", "networks", "settings", "left_out", "scopes"),
+    }
     assert json.loads((whole / "settings.json").read_text()) == held["settings"]
     assert set(held["settings"]) == {
         *("evaluation", "seed", "size", "tokenizer", "decoder", "decoder dtype", "autoencoder", "variant", "reads"),
@@ -283,6 +287,33 @@ def test_statistics_without_the_categories_are_refused(tmp_path, images, decoder
     reconstruct(tmp_path / "a", *arguments, by_category=False, limit=2, statistics=path)
     with pytest.raises(ValueError, match=r"no images of animals, plants \(it has no categories\)"):
         reconstruct(tmp_path / "b", *arguments, statistics=path)
+
+
+def test_statistics_of_another_number_of_images_are_said(whole, tmp_path, images, decoders, networks):
+    options = {"by_category": False, "statistics": whole / "real.safetensors"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DCDDWarning)
+        reconstruct(tmp_path, images, decoders, networks, **options)
+    said = r"real.safetensors holds the statistics of 7 images, expected those of the 6 that are decoded: .* delete the"
+    with pytest.warns(DCDDWarning, match=said):
+        text = reconstruct(tmp_path, images, decoders, networks, limit=6, **options)
+    assert "6 images against 7 references" in text
+
+
+def test_exact_images_count_as_the_best_that_others_can_be(tmp_path, images, decoders, networks, monkeypatch):
+    truth = read_pixels(list_images(images, limit=4), 96)
+    nearly, half = truth.clone(), truth.clone()
+    nearly[:, 0, 5, 7] -= 2 / 255 * truth[:, 0, 5, 7].sign()  # by one level
+    half[2:] *= -1
+    painted = zip(nearly.split(2), half.split(2))
+    monkeypatch.setattr(Decoders, "paint", lambda *_: dict(zip(("vq", "dcdd"), next(painted))))
+    text = reconstruct(tmp_path, images, decoders, networks, by_category=False, limit=4)
+    found, (best, *others) = results(tmp_path), psnr(truth, nearly).tolist()
+    psnrs = [row["psnr"] for row in found["scopes"]["overall"].values()]
+    assert psnrs == pytest.approx([best, (2 * best + float(psnr(truth, half)[2:].sum())) / 4], abs=1e-3)
+    assert others == pytest.approx([best] * 3, abs=1e-3)
+    assert found["exact"] == {"VQ-VAE decode": 0, "DCDD decode": 2}
+    assert "\n\nImages that equal their originals: DCDD decode (2 of 4). In the means, their PSNR counts as" in text
 
 
 @pytest.fixture
@@ -618,3 +649,25 @@ def test_pictures_that_were_not_kept_are_said(tmp_path, images, decoders, networ
     reconstruct(tmp_path, images, decoders, networks, keep_images=False)
     with pytest.warns(DCDDWarning, match="14 pictures are not written, since their images have been measured without"):
         reconstruct(tmp_path, images, decoders, networks, keep_images=True)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_whatever_takes_long_has_a_bar_in_the_first_process(tmp_path, images, decoders, networks, monkeypatch):
+    monkeypatch.setattr("sys.stderr", stream := Terminal())
+    arguments = (images, decoders, networks)
+    together(lambda crew: reconstruct(tmp_path / "a", *arguments, keep_images=True, processes=crew))
+    together(lambda crew: draw(tmp_path / "b", *arguments, processes=crew))
+    found = re.findall(r"([^\r\n]+): 100%[^\r]* (\d)/\2 [^\r\n]*\n", stream.getvalue())
+
+    def both(what, batches, own):
+        return [(f"{what}, done before", batches), (what, own)]
+
+    expected = [("sizes of images", "7"), ("pictures, done before", "7"), *both("reconstruction", "4", "2")]
+    expected += [("sizes of images", "7")]
+    for what in ("images", "features of vq", "features of dcdd"):
+        expected += both(what, "3", "1")
+    assert found == [*expected, *both("features of references", "4", "2")]

@@ -1,5 +1,6 @@
 """Image grids and plots: sizes, pixels and labels."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,13 @@ from PIL import Image
 from dcdd_core.evaluation import figures
 from dcdd_core.evaluation.figures import (
     beside,
+    grouped_bars,
     heat_map,
+    histograms,
     labelled_grid,
     save_image,
+    score_lines,
+    statistics_sheet,
     to_image,
     top_curve,
     training_curves,
@@ -126,6 +131,52 @@ def test_curves_have_a_panel_each():
     wide = training_curves(logs, {"one": "eval/a", "two": "eval/b"})
     assert wide.width > 1.8 * training_curves({"one": logs["one"]}, {"one": "eval/a"}).width
     assert (np.asarray(wide) != 255).any()
+
+
+FIGURES = {
+    "table and curves": lambda names: statistics_sheet({name: describe(torch.eye(4)) for name in names}),
+    "curves": lambda names: top_curve({name: describe(torch.eye(4)) for name in names}),
+    "bars": lambda names: grouped_bars({"group": dict.fromkeys(names, 1.0)}, title="title"),
+    "lines": lambda names: score_lines({"score": dict.fromkeys(names, (1.0, 2.0))}, along=(1, 2)),
+    "histograms": lambda names: histograms({"score": {name: torch.arange(3.0) for name in names}}),
+}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn."""
+    seen = []
+    canvas = figures.FigureCanvasAgg
+    monkeypatch.setattr(figures, "FigureCanvasAgg", lambda figure: seen.append(figure) or canvas(figure))
+    return seen
+
+
+def texts_of(figure):
+    """Of its legend, and of its table."""
+    (legend,) = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    cells = [cell for axes in figure.axes for table in axes.tables for cell in table.get_celld().values()]
+    return legend.get_texts(), [cell.get_text() for cell in cells]
+
+
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+def test_names_are_drawn_as_they_are(draw, drawn):
+    """None is a formula, and none is left out of the legend. Of "$a_$", matplotlib could make no formula."""
+    names = ["_own", "$a_$", "$x^2$", "plain"]
+    draw(names)
+    in_legend, in_table = texts_of(drawn[0])
+    assert [text.get_text() for text in in_legend] == names
+    assert not any(text.get_parse_math() for text in (*in_legend, *in_table))
+
+
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+def test_names_in_figures_are_written_in_a_font_that_has_their_signs(draw, drawn, monkeypatch):
+    other = figures._OWN_FONT.with_name("DejaVuSerif.ttf")
+    monkeypatch.setattr(figures, "_signs", lambda file: frozenset(map(ord, "é" if file == other else "ab")))
+    monkeypatch.setattr(figures, "_installed_fonts", lambda: iter([other]))
+    draw(["é", "ab"])
+    for text in itertools.chain(*texts_of(drawn[0])):
+        if text.get_text() in ("é", "ab"):
+            assert text.get_fontproperties().get_file() == (str(other) if text.get_text() == "é" else None)
 
 
 def test_saving_makes_the_folder_and_leaves_no_rest(tmp_path):

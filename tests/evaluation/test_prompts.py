@@ -48,7 +48,8 @@ def test_geneval_lines_are_kept_as_they_stand(tmp_path):
         ("p.json", '{"a": {"prompt": "  "}}', "is empty"),
         ("p.json", '{"../a": {"prompt": "x"}}', "cannot be the name"),
         ("p.json", '{"a": {"prompt": "x", "category": ".."}}', "cannot be the category"),
-        ("p.jsonl", '{"prompt": "x", "id": 1}\n{"prompt": "y", "id": 1}', "more than once"),
+        ("p.jsonl", '{"prompt": "x", "id": 1}\n{"prompt": "y", "id": 1}', "the ids 1 more than once"),
+        ("p.json", '{"a": {"prompt": "x"}, "b": {"prompt": "y"}, "A": {"prompt": "z"}}', "the ids a, A more than once"),
         ("p.jsonl", "a cat", "prompt 0 is not JSON"),
     ],
 )

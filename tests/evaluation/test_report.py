@@ -20,16 +20,16 @@ def made(scopes, folder, **options):
     images = [ImageFile(path=folder, name=f"{i}", category=names[i % len(names)]) for i in range(4)]
     real = {name: FrechetStatistics.of([torch.rand(2, 3)]) for name in names}
     told = {"settings": {"steps": 3}, "networks": {"frechet": "I"}, "size": 9, "painted": {"VQ": 6, "DCDD": 9}}
-    results = results_of(scopes, images=images, real=real, **told)
+    results = results_of(scopes, images=images, real=real, exact={"VQ": 0}, **told)
     return results, write_report(folder, results, title="T", heads=HEADS, command="dcdd x", **options)
 
 
 def test_a_report_without_categories(tmp_path):
-    scopes = {"overall": {"VQ": {"frechet": 2.8511, "psnr": float("inf")}, "DCDD": {"frechet": 0.7535, "psnr": 20.0}}}
+    scopes = {"overall": {"VQ": {"frechet": 2.8511, "psnr": 92.5}, "DCDD": {"frechet": 0.7535, "psnr": 20.0}}}
     results, text = made(scopes, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert results["scopes"]["overall"]["VQ"] == {"frechet": 2.8511, "psnr": None}  # JSON has no infinity
-    assert "|  | rFID ↓ | PSNR ↑ |\n|---|---|---|\n| VQ | 2.8511 | ∞ |\n| DCDD | 0.7535 | 20 |" in text
+    assert results["scopes"] == scopes
+    assert "|  | rFID ↓ | PSNR ↑ |\n|---|---|---|\n| VQ | 2.8511 | 92.5 |\n| DCDD | 0.7535 | 20 |" in text
     assert "- rFID: I" in text and "`dcdd x`" in text and "4 images against 2 references, measured at 9 x 9" in text
     assert "Resized to that size (bicubic, antialiased): VQ (6 pixels)." in text
     assert "by category" not in text and not (tmp_path / "scores.png").exists()
@@ -48,6 +48,13 @@ def test_a_report_says_with_which_guidance_the_images_were_made(tmp_path, settin
     results, _ = made({"overall": {"VQ": {"frechet": 1.0}}}, tmp_path)
     text = markdown({**results, "settings": settings}, title="T", heads=HEADS, command="dcdd x")
     assert (f"\n\nDCDD decode: {said}\n\n" in text) if said else ("guidance" not in text)
+
+
+def test_a_report_says_how_many_images_are_exact(tmp_path):
+    results, text = made({"overall": {"VQ": {"frechet": 1.0}, "DCDD": {"frechet": 2.0}}}, tmp_path)
+    assert results["exact"] == {"VQ": 0} and "originals" not in text
+    text = markdown({**results, "exact": {"VQ": 0, "DCDD": 3}}, title="T", heads=HEADS, command="dcdd x")
+    assert "\n\nImages that equal their originals: DCDD (3 of 4). In the means, their PSNR counts as if" in text
 
 
 def test_a_report_with_categories_and_single_scores(tmp_path):

@@ -185,6 +185,12 @@ def test_weights_are_those_of_diffusers(weighting):
     assert (found == 1).all() == (weighting == "uniform")
 
 
+def test_the_weight_of_early_times_is_finite():
+    """As for the smallest of the 1,000 times of diffusers' scripts."""
+    found = loss_weight(torch.tensor([0.0, 1e-9, 1e-3, 2e-3]), "sigma_sqrt")
+    torch.testing.assert_close(found, torch.tensor([1e6, 1e6, 1e6, 2.5e5]))
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="logit_normal, mode, uniform, got 'normal'"):
         sample_times(4, generator=torch.Generator(), density="normal")

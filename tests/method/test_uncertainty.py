@@ -76,17 +76,38 @@ def test_growing_is_scipys_grey_morphology(tokens):
 
 def test_pixels_repeat_their_token():
     mask = rand(2, 1, 2, 3)
-    assert torch.equal(mask_to_pixels(mask, (8, 6)), mask.repeat_interleave(4, 2).repeat_interleave(2, 3))
+    assert torch.equal(mask_to_pixels(mask, (8, 12)), mask.repeat_interleave(4, 2).repeat_interleave(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "columns"),
+    [
+        ((8, 16), slice(0, 8), slice(2, 14)),
+        ((14, 12), slice(3, 11), slice(0, 12)),
+        ((9, 13), slice(0, 9), slice(0, 13)),
+    ],
+)
+@pytest.mark.parametrize("blur", [0.0, 0.5])
+def test_mask_covers_what_the_tokens_were_cropped_from(size, rows, columns, blur):
+    """A crop of it is the mask again, and its tokens are those that were masked."""
+    mask = (rand(1, 1, 2, 3) > 0.5).float()
+    found = mask_to_pixels(mask, size, blur=blur)
+    assert found.shape[2:] == size and torch.equal(crop_to_aspect(found, 2, 3), found[:, :, rows, columns])
+    outside = found.clone()
+    outside[:, :, rows, columns] = 0
+    assert not outside.any() and found.any()
+    inner = (rows.stop - rows.start, columns.stop - columns.start)
+    assert torch.equal(found[:, :, rows, columns], mask_to_pixels(mask, inner, blur=blur))
 
 
 def test_blur_is_a_gaussian_in_tokens_over_each_image_alone():
     mask = torch.zeros(2, 1, 4, 5)
     mask[0, 0, 2, 2] = 1.0
-    found = mask_to_pixels(mask, (16, 40), blur=0.5)
-    plain = mask_to_pixels(mask, (16, 40))[0, 0].double().numpy()
-    expected = ndimage.gaussian_filter(plain, (0.5 * 4, 0.5 * 8), mode="nearest")
+    found = mask_to_pixels(mask, (16, 20), blur=0.5)
+    plain = mask_to_pixels(mask, (16, 20))[0, 0].double().numpy()
+    expected = ndimage.gaussian_filter(plain, 0.5 * 4, mode="nearest")
     np.testing.assert_allclose(found[0, 0].numpy(), expected, atol=1e-6)
-    assert found.shape == (2, 1, 16, 40) and found.dtype == torch.float32 and not found[1].any()
+    assert found.shape == (2, 1, 16, 20) and found.dtype == torch.float32 and not found[1].any()
 
 
 def test_blur_stays_within_a_mask():
@@ -111,6 +132,8 @@ def test_a_token_is_under_the_mask_if_any_of_its_pixels_is():
         ((14, 12), (2, 3), slice(3, 11), slice(0, 12)),
         ((9, 9), (1, 3), slice(3, 6), slice(0, 9)),
         ((9, 9), (3, 1), slice(0, 9), slice(3, 6)),
+        ((1000, 1), (96, 96), slice(499, 501), slice(0, 1)),
+        ((1, 1001), (96, 96), slice(0, 1), slice(500, 501)),
     ],
 )
 def test_crop_is_the_centre(size, grid, rows, columns):

@@ -52,12 +52,13 @@ class Hub:
         deny: maps a path's beginning to (status, headers) that answer it.
         tokens: the Authorization headers that came.
         spoiled: whether weights come with a wrong byte.
+        ignores_ranges: whether it answers with whole files, also where a range was asked for.
     """
 
     def __init__(self):
         self.files, self.others = dict(FILES), {}
         self.asked, self.cut_after, self.deny = [], [], {}
-        self.tokens, self.spoiled = set(), False
+        self.tokens, self.spoiled, self.ignores_ranges = set(), False, False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -100,9 +101,9 @@ class Hub:
             content = content[:-1] + b"x"
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         first = int((request.headers["Range"] or "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        if first:
+        if ranged := request.headers["Range"] is not None and not self.ignores_ranges:
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        self.send(request, 206 if first else 200, content[first:], headers)
+        self.send(request, 206 if ranged else 200, content[first:] if ranged else content, headers)
 
     def send(self, request, status, body, headers):
         request.send_response(status)
@@ -178,6 +179,21 @@ def test_only_the_files_named_come(tmp_path, hub):
     assert held(tmp_path) == {"model.safetensors", "config.json", "vae/model.safetensors"}
 
 
+def test_every_file_is_asked_for_by_a_range(tmp_path, hub, monkeypatch):
+    """From the beginning, too: older versions of huggingface_hub give anything else to hf_transfer, if told to use it,
+    which cannot write to a file that reports its length."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ENABLE_HF_TRANSFER", True, raising=False)
+    download(REPOSITORY, tmp_path, files=["*"], endpoint=hub.endpoint)
+    asked = {range for path, range in hub.asked if not path.startswith("/api/")}
+    assert asked == {"bytes=0-"} and (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_server_that_knows_no_ranges_sends_the_whole_file(tmp_path, hub):
+    hub.ignores_ranges = True
+    download(REPOSITORY, tmp_path, files=["model.safetensors"], endpoint=hub.endpoint)
+    assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
+
+
 def test_what_is_there_is_not_brought_again(tmp_path, hub):
     (tmp_path / "model.safetensors").write_bytes(b"x" * len(WEIGHTS))
     seen = []
@@ -217,7 +233,7 @@ def test_a_cut_connection_is_taken_up_where_it_broke(tmp_path, hub):
     download(REPOSITORY, tmp_path, files=["model.safetensors"], endpoint=hub.endpoint)
     assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
     first, second = hub.asked_for("model.safetensors")
-    assert first is None and 0 < int(second.removeprefix("bytes=").rstrip("-")) <= 50_000
+    assert first == "bytes=0-" and 0 < int(second.removeprefix("bytes=").rstrip("-")) <= 50_000
 
 
 def test_it_goes_on_where_huggingface_hub_gives_up_as_long_as_something_comes(tmp_path, hub, monkeypatch):
@@ -268,7 +284,7 @@ def test_a_newer_version_is_not_put_onto_the_beginning_of_an_older_one(tmp_path,
     hub.cut_after, hub.asked = [], []
     hub.files["model.safetensors"] = WEIGHTS[::-1]
     download(REPOSITORY, tmp_path, files=["model.safetensors"], endpoint=hub.endpoint)
-    assert hub.asked_for("model.safetensors") == [None]
+    assert hub.asked_for("model.safetensors") == ["bytes=0-"]
     assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS[::-1]
 
 

@@ -568,8 +568,14 @@ def grown_by_a_token(found: Found) -> None:
     same(found["it"], tokens_as_pixels(np.any(around, 0)).astype(np.float32))
 
 
-def mask_has_the_images_size(found: Found) -> None:
+def mask_lies_in_the_middle(found: Found) -> None:
+    """Where the image is cropped for its tokens; the rest of it is black."""
     assert found["it"].shape == (2, 128, 96) and found["heat map"].shape == (2, 128, 96, 3)
+    middle = slice(16, 112)
+    same(found["it"][:, middle], found["square"])
+    same(found["heat map"][:, middle], found["square heat map"])
+    for name in ("it", "heat map"):
+        assert not found[name][:, :16].any() and not found[name][:, 112:].any(), name
 
 
 def blurred_mask(found: Found) -> None:
@@ -1290,8 +1296,9 @@ CASES = [
         name="mask of an image's size",
         node="DCDD_UncertaintyMask",
         inputs={**DOUBT, "image": of("wide")},
-        keep={"it": IT, "heat map": of("it", 1)},
-        check=mask_has_the_images_size,
+        more={"alone": ("DCDD_UncertaintyMask", DOUBT)},
+        keep={"it": IT, "heat map": of("it", 1), "square": of("alone"), "square heat map": of("alone", 1)},
+        check=mask_lies_in_the_middle,
     ),
     Case(
         name="blurred mask",
@@ -2358,6 +2365,13 @@ def _refusals() -> list[Refusal]:
             inputs={**FLUX, "vae": of("small vae")},
             more={"small vae": ("TEST_RandomVAE", {"factor": 8, "spread": 0.65})},
             says=("another model's", "spread of 0", "about 2.77", "disconnect vae"),
+        ),
+        Refusal(
+            name="VAE that encodes to NaN",
+            node="DCDD_FluxDecoder",
+            inputs={**FLUX, "vae": of("nan vae")},
+            more={"nan vae": ("TEST_RandomVAE", {"factor": 8, "spread": "nan"})},
+            says=("connected VAE encodes .* NaN", "--fp32-vae", "another one"),
         ),
         Refusal(
             name="VAE of films",

@@ -65,6 +65,15 @@ def test_picos_passes_in_the_workflow():
     assert re.findall(r"0 is the model's own number, (\d+)", path.read_text("utf-8")) == [str(own)]
 
 
+@pytest.mark.parametrize("node", SAMPLERS)
+@pytest.mark.parametrize("read", [pages, lambda node: tooltips(node, "seed")], ids=["pages", "tooltips"])
+def test_a_batch_is_its_singles_but_for_rounding(node, read):
+    assert numbers(read(node), "but for (rounding): in half precision", "(舍入)差异：半精度下") == [
+        ("rounding",),
+        ("舍入",),
+    ]
+
+
 def test_picos_tokens():
     rows, columns = config_of(PROGRESSIVE)["network"]["grid"]
     assert re.findall(r"pico: (\d+)\)", tooltips(MASKED, "revise")[0]) == [str(rows * columns)]

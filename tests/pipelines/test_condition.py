@@ -41,6 +41,13 @@ def test_a_discrete_decoder_sees_the_tokens_alone(codebook, grid):
     assert (without_logits.grid, without_logits.codebook) == (found.grid, found.codebook)
 
 
+@pytest.mark.parametrize("variant", ["discrete", "lcdm", "lcdm+lc"])
+def test_tokens_of_another_codebook_are_refused(codebook, grid, variant):
+    other = Codebook(torch.randn(64, 8, generator=torch.Generator().manual_seed(1)))
+    with pytest.raises(ValueError, match="codebook"):
+        condition_for(tiny_card(variant=variant), grid, other)
+
+
 def test_a_decoder_without_calibration_takes_none(codebook, grid):
     card = tiny_card(variant="lcdm", calibration=None)
     assert torch.equal(condition_for(card, grid, codebook).code_vectors, map_logits(grid, codebook).code_vectors)

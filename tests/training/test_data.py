@@ -336,6 +336,15 @@ def test_too_many_unreadable_images_stop_the_run_and_are_all_named(tmp_path):
         assert len(take(spoilt(tmp_path / "allowed", 300, {1, 150, 208, 299}, skip_unreadable=0.014), 320)) == 320
 
 
+def test_a_few_unreadable_images_do_not_make_it_read_the_whole_epoch(tmp_path, monkeypatch):
+    batches = spoilt(tmp_path / "images", 900, {10, 120})  # 2 of the first 121, but of the first 200 just 1 %
+    loaded, load = [], type(batches.source).load
+    monkeypatch.setattr(type(batches.source), "load", lambda self, entry: loaded.append(entry.key) or load(self, entry))
+    with pytest.warns(UserWarning):
+        assert len(take(batches, 130)) == 130
+    assert len(set(loaded)) < 300 and len(loaded) < 350
+
+
 def test_a_share_of_few_images_is_that_of_all_of_them(tmp_path):
     with pytest.warns(UserWarning):
         assert len(take(spoilt(tmp_path / "small", 99, {1, 2, 3}), 96)) == 96

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dcdd_core.method.masked_modelling import CORRUPTIONS
 from dcdd_core.models.masked.words import padded
+from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.training.masked_loss import (
     Corruption,
     MaskedExample,
@@ -134,8 +135,11 @@ def test_a_small_batch_measures_importance_too(corruption, rows):
 
 
 def test_tokens_come_with_the_logarithm_of_their_error():
-    class Nearest:
+    class Nearest(VQTokenizer):
         codebook = Codebook(torch.eye(3))
+
+        def __init__(self):
+            pass
 
         def tokens(self, features):
             return features.argmax(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,18 @@ def test_a_new_network_starts_with_the_codes_and_without_an_opinion(janus, width
     assert all(map(torch.equal, network.parameters(), again.parameters()))
     other = MaskedPlan(vlm=janus, width=width, layers=1, heads=2, seed=4).sampler(tokenizer, plan.geometry(tokenizer))
     assert not torch.equal(network.words.weight, other.model.words.weight)
+
+
+def test_a_new_network_has_a_row_for_every_id_of_its_words(janus, tmp_path):
+    folder = tmp_path / "words"
+    tiny_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    words = json.loads(path.read_text("utf-8"))
+    words["model"]["vocab"]["red"] = 50  # ids may have gaps
+    path.write_text(json.dumps(words), "utf-8")
+    plan = MaskedPlan(vlm=janus, text=folder)
+    tokenizer = plan.tokenizer("cpu")
+    assert plan.config(tokenizer, plan.geometry(tokenizer)).words == 51
 
 
 def test_images_of_too_many_tokens_are_refused_with_the_option_to_change(janus):

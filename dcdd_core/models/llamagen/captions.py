@@ -86,7 +86,7 @@ def require_caption(prompt: str) -> str:
     if not (caption := clean_caption(prompt)):
         raise ValueError(
             f"the prompt {prompt.strip()[:40]!r} is blank once it is cleaned as LlamaGen's captions are: say what to "
-            "draw (for an image without a prompt, use guidance 0)"
+            "draw, or give any words and guidance 0"
         )
     return caption
 

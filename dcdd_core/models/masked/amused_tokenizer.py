@@ -26,8 +26,8 @@ _RADIUS = math.sqrt(5) / 2
 """R / s, chosen so that the longest code's last entry is 0."""
 
 
-def unit_rows(codes: torch.Tensor) -> tuple[Codebook, float]:
-    """Codes [K, D] of any lengths as rows u [K, D + 2] of unit length, and s.
+def unit_rows(codes: torch.Tensor, device: torch.device | str = "cpu") -> tuple[Codebook, float]:
+    """Codes [K, D] of any lengths, on the CPU, as rows u [K, D + 2] of unit length on a device, and s.
 
     Raises:
         ValueError: as `Codebook`, and if all codes are zero.
@@ -39,7 +39,8 @@ def unit_rows(codes: torch.Tensor) -> tuple[Codebook, float]:
         raise ValueError("all codes are zero: take the image tokenizer of a trained model")
     height = squared / (2 * longest)
     rest = ((_RADIUS * longest) ** 2 - squared - height.square()).clamp(min=0).sqrt()
-    return Codebook((torch.cat([e, height, rest], dim=1) / (_RADIUS * longest)).float()), longest
+    rows = torch.cat([e, height, rest], dim=1) / (_RADIUS * longest)
+    return Codebook(rows.float().to(device)), longest
 
 
 class AmusedTokenizer(VQTokenizer):
@@ -54,10 +55,20 @@ class AmusedTokenizer(VQTokenizer):
 
     def __init__(self, model: VQModel, codes: torch.Tensor, *, grid: tuple[int, int], name: str = ""):
         self.model = model.eval().requires_grad_(False)
-        self.codebook, self._longest = unit_rows(codes)
+        # A network of shapes alone has a codebook too.
+        self.codebook, self._longest = unit_rows(codes, "cpu" if self.device.type == "meta" else self.device)
         self.factor = 2 ** (len(model.config.block_out_channels) - 1)
         self.grid = grid
         self.name = name
+
+    def quantisation_errors(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """|f - e|^2 / (2 s^2) of features v [B, N, D + 2] and the codes of tokens [B, N]: [B, N] float32.
+
+        The cosine of v and u would not do: at f = e it depends on the code's length.
+        """
+        rows = self.codebook.vectors[tokens.to(self.codebook.vectors.device)].to(features.device)
+        codes = rows[..., :-2] * (_RADIUS * self._longest)
+        return (features[..., :-2].float() - codes).square().sum(-1) / (2 * self._longest**2)
 
     def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
         """v [B, D + 2, h, w] float32; the network reads pixels in 0..1."""

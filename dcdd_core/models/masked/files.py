@@ -105,10 +105,10 @@ def load_masked(
     with torch.device("meta"):
         network = MaskedTransformer(sizes)
     load_strictly(network, tensors, str(folder))
-    if len(words.tokenizer) > sizes.words:
+    if words.size > sizes.words:
         raise ValueError(
-            f"{folder} has a tokenizer of {len(words.tokenizer)} words and a network of {sizes.words}: they do not "
-            f"belong together, {_AGAIN}"
+            f"{folder} has a tokenizer of {words.size} words and a network of {sizes.words}: they do not belong "
+            f"together, {_AGAIN}"
         )
     network.eval().requires_grad_(False)
     return MaskedSampler(network, words, codebook, name=config["name"], sampling=sampling)

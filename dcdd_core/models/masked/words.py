@@ -36,6 +36,11 @@ class Words:
                 raise ValueError(f"the tokenizer names no {name}: add one to its tokenizer_config.json")
         self.tokenizer, self.template = tokenizer, template
 
+    @property
+    def size(self) -> int:
+        """Rows that a table of the words needs: one more than the largest id, since ids may have gaps."""
+        return 1 + max(self.tokenizer.get_vocab().values())
+
     @classmethod
     def load(cls, folder: Path, template: str) -> Words:
         """Loads the tokenizer from the tokenizer.json and tokenizer_config.json of a folder.

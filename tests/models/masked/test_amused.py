@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,12 +14,14 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dcdd_core.method import sampling
 from dcdd_core.method.progressive import ProgressiveOptions
+from dcdd_core.models.masked import amused_tokenizer
 from dcdd_core.models.masked.amused import FAMILY
 from dcdd_core.models.masked.amused_network import AmusedConfig, AmusedNetwork
-from dcdd_core.models.masked.amused_tokenizer import unit_rows
+from dcdd_core.models.masked.amused_tokenizer import AmusedTokenizer, unit_rows
 from dcdd_core.models.masked.words import padded
 from dcdd_core.pipelines.progressive import changed_plan
 from dcdd_core.protocols import SamplingOptions
+from dcdd_core.training.masked_loss import tokens_and_errors
 from dcdd_core.types import Codebook
 from tests.tiny import fill
 from tests.tiny_amused import CODES, MASK, network_config, save_tiny_amused
@@ -284,6 +287,26 @@ def test_codes_of_any_length_become_rows_of_unit_length():
     torch.testing.assert_close(codebook.vectors[:, :6] * longest * 5**0.5 / 2, codes)
     with pytest.raises(ValueError, match="all codes are zero"):
         unit_rows(torch.zeros(3, 2))
+
+
+def test_errors_are_squared_distances_to_the_codes(tokenizer):
+    codes = tokenizer.codebook.vectors[:, :-2] * tokenizer._longest * 5**0.5 / 2
+    f = codes[:40] + 0.1 * torch.randn(40, codes.shape[1], generator=torch.Generator().manual_seed(0))
+    f[:3] = codes[:3]
+    lifted = torch.cat([f, torch.full((40, 1), -tokenizer._longest), torch.zeros(40, 1)], dim=1)[None]
+    tokens, errors = tokens_and_errors(tokenizer, lifted)
+    assert torch.equal(tokens[0], torch.cdist(f.double(), codes.double()).argmin(1)) and (tokens[0, :3] < 3).all()
+    distances = (f - codes[tokens[0]]).square().sum(1) / (2 * codes.norm(dim=1).max().square())
+    torch.testing.assert_close(errors[0], distances.clamp(min=1e-4).log(), rtol=1e-3, atol=1e-3)
+    assert (errors[0, :3] == math.log(1e-4)).all() and (errors[0, 3:] > errors[0, 0]).any()
+
+
+def test_the_codebook_lies_where_the_network_does(tokenizer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(AmusedTokenizer, "device", torch.device("cuda:1"))
+    monkeypatch.setattr(amused_tokenizer, "unit_rows", lambda codes, device: asked.append(device) or unit_rows(codes))
+    AmusedTokenizer(tokenizer.model, torch.eye(3), grid=(4, 4))
+    assert asked == [torch.device("cuda:1")]
 
 
 def test_half_precision_changes_no_codebook(folder, sampler, tokenizer):

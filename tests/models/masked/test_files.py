@@ -179,3 +179,8 @@ def test_words_that_do_not_fit_are_refused(folder):
     path.write_text(json.dumps(words))
     with pytest.raises(ValueError, match="a tokenizer of 22 words and a network of 21"):
         load_masked(folder)
+    words["model"]["vocab"] = json.loads(before)["model"]["vocab"]
+    words["model"]["vocab"]["red"] = 50  # as many words as before, but an id that the network lacks
+    path.write_text(json.dumps(words))
+    with pytest.raises(ValueError, match="a tokenizer of 51 words and a network of 21"):
+        load_masked(folder)
