@@ -117,7 +117,9 @@ def test_two_steps_of_a_training_take_what_was_estimated(choice):
     gradients = sum(weight.grad.nbytes for weight in trained.values())
     optimizer.step()
     estimated = step_dry_run(meta_decoder(setup), setup, on_gpu=False)
-    assert estimated.peak == pytest.approx(peak, rel=0.01)
+    # A CPU without bfloat16 instructions converts as it multiplies, in other buffers.
+    native = setup.precision != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert estimated.peak == pytest.approx(peak, rel=0.01 if native else 0.02)
     assert estimated.gradients == gradients
     expected = cost(**choice)
     assert expected.gradients == gradients
