@@ -228,7 +228,7 @@ class ImageTokenizer(Protocol):
         ...
 
     def quantisation_errors(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Half the squared distance of features [B, N, D] to the codes of tokens [B, N], in the length of a code.
+        """Half the squared distances of features [B, N, D] to the codes of tokens [B, N], relative to a code's length.
 
         [B, N] float32, at least 0, on the features' device; 0 for a feature that equals its code.
         """

@@ -81,6 +81,10 @@ class Codebook:
         """D."""
         return self.vectors.shape[1]
 
+    def of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Code vectors [..., D] of tokens [...] on any device, on the codebook's."""
+        return self.vectors[tokens.to(self.vectors.device)]
+
     @cached_property
     def fingerprint(self) -> str:
         """Size and eight projections, such as "16384x8:+0.021,...": survives a cast to bfloat16, not a permutation."""

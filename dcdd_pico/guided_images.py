@@ -268,5 +268,5 @@ def guide_of(painters: Painters, way: Way, given: Given) -> TokenGuide:
     )
     if not way.tokens_alone:
         return guide
-    vectors = pico.tokenizer.codebook.vectors[given.tokens.to(pico.tokenizer.codebook.vectors.device)]
+    vectors = pico.tokenizer.codebook.of(given.tokens)
     return replace(guide, condition=replace(given.condition, code_vectors=vectors))

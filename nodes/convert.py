@@ -26,6 +26,11 @@ def pixels_of(image: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"expected an image, got {_described(image)}: connect an IMAGE of 1, 3 or 4 channels")
     if not bool(torch.isfinite(image).all()):
         raise ValueError("the image contains NaN or infinity: an earlier node failed, check its output")
+    return unchecked_pixels_of(image)
+
+
+def unchecked_pixels_of(image: torch.Tensor) -> torch.Tensor:
+    """`pixels_of` for an image that is checked later, where the cause of NaN is known."""
     colours = image[..., :3].expand(-1, -1, -1, 3)
     return rearrange(colours.float().clamp(0, 1), "b h w c -> b c h w") * 2 - 1
 

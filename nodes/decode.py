@@ -28,7 +28,7 @@ from ..dcdd_core.pipelines.load import check_codec
 from ..dcdd_core.protocols import ImageTokenizer, LatentCodec, OnLayer
 from ..dcdd_core.types import TokenLogits
 from . import checks, host
-from .convert import check_finite, image_of, mask_of, pixels_of, resized
+from .convert import check_finite, image_of, mask_of, pixels_of, resized, unchecked_pixels_of
 from .guides import decoder_guide
 from .host import Managed, ManagedCodec
 from .sockets import (
@@ -378,9 +378,8 @@ class _CoreCodec:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """See `LatentCodec.decode`."""
-        # Not by `pixels_of`, which blames another node for NaN: what is painted is checked after it was decoded.
-        image = self.vae.decode(latents)[..., :3]
-        return rearrange(image.float().clamp(0, 1), "b h w c -> b c h w") * 2 - 1
+        # `pixels_of` would blame another node for NaN: what is painted is checked after it was decoded.
+        return unchecked_pixels_of(self.vae.decode(latents))
 
     def normalize(self, latents: torch.Tensor) -> torch.Tensor:
         """See `LatentCodec.normalize`."""

@@ -50,6 +50,12 @@ def test_codebook_rows_become_unit_vectors_of_the_same_direction(scale, dtype):
     assert torch.equal(raw, kept)
 
 
+def test_code_vectors_of_tokens_of_any_shape():
+    codebook = Codebook(torch.eye(4)[:, [1, 0, 2, 3]])
+    found = codebook.of(torch.tensor([[3, 0], [1, 1]]))
+    assert found.shape == (2, 2, 4) and found.argmax(-1).tolist() == [[3, 1], [0, 0]]
+
+
 def test_codebook_of_unit_rows_is_taken_as_it_is():
     first = Codebook(rand(9, 8))
     assert torch.equal(Codebook(first.vectors).vectors, first.vectors)

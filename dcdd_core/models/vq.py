@@ -86,7 +86,7 @@ class VQTokenizer:
 
     def quantisation_errors(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """1 - cosine of features [B, N, D] and the codes of tokens [B, N], both of unit length: [B, N] float32."""
-        codes = self.codebook.vectors[tokens.to(self.codebook.vectors.device)].to(features.device)
+        codes = self.codebook.of(tokens).to(features.device)
         return (1 - (F.normalize(features.float(), dim=-1) * codes).sum(-1)).clamp(min=0)
 
     @torch.no_grad()
@@ -138,7 +138,7 @@ class VQTokenizer:
         """
         if tokens.numel() == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self.codebook.size:
             raise ValueError(f"tokens must lie in 0..{self.codebook.size - 1}: these belong to another tokenizer")
-        return self.decode_vectors(self.codebook.vectors[tokens.to(self.codebook.vectors.device)], grid)
+        return self.decode_vectors(self.codebook.of(tokens), grid)
 
     def working_memory(self, grid: tuple[int, int]) -> int:
         """Bytes for one image in float32: ComfyUI's estimate for FLUX's autoencoder (width 128), scaled by width."""

@@ -114,7 +114,7 @@ def discrete_condition(token_logits: TokenLogits, codebook: Codebook) -> Conditi
 
 def condition_of_tokens(tokens: torch.Tensor, grid: tuple[int, int], codebook: Codebook) -> Condition:
     """`discrete_condition` for tokens [B, N] on an (h, w) grid, without their logits."""
-    c = codebook.vectors[tokens.to(codebook.vectors.device)]
+    c = codebook.of(tokens)
     u = c.new_tensor([1.0, 1.0, 1.0, 0.0]).expand(*c.shape[:2], 4)
     return Condition(c, u, grid, codebook=codebook.fingerprint)
 
@@ -124,7 +124,7 @@ def proxies_of_tokens(token_logits: TokenLogits, codebook: Codebook) -> TokenLog
 
     Logits that an edit kept and that are calibrated already stay.
     """
-    vectors = codebook.vectors[token_logits.tokens.to(codebook.vectors.device)]
+    vectors = codebook.of(token_logits.tokens)
     proxies, at = proxy_logits(vectors, codebook), token_logits.calibrated_at
     if at is not None:
         proxies = torch.where(at[..., None].to(proxies.device), token_logits.logits.to(proxies), proxies)

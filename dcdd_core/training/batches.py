@@ -266,7 +266,7 @@ class Batches(Generic[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         items = []
-        epoch = self._at[0]
+        epoch, cleared = self._at[0], 0
         # Epochs in a row without an item that could be used; each gives a process another part of the images.
         useless, idle = 0, self._at[1] == 0
         for at, item in load_in_order(self.source, self._entries(), workers=self.workers):
@@ -282,8 +282,8 @@ class Batches(Generic[Batch]):
             if self.counter.admit(item, self.source.name):
                 items.append(item)
                 idle = False
-            elif self._too_many():
-                self._search(at)
+            elif self.counter.read > cleared and self._too_many():
+                cleared = self._search(at)
             if len(items) == self.size:
                 self._at = at
                 yield self.source.collate(items)
@@ -298,8 +298,11 @@ class Batches(Generic[Batch]):
         counter = self.counter
         return counter.read >= MIN_READ and not self.source.policy.allows(counter.unreadable, counter.read)
 
-    def _search(self, at: tuple[int, int, Mark | None]) -> None:
+    def _search(self, at: tuple[int, int, Mark | None]) -> int:
         """Reads on in an epoch until the share of unreadable images is allowed; at its end, refuses the source.
+
+        Returns:
+            The number of images read by then; up to there, nothing needs to be searched again.
 
         Raises:
             ValueError: naming all unreadable images of the epoch.
@@ -310,11 +313,10 @@ class Batches(Generic[Batch]):
         rest = ((None, entry) for entry in self.source.entries(self.shard, epoch, position, mark))
         for _, item in load_in_order(self.source, rest, workers=self.workers):
             found.admit(item, self.source.name)
-            if self.source.policy.allows(found.unreadable, found.read):
-                return
-            if len(found.reasons) == MOST_NAMED:
+            if self.source.policy.allows(found.unreadable, found.read) or len(found.reasons) == MOST_NAMED:
                 break
         self.source.policy.check(found.read, found.unreadable, found.reasons, self.source.name)
+        return found.read
 
     def _entries(self) -> Iterator[tuple[tuple[int, int, Mark | None], Entry]]:
         epoch, start, mark = self._at

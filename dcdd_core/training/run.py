@@ -94,8 +94,8 @@ def make_accelerator(
         mixed_precision=precision,
         log_with=tracker,
         project_dir=folder,
-        # Processes wait for one that lists the unreadable images of a large data set or saves to a slow disk; torch
-        # gives up after 10 minutes.
+        # Processes wait for one that lists the unreadable images of a large data set or saves to a slow disk. On GPUs
+        # torch would give up after 10 minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     if accelerator.mixed_precision not in ("no", "bf16"):

@@ -66,7 +66,7 @@ class AmusedTokenizer(VQTokenizer):
 
         The cosine of v and u would not do: at f = e it depends on the code's length.
         """
-        rows = self.codebook.vectors[tokens.to(self.codebook.vectors.device)].to(features.device)
+        rows = self.codebook.of(tokens).to(features.device)
         codes = rows[..., :-2] * (_RADIUS * self._longest)
         return (features[..., :-2].float() - codes).square().sum(-1) / (2 * self._longest**2)
 
