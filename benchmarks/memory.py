@@ -8,6 +8,7 @@ and the 6 MB of int8's row scales. Measurements use random weights of the publis
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.flux import GRID, IMAGE, SIZE, card_of, published_steps, random_decoder
 from benchmarks.timing import NO_TORCHAO, NOT_MEASURED
 from dcdd_core.evaluation.tables import markdown_table
+from dcdd_core.models.autoregressive.token_loop import cache_shape
 from dcdd_core.models.backbones.flux_fill.files import FLUX_FILL_CONFIG
 from dcdd_core.models.backbones.flux_fill.inference import drop_text, fold_modulations
 from dcdd_core.models.checkpoints import StoredTensors
@@ -107,7 +109,7 @@ def llamagen_rows() -> list[tuple[str, str, str, str]]:
     ]
     for side in (256, 512):
         tokens, config = (side // 16) ** 2, LLAMAGEN_XL
-        cache = 2 * 2 * 2 * config.layers * config.width * (tokens + config.text_slots)
+        cache = _cache(model.language, tokens + config.text_slots)
         name = f"LlamaGen-XL, plus per image of {side} pixels: KV cache and logits"
         rows.append((name, "", cache + 4 * tokens * config.codes))
     return [(name, weights, _gigabytes(found), "-") for name, weights, found in rows]
@@ -206,11 +208,10 @@ def step(decoder: nn.Module) -> torch.Tensor:
 
 def rows() -> list[tuple[str, str, str, str]]:
     found = []
-    for name, (width, _, layers, _) in JANUS_PRO.items():
+    for name in JANUS_PRO:
         model = janus(name)
         weights = size(model, lambda key: 0 if key.startswith(_NOT_LOADED) else 2)
-        # KV cache of an image with guidance: two rows, all layers, bfloat16
-        cache = 2 * 2 * 2 * layers * width * (IMAGE + _PROMPT)
+        cache = _cache(model.model.language_model, IMAGE + _PROMPT)
         found.append((f"{name}, sampling", "bfloat16", _gigabytes(weights), "-"))
         found.append((f"{name}, plus per image: KV cache and logits", "", _gigabytes(cache + 4 * IMAGE * _CODES), "-"))
     found.append(("Janus-Pro's VQ-VAE", "float32", _gigabytes(size(model.model.vqmodel, lambda _: 4)), "-"))
@@ -220,6 +221,11 @@ def rows() -> list[tuple[str, str, str, str]]:
     found += flux_rows()
     found.append(("FLUX autoencoder", "float32", _gigabytes(size(vae, lambda _: 4)), "-"))
     return [*found, *step_rows()]
+
+
+def _cache(language: nn.Module, length: int) -> int:
+    """Bytes of the KV cache of an image with guidance: two rows in bfloat16."""
+    return 2 * math.prod(cache_shape(language, 2, length))
 
 
 def _gigabytes(size: int) -> str:

@@ -128,6 +128,14 @@ class TokenSampler(Protocol):
         """Every word it knows, if it knows a fixed list; empty for a sampler that reads any text."""
         ...
 
+    def working_memory(self, prompts: Sequence[str], *, options: SamplingOptions = DEFAULT_SAMPLING) -> int:
+        """Estimated bytes that `sample` takes on the model's device besides the weights.
+
+        Raises:
+            ValueError: for prompts or options that `sample` refuses.
+        """
+        ...
+
     def sample(
         self,
         prompts: Sequence[str],

@@ -6,12 +6,12 @@ The library makes the same checks for its own callers, in their terms.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import replace
 
 import comfy.sd
 import torch
 
+from ..dcdd_core.files import is_finite
 from ..dcdd_core.models.card import DecoderCard
 from ..dcdd_core.models.decoder import DistributionConditionedDecoder
 from ..dcdd_core.protocols import ImageTokenizer, LatentCodec, TokenSampler
@@ -233,26 +233,36 @@ def check_vae_scale(codec: LatentCodec, card: DecoderCard, *, has_own: bool) -> 
 
     A ComfyUI VAE does not say how its latents are normalised, and FLUX's have the same shape as Stable Diffusion 3's.
     So the spread of an image's raw latents is compared with that of raw latents whose normalised form has variance 1,
-    which is 1 / card.vae_scale. These two models differ by a factor of 4.2; a factor of 3 is refused [choice].
+    which is 1 / card.vae_scale. These two models differ by a factor of 4.2; a factor of 3 is refused [choice]. A card
+    without that number says nothing about the spread.
 
     Raises:
         ValueError: naming both spreads, or saying that the VAE gives NaN.
     """
+    scene = render_scene("test", 0, size=_SCENE)
+    found = spread_of(codec.encode(scene_pixels(scene.image[None], torch.device("cpu"))))
     if card.vae_scale is None:
         return
-    scene = render_scene("test", 0, size=_SCENE)
-    found = float(codec.encode(scene_pixels(scene.image[None], torch.device("cpu"))).std())
-    if not math.isfinite(found):
-        raise ValueError(
-            "the connected VAE encodes an image to NaN or infinity: load it in float32 (in ComfyUI: --fp32-vae), or "
-            "use another one"
-        )
     wanted = 1 / card.vae_scale
     if not wanted / 3 < found < 3 * wanted:
         raise ValueError(
             f"the connected VAE is another model's: its latents have a spread of {found:.2f}, and those that the "
             f"decoder paints one of about {wanted:.2f} (scale {card.vae_scale:g}): {vae_remedy(has_own)}"
         )
+
+
+def spread_of(latents: torch.Tensor) -> float:
+    """The standard deviation of what the connected VAE made of an image; 0 for a single number.
+
+    Raises:
+        ValueError: for NaN or infinity.
+    """
+    if not is_finite(latents):
+        raise ValueError(
+            "the connected VAE encodes an image to NaN or infinity: load it in float32 (in ComfyUI: --fp32-vae), or "
+            "use another one"
+        )
+    return float(latents.std()) if latents.numel() > 1 else 0.0
 
 
 def vae_remedy(has_own: bool) -> str:

@@ -28,7 +28,7 @@ from ..dcdd_core.protocols import LatentCodec
 from ..dcdd_pico.embedded import PRIOR, model_paths
 from ..dcdd_pico.scenes import render_scene, scene_pixels
 from . import model_folders
-from .host import patcher_of
+from .host import whole_patcher_of
 from .sockets import schema
 
 
@@ -140,7 +140,7 @@ def _model(decoder: DistributionConditionedDecoder, codec: LatentCodec) -> Any:
     config.sampling_settings["shift"] = decoder.card.shift
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.FLUX)
     model.diffusion_model = _Prior(decoder, codec)
-    return patcher_of(model.eval())
+    return whole_patcher_of(model.eval())
 
 
 def _colours(codec: LatentCodec) -> list[list[float]]:
@@ -163,7 +163,7 @@ def _vae(codec: LatentCodec) -> comfy.sd.VAE:
     # All its weights are given, since ComfyUI warns about missing ones.
     vae = comfy.sd.VAE(sd=AutoencoderKL(**params).state_dict(), config={"params": params}, dtype=torch.float32)
     vae.first_stage_model = _Network(codec)
-    vae.patcher = patcher_of(vae.first_stage_model)
+    vae.patcher = whole_patcher_of(vae.first_stage_model)
     vae.latent_channels, vae.downscale_ratio, vae.upscale_ratio = codec.channels, codec.factor, codec.factor
     return vae
 

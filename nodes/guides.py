@@ -159,9 +159,12 @@ class GuideVAE:
         """A codec that scales latents to variance 1. The scale is measured on an image, since a VAE does not say it.
 
         Args:
-            pixels: [1, 3, H, W] in -1..1.
+            pixels: [1, 3, H, W] in -1..1; if all latents of it are equal, they are not scaled.
+
+        Raises:
+            ValueError: if the VAE encodes it to NaN or infinity.
         """
-        spread = float(self.of(lambda z: z, lambda z: z).encode(pixels).std())
+        spread = checks.spread_of(self.of(lambda z: z, lambda z: z).encode(pixels)) or 1.0
         return self.of(lambda z: z / spread, lambda z: z * spread)
 
     def of(self, normalize: Any, denormalize: Any) -> _Codec:
@@ -264,7 +267,8 @@ class _GuidedHost(host.ComfyHost):
     """The models of a node together with the copies for gradients."""
 
     def __init__(self, plain: host.ComfyHost, copies: tuple[Managed, ...], memory: int):
-        super().__init__(*plain.models, *copies, besides=plain.besides + memory)
+        smaller = f"set strength to 0, or {plain.smaller}"
+        super().__init__(*plain.models, *copies, besides=plain.besides + memory, smaller=smaller)
         self._copies = copies
 
     def bring(self, memory: int = 0) -> None:

@@ -74,23 +74,32 @@ class Managed(Generic[T]):
     too small for all of them. Only the sockets hold a reference to it: when the last graph drops it, it is freed.
     """
 
-    def __init__(self, value: T, *, placement: str = "auto", eight_bit: tuple[str, ...] = (), streamed: bool = True):
+    def __init__(
+        self,
+        value: T,
+        *,
+        placement: str = "auto",
+        casting: tuple[str, ...] = (),
+        streamed: bool = True,
+        savings: tuple[tuple[str, str], ...] = (),
+    ):
         """
         Args:
             value: a network, or an object whose `model` is one, or None if it has none.
             placement: one of `PLACEMENTS`: ComfyUI decides, all layers are streamed, or everything stays on the CPU.
-            eight_bit: names of submodules whose linear layers are stored in 8 bits (float8_e4m3fn) and compute in the
-                dtype of their input.
+            casting: names of submodules whose linear layers compute in the dtype of their input, whatever their weights
+                are stored in.
             streamed: False for a model whose layers must not be streamed one by one.
+            savings: (setting, node) of what would take less memory, such as ("storage '8-bit'", "Load DCDD Decoder").
         """
         module = value if isinstance(value, nn.Module) else value.model
         module = nn.Module() if module is None else module
         if placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
         _use_comfy_linears(module, comfy.ops.disable_weight_init.Linear)
-        for name in eight_bit:
-            _use_comfy_linears(module.get_submodule(name), comfy.ops.manual_cast.Linear, torch.float8_e4m3fn)
-        self._value = value
+        for name in casting:
+            _use_comfy_linears(module.get_submodule(name), comfy.ops.manual_cast.Linear)
+        self._value, self.savings = value, savings
         self._stream = placement == "low VRAM" and device_of(placement).type != "cpu"
         # ComfyUI's log names a model by its class.
         holder = type(type(module).__name__, (_Holder,), {})(module)
@@ -128,6 +137,22 @@ def patcher_of(module: nn.Module, placement: str = "auto", *, streamed: bool = T
     off = cpu if placement == "CPU" else comfy.model_management.unet_offload_device()
     kind = _Patcher if streamed else comfy.model_patcher.ModelPatcher
     return kind(module, load_device=device_of(placement), offload_device=off)
+
+
+class _Whole(_Patcher):
+    """Loads all weights together. Where there is no room for them (--novram), ComfyUI's patcher would leave those of
+    layers that are not its own in RAM, while their input is on the GPU."""
+
+    def partially_load(
+        self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
+    ) -> Any:
+        return super().partially_load(device_to, 1e32, force_patch_weights=force_patch_weights)
+
+
+def whole_patcher_of(module: nn.Module) -> Any:
+    """`patcher_of` a small module whose layers ComfyUI cannot stream, and which other packs' and core nodes load."""
+    off = comfy.model_management.unet_offload_device()
+    return _Whole(module, load_device=device_of("auto"), offload_device=off)
 
 
 def copied(value: T, *, placement: str = "auto", dtype: torch.dtype | None = None) -> Managed[T]:
@@ -239,23 +264,33 @@ def device_of(placement: str) -> torch.device:
 class ComfyHost(Host):
     """The models of one node, on ComfyUI's devices."""
 
-    @property
-    def remedy(self) -> str:
-        """What a user can do when memory runs out."""
-        storage = " or 8-bit storage" if has_float8("auto") else ""
-        return (
-            f"close other programs that use the GPU, choose 'low VRAM'{storage} in the loader, or use a smaller image"
-        )
-
-    def __init__(self, *models: Managed, convolutional: bool = False, besides: int = 0):
+    def __init__(
+        self,
+        *models: Managed,
+        convolutional: bool = False,
+        besides: int = 0,
+        smaller: str = "use a smaller image",
+    ):
         """
         Args:
             models: those that run together.
             convolutional: whether the memory that `bring` is asked for is that of convolutions.
             besides: bytes needed in addition, such as for previews.
+            smaller: how a user makes the work itself smaller, in the terms of the node.
         """
-        self.models, self.besides = models, besides
+        self.models, self.besides, self.smaller = models, besides, smaller
         self._convolutional = convolutional
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do when memory runs out."""
+        devices = [model.device for model in self.models] or [comfy.model_management.get_torch_device()]
+        of_gpu = " that use the GPU" if any(device.type != "cpu" for device in devices) else ""
+        settings: dict[str, list[str]] = {}
+        for setting, node in dict.fromkeys(saving for model in self.models for saving in model.savings):
+            settings.setdefault(node, []).append(setting)
+        choices = [f"choose {' or '.join(own)} in {node}" for node, own in settings.items()]
+        return f"{', '.join([f'close other programs{of_gpu}', *choices])}, or {self.smaller}"
 
     @property
     def weights_resident(self) -> bool:
@@ -339,15 +374,14 @@ class ManagedCodec:
         return self.managed.idle
 
 
-def _use_comfy_linears(module: nn.Module, kind: type[nn.Linear], storage: torch.dtype | None = None) -> None:
-    """Replaces torch's linear layers by ComfyUI's, with the same weights (in dtype `storage`, if given)."""
+def _use_comfy_linears(module: nn.Module, kind: type[nn.Linear]) -> None:
+    """Replaces torch's linear layers by ComfyUI's, with the same weights."""
     for part in module.modules():
         for name, layer in part.named_children():
             if not isinstance(layer, nn.Linear):
                 continue
             ours = kind(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            weight = layer.weight if storage is None else layer.weight.detach().to(storage)
-            ours.weight, ours.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+            ours.weight, ours.bias = nn.Parameter(layer.weight, requires_grad=False), layer.bias
             setattr(part, name, ours.train(layer.training))
 
 

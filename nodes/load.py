@@ -81,8 +81,13 @@ class LoadJanus(io.ComfyNode):
         sampler = family.load_sampler(str(folder), dtype=torch_dtype, computes_on=host.device_of(placement))
         if model == PICO:
             sampler.default_guidance = _PICO_GUIDANCE
-        vq = _tokenizer(folder, placement)
-        return io.NodeOutput(JanusModel(sampler=Managed(sampler, placement=placement), vq=vq), vq)
+        vq, settings = _tokenizer(folder, placement, "Load Janus"), []
+        device = host.device_of(placement)
+        if torch_dtype == torch.float32:
+            halved = device.type == "cpu" or comfy.model_management.should_use_bf16(device)
+            settings = [f"dtype '{'bfloat16' if halved else 'float16'}'"]
+        savings = _savings("Load Janus", *settings, *_smaller_placement(placement))
+        return io.NodeOutput(JanusModel(sampler=Managed(sampler, placement=placement, savings=savings), vq=vq), vq)
 
 
 class LoadVQVAE(io.ComfyNode):
@@ -119,7 +124,7 @@ class LoadVQVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str, placement: str) -> io.NodeOutput:
-        return io.NodeOutput(_tokenizer(_folder(model), placement))
+        return io.NodeOutput(_tokenizer(_folder(model), placement, "Load VQ-VAE"))
 
 
 class LoadDecoder(io.ComfyNode):
@@ -212,16 +217,20 @@ class LoadDecoder(io.ComfyNode):
             path, base, autoencoder = pico["decoder"], None, pico["vae"]
         else:
             path = model_folders.path_of(model_folders.BUNDLES, bundle)
-        compute = _torch_dtype("auto" if storage == "8-bit" else storage, bundle, placement)
+        eight_bit = storage == "8-bit"
+        compute = _torch_dtype("auto" if eight_bit else storage, bundle, placement)
+        held = DecoderOptions(dtype=compute, linear_dtype=torch.float8_e4m3fn if eight_bit else None)
         with host.noticed():
-            decoder = load_decoder(path, base, DecoderOptions(dtype=compute))
+            decoder = load_decoder(path, base, held)
         codec = None
         if autoencoder is not None:
             codec = registry.load_codec(autoencoder, dtype=torch.float32)
             check_codec(codec, decoder, remedy="choose the VAE that the decoder was trained with")
             codec = ManagedCodec(codec, placement=placement)
         blocks = tuple(f"transformer.{name}" for name in decoder.backbone.block_names)
-        managed = Managed(decoder, placement=placement, eight_bit=blocks if storage == "8-bit" else ())
+        settings = ["storage '8-bit'"] if not eight_bit and host.has_float8(placement) else []
+        savings = _savings("Load DCDD Decoder", *settings, *_smaller_placement(placement))
+        managed = Managed(decoder, placement=placement, casting=blocks if eight_bit else (), savings=savings)
         return io.NodeOutput(Decoder(decoder=managed, codec=codec))
 
 
@@ -321,10 +330,23 @@ def _state(model: str) -> str:
     return "|".join(map(model_folders.state_of, places))
 
 
-def _tokenizer(folder: Path, placement: str) -> Managed[ImageTokenizer]:
+def _tokenizer(folder: Path, placement: str, node: str) -> Managed[ImageTokenizer]:
     """Loaded in float32, since its features decide which token a patch becomes."""
     tokenizer = registry.sampler_family(folder).load_tokenizer(str(folder), dtype=torch.float32)
-    return Managed(tokenizer, placement=placement)
+    # Almost all of its layers are convolutions, which cannot be streamed.
+    settings = ["placement 'CPU'"] if host.device_of(placement).type != "cpu" else []
+    return Managed(tokenizer, placement=placement, savings=_savings(node, *settings))
+
+
+def _savings(node: str, *settings: str) -> tuple[tuple[str, str], ...]:
+    return tuple((setting, node) for setting in settings)
+
+
+def _smaller_placement(placement: str) -> list[str]:
+    """The next placement of a streamed model that takes less memory of a GPU, as a setting; none on a CPU."""
+    if host.device_of(placement).type == "cpu":
+        return []
+    return ["placement 'low VRAM'" if placement == "auto" else "placement 'CPU'"]
 
 
 def _torch_dtype(name: str, model: str, placement: str) -> torch.dtype:

@@ -333,7 +333,7 @@ class VQVAEEncode(io.ComfyNode):
             tokenizer,
             pixels,
             on_image=lambda done, last: progress.step(done, len(pixels), last),
-            host=host.ComfyHost(vq_vae, convolutional=True),
+            host=host.ComfyHost(vq_vae, convolutional=True, smaller="set longest_side to -1 or a smaller number"),
         )
         return io.NodeOutput(encoded, image_of(pixels))
 
@@ -565,11 +565,12 @@ class _Report:
 
 def _host(janus: JanusModel, previewing: bool) -> host.ComfyHost:
     """The sampler, together with the tokenizer if that draws previews."""
+    smaller = "choose a smaller model in Load Janus"  # the size of the images is the model's own
     if not previewing:
-        return host.ComfyHost(janus.sampler)
+        return host.ComfyHost(janus.sampler, smaller=smaller)
     tokenizer = janus.vq.idle
     memory = tokenizer.working_memory(janus.sampler.idle.grid)
-    return host.ComfyHost(janus.vq, janus.sampler, besides=host.convolution_memory(memory))
+    return host.ComfyHost(janus.vq, janus.sampler, besides=host.convolution_memory(memory), smaller=smaller)
 
 
 def _under_mask(mask: torch.Tensor, token_logits: TokenLogits) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The command line on models of the embedded shapes: files, exit codes, and errors in words."""
 
+import argparse
 import io
 import json
 import os
@@ -15,13 +16,14 @@ import torch
 from PIL import Image
 from torch._inductor import config as inductor_config
 
-from dcdd_core.cli import common, main
+from dcdd_core.cli import app, common, main
 from dcdd_core.cli import sharpen as sharpening
 from dcdd_core.cli.app import COMMANDS, parser
 from dcdd_core.method.flow import resolution_shift
 from dcdd_core.models.autoregressive.token_loop import TokenLoop
 from dcdd_core.models.card import ServedGuidance
 from dcdd_core.models.decoder import DistributionConditionedDecoder
+from dcdd_core.models.int8 import store_in_int8
 from dcdd_core.models.masked.sampler import MaskedSampler
 from dcdd_core.models.vq import VQTokenizer
 from dcdd_core.pipelines.calibrate import PROMPTS
@@ -1159,7 +1161,69 @@ def test_running_out_of_memory_is_explained(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr("dcdd_core.cli.common.decode", too_much)
     assert main(["generate", PROMPT, "--out", str(tmp_path / "a.png")]) == 1
-    assert "out of memory: use a smaller image" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("dcdd: out of memory: close other programs\n")
+
+
+VLM, BUNDLE = ["--vlm", "folder"], ["--decoder", "d.safetensors", "--vae", "v"]
+IN_8_BITS, HALF = ["--vlm-int8", "--decoder-8bit"], ["--dtype", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("words", "ways"),
+    [
+        (["demo"], []),
+        (["generate", PROMPT], []),
+        (["generate", PROMPT, "--device", "cuda:1"], ["--device cpu"]),
+        (["generate", PROMPT, *VLM], ["--dtype bfloat16", "--vlm-int8"]),
+        (["generate", PROMPT, *VLM, *BUNDLE], ["--dtype bfloat16", "--vlm-int8", "--decoder-8bit", "--stream"]),
+        (["generate", PROMPT, *VLM, *BUNDLE, "--compile", *HALF], ["--vlm-int8", "--decoder-8bit"]),
+        (["generate", PROMPT, *VLM, *BUNDLE, *IN_8_BITS, "--stream", *HALF], []),
+        (
+            ["generate", PROMPT, *VLM, "--decoder", "guidance", "--base", "b"],
+            ["a smaller --paint-side", "--dtype bfloat16", "--vlm-int8"],
+        ),
+        (["generate", PROMPT, "--decoder", "guidance", "--base", "b"], ["a smaller --paint-side", "--dtype bfloat16"]),
+        (["reconstruct", "a.png"], ["a smaller --side"]),
+        (["reconstruct", "a.png", *VLM], ["a smaller --side"]),
+        (["reconstruct", "a.png", *VLM, *BUNDLE, *HALF], ["a smaller --side", "--decoder-8bit", "--stream"]),
+        (["sharpen", "a.png", *VLM], ["a smaller --side"]),
+        (["inspect", *VLM], ["--dtype bfloat16", "--vlm-int8"]),
+        (["calibrate", *VLM, "--dtype", "float16"], ["--vlm-int8"]),
+        (["captions", *VLM, "--prompts", "p"], ["--dtype bfloat16", "--vlm-int8"]),
+        (["captions", *VLM, "--prompts", "p", "--vlm-int8"], ["--dtype bfloat16"]),
+    ],
+)
+def test_options_against_a_lack_of_memory_are_the_command_s_own_and_do_something(
+    words, ways, monkeypatch, capsys, tmp_path
+):
+    def too_much(args):
+        raise torch.OutOfMemoryError
+
+    def parsing(names):
+        made = whole(names)
+        parse = made.parse_args
+        made.parse_args = lambda words: argparse.Namespace(**{**vars(parse(words)), "run": too_much})
+        return made
+
+    whole = app.parser
+    monkeypatch.setattr(app, "parser", parsing)
+    assert main(words) == 1
+    said = capsys.readouterr().err.strip().removeprefix("dcdd: out of memory: close other programs")
+    assert said == (f", or use {' or '.join(ways)}" if ways else "")
+    with pytest.raises(SystemExit):
+        whole().parse_args([words[0], "--help"])
+    known = re.findall(r"--[a-z0-9-]+", capsys.readouterr().out)
+    assert set(re.findall(r"--[a-z0-9-]+", said)) <= set(known)
+
+
+@pytest.mark.parametrize("options", [["--vlm-int8"], ["--decoder-8bit"], ["--vlm-int8", "--decoder-8bit"]])
+def test_weights_in_8_bits_without_torchao_are_told_by_their_options(options, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    monkeypatch.setattr(common, "load_models", lambda *_, **__: store_in_int8(torch.nn.Linear(1, 1), "cpu"))
+    assert main(["generate", PROMPT, *VLM, *BUNDLE, *options]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"dcdd: {' and '.join(options)} needs torchao (") and "eight_bit" not in said
+    assert said.endswith("): pip install torchao, or leave it out\n")
 
 
 def test_compiling_without_a_compiler_is_explained(monkeypatch, tmp_path, capsys):
@@ -1228,7 +1292,7 @@ def test_a_folder_of_one_s_own_works_without_a_decoder(tmp_path, capsys):
 
 def test_how_models_are_held_reaches_their_loaders(tmp_path, monkeypatch, capsys):
     real = ["--janus", str(tmp_path), "--decoder", "d.safetensors", "--vae", "v"]
-    held = ["--janus-int8", "--decoder-8bit", "--stream", "--compile"]
+    held = ["--janus-int8", "--decoder-8bit"]
     seen = {}
 
     def load(paths, options, **_):
@@ -1236,8 +1300,12 @@ def test_how_models_are_held_reaches_their_loaders(tmp_path, monkeypatch, capsys
         raise ValueError("seen")
 
     monkeypatch.setattr(common, "load_models", load)
-    assert main(["generate", PROMPT, *real, *held]) == 1
-    assert all(seen[name] is True for name in ("sampler_int8", "eight_bit", "streamed", "compiled"))
+    for option, name in (("--stream", "streamed"), ("--compile", "compiled")):
+        assert main(["generate", PROMPT, *real, *held, option]) == 1
+        assert seen["sampler_int8"] is seen["eight_bit"] is seen[name] is True
+    capsys.readouterr()
+    assert main(["generate", PROMPT, *real, "--stream", "--compile"]) == 1
+    assert "--stream and --compile exclude each other, got both: leave one of them out" in capsys.readouterr().err
     assert main(["generate", PROMPT, *real]) == 1
     assert all(seen[name] is False for name in ("sampler_int8", "eight_bit", "streamed", "compiled"))
     capsys.readouterr()

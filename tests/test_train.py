@@ -295,6 +295,7 @@ def test_what_can_fail_is_checked_before_anything_is_loaded(run, tmp_path, capsy
     for options, words in (
         ({"calibration": tmp_path / "file"}, f"{tmp_path / 'file'} "),
         ({"calibration": "nowhere"}, "nowhere does not exist"),
+        ({"optimizer": "muon", "train": "adapter"}, "muon would update nothing: it takes the matrices inside the tran"),
         ({"bundle": "nowhere"}, "nowhere does not exist; expected a decoder bundle"),
         ({"base": "nowhere"}, "nowhere does not exist; expected a diffusion transformer"),
         ({"out": tmp_path / "file" / "run"}, "cannot be written to"),
@@ -369,6 +370,16 @@ def test_an_embedded_vlm_brings_its_own_calibration(run, pico, tmp_path, capsys,
         assert read_card(tmp_path / changes["vlm"] / "decoder.safetensors").calibration == of_janus
     assert run(vlm="pico-progressive", vae=weights / "vae") == 1
     assert "pico has its own autoencoder" in capsys.readouterr().err
+
+
+def test_a_window_that_does_nothing_is_said_and_does_not_keep_a_run_from_resuming(run, tmp_path, capsys):
+    assert run(window=5) == 0 and run(out=tmp_path / "whole", steps=4) == 0
+    capsys.readouterr()
+    assert run(window=7, steps=4) == 0
+    said = capsys.readouterr().out
+    assert "run: resuming from step 2 of 4" in said
+    assert "run: --window 7 does nothing: only streams have a window, other images are shuffled as a whole" in said
+    assert len(read_log(tmp_path / "run")) == 4
 
 
 def test_a_run_starts_from_a_bundle_with_other_numbers(run, tmp_path):

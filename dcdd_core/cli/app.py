@@ -29,7 +29,6 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     }
 )
 _COMPILER = "install a C++ compiler, and on a GPU Triton as well, or leave out --compile"
-_LESS_MEMORY = "use a smaller image, --dtype bfloat16, --vlm-int8, --decoder-8bit or --stream"
 
 
 @printable_output()
@@ -43,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser(word for word in words if word in COMMANDS).parse_args(words)
     from transformers.utils import logging as transformers_logging
 
+    from ..models.int8 import NeedsTorchao
     from ..pipelines.oom import is_out_of_memory
     from .common import check_options
 
@@ -56,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_: print(f"dcdd: {message}", file=sys.stderr)
             check_options(args)
             args.run(args)
+    except NeedsTorchao as error:
+        needs = f"{' and '.join(_eight_bits(args))} needs torchao ({error.__cause__})"
+        print(f"dcdd: {needs}: pip install torchao, or leave it out", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"dcdd: {error}", file=sys.stderr)
         return 1
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from torch._dynamo.exc import TorchDynamoException  # Importing it takes longer than many a command.
 
         if is_out_of_memory(error):
-            print(f"dcdd: out of memory: {_LESS_MEMORY}", file=sys.stderr)
+            print(f"dcdd: out of memory: {_less_memory(args)}", file=sys.stderr)
         elif isinstance(error, TorchDynamoException):
             reason = str(error).splitlines()[0][:200]
             print(f"dcdd: --compile failed ({reason}): {_COMPILER}", file=sys.stderr)
@@ -74,6 +78,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("dcdd: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _eight_bits(args: argparse.Namespace) -> list[str]:
+    """The options that hold weights in 8 bits and were given."""
+    held = vars(args)
+    options = {"janus_int8": "--vlm-int8", "vlm_int8": "--vlm-int8", "decoder_8bit": "--decoder-8bit"}
+    return [option for name, option in options.items() if held.get(name)]
+
+
+def _less_memory(args: argparse.Namespace) -> str:
+    """What takes less memory: those of the command's options that have an effect with these arguments."""
+    from .common import guided
+
+    held, ways = vars(args), []
+    pipeline = guided(args) and held.get("base") is not None
+    # The embedded models are used as they are.
+    real = held.get("janus") is not None
+    samples, paints = real and "temperature" in held, real and held.get("decoder") is not None and not guided(args)
+    encodes = "vlm_int8" in held
+    if "side" in held:
+        ways.append("a smaller --side")
+    if pipeline:
+        ways.append("a smaller --paint-side")
+    if (samples or paints or pipeline or encodes) and held.get("dtype") in (None, "float32"):
+        ways.append("--dtype bfloat16")
+    if (samples and not args.janus_int8) or (encodes and not args.vlm_int8):
+        ways.append("--vlm-int8")
+    if paints and not args.decoder_8bit:
+        ways.append("--decoder-8bit")
+    if paints and not args.stream and not args.compile:
+        ways.append("--stream")
+    if not args.device.startswith("cpu"):
+        ways.append("--device cpu")
+    return "close other programs" + (f", or use {' or '.join(ways)}" if ways else "")
 
 
 def parser(whole: Iterable[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:

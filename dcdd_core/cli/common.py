@@ -346,6 +346,8 @@ def check_options(args: argparse.Namespace) -> None:
         SamplingOptions(
             guidance=1.0 if args.guidance is None else args.guidance, **{name: held[name] for name in names}
         )
+    if held.get("stream") and held.get("compile"):
+        raise ValueError("--stream and --compile exclude each other, got both: leave one of them out")
     if "passes" in held:
         # What the sampler's own plan adds is checked together with it, later.
         ProgressiveOptions(**{"passes": MOST_PASSES, "revision_passes": 0, **_staged(args)})

@@ -17,7 +17,7 @@ from ..pipelines.distributed import Processes
 from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
 from ..types import DCDDWarning
 from .decoding import PATHS, Decoders
-from .frechet import FrechetStatistics, load_statistics, save_statistics
+from .frechet import FrechetSet, load_statistics, save_statistics
 from .generation import (
     GENEVAL,
     Sample,
@@ -68,7 +68,7 @@ class EvaluationRun:
         hold_to(settings, self.out, write=self.processes.first)
         self.processes.wait()
 
-    def known_statistics(self, network: FeatureNetwork, size: int) -> dict[str, FrechetStatistics] | None:
+    def known_statistics(self, network: FeatureNetwork, size: int) -> dict[str, FrechetSet] | None:
         """The statistics in the file, if it exists; every process gets the same answer."""
         there = self.statistics is not None and self.statistics.exists()
         known = load_statistics(self.statistics, network=network.fingerprint, size=size) if there else None

@@ -1,9 +1,10 @@
 """Frechet distance between two sets of images, on the features of one fixed network.
 
 A set is represented by the sums of its features and of their outer products in float64. Sets are merged by adding these
-sums, so several processes get the same distance as one.
+sums, so several processes get the same distance as one. A set of few images is kept as its features until its sums are
+needed, which take 34 MB with 2048 features, however few the images are.
 
-Shapes: B batch, F features, C categories.
+Shapes: B batch, M images of a set, F features, S sets.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from ..files import in_file, read_record, write_record
 from ..settings import shown
 
 _KIND = "Frechet statistics"
+_SUMS, _FEATURES = ("total", "products"), "features"
+_WHOLE = "whole"
+"""Names the categories of a file that are kept as features; absent if none is."""
+_ROWS = 1024
+"""Features that are summed at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +90,10 @@ class FrechetStatistics:
             network=self.network,
         )
 
+    def statistics(self) -> FrechetStatistics:
+        """These; see `FeatureSet.statistics`."""
+        return self
+
     @property
     def mean(self) -> torch.Tensor:
         """Mean feature, [F] float64."""
@@ -93,6 +103,38 @@ class FrechetStatistics:
     def covariance(self) -> torch.Tensor:
         """Unbiased covariance, [F, F] float64."""
         return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureSet:
+    """A set of images by its features, from which its sums are made when they are needed.
+
+    Attributes:
+        features: [M, F].
+        network: see `FrechetStatistics`.
+    """
+
+    features: torch.Tensor
+    network: str = ""
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.features)
+
+    def statistics(self) -> FrechetStatistics:
+        """The sums, made anew at each call."""
+        return FrechetStatistics.of(self.features.split(_ROWS), network=self.network)
+
+
+#: A set of images, in either of its forms.
+FrechetSet = FrechetStatistics | FeatureSet
+
+
+def smallest_set(features: torch.Tensor, *, network: str = "") -> FrechetSet:
+    """A set of images with the features [M, F], in the form that takes less memory."""
+    found, size = FeatureSet(features=features, network=network), features.shape[1]
+    return found if features.nbytes < torch.float64.itemsize * size * (size + 1) else found.statistics()
 
 
 def frechet_distance(real: FrechetStatistics, made: FrechetStatistics) -> float:
@@ -129,59 +171,88 @@ def _check_same(first: FrechetStatistics, second: FrechetStatistics) -> None:
         )
 
 
-def save_statistics(path: str | Path, sets: Mapping[str, FrechetStatistics], *, size: int) -> None:
-    """Writes the statistics of one or more categories, measured by one network, for later runs.
+def save_statistics(path: str | Path, sets: Mapping[str, FrechetSet], *, size: int) -> None:
+    """Writes the images of one or more categories, measured by one network, for later runs.
+
+    Each set is kept in its form: its sums in total [S, F] and products [S, F, F], or its features behind those of
+    others.
 
     Args:
-        sets: category -> its statistics; the empty name for images without categories.
+        sets: category -> its images; the empty name for images without categories.
         size: side in pixels at which the images were measured.
     """
-    parts = list(sets.values())
-    tensors = {
-        "total": torch.stack([part.total for part in parts]),
-        "products": torch.stack([part.products for part in parts]),
-    }
+    summed = [part for part in sets.values() if isinstance(part, FrechetStatistics)]
+    whole = {name: part.features for name, part in sets.items() if isinstance(part, FeatureSet)}
+    none = torch.empty(0, dtype=torch.float64)
+    tensors = {name: torch.stack([getattr(part, name) for part in summed]) if summed else none for name in _SUMS}
     meta = {
         "categories": list(sets),
-        "counts": [part.count for part in parts],
-        "network": parts[0].network,
+        "counts": [part.count for part in sets.values()],
+        "network": next(iter(sets.values())).network,
         "size": size,
     }
+    if whole:
+        tensors[_FEATURES], meta[_WHOLE] = torch.cat(list(whole.values())), list(whole)
     write_record(path, _KIND, tensors, meta)
 
 
-def load_statistics(path: str | Path, *, network: str, size: int) -> dict[str, FrechetStatistics]:
-    """Reads a file that `save_statistics` wrote: category -> statistics.
+def load_statistics(path: str | Path, *, network: str, size: int) -> dict[str, FrechetSet]:
+    """Reads a file that `save_statistics` wrote: category -> its images.
 
     Raises:
         ValueError: for a file of another kind, another network or another image size.
     """
-    tensors, meta = read_record(path, _KIND, ("total", "products"), ("categories", "counts", "network", "size"))
+    names, fields = (*_SUMS, _FEATURES), ("categories", "counts", "network", "size", _WHOLE)
+    tensors, meta = read_record(path, _KIND, names, fields, later=(_FEATURES, _WHOLE))
     if meta["network"] != network or meta["size"] != size:
         raise ValueError(
             f"{path} was measured by {meta['network']} at {meta['size']} pixels, this run measures with {network} at "
             f"{size}: they cannot be compared; give another --statistics file"
         )
-    categories, counts = meta["categories"], meta["counts"]
+    categories, counts, whole = meta["categories"], meta["counts"], meta.get(_WHOLE, [])
     with in_file(path):
-        sets = len(tensors["total"]) if tensors["total"].ndim else 0
+        if not isinstance(whole, list):
+            raise ValueError(f"{_WHOLE} must be a list of categories, got {shown(whole)}: make it again")
+        total, products = (tensors[name] for name in _SUMS)
+        sets = (len(total) if total.ndim else 0) + len(whole)
         for name, values, kind in (("categories", categories, str), ("counts", counts, int)):
             if not isinstance(values, list) or len(values) != sets or not all(type(value) is kind for value in values):
                 raise ValueError(f"{name} must be a list of {sets} like its sums, got {shown(values)}: make it again")
         if not sets or len(set(categories)) < sets or min(counts) < 1:
             raise ValueError(f"expected categories with images, got {shown(meta)}: make it again")
+        if total.shape[:1] != products.shape[:1]:
+            raise ValueError(
+                f"expected total and products of the same sets, got {list(total.shape)} and {list(products.shape)}: "
+                "make it again"
+            )
+        if len([name for name in categories if name in whole]) < len(whole):
+            raise ValueError(f"{_WHOLE} must be some of its categories, got {shown(whole)}: make it again")
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise ValueError("its sums hold NaN or infinity: make it again")
-        return _sets(categories, counts, tensors, network)
+        return _sets(dict(zip(categories, counts)), whole, tensors, network)
 
 
 def _sets(
-    categories: Sequence[str], counts: Sequence[int], tensors: Mapping[str, torch.Tensor], network: str
-) -> dict[str, FrechetStatistics]:
-    return {
-        name: FrechetStatistics(count=count, total=total, products=products, network=network)
-        for name, count, total, products in zip(categories, counts, tensors["total"], tensors["products"])
-    }
+    counts: Mapping[str, int], whole: Sequence[str], tensors: Mapping[str, torch.Tensor], network: str
+) -> dict[str, FrechetSet]:
+    """Category -> its images, in the order of `counts`; those named in `whole` as features.
+
+    Raises:
+        ValueError: for another number of features.
+    """
+    features, rows = tensors.get(_FEATURES, torch.empty(0, 0)), [counts[name] for name in whole]
+    if features.ndim != 2 or len(features) != sum(rows):
+        raise ValueError(f"{_FEATURES} must be [{sum(rows)}, F], got {list(features.shape)}: make it again")
+    parts = dict(zip(whole, features.split(rows)))
+    sums = zip(tensors["total"], tensors["products"])
+    found: dict[str, FrechetSet] = {}
+    for name, count in counts.items():
+        if name in parts:
+            found[name] = FeatureSet(features=parts[name], network=network)
+        else:
+            total, products = next(sums)
+            found[name] = FrechetStatistics(count=count, total=total, products=products, network=network)
+    return found
 
 
 @torch.no_grad()

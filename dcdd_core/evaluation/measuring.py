@@ -10,12 +10,10 @@ from functools import reduce
 from operator import add
 
 from ..pipelines.distributed import Processes
-from .frechet import FrechetStatistics, frechet_distance
+from .frechet import FrechetSet, FrechetStatistics, frechet_distance, smallest_set
 from .image_folder import OVERALL, ImageFile, read_readable
 from .networks import FeatureNetwork
 from .results_store import Measurements
-
-_ROWS = 1024
 
 
 def tensor_name(what: str, path: str) -> str:
@@ -48,8 +46,8 @@ def measure_features(
 
 def statistics_of(
     images: Sequence[ImageFile], kept: Measurements, name: str, network: FeatureNetwork
-) -> dict[str, FrechetStatistics]:
-    """Category -> statistics. Features are added in the order of `images`, whichever process measured them.
+) -> dict[str, FrechetSet]:
+    """Category -> its images. Features are added in the order of `images`, whichever process measured them.
 
     Raises:
         ValueError: if an image has not been measured.
@@ -58,15 +56,10 @@ def statistics_of(
     rows: dict[str, list[int]] = {}
     for i, image in enumerate(images):
         rows.setdefault(image.category, []).append(i)
-    return {
-        category: FrechetStatistics.of(features[rows[category]].split(_ROWS), network=network.fingerprint)
-        for category in sorted(rows)
-    }
+    return {category: smallest_set(features[rows[category]], network=network.fingerprint) for category in sorted(rows)}
 
 
-def chosen_statistics(
-    known: Mapping[str, FrechetStatistics], categories: Sequence[str], what: str
-) -> dict[str, FrechetStatistics]:
+def chosen_statistics(known: Mapping[str, FrechetSet], categories: Sequence[str], what: str) -> dict[str, FrechetSet]:
     """The reference statistics of the given categories; of the whole set if there are no categories.
 
     Args:
@@ -76,7 +69,7 @@ def chosen_statistics(
         ValueError: if the reference lacks a category; the message names it.
     """
     if set(categories) == {""}:
-        return {"": reduce(add, known.values())}
+        return {"": _union(known)}
     if missing := sorted(set(categories) - set(known)):
         has = ", ".join(name for name in sorted(known) if name) or "no categories"
         raise ValueError(
@@ -86,7 +79,15 @@ def chosen_statistics(
     return {category: known[category] for category in categories}
 
 
-def distances(real: Mapping[str, FrechetStatistics], made: Mapping[str, FrechetStatistics]) -> dict[str, float]:
-    """Scope -> Frechet distance: "overall" for the whole set, then one for each category."""
-    found = {OVERALL: frechet_distance(reduce(add, real.values()), reduce(add, made.values()))}
-    return found | {category: frechet_distance(real[category], made[category]) for category in made if category}
+def distances(real: Mapping[str, FrechetSet], made: Mapping[str, FrechetSet]) -> dict[str, float]:
+    """Scope -> Frechet distance: "overall" for the whole set, then one for each category, one after the other."""
+    found = {OVERALL: frechet_distance(_union(real), _union(made))}
+    return found | {
+        category: frechet_distance(real[category].statistics(), made[category].statistics())
+        for category in made
+        if category
+    }
+
+
+def _union(sets: Mapping[str, FrechetSet]) -> FrechetStatistics:
+    return reduce(add, (part.statistics() for part in sets.values()))

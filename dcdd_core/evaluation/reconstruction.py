@@ -17,7 +17,7 @@ from ..pipelines.progress import ProgressBar
 from ..types import DCDDWarning
 from .decoding import PATHS, Decoders, seed_of
 from .figures import save_image, to_image
-from .frechet import FrechetStatistics
+from .frechet import FrechetSet
 from .image_folder import OVERALL, ImageFile, as_measured, read_readable
 from .measuring import distances, statistics_of, tensor_name
 from .metrics import psnr, ssim
@@ -99,9 +99,7 @@ def reconstruct_all(
         kept.add([image.key for image in part], values)
 
 
-def real_statistics(
-    images: Sequence[ImageFile], kept: Measurements, features: FeatureNetwork
-) -> dict[str, FrechetStatistics]:
+def real_statistics(images: Sequence[ImageFile], kept: Measurements, features: FeatureNetwork) -> dict[str, FrechetSet]:
     """Category -> statistics of the original images."""
     return statistics_of(images, kept, tensor_name("features", _REAL), features)
 
@@ -111,7 +109,7 @@ def reconstruction_scopes(
     paths: Sequence[str],
     kept: Measurements,
     features: FeatureNetwork,
-    real: Mapping[str, FrechetStatistics],
+    real: Mapping[str, FrechetSet],
     *,
     size: int,
 ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, dict[str, torch.Tensor]]]:

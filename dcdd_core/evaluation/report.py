@@ -13,7 +13,7 @@ import torch
 from ..files import write_text
 from .decoding import PATHS, guidance_told
 from .figures import grouped_bars, histograms, save_image
-from .frechet import FrechetStatistics
+from .frechet import FrechetSet
 from .image_folder import NOTHING_LEFT_OUT, OVERALL, ImageFile, LeftOut
 from .tables import markdown_table
 
@@ -26,7 +26,7 @@ def results_of(
     scopes: Scopes,
     *,
     images: Sequence[ImageFile],
-    real: Mapping[str, FrechetStatistics],
+    real: Mapping[str, FrechetSet],
     settings: Mapping[str, Any],
     networks: Mapping[str, str],
     size: int,

@@ -94,9 +94,13 @@ def token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
-def weighted_mean(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """sum w l / sum w over everything; 0 where all weights are 0."""
-    return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
+def weighted_mean(losses: torch.Tensor, weights: torch.Tensor, total: float | None = None) -> torch.Tensor:
+    """sum w l / sum w over everything; 0 where all weights are 0.
+
+    Args:
+        total: divides in place of sum w, for a part of what the mean is over.
+    """
+    return (losses * weights).sum() / (weights.sum().clamp(min=1e-6) if total is None else total)
 
 
 def measured_importance(
@@ -113,14 +117,25 @@ def measured_importance(
     return ((before - after) * rest).sum(1) / revealed.sum(1).clamp(min=1)
 
 
+def is_measured(hidden: torch.Tensor, revealed: torch.Tensor) -> torch.Tensor:
+    """bool [B], the images in which something was revealed and something stayed hidden (of bool [B, N])."""
+    return revealed.any(1) & (hidden & ~revealed).any(1)
+
+
 def importance_loss(
-    predicted: torch.Tensor, measured: torch.Tensor, hidden: torch.Tensor, revealed: torch.Tensor
+    predicted: torch.Tensor,
+    measured: torch.Tensor,
+    hidden: torch.Tensor,
+    revealed: torch.Tensor,
+    total: float | None = None,
 ) -> torch.Tensor:
     """Smooth L1 between the mean prediction over `revealed` (of [B, N]) and `measured_importance` [B], a scalar.
 
-    Averaged over the images in which something was revealed and something stayed hidden.
+    Averaged over the images that `is_measured` names.
+
+    Args:
+        total: as for `weighted_mean`.
     """
     mean = (predicted * revealed).sum(1) / revealed.sum(1).clamp(min=1)
-    counts = revealed.any(1) & (hidden & ~revealed).any(1)
     losses = F.smooth_l1_loss(mean, measured, reduction="none")
-    return (losses * counts).sum() / counts.sum().clamp(min=1)
+    return weighted_mean(losses, is_measured(hidden, revealed).float(), total)

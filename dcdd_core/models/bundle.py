@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .. import registry
 from ..files import (
@@ -41,6 +42,8 @@ class DecoderOptions:
     Attributes:
         device: device it computes on.
         dtype: compute dtype; None keeps the stored dtypes.
+        linear_dtype: dtype to hold the blocks' linear weights in, for a host whose layers compute in the dtype of their
+            input whatever they are stored in; None for `dtype`.
         fold: False keeps the layers that `Backbone.fold` would instead read from disk once per schedule: for training,
             and for `save_bundle`.
         eight_bit: store the blocks' linear weights as int8, which takes half the memory of bfloat16, at a small loss
@@ -56,6 +59,7 @@ class DecoderOptions:
 
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
+    linear_dtype: torch.dtype | None = None
     fold: bool = True
     eight_bit: bool = False
     streamed: bool = False
@@ -67,6 +71,10 @@ class DecoderOptions:
                 "weights in 8 bits cannot be trained, and streamed weights can be neither compiled nor trained: got "
                 f"eight_bit={self.eight_bit}, streamed={self.streamed}, compiled={self.compiled}, fold={self.fold}"
             )
+        if self.eight_bit and self.linear_dtype is not None:
+            raise ValueError(
+                f"eight_bit holds linear weights as int8, got linear_dtype={self.linear_dtype}: leave out one of them"
+            )
         if self.eight_bit and self.streamed:
             import diffusers  # takes seconds, which the help texts of commands should not
 
@@ -74,7 +82,7 @@ class DecoderOptions:
             if version < _STREAMS_TORCHAO:
                 raise ValueError(
                     f"8-bit weights are streamed by diffusers 0.38 or newer, this is {diffusers.__version__}: upgrade "
-                    "it, or load with one of eight_bit and streamed"
+                    "it, or hold the weights either in 8 bits or streamed"
                 )
 
 
@@ -194,7 +202,7 @@ def _require_sound(path: str | Path, decoder: DistributionConditionedDecoder) ->
             if not tensor.is_floating_point():
                 raise ValueError(
                     f"{path} holds {name} in {str(tensor.dtype).removeprefix('torch.')}, expected floating-point "
-                    "weights; quantised bundles are not read: take the original (it can be held in 8 bits, eight_bit)"
+                    "weights; quantised bundles are not read: take the original, which can be held in 8 bits"
                 )
             require_checksums(path, {name: tensor}, checksums)
             if not is_finite(tensor):
@@ -226,7 +234,10 @@ def fill_decoder(
     # Each block goes straight to its final dtype and device, so that not all of them need to fit anywhere else.
     place = "cpu" if options.streamed else options.device
     for name, block in blocks.items():
-        load_strictly(block, stored.within(f"{name}.").read(block.state_dict(), dtype=dtype, device=place), what)
+        own, matrices = stored.within(f"{name}."), _matrices(block)
+        read = own.read(matrices, dtype=options.linear_dtype or dtype, device=place)
+        others = [each for each in block.state_dict() if each not in read]
+        load_strictly(block, read | own.read(others, dtype=dtype, device=place), what)
         if options.eight_bit:
             store_in_int8(block, place)
         tensors |= {f"{name}.{of}": tensor for of, tensor in block.state_dict().items()}
@@ -238,6 +249,10 @@ def fill_decoder(
     if options.compiled:
         backbone.compile()
     return decoder
+
+
+def _matrices(block: nn.Module) -> list[str]:
+    return [f"{name}.weight" for name, part in block.named_modules() if isinstance(part, nn.Linear)]
 
 
 def _find(path: str | Path, base: str | Path | None, decoder: DistributionConditionedDecoder) -> StoredTensors:

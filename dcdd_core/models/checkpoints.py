@@ -27,6 +27,10 @@ _CANONICAL: Mapping[str, tuple[str, ...]] = {
 }
 
 _Entry = TypeVar("_Entry")
+_Value = TypeVar("_Value")
+
+# Name prefixes that a compiled or distributed model adds.
+_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
 
 _WEIGHTS = "a file with a model's weights"
 _DAMAGED = "it is cut short or damaged, download it again"
@@ -190,6 +194,30 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
+def only_checkpoint(folder: Path, found: Sequence[Path], missing: str) -> Path:
+    """The one training checkpoint that was found in a folder.
+
+    Args:
+        missing: the end of the error message if there is none: what is missing, and where to get it.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    if not found:
+        raise ValueError(f"{folder} has {missing}")
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds {', '.join(file.name for file in found)}, and nothing says which is the model: leave one "
+            "of them there"
+        )
+    return found[0]
+
+
+def unwrapped(held: Mapping[Any, _Value]) -> dict[str, _Value]:
+    """Tensors by name, without the prefixes that a compiled or distributed model adds."""
+    return {_WRAPPED.sub("", str(name)): value for name, value in held.items()}
+
+
 def _unclear(folder: Path, files: Sequence[Path], remedy: str) -> str:
     return (
         f"{folder} holds {_some([file.name for file in files])}, and nothing says which is the model: name one of its "
@@ -222,6 +250,11 @@ class Header(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of a value; only for `FLOATS`."""
+        return next(dtype.itemsize for dtype, spelling in _SPELLINGS.items() if spelling == self.dtype)
 
 
 def read_headers(source: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Header]:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
+from .checkpoints import weight_files
+
 #: Called with (bytes present, bytes in all), at the start and whenever more have arrived; may raise to stop.
 OnProgress = Callable[[int, int], None]
 
@@ -48,11 +51,14 @@ class KnownPart:
     Attributes:
         repository: its name on the hub.
         files: names or patterns of names, as `download` takes them.
+        needed: where `files` are patterns, the names without which the part is incomplete, besides its weights. Without
+            a connection, only these and the weights' index tell whether it is.
         below: the sub-folder of the model's folder that they go into; "" for the folder itself.
     """
 
     repository: str
     files: tuple[str, ...]
+    needed: tuple[str, ...] = ()
     below: str = ""
 
 
@@ -82,8 +88,13 @@ class KnownModel:
 
 
 def _janus_pro(size: str, gigabytes: float) -> KnownModel:
+    part = KnownPart(
+        repository=f"deepseek-community/Janus-Pro-{size}",
+        files=("*.json", "*.safetensors"),
+        needed=("config.json", "tokenizer.json", "tokenizer_config.json"),
+    )
     return KnownModel(
-        parts=(KnownPart(repository=f"deepseek-community/Janus-Pro-{size}", files=("*.json", "*.safetensors")),),
+        parts=(part,),
         folder=f"janus/Janus-Pro-{size}",
         gigabytes=gigabytes,
         licence="MIT (code), DeepSeek Model License (weights)",
@@ -153,6 +164,8 @@ def download_model(
 ) -> Path:
     """`download` of all parts of a model; all of them are checked before anything is downloaded.
 
+    Without a connection, it succeeds if all parts are complete (`KnownPart.needed`).
+
     Args:
         folder: the model's own folder.
         token, endpoint, on_progress: as `download`; progress counts all parts together.
@@ -164,7 +177,8 @@ def download_model(
         ValueError: as `download`.
     """
     folder = Path(folder)
-    _bring([(part.repository, folder / part.below, part.files) for part in model.parts], token, endpoint, on_progress)
+    wanted = [(part.repository, folder / part.below, part.files, part.needed) for part in model.parts]
+    _bring(wanted, token, endpoint, on_progress)
     return folder
 
 
@@ -201,22 +215,23 @@ def download(
             name but another size is present. The message says what to do.
     """
     folder = Path(folder)
-    _bring([(repository, folder, files)], token, endpoint, on_progress)
+    _bring([(repository, folder, files, ())], token, endpoint, on_progress)
     return folder
 
 
 def _bring(
-    wanted: Sequence[tuple[str, Path, Sequence[str]]],
+    wanted: Sequence[tuple[str, Path, Sequence[str], Sequence[str]]],
     token: str | None,
     endpoint: str | None,
     on_progress: OnProgress | None,
 ) -> None:
-    """Downloads each (repository, folder, names or patterns), after checking that all of them are possible."""
+    """Downloads each (repository, folder, names or patterns, needed names), if all of them are possible."""
     api = HfApi(endpoint=endpoint, token=token)
     found = []
-    for repository, folder, files in wanted:
-        with _explained(repository, folder, api.endpoint):
-            found.append(_ask(api, repository, folder, files))
+    for repository, folder, files, needed in wanted:
+        absent = _absent(folder, files, needed)
+        with _explained(repository, folder, api.endpoint, absent):
+            found.append(_ask(api, repository, folder, files, absent))
     missing = sum(one.size - one.came for one in found)
     for one in found:
         with _explained(one.repository, one.folder, api.endpoint):
@@ -273,14 +288,31 @@ class _Wanted:
         return self.there + sum(part.came for part in self.parts)
 
 
-def _ask(api: HfApi, repository: str, folder: Path, files: Sequence[str]) -> _Wanted:
-    """Asks the hub about these files."""
+def _absent(folder: Path, files: Sequence[str], needed: Sequence[str]) -> list[str]:
+    """What a folder lacks of these files, as far as it shows without the hub."""
+    patterns = [name for name in files if any(mark in name for mark in "*?[")]
+    names = [name for name in files if name not in patterns]
+    absent = [name for name in (*names, *needed) if not (folder / name).is_file()]
+    if not needed:
+        return absent + [f"whatever else matches {pattern}" for pattern in patterns]
+    try:
+        weights = weight_files(folder, endings=(".safetensors",))
+    except (ValueError, OSError):
+        return [*absent, "its weights (.safetensors)"]
+    absent += [file.name for file in weights.files if not file.is_file()]
+    if weights.index is None and re.search(r"-\d+-of-\d+$", weights.files[0].stem):
+        absent.append("the index of its weights (.safetensors.index.json)")
+    return absent
+
+
+def _ask(api: HfApi, repository: str, folder: Path, files: Sequence[str], absent: Sequence[str]) -> _Wanted:
+    """Asks the hub about these files; if it cannot be reached and nothing is absent, those in the folder are taken."""
     try:
         info = api.model_info(repository, files_metadata=True, timeout=_TIMEOUT)
     except (OSError, HTTPError) as error:
-        there = [folder / name for name in files]  # A pattern is not the name of a file.
-        if isinstance(error, HfHubHTTPError) or not all(path.is_file() for path in there):
+        if isinstance(error, HfHubHTTPError) or absent:
             raise
+        there = {path for name in files for path in folder.glob(name) if path.is_file()}
         return _Wanted(repository=repository, folder=folder, there=sum(path.stat().st_size for path in there))
     held = {file.rfilename: file for file in info.siblings or ()}
     parts = tuple(_Part(held[name], folder) for name in _choose(repository, list(held), files))
@@ -396,8 +428,13 @@ def _sha256(path: Path, check: Callable[[], None]) -> str:
 
 
 @contextmanager
-def _explained(repository: str, folder: Path, endpoint: str) -> Iterator[None]:
-    """Turns errors of huggingface_hub and the disk into ValueErrors that say what to do."""
+def _explained(repository: str, folder: Path, endpoint: str, absent: Sequence[str] = ()) -> Iterator[None]:
+    """Turns errors of huggingface_hub and the disk into ValueErrors that say what to do.
+
+    Args:
+        absent: what the folder lacks, which an error says if the hub cannot be reached.
+    """
+    lacks = f". Missing in {folder}: {', '.join(absent)}" if absent else ""
     tokens = f"create a token with read access at {endpoint}/settings/tokens"
     login = "set the environment variable HF_TOKEN to it, or run `hf auth login`"
     again = "what has come is kept, start the download again to go on"
@@ -415,7 +452,7 @@ def _explained(repository: str, folder: Path, endpoint: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise ValueError(
             f"{repository} cannot be downloaded while HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it and "
-            "start again, or bring the files yourself"
+            f"start again, or bring the files yourself{lacks}"
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
@@ -450,4 +487,4 @@ def _explained(repository: str, folder: Path, endpoint: str) -> Iterator[None]:
             errno.EIO,
         ):
             raise ValueError(f"{folder} cannot be written to ({error}): choose another folder") from error
-        raise ValueError(f"the connection to {endpoint} broke or was not made ({error}): {again}") from error
+        raise ValueError(f"the connection to {endpoint} broke or was not made ({error}): {again}{lacks}") from error

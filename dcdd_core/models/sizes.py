@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..settings import require_number
+
+
+def square_grid(tokens: int, what: str, remedy: str) -> tuple[int, int]:
+    """The grid of a square image of N = `tokens` tokens.
+
+    Args:
+        what: what has so many tokens; begins the error message.
+
+    Raises:
+        ValueError: if N is not a square.
+    """
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        raise ValueError(f"{what} has {tokens:,} tokens an image, expected a square of them: {remedy}")
+    return side, side
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -204,6 +204,22 @@ def load_text(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.
     return T5Text(words, encoder, fingerprint=fingerprint)
 
 
+def check_width(folder: Path, trained: int, name: str, remedy: str) -> None:
+    """Checks that the T5 model in a folder is as wide as the one that an image model was trained with.
+
+    Args:
+        name: the image model's.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    width = whole_number(read_config(folder), "d_model", str(folder), remedy=remedy)
+    if width != trained:
+        raise ValueError(
+            f"{folder} has a text encoder of width {width}, and {name} was trained with {trained}: {remedy}"
+        )
+
+
 def load_text_encoder(
     folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[T5EncoderModel, str]:

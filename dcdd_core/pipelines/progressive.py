@@ -12,7 +12,7 @@ from ..method.progressive import ProgressiveOptions, Revise, Staged
 from ..protocols import DEFAULT_SAMPLING, FILTERS, OnProgress, SamplingOptions, TokenSampler
 from ..types import TokenLogits
 from .host import PLAIN, Host
-from .sample import in_batches, logits_memory, recorded_alike
+from .sample import in_batches, recorded_alike
 
 
 @runtime_checkable
@@ -126,7 +126,6 @@ def sample_stages(
         staged = sampler.sample_stages(part, options=options, **given)
         return replace(staged, token_logits=host.keep(staged.token_logits))
 
-    memory = 3 * logits_memory(sampler)  # the result, the noise of all draws, and one pass's logits
-    parts = in_batches(draw, prompts, seeds, previous, resample, on_progress, memory, host)
+    parts = in_batches(draw, sampler, prompts, seeds, options, previous, resample, on_progress, host)
     alike = recorded_alike([part.token_logits for part in parts], previous)
     return Staged.joined([replace(part, token_logits=own) for part, own in zip(parts, alike, strict=True)])

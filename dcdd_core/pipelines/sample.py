@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -72,8 +71,7 @@ def sample(
 
     if isinstance(sampler, ReadsText) and (resample is None or bool(resample.any())):
         _read(sampler, prompts, host)
-    memory = 2 * logits_memory(sampler)
-    parts = in_batches(draw, prompts, seeds, previous, resample, on_progress, memory, host)
+    parts = in_batches(draw, sampler, prompts, seeds, options, previous, resample, on_progress, host)
     return TokenLogits.joined(recorded_alike(parts, previous))
 
 
@@ -93,34 +91,37 @@ def _read(sampler: ReadsText, prompts: Sequence[str], host: Host) -> None:
 
 def in_batches(
     draw: Callable[..., T],
+    sampler: TokenSampler,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    options: SamplingOptions,
     previous: TokenLogits | None,
     resample: torch.Tensor | None,
     on_progress: OnProgress | None,
-    memory: int,
     host: Host,
 ) -> list[T]:
     """The results of `draw` for all prompts at once, or for smaller parts of them if that runs out of memory.
 
     Args:
         draw: called with prompts, and the seeds, previous, resample and on_progress of `TokenSampler.sample`.
-        memory: bytes that one image takes besides the weights.
+        sampler: estimates the memory.
 
     Raises:
-        ValueError: if there are no prompts, or not as many seeds as prompts.
+        ValueError: if there are no prompts, or not as many seeds as prompts; as `TokenSampler.working_memory`.
         RuntimeError: if a single image does not fit into memory.
     """
     check_request(prompts, seeds)
 
     def run(first: int, last: int) -> T:
         whole = (first, last) == (0, len(prompts))
-        host.bring((last - first) * memory)
+        part = None if resample is None else resample if resample.ndim == 1 else resample[first:last]
+        nothing = part is not None and not bool(part.any())
+        host.bring(0 if nothing else sampler.working_memory(prompts[first:last], options=options))
         return draw(
             prompts[first:last],
             seeds=seeds[first:last],
             previous=previous if previous is None or whole else previous.part(first, last),
-            resample=resample if resample is None or whole or resample.ndim == 1 else resample[first:last],
+            resample=part,
             on_progress=None if on_progress is None else lambda now: on_progress(replace(now, first=first)),
         )
 
@@ -138,11 +139,6 @@ def recorded_alike(parts: Sequence[TokenLogits], previous: TokenLogits | None) -
     if sampled is None:
         return parts
     return [replace(part, **sampled, calibrated_at=part.is_calibrated) for part in parts]
-
-
-def logits_memory(sampler: TokenSampler) -> int:
-    """Bytes of one image's logits."""
-    return math.prod(sampler.grid) * sampler.codebook.size * 4
 
 
 def edit_prompts(prompts: Sequence[str], count: int) -> list[str]:

@@ -47,6 +47,7 @@ class DataShard:
         seed: of the order, which is new in every epoch; None for the order in which the images are stored.
         rank, world: this process's rank and the world size; every image goes to exactly one process.
         window: for streams, which have no random access: this many images at a time are read, undecoded, and shuffled.
+            Without effect on other sources.
 
     Raises:
         ValueError: for a rank outside 0..world-1, and a window below 1.
@@ -89,6 +90,8 @@ class Source(Protocol[Item, Batch]):
         name: for messages.
         fingerprint: changes when entries are added, removed or renamed.
         policy: which entries may be left out.
+
+    A stream also has `stream_files`, the number of files that are read one after the other (`stream_files_of`).
     """
 
     name: str
@@ -102,6 +105,11 @@ class Source(Protocol[Item, Batch]):
         """Loads an entry's item; raises UnreadableImage for one to leave out."""
 
     def collate(self, items: Sequence[Item]) -> Batch: ...
+
+
+def stream_files_of(source: Source) -> int:
+    """The number of files that a stream is read from; 0 for a source with random access."""
+    return getattr(source, "stream_files", 0)
 
 
 class Wrapped:
@@ -121,6 +129,11 @@ class Wrapped:
     def min_side(self) -> int | None:
         """Of the source, if it leaves out images for their size."""
         return getattr(self.source, "min_side", None)
+
+    @property
+    def stream_files(self) -> int:
+        """Of the source, if it is a stream."""
+        return stream_files_of(self.source)
 
     def load(self, entry: Entry) -> Any:
         """See `Source.load`."""
@@ -331,12 +344,18 @@ class Batches(Generic[Batch]):
                 )
             epoch, start, mark = epoch + 1, 0, None
 
+    def _order(self) -> dict[str, Any]:
+        """What the order of the images depends on."""
+        order = {"source": self.source.fingerprint, **asdict(self.shard)}
+        if not stream_files_of(self.source):
+            del order["window"]
+        return order
+
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch, as JSON values."""
         epoch, consumed, mark = self._at
         return {
-            "source": self.source.fingerprint,
-            **asdict(self.shard),
+            **self._order(),
             "min_side": self._min_side,
             "epoch": epoch,
             "consumed": consumed,
@@ -355,9 +374,10 @@ class Batches(Generic[Batch]):
         """Continues from a saved position; existing iterators are not affected.
 
         Raises:
-            ValueError: if it is of another source, smallest side, seed, rank, number of processes, or window.
+            ValueError: if it is of another source, smallest side, seed, rank, number of processes, or, of a stream,
+                window.
         """
-        own = {"source": self.source.fingerprint, **asdict(self.shard)}
+        own = self._order()
         if state.get("min_side") is not None:  # older states do not say it
             own["min_side"] = self._min_side
         differ = [f"{name} {state.get(name)!r} -> {value!r}" for name, value in own.items() if state.get(name) != value]
@@ -366,7 +386,7 @@ class Batches(Generic[Batch]):
         if differ:
             raise ValueError(
                 f"this position was saved from other data ({', '.join(differ)}): resume with the same images, seed, "
-                "smallest side, window and number of processes, or start afresh"
+                "smallest side, number of processes and, of a stream, window, or start afresh"
             )
         mark = state["mark"]
         self._at = (state["epoch"], state["consumed"], mark if mark is None else tuple(mark))

@@ -31,6 +31,7 @@ from ..files import in_file, json_object, open_tensors, read_json, reading
 from ..models.checkpoints import fingerprint_of
 from ..pipelines.image_files import DEFAULT_POLICY
 from ..pipelines.images import to_pixels
+from ..pipelines.progress import ProgressBar
 from ..protocols import ImageTokenizer, LatentCodec
 from ..settings import require_number, require_text, shown
 from ..types import same_codebook
@@ -290,7 +291,8 @@ class EncodingCache:
             ValueError: naming the damaged shards.
         """
         own = self._shards[rank::world]
-        bad = [shard["file"] for shard in own if sha256(self.folder / shard["file"]) != shard["sha256"]]
+        bar = ProgressBar(own, label="checksums of the cache", unit="shard", shown=rank == 0)
+        bad = [shard["file"] for shard in bar if sha256(self.folder / shard["file"]) != shard["sha256"]]
         if bad:
             raise ValueError(
                 f"{len(bad)} of {len(own)} shards of the cache {self.folder} are damaged: their checksums "

@@ -31,7 +31,7 @@ from .encoded_batch import normalized_latents
 from .examples import Example
 from .loss import trained_velocity, velocity_losses
 from .optimizers import OPTIMIZERS, muon
-from .trainable import TRAINED, choose_trained, muon_matrices, trained_weights
+from .trainable import TRAINED, check_optimizer, choose_trained, muon_matrices, trained_weights
 from .vlm_cost import PUBLISHED
 
 #: DDP holds everything on every GPU (Li et al. 2020, arXiv 2006.15704); FSDP shards weights, gradients and the
@@ -110,6 +110,7 @@ class TrainingSetup:
             )
         if self.optimizer == "muon" and self.sharding != "ddp":
             raise ValueError(f"muon needs whole matrices, but {self.sharding} shards them: take ddp, or adamw")
+        check_optimizer(self.optimizer, self.train)
 
     @property
     def schedule(self) -> Schedule:
@@ -220,7 +221,7 @@ def cost_of(setup: TrainingSetup) -> Cost:
 
 def _painting_weights(setup: TrainingSetup) -> int:
     """The number of weights in a decoder that is loaded for painting."""
-    decoder = meta_decoder(replace(setup, train="adapter"))
+    decoder = meta_decoder(replace(setup, train="adapter", optimizer="adamw"))
     decoder.backbone.fold(StoredTensors({}))
     return sum(weight.numel() for weight in decoder.parameters())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,12 @@ class DecoderTask:
     def example(self, batch: Any, generator: torch.Generator, averaged: Averaged) -> Example:
         """See `trainer.Task`; the averaged weights are not used."""
         return self.examples(batch, generator)
+
+    def update(
+        self, examples: Iterable[Any], total: Callable[[torch.Tensor], torch.Tensor], *, parts: int
+    ) -> Iterable[Any]:
+        """See `trainer.Task`; the mean of micro-batches of as many images each is the mean over the images."""
+        return examples
 
     def losses(
         self,

@@ -18,7 +18,8 @@ import torch
 from ..method.flow import sample_times
 from ..method.sampling import keyed_generator
 from ..models.decoder import DistributionConditionedDecoder
-from .batches import DataShard, Entry, Mark, ReadCounter, Source, Wrapped, load_in_order
+from ..pipelines.progress import ProgressBar
+from .batches import DataShard, Entry, Mark, ReadCounter, Source, Wrapped, load_in_order, stream_files_of
 from .cache import EncodingCache
 from .config import OptimizationConfig
 from .encoded_batch import VLM_TENSORS, EncodedBatch
@@ -46,25 +47,30 @@ class Split:
     fingerprint: str
 
 
-def split(source: Source, fraction: float) -> Split | None:
+def split(source: Source, fraction: float, *, shown: bool = True) -> Split | None:
     """Holds out a fraction of the images, at least 1 and at most `MOST`; None for fewer than `FEWEST_SPLIT` images.
 
     The images whose names have the smallest hashes are held out, whatever the order, the seed and the number of
     processes. A stream, which has no list of its images, is read from its beginning, but only until `MOST` of the
     hashes lie below the fraction.
+
+    Args:
+        shown: whether to show a progress bar while a stream is read; False for all processes but the first.
     """
     seen, below, enough = 0, 0, False
-    name_of = namer(source)
+    name_of, stream = namer(source), stream_files_of(source) > 0
 
     def hashed() -> Iterator[tuple[int, str, Entry]]:
         nonlocal seen, below, enough
-        for entry in source.entries(DataShard(seed=None), 0):
-            name = name_of(entry)
-            value = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
-            seen, below = seen + 1, below + (value < fraction * 2**64)
-            yield value, name, entry
-            if enough := entry.mark is not None and below == MOST:
-                return
+        entries = source.entries(DataShard(seed=None), 0)
+        with ProgressBar(entries, label="choosing held-out images", unit="image", shown=shown and stream) as bar:
+            for entry in bar:
+                name = name_of(entry)
+                value = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+                seen, below = seen + 1, below + (value < fraction * 2**64)
+                yield value, name, entry
+                if enough := stream and below == MOST:
+                    return
 
     smallest = heapq.nsmallest(MOST, hashed(), key=lambda found: found[:2])
     count = MOST if enough else min(MOST, max(1, round(fraction * seen)))
@@ -83,6 +89,8 @@ def namer(source: Source) -> Callable[[Entry], str]:
 
 class Listed(Wrapped):
     """A `Source` of given entries of another one, with random access."""
+
+    stream_files = 0
 
     def __init__(self, source: Source, listed: Sequence[Entry]):
         super().__init__(source)
@@ -257,7 +265,4 @@ def read_listed(held_out: Listed, numbers: Iterable[int], counter: ReadCounter) 
 
 def count_images(source: Source) -> int | None:
     """The number of images that a source lists; None for a stream, which would have to be read."""
-    entries = source.entries(DataShard(seed=None), 0)
-    if (first := next(entries, None)) is None:
-        return 0
-    return None if first.mark is not None else 1 + sum(1 for _ in entries)
+    return None if stream_files_of(source) else sum(1 for _ in source.entries(DataShard(seed=None), 0))

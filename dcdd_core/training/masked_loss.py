@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,21 @@ _PROBE = 0.08
 _ERROR_WEIGHT, _IMPORTANCE_WEIGHT = 0.05, 0.02
 
 
+class Totals(NamedTuple):
+    """What sums of losses are divided by to become means.
+
+    Attributes:
+        weight: sum of the positions' weights in the tokens' cross-entropy.
+        hidden, wrong: numbers of such positions.
+        measured: number of images whose importance was measured.
+    """
+
+    weight: float
+    hidden: float
+    wrong: float
+    measured: float
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MaskedExample:
     """What the network sees of a batch, and what it should predict.
@@ -42,6 +57,8 @@ class MaskedExample:
         hidden, wrong: bool [B, N]; hidden positions, and visible ones with another token than the image's.
         seen: [B, N] int64, the tokens that the network sees; K where hidden.
         probe: bool [B, N], some of the hidden positions, in the images that are read twice.
+        totals: what its losses are divided by, if they are parts of means over more images (`in_one_mean`); None for
+            means over this batch.
     """
 
     ids: list[list[int]]
@@ -51,6 +68,7 @@ class MaskedExample:
     wrong: torch.Tensor
     seen: torch.Tensor
     probe: torch.Tensor
+    totals: Totals | None = None
 
 
 class Corruption:
@@ -182,6 +200,30 @@ def make_example(
     )
 
 
+def in_one_mean(
+    examples: Sequence[MaskedExample], total: Callable[[torch.Tensor], torch.Tensor], *, parts: int = 1
+) -> list[MaskedExample]:
+    """These examples, with the losses of each as its part of the mean over all of them in all processes.
+
+    Every position then weighs alike, however the images are divided into batches.
+
+    Args:
+        examples: this process's; maybe none.
+        total: numbers of this process -> their sums over all processes.
+        parts: how many examples all processes have, if the mean of their losses shall be that mean; 1 for their sum.
+    """
+    own = torch.zeros(len(Totals._fields))
+    for example in examples:
+        hidden, wrong = example.hidden, example.wrong
+        weight = masked_modelling.position_weights(hidden, wrong)
+        own += torch.stack(
+            [part.sum() for part in (weight, hidden, wrong, masked_modelling.is_measured(hidden, example.probe))]
+        )
+    # A total of 0 divides a sum of nothing.
+    totals = Totals(*((value or 1.0) / parts for value in total(own).tolist()))
+    return [replace(example, totals=totals) for example in examples]
+
+
 def masked_losses(network: MaskedTransformer, example: MaskedExample) -> dict[str, torch.Tensor]:
     """The losses of a batch, and means to log: cross-entropy where hidden and where wrong.
 
@@ -197,7 +239,9 @@ def masked_losses(network: MaskedTransformer, example: MaskedExample) -> dict[st
     token_losses = masked_modelling.token_losses(network.logits(states), tokens)
     weights = masked_modelling.position_weights(hidden, wrong)
     predicted_error, predicted_importance = network.scores(states)
-    error_loss = masked_modelling.weighted_mean((predicted_error - moved["errors"]).square(), hidden.float())
+    whole, in_hidden, in_wrong, in_measured = example.totals or (None,) * len(Totals._fields)
+    errors = (predicted_error - moved["errors"]).square()
+    error_loss = masked_modelling.weighted_mean(errors, hidden.float(), in_hidden)
 
     probed = max(1, len(tokens) // _PROBED)
     with torch.no_grad():
@@ -205,12 +249,12 @@ def masked_losses(network: MaskedTransformer, example: MaskedExample) -> dict[st
         after = masked_modelling.token_losses(network.logits(network(more, prefix.rows(0, probed))), tokens[:probed])
         parts = (hidden[:probed], probe[:probed])
         measured = masked_modelling.measured_importance(token_losses[:probed], after, *parts)
-    importance_loss = masked_modelling.importance_loss(predicted_importance[:probed], measured, *parts)
-    token_loss = masked_modelling.weighted_mean(token_losses, weights)
+    importance_loss = masked_modelling.importance_loss(predicted_importance[:probed], measured, *parts, in_measured)
+    token_loss = masked_modelling.weighted_mean(token_losses, weights, whole)
     return {
         "loss": token_loss + _ERROR_WEIGHT * error_loss + _IMPORTANCE_WEIGHT * importance_loss,
-        "hidden": masked_modelling.weighted_mean(token_losses, hidden.float()).detach(),
-        "wrong": masked_modelling.weighted_mean(token_losses, wrong.float()).detach(),
+        "hidden": masked_modelling.weighted_mean(token_losses, hidden.float(), in_hidden).detach(),
+        "wrong": masked_modelling.weighted_mean(token_losses, wrong.float(), in_wrong).detach(),
         "error": error_loss.detach(),
         "importance": importance_loss.detach(),
     }

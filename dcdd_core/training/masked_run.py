@@ -95,7 +95,7 @@ def _run(
     geometry = plan.geometry(tokenizer)
     card = CacheCard.of(tokenizer, None, geometry)
     source = open_source(data, geometry, lambda cache: cache.require_captions(card), accelerator)
-    parts = split_for_run(source, run, before, say)
+    parts = split_for_run(source, run, before, say, shown=accelerator.is_main_process)
     sampler = plan.sampler(tokenizer, geometry)
     sampler.name = folder.resolve().name
     settings = _settings(sampler, card)

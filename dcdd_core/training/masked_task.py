@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -30,7 +30,15 @@ from .config import OptimizationConfig
 from .encoded_batch import EncodedBatch
 from .held_out import Listed, read_listed
 from .image_batch import ImageBatch
-from .masked_loss import Corruption, MaskedExample, drop_captions, make_example, masked_losses, tokens_and_errors
+from .masked_loss import (
+    Corruption,
+    MaskedExample,
+    drop_captions,
+    in_one_mean,
+    make_example,
+    masked_losses,
+    tokens_and_errors,
+)
 from .trainable import optimizers_of, trained_weights
 from .trainer import Averaged, sample_sheet
 
@@ -245,6 +253,12 @@ class MaskedTask:
             schedule=self.masking.schedule,
         )
 
+    def update(
+        self, examples: Iterable[MaskedExample], total: Callable[[torch.Tensor], torch.Tensor], *, parts: int
+    ) -> Iterable[MaskedExample]:
+        """See `trainer.Task`; all examples are made first, since each has another number of hidden positions."""
+        return in_one_mean(list(examples), total, parts=parts)
+
     def losses(
         self, network: MaskedTransformer, example: MaskedExample, generator: torch.Generator, config: OptimizationConfig
     ) -> dict[str, torch.Tensor]:
@@ -260,8 +274,8 @@ def muon_matrices(weights: Mapping[str, nn.Parameter]) -> list[str]:
 class MaskedHeldOut:
     """The losses on held-out images, always hidden and corrupted in the same places; few images are used several times.
 
-    Each process holds and evaluates a share of the images; their division into batches, and so the draws, depend on the
-    number of processes.
+    They are means over the positions of all images, as in training. Each process holds and evaluates a share of the
+    images; their division into batches, and so the draws, depend on the number of processes.
 
     Args:
         batch: images at a time.
@@ -315,15 +329,12 @@ class MaskedHeldOut:
 
     def __call__(self, network: MaskedTransformer) -> dict[str, float]:
         """The mean of each loss over all held-out images of all processes."""
+        examples = [self.task.masked(part, keyed_generator(self.seed, _KEY, *key)) for key, part in self._parts]
         sums: dict[str, float] = dict.fromkeys(("loss", "hidden", "wrong", "error", "importance"), 0.0)
-        weight = 0
-        for key, part in self._parts:
-            example = self.task.masked(part, keyed_generator(self.seed, _KEY, *key))
+        for example in in_one_mean(examples, self.total):
             for name, value in masked_losses(network, example).items():
-                sums[name] += float(value) * len(part.captions)
-            weight += len(part.captions)
-        *found, weight = self.total(torch.tensor([*sums.values(), float(weight)])).tolist()
-        return {name: value / weight for name, value in zip(sums, found)}
+                sums[name] += float(value)
+        return dict(zip(sums, self.total(torch.tensor([*sums.values()])).tolist()))
 
 
 class MaskedSampleSheet:

@@ -73,7 +73,7 @@ def restore_position(batches: Batches, positions: Sequence[Mapping[str, Any]]) -
     that is left in the epoch comes once.
 
     Raises:
-        ValueError: if they are of another source, seed or window.
+        ValueError: if they are of another source or seed, or, of a stream, another window.
     """
     shard = batches.shard
     before = positions[0].get(_BEFORE, [])

@@ -22,7 +22,7 @@ from ..pipelines.decode import decode
 from ..pipelines.image_files import DEFAULT_POLICY, ReadPolicy
 from ..pipelines.images import stretched
 from ..settings import require_at_least, require_at_most, require_same_settings
-from .batches import Batches, DataShard, ReadCounter, Source
+from .batches import Batches, DataShard, ReadCounter, Source, stream_files_of
 from .cache import CacheCard, EncodingCache
 from .cache_writer import write_cache
 from .captions import Captions
@@ -44,7 +44,7 @@ from .schedules import warmup_cosine
 from .sharding import NO_DEEPSPEED
 from .sources import open_images
 from .stop import TrainingStopped, stop_at_once
-from .trainable import frozen_weights, trained_weights
+from .trainable import check_optimizer, frozen_weights, trained_weights
 from .trainer import Evaluation, Trainer, sample_sheet
 from .vlm_conditions import Served, VLMConditions, with_conditions
 
@@ -150,6 +150,7 @@ def _run_training(
     main = accelerator.is_main_process
     say = report if main else say_nothing
     plan.check()
+    check_optimizer(optimization.optimizer, plan.trained)
     if main:
         for name in (BUNDLE, BEST):
             remove_leftovers(folder / name)
@@ -161,7 +162,7 @@ def _run_training(
     card = CacheCard.of(encoders.tokenizer, encoders.codec, encoders.geometry, pixels=data.localised > 0)
     served = Served.of(plan.condition_card(encoders)) if share else None
     source = open_source(data, encoders.geometry, lambda cache: cache.require(replace(card, vlm=served)), accelerator)
-    parts = split_for_run(source, run, before, say)
+    parts = split_for_run(source, run, before, say, shown=main)
     dtype = _frozen_dtype(accelerator.mixed_precision)
     decoder = plan.decoder(encoders, dtype=dtype)
     for line in summary(decoder, optimization, data, parts, source, accelerator):
@@ -415,19 +416,22 @@ def run_cache(
 
 
 def split_for_run(
-    source: Source, run: RunConfig, before: dict[str, Any] | None, say: Callable[[str], None]
+    source: Source, run: RunConfig, before: dict[str, Any] | None, say: Callable[[str], None], *, shown: bool
 ) -> Split | None:
     """The held-out split of a run; None if it has none.
 
     Args:
         before: the settings of the run's newest checkpoint, if there is one.
+        shown: see `split`.
     """
     wanted = bool(run.sample_every and run.held_out)
+    if not run.sample_every and run.held_out not in (0, RunConfig.held_out):
+        say(f"--held-out {run.held_out:g} does nothing: with --sample-every 0 there are no evaluations to hold out for")
     if before is not None and HELD_OUT not in before:
         if wanted:
             say("this run began without held-out images, and goes on without them")
         return None
-    parts = split(source, run.held_out) if wanted else None
+    parts = split(source, run.held_out, shown=shown) if wanted else None
     if before is not None and (parts is None or parts.fingerprint != before[HELD_OUT]):
         raise ValueError(_other_images(source, run, before.get(HELD_OUT_FRACTION)))
     if wanted and parts is None:
@@ -520,6 +524,15 @@ def summary(
     held_out = 0 if parts is None else len(parts.held_out.listed)
     images = "a stream of images" if count is None else f"{count - held_out:,} images"
     yield f"{images}, and {held_out} held out that are never trained on"
+    if (files := stream_files_of(source)) % world:
+        fewer = f"a number of processes that divides {files}" if files > 1 else "one process"
+        yield (
+            f"{files} file{'s' if files > 1 else ''} of images, which is no multiple of the {world} processes: each of "
+            f"them reads all files and uses one image in {world}, so that none is left out. So that each file is read "
+            f"only once, give a multiple of {world} files, or {fewer}"
+        )
+    if not files and data.window != DataConfig.window:
+        yield f"--window {data.window} does nothing: only streams have a window, other images are shuffled as a whole"
     trained, frozen = (
         sum(weight.numel() for weight in weights(network).values()) for weights in (trained_weights, frozen_weights)
     )

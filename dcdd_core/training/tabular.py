@@ -140,6 +140,11 @@ class ShardStream(ImageSource):
         self._columns = (self.column, *([] if self.caption_column is None else [self.caption_column]))
         super().__init__(str(self.files[0].parent), geometry, policy, captions=captions)
 
+    @property
+    def stream_files(self) -> int:
+        """The number of files."""
+        return len(self.files)
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the columns, and the files' names and sizes."""

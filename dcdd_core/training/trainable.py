@@ -12,6 +12,23 @@ from .config import OptimizationConfig
 from .optimizers import adamw_8bit, adamw_with_muon
 
 TRAINED = ("attention", "adapter", "lora", "all")
+_NO_MATRICES = (
+    "the optimizer muon would update nothing: it takes the matrices inside the transformer's blocks, and none of them "
+    "is trained; take adamw, or train attention, lora or all instead of the adapter alone (--train)"
+)
+
+
+def check_optimizer(optimizer: str, trained: str) -> None:
+    """Checks, before weights are read, that an optimiser has something to update.
+
+    Args:
+        trained: mode of `choose_trained`.
+
+    Raises:
+        ValueError: for Muon if the adapter alone is trained.
+    """
+    if optimizer == "muon" and trained == "adapter":
+        raise ValueError(_NO_MATRICES)
 
 
 def choose_trained(decoder: DistributionConditionedDecoder, mode: str, *, rank: int = 16, seed: int = 0) -> None:
@@ -73,7 +90,12 @@ def optimizers_of(
         matrices: the names of the weights that Muon updates, if it is chosen.
         betas: of AdamW.
         sharded: as for `adamw_8bit`.
+
+    Raises:
+        ValueError: for Muon without matrices, and as `adamw_8bit` and `muon`.
     """
+    if config.optimizer == "muon" and not matrices:
+        raise ValueError(_NO_MATRICES)
     options = {"betas": betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw8bit":
         return [adamw_8bit(weights.values(), **options, sharded=sharded)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,6 +90,17 @@ class Task(Protocol[Network]):
 
     def example(self, batch: Any, generator: torch.Generator, averaged: Averaged) -> Any:
         """The example of a batch; all random draws come from the generator."""
+
+    def update(
+        self, examples: Iterable[Any], total: Callable[[torch.Tensor], torch.Tensor], *, parts: int
+    ) -> Iterable[Any]:
+        """The examples of an update's micro-batches, such that the mean of their losses is what the update minimises.
+
+        Args:
+            examples: this process's; each is made when it is taken.
+            total: numbers of this process -> their sums over all processes.
+            parts: number of micro-batches of all processes.
+        """
 
     def losses(
         self, network: Network, example: Any, generator: torch.Generator, config: OptimizationConfig
@@ -324,15 +335,16 @@ class Trainer:
     def _update(self, stream: Iterator[Any]) -> dict[str, torch.Tensor]:
         """One update of the weights; the loss is the mean over this process's micro-batches."""
         accelerator, config = self.accelerator, self.config
+        world, parts = accelerator.num_processes, config.accumulation * accelerator.num_processes
         rate = self._learning_rate(config.steps)
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, rate)
+        # Numbers among the micro-batches of all processes.
+        numbers = range(self.step * parts + accelerator.process_index, (self.step + 1) * parts, world)
+        generators = [keyed_generator(config.seed, number) for number in numbers]
+        made = (self.task.example(next(stream), generator, self._averaged) for generator in generators)
         found = []
-        for k in range(config.accumulation):
-            # Counts the micro-batches of all processes.
-            number = (self.step * config.accumulation + k) * accelerator.num_processes + accelerator.process_index
-            generator = keyed_generator(config.seed, number)
-            example = self.task.example(next(stream), generator, self._averaged)
+        for generator, example in zip(generators, self.task.update(made, self._sum_of_processes, parts=parts)):
             work = partial(self.task.losses, example=example, generator=generator, config=config)
             with accelerator.accumulate(self.model):
                 with self.autocast():
@@ -423,6 +435,11 @@ class Trainer:
 
     def _mean_of_processes(self, number: torch.Tensor | float) -> torch.Tensor:
         return self.accelerator.reduce(torch.as_tensor(number, device=self.accelerator.device), "mean")
+
+    def _sum_of_processes(self, numbers: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:  # and nothing waits for the device
+            return numbers
+        return self.accelerator.reduce(numbers.to(self.accelerator.device), "sum")
 
     def _require_finite(self, finite: Mapping[str, bool]) -> None:
         if bad := [name for name, is_finite in finite.items() if not is_finite]:

@@ -98,6 +98,9 @@ class ToySampler:
     def known_words(self):
         return []
 
+    def working_memory(self, prompts, *, options=DEFAULT_SAMPLING):
+        return 4 * 4 * len(prompts) * GRID[0] * GRID[1] * self.codebook.size
+
     @torch.no_grad()
     def sample(
         self,

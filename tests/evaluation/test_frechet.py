@@ -4,16 +4,19 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from safetensors import safe_open
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dcdd_core.evaluation.frechet import (
+    FeatureSet,
     FrechetStatistics,
     _roots,
     features_of,
     frechet_distance,
     load_statistics,
     save_statistics,
+    smallest_set,
 )
 from dcdd_core.files import write_record
 
@@ -167,6 +170,46 @@ def test_statistics_keep_their_network_when_added_and_read(tmp_path):
     assert load_statistics(tmp_path / "s.safetensors", network="a", size=96)[""].network == "a"
 
 
+def test_a_set_of_few_images_is_kept_as_features_and_one_of_many_as_sums():
+    """Whichever takes less memory: 4 M F bytes of features, or 8 F (F + 1) of sums."""
+    draw = torch.Generator().manual_seed(0)
+    for count, kind in ((9, FeatureSet), (10, FrechetStatistics), (2000, FrechetStatistics)):
+        features = torch.randn(count, 4, generator=draw)
+        found, expected = smallest_set(features, network="n"), FrechetStatistics.of(features.split(1024), network="n")
+        assert type(found) is kind and found.count == expected.count == count and found.network == "n"
+        held = found.statistics()
+        assert held.network == "n" and all(
+            map(torch.equal, (held.total, held.products), (expected.total, expected.products))
+        )
+    assert type(smallest_set(torch.randn(4, 4, dtype=torch.float64))) is FeatureSet
+    assert type(smallest_set(torch.randn(5, 4, dtype=torch.float64))) is FrechetStatistics
+
+
+def test_features_far_from_zero_are_summed_1024_at_a_time():
+    features = 1000 + torch.rand(3000, 40, generator=torch.Generator().manual_seed(0))
+    own = FeatureSet(features=features).statistics()
+    expected = FrechetStatistics.of([features[:1024], features[1024:2048], features[2048:]])
+    assert torch.equal(own.products, expected.products) and torch.equal(own.total, expected.total)
+
+
+@pytest.mark.parametrize("kinds", ["fss", "sfs", "fff", "sfsf", "ss"])
+def test_a_file_gives_back_sums_and_features_in_their_order(tmp_path, kinds):
+    sets, path = {}, tmp_path / "s.safetensors"
+    for number, kind in enumerate(kinds):
+        features = gaussian(number, 1, number, count=20 if kind == "s" else 3 + number).float()
+        sets[f"c{9 - number}"] = smallest_set(features, network="a")
+    assert "".join("f" if isinstance(part, FeatureSet) else "s" for part in sets.values()) == kinds
+    save_statistics(path, sets, size=96)
+    found = load_statistics(path, network="a", size=96)
+    assert list(found) == list(sets) and [type(part) for part in found.values()] == [type(x) for x in sets.values()]
+    for name, part in sets.items():
+        own, other = part.statistics(), found[name].statistics()
+        assert (own.count, found[name].count, other.network) == (other.count, own.count, "a")
+        assert torch.equal(own.total, other.total) and torch.equal(own.products, other.products)
+    with safe_open(path, "pt") as file:
+        assert (set(file.keys()) == {"total", "products"}) == ("f" not in kinds), "as older versions write and read it"
+
+
 def test_features_are_computed_without_gradients_64_at_a_time():
     weight, sizes = torch.ones(3, requires_grad=True), []
     images = torch.arange(129.0).reshape(129, 1, 1, 1).expand(129, 3, 2, 2)
@@ -187,11 +230,24 @@ def test_features_are_computed_without_gradients_64_at_a_time():
         ({"counts": [0]}, "expected categories with images"),
         ({"total": torch.full((1, 2), torch.nan, dtype=torch.float64)}, "NaN or infinity"),
         ({"total": torch.zeros(2, 2, dtype=torch.float64)}, "must be a list of 2"),
+        ({"products": torch.zeros(2, 2, 2, dtype=torch.float64)}, r"the same sets, got \[1, 2\] and \[2, 2, 2\]"),
+        ({"products": torch.zeros((), dtype=torch.float64)}, r"the same sets, got \[1, 2\] and \[\]"),
+        ({"whole": "b"}, "whole must be a list of categories, got 'b'"),
+        (
+            {"whole": ["b"], "categories": ["", "a"], "counts": [3, 3]},
+            r"whole must be some of its categories, got \['b'",
+        ),
+        ({"whole": ["b", "b"], "categories": ["", "b", "a"], "counts": [3, 3, 3]}, "whole must be some of its categor"),
+        ({"whole": ["b"], "categories": ["", "b"], "counts": [3, 3]}, r"features must be \[3, F\], got \[2, 2\]"),
+        ({"features": torch.zeros(3)}, r"features must be \[0, F\], got \[3\]"),
     ],
 )
 def test_damaged_statistics_are_named(tmp_path, changes, words):
     held = {"total": torch.zeros(1, 2, dtype=torch.float64), "products": torch.zeros(1, 2, 2, dtype=torch.float64)}
+    if "whole" in changes or "features" in changes:
+        held["features"] = torch.zeros(2, 2)
     meta = {"categories": [""], "counts": [3], "network": "n", "size": 96}
+    meta |= {"whole": []} if "whole" in changes else {}
     tensors = {name: changes.get(name, value) for name, value in held.items()}
     write_record(
         tmp_path / "s.safetensors", "Frechet statistics", tensors, meta | {k: changes[k] for k in changes if k in meta}

@@ -15,6 +15,7 @@ from dcdd_core.method import masked_modelling
 from dcdd_core.method.masked_modelling import (
     hidden_shares,
     importance_loss,
+    is_measured,
     measured_importance,
     nearest,
     neighbours,
@@ -95,6 +96,7 @@ def test_the_loss_by_hand():
     assert float(weighted_mean(losses, weights)) == pytest.approx(expected, rel=1e-6)
     assert float(weighted_mean(losses, torch.zeros(1, 3))) == 0
     assert float(weighted_mean(torch.tensor([2.0]), torch.tensor([0.1]))) == pytest.approx(2)
+    assert float(weighted_mean(losses, weights, 8.4)) == pytest.approx(expected / 4, rel=1e-6), "a part of a mean"
 
 
 def test_importance_by_hand():
@@ -111,6 +113,9 @@ def test_importance_by_hand():
     # |4.5 - 2.5| - 0.5; the second image has nothing left to lose.
     assert float(importance_loss(predicted, measured, hidden, revealed)) == pytest.approx(1.5)
     assert float(importance_loss(predicted, measured, hidden, torch.zeros_like(hidden))) == 0
+    assert float(importance_loss(predicted, measured, hidden, revealed, 0.5)) == pytest.approx(3.0)
+    assert is_measured(hidden, revealed).tolist() == [True, False]
+    assert is_measured(hidden, torch.zeros_like(hidden)).tolist() == [False, False]
     # |(4.5 + 7) / 2 - 0.25| - 0.5
     assert float(importance_loss(predicted, of_two, hidden, two)) == pytest.approx(5.0)
     twice = [torch.cat([part[:1], part]) for part in (predicted, of_two, hidden, two)]

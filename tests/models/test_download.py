@@ -228,6 +228,83 @@ def test_files_that_are_all_there_need_no_connection(tmp_path, monkeypatch):
             download(REPOSITORY, tmp_path, files=files)
 
 
+JANUS = KnownModel(
+    parts=(KnownPart(repository=REPOSITORY, files=("*.json", "*.safetensors"), needed=("config.json", "words.json")),),
+    folder="janus/model",
+    gigabytes=1.0,
+    licence="its own",
+    gated=False,
+)
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def janus_folder(folder, weights):
+    """A folder as `JANUS` comes, and the bytes in it."""
+    files = {"config.json": b"{}", "words.json": b"{}", **{name: WEIGHTS for name in weights}}
+    if weights == SHARDS:
+        index = {"weight_map": {f"w{number}": name for number, name in enumerate(SHARDS)}}
+        files["model.safetensors.index.json"] = json.dumps(index).encode()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return sum(map(len, files.values()))
+
+
+@pytest.fixture(params=["told to stay offline", "no network"])
+def unreachable(request, monkeypatch):
+    """The endpoint of a hub that cannot be asked."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", request.param == "told to stay offline")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("weights", [("model.safetensors",), SHARDS], ids=["one file", "shards"])
+def test_a_whole_folder_needs_no_connection_whatever_its_files_are_called(tmp_path, unreachable, weights):
+    total, seen = janus_folder(tmp_path, weights), []
+    done = download_model(JANUS, tmp_path, endpoint=unreachable, on_progress=lambda *x: seen.append(x))
+    assert done == tmp_path and seen == [(total, total)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "gone", "says"),
+    [
+        (("model.safetensors",), ["config.json"], r"config\.json$"),
+        (("model.safetensors",), ["words.json", "config.json"], r"config\.json, words\.json$"),
+        (("model.safetensors",), ["model.safetensors"], r"its weights \(\.safetensors\)$"),
+        (SHARDS, [SHARDS[1]], rf"{SHARDS[1]}$"),
+        (
+            SHARDS,
+            ["model.safetensors.index.json", SHARDS[1]],
+            r"the index of its weights \(\.safetensors\.index\.json\)$",
+        ),
+    ],
+)
+def test_what_a_folder_lacks_is_said_where_the_hub_cannot_be_asked(tmp_path, unreachable, weights, gone, says):
+    janus_folder(tmp_path, weights)
+    for name in gone:
+        (tmp_path / name).unlink()
+        (tmp_path / f"{name}.0123456789ab.part").write_bytes(WEIGHTS[:9])  # as an interrupted download leaves it
+    way_out = r"(unset it and start again|start the download again to go on)"
+    with pytest.raises(ValueError, match=rf"{way_out}.*\. Missing in \S+: {says}"):
+        download_model(JANUS, tmp_path, endpoint=unreachable)
+
+
+def test_all_of_a_model_is_missing_where_nothing_is_there(tmp_path, unreachable):
+    with pytest.raises(ValueError, match=r"Missing in \S+: config\.json, words\.json, its weights \(\.safetensors\)$"):
+        download_model(JANUS, tmp_path / "new", endpoint=unreachable)
+    (tmp_path / "a.json").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"Missing in \S+: b\.safetensors, whatever else matches \*\.json$"):
+        download(REPOSITORY, tmp_path, files=["*.json", "b.safetensors"], endpoint=unreachable)
+
+
+def test_a_hub_that_fails_is_told_also_where_all_files_are_there(tmp_path, hub):
+    janus_folder(tmp_path, ("model.safetensors",))
+    hub.deny["/api"] = 503, {}
+    with pytest.raises(ValueError, match="answered 503 for someone/model: try later; [^.]*$"):
+        download_model(JANUS, tmp_path, endpoint=hub.endpoint)
+
+
 def test_a_cut_connection_is_taken_up_where_it_broke(tmp_path, hub):
     hub.cut_after = [50_000]
     download(REPOSITORY, tmp_path, files=["model.safetensors"], endpoint=hub.endpoint)
@@ -465,6 +542,7 @@ def test_known_models_say_all_that_a_user_must_know(model):
         assert part.repository.count("/") == 1 and part.files and not part.below.startswith("/")
         assert all(name.endswith((".safetensors", ".json", ".pt")) for name in part.files)
         assert not any("*" in name for name in part.files if name.endswith(".pt"))
+        assert bool(part.needed) == any("*" in name for name in part.files), "what is there could not be used offline"
         assert model.gated == part.repository.startswith("black-forest-labs/")
 
 

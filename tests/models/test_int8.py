@@ -36,12 +36,36 @@ def test_nothing_is_set_for_the_process_and_the_device_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", quantization)
     model = layers()
     store_in_int8(model, "meta")
-    assert calls == [((model, {"set_inductor_config": False}), {"device": "meta"})]
+    told = {"set_inductor_config": False}
+    assert calls == [((model[number], told), {"device": "meta"}) for number in (0, 2)]
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
+
+
+def test_narrow_weights_are_widened_one_by_one_as_they_are_rounded(monkeypatch):
+    """All of them at once would take twice the memory of their file."""
+    model, seen = layers().to(torch.bfloat16), []
+    model[1].to(torch.float32)
+
+    def rounding(linear: nn.Linear, *_: object, **options: object) -> None:
+        seen.append([model[number].weight.dtype for number in (0, 2)])
+        linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+
+    quantization = SimpleNamespace(Int8WeightOnlyConfig=lambda **options: options, quantize_=rounding)
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=quantization))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", quantization)
+    store_in_int8(model, "cpu")
+    assert seen == [[torch.float32, torch.bfloat16], [torch.int8, torch.float32]]
+    seen.clear()
+    wide = layers()
+    wide[1].to(torch.float16)  # as T5 keeps one of its layers
+    model = wide
+    store_in_int8(model, "cpu")
+    assert seen == [[torch.float32, torch.float32], [torch.int8, torch.float32]], "nothing becomes narrower"
 
 
 def test_without_torchao_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ValueError, match=r"need torchao \(.*\): pip install torchao, or load without .*--decoder-8bit"):
+    with pytest.raises(ValueError, match=r"need torchao \(.*\): pip install .* without int8 and eight_bit$"):
         store_in_int8(layers(), "cpu")
 
 

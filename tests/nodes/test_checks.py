@@ -99,3 +99,17 @@ def test_each_built_in_model_is_read_with_the_calibration_of_its_own(checks, dou
         found[folder] = checks.served(card, sampled).calibration.scale
         assert sampler.default_guidance == calibration_of(folder).guidance, folder
     assert found == {folder: calibration_of(folder).scale for folder in found} and len(set(found.values())) == 3
+
+
+@pytest.mark.parametrize("scale", [None, 0.36])
+def test_a_vae_that_encodes_to_nan_is_refused_whatever_the_card_says(checks, scale):
+    codec = SimpleNamespace(encode=lambda pixels: torch.full((1, 16, 4, 4), torch.nan))
+    with pytest.raises(ValueError, match="the connected VAE encodes an image to NaN or infinity"):
+        checks.check_vae_scale(codec, SimpleNamespace(vae_scale=scale), has_own=True)
+
+
+def test_a_card_without_a_scale_takes_latents_of_any_spread(checks):
+    codec = SimpleNamespace(encode=lambda pixels: 50 * torch.randn(1, 16, 4, 4))
+    checks.check_vae_scale(codec, SimpleNamespace(vae_scale=None), has_own=True)
+    with pytest.raises(ValueError, match="is another model's: its latents have a spread of"):
+        checks.check_vae_scale(codec, SimpleNamespace(vae_scale=0.36), has_own=True)

@@ -278,6 +278,36 @@ def test_latents_are_sharpened_at_unit_spread(spread, nodes):
     torch.testing.assert_close(codec.denormalize(codec.normalize(raw)), raw)
 
 
+class Encodes(torch.nn.Linear):
+    """A VAE's network that makes the same latents of every image."""
+
+    def __init__(self, latents: torch.Tensor):
+        super().__init__(1, 1)
+        self.latents = latents
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.latents
+
+
+@pytest.mark.parametrize("latents", [torch.full((1, 4, 2, 2), 0.5), torch.zeros(1, 4, 2, 2), torch.ones(1, 1, 1, 1)])
+def test_latents_without_a_spread_are_sharpened_as_they_are(latents, nodes):
+    """Those of an image of one colour, or the only one of an image of a single patch."""
+    guides, network = nodes["guides"], nodes["host"].Managed(Encodes(latents))
+    core = type("VAE", (), {"process_input": staticmethod(lambda image: image)})
+    codec = guides.GuideVAE(vae=core, network=network, factor=8).of_unit_spread(torch.zeros(1, 3, 16, 16))
+    assert torch.equal(codec.normalize(latents), latents) and torch.equal(codec.denormalize(latents), latents)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shape", [(1, 4, 2, 2), (1, 1, 1, 1)])
+def test_a_vae_that_encodes_to_nan_is_named_before_anything_is_sharpened(value, shape, nodes):
+    guides, network = nodes["guides"], nodes["host"].Managed(Encodes(torch.full(shape, value)))
+    core = type("VAE", (), {"process_input": staticmethod(lambda image: image)})
+    vae = guides.GuideVAE(vae=core, network=network, factor=8)
+    with pytest.raises(ValueError, match="the connected VAE encodes an image to NaN or infinity: .* --fp32-vae"):
+        vae.of_unit_spread(torch.zeros(1, 3, 16, 16))
+
+
 def test_scale_is_fitted_to_the_distributions_whatever_codes_are_followed(double, nodes, monkeypatch):
     guidance, guides, scales = nodes["guidance"], nodes["guides"], {}
     followed_tokens = guidance.followed_tokens

@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 
+from dcdd_core.models.llamagen.sampler import LlamaGenSampler
 from tests.comfy.graphs import Graph, output
 from tests.fake_comfy.double import Double
 from tests.tiny_bigfix import tiny_text_encoder
@@ -50,7 +51,7 @@ def test_its_text_encoder_is_not_held_beside_it_and_it_samples_as_its_authors_do
     assert run.status == "success", (run.node, run.error)
     network = 4 * sum(weight.numel() for weight in tiny_weights().values())
     text = sum(weight.nbytes for weight in tiny_text_encoder().parameters())
-    logits = 2 * 4 * 16 * 64
+    logits = LlamaGenSampler.load(folder).working_memory([PROMPT])
     (held, for_text), (still_held, for_logits), options, *_ = told
     assert held == still_held == network and options == (7.5, 1000)
     assert for_text - for_logits == text - logits  # both with what previews take

@@ -106,6 +106,25 @@ def test_8_bit_storage_is_refused_without_float8(without_float8):
     assert "storage '8-bit' needs float8, which cpu does not have: choose 'float16', or" in run.error
 
 
+def test_a_whole_model_that_is_there_is_downloaded_without_a_network(double, info, tmp_path, monkeypatch):
+    """Janus-Pro's weights may be one file or many, which only the hub could list."""
+    folder = tmp_path / "janus" / "Janus-Pro-1B"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (folder / name).write_bytes(b"{}")
+    model_folders = sys.modules[f"{double.pack.__name__}.nodes.model_folders"]
+    monkeypatch.setattr(model_folders, "model_folder", lambda key: tmp_path / key)
+    (model,) = (one for one in info["DCDD_DownloadModel"]["input"]["required"]["model"][1]["options"] if "1B" in one)
+    prompt = built(info, "DCDD_DownloadModel", {"model": model}, {}).prompt
+    run = double.run(prompt)
+    assert run.status == "success", run.error
+    assert any(str(folder) in text for text in run.notices["it"])
+    (folder / "tokenizer.json").unlink()
+    run = double.run(prompt)
+    assert (run.status, run.error_type) == ("error", "ValueError")
+    assert re.search(r"HF_HUB_OFFLINE .*is set: unset it .*Missing in .*Janus-Pro-1B: tokenizer\.json$", run.error)
+
+
 def test_every_refusal_of_the_nodes_has_a_case(refused, without_float8, double):
     reached = set().union(without_float8[1], *(refused(case)[1] for case in REFUSALS))
     nodes = double.base / "custom_nodes" / PACK / "nodes"

@@ -23,11 +23,11 @@ class Small(Host):
 
     def __init__(self, sampler):
         self.kept, self.brought = 0, []
-        self.image = sampler.grid[0] * sampler.grid[1] * sampler.codebook.size * 4
+        self.for_images = [sampler.working_memory(PROMPTS[:n], options=SAMPLING) for n in range(4)]
 
     def bring(self, memory=0):
         self.brought.append(memory)
-        if memory > 6 * self.image:
+        if memory > self.for_images[2]:
             raise torch.OutOfMemoryError("too large")
 
     def keep(self, result):
@@ -60,7 +60,7 @@ def test_parts_are_the_whole():
             host=host,
         )
     same(parts, whole)
-    assert host.kept == 3 and host.brought == [9 * host.image, 6 * host.image, 3 * host.image]
+    assert host.kept == 3 and host.brought == [host.for_images[n] for n in (3, 2, 1)]
     assert seen == [(0, i, 2) for i in range(1, 6)] + [(2, i, 1) for i in range(1, 6)]
     assert [row["revealed"] for row in stage_rows(parts.stages)] == list(SAMPLING.counts(16))
 

@@ -147,6 +147,10 @@ def test_a_bar_shows_rate_time_left_and_memory_in_a_terminal_alone(tmp_path, ima
         last = stream.getvalue().split("\r")[-1].strip()
         assert bool(re.search(rf"^cache: .*{COUNT}/{COUNT} .*image/?s?.* GB of memory", last)) == wanted, last
         assert bool(stream.getvalue()) == wanted
+        for rank in (0, 1):
+            stream.seek(stream.truncate(0))
+            EncodingCache(tmp_path / f"cache-{wanted}").verify(rank=rank, world=2)
+            assert ("checksums of the cache: 100%" in stream.getvalue()) == (wanted and rank == 0)
 
 
 def test_any_item_is_read_alone(whole):

@@ -342,6 +342,7 @@ def test_the_average_and_the_batch_are_counted():
         ({"localised": 1.5}, "localised must be a fraction"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"optimizer": "muon", "sharding": "fsdp"}, "muon needs whole matrices"),
+        ({"optimizer": "muon", "train": "adapter"}, "muon would update nothing"),
     ],
 )
 def test_what_does_not_go_together_is_refused(choice, words):

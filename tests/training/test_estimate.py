@@ -226,6 +226,7 @@ def test_a_student_costs_a_teacher_and_its_passes(base, cost, capsys):
             if name not in modulations and "time_text_embed" not in name
         ]
         assert len(modulations) == 6 and teacher == 2 * sum(folded)
+        assert cost_of(TrainingSetup(**SMALL, optimizer="muon", **setup)).memory["teacher"] == teacher
         assert "teacher" not in cost.memory and found.peak > cost.peak + teacher
         said(*base, *SIZES, "--train", "all", "--student-steps", "2", "--teacher-steps", "10", "--objective", objective)
         words = f"a student of 2 steps, objective {objective}; its teacher of 10 makes {passes} passes over every micro"

@@ -1,13 +1,17 @@
 """Held-out images: which they are, and the loss on them."""
 
+import io
 import json
 import os
+import re
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from dcdd_core.method.flow import interpolate, loss_weight, sample_times, velocity
 from dcdd_core.method.sampling import keyed_generator
@@ -24,13 +28,13 @@ from dcdd_core.training.examples import ExampleMaker
 from dcdd_core.training.held_out import HeldOutLoss, count_images, split
 from dcdd_core.training.log import read_log
 from dcdd_core.training.plan import Encoders
-from dcdd_core.training.run import _evaluation
+from dcdd_core.training.run import _evaluation, split_for_run, summary
 from dcdd_core.training.sources import open_images
 from dcdd_core.training.trainable import choose_trained
 from dcdd_core.training.trainer import Trainer
 from tests.tiny import tiny_decoder
 from tests.training.runs import accelerator, encoders, forked, png_folder
-from tests.training.test_data import KINDS, paths, source  # noqa: F401  a fixture
+from tests.training.test_data import KINDS, paths, png, source, write  # noqa: F401  a fixture
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,57 @@ def test_a_stream_is_read_until_it_gave_enough(paths, monkeypatch):  # noqa: F81
     parts = split(images, 0.5)
     assert len(keys(parts.held_out)) == 3 and len(read) < 20
     assert count_images(images) is None and count_images(source(paths, "saved")) == 23
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_is_read_with_a_progress_bar_in_the_first_process(paths, kind, monkeypatch):  # noqa: F811
+    for shown in (True, False):
+        monkeypatch.setattr("sys.stderr", stream := Terminal())
+        expected = split(source(paths, kind), 0.2, shown=shown).fingerprint
+        said = re.findall(r"choosing held-out images: (\d+)image [^\r\n]*\n", stream.getvalue())
+        assert said == (["23"] if shown and kind in ("parquet", "webdataset") else [])
+    monkeypatch.undo()
+    assert split(source(paths, kind), 0.2).fingerprint == expected
+
+
+def said_of(images, world, **data):
+    """What a run says at its start about the images."""
+    workers = SimpleNamespace(num_processes=world, device=torch.device("cpu"))
+    settings = OptimizationConfig(steps=1, warmup=0), DataConfig(images=images.name, **data), None, images, workers
+    return "\n".join(summary(nn.Linear(1, 1), *settings))
+
+
+@pytest.mark.parametrize(("files", "world", "words"), [(3, 2, "3 files"), (1, 2, "1 file"), (4, 3, "4 files")])
+def test_a_run_says_that_its_files_do_not_divide_among_the_processes(tmp_path, files, world, words):
+    images = {f"{i:03}": png(i) for i in range(12)}
+    stream = open_images(write("parquet", tmp_path / "parquet", images, files=files), encoders()[2])
+    said = said_of(stream, world)
+    assert f"{words} of images, which is no multiple of the {world} processes: each of them reads all files" in said
+    assert f"one image in {world}, so that none is left out" in said
+    fewer = "one process" if files == 1 else f"a number of processes that divides {files}"
+    assert f"give a multiple of {world} files, or {fewer}\n" in said
+    for fits in (1, files):
+        assert "no multiple" not in said_of(stream, fits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_that_does_nothing_is_said(paths, kind):  # noqa: F811
+    images = source(paths, kind)
+    assert "window" not in said_of(images, 1) and "no multiple" not in said_of(images, 3)
+    assert ("--window 7 does nothing: " in said_of(images, 1, window=7)) == (kind in ("folder", "saved"))
+
+
+def test_a_split_that_is_never_evaluated_is_said(folder):
+    images, said = open_images(folder, encoders()[2]), []
+    for share in (0, RunConfig.held_out, 0.2):
+        run = RunConfig(samples=0, sample_every=0, held_out=share)
+        assert split_for_run(images, run, None, said.append, shown=False) is None
+    assert said == ["--held-out 0.2 does nothing: with --sample-every 0 there are no evaluations to hold out for"]
 
 
 def test_a_cache_holds_out_the_images_that_the_folder_does(folder, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,13 @@ import torch
 from dcdd_core.method.sampling import keyed_generator
 from dcdd_core.models.janus.masked_start import TEMPLATE
 from dcdd_core.models.masked.words import Words
-from dcdd_core.training.batches import DataShard
+from dcdd_core.training.batches import Batches, DataShard
 from dcdd_core.training.captions import Captions
-from dcdd_core.training.config import OptimizationConfig
+from dcdd_core.training.config import OptimizationConfig, RunConfig
 from dcdd_core.training.held_out import Listed
 from dcdd_core.training.image_batch import Geometry
-from dcdd_core.training.masked_loss import masked_losses
+from dcdd_core.training.log import read_log
+from dcdd_core.training.masked_loss import MaskedExample, masked_losses
 from dcdd_core.training.masked_plan import MaskedPlan
 from dcdd_core.training.masked_task import (
     CaptionedTokens,
@@ -28,9 +31,10 @@ from dcdd_core.training.masked_task import (
     TokenEncoder,
 )
 from dcdd_core.training.sources import open_images
+from dcdd_core.training.trainer import Trainer
 from dcdd_pico.train_janus import pico_tokenizer
-from tests.tiny import save_janus, tiny_tokenizer
-from tests.training.runs import caption_of, captioned_folder
+from tests.tiny import fill, save_janus, tiny_tokenizer
+from tests.training.runs import accelerator, caption_of, captioned_folder, forked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 
@@ -133,7 +137,26 @@ def test_adamw_has_the_betas_and_the_decay_and_muon_the_matrices_of_the_blocks(j
     assert found == {f"layers.0.{part}.weight" for part in ("q", "k", "v", "out", "gate", "up", "down")}
 
 
-def test_held_out_losses_are_means_over_images_that_are_always_hidden_in_the_same_places(janus, images):
+def means_over_positions(task, parts):
+    """The means that these held-out batches give together, from each batch's own."""
+    sums = dict.fromkeys(("loss", "hidden", "wrong", "error", "importance"), 0.0)
+    weights = dict.fromkeys(sums, 0.0)
+    for key, batch in parts:
+        example = task.masked(batch, keyed_generator(3, 67, *key))
+        found = {name: float(value) for name, value in masked_losses(task.network, example).items()}
+        found["loss"] -= 0.05 * found["error"] + 0.02 * found["importance"]
+        hidden, wrong = int(example.hidden.sum()), int(example.wrong.sum())
+        measured = example.probe.any(1) & (example.hidden & ~example.probe).any(1)
+        clean = example.tokens.numel() - hidden - wrong
+        own = {"loss": hidden + wrong + 0.1 * clean, "hidden": hidden, "wrong": wrong, "error": hidden}
+        for name, weight in (own | {"importance": int(measured.sum())}).items():
+            sums[name] += weight * found[name]
+            weights[name] += weight
+    means = {name: sums[name] / weights[name] for name in sums}
+    return means | {"loss": means["loss"] + 0.05 * means["error"] + 0.02 * means["importance"]}
+
+
+def test_held_out_losses_are_means_over_positions_that_are_always_the_same(janus, images):
     task = task_of(janus)
     source = captioned(images)
     entries = list(source.entries(DataShard(seed=None), 0))[:3]
@@ -145,7 +168,7 @@ def test_held_out_losses_are_means_over_images_that_are_always_hidden_in_the_sam
         assert held_out(task.network) == found
         # At least 64 examples: each image 22 times, in batches of 4 and a last one of 2.
         pairs = [(image, draw) for draw in range(22) for image in range(3)]
-        sums = dict.fromkeys(found, 0.0)
+        parts = []
         for start in range(0, len(pairs), 4):
             part = pairs[start : start + 4]
             index = [image for image, _ in part]
@@ -154,23 +177,120 @@ def test_held_out_losses_are_means_over_images_that_are_always_hidden_in_the_sam
                 errors=encoded.errors[index],
                 captions=tuple(encoded.captions[i] for i in index),
             )
-            losses = masked_losses(task.network, task.masked(batch, keyed_generator(3, 67, *part[0])))
-            for name, value in losses.items():
-                sums[name] += float(value) * len(part) / len(pairs)
-        assert found == pytest.approx(sums, rel=1e-4)
-        # Of two processes the first holds two of the images; both see the same means.
-        said = []
-        for rank in range(2):
-            of_rank = []
-            options |= {"rank": rank, "world": 2, "total": lambda sums, of_rank=of_rank: of_rank.append(sums) or sums}
-            MaskedHeldOut(Listed(source, entries), task, **options)(task.network)
-            said.append(of_rank)
-        (first, first_sums), (second, second_sums) = said
-        assert (first.tolist(), second.tolist()) == ([2], [1])
-        together = first_sums + second_sums
-        assert float(first_sums[-1]) == 44 and float(together[-1]) == 66
-        both = MaskedHeldOut(Listed(source, entries), task, **options | {"total": lambda _: together})
-        assert list(both(task.network).values()) == pytest.approx((together[:-1] / 66).tolist())
+            parts.append((part[0], batch))
+        assert found == pytest.approx(means_over_positions(task, parts), rel=1e-4)
+
+
+def test_held_out_losses_of_two_processes_are_means_over_the_positions_of_both(janus, images):
+    task = task_of(janus)
+    source = captioned(images)
+    entries = list(source.entries(DataShard(seed=None), 0))[:3]
+    told = []  # what both processes gave at each call so far
+
+    def of_rank(rank):
+        own = []
+
+        def total(sums):
+            own.append(sums)
+            return told[len(own) - 1] if len(own) <= len(told) else sums
+
+        held_out = MaskedHeldOut(Listed(source, entries), task, seed=3, batch=4, rank=rank, world=2, total=total)
+        return held_out(task.network), own, held_out._parts
+
+    with torch.no_grad():
+        for call in range(3):  # the images, the positions, the losses
+            both = [of_rank(rank)[1][call] for rank in range(2)]
+            told.append(both[0] + both[1])
+        first, second = of_rank(0), of_rank(1)
+        assert told[0].tolist() == [3] and [len(own[2]) for own in (first, second)] == [11, 6]
+        assert first[0] == second[0]
+        assert first[0] == pytest.approx(means_over_positions(task, [*first[2], *second[2]]), rel=1e-4)
+
+
+def test_a_process_without_a_held_out_image_sees_the_others_means(janus, images):
+    task = task_of(janus)
+    source = captioned(images)
+    totals = iter([torch.ones(1), torch.full((4,), 2.0), torch.arange(5.0)])
+    options = {"seed": 3, "batch": 4, "rank": 1, "world": 2, "total": lambda sums: next(totals)}
+    entries = list(source.entries(DataShard(seed=None), 0))[:1]
+    found = MaskedHeldOut(Listed(source, entries), task, **options)(task.network)
+    assert found == {"loss": 0, "hidden": 1, "wrong": 2, "error": 3, "importance": 4}
+
+
+class Sliced(MaskedTask):
+    """A task whose example of some images are their rows of one example of all."""
+
+    whole: MaskedExample
+
+    def example(self, batch, generator, averaged):
+        rows = [int(Path(key).stem) for key in batch.keys]
+        held = {
+            name: getattr(self.whole, name)[rows] for name in ("tokens", "errors", "hidden", "wrong", "seen", "probe")
+        }
+        return MaskedExample(ids=[self.whole.ids[row] for row in rows], **held)
+
+
+def updated(folder: Path, janus: Path, images: Path, size: int, accumulation: int) -> None:
+    """Makes an update on four images, which hide 15, 1, 0 and 8 of their 16 tokens; leaves the gradient and the log."""
+    task = task_of(janus)
+    task.__class__ = Sliced
+    fill(task.network)
+    draw = torch.Generator().manual_seed(4)
+    tokens, places = torch.randint(64, (4, 16), generator=draw), torch.arange(16)
+    hidden = places < torch.tensor([15, 1, 0, 8])[:, None]
+    seen = torch.where(places >= torch.tensor([16, 14, 12, 16])[:, None], (tokens + 1) % 64, tokens)
+    task.whole = MaskedExample(
+        ids=[task.reader.ids(caption_of(row)) for row in range(4)],
+        tokens=tokens,
+        errors=torch.randn(4, 16, generator=draw),
+        hidden=hidden,
+        wrong=~hidden & (seen != tokens),
+        seen=seen.masked_fill(hidden, 64),
+        probe=(places < 3) & (torch.arange(4) == 0)[:, None],
+    )
+    workers = accelerator()
+    clip = workers.clip_grad_norm_
+
+    def kept(weights, norm):
+        weights = list(weights)
+        torch.save([weight.grad.clone() for weight in weights], folder / f"gradient-{workers.process_index}.pt")
+        return clip(weights, norm)
+
+    workers.clip_grad_norm_ = kept
+    shard = DataShard(seed=None, rank=workers.process_index, world=workers.num_processes)
+    Trainer(
+        folder,
+        task,
+        Batches(captioned(images), size=size, shard=shard),
+        OptimizationConfig(steps=1, accumulation=accumulation, warmup=0),
+        accelerator=workers,
+        settings={},
+        run=RunConfig(samples=0, log_every=1),
+        report=lambda _: None,
+    ).train()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+def test_an_update_is_the_same_however_its_images_are_divided(janus, images, tmp_path):
+    """Each position weighs alike, in micro-batches of any size and in two processes."""
+    folders = []
+    for world, size, accumulation in ((1, 4, 1), (1, 2, 2), (1, 1, 4), (2, 2, 1), (2, 1, 2)):
+        folders.append(tmp_path / f"{world}-{size}-{accumulation}")
+        folders[-1].mkdir()
+        work = partial(updated, folders[-1], janus, images, size, accumulation)
+        if world == 1:
+            work()
+        else:
+            assert forked(work, world=world, clean=True) == [0] * world
+    (expected,) = read_log(folders[0])
+    gradient = torch.load(folders[0] / "gradient-0.pt")
+    assert min(expected[name] for name in ("loss", "hidden", "wrong", "error", "importance")) > 0
+    for folder in folders[1:]:
+        (found,) = read_log(folder)
+        assert found == pytest.approx(expected | {"seconds": found["seconds"]}, rel=1e-5), folder.name
+        for own in folder.glob("gradient-*.pt"):
+            for part, whole in zip(torch.load(own), gradient, strict=True):
+                torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [32, 96])

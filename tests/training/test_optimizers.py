@@ -7,7 +7,14 @@ from torch import nn
 
 from dcdd_core.training.config import OptimizationConfig
 from dcdd_core.training.optimizers import adamw_with_muon, muon
-from dcdd_core.training.trainable import choose_trained, decoder_optimizers, muon_matrices, trained_weights
+from dcdd_core.training.trainable import (
+    TRAINED,
+    check_optimizer,
+    choose_trained,
+    decoder_optimizers,
+    muon_matrices,
+    trained_weights,
+)
 from tests.tiny import tiny_decoder
 
 #: The matrices of a joint block without its text stream, and of a single one.
@@ -20,7 +27,7 @@ def named(decoder, optimizer):
     return [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
 
 
-@pytest.mark.parametrize("mode", ["all", "attention", "adapter"])
+@pytest.mark.parametrize("mode", ["all", "attention"])
 def test_muon_updates_the_matrices_inside_the_blocks_and_adamw_the_rest(mode):
     decoder = tiny_decoder()
     choose_trained(decoder, mode)
@@ -31,12 +38,25 @@ def test_muon_updates_the_matrices_inside_the_blocks_and_adamw_the_rest(mode):
     blocks += [(f"transformer.single_transformer_blocks.{k}", SINGLE) for k in range(len(singles))]
     expected = {f"{block}.{layer}.weight" for block, layers in blocks for layer in layers}
     expected &= set(trained_weights(decoder))
-    assert set(muon_matrices(decoder)) == expected and bool(expected) == (mode != "adapter")
+    assert set(muon_matrices(decoder)) == expected and bool(expected)
     optimizers = decoder_optimizers(decoder, OptimizationConfig(steps=1, optimizer="muon"))
-    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW, torch.optim.Muon][: 1 + bool(expected)]
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW, torch.optim.Muon]
     groups = [named(decoder, optimizer) for optimizer in optimizers]
     assert sorted(name for group in groups for name in group) == sorted(trained_weights(decoder))
-    assert mode == "adapter" or set(groups[1]) == expected
+    assert set(groups[1]) == expected
+
+
+def test_muon_without_a_matrix_to_update_is_refused():
+    decoder = tiny_decoder()
+    choose_trained(decoder, "adapter")
+    with pytest.raises(ValueError, match="muon would update nothing: .* take adamw, or train attention, lora or all"):
+        decoder_optimizers(decoder, OptimizationConfig(steps=1, optimizer="muon"))
+    for optimizer in ("adamw", "muon"):
+        for mode in TRAINED:
+            if (optimizer, mode) != ("muon", "adapter"):
+                check_optimizer(optimizer, mode)
+    (adamw,) = decoder_optimizers(decoder, OptimizationConfig(steps=1))
+    assert sorted(named(decoder, adamw)) == sorted(trained_weights(decoder))
 
 
 def test_their_numbers_are_those_of_the_configuration():

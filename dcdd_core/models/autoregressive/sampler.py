@@ -9,6 +9,7 @@ unconditional], 2 B, or B without guidance).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,10 +26,14 @@ from ..edits import check_edit, check_request, kept_calibrated
 from ..fused_linear import fuse_weights
 from ..int8 import store_in_int8
 from .teacher_forcing import check_tokens, teacher_forced_logits
-from .token_loop import Prompts, TokenLoop, TokenNetwork, groups_of, window_for
+from .token_loop import Prompts, TokenLoop, TokenNetwork, cache_shape, groups_of, is_float32, window_for
 
 CHECK_EVERY = 8
 """Positions between the checks for finite logits, each of which waits for the device."""
+# Arrays of a position's logits that guidance, filters and the draw hold at the same time, per row.
+_STEPS = 5
+# Arrays [R, S, D] in float32 that exist while rotary tables are made.
+_TABLES = 6
 
 
 class AutoregressiveSampler(ABC):
@@ -73,13 +78,38 @@ class AutoregressiveSampler(ABC):
     def known_words(self) -> list[str]:
         """See `TokenSampler`."""
 
+    @property
+    @abstractmethod
+    def _language(self) -> LlamaModel:
+        """The layers."""
+
+    @property
+    @abstractmethod
+    def _head(self) -> nn.Module:
+        """Hidden states -> logits, in the model's dtype."""
+
     @abstractmethod
     def _network(self) -> TokenNetwork:
         """The network, as the loop calls it."""
 
     @abstractmethod
+    def _prompt_slots(self, prompts: Sequence[str]) -> int:
+        """The most slots that one of the prompts may take."""
+
+    @abstractmethod
     def _prompts(self, prompts: Sequence[str], *, guided: bool) -> Prompts:
         """The prompts for the loop: rows [conditional ; unconditional] if `guided`, or only the conditional ones."""
+
+    def working_memory(self, prompts: Sequence[str], *, options: SamplingOptions = DEFAULT_SAMPLING) -> int:
+        """See `TokenSampler`: logits, keys and values with their rotary tables, and the head in float32."""
+        rows, count = len(prompts) * (1 + (options.guidance != 1)), self.grid[0] * self.grid[1]
+        logits = 4 * self.codebook.size * (len(prompts) * count + _STEPS * rows)
+        slots = 2 * self._prompt_slots(prompts) + count  # the prompts' own cache is copied, and then released
+        shape = cache_shape(self._language, rows, slots)
+        cache = math.prod(shape) * self._language.embed_tokens.weight.dtype.itemsize
+        rotary = 4 * _TABLES * rows * slots * shape[-1]
+        head = 0 if is_float32(self._head) else 4 * sum(weight.numel() for weight in self._head.parameters())
+        return logits + cache + rotary + head
 
     @torch.no_grad()
     def sample(

@@ -48,8 +48,8 @@ def teacher_forced_logits(
 ) -> torch.Tensor:
     """Guided, tempered and unfiltered logits [B, N, K] float32, as `TokenLoop` keeps them, on the tokens' device.
 
-    Each distinct prompt is read once, then all tokens but the last in one pass over all rows. The head and the guidance
-    run in float32, one image at a time.
+    Each distinct prompt is read once, then all tokens but the last, if there are others, in one pass over all rows. The
+    head and the guidance run in float32, one image at a time.
 
     Args:
         prompts: the rows [conditional ; unconditional], or only the conditional ones without guidance.
@@ -63,12 +63,13 @@ def teacher_forced_logits(
     padding, rows = prompts.padding.to(device), prompts.rows.to(device)
     origin = None if network.counts_prompt else torch.full_like(padding, length)
     reader = LlamaReader(network.language, padding, length, origin=origin)
-    first = reader.read(prompts.embeddings.to(device), reader.slots, length)[rows, None]
+    hidden = reader.read(prompts.embeddings.to(device), reader.slots, length)[rows, None]
     given = tokens[:, :-1].repeat(len(rows) // batch, 1)
-    total = length + given.shape[1]
-    reader = reader.spread(rows, length, total)
-    rest = reader.read(network.embed(given), reader.slots[length:], total, whole=True)
-    hidden = torch.cat([first, rest], dim=1)
+    if given.shape[1]:
+        total = length + given.shape[1]
+        reader = reader.spread(rows, length, total)
+        rest = reader.read(network.embed(given), reader.slots[length:], total, whole=True)
+        hidden = torch.cat([hidden, rest], dim=1)
     logits = []
     for image in range(batch):
         step = network.head(hidden[image::batch].float())

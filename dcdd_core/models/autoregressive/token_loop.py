@@ -77,6 +77,12 @@ class Prompts(NamedTuple):
     rows: torch.Tensor
 
 
+def cache_shape(language: LlamaModel, rows: int, length: int) -> tuple[int, ...]:
+    """Shape of the keys and values that every layer keeps of R rows of S = `length` slots."""
+    width = language.layers[0].self_attn.head_dim
+    return len(language.layers), 2, rows, language.config.num_key_value_heads, length, width
+
+
 class LlamaReader:
     """A Llama's KV cache over R rows, and its forward pass over the next tokens.
 
@@ -110,7 +116,7 @@ class LlamaReader:
         self.padded = bool(padding.any())
         self.slots = torch.arange(length, device=padding.device)
         self.cache = torch.zeros(
-            (len(language.layers), 2, len(padding), config.num_key_value_heads, length, width),
+            cache_shape(language, len(padding), length),
             dtype=language.embed_tokens.weight.dtype,
             device=padding.device,
         )
@@ -407,13 +413,17 @@ def _normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
+def is_float32(head: nn.Module) -> bool:
+    """Whether all of its weights are."""
+    return all(weight.dtype == torch.float32 for weight in head.parameters())
+
+
 def in_float32(head: nn.Module, device: torch.device) -> nn.Module:
     """The head, or a copy of it in float32 on the device: guidance amplifies what half precision would round away.
 
     The copy's linear layers are torch's own, since a host's may hold native memory that must not be copied.
     """
-    single = all(weight.dtype == torch.float32 for weight in head.parameters())
-    return head if single else _float32_copy(head, device)
+    return head if is_float32(head) else _float32_copy(head, device)
 
 
 def _float32_copy(part: nn.Module, device: torch.device) -> nn.Module:

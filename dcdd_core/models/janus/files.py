@@ -233,10 +233,16 @@ class JanusFolder:
                 Tokenizer.from_str(path.read_text("utf-8-sig"))
             raise
 
-    def sampler(self, *, dtype: torch.dtype, device: torch.device | str) -> JanusForConditionalGeneration:
+    def sampler(
+        self, *, dtype: torch.dtype, device: torch.device | str, int8: bool = False
+    ) -> JanusForConditionalGeneration:
         """Loads the network without the parts that sampling does not use, which need not be in the files.
 
         These are the vision tower with its aligner, the text head, and the VQ model except for its codebook.
+
+        Args:
+            int8: leave the layers' matrices in the files' dtype if that is smaller than `dtype`, since
+                `int8.store_in_int8` widens them one by one.
 
         Raises:
             ValueError: for entries of config.json of a wrong type or out of range, sizes that differ from the weights',
@@ -269,9 +275,11 @@ class JanusFolder:
         del model.lm_head, model.model.vision_model, model.model.aligner
         vq = model.model.vqmodel
         del vq.encoder, vq.decoder, vq.quant_conv, vq.post_quant_conv
-        self._load(model, headers, dtype=dtype, device=device)
-        # The only buffer, which checkpoints do not hold.
         language = model.model.language_model
+        matrices = [name for name, layer in language.layers.named_modules() if isinstance(layer, nn.Linear)]
+        narrow = {f"model.language_model.layers.{name}.weight" for name in matrices} if int8 else set()
+        self._load(model, headers, dtype=dtype, device=device, narrow=narrow)
+        # The only buffer, which checkpoints do not hold.
         with reading(self._file, _CONFIG, _AGAIN):
             language.rotary_emb = type(language.rotary_emb)(language.config)
         return model.eval()
@@ -317,10 +325,7 @@ class JanusFolder:
             )
 
     def _quantised(self, how: str) -> str:
-        return (
-            f"{self.path} is quantised {how}, which is not read: take the folder of the original model, and load that "
-            "in 8 bits (--vlm-int8) where memory is short"
-        )
+        return f"{self.path} is quantised {how}, which is not read: take the folder of the original model"
 
     def _model_config(self) -> JanusConfig:
         """The configuration of the whole model; of the vision tower only the sides matter, other sizes are small."""
@@ -442,8 +447,14 @@ class JanusFolder:
         prefix: str = "",
         dtype: torch.dtype | None,
         device: torch.device | str,
+        narrow: Collection[str] = (),
     ) -> None:
-        """Loads a module on "meta"; `prefix` precedes its tensor names in a `JanusForConditionalGeneration`."""
+        """Loads a module on "meta".
+
+        Args:
+            prefix: precedes its tensor names in a `JanusForConditionalGeneration`.
+            narrow: names of weights that are not widened to `dtype`.
+        """
         expected = {
             self._layout.rename(prefix + name): (name, tuple(value.shape))
             for name, value in module.state_dict().items()
@@ -466,7 +477,12 @@ class JanusFolder:
             raise ValueError(
                 f"the weights in {self.path} do not fit its config.json; {misfit}: fetch the whole model again"
             )
-        found = self._read(expected, dtype=dtype, device=device)
+        left = {
+            theirs for theirs, (name, _) in expected.items() if name in narrow and headers[theirs].size < dtype.itemsize
+        }
+        found = self._read(expected.keys() - left, dtype=dtype, device=device)
+        if left:
+            found |= self._read(left, dtype=None, device=device)
         module.load_state_dict({name: found[theirs] for theirs, (name, _) in expected.items()}, assign=True)
 
     def _read(

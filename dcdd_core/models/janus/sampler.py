@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import JanusForConditionalGeneration, PreTrainedTokenizerBase
+from torch import nn
+from transformers import JanusForConditionalGeneration, LlamaModel, PreTrainedTokenizerBase
 
 from ...files import in_file
 from ...types import Codebook
@@ -142,7 +143,7 @@ class JanusSampler(AutoregressiveSampler):
         """
         found = JanusFolder(folder, SAMPLERS)
         tokenizer = found.words()
-        model = found.sampler(dtype=dtype, device="cpu" if int8 else device)
+        model = found.sampler(dtype=dtype, device="cpu" if int8 else device, int8=int8)
         fingerprint = place_weights(
             model, model.model.language_model, device=device, dtype=dtype, int8=int8, computes_on=computes_on
         )
@@ -157,17 +158,28 @@ class JanusSampler(AutoregressiveSampler):
         """See `text_tokenizer.known_words`."""
         return known_words(self.tokenizer)
 
+    @property
+    def _language(self) -> LlamaModel:
+        return self.model.model.language_model
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.model.model.generation_head
+
+    def _prompt_slots(self, prompts: Sequence[str]) -> int:
+        return max(len(prompt_ids(self.tokenizer, prompt)) for prompt in prompts)
+
     def _network(self) -> TokenNetwork:
         model = self.model.model
         return TokenNetwork(
             language=model.language_model,
             embed=self.model.prepare_embeddings_for_image_generation,
-            head=in_float32(model.generation_head, model.language_model.device),
+            head=in_float32(self._head, model.language_model.device),
             embedders=(model.generation_embeddings, model.generation_aligner),
         )
 
     def _prompts(self, prompts: Sequence[str], *, guided: bool) -> Prompts:
-        language = self.model.model.language_model
+        language = self._language
         rows = [tuple(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
         room = language.config.max_position_embeddings - self.grid[0] * self.grid[1]
         if (longest := max(map(len, rows))) > room:

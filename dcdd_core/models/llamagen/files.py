@@ -30,14 +30,17 @@ from ...types import Codebook
 from ..checkpoints import (
     load_renamed,
     model_name,
+    only_checkpoint,
     open_saved,
     read_config,
     read_headers,
     read_wanted,
+    unwrapped,
     weight_files,
     whole_number,
 )
-from ..t5 import T5Text, load_text
+from ..sizes import square_grid
+from ..t5 import T5Text, check_width, load_text
 from . import tokenizer
 from .captions import Captions, load_captions
 from .network import LlamaGenConfig, LlamaGenTransformer
@@ -60,8 +63,6 @@ _ENDINGS = (".pt", ".safetensors")
 _CAPTIONED = ("block_size", "caption_dim", "cls_token_num")
 # The side in pixels at the end of a published file's name.
 _SIDE = re.compile(r"_(\d+)$")
-# Name prefixes that a compiled or distributed model adds.
-_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
 _QKV = "attention.wqkv.weight"
 
 # Modules, by our names and by the authors'.
@@ -111,16 +112,10 @@ class LlamaGenFolder:
                 raise ValueError(
                     f"{self.path / 'config.json'} has {unknown}, expected {', '.join(sorted(known))} alone"
                 )
-            found = checkpoints(self.path)
-            if len(found) > 1:
-                raise ValueError(
-                    f"{self.path} holds {', '.join(file.name for file in found)}, and nothing says which is the model: "
-                    "leave one of them there"
-                )
-            if not found:
-                raise ValueError(f"{self.path} has no checkpoint of LlamaGen: {_AGAIN}")
-            # transformers gives every model the same name.
-            self.checkpoint, self.name = found[0], found[0].stem if found[0].stem != "model" else model_name(self.path)
+            missing = f"no checkpoint of LlamaGen: {_AGAIN}"
+            self.checkpoint = only_checkpoint(self.path, checkpoints(self.path), missing)
+            stem = self.checkpoint.stem
+            self.name = stem if stem != "model" else model_name(self.path)  # transformers gives every model that name
         else:
             self.checkpoint, self.name = self.path, model_name(self.path)
         with in_file(self.path / "config.json"):
@@ -168,7 +163,7 @@ class LlamaGenFolder:
             shapes = {name: tuple(getattr(value, "shape", ())) for name, value in self._saved.items()}
         else:
             headers = read_headers(self.checkpoint)
-            shapes = {_WRAPPED.sub("", name): header.shape for name, header in headers.items()}
+            shapes = {name: header.shape for name, header in unwrapped(headers).items()}
         return network_config(shapes, heads=self._entry("num_attention_heads"), tokens=self._count(), file=self._source)
 
     def load_network(
@@ -185,8 +180,7 @@ class LlamaGenFolder:
             held = self._saved
         else:
             with in_file(self._source):
-                read = restored(read_wanted(self.checkpoint, lambda name: True), remedy=_AGAIN)
-            held = {_WRAPPED.sub("", name): value for name, value in read.items()}
+                held = unwrapped(restored(read_wanted(self.checkpoint, lambda name: True), remedy=_AGAIN))
         with torch.device("meta"):
             network = LlamaGenTransformer(config)
         rename = transformers_name if _is_transformers(held) else released_name
@@ -211,12 +205,7 @@ class LlamaGenFolder:
                 "(config.json, tokenizer.json, tokenizer_config.json, and the safetensors files with their index), or "
                 f"the features of your prompts, {CAPTIONS}, which `dcdd captions` makes where {TEXT} is"
             )
-        remedy, trained = f"take google/{TEXT}", self.config.text_width
-        width = whole_number(read_config(text), "d_model", str(text), remedy=remedy)
-        if width != trained:
-            raise ValueError(
-                f"{text} has a text encoder of width {width}, and {self.name} was trained with {trained}: {remedy}"
-            )
+        check_width(text, self.config.text_width, self.name, f"take google/{TEXT}")
         return load_text(text, dtype=dtype)
 
     def load_captions(self) -> Captions | None:
@@ -272,7 +261,7 @@ class LlamaGenFolder:
         held = next((saved[part] for part in ("model", "module", "state_dict") if part in saved), saved)
         if not isinstance(held, Mapping):
             raise ValueError(f"{self.checkpoint} holds a {type(held).__name__}, expected tensors by name: {_AGAIN}")
-        return {_WRAPPED.sub("", str(name)): value for name, value in held.items()}
+        return unwrapped(held)
 
     def _count(self) -> int:
         """The number of tokens of an image."""
@@ -400,15 +389,13 @@ def network_config(
         for name in ("null", "caption_in.weight", "language.embed_tokens.weight")
     }
     inner = _matrix(shapes, rename("language.layers.0.mlp.gate_proj.weight"), file)[0]
-    side = round(tokens**0.5)
-    if side**2 != tokens:
-        raise ValueError(f"{file} has {tokens:,} tokens an image, expected a square of them: {_AGAIN}")
+    grid = square_grid(tokens, str(file), _AGAIN)
     codes, width = found["language.embed_tokens.weight"]
     slots, text_width = found["null"]
     beginning = re.escape(rename("language.layers.0.input_layernorm.weight")).split("0", 1)[0]
     layers = {match[1] for name in shapes if (match := re.match(rf"{beginning}(\d+)\.", name))}
     return LlamaGenConfig(
-        grid=(side, side),
+        grid=grid,
         codes=codes,
         text_width=text_width,
         text_slots=slots,

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaModel
 
 from ...protocols import SamplingOptions
 from ...types import Codebook
@@ -180,12 +182,23 @@ class LlamaGenSampler(AutoregressiveSampler):
         captions = {prompt: require_caption(prompt) for prompt in prompts}
         return [caption for caption in dict.fromkeys(captions.values()) if caption not in self.known]
 
+    @property
+    def _language(self) -> LlamaModel:
+        return self.model.language
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.model.head
+
+    def _prompt_slots(self, prompts: Sequence[str]) -> int:
+        return len(self.model.null)
+
     def _network(self) -> TokenNetwork:
         language = self.model.language
         return TokenNetwork(
             language=language,
             embed=language.embed_tokens,
-            head=in_float32(self.model.head, language.device),
+            head=in_float32(self._head, language.device),
             embedders=(),
             counts_prompt=False,
         )

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from ...types import Codebook
-from ..checkpoints import load_renamed, open_saved, read_config, whole_number
+from ..checkpoints import load_renamed, only_checkpoint, open_saved, read_config, unwrapped, whole_number
 from ..llamagen import tokenizer as llamagen
-from ..t5 import T5Words, load_text
+from ..sizes import square_grid
+from ..t5 import T5Words, check_width, load_text
 from .bigfix_network import REWARDS, BigFixConfig, BigFixTransformer
 
 MODEL_TYPE = "bigfix"
@@ -63,8 +64,6 @@ _BLOCK: Mapping[str, str] = MappingProxyType(
         "down": "ff.w2",
     }
 )
-# Name prefixes that a compiled or distributed model adds.
-_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 class BigFixFolder:
@@ -82,15 +81,9 @@ class BigFixFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        found = checkpoints(self.path)
-        if len(found) > 1:
-            raise ValueError(
-                f"{self.path} holds {', '.join(file.name for file in found)}, and nothing says which is the model: "
-                "leave one of them there"
-            )
-        if not found:
-            raise ValueError(f"{self.path} has no checkpoint of BIGFix: put {CHECKPOINT} of {REPOSITORY} there")
-        self.checkpoint, self.tokenizer = found[0], self.path / TOKENIZER
+        missing = f"no checkpoint of BIGFix: put {CHECKPOINT} of {REPOSITORY} there"
+        self.checkpoint = only_checkpoint(self.path, checkpoints(self.path), missing)
+        self.tokenizer = self.path / TOKENIZER
         self.name = self.checkpoint.stem
         if not self.tokenizer.exists():
             raise ValueError(f"{self.path} has no {TOKENIZER}, its image tokenizer: put that of {REPOSITORY} there")
@@ -129,13 +122,7 @@ class BigFixFolder:
         Raises:
             ValueError: as `text`, `read_network` and `t5.load_text`, and for a text encoder of another width.
         """
-        remedy = f"take google/{TEXT}"
-        width, trained = whole_number(read_config(self.text), "d_model", str(self.text), remedy=remedy), self.config()
-        if width != trained.text_width:
-            raise ValueError(
-                f"{self.text} has a text encoder of width {width}, and {self.checkpoint.name} was trained with "
-                f"{trained.text_width}: {remedy}"
-            )
+        check_width(self.text, self.config().text_width, self.checkpoint.name, f"take google/{TEXT}")
         network = self.read_network(device=device, dtype=dtype)
         text = load_text(self.text, device=device, dtype=dtype)
         network.text_encoder = text.encoder
@@ -176,7 +163,7 @@ class BigFixFolder:
         held = open_saved(self.checkpoint).get("model_state_dict")
         if not isinstance(held, Mapping):
             raise ValueError(f"{self.checkpoint} has no 'model_state_dict', as BIGFix's trainer saves: {_AGAIN}")
-        return {_WRAPPED.sub("", str(name)): value for name, value in held.items()}
+        return unwrapped(held)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -207,9 +194,7 @@ def network_config(held: Mapping[str, Any], heads: int | None, file: Path) -> Bi
     (codes, width), (tokens, _), (registers, _) = (
         _shape(held, f"{name}.weight", file) for name in ("tok_emb", "pos_emb", "reg_tokens")
     )
-    side = round(tokens**0.5)
-    if side**2 != tokens:
-        raise ValueError(f"{file} has {tokens:,} positions (pos_emb.weight), expected a square of tokens: {_AGAIN}")
+    grid = square_grid(tokens, f"{file} (pos_emb.weight)", _AGAIN)
     if _shape(held, "reward_proj.0.weight", file)[1] != REWARDS:
         raise ValueError(f"{file} was trained with other rewards than {REWARDS} (reward_proj.0.weight): {_AGAIN}")
     if heads is None and width not in _HEADS:
@@ -220,7 +205,7 @@ def network_config(held: Mapping[str, Any], heads: int | None, file: Path) -> Bi
         )
     layers = {match[1] for name in held if (match := re.match(r"transformer\.layers\.(\d+)\.", name))}
     return BigFixConfig(
-        grid=(side, side),
+        grid=grid,
         codes=codes - 1,
         text_width=_shape(held, "txt_proj.weight", file)[1],
         width=width,

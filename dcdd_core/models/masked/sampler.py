@@ -33,6 +33,11 @@ from ..int8 import store_in_int8
 from .network import MaskedTransformer, Prefix
 from .words import Words, padded
 
+# Arrays of one image's logits that guidance, filters and the draw hold at the same time.
+_LOGITS = 5
+# Arrays [R, N, C], in the weights' dtype, that the network's blocks hold at the same time.
+_HIDDEN = 20
+
 
 class MaskedSampler:
     """A `MaskedTransformer` and its text tokenizer as a `TokenSampler`.
@@ -86,6 +91,15 @@ class MaskedSampler:
     def known_words(self) -> list[str]:
         """The tokenizer's words, sorted, without special tokens or punctuation; empty if it is byte-level."""
         return self.words.known()
+
+    def working_memory(self, prompts: Sequence[str], *, options: SamplingOptions = DEFAULT_SAMPLING) -> int:
+        """See `TokenSampler`: the result's logits, the noise of all draws, and what one pass takes."""
+        plan, batch, count = self._plan(options), len(prompts), self.grid[0] * self.grid[1]
+        logits = 4 * count * self.codebook.size * (3 * batch + _LOGITS)
+        rows = batch * (1 + any(guidance != 1 for guidance in plan.guidances()[plan.start :]))
+        mask = self.model.mask
+        head = 0 if mask.dtype == torch.float32 else 4 * mask.numel() * self.codebook.size  # computed in float32
+        return logits + rows * count * _HIDDEN * mask.nbytes + head
 
     def sample(
         self,

@@ -66,6 +66,18 @@ def test_a_position_sees_the_caption_and_the_tokens_before_it_alone(sampler):
     assert float((other - before).abs().amax(dim=2).min()) > 1e-4
 
 
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=repr)
+def test_an_image_of_a_single_token_has_the_logits_of_the_loop_too(load, options):
+    """No token is before it, so that nothing but the prompts is read."""
+    sampler = load()
+    sampler.grid = (1, 1)
+    run = sampler.sample(PROMPTS, seeds=SEEDS, options=options)
+    forced = sampler.teacher_forced(PROMPTS, run.tokens, options=options)
+    assert forced.logits.shape == (4, 1, 64) and forced.grid == (1, 1)
+    torch.testing.assert_close(forced.logits, run.logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(forced.logits[0], forced.logits[1], atol=0.1), "other prompts, other logits"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_near_and_its_head_and_guidance_are_in_float32(sampler, load, dtype):
     half = load(dtype=dtype)

@@ -361,6 +361,35 @@ def test_blocks_are_rounded_one_by_one_as_they_come(bundle, reads, monkeypatch):
     assert [name for name, _ in groupby(came)][: len(rounded)] == rounded
 
 
+def test_linear_weights_may_be_held_in_a_dtype_of_their_own_and_are_never_in_another(bundle, whole, monkeypatch):
+    read, came = checkpoints.StoredTensors.read, {}
+
+    def recording(stored, *args, **options):
+        found = read(stored, *args, **options)
+        came.update({value.data_ptr(): value for value in found.values()})
+        return found
+
+    monkeypatch.setattr(checkpoints.StoredTensors, "read", recording)
+    small = load_decoder(bundle, options=DecoderOptions(dtype=torch.float32, linear_dtype=torch.float8_e4m3fn))
+    blocks = [f"transformer.{name}." for name in small.backbone.block_names]
+    inside = {
+        f"{name}.weight"
+        for name, part in small.named_modules()
+        if isinstance(part, torch.nn.Linear) and name.startswith(tuple(blocks))
+    }
+    held = dict(small.named_parameters())
+    assert inside and inside < set(held)
+    for name, weight in held.items():
+        expected = whole.get_parameter(name)
+        expected = expected.to(torch.float8_e4m3fn) if name in inside else expected
+        assert weight.dtype == expected.dtype and torch.equal(weight.float(), expected.float()), name
+    assert len(came) >= len(held)
+    assert sum(value.dtype == torch.float8_e4m3fn for value in came.values()) == len(inside)
+    assert len(came) == len(held), "a matrix was read in another dtype too"
+    with pytest.raises(ValueError, match="holds linear weights as int8, got linear_dtype=.*: leave out one of them"):
+        DecoderOptions(eight_bit=True, linear_dtype=torch.float8_e4m3fn)
+
+
 def test_an_older_diffusers_cannot_stream_them(bundle, monkeypatch):
     monkeypatch.setattr(diffusers, "__version__", "0.37.1")
     with pytest.raises(ValueError, match=r"diffusers 0.38 or newer, this is 0.37.1: upgrade it"):

@@ -514,6 +514,32 @@ def test_int8_is_for_the_layers_alone(folder: Path, monkeypatch: pytest.MonkeyPa
     assert touched == {n for n in own if ".language_model.layers." in n and n.endswith("_proj.weight")}
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_int8_reads_the_layers_matrices_in_the_dtype_of_their_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype
+):
+    """A whole 7B model in float32 is 26 GB, twice its file, and a quarter of that once it is rounded."""
+    copy = Path(shutil.copytree(folder, tmp_path / "Janus-Tiny"))
+    weights = {name: value.to(stored) for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    whole, came = JanusSampler.load(copy), {}
+    monkeypatch.setattr(autoregressive, "store_in_int8", lambda module, device: came.update(module.named_parameters()))
+    small = JanusSampler.load(copy, int8=True)
+    own = {name: whole.model.model.language_model.layers.get_parameter(name) for name in came}
+    assert {name: value.dtype for name, value in came.items()} == {
+        name: stored if name.endswith("_proj.weight") else torch.float32 for name in own
+    }
+    assert all(torch.equal(value.float(), own[name]) for name, value in came.items())
+    layers = "model.language_model.layers."
+    others = {name: value for name, value in small.model.state_dict().items() if not name.startswith(layers)}
+    assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in others.items())
+    assert {value.dtype for value in others.values()} == {torch.float32}
+    assert small.fingerprint == f"{whole.fingerprint} in int8"
+    came.clear()
+    JanusSampler.load(copy, int8=True, dtype=torch.bfloat16)
+    assert {value.dtype for value in came.values()} == {torch.bfloat16}, "a file of more bits is narrowed as ever"
+
+
 def test_int8_samples(folder: Path):
     pytest.importorskip("torchao", reason="torchao is not installed")
     sampler = JanusSampler.load(folder, int8=True)

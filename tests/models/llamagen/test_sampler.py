@@ -229,7 +229,7 @@ def test_memory_for_the_text_encoder_is_asked_for_before_that_for_logits(folder)
     expected = sampler.sample(PROMPTS, seeds=SEEDS)
     sampler = LlamaGenSampler.load(folder)
     weights = sum(weight.numel() * weight.element_size() for weight in sampler.text.encoder.parameters())
-    logits = 2 * len(PROMPTS) * 16 * 64 * 4
+    logits = sampler.working_memory(PROMPTS)
     for asked in ([weights, logits], [logits]):  # what has been read needs no encoder
         host.asked.clear()
         assert torch.equal(sample(sampler, PROMPTS, seeds=SEEDS, host=host).logits, expected.logits)
@@ -237,13 +237,13 @@ def test_memory_for_the_text_encoder_is_asked_for_before_that_for_logits(folder)
     sampler.text.stays = True
     host.asked.clear()
     sample(sampler, ["a green star"], seeds=[0], host=host)
-    assert host.asked == [logits // 2]
-    # An edit that changes nothing reads nothing.
+    assert host.asked == [sampler.working_memory(["a green star"])]
+    # An edit that changes nothing reads and takes nothing.
     host.asked.clear()
     sampler.text.stays = False
     keep = torch.zeros(16, dtype=torch.bool)
     sample(sampler, ["never read", " "], seeds=SEEDS, previous=expected, resample=keep, host=host)
-    assert host.asked == [logits]
+    assert host.asked == [0]
 
 
 def test_without_room_for_the_text_encoder_prompts_are_read_on_the_cpu(folder, monkeypatch):
