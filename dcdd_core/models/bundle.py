@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .. import registry
 from ..files import (
@@ -27,7 +26,7 @@ from ..types import DCDDWarning
 from .card import LATER, DecoderCard
 from .checkpoints import StoredTensors, find_tensors, load_strictly, misfits
 from .decoder import DistributionConditionedDecoder
-from .int8 import store_in_int8
+from .int8 import linear_weights, store_in_int8
 
 _FORMAT = "dcdd decoder 1"
 _BUNDLE = "a DCDD decoder bundle (.safetensors)"
@@ -234,8 +233,8 @@ def fill_decoder(
     # Each block goes straight to its final dtype and device, so that not all of them need to fit anywhere else.
     place = "cpu" if options.streamed else options.device
     for name, block in blocks.items():
-        own, matrices = stored.within(f"{name}."), _matrices(block)
-        read = own.read(matrices, dtype=options.linear_dtype or dtype, device=place)
+        own = stored.within(f"{name}.")
+        read = own.read(linear_weights(block), dtype=options.linear_dtype or dtype, device=place)
         others = [each for each in block.state_dict() if each not in read]
         load_strictly(block, read | own.read(others, dtype=dtype, device=place), what)
         if options.eight_bit:
@@ -249,10 +248,6 @@ def fill_decoder(
     if options.compiled:
         backbone.compile()
     return decoder
-
-
-def _matrices(block: nn.Module) -> list[str]:
-    return [f"{name}.weight" for name, part in block.named_modules() if isinstance(part, nn.Linear)]
 
 
 def _find(path: str | Path, base: str | Path | None, decoder: DistributionConditionedDecoder) -> StoredTensors:

@@ -15,6 +15,11 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if type(tensor).__module__.startswith("torchao.") else tensor
 
 
+def linear_weights(module: nn.Module) -> list[str]:
+    """The names of a module's linear weights, which `store_in_int8` rounds."""
+    return [f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+
+
 def store_in_int8(module: nn.Module, device: torch.device | str) -> None:
     """Moves a module to the device layer by layer and rounds its linear weights to int8 there, one scale per row.
 

@@ -49,6 +49,7 @@ from ..checkpoints import (
     read_wanted,
     whole_number,
 )
+from ..int8 import linear_weights
 from . import deepseek
 
 TRANSFORMERS = "janus"
@@ -276,8 +277,7 @@ class JanusFolder:
         vq = model.model.vqmodel
         del vq.encoder, vq.decoder, vq.quant_conv, vq.post_quant_conv
         language = model.model.language_model
-        matrices = [name for name, layer in language.layers.named_modules() if isinstance(layer, nn.Linear)]
-        narrow = {f"model.language_model.layers.{name}.weight" for name in matrices} if int8 else set()
+        narrow = {f"model.language_model.layers.{name}" for name in linear_weights(language.layers)} if int8 else set()
         self._load(model, headers, dtype=dtype, device=device, narrow=narrow)
         # The only buffer, which checkpoints do not hold.
         with reading(self._file, _CONFIG, _AGAIN):
